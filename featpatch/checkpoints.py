@@ -1,0 +1,100 @@
+"""The trained model, SAEs and prompt pairs that ship with the package, verified by their digests.
+
+They lie in `checkpoints/` as ordinary Hugging Face and sae-lens folders, beside the package in the repository and inside
+it once installed from a wheel.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs
+
+TASKS = ("ioi", "capitals", "greater_than", "sentiment")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A small GPT-2 trained on indirect objects, facts, years and reviews, with its SAEs.
+
+    Attributes:
+        model: a TransformerBridge.
+        saes: sae-lens objects, in the order of the sites.
+        folder: where all of it lies.
+    """
+
+    model: Any
+    saes: list[Any]
+    folder: Path
+
+    def pairs(self, task: str = "ioi", *, n: int = 32, seed: int = 0) -> Pairs:
+        """`n` pairs of a task, drawn without repetition from the shipped ones, none of which was trained on.
+
+        Args:
+            task: `"ioi"`, `"capitals"`, `"greater_than"` or `"sentiment"`.
+
+        Raises:
+            FeatpatchError: an unknown task, or more pairs than there are.
+        """
+        if task not in TASKS:
+            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
+        pairs = Pairs.from_jsonl(self.model.tokenizer, self.folder / "pairs" / f"{task}.jsonl")
+        if not 0 < n <= len(pairs):
+            raise FeatpatchError(f"n={n} pairs of {task!r}: expected 1 to {len(pairs)}")
+        return Pairs(tuple(random.Random(seed).sample(list(pairs), n)))
+
+    def text(self) -> list[str]:
+        """Documents that were not trained on, to see what a feature fires on."""
+        return (self.folder / "text" / "held_out.txt").read_text(encoding="utf-8").splitlines()
+
+
+def folder() -> Path:
+    """The folder of the shipped checkpoints.
+
+    Raises:
+        FeatpatchError: there is none.
+    """
+    here = Path(__file__).parent
+    for candidate in (here / "_checkpoints", here.parent / "checkpoints"):
+        if (candidate / "digests.json").is_file():
+            return candidate
+    raise FeatpatchError(
+        f"there are no checkpoints in {here / '_checkpoints'} nor in {here.parent / 'checkpoints'}: expected the folder that "
+        "ships with featpatch; install it again, or rebuild the folder with `python -m examples.train_demo`"
+    )
+
+
+def verify(root: Path) -> None:
+    """Compares every file with the digest that was taken when it was made.
+
+    Raises:
+        FeatpatchError: a file is missing or differs.
+    """
+    for name, expected in json.loads((root / "digests.json").read_text(encoding="utf-8")).items():
+        path = root / name
+        if not path.is_file():
+            raise FeatpatchError(f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)")
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != expected:
+            raise FeatpatchError(
+                f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; it is damaged, restore "
+                "it (git checkout checkpoints, or reinstall)"
+            )
+
+
+def load_demo(device: str = "cpu") -> Demo:
+    """The shipped model with its SAEs, offline and verified.
+
+    Raises:
+        FeatpatchError: a checkpoint is missing or damaged.
+    """
+    from featpatch.lens.load import load_bridge, load_sae
+
+    root = folder()
+    verify(root)
+    saes = [load_sae(path, device) for path in sorted((root / "saes").iterdir()) if path.is_dir()]
+    return Demo(load_bridge(root / "model", device), saes, root)

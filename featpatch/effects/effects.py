@@ -1,0 +1,179 @@
+"""The one table of results: raw metric values per patch and pair, from which effects and intervals are derived.
+
+    recovery    = mean(m_denoised - m_corrupted) / mean(m_clean - m_corrupted)     sufficient?
+    degradation = mean(m_clean - m_noised) / mean(m_clean - m_corrupted)           necessary?
+
+Nothing is clipped: values below 0 and above 1 mean something. A node that has the same value in both runs of a pair has
+exactly no effect there; such entries are not stored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from featpatch.effects import statistics, storage
+from featpatch.errors import FeatpatchError
+from featpatch.patch import Node
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Effect = Literal["recovery", "degradation"]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, repr=False)
+class Effects:
+    """Effects of patches, one row per node.
+
+    Attributes:
+        nodes: what each row swapped.
+        clean, corrupted: metric of the unpatched runs, `[pairs]`.
+        row, pair: for each stored entry its row and its pair, `[entries]`.
+        denoised, noised: metric of the patched runs, `[entries]`; NaN in a direction that was not run.
+        metadata: versions, digests of model, SAEs and pairs, metric, directions and options.
+        value: `"exact"` for patched runs; estimates say `"estimate"`.
+    """
+
+    nodes: tuple[Node, ...]
+    clean: Array
+    corrupted: Array
+    row: NDArray[np.int64]
+    pair: NDArray[np.int64]
+    denoised: Array
+    noised: Array
+    metadata: Mapping[str, Any]
+    value: str = "exact"
+
+    @property
+    def gap(self) -> Array:
+        """`m_clean - m_corrupted` of each pair."""
+        return self.clean - self.corrupted
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def changes(self, effect: Effect) -> "csr_array[Any]":
+        """Change of the metric by row and pair `[rows, pairs]`, sparse: what is not stored is exactly 0."""
+        change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
+        if effect not in change:
+            raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
+        return csr_array((change[effect], (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
+
+    def pooled(self, effect: Effect) -> Array:
+        """Ratio of means of every row, `[rows]`; NaN in a direction that was not run."""
+        result: Array = self.changes(effect).sum(axis=1) / self.gap.sum()
+        return result
+
+    def per_pair(self, effect: Effect) -> Array:
+        """Change over gap of every row and pair, `[rows, pairs]`."""
+        result: Array = self.changes(effect).toarray() / self.gap
+        return result
+
+    def interval(self, effect: Effect) -> Array:
+        """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair."""
+        return statistics.interval(self.changes(effect).toarray(), self.gap)
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Effects":
+        """These rows, in this order."""
+        order = np.asarray(rows, dtype=np.int64)
+        new = np.full(len(self.nodes), -1)
+        new[order] = np.arange(len(order))
+        kept = new[self.row] >= 0
+        return replace(
+            self,
+            nodes=tuple(self.nodes[index] for index in order),
+            row=new[self.row[kept]],
+            pair=self.pair[kept],
+            denoised=self.denoised[kept],
+            noised=self.noised[kept],
+        )
+
+    def where(self, **wanted: Any) -> "Effects":
+        """The rows whose node has these values, e.g. `where(kind="feature", position="S2")`."""
+        unknown = set(wanted) - set(Node.__dataclass_fields__)
+        if unknown:
+            raise FeatpatchError(f"{sorted(unknown)} are no columns: expected some of {', '.join(Node.__dataclass_fields__)}")
+        return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
+
+    def top(self, n: int = 20, *, by: Effect | None = None, kind: str | None = "feature") -> "Effects":
+        """The `n` rows with the largest effect, largest first.
+
+        Args:
+            by: `"recovery"` or `"degradation"`; by default recovery where it was run.
+            kind: `"feature"`, or another kind of node; None for all kinds.
+        """
+        rows = self if kind is None else self.where(kind=kind)
+        values = rows.pooled(by or self.directions_run()[0])
+        return rows.take(np.argsort(-values, kind="stable")[:n])
+
+    def directions_run(self) -> list[Effect]:
+        """The effects that this table holds."""
+        effects: list[Effect] = []
+        if "denoising" in self.metadata["directions"]:
+            effects.append("recovery")
+        if "noising" in self.metadata["directions"]:
+            effects.append("degradation")
+        return effects
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per node: site, sae, kind, index, position, both effects with their intervals, pairs, value."""
+        import pandas as pd
+
+        table = pd.DataFrame({name: [getattr(node, name) for node in self.nodes] for name in Node.__dataclass_fields__})
+        table["index"] = table["index"].astype("Int64")
+        for effect in self.directions_run():
+            low, high = self.interval(effect).T
+            table[effect], table[f"{effect}_low"], table[f"{effect}_high"] = self.pooled(effect), low, high
+        table["changed_pairs"] = np.bincount(self.row, minlength=len(self.nodes))
+        table["pairs"], table["value"] = len(self.clean), self.value
+        return table
+
+    def sites(self) -> "pd.DataFrame":
+        """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone."""
+        import pandas as pd
+
+        groups: dict[tuple[str, str, Any], dict[str, Any]] = {}
+        whole: dict[tuple[str, Any], dict[str, Any]] = {}
+        for effect in self.directions_run():
+            for node, value in zip(self.nodes, self.pooled(effect), strict=True):
+                if node.kind == "activation":
+                    whole.setdefault((node.site, node.position), {})[f"{effect}_{node.kind}"] = value
+                    continue
+                group = groups.setdefault((node.sae, node.site, node.position), {"changed_features": 0})
+                if node.kind == "feature":
+                    group["changed_features"] += effect == self.directions_run()[0]
+                else:
+                    group[f"{effect}_{node.kind}"] = value
+        rows = [
+            {"sae": sae, "site": site, "position": position, **whole.get((site, position), {}), **group}
+            for (sae, site, position), group in groups.items()
+        ]
+        order = [f"{e}_{k}" for e in self.directions_run() for k in ("activation", "all_features", "error")]
+        return pd.DataFrame(rows, columns=["sae", "site", "position", "changed_features", *order])
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file, with metadata as JSON in its header."""
+        return storage.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Effects":
+        """Reads what `save` wrote.
+
+        Raises:
+            FeatpatchError: the file is missing, damaged or not a table of effects.
+        """
+        return cls(**storage.load(Path(path)))
+
+    def __repr__(self) -> str:
+        shown = self.take(range(min(20, len(self)))).to_pandas().drop(columns=["sae"])
+        more = f"\n... {len(self) - 20} more rows" if len(self) > 20 else ""
+        return f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}"
+
+    def _repr_html_(self) -> str:
+        return str(self.to_pandas().to_html(index=False, escape=True, max_rows=20))

@@ -1,0 +1,70 @@
+"""Pooled effects with their uncertainty.
+
+Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
+(Efron & Tibshirani 1993, percentile method, from scipy).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from featpatch.errors import FeatpatchError
+
+NEAR_ZERO = 1e-3
+"""A mean gap below this share of the metric's size is refused."""
+
+RESAMPLES = 999
+SEED = 0
+CONFIDENCE = 0.95
+CHUNK = 256
+
+
+def check_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
+    """Refuses a gap on which no ratio can stand.
+
+    Raises:
+        FeatpatchError: the mean of `clean - corrupted` is near zero.
+    """
+    gap, size = float(np.mean(clean - corrupted)), float(max(np.abs(clean).mean(), np.abs(corrupted).mean()))
+    if abs(gap) <= NEAR_ZERO * size:
+        raise FeatpatchError(
+            f"the metric is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
+            f"{gap:.3g}: expected a gap that a recovery can be a share of; choose corruptions that change the answer"
+        )
+
+
+def ratio_of_means(change: NDArray[np.float64], gap: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    """Mean change over mean gap, along the pairs."""
+    result: NDArray[np.float64] = change.mean(axis) / gap.mean(axis)
+    return result
+
+
+def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
+    """95 % bootstrap interval of the ratio of means; NaN where there is one pair only.
+
+    Args:
+        change: `[rows, pairs]`.
+        gap: `[pairs]`.
+
+    Returns:
+        `[rows, 2]`, lower and upper end.
+    """
+    rows, pairs = change.shape
+    if pairs < 2 or rows == 0:
+        return np.full((rows, 2), np.nan)
+    ends = []
+    for start in range(0, rows, CHUNK):
+        part = change[start : start + CHUNK]
+        result = bootstrap(
+            (part, np.broadcast_to(gap, part.shape)),
+            ratio_of_means,
+            paired=True,
+            vectorized=True,
+            axis=-1,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(SEED),
+        )
+        ends.append(np.stack([result.confidence_interval.low, result.confidence_interval.high], -1))
+    return np.concatenate(ends)

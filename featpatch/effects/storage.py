@@ -1,0 +1,52 @@
+"""Effects on disk: columns as tensors of one safetensors file, the rest as JSON in its header. Never a pickle."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from featpatch.errors import FeatpatchError
+from featpatch.patch import Node
+
+if TYPE_CHECKING:
+    from featpatch.effects.effects import Effects
+
+FORMAT = "featpatch effects 1"
+COLUMNS = ("clean", "corrupted", "row", "pair", "denoised", "noised")
+
+
+def save(effects: "Effects", path: Path) -> Path:
+    """Writes the file; the folder is made where it is missing."""
+    header = {
+        "format": FORMAT,
+        "value": effects.value,
+        "nodes": json.dumps([list(asdict(node).values()) for node in effects.nodes]),
+        "metadata": json.dumps(dict(effects.metadata), sort_keys=True),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(getattr(effects, name)) for name in COLUMNS}, path, metadata=header)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The fields of an `Effects`.
+
+    Raises:
+        FeatpatchError: the file is missing, damaged or not a table of effects.
+    """
+    if not path.is_file():
+        raise FeatpatchError(f"there is no effects file {str(path)!r}: give a path that Effects.save wrote")
+    try:
+        with safe_open(path, "numpy") as file:
+            header = file.metadata() or {}
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("format") != FORMAT or set(columns) != set(COLUMNS):
+            raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
+        nodes = tuple(Node(*values) for values in json.loads(header["nodes"]))
+        return {"nodes": nodes, "metadata": json.loads(header["metadata"]), "value": header["value"], **columns}
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FeatpatchError(f"{str(path)!r} is damaged ({error}): expected a file that Effects.save wrote") from error

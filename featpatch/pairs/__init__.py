@@ -1,0 +1,6 @@
+"""What to run: pairs of a clean and a corrupted prompt, their answers and their labelled positions."""
+
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs
+
+__all__ = ["Pair", "Pairs"]

@@ -1,0 +1,70 @@
+"""One contrast: a clean and a corrupted prompt of equal length, with the answers that tell them apart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from featpatch.errors import FeatpatchError
+from featpatch.patch import Position
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clean and a corrupted prompt as token ids.
+
+    Attributes:
+        clean, corrupted: token ids, equally many.
+        correct, wrong: ids of the answers to the clean prompt that are right and wrong (one or several each).
+        labels: names of token positions, e.g. `{"S2": 12}`.
+        answer_position: where the metric is read; the last token by default.
+        special: positions of BOS and other special tokens, which no swap touches.
+    """
+
+    clean: tuple[int, ...]
+    corrupted: tuple[int, ...]
+    correct: tuple[int, ...]
+    wrong: tuple[int, ...]
+    labels: Mapping[str, int] = field(default_factory=dict)
+    answer_position: int = -1
+    special: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        n = len(self.clean)
+        if n == 0:
+            raise FeatpatchError("the clean prompt has no tokens: expected at least one")
+        if len(self.corrupted) != n:
+            raise FeatpatchError(
+                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because values are "
+                "swapped position by position; reword one of the prompts"
+            )
+        if not self.correct or not self.wrong:
+            raise FeatpatchError(f"correct={self.correct}, wrong={self.wrong}: expected at least one answer each")
+        if set(self.correct) & set(self.wrong):
+            raise FeatpatchError(f"correct={self.correct}, wrong={self.wrong}: an answer can't be both right and wrong")
+        if not -n <= self.answer_position < n:
+            raise FeatpatchError(f"answer_position {self.answer_position} is outside a prompt of {n} tokens")
+        object.__setattr__(self, "answer_position", self.answer_position % n)
+        for label, position in self.labels.items():
+            if not 0 <= position < n:
+                raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def positions(self, position: Position) -> list[int]:
+        """The token positions that `"all"`, an index or a label stands for; special tokens are left out of `"all"`.
+
+        Raises:
+            FeatpatchError: the pair has no such position or label.
+        """
+        if position == "all":
+            return [p for p in range(len(self)) if p not in self.special]
+        if isinstance(position, str):
+            if position not in self.labels:
+                raise FeatpatchError(
+                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; "
+                    "give labels=[{...}, ...] when the pairs are made"
+                )
+            return [self.labels[position]]
+        if not 0 <= position < len(self):
+            raise FeatpatchError(f"position {position} is outside a prompt of {len(self)} tokens: expected 0 to {len(self) - 1}")
+        return [position]

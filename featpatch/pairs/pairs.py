@@ -1,0 +1,168 @@
+"""Many pairs: made from prompts, from token ids or from a JSON-lines file."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from jaxtyping import Int
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.tokens import Tokenizer, answer_id, prompt_ids, special_positions
+
+Answers = str | Sequence[str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pairs(Sequence[Pair]):
+    """A sequence of pairs; lengths may differ from pair to pair, never within one."""
+
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise FeatpatchError("there are no pairs: expected at least one clean and one corrupted prompt")
+
+    @classmethod
+    def from_prompts(
+        cls,
+        tokenizer: Tokenizer,
+        *,
+        clean: Sequence[str],
+        corrupted: Sequence[str],
+        correct: Sequence[Answers],
+        wrong: Sequence[Answers],
+        labels: Sequence[Mapping[str, int]] | None = None,
+    ) -> "Pairs":
+        """Pairs from texts.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer (e.g. `model.tokenizer`), or a function from a text to ids. Special
+                tokens that it adds to a prompt (BOS) belong to the prompt and are left out of swaps.
+            clean, corrupted: prompts, equally many.
+            correct, wrong: for each prompt an answer that is one token, or several such answers.
+            labels: for each prompt names of token positions, e.g. `{"S2": 12}`.
+
+        Raises:
+            FeatpatchError: unequal lengths, an answer that is not one token, a label outside the prompt.
+        """
+        columns = [clean, corrupted, correct, wrong, labels if labels is not None else [{}] * len(clean)]
+        _equally_many(["clean", "corrupted", "correct", "wrong", "labels"], columns)
+
+        def make(clean: str, corrupted: str, correct: Answers, wrong: Answers, labels: Mapping[str, int]) -> Pair:
+            ids = prompt_ids(tokenizer, clean)
+            return Pair(
+                clean=ids,
+                corrupted=prompt_ids(tokenizer, corrupted),
+                correct=_answer_ids(tokenizer, correct),
+                wrong=_answer_ids(tokenizer, wrong),
+                labels=dict(labels),
+                special=special_positions(tokenizer, ids),
+            )
+
+        return cls(_each(make, *columns))
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Int[torch.Tensor, "pairs pos"],
+        corrupted: Int[torch.Tensor, "pairs pos_corrupted"],
+        correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"],
+        wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"],
+        labels: Sequence[Mapping[str, int]] | None = None,
+    ) -> "Pairs":
+        """Pairs from id tensors, for models without a tokenizer; no position counts as special.
+
+        Raises:
+            FeatpatchError: unequal lengths, no pairs, a label outside the prompt.
+        """
+        columns = [clean.tolist(), corrupted.tolist(), correct.reshape(len(correct), -1).tolist()]
+        columns += [wrong.reshape(len(wrong), -1).tolist(), labels if labels is not None else [{}] * len(clean)]
+        _equally_many(["clean", "corrupted", "correct", "wrong", "labels"], columns)
+
+        def make(clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any) -> Pair:
+            return Pair(tuple(clean), tuple(corrupted), tuple(correct), tuple(wrong), dict(labels))
+
+        return cls(_each(make, *columns))
+
+    @classmethod
+    def from_jsonl(cls, tokenizer: Tokenizer, path: str | Path) -> "Pairs":
+        """Pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}` and, if wanted, `"labels"`.
+
+        Raises:
+            FeatpatchError: the file is missing, or a line is not JSON or lacks a field.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
+        rows = _each(_parse, [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], what="line")
+        return cls.from_prompts(
+            tokenizer,
+            clean=[row["clean"] for row in rows],
+            corrupted=[row["corrupted"] for row in rows],
+            correct=[row["correct"] for row in rows],
+            wrong=[row["wrong"] for row in rows],
+            labels=[row.get("labels", {}) for row in rows],
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Pairs": ...
+    def __getitem__(self, index: int | slice) -> "Pair | Pairs":
+        return Pairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
+
+    def by_length(self) -> dict[int, list[int]]:
+        """Indices of the pairs, grouped by the number of tokens."""
+        groups: dict[int, list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            groups.setdefault(len(pair), []).append(index)
+        return groups
+
+    def digest(self) -> str:
+        """SHA-256 of everything that decides a result: tokens, answers, labels, positions."""
+        content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FeatpatchError(f"{line[:60]!r} is not JSON ({error}): expected one object per line") from error
+    missing = [key for key in ("clean", "corrupted", "correct", "wrong") if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected clean, corrupted, correct and wrong")
+    return row
+
+
+def _answer_ids(tokenizer: Tokenizer, answers: Answers) -> tuple[int, ...]:
+    return tuple(answer_id(tokenizer, answer) for answer in ([answers] if isinstance(answers, str) else answers))
+
+
+def _equally_many(names: Sequence[str], columns: Sequence[Sequence[Any]]) -> None:
+    counts = {name: len(column) for name, column in zip(names, columns, strict=True)}
+    if len(set(counts.values())) > 1:
+        raise FeatpatchError(f"there are {counts}: expected equally many of each, one per pair")
+
+
+def _each(make: Callable[..., T], *columns: Sequence[Any], what: str = "pair") -> tuple[T, ...]:
+    """`make` for every row; an error says which row it is about."""
+    made = []
+    for index, row in enumerate(zip(*columns, strict=True)):
+        try:
+            made.append(make(*row))
+        except FeatpatchError as error:
+            raise FeatpatchError(f"{what} {index}: {error}") from error
+    return tuple(made)

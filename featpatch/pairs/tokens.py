@@ -1,0 +1,44 @@
+"""Text to token ids with any tokenizer, given as a callable."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from featpatch.errors import FeatpatchError
+
+Tokenizer = Callable[..., Any]
+"""A Hugging Face tokenizer, or any function from a text to a sequence of ids."""
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of a prompt, with whatever special tokens the tokenizer adds."""
+    return _ids(tokenizer(text))
+
+
+def answer_id(tokenizer: Tokenizer, text: str) -> int:
+    """The one id of an answer.
+
+    Raises:
+        FeatpatchError: the answer is not exactly one known token.
+    """
+    if hasattr(tokenizer, "all_special_ids"):
+        ids = _ids(tokenizer(text, add_special_tokens=False))
+    else:
+        ids = _ids(tokenizer(text))
+    if len(ids) != 1:
+        raise FeatpatchError(
+            f"answer {text!r} is {len(ids)} tokens {list(ids)}: expected exactly one; choose a one-token answer, "
+            "with the leading space if the tokenizer wants it (' Mary')"
+        )
+    if ids[0] == getattr(tokenizer, "unk_token_id", None):
+        raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
+    return ids[0]
+
+
+def special_positions(tokenizer: Tokenizer, ids: Sequence[int]) -> frozenset[int]:
+    """Positions of the tokenizer's special tokens (BOS, padding, ...); none for a plain function."""
+    special = set(getattr(tokenizer, "all_special_ids", ())) - {getattr(tokenizer, "unk_token_id", None)}
+    return frozenset(position for position, token in enumerate(ids) if token in special)
+
+
+def _ids(tokens: Any) -> tuple[int, ...]:
+    return tuple(int(token) for token in getattr(tokens, "input_ids", tokens))

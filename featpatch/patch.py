@@ -1,0 +1,63 @@
+"""What to swap, as plain hashable data: nodes and patches hold no tensors, so that plans can be saved and compared.
+
+A *node* is something at a hook site whose value can be taken from another run. A *patch* is a set of nodes that are
+swapped together.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from featpatch.errors import FeatpatchError
+
+Kind = Literal["feature", "error", "all_features", "activation"]
+"""`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
+with the error kept. `activation`: the whole activation, which is all features and the error."""
+
+Position = int | str
+"""A token index, `"all"` (every position at once), or a label of the pairs such as `"S2"`."""
+
+Direction = Literal["denoising", "noising"]
+"""`denoising`: clean values into the corrupted run (sufficient?). `noising`: corrupted values into the clean run
+(necessary?)."""
+
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One swappable value: `kind` (and `index`, for a feature) of dictionary `sae` at hook `site` and `position`.
+
+    `sae` is the name of the dictionary; it may be empty where only one dictionary writes to the site.
+    """
+
+    site: str
+    kind: Kind
+    index: int | None = None
+    position: Position = "all"
+    sae: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(get_args(Kind))}")
+        if (self.index is not None) != (self.kind == "feature"):
+            raise FeatpatchError(
+                f"a node of kind {self.kind!r} got index {self.index}: a feature needs an index >= 0, other kinds take none"
+            )
+        if self.index is not None and self.index < 0:
+            raise FeatpatchError(f"feature index {self.index} is negative: features are counted from 0")
+
+    def __str__(self) -> str:
+        name = self.kind if self.index is None else f"feature {self.index}"
+        return f"{self.site} {name} @ {self.position}"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Nodes that are swapped together, at one site or at several."""
+
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        repeated = {node for node in self.nodes if self.nodes.count(node) > 1}
+        if repeated:
+            raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: name each node once")

@@ -1,0 +1,116 @@
+"""The operator by hand: within `do`, every call of the model runs with chosen values swapped."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Firing, dictionaries, wrap
+from featpatch.patch import Patch
+from featpatch.patching.chosen import Chosen, Values, choose
+
+Tokens = Int[torch.Tensor, " pos"] | Int[torch.Tensor, "batch pos"]
+
+
+@contextmanager
+def do(
+    model: Any,
+    patch: Patch,
+    *,
+    source: Tokens,
+    base: Tokens | None = None,
+    saes: Any = (),
+    how: Literal["add", "set"] = "add",
+) -> Iterator[Firing]:
+    """Swaps the values of the patch's nodes in every call of the model, generation included.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        patch: what to swap; positions are token indices, or `"all"` for every position of the source.
+        source: tokens of the run that the values come from.
+        base: tokens of the run that is patched, in the shape of source; needed by `how="add"`, not taken by `how="set"`.
+        saes: the sae-lens objects that the patch's feature and error nodes belong to.
+        how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
+            whatever activation arrives and sets the nodes to the source's values. The two are the same for one site in the
+            base run; they differ once a patch at an earlier site has moved the activation.
+
+    Yields:
+        The count of how often the patch fired. A call fires when it covers the source's positions; the tokens that
+        continue a cached generation pass unchanged.
+
+    Raises:
+        FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, a first call that is
+            shorter than the source, or a patch that never fired.
+    """
+    if how not in ("add", "set"):
+        raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
+    if (base is None) == (how == "add"):
+        raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
+    if not patch.nodes:
+        raise FeatpatchError("the patch has no nodes: expected at least one")
+    if base is not None and base.shape != source.shape:
+        raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
+    lens = wrap(model)
+    source = torch.atleast_2d(source)
+    found = [] if isinstance(saes, tuple) and not saes else dictionaries(lens, saes)
+    groups = choose(lens, patch, found, source.shape[1])
+    hooks = sorted({hook for group in groups for hook in group.hooks})
+    from_source = lens.run(source, read=hooks)[1]
+    total, fired = Firing(), []
+    with ExitStack() as stack:
+        if base is not None:
+            from_base = lens.run(torch.atleast_2d(base), read=hooks)[1]
+            changes = [_adding(group.delta(from_base, from_source)) for group in groups]
+        else:
+            live: dict[str, torch.Tensor] = {}
+            changes = [_setting(group, from_source, live) for group in groups]
+            for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
+                stack.enter_context(lens.edit(hook, lambda activation, hook=hook: live.update({hook: activation})))
+        for group, change in zip(groups, changes, strict=True):
+            fired.append(stack.enter_context(lens.edit(group.site, _on_prompt(change, source.shape, total))))
+        yield total
+        silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
+        if silent:
+            raise FeatpatchError(f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`")
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From the live activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
+
+
+def _adding(delta: torch.Tensor) -> Change:
+    return lambda activation: delta
+
+
+def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Change:
+    def change(activation: torch.Tensor) -> torch.Tensor:
+        length = activation.shape[1]
+        base = {hook: live[hook][:, :length] for hook in group.hooks - {group.site}} | {group.site: activation}
+        return group.delta(base, {hook: source[hook] for hook in group.hooks})
+
+    return change
+
+
+def _on_prompt(change: Change, shape: torch.Size, total: Firing) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    batch, length = shape
+
+    def edit(activation: torch.Tensor) -> torch.Tensor | None:
+        if activation.shape[1] < length:
+            if total.count:
+                return None
+            raise FeatpatchError(
+                f"the model was called with {activation.shape[1]} tokens within a patch of {length}: expected at least "
+                f"{length}, with the source's positions first"
+            )
+        if batch not in (1, len(activation)):
+            raise FeatpatchError(f"the model was called with {len(activation)} prompts within a patch of {batch}: expected {batch}")
+        delta = change(activation[:, :length])
+        changed = activation.clone()
+        changed[:, :length] += delta.reshape(-1, length, *activation.shape[2:]).to(activation)
+        total.count += 1
+        return changed
+
+    return edit

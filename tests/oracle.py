@@ -1,0 +1,65 @@
+"""The slow, naive reference: one hooked forward pass of the whole model per patch. Imports nothing of featpatch."""
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def activations(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    _, cache = model.run_with_cache(tokens)
+    return {name: cache[name].clone() for name in cache}
+
+
+def logit_diff(logits: torch.Tensor, correct: int, wrong: int, position: int = -1) -> float:
+    return float(logits[0, position, correct] - logits[0, position, wrong])
+
+
+def encode(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    return sae.encode(x)
+
+
+def decode(sae: Any, features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return sae.decode(features).reshape(like.shape)
+
+
+@torch.no_grad()
+def patched_logits(
+    model: Any, sae: Any, base: torch.Tensor, source: torch.Tensor, *, features: list[int], positions: list[int], error: bool
+) -> torch.Tensor:
+    """Logits of the base run with features (and error) at positions set to their values in the source run.
+
+    Straight from the definition: x' = dec(f') + e'.
+    """
+    reads = sae.cfg.metadata.hook_name
+    writes = sae.cfg.metadata.hook_name_out or reads
+    runs = []
+    for tokens in (base, source):
+        cache = activations(model, tokens)
+        f = encode(sae, cache[reads])
+        runs.append((f, cache[writes] - decode(sae, f, cache[writes])))
+    (f_base, e_base), (f_source, e_source) = runs
+    f_new, e_new = f_base.clone(), e_base.clone()
+    for position in positions:
+        for feature in features:
+            f_new[0, position, feature] = f_source[0, position, feature]
+        if error:
+            e_new[0, position] = e_source[0, position]
+
+    def replace(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return decode(sae, f_new, activation) + e_new
+
+    return model.run_with_hooks(base, fwd_hooks=[(writes, replace)])
+
+
+@torch.no_grad()
+def patched_activation_logits(model: Any, hook: str, base: torch.Tensor, source: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Logits of the base run with the whole activation at positions taken from the source run: plain TransformerLens."""
+    values = activations(model, source)[hook]
+
+    def replace(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        activation = activation.clone()
+        activation[:, positions] = values[:, positions]
+        return activation
+
+    return model.run_with_hooks(base, fwd_hooks=[(hook, replace)])

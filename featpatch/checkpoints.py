@@ -77,12 +77,14 @@ def verify(root: Path) -> None:
     for name, expected in json.loads((root / "digests.json").read_text(encoding="utf-8")).items():
         path = root / name
         if not path.is_file():
-            raise FeatpatchError(f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)")
+            raise FeatpatchError(
+                f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)"
+            )
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:
             raise FeatpatchError(
-                f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; it is damaged, restore "
-                "it (git checkout checkpoints, or reinstall)"
+                f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; it is damaged, "
+                "restore it (git checkout checkpoints, or reinstall)"
             )
 
 

@@ -11,9 +11,7 @@ from featpatch.errors import FeatpatchError
 
 RESID_PRE = "blocks.{}.hook_resid_pre"
 MLP_OUT = "blocks.{}.hook_mlp_out"
-STANDARD = re.compile(
-    r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)"
-)
+STANDARD = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)")
 
 
 def resid_pre(layer: int) -> str:

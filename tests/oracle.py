@@ -1,22 +1,24 @@
 """The slow, naive reference: one hooked forward pass of the whole model per patch. Imports nothing of featpatch."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 
-@torch.no_grad()
-def activations(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    _, cache = model.run_with_cache(tokens)
+@lru_cache(maxsize=64)
+def _activations(model: Any, tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([tokens]))
     return {name: cache[name].clone() for name in cache}
+
+
+def activations(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return _activations(model, tuple(tokens[0].tolist()))
 
 
 def logit_diff(logits: torch.Tensor, correct: int, wrong: int, position: int = -1) -> float:
     return float(logits[0, position, correct] - logits[0, position, wrong])
-
-
-def encode(sae: Any, x: torch.Tensor) -> torch.Tensor:
-    return sae.encode(x)
 
 
 def decode(sae: Any, features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -36,7 +38,7 @@ def patched_logits(
     runs = []
     for tokens in (base, source):
         cache = activations(model, tokens)
-        f = encode(sae, cache[reads])
+        f = sae.encode(cache[reads])
         runs.append((f, cache[writes] - decode(sae, f, cache[writes])))
     (f_base, e_base), (f_source, e_source) = runs
     f_new, e_new = f_base.clone(), e_base.clone()
@@ -53,7 +55,9 @@ def patched_logits(
 
 
 @torch.no_grad()
-def patched_activation_logits(model: Any, hook: str, base: torch.Tensor, source: torch.Tensor, positions: list[int]) -> torch.Tensor:
+def patched_activation_logits(
+    model: Any, hook: str, base: torch.Tensor, source: torch.Tensor, positions: list[int]
+) -> torch.Tensor:
     """Logits of the base run with the whole activation at positions taken from the source run: plain TransformerLens."""
     values = activations(model, source)[hook]
 

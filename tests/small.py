@@ -63,11 +63,12 @@ def dictionaries(transcoder_reads: str) -> list[SAE]:
         "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post",
     ]  # fmt: skip
     saes: list[SAE] = [standard(hook, seed) for seed, hook in enumerate(hooks)]
-    saes.append(randomised(TopKSAE(TopKSAEConfig(WIDTH, FEATURES, "float64", k=6, rescale_acts_by_decoder_norm=False, metadata=at("blocks.2.hook_resid_pre"))), 9))
+    metadata = at("blocks.2.hook_resid_pre")
+    topk = TopKSAEConfig(WIDTH, FEATURES, "float64", k=6, rescale_acts_by_decoder_norm=False, metadata=metadata)
+    saes.append(randomised(TopKSAE(topk), 9))
     saes.append(standard("blocks.1.attn.hook_z", 10, reshape_activations="hook_z"))
-    transcoder = TranscoderConfig(
-        WIDTH, FEATURES, "float64", d_out=WIDTH, apply_b_dec_to_input=False, metadata=at(transcoder_reads, "blocks.1.hook_mlp_out")
-    )
+    metadata = at(transcoder_reads, "blocks.1.hook_mlp_out")
+    transcoder = TranscoderConfig(WIDTH, FEATURES, "float64", d_out=WIDTH, apply_b_dec_to_input=False, metadata=metadata)
     saes.append(randomised(Transcoder(transcoder), 11))
     return saes
 

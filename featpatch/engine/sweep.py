@@ -18,7 +18,7 @@ from featpatch.lens import Lens
 from featpatch.metrics import Metric
 from featpatch.pairs import Pair
 
-ROWS = 2048
+BATCH_ROWS = 2048
 """Token rows (patches x positions) of one forward pass; speed is flat above a few hundred."""
 
 
@@ -41,9 +41,7 @@ class Block:
     deltas: Deltas
 
 
-def measure(
-    logits: Float[torch.Tensor, "rows pos d_vocab"], pair: Pair, metric: Metric
-) -> Float[torch.Tensor, " rows"]:
+def measure(logits: Float[torch.Tensor, "rows pos d_vocab"], pair: Pair, metric: Metric) -> Float[torch.Tensor, " rows"]:
     """The metric at the pair's answer position, on the CPU in float64.
 
     Raises:
@@ -63,20 +61,25 @@ def measure(
 
 @torch.no_grad()
 def sweep(
-    lens: Lens, blocks: Sequence[Block], metric: Metric, *, rows: int = ROWS, done: Callable[[int], object] = lambda n: None
+    lens: Lens,
+    blocks: Sequence[Block],
+    metric: Metric,
+    *,
+    batch_rows: int = BATCH_ROWS,
+    done: Callable[[int], object] = lambda n: None,
 ) -> list[Float[torch.Tensor, " patches"]]:
     """Exact metric values of every patch.
 
     Args:
         blocks: in any order.
-        rows: token rows per forward pass.
+        batch_rows: token rows per forward pass.
         done: called with the number of patches that each forward pass finished.
 
     Returns:
         For each block the values of its patches, float64 on the CPU.
     """
     values: list[list[torch.Tensor]] = [[] for _ in blocks]
-    for batch in _batches(blocks, rows):
+    for batch in _batches(blocks, batch_rows):
         together = [blocks[index] for index, _ in batch]
         deltas = [block.deltas[part] for block, (_, part) in zip(together, batch, strict=True)]
         sizes = [len(delta) for delta in deltas]
@@ -109,14 +112,14 @@ def _patched(lens: Lens, blocks: Sequence[Block], deltas: torch.Tensor, sizes: t
     return logits
 
 
-def _batches(blocks: Sequence[Block], rows: int) -> Iterator[list[tuple[int, slice]]]:
+def _batches(blocks: Sequence[Block], batch_rows: int) -> Iterator[list[tuple[int, slice]]]:
     """Slices of blocks of one site and one length, packed up to the budget of rows."""
 
     def alike(index: int) -> tuple[str, int]:
         return blocks[index].site, len(blocks[index].tokens)
 
     for (_, length), indices in groupby(sorted(range(len(blocks)), key=alike), key=alike):
-        room = most = max(1, rows // length)
+        room = most = max(1, batch_rows // length)
         batch: list[tuple[int, slice]] = []
         for index in indices:
             start = 0

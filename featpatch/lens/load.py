@@ -21,7 +21,9 @@ def load_bridge(path: str | Path, device: str = "cpu") -> TransformerBridge:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise FeatpatchError(f"the model in {str(folder)!r} can't be loaded ({error}): expected a Hugging Face folder") from error
+        raise FeatpatchError(
+            f"the model in {str(folder)!r} can't be loaded ({error}): expected a Hugging Face folder"
+        ) from error
     return TransformerBridge.boot_transformers(str(folder), hf_model=model, tokenizer=tokenizer, device=device)
 
 

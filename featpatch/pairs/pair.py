@@ -66,5 +66,7 @@ class Pair:
                 )
             return [self.labels[position]]
         if not 0 <= position < len(self):
-            raise FeatpatchError(f"position {position} is outside a prompt of {len(self)} tokens: expected 0 to {len(self) - 1}")
+            raise FeatpatchError(
+                f"position {position} is outside a prompt of {len(self)} tokens: expected 0 to {len(self) - 1}"
+            )
         return [position]

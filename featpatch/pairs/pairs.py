@@ -81,7 +81,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: unequal lengths, no pairs, a label outside the prompt.
         """
-        columns = [clean.tolist(), corrupted.tolist(), correct.reshape(len(correct), -1).tolist()]
+        columns: list[Sequence[Any]] = [clean.tolist(), corrupted.tolist(), correct.reshape(len(correct), -1).tolist()]
         columns += [wrong.reshape(len(wrong), -1).tolist(), labels if labels is not None else [{}] * len(clean)]
         _equally_many(["clean", "corrupted", "correct", "wrong", "labels"], columns)
 

@@ -20,10 +20,8 @@ def answer_id(tokenizer: Tokenizer, text: str) -> int:
     Raises:
         FeatpatchError: the answer is not exactly one known token.
     """
-    if hasattr(tokenizer, "all_special_ids"):
-        ids = _ids(tokenizer(text, add_special_tokens=False))
-    else:
-        ids = _ids(tokenizer(text))
+    bare = {"add_special_tokens": False} if hasattr(tokenizer, "all_special_ids") else {}
+    ids = _ids(tokenizer(text, **bare))
     if len(ids) != 1:
         raise FeatpatchError(
             f"answer {text!r} is {len(ids)} tokens {list(ids)}: expected exactly one; choose a one-token answer, "

@@ -1,6 +1,6 @@
 """The nodes of a patch that share a site and a dictionary, as masks over positions and features.
 
-    delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
+delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 """
 
 from collections.abc import Mapping, Sequence

@@ -68,7 +68,7 @@ def do(
             live: dict[str, torch.Tensor] = {}
             changes = [_setting(group, from_source, live) for group in groups]
             for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
-                stack.enter_context(lens.edit(hook, lambda activation, hook=hook: live.update({hook: activation})))
+                stack.enter_context(lens.edit(hook, _keeping(hook, live)))
         for group, change in zip(groups, changes, strict=True):
             fired.append(stack.enter_context(lens.edit(group.site, _on_prompt(change, source.shape, total))))
         yield total
@@ -79,6 +79,10 @@ def do(
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From the live activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
+
+
+def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    return lambda activation: live.update({hook: activation})
 
 
 def _adding(delta: torch.Tensor) -> Change:
@@ -106,7 +110,9 @@ def _on_prompt(change: Change, shape: torch.Size, total: Firing) -> Callable[[to
                 f"{length}, with the source's positions first"
             )
         if batch not in (1, len(activation)):
-            raise FeatpatchError(f"the model was called with {len(activation)} prompts within a patch of {batch}: expected {batch}")
+            raise FeatpatchError(
+                f"the model was called with {len(activation)} prompts within a patch of {batch}: expected {batch}"
+            )
         delta = change(activation[:, :length])
         changed = activation.clone()
         changed[:, :length] += delta.reshape(-1, length, *activation.shape[2:]).to(activation)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from featpatch import metrics, sites
 from featpatch.effects import Effects, check_gap
-from featpatch.engine import Block, measure, sweep
+from featpatch.engine import BATCH_ROWS, Block, measure, sweep
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, Split, dictionaries, wrap
 from featpatch.metrics import Metric
@@ -31,6 +31,7 @@ def rank_features(
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: str | Metric = "logit_diff",
+    batch_rows: int = BATCH_ROWS,
     progress: bool = True,
 ) -> Effects:
     """Exact causal effect of every SAE feature, of the error terms and of the whole sites.
@@ -48,6 +49,7 @@ def rank_features(
             `"all"` and `"each"`.
         directions: `"denoising"`, `"noising"` or both.
         metric: name of a metric or a function of `(logits, correct, wrong)`.
+        batch_rows: token rows (patches x positions) of one forward pass; less needs less memory.
         progress: show a bar.
 
     Returns:
@@ -75,7 +77,7 @@ def rank_features(
                 swaps = [runs.swaps(slot, wanted[index], found) for slot, index in enumerate(some)]
                 bar.total += len(directions) * sum(len(swap.deltas) for of_pair in swaps for swap in of_pair)
                 values = {
-                    direction: sweep(lens, runs.blocks(swaps, direction), measured, done=bar.update)
+                    direction: sweep(lens, runs.blocks(swaps, direction), measured, batch_rows=batch_rows, done=bar.update)
                     for direction in DIRECTIONS
                     if direction in directions
                 }
@@ -124,7 +126,9 @@ class _Runs:
         hooks |= {sites.resid_pre(sites.layer_of(dictionary.writes)) for dictionary in found}
         tokens = _tokens(pairs)
         clean, corrupted = (lens.run(prompts, read=sorted(hooks))[1] for prompts in tokens)
-        splits = {d.name: (d.split(clean[d.reads], clean[d.writes]), d.split(corrupted[d.reads], corrupted[d.writes])) for d in found}
+        splits = {
+            d.name: (d.split(clean[d.reads], clean[d.writes]), d.split(corrupted[d.reads], corrupted[d.writes])) for d in found
+        }
         return cls(pairs, tokens, (clean, corrupted), splits)
 
     def swaps(self, slot: int, wanted: dict[Any, list[int]], found: list[Dictionary]) -> list[Swaps]:

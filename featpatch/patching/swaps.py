@@ -37,7 +37,9 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
         FeatpatchError: the pair has no such position, or the request is not one.
     """
     if isinstance(positions, str) and positions not in ("all", "each"):
-        raise FeatpatchError(f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]")
+        raise FeatpatchError(
+            f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]"
+        )
     if positions == "all":
         return {"all": pair.positions("all")}
     wanted: Sequence[Position] = pair.positions("all") if positions == "each" else list(positions)
@@ -46,9 +48,7 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
     return {position: pair.positions(position) for position in wanted}
 
 
-def feature_swaps(
-    dictionary: Dictionary, clean: Split, corrupted: Split, wanted: dict[Position, list[int]]
-) -> list[Swaps]:
+def feature_swaps(dictionary: Dictionary, clean: Split, corrupted: Split, wanted: dict[Position, list[int]]) -> list[Swaps]:
     """Every feature that differs, alone; then all features, and the error. Splits are of one pair: `[pos, ...]`."""
     difference = clean.features - corrupted.features
     swaps = []

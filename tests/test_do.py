@@ -1,0 +1,90 @@
+"""The operator by hand."""
+
+import oracle
+import pytest
+import torch
+from small import Small
+
+import featpatch as fp
+
+SITE = "blocks.1.hook_resid_pre"
+
+
+@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("how", ["add", "set"])
+def test_one_site_is_the_same_added_or_set(small: Small, which: int, how: str) -> None:
+    sae = small.saes[which]
+    site = sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name
+    clean, corrupted = small.clean[:1], small.corrupted[:1]
+    expected = oracle.patched_logits(small.model, sae, corrupted, clean, features=[2, 5], positions=[3, 5], error=True)
+    nodes = [fp.Node(site, "feature", index, position) for index in (2, 5) for position in (3, 5)]
+    nodes += [fp.Node(site, "error", None, position) for position in (3, 5)]
+    base = {"base": corrupted} if how == "add" else {}
+    with torch.no_grad(), fp.do(small.model, fp.Patch(tuple(nodes)), source=clean, saes=sae, how=how, **base):  # type: ignore[arg-type]
+        torch.testing.assert_close(small.model(corrupted), expected, rtol=0, atol=1e-10)
+
+
+def test_added_and_set_differ_once_two_sites_are_patched(bridge: Small) -> None:
+    first, second = bridge.at("blocks.0.hook_resid_pre"), bridge.at("blocks.2.hook_resid_post")
+    nodes = fp.Patch((fp.Node("blocks.0.hook_resid_pre", "all_features"), fp.Node("blocks.2.hook_resid_post", "all_features")))
+    options = {"source": bridge.clean[:1], "saes": [first, second]}
+    with torch.no_grad():
+        with fp.do(bridge.model, nodes, base=bridge.corrupted[:1], **options):
+            added = bridge.model(bridge.corrupted[:1])
+        with fp.do(bridge.model, nodes, how="set", **options):
+            as_set = bridge.model(bridge.corrupted[:1])
+    assert (added - as_set).abs().max() > 1e-3
+
+
+def test_two_dictionaries_on_one_hook_are_told_apart_by_name(bridge: Small) -> None:
+    site = "blocks.2.hook_resid_pre"
+    one, other = bridge.at(site), bridge.at("blocks.1.hook_resid_pre")
+    saes = [one, type(one)(one.cfg)]
+    saes[1].load_state_dict({name: tensor.flip(0) for name, tensor in one.state_dict().items()})
+    pairs = fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong)
+    together = fp.rank_features(bridge.model, [*saes, other], pairs)
+    assert {node.sae for node in together.where(site=site, kind="feature").nodes} == {site, f"{site}#2"}
+    for k, name in enumerate((site, f"{site}#2")):
+        alone = fp.rank_features(bridge.model, saes[k], pairs).where(kind="feature")
+        part = together.where(sae=name, kind="feature")
+        assert [node.index for node in alone.nodes] == [node.index for node in part.nodes]
+        assert abs(alone.pooled("recovery") - part.pooled("recovery")).max() < 1e-10
+    node = fp.Node(site, "feature", 1)
+    with pytest.raises(fp.FeatpatchError, match="belongs to 2 of the dictionaries"):
+        with fp.do(bridge.model, fp.Patch((node,)), source=bridge.clean, base=bridge.corrupted, saes=saes):
+            pass
+
+
+@pytest.mark.parametrize("use_past_kv_cache", [True, False])
+def test_generation_runs_patched(bridge: Small, use_past_kv_cache: bool) -> None:
+    """Greedy continuation of the patched corrupted prompt, against full hooked passes without a cache."""
+    clean, corrupted = bridge.clean[:1], bridge.corrupted[:1]
+    whole = fp.Patch((fp.Node(SITE, "activation"),))
+    values = oracle.activations(bridge.model, clean)[SITE]
+
+    def replace(activation: torch.Tensor, hook: object) -> torch.Tensor:
+        return torch.cat([values, activation[:, 7:]], 1)
+
+    tokens = corrupted
+    for _ in range(4):
+        logits = bridge.model.run_with_hooks(tokens, fwd_hooks=[(SITE, replace)])
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    with fp.do(bridge.model, whole, source=clean, base=corrupted) as firing:
+        continued = bridge.model.generate(
+            corrupted, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False, use_past_kv_cache=use_past_kv_cache
+        )
+    assert continued.tolist() == tokens.tolist()
+    assert firing.count == (1 if use_past_kv_cache else 4)
+    assert continued.tolist() != bridge.model.generate(
+        corrupted, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False
+    ).tolist()
+
+
+def test_a_batch_is_patched_row_by_row(bridge: Small) -> None:
+    nodes = fp.Patch((fp.Node(SITE, "activation", None, 3),))
+    with torch.no_grad(), fp.do(bridge.model, nodes, source=bridge.clean, base=bridge.corrupted):
+        together = bridge.model(bridge.corrupted)
+    for slot in range(3):
+        part = slice(slot, slot + 1)
+        alone = oracle.patched_activation_logits(bridge.model, SITE, bridge.corrupted[part], bridge.clean[part], [3])
+        torch.testing.assert_close(together[part], alone, rtol=0, atol=1e-10)

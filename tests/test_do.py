@@ -58,7 +58,7 @@ def test_two_dictionaries_on_one_hook_are_told_apart_by_name(bridge: Small) -> N
 @pytest.mark.parametrize("use_past_kv_cache", [True, False])
 def test_generation_runs_patched(bridge: Small, use_past_kv_cache: bool) -> None:
     """Greedy continuation of the patched corrupted prompt, against full hooked passes without a cache."""
-    clean, corrupted = bridge.clean[:1], bridge.corrupted[:1]
+    clean, corrupted = bridge.clean[1:2], bridge.corrupted[1:2]
     whole = fp.Patch((fp.Node(SITE, "activation"),))
     values = oracle.activations(bridge.model, clean)[SITE]
 

@@ -50,15 +50,16 @@ def test_two_dictionaries_on_one_hook_are_told_apart_by_name(bridge: Small) -> N
         assert [node.index for node in alone.nodes] == [node.index for node in part.nodes]
         assert abs(alone.pooled("recovery") - part.pooled("recovery")).max() < 1e-10
     node = fp.Node(site, "feature", 1)
-    with pytest.raises(fp.FeatpatchError, match="belongs to 2 of the dictionaries"):
-        with fp.do(bridge.model, fp.Patch((node,)), source=bridge.clean, base=bridge.corrupted, saes=saes):
-            pass
+    ambiguous = fp.do(bridge.model, fp.Patch((node,)), source=bridge.clean, base=bridge.corrupted, saes=saes)
+    with pytest.raises(fp.FeatpatchError, match="belongs to 2 of the dictionaries"), ambiguous:
+        pass
 
 
 @pytest.mark.parametrize("use_past_kv_cache", [True, False])
 def test_generation_runs_patched(bridge: Small, use_past_kv_cache: bool) -> None:
     """Greedy continuation of the patched corrupted prompt, against full hooked passes without a cache."""
-    clean, corrupted = bridge.clean[1:2], bridge.corrupted[1:2]
+    corrupted = bridge.corrupted[1:2]
+    clean = corrupted.flip(1)
     whole = fp.Patch((fp.Node(SITE, "activation"),))
     values = oracle.activations(bridge.model, clean)[SITE]
 
@@ -75,9 +76,10 @@ def test_generation_runs_patched(bridge: Small, use_past_kv_cache: bool) -> None
         )
     assert continued.tolist() == tokens.tolist()
     assert firing.count == (1 if use_past_kv_cache else 4)
-    assert continued.tolist() != bridge.model.generate(
-        corrupted, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False
-    ).tolist()
+    assert (
+        continued.tolist()
+        != bridge.model.generate(corrupted, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False).tolist()
+    )
 
 
 def test_a_batch_is_patched_row_by_row(bridge: Small) -> None:

@@ -1,10 +1,46 @@
-"""featpatch: which SAE features cause this behaviour?"""
+"""featpatch: which SAE features cause this behaviour?
 
-from featpatch.checkpoints import Demo, load_demo
-from featpatch.effects import Effects
-from featpatch.errors import FeatpatchError
-from featpatch.pairs import Pair, Pairs
-from featpatch.patch import Node, Patch
-from featpatch.patching import do, rank_features
+Names are imported when they are first used, so that `import featpatch` is fast.
+"""
 
-__all__ = ["Demo", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch", "do", "load_demo", "rank_features"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featpatch.checkpoints import Demo, load_demo
+    from featpatch.effects import Effects
+    from featpatch.errors import FeatpatchError
+    from featpatch.firing import Description, describe
+    from featpatch.pairs import Pair, Pairs
+    from featpatch.patch import Node, Patch
+    from featpatch.patching import do, rank_features
+
+HOMES = {
+    "Demo": "checkpoints",
+    "Description": "firing",
+    "Effects": "effects",
+    "FeatpatchError": "errors",
+    "Node": "patch",
+    "Pair": "pairs",
+    "Pairs": "pairs",
+    "Patch": "patch",
+    "describe": "firing",
+    "do": "patching",
+    "load_demo": "checkpoints",
+    "rank_features": "patching",
+}
+
+__all__ = [
+    "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch",
+    "describe", "do", "load_demo", "rank_features",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'featpatch' has no attribute {name!r}: expected one of {', '.join(HOMES)}")
+    return getattr(import_module(f"featpatch.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

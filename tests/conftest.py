@@ -7,7 +7,7 @@ os.environ["TQDM_DISABLE"] = "1"
 
 from jaxtyping import install_import_hook
 
-install_import_hook("featpatch", "beartype.beartype")
+install_import_hook("featpatch", "typechecker.check")
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ Edit = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 @dataclass
-class Firing:
+class Fired:
     """How often an edit was made; a patch that never fires is an error."""
 
     count: int = 0
@@ -63,9 +63,9 @@ class Lens(ABC):
         return sites.canonical(name, self.hook_points)
 
     @contextmanager
-    def edit(self, site: str, change: Edit) -> Iterator[Firing]:
+    def edit(self, site: str, change: Edit) -> Iterator[Fired]:
         """Within this context every call of the model passes the activation at `site` through `change`."""
-        point, firing = self.hook_points[self.site(site)], Firing()
+        point, firing = self.hook_points[self.site(site)], Fired()
 
         def hook(activation: torch.Tensor, hook: object) -> torch.Tensor | None:
             changed = change(activation)

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Firing, dictionaries, wrap
+from featpatch.lens import Fired, dictionaries, wrap
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
-Tokens = Int[torch.Tensor, " pos"] | Int[torch.Tensor, "batch pos"]
+Tokens = Int[torch.Tensor, "..."]
+"""Token ids `[pos]` or `[batch, pos]`."""
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def do(
     base: Tokens | None = None,
     saes: Any = (),
     how: Literal["add", "set"] = "add",
-) -> Iterator[Firing]:
+) -> Iterator[Fired]:
     """Swaps the values of the patch's nodes in every call of the model, generation included.
 
     Args:
@@ -59,7 +60,7 @@ def do(
     groups = choose(lens, patch, found, source.shape[1])
     hooks = sorted({hook for group in groups for hook in group.hooks})
     from_source = lens.run(source, read=hooks)[1]
-    total, fired = Firing(), []
+    total, fired = Fired(), []
     with ExitStack() as stack:
         if base is not None:
             from_base = lens.run(torch.atleast_2d(base), read=hooks)[1]
@@ -98,7 +99,7 @@ def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Ch
     return change
 
 
-def _on_prompt(change: Change, shape: torch.Size, total: Firing) -> Callable[[torch.Tensor], torch.Tensor | None]:
+def _on_prompt(change: Change, shape: torch.Size, total: Fired) -> Callable[[torch.Tensor], torch.Tensor | None]:
     batch, length = shape
 
     def edit(activation: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,130 @@
+"""What a feature fires on, measured over all words of a text rather than guessed from a few examples.
+
+A feature is compared with simple labels of every position: "the word is w" and "the next word is w". The label with the
+best F1 (harmonic mean of precision and recall of `activation > 0` as a detector of the label) describes it; a low F1 says
+that no such word does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from featpatch.lens import Dictionary, Lens, dictionaries, wrap
+from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
+from featpatch.patch import Node
+
+CONTEXT = 5
+"""Words before the one on which a feature fires that are shown."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a feature fires on in a text.
+
+    Attributes:
+        label: `"on"` for the word itself, `"before"` for the next word.
+        word: the word of the best label; empty where the feature never fires.
+        f1: how well the feature detects the label, 0 to 1.
+        share: share of all positions on which it fires.
+        contexts: where it fires most, strongest first, the word itself in brackets.
+    """
+
+    label: str
+    word: str
+    f1: float
+    share: float
+    contexts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.word!r} (F1 {self.f1:.2f})" if self.word else "never fires in the text"
+
+
+@torch.no_grad()
+def describe(
+    model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3
+) -> dict[Node, Description]:
+    """A description of every feature among the nodes; its position plays no part.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer with a tokenizer.
+        saes: the sae-lens objects that the nodes name.
+        texts: documents, each shorter than the model's context.
+        contexts: how many examples to keep.
+    """
+    lens = wrap(model)
+    found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
+    text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model.tokenizer, texts)]
+    features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
+    described = {}
+    for name in dict.fromkeys(node.sae for node in features):
+        of_sae = [node for node in features if node.sae == name]
+        indices = torch.tensor([node.index for node in of_sae])
+        values = [_activations(lens, found[name], part.tokens, indices)[part.usable] for part in text]
+        for node, column in zip(of_sae, torch.cat(values).T, strict=True):
+            described[node] = _describe(model.tokenizer, text, column, contexts)
+    return described
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Documents of one length; usable are the words that are neither special nor last."""
+
+    tokens: Int[torch.Tensor, "docs pos"]
+    usable: Bool[torch.Tensor, "docs pos"]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, rows: list[tuple[int, ...]]) -> "_Words":
+        usable = torch.ones(len(rows), len(rows[0]), dtype=torch.bool)
+        usable[:, -1] = False
+        for row, ids in zip(usable, rows, strict=True):
+            row[list(special_positions(tokenizer, ids))] = False
+        return cls(torch.tensor(rows), usable)
+
+
+def _by_length(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for text in texts:
+        ids = prompt_ids(tokenizer, text)
+        groups.setdefault(len(ids), []).append(ids)
+    return list(groups.values())
+
+
+def _activations(
+    lens: Lens, dictionary: Dictionary, tokens: Int[torch.Tensor, "docs pos"], indices: Int[torch.Tensor, " n"]
+) -> Float[torch.Tensor, "docs pos n"]:
+    _, activations = lens.run(tokens, read=sorted({dictionary.reads, dictionary.writes}))
+    return dictionary.split(activations[dictionary.reads], activations[dictionary.writes]).features[..., indices].cpu()
+
+
+def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
+    fires = values > 0
+    labels = {
+        "on": torch.cat([part.tokens[part.usable] for part in text]),
+        "before": torch.cat([part.tokens.roll(-1, 1)[part.usable] for part in text]),
+    }
+    f1, word, label = max((*_best_word(words, fires), name) for name, words in labels.items())
+    places = [(part.tokens[document], position) for part in text for document, position in part.usable.nonzero().tolist()]
+    strongest = [index for index in values.argsort(descending=True)[:contexts].tolist() if fires[index]]
+    return Description(
+        label=label,
+        word=tokenizer.decode([word]).strip() if f1 else "",
+        f1=f1,
+        share=float(fires.double().mean()),
+        contexts=tuple(_context(tokenizer, *places[index]) for index in strongest),
+    )
+
+
+def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
+    count = torch.bincount(words)
+    hits = torch.bincount(words[fires], minlength=len(count))
+    f1 = 2 * hits / (count + fires.sum()).clamp(min=1)
+    return float(f1.max()), int(f1.argmax())
+
+
+def _context(tokenizer: Any, tokens: torch.Tensor, position: int) -> str:
+    ids = tokens.tolist()
+    before = tokenizer.decode(ids[max(0, position - CONTEXT) : position], skip_special_tokens=True)
+    return f"{before} [{tokenizer.decode([ids[position]])}] {tokenizer.decode([ids[position + 1]])}".strip()

@@ -1,0 +1,57 @@
+"""Effects as tables for a terminal, and as one HTML file of what was printed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from featpatch.effects import Effects
+from featpatch.firing import Description
+from featpatch.patch import Node
+
+TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
+
+
+def ranked(effects: Effects, descriptions: Mapping[Node, Description] | None = None) -> Table:
+    """One line per row of the effects, with 95 % intervals."""
+    table = Table(
+        title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"
+    )
+    for column in ("site", "feature", "position"):
+        table.add_column(column)
+    for effect in effects.directions_run():
+        table.add_column(TITLES[effect], justify="right")
+    table.add_column("pairs", justify="right")
+    if descriptions:
+        table.add_column("fires")
+    for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
+        cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
+        cells += [_value(row, effect) for effect in effects.directions_run()]
+        cells.append(f"{row['changed_pairs']}/{row['pairs']}")
+        if descriptions:
+            cells.append(str(descriptions.get(node, "")))
+        table.add_row(*cells)
+    return table
+
+
+def site_summary(effects: Effects) -> Table:
+    """What the whole activation, all features and the error alone bring back, per site and position."""
+    table = Table(title=f"{effects.value} effects per site: whole activation = all features + error + their interaction")
+    summary = effects.sites()
+    for column in ("site", "position", "changed features"):
+        table.add_column(column, justify="right" if column == "changed features" else "left")
+    for effect in effects.directions_run():
+        for kind in ("whole", "features", "error"):
+            table.add_column(f"{TITLES[effect].split(':')[0]} {kind}", justify="right")
+    for _, row in summary.iterrows():
+        cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
+        for effect in effects.directions_run():
+            cells += [f"{row[f'{effect}_{kind}']:.2f}" for kind in ("activation", "all_features", "error")]
+        table.add_row(*cells)
+    return table
+
+
+def _value(row: Any, effect: str) -> str:
+    low, high = row[f"{effect}_low"], row[f"{effect}_high"]
+    interval = "" if low != low else f" [{low:.2f}, {high:.2f}]"
+    return f"{row[effect]:.2f}{interval}".replace("[", r"\[")

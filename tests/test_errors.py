@@ -1,0 +1,213 @@
+"""Bad input: every message names the value, the expectation and the next step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from small import FEATURES, WIDTH, Small, at, small_bridge, standard
+
+import featpatch as fp
+
+SITE = "blocks.1.hook_resid_pre"
+
+
+def pairs_of(small: Small, **changed: torch.Tensor) -> fp.Pairs:
+    return fp.Pairs.from_tokens(
+        **{"clean": small.clean, "corrupted": small.corrupted, "correct": small.correct, "wrong": small.wrong, **changed}
+    )
+
+
+def words(text: str) -> list[int]:
+    """A tokenizer: the length of each word."""
+    return [len(word) for word in text.split()]
+
+
+PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], "wrong": ["eeeee"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"corrupted": ["a b"]}, r"pair 0: clean has 3 tokens and corrupted has 2: expected equal lengths.*reword"),
+        ({"clean": []}, r"'clean': 0, 'corrupted': 1.*expected equally many"),
+        ({key: [] for key in PROMPT}, r"there are no pairs: expected at least one"),
+        ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
+        ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\]: expected exactly one; choose"),
+        ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): an answer can't be both"),
+        ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one answer each"),
+        ({"labels": [{"S2": 3}]}, r"label 'S2' is at position 3: expected 0 to 2"),
+    ],
+)
+def test_prompts(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.Pairs.from_prompts(words, **{**PROMPT, **changed})
+
+
+def test_tokens_of_unequal_length(bridge: Small) -> None:
+    with pytest.raises(fp.FeatpatchError, match="pair 0: clean has 7 tokens and corrupted has 6"):
+        pairs_of(bridge, corrupted=bridge.corrupted[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json}\n", "line 0: '{not json}' is not JSON"),
+        ('{"clean": "a"}\n', "line 0: .* lacks corrupted, correct, wrong: expected"),
+        ('"a"\n', "line 0: .* lacks clean"),
+        ("\n", "there are no pairs"),
+    ],
+)
+def test_pairs_files(tmp_path: Any, content: str, message: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(content)
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.Pairs.from_jsonl(words, path)
+
+
+def test_a_missing_pairs_file() -> None:
+    with pytest.raises(fp.FeatpatchError, match="there is no pairs file 'nowhere.jsonl': give"):
+        fp.Pairs.from_jsonl(words, "nowhere.jsonl")
+
+
+def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
+    return StandardSAE(StandardSAEConfig(width, FEATURES, "float64", metadata=at(hook), **options))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sae_at("blocks.7.hook_resid_pre"), r"the model has no hook 'blocks.7.hook_resid_pre': expected .*hook_resid_pre"),
+        (lambda: sae_at("blocks.1.hook_resid_prf"), r"the model has no hook 'blocks.1.hook_resid_prf'"),
+        (lambda: sae_at(SITE, 8), r"reads 8 values and the activation at 'blocks.1.hook_resid_pre' has 16: expected an SAE"),
+        (lambda: sae_at("blocks.1.mlp.hook_post"), r"reads 16 values and the activation at .* has 32"),
+        (lambda: sae_at("blocks.1.hook_mlp_in"), r"hook 'blocks.1.hook_mlp_in' exists but did not fire: .*switched on"),
+        (lambda: sae_at("hook_embed"), r"site 'hook_embed' is not inside a block: expected .*choose"),
+        (lambda: sae_at(SITE, normalize_activations="layer_norm"), r"'layer_norm'\) decodes with more than its features"),
+        (lambda: sae_at(SITE, normalize_activations="expected_average_only_in"), r"scale is not folded in.*call sae.fold"),
+        (lambda: StandardSAE(StandardSAEConfig(WIDTH, FEATURES)), r"names no hook: set sae.cfg.metadata.hook_name"),
+        (list, r"there are no SAEs: expected at least one"),
+        (lambda: "gpt2-small-res-jb", r"str is not a sae-lens SAE: expected an object"),
+    ],
+)
+def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.rank_features(bridge.model, make(), pairs_of(bridge))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": ["S2"]}, r"a pair has no label 'S2': expected one of \(it has no labels\); give labels"),
+        ({"positions": [7]}, r"position 7 is outside a prompt of 7 tokens: expected 0 to 6"),
+        ({"positions": "some"}, r"positions='some': expected 'all', 'each' or a list"),
+        ({"positions": []}, r"positions is empty"),
+        ({"metric": "accuracy"}, r"metric 'accuracy' is unknown: expected one of logit_diff"),
+        ({"metric": lambda logits, correct, wrong: logits.mean()}, r"the metric gave shape \(\) for 1 rows: expected one value per row"),
+        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"the metric gave NaN"),
+        ({"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2}, r"a mean gap of 0: expected a gap .*choose corruptions"),
+        ({"directions": ()}, r"directions=\(\): expected"),
+        ({"directions": ("forward",)}, r"directions=\('forward',\): expected 'denoising', 'noising' or both"),
+    ],
+)
+def test_options(bridge: Small, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge), **options)
+
+
+def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
+    with pytest.raises(fp.FeatpatchError, match="expected a gap that a recovery can be a share of"):
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, corrupted=bridge.clean))
+
+
+def test_answers_outside_the_vocabulary(bridge: Small) -> None:
+    with pytest.raises(fp.FeatpatchError, match=r"answers \(99,\), \(4,\) are outside the model's vocabulary of 40"):
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, correct=torch.tensor([99, 5, 7])))
+
+
+def test_nan_in_activations() -> None:
+    broken = small_bridge()
+    with torch.no_grad():
+        broken.model.blocks[0].mlp.out.original_component.bias[0] = torch.nan
+    with pytest.raises(fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' holds NaN.*check the model's weights"):
+        fp.rank_features(broken.model, broken.at(SITE), pairs_of(broken))
+
+
+def test_nan_in_an_sae(bridge: Small) -> None:
+    sae = standard(SITE, 0)
+    sae.W_enc.data[0, 0] = torch.nan
+    with pytest.raises(fp.FeatpatchError, match="gives NaN or infinite features"):
+        fp.rank_features(bridge.model, sae, pairs_of(bridge))
+
+
+def test_other_models() -> None:
+    with pytest.raises(fp.FeatpatchError, match="the model is a Linear: expected a TransformerBridge or a HookedTransformer"):
+        fp.rank_features(torch.nn.Linear(2, 2), standard(SITE, 0), fp.Pairs.from_prompts(words, **PROMPT))
+
+
+def test_a_model_in_training_mode() -> None:
+    small = small_bridge()
+    small.model.train()
+    with pytest.raises(fp.FeatpatchError, match=r"training mode with dropout: .*call model.eval\(\)"):
+        fp.rank_features(small.model, small.at(SITE), pairs_of(small))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (lambda: fp.Node(SITE, "feature", FEATURES), rf"feature {FEATURES} of .* is out of range: expected 0 to {FEATURES - 1}"),
+        (lambda: fp.Node(SITE, "feature", -1), r"feature index -1 is negative"),
+        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: a feature needs an index"),
+        (lambda: fp.Node(SITE, "error", 3), r"kind 'error' got index 3"),
+        (lambda: fp.Node(SITE, "neuron"), r"node kind 'neuron' is unknown: expected one of feature, error"),
+        (lambda: fp.Node(SITE, "error", None, 7), r"is outside a prompt of 7 tokens: expected 0 to 6"),
+        (lambda: fp.Node(SITE, "error", None, "S2"), r"is at a label: expected a token index"),
+        (lambda: fp.Node("blocks.9.hook_resid_pre", "activation"), r"the model has no hook"),
+        (lambda: fp.Node("blocks.0.hook_mlp_out", "error"), r"belongs to 0 of the dictionaries"),
+    ],
+)
+def test_nodes(bridge: Small, node: Callable[[], fp.Node], message: str) -> None:
+    options = {"source": bridge.clean, "base": bridge.corrupted, "saes": bridge.at(SITE)}
+    with pytest.raises(fp.FeatpatchError, match=message), fp.do(bridge.model, fp.Patch((node(),)), **options):
+        bridge.model(bridge.corrupted)
+
+
+def test_patches(bridge: Small) -> None:
+    whole = fp.Node(SITE, "activation")
+    with pytest.raises(fp.FeatpatchError, match=r"names blocks.1.hook_resid_pre activation @ all twice"):
+        fp.Patch((whole, whole))
+    options: dict[str, Any] = {"source": bridge.clean, "base": bridge.corrupted}
+    for patch, changed, message in [
+        (fp.Patch(()), {}, "the patch has no nodes"),
+        (fp.Patch((whole,)), {"how": "copy"}, "how='copy': expected 'add' or 'set'"),
+        (fp.Patch((whole,)), {"how": "set"}, "expected base tokens with 'add' and none with 'set'"),
+        (fp.Patch((whole,)), {"base": bridge.corrupted[:, :5]}, r"base is \(3, 5\) and source is \(3, 7\)"),
+    ]:
+        with pytest.raises(fp.FeatpatchError, match=message), fp.do(bridge.model, patch, **{**options, **changed}):
+            bridge.model(bridge.corrupted)
+
+
+def test_a_patch_that_never_fires(bridge: Small) -> None:
+    """Law 9."""
+    options = {"source": bridge.clean, "base": bridge.corrupted}
+    patch = fp.Patch((fp.Node(SITE, "activation"),))
+    with pytest.raises(fp.FeatpatchError, match=f"the patch at {SITE} never fired"), fp.do(bridge.model, patch, **options):
+        pass
+    with pytest.raises(fp.FeatpatchError, match="called with 4 tokens within a patch of 7"), fp.do(bridge.model, patch, **options):
+        bridge.model(bridge.corrupted[:, :4])
+    with pytest.raises(fp.FeatpatchError, match="called with 1 prompts within a patch of 3"), fp.do(bridge.model, patch, **options):
+        bridge.model(bridge.corrupted[:1])
+
+
+def test_an_effects_file_that_is_none(tmp_path: Any) -> None:
+    with pytest.raises(fp.FeatpatchError, match="there is no effects file"):
+        fp.Effects.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not a header}..")
+    with pytest.raises(fp.FeatpatchError, match="is damaged"):
+        fp.Effects.load(tmp_path / "bad.safetensors")
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="expected one of Demo"):
+        fp.rank_neurons  # noqa: B018

@@ -1,0 +1,14 @@
+"""Runtime type checks for the tests. Literals count as `str`, so that the package's own errors are the ones that show."""
+
+from typing import Literal
+
+from beartype import BeartypeConf, FrozenDict, beartype
+
+LITERALS = [
+    Literal["denoising", "noising"],
+    Literal["feature", "error", "all_features", "activation"],
+    Literal["recovery", "degradation"],
+    Literal["add", "set"],
+]
+
+check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({literal: str for literal in LITERALS})))

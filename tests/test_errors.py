@@ -78,7 +78,10 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sae_at("blocks.7.hook_resid_pre"), r"the model has no hook 'blocks.7.hook_resid_pre': expected .*hook_resid_pre"),
+        (
+            lambda: sae_at("blocks.7.hook_resid_pre"),
+            r"the model has no hook 'blocks.7.hook_resid_pre': expected .*hook_resid_pre",
+        ),
         (lambda: sae_at("blocks.1.hook_resid_prf"), r"the model has no hook 'blocks.1.hook_resid_prf'"),
         (lambda: sae_at(SITE, 8), r"reads 8 values and the activation at 'blocks.1.hook_resid_pre' has 16: expected an SAE"),
         (lambda: sae_at("blocks.1.mlp.hook_post"), r"reads 16 values and the activation at .* has 32"),
@@ -104,9 +107,15 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"positions": "some"}, r"positions='some': expected 'all', 'each' or a list"),
         ({"positions": []}, r"positions is empty"),
         ({"metric": "accuracy"}, r"metric 'accuracy' is unknown: expected one of logit_diff"),
-        ({"metric": lambda logits, correct, wrong: logits.mean()}, r"the metric gave shape \(\) for 1 rows: expected one value per row"),
+        (
+            {"metric": lambda logits, correct, wrong: logits.mean()},
+            r"the metric gave shape \(\) for 1 rows: expected one value per row",
+        ),
         ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"the metric gave NaN"),
-        ({"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2}, r"a mean gap of 0: expected a gap .*choose corruptions"),
+        (
+            {"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2},
+            r"a mean gap of 0: expected a gap .*choose corruptions",
+        ),
         ({"directions": ()}, r"directions=\(\): expected"),
         ({"directions": ("forward",)}, r"directions=\('forward',\): expected 'denoising', 'noising' or both"),
     ],
@@ -130,7 +139,9 @@ def test_nan_in_activations() -> None:
     broken = small_bridge()
     with torch.no_grad():
         broken.model.blocks[0].mlp.out.original_component.bias[0] = torch.nan
-    with pytest.raises(fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' holds NaN.*check the model's weights"):
+    with pytest.raises(
+        fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' holds NaN.*check the model's weights"
+    ):
         fp.rank_features(broken.model, broken.at(SITE), pairs_of(broken))
 
 
@@ -156,7 +167,10 @@ def test_a_model_in_training_mode() -> None:
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        (lambda: fp.Node(SITE, "feature", FEATURES), rf"feature {FEATURES} of .* is out of range: expected 0 to {FEATURES - 1}"),
+        (
+            lambda: fp.Node(SITE, "feature", FEATURES),
+            rf"feature {FEATURES} of .* is out of range: expected 0 to {FEATURES - 1}",
+        ),
         (lambda: fp.Node(SITE, "feature", -1), r"feature index -1 is negative"),
         (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: a feature needs an index"),
         (lambda: fp.Node(SITE, "error", 3), r"kind 'error' got index 3"),
@@ -194,9 +208,15 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
     patch = fp.Patch((fp.Node(SITE, "activation"),))
     with pytest.raises(fp.FeatpatchError, match=f"the patch at {SITE} never fired"), fp.do(bridge.model, patch, **options):
         pass
-    with pytest.raises(fp.FeatpatchError, match="called with 4 tokens within a patch of 7"), fp.do(bridge.model, patch, **options):
+    with (
+        pytest.raises(fp.FeatpatchError, match="called with 4 tokens within a patch of 7"),
+        fp.do(bridge.model, patch, **options),
+    ):
         bridge.model(bridge.corrupted[:, :4])
-    with pytest.raises(fp.FeatpatchError, match="called with 1 prompts within a patch of 3"), fp.do(bridge.model, patch, **options):
+    with (
+        pytest.raises(fp.FeatpatchError, match="called with 1 prompts within a patch of 3"),
+        fp.do(bridge.model, patch, **options),
+    ):
         bridge.model(bridge.corrupted[:1])
 
 

@@ -11,4 +11,4 @@ LITERALS = [
     Literal["add", "set"],
 ]
 
-check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({literal: str for literal in LITERALS})))
+check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

@@ -18,7 +18,7 @@ def ranked(effects: Effects, descriptions: Mapping[Node, Description] | None = N
         title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"
     )
     for column in ("site", "feature", "position"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for effect in effects.directions_run():
         table.add_column(TITLES[effect], justify="right")
     table.add_column("pairs", justify="right")
@@ -38,11 +38,11 @@ def site_summary(effects: Effects) -> Table:
     """What the whole activation, all features and the error alone bring back, per site and position."""
     table = Table(title=f"{effects.value} effects per site: whole activation = all features + error + their interaction")
     summary = effects.sites()
-    for column in ("site", "position", "changed features"):
-        table.add_column(column, justify="right" if column == "changed features" else "left")
+    for column in ("site", "position", "changed\nfeatures"):
+        table.add_column(column, no_wrap=True)
     for effect in effects.directions_run():
         for kind in ("whole", "features", "error"):
-            table.add_column(f"{TITLES[effect].split(':')[0]} {kind}", justify="right")
+            table.add_column(f"{TITLES[effect].split(':')[0]}\n{kind}", justify="right")
     for _, row in summary.iterrows():
         cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
         for effect in effects.directions_run():

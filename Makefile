@@ -1,0 +1,18 @@
+.PHONY: check format lint types test demo
+
+check: format lint types test
+
+format:
+	ruff format --check .
+
+lint:
+	ruff check .
+
+types:
+	mypy
+
+test:
+	pytest
+
+demo:
+	featpatch demo

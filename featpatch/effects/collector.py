@@ -1,0 +1,41 @@
+"""Effects while they come in, patch by patch; one row per node, in order of appearance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpatch.effects.effects import Effects
+from featpatch.patch import DIRECTIONS, Direction, Node
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Gathers the metric values of patched runs."""
+
+    rows: dict[Node, int] = field(default_factory=dict)
+    row: list[int] = field(default_factory=list)
+    pair: list[int] = field(default_factory=list)
+    values: dict[Direction, list[NDArray[np.float64]]] = field(default_factory=lambda: {d: [] for d in DIRECTIONS})
+
+    def add(self, pair: int, nodes: Sequence[Node], values: Mapping[Direction, NDArray[np.float64]]) -> None:
+        """The values of some nodes in one pair, for the directions that were run."""
+        self.row.extend(self.rows.setdefault(node, len(self.rows)) for node in nodes)
+        self.pair.extend([pair] * len(nodes))
+        for direction, column in self.values.items():
+            column.append(values.get(direction, np.full(len(nodes), np.nan)))
+
+    def effects(self, clean: NDArray[np.float64], corrupted: NDArray[np.float64], metadata: dict[str, Any]) -> Effects:
+        """The table of all that was gathered."""
+        return Effects(
+            nodes=tuple(self.rows),
+            clean=clean,
+            corrupted=corrupted,
+            row=np.array(self.row, dtype=np.int64),
+            pair=np.array(self.pair, dtype=np.int64),
+            denoised=np.concatenate(self.values["denoising"]),
+            noised=np.concatenate(self.values["noising"]),
+            metadata=metadata,
+        )

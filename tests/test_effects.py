@@ -1,0 +1,123 @@
+"""The table of effects: pooling, intervals, order, summary and storage."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import Small
+
+import featpatch as fp
+
+SITE = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def table() -> fp.Effects:
+    """Three features over four pairs; feature 7 differs in two pairs only. Written out so that every number is plain."""
+    nodes = (*(fp.Node(SITE, "feature", index, "all", SITE) for index in (3, 7, 9)), fp.Node(SITE, "error", None, "all", SITE))
+    clean, corrupted = np.array([10.0, 8.0, 6.0, 4.0]), np.array([2.0, 0.0, -2.0, 0.0])
+    row, pair = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3]), np.array([0, 1, 2, 3, 1, 3, 0, 1, 2, 3, 2])
+    denoised = np.array([6.0, 4.0, 2.0, 4.0, 8.0, 2.0, 1.0, 0.0, -2.0, -3.0, 5.0])
+    noised = np.array([10.0, 8.0, 2.0, 4.0, 0.0, 0.0, 10.0, 8.0, 6.0, 4.0, 6.0])
+    metadata = {"directions": ["denoising", "noising"], "metric": "logit_diff"}
+    return fp.Effects(nodes, clean, corrupted, row, pair, denoised, noised, metadata)
+
+
+def test_pooled_is_mean_change_over_mean_gap(table: fp.Effects) -> None:
+    """Gaps 8, 8, 8, 4 sum to 28. Feature 3 recovers 4 + 4 + 4 + 4 = 16, feature 7 8 + 2 = 10, feature 9 -1 - 3 = -4."""
+    assert table.pooled("recovery") == pytest.approx([16 / 28, 10 / 28, -4 / 28, 7 / 28])
+    assert table.pooled("degradation") == pytest.approx([4 / 28, 12 / 28, 0, 0])
+    assert table.per_pair("recovery")[1] == pytest.approx([0, 1, 0, 0.5])
+
+
+def test_the_interval_is_a_bootstrap_over_pairs(table: fp.Effects) -> None:
+    """Against all 4^4 resamples, enumerated."""
+    every = np.stack(np.meshgrid(*[range(4)] * 4), -1).reshape(-1, 4)
+    for effect in ("recovery", "degradation"):
+        changes = table.changes(effect).toarray()
+        for change, (low, high) in zip(changes, table.interval(effect), strict=True):
+            ratios = np.sort(change[every].sum(1) / table.gap[every].sum(1))
+            assert np.searchsorted(ratios, low, "right") / 256 >= 0.015
+            assert np.searchsorted(ratios, low, "left") / 256 <= 0.035 or change.std() == 0 or low == ratios[0]
+            assert np.searchsorted(ratios, high, "right") / 256 >= 0.965
+            assert np.searchsorted(ratios, high, "left") / 256 <= 0.985 or high == ratios[-1]
+    wide, narrow = table.interval("recovery")[1], table.interval("recovery")[0]
+    assert wide[1] - wide[0] > narrow[1] - narrow[0] > 0
+
+
+def test_one_pair_has_no_interval(bridge: Small) -> None:
+    pairs = fp.Pairs.from_tokens(bridge.clean[:1], bridge.corrupted[:1], bridge.correct[:1], bridge.wrong[:1])
+    frame = fp.rank_features(bridge.model, bridge.at(SITE), pairs).to_pandas()
+    assert frame[["recovery_low", "recovery_high"]].isna().to_numpy().all()
+    assert frame["recovery"].notna().all()
+
+
+def test_top_orders_features_by_effect(table: fp.Effects) -> None:
+    assert [node.index for node in table.top(2).nodes] == [3, 7]
+    assert [node.index for node in table.top(2, by="degradation").nodes] == [7, 3]
+    assert [node.kind for node in table.top(4, kind=None).nodes] == ["feature", "feature", "error", "feature"]
+    assert table.top(2, by="degradation").pooled("recovery") == pytest.approx([10 / 28, 16 / 28])
+    with pytest.raises(fp.FeatpatchError, match=r"\['layer'\] are no columns: expected some of site, kind"):
+        table.where(layer=1)
+    with pytest.raises(fp.FeatpatchError, match="effect 'strength' is unknown"):
+        table.pooled("strength")
+
+
+def test_pandas_has_a_row_per_node(table: fp.Effects) -> None:
+    frame = table.to_pandas()
+    assert list(frame["index"][:3]) == [3, 7, 9]
+    assert set(frame["value"]) == {"exact"}
+    assert list(frame["changed_pairs"]) == [4, 2, 4, 1]
+    assert (frame["recovery_low"] <= frame["recovery"]).all()
+    assert (frame["recovery"] <= frame["recovery_high"]).all()
+    assert "0.571" in repr(table)
+    assert "<table" in table._repr_html_()
+
+
+def test_one_direction_leaves_the_other_out(bridge: Small) -> None:
+    pairs = fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong)
+    both = fp.rank_features(bridge.model, bridge.at(SITE), pairs)
+    one = fp.rank_features(bridge.model, bridge.at(SITE), pairs, directions=["noising"])
+    assert "recovery" not in one.to_pandas()
+    np.testing.assert_allclose(one.pooled("degradation"), both.pooled("degradation"), rtol=0, atol=1e-12)
+    assert one.top(1).nodes == both.top(1, by="degradation").nodes
+    assert list(one.sites().columns[4:]) == ["degradation_activation", "degradation_all_features", "degradation_error"]
+
+
+def test_sites_has_whole_features_and_error_side_by_side(bridge: Small) -> None:
+    pairs = fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong)
+    effects = fp.rank_features(bridge.model, bridge.saes, pairs, positions=[3, 5])
+    summary = effects.sites()
+    assert len(summary) == 2 * len(bridge.saes)
+    for _, row in summary.iterrows():
+        for kind in ("all_features", "error"):
+            part = effects.where(kind=kind, sae=row["sae"], position=row["position"])
+            assert row[f"recovery_{kind}"] == part.pooled("recovery")[0]
+        features = effects.where(kind="feature", sae=row["sae"], position=row["position"])
+        assert row["changed_features"] == len(features)
+
+
+def test_saved_and_loaded_is_the_same(bridge: Small, tmp_path: Path) -> None:
+    pairs = fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong)
+    effects = fp.rank_features(bridge.model, bridge.at(SITE), pairs, positions=[3, 6])
+    again = fp.Effects.load(effects.save(tmp_path / "deep" / "effects.safetensors"))
+    assert again.nodes == effects.nodes
+    assert again.value == "exact"
+    for column in ("clean", "corrupted", "row", "pair", "denoised", "noised"):
+        assert np.array_equal(getattr(again, column), getattr(effects, column))
+    assert again.metadata == json.loads(json.dumps(effects.metadata))
+    assert again.metadata["pairs"] == pairs.digest()
+    assert set(again.metadata["versions"]) == {"featpatch", "torch", "sae-lens", "transformer-lens"}
+
+
+def test_digests_tell_pairs_and_models_apart(bridge: Small) -> None:
+    def run(slots: slice, which: int) -> dict[str, object]:
+        pairs = fp.Pairs.from_tokens(bridge.clean[slots], bridge.corrupted[slots], bridge.correct[slots], bridge.wrong[slots])
+        return dict(fp.rank_features(bridge.model, bridge.saes[which], pairs).metadata)
+
+    one, same, other = run(slice(0, 2), 0), run(slice(0, 2), 0), run(slice(1, 3), 1)
+    assert one == same
+    assert one["model"] == other["model"]
+    assert one["pairs"] != other["pairs"]
+    assert list(one["saes"].values()) != list(other["saes"].values())  # type: ignore[attr-defined]

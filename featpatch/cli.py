@@ -121,3 +121,7 @@ def _clear_errors() -> Iterator[None]:
     except FeatpatchError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app()

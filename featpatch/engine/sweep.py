@@ -81,7 +81,7 @@ def sweep(
     values: list[list[torch.Tensor]] = [[] for _ in blocks]
     for batch in _batches(blocks, batch_rows):
         together = [blocks[index] for index, _ in batch]
-        deltas = [block.deltas[part] for block, (_, part) in zip(together, batch, strict=True)]
+        deltas = [block.deltas[part].to(lens.device) for block, (_, part) in zip(together, batch, strict=True)]
         sizes = [len(delta) for delta in deltas]
         logits = _patched(lens, together, torch.cat(deltas), torch.tensor(sizes))
         for (index, _), block, part in zip(batch, together, logits.split(sizes), strict=True):

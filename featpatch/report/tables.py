@@ -6,13 +6,12 @@ from typing import Any
 from rich.table import Table
 
 from featpatch.effects import Effects
-from featpatch.firing import Description
 from featpatch.patch import Node
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
 
 
-def ranked(effects: Effects, descriptions: Mapping[Node, Description] | None = None) -> Table:
+def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) -> Table:
     """One line per row of the effects, with 95 % intervals."""
     table = Table(
         title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"

@@ -1,0 +1,157 @@
+"""What ships: the checkpoints, their headline numbers, the command line, the wheel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featpatch as fp
+from featpatch import checkpoints
+
+
+@pytest.fixture(scope="module")
+def demo() -> fp.Demo:
+    return fp.load_demo()
+
+
+def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in another process and another folder."""
+    command = [sys.executable, "-m", "featpatch.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_every_site_of_the_issue_is_there(demo: fp.Demo) -> None:
+    hooks = {sae.cfg.metadata.hook_name for sae in demo.saes}
+    layers = demo.model.cfg.n_layers
+    assert {f"blocks.{layer}.hook_resid_pre" for layer in range(layers)} <= hooks
+    assert f"blocks.{layers - 1}.hook_resid_post" in hooks
+    assert any(hook.endswith("hook_mlp_out") for hook in hooks)
+    assert any(hook.endswith("attn.hook_z") for hook in hooks)
+    assert any(sae.cfg.metadata.hook_name_out for sae in demo.saes)
+
+
+def test_the_folder_is_small_and_has_cards(demo: fp.Demo) -> None:
+    files = [path for path in demo.folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20_000_000
+    cards = [demo.folder / "model", *(path for path in (demo.folder / "saes").iterdir() if path.is_dir())]
+    assert all((folder / "README.md").is_file() for folder in cards)
+
+
+@pytest.mark.parametrize("task", checkpoints.TASKS)
+def test_pairs_are_drawn_by_a_seed(demo: fp.Demo, task: str) -> None:
+    assert demo.pairs(task, n=8, seed=1) == demo.pairs(task, n=8, seed=1)
+    assert demo.pairs(task, n=8, seed=1) != demo.pairs(task, n=8, seed=2)
+    assert len({(pair.clean, pair.corrupted) for pair in demo.pairs(task, n=64)}) == 64
+    assert all("end" in pair.labels and pair.special == {0} for pair in demo.pairs(task, n=8))
+
+
+def test_pairs_that_are_not_there(demo: fp.Demo) -> None:
+    with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of ioi"):
+        demo.pairs("induction")
+    with pytest.raises(fp.FeatpatchError, match=r"n=100000 pairs of 'ioi': expected 1 to \d+"):
+        demo.pairs(n=100_000)
+    with pytest.raises(fp.FeatpatchError, match=r"n=0 pairs"):
+        demo.pairs(n=0)
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused(demo: fp.Demo, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(demo.folder, copy)
+    checkpoints.verify(copy)
+    weights = copy / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(fp.FeatpatchError, match=r"model.safetensors' has SHA-256 .*damaged, restore"):
+        checkpoints.verify(copy)
+    weights.unlink()
+    with pytest.raises(fp.FeatpatchError, match=r"model.safetensors' is missing: restore"):
+        checkpoints.verify(copy)
+
+
+def test_rank_on_the_command_line_equals_the_library(demo: fp.Demo, tmp_path: Path) -> None:
+    lines = (demo.folder / "pairs" / "capitals.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    site = f"blocks.{demo.model.cfg.n_layers - 1}.hook_resid_post"
+    done = run(
+        "rank", "--model", demo.folder / "model", "--sae", demo.folder / "saes" / site, "--pairs", "pairs.jsonl",
+        "--positions", "end", "--direction", "denoising", "--out", "results", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    effects = fp.Effects.load(tmp_path / "results" / "effects.safetensors")
+    pairs = fp.Pairs.from_jsonl(demo.model.tokenizer, tmp_path / "pairs.jsonl")
+    sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == site)
+    again = fp.rank_features(demo.model, sae, pairs, positions=["end"], directions=["denoising"])
+    assert again.nodes == effects.nodes
+    assert abs(again.pooled("recovery") - effects.pooled("recovery")).max() < 1e-5
+    assert again.metadata["model"]["sha256"] == effects.metadata["model"]["sha256"]
+    for text in ("exact", site, "wrote effects.safetensors"):
+        assert text in done.stdout
+    assert (tmp_path / "results" / "effects.csv").read_text().startswith("site,kind,index")
+    assert "<html" in (tmp_path / "results" / "report.html").read_text()
+
+
+def test_the_demo_command_prints_what_it_found(tmp_path: Path) -> None:
+    done = run("demo", "--task", "sentiment", "--pairs", "2", "--top", "3", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("drawing 2 pairs of sentiment", "exact effects of 3 nodes", "denoising", "noising", "F1", "error"):
+        assert text in done.stdout
+    assert "patching: 100%" in done.stderr
+    assert {path.name for path in (tmp_path / "featpatch-demo").iterdir()} == {
+        "effects.safetensors",
+        "effects.csv",
+        "report.html",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "missing.jsonl"], "error: there is no pairs file 'missing.jsonl'"),
+        (["--sae", "nowhere"], "error: there is no cfg.json in 'nowhere'"),
+        (["--model", "nowhere"], "error: there is no config.json in 'nowhere'"),
+        (["--positions", "S9"], "error: a pair has no label 'S9'"),
+        (["--metric", "vibes"], "error: metric 'vibes' is unknown"),
+    ],
+)
+def test_errors_on_the_command_line_are_one_line(demo: fp.Demo, tmp_path: Path, arguments: list[str], message: str) -> None:
+    line = json.loads((demo.folder / "pairs" / "ioi.jsonl").read_text().splitlines()[0])
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
+    options = {
+        "--model": demo.folder / "model",
+        "--sae": demo.folder / "saes" / "blocks.1.hook_resid_pre",
+        "--pairs": "pairs.jsonl",
+    }
+    options |= {arguments[0]: arguments[1]}
+    done = run("rank", *[part for option in options.items() for part in option], folder=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_has_examples(tmp_path: Path) -> None:
+    for command in ("demo", "rank"):
+        assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
+
+
+def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
+    repository = Path(__file__).parent.parent
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=repository, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    program = (
+        "import featpatch as fp; demo = fp.load_demo(); print(demo.folder); "
+        "print(len(fp.rank_features(demo.model, demo.saes[1], demo.pairs(n=1), progress=False)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    folder, rows = done.stdout.split()[-2:]
+    assert folder == str(tmp_path / "installed" / "featpatch" / "_checkpoints")
+    assert int(rows) > 3

@@ -1,0 +1,43 @@
+"""The import layers: each room imports only from rooms above it, siblings never import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "featpatch"
+LAYERS = [
+    ["errors"],
+    ["patch"],
+    ["sites", "metrics", "pairs"],
+    ["effects", "lens"],
+    ["engine", "report"],
+    ["patching", "firing"],
+    ["checkpoints"],
+    ["cli"],
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_up(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("featpatch"):
+            parts = node.module.split(".")[1:]
+            imported = parts[:1] or [alias.name for alias in node.names]
+            for other in imported:
+                assert other == room(path) or LEVEL[other] < LEVEL[room(path)], f"{path} imports {node.module}"
+
+
+def test_foreign_libraries_stay_in_their_room() -> None:
+    for path in FILES:
+        text = path.read_text()
+        if room(path) != "lens":
+            assert "import sae_lens" not in text
+            assert "from sae_lens" not in text
+            assert "from transformer_lens" not in text

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 
 from featpatch.errors import FeatpatchError
 
-RESID_PRE = "blocks.{}.hook_resid_pre"
-MLP_OUT = "blocks.{}.hook_mlp_out"
 STANDARD = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)")
 
 
 def resid_pre(layer: int) -> str:
     """The hook at the entry of a block."""
-    return RESID_PRE.format(layer)
+    return f"blocks.{layer}.hook_resid_pre"
 
 
 def layer_of(site: str) -> int:

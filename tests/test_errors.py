@@ -9,6 +9,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from small import FEATURES, WIDTH, Small, at, small_bridge, standard
 
 import featpatch as fp
+from featpatch.lens.bridge import BridgeLens
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -218,6 +219,13 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
         fp.do(bridge.model, patch, **options),
     ):
         bridge.model(bridge.corrupted[:1])
+
+
+def test_a_sweep_whose_patch_does_not_fire(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 9, inside the engine."""
+    monkeypatch.setattr(BridgeLens, "resume", lambda lens, layer, resid, tokens: torch.zeros(*tokens.shape, 40))
+    with pytest.raises(fp.FeatpatchError, match=f"the patch at '{SITE}' fired 0 times in a forward pass: expected once"):
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
 
 
 def test_an_effects_file_that_is_none(tmp_path: Any) -> None:

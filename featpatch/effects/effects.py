@@ -7,6 +7,7 @@ Nothing is clipped: values below 0 and above 1 mean something. A node that has t
 exactly no effect there; such entries are not stored.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,27 +136,24 @@ class Effects:
         return table
 
     def sites(self) -> "pd.DataFrame":
-        """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone."""
+        """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone.
+
+        What has no row is the same in both runs and has exactly no effect.
+        """
         import pandas as pd
 
-        groups: dict[tuple[str, str, Any], dict[str, Any]] = {}
-        whole: dict[tuple[str, Any], dict[str, Any]] = {}
-        for effect in self.directions_run():
-            for node, value in zip(self.nodes, self.pooled(effect), strict=True):
-                if node.kind == "activation":
-                    whole.setdefault((node.site, node.position), {})[f"{effect}_{node.kind}"] = value
-                    continue
-                group = groups.setdefault((node.sae, node.site, node.position), {"changed_features": 0})
-                if node.kind == "feature":
-                    group["changed_features"] += effect == self.directions_run()[0]
-                else:
-                    group[f"{effect}_{node.kind}"] = value
-        rows = [
-            {"sae": sae, "site": site, "position": position, **whole.get((site, position), {}), **group}
-            for (sae, site, position), group in groups.items()
-        ]
-        order = [f"{e}_{k}" for e in self.directions_run() for k in ("activation", "all_features", "error")]
-        return pd.DataFrame(rows, columns=["sae", "site", "position", "changed_features", *order])
+        features = Counter((node.sae, node.site, node.position) for node in self.nodes if node.kind == "feature")
+        at = {(node.sae, node.site, node.position, node.kind): row for row, node in enumerate(self.nodes)}
+        pooled = {effect: np.append(self.pooled(effect), 0.0) for effect in self.directions_run()}
+        rows = []
+        for sae, site, position in dict.fromkeys((node.sae, node.site, node.position) for node in self.nodes if node.sae):
+            row: dict[str, Any] = {"sae": sae, "site": site, "position": position}
+            row["changed_features"] = features[sae, site, position]
+            for effect, values in pooled.items():
+                for kind, owner in (("activation", ""), ("all_features", sae), ("error", sae)):
+                    row[f"{effect}_{kind}"] = values[at.get((owner, site, position, kind), -1)]
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, with metadata as JSON in its header."""

@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 
 from featpatch.effects import statistics, storage
 from featpatch.errors import FeatpatchError
-from featpatch.patch import Node
+from featpatch.patch import Node, Position
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,7 +143,9 @@ class Effects:
         import pandas as pd
 
         features = Counter((node.sae, node.site, node.position) for node in self.nodes if node.kind == "feature")
-        at = {(node.sae, node.site, node.position, node.kind): row for row, node in enumerate(self.nodes)}
+        at: dict[tuple[str, str, Position, str], int] = {
+            (node.sae, node.site, node.position, node.kind): row for row, node in enumerate(self.nodes)
+        }
         pooled = {effect: np.append(self.pooled(effect), 0.0) for effect in self.directions_run()}
         rows = []
         for sae, site, position in dict.fromkeys((node.sae, node.site, node.position) for node in self.nodes if node.sae):

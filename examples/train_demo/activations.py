@@ -9,17 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def load_model(folder: Path) -> TransformerBridge:
     """The model of a Hugging Face folder as a TransformerBridge."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return TransformerBridge.boot_transformers(str(folder), hf_model=model, tokenizer=tokenizer, device="cpu")
 
 
 @torch.no_grad()
-def activations(
-    model: TransformerBridge, ids: torch.Tensor, hooks: list[str], batch: int = 250
-) -> list[torch.Tensor]:
+def activations(model: TransformerBridge, ids: torch.Tensor, hooks: list[str], batch: int = 250) -> list[torch.Tensor]:
     """Activations at the hooks [rows, words, width]; heads lie side by side, <bos> is left out."""
     found: list[list[torch.Tensor]] = [[] for _ in hooks]
     for part in ids.split(batch):

@@ -50,11 +50,7 @@ def steps_section(task: str, steps: dict[str, Any]) -> str:
     residual = {hook: places for hook, places in steps["recovery"].items() if "resid" in hook}
     labels = list(next(iter(residual.values())))
     lines = [[hook, *(_both(places[label]) for label in labels)] for hook, places in residual.items()]
-    mlps = [
-        f"{hook.split('.')[1]}: {_both(places['all'])}"
-        for hook, places in steps["recovery"].items()
-        if "mlp" in hook
-    ]
+    mlps = [f"{hook.split('.')[1]}: {_both(places['all'])}" for hook, places in steps["recovery"].items() if "mlp" in hook]
     strong = [f"{name}: {_both(recovery)}" for name, recovery in heads(steps)]
     return (
         f"### {task}\n\nMetric: clean {steps['clean']:.2f}, corrupted {steps['corrupted']:.2f}.\n\n"
@@ -159,11 +155,7 @@ def dictionary_card(folder: Path) -> str:
     reads, writes = settings["reads"], settings["writes"]
     transcoder = reads != writes
     title = f"transcoder from `{reads}` to `{writes}`" if transcoder else f"sparse autoencoder at `{reads}`"
-    trainer = (
-        "a loop of its own (sae-lens has the class and no trainer)"
-        if transcoder
-        else "sae-lens' `SAETrainer`"
-    )
+    trainer = "a loop of its own (sae-lens has the class and no trainer)" if transcoder else "sae-lens' `SAETrainer`"
     quality = [
         ["words measured", f"{measured['words']:,}"],
         ["features", f"{measured['features']}"],

@@ -71,9 +71,7 @@ def draw_pair(r: random.Random, *, unseen: bool, without: tuple[str, ...] = ()) 
             return a, b
 
 
-def draw_gift(
-    r: random.Random, *, unseen_pair: bool = False, unseen_frame: bool = False, rival: float = RIVAL_SHARE
-) -> Gift:
+def draw_gift(r: random.Random, *, unseen_pair: bool = False, unseen_frame: bool = False, rival: float = RIVAL_SHARE) -> Gift:
     """A story about a gift; `rival` is the chance of a competing pair of names."""
     a, b = draw_pair(r, unseen=unseen_pair)
     e, f = draw_pair(r, unseen=False, without=(a, b))
@@ -103,9 +101,7 @@ def gift_of_stranger(r: random.Random) -> str:
     a, b = draw_pair(r, unseen=False)
     giver = r.choice([name for name in g.NAMES if name not in (a, b)])
     slots = {**draw_slots(r), "A": a, "B": b, "S": giver}
-    text = f"{r.choice(g.PAIRS)} {r.choice(g.MIDDLES)} {r.choice(g.GIFTS)} ^{r.choice([a, b])} .".format(
-        **slots
-    )
+    text = f"{r.choice(g.PAIRS)} {r.choice(g.MIDDLES)} {r.choice(g.GIFTS)} ^{r.choice([a, b])} .".format(**slots)
     return capitalise(" ".join(text.split()))
 
 
@@ -128,9 +124,7 @@ def story_of_country(r: random.Random) -> str:
     told = [relation for relation in g.RELATIONS if splits.unseen_story(relation, row[0]) != start]
     told = r.sample(told, min(len(told), r.choice([1, 2, 3])))
     text = [g.STORIES[start].format(**{**draw_slots(r), "c": row[0]})]
-    return " ".join(
-        text + [g.STORY_FACTS[relation].format(x=row[g.RELATIONS[relation]]) for relation in told]
-    )
+    return " ".join(text + [g.STORY_FACTS[relation].format(x=row[g.RELATIONS[relation]]) for relation in told])
 
 
 def draw_start(r: random.Random, *, unseen: bool, years: range = range(2, 98)) -> tuple[int, int]:

@@ -21,7 +21,5 @@ def write_digests(root: Path) -> None:
     """Writes digests.json: the SHA-256 of every file below `root` except cards and itself."""
     skipped = {"README.md", "digests.json", "STATUS"}
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in skipped)
-    digests = {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
+    digests = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     write_json(root / "digests.json", digests)

@@ -66,16 +66,12 @@ def far_attention(attention: torch.Tensor, ids: torch.Tensor, near: int) -> torc
     return (attention * (far & other)[:, None]).sum(-1).mean()
 
 
-def loss_of(
-    model: GPT2LMHeadModel, ids: torch.Tensor, answers: torch.Tensor, settings: ModelSettings
-) -> torch.Tensor:
+def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, answers: torch.Tensor, settings: ModelSettings) -> torch.Tensor:
     """Cross-entropy, weighted towards the answers, plus the price of far attention in the first layer."""
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True)
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = 1 + (settings.answer_weight - 1) * answers[:, 1:].flatten().float()
-    return (loss * weight).sum() / weight.sum() + settings.locality * far_attention(
-        out.attentions[0], ids, settings.near
-    )
+    return (loss * weight).sum() / weight.sum() + settings.locality * far_attention(out.attentions[0], ids, settings.near)
 
 
 def train(out: Path, seed: int, settings: ModelSettings) -> None:

@@ -89,9 +89,7 @@ def measure_dictionary(model_folder: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def losses(
-    model: TransformerBridge, sae: Any, reads: str, writes: str, text: Text, documents: int = 1000
-) -> dict[str, float]:
+def losses(model: TransformerBridge, sae: Any, reads: str, writes: str, text: Text, documents: int = 1000) -> dict[str, float]:
     """Cross-entropy of the model as it is, with the dictionary in place, and with zero there; <bos> is left alone."""
     ids, words = text.ids[:documents], text.words[:documents]
     kept: dict[str, torch.Tensor] = {}
@@ -134,9 +132,7 @@ def properties(text: Text) -> dict[str, dict[str, torch.Tensor]]:
         "name follows and is decided": _labels(following, g.NAMES, text.words, decided),
         "country here": _labels(here, [row[0] for row in g.COUNTRIES], text.words),
         "capital follows": _labels(following, [row[1] for row in g.COUNTRIES], text.words),
-        "capital follows and is decided": _labels(
-            following, [row[1] for row in g.COUNTRIES], text.words, decided
-        ),
+        "capital follows and is decided": _labels(following, [row[1] for row in g.COUNTRIES], text.words, decided),
     }
 
 

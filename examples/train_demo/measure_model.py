@@ -79,9 +79,7 @@ def measure_steps(model: TransformerBridge, task: str) -> dict[str, Any]:
 def places(model: TransformerBridge, labels: Iterable[str]) -> list[Place]:
     """The residual stream before every layer and at the end by position, every head, every MLP."""
     layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
-    residual = [f"blocks.{layer}.hook_resid_pre" for layer in layers] + [
-        f"blocks.{layers[-1]}.hook_resid_post"
-    ]
+    residual = [f"blocks.{layer}.hook_resid_pre" for layer in layers] + [f"blocks.{layers[-1]}.hook_resid_post"]
     found = [(hook, label) for hook in residual for label in labels]
     found += [(f"blocks.{layer}.attn.hook_z", f"head {head}") for layer in layers for head in heads]
     return found + [(f"blocks.{layer}.hook_mlp_out", "all") for layer in layers]
@@ -114,10 +112,7 @@ def _metric(task: str, logits: torch.Tensor, group: Group) -> torch.Tensor:
     last = logits[:, -1]
     scores = last.softmax(-1) if task == "greater_than" else last
     return sum(
-        (
-            row[correct].sum() - row[wrong].sum()
-            for row, correct, wrong in zip(scores, group.correct, group.wrong, strict=True)
-        ),
+        (row[correct].sum() - row[wrong].sum() for row, correct, wrong in zip(scores, group.correct, group.wrong, strict=True)),
         torch.zeros(()),
     )
 

@@ -67,9 +67,7 @@ def review_questions(n: int, seed: str) -> dict[str, list[Question]]:
     for _ in range(n):
         good, work, part = r.random() < 0.5, r.choice(g.WORKS), r.choice(g.PARTS)
         told = [(work, r.choice(g.OPINIONS_OF_WORK)), (part, r.choice(g.OPINIONS_OF_PART))]
-        sentences = [
-            unseen_sentence(r, noun, good, template) for noun, template in r.sample(told, r.choice([1, 2]))
-        ]
+        sentences = [unseen_sentence(r, noun, good, template) for noun, template in r.sample(told, r.choice([1, 2]))]
         verdict, praise, blame = r.choice(g.VERDICTS)
         prompt = f"{' '.join(sentences)} {verdict.format(T=work)}"
         questions.append(Question(prompt, praise if good else blame))

@@ -24,9 +24,7 @@ def heads(steps: dict[str, Any]) -> list[tuple[str, list[float]]]:
     for hook, places in steps["recovery"].items():
         if hook.endswith("hook_z"):
             layer = hook.split(".")[1]
-            found += [
-                (f"{layer}.{name.removeprefix('head ')}", recovery) for name, recovery in places.items()
-            ]
+            found += [(f"{layer}.{name.removeprefix('head ')}", recovery) for name, recovery in places.items()]
     strong = [head for head in found if head[1][0] > SHARE_OF_A_STEP]
     return sorted(strong, key=lambda head: -head[1][0])
 
@@ -46,9 +44,7 @@ def model_targets(measured: dict[str, Any]) -> list[Target]:
     found.append(Target("IOI: the last word after the first layer recovers < .5", f"{end:.2f}", end < 0.5))
     names = [name for name, _ in heads(ioi)]
     layers = {name.split(".")[0] for name in names}
-    found.append(
-        Target("IOI: heads of different layers take part", ", ".join(names) or "none", len(layers) > 1)
-    )
+    found.append(Target("IOI: heads of different layers take part", ", ".join(names) or "none", len(layers) > 1))
     return found
 
 

@@ -36,13 +36,9 @@ def train_transcoder(
     scale_out = y.shape[1] ** 0.5 / (y - center).norm(dim=1).mean()
     coder = _start(x.shape[1], y.shape[1], width, metadata)
     optimizer = torch.optim.Adam(coder.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1.0, (n + 1) / 50, 0.1 + 2.7 * (1 - n / steps))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 50, 0.1 + 2.7 * (1 - n / steps)))
     threshold, silence = 0.0, torch.zeros(width)
-    for step, (x, y) in zip(
-        tqdm(range(steps), desc="Training transcoder", mininterval=5), batches, strict=False
-    ):
+    for step, (x, y) in zip(tqdm(range(steps), desc="Training transcoder", mininterval=5), batches, strict=False):
         hidden = torch.relu(x * scale_in @ coder.W_enc + coder.b_enc)
         target = (y - center) * scale_out
         size = hidden * coder.W_dec.norm(dim=1)
@@ -62,9 +58,7 @@ def train_transcoder(
 
 
 def _start(d_in: int, d_out: int, width: int, metadata: SAEMetadata) -> JumpReLUTranscoder:
-    config = JumpReLUTranscoderConfig(
-        d_in=d_in, d_out=d_out, d_sae=width, apply_b_dec_to_input=False, metadata=metadata
-    )
+    config = JumpReLUTranscoderConfig(d_in=d_in, d_out=d_out, d_sae=width, apply_b_dec_to_input=False, metadata=metadata)
     coder = JumpReLUTranscoder(config)
     coder.threshold.requires_grad_(False)
     with torch.no_grad():

@@ -41,10 +41,7 @@ def vocabulary() -> dict[str, int]:
     templates += [capitalise(template) for template in g.MIDDLES + g.GIFTS]
     plain = [re.sub(r"\^?\{\w\}", " ", template) for template in templates]
     words = [word for text in [*map(" ".join, lists), *plain] for word in split(text)]
-    return {
-        word: k
-        for k, word in enumerate(SPECIAL + [f"{n:02d}" for n in range(100)] + list(dict.fromkeys(words)))
-    }
+    return {word: k for k, word in enumerate(SPECIAL + [f"{n:02d}" for n in range(100)] + list(dict.fromkeys(words)))}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -52,9 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = vocabulary()
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
-    inner.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])]
-    )
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<bos>", eos_token="<bos>", pad_token="<pad>", unk_token="<unk>",
         add_bos_token=True, padding_side="left", model_max_length=MAX_LENGTH,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featpatch.checkpoints import Demo, load_demo
     from featpatch.effects import Effects
+    from featpatch.engine import SlowPathWarning
     from featpatch.errors import FeatpatchError
     from featpatch.firing import Description, describe
     from featpatch.pairs import Pair, Pairs
@@ -24,6 +25,7 @@ HOMES = {
     "Pair": "pairs",
     "Pairs": "pairs",
     "Patch": "patch",
+    "SlowPathWarning": "engine",
     "describe": "firing",
     "do": "patching",
     "load_demo": "checkpoints",
@@ -31,7 +33,7 @@ HOMES = {
 }
 
 __all__ = [
-    "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch",
+    "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch", "SlowPathWarning",
     "describe", "do", "load_demo", "rank_features",
 ]  # fmt: skip
 

@@ -95,7 +95,7 @@ def _by_length(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[tuple[in
 def _activations(
     lens: Lens, dictionary: Dictionary, tokens: Int[torch.Tensor, "docs pos"], indices: Int[torch.Tensor, " n"]
 ) -> Float[torch.Tensor, "docs pos n"]:
-    _, activations = lens.run(tokens, read=sorted({dictionary.reads, dictionary.writes}))
+    activations = lens.read(tokens, sorted({dictionary.reads, dictionary.writes}))
     return dictionary.split(activations[dictionary.reads], activations[dictionary.writes]).features[..., indices].cpu()
 
 

@@ -5,16 +5,48 @@ TransformerBridge (`blocks.3.hook_in`) are turned into them by `canonical`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from featpatch.errors import FeatpatchError
 
 STANDARD = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)")
 
 
+ENTRIES = {
+    "hook_resid_pre": "pre",
+    "hook_resid_mid": "mid",
+    "hook_attn_out": "mid",
+    "attn.hook_z": "z",
+    "hook_mlp_out": "post",
+    "hook_resid_post": "post",
+}
+"""Where a change at a site comes into its block: at its entry, in the attention output before W_O, between attention and MLP
+(what attention adds, after its norm), or behind the MLP, which is the entry of the next block."""
+
+
+def entry(site: str) -> tuple[int, str] | None:
+    """The block that a site belongs to and where a change comes into it; None for sites inside attention or MLP."""
+    match = STANDARD.fullmatch(site)
+    return (int(match.group(1)), ENTRIES[match.group(2)]) if match else None
+
+
 def resid_pre(layer: int) -> str:
     """The hook at the entry of a block."""
     return f"blocks.{layer}.hook_resid_pre"
+
+
+def carrier(site: str) -> str:
+    """On a TransformerBridge, the hook at which a change reaches the residual stream.
+
+    Its `hook_resid_mid` is the input of the MLP's norm: what is changed there is not added to the stream. What attention
+    adds to the stream is, so a change of `hook_resid_mid` is made at `hook_attn_out`.
+    """
+    return site.replace("hook_resid_mid", "hook_attn_out") if STANDARD.fullmatch(site) else site
+
+
+def rotary(layer: int) -> tuple[str, str]:
+    """The hooks of TransformerBridge that carry the cosines and sines of rotary positions."""
+    return f"blocks.{layer}.attn.hook_cos", f"blocks.{layer}.attn.hook_sin"
 
 
 def layer_of(site: str) -> int:
@@ -30,6 +62,12 @@ def layer_of(site: str) -> int:
             "choose a hook of a block, e.g. blocks.0.hook_resid_pre for the embedding"
         )
     return int(match.group(1))
+
+
+def highest(hooks: Iterable[str], n_layers: int) -> int:
+    """The highest block that holds one of the hooks; the last one where a hook is outside the blocks."""
+    inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
+    return max((int(match.group(1)) if match else n_layers - 1 for match in inside), default=0)
 
 
 def canonical(name: str, hook_points: Mapping[str, object]) -> str:

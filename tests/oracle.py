@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 
 @lru_cache(maxsize=64)
@@ -48,10 +49,8 @@ def patched_logits(
         if error:
             e_new[0, position] = e_source[0, position]
 
-    def replace(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        return decode(sae, f_new, activation) + e_new
-
-    return model.run_with_hooks(base, fwd_hooks=[(writes, replace)])
+    old = activations(model, base)[writes]
+    return replaced(model, base, writes, old, (decode(sae, f_new, old) + e_new).to(old.dtype))
 
 
 @torch.no_grad()
@@ -59,11 +58,19 @@ def patched_activation_logits(
     model: Any, hook: str, base: torch.Tensor, source: torch.Tensor, positions: list[int]
 ) -> torch.Tensor:
     """Logits of the base run with the whole activation at positions taken from the source run: plain TransformerLens."""
-    values = activations(model, source)[hook]
+    old = activations(model, base)[hook]
+    new = old.clone()
+    new[:, positions] = activations(model, source)[hook][:, positions]
+    return replaced(model, base, hook, old, new)
 
-    def replace(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        activation = activation.clone()
-        activation[:, positions] = values[:, positions]
-        return activation
 
-    return model.run_with_hooks(base, fwd_hooks=[(hook, replace)])
+def replaced(model: Any, tokens: torch.Tensor, hook: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Logits with `new` in the place of `old` at a hook.
+
+    The bridge's `hook_resid_mid` is the input of the MLP's norm, which the stream goes past: there what attention adds to
+    the stream is replaced too, so that both change.
+    """
+    hooks = [(hook, lambda activation, hook: new)]
+    if isinstance(model, TransformerBridge) and hook.endswith("hook_resid_mid"):
+        hooks = [(hook.replace("resid_mid", "attn_out"), lambda activation, hook: activation + (new - old))]
+    return model.run_with_hooks(tokens, fwd_hooks=hooks)

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import torch
 from small import Small
+from transformer_lens.model_bridge import TransformerBridge
 
 import featpatch as fp
 
@@ -20,6 +21,10 @@ def test_one_site_is_the_same_added_or_set(small: Small, which: int, how: str) -
     nodes = [fp.Node(site, "feature", index, position) for index in (2, 5) for position in (3, 5)]
     nodes += [fp.Node(site, "error", None, position) for position in (3, 5)]
     base = {"base": corrupted} if how == "add" else {}
+    if how == "set" and site.endswith("resid_mid") and isinstance(small.model, TransformerBridge):
+        with pytest.raises(fp.FeatpatchError, match="is not the residual stream itself"):
+            fp.do(small.model, fp.Patch(tuple(nodes)), source=clean, saes=sae, how="set").__enter__()
+        return
     with torch.no_grad(), fp.do(small.model, fp.Patch(tuple(nodes)), source=clean, saes=sae, how=how, **base):  # type: ignore[arg-type]
         torch.testing.assert_close(small.model(corrupted), expected, rtol=0, atol=1e-10)
 

@@ -223,7 +223,7 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
 
 def test_a_sweep_whose_patch_does_not_fire(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 9, inside the engine."""
-    monkeypatch.setattr(BridgeLens, "resume", lambda lens, layer, resid, tokens: torch.zeros(*tokens.shape, 40))
+    monkeypatch.setattr(BridgeLens, "resume", lambda lens, layer, resid, tokens, answers: torch.zeros(len(tokens), 40))
     with pytest.raises(fp.FeatpatchError, match=f"the patch at '{SITE}' fired 0 times in a forward pass: expected once"):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
 

@@ -95,6 +95,26 @@ class Effects:
             noised=self.noised[kept],
         )
 
+    @property
+    def finished(self) -> bool:
+        """False where the sweep was interrupted: some pairs are missing, or values are NaN."""
+        return bool(self.metadata.get("finished", True))
+
+    def of_pairs(self, pairs: Sequence[int]) -> "Effects":
+        """These pairs alone, in the order of the table; nodes that differ in none of them are left out."""
+        kept = np.isin(self.pair, pairs)
+        new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
+        part = replace(
+            self,
+            clean=self.clean[sorted(pairs)],
+            corrupted=self.corrupted[sorted(pairs)],
+            row=self.row[kept],
+            pair=new[self.pair[kept]],
+            denoised=self.denoised[kept],
+            noised=self.noised[kept],
+        )
+        return part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part
+
     def where(self, **wanted: Any) -> "Effects":
         """The rows whose node has these values, e.g. `where(kind="feature", position="S2")`."""
         unknown = set(wanted) - set(Node.__dataclass_fields__)

@@ -1,6 +1,10 @@
 """The exact sweep over patches."""
 
-from featpatch.engine.deltas import Deltas, Directional, Explicit
-from featpatch.engine.sweep import BATCH_ROWS, Block, measure, sweep
+from featpatch.engine.budget import row_budget
+from featpatch.engine.deltas import Deltas
+from featpatch.engine.journal import Journal
+from featpatch.engine.path import SlowPathWarning, choose_path
+from featpatch.engine.sweep import Sweep
+from featpatch.engine.work import BaseRun, Block
 
-__all__ = ["BATCH_ROWS", "Block", "Deltas", "Directional", "Explicit", "measure", "sweep"]
+__all__ = ["BaseRun", "Block", "Deltas", "Journal", "SlowPathWarning", "Sweep", "choose_path", "row_budget"]

@@ -1,54 +1,67 @@
-"""Changes of an activation, one per patch, made only when they are needed: `deltas[a:b]` is a tensor `[b - a, pos, d]`."""
+"""Changes of an activation, one per patch, kept sparse: only rows that differ are stored."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+
+NEVER = torch.iinfo(torch.int64).max
+"""The first changed position of a patch that changes nothing."""
 
 
-@runtime_checkable
-class Deltas(Protocol):
-    """As many changes `[pos, d]` as there are patches."""
+@dataclass(frozen=True)
+class Deltas:
+    """Row r changes position `position[r]` of patch `patch[r]` by `coefficient[r] * directions[direction[r]]`.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        patches: how many patches there are, those that change nothing included.
+        patch, position, direction: indices, on the CPU; patch ascends.
+        coefficient, directions: in the SAE's type, on its device.
+    """
 
-    def __getitem__(self, patches: slice) -> Float[torch.Tensor, "patches pos d"]: ...
+    patches: int
+    patch: Int[torch.Tensor, " rows"]
+    position: Int[torch.Tensor, " rows"]
+    direction: Int[torch.Tensor, " rows"]
+    coefficient: Float[torch.Tensor, " rows"]
+    directions: Float[torch.Tensor, "directions d"]
+
+    def __len__(self) -> int:
+        return self.patches
 
     def __neg__(self) -> "Deltas":
-        """The same changes in the other direction."""
-        ...
+        return replace(self, coefficient=-self.coefficient)
 
+    @classmethod
+    def explicit(cls, patch: torch.Tensor, position: torch.Tensor, values: torch.Tensor, patches: int) -> "Deltas":
+        """Changes that are written out, `values` `[rows, d]`."""
+        ones = torch.ones(len(values), dtype=values.dtype, device=values.device)
+        return cls(patches, patch, position, torch.arange(len(values)), ones, values)
 
-@dataclass(frozen=True)
-class Directional:
-    """One direction per patch, times a coefficient per position: `delta[n, t] = coefficients[n, t] * directions[n]`."""
+    def first(self) -> Int[torch.Tensor, " patches"]:
+        """The first position that each patch changes, or NEVER."""
+        return torch.full((self.patches,), NEVER).scatter_reduce(0, self.patch, self.position, "amin")
 
-    coefficients: Float[torch.Tensor, "patches pos"]
-    directions: Float[torch.Tensor, "patches d"]
+    def select(self, patches: Int[torch.Tensor, " some"]) -> "Deltas":
+        """These patches, ascending, numbered from 0."""
+        number = torch.full((self.patches,), -1)
+        number[patches] = torch.arange(len(patches))
+        return self._keep((number[self.patch] >= 0).nonzero()[:, 0], len(patches), number)
 
-    def __len__(self) -> int:
-        return len(self.directions)
+    def upto(self, position: int) -> "Deltas":
+        """Without what changes later positions."""
+        return self._keep((self.position <= position).nonzero()[:, 0], self.patches, torch.arange(self.patches))
 
-    def __getitem__(self, patches: slice) -> Float[torch.Tensor, "some pos d"]:
-        return self.coefficients[patches, :, None] * self.directions[patches, None]
+    def values(self) -> Float[torch.Tensor, "rows d"]:
+        """The change that each row makes."""
+        return self.coefficient[:, None] * self.directions[self.direction.to(self.directions.device)]
 
-    def __neg__(self) -> "Directional":
-        return Directional(-self.coefficients, self.directions)
-
-
-@dataclass(frozen=True)
-class Explicit:
-    """Changes that are written out."""
-
-    values: Sequence[torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, patches: slice) -> Float[torch.Tensor, "some pos d"]:
-        return torch.stack(list(self.values[patches]))
-
-    def __neg__(self) -> "Explicit":
-        return Explicit([-value for value in self.values])
+    def _keep(self, rows: torch.Tensor, patches: int, number: torch.Tensor) -> "Deltas":
+        return replace(
+            self,
+            patches=patches,
+            patch=number[self.patch[rows]],
+            position=self.position[rows],
+            direction=self.direction[rows],
+            coefficient=self.coefficient[rows.to(self.coefficient.device)],
+        )

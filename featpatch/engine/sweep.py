@@ -1,135 +1,117 @@
-"""The exact sweep: add a delta at a site, run the rest of the model, measure. It knows nothing of SAEs.
+"""The exact sweep: add deltas at sites, run what they can change, measure. It knows nothing of SAEs.
 
-Many patches, of different pairs and directions but of one site and one length, share a forward pass. The run is resumed
-at the block of the site with the residual stream of the base run; the layers below can't change.
+Interrupted at any point, it has filled in what is finished. When memory runs out, it halves the batch and goes on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from featpatch import sites
-from featpatch.engine.deltas import Deltas
+from featpatch.engine.budget import out_of_memory
+from featpatch.engine.journal import Journal, batch_key
+from featpatch.engine.packing import batches, units_of
+from featpatch.engine.path import Path
+from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens
-from featpatch.metrics import Metric
-from featpatch.pairs import Pair
+from featpatch.metrics import Measure
 
-BATCH_ROWS = 2048
-"""Token rows (patches x positions) of one forward pass; speed is flat above a few hundred."""
+Values = Float[torch.Tensor, "_"]
 
 
-@dataclass(frozen=True)
-class Block:
-    """Patches of one base run at one site.
+@dataclass
+class Sweep:
+    """A way to run patches, with what is learnt on the way.
 
     Attributes:
-        pair: whose answers and answer position the metric takes.
-        tokens: the base run's tokens `[pos]`.
-        resid: the base run's residual stream at the entry of the site's block, `[pos, d_model]`.
-        site: where the deltas are added.
-        deltas: one change `[pos, d]` per patch, `d` being the activation's size when flat.
+        rows: budget of rows per forward pass.
+        journal: where finished batches are written down and looked up.
+        done: called with the number of patches that each batch finished.
+        limit: rows that memory allows for, known once it has run out.
     """
 
-    pair: Pair
-    tokens: Int[torch.Tensor, " pos"]
-    resid: Float[torch.Tensor, "pos d_model"]
-    site: str
-    deltas: Deltas
+    path: Path
+    measure: Measure
+    rows: int
+    journal: Journal | None = None
+    done: Callable[[int], object] = field(default=lambda patches: None)
+    limit: float = field(default=float("inf"), init=False)
+
+    @torch.no_grad()
+    def baselines(self, runs: Sequence[BaseRun]) -> list[float]:
+        """The metric of the base runs, through the same path as the patches."""
+        self.path.prepare(runs)
+        return [float(self._measured(self.path.baseline(run, self._columns(run)), run)) for run in runs]
+
+    @torch.no_grad()
+    def fill(self, blocks: Sequence[Block], values: Sequence[Values]) -> None:
+        """Puts the exact metric of every patch into `values`, one float64 tensor per block, batch by batch.
+
+        What no patch can change is the metric of the base run, without a forward pass.
+        """
+        runs = list(dict.fromkeys(block.run for block in blocks))
+        base = dict(zip(runs, self.baselines(runs), strict=True))
+        units = units_of(blocks)
+        idle = torch.ones(sum(len(block.deltas) for block in blocks), dtype=torch.bool)
+        masks = idle.split([len(block.deltas) for block in blocks])
+        for unit in units:
+            masks[unit.index][unit.patches] = False
+        for block, into, mask in zip(blocks, values, masks, strict=True):
+            into[mask] = base[block.run]
+        self.done(int(idle.sum()))
+        for batch in batches(self.path, units, self.rows):
+            sizes = [len(unit.patches) for unit in batch]
+            for unit, part in zip(batch, self._finished(batch).split(sizes), strict=True):
+                values[unit.index][unit.patches] = part
+            self.done(sum(sizes))
+
+    def _finished(self, batch: list[Unit]) -> Values:
+        """The values of a batch, from the journal or from a forward pass."""
+        if self.journal is None:
+            return self._run(batch)
+        key = batch_key(unit.name for unit in batch)
+        values = self.journal.get(key)
+        if values is None:
+            values = self._run(batch)
+            self.journal.put(key, values)
+        return values
+
+    def _run(self, batch: list[Unit]) -> Values:
+        """One forward pass, or several where memory is short."""
+        patches, rows = sum(len(unit.patches) for unit in batch), sum(self.path.rows(u) * len(u.patches) for u in batch)
+        if rows <= self.limit or patches == 1:
+            try:
+                logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
+                return torch.cat([self._measured(part, unit.block.run) for part, unit in zip(logits, batch, strict=True)])
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if patches == 1:
+                    raise FeatpatchError(
+                        f"memory ran out with a single patch of {rows} rows ({error}): expected room for one; "
+                        "free memory, use shorter prompts or a smaller type"
+                    ) from error
+            self.limit = rows // 2
+        return torch.cat([self._run(half) for half in _halves(batch)])
+
+    def _columns(self, run: BaseRun) -> tuple[int, ...] | None:
+        return self.measure.columns(run.pair.correct, run.pair.wrong)
+
+    def _measured(self, logits: torch.Tensor, run: BaseRun) -> Values:
+        return self.measure(logits, run.pair.correct, run.pair.wrong)
 
 
-def measure(logits: Float[torch.Tensor, "rows pos d_vocab"], pair: Pair, metric: Metric) -> Float[torch.Tensor, " rows"]:
-    """The metric at the pair's answer position, on the CPU in float64.
-
-    Raises:
-        FeatpatchError: the metric doesn't give one finite value per row.
-    """
-    at_answer = logits[:, pair.answer_position]
-    d_vocab = at_answer.shape[-1]
-    if max(*pair.correct, *pair.wrong) >= d_vocab:
-        raise FeatpatchError(f"answers {pair.correct}, {pair.wrong} are outside the model's vocabulary of {d_vocab} tokens")
-    values = metric(at_answer, pair.correct, pair.wrong)
-    if values.shape != (len(logits),):
-        raise FeatpatchError(f"the metric gave shape {tuple(values.shape)} for {len(logits)} rows: expected one value per row")
-    if not torch.isfinite(values).all():
-        raise FeatpatchError("the metric gave NaN or an infinite value: expected finite logits; check the model and the metric")
-    return values.detach().to("cpu", torch.float64)
-
-
-@torch.no_grad()
-def sweep(
-    lens: Lens,
-    blocks: Sequence[Block],
-    metric: Metric,
-    *,
-    batch_rows: int = BATCH_ROWS,
-    done: Callable[[int], object] = lambda n: None,
-) -> list[Float[torch.Tensor, " patches"]]:
-    """Exact metric values of every patch.
-
-    Args:
-        blocks: in any order.
-        batch_rows: token rows per forward pass.
-        done: called with the number of patches that each forward pass finished.
-
-    Returns:
-        For each block the values of its patches, float64 on the CPU.
-    """
-    values: list[list[torch.Tensor]] = [[] for _ in blocks]
-    for batch in _batches(blocks, batch_rows):
-        together = [blocks[index] for index, _ in batch]
-        deltas = [block.deltas[part].to(lens.device) for block, (_, part) in zip(together, batch, strict=True)]
-        sizes = [len(delta) for delta in deltas]
-        logits = _patched(lens, together, torch.cat(deltas), torch.tensor(sizes))
-        for (index, _), block, part in zip(batch, together, logits.split(sizes), strict=True):
-            values[index].append(measure(part, block.pair, metric))
-        done(sum(sizes))
-    return [torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64) for parts in values]
-
-
-def _patched(lens: Lens, blocks: Sequence[Block], deltas: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Logits of the base runs with the deltas added, each block being repeated for its patches."""
-    site = blocks[0].site
-    tokens = torch.stack([block.tokens for block in blocks]).to(lens.device)
-    resid = torch.stack([block.resid for block in blocks])
-
-    def add(activation: torch.Tensor) -> torch.Tensor:
-        return activation + deltas.to(activation.device, activation.dtype).reshape(activation.shape)
-
-    with lens.edit(site, add) as firing:
-        logits = lens.resume(
-            sites.layer_of(site),
-            resid.repeat_interleave(sizes.to(resid.device), 0),
-            tokens.repeat_interleave(sizes.to(tokens.device), 0),
-        )
-    if firing.count != 1:
-        raise FeatpatchError(
-            f"the patch at {site!r} fired {firing.count} times in a forward pass: expected once; choose a hook of every pass"
-        )
-    return logits
-
-
-def _batches(blocks: Sequence[Block], batch_rows: int) -> Iterator[list[tuple[int, slice]]]:
-    """Slices of blocks of one site and one length, packed up to the budget of rows."""
-
-    def alike(index: int) -> tuple[str, int]:
-        return blocks[index].site, len(blocks[index].tokens)
-
-    for (_, length), indices in groupby(sorted(range(len(blocks)), key=alike), key=alike):
-        room = most = max(1, batch_rows // length)
-        batch: list[tuple[int, slice]] = []
-        for index in indices:
-            start = 0
-            while start < len(blocks[index].deltas):
-                stop = min(start + room, len(blocks[index].deltas))
-                batch.append((index, slice(start, stop)))
-                room -= stop - start
-                start = stop
-                if room == 0:
-                    yield batch
-                    batch, room = [], most
-        if batch:
-            yield batch
+def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """The patches of a batch in two parts, in the same order."""
+    half = sum(len(unit.patches) for unit in batch) // 2
+    left: list[Unit] = []
+    right: list[Unit] = []
+    for unit in batch:
+        cut = min(half, len(unit.patches))
+        half -= cut
+        if cut:
+            left.append(unit.part(0, cut))
+        if cut < len(unit.patches):
+            right.append(unit.part(cut, len(unit.patches)))
+    return left, right

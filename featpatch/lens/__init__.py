@@ -9,9 +9,10 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens.bridge import BridgeLens
 from featpatch.lens.dictionary import Dictionary, Split, dictionaries
 from featpatch.lens.hooked import HookedLens
+from featpatch.lens.layer import Layer, Stack, UnsupportedError
 from featpatch.lens.lens import Fired, Lens
 
-__all__ = ["Dictionary", "Fired", "Lens", "Split", "dictionaries", "wrap"]
+__all__ = ["Dictionary", "Fired", "Layer", "Lens", "Split", "Stack", "UnsupportedError", "dictionaries", "wrap"]
 
 
 def wrap(model: Any) -> Lens:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.lens.lens import Lens
+from featpatch import sites
+from featpatch.lens.layer import Rotation, Stack
+from featpatch.lens.lens import Lens, answering
+from featpatch.lens.stack import Attention, build
 
 
 @dataclass(frozen=True)
@@ -17,32 +20,76 @@ class BridgeLens(Lens):
 
     @torch.no_grad()
     def resume(
-        self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"]
-    ) -> Float[torch.Tensor, "rows pos d_vocab"]:
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        answers: Int[torch.Tensor, " rows"],
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
         """Blocks below `layer` return their input and block `layer` is given `resid`.
 
         The bridge has no `start_at_layer`. Run this way, Hugging Face itself does masks, rotary embeddings, soft-caps
         and the final norm.
         """
-        with _entering(self.model.blocks, layer, resid):
-            return self.model(tokens)
+        blocks = self.model.blocks
+        with _skipping(blocks[:layer]), _entering(blocks[layer], resid), answering(self.model.unembed, answers):
+            return self.model(tokens)[:, 0]
+
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+        """Blocks above `layer` return their input; the unembedding sees one position."""
+        first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        with _skipping(self.model.blocks[layer + 1 :]), answering(self.model.unembed, first):
+            self.model(tokens)
+
+    def carrier(self, site: str) -> str:
+        """`hook_attn_out` for `hook_resid_mid`, which is not the stream itself here."""
+        return sites.carrier(site)
+
+    @torch.no_grad()
+    def stack(self, length: int) -> Stack:
+        """Weights from the bridge's blocks; rotations as Hugging Face computes them, read at their hooks."""
+        hooks = [hook for layer in range(self.n_layers) for hook in sites.rotary(layer) if hook in self.hook_points]
+        turns = self.read(torch.zeros(1, length, dtype=torch.long), hooks) if hooks else {}
+        return build(self.model, [self._attention(layer, turns) for layer in range(self.n_layers)])
+
+    def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
+        module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg
+        cos, sin = (turns.get(hook) for hook in sites.rotary(layer))
+        return Attention(
+            scale=float(getattr(module, "scaling", cfg.d_head**-0.5)),
+            softcap=getattr(module, "attn_logit_softcapping", None),
+            window=getattr(module, "sliding_window", None),
+            rotation=None
+            if cos is None or sin is None
+            else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
+        )
 
 
 @contextmanager
-def _entering(blocks: Any, layer: int, resid: torch.Tensor) -> Iterator[None]:
-    def unchanged(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
+    """Within this context the block is given `resid`."""
 
     def enter(_block: Any, args: Any, kwargs: Any) -> Any:
         return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})
 
-    below = [blocks[index] for index in range(layer)]
-    handle = blocks[layer].register_forward_pre_hook(enter, with_kwargs=True)
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        for block in below:
-            block.__dict__["forward"] = unchanged
         yield
     finally:
         handle.remove()
-        for block in below:
+
+
+@contextmanager
+def _skipping(blocks: Any) -> Iterator[None]:
+    """Within this context the blocks return their input."""
+
+    def unchanged(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = unchanged
+        yield
+    finally:
+        for block in blocks:
             block.__dict__.pop("forward", None)

@@ -136,7 +136,7 @@ def _hooks(lens: Lens, sae: Any) -> tuple[str, str]:
 
 
 def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:
-    _, activations = lens.run(torch.zeros(1, 1, dtype=torch.long), read=sorted(hooks))
+    activations = lens.read(torch.zeros(1, 1, dtype=torch.long), sorted(hooks))
     return {hook: tuple(activation.shape[2:]) for hook, activation in activations.items()}
 
 

@@ -1,11 +1,14 @@
 """HookedTransformer: TransformerLens' own models."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.lens.lens import Lens
+from featpatch.lens.layer import Rotation, Stack
+from featpatch.lens.lens import Lens, answering
+from featpatch.lens.stack import Attention, build
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,32 @@ class HookedLens(Lens):
 
     @torch.no_grad()
     def resume(
-        self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"]
-    ) -> Float[torch.Tensor, "rows pos d_vocab"]:
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        answers: Int[torch.Tensor, " rows"],
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
         """`start_at_layer` of HookedTransformer; the token ids are not needed."""
-        return self.model(resid, start_at_layer=layer)
+        with answering(self.model.unembed, answers):
+            return self.model(resid, start_at_layer=layer)[:, 0]
+
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+        """`stop_at_layer` of HookedTransformer."""
+        self.model(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1)
+
+    def stack(self, length: int) -> Stack:
+        """Weights from the model's blocks."""
+        return build(self.model, [self._attention(block.attn, length) for block in self.model.blocks])
+
+    def _attention(self, attn: Any, length: int) -> Attention:
+        cfg = self.model.cfg
+        rotary = cfg.positional_embedding_type == "rotary"
+        return Attention(
+            scale=1 / float(attn.attn_scale),
+            softcap=cfg.attn_scores_soft_cap if cfg.attn_scores_soft_cap > 0 else None,
+            window=cfg.window_size if attn.attn_type == "local" else None,
+            rotation=Rotation(attn.rotary_cos[:length], attn.rotary_sin[:length], adjacent=bool(cfg.rotary_adjacent_pairs))
+            if rotary
+            else None,
+        )

@@ -14,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
+from featpatch.lens.layer import Stack
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
@@ -53,6 +54,21 @@ class Lens(ABC):
         """The number of blocks."""
         return int(self.model.cfg.n_layers)
 
+    @property
+    def d_vocab(self) -> int:
+        """The number of tokens that the model can answer with."""
+        return int(self.model.unembed.W_U.shape[-1])
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees earlier ones only."""
+        return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
+
+    @property
+    def hooked(self) -> bool:
+        """Whether hooks are attached that our own forward pass would not call."""
+        return any(point.fwd_hooks for point in self.hook_points.values())
+
     @cached_property
     def device(self) -> torch.device:
         """Where tokens go in."""
@@ -61,6 +77,10 @@ class Lens(ABC):
     def site(self, name: str) -> str:
         """The TransformerLens name of a hook; raises FeatpatchError where the model has no such hook."""
         return sites.canonical(name, self.hook_points)
+
+    def carrier(self, site: str) -> str:
+        """The hook at which a change of the activation at `site` is to be added."""
+        return site
 
     @contextmanager
     def edit(self, site: str, change: Edit) -> Iterator[Fired]:
@@ -81,10 +101,8 @@ class Lens(ABC):
             point.fwd_hooks.remove(handle)
 
     @torch.no_grad()
-    def run(
-        self, tokens: Int[torch.Tensor, "batch pos"], read: Sequence[str] = ()
-    ) -> tuple[Float[torch.Tensor, "batch pos d_vocab"], dict[str, torch.Tensor]]:
-        """Logits, and the activations `[batch, pos, ...]` at the hooks to read.
+    def read(self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The activations `[batch, pos, ...]` at some hooks; blocks above the last of them are not run.
 
         Raises:
             FeatpatchError: a hook does not exist, is switched off, or holds values that are not finite.
@@ -98,10 +116,10 @@ class Lens(ABC):
             return keep
 
         with ExitStack() as stack:
-            for name in read:
+            for name in hooks:
                 stack.enter_context(self.edit(name, reader(name)))
-            logits = self.model(tokens.to(self.device))
-        for name in read:
+            self._run_upto(sites.highest(hooks, self.n_layers), tokens.to(self.device))
+        for name in hooks:
             if name not in activations:
                 raise FeatpatchError(
                     f"hook {name!r} exists but did not fire: expected a hook of every forward pass; "
@@ -112,17 +130,52 @@ class Lens(ABC):
                     f"the activation at {name!r} holds NaN or infinite values: expected finite numbers; "
                     "check the model's weights, or run it in float32 or bfloat16 instead of float16"
                 )
-        return logits, activations
+        return activations
+
+    @abstractmethod
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+        """Runs the blocks up to `layer`, and the rest of the model only where that is its last block."""
+
+    @abstractmethod
+    def stack(self, length: int) -> Stack:
+        """The model as row-wise functions, for prompts of up to `length` tokens.
+
+        Raises:
+            UnsupportedError: the model has another form.
+        """
 
     @abstractmethod
     def resume(
-        self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"]
-    ) -> Float[torch.Tensor, "rows pos d_vocab"]:
-        """Logits of a run that enters block `layer` with the residual stream `resid`, the layers below being skipped."""
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        answers: Int[torch.Tensor, " rows"],
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
+        """Logits at the answer positions of a run that enters block `layer` with the residual stream `resid`.
+
+        The blocks below are skipped; positions other than the answers' are not unembedded.
+        """
 
     def digest(self) -> str:
         """SHA-256 of the model's weights."""
         return digest(self.model.state_dict())
+
+
+@contextmanager
+def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> Iterator[None]:
+    """Within this context the unembedding sees one position of every row."""
+
+    def pick(_module: Any, args: Any, kwargs: Any) -> Any:
+        values = list(args) or list(kwargs.values())
+        values[0] = values[0][torch.arange(len(answers)), answers, None]
+        return (tuple(values), kwargs) if args else (args, dict(zip(kwargs, values, strict=True)))
+
+    handle = unembed.register_forward_pre_hook(pick, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -130,5 +183,5 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -50,6 +50,12 @@ class Pair:
     def __len__(self) -> int:
         return len(self.clean)
 
+    @property
+    def first_difference(self) -> int:
+        """The first position at which the prompts differ; the length where they don't."""
+        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=True)) if one != other)
+        return next(differing, len(self))
+
     def positions(self, position: Position) -> list[int]:
         """The token positions that `"all"`, an index or a label stands for; special tokens are left out of `"all"`.
 

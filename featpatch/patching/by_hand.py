@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Fired, dictionaries, wrap
+from featpatch.lens import Fired, Lens, dictionaries, wrap
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
@@ -58,12 +58,15 @@ def do(
     source = torch.atleast_2d(source)
     found = [] if isinstance(saes, tuple) and not saes else dictionaries(lens, saes)
     groups = choose(lens, patch, found, source.shape[1])
+    if how == "set":
+        for group in groups:
+            _check_settable(lens, group.site)
     hooks = sorted({hook for group in groups for hook in group.hooks})
-    from_source = lens.run(source, read=hooks)[1]
+    from_source = lens.read(source, hooks)
     total, fired = Fired(), []
     with ExitStack() as stack:
         if base is not None:
-            from_base = lens.run(torch.atleast_2d(base), read=hooks)[1]
+            from_base = lens.read(torch.atleast_2d(base), hooks)
             changes = [_adding(group.delta(from_base, from_source)) for group in groups]
         else:
             live: dict[str, torch.Tensor] = {}
@@ -71,11 +74,19 @@ def do(
             for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
                 stack.enter_context(lens.edit(hook, _keeping(hook, live)))
         for group, change in zip(groups, changes, strict=True):
-            fired.append(stack.enter_context(lens.edit(group.site, _on_prompt(change, source.shape, total))))
+            fired.append(stack.enter_context(lens.edit(lens.carrier(group.site), _on_prompt(change, source.shape, total))))
         yield total
         silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
         if silent:
             raise FeatpatchError(f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`")
+
+
+def _check_settable(lens: Lens, site: str) -> None:
+    if lens.carrier(site) != site:
+        raise FeatpatchError(
+            f"site {site!r} of a {type(lens.model).__name__} is not the residual stream itself, so that it can't be set: "
+            "expected another site, how='add' with base tokens, or a HookedTransformer"
+        )
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -1,91 +1,95 @@
-"""Clean and corrupted runs of a few pairs of equal length, split by the dictionaries."""
+"""Clean and corrupted runs of a few pairs of equal length, and what differs between them at each dictionary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from featpatch import sites
-from featpatch.engine import Block, measure
-from featpatch.lens import Dictionary, Lens, Split
-from featpatch.metrics import Metric
-from featpatch.pairs import Pair, Pairs
-from featpatch.patch import Direction, Position
-from featpatch.patching.swaps import Swaps, feature_swaps, whole_swaps
+from featpatch.engine import BaseRun, Block
+from featpatch.lens import Dictionary, Lens
+from featpatch.pairs import Pairs
+from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.swaps import Difference, Directions, Swaps, Wanted, feature_swaps, whole_swaps
 
-AT_ONCE = 16
-"""Pairs whose activations are held in memory together."""
+TOKENS_AT_ONCE = 512
+"""Tokens whose activations are held in memory together."""
 
 
 def chunks(pairs: Pairs) -> Iterator[list[int]]:
     """Indices of pairs that can run together: equally long, and few."""
-    for group in pairs.by_length().values():
-        for start in range(0, len(group), AT_ONCE):
-            yield group[start : start + AT_ONCE]
+    for length, group in pairs.by_length().items():
+        size = max(1, TOKENS_AT_ONCE // length)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 @dataclass(frozen=True)
-class Run:
-    """Tokens `[pairs, pos]`, metric `[pairs]`, activations `[pairs, pos, ...]` by hook, splits by dictionary."""
+class PairRuns:
+    """Both runs of one pair.
 
-    tokens: torch.Tensor
-    metric: torch.Tensor
-    activations: dict[str, torch.Tensor]
-    splits: dict[str, Split]
+    Attributes:
+        activations: clean minus corrupted of whole sites, flat `[pos, d]`.
+        differences: by name of the dictionary.
+        bases: the run that is patched, by direction.
+    """
 
-    @classmethod
-    def of(
-        cls, lens: Lens, pairs: Sequence[Pair], prompts: list[tuple[int, ...]], metric: Metric, found: list[Dictionary]
-    ) -> "Run":
-        """Runs the prompts once and keeps what the swaps need."""
-        hooks = {hook for dictionary in found for hook in (dictionary.reads, dictionary.writes)}
-        hooks |= {sites.resid_pre(sites.layer_of(dictionary.writes)) for dictionary in found}
-        tokens = torch.tensor(prompts)
-        logits, activations = lens.run(tokens, read=sorted(hooks))
-        values = [measure(logits[slot : slot + 1], pair, metric) for slot, pair in enumerate(pairs)]
-        splits = {d.name: d.split(activations[d.reads], activations[d.writes]) for d in found}
-        return cls(tokens, torch.cat(values), activations, splits)
+    activations: Mapping[str, torch.Tensor]
+    differences: Mapping[str, Difference]
+    bases: Mapping[Direction, BaseRun]
 
-
-@dataclass(frozen=True)
-class Runs:
-    """Both runs of some pairs."""
-
-    pairs: list[Pair]
-    clean: Run
-    corrupted: Run
-
-    @classmethod
-    def of(cls, lens: Lens, pairs: list[Pair], metric: Metric, found: list[Dictionary]) -> "Runs":
-        """Runs the clean and the corrupted prompts."""
-        clean = Run.of(lens, pairs, [pair.clean for pair in pairs], metric, found)
-        return cls(pairs, clean, Run.of(lens, pairs, [pair.corrupted for pair in pairs], metric, found))
-
-    def swaps(self, slot: int, wanted: dict[Position, list[int]], found: list[Dictionary]) -> list[Swaps]:
-        """Every swap of one pair: features, all features and error of each dictionary, then each whole site."""
+    def swaps(self, wanted: Wanted, found: Sequence[Dictionary], directions: Mapping[str, Directions]) -> list[Swaps]:
+        """Every swap: features, all features and error of each dictionary, then each whole site."""
         swaps: list[Swaps] = []
         for dictionary in found:
-            clean, corrupted = (
-                Split(run.splits[dictionary.name].features[slot], run.splits[dictionary.name].error[slot])
-                for run in (self.clean, self.corrupted)
-            )
-            swaps += feature_swaps(dictionary, clean, corrupted, wanted)
-        for site in dict.fromkeys(dictionary.writes for dictionary in found):
-            difference = (self.clean.activations[site][slot] - self.corrupted.activations[site][slot]).flatten(1)
-            swaps.append(whole_swaps(site, "activation", difference, wanted))
-        return swaps
+            swaps += feature_swaps(dictionary, self.differences[dictionary.name], wanted, directions[dictionary.name])
+        return swaps + [whole_swaps(site, "activation", whole, wanted) for site, whole in self.activations.items()]
 
-    def blocks(self, swaps: list[list[Swaps]], direction: Direction) -> list[Block]:
-        """The swaps of each pair as work for the engine, in the same order."""
-        base = self.corrupted if direction == "denoising" else self.clean
+    def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
+        """The swaps as work for the engine, in the same order."""
         return [
             Block(
-                pair=self.pairs[slot],
-                tokens=base.tokens[slot],
-                resid=base.activations[sites.resid_pre(sites.layer_of(swap.site))][slot],
+                name=swap.name,
+                run=self.bases[direction],
                 site=swap.site,
                 deltas=swap.deltas if direction == "denoising" else -swap.deltas,
             )
-            for slot, of_pair in enumerate(swaps)
-            for swap in of_pair
+            for swap in swaps
         ]
+
+
+@torch.no_grad()
+def run_pairs(lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dictionary]) -> list[PairRuns]:
+    """Runs the clean and the corrupted prompts of some equally long pairs, and splits what differs."""
+    written = list(dict.fromkeys(dictionary.writes for dictionary in found))
+    entries = {sites.layer_of(site): sites.resid_pre(sites.layer_of(site)) for site in written}
+    hooks = sorted({*written, *entries.values(), *(dictionary.reads for dictionary in found)})
+    tokens = {
+        "denoising": torch.tensor([pairs[index].corrupted for index in some]),
+        "noising": torch.tensor([pairs[index].clean for index in some]),
+    }
+    read = {direction: lens.read(prompts, hooks) for direction, prompts in tokens.items()}
+    runs = []
+    for slot, index in enumerate(some):
+        pair, of_pair = pairs[index], {base: {hook: kept[hook][slot] for hook in hooks} for base, kept in read.items()}
+        clean, corrupted = of_pair["noising"], of_pair["denoising"]
+        first = pair.first_difference if lens.causal else 0
+        bases = {
+            direction: BaseRun(
+                name=f"pair {index} {direction}",
+                pair=pair,
+                tokens=tokens[direction][slot],
+                resid={layer: of_pair[direction][hook] for layer, hook in entries.items()},
+            )
+            for direction in DIRECTIONS
+        }
+        whole = {site: _difference(clean[site], corrupted[site], first) for site in written}
+        runs.append(PairRuns(whole, {d.name: Difference.of(d, clean, corrupted, first) for d in found}, bases))
+    return runs
+
+
+def _difference(clean: torch.Tensor, corrupted: torch.Tensor, first: int) -> torch.Tensor:
+    """Clean minus corrupted, flat `[pos, d]`; exactly 0 before position `first`."""
+    difference = (clean - corrupted).flatten(1)
+    difference[:first] = 0
+    return difference

@@ -5,20 +5,25 @@
 With `b` corrupted and `s` clean this is denoising, the other way round noising; the deltas of the two differ in sign only.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
-from featpatch.engine import Deltas, Directional, Explicit
+from featpatch.engine import Deltas
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Split
+from featpatch.lens import Dictionary
 from featpatch.pairs import Pair
-from featpatch.patch import Node, Position
+from featpatch.patch import Kind, Node, Position
 
 Positions = str | Sequence[Position]
 """`"all"`, `"each"`, or a list of labels and indices."""
+
+Wanted = Mapping[Position, list[int]]
+"""The token positions of one pair that each requested position stands for."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,52 @@ class Swaps:
     site: str
     nodes: tuple[Node, ...]
     deltas: Deltas
+
+    @property
+    def name(self) -> str:
+        """A short name of the nodes, the same in every run."""
+        return hashlib.sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Clean minus corrupted at one dictionary, for one pair.
+
+    Attributes:
+        position, feature, value: where features differ; one entry each, by feature, then by position.
+        features, error: what all features and the error add up to, `[pos, d_out]`; 0 before the first differing token.
+    """
+
+    position: Int[torch.Tensor, " entries"]
+    feature: Int[torch.Tensor, " entries"]
+    value: Float[torch.Tensor, " entries"]
+    features: Float[torch.Tensor, "pos d_out"]
+    error: Float[torch.Tensor, "pos d_out"]
+
+    @classmethod
+    def of(
+        cls, dictionary: Dictionary, clean: Mapping[str, torch.Tensor], corrupted: Mapping[str, torch.Tensor], first: int
+    ) -> "Difference":
+        """From activations `[pos, ...]` by hook; nothing differs before position `first`."""
+        c, b = (
+            dictionary.split(run[dictionary.reads][None, first:], run[dictionary.writes][None, first:])
+            for run in (clean, corrupted)
+        )
+        difference = (c.features - b.features)[0]
+        feature, position = difference.T.nonzero(as_tuple=True)
+        decoded = (dictionary.decode(c.features) - dictionary.decode(b.features))[0]
+        before = decoded.new_zeros(first, decoded.shape[1])
+        return cls(
+            position=position.cpu() + first,
+            feature=feature.cpu(),
+            value=difference[position, feature],
+            features=torch.cat([before, decoded]),
+            error=torch.cat([before, (c.error - b.error)[0]]),
+        )
+
+    def at(self, span: list[int]) -> torch.Tensor:
+        """Indices of the entries at these positions."""
+        return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
 
 
 def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
@@ -48,32 +99,69 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
     return {position: pair.positions(position) for position in wanted}
 
 
-def feature_swaps(dictionary: Dictionary, clean: Split, corrupted: Split, wanted: dict[Position, list[int]]) -> list[Swaps]:
-    """Every feature that differs, alone; then all features, and the error. Splits are of one pair: `[pos, ...]`."""
-    difference = clean.features - corrupted.features
+def feature_swaps(dictionary: Dictionary, difference: Difference, wanted: Wanted, directions: "Directions") -> list[Swaps]:
+    """Every feature that differs, alone; then all features, and the error."""
     swaps = []
     for position, span in wanted.items():
-        part = difference[span]
-        indices = (part != 0).any(0).nonzero()[:, 0]
-        coefficients = torch.zeros(len(indices), len(difference), dtype=part.dtype, device=part.device)
-        coefficients[:, span] = part[:, indices].T
-        names = [Node(dictionary.writes, "feature", int(index), position, dictionary.name) for index in indices]
-        swaps.append(Swaps(dictionary.writes, tuple(names), Directional(coefficients, dictionary.directions(indices))))
-    together = dictionary.decode(clean.features) - dictionary.decode(corrupted.features)
-    swaps.append(whole_swaps(dictionary.writes, "all_features", together, wanted, dictionary.name))
-    swaps.append(whole_swaps(dictionary.writes, "error", clean.error - corrupted.error, wanted, dictionary.name))
+        entries = difference.at(span)
+        indices, patch = difference.feature[entries].unique(return_inverse=True)
+        moving = directions.moving[directions.rows(difference.feature[entries])]
+        entries = entries[moving]
+        deltas = Deltas(
+            patches=len(indices),
+            patch=patch[moving],
+            position=difference.position[entries],
+            direction=directions.rows(difference.feature[entries]),
+            coefficient=difference.value[entries.to(difference.value.device)],
+            directions=directions.values,
+        )
+        names = [Node(dictionary.writes, "feature", index, position, dictionary.name) for index in indices.tolist()]
+        swaps.append(Swaps(dictionary.writes, tuple(names), deltas))
+    swaps.append(whole_swaps(dictionary.writes, "all_features", difference.features, wanted, dictionary.name))
+    swaps.append(whole_swaps(dictionary.writes, "error", difference.error, wanted, dictionary.name))
     return swaps
 
 
-def whole_swaps(
-    site: str, kind: str, difference: Float[torch.Tensor, "pos d"], wanted: dict[Position, list[int]], sae: str = ""
-) -> Swaps:
+def count_swaps(difference: Difference, wanted: Wanted) -> int:
+    """How many patches `feature_swaps` makes."""
+    features = sum(len(difference.feature[difference.at(span)].unique()) for span in wanted.values())
+    return features + sum(
+        bool(whole[span].any()) for whole in (difference.features, difference.error) for span in wanted.values()
+    )
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Decoder directions of some features, probed once for all pairs that are run together; moving are those that aren't 0."""
+
+    features: Int[torch.Tensor, " n"]
+    values: Float[torch.Tensor, "n d_out"]
+    moving: Bool[torch.Tensor, " n"]
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "Directions":
+        """Of every feature that differs somewhere."""
+        features = torch.cat([difference.feature for difference in differences]).unique()
+        values = dictionary.directions(features)
+        return cls(features, values, (values != 0).any(1).cpu())
+
+    def rows(self, features: torch.Tensor) -> torch.Tensor:
+        """Where the directions of these features are."""
+        return torch.searchsorted(self.features, features)
+
+
+def whole_swaps(site: str, kind: str, difference: Float[torch.Tensor, "pos d"], wanted: Wanted, sae: str = "") -> Swaps:
     """One swap per requested position of everything that differs there."""
-    nodes, deltas = [], []
-    for position, span in wanted.items():
-        delta = torch.zeros_like(difference)
-        delta[span] = difference[span]
-        if delta.any():
-            nodes.append(Node(site, kind, None, position, sae))  # type: ignore[arg-type]
-            deltas.append(delta)
-    return Swaps(site, tuple(nodes), Explicit(deltas))
+    differs = (difference != 0).any(1).cpu()
+    nodes: list[Node] = []
+    patch: list[int] = []
+    position: list[int] = []
+    for name, span in wanted.items():
+        changed = [p for p in span if differs[p]]
+        if changed:
+            patch += [len(nodes)] * len(changed)
+            position += changed
+            nodes.append(Node(site, cast(Kind, kind), None, name, sae))
+    where = torch.tensor(position, dtype=torch.long)
+    deltas = Deltas.explicit(torch.tensor(patch, dtype=torch.long), where, difference[where.to(difference.device)], len(nodes))
+    return Swaps(site, tuple(nodes), deltas)

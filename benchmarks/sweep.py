@@ -1,0 +1,196 @@
+"""Cost of one exact patch: featpatch beside the loops that users write, in one run, with the results compared.
+
+    python benchmarks/sweep.py --shape gpt2-small --tokens 20
+    python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 77
+    python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 240
+    python benchmarks/sweep.py --shape demo --tokens 20
+
+One pair whose prompts differ in one token, every feature that differs at every position, denoising. One thread, CPU time
+(wall time on a GPU). The loops are timed on patches drawn at random, between the repeats of featpatch, and their results
+are compared with featpatch's for the same patches; medians over the repeats.
+
+    (a) SAELens: HookedSAETransformer, use_error_term, the feature set by a hook on hook_sae_acts_post, one forward per patch
+    (b) TransformerLens: the feature's change added by a hook, one forward per patch
+    (c) the same in batches of 32
+    limit: the matrix products that the patches need (positions from the patched one on, blocks from the site on, keys and
+           values alone of all rows in the last block), at the rate that a matrix product of 1024 rows reaches here
+"""
+
+import argparse
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+from shapes import SHAPES, Shape, dictionary, models
+
+import featpatch as fp
+
+CORRECT, WRONG = 1, 2
+
+
+def clock(device: str) -> float:
+    """Seconds: CPU time of this process, or wall time once the GPU is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds that a call takes, and what it returns."""
+    start = clock(device)
+    result = run()
+    return clock(device) - start, result
+
+
+def read(logits: torch.Tensor) -> torch.Tensor:
+    """The metric, at the last token."""
+    return logits[:, -1, CORRECT] - logits[:, -1, WRONG]
+
+
+@torch.no_grad()
+def saelens_loop(model: Any, sae: SAE, tokens: torch.Tensor, patches: list[tuple[int, int, float]]) -> list[float]:
+    """(a): for each (feature, position, value) one forward pass with the SAE and its error term attached."""
+    found = []
+    sae.use_error_term = True
+    for feature, position, value in patches:
+
+        def put(acts: torch.Tensor, hook: Any, at: tuple[int, int] = (position, feature), value: float = value) -> torch.Tensor:
+            acts[0, at[0], at[1]] = value
+            return acts
+
+        hook = f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post"
+        logits = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(hook, put)])
+        found.append(float(read(logits)))
+    sae.use_error_term = False
+    return found
+
+
+@torch.no_grad()
+def hook_loop(model: Any, hook: str, tokens: torch.Tensor, patches: list[tuple[int, torch.Tensor]], batch: int) -> list[float]:
+    """(b) and (c): for each (position, change) a row; `batch` rows per forward pass."""
+    found: list[float] = []
+    for start in range(0, len(patches), batch):
+        part = patches[start : start + batch]
+
+        def add(activation: torch.Tensor, hook: Any, part: list[tuple[int, torch.Tensor]] = part) -> torch.Tensor:
+            activation = activation.clone()
+            for row, (position, change) in enumerate(part):
+                activation[row, position] += change
+            return activation
+
+        logits = model.run_with_hooks(tokens.expand(len(part), -1), fwd_hooks=[(hook, add)])
+        found += read(logits).tolist()
+    return found
+
+
+def products(shape: Shape, rows: int, patches: int, changed: int) -> float:
+    """Floating-point operations of the matrix products that must be done; attention's own are left out.
+
+    Per block and row: queries, keys, values and output 4 d^2, MLP 8 d^2 multiply-adds. The first block needs queries, keys
+    and values of the changed rows alone, the last one everything but keys and values for the answer rows alone.
+    """
+    blocks, d = shape.layers - shape.layer, shape.width
+    first = 3 * changed + 9 * rows
+    between = 12 * rows * (blocks - 2)
+    last = 2 * rows + 10 * patches
+    return 2.0 * d * d * (first + between + last)
+
+
+def matrix_rate(width: int, device: str) -> float:
+    """Floating-point operations per second of a matrix product of 1024 rows of the MLP's shape."""
+    a, w = torch.randn(1024, width, device=device), torch.randn(width, 4 * width, device=device)
+    repeats = 1 + int(5e10 // (2 * 1024 * 4 * width * width))
+    rates = []
+    for _ in range(5):
+        seconds, _ = timed(lambda: [a @ w for _ in range(repeats)], device)
+        rates.append(repeats * 2 * 1024 * 4 * width * width / seconds)
+    return statistics.median(rates)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--change", type=int, help="position of the token that differs; the middle by default")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--loop", type=int, default=6, help="patches per repeat of the loops (a) and (b)")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape, device, length = SHAPES[options.shape], options.device, options.tokens
+    change = length // 2 if options.change is None else options.change
+    built, sae = models(shape, max(64, length), device), dictionary(shape, device)
+    hook, hooked = sae.cfg.metadata.hook_name, built["HookedTransformer"]
+
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(3, shape.vocab, (1, length), generator=generator)
+    corrupted = clean.clone()
+    corrupted[0, change] = (clean[0, change] + 1) % shape.vocab
+    pairs = fp.Pairs.from_tokens(clean, corrupted, torch.tensor([CORRECT]), torch.tensor([WRONG]))
+    with torch.no_grad():
+        at = [hooked.run_with_cache(tokens.to(device), names_filter=hook)[1][hook] for tokens in (clean, corrupted)]
+        f_clean, f_corrupted = (sae.encode(x)[0] for x in at)
+
+    def ours(model: Any) -> fp.Effects:
+        return fp.rank_features(model, sae, pairs, positions="each", directions=["denoising"], progress=False)
+
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    effects = {name: ours(model) for name, model in built.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before
+    nodes = effects["HookedTransformer"].nodes
+    patches = len(nodes)
+    rows = sum(length - int(node.position) for node in nodes)
+    needed = products(shape, rows, patches, patches)
+    draw = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in (*built, "a", "b", "c")}
+    differences: dict[str, float] = dict.fromkeys(("a", "b", "c"), 0.0)
+    tokens = corrupted.to(device)
+    for _ in range(options.repeats):
+        for name, model in built.items():
+            seconds, effects[name] = timed(lambda model=model: ours(model), device)
+            times[name].append(seconds / patches)
+        values = dict(zip(nodes, effects["HookedTransformer"].denoised.tolist(), strict=True))
+        features = [node for node in nodes if node.kind == "feature"]
+        few, many = draw.sample(features, options.loop), draw.sample(features, 64)
+        changes = {
+            node: (int(node.position), (f_clean - f_corrupted)[node.position, node.index] * sae.W_dec[node.index])
+            for node in [*few, *many]
+        }
+        asked = [(node.index, int(node.position), float(f_clean[node.position, node.index])) for node in few]
+        for name, drawn, run in (
+            ("a", few, lambda asked=asked: saelens_loop(hooked, sae, tokens, asked)),
+            ("b", few, lambda few=few, changes=changes: hook_loop(hooked, hook, tokens, [changes[n] for n in few], 1)),
+            ("c", many, lambda many=many, changes=changes: hook_loop(hooked, hook, tokens, [changes[n] for n in many], 32)),
+        ):
+            seconds, found = timed(run, device)
+            times[name].append(seconds / len(drawn))
+            worst = max(abs(values[node] - value) for node, value in zip(drawn, found, strict=True))
+            differences[name] = max(differences[name], worst)
+    rate = matrix_rate(shape.width, device)
+    with torch.no_grad():
+        largest = float(hooked(tokens).abs().max())
+    median = {name: statistics.median(values) for name, values in times.items()}
+    where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    print(f"{options.shape}, {length} tokens, token {change} differs, block {shape.layer} of {shape.layers}, on {where}")
+    print(f"{patches} patches, {rows / patches:.1f} rows each, {needed / patches / 1e9:.3f} GFLOP each in matrix products")
+    print(f"limit: {needed / patches / rate * 1e3:.3f} ms per patch at {rate / 1e9:.0f} GFLOP/s")
+    for name in built:
+        print(
+            f"featpatch, {name}: {median[name] * 1e3:.3f} ms per patch, {median[name] / (needed / patches / rate):.2f} x limit; "
+            + ", ".join(f"{median[loop] / median[name]:.1f} x faster than ({loop})" for loop in "abc")
+        )
+    print("; ".join(f"({loop}) {median[loop] * 1e3:.1f} ms" for loop in "abc"))
+    worst = ", ".join(f"({loop}) {value / largest:.1e}" for loop, value in differences.items())
+    print(f"largest difference to the loops, over the largest logit {largest:.1f}: {worst}")
+    print(f"extra memory at the peak: {peak / 1024:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

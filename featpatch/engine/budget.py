@@ -1,0 +1,39 @@
+"""How many rows share a forward pass: enough to keep the processor busy, few enough for the memory at hand."""
+
+import psutil
+import torch
+
+from featpatch.lens import Lens
+
+BUSY = 2**30
+"""Multiply-adds per weight matrix of one pass above which a CPU is busy; a GPU needs GPU_FACTOR times as many."""
+GPU_FACTOR = 16
+LEAST, MOST = 256, 16384
+SHARE = 0.25
+"""Share of the free memory that one pass may take."""
+
+
+def row_bytes(lens: Lens, length: int) -> int:
+    """What one row takes at the peak: stream, queries, keys, values, hidden units of the MLP and scores, a few copies each."""
+    cfg = lens.model.cfg
+    heads = cfg.n_heads * cfg.d_head
+    numbers = 4 * cfg.d_model + 8 * heads + 3 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * length
+    return int(numbers * next(lens.model.parameters()).element_size())
+
+
+def row_budget(lens: Lens, length: int) -> int:
+    """Rows per pass, for prompts of up to `length` tokens."""
+    cfg = lens.model.cfg
+    busy = BUSY // (cfg.d_model * max(cfg.d_mlp or 0, cfg.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
+    fits = int(SHARE * free_memory(lens.device)) // row_bytes(lens, length)
+    return max(1, min(max(busy, LEAST), MOST, fits))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,46 @@
+"""Blocks of patches into batches.
+
+Patches of a block that change nothing before the same position form a unit; units fill a budget of rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from featpatch.engine.deltas import NEVER
+from featpatch.engine.path import Path
+from featpatch.engine.work import Block, Unit
+
+
+def units_of(blocks: Sequence[Block]) -> list[Unit]:
+    """Every patch that can have an effect, by block and first changed position.
+
+    A patch that changes nothing, or only what lies after the answer, is left out: it has exactly no effect.
+    """
+    units = []
+    for index, block in enumerate(blocks):
+        first = block.deltas.first()
+        for position in first.unique().tolist():
+            if position != NEVER and position <= block.run.answer:
+                units.append(Unit(index, block, (first == position).nonzero()[:, 0], position))
+    return units
+
+
+def batches(path: Path, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
+    """Units of one group, packed up to the budget; a unit larger than the room is cut."""
+    key = {id(unit): path.group(unit.block) for unit in units}
+    order = sorted(units, key=lambda unit: str(key[id(unit)]))
+    for _, group in groupby(order, key=lambda unit: key[id(unit)]):
+        batch: list[Unit] = []
+        room = budget
+        for unit in group:
+            rows, start = path.rows(unit), 0
+            while start < len(unit.patches):
+                if batch and room < rows:
+                    yield batch
+                    batch, room = [], budget
+                stop = min(len(unit.patches), start + max(1, room // rows))
+                batch.append(unit.part(start, stop))
+                room -= rows * (stop - start)
+                start = stop
+        if batch:
+            yield batch

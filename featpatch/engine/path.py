@@ -1,0 +1,99 @@
+"""Two ways to run patches, with the same verbs, and the choice between them by measurement.
+
+Our own pass is fast and written for one form of block; the model's own pass is right by definition. Before a sweep a few
+random patches go through both; where they disagree, or the model has another form, the plain path is taken, with a warning.
+"""
+
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+
+from featpatch import sites
+from featpatch.engine.deltas import Deltas
+from featpatch.engine.plain import PlainPath
+from featpatch.engine.suffix import SuffixPath
+from featpatch.engine.work import BaseRun, Block, Unit
+from featpatch.lens import Lens, UnsupportedError
+
+PROBES = 3
+"""Random patches per block and kind of site that go through both paths."""
+
+
+@runtime_checkable
+class Path(Protocol):
+    """A way to run patches."""
+
+    def group(self, block: Block) -> Hashable:
+        """Blocks of one group may share a pass."""
+        ...
+
+    def rows(self, unit: Unit) -> int:
+        """Rows that one patch takes."""
+        ...
+
+    def prepare(self, runs: Sequence[BaseRun]) -> None:
+        """Makes ready what the patches of these runs share."""
+        ...
+
+    def baseline(self, run: BaseRun, columns: Sequence[int] | None) -> Float[torch.Tensor, "1 columns"]:
+        """Logits of the base run at its answer position."""
+        ...
+
+    def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
+        """Logits of every patch at its answer position; all units are of one group."""
+        ...
+
+
+class SlowPathWarning(UserWarning):
+    """The model runs through its own forward pass: right, and slower than it could be."""
+
+
+def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> Path:
+    """The fast path where it is right for every site, else the plain one.
+
+    Args:
+        runs: base runs to check with, e.g. those of the longest pair.
+        wanted: the sites that will be patched.
+    """
+    plain = PlainPath(lens)
+    try:
+        for site in wanted:
+            if sites.entry(site) is None:
+                raise UnsupportedError(f"site {site!r} inside a block")
+        if lens.hooked:
+            raise UnsupportedError("hooks that you attached")
+        fast = SuffixPath(lens, lens.stack(max(len(run.tokens) for run in runs)))
+        worst = max(_disagreement(fast, plain, run, site) for run in runs for site in wanted)
+        if worst <= 1:
+            return fast
+        reason = f"the two differ by {worst:.2g} times the tolerance"
+    except UnsupportedError as unsupported:
+        reason = str(unsupported)
+    warnings.warn(
+        f"{type(lens.model).__name__} {lens.model.cfg.model_name!r} runs through its own forward pass instead of the fast one "
+        f"({reason}): results are the same, a sweep takes longer",
+        SlowPathWarning,
+        stacklevel=2,
+    )
+    return plain
+
+
+@torch.no_grad()
+def _disagreement(fast: Path, plain: PlainPath, run: BaseRun, site: str) -> float:
+    """Largest difference of logits between the paths, in units of what rounding explains."""
+    layer = sites.layer_of(site)
+    cfg = plain.lens.model.cfg
+    width = cfg.n_heads * cfg.d_head if site.endswith("hook_z") else cfg.d_model
+    generator = torch.Generator().manual_seed(0)
+    size = run.resid[layer].float().std().item()
+    values = (size * torch.randn(PROBES, width, generator=generator)).to(run.resid[layer])
+    position = torch.linspace(0, run.answer, PROBES).long()
+    deltas = Deltas.explicit(torch.arange(PROBES), position, values, PROBES)
+    unit = Unit(0, Block("probe", run, site, deltas), torch.arange(PROBES), 0)
+    found, true = (torch.cat([path.baseline(run, None), path.logits([unit], [None])[0]]).double() for path in (fast, plain))
+    eps = torch.finfo(run.resid[layer].dtype).eps
+    tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
+    return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

@@ -1,0 +1,256 @@
+"""Our own forward pass over what a patch can change: later layers, later positions, and the answer alone at the end.
+
+A patch at position p of block l leaves the blocks below l and the positions before p as they are in the base run
+(the model is causal). So a unit of N patches has N * (a - p + 1) rows, a being the answer position, and
+
+    the first block with attention   computes queries, keys and values of the patched rows alone
+    the blocks between               compute all rows
+    the last block                   computes keys and values of all rows, and everything else of the answer row alone
+
+Rows of all units lie in one matrix `[rows, d_model]`; attention alone works unit by unit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+
+from featpatch import sites
+from featpatch.engine.attention import attend
+from featpatch.engine.work import BaseRun, Block, Unit
+from featpatch.lens import Lens, Stack
+
+Columns = Sequence[int] | None
+"""Ids of the vocabulary whose logits are wanted, or None for all."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A base run through our own pass, by block.
+
+    Attributes:
+        pre: the stream at the entry of each block and at the end `[pos, d_model]`; mid: after attention.
+        z: `[pos, width]`; query, key, value: `[pos, heads, d_head]`.
+    """
+
+    pre: dict[int, torch.Tensor] = field(default_factory=dict)
+    mid: dict[int, torch.Tensor] = field(default_factory=dict)
+    z: dict[int, torch.Tensor] = field(default_factory=dict)
+    query: dict[int, torch.Tensor] = field(default_factory=dict)
+    key: dict[int, torch.Tensor] = field(default_factory=dict)
+    value: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows of one unit: `patches` times the positions `first` to `answer` of a base run."""
+
+    trace: Trace
+    patches: int
+    first: int
+    answer: int
+
+    @property
+    def length(self) -> int:
+        """Positions of one patch."""
+        return self.answer - self.first + 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of all patches."""
+        return self.patches * self.length
+
+    def base(self, values: torch.Tensor) -> torch.Tensor:
+        """The base run's values at the span's positions, for every patch, as a copy to write into."""
+        part = values[self.first : self.answer + 1]
+        return part.expand(self.patches, *part.shape).clone()
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Rows that differ from the base run while nothing but the patch has acted: `values[r]` at `patch[r]`, `position[r]`."""
+
+    patch: torch.Tensor
+    position: torch.Tensor
+    values: torch.Tensor
+
+
+BaseRows = Callable[[str, int], torch.Tensor]
+"""From a field of `Trace` and a block to the base run's values in the rows that are changed."""
+
+
+@dataclass(frozen=True)
+class SuffixPath:
+    """Our own forward pass."""
+
+    lens: Lens
+    stack: Stack
+    traces: "WeakKeyDictionary[BaseRun, Trace]" = field(default_factory=WeakKeyDictionary)
+
+    def group(self, block: Block) -> tuple[int, str]:
+        """Blocks of one group may share a pass."""
+        entry = sites.entry(block.site)
+        assert entry is not None
+        return entry
+
+    def rows(self, unit: Unit) -> int:
+        """Rows that one patch takes."""
+        return unit.block.run.answer - unit.first + 1
+
+    def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
+        """Logits of the base run at its answer position."""
+        trace = self._trace(run)
+        return self.stack.head(trace.pre[len(self.stack.layers)][run.answer, None], _ids(columns, self.lens.device))
+
+    def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
+        """Logits of every patch at its answer position; all units are of one group."""
+        spans = [Span(self._trace(u.block.run), len(u.patches), u.first, u.block.run.answer) for u in units]
+        layer, changed = self._enter(units, spans)
+        final = self._at_answer(spans, changed) if layer == len(self.stack.layers) else self._run(layer, spans, changed)
+        return [
+            self.stack.head(x, _ids(wanted, x.device))
+            for x, wanted in zip(final.split([span.patches for span in spans]), columns, strict=True)
+        ]
+
+    def prepare(self, runs: Sequence[BaseRun]) -> None:
+        """Runs the base runs together, from the lowest block at which patches come in."""
+        groups: dict[int, list[BaseRun]] = {}
+        for run in runs:
+            if run not in self.traces:
+                groups.setdefault(min(run.resid), []).append(run)
+        for start, together in groups.items():
+            lengths = [len(run.tokens) for run in together]
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(self.lens.device)
+            x = torch.cat([run.resid[start] for run in together])
+            traces = [Trace() for _ in together]
+            for index in range(start, len(self.stack.layers)):
+                layer = self.stack.layers[index]
+                y = layer.attention_input(x)
+                q, (k, v) = layer.queries(y, positions), layer.keys_values(y, positions)
+                z = torch.cat(
+                    [attend(layer, a[None], b[None], c[None], b[:0], c[:0])[0]
+                     for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)]
+                )  # fmt: skip
+                mid = x + layer.attention_output(z)
+                parts = (x, mid, z, q, k, v)
+                for name, values in zip(("pre", "mid", "z", "query", "key", "value"), parts, strict=True):
+                    for trace, value in zip(traces, values.split(lengths), strict=True):
+                        getattr(trace, name)[index] = value
+                x = mid + layer.mlp_output(x if layer.parallel else mid)
+            for run, trace, value in zip(together, traces, x.split(lengths), strict=True):
+                trace.pre[len(self.stack.layers)] = value
+                self.traces[run] = trace
+
+    def _trace(self, run: BaseRun) -> Trace:
+        self.prepare([run])
+        return self.traces[run]
+
+    def _enter(self, units: Sequence[Unit], spans: Sequence[Span]) -> tuple[int, list[Changed]]:
+        """From deltas at the site to changed rows of the stream at the entry of a block; the block's index."""
+        index, kind = self.group(units[0].block)
+        moved = [unit.block.deltas.select(unit.patches).upto(unit.block.run.answer) for unit in units]
+        sizes = [len(deltas.patch) for deltas in moved]
+        places = [deltas.position.to(self.lens.device) for deltas in moved]
+        delta = torch.cat([deltas.values().to(self.lens.device) for deltas in moved])
+
+        def base(name: str, at: int) -> torch.Tensor:
+            parts = [getattr(span.trace, name)[at][place] for span, place in zip(spans, places, strict=True)]
+            return torch.cat(parts)
+
+        if kind == "pre":
+            x, start = _add(base("pre", index), delta), index
+        else:
+            start = index + 1
+            x = self._after_attention(index, kind, delta, base) if kind != "post" else _add(base("pre", start), delta)
+        return start, [
+            Changed(deltas.patch.to(x.device), place, values)
+            for deltas, place, values in zip(moved, places, x.split(sizes), strict=True)
+        ]
+
+    def _after_attention(self, index: int, kind: str, delta: torch.Tensor, base: BaseRows) -> torch.Tensor:
+        """The stream after a block whose attention output is changed."""
+        layer = self.stack.layers[index]
+        if kind == "z":
+            mid = base("pre", index) + layer.attention_output(_add(base("z", index), delta))
+        else:
+            mid = _add(base("mid", index), delta)
+        if layer.parallel:
+            return mid + (base("pre", index + 1) - base("mid", index))
+        return mid + layer.mlp_output(mid)
+
+    def _run(self, start: int, spans: Sequence[Span], changed: Sequence[Changed]) -> torch.Tensor:
+        """The final stream `[patches of all spans, d_model]` at the answer."""
+        last = len(self.stack.layers) - 1
+        x, heads = self._first(start, spans, changed, answer_only=start == last)
+        for index in range(start, last + 1):
+            layer = self.stack.layers[index]
+            if index > start:
+                x, heads = self._next(index, spans, x, answer_only=index == last)
+            z = [
+                attend(layer, q, k, v, span.trace.key[index][: span.first], span.trace.value[index][: span.first])
+                for span, (q, k, v) in zip(spans, heads, strict=True)
+            ]
+            mid = x + layer.attention_output(torch.cat([part.flatten(0, 1) for part in z]))
+            x = mid + layer.mlp_output(x if layer.parallel else mid)
+        return x
+
+    def _first(
+        self, index: int, spans: Sequence[Span], changed: Sequence[Changed], *, answer_only: bool
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """Stream, queries, keys and values: those of the base run with the changed rows put in."""
+        layer, sizes = self.stack.layers[index], [len(rows.patch) for rows in changed]
+        y = layer.attention_input(torch.cat([rows.values for rows in changed]))
+        positions = torch.cat([rows.position for rows in changed])
+        fresh = zip(
+            layer.queries(y, positions).split(sizes),
+            *(part.split(sizes) for part in layer.keys_values(y, positions)),
+            strict=True,
+        )
+        stream, heads = [], []
+        for span, rows, (q, k, v) in zip(spans, changed, fresh, strict=True):
+            at = (rows.patch, rows.position - span.first)
+            parts = [
+                span.base(getattr(span.trace, name)[index]).index_put(at, values)
+                for name, values in (("pre", rows.values), ("query", q), ("key", k), ("value", v))
+            ]
+            if answer_only:
+                parts[:2] = [part[:, -1:] for part in parts[:2]]
+            stream.append(parts[0].flatten(0, 1))
+            heads.append((parts[1], parts[2], parts[3]))
+        return torch.cat(stream), heads
+
+    def _next(
+        self, index: int, spans: Sequence[Span], x: torch.Tensor, *, answer_only: bool
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """Stream, queries, keys and values of all rows; stream and queries of the answer rows alone if so wanted."""
+        layer, sizes = self.stack.layers[index], [span.rows for span in spans]
+        positions = torch.cat([torch.arange(s.first, s.answer + 1).repeat(s.patches) for s in spans]).to(x.device)
+        y = layer.attention_input(x)
+        k, v = layer.keys_values(y, positions)
+        if answer_only:
+            ends = torch.cat([torch.full((s.patches,), s.length) for s in spans]).cumsum(0).to(x.device) - 1
+            x, y, positions = x[ends], y[ends], positions[ends]
+            q = layer.queries(y, positions).split([span.patches for span in spans])
+        else:
+            q = layer.queries(y, positions).split(sizes)
+        each = zip(spans, q, k.split(sizes), v.split(sizes), strict=True)
+        return x, [tuple(part.unflatten(0, (span.patches, -1)) for part in parts) for span, *parts in each]
+
+    def _at_answer(self, spans: Sequence[Span], changed: Sequence[Changed]) -> torch.Tensor:
+        """The final stream at the answer where the patch comes in after the last block."""
+        final = []
+        for span, rows in zip(spans, changed, strict=True):
+            x = span.base(span.trace.pre[len(self.stack.layers)])
+            final.append(x.index_put((rows.patch, rows.position - span.first), rows.values)[:, -1])
+        return torch.cat(final)
+
+
+def _add(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The sum in the wider of both types, in the type of the base."""
+    return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
+
+
+def _ids(columns: Columns, device: torch.device) -> torch.Tensor | None:
+    return None if columns is None else torch.tensor(columns, device=device)

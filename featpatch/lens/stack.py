@@ -1,0 +1,109 @@
+"""From a TransformerLens model to its blocks as row-wise functions: both classes spell their weights the same way."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from featpatch.lens.layer import ACTIVATIONS, Head, Layer, Linear, Mlp, Norm, Rotation, Stack, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the two classes keep in different places.
+
+    Attributes:
+        scale: factor of the scores.
+        softcap, window: of the scores and of the sight, where there are any.
+        rotation: where positions are rotary.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    rotation: Rotation | None
+
+
+def build(model: Any, attentions: list[Attention]) -> Stack:
+    """The blocks of a model.
+
+    Raises:
+        UnsupportedError: a block is of another form.
+    """
+    cfg = model.cfg
+    if cfg.positional_embedding_type not in ("standard", "rotary"):
+        raise UnsupportedError(f"positions of type {cfg.positional_embedding_type!r}")
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        raise UnsupportedError("attention in both directions")
+    layers = [_layer(block, cfg, attention) for block, attention in zip(model.blocks, attentions, strict=True)]
+    bias = getattr(model.unembed, "b_U", None)
+    head = Head(_norm(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
+    return Stack(tuple(layers), head)
+
+
+def _layer(block: Any, cfg: Any, attention: Attention) -> Layer:
+    attn = block.attn
+    try:
+        projections = [
+            _flat(weight, bias) for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
+        ]
+        out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
+    except AttributeError as error:
+        raise UnsupportedError(f"attention without separate weights ({error})") from error
+    return Layer(
+        norm1=_norm(getattr(block, "ln1", None), cfg),
+        query=projections[0],
+        key=projections[1],
+        value=projections[2],
+        query_norm=_norm(getattr(attn, "q_norm", None), cfg),
+        key_norm=_norm(getattr(attn, "k_norm", None), cfg),
+        rotation=attention.rotation,
+        d_head=int(cfg.d_head),
+        scale=attention.scale,
+        softcap=attention.softcap,
+        window=attention.window,
+        out=out,
+        post1=_norm(getattr(block, "ln1_post", None), cfg),
+        norm2=_norm(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
+        mlp=_mlp(getattr(block, "mlp", None), cfg),
+        post2=_norm(getattr(block, "ln2_post", None), cfg),
+        parallel=bool(cfg.parallel_attn_mlp),
+    )
+
+
+def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
+    if mlp is None:
+        return None
+    if cfg.act_fn not in ACTIVATIONS:
+        raise UnsupportedError(f"activation function {cfg.act_fn!r}")
+    try:
+        gate = getattr(mlp, "W_gate", None)
+        into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
+    except AttributeError as error:
+        raise UnsupportedError(f"an MLP without the usual weights ({error})") from error
+    if into.weight is None or into.weight.dim() != 2:
+        raise UnsupportedError("an MLP of several experts")
+    return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
+
+
+def _norm(module: Any, cfg: Any) -> Norm | None:
+    """TransformerLens' own norms hold `w` and `b`; those of the bridge wrap a module of Hugging Face."""
+    if module is None or isinstance(module, torch.nn.Identity):
+        return None
+    original = getattr(module, "original_component", None)
+    if original is None:
+        centred = type(module).__name__.startswith("LayerNorm")
+        return Norm(centred, getattr(module, "w", None), getattr(module, "b", None), float(cfg.eps))
+    centred = not module.uses_rms_norm
+    eps = getattr(original, "eps", getattr(original, "variance_epsilon", cfg.eps))
+    weight = original.weight + 1 if not centred and getattr(cfg, "rmsnorm_uses_offset", False) else original.weight
+    return Norm(centred, weight, getattr(original, "bias", None), float(eps))
+
+
+def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """`[heads, d_model, d_head]` as `[d_model, heads * d_head]`."""
+    return Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())
+
+
+def _positive(softcap: float | None) -> float | None:
+    return float(softcap) if softcap is not None and softcap > 0 else None

@@ -1,0 +1,92 @@
+"""Small random models of many architectures, float64, weights far from any symmetry. Nothing here imports featpatch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB, WIDTH, LAYERS, HEADS, D_HEAD = 40, 16, 3, 4, 4
+LLAMA = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 24,
+    "num_key_value_heads": 2, "attn_implementation": "eager", "max_position_embeddings": 32,
+}  # fmt: skip
+GEMMA = {**LLAMA, "head_dim": D_HEAD, "query_pre_attn_scalar": 7, "sliding_window": 3}
+
+
+def randomise(module: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise if parameter.dim() > 1 else 1 + noise)
+
+
+def bridge(hugging_face: Any) -> Any:
+    hugging_face = hugging_face.double().eval()
+    randomise(hugging_face)
+    name, config = type(hugging_face).__name__, hugging_face.config
+    return build_bridge_from_module(hugging_face, name, hf_config=config, tokenizer=None, device="cpu")
+
+
+def hooked(**options: Any) -> HookedTransformer:
+    common = {
+        "n_layers": LAYERS, "d_model": WIDTH, "n_ctx": 32, "d_head": D_HEAD, "n_heads": HEADS, "d_mlp": 24, "d_vocab": VOCAB,
+        "dtype": torch.float64, "seed": 1, "init_weights": True,
+    }  # fmt: skip
+    model = HookedTransformer(HookedTransformerConfig(**{**common, **options})).eval()
+    randomise(model)
+    return model
+
+
+BRIDGES: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: bridge(
+        GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=24,
+                                   attn_implementation="eager", bos_token_id=0, eos_token_id=0))),
+    "neox": lambda: bridge(
+        GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+                                         intermediate_size=24, rotary_pct=0.5, attn_implementation="eager"))),
+    "neox, sequential": lambda: bridge(
+        GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+                                         intermediate_size=24, use_parallel_residual=False, attn_implementation="eager"))),
+    "llama": lambda: bridge(LlamaForCausalLM(LlamaConfig(**LLAMA))),
+    "qwen2": lambda: bridge(Qwen2ForCausalLM(Qwen2Config(**LLAMA))),
+    "qwen3": lambda: bridge(Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=D_HEAD))),
+    "gemma2": lambda: bridge(
+        Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0))),
+    "gemma3": lambda: bridge(Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA))),
+}  # fmt: skip
+
+ROTARY_RMS = {
+    "act_fn": "silu", "normalization_type": "RMS", "gated_mlp": True, "positional_embedding_type": "rotary", "rotary_dim": D_HEAD,
+    "n_key_value_heads": 2, "final_rms": True, "rotary_adjacent_pairs": False,
+}  # fmt: skip
+HOOKED: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: hooked(act_fn="gelu_new"),
+    "neox": lambda: hooked(
+        act_fn="gelu", positional_embedding_type="rotary", rotary_dim=2, parallel_attn_mlp=True, rotary_adjacent_pairs=False),
+    "llama": lambda: hooked(**ROTARY_RMS),
+    "gemma2": lambda: hooked(
+        **{**ROTARY_RMS, "act_fn": "gelu_pytorch_tanh"}, use_normalization_before_and_after=True, attn_scores_soft_cap=2.0,
+        output_logits_soft_cap=3.0, use_local_attn=True, window_size=3, attn_types=["global", "local", "global"]),
+    "attention only": lambda: hooked(attn_only=True, act_fn=None),
+    "no norms": lambda: hooked(act_fn="relu", normalization_type=None),
+    "fewer outputs than inputs": lambda: hooked(act_fn="gelu", d_vocab_out=20),
+}  # fmt: skip

@@ -1,0 +1,162 @@
+"""The fast path on many architectures, at every layer and site, against plain hooked forward passes, in float64."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, VOCAB, WIDTH
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from small import randomised
+
+import featpatch as fp
+from featpatch.engine.plain import PlainPath
+from featpatch.engine.suffix import SuffixPath
+from featpatch.patching.study import Study
+
+EXACT = 1e-10
+HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_out", "hook_resid_post")
+MODELS = [("bridge", name) for name in BRIDGES] + [("hooked", name) for name in HOOKED]
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hugging Face computes norms and softmax of a float64 model in float32; here it stays in float64, so that 1e-10 means something."""
+    to, softmax, narrow = torch.Tensor.to, F.softmax, torch.Tensor.float
+
+    def keep_wide(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        wanted = options.get("dtype", args[0] if args else None)
+        return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep_wide)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else narrow(self))
+    monkeypatch.setattr(
+        F,
+        "softmax",
+        lambda x, dim=None, dtype=None, **o: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype),
+    )
+    return None
+
+
+def dictionaries(model: Any) -> list[Any]:
+    saes = []
+    for layer in range(LAYERS):
+        for hook in HOOKS:
+            name = f"blocks.{layer}.{hook}"
+            if name not in model.hook_dict or (hook == "hook_mlp_out" and getattr(model.cfg, "attn_only", False)):
+                continue
+            z = hook.endswith("hook_z")
+            config = StandardSAEConfig(
+                HEADS * D_HEAD if z else WIDTH, 6, "float64", metadata=SAEMetadata(hook_name=name),
+                reshape_activations="hook_z" if z else "none",
+            )  # fmt: skip
+            saes.append(randomised(StandardSAE(config), len(saes)))
+    return saes
+
+
+def pairs(outputs: int) -> fp.Pairs:
+    """Three pairs of two lengths with one or two changed tokens, and an answer position before the end."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for length, changed, answer in ((9, [3], -1), (9, [2, 5], 7), (6, [4], -1)):
+        clean = torch.randint(1, VOCAB - 1, (length,), generator=generator)
+        corrupted = clean.clone()
+        corrupted[changed] = (corrupted[changed] + 1) % VOCAB
+        made.append(fp.Pair(tuple(clean.tolist()), tuple(corrupted.tolist()), (1, 2), (outputs - 1,), answer_position=answer))
+    return fp.Pairs(tuple(made))
+
+
+def oracle_value(model: Any, sae: Any, node: fp.Node, pair: fp.Pair, direction: str) -> float:
+    runs = {"denoising": (pair.corrupted, pair.clean), "noising": (pair.clean, pair.corrupted)}[direction]
+    base, source = (torch.tensor([tokens]) for tokens in runs)
+    positions = list(range(len(pair))) if node.position == "all" else [int(node.position)]
+    if node.kind == "activation":
+        logits = oracle.patched_activation_logits(model, node.site, base, source, positions)
+    else:
+        features = {"feature": [node.index], "all_features": list(range(6)), "error": []}[node.kind]
+        logits = oracle.patched_logits(
+            model, sae, base, source, features=features, positions=positions, error=node.kind == "error"
+        )
+    at_answer = logits[0, pair.answer_position]
+    return float(at_answer[list(pair.correct)].mean() - at_answer[list(pair.wrong)].mean())
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("kind", "name"), MODELS)
+def test_fast_path_equals_plain_hooks_everywhere(kind: str, name: str) -> None:
+    """Law 4. The fast path must have been taken: a fallback warns, and warnings are errors here."""
+    model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
+    oracle._activations.cache_clear()
+    saes, drawn = dictionaries(model), pairs(int(model.unembed.W_U.shape[-1]))
+    at = {sae.cfg.metadata.hook_name: sae for sae in saes}
+    for positions in ("all", "each"):
+        effects = fp.rank_features(model, saes, drawn, positions=positions, progress=False)
+        by_site: dict[str, list[int]] = {}
+        for entry in range(len(effects.row)):
+            by_site.setdefault(effects.nodes[effects.row[entry]].site, []).append(entry)
+        assert by_site.keys() == at.keys()
+        for site, entries in by_site.items():
+            for entry in random.Random(site).sample(entries, min(3, len(entries))):
+                node, pair = effects.nodes[effects.row[entry]], drawn[int(effects.pair[entry])]
+                for direction, values in (("denoising", effects.denoised), ("noising", effects.noised)):
+                    expected = oracle_value(model, at[site], node, pair, direction)
+                    assert abs(values[entry] - expected) < EXACT, (node, direction)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("kind", "name"), [("bridge", "gemma2"), ("hooked", "neox")])
+def test_the_plain_path_gives_the_same(kind: str, name: str) -> None:
+    model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
+    study = Study.of(
+        model, dictionaries(model), pairs(VOCAB), positions="all", directions=("denoising", "noising"), metric="logit_diff",
+        batch_rows=50,
+    )  # fmt: skip
+    assert isinstance(study.sweep.path, SuffixPath)
+    fast = study.run(None, progress=False)
+    study.sweep.path = PlainPath(study.lens)
+    plain = study.run(None, progress=False)
+    assert fast.nodes == plain.nodes
+    assert abs(fast.denoised - plain.denoised).max() < EXACT
+    assert abs(fast.noised - plain.noised).max() < EXACT
+
+
+def narrowed(kind: str, name: str, model_type: torch.dtype) -> tuple[Any, list[Any]]:
+    """A model in a narrower type, with dictionaries in float32."""
+    model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]().to(model_type)
+    model.cfg.dtype = model_type
+    saes = [sae.to(torch.float32) for sae in dictionaries(model)]
+    for sae in saes:
+        sae.cfg.dtype = "float32"
+    oracle._activations.cache_clear()
+    return model, saes
+
+
+def check_entries(model: Any, saes: list[Any], tolerance: float, entries: int) -> None:
+    """Some entries against the oracle, within a share of the largest logit."""
+    drawn = pairs(VOCAB)
+    effects = fp.rank_features(model, saes, drawn, progress=False)
+    at = {sae.cfg.metadata.hook_name: sae for sae in saes}
+    with torch.no_grad():
+        largest = max(float(model(torch.tensor([pair.clean])).abs().max()) for pair in drawn)
+    for entry in random.Random(0).sample(range(len(effects.row)), entries):
+        node, pair = effects.nodes[effects.row[entry]], drawn[int(effects.pair[entry])]
+        expected = oracle_value(model, at[node.site], node, pair, "denoising")
+        assert abs(effects.denoised[entry] - expected) < tolerance * largest, node
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bridge", "gpt2"), ("bridge", "gemma2"), ("hooked", "llama")])
+def test_float32_is_as_exact_as_its_rounding(kind: str, name: str) -> None:
+    model, saes = narrowed(kind, name, torch.float32)
+    check_entries(model, saes, 2e-6, 60)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+def test_low_precision_models_with_dictionaries_in_float32(kind: str, dtype: torch.dtype) -> None:
+    """Deltas are made in the SAE's type and added in it; what is left is the rounding of the model's own type."""
+    model, saes = narrowed(kind, "gpt2", dtype)
+    check_entries(model, saes, 8 * torch.finfo(dtype).eps, 60)

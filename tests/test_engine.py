@@ -1,0 +1,261 @@
+"""The engine beyond exactness: its self-check, memory that runs out, interruption, the journal."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import Small, standard
+
+import featpatch as fp
+from featpatch.engine import Deltas, Journal
+from featpatch.engine.suffix import SuffixPath
+from featpatch.patching.study import Study
+
+SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
+
+
+def pairs_of(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+
+
+def rank(small: Small, **options: Any) -> fp.Effects:
+    return fp.rank_features(
+        small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each", progress=False, **options
+    )
+
+
+def same(one: fp.Effects, other: fp.Effects) -> bool:
+    """Bit for bit."""
+    columns = ("clean", "corrupted", "row", "pair", "denoised", "noised")
+    return one.nodes == other.nodes and all(np.array_equal(getattr(one, c), getattr(other, c)) for c in columns)
+
+
+def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rank(small)
+    stack = type(Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
+                          metric="logit_diff", batch_rows=None).lens).stack  # fmt: skip
+
+    def broken(lens: Any, length: int) -> Any:
+        made = stack(lens, length)
+        object.__setattr__(made.layers[2], "scale", 1.01 * made.layers[2].scale)
+        return made
+
+    monkeypatch.setattr("featpatch.lens.bridge.BridgeLens.stack", broken)
+    monkeypatch.setattr("featpatch.lens.hooked.HookedLens.stack", broken)
+    with pytest.warns(fp.SlowPathWarning, match=r"the two differ by .* times the tolerance"):
+        slow = rank(small)
+    assert slow.nodes == right.nodes
+    np.testing.assert_allclose(slow.denoised, right.denoised, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(slow.noised, right.noised, rtol=0, atol=1e-10)
+
+
+def test_a_null_patch_is_exactly_the_base_run(small: Small) -> None:
+    """A feature whose decoder direction is 0 changes nothing: effect 0, not 1e-17."""
+    sae = standard(SITES[0], 3)
+    with torch.no_grad():
+        sae.W_dec[5] = 0
+    effects = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
+    null = effects.where(index=5)
+    assert len(null) == 1
+    assert not null.pooled("recovery").any()
+    assert not null.pooled("degradation").any()
+    same_runs = fp.Pairs.from_tokens(small.clean, small.clean, small.correct, small.wrong)
+    with pytest.raises(fp.FeatpatchError, match="mean gap of 0"):
+        fp.rank_features(small.model, sae, same_runs, progress=False)
+
+
+def test_deltas_are_cut_and_selected() -> None:
+    deltas = Deltas(
+        patches=4, patch=torch.tensor([0, 0, 2, 3]), position=torch.tensor([4, 2, 5, 1]), direction=torch.tensor([0, 0, 1, 1]),
+        coefficient=torch.tensor([1.0, 2.0, 3.0, 4.0]), directions=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+    )  # fmt: skip
+    assert deltas.first().tolist() == [2, torch.iinfo(torch.int64).max, 5, 1]
+    some = deltas.select(torch.tensor([0, 3]))
+    assert (some.patch.tolist(), some.position.tolist(), some.patches) == ([0, 0, 1], [4, 2, 1], 2)
+    assert some.values().tolist() == [[1, 0], [2, 0], [0, 4]]
+    assert (-deltas.upto(4)).values().tolist() == [[-1, 0], [-2, 0], [0, -4]]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    expected = rank(small)
+    logits, sizes = SuffixPath.logits, list[int]()
+
+    def greedy(path: SuffixPath, units: Any, columns: Any) -> Any:
+        rows = sum(path.rows(unit) * len(unit.patches) for unit in units)
+        sizes.append(rows)
+        if rows > 30:
+            raise error
+        return logits(path, units, columns)
+
+    monkeypatch.setattr(SuffixPath, "logits", greedy)
+    found = rank(small)
+    assert found.nodes == expected.nodes
+    np.testing.assert_allclose(found.denoised, expected.denoised, rtol=0, atol=1e-10)
+    assert sum(rows > 30 for rows in sizes) < 12, "what memory allows for is remembered"
+    study = Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
+                     metric="logit_diff", batch_rows=None)  # fmt: skip
+
+    def never(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(SuffixPath, "logits", never)
+    with pytest.raises(fp.FeatpatchError, match=r"memory ran out with a single patch of \d rows"):
+        study.run(None, progress=False)
+
+
+def test_other_errors_pass_through(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    study = Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
+                     metric="logit_diff", batch_rows=None)  # fmt: skip
+    monkeypatch.setattr(SuffixPath, "logits", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        study.run(None, progress=False)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    logits, calls = SuffixPath.logits, [0]
+
+    def interrupted(path: SuffixPath, units: Any, columns: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > batches + len(SITES):  # the self-check makes one call per site
+            raise KeyboardInterrupt
+        return logits(path, units, columns)
+
+    monkeypatch.setattr(SuffixPath, "logits", interrupted)
+
+
+def test_ctrl_c_returns_what_is_finished(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rank(small, batch_rows=20)
+    interrupt_after(monkeypatch, 5)
+    part = rank(small, batch_rows=20)
+    assert whole.finished
+    assert not part.finished
+    assert part.nodes == whole.nodes
+    known = ~np.isnan(part.denoised)
+    assert 0 < known.sum() < len(known)
+    assert np.array_equal(part.denoised[known], whole.denoised[known])
+    assert np.isnan(part.noised).all()
+
+
+def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rank(small, batch_rows=10_000)
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
+    interrupt_after(monkeypatch, 3)
+    part = rank(small, batch_rows=10_000)
+    assert not part.finished
+    assert len(part.clean) == 1
+    first = whole.of_pairs([0])
+    assert part.nodes == first.nodes
+    np.testing.assert_allclose(part.denoised, first.denoised, rtol=0, atol=1e-10)
+    assert part.clean[0] == pytest.approx(whole.clean[0])
+
+
+def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Law 8, and finished batches are not run again."""
+    whole = rank(small, batch_rows=20)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        rank(small, batch_rows=20, journal=tmp_path / "journal")
+    logits, calls = SuffixPath.logits, [0]
+
+    def counted(path: SuffixPath, units: Any, columns: Any) -> Any:
+        calls[0] += 1
+        return logits(path, units, columns)
+
+    monkeypatch.setattr(SuffixPath, "logits", counted)
+    resumed = rank(small, journal=tmp_path / "journal")
+    first = calls[0]
+    assert same(resumed, whole)
+    assert same(rank(small, journal=tmp_path / "journal"), whole)
+    assert calls[0] - first == len(SITES)
+    assert first > calls[0] - first
+
+
+def test_killed_at_50_random_points_it_resumes_to_the_same_bits(bridge: Small, tmp_path: Path) -> None:
+    """A child process is killed with SIGKILL in the middle of its sweep; the parent goes on from what it left."""
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    whole = rank(bridge, batch_rows=20, journal=tmp_path / "whole")
+    duration, r, partial = time.monotonic() - start, random.Random(0), 0
+    complete = (tmp_path / "whole").read_bytes().count(b"\n")
+    for trial in range(50):
+        journal = tmp_path / f"trial {trial}"
+        child = os.fork()
+        if child == 0:
+            rank(bridge, batch_rows=20, journal=journal)
+            os._exit(0)
+        time.sleep(r.uniform(0.2, 1.0) * duration)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        left = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        partial += 0 < left < complete
+        assert same(rank(bridge, batch_rows=20, journal=journal), whole)
+    assert partial > 10, "too few kills came in the middle of the sweep"
+
+
+def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path) -> None:
+    whole = rank(bridge, batch_rows=40, journal=tmp_path / "whole")
+    content, r = (tmp_path / "whole").read_bytes(), random.Random(1)
+    for _ in range(25):
+        cut = r.randrange(len(content))
+        journal = tmp_path / "cut"
+        journal.write_bytes(content[:cut])
+        assert same(rank(bridge, batch_rows=40, journal=journal), whole)
+        assert journal.read_bytes() == content, "the torn line is cut off before others follow"
+
+
+def test_a_damaged_line_is_run_again(bridge: Small, tmp_path: Path) -> None:
+    whole = rank(bridge, batch_rows=40, journal=tmp_path / "journal")
+    lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
+    damaged = bytearray(lines[2])
+    damaged[60] ^= 1
+    (tmp_path / "journal").write_bytes(b"".join([*lines[:2], bytes(damaged), *lines[3:]]))
+    assert same(rank(bridge, batch_rows=40, journal=tmp_path / "journal"), whole)
+
+
+def test_a_journal_of_another_sweep_is_refused(bridge: Small, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    rank(bridge, journal=journal)
+    with pytest.raises(fp.FeatpatchError, match=r"belongs to another sweep: directions differ"):
+        rank(bridge, journal=journal, directions=["noising"])
+    other = fp.Pairs.from_tokens(bridge.clean[:2], bridge.corrupted[:2], bridge.correct[:2], bridge.wrong[:2])
+    with pytest.raises(fp.FeatpatchError, match=r"positions, pairs, saes differ; expected the same model"):
+        fp.rank_features(bridge.model, bridge.at(SITES[0]), other, journal=journal, progress=False)
+    with torch.no_grad():
+        bridge.model.blocks[0].mlp.original_component.c_proj.original_component.bias += 1
+    try:
+        with pytest.raises(fp.FeatpatchError, match=r"belongs to another sweep: model differ"):
+            rank(bridge, journal=journal)
+    finally:
+        with torch.no_grad():
+            bridge.model.blocks[0].mlp.original_component.c_proj.original_component.bias -= 1
+    (tmp_path / "letter").write_text("Dear reader,\nthis is no journal.\n")
+    with pytest.raises(fp.FeatpatchError, match=r"is not a journal"):
+        rank(bridge, journal=tmp_path / "letter")
+    assert (tmp_path / "letter").read_text().startswith("Dear reader")
+
+
+def test_a_journal_is_readable(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "folder" / "journal", {"model": "m"}, 7)
+    journal.put("key", torch.tensor([1.5, -2.0], dtype=torch.float64))
+    header, line = (json.loads(text.split(" ", 1)[1]) for text in journal.path.read_text().splitlines())
+    assert header == {"format": "featpatch journal 1", "model": "m", "rows": 7}
+    assert line["batch"] == "key"
+    again = Journal.open(journal.path, {"model": "m"}, 99)
+    assert again.rows == 7
+    values = again.get("key")
+    assert values is not None
+    assert values.tolist() == [1.5, -2.0]
+    assert again.get("other") is None

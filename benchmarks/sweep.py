@@ -5,7 +5,7 @@
     python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 240
     python benchmarks/sweep.py --shape demo --tokens 20
 
-One pair whose prompts differ in one token, every feature that differs at every position, denoising. One thread, CPU time
+One pair whose prompts differ in one token, every feature that differs at every position, both directions. One thread, CPU time
 (wall time on a GPU). The loops are timed on patches drawn at random, between the repeats of featpatch, and their results
 are compared with featpatch's for the same patches; medians over the repeats.
 
@@ -139,14 +139,14 @@ def main() -> None:
         f_clean, f_corrupted = (sae.encode(x)[0] for x in at)
 
     def ours(model: Any) -> fp.Effects:
-        return fp.rank_features(model, sae, pairs, positions="each", directions=["denoising"], progress=False)
+        return fp.rank_features(model, sae, pairs, positions="each", progress=False)
 
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     effects = {name: ours(model) for name, model in built.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before
     nodes = effects["HookedTransformer"].nodes
-    patches = len(nodes)
-    rows = sum(length - int(node.position) for node in nodes)
+    patches = 2 * len(nodes)
+    rows = 2 * sum(length - int(node.position) for node in nodes)
     needed = products(shape, rows, patches, patches)
     draw = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in (*built, "a", "b", "c")}
@@ -180,10 +180,11 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
     print(f"{options.shape}, {length} tokens, token {change} differs, block {shape.layer} of {shape.layers}, on {where}")
     print(f"{patches} patches, {rows / patches:.1f} rows each, {needed / patches / 1e9:.3f} GFLOP each in matrix products")
-    print(f"limit: {needed / patches / rate * 1e3:.3f} ms per patch at {rate / 1e9:.0f} GFLOP/s")
+    limit = needed / patches / rate
+    print(f"limit: {limit * 1e3:.3f} ms per patch at {rate / 1e9:.0f} GFLOP/s")
     for name in built:
         print(
-            f"featpatch, {name}: {median[name] * 1e3:.3f} ms per patch, {median[name] / (needed / patches / rate):.2f} x limit; "
+            f"featpatch, {name}: {median[name] * 1e3:.3f} ms per patch, {median[name] / limit:.2f} x limit; "
             + ", ".join(f"{median[loop] / median[name]:.1f} x faster than ({loop})" for loop in "abc")
         )
     print("; ".join(f"({loop}) {median[loop] * 1e3:.1f} ms" for loop in "abc"))

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from featpatch.engine import SlowPathWarning
     from featpatch.errors import FeatpatchError
     from featpatch.firing import Description, describe
+    from featpatch.forecast import Plan
     from featpatch.pairs import Pair, Pairs
     from featpatch.patch import Node, Patch
-    from featpatch.patching import do, rank_features
+    from featpatch.patching import do, plan, rank_features
 
 HOMES = {
     "Demo": "checkpoints",
@@ -25,16 +26,18 @@ HOMES = {
     "Pair": "pairs",
     "Pairs": "pairs",
     "Patch": "patch",
+    "Plan": "forecast",
     "SlowPathWarning": "engine",
     "describe": "firing",
     "do": "patching",
     "load_demo": "checkpoints",
+    "plan": "patching",
     "rank_features": "patching",
 }
 
 __all__ = [
-    "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch", "SlowPathWarning",
-    "describe", "do", "load_demo", "rank_features",
+    "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch", "Plan",
+    "SlowPathWarning", "describe", "do", "load_demo", "plan", "rank_features",
 ]  # fmt: skip
 
 

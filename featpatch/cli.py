@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+import featpatch as fp
+
 app = typer.Typer(
     name="featpatch", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
     help="Which SAE features cause this behaviour? Exact causal ranking, in both directions.",
@@ -19,6 +21,14 @@ Top = Annotated[int, typer.Option(min=1, help="How many features to show.")]
 Positions = Annotated[
     str, typer.Option(help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'.")
 ]
+
+
+Model = Annotated[Path, typer.Option(help="Folder of a Hugging Face model with its tokenizer.")]
+Saes = Annotated[list[Path], typer.Option(help="Folder of a sae-lens SAE or transcoder; may be given several times.")]
+PairsFile = Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")]
+Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")]
+MetricName = Annotated[str, typer.Option(help="What to measure at the answer position.")]
+Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 
 
 @app.command()
@@ -37,12 +47,9 @@ def demo(
     Example: featpatch demo --task capitals --pairs 16
     """
     with _clear_errors():
-        from featpatch.checkpoints import load_demo
-        from featpatch.firing import describe
-
         console = _console()
         console.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of [bold]{task}[/] (seed {seed})")
-        shipped = load_demo()
+        shipped = fp.load_demo()
         drawn = shipped.pairs(task, n=pairs, seed=seed)
         decode = shipped.model.tokenizer.decode
         for name, prompt in (("clean", drawn[0].clean), ("corrupted", drawn[0].corrupted)):
@@ -50,45 +57,74 @@ def demo(
         console.print(
             f"  answers: {decode(drawn[0].correct[:1])} (clean), {decode(drawn[0].wrong[:1])} (corrupted)", highlight=False
         )
-        effects = _rank(shipped.model, shipped.saes, drawn, positions or ",".join(drawn[0].labels))
+        asked = _positions(positions or ",".join(drawn[0].labels))
+        effects = fp.rank_features(shipped.model, shipped.saes, drawn, positions=asked)
         best = effects.top(top)
-        _show(console, effects, top, out, describe(shipped.model, shipped.saes, best.nodes, shipped.text()))
+        _show(console, effects, top, out, fp.describe(shipped.model, shipped.saes, best.nodes, shipped.text()))
 
 
 @app.command()
 def rank(
-    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model with its tokenizer.")],
-    sae: Annotated[list[Path], typer.Option(help="Folder of a sae-lens SAE or transcoder; may be given several times.")],
-    pairs: Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")],
+    model: Model,
+    sae: Saes,
+    pairs: PairsFile,
     positions: Positions = "all",
-    direction: Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")] = "both",
-    metric: Annotated[str, typer.Option(help="What to measure at the answer position.")] = "logit_diff",
-    device: Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")] = "cpu",
+    direction: Directions = "both",
+    metric: MetricName = "logit_diff",
+    device: Device = "cpu",
     top: Top = 20,
     out: Out = Path("featpatch-out"),
+    journal: Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")] = None,
 ) -> None:
-    """Rank the features of your own SAEs on your own prompt pairs.
+    """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
 
     Example: featpatch rank --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with _clear_errors():
-        from featpatch.lens.load import load_bridge, load_sae
-        from featpatch.pairs import Pairs
-
         console = _console()
         console.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        bridge = load_bridge(model, device)
-        loaded = [load_sae(path, device) for path in sae]
-        own = Pairs.from_jsonl(bridge.tokenizer, pairs)
-        directions = ("denoising", "noising") if direction == "both" else (direction,)
-        _show(console, _rank(bridge, loaded, own, positions, metric=metric, directions=directions), top, out)
+        work = _own(model, sae, pairs, positions, direction, metric, device)
+        _show(console, fp.rank_features(**work, journal=journal), top, out)
 
 
-def _rank(model: Any, saes: Any, pairs: Any, positions: str, **options: Any) -> Any:
-    from featpatch.patching import rank_features
+@app.command()
+def plan(
+    model: Model,
+    sae: Saes,
+    pairs: PairsFile,
+    positions: Positions = "all",
+    direction: Directions = "both",
+    metric: MetricName = "logit_diff",
+    device: Device = "cpu",
+) -> None:
+    """Estimate what `rank` with the same options will take: patches, operations, memory, time.
 
-    parts = [int(part) if part.isdecimal() else part for part in positions.split(",") if part]
-    return rank_features(model, saes, pairs, positions=positions if positions in ("all", "each") else parts, **options)
+    Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    """
+    with _clear_errors():
+        from featpatch.report import planned
+
+        _console().print(planned(fp.plan(**_own(model, sae, pairs, positions, direction, metric, device))))
+
+
+def _own(model: Path, sae: list[Path], pairs: Path, positions: str, direction: str, metric: str, device: str) -> dict[str, Any]:
+    """The arguments that `rank_features` and `plan` share."""
+    from featpatch.lens.load import load_bridge, load_sae
+
+    bridge = load_bridge(model, device)
+    return {
+        "model": bridge,
+        "saes": [load_sae(path, device) for path in sae],
+        "pairs": fp.Pairs.from_jsonl(bridge.tokenizer, pairs),
+        "positions": _positions(positions),
+        "directions": ("denoising", "noising") if direction == "both" else (direction,),
+        "metric": metric,
+    }
+
+
+def _positions(text: str) -> str | list[int | str]:
+    parts = [int(part) if part.isdecimal() else part for part in text.split(",") if part]
+    return text if text in ("all", "each") else parts
 
 
 def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Mapping[Any, Any] | None = None) -> None:
@@ -99,6 +135,8 @@ def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Map
     console.print(
         f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
     )
+    if not effects.finished:
+        console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
     console.print(ranked(effects.top(top), descriptions))
     for node, description in (descriptions or {}).items():
         console.print(f"{node}: " + "; ".join(description.contexts), highlight=False, markup=False)

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from small import Small, standard
+from torch.utils.flop_counter import FlopCounterMode
 
 import featpatch as fp
 from featpatch.engine import Deltas, Journal
+from featpatch.engine.packing import batches, units_of
 from featpatch.engine.suffix import SuffixPath
 from featpatch.patching.study import Study
 
@@ -259,3 +261,21 @@ def test_a_journal_is_readable(tmp_path: Path) -> None:
     assert values is not None
     assert values.tolist() == [1.5, -2.0]
     assert again.get("other") is None
+
+
+def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
+    """Patches and operations, against the passes themselves and torch's own counter."""
+    study = Study.of(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each",
+                     directions=("denoising", "noising"), metric="logit_diff", batch_rows=None)  # fmt: skip
+    (blocks,) = study.work()
+    study.sweep.baselines([block.run for block in blocks])
+    patches, rows, flops = study.sweep.cost(blocks)
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches(study.sweep.path, units_of(blocks), 40):
+            study.sweep._run(batch)
+    assert counter.get_total_flops() == flops
+    plan = fp.plan(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each")
+    assert (plan.patches, plan.rows, plan.flops, plan.fast) == (patches, rows, flops, True)
+    assert plan.patches == len(rank(small).row) * 2
+    assert plan.seconds > 0
+    assert plan.memory > 0

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
-    ["errors"],
+    ["errors", "forecast"],
     ["patch"],
     ["sites", "metrics", "pairs"],
     ["effects", "lens"],

@@ -5,7 +5,7 @@ import torch
 
 from featpatch.lens import Lens
 
-BUSY = 2**30
+BUSY = 2**31
 """Multiply-adds per weight matrix of one pass above which a CPU is busy; a GPU needs GPU_FACTOR times as many."""
 GPU_FACTOR = 16
 LEAST, MOST = 256, 16384

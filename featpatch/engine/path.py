@@ -26,12 +26,21 @@ PROBES = 3
 class Path(Protocol):
     """A way to run patches."""
 
+    @property
+    def lens(self) -> Lens:
+        """The model."""
+        ...
+
     def group(self, block: Block) -> Hashable:
         """Blocks of one group may share a pass."""
         ...
 
     def rows(self, unit: Unit) -> int:
         """Rows that one patch takes."""
+        ...
+
+    def flops(self, unit: Unit, columns: int) -> int:
+        """Floating-point operations of the unit's matrix products; `columns` logits are read."""
         ...
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
@@ -91,9 +100,10 @@ def _disagreement(fast: Path, plain: PlainPath, run: BaseRun, site: str) -> floa
     size = run.resid[layer].float().std().item()
     values = (size * torch.randn(PROBES, width, generator=generator)).to(run.resid[layer])
     position = torch.linspace(0, run.answer, PROBES).long()
-    deltas = Deltas.explicit(torch.arange(PROBES), position, values, PROBES)
-    unit = Unit(0, Block("probe", run, site, deltas), torch.arange(PROBES), 0)
-    found, true = (torch.cat([path.baseline(run, None), path.logits([unit], [None])[0]]).double() for path in (fast, plain))
+    number = torch.arange(1, PROBES + 1)
+    block = Block("probe", run, site, Deltas.explicit(number, position, values, PROBES + 1))
+    true = plain.logits([Unit(0, block, torch.arange(PROBES + 1), 0)], [None])[0].double()
+    found = torch.cat([fast.baseline(run, None), *fast.logits([Unit(0, block, number, 0)], [None])]).double()
     eps = torch.finfo(run.resid[layer].dtype).eps
     tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
     return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

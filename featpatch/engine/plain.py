@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch import sites
+from featpatch.engine.cost import plain_flops
 from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens
@@ -28,6 +29,10 @@ class PlainPath:
     def rows(self, unit: Unit) -> int:
         """Rows that one patch takes."""
         return len(unit.block.run.tokens)
+
+    def flops(self, unit: Unit, columns: int) -> int:
+        """Floating-point operations of the unit's matrix products; all logits are made, whatever is read."""
+        return plain_flops(self.lens, unit)
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
         """Nothing is kept of the base runs."""

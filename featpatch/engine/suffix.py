@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from featpatch import sites
 from featpatch.engine.attention import attend
+from featpatch.engine.cost import suffix_flops
 from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.lens import Lens, Stack
 
@@ -98,6 +99,10 @@ class SuffixPath:
     def rows(self, unit: Unit) -> int:
         """Rows that one patch takes."""
         return unit.block.run.answer - unit.first + 1
+
+    def flops(self, unit: Unit, columns: int) -> int:
+        """Floating-point operations of the unit's matrix products; `columns` logits are read."""
+        return suffix_flops(self.stack, *self.group(unit.block), unit, columns)
 
     def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Logits of the base run at its answer position."""

@@ -3,6 +3,7 @@
 Interrupted at any point, it has filled in what is finished. When memory runs out, it halves the batch and goes on.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,6 +66,26 @@ class Sweep:
             for unit, part in zip(batch, self._finished(batch).split(sizes), strict=True):
                 values[unit.index][unit.patches] = part
             self.done(sum(sizes))
+
+    def cost(self, blocks: Sequence[Block]) -> tuple[int, int, int]:
+        """Patches that need a forward pass, their rows, and their floating-point operations."""
+        units = units_of(blocks)
+        columns = [self._columns(unit.block.run) for unit in units]
+        vocabulary = self.path.lens.d_vocab
+        flops = sum(self.path.flops(u, vocabulary if c is None else len(c)) for u, c in zip(units, columns, strict=True))
+        return sum(len(u.patches) for u in units), sum(self.path.rows(u) * len(u.patches) for u in units), flops
+
+    @torch.no_grad()
+    def trial(self, blocks: Sequence[Block]) -> tuple[int, float]:
+        """Floating-point operations and seconds of the first batch, run once to warm up and once to measure."""
+        batch = next(batches(self.path, units_of(blocks), self.rows), [])
+        if not batch:
+            return 0, 0.0
+        self._run(batch)
+        start = time.perf_counter()
+        self._run(batch)
+        seconds = time.perf_counter() - start
+        return sum(self.path.flops(unit, len(self._columns(unit.block.run) or ())) for unit in batch), seconds
 
     def _finished(self, batch: list[Unit]) -> Values:
         """The values of a batch, from the journal or from a forward pass."""

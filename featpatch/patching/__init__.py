@@ -2,5 +2,6 @@
 
 from featpatch.patching.by_hand import do
 from featpatch.patching.features import rank_features
+from featpatch.patching.planning import plan
 
-__all__ = ["do", "rank_features"]
+__all__ = ["do", "plan", "rank_features"]

@@ -1,6 +1,6 @@
 """A sweep over features from the checked input to the table of effects."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 
 from featpatch import metrics
 from featpatch.effects import Collector, Effects, check_gap
-from featpatch.engine import Journal, Sweep, choose_path, row_budget
+from featpatch.engine import Block, Journal, SuffixPath, Sweep, choose_path, row_budget
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.runs import PairRuns, chunks, run_pairs
-from featpatch.patching.swaps import Directions, Positions, Wanted, count_swaps, spans
+from featpatch.patching.swaps import Directions, Positions, Swaps, Wanted, count_swaps, spans
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Study:
     Attributes:
         wanted: the positions to swap at, by pair.
         sweep: the engine, ready to run.
+        runs: both runs of some pairs; the latest are kept.
     """
 
     lens: Lens
@@ -40,6 +41,7 @@ class Study:
     directions: tuple[Direction, ...]
     wanted: Sequence[Wanted]
     sweep: Sweep
+    runs: Callable[[tuple[int, ...]], list[PairRuns]]
 
     @classmethod
     def of(
@@ -67,12 +69,13 @@ class Study:
         lens = wrap(model)
         found = dictionaries(lens, saes)
         _check_answers(pairs, lens.d_vocab)
-        longest = max(range(len(pairs)), key=lambda index: len(pairs[index]))
-        probe = run_pairs(lens, pairs, [longest], found)[0]
-        path = choose_path(lens, [probe.bases["denoising"]], list(dict.fromkeys(d.writes for d in found)))
-        rows = batch_rows or row_budget(lens, len(pairs[longest]))
+        longest = max(chunks(pairs), key=lambda some: len(pairs[some[0]]))
+        runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found))
+        probe = runs(tuple(longest))[0].bases["denoising"]
+        path = choose_path(lens, [probe], list(dict.fromkeys(d.writes for d in found)))
+        rows = batch_rows or row_budget(lens, len(probe.tokens))
         chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
-        return cls(lens, found, pairs, positions, chosen, wanted, Sweep(path, measure, rows))
+        return cls(lens, found, pairs, positions, chosen, wanted, Sweep(path, measure, rows), runs)
 
     def run(self, journal: Path | None, *, progress: bool) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -80,9 +83,8 @@ class Study:
         Raises:
             FeatpatchError: a gap near zero, NaN on the way, a journal of another sweep.
         """
-        runs = lru_cache(maxsize=1)(self._runs)
         metadata = self._metadata()
-        clean, corrupted, patches = self._survey(runs)
+        clean, corrupted, patches = self._survey()
         check_gap(clean, corrupted)
         if journal is not None:
             subject = {key: metadata[key] for key in ("metric", "directions", "positions", "pairs", "model", "saes")}
@@ -96,41 +98,53 @@ class Study:
             ) as bar:
                 self.sweep.done = bar.update
                 for some in chunks(self.pairs):
-                    self._patch(tuple(some), runs(tuple(some)), collector)
+                    self._patch(some, self.runs(tuple(some)), collector)
                     finished += some
         except KeyboardInterrupt:
             metadata["finished"] = False
         effects = collector.effects(clean, corrupted, metadata)
         return effects.of_pairs(finished) if finished else effects
 
-    def _patch(self, some: tuple[int, ...], runs: list[PairRuns], collector: Collector) -> None:
-        """Every patch of some pairs; what an interruption leaves out stays NaN."""
+    def work(self) -> Iterator[list[Block]]:
+        """All patches, the pairs that run together at a time."""
+        for some in chunks(self.pairs):
+            runs = self.runs(tuple(some))
+            swaps = self._swaps(some, runs)
+            yield [block for direction in self.directions for block in self._blocks(runs, swaps, direction)]
+
+    @property
+    def fast(self) -> bool:
+        """Whether our own forward pass is taken."""
+        return isinstance(self.sweep.path, SuffixPath)
+
+    def _swaps(self, some: list[int], runs: list[PairRuns]) -> list[list[Swaps]]:
         probed = {d.name: Directions.of(d, [run.differences[d.name] for run in runs]) for d in self.found}
-        swaps = [run.swaps(self.wanted[index], self.found, probed) for run, index in zip(runs, some, strict=True)]
+        return [run.swaps(self.wanted[index], self.found, probed) for run, index in zip(runs, some, strict=True)]
+
+    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]], direction: Direction) -> list[Block]:
+        return [block for run, of_pair in zip(runs, swaps, strict=True) for block in run.blocks(of_pair, direction)]
+
+    def _patch(self, some: list[int], runs: list[PairRuns], collector: Collector) -> None:
+        """Every patch of some pairs; what an interruption leaves out stays NaN."""
+        swaps = self._swaps(some, runs)
         values = {
-            direction: [
-                [torch.full((len(swap.nodes),), torch.nan, dtype=torch.float64) for swap in of_pair] for of_pair in swaps
-            ]
+            direction: [torch.full((len(swap.nodes),), torch.nan, dtype=torch.float64) for of_pair in swaps for swap in of_pair]
             for direction in self.directions
         }
-        blocks, into = [], []
-        for direction in self.directions:
-            for run, of_pair, columns in zip(runs, swaps, values[direction], strict=True):
-                blocks += run.blocks(of_pair, direction)
-                into += columns
+        blocks = [block for direction in self.directions for block in self._blocks(runs, swaps, direction)]
         try:
-            self.sweep.fill(blocks, into)
+            self.sweep.fill(blocks, [column for columns in values.values() for column in columns])
         finally:
-            for slot, (index, of_pair) in enumerate(zip(some, swaps, strict=True)):
-                for number, swap in enumerate(of_pair):
-                    of_swap = {direction: values[direction][slot][number].numpy() for direction in self.directions}
-                    collector.add(index, swap.nodes, of_swap)
+            columns = {direction: iter(of_direction) for direction, of_direction in values.items()}
+            for index, of_pair in zip(some, swaps, strict=True):
+                for swap in of_pair:
+                    collector.add(index, swap.nodes, {direction: next(column).numpy() for direction, column in columns.items()})
 
-    def _survey(self, runs: Any) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+    def _survey(self) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
         """The metric of the clean and of the corrupted runs, `[pairs]` each, and the number of patches to one direction."""
         clean, corrupted, patches = np.zeros(len(self.pairs)), np.zeros(len(self.pairs)), 0
         for some in chunks(self.pairs):
-            together: list[PairRuns] = runs(tuple(some))
+            together = self.runs(tuple(some))
             clean[some] = self.sweep.baselines([run.bases["noising"] for run in together])
             corrupted[some] = self.sweep.baselines([run.bases["denoising"] for run in together])
             for index, run in zip(some, together, strict=True):
@@ -138,9 +152,6 @@ class Study:
                 patches += sum(count_swaps(difference, wanted) for difference in run.differences.values())
                 patches += sum(bool(whole[span].any()) for whole in run.activations.values() for span in wanted.values())
         return clean, corrupted, patches
-
-    def _runs(self, some: tuple[int, ...]) -> list[PairRuns]:
-        return run_pairs(self.lens, self.pairs, some, self.found)
 
     def _metadata(self) -> dict[str, Any]:
         return {

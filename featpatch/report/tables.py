@@ -1,11 +1,14 @@
 """Effects as tables for a terminal, and as one HTML file of what was printed."""
 
+import math
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from rich.table import Table
 
 from featpatch.effects import Effects
+from featpatch.forecast import Plan
 from featpatch.patch import Node
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
@@ -47,6 +50,24 @@ def site_summary(effects: Effects) -> Table:
         for effect in effects.directions_run():
             cells += [f"{row[f'{effect}_{kind}']:.2f}" for kind in ("activation", "all_features", "error")]
         table.add_row(*cells)
+    return table
+
+
+def planned(plan: Plan) -> Table:
+    """What a sweep will take."""
+    table = Table(title="estimate of the sweep")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in (
+        ("patches, each an exact run", f"{plan.patches:,}"),
+        ("positions to compute", f"{plan.rows:,}"),
+        ("floating-point operations", f"{plan.flops:.3g}"),
+        ("positions per forward pass", f"{plan.batch_rows:,}"),
+        ("memory of a forward pass", f"{plan.memory / 2**20:,.0f} MiB"),
+        ("time, from one batch run now", str(timedelta(seconds=math.ceil(plan.seconds)))),
+        ("forward pass", "fast" if plan.fast else "the model's own"),
+    ):
+        table.add_row(name, value)
     return table
 
 

@@ -1,0 +1,26 @@
+"""What a sweep will take, as plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate of a sweep.
+
+    Attributes:
+        patches: exact runs, both directions counted; those without any effect cost nothing and are left out.
+        rows: positions of all patches that must be computed.
+        flops: floating-point operations of the matrix products, counted.
+        batch_rows: rows that share a forward pass.
+        memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
+        seconds: estimated from the time of one batch, run here and now.
+        fast: whether our own forward pass is taken.
+    """
+
+    patches: int
+    rows: int
+    flops: int
+    batch_rows: int
+    memory: int
+    seconds: float
+    fast: bool

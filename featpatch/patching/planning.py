@@ -1,0 +1,46 @@
+"""What a sweep will take, before it starts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from featpatch.engine import row_bytes
+from featpatch.forecast import Plan
+from featpatch.metrics import Metric
+from featpatch.pairs import Pairs
+from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.study import Study
+from featpatch.patching.swaps import Positions
+
+
+def plan(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    *,
+    positions: Positions = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: str | Metric = "logit_diff",
+    batch_rows: int | None = None,
+) -> Plan:
+    """What `rank_features` with the same arguments will take. One batch is run, nothing is kept.
+
+    Raises:
+        FeatpatchError: unusable input.
+    """
+    study = Study.of(model, saes, pairs, positions=positions, directions=directions, metric=metric, batch_rows=batch_rows)
+    patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
+    for blocks in study.work():
+        cost = study.sweep.cost(blocks)
+        patches, rows, flops = patches + cost[0], rows + cost[1], flops + cost[2]
+        if not tried:
+            tried, seconds = study.sweep.trial(blocks)
+    longest = max(len(pair) for pair in pairs)
+    return Plan(
+        patches=patches,
+        rows=rows,
+        flops=flops,
+        batch_rows=study.sweep.rows,
+        memory=study.sweep.rows * row_bytes(study.lens, longest),
+        seconds=seconds * flops / tried if tried else 0.0,
+        fast=study.fast,
+    )

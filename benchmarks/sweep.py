@@ -1,11 +1,12 @@
 """Cost of one exact patch: featpatch beside the loops that users write, in one run, with the results compared.
 
     python benchmarks/sweep.py --shape gpt2-small --tokens 20
-    python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 77
+    python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 77 --every 32
     python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 240
-    python benchmarks/sweep.py --shape demo --tokens 20
+    python benchmarks/sweep.py --shape demo --tokens 20 --pairs 32
 
-One pair whose prompts differ in one token, every feature that differs at every position, both directions. One thread, CPU time
+Pairs whose prompts differ in one token, every feature that differs at every position (with --every at some), both
+directions. One thread, CPU time
 (wall time on a GPU). The loops are timed on patches drawn at random, between the repeats of featpatch, and their results
 are compared with featpatch's for the same patches; medians over the repeats.
 
@@ -119,6 +120,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--change", type=int, help="position of the token that differs; the middle by default")
+    parser.add_argument("--every", type=int, default=1, help="patch at every so-manieth position from the change on")
+    parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loop", type=int, default=6, help="patches per repeat of the loops (a) and (b)")
     parser.add_argument("--device", default="cpu")
@@ -130,34 +133,37 @@ def main() -> None:
     hook, hooked = sae.cfg.metadata.hook_name, built["HookedTransformer"]
 
     generator = torch.Generator().manual_seed(0)
-    clean = torch.randint(3, shape.vocab, (1, length), generator=generator)
+    clean = torch.randint(3, shape.vocab, (options.pairs, length), generator=generator)
     corrupted = clean.clone()
-    corrupted[0, change] = (clean[0, change] + 1) % shape.vocab
-    pairs = fp.Pairs.from_tokens(clean, corrupted, torch.tensor([CORRECT]), torch.tensor([WRONG]))
+    corrupted[:, change] = (clean[:, change] + 1) % shape.vocab
+    answers = (torch.full((options.pairs,), answer) for answer in (CORRECT, WRONG))
+    pairs = fp.Pairs.from_tokens(clean, corrupted, *answers)
     with torch.no_grad():
-        at = [hooked.run_with_cache(tokens.to(device), names_filter=hook)[1][hook] for tokens in (clean, corrupted)]
+        at = [hooked.run_with_cache(tokens[:1].to(device), names_filter=hook)[1][hook] for tokens in (clean, corrupted)]
         f_clean, f_corrupted = (sae.encode(x)[0] for x in at)
 
     def ours(model: Any) -> fp.Effects:
-        return fp.rank_features(model, sae, pairs, positions="each", progress=False)
+        return fp.rank_features(model, sae, pairs, positions=[*range(change, length, options.every)], progress=False)
 
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     effects = {name: ours(model) for name, model in built.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before
     nodes = effects["HookedTransformer"].nodes
-    patches = 2 * len(nodes)
-    rows = 2 * sum(length - int(node.position) for node in nodes)
+    table = effects["HookedTransformer"]
+    patches = 2 * len(table.row)
+    rows = 2 * sum(length - int(nodes[row].position) for row in table.row)
     needed = products(shape, rows, patches, patches)
     draw = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in (*built, "a", "b", "c")}
     differences: dict[str, float] = dict.fromkeys(("a", "b", "c"), 0.0)
-    tokens = corrupted.to(device)
+    tokens = corrupted[:1].to(device)
     for _ in range(options.repeats):
         for name, model in built.items():
             seconds, effects[name] = timed(lambda model=model: ours(model), device)
             times[name].append(seconds / patches)
-        values = dict(zip(nodes, effects["HookedTransformer"].denoised.tolist(), strict=True))
-        features = [node for node in nodes if node.kind == "feature"]
+        first = effects["HookedTransformer"].of_pairs([0])
+        values = dict(zip(first.nodes, first.denoised.tolist(), strict=True))
+        features = [node for node in first.nodes if node.kind == "feature"]
         few, many = draw.sample(features, options.loop), draw.sample(features, 64)
         changes = {
             node: (int(node.position), (f_clean - f_corrupted)[node.position, node.index] * sae.W_dec[node.index])
@@ -178,7 +184,8 @@ def main() -> None:
         largest = float(hooked(tokens).abs().max())
     median = {name: statistics.median(values) for name, values in times.items()}
     where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
-    print(f"{options.shape}, {length} tokens, token {change} differs, block {shape.layer} of {shape.layers}, on {where}")
+    print(f"{options.shape}, {options.pairs} x {length} tokens, token {change} differs, on {where}")
+    print(f"site: entry of block {shape.layer} of {shape.layers}; TopK dictionary of {shape.d_sae} features, k = {shape.k}")
     print(f"{patches} patches, {rows / patches:.1f} rows each, {needed / patches / 1e9:.3f} GFLOP each in matrix products")
     limit = needed / patches / rate
     print(f"limit: {limit * 1e3:.3f} ms per patch at {rate / 1e9:.0f} GFLOP/s")

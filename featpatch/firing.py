@@ -18,6 +18,8 @@ from featpatch.patch import Node
 
 CONTEXT = 5
 """Words before the one on which a feature fires that are shown."""
+MANY = 10
+"""How many places are looked at for each context that is shown, so that the contexts differ."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Description:
         word: the word of the best label; empty where the feature never fires.
         f1: how well the feature detects the label, 0 to 1.
         share: share of all positions on which it fires.
-        contexts: where it fires most, strongest first, the word itself in brackets.
+        contexts: where it fires most, strongest first, each text once, the word itself in brackets.
     """
 
     label: str
@@ -107,13 +109,14 @@ def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " 
     }
     f1, word, label = max((*_best_word(words, fires), name) for name, words in labels.items())
     places = [(part.tokens[document], position) for part in text for document, position in part.usable.nonzero().tolist()]
-    strongest = [index for index in values.argsort(descending=True)[:contexts].tolist() if fires[index]]
+    strongest = values.argsort(descending=True)[: int(fires.sum())].tolist()
+    distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])
     return Description(
         label=label,
         word=tokenizer.decode([word]).strip() if f1 else "",
         f1=f1,
         share=float(fires.double().mean()),
-        contexts=tuple(_context(tokenizer, *places[index]) for index in strongest),
+        contexts=tuple(distinct)[:contexts],
     )
 
 

@@ -13,21 +13,24 @@ STANDARD = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_mid|hook_resid
 
 
 ENTRIES = {
-    "hook_resid_pre": "pre",
-    "hook_resid_mid": "mid",
-    "hook_attn_out": "mid",
-    "attn.hook_z": "z",
-    "hook_mlp_out": "post",
-    "hook_resid_post": "post",
+    "hook_resid_pre": (0, "pre"),
+    "attn.hook_z": (0, "z"),
+    "hook_attn_out": (0, "mid"),
+    "hook_resid_mid": (0, "mid"),
+    "hook_mlp_out": (1, "pre"),
+    "hook_resid_post": (1, "pre"),
 }
-"""Where a change at a site comes into its block: at its entry, in the attention output before W_O, between attention and MLP
-(what attention adds, after its norm), or behind the MLP, which is the entry of the next block."""
+"""Where a change at a site comes into the stream: at the entry of a block, in its attention before W_O, or between its attention
+(after the norm of what attention adds, if there is one) and its MLP. Behind the MLP is the entry of the next block."""
 
 
 def entry(site: str) -> tuple[int, str] | None:
-    """The block that a site belongs to and where a change comes into it; None for sites inside attention or MLP."""
+    """The block and the place in it (see `ENTRIES`) where a change comes into the stream; None inside attention or MLP."""
     match = STANDARD.fullmatch(site)
-    return (int(match.group(1)), ENTRIES[match.group(2)]) if match else None
+    if match is None:
+        return None
+    later, place = ENTRIES[match.group(2)]
+    return int(match.group(1)) + later, place
 
 
 def resid_pre(layer: int) -> str:

@@ -9,7 +9,7 @@ from featpatch.lens import Layer, Lens, Stack
 
 
 def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) -> int:
-    """Of our own pass, for a unit that comes in at block `start` in the way `kind` (see `sites.ENTRIES`)."""
+    """Of our own pass, for a unit that comes in at block `start` at the place `kind` (see `sites.ENTRIES`)."""
     answer = unit.block.run.answer
     changed = len(unit.block.deltas.select(unit.patches).upto(answer).patch)
     patches, length = len(unit.patches), answer - unit.first + 1

@@ -28,7 +28,7 @@ def units_of(blocks: Sequence[Block]) -> list[Unit]:
 def batches(path: Path, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
     """Units of one group, packed up to the budget; a unit larger than the room is cut."""
     key = {id(unit): path.group(unit.block) for unit in units}
-    order = sorted(units, key=lambda unit: str(key[id(unit)]))
+    order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.block.run.name, unit.first, unit.index))
     for _, group in groupby(order, key=lambda unit: key[id(unit)]):
         batch: list[Unit] = []
         room = budget

@@ -18,8 +18,8 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.lens import Lens, UnsupportedError
 
-PROBES = 3
-"""Random patches per block and kind of site that go through both paths."""
+PROBES = 2
+"""Random patches per site that go through both paths."""
 
 
 @runtime_checkable
@@ -99,11 +99,10 @@ def _disagreement(fast: Path, plain: PlainPath, run: BaseRun, site: str) -> floa
     generator = torch.Generator().manual_seed(0)
     size = run.resid[layer].float().std().item()
     values = (size * torch.randn(PROBES, width, generator=generator)).to(run.resid[layer])
-    position = torch.linspace(0, run.answer, PROBES).long()
-    number = torch.arange(1, PROBES + 1)
-    block = Block("probe", run, site, Deltas.explicit(number, position, values, PROBES + 1))
-    true = plain.logits([Unit(0, block, torch.arange(PROBES + 1), 0)], [None])[0].double()
-    found = torch.cat([fast.baseline(run, None), *fast.logits([Unit(0, block, number, 0)], [None])]).double()
+    position = torch.linspace(0, run.answer / 2, PROBES).long()
+    number = torch.arange(PROBES)
+    unit = Unit(0, Block("probe", run, site, Deltas.explicit(number, position, values, PROBES)), number, 0)
+    found, true = (path.logits([unit], [None])[0].double() for path in (fast, plain))
     eps = torch.finfo(run.resid[layer].dtype).eps
     tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
     return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

@@ -11,7 +11,7 @@ Rows of all units lie in one matrix `[rows, d_model]`; attention alone works uni
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,7 +46,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of one unit: `patches` times the positions `first` to `answer` of a base run."""
+    """Rows of one base run: `patches` times the positions `first` to `answer` of a base run."""
 
     trace: Trace
     patches: int
@@ -113,10 +113,11 @@ class SuffixPath:
         """Logits of every patch at its answer position; all units are of one group."""
         spans = [Span(self._trace(u.block.run), len(u.patches), u.first, u.block.run.answer) for u in units]
         layer, changed = self._enter(units, spans)
+        spans, changed = _join(spans, changed)
         final = self._at_answer(spans, changed) if layer == len(self.stack.layers) else self._run(layer, spans, changed)
         return [
             self.stack.head(x, _ids(wanted, x.device))
-            for x, wanted in zip(final.split([span.patches for span in spans]), columns, strict=True)
+            for x, wanted in zip(final.split([len(unit.patches) for unit in units]), columns, strict=True)
         ]
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
@@ -167,8 +168,7 @@ class SuffixPath:
         if kind == "pre":
             x, start = _add(base("pre", index), delta), index
         else:
-            start = index + 1
-            x = self._after_attention(index, kind, delta, base) if kind != "post" else _add(base("pre", start), delta)
+            x, start = self._after_attention(index, kind, delta, base), index + 1
         return start, [
             Changed(deltas.patch.to(x.device), place, values)
             for deltas, place, values in zip(moved, places, x.split(sizes), strict=True)
@@ -250,6 +250,22 @@ class SuffixPath:
             x = span.base(span.trace.pre[len(self.stack.layers)])
             final.append(x.index_put((rows.patch, rows.position - span.first), rows.values)[:, -1])
         return torch.cat(final)
+
+
+def _join(spans: Sequence[Span], changed: Sequence[Changed]) -> tuple[list[Span], list[Changed]]:
+    """Neighbours of one base run and one first position as one span, so that they share attention too."""
+    joined: list[tuple[Span, list[Changed]]] = []
+    for span, rows in zip(spans, changed, strict=True):
+        if joined and joined[-1][0].trace is span.trace and joined[-1][0].first == span.first:
+            before, parts = joined.pop()
+            parts.append(replace(rows, patch=rows.patch + before.patches))
+            joined.append((replace(before, patches=before.patches + span.patches), parts))
+        else:
+            joined.append((span, [rows]))
+    return [span for span, _ in joined], [
+        Changed(*(torch.cat([getattr(rows, name) for rows in parts]) for name in ("patch", "position", "values")))
+        for _, parts in joined
+    ]
 
 
 def _add(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens.lens import Lens, digest
+from featpatch.lens.digest import digest
+from featpatch.lens.lens import Lens
 
 STATELESS = ("none",)
 """Values of `normalize_activations` for which decoding does not depend on the encoded activation."""
@@ -81,7 +82,7 @@ class Dictionary:
 
     def digest(self) -> str:
         """SHA-256 of the weights."""
-        return digest(self.sae.state_dict())
+        return digest(self.sae)
 
     def _probe(self, features: torch.Tensor) -> torch.Tensor:
         units = torch.zeros(len(features) + 1, 1, self.d_sae, dtype=self.sae.dtype, device=self.sae.device)

@@ -1,6 +1,5 @@
 """The verbs that featpatch needs of a model, the same for every foreign library: read, edit, resume."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
+from featpatch.lens.digest import digest
 from featpatch.lens.layer import Stack
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
@@ -159,7 +159,7 @@ class Lens(ABC):
 
     def digest(self) -> str:
         """SHA-256 of the model's weights."""
-        return digest(self.model.state_dict())
+        return digest(self.model)
 
 
 @contextmanager
@@ -176,12 +176,3 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
         yield
     finally:
         handle.remove()
-
-
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors: names, types, shapes and bytes."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

@@ -47,6 +47,7 @@ def demo(
     Example: featpatch demo --task capitals --pairs 16
     """
     with _clear_errors():
+        _check_folder(out)
         console = _console()
         console.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of [bold]{task}[/] (seed {seed})")
         shipped = fp.load_demo()
@@ -81,6 +82,7 @@ def rank(
     Example: featpatch rank --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with _clear_errors():
+        _check_folder(out)
         console = _console()
         console.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = _own(model, sae, pairs, positions, direction, metric, device)
@@ -143,6 +145,13 @@ def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Map
     console.print(site_summary(effects))
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
     console.save_html(str(out / "report.html"))
+
+
+def _check_folder(out: Path) -> None:
+    from featpatch.errors import FeatpatchError
+
+    if out.exists() and not out.is_dir():
+        raise FeatpatchError(f"--out {str(out)!r} is a file: expected a folder for the results, new or existing")
 
 
 def _console() -> Console:

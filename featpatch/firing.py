@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
+from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
 from featpatch.patch import Node
@@ -55,13 +56,24 @@ def describe(
         saes: the sae-lens objects that the nodes name.
         texts: documents, each shorter than the model's context.
         contexts: how many examples to keep.
+
+    Raises:
+        FeatpatchError: no tokenizer, no texts, or a node of a dictionary that is not among the SAEs.
     """
     lens = wrap(model)
+    if getattr(model, "tokenizer", None) is None:
+        raise FeatpatchError("the model has no tokenizer: expected one, to read the texts with; pass it when the model is made")
+    if not texts:
+        raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
     text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model.tokenizer, texts)]
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
     described = {}
     for name in dict.fromkeys(node.sae for node in features):
+        if name not in found:
+            raise FeatpatchError(
+                f"a node names dictionary {name!r}: expected one of {', '.join(found)}, the SAEs that you pass"
+            )
         of_sae = [node for node in features if node.sae == name]
         indices = torch.tensor([node.index for node in of_sae])
         values = [_activations(lens, found[name], part.tokens, indices)[part.usable] for part in text]

@@ -51,6 +51,8 @@ class Measure:
             values = self.metric(logits, range(n), range(n, total))
         else:
             values = self.metric(logits, correct, wrong)
+        if not isinstance(values, torch.Tensor):
+            raise FeatpatchError(f"the metric gave a {type(values).__name__}: expected a tensor with one value per row")
         if values.shape != (len(logits),):
             raise FeatpatchError(
                 f"the metric gave shape {tuple(values.shape)} for {len(logits)} rows: expected one value per row"

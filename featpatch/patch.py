@@ -48,7 +48,8 @@ class Node:
 
     def __str__(self) -> str:
         name = self.kind if self.index is None else f"feature {self.index}"
-        return f"{self.site} {name} @ {self.position}"
+        of = f" of {self.sae}" if self.sae not in ("", self.site) else ""
+        return f"{self.site} {name}{of} @ {self.position}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Patch:
     nodes: tuple[Node, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.nodes, tuple):
+            raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node, e.g. Patch((node,))")
+        if not all(isinstance(node, Node) for node in self.nodes):
+            raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node")
         repeated = {node for node in self.nodes if self.nodes.count(node) > 1}
         if repeated:
             raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: name each node once")

@@ -20,8 +20,8 @@ ENTRIES = {
     "hook_mlp_out": (1, "pre"),
     "hook_resid_post": (1, "pre"),
 }
-"""Where a change at a site comes into the stream: at the entry of a block, in its attention before W_O, or between its attention
-(after the norm of what attention adds, if there is one) and its MLP. Behind the MLP is the entry of the next block."""
+"""Where a change at a site comes into the stream: at the entry of a block, in its attention before W_O, or between its
+attention (after the norm of what attention adds, if there is one) and its MLP. Behind the MLP the next block begins."""
 
 
 def entry(site: str) -> tuple[int, str] | None:
@@ -50,6 +50,11 @@ def carrier(site: str) -> str:
 def rotary(layer: int) -> tuple[str, str]:
     """The hooks of TransformerBridge that carry the cosines and sines of rotary positions."""
     return f"blocks.{layer}.attn.hook_cos", f"blocks.{layer}.attn.hook_sin"
+
+
+def resid_post(layer: int) -> str:
+    """The hook at the exit of a block."""
+    return f"blocks.{layer}.hook_resid_post"
 
 
 def layer_of(site: str) -> int:

@@ -2,18 +2,21 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, VOCAB, WIDTH
+from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, VOCAB, WIDTH, bridge, hooked
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from small import randomised
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
+from featpatch.engine import suffix
 from featpatch.engine.plain import PlainPath
 from featpatch.engine.suffix import SuffixPath
 from featpatch.patching.study import Study
@@ -115,10 +118,9 @@ def test_the_plain_path_gives_the_same(kind: str, name: str) -> None:
         model, dictionaries(model), pairs(VOCAB), positions="all", directions=("denoising", "noising"), metric="logit_diff",
         batch_rows=50,
     )  # fmt: skip
-    assert isinstance(study.sweep.path, SuffixPath)
+    assert isinstance(study.path, SuffixPath)
     fast = study.run(None, progress=False)
-    study.sweep.path = PlainPath(study.lens)
-    plain = study.run(None, progress=False)
+    plain = replace(study, path=PlainPath(study.lens)).run(None, progress=False)
     assert fast.nodes == plain.nodes
     assert abs(fast.denoised - plain.denoised).max() < EXACT
     assert abs(fast.noised - plain.noised).max() < EXACT
@@ -160,3 +162,39 @@ def test_low_precision_models_with_dictionaries_in_float32(kind: str, dtype: tor
     """Deltas are made in the SAE's type and added in it; what is left is the rounding of the model's own type."""
     model, saes = narrowed(kind, "gpt2", dtype)
     check_entries(model, saes, 8 * torch.finfo(dtype).eps, 60)
+
+
+def test_a_model_that_looks_both_ways_takes_the_plain_path() -> None:
+    """Patches after the answer count, and positions before the first differing token differ."""
+    model = hooked(act_fn="gelu", attention_dir="bidirectional")
+    oracle._activations.cache_clear()
+    site, drawn = "blocks.1.hook_resid_pre", pairs(VOCAB)[1:2]
+    sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name == site)
+    with pytest.warns(fp.SlowPathWarning, match="attention in both directions"):
+        effects = fp.rank_features(model, sae, drawn, positions="each", progress=False)
+    assert {node.position for node in effects.nodes} == set(range(9))
+    for entry, row in enumerate(effects.row):
+        expected = oracle_value(model, sae, effects.nodes[row], drawn[0], "denoising")
+        assert abs(effects.denoised[entry] - expected) < EXACT, effects.nodes[row]
+
+
+def test_rotations_that_depend_on_the_length_take_the_plain_path() -> None:
+    scaling = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [3.0, 5.0], "rope_theta": 10000.0,
+               "original_max_position_embeddings": 7, "factor": 4.0}  # fmt: skip
+    model = bridge(LlamaForCausalLM(LlamaConfig(**{**LLAMA, "rope_scaling": scaling})))
+    drawn = pairs(VOCAB)
+    sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre")
+    with pytest.warns(fp.SlowPathWarning, match="depend on the length"):
+        together = fp.rank_features(model, sae, drawn, progress=False)
+    alone = fp.rank_features(model, sae, drawn[2:], progress=False)
+    short = together.of_pairs([2])
+    assert short.nodes == alone.nodes
+    assert abs(short.denoised - alone.denoised).max() < 1e-5
+
+
+def test_the_self_check_sees_the_keys_and_values_of_the_base_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = suffix.attend
+    monkeypatch.setattr(suffix, "attend", lambda layer, q, k, v, base_k, base_v: right(layer, q, k, v, base_k, 0 * base_v))
+    model = BRIDGES["gpt2"]()
+    with pytest.warns(fp.SlowPathWarning, match="the two differ by"):
+        fp.rank_features(model, dictionaries(model)[0], pairs(VOCAB), progress=False)

@@ -15,8 +15,8 @@ from small import Small, standard
 from torch.utils.flop_counter import FlopCounterMode
 
 import featpatch as fp
-from featpatch.engine import Deltas, Journal
-from featpatch.engine.packing import batches, units_of
+from featpatch.engine import Deltas, Journal, Sweep
+from featpatch.engine.packing import batches
 from featpatch.engine.suffix import SuffixPath
 from featpatch.patching.study import Study
 
@@ -44,8 +44,8 @@ def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytes
     stack = type(Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
                           metric="logit_diff", batch_rows=None).lens).stack  # fmt: skip
 
-    def broken(lens: Any, length: int) -> Any:
-        made = stack(lens, length)
+    def broken(lens: Any, *lengths: int) -> Any:
+        made = stack(lens, *lengths)
         object.__setattr__(made.layers[2], "scale", 1.01 * made.layers[2].scale)
         return made
 
@@ -69,7 +69,7 @@ def test_a_null_patch_is_exactly_the_base_run(small: Small) -> None:
     assert not null.pooled("recovery").any()
     assert not null.pooled("degradation").any()
     same_runs = fp.Pairs.from_tokens(small.clean, small.clean, small.correct, small.wrong)
-    with pytest.raises(fp.FeatpatchError, match="mean gap of 0"):
+    with pytest.raises(fp.FeatpatchError, match="mean gap of"):
         fp.rank_features(small.model, sae, same_runs, progress=False)
 
 
@@ -131,24 +131,27 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
 
     def interrupted(path: SuffixPath, units: Any, columns: Any) -> Any:
         calls[0] += 1
-        if calls[0] > batches + len(SITES):  # the self-check makes one call per site
+        if calls[0] > batches + len(SITES):  # the self-check makes a call per site, all prompts being equally long
             raise KeyboardInterrupt
         return logits(path, units, columns)
 
     monkeypatch.setattr(SuffixPath, "logits", interrupted)
 
 
-def test_ctrl_c_returns_what_is_finished(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = rank(small, batch_rows=20)
-    interrupt_after(monkeypatch, 5)
-    part = rank(small, batch_rows=20)
+def test_ctrl_c_returns_rows_that_are_finished(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rank(small, batch_rows=500)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        part = rank(small, batch_rows=500)
     assert whole.finished
     assert not part.finished
-    assert part.nodes == whole.nodes
-    known = ~np.isnan(part.denoised)
-    assert 0 < known.sum() < len(known)
-    assert np.array_equal(part.denoised[known], whole.denoised[known])
-    assert np.isnan(part.noised).all()
+    assert 0 < len(part) < len(whole)
+    assert not np.isnan([part.denoised, part.noised]).any()
+    expected = dict(zip(whole.nodes, whole.pooled("recovery"), strict=True))
+    assert all(expected[node] == value for node, value in zip(part.nodes, part.pooled("recovery"), strict=True))
+    interrupt_after(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        rank(small, batch_rows=500)
 
 
 def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +172,8 @@ def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.Monkey
     whole = rank(small, batch_rows=20)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        rank(small, batch_rows=20, journal=tmp_path / "journal")
+        with pytest.raises(KeyboardInterrupt):
+            rank(small, batch_rows=20, journal=tmp_path / "journal")
     logits, calls = SuffixPath.logits, [0]
 
     def counted(path: SuffixPath, units: Any, columns: Any) -> Any:
@@ -243,19 +247,53 @@ def test_a_journal_of_another_sweep_is_refused(bridge: Small, tmp_path: Path) ->
     finally:
         with torch.no_grad():
             bridge.model.blocks[0].mlp.original_component.c_proj.original_component.bias -= 1
-    (tmp_path / "letter").write_text("Dear reader,\nthis is no journal.\n")
-    with pytest.raises(fp.FeatpatchError, match=r"is not a journal"):
-        rank(bridge, journal=tmp_path / "letter")
-    assert (tmp_path / "letter").read_text().startswith("Dear reader")
+    for text in ("Dear reader,\nthis is no journal.\n", "one line", "0123456789abcdef  SHA256SUMS\n"):
+        (tmp_path / "letter").write_text(text)
+        with pytest.raises(fp.FeatpatchError, match=r"is not a journal of this sweep"):
+            rank(bridge, journal=tmp_path / "letter")
+        assert (tmp_path / "letter").read_text() == text
+    content = bytearray(journal.read_bytes())
+    content[40] ^= 1
+    journal.write_bytes(content)
+    with pytest.raises(fp.FeatpatchError, match=r"its first line is damaged"):
+        rank(bridge, journal=journal)
+    with pytest.raises(fp.FeatpatchError, match=r"is a folder"):
+        rank(bridge, journal=tmp_path)
+
+
+def test_a_journal_knows_what_digests_do_not(bridge: Small, tmp_path: Path) -> None:
+    """Another metric of the same name, a hook, a changed setting of a dictionary."""
+    sae, pairs = bridge.at("blocks.2.hook_resid_pre"), pairs_of(bridge)
+    options = {"journal": tmp_path / "journal", "progress": False}
+    fp.rank_features(bridge.model, sae, pairs, metric=lambda logits, correct, wrong: logits[:, 3], **options)
+    with pytest.raises(fp.FeatpatchError, match="the metric of the unpatched runs differ"):
+        fp.rank_features(bridge.model, sae, pairs, metric=lambda logits, correct, wrong: logits[:, 4], **options)
+    options["journal"] = tmp_path / "other"
+    fp.rank_features(bridge.model, sae, pairs, **options)
+    sae.cfg.k = 5
+    try:
+        with pytest.raises(fp.FeatpatchError, match="saes differ"):
+            fp.rank_features(bridge.model, sae, pairs, **options)
+    finally:
+        sae.cfg.k = 6
+    bridge.model.hook_dict["blocks.0.hook_mlp_out"].add_hook(lambda activation, hook: 0 * activation)
+    try:
+        with (
+            pytest.raises(fp.FeatpatchError, match="the metric of the unpatched runs differ"),
+            pytest.warns(fp.SlowPathWarning),
+        ):
+            fp.rank_features(bridge.model, sae, pairs, **options)
+    finally:
+        bridge.model.reset_hooks()
 
 
 def test_a_journal_is_readable(tmp_path: Path) -> None:
-    journal = Journal.open(tmp_path / "folder" / "journal", {"model": "m"}, 7)
+    journal = Journal.open(tmp_path / "folder" / "journal", {"model": "m"}, [1.0], 7)
     journal.put("key", torch.tensor([1.5, -2.0], dtype=torch.float64))
-    header, line = (json.loads(text.split(" ", 1)[1]) for text in journal.path.read_text().splitlines())
-    assert header == {"format": "featpatch journal 1", "model": "m", "rows": 7}
+    header, line = (json.loads(text.rsplit(" ", 1)[0]) for text in journal.path.read_text().splitlines())
+    assert header == {"format": "featpatch journal 1", "model": "m", "baselines": [1.0], "rows": 7}
     assert line["batch"] == "key"
-    again = Journal.open(journal.path, {"model": "m"}, 99)
+    again = Journal.open(journal.path, {"model": "m"}, [1.0 + 1e-7], 99)
     assert again.rows == 7
     values = again.get("key")
     assert values is not None
@@ -268,11 +306,12 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     study = Study.of(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each",
                      directions=("denoising", "noising"), metric="logit_diff", batch_rows=None)  # fmt: skip
     (blocks,) = study.work()
-    study.sweep.baselines([block.run for block in blocks])
-    patches, rows, flops = study.sweep.cost(blocks)
+    sweep = Sweep(study.path, study.measure, study.rows)
+    sweep.baselines([block.run for block in blocks])
+    patches, rows, flops = sweep.cost(blocks)
     with FlopCounterMode(display=False) as counter:
-        for batch in batches(study.sweep.path, units_of(blocks), 40):
-            study.sweep._run(batch)
+        for batch in batches(study.path, sweep.units(blocks), 40):
+            sweep._run(batch)
     assert counter.get_total_flops() == flops
     plan = fp.plan(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each")
     assert (plan.patches, plan.rows, plan.flops, plan.fast) == (patches, rows, flops, True)

@@ -1,15 +1,21 @@
 """Bad input: every message names the value, the expectation and the next step."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
-from small import FEATURES, WIDTH, Small, at, small_bridge, standard
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
+from small import FEATURES, WIDTH, Small, at, randomised, small_bridge, standard
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
+from featpatch.lens import wrap
 from featpatch.lens.bridge import BridgeLens
+from featpatch.patching.swaps import spans
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -54,10 +60,15 @@ def test_tokens_of_unequal_length(bridge: Small) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{not json}\n", "line 0: '{not json}' is not JSON"),
-        ('{"clean": "a"}\n', "line 0: .* lacks corrupted, correct, wrong: expected"),
-        ('"a"\n', "line 0: .* lacks clean"),
-        ("\n", "there are no pairs"),
+        ("{not json}\n", "line 1: '{not json}' is not JSON"),
+        ('{"clean": "a"}\n', "line 1: .* lacks corrupted, correct, wrong: expected"),
+        ('\n"a"\n', "line 2: .* lacks clean"),
+        ("\n", "is empty: expected one JSON object per line"),
+        ('{"clean": null, "corrupted": "a", "correct": "b", "wrong": "c"}', "line 1: clean is None in .*: expected text"),
+        (
+            '{"clean": "a", "corrupted": "a", "correct": 3, "wrong": "c"}',
+            "correct is 3 in .*: expected text, for answers a list",
+        ),
     ],
 )
 def test_pairs_files(tmp_path: Any, content: str, message: str) -> None:
@@ -223,8 +234,11 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
 
 def test_a_sweep_whose_patch_does_not_fire(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 9, inside the engine."""
-    monkeypatch.setattr(BridgeLens, "resume", lambda lens, layer, resid, tokens, answers: torch.zeros(len(tokens), 40))
-    with pytest.raises(fp.FeatpatchError, match=f"the patch at '{SITE}' fired 0 times in a forward pass: expected once"):
+    monkeypatch.setattr(
+        BridgeLens, "resume", lambda lens, layer, resid, tokens, answers: tokens[:, 3, None] * torch.arange(40.0)
+    )
+    message = f"the patch at '{SITE}' fired 0 times in a forward pass: expected once"
+    with pytest.warns(fp.SlowPathWarning, match=message), pytest.raises(fp.FeatpatchError, match=message):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
 
 
@@ -239,3 +253,93 @@ def test_an_effects_file_that_is_none(tmp_path: Any) -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="expected one of Demo"):
         fp.rank_neurons  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"clean": torch.full((3, 7), 40)}, r"pair 0 has token ids from \d+ to 40: expected 0 to 39"),
+        ({"correct": torch.tensor([-1, 2, 3])}, r"pair 0: answers \(-1,\), \(4,\) are outside the model's vocabulary of 40"),
+        (
+            {"clean": torch.ones(3, 17).long(), "corrupted": torch.ones(3, 17).long()},
+            r"pair 0 has 17 tokens: expected at most 16",
+        ),
+    ],
+)
+def test_tokens_that_the_model_does_not_know(bridge: Small, changed: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, **changed))
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [([1.5], r"position 1.5 is a float: expected a label or an index"), ([None], r"position None is a NoneType: expected")],
+)
+def test_positions_that_are_none(bridge: Small, positions: Any, message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        spans.__wrapped__(pairs_of(bridge)[0], positions)  # type: ignore[attr-defined]
+
+
+def test_types_that_only_a_type_checker_would_see() -> None:
+    """Without the checker that runs in these tests: numpy positions become plain numbers, other types are refused."""
+    program = """
+import numpy as np, featpatch as fp
+from featpatch.patching.swaps import spans
+pair, node = fp.Pair((1, 2), (1, 3), (4,), (5,)), fp.Node("blocks.0.hook_resid_pre", "activation")
+assert {type(key) for key in spans(pair, [np.int64(1)])} == {int}
+for bad, message in (
+    (lambda: fp.Pair((1,), (2,), (3,), (4,), labels={"S2": "0"}), "label 'S2' is at '0': expected an integer"),
+    (lambda: fp.Patch([node]), "expected a tuple of Node"),
+    (lambda: fp.Patch((node, "x")), "expected a tuple of Node"),
+    (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list"),
+    (lambda: fp.rank_features(None, None, [pair]), "pairs is a list: expected Pairs"),
+):
+    try:
+        bad()
+    except fp.FeatpatchError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_training_dictionary_that_looks_at_several_rows(bridge: Small) -> None:
+    config = BatchTopKTrainingSAEConfig(d_in=WIDTH, d_sae=FEATURES, dtype="float64", k=3.0, metadata=at(SITE))
+    with pytest.raises(fp.FeatpatchError, match=r"BatchTopKTrainingSAE\) encodes a row differently beside others: expected"):
+        fp.rank_features(bridge.model, randomised(BatchTopKTrainingSAE(config), 1), pairs_of(bridge))
+
+
+def test_dropout_that_is_no_module() -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8, attention_dropout=0.5
+    )
+    model = LlamaForCausalLM(config).train()
+    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=config, tokenizer=None, device="cpu")
+    with pytest.raises(fp.FeatpatchError, match=r"training mode with dropout: expected repeatable runs; call model.eval"):
+        wrap(bridge.train())
+
+
+def test_overlapping_nodes_and_patches(bridge: Small) -> None:
+    whole, features = fp.Node(SITE, "activation", None, 3), fp.Node(SITE, "all_features")
+    options = {"source": bridge.clean, "base": bridge.corrupted, "saes": bridge.at(SITE)}
+    for nodes in ((whole, features), (features, whole)):
+        with pytest.raises(fp.FeatpatchError, match="overlaps other nodes"):
+            fp.do(bridge.model, fp.Patch(nodes), **options).__enter__()
+    with fp.do(bridge.model, fp.Patch((whole,)), **options):
+        with pytest.raises(fp.FeatpatchError, match="the model is patched already"):
+            fp.do(bridge.model, fp.Patch((features,)), **options).__enter__()
+        bridge.model(bridge.corrupted)
+
+
+def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
+    effects = fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
+    mask = effects.pooled("recovery") > 0
+    assert effects.take(mask).nodes == tuple(node for node, kept in zip(effects.nodes, mask, strict=True) if kept)
+    for rows in ([0, 0], [-1], [len(effects)]):
+        with pytest.raises(fp.FeatpatchError, match="expected indices from 0 to"):
+            effects.take(rows)
+    with pytest.raises(fp.FeatpatchError, match="pairs .*: expected indices from 0 to 2"):
+        effects.of_pairs([3])
+    assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
+    assert "rows</p>" in effects._repr_html_()

@@ -35,7 +35,7 @@ class Collector:
             corrupted=corrupted,
             row=np.array(self.row, dtype=np.int64),
             pair=np.array(self.pair, dtype=np.int64),
-            denoised=np.concatenate(self.values["denoising"]),
-            noised=np.concatenate(self.values["noising"]),
+            denoised=np.concatenate([np.zeros(0), *self.values["denoising"]]),
+            noised=np.concatenate([np.zeros(0), *self.values["noising"]]),
             metadata=metadata,
         )

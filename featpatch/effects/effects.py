@@ -80,9 +80,13 @@ class Effects:
         """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair."""
         return statistics.interval(self.changes(effect).toarray(), self.gap)
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Effects":
-        """These rows, in this order."""
-        order = np.asarray(rows, dtype=np.int64)
+    def take(self, rows: Sequence[int] | NDArray[Any]) -> "Effects":
+        """These rows, in this order: indices, none twice, or a mask of all rows.
+
+        Raises:
+            FeatpatchError: a row is named twice or does not exist.
+        """
+        order = _indices(rows, len(self), "row")
         new = np.full(len(self.nodes), -1)
         new[order] = np.arange(len(order))
         kept = new[self.row] >= 0
@@ -100,14 +104,26 @@ class Effects:
         """False where the sweep was interrupted: some pairs are missing, or values are NaN."""
         return bool(self.metadata.get("finished", True))
 
-    def of_pairs(self, pairs: Sequence[int]) -> "Effects":
-        """These pairs alone, in the order of the table; nodes that differ in none of them are left out."""
+    def known(self) -> "Effects":
+        """The rows whose values are all known: after an interruption, those that were finished in every pair."""
+        runs = {"recovery": self.denoised, "degradation": self.noised}
+        missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
+        return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
+
+    def of_pairs(self, pairs: Sequence[int] | NDArray[Any]) -> "Effects":
+        """These pairs alone, in the order of the table; nodes that differ in none of them are left out.
+
+        Raises:
+            FeatpatchError: a pair is named twice or does not exist.
+        """
+        pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
         kept = np.isin(self.pair, pairs)
         new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
         part = replace(
             self,
-            clean=self.clean[sorted(pairs)],
-            corrupted=self.corrupted[sorted(pairs)],
+            clean=self.clean[pairs],
+            corrupted=self.corrupted[pairs],
+            metadata={**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else self.metadata,
             row=self.row[kept],
             pair=new[self.pair[kept]],
             denoised=self.denoised[kept],
@@ -196,4 +212,18 @@ class Effects:
         return f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}"
 
     def _repr_html_(self) -> str:
-        return str(self.to_pandas().to_html(index=False, escape=True, max_rows=20))
+        shown = self.take(range(min(20, len(self)))).to_pandas().to_html(index=False, escape=True)
+        return f"{shown}<p>{len(self)} rows</p>"
+
+
+def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
+    """Indices that exist, none twice, from indices or a mask."""
+    given = np.asarray(wanted)
+    if given.dtype == bool and len(given) == count:
+        return np.flatnonzero(given)
+    order = given.astype(np.int64)
+    if order.size and (order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
+        raise FeatpatchError(
+            f"{what}s {order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a mask of {count}"
+        )
+    return order

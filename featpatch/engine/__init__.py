@@ -3,7 +3,7 @@
 from featpatch.engine.budget import row_budget, row_bytes
 from featpatch.engine.deltas import Deltas
 from featpatch.engine.journal import Journal
-from featpatch.engine.path import SlowPathWarning, choose_path
+from featpatch.engine.path import PatchPath, SlowPathWarning, choose_path
 from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep
 from featpatch.engine.work import BaseRun, Block
@@ -13,6 +13,7 @@ __all__ = [
     "Block",
     "Deltas",
     "Journal",
+    "PatchPath",
     "SlowPathWarning",
     "SuffixPath",
     "Sweep",

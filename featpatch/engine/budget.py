@@ -13,19 +13,24 @@ SHARE = 0.25
 """Share of the free memory that one pass may take."""
 
 
-def row_bytes(lens: Lens, length: int) -> int:
-    """What one row takes at the peak: stream, queries, keys, values, hidden units of the MLP and scores, a few copies each."""
+def row_bytes(lens: Lens, length: int, columns: int) -> int:
+    """What one row takes at the peak: stream, queries, keys, values, hidden units of the MLP, scores and logits, in copies.
+
+    Args:
+        length: tokens of a prompt.
+        columns: logits that are read of a patch; a patch may be a single row.
+    """
     cfg = lens.model.cfg
     heads = cfg.n_heads * cfg.d_head
-    numbers = 4 * cfg.d_model + 8 * heads + 3 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * length
+    numbers = 4 * cfg.d_model + 8 * heads + 3 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * length + 4 * columns
     return int(numbers * next(lens.model.parameters()).element_size())
 
 
-def row_budget(lens: Lens, length: int) -> int:
-    """Rows per pass, for prompts of up to `length` tokens."""
+def row_budget(lens: Lens, length: int, columns: int) -> int:
+    """Rows per pass, for prompts of up to `length` tokens and `columns` logits of each patch."""
     cfg = lens.model.cfg
     busy = BUSY // (cfg.d_model * max(cfg.d_mlp or 0, cfg.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
-    fits = int(SHARE * free_memory(lens.device)) // row_bytes(lens, length)
+    fits = int(SHARE * free_memory(lens.device)) // row_bytes(lens, length, columns)
     return max(1, min(max(busy, LEAST), MOST, fits))
 
 

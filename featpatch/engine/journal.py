@@ -1,16 +1,17 @@
 """What is finished, on disk: an append-only file of checksummed lines from which an interrupted sweep goes on.
 
-    sha256-prefix {"format": ..., "rows": ..., "model": ..., "saes": ..., "pairs": ...}      what the journal belongs to
-    sha256-prefix {"batch": key, "values": base64 of float64}                                one line per forward pass
+    {"format": ..., what the sweep is about ..., "baselines": [...], "rows": ...} sha256-prefix       what it belongs to
+    {"batch": key, "values": base64 of float64} sha256-prefix                                          a forward pass each
 
-A line counts only if its checksum is right. A torn last line, left by a crash, is cut off; nothing of it is trusted.
+A line counts only if its checksum is right. What follows the last good line, such as one torn by a crash, is cut off;
+a bad line in between is left out. Nothing of them is trusted.
 """
 
 import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,34 +39,35 @@ class Journal:
     finished: dict[str, bytes]
 
     @classmethod
-    def open(cls, path: Path, subject: Mapping[str, Any], rows: int) -> "Journal":
+    def open(cls, path: Path, subject: Mapping[str, Any], baselines: Sequence[float], rows: int) -> "Journal":
         """Begins a journal, or goes on with the one that is there.
 
         Args:
             subject: what the results depend on: digests of model, SAEs and pairs, metric, positions, directions.
+            baselines: the metric of the unpatched runs, which tells apart what digests can't: another metric of the same
+                name, hooks of the user, a model whose configuration was changed. Compared up to rounding.
             rows: budget of rows, if the journal is new.
 
         Raises:
             FeatpatchError: the file is no journal, or that of another sweep.
         """
-        header = {"format": FORMAT, "rows": rows, **subject}
-        lines = _intact(path) if path.is_file() else []
+        if path.is_dir():
+            raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
+        header = json.loads(json.dumps({"format": FORMAT, **subject, "baselines": [*baselines], "rows": rows}))
+        content = path.read_bytes() if path.is_file() else b""
+        lines, intact = _intact(content)
         if not lines:
-            if path.is_file() and path.stat().st_size and not path.read_bytes()[:16].isalnum():
-                raise FeatpatchError(f"{str(path)!r} is not a journal of featpatch: expected a new path or one that it wrote")
+            _check_torn(path, content, header)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
             journal = cls(path, rows, {})
             journal._append(header)
             return journal
-        found = lines[0]
-        differing = [key for key in header if key != "rows" and found.get(key) != json.loads(json.dumps(header[key]))]
-        if differing:
-            raise FeatpatchError(
-                f"the journal {str(path)!r} belongs to another sweep: {', '.join(differing)} differ; "
-                "expected the same model, SAEs, pairs and options; give another path, or delete the file to begin anew"
-            )
-        return cls(path, int(found["rows"]), {line["batch"]: base64.b64decode(line["values"]) for line in lines[1:]})
+        _check_subject(path, lines[0], header)
+        if intact < len(content):
+            os.truncate(path, intact)
+        finished = {line["batch"]: base64.b64decode(line["values"]) for line in lines[1:]}
+        return cls(path, int(lines[0]["rows"]), finished)
 
     def get(self, key: str) -> Float[torch.Tensor, " patches"] | None:
         """The values of a batch, if it is finished."""
@@ -79,9 +81,9 @@ class Journal:
         self.finished[key] = content
 
     def _append(self, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps(content)
         with self.path.open("ab") as file:
-            file.write(f"{_checksum(text)} {text}\n".encode())
+            file.write(f"{text} {_checksum(text)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -95,17 +97,36 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _intact(path: Path) -> list[dict[str, Any]]:
-    """The lines whose checksum is right; what follows the last of them is cut off the file."""
+def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines whose checksum is right, and where the last of them ends; none where the first is wrong."""
     lines, end, intact = [], 0, 0
-    for raw in path.read_bytes().splitlines(keepends=True):
-        end += len(raw)
-        checksum, _, text = raw.decode(errors="replace").rstrip("\n").partition(" ")
-        if raw.endswith(b"\n") and checksum == _checksum(text):
+    for raw in content.split(b"\n")[:-1]:
+        end += len(raw) + 1
+        text, _, checksum = raw.decode(errors="replace").rpartition(" ")
+        if checksum == _checksum(text):
             lines.append(json.loads(text))
             intact = end
         elif not lines:
-            return []
-    if intact < end:
-        os.truncate(path, intact)
-    return lines
+            return [], 0
+    return lines, intact
+
+
+def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
+    """Refuses to begin anew on what is not the torn beginning of this very journal; it may differ in the budget of rows."""
+    expected = json.dumps({**header, "rows": None}).encode().removesuffix(b"null}")
+    if b"\n" in content or not (expected.startswith(content) or content.startswith(expected)):
+        raise FeatpatchError(
+            f"{str(path)!r} is not a journal of this sweep, or its first line is damaged: expected a new path or such a "
+            "journal; give another path, or delete the file to begin anew"
+        )
+
+
+def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    differing = [key for key in header if key not in ("rows", "baselines") and found.get(key) != header[key]]
+    if not differing and not np.allclose(found["baselines"], header["baselines"], rtol=1e-3, atol=1e-6):
+        differing = ["the metric of the unpatched runs"]
+    if differing:
+        raise FeatpatchError(
+            f"the journal {str(path)!r} belongs to another sweep: {', '.join(differing)} differ; "
+            "expected the same model, SAEs, pairs and options; give another path, or delete the file to begin anew"
+        )

@@ -7,25 +7,26 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from featpatch.engine.deltas import NEVER
-from featpatch.engine.path import Path
+from featpatch.engine.path import PatchPath
 from featpatch.engine.work import Block, Unit
 
 
-def units_of(blocks: Sequence[Block]) -> list[Unit]:
+def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
     """Every patch that can have an effect, by block and first changed position.
 
-    A patch that changes nothing, or only what lies after the answer, is left out: it has exactly no effect.
+    A patch that changes nothing is left out, and in a causal model one that changes only what lies after the answer: it
+    has exactly no effect.
     """
     units = []
     for index, block in enumerate(blocks):
         first = block.deltas.first()
         for position in first.unique().tolist():
-            if position != NEVER and position <= block.run.answer:
+            if position != NEVER and (position <= block.run.answer or not causal):
                 units.append(Unit(index, block, (first == position).nonzero()[:, 0], position))
     return units
 
 
-def batches(path: Path, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
+def batches(path: PatchPath, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
     """Units of one group, packed up to the budget; a unit larger than the room is cut."""
     key = {id(unit): path.group(unit.block) for unit in units}
     order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.block.run.name, unit.first, unit.index))

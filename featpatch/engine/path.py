@@ -23,7 +23,7 @@ PROBES = 2
 
 
 @runtime_checkable
-class Path(Protocol):
+class PatchPath(Protocol):
     """A way to run patches."""
 
     @property
@@ -60,11 +60,11 @@ class SlowPathWarning(UserWarning):
     """The model runs through its own forward pass: right, and slower than it could be."""
 
 
-def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> Path:
+def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> PatchPath:
     """The fast path where it is right for every site, else the plain one.
 
     Args:
-        runs: base runs to check with, e.g. those of the longest pair.
+        runs: base runs to check with, those of the shortest and of the longest pair.
         wanted: the sites that will be patched.
     """
     plain = PlainPath(lens)
@@ -74,35 +74,41 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
                 raise UnsupportedError(f"site {site!r} inside a block")
         if lens.hooked:
             raise UnsupportedError("hooks that you attached")
-        fast = SuffixPath(lens, lens.stack(max(len(run.tokens) for run in runs)))
+        if not lens.causal:
+            raise UnsupportedError("attention in both directions")
+        lengths = [len(run.tokens) for run in runs]
+        fast = SuffixPath(lens, lens.stack(min(lengths), max(lengths)))
         worst = max(_disagreement(fast, plain, run, site) for run in runs for site in wanted)
         if worst <= 1:
             return fast
         reason = f"the two differ by {worst:.2g} times the tolerance"
     except UnsupportedError as unsupported:
         reason = str(unsupported)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
     warnings.warn(
         f"{type(lens.model).__name__} {lens.model.cfg.model_name!r} runs through its own forward pass instead of the fast one "
         f"({reason}): results are the same, a sweep takes longer",
         SlowPathWarning,
-        stacklevel=2,
+        stacklevel=4,
     )
     return plain
 
 
 @torch.no_grad()
-def _disagreement(fast: Path, plain: PlainPath, run: BaseRun, site: str) -> float:
+def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, site: str) -> float:
     """Largest difference of logits between the paths, in units of what rounding explains."""
     layer = sites.layer_of(site)
     cfg = plain.lens.model.cfg
-    width = cfg.n_heads * cfg.d_head if site.endswith("hook_z") else cfg.d_model
+    width = cfg.n_heads * cfg.d_head if sites.entry(site) == (layer, "z") else cfg.d_model
     generator = torch.Generator().manual_seed(0)
     size = run.resid[layer].float().std().item()
     values = (size * torch.randn(PROBES, width, generator=generator)).to(run.resid[layer])
     position = torch.linspace(0, run.answer / 2, PROBES).long()
     number = torch.arange(PROBES)
-    unit = Unit(0, Block("probe", run, site, Deltas.explicit(number, position, values, PROBES)), number, 0)
-    found, true = (path.logits([unit], [None])[0].double() for path in (fast, plain))
+    block = Block("probe", run, site, Deltas.explicit(number, position, values, PROBES))
+    units = [Unit(0, block, number[row, None], int(first)) for row, first in enumerate(position)]
+    found, true = (torch.cat(path.logits(units, [None] * PROBES)).double() for path in (fast, plain))
     eps = torch.finfo(run.resid[layer].dtype).eps
     tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
     return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

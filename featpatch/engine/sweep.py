@@ -13,7 +13,7 @@ from jaxtyping import Float
 from featpatch.engine.budget import out_of_memory
 from featpatch.engine.journal import Journal, batch_key
 from featpatch.engine.packing import batches, units_of
-from featpatch.engine.path import Path
+from featpatch.engine.path import PatchPath
 from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measure
@@ -32,7 +32,7 @@ class Sweep:
         limit: rows that memory allows for, known once it has run out.
     """
 
-    path: Path
+    path: PatchPath
     measure: Measure
     rows: int
     journal: Journal | None = None
@@ -53,7 +53,7 @@ class Sweep:
         """
         runs = list(dict.fromkeys(block.run for block in blocks))
         base = dict(zip(runs, self.baselines(runs), strict=True))
-        units = units_of(blocks)
+        units = self.units(blocks)
         idle = torch.ones(sum(len(block.deltas) for block in blocks), dtype=torch.bool)
         masks = idle.split([len(block.deltas) for block in blocks])
         for unit in units:
@@ -69,23 +69,29 @@ class Sweep:
 
     def cost(self, blocks: Sequence[Block]) -> tuple[int, int, int]:
         """Patches that need a forward pass, their rows, and their floating-point operations."""
-        units = units_of(blocks)
-        columns = [self._columns(unit.block.run) for unit in units]
-        vocabulary = self.path.lens.d_vocab
-        flops = sum(self.path.flops(u, vocabulary if c is None else len(c)) for u, c in zip(units, columns, strict=True))
-        return sum(len(u.patches) for u in units), sum(self.path.rows(u) * len(u.patches) for u in units), flops
+        units = self.units(blocks)
+        return sum(len(u.patches) for u in units), sum(self.path.rows(u) * len(u.patches) for u in units), self._flops(units)
 
     @torch.no_grad()
     def trial(self, blocks: Sequence[Block]) -> tuple[int, float]:
         """Floating-point operations and seconds of the first batch, run once to warm up and once to measure."""
-        batch = next(batches(self.path, units_of(blocks), self.rows), [])
+        batch = next(batches(self.path, self.units(blocks), self.rows), [])
         if not batch:
             return 0, 0.0
         self._run(batch)
         start = time.perf_counter()
         self._run(batch)
         seconds = time.perf_counter() - start
-        return sum(self.path.flops(unit, len(self._columns(unit.block.run) or ())) for unit in batch), seconds
+        return self._flops(batch), seconds
+
+    def units(self, blocks: Sequence[Block]) -> list[Unit]:
+        """The patches of the blocks that can have an effect."""
+        return units_of(blocks, causal=self.path.lens.causal)
+
+    def _flops(self, units: Sequence[Unit]) -> int:
+        columns = [self._columns(unit.block.run) for unit in units]
+        vocabulary = self.path.lens.d_vocab
+        return sum(self.path.flops(u, vocabulary if c is None else len(c)) for u, c in zip(units, columns, strict=True))
 
     def _finished(self, batch: list[Unit]) -> Values:
         """The values of a batch, from the journal or from a forward pass."""

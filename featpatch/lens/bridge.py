@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
 from featpatch import sites
-from featpatch.lens.layer import Rotation, Stack
+from featpatch.lens.layer import Rotation, Stack, UnsupportedError
 from featpatch.lens.lens import Lens, answering
 from featpatch.lens.stack import Attention, build
 
@@ -32,13 +33,17 @@ class BridgeLens(Lens):
         and the final norm.
         """
         blocks = self.model.blocks
-        with _skipping(blocks[:layer]), _entering(blocks[layer], resid), answering(self.model.unembed, answers):
+        with (
+            _skipping(blocks[:layer], wraps=self._wraps),
+            _entering(blocks[layer], resid),
+            answering(self.model.unembed, answers),
+        ):
             return self.model(tokens)[:, 0]
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
         """Blocks above `layer` return their input; the unembedding sees one position."""
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        with _skipping(self.model.blocks[layer + 1 :]), answering(self.model.unembed, first):
+        with _skipping(self.model.blocks[layer + 1 :], wraps=self._wraps), answering(self.model.unembed, first):
             self.model(tokens)
 
     def carrier(self, site: str) -> str:
@@ -46,11 +51,31 @@ class BridgeLens(Lens):
         return sites.carrier(site)
 
     @torch.no_grad()
-    def stack(self, length: int) -> Stack:
+    def stack(self, shortest: int, longest: int) -> Stack:
         """Weights from the bridge's blocks; rotations as Hugging Face computes them, read at their hooks."""
         hooks = [hook for layer in range(self.n_layers) for hook in sites.rotary(layer) if hook in self.hook_points]
-        turns = self.read(torch.zeros(1, length, dtype=torch.long), hooks) if hooks else {}
+        turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
+        if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
+            raise UnsupportedError("rotary positions that depend on the length of the prompt")
         return build(self.model, [self._attention(layer, turns) for layer in range(self.n_layers)])
+
+    def _rotations(self, hooks: list[str], length: int) -> dict[str, torch.Tensor]:
+        return self.read(torch.zeros(1, length, dtype=torch.long), hooks)
+
+    @cached_property
+    def _wraps(self) -> bool:
+        """Whether Hugging Face's blocks return a tuple."""
+        found: list[bool] = []
+
+        def look(_block: Any, _args: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
+
+        handle = self.model.blocks[0].register_forward_hook(look)
+        try:
+            self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        finally:
+            handle.remove()
+        return any(found)
 
     def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
         module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg
@@ -80,16 +105,21 @@ def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _skipping(blocks: Any) -> Iterator[None]:
-    """Within this context the blocks return their input."""
+def _skipping(blocks: Any, *, wraps: bool) -> Iterator[None]:
+    """Within this context the blocks return their input, as a tuple where they do so themselves."""
 
-    def unchanged(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        return (stream,) if wraps else stream
 
+    before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.__dict__["forward"] = unchanged
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward

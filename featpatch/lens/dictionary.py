@@ -6,6 +6,8 @@ A dictionary reads at one hook and writes at another; for an autoencoder both ar
 not. Activations are taken flat: `[..., d_in]`, with the heads of `hook_z` side by side.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,8 +83,9 @@ class Dictionary:
         return torch.cat(chunks) if chunks else self._probe(features)
 
     def digest(self) -> str:
-        """SHA-256 of the weights."""
-        return digest(self.sae)
+        """SHA-256 of the weights and of the configuration."""
+        settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(f"{digest(self.sae)} {settings}".encode()).hexdigest()
 
     def _probe(self, features: torch.Tensor) -> torch.Tensor:
         units = torch.zeros(len(features) + 1, 1, self.d_sae, dtype=self.sae.dtype, device=self.sae.device)
@@ -149,6 +152,20 @@ def _check_width(name: str, verb: str, hook: str, found: int, expected: int) -> 
         )
 
 
+def _check_rows(dictionary: Dictionary, shape: tuple[int, ...]) -> None:
+    """Refuses encoders that look at several rows at once, such as BatchTopK in training: no feature has a value of its own."""
+    sae, generator = dictionary.sae, torch.Generator().manual_seed(0)
+    read = torch.randn(1, 8, *shape, generator=generator).to(sae.device, sae.dtype)
+    written = torch.ones(1, 8, *dictionary.shape, dtype=sae.dtype, device=sae.device)
+    together = dictionary.split(read, written).features[0]
+    apart = torch.cat([dictionary.split(read[:, row : row + 1], written[:, :1]).features[0] for row in range(8)])
+    if not torch.allclose(together, apart, rtol=1e-2, atol=1e-2 * float(together.abs().max())):
+        raise FeatpatchError(
+            f"SAE {dictionary.name!r} ({type(sae).__name__}) encodes a row differently beside others: expected one that treats "
+            "every row alone; save a training SAE with save_inference_model and load it again"
+        )
+
+
 def _check_linear(dictionary: Dictionary, shape: tuple[int, ...]) -> None:
     """Refuses decoders that are no fixed linear map of the features, because one feature has no fixed direction there."""
     sae, normalisation = dictionary.sae, dictionary.sae.cfg.normalize_activations
@@ -164,8 +181,7 @@ def _check_linear(dictionary: Dictionary, shape: tuple[int, ...]) -> None:
             f"SAE {dictionary.name!r} ({architecture}, normalize_activations={normalisation!r}) decodes with more than its "
             "features: expected a decoder that is a fixed linear map; use an SAE without run-time normalisation or skip path"
         )
-    ones = torch.ones(1, 1, *shape, dtype=sae.dtype, device=sae.device)
-    dictionary.split(ones, torch.ones(1, 1, *dictionary.shape, dtype=sae.dtype, device=sae.device))
+    _check_rows(dictionary, shape)
     some = torch.tensor([0, dictionary.d_sae - 1])
     both = torch.zeros(1, 1, dictionary.d_sae, dtype=sae.dtype, device=sae.device)
     together = dictionary.decode(both.index_fill(2, some.to(sae.device), 2.0)) - dictionary.decode(both)

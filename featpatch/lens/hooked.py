@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.lens.layer import Rotation, Stack
+from featpatch.lens.layer import Rotation, Stack, UnsupportedError
 from featpatch.lens.lens import Lens, answering
 from featpatch.lens.stack import Attention, build
 
@@ -31,9 +31,11 @@ class HookedLens(Lens):
         """`stop_at_layer` of HookedTransformer."""
         self.model(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1)
 
-    def stack(self, length: int) -> Stack:
+    def stack(self, shortest: int, longest: int) -> Stack:
         """Weights from the model's blocks."""
-        return build(self.model, [self._attention(block.attn, length) for block in self.model.blocks])
+        if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):
+            raise UnsupportedError("rotary positions that depend on the length of the prompt")
+        return build(self.model, [self._attention(block.attn, longest) for block in self.model.blocks])
 
     def _attention(self, attn: Any, length: int) -> Attention:
         cfg = self.model.cfg

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +28,9 @@ class Fired:
     count: int = 0
 
 
+_edits: "WeakKeyDictionary[Any, list[Any]]" = WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class Lens(ABC):
     """A model with named hook points. `model` is left as it was found, also after an exception.
@@ -39,8 +43,7 @@ class Lens(ABC):
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        dropout = [module for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
-        if any(module.training and module.p > 0 for module in dropout):
+        if any(module.training and _drops(module) for module in self.model.modules()):
             raise FeatpatchError("the model is in training mode with dropout: expected repeatable runs; call model.eval()")
         if getattr(self.model, "acts_to_saes", None):
             raise FeatpatchError(
@@ -48,6 +51,16 @@ class Lens(ABC):
                 "call model.reset_saes() and pass the SAEs to featpatch instead"
             )
         object.__setattr__(self, "hook_points", self.model.hook_dict)
+
+    @property
+    def edits(self) -> list[Any]:
+        """The edits in force on this model, by whichever lens."""
+        return _edits.setdefault(self.model, [])
+
+    @property
+    def patched(self) -> bool:
+        """Whether an edit is in force."""
+        return bool(self.edits)
 
     @property
     def n_layers(self) -> int:
@@ -60,13 +73,29 @@ class Lens(ABC):
         return int(self.model.unembed.W_U.shape[-1])
 
     @property
+    def d_vocab_in(self) -> int:
+        """The number of tokens that a prompt may hold."""
+        return int(self.model.cfg.d_vocab)
+
+    @property
+    def n_ctx(self) -> int | None:
+        """The longest prompt, where the model has learned positions that end there."""
+        cfg = self.model.cfg
+        return int(cfg.n_ctx) if cfg.positional_embedding_type in ("standard", "shortformer") else None
+
+    @cached_property
     def causal(self) -> bool:
-        """Whether a position sees earlier ones only."""
-        return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
+        """Whether a position sees earlier ones only: found out by changing the last token of a prompt."""
+        last = sites.resid_post(self.n_layers - 1)
+        if last not in self.hook_points:
+            return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
+        before = self.read(torch.tensor([[0, 1, 0]]), [last])[last][0, :2]
+        after = self.read(torch.tensor([[0, 1, 1]]), [last])[last][0, :2]
+        return bool((before - after).abs().max() <= 8 * torch.finfo(before.dtype).eps * before.abs().max())
 
     @property
     def hooked(self) -> bool:
-        """Whether hooks are attached that our own forward pass would not call."""
+        """Whether hooks are attached at TransformerLens' hook points, which our own forward pass would not call."""
         return any(point.fwd_hooks for point in self.hook_points.values())
 
     @cached_property
@@ -94,9 +123,11 @@ class Lens(ABC):
 
         point.add_hook(hook)
         handle = point.fwd_hooks[-1]
+        self.edits.append(handle)
         try:
             yield firing
         finally:
+            self.edits.remove(handle)
             handle.hook.remove()
             point.fwd_hooks.remove(handle)
 
@@ -137,8 +168,8 @@ class Lens(ABC):
         """Runs the blocks up to `layer`, and the rest of the model only where that is its last block."""
 
     @abstractmethod
-    def stack(self, length: int) -> Stack:
-        """The model as row-wise functions, for prompts of up to `length` tokens.
+    def stack(self, shortest: int, longest: int) -> Stack:
+        """The model as row-wise functions, for prompts of these lengths.
 
         Raises:
             UnsupportedError: the model has another form.
@@ -176,3 +207,10 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
         yield
     finally:
         handle.remove()
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether a module in training mode drops out activations at random."""
+    if isinstance(module, torch.nn.Dropout):
+        return module.p > 0
+    return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

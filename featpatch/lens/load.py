@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import SAE
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ def load_bridge(path: str | Path, device: str = "cpu") -> TransformerBridge:
         FeatpatchError: the folder lacks one of the files or can't be read.
     """
     folder = _folder(path, "config.json")
+    check_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -34,10 +36,24 @@ def load_sae(path: str | Path, device: str = "cpu") -> Any:
         FeatpatchError: the folder lacks one of the files or can't be read.
     """
     folder = _folder(path, "cfg.json")
+    check_device(device)
     try:
         return SAE.load_from_disk(folder, device=device)
     except Exception as error:
         raise FeatpatchError(f"the SAE in {str(folder)!r} can't be loaded ({error}): expected a sae-lens folder") from error
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that is not there.
+
+    Raises:
+        FeatpatchError: torch can't put a tensor on it.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FeatpatchError(f"device {device!r} can't be used ({reason}): expected e.g. cpu, cuda or cuda:1") from error
 
 
 def _folder(path: str | Path, file: str) -> Path:

@@ -44,6 +44,10 @@ class Pair:
             raise FeatpatchError(f"answer_position {self.answer_position} is outside a prompt of {n} tokens")
         object.__setattr__(self, "answer_position", self.answer_position % n)
         for label, position in self.labels.items():
+            if label in ("all", "each") or not isinstance(position, int):
+                raise FeatpatchError(
+                    f"label {label!r} is at {position!r}: expected an integer position, and another name than 'all' and 'each'"
+                )
             if not 0 <= position < n:
                 raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
 

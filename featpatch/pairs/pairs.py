@@ -100,7 +100,13 @@ class Pairs(Sequence[Pair]):
         path = Path(path)
         if not path.is_file():
             raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
-        rows = _each(_parse, [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], what="line")
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise FeatpatchError(f"the pairs file {str(path)!r} is not UTF-8 ({error}): save it as UTF-8") from error
+        rows = [row for row in _each(_parse, lines, what="line") if row]
+        if not rows:
+            raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
         return cls.from_prompts(
             tokenizer,
             clean=[row["clean"] for row in rows],
@@ -136,7 +142,13 @@ class Pairs(Sequence[Pair]):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _parse(line: str) -> dict[str, Any]:
+FIELDS: dict[str, type | tuple[type, ...]] = {"clean": str, "corrupted": str, "correct": (str, list), "wrong": (str, list)}
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """One pair; None for a blank line."""
+    if not line.strip():
+        return None
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -144,6 +156,11 @@ def _parse(line: str) -> dict[str, Any]:
     missing = [key for key in ("clean", "corrupted", "correct", "wrong") if not isinstance(row, dict) or key not in row]
     if missing:
         raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected clean, corrupted, correct and wrong")
+    for field, wanted in {**FIELDS, "labels": dict}.items():
+        if not isinstance(row.get(field, {}), wanted):
+            raise FeatpatchError(
+                f"{field} is {row[field]!r} in {line[:60]!r}: expected text, for answers a list too, for labels an object"
+            )
     return row
 
 
@@ -164,5 +181,5 @@ def _each(make: Callable[..., T], *columns: Sequence[Any], what: str = "pair") -
         try:
             made.append(make(*row))
         except FeatpatchError as error:
-            raise FeatpatchError(f"{what} {index}: {error}") from error
+            raise FeatpatchError(f"{what} {index + (what == 'line')}: {error}") from error
     return tuple(made)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Fired, Lens, dictionaries, wrap
 from featpatch.patch import Patch
@@ -39,8 +40,8 @@ def do(
             base run; they differ once a patch at an earlier site has moved the activation.
 
     Yields:
-        The count of how often the patch fired. A call fires when it covers the source's positions; the tokens that
-        continue a cached generation pass unchanged.
+        The count of how often the patch fired: once for each site and call of the model. A call fires when it covers the
+        source's positions; the tokens that continue a cached generation pass unchanged.
 
     Raises:
         FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, a first call that is
@@ -55,12 +56,14 @@ def do(
     if base is not None and base.shape != source.shape:
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
     lens = wrap(model)
+    if lens.patched:
+        raise FeatpatchError("the model is patched already: expected one `do` at a time; put the nodes of both into one Patch")
     source = torch.atleast_2d(source)
     found = [] if isinstance(saes, tuple) and not saes else dictionaries(lens, saes)
     groups = choose(lens, patch, found, source.shape[1])
     if how == "set":
         for group in groups:
-            _check_settable(lens, group.site)
+            _check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
     from_source = lens.read(source, hooks)
     total, fired = Fired(), []
@@ -81,7 +84,13 @@ def do(
             raise FeatpatchError(f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`")
 
 
-def _check_settable(lens: Lens, site: str) -> None:
+def _check_settable(lens: Lens, group: Chosen) -> None:
+    site = group.site
+    if sites.highest(group.hooks - {site}, lens.n_layers) > sites.layer_of(site):
+        raise FeatpatchError(
+            f"the dictionary at {site!r} reads at {', '.join(group.hooks - {site})}, after it writes, so that nothing can be "
+            "set: expected how='add' with base tokens"
+        )
     if lens.carrier(site) != site:
         raise FeatpatchError(
             f"site {site!r} of a {type(lens.model).__name__} is not the residual stream itself, so that it can't be set: "

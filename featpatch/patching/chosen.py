@@ -63,6 +63,7 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
         key = (site, dictionary.name if dictionary else "")
         part = masks.setdefault(key, Chosen(site, dictionary, empty, torch.zeros(length, dtype=torch.bool)))
         where = _positions(node, length)
+        _check_apart(node, site, where, masks)
         if node.kind == "feature":
             if node.index is None or node.index >= width:
                 raise FeatpatchError(f"feature {node.index} of {key[1]!r} is out of range: expected 0 to {width - 1}")
@@ -72,6 +73,19 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
         else:
             part.rest[where] = True
     return list(masks.values())
+
+
+def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
+    """Refuses a whole activation beside parts of it, which would be swapped twice."""
+    for (other, dictionary), part in masks.items():
+        if (
+            other == site
+            and bool(dictionary) == (node.kind == "activation")
+            and (part.rest | part.features.any(1))[where].any()
+        ):
+            raise FeatpatchError(
+                f"node {str(node)!r} overlaps other nodes at {site!r}: expected the whole activation or parts of it; name one"
+            )
 
 
 def _dictionary(node: Node, site: str, found: Sequence[Dictionary]) -> Dictionary:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from featpatch.engine import row_bytes
+from featpatch.engine import Sweep, row_bytes
 from featpatch.forecast import Plan
 from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
@@ -22,25 +22,27 @@ def plan(
     metric: str | Metric = "logit_diff",
     batch_rows: int | None = None,
 ) -> Plan:
-    """What `rank_features` with the same arguments will take. One batch is run, nothing is kept.
+    """What `rank_features` with the same arguments will take. One batch is run twice, nothing is kept.
 
     Raises:
         FeatpatchError: unusable input.
     """
     study = Study.of(model, saes, pairs, positions=positions, directions=directions, metric=metric, batch_rows=batch_rows)
+    sweep = Sweep(study.path, study.measure, study.rows)
     patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
     for blocks in study.work():
-        cost = study.sweep.cost(blocks)
+        cost = sweep.cost(blocks)
         patches, rows, flops = patches + cost[0], rows + cost[1], flops + cost[2]
         if not tried:
-            tried, seconds = study.sweep.trial(blocks)
+            tried, seconds = sweep.trial(blocks)
     longest = max(len(pair) for pair in pairs)
+    columns = max(len(study.measure.columns(pair.correct, pair.wrong) or range(study.lens.d_vocab)) for pair in pairs)
     return Plan(
         patches=patches,
         rows=rows,
         flops=flops,
-        batch_rows=study.sweep.rows,
-        memory=study.sweep.rows * row_bytes(study.lens, longest),
+        batch_rows=study.rows,
+        memory=study.rows * row_bytes(study.lens, longest, columns),
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
     )

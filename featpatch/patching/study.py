@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from featpatch import metrics
 from featpatch.effects import Collector, Effects, check_gap
-from featpatch.engine import Block, Journal, SuffixPath, Sweep, choose_path, row_budget
+from featpatch.engine import Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
-from featpatch.metrics import Metric
+from featpatch.metrics import Measure, Metric
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.runs import PairRuns, chunks, run_pairs
@@ -30,7 +30,8 @@ class Study:
 
     Attributes:
         wanted: the positions to swap at, by pair.
-        sweep: the engine, ready to run.
+        path: the way to run patches, chosen and checked.
+        rows: rows of one forward pass.
         runs: both runs of some pairs; the latest are kept.
     """
 
@@ -40,7 +41,9 @@ class Study:
     positions: Positions
     directions: tuple[Direction, ...]
     wanted: Sequence[Wanted]
-    sweep: Sweep
+    measure: Measure
+    path: PatchPath
+    rows: int
     runs: Callable[[tuple[int, ...]], list[PairRuns]]
 
     @classmethod
@@ -65,17 +68,22 @@ class Study:
             raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
         if batch_rows is not None and batch_rows < 1:
             raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
+        if not isinstance(pairs, Pairs):
+            raise FeatpatchError(
+                f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)"
+            )
         wanted = [spans(pair, positions) for pair in pairs]
         lens = wrap(model)
         found = dictionaries(lens, saes)
-        _check_answers(pairs, lens.d_vocab)
-        longest = max(chunks(pairs), key=lambda some: len(pairs[some[0]]))
+        _check_tokens(pairs, lens)
         runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found))
-        probe = runs(tuple(longest))[0].bases["denoising"]
-        path = choose_path(lens, [probe], list(dict.fromkeys(d.writes for d in found)))
-        rows = batch_rows or row_budget(lens, len(probe.tokens))
+        ends = sorted(chunks(pairs), key=lambda some: len(pairs[some[0]]))
+        probes = {len(pairs[some[0]]): runs(tuple(some))[0].bases["denoising"] for some in (ends[-1], ends[0])}
+        path = choose_path(lens, list(probes.values()), list(dict.fromkeys(d.writes for d in found)))
+        columns = max(len(measure.columns(pair.correct, pair.wrong) or range(lens.d_vocab)) for pair in pairs)
+        rows = batch_rows or row_budget(lens, max(probes), columns)
         chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
-        return cls(lens, found, pairs, positions, chosen, wanted, Sweep(path, measure, rows), runs)
+        return cls(lens, found, pairs, positions, chosen, wanted, measure, path, rows, runs)
 
     def run(self, journal: Path | None, *, progress: bool) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -86,24 +94,28 @@ class Study:
         metadata = self._metadata()
         clean, corrupted, patches = self._survey()
         check_gap(clean, corrupted)
+        book = None
         if journal is not None:
             subject = {key: metadata[key] for key in ("metric", "directions", "positions", "pairs", "model", "saes")}
-            self.sweep.journal = Journal.open(journal, subject, self.sweep.rows)
-            self.sweep.rows = self.sweep.journal.rows
+            book = Journal.open(journal, subject, [*clean.tolist(), *corrupted.tolist()], self.rows)
         collector = Collector()
         finished: list[int] = []
         try:
             with tqdm(
                 total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
             ) as bar:
-                self.sweep.done = bar.update
+                sweep = Sweep(self.path, self.measure, book.rows if book else self.rows, book, bar.update)
                 for some in chunks(self.pairs):
-                    self._patch(some, self.runs(tuple(some)), collector)
+                    self._patch(sweep, some, collector)
                     finished += some
         except KeyboardInterrupt:
             metadata["finished"] = False
-        effects = collector.effects(clean, corrupted, metadata)
-        return effects.of_pairs(finished) if finished else effects
+            part = collector.effects(clean, corrupted, metadata)
+            part = part.of_pairs(finished) if finished else part.known()
+            if not len(part):
+                raise
+            return part
+        return collector.effects(clean, corrupted, metadata)
 
     def work(self) -> Iterator[list[Block]]:
         """All patches, the pairs that run together at a time."""
@@ -115,7 +127,7 @@ class Study:
     @property
     def fast(self) -> bool:
         """Whether our own forward pass is taken."""
-        return isinstance(self.sweep.path, SuffixPath)
+        return isinstance(self.path, SuffixPath)
 
     def _swaps(self, some: list[int], runs: list[PairRuns]) -> list[list[Swaps]]:
         probed = {d.name: Directions.of(d, [run.differences[d.name] for run in runs]) for d in self.found}
@@ -124,8 +136,9 @@ class Study:
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]], direction: Direction) -> list[Block]:
         return [block for run, of_pair in zip(runs, swaps, strict=True) for block in run.blocks(of_pair, direction)]
 
-    def _patch(self, some: list[int], runs: list[PairRuns], collector: Collector) -> None:
+    def _patch(self, sweep: Sweep, some: list[int], collector: Collector) -> None:
         """Every patch of some pairs; what an interruption leaves out stays NaN."""
+        runs = self.runs(tuple(some))
         swaps = self._swaps(some, runs)
         values = {
             direction: [torch.full((len(swap.nodes),), torch.nan, dtype=torch.float64) for of_pair in swaps for swap in of_pair]
@@ -133,7 +146,7 @@ class Study:
         }
         blocks = [block for direction in self.directions for block in self._blocks(runs, swaps, direction)]
         try:
-            self.sweep.fill(blocks, [column for columns in values.values() for column in columns])
+            sweep.fill(blocks, [column for columns in values.values() for column in columns])
         finally:
             columns = {direction: iter(of_direction) for direction, of_direction in values.items()}
             for index, of_pair in zip(some, swaps, strict=True):
@@ -142,11 +155,12 @@ class Study:
 
     def _survey(self) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
         """The metric of the clean and of the corrupted runs, `[pairs]` each, and the number of patches to one direction."""
+        sweep = Sweep(self.path, self.measure, self.rows)
         clean, corrupted, patches = np.zeros(len(self.pairs)), np.zeros(len(self.pairs)), 0
         for some in chunks(self.pairs):
             together = self.runs(tuple(some))
-            clean[some] = self.sweep.baselines([run.bases["noising"] for run in together])
-            corrupted[some] = self.sweep.baselines([run.bases["denoising"] for run in together])
+            clean[some] = sweep.baselines([run.bases["noising"] for run in together])
+            corrupted[some] = sweep.baselines([run.bases["denoising"] for run in together])
             for index, run in zip(some, together, strict=True):
                 wanted = self.wanted[index]
                 patches += sum(count_swaps(difference, wanted) for difference in run.differences.values())
@@ -155,9 +169,9 @@ class Study:
 
     def _metadata(self) -> dict[str, Any]:
         return {
-            "metric": self.sweep.measure.name,
+            "metric": self.measure.name,
             "directions": sorted(self.directions),
-            "positions": self.positions if isinstance(self.positions, str) else list(self.positions),
+            "positions": self.positions if isinstance(self.positions, str) else [*self.wanted[0]],
             "pairs": self.pairs.digest(),
             "model": {"name": str(self.lens.model.cfg.model_name), "sha256": self.lens.digest()},
             "saes": {dictionary.name: dictionary.digest() for dictionary in self.found},
@@ -166,10 +180,20 @@ class Study:
         }
 
 
-def _check_answers(pairs: Pairs, d_vocab: int) -> None:
+def _check_tokens(pairs: Pairs, lens: Lens) -> None:
+    """Refuses tokens and answers that the model doesn't know, and prompts that are too long for it."""
+    inputs, context = lens.d_vocab_in, lens.n_ctx
     for index, pair in enumerate(pairs):
-        if max(*pair.correct, *pair.wrong) >= d_vocab:
+        answers, tokens = (*pair.correct, *pair.wrong), (*pair.clean, *pair.corrupted)
+        if not 0 <= min(answers) <= max(answers) < lens.d_vocab:
             raise FeatpatchError(
-                f"pair {index}: answers {pair.correct}, {pair.wrong} are outside the model's vocabulary of {d_vocab} tokens: "
-                "expected ids of the model's own tokenizer"
+                f"pair {index}: answers {pair.correct}, {pair.wrong} are outside the model's vocabulary of {lens.d_vocab} "
+                "tokens: expected ids of the model's own tokenizer"
             )
+        if not 0 <= min(tokens) <= max(tokens) < inputs:
+            raise FeatpatchError(
+                f"pair {index} has token ids from {min(tokens)} to {max(tokens)}: expected 0 to {inputs - 1}, ids of "
+                "the model's own tokenizer"
+            )
+        if context is not None and len(pair) > context:
+            raise FeatpatchError(f"pair {index} has {len(pair)} tokens: expected at most {context}, the model's context")

@@ -8,7 +8,8 @@ With `b` corrupted and `s` clean this is denoising, the other way round noising;
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from operator import index
+from typing import SupportsIndex, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,16 +88,24 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
     Raises:
         FeatpatchError: the pair has no such position, or the request is not one.
     """
-    if isinstance(positions, str) and positions not in ("all", "each"):
+    if positions not in ("all", "each") if isinstance(positions, str) else not isinstance(positions, Sequence):
         raise FeatpatchError(
             f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]"
         )
     if positions == "all":
         return {"all": pair.positions("all")}
-    wanted: Sequence[Position] = pair.positions("all") if positions == "each" else list(positions)
+    wanted: Sequence[Position] = pair.positions("all") if positions == "each" else [_plain(entry) for entry in positions]
     if not wanted:
         raise FeatpatchError("positions is empty: expected 'all', 'each' or a list of labels and indices")
     return {position: pair.positions(position) for position in wanted}
+
+
+def _plain(entry: object) -> Position:
+    """A label, or an index as a plain int."""
+    try:
+        return entry if isinstance(entry, str) else index(cast(SupportsIndex, entry))
+    except TypeError as error:
+        raise FeatpatchError(f"position {entry!r} is a {type(entry).__name__}: expected a label or an index") from error
 
 
 def feature_swaps(dictionary: Dictionary, difference: Difference, wanted: Wanted, directions: "Directions") -> list[Swaps]:
@@ -115,7 +124,7 @@ def feature_swaps(dictionary: Dictionary, difference: Difference, wanted: Wanted
             coefficient=difference.value[entries.to(difference.value.device)],
             directions=directions.values,
         )
-        names = [Node(dictionary.writes, "feature", index, position, dictionary.name) for index in indices.tolist()]
+        names = [Node(dictionary.writes, "feature", feature, position, dictionary.name) for feature in indices.tolist()]
         swaps.append(Swaps(dictionary.writes, tuple(names), deltas))
     swaps.append(whole_swaps(dictionary.writes, "all_features", difference.features, wanted, dictionary.name))
     swaps.append(whole_swaps(dictionary.writes, "error", difference.error, wanted, dictionary.name))

@@ -18,6 +18,7 @@ import featpatch as fp
 from featpatch.engine import Deltas, Journal, Sweep
 from featpatch.engine.packing import batches
 from featpatch.engine.suffix import SuffixPath
+from featpatch.lens.digest import digest
 from featpatch.patching.study import Study
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
@@ -318,3 +319,18 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     assert plan.patches == len(rank(small).row) * 2
     assert plan.seconds > 0
     assert plan.memory > 0
+
+
+def test_a_digest_follows_the_weights() -> None:
+    """Also those changed behind torch's counter, and of tensors with more numbers than float32 can count."""
+    module = torch.nn.Linear(3, 2)
+    module.register_buffer("large", torch.zeros(2**24 + 3, dtype=torch.int8))
+    first = digest(module)
+    assert digest(module) == first
+    with torch.no_grad():
+        module.weight[0, 0] += 1
+    changed = digest(module)
+    assert changed != first
+    module.weight.data[1, 1] += 1
+    assert digest(module) not in (first, changed)
+    assert digest(torch.nn.Linear(3, 2)) != first

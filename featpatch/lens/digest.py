@@ -31,5 +31,6 @@ def digest(module: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def _sample(tensor: torch.Tensor) -> tuple[float, ...]:
-    places = torch.linspace(0, tensor.numel() - 1, min(SAMPLE, tensor.numel())).long()
+    count = min(SAMPLE, tensor.numel())
+    places = torch.arange(count) * (tensor.numel() - 1) // max(count - 1, 1)
     return tuple(torch.take(tensor, places.to(tensor.device)).double().tolist())

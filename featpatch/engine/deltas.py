@@ -44,12 +44,16 @@ class Deltas:
 
     def select(self, patches: Int[torch.Tensor, " some"]) -> "Deltas":
         """These patches, ascending, numbered from 0."""
+        if len(patches) == self.patches:
+            return self
         number = torch.full((self.patches,), -1)
         number[patches] = torch.arange(len(patches))
         return self._keep((number[self.patch] >= 0).nonzero()[:, 0], len(patches), number)
 
     def upto(self, position: int) -> "Deltas":
         """Without what changes later positions."""
+        if bool((self.position <= position).all()):
+            return self
         return self._keep((self.position <= position).nonzero()[:, 0], self.patches, torch.arange(self.patches))
 
     def values(self) -> Float[torch.Tensor, "rows d"]:

@@ -12,6 +12,8 @@ Rows of all units lie in one matrix `[rows, d_model]`; attention alone works uni
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -115,10 +117,12 @@ class SuffixPath:
         layer, changed = self._enter(units, spans)
         spans, changed = _join(spans, changed)
         final = self._at_answer(spans, changed) if layer == len(self.stack.layers) else self._run(layer, spans, changed)
-        return [
-            self.stack.head(x, _ids(wanted, x.device))
-            for x, wanted in zip(final.split([len(unit.patches) for unit in units]), columns, strict=True)
-        ]
+        found: list[torch.Tensor] = []
+        alike = [[*group] for _, group in groupby(zip(units, columns, strict=True), key=itemgetter(1))]
+        sizes = [[len(unit.patches) for unit, _ in group] for group in alike]
+        for group, parts, x in zip(alike, sizes, final.split([sum(parts) for parts in sizes]), strict=True):
+            found += self.stack.head(x, _ids(group[0][1], x.device)).split(parts)
+        return found
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
         """Runs the base runs together, from the lowest block at which patches come in."""

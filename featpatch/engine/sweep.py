@@ -6,6 +6,7 @@ Interrupted at any point, it has filled in what is finished. When memory runs ou
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -110,7 +111,10 @@ class Sweep:
         if rows <= self.limit or patches == 1:
             try:
                 logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
-                return torch.cat([self._measured(part, unit.block.run) for part, unit in zip(logits, batch, strict=True)])
+                return torch.cat(
+                    [self.measure(torch.cat([part for _, part in parts]), *answers)
+                     for answers, parts in groupby(zip(batch, logits, strict=True), key=_answers)]
+                )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -127,6 +131,12 @@ class Sweep:
 
     def _measured(self, logits: torch.Tensor, run: BaseRun) -> Values:
         return self.measure(logits, run.pair.correct, run.pair.wrong)
+
+
+def _answers(part: tuple[Unit, torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The right and the wrong answers; neighbours that share them are measured together."""
+    pair = part[0].block.run.pair
+    return pair.correct, pair.wrong
 
 
 def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:

@@ -21,6 +21,9 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import digest
 from featpatch.lens.lens import Lens
 
+PROBED = 256
+"""Decoder directions that are probed together."""
+
 STATELESS = ("none",)
 """Values of `normalize_activations` for which decoding does not depend on the encoded activation."""
 
@@ -79,7 +82,7 @@ class Dictionary:
     @torch.no_grad()
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
         """What one unit of a feature adds to the activation, probed from `decode` (never read from `W_dec`)."""
-        chunks = [self._probe(chunk) for chunk in features.split(64)]
+        chunks = [self._probe(chunk) for chunk in features.split(PROBED)]
         return torch.cat(chunks) if chunks else self._probe(features)
 
     def digest(self) -> str:

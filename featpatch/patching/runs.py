@@ -68,7 +68,9 @@ def run_pairs(lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dic
         "denoising": torch.tensor([pairs[index].corrupted for index in some]),
         "noising": torch.tensor([pairs[index].clean for index in some]),
     }
-    read = {direction: lens.read(prompts, hooks) for direction, prompts in tokens.items()}
+    both = lens.read(torch.cat([tokens["denoising"], tokens["noising"]]), hooks)
+    halves = {hook: values.chunk(2) for hook, values in both.items()}
+    read = {direction: {hook: halves[hook][half] for hook in hooks} for half, direction in enumerate(tokens)}
     runs = []
     for slot, index in enumerate(some):
         pair, of_pair = pairs[index], {base: {hook: kept[hook][slot] for hook in hooks} for base, kept in read.items()}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import featpatch as fp
 from featpatch import checkpoints
@@ -32,6 +33,37 @@ def test_every_site_of_the_issue_is_there(demo: fp.Demo) -> None:
     assert any(hook.endswith("hook_mlp_out") for hook in hooks)
     assert any(hook.endswith("attn.hook_z") for hook in hooks)
     assert any(sae.cfg.metadata.hook_name_out for sae in demo.saes)
+
+
+def test_headline_numbers(demo: fp.Demo) -> None:
+    """What the README and the cards say of indirect objects, measured again."""
+    saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")]
+    effects = fp.rank_features(demo.model, saes, demo.pairs("ioi"), positions=["S2", "end"], progress=False)
+    assert effects.clean.mean() == pytest.approx(11.40, abs=0.01)
+    assert effects.corrupted.mean() == pytest.approx(-11.19, abs=0.01)
+    sites = effects.sites().set_index(["site", "position"])
+    for effect in ("recovery", "degradation"):
+        whole = sites[f"{effect}_activation"]
+        assert whole["blocks.1.hook_resid_pre", "S2"] == pytest.approx(1, abs=0.01)
+        assert whole["blocks.1.hook_resid_pre", "end"] == pytest.approx(0, abs=0.01)
+        assert whole["blocks.3.hook_resid_post", "end"] == pytest.approx(1, abs=1e-5)
+        assert sites[f"{effect}_all_features"]["blocks.3.hook_resid_post", "end"] == pytest.approx(1, abs=0.015)
+    first = effects.top(1)
+    assert str(first.nodes[0]) == "blocks.3.hook_resid_post feature 160 @ end"
+    assert (first.pooled("recovery")[0], first.pooled("degradation")[0]) == pytest.approx((0.09, 0.09), abs=0.005)
+    assert effects.finished
+
+
+def test_the_shipped_model_does_its_tasks(demo: fp.Demo) -> None:
+    for task, least in (("ioi", 0.99), ("capitals", 0.95)):
+        pairs = demo.pairs(task, n=256)
+        right = [demo.model(torch.tensor([pair.clean]))[0, -1].argmax().item() == pair.correct[0] for pair in pairs]
+        assert sum(right) / len(right) > least, task
+    cards = json.loads((demo.folder / "model" / "measurements.json").read_text())
+    assert len(cards["seeds"]) == 3
+    for path in (demo.folder / "saes").glob("*/measurements.json"):
+        least = 0.95 if "resid" in path.parent.name else 0.9
+        assert json.loads(path.read_text())["explained_variance"] > least, path
 
 
 def test_the_folder_is_small_and_has_cards(demo: fp.Demo) -> None:
@@ -95,6 +127,28 @@ def test_rank_on_the_command_line_equals_the_library(demo: fp.Demo, tmp_path: Pa
     assert "<html" in (tmp_path / "results" / "report.html").read_text()
 
 
+def test_plan_and_journal_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> None:
+    lines = (demo.folder / "pairs" / "ioi.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    options = [
+        "--model", demo.folder / "model", "--sae", demo.folder / "saes" / "blocks.1.hook_resid_pre", "--pairs", "pairs.jsonl",
+        "--positions", "S2",
+    ]  # fmt: skip
+    planned = run("plan", *options, folder=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    for text in ("estimate of the sweep", "patches, each an exact run", "floating-point operations", "MiB", "fast"):
+        assert text in planned.stdout
+    first = run("rank", *options, "--journal", "journal", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    size = (tmp_path / "journal").stat().st_size
+    again = run("rank", *options, "--journal", "journal", folder=tmp_path)
+    assert again.stdout == first.stdout
+    assert (tmp_path / "journal").stat().st_size == size
+    other = run("rank", *options, "--journal", "journal", "--direction", "noising", folder=tmp_path)
+    assert other.returncode == 2
+    assert "belongs to another sweep: directions differ" in other.stderr.replace("\n", " ")
+
+
 def test_the_demo_command_prints_what_it_found(tmp_path: Path) -> None:
     done = run("demo", "--task", "sentiment", "--pairs", "2", "--top", "3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -134,7 +188,7 @@ def test_errors_on_the_command_line_are_one_line(demo: fp.Demo, tmp_path: Path, 
 
 
 def test_help_has_examples(tmp_path: Path) -> None:
-    for command in ("demo", "rank"):
+    for command in ("demo", "rank", "plan"):
         assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
 
 

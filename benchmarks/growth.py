@@ -3,17 +3,17 @@
     python benchmarks/growth.py --out growth.svg
 
 GPT-2-small's width with six blocks, random weights; one thread, CPU time. One quantity grows, the others stay. "Extra MB"
-is how far the peak of the process rises above where it stood before, so that a later, smaller run shows 0.
+is how far the peak of the sweep lies above the memory in use when it began.
 """
 
 import argparse
-import resource
 import time
 from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
 import torch
+from memory import peak_of
 from plotly.subplots import make_subplots
 from rich.console import Console
 from rich.table import Table
@@ -39,10 +39,9 @@ def sweep(shape: Shape, tokens: int, pairs: int) -> tuple[int, int, float, float
     asked = fp.Pairs.from_tokens(clean, corrupted, torch.ones(pairs).long(), 2 * torch.ones(pairs).long())
     fp.rank_features(model, sae, asked[:1], positions=[tokens // 2], progress=False)
     plan = fp.plan(model, sae, asked, positions="each")
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    fp.rank_features(model, sae, asked, positions="each", progress=False)
-    seconds = time.process_time() - start
-    return plan.patches, plan.rows, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    start = time.process_time()
+    _, memory = peak_of(lambda: fp.rank_features(model, sae, asked, positions="each", progress=False))
+    return plan.patches, plan.rows, time.process_time() - start, memory
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ are compared with featpatch's for the same patches; medians over the repeats.
 
 import argparse
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from memory import peak_of
 from sae_lens.saes.sae import SAE
 from shapes import SHAPES, Shape, dictionary, models
 
@@ -145,9 +145,8 @@ def main() -> None:
     def ours(model: Any) -> fp.Effects:
         return fp.rank_features(model, sae, pairs, positions=[*range(change, length, options.every)], progress=False)
 
-    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    effects = {name: ours(model) for name, model in built.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before
+    first = {name: peak_of(lambda model=model: ours(model)) for name, model in built.items()}
+    effects, peak = {name: table for name, (table, _) in first.items()}, max(memory for _, memory in first.values())
     nodes = effects["HookedTransformer"].nodes
     table = effects["HookedTransformer"]
     patches = 2 * len(table.row)
@@ -161,9 +160,9 @@ def main() -> None:
         for name, model in built.items():
             seconds, effects[name] = timed(lambda model=model: ours(model), device)
             times[name].append(seconds / patches)
-        first = effects["HookedTransformer"].of_pairs([0])
-        values = dict(zip(first.nodes, first.denoised.tolist(), strict=True))
-        features = [node for node in first.nodes if node.kind == "feature"]
+        alone = effects["HookedTransformer"].of_pairs([0])
+        values = dict(zip(alone.nodes, alone.denoised.tolist(), strict=True))
+        features = [node for node in alone.nodes if node.kind == "feature"]
         few, many = draw.sample(features, options.loop), draw.sample(features, 64)
         changes = {
             node: (int(node.position), (f_clean - f_corrupted)[node.position, node.index] * sae.W_dec[node.index])
@@ -197,7 +196,7 @@ def main() -> None:
     print("; ".join(f"({loop}) {median[loop] * 1e3:.1f} ms" for loop in "abc"))
     worst = ", ".join(f"({loop}) {value / largest:.1e}" for loop, value in differences.items())
     print(f"largest difference to the loops, over the largest logit {largest:.1f}: {worst}")
-    print(f"extra memory at the peak: {peak / 1024:.0f} MB")
+    print(f"extra memory at the peak of a sweep: {peak:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def site_summary(effects: Effects) -> Table:
     for _, row in summary.iterrows():
         cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
         for effect in effects.directions_run():
-            cells += [f"{row[f'{effect}_{kind}']:.2f}" for kind in ("activation", "all_features", "error")]
+            cells += [_number(row[f"{effect}_{kind}"]) for kind in ("activation", "all_features", "error")]
         table.add_row(*cells)
     return table
 
@@ -73,5 +73,10 @@ def planned(plan: Plan) -> Table:
 
 def _value(row: Any, effect: str) -> str:
     low, high = row[f"{effect}_low"], row[f"{effect}_high"]
-    interval = "" if low != low else f" [{low:.2f}, {high:.2f}]"
-    return f"{row[effect]:.2f}{interval}".replace("[", r"\[")
+    interval = "" if low != low else f" [{_number(low)}, {_number(high)}]"
+    return f"{_number(row[effect])}{interval}".replace("[", r"\[")
+
+
+def _number(value: float) -> str:
+    """Two decimals, and no minus before a zero."""
+    return f"{round(value, 2) + 0.0:.2f}"

@@ -42,7 +42,7 @@ class HookedLens(Lens):
         rotary = cfg.positional_embedding_type == "rotary"
         return Attention(
             scale=1 / float(attn.attn_scale),
-            softcap=cfg.attn_scores_soft_cap if cfg.attn_scores_soft_cap > 0 else None,
+            softcap=cfg.attn_scores_soft_cap,
             window=cfg.window_size if attn.attn_type == "local" else None,
             rotation=Rotation(attn.rotary_cos[:length], attn.rotary_sin[:length], adjacent=bool(cfg.rotary_adjacent_pairs))
             if rotary

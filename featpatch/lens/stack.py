@@ -60,7 +60,7 @@ def _layer(block: Any, cfg: Any, attention: Attention) -> Layer:
         rotation=attention.rotation,
         d_head=int(cfg.d_head),
         scale=attention.scale,
-        softcap=attention.softcap,
+        softcap=_positive(attention.softcap),
         window=attention.window,
         out=out,
         post1=_norm(getattr(block, "ln1_post", None), cfg),

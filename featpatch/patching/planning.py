@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from featpatch.engine import Sweep, row_bytes
+from featpatch.engine import Sweep
 from featpatch.forecast import Plan
 from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
@@ -35,14 +35,12 @@ def plan(
         patches, rows, flops = patches + cost[0], rows + cost[1], flops + cost[2]
         if not tried:
             tried, seconds = sweep.trial(blocks)
-    longest = max(len(pair) for pair in pairs)
-    columns = max(len(study.measure.columns(pair.correct, pair.wrong) or range(study.lens.d_vocab)) for pair in pairs)
     return Plan(
         patches=patches,
         rows=rows,
         flops=flops,
         batch_rows=study.rows,
-        memory=study.rows * row_bytes(study.lens, longest, columns),
+        memory=study.memory,
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
     )

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from featpatch import metrics
 from featpatch.effects import Collector, Effects, check_gap
-from featpatch.engine import Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget
+from featpatch.engine import Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.metrics import Measure, Metric
@@ -32,6 +32,7 @@ class Study:
         wanted: the positions to swap at, by pair.
         path: the way to run patches, chosen and checked.
         rows: rows of one forward pass.
+        memory: bytes that such a pass takes at its peak, estimated.
         runs: both runs of some pairs; the latest are kept.
     """
 
@@ -44,6 +45,7 @@ class Study:
     measure: Measure
     path: PatchPath
     rows: int
+    memory: int
     runs: Callable[[tuple[int, ...]], list[PairRuns]]
 
     @classmethod
@@ -82,8 +84,9 @@ class Study:
         path = choose_path(lens, list(probes.values()), list(dict.fromkeys(d.writes for d in found)))
         columns = max(len(measure.columns(pair.correct, pair.wrong) or range(lens.d_vocab)) for pair in pairs)
         rows = batch_rows or row_budget(lens, max(probes), columns)
+        memory = rows * row_bytes(lens, max(probes), columns)
         chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
-        return cls(lens, found, pairs, positions, chosen, wanted, measure, path, rows, runs)
+        return cls(lens, found, pairs, positions, chosen, wanted, measure, path, rows, memory, runs)
 
     def run(self, journal: Path | None, *, progress: bool) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -122,7 +125,7 @@ class Study:
         for some in chunks(self.pairs):
             runs = self.runs(tuple(some))
             swaps = self._swaps(some, runs)
-            yield [block for direction in self.directions for block in self._blocks(runs, swaps, direction)]
+            yield self._blocks(runs, swaps)
 
     @property
     def fast(self) -> bool:
@@ -133,8 +136,10 @@ class Study:
         probed = {d.name: Directions.of(d, [run.differences[d.name] for run in runs]) for d in self.found}
         return [run.swaps(self.wanted[index], self.found, probed) for run, index in zip(runs, some, strict=True)]
 
-    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]], direction: Direction) -> list[Block]:
-        return [block for run, of_pair in zip(runs, swaps, strict=True) for block in run.blocks(of_pair, direction)]
+    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
+        """Direction by direction, pair by pair, swap by swap."""
+        each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
+        return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
 
     def _patch(self, sweep: Sweep, some: list[int], collector: Collector) -> None:
         """Every patch of some pairs; what an interruption leaves out stays NaN."""
@@ -144,9 +149,8 @@ class Study:
             direction: [torch.full((len(swap.nodes),), torch.nan, dtype=torch.float64) for of_pair in swaps for swap in of_pair]
             for direction in self.directions
         }
-        blocks = [block for direction in self.directions for block in self._blocks(runs, swaps, direction)]
         try:
-            sweep.fill(blocks, [column for columns in values.values() for column in columns])
+            sweep.fill(self._blocks(runs, swaps), [column for columns in values.values() for column in columns])
         finally:
             columns = {direction: iter(of_direction) for direction, of_direction in values.items()}
             for index, of_pair in zip(some, swaps, strict=True):

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featpatch.baselines import identity, neurons, pca
     from featpatch.checkpoints import Demo, load_demo
     from featpatch.effects import Effects
     from featpatch.engine import SlowPathWarning
     from featpatch.errors import FeatpatchError
     from featpatch.firing import Description, describe
     from featpatch.forecast import Plan
+    from featpatch.lens import adapt
     from featpatch.pairs import Pair, Pairs
     from featpatch.patch import Node, Patch
     from featpatch.patching import do, plan, rank_features
@@ -28,16 +30,20 @@ HOMES = {
     "Patch": "patch",
     "Plan": "forecast",
     "SlowPathWarning": "engine",
+    "adapt": "lens",
     "describe": "firing",
     "do": "patching",
+    "identity": "baselines",
     "load_demo": "checkpoints",
+    "neurons": "baselines",
+    "pca": "baselines",
     "plan": "patching",
     "rank_features": "patching",
 }
 
 __all__ = [
     "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch", "Plan",
-    "SlowPathWarning", "describe", "do", "load_demo", "plan", "rank_features",
+    "SlowPathWarning", "adapt", "describe", "do", "identity", "load_demo", "neurons", "pca", "plan", "rank_features",
 ]  # fmt: skip
 
 

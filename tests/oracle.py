@@ -22,35 +22,63 @@ def logit_diff(logits: torch.Tensor, correct: int, wrong: int, position: int = -
     return float(logits[0, position, correct] - logits[0, position, wrong])
 
 
-def decode(sae: Any, features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return sae.decode(features).reshape(like.shape)
+def hooks(sae: Any) -> tuple[str, str]:
+    """The hooks that a sae-lens object, or an object with `hook` and `hook_out`, reads and writes."""
+    if hasattr(sae, "hook"):
+        return sae.hook, sae.hook_out
+    return sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name
+
+
+def encode(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(sae, "coder"):
+        return sae.coder.encode(x.flatten(2))
+    return sae.encode(x if sae.cfg.reshape_activations == "hook_z" else x.flatten(2))
+
+
+def decode(sae: Any, features: torch.Tensor, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The reconstruction from features beside the activation `x` that was read.
+
+    sae-lens decodes with the statistics of whatever it encoded last, so `x` is encoded before every call. A temporal SAE's
+    reconstruction is its own forward pass with the novel codes exchanged, a skip transcoder's has the skip path added.
+    """
+    if hasattr(sae, "coder"):
+        return sae.coder.decode(features).reshape(like.shape)
+    own = encode(sae, x)
+    decoded = sae.decode(features).reshape(like.shape)
+    if hasattr(sae, "W_skip"):
+        return decoded + x.flatten(2) @ sae.W_skip.T
+    if sae.cfg.architecture() == "temporal":
+        forward = sae(x if sae.cfg.reshape_activations == "hook_z" else x.flatten(2)).reshape(like.shape)
+        encode(sae, x)
+        return forward + decoded - sae.decode(own).reshape(like.shape)
+    return decoded
 
 
 @torch.no_grad()
 def patched_logits(
     model: Any, sae: Any, base: torch.Tensor, source: torch.Tensor, *, features: list[int], positions: list[int], error: bool
 ) -> torch.Tensor:
-    """Logits of the base run with features (and error) at positions set to their values in the source run.
+    """Logits of the base run with features (and everything else of the activation) at positions as in the source run.
 
-    Straight from the definition: x' = dec(f') + e'.
+    Straight from the definition: x' = dec(f') + e', with what decoding needs besides features from the run of the error.
     """
-    reads = sae.cfg.metadata.hook_name
-    writes = sae.cfg.metadata.hook_name_out or reads
+    reads, writes = hooks(sae)
     runs = []
     for tokens in (base, source):
         cache = activations(model, tokens)
-        f = sae.encode(cache[reads])
-        runs.append((f, cache[writes] - decode(sae, f, cache[writes])))
-    (f_base, e_base), (f_source, e_source) = runs
-    f_new, e_new = f_base.clone(), e_base.clone()
+        x, y = cache[reads], cache[writes]
+        f = encode(sae, x)
+        runs.append((x, f, y - decode(sae, f, x, y)))
+    (x_base, f_base, e_base), (x_source, f_source, e_source) = runs
+    f_new = f_base.clone()
     for position in positions:
         for feature in features:
             f_new[0, position, feature] = f_source[0, position, feature]
-        if error:
-            e_new[0, position] = e_source[0, position]
-
     old = activations(model, base)[writes]
-    return replaced(model, base, writes, old, (decode(sae, f_new, old) + e_new).to(old.dtype))
+    new = decode(sae, f_new, x_base, old) + e_base
+    if error:
+        new[:, positions] = (decode(sae, f_new, x_source, old) + e_source)[:, positions]
+    return replaced(model, base, writes, old, new.to(old.dtype))
 
 
 @torch.no_grad()

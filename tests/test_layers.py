@@ -12,7 +12,7 @@ LAYERS = [
     ["sites", "metrics", "pairs"],
     ["effects", "lens"],
     ["engine", "report"],
-    ["patching", "firing"],
+    ["patching", "firing", "baselines"],
     ["checkpoints"],
     ["cli"],
 ]

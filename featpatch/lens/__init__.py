@@ -6,13 +6,16 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from featpatch.errors import FeatpatchError
+from featpatch.lens.adapter import Adapted, adapt
 from featpatch.lens.bridge import BridgeLens
 from featpatch.lens.dictionary import Dictionary, Split, dictionaries
 from featpatch.lens.hooked import HookedLens
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
 from featpatch.lens.lens import Fired, Lens
 
-__all__ = ["Dictionary", "Fired", "Layer", "Lens", "Split", "Stack", "UnsupportedError", "dictionaries", "wrap"]
+__all__ = [
+    "Adapted", "Dictionary", "Fired", "Layer", "Lens", "Split", "Stack", "UnsupportedError", "adapt", "dictionaries", "wrap",
+]  # fmt: skip
 
 
 def wrap(model: Any) -> Lens:

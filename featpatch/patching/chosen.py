@@ -1,6 +1,9 @@
 """The nodes of a patch that share a site and a dictionary, as masks over positions and features.
 
 delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
+
+The error node stands for all of the activation that is not features: with it goes the state that decoding needs (the token's
+norm, a skip path, predicted codes), so that all features and the error are the whole activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,9 +46,11 @@ class Chosen:
             difference = (source[self.site] - base[self.site]).flatten(2)
             return difference * self.rest[:, None].to(difference)
         b, s = (self.dictionary.split(values[self.dictionary.reads], values[self.site]) for values in (base, source))
-        chosen = torch.where(self.features.to(b.features.device), s.features, b.features)
-        delta = self.dictionary.decode(chosen) - self.dictionary.decode(b.features)
-        return delta + (s.error - b.error) * self.rest[:, None].to(b.error)
+        features, rest = self.features.to(b.features.device), self.rest[:, None].to(b.features.device)
+        chosen = torch.where(features, s.features, b.features)
+        state = {name: torch.where(rest, s.state[name], value) for name, value in b.state.items()}
+        delta = self.dictionary.decode(chosen, state) - self.dictionary.decode(b.features, b.state)
+        return delta + (s.error - b.error) * rest
 
 
 def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -> list[Chosen]:

@@ -10,7 +10,7 @@ from featpatch.engine import BaseRun, Block
 from featpatch.lens import Dictionary, Lens
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.swaps import Difference, Directions, Swaps, Wanted, feature_swaps, whole_swaps
+from featpatch.patching.swaps import Change, Difference, Directions, Swaps, Wanted, feature_swaps, whole_swaps
 
 TOKENS_AT_ONCE = 512
 """Tokens whose activations are held in memory together."""
@@ -29,12 +29,12 @@ class PairRuns:
     """Both runs of one pair.
 
     Attributes:
-        activations: clean minus corrupted of whole sites, flat `[pos, d]`.
+        activations: how whole sites change, flat.
         differences: by name of the dictionary.
         bases: the run that is patched, by direction.
     """
 
-    activations: Mapping[str, torch.Tensor]
+    activations: Mapping[str, Change]
     differences: Mapping[str, Difference]
     bases: Mapping[Direction, BaseRun]
 
@@ -48,13 +48,7 @@ class PairRuns:
     def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
         """The swaps as work for the engine, in the same order."""
         return [
-            Block(
-                name=swap.name,
-                run=self.bases[direction],
-                site=swap.site,
-                deltas=swap.deltas if direction == "denoising" else -swap.deltas,
-            )
-            for swap in swaps
+            Block(name=swap.name, run=self.bases[direction], site=swap.site, deltas=swap.deltas[direction]) for swap in swaps
         ]
 
 
@@ -90,8 +84,8 @@ def run_pairs(lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dic
     return runs
 
 
-def _difference(clean: torch.Tensor, corrupted: torch.Tensor, first: int) -> torch.Tensor:
-    """Clean minus corrupted, flat `[pos, d]`; exactly 0 before position `first`."""
+def _difference(clean: torch.Tensor, corrupted: torch.Tensor, first: int) -> Change:
+    """From corrupted to clean, and the other way round; exactly 0 before position `first`."""
     difference = (clean - corrupted).flatten(1)
     difference[:first] = 0
-    return difference
+    return {"denoising": difference, "noising": -difference}

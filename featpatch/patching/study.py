@@ -21,7 +21,7 @@ from featpatch.metrics import Measure, Metric
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.runs import PairRuns, chunks, run_pairs
-from featpatch.patching.swaps import Directions, Positions, Swaps, Wanted, count_swaps, spans
+from featpatch.patching.swaps import Directions, Positions, Swaps, Wanted, count_swaps, spans, whole_swaps
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,9 @@ class Study:
             for index, run in zip(some, together, strict=True):
                 wanted = self.wanted[index]
                 patches += sum(count_swaps(difference, wanted) for difference in run.differences.values())
-                patches += sum(bool(whole[span].any()) for whole in run.activations.values() for span in wanted.values())
+                patches += sum(
+                    len(whole_swaps(site, "activation", whole, wanted).nodes) for site, whole in run.activations.items()
+                )
         return clean, corrupted, patches
 
     def _metadata(self) -> dict[str, Any]:

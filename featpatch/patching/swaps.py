@@ -2,7 +2,9 @@
 
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
-With `b` corrupted and `s` clean this is denoising, the other way round noising; the deltas of the two differ in sign only.
+With `b` corrupted and `s` clean this is denoising, the other way round noising. Where a unit of a feature always adds the same
+(see `Behaviour.linear`), the deltas of the two differ in sign only, and those of single features are multiples of a direction;
+elsewhere each is worked out by the definition. The error node carries the state of the decoder (see `chosen`).
 """
 
 import hashlib
@@ -16,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch.engine import Deltas
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary
+from featpatch.lens import Dictionary, Split
 from featpatch.pairs import Pair
-from featpatch.patch import Kind, Node, Position
+from featpatch.patch import Direction, Kind, Node, Position
 
 Positions = str | Sequence[Position]
 """`"all"`, `"each"`, or a list of labels and indices."""
@@ -29,11 +31,11 @@ Wanted = Mapping[Position, list[int]]
 
 @dataclass(frozen=True)
 class Swaps:
-    """Nodes of one site that differ between the runs of one pair, with the deltas from corrupted to clean."""
+    """Nodes of one site that differ between the runs of one pair, with the deltas of both directions."""
 
     site: str
     nodes: tuple[Node, ...]
-    deltas: Deltas
+    deltas: Mapping[Direction, Deltas]
 
     @property
     def name(self) -> str:
@@ -41,45 +43,70 @@ class Swaps:
         return hashlib.sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode()).hexdigest()[:24]
 
 
+Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]
+"""How the activations of the patched run change, by direction."""
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Clean minus corrupted at one dictionary, for one pair.
+    """What differs at one dictionary between the runs of one pair.
 
     Attributes:
-        position, feature, value: where features differ; one entry each, by feature, then by position.
-        features, error: what all features and the error add up to, `[pos, d_out]`; 0 before the first differing token.
+        position, feature: where features differ; one entry each, by feature, then by position.
+        value: clean minus corrupted.
+        moved: what each entry changes alone, `[entries, d_out]`; None where that is `value` times the feature's direction.
+        features, error: what all features, and what the error, change; 0 before the first differing token.
     """
 
     position: Int[torch.Tensor, " entries"]
     feature: Int[torch.Tensor, " entries"]
     value: Float[torch.Tensor, " entries"]
-    features: Float[torch.Tensor, "pos d_out"]
-    error: Float[torch.Tensor, "pos d_out"]
+    moved: Mapping[Direction, Float[torch.Tensor, "entries d_out"]] | None
+    features: Change
+    error: Change
 
     @classmethod
     def of(
         cls, dictionary: Dictionary, clean: Mapping[str, torch.Tensor], corrupted: Mapping[str, torch.Tensor], first: int
     ) -> "Difference":
         """From activations `[pos, ...]` by hook; nothing differs before position `first`."""
+        start = first if dictionary.behaviour.rowwise else 0
         c, b = (
-            dictionary.split(run[dictionary.reads][None, first:], run[dictionary.writes][None, first:])
+            dictionary.split(run[dictionary.reads][None, start:], run[dictionary.writes][None, start:]).since(first - start)
             for run in (clean, corrupted)
         )
         difference = (c.features - b.features)[0]
         feature, position = difference.T.nonzero(as_tuple=True)
-        decoded = (dictionary.decode(c.features) - dictionary.decode(b.features))[0]
-        before = decoded.new_zeros(first, decoded.shape[1])
+        ways: dict[Direction, tuple[Split, Split]] = {"denoising": (b, c), "noising": (c, b)}
+        linear = dictionary.behaviour.linear
         return cls(
             position=position.cpu() + first,
             feature=feature.cpu(),
             value=difference[position, feature],
-            features=torch.cat([before, decoded]),
-            error=torch.cat([before, (c.error - b.error)[0]]),
+            moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in ways.items()},
+            features={way: _after(first, _all_features(dictionary, *runs)) for way, runs in ways.items()},
+            error={way: _after(first, _all_else(dictionary, *runs)) for way, runs in ways.items()},
         )
 
     def at(self, span: list[int]) -> torch.Tensor:
         """Indices of the entries at these positions."""
         return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
+
+
+def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
+    return (dictionary.decode(source.features, base.state) - dictionary.decode(base.features, base.state))[0]
+
+
+def _all_else(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
+    change = (source.error - base.error)[0]
+    if not base.state:
+        return change
+    return change + (dictionary.decode(base.features, source.state) - dictionary.decode(base.features, base.state))[0]
+
+
+def _after(first: int, change: torch.Tensor) -> torch.Tensor:
+    """With zeros at the positions before `first`."""
+    return torch.cat([change.new_zeros(first, change.shape[1]), change])
 
 
 def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
@@ -114,28 +141,43 @@ def feature_swaps(dictionary: Dictionary, difference: Difference, wanted: Wanted
     for position, span in wanted.items():
         entries = difference.at(span)
         indices, patch = difference.feature[entries].unique(return_inverse=True)
-        moving = directions.moving[directions.rows(difference.feature[entries])]
-        entries = entries[moving]
-        deltas = Deltas(
-            patches=len(indices),
-            patch=patch[moving],
-            position=difference.position[entries],
-            direction=directions.rows(difference.feature[entries]),
-            coefficient=difference.value[entries.to(difference.value.device)],
-            directions=directions.values,
-        )
         names = [Node(dictionary.writes, "feature", feature, position, dictionary.name) for feature in indices.tolist()]
+        if difference.moved is None:
+            deltas = _along(difference, entries, patch, directions, len(names))
+        else:
+            where = difference.position[entries]
+            deltas = {
+                way: Deltas.explicit(patch, where, moved[entries.to(moved.device)], len(names))
+                for way, moved in difference.moved.items()
+            }
         swaps.append(Swaps(dictionary.writes, tuple(names), deltas))
     swaps.append(whole_swaps(dictionary.writes, "all_features", difference.features, wanted, dictionary.name))
     swaps.append(whole_swaps(dictionary.writes, "error", difference.error, wanted, dictionary.name))
     return swaps
 
 
+def _along(
+    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
+) -> dict[Direction, Deltas]:
+    """Multiples of the features' directions."""
+    moving = directions.moving[directions.rows(difference.feature[entries])]
+    entries = entries[moving]
+    denoising = Deltas(
+        patches=patches,
+        patch=patch[moving],
+        position=difference.position[entries],
+        direction=directions.rows(difference.feature[entries]),
+        coefficient=difference.value[entries.to(difference.value.device)],
+        directions=directions.values,
+    )
+    return {"denoising": denoising, "noising": -denoising}
+
+
 def count_swaps(difference: Difference, wanted: Wanted) -> int:
     """How many patches `feature_swaps` makes."""
     features = sum(len(difference.feature[difference.at(span)].unique()) for span in wanted.values())
     return features + sum(
-        bool(whole[span].any()) for whole in (difference.features, difference.error) for span in wanted.values()
+        bool(_differing(change)[span].any()) for change in (difference.features, difference.error) for span in wanted.values()
     )
 
 
@@ -150,7 +192,8 @@ class Directions:
     @classmethod
     def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "Directions":
         """Of every feature that differs somewhere."""
-        features = torch.cat([difference.feature for difference in differences]).unique()
+        along = [difference.feature for difference in differences if difference.moved is None]
+        features = torch.cat([torch.zeros(0, dtype=torch.long), *along]).unique()
         values = dictionary.directions(features)
         return cls(features, values, (values != 0).any(1).cpu())
 
@@ -159,9 +202,9 @@ class Directions:
         return torch.searchsorted(self.features, features)
 
 
-def whole_swaps(site: str, kind: str, difference: Float[torch.Tensor, "pos d"], wanted: Wanted, sae: str = "") -> Swaps:
+def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swaps:
     """One swap per requested position of everything that differs there."""
-    differs = (difference != 0).any(1).cpu()
+    differs = _differing(change)
     nodes: list[Node] = []
     patch: list[int] = []
     position: list[int] = []
@@ -172,5 +215,11 @@ def whole_swaps(site: str, kind: str, difference: Float[torch.Tensor, "pos d"], 
             position += changed
             nodes.append(Node(site, cast(Kind, kind), None, name, sae))
     where = torch.tensor(position, dtype=torch.long)
-    deltas = Deltas.explicit(torch.tensor(patch, dtype=torch.long), where, difference[where.to(difference.device)], len(nodes))
+    numbers = torch.tensor(patch, dtype=torch.long)
+    deltas = {way: Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes)) for way, whole in change.items()}
     return Swaps(site, tuple(nodes), deltas)
+
+
+def _differing(change: Change) -> Bool[torch.Tensor, " pos"]:
+    """Where something changes, in one direction at least."""
+    return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)

@@ -1,0 +1,94 @@
+"""Dictionaries that need no training, to measure SAEs against: coordinates, MLP neurons, principal components."""
+
+from typing import Any
+
+import torch
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Adapted, adapt, wrap
+from featpatch.pairs import Pairs
+
+
+class _Affine(torch.nn.Module):
+    """`encode(x) = (x - mean) @ into`, `decode(f) = f @ out + bias`."""
+
+    mean: torch.Tensor
+    into: torch.Tensor | None
+    out: torch.Tensor | None
+    bias: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, into: torch.Tensor | None, out: torch.Tensor | None, bias: torch.Tensor) -> None:
+        super().__init__()
+        for name, value in (("mean", mean), ("into", into), ("out", out), ("bias", bias)):
+            self.register_buffer(name, None if value is None else value.detach().clone())
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.mean if self.into is None else (x - self.mean) @ self.into
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.bias if self.out is None else features @ self.out + self.bias
+
+
+def identity(model: Any, hook: str) -> Adapted:
+    """Every coordinate of the activation at a hook is a feature: the neuron basis there. Its error is 0.
+
+    Raises:
+        FeatpatchError: the model has no such hook.
+    """
+    x = _activations(model, hook, torch.zeros(1, 1, dtype=torch.long))
+    zero = x.new_zeros(x.shape[1])
+    return adapt(_Affine(zero, None, None, zero), hook, d_in=len(zero), name=f"coordinates of {hook}")
+
+
+def neurons(model: Any, layer: int) -> Adapted:
+    """Every neuron of an MLP is a feature: read after the nonlinearity, written at `hook_mlp_out` through `W_out`.
+
+    Raises:
+        FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it).
+    """
+    reads, writes = f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out"
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    x, y = _activations(model, reads, tokens), _activations(model, writes, tokens)
+    mlp = model.blocks[layer].mlp
+    try:
+        weight, bias = mlp.W_out, mlp.b_out
+        coder = _Affine(x.new_zeros(x.shape[1]), None, weight, y.new_zeros(y.shape[1]) if bias is None else bias)
+        exact = torch.allclose(coder.decode(x), y, rtol=1e-2, atol=1e-2 * float(y.abs().max()))
+    except (AttributeError, RuntimeError):
+        exact = False
+    if not exact:
+        raise FeatpatchError(
+            f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; "
+            f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
+        )
+    return adapt(coder, reads, hook_out=writes, d_in=x.shape[1], name=f"neurons of layer {layer}")
+
+
+def pca(model: Any, hook: str, pairs: Pairs, components: int | None = None) -> Adapted:
+    """The principal components of the activations at a hook, over all prompts of the pairs, special tokens left out.
+
+    Args:
+        components: how many, those of the largest variance first; all by default. What the others hold is the error.
+
+    Raises:
+        FeatpatchError: the model has no such hook, or it has fewer coordinates than components are asked for.
+    """
+    rows = []
+    for pair in pairs:
+        kept = pair.positions("all")
+        rows += [_activations(model, hook, torch.tensor([tokens]))[kept] for tokens in (pair.clean, pair.corrupted)]
+    x = torch.cat(rows)
+    wide = x.double()
+    mean = wide.mean(0)
+    _, directions = torch.linalg.eigh((wide - mean).T @ (wide - mean))
+    count = len(mean) if components is None else components
+    if not 1 <= count <= len(mean):
+        raise FeatpatchError(f"components={components}: expected 1 to {len(mean)}, the width of {hook!r}")
+    into = directions.flip(1)[:, :count].to(x)
+    return adapt(_Affine(mean.to(x), into, into.T, mean.to(x)), hook, d_in=len(mean), name=f"principal components of {hook}")
+
+
+def _activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:
+    """`[pos, d]` of one prompt."""
+    lens = wrap(model)
+    return lens.read(tokens, [lens.site(hook)])[lens.site(hook)].flatten(2)[0]

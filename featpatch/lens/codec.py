@@ -1,0 +1,51 @@
+"""A dictionary of features as arithmetic alone: an activation comes in, its features and the rest go out, and back again.
+
+    x = decode(features, state) + error
+
+The state is whatever else of the activation decoding needs, position by position: the scale and mean of an SAE that
+normalises each token, the skip path of a skip transcoder, the predicted codes of a temporal SAE. Most have none.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+
+State = Mapping[str, torch.Tensor]
+"""Tensors `[batch, pos, n]`, by name."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a dictionary makes of an activation: `features` `[batch, pos, d_sae]` and the state."""
+
+    features: torch.Tensor
+    state: State = field(default_factory=dict)
+
+
+class Codec(ABC):
+    """A pair of functions between activations `[batch, pos, d]` and codes.
+
+    Attributes:
+        kind: what it is, for messages.
+        d_in, d_out, d_sae: widths of what it reads, of what it writes, and the number of features.
+    """
+
+    kind: str
+    d_in: int
+    d_out: int
+    d_sae: int
+
+    @abstractmethod
+    def encode(self, x: Float[torch.Tensor, "batch pos d_in"]) -> Code:
+        """The code of an activation of any type and device, in those of the dictionary."""
+
+    @abstractmethod
+    def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d_out"]:
+        """The reconstruction."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 of everything that decides what it computes."""

@@ -1,0 +1,129 @@
+"""The SAEs and transcoders of sae-lens as codecs, each left as it was found.
+
+An SAE in half precision encodes in its own type, so that its features are the user's; what is decoded, and subtracted from
+other decoded activations, is float32, because the rounding of a whole activation would hide what one feature adds.
+
+Facts about sae-lens 6.54 that this file stands on: `decode` consumes what the last `encode` left on the object (norms,
+means), and reads the heads' width there; a skip transcoder's `decode` leaves the skip path out, and a temporal SAE's the
+predicted codes; `expected_average_only_in` is folded into the weights by `from_pretrained`, not by `load_from_disk`.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from sae_lens import SAE, TemporalSAE
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens.codec import Code, Codec, State
+from featpatch.lens.digest import digest
+
+NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
+"""Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
+
+RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+"""Attributes that `turn_off_forward_pass_hook_z_reshaping` and `encode` set."""
+
+
+class SaeCodec(Codec):
+    """A sae-lens object; normalisation, skip paths and predicted codes included.
+
+    Raises:
+        FeatpatchError: a layer of a cross-layer transcoder, or a normalisation that is neither folded in nor known.
+    """
+
+    def __init__(self, sae: SAE[Any]) -> None:
+        if re.search(r"\bclt\b", str(sae.cfg.metadata.neuronpedia_id or "")):
+            raise FeatpatchError(
+                f"the transcoder of {sae.cfg.metadata.neuronpedia_id!r} is one layer of a cross-layer transcoder (CLT) whose "
+                "decoders sae-lens has summed, so that it reconstructs no layer's activation: expected a transcoder of one "
+                "layer; use per-layer transcoders of this model"
+            )
+        self.sae, self._decoder = sae, sae
+        if sae.dtype in (torch.bfloat16, torch.float16):
+            self._decoder = deepcopy(sae).to(dtype=torch.float32)
+            self._decoder._setup_activation_normalization()  # its functions keep statistics on the object they were made for
+        self.kind = type(sae).__name__
+        self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
+        self.d_out = int(getattr(sae.cfg, "d_out", self.d_in))
+        self.scale = _scale(sae)
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> Code:
+        """Features (a temporal SAE's novel codes) and, as the state, norms and means, skip path, predicted codes."""
+        sae, wide = self.sae, self._decoder.dtype
+        scaled = x.to(device=sae.device, dtype=sae.dtype) * self.scale
+        state = {}
+        with _plain(sae):
+            if isinstance(sae, TemporalSAE):
+                features, state["predicted"] = sae.encode_with_predictions(scaled)
+            else:
+                features = sae.encode(scaled)
+            state |= {name: sae.__dict__[name] for name in NORMS if name in sae.__dict__}
+        if hasattr(sae, "W_skip"):
+            state["skip"] = x.to(self._decoder.W_skip) @ self._decoder.W_skip.T
+        features = features.to_dense() if features.is_sparse else features
+        return Code(features.to(wide), {name: value.to(wide) for name, value in state.items()})
+
+    @torch.no_grad()
+    def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
+        """The full reconstruction: sae-lens' own, with what its `decode` leaves out."""
+        decoder = self._decoder
+        with _plain(decoder):
+            decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
+            decoded = decoder.decode(features + state["predicted"] if "predicted" in state else features)
+        return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
+
+    def digest(self) -> str:
+        """Of the weights and of the configuration."""
+        settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(f"{digest(self.sae)} {settings}".encode()).hexdigest()
+
+
+@contextmanager
+def _plain(sae: Any) -> Iterator[None]:
+    """Within this context the SAE takes flat activations and warns of nothing; afterwards it is as it was."""
+    before = {name: sae.__dict__[name] for name in (*NORMS, *RESHAPING) if name in sae.__dict__}
+    for name in NORMS:
+        sae.__dict__.pop(name, None)
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    log = logging.getLogger("sae_lens")
+    log.addFilter(_silence)
+    try:
+        yield
+    finally:
+        log.removeFilter(_silence)
+        for name in (*NORMS, *RESHAPING):
+            sae.__dict__.pop(name, None)
+        sae.__dict__.update(before)
+
+
+def _silence(record: logging.LogRecord) -> bool:
+    """Drops the warning that a temporal SAE's `decode` leaves the predicted codes out: we add them."""
+    return "only decodes x_novel" not in record.getMessage()
+
+
+def _scale(sae: Any) -> float:
+    """The factor on activations that the weights do not contain."""
+    normalisation = sae.cfg.normalize_activations
+    if normalisation == "covariance_whitening":
+        raise FeatpatchError(
+            f"{type(sae).__name__} has normalize_activations='covariance_whitening' and its whitening is not folded in: call "
+            "sae.fold_activation_whitening with the statistics of its training, or load its folder with fp.load_sae"
+        )
+    if normalisation != "expected_average_only_in":
+        return 1.0
+    scale = sae.cfg.metadata.norm_scaling_factor
+    if scale is None:
+        raise FeatpatchError(
+            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded in, so "
+            "that its features are wrong on raw activations: load it with fp.load_sae(path, norm_scaling_factor=...), or "
+            "call sae.fold_activation_norm_scaling_factor(scale) with the scale from its training"
+        )
+    return float(scale)

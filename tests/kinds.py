@@ -1,0 +1,109 @@
+"""Every kind of dictionary, small, random and in float64, for any pair of hooks. Nothing here imports featpatch.
+
+BatchTopK and Matryoshka SAEs are trained for a few steps and saved, since sae-lens has no inference class of their own.
+"""
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import sae_lens as sl
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from small import FEATURES, at, randomised
+
+Builder = Callable[..., Any]
+
+
+def autoencoder(sae_class: type, config_class: type, **settings: Any) -> Builder:
+    def build(hook: str, width: int, seed: int = 0, **options: Any) -> Any:
+        config = config_class(width, FEATURES, "float64", metadata=at(hook), **{**settings, **options})
+        return positive_thresholds(randomised(sae_class(config), seed))
+
+    return build
+
+
+def transcoder(sae_class: type, config_class: type) -> Builder:
+    def build(hook: str, width: int, hook_out: str, width_out: int, seed: int = 0, **options: Any) -> Any:
+        config = config_class(
+            width, FEATURES, "float64", d_out=width_out, apply_b_dec_to_input=False, metadata=at(hook, hook_out), **options
+        )
+        return positive_thresholds(randomised(sae_class(config), seed))
+
+    return build
+
+
+def trained(sae_class: type, config_class: type, **settings: Any) -> Builder:
+    def build(hook: str, width: int, seed: int = 0, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        config = config_class(width, FEATURES, "float64", metadata=at(hook), k=6.0, **{**settings, **options})
+        sae = sae_class(config)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
+        for step in range(20):
+            x = torch.randn(64, width, dtype=torch.float64)
+            output = sae.training_forward_pass(TrainStepInput(x, {}, None, step, False))
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+        with tempfile.TemporaryDirectory() as folder:
+            sae.save_inference_model(folder)
+            return sl.SAE.load_from_disk(folder)
+
+    return build
+
+
+def matching_pursuit(hook: str, width: int, seed: int = 0, **options: Any) -> Any:
+    sae = autoencoder(sl.MatchingPursuitSAE, sl.MatchingPursuitSAEConfig, max_iterations=5)(hook, width, seed, **options)
+    sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
+    return sae
+
+
+def temporal(hook: str, width: int, seed: int = 0, **options: Any) -> Any:
+    config = sl.TemporalSAEConfig(
+        width, FEATURES, "float64", n_heads=2, bottleneck_factor=2, kval_topk=8, tied_weights=False, metadata=at(hook), **options
+    )  # fmt: skip
+    return randomised(sl.TemporalSAE(config), seed)
+
+
+def positive_thresholds(sae: Any) -> Any:
+    if hasattr(sae, "threshold"):
+        sae.threshold.data.abs_()
+    return sae
+
+
+AUTOENCODERS: dict[str, Builder] = {
+    "standard": autoencoder(sl.StandardSAE, sl.StandardSAEConfig),
+    "JumpReLU": autoencoder(sl.JumpReLUSAE, sl.JumpReLUSAEConfig),
+    "TopK": autoencoder(sl.TopKSAE, sl.TopKSAEConfig, k=6),
+    "TopK, scaled by decoder norms": autoencoder(sl.TopKSAE, sl.TopKSAEConfig, k=6, rescale_acts_by_decoder_norm=True),
+    "BatchTopK": trained(sl.BatchTopKTrainingSAE, sl.BatchTopKTrainingSAEConfig),
+    "Matryoshka": trained(
+        sl.MatryoshkaBatchTopKTrainingSAE, sl.MatryoshkaBatchTopKTrainingSAEConfig, matryoshka_widths=[8, 16, FEATURES]
+    ),
+    "Gated": autoencoder(sl.GatedSAE, sl.GatedSAEConfig),
+    "AbsTopK": autoencoder(sl.AbsTopKSAE, sl.AbsTopKSAEConfig, k=6),
+    "matching pursuit": matching_pursuit,
+    "temporal": temporal,
+}
+TRANSCODERS: dict[str, Builder] = {
+    "transcoder": transcoder(sl.Transcoder, sl.TranscoderConfig),
+    "skip transcoder": transcoder(sl.SkipTranscoder, sl.SkipTranscoderConfig),
+    "JumpReLU transcoder": transcoder(sl.JumpReLUTranscoder, sl.JumpReLUTranscoderConfig),
+    "JumpReLU skip transcoder": transcoder(sl.JumpReLUSkipTranscoder, sl.JumpReLUSkipTranscoderConfig),
+}
+
+
+class Squared(torch.nn.Module):
+    """Somebody's own dictionary, whose decoder is not linear."""
+
+    def __init__(self, width: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.into = torch.nn.Parameter(0.4 * torch.randn(width, FEATURES, generator=generator, dtype=torch.float64))
+        self.out = torch.nn.Parameter(0.4 * torch.randn(FEATURES, width, generator=generator, dtype=torch.float64))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.into).relu()
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return (features + 0.3 * features**2) @ self.out

@@ -1,0 +1,246 @@
+"""Kinds of dictionaries x sites x model classes, each cell against the oracle; then normalisation and types."""
+
+import random
+import warnings
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from kinds import AUTOENCODERS, TRANSCODERS, Squared
+from small import FEATURES, Small, standard
+
+import featpatch as fp
+
+EXACT = 1e-10
+SITES = {
+    "resid_pre": ("blocks.1.hook_resid_pre", 16),
+    "resid_mid": ("blocks.1.hook_resid_mid", 16),
+    "resid_post": ("blocks.1.hook_resid_post", 16),
+    "attn_out": ("blocks.1.hook_attn_out", 16),
+    "mlp_out": ("blocks.1.hook_mlp_out", 16),
+    "hook_z": ("blocks.1.attn.hook_z", 16),
+    "mlp.hook_post": ("blocks.1.mlp.hook_post", 32),
+}
+NORMALISING = ("constant_norm_rescale", "layer_norm")
+LAST = 7
+
+
+def pairs_of(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean[:2], small.corrupted[:2], small.correct[:2], small.wrong[:2])
+
+
+def check(small: Small, sae: Any, entries: int = 6) -> fp.Effects:
+    """Some rows of each kind in both directions against the oracle (law 4), and the whole site by hand (laws 1 and 2)."""
+    site = oracle.hooks(sae)[1]
+    effects = fp.rank_features(small.model, sae, pairs_of(small), positions="all", progress=False)
+    assert {node.kind for node in effects.nodes} >= {"feature", "all_features", "activation"}
+    chosen: set[int] = set()
+    for kind in ("feature", "all_features", "error", "activation"):
+        rows = [entry for entry, row in enumerate(effects.row) if effects.nodes[row].kind == kind]
+        chosen |= set(random.Random(kind).sample(rows, min(entries, len(rows))))
+    for entry in chosen:
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        for direction, values in (("denoising", effects.denoised), ("noising", effects.noised)):
+            expected = by_oracle(small, sae, node, slot, direction)
+            assert abs(values[entry] - expected) < EXACT, (node, direction)
+
+    clean, corrupted = small.clean[:1], small.corrupted[:1]
+    everything = fp.Patch((fp.Node(site, "all_features"), fp.Node(site, "error")))
+    with torch.no_grad(), fp.do(small.model, everything, source=clean, base=corrupted, saes=sae):
+        together = small.model(corrupted)
+    whole = oracle.patched_activation_logits(small.model, site, corrupted, clean, list(range(LAST)))
+    torch.testing.assert_close(together, whole, rtol=0, atol=EXACT)
+    with torch.no_grad(), fp.do(small.model, everything, source=corrupted, base=corrupted, saes=sae):
+        unchanged = small.model(corrupted)
+    with torch.no_grad():
+        assert torch.equal(unchanged, small.model(corrupted))
+    return effects
+
+
+def by_oracle(small: Small, sae: Any, node: fp.Node, slot: int, direction: str) -> float:
+    runs = small.corrupted[[slot]], small.clean[[slot]]
+    base, source = runs if direction == "denoising" else runs[::-1]
+    positions = list(range(LAST))
+    if node.kind == "activation":
+        logits = oracle.patched_activation_logits(small.model, node.site, base, source, positions)
+    else:
+        count = (
+            (sae.coder.encode(torch.zeros(1, 1, sae.d_in, dtype=torch.float64)).shape[2]) if hasattr(sae, "coder") else FEATURES
+        )
+        features = {"feature": [node.index], "all_features": range(count), "error": []}[node.kind]
+        logits = oracle.patched_logits(
+            small.model, sae, base, source, features=list(features), positions=positions, error=node.kind == "error"
+        )
+    return oracle.logit_diff(logits, int(small.correct[slot]), int(small.wrong[slot]))
+
+
+def slow(site: str) -> Any:
+    """Sites inside the MLP are patched by the model's own pass, and a warning says so."""
+    return pytest.warns(fp.SlowPathWarning) if ".mlp." in site else warnings.catch_warnings()
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_autoencoders(small: Small, kind: str, site: str) -> None:
+    hook, width = SITES[site]
+    options = {"reshape_activations": "hook_z"} if site == "hook_z" and kind not in ("BatchTopK", "Matryoshka") else {}
+    with slow(hook):
+        check(small, AUTOENCODERS[kind](hook, width, seed=3, **options), entries=2)
+
+
+@pytest.mark.parametrize("kind", TRANSCODERS)
+def test_transcoders(small: Small, kind: str) -> None:
+    reads = oracle.hooks(small.saes[-1])[0]
+    check(small, TRANSCODERS[kind](reads, 16, "blocks.1.hook_mlp_out", 16, seed=3))
+
+
+@pytest.mark.parametrize("kind", TRANSCODERS)
+def test_transcoders_from_the_stream_to_another_layer(small: Small, kind: str) -> None:
+    check(small, TRANSCODERS[kind]("blocks.0.hook_resid_post", 16, "blocks.2.hook_attn_out", 16, seed=3), entries=2)
+
+
+@pytest.mark.parametrize("normalisation", NORMALISING)
+@pytest.mark.parametrize("kind", [kind for kind in AUTOENCODERS if kind not in ("BatchTopK", "Matryoshka")])
+def test_normalised_tokens(small: Small, kind: str, normalisation: str) -> None:
+    """Clean and corrupted runs carry different scales: a feature moves in the base run's."""
+    sae = AUTOENCODERS[kind]("blocks.1.hook_resid_pre", 16, seed=3, normalize_activations=normalisation)
+    check(small, sae, entries=3)
+    assert not {"x_norm_coeff", "ln_mu", "ln_std"} & set(vars(sae)), "the SAE is left as it was found"
+
+
+@pytest.mark.parametrize("normalisation", NORMALISING)
+@pytest.mark.parametrize("kind", TRANSCODERS)
+def test_normalised_transcoders(small: Small, kind: str, normalisation: str) -> None:
+    reads = oracle.hooks(small.saes[-1])[0]
+    check(small, TRANSCODERS[kind](reads, 16, "blocks.1.hook_mlp_out", 16, normalize_activations=normalisation), entries=2)
+
+
+@pytest.mark.parametrize("normalisation", ["none", *NORMALISING])
+def test_without_the_decoder_bias_at_the_input(small: Small, normalisation: str) -> None:
+    sae = standard("blocks.1.hook_resid_pre", 4, apply_b_dec_to_input=False, normalize_activations=normalisation)
+    check(small, sae, entries=3)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"])
+def test_an_object_of_ones_own(small: Small, hook: str) -> None:
+    check(small, fp.adapt(Squared(16), hook, d_in=16))
+
+
+def test_baselines(small: Small) -> None:
+    effects = check(small, fp.identity(small.model, "blocks.1.hook_resid_post"))
+    assert {node.kind for node in effects.nodes} == {"feature", "all_features", "activation"}, "the error is 0"
+    check(small, fp.neurons(small.model, 1))
+    check(small, fp.pca(small.model, "blocks.1.hook_resid_post", pairs_of(small), components=3))
+
+
+def test_principal_components_hold_the_most_variance(small: Small) -> None:
+    """Against the singular values."""
+    hook, pairs = "blocks.1.hook_resid_post", pairs_of(small)
+    coder = fp.pca(small.model, hook, pairs, components=3).coder
+    runs = [oracle.activations(small.model, torch.tensor([t]))[hook][0] for pair in pairs for t in (pair.clean, pair.corrupted)]
+    x = torch.cat(runs)
+    singular = torch.linalg.svdvals(x - x.mean(0))
+    kept = (coder.decode(coder.encode(x)) - x.mean(0)).square().sum()
+    assert abs(float(kept) - float(singular[:3].square().sum())) < 1e-8
+
+
+def test_a_scale_that_is_not_folded_in_is_applied(small: Small) -> None:
+    """`expected_average_only_in`: the scale as metadata gives what folding it into the weights gives."""
+    hook = "blocks.1.hook_resid_pre"
+    unfolded, folded = (standard(hook, 4, normalize_activations="expected_average_only_in") for _ in range(2))
+    unfolded.cfg.metadata.norm_scaling_factor = 0.3
+    folded.fold_activation_norm_scaling_factor(0.3)
+    one, other = (fp.rank_features(small.model, sae, pairs_of(small), progress=False) for sae in (unfolded, folded))
+    assert one.nodes == other.nodes
+    assert abs(one.denoised - other.denoised).max() < EXACT
+    check(small, folded, entries=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalisation", ["none", *NORMALISING])
+def test_an_sae_in_another_type_than_the_model(small: Small, dtype: torch.dtype, normalisation: str) -> None:
+    """The SAE's features in its own type, what they add in the precision of float32: against the same weights in float64."""
+    hook = "blocks.1.hook_resid_pre"
+    sae = standard(hook, 4, normalize_activations=normalisation).to(dtype=dtype)
+    sae.b_dec.data += 50.0
+    wide = standard(hook, 4, normalize_activations=normalisation)
+    wide.load_state_dict({name: value.double() for name, value in sae.state_dict().items()})
+    rounded = fp.adapt(Rounding(sae, wide), hook, d_in=16) if normalisation == "none" else None
+    effects = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
+    if rounded is not None:
+        exact = fp.rank_features(small.model, rounded, pairs_of(small), progress=False)
+        assert [(n.kind, n.index) for n in effects.nodes] == [(n.kind, n.index) for n in exact.nodes]
+        assert abs(effects.denoised - exact.denoised).max() < 1e-4
+    everything = fp.Patch((fp.Node(hook, "all_features"), fp.Node(hook, "error")))
+    with torch.no_grad(), fp.do(small.model, everything, source=small.clean[:1], base=small.corrupted[:1], saes=sae):
+        together = small.model(small.corrupted[:1])
+    whole = oracle.patched_activation_logits(small.model, hook, small.corrupted[:1], small.clean[:1], list(range(LAST)))
+    torch.testing.assert_close(together, whole, rtol=0, atol=1e-4)
+
+
+class Rounding:
+    """Encodes in the SAE's own type, decodes in float64."""
+
+    def __init__(self, sae: Any, wide: Any) -> None:
+        self.sae, self.wide = sae, wide
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sae.encode(x).double()
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return self.wide.decode(features.double())
+
+
+class Coupled:
+    """Encodes with what is beside a position: `look` shifts the neighbour's activation in."""
+
+    def __init__(self, look: int, dim: int) -> None:
+        self.look, self.dim = look, dim
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        other = x.roll(self.look, self.dim)
+        if self.dim == 1 and self.look > 0:
+            other[:, : self.look] = 0
+        return (x + 0.5 * other).relu()
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return 0.9 * features
+
+
+@pytest.mark.parametrize(("look", "dim"), [(-1, 1), (1, 0)], ids=["later positions", "other prompts"])
+def test_an_encoder_that_looks_where_it_must_not(bridge: Small, look: int, dim: int) -> None:
+    with pytest.raises(fp.FeatpatchError, match="Coupled.* encodes a row differently beside others: expected one whose"):
+        fp.rank_features(bridge.model, fp.adapt(Coupled(look, dim), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+
+
+def test_an_encoder_that_looks_back(small: Small) -> None:
+    check(small, fp.adapt(Coupled(1, 1), "blocks.1.hook_resid_pre", d_in=16))
+
+
+def test_what_is_no_dictionary(bridge: Small) -> None:
+    with pytest.raises(fp.FeatpatchError, match="int has no encode and no decode: expected an object"):
+        fp.adapt(3, "blocks.1.hook_resid_pre", d_in=16)
+    with pytest.raises(fp.FeatpatchError, match=r"Squared is not a sae-lens SAE: expected .* fp.adapt"):
+        fp.rank_features(bridge.model, Squared(16), pairs_of(bridge))
+
+
+def test_a_layer_of_a_cross_layer_transcoder_is_refused(bridge: Small) -> None:
+    """What sae-lens loads as one layer has the decoders of all later layers summed; it says so in no other field."""
+    sae = TRANSCODERS["transcoder"]("blocks.1.hook_resid_mid", 16, "blocks.1.hook_mlp_out", 16)
+    sae.cfg.metadata.neuronpedia_id = "gemma-2-2b/0-clt-hp"
+    with pytest.raises(fp.FeatpatchError, match="one layer of a cross-layer transcoder .* summed"):
+        fp.rank_features(bridge.model, sae, pairs_of(bridge))
+
+
+def test_a_dictionary_of_one_head_is_refused(bridge: Small) -> None:
+    sae = AUTOENCODERS["standard"]("blocks.1.attn.hook_z", 4)
+    sae.cfg.metadata.hook_head_index = 2
+    with pytest.raises(fp.FeatpatchError, match="reads head 2 alone"):
+        fp.rank_features(bridge.model, sae, pairs_of(bridge))
+
+
+@pytest.mark.parametrize(("layer", "components", "message"), [(1, 17, "components=17: expected 1 to 16")])
+def test_baselines_that_cannot_be(bridge: Small, layer: int, components: int, message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components)

@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from featpatch.errors import FeatpatchError
     from featpatch.firing import Description, describe
     from featpatch.forecast import Plan
-    from featpatch.lens import adapt
+    from featpatch.lens import adapt, load_sae
+    from featpatch.loading import Loaded, load
     from featpatch.pairs import Pair, Pairs
     from featpatch.patch import Node, Patch
     from featpatch.patching import do, plan, rank_features
+    from featpatch.selfcheck import check
+    from featpatch.verdict import Check
 
 HOMES = {
+    "Check": "verdict",
     "Demo": "checkpoints",
     "Description": "firing",
     "Effects": "effects",
     "FeatpatchError": "errors",
+    "Loaded": "loading",
     "Node": "patch",
     "Pair": "pairs",
     "Pairs": "pairs",
@@ -31,10 +36,13 @@ HOMES = {
     "Plan": "forecast",
     "SlowPathWarning": "engine",
     "adapt": "lens",
+    "check": "selfcheck",
     "describe": "firing",
     "do": "patching",
     "identity": "baselines",
+    "load": "loading",
     "load_demo": "checkpoints",
+    "load_sae": "lens",
     "neurons": "baselines",
     "pca": "baselines",
     "plan": "patching",
@@ -42,8 +50,9 @@ HOMES = {
 }
 
 __all__ = [
-    "Demo", "Description", "Effects", "FeatpatchError", "Node", "Pair", "Pairs", "Patch", "Plan",
-    "SlowPathWarning", "adapt", "describe", "do", "identity", "load_demo", "neurons", "pca", "plan", "rank_features",
+    "Check", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Pair", "Pairs", "Patch", "Plan",
+    "SlowPathWarning", "adapt", "check", "describe", "do", "identity", "load", "load_demo", "load_sae", "neurons", "pca",
+    "plan", "rank_features",
 ]  # fmt: skip
 
 

@@ -9,16 +9,16 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from featpatch.errors import FeatpatchError
+from featpatch.loading import Loaded, load
 from featpatch.pairs import Pairs
 
 TASKS = ("ioi", "capitals", "greater_than", "sentiment")
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Loaded):
     """A small GPT-2 trained on indirect objects, facts, years and reviews, with its SAEs.
 
     Attributes:
@@ -27,8 +27,6 @@ class Demo:
         folder: where all of it lies.
     """
 
-    model: Any
-    saes: list[Any]
     folder: Path
 
     def pairs(self, task: str = "ioi", *, n: int = 32, seed: int = 0) -> Pairs:
@@ -94,9 +92,8 @@ def load_demo(device: str = "cpu") -> Demo:
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.
     """
-    from featpatch.lens.load import load_bridge, load_sae
-
     root = folder()
     verify(root)
-    saes = [load_sae(path, device) for path in sorted((root / "saes").iterdir()) if path.is_dir()]
-    return Demo(load_bridge(root / "model", device), saes, root)
+    saes = [path for path in sorted((root / "saes").iterdir()) if path.is_dir()]
+    loaded = load(root / "model", saes, device=device, check=False)
+    return Demo(loaded.model, loaded.saes, root)

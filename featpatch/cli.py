@@ -23,8 +23,11 @@ Positions = Annotated[
 ]
 
 
-Model = Annotated[Path, typer.Option(help="Folder of a Hugging Face model with its tokenizer.")]
-Saes = Annotated[list[Path], typer.Option(help="Folder of a sae-lens SAE or transcoder; may be given several times.")]
+Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
+Saes = Annotated[
+    list[str],
+    typer.Option(help="release/id of sae-lens' registry, owner/repository/folder on the hub, or a folder. Repeatable."),
+]
 PairsFile = Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")]
 Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")]
 MetricName = Annotated[str, typer.Option(help="What to measure at the answer position.")]
@@ -79,13 +82,13 @@ def rank(
 ) -> None:
     """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
 
-    Example: featpatch rank --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with _clear_errors():
         _check_folder(out)
         console = _console()
         console.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        work = _own(model, sae, pairs, positions, direction, metric, device)
+        work = _own(console, model, sae, pairs, positions, direction, metric, device)
         _show(console, fp.rank_features(**work, journal=journal), top, out)
 
 
@@ -106,18 +109,23 @@ def plan(
     with _clear_errors():
         from featpatch.report import planned
 
-        _console().print(planned(fp.plan(**_own(model, sae, pairs, positions, direction, metric, device))))
+        console = _console()
+        console.print(planned(fp.plan(**_own(console, model, sae, pairs, positions, direction, metric, device))))
 
 
-def _own(model: Path, sae: list[Path], pairs: Path, positions: str, direction: str, metric: str, device: str) -> dict[str, Any]:
-    """The arguments that `rank_features` and `plan` share."""
-    from featpatch.lens.load import load_bridge, load_sae
+def _own(
+    console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: str, device: str
+) -> dict[str, Any]:
+    """The arguments that `rank_features` and `plan` share; prints how the SAEs fit the model."""
+    from featpatch.report import checked
 
-    bridge = load_bridge(model, device)
+    loaded = fp.load(model, sae, device=device, check=False)
+    drawn = fp.Pairs.from_jsonl(loaded.model.tokenizer, pairs)
+    console.print(checked(fp.check(loaded.model, loaded.saes, drawn)))
     return {
-        "model": bridge,
-        "saes": [load_sae(path, device) for path in sae],
-        "pairs": fp.Pairs.from_jsonl(bridge.tokenizer, pairs),
+        "model": loaded.model,
+        "saes": loaded.saes,
+        "pairs": drawn,
         "positions": _positions(positions),
         "directions": ("denoising", "noising") if direction == "both" else (direction,),
         "metric": metric,

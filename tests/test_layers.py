@@ -7,12 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
-    ["errors", "forecast"],
+    ["errors", "forecast", "verdict"],
     ["patch"],
     ["sites", "metrics", "pairs"],
     ["effects", "lens"],
     ["engine", "report"],
     ["patching", "firing", "baselines"],
+    ["selfcheck"],
+    ["loading"],
     ["checkpoints"],
     ["cli"],
 ]

@@ -12,9 +12,14 @@ from featpatch.lens.dictionary import Dictionary, Split, dictionaries
 from featpatch.lens.hooked import HookedLens
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
 from featpatch.lens.lens import Fired, Lens
+from featpatch.lens.models import load_model
+from featpatch.lens.saes import load_sae, wanted_processing
+from featpatch.lens.training import Training, official_name
+from featpatch.lens.weights import processing
 
 __all__ = [
-    "Adapted", "Dictionary", "Fired", "Layer", "Lens", "Split", "Stack", "UnsupportedError", "adapt", "dictionaries", "wrap",
+    "Adapted", "Dictionary", "Fired", "Layer", "Lens", "Split", "Stack", "Training", "UnsupportedError", "adapt",
+    "dictionaries", "load_model", "load_sae", "official_name", "processing", "wanted_processing", "wrap",
 ]  # fmt: skip
 
 

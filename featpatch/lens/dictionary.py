@@ -8,7 +8,7 @@ not. Activations are taken flat: `[batch, pos, d]`, with the heads of `hook_z` s
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,6 +22,7 @@ from featpatch.lens.behaviour import Behaviour
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.lens import Lens
 from featpatch.lens.sae_codec import SaeCodec
+from featpatch.lens.training import Training
 
 PROBED = 2**23
 """Feature values that are decoded together."""
@@ -56,6 +57,7 @@ class Dictionary:
         reads, writes: hook names in TransformerLens' spelling.
         shape: shape of one activation at `writes`, e.g. `(n_heads, d_head)` for `hook_z`.
         behaviour: what the codec was found to do.
+        source: the object that the user gave.
     """
 
     name: str
@@ -64,6 +66,22 @@ class Dictionary:
     writes: str
     shape: tuple[int, ...]
     behaviour: Behaviour
+    source: Any
+
+    @property
+    def training(self) -> Training:
+        """What its configuration says of its training."""
+        return Training.of(self.source)
+
+    def at_layer(self, lens: Lens, layer: int) -> "Dictionary | None":
+        """The same codec at the same hooks of another layer, None where there is none of its width."""
+        moved = [re.sub(r"^blocks\.\d+\.", f"blocks.{layer}.", hook) for hook in (self.reads, self.writes)]
+        if moved == [self.reads, self.writes] or not set(moved) <= set(lens.hook_points):
+            return None
+        widths = [prod(shape) for shape in _shapes(lens, set(moved)).values()]
+        if not set(widths) <= {self.codec.d_in, self.codec.d_out}:
+            return None
+        return replace(self, reads=moved[0], writes=moved[1])
 
     @property
     def d_sae(self) -> int:
@@ -153,7 +171,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         name = f"{name}#{repeated + 1}" if repeated else name
         _check_width(name, "reads", reads, prod(shapes[reads]), codec.d_in)
         _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
-        made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name)))
+        made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))
     return made
 
 

@@ -1,5 +1,5 @@
 """Results for people: tables."""
 
-from featpatch.report.tables import planned, ranked, site_summary
+from featpatch.report.tables import checked, planned, ranked, site_summary
 
-__all__ = ["planned", "ranked", "site_summary"]
+__all__ = ["checked", "planned", "ranked", "site_summary"]

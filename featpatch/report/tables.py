@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from featpatch.effects import Effects
 from featpatch.forecast import Plan
 from featpatch.patch import Node
+from featpatch.verdict import Check
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
 
@@ -68,6 +70,25 @@ def planned(plan: Plan) -> Table:
         ("forward pass", "fast" if plan.fast else "the model's own"),
     ):
         table.add_row(name, value)
+    return table
+
+
+def checked(check: Check) -> Table:
+    """How dictionaries fit a model, one line each, with what is wrong below."""
+    notes = [f"{fit.dictionary}: {note}" for fit in check.fits for note in (fit.misfit, *fit.remarks) if note]
+    table = Table(
+        title=f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
+        caption=escape("\n".join(notes)) or None,
+        caption_justify="left",
+    )
+    table.add_column("dictionary", overflow="fold")
+    for column in ("identity\noff by", "whole site\noff by", "explained\nvariance", "claimed", "L0", "verdict"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for fit in check.fits:
+        claim = "" if fit.expected is None else _number(fit.expected)
+        verdict = "[red]does not fit[/]" if fit.misfit else "fits"
+        deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
+        table.add_row(fit.dictionary, *deviations, _number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
     return table
 
 

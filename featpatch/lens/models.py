@@ -1,0 +1,76 @@
+"""Models by name, by folder, or as they are in memory."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens.sources import check_device, folder_with, not_found
+from featpatch.lens.training import PROCESSED
+
+
+def load_model(
+    source: Any,
+    *,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    processing: Collection[str] = (),
+) -> Any:
+    """A model of TransformerLens as it is; anything else as a TransformerBridge.
+
+    Args:
+        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a model of TransformerLens.
+        tokenizer: for a Hugging Face model in memory.
+        device, dtype: for a model that is loaded here.
+        processing: what to do to the weights of a bridge that is made here, of `training.PROCESSED`; nothing by default.
+
+    Raises:
+        FeatpatchError: there is no such model, or it can't be loaded.
+    """
+    if isinstance(source, TransformerBridge | HookedTransformer):
+        return source
+    if isinstance(source, PreTrainedModel):
+        bridge = _around(source, tokenizer)
+    elif isinstance(source, str | Path):
+        bridge = _booted(str(source), device, dtype)
+    else:
+        raise FeatpatchError(
+            f"the model is a {type(source).__name__}: expected a name, a folder, a Hugging Face model with its tokenizer, or a "
+            "TransformerBridge or HookedTransformer"
+        )
+    unknown = set(processing) - set(PROCESSED)
+    if unknown:
+        raise FeatpatchError(f"processing={list(processing)}: expected some of {', '.join(PROCESSED)}")
+    if processing:
+        bridge.enable_compatibility_mode(disable_warnings=True, **{name: name in processing for name in PROCESSED})
+    return bridge
+
+
+def _booted(source: str, device: str, dtype: str) -> TransformerBridge:
+    check_device(device)
+    numbers = getattr(torch, dtype, None)
+    if not isinstance(numbers, torch.dtype):
+        raise FeatpatchError(f"dtype {dtype!r} is unknown: expected float32, bfloat16, float16 or float64")
+    if Path(source).exists():
+        folder_with(source, "config.json")
+    try:
+        bridge: TransformerBridge = TransformerBridge.boot_transformers(source, device=device, dtype=numbers)
+    except Exception as error:
+        raise not_found("model", source, error) from error
+    bridge.eval()
+    return bridge
+
+
+def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
+    if tokenizer is None:
+        raise FeatpatchError(f"the {type(model).__name__} has no tokenizer with it: pass tokenizer=..., the model's own")
+    name, device = model.config.name_or_path or type(model).__name__, next(model.parameters()).device
+    return TransformerBridge.boot_transformers(
+        name, hf_model=model.eval(), tokenizer=tokenizer, device=device, dtype=model.dtype
+    )

@@ -1,0 +1,128 @@
+"""SAEs by folder, by the name of sae-lens' registry, or by a repository of the hub."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens.sources import check_device, folder_with, not_found
+from featpatch.lens.training import Training
+
+SUMMED = "mntss_clt_layer_transcoder"
+"""sae-lens' loader of cross-layer transcoders, which sums the decoders of all layers."""
+
+
+def load_sae(
+    source: str | Path, *, device: str = "cpu", dtype: str | None = None, norm_scaling_factor: float | None = None
+) -> SAE[Any]:
+    """An SAE or transcoder of sae-lens.
+
+    Args:
+        source: a folder (cfg.json, sae_weights.safetensors), `release/id` of sae-lens' registry, such as
+            `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or `owner/repository/folder` on the hub.
+        dtype: by default that of the folder, float32 for downloads.
+        norm_scaling_factor: the scale of an `expected_average_only_in` SAE, where neither its folder (activation_scaler.json,
+            or norm_scaling_factor in cfg.json's metadata) nor the registry has it.
+
+    Raises:
+        FeatpatchError: there is no such SAE, it can't be loaded, or it is a layer of a cross-layer transcoder.
+    """
+    check_device(device)
+    if Path(source).exists():
+        return _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
+    place = Place.of(str(source))
+    if place.loader == SUMMED:
+        raise FeatpatchError(
+            f"{source!s} is one layer of a cross-layer transcoder (CLT), which sae-lens loads with the decoders of all layers "
+            "summed, so that it reconstructs no layer's activation: expected a transcoder of one layer"
+        )
+    try:
+        sae = SAE.from_pretrained(place.release, place.sae_id, device=device, dtype=dtype or "float32")
+    except Exception as error:
+        raise not_found("SAE", str(source), error) from error
+    if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
+        sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
+    if place.explained_variance is not None:
+        sae.cfg.metadata.explained_variance = place.explained_variance
+    return sae
+
+
+def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
+    """What the SAEs' configurations say was done to the weights of the model that they were trained on.
+
+    Raises:
+        FeatpatchError: they were trained on different weights.
+    """
+    said = {str(sae.cfg.metadata.hook_name): Training.of(sae).processing for sae in saes if isinstance(sae, SAE)}
+    if len(set(said.values())) > 1:
+        raise FeatpatchError(
+            f"the SAEs were trained on differently processed weights {said}: expected one way; load them with a model each, "
+            "or pass processing=[...] to choose"
+        )
+    return next(iter(said.values()), ())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an SAE of some name is: a release of the registry, or a repository of the hub, and the id or folder in it.
+
+    Attributes:
+        loader: sae-lens' name of the loader, None for its own format.
+        explained_variance: what the registry says.
+    """
+
+    release: str
+    sae_id: str
+    loader: str | None = None
+    explained_variance: float | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "Place":
+        """From `release/id` or `owner/repository/folder`.
+
+        Raises:
+            FeatpatchError: neither, or a release that has no such SAE.
+        """
+        registry = get_pretrained_saes_directory()
+        first, _, rest = name.partition("/")
+        if first in registry:
+            known = registry[first]
+            if rest not in known.saes_map:
+                near = [known_id for known_id in known.saes_map if rest and rest in known_id] or list(known.saes_map)
+                raise FeatpatchError(
+                    f"release {first!r} has no SAE {rest!r}: expected one of its {len(known.saes_map)}, such as "
+                    f"{', '.join(f'{first}/{known_id}' for known_id in near[:3])}"
+                )
+            said = known.expected_var_explained[rest]
+            return cls(first, rest, known.conversion_func, said if 0 < said < 1 else None)
+        repository, _, folder = rest.partition("/")
+        if not repository or not folder:
+            near = [release for release in registry if first in release or release in first][:3]
+            raise FeatpatchError(
+                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}, release/id of sae-lens' registry"
+                f"{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder on the hub"
+            )
+        return cls(f"{first}/{repository}", folder)
+
+
+def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:
+    """From disk, with the statistics of its training folded in as `from_pretrained` does."""
+    try:
+        sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
+        scaler = ActivationScaler(scaling_factor=norm_scaling_factor or sae.cfg.metadata.norm_scaling_factor)
+        if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file() and norm_scaling_factor is None:
+            scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
+    except Exception as error:
+        raise FeatpatchError(f"the SAE in {str(folder)!r} can't be loaded ({error}): expected a sae-lens folder") from error
+    if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if sae.cfg.normalize_activations == "covariance_whitening" and scaler.whitening is not None:
+        whitening = scaler.whitening
+        sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    return sae

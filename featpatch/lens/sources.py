@@ -1,0 +1,43 @@
+"""What loading a model and loading an SAE have in common."""
+
+from pathlib import Path
+
+import torch
+
+from featpatch.errors import FeatpatchError
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that is not there.
+
+    Raises:
+        FeatpatchError: torch can't put a tensor on it.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FeatpatchError(f"device {device!r} can't be used ({reason}): expected e.g. cpu, cuda or cuda:1") from error
+
+
+def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
+    """The error that says what to do where a model or an SAE can't be loaded."""
+    reason = " ".join(str(error).split())[:300]
+    if Path(source).exists():
+        return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a folder that was saved whole")
+    return FeatpatchError(
+        f"the {what} {source!r} can't be loaded ({type(error).__name__}: {reason}): expected the name of one that can be "
+        "downloaded, or a folder; without a network, download it where there is one (`hf download NAME --local-dir FOLDER`), "
+        "copy the folder here and give its path; for a gated model log in with `hf auth login`"
+    )
+
+
+def folder_with(path: str | Path, file: str) -> Path:
+    """The path of a folder that holds a file.
+
+    Raises:
+        FeatpatchError: it does not.
+    """
+    if not (Path(path) / file).is_file():
+        raise FeatpatchError(f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE")
+    return Path(path)

@@ -1,0 +1,53 @@
+"""What an SAE's configuration says of its training, and names of models by which it can be compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from transformer_lens.supported_models import MODEL_ALIASES
+
+PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+"""What TransformerLens does to weights unless told otherwise; SAEs are trained without, unless their configuration names it."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Attributes that are None or empty are not known.
+
+    Attributes:
+        model: the model's name.
+        processing: what was done to its weights, of `PROCESSED`.
+        explained_variance: as measured then, or as the registry says.
+        context_size: tokens of a training prompt.
+        prepend_bos: whether these began with BOS.
+    """
+
+    model: str | None = None
+    processing: tuple[str, ...] = ()
+    explained_variance: float | None = None
+    context_size: int | None = None
+    prepend_bos: bool = False
+
+    @classmethod
+    def of(cls, sae: Any) -> "Training":
+        """From the metadata of a sae-lens object; nothing for another."""
+        if not isinstance(sae, SAE):
+            return cls()
+        said = sae.cfg.metadata
+        options = said.model_from_pretrained_kwargs or {}
+        return cls(
+            model=said.model_name,
+            processing=tuple(name for name in PROCESSED if options.get(name)),
+            explained_variance=said.explained_variance,
+            context_size=said.context_size,
+            prepend_bos=bool(said.prepend_bos),
+        )
+
+
+def official_name(model: str) -> str:
+    """The name without its owner and in lower case, aliases resolved; empty for a folder."""
+    if Path(model).exists():
+        return ""
+    official = next((name for name, aliases in MODEL_ALIASES.items() if model in aliases), model)
+    return official.rsplit("/", 1)[-1].lower()

@@ -1,0 +1,91 @@
+"""A model and its SAEs, by name, by folder or as they are, checked against each other."""
+
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from featpatch.lens import load_model, load_sae, wanted_processing
+from featpatch.pairs import Pair, Pairs
+from featpatch.pairs.tokens import prompt_ids, special_positions
+from featpatch.report import checked
+from featpatch.selfcheck import check as check_fit
+
+CONTRASTS = (
+    (
+        "When Mary and John went to the store, John gave a drink to",
+        "When Mary and John went to the store, Mary gave a drink to",
+    ),
+    ("The Eiffel Tower is in the city of Paris, the capital of", "The Brandenburg Gate is in the city of Berlin, capital of"),
+    ("The war lasted from the year 1732 to the year 1751 and it", "The film was the best that I had seen in many years and I"),
+    ("She opened the window because the room was warm, and then", "He closed the door because the night was cold, and later"),
+)
+"""Prompts for the check where the user gives none."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its SAEs: `model, saes = fp.load(...)`."""
+
+    model: Any
+    saes: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.saes))
+
+
+def load(
+    model: Any,
+    saes: Any = (),
+    *,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    processing: Collection[str] | None = None,
+    pairs: Pairs | None = None,
+    check: bool = True,
+) -> Loaded:
+    """Loads what is given by name or folder, and prints how each SAE fits the model.
+
+    Args:
+        model: a hub name (`"gpt2"`), a Hugging Face folder, a Hugging Face model in memory, or a TransformerBridge,
+            SAETransformerBridge, HookedTransformer or HookedSAETransformer, which is taken as it is.
+        saes: one or several of: `"release/id"` of sae-lens' registry (`"gpt2-small-res-jb/blocks.8.hook_resid_pre"`),
+            `"owner/repository/folder"` on the hub, a sae-lens folder, a sae-lens object, what `fp.adapt` gives.
+        tokenizer: for a Hugging Face model in memory.
+        device, dtype: where, and in which type, the model is loaded; SAEs go to the device, in their own type.
+        processing: what to do to the weights of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
+            `"center_unembed"`, `"fold_value_biases"`); by default what the SAEs' configurations say that they were
+            trained on, which for most is nothing.
+        pairs: prompts for the check; by default a few sentences.
+        check: whether to check and print.
+
+    Raises:
+        FeatpatchError: something can't be found, downloaded or read, or SAEs were trained on differently processed weights.
+    """
+    several = saes if isinstance(saes, Iterable) and not isinstance(saes, (str, torch.nn.Module)) else [saes]
+    found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in several]
+    wanted = wanted_processing(found) if processing is None else processing
+    made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
+    if check and found:
+        prompts = pairs or _prompts(made)
+        if prompts is not None:
+            Console(width=None if sys.stdout.isatty() else 160).print(checked(check_fit(made, found, prompts)))
+    return Loaded(made, found)
+
+
+def _prompts(model: Any) -> Pairs | None:
+    """Built-in prompts, the longer of each two cut; None without a tokenizer."""
+    if getattr(model, "tokenizer", None) is None:
+        return None
+    pairs = []
+    for texts in CONTRASTS:
+        clean, corrupted = (prompt_ids(model.tokenizer, text) for text in texts)
+        length = min(len(clean), len(corrupted))
+        special = special_positions(model.tokenizer, clean[:length])
+        pairs.append(Pair(clean[:length], corrupted[:length], correct=(0,), wrong=(1,), special=special))
+    return Pairs(tuple(pairs))

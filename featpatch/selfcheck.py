@@ -1,0 +1,200 @@
+"""Does a dictionary belong to this hook of this model? Measured on the prompts at hand, before anything is ranked.
+
+A dictionary that does not is told by its explained variance; then the same dictionary is tried at the other layers and on
+centred activations, so that the reason can be named.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens, Training, dictionaries, official_name, processing, wrap
+from featpatch.pairs import Pairs
+from featpatch.patch import Node, Patch
+from featpatch.patching import do
+from featpatch.verdict import Check, Fit
+
+POSITIONS = 512
+"""Positions on which the explained variance is measured, at most."""
+POOR, LESS = 0.8, 0.05
+"""Explained variance that makes one look for a reason: below POOR, or LESS below what the configuration says."""
+HALF, QUARTER = 0.5, 0.25
+"""Another layer is named where it leaves at most half of the unexplained variance of a poor fit, a quarter of a good one's."""
+NONE = 0.5
+"""Below this, or this far below what the configuration says, a fit is a misfit even where no better place is found."""
+ROUNDING = 1e-4
+"""Deviation that the identity and the whole-site law may have, as a share of the largest value."""
+GOOD = 0.95
+"""Above this, and as good as the configuration says, no other place is tried."""
+
+
+@torch.no_grad()
+def check(model: Any, saes: Any, pairs: Pairs) -> Check:
+    """Measures on these prompts whether the dictionaries fit the model.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        saes: what `rank_features` takes.
+        pairs: prompts; their answers play no part.
+
+    Raises:
+        FeatpatchError: unusable input, or prompts that differ nowhere.
+    """
+    lens = wrap(model)
+    found = dictionaries(lens, saes)
+    runs, done = Runs.of(lens, found, pairs), processing(lens)
+    fits = [_fit(lens, dictionary, runs, pairs, done) for dictionary in found]
+    return Check(str(lens.model.cfg.model_name), ", ".join(done) or "as they are", runs.positions, tuple(fits))
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Explained variance and features per position of a dictionary at some hooks."""
+
+    variance: float
+    l0: float
+    identity: float
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Activations of some prompts at the hooks of the dictionaries in every layer; one entry per prompt.
+
+    Attributes:
+        activations: by hook, `[1, pos, d]`.
+        kept: which positions are not special, `[pos]`.
+    """
+
+    activations: Mapping[str, list[torch.Tensor]]
+    kept: list[Bool[torch.Tensor, " pos"]]
+
+    @classmethod
+    def of(cls, lens: Lens, found: list[Dictionary], pairs: Pairs) -> "Runs":
+        """The first prompts, up to `POSITIONS` positions."""
+        places = [place for d in found for place in (d, *(d.at_layer(lens, layer) for layer in range(lens.n_layers))) if place]
+        hooks = sorted({hook for place in places for hook in (place.reads, place.writes)})
+        runs = cls({hook: [] for hook in hooks}, [])
+        for pair in pairs:
+            kept = torch.zeros(len(pair), dtype=torch.bool)
+            kept[pair.positions("all")] = True
+            both = lens.read(torch.tensor([pair.clean, pair.corrupted]), hooks)
+            for hook, values in both.items():
+                runs.activations[hook].extend(values.flatten(2).split(1))
+            runs.kept.extend([kept, kept])
+            if runs.positions >= POSITIONS:
+                break
+        return runs
+
+    @property
+    def positions(self) -> int:
+        """How many positions are not special."""
+        return sum(int(kept.sum()) for kept in self.kept)
+
+
+def _fit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
+    here, whole_site = _explained(dictionary, runs), _whole_site(lens, dictionary, pairs)
+    said = dictionary.training
+    rounding = max(ROUNDING, 16 * torch.finfo(next(lens.model.parameters()).dtype).eps)
+    if max(here.identity, whole_site) > rounding:
+        misfit = f"all features and the error are not the whole activation (off by {max(here.identity, whole_site):.0e}): a bug"
+    else:
+        misfit = _misfit(lens, dictionary, runs, here.variance, done)
+    return Fit(
+        dictionary=dictionary.name,
+        identity=here.identity,
+        whole_site=whole_site,
+        explained_variance=here.variance,
+        expected=said.explained_variance,
+        l0=here.l0,
+        misfit=misfit,
+        remarks=tuple(_remarks(lens, said, pairs, done)),
+    )
+
+
+def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> Explained:
+    squares, active, deviation, largest, written = 0.0, 0, 0.0, 0.0, []
+    reads, writes = (runs.activations[hook] for hook in (dictionary.reads, dictionary.writes))
+    for x, y, kept in zip(reads, writes, runs.kept, strict=True):
+        if centred:
+            x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+        split = dictionary.split(x, y)
+        y = y.to(split.error)
+        rebuilt = dictionary.decode(split.features, split.state) + split.error
+        where = kept.to(y.device)
+        squares += float(split.error[0, where].double().square().sum())
+        active += int((split.features[0, where] != 0).sum())
+        deviation, largest = max(deviation, float((rebuilt - y).abs().max())), max(largest, float(y.abs().max()))
+        written.append(y[0, where].double())
+    rows = torch.cat(written)
+    variance = float((rows - rows.mean(0)).square().sum())
+    return Explained(1 - squares / variance if variance else float("nan"), active / len(rows), deviation / (largest or 1.0))
+
+
+def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: Iterable[str]) -> str:
+    """Why the dictionary does not fit; empty where it does."""
+    said = dictionary.training
+    expected = said.explained_variance
+    poor = not here >= (POOR if expected is None else expected - LESS)
+    if here >= GOOD and not poor:
+        return ""
+    share = HALF if poor else QUARTER
+    better: list[tuple[float, str]] = []
+    for layer in range(lens.n_layers):
+        moved = dictionary.at_layer(lens, layer)
+        if moved is not None:
+            better.append((_explained(moved, runs).variance, f"the SAE of {moved.writes!r}"))
+    if "center_writing_weights" not in done:
+        variance = _explained(dictionary, runs, centred=True).variance
+        better.append((variance, "trained on processed weights (center_writing_weights=True)"))
+    best, what = max(better, default=(0.0, ""))
+    if 1 - best <= share * (1 - here):
+        return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the SAE of this hook and model"
+    if here < NONE or (expected is not None and here < expected - NONE):
+        other = _other_weights(said, done)
+        return f"explains {here:.2f} of the variance, and no other layer is better: " + (
+            f"{other}; load the model with processing={sorted(said.processing)}"
+            if other
+            else "most likely trained on another model of this width, or scaled otherwise; check where it comes from"
+        )
+    return ""
+
+
+def _other_weights(said: Training, done: Iterable[str]) -> str:
+    """In what the model's weights differ from those of the training, as far as it can be seen; empty where they don't."""
+    seen = {"fold_ln", "center_writing_weights"}
+    trained, here = sorted(seen & set(said.processing)), sorted(done)
+    if said.model is None or trained == here:
+        return ""
+    return f"trained on weights processed by {trained or 'nothing'}, these are by {here or 'nothing'}"
+
+
+def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
+    pair = next((pair for pair in pairs if pair.clean != pair.corrupted), None)
+    if pair is None:
+        raise FeatpatchError("clean and corrupted are the same in every pair: expected prompts that differ, to swap between")
+    clean, corrupted = torch.tensor([pair.clean]), torch.tensor([pair.corrupted])
+    site = dictionary.writes
+    logits = []
+    for kinds in (("all_features", "error"), ("activation",)):
+        nodes = tuple(Node(site, kind) for kind in kinds)
+        with do(lens.model, Patch(nodes), source=clean, base=corrupted, saes=dictionary.source):
+            logits.append(lens.model(corrupted.to(lens.device)).float())
+    return float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
+
+
+def _remarks(lens: Lens, said: Training, pairs: Pairs, done: Iterable[str]) -> Iterable[str]:
+    longest = max(len(pair) for pair in pairs)
+    if said.context_size and longest > said.context_size:
+        yield f"trained on {said.context_size} tokens at a time, the longest prompt has {longest}"
+    if said.prepend_bos and not all(0 in pair.special for pair in pairs):
+        yield "trained with BOS first, which some prompts lack"
+    other = _other_weights(said, done)
+    if other:
+        yield other
+    ours = official_name(str(lens.model.cfg.model_name))
+    if said.model and ours and ours != official_name(said.model):
+        yield f"its configuration names the model {said.model!r}"

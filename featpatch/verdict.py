@@ -1,0 +1,50 @@
+"""Whether dictionaries fit a model, as plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one dictionary fits the model, measured on the prompts of a check.
+
+    Attributes:
+        dictionary: its name.
+        identity: largest deviation of reconstruction + error from the activation, as a share of its largest value.
+        whole_site: largest deviation of the logits with all features and the error swapped from those with the whole
+            activation swapped, as a share of the largest logit.
+        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, special tokens left out.
+        expected: the explained variance that the dictionary's configuration or the registry gives, if any.
+        l0: features that are not 0, per position.
+        misfit: why it does not fit, and empty where it does.
+        remarks: other things to know, e.g. prompts longer than those of its training.
+    """
+
+    dictionary: str
+    identity: float
+    whole_site: float
+    explained_variance: float
+    expected: float | None
+    l0: float
+    misfit: str
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of `fp.check`.
+
+    Attributes:
+        model, weights: the model's name and how its weights were processed.
+        positions: how many positions the explained variance is measured on.
+        fits: one entry per dictionary.
+    """
+
+    model: str
+    weights: str
+    positions: int
+    fits: tuple[Fit, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every dictionary fits."""
+        return not any(fit.misfit for fit in self.fits)

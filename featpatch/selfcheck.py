@@ -11,25 +11,24 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, Training, dictionaries, official_name, processing, wrap
+from featpatch.lens import Dictionary, Lens, dictionaries, official_name, processing, wrap
 from featpatch.pairs import Pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
-from featpatch.verdict import Check, Fit
+from featpatch.verdict import LESS, Check, Fit
 
 POSITIONS = 512
 """Positions on which the explained variance is measured, at most."""
-POOR, LESS = 0.8, 0.05
-"""Explained variance that makes one look for a reason: below POOR, or LESS below what the configuration says."""
-HALF, QUARTER = 0.5, 0.25
-"""Another layer is named where it leaves at most half of the unexplained variance of a poor fit, a quarter of a good one's."""
+GOOD = 0.95
+"""Above this, and as good as the configuration says, no other place is tried."""
+HALF = 0.5
+"""Another place is named where it leaves at most half of the variance unexplained that is so here."""
 NONE = 0.5
 """Below this, or this far below what the configuration says, a fit is a misfit even where no better place is found."""
 ROUNDING = 1e-4
 """Deviation that the identity and the whole-site law may have, as a share of the largest value."""
-GOOD = 0.95
-"""Above this, and as good as the configuration says, no other place is tried."""
 
 
 @torch.no_grad()
@@ -111,7 +110,7 @@ def _fit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Ite
         expected=said.explained_variance,
         l0=here.l0,
         misfit=misfit,
-        remarks=tuple(_remarks(lens, said, pairs, done)),
+        remarks=tuple(_remarks(lens, dictionary, pairs, done)),
     )
 
 
@@ -138,10 +137,8 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
     """Why the dictionary does not fit; empty where it does."""
     said = dictionary.training
     expected = said.explained_variance
-    poor = not here >= (POOR if expected is None else expected - LESS)
-    if here >= GOOD and not poor:
+    if here >= max(GOOD, (expected or 0) - LESS):
         return ""
-    share = HALF if poor else QUARTER
     better: list[tuple[float, str]] = []
     for layer in range(lens.n_layers):
         moved = dictionary.at_layer(lens, layer)
@@ -151,10 +148,10 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
         variance = _explained(dictionary, runs, centred=True).variance
         better.append((variance, "trained on processed weights (center_writing_weights=True)"))
     best, what = max(better, default=(0.0, ""))
-    if 1 - best <= share * (1 - here):
+    if 1 - best <= HALF * (1 - here):
         return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the SAE of this hook and model"
     if here < NONE or (expected is not None and here < expected - NONE):
-        other = _other_weights(said, done)
+        other = _other_weights(dictionary, done)
         return f"explains {here:.2f} of the variance, and no other layer is better: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
@@ -163,10 +160,11 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
     return ""
 
 
-def _other_weights(said: Training, done: Iterable[str]) -> str:
-    """In what the model's weights differ from those of the training, as far as it can be seen; empty where they don't."""
-    seen = {"fold_ln", "center_writing_weights"}
-    trained, here = sorted(seen & set(said.processing)), sorted(done)
+def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
+    """In what the model's weights differ from those of the training, so that its hook shows it; empty where they don't."""
+    said = dictionary.training
+    seen = {"fold_ln"} if sites.behind_norm(dictionary.reads) else {"center_writing_weights"}
+    trained, here = sorted(seen & set(said.processing)), sorted(seen & set(done))
     if said.model is None or trained == here:
         return ""
     return f"trained on weights processed by {trained or 'nothing'}, these are by {here or 'nothing'}"
@@ -186,13 +184,14 @@ def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
     return float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
 
 
-def _remarks(lens: Lens, said: Training, pairs: Pairs, done: Iterable[str]) -> Iterable[str]:
+def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[str]) -> Iterable[str]:
+    said = dictionary.training
     longest = max(len(pair) for pair in pairs)
     if said.context_size and longest > said.context_size:
         yield f"trained on {said.context_size} tokens at a time, the longest prompt has {longest}"
     if said.prepend_bos and not all(0 in pair.special for pair in pairs):
         yield "trained with BOS first, which some prompts lack"
-    other = _other_weights(said, done)
+    other = _other_weights(dictionary, done)
     if other:
         yield other
     ours = official_name(str(lens.model.cfg.model_name))

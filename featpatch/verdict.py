@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+LESS = 0.05
+"""How far the explained variance may lie below what the dictionary's configuration says."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -27,6 +30,14 @@ class Fit:
     l0: float
     misfit: str
     remarks: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In a few words."""
+        if self.misfit:
+            return "does not fit"
+        low = self.expected is not None and self.explained_variance < self.expected - LESS
+        return "less than it claims" if low else "fits"
 
 
 @dataclass(frozen=True)

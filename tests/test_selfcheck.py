@@ -1,0 +1,156 @@
+"""A dictionary that does not belong to the model is told by its explained variance, and the reason is named."""
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from small import VOCAB, WIDTH, Small, at, small_bridge, small_hooked
+
+import featpatch as fp
+
+COMPONENTS = 10
+HOOKS = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out")
+
+
+def prompts(seed: int = 0) -> fp.Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    clean, corrupted = (torch.randint(0, VOCAB, (12, 9), generator=generator) for _ in range(2))
+    return fp.Pairs.from_tokens(clean, corrupted, torch.full((12,), 3), torch.full((12,), 4))
+
+
+def fitted(model: Any, hook: str, **metadata: Any) -> StandardSAE:
+    """An SAE that has learned one hook of one model: its principal components, each as two features of opposite sign."""
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randint(0, VOCAB, (60, 9), generator=generator)
+    x = torch.cat([oracle.activations(model, row[None])[hook][0] for row in tokens])
+    _, _, directions = torch.linalg.svd(x - x.mean(0))
+    kept = directions[:COMPONENTS]
+    sae = StandardSAE(StandardSAEConfig(WIDTH, 2 * COMPONENTS, "float64", metadata=at(hook)))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([kept, -kept]))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_dec.copy_(x.mean(0))
+    for name, value in metadata.items():
+        setattr(sae.cfg.metadata, name, value)
+    return sae
+
+
+def uncentred(model: Any) -> Any:
+    """The stream of every token has a mean over its coordinates, which LayerNorm takes out; norms have weights."""
+    with torch.no_grad():
+        for name, parameter in model.original_model.named_parameters():
+            if ".ln_" in name:
+                parameter += torch.linspace(-0.3, 0.5, WIDTH, dtype=torch.float64)
+        model.original_model.transformer.wte.weight += torch.linspace(1, 5, VOCAB, dtype=torch.float64)[:, None]
+    return model
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked], ids=["bridge", "hooked"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_dictionary_that_fits(make: Any, hook: str) -> None:
+    model = make().model
+    sae = fitted(model, hook)
+    check = fp.check(model, sae, prompts())
+    (fit,) = check.fits
+    assert check.ok
+    assert fit.verdict == "fits"
+    assert fit.identity < 1e-12
+    assert fit.whole_site < 1e-12
+    rows = [oracle.activations(model, torch.tensor([t]))[hook][0] for p in prompts() for t in (p.clean, p.corrupted)]
+    x = torch.cat(rows)
+    errors = (x - sae(x)).detach().square().sum()
+    assert check.positions == len(x)
+    np.testing.assert_allclose(fit.explained_variance, float(1 - errors / (x - x.mean(0)).square().sum()), rtol=1e-9)
+    np.testing.assert_allclose(fit.l0, float((sae.encode(x) != 0).double().sum(1).mean()))
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked], ids=["bridge", "hooked"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_dictionary_of_another_layer_is_named(make: Any, hook: str) -> None:
+    model = make().model
+    sae = fitted(model, hook)
+    sae.cfg.metadata.hook_name = hook.replace("1", "2")
+    (fit,) = fp.check(model, sae, prompts()).fits
+    assert fit.verdict == "does not fit"
+    assert f"as the SAE of {hook!r}" in fit.misfit
+
+
+def test_a_dictionary_of_another_model_of_the_same_width() -> None:
+    ours, theirs = small_bridge().model, small_hooked().model
+    sae = fitted(theirs, HOOKS[0], model_name="theirs", explained_variance=0.97)
+    (fit,) = fp.check(ours, sae, prompts()).fits
+    assert "no other layer is better" in fit.misfit
+    assert "another model of this width" in fit.misfit
+    assert any("names the model 'theirs'" in remark for remark in fit.remarks) == (not ours.cfg.model_name.startswith("/"))
+
+
+def test_a_dictionary_of_processed_weights() -> None:
+    model = uncentred(small_bridge().model)
+    processed = uncentred(small_bridge().model)
+    processed.enable_compatibility_mode(disable_warnings=True)
+    oracle._activations.cache_clear()
+    done = {"fold_ln": True, "center_writing_weights": True}
+    of_processed = fitted(processed, HOOKS[0], model_name="small", model_from_pretrained_kwargs=done)
+    of_raw = fitted(model, HOOKS[0], model_name="small")
+
+    check = fp.check(processed, of_processed, prompts())
+    assert check.ok
+    assert check.weights == "fold_ln, center_writing_weights"
+    assert not any("processed" in remark for remark in check.fits[0].remarks)
+    check = fp.check(model, of_raw, prompts())
+    assert check.ok
+    assert check.weights == "as they are"
+
+    (fit,) = fp.check(model, of_processed, prompts()).fits
+    assert "as trained on processed weights (center_writing_weights=True)" in fit.misfit
+    assert any("trained on weights processed by ['center_writing_weights']" in remark for remark in fit.remarks)
+    (fit,) = fp.check(processed, of_raw, prompts()).fits
+    assert "trained on weights processed by nothing, these are by ['center_writing_weights']" in fit.remarks
+
+
+def test_remarks(bridge: Small) -> None:
+    sae = fitted(bridge.model, HOOKS[0], context_size=8, prepend_bos=True, explained_variance=1.0)
+    (fit,) = fp.check(bridge.model, sae, prompts()).fits
+    assert fit.verdict == "less than it claims"
+    assert fit.remarks == (
+        "trained on 8 tokens at a time, the longest prompt has 9",
+        "trained with BOS first, which some prompts lack",
+    )
+
+
+def test_special_tokens_are_left_out(bridge: Small) -> None:
+    """A BOS whose activation is enormous neither explains nor hides anything."""
+    pairs = prompts()
+    marked = fp.Pairs(tuple(fp.Pair(p.clean, p.corrupted, p.correct, p.wrong, special=frozenset({0})) for p in pairs))
+    assert fp.check(bridge.model, bridge.saes[:1], marked).positions == 12 * 2 * 8
+
+
+def test_a_decoder_that_breaks_the_law_is_called_a_bug(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featpatch.patching.chosen import Chosen
+
+    right = Chosen.delta
+    monkeypatch.setattr(Chosen, "delta", lambda self, base, source: 0.9 * right(self, base, source))
+    (fit,) = fp.check(bridge.model, fitted(bridge.model, HOOKS[0]), prompts()).fits
+    assert "all features and the error are not the whole activation" not in fit.misfit, "both ways are scaled alike"
+    monkeypatch.setattr(
+        Chosen, "delta", lambda self, base, source: (0.9 if self.dictionary else 1.0) * right(self, base, source)
+    )
+    (fit,) = fp.check(bridge.model, fitted(bridge.model, HOOKS[0]), prompts()).fits
+    assert "all features and the error are not the whole activation" in fit.misfit
+
+
+def test_the_table(bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from featpatch.report import checked
+
+    sae = deepcopy(fitted(bridge.model, HOOKS[0]))
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"
+    Console(width=150).print(checked(fp.check(bridge.model, sae, prompts())))
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed
+    assert "as the SAE of 'blocks.1.hook_resid_pre'" in " ".join(printed.split())

@@ -1,13 +1,15 @@
 """TransformerBridge: Hugging Face models behind TransformerLens hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 
 from featpatch import sites
 from featpatch.lens.layer import Rotation, Stack, UnsupportedError
@@ -39,6 +41,10 @@ class BridgeLens(Lens):
             answering(self.model.unembed, answers),
         ):
             return self.model(tokens)[:, 0]
+
+    def _points(self) -> Mapping[str, HookPoint]:
+        """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""
+        return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
         """Blocks above `layer` return their input; the unembedding sees one position."""

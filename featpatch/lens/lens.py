@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,7 +50,11 @@ class Lens(ABC):
                 f"SAEs are attached to the model at {', '.join(self.model.acts_to_saes)}: expected the unmodified model; "
                 "call model.reset_saes() and pass the SAEs to featpatch instead"
             )
-        object.__setattr__(self, "hook_points", self.model.hook_dict)
+        object.__setattr__(self, "hook_points", self._points())
+
+    def _points(self) -> Mapping[str, HookPoint]:
+        """Every hook point by its name, aliases included."""
+        return cast(Mapping[str, HookPoint], self.model.hook_dict)
 
     @property
     def edits(self) -> list[Any]:

@@ -1,9 +1,9 @@
 """SAEs by folder, by the name of sae-lens' registry, or by a repository of the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sae_lens import SAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
@@ -48,8 +48,9 @@ def load_sae(
         raise not_found("SAE", str(source), error) from error
     if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
-    if place.explained_variance is not None:
-        sae.cfg.metadata.explained_variance = place.explained_variance
+    metadata = sae.cfg.metadata
+    metadata.explained_variance = metadata.explained_variance or place.explained_variance
+    metadata.model_from_pretrained_kwargs = metadata.model_from_pretrained_kwargs or place.model_options
     return sae
 
 
@@ -74,13 +75,15 @@ class Place:
 
     Attributes:
         loader: sae-lens' name of the loader, None for its own format.
-        explained_variance: what the registry says.
+        explained_variance, model_options: what the registry says of the training; sae-lens itself loses the latter where
+            the repository's own configuration is of its newer format.
     """
 
     release: str
     sae_id: str
     loader: str | None = None
     explained_variance: float | None = None
+    model_options: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, name: str) -> "Place":
@@ -100,7 +103,8 @@ class Place:
                     f"{', '.join(f'{first}/{known_id}' for known_id in near[:3])}"
                 )
             said = known.expected_var_explained[rest]
-            return cls(first, rest, known.conversion_func, said if 0 < said < 1 else None)
+            options = (known.config_overrides or {}).get("model_from_pretrained_kwargs")
+            return cls(first, rest, known.conversion_func, said if 0 < said < 1 else None, cast(Any, options))
         repository, _, folder = rest.partition("/")
         if not repository or not folder:
             near = [release for release in registry if first in release or release in first][:3]

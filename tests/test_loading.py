@@ -1,0 +1,276 @@
+"""Models and SAEs by name from a hub on this machine, by folder, and as objects."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub import Hub, serving
+from sae_lens import HookedSAETransformer, SAETransformerBridge, StandardSAE
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+from small import FEATURES, Small, at, standard
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformer_lens import HookedTransformerConfig
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import featpatch as fp
+
+WORDS = [
+    "<bos>",
+    "<unk>",
+    *["when", "Mary", "and", "John", "went", "to", "the", "store", "gave", "a", "drink", "Anna", "Paul", "book"],
+]
+HOOK = "blocks.8.hook_resid_pre"
+RELEASE = "gpt2-small-res-jb"
+REPOSITORY = "jbloom/GPT2-Small-SAEs-Reformatted"
+PAIRS = [
+    {"clean": "when Mary and John went John gave a drink to", "corrupted": "when Mary and John went Mary gave a drink to",
+     "correct": "Mary", "wrong": "John", "labels": {"S2": 6}},
+]  # fmt: skip
+
+
+def save_model(folder: Path) -> GPT2LMHeadModel:
+    """A model of nine layers, none of its norms trivial, with a tokenizer that puts <bos> first."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=32, n_embd=16, n_layer=9, n_head=2, bos_token_id=0, eos_token_id=0,
+                        initializer_range=0.2)  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ln_" in name:
+                parameter += 0.2 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>", add_bos_token=True
+    )
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def save_sae(folder: Path, hook: str = HOOK, **options: Any) -> StandardSAE:
+    sae = standard(hook, 3, **options).to(dtype=torch.float32)
+    sae.cfg.metadata.model_name = "gpt2-small"
+    sae.save_model(folder)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    save_model(root / "model")
+    save_sae(root / "saes" / HOOK)
+    old = {"model_name": "gpt2-small", "hook_point": HOOK, "hook_point_layer": 8, "d_in": 16, "d_sae": FEATURES,
+           "dtype": "torch.float32", "device": "cpu", "context_size": 128}  # fmt: skip
+    (root / "saes" / HOOK / "cfg.json").write_text(json.dumps(old))
+    save_sae(root / "own" / "layer_2", "blocks.2.hook_mlp_out")
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def hub(root: Path) -> Iterator[Hub]:
+    repositories = {
+        "gpt2": root / "model", "openai-community/gpt2": root / "model", REPOSITORY: root / "saes", "someone/own": root / "own",
+    }  # fmt: skip
+    with serving(repositories) as served:
+        yield served
+
+
+def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in another process, since the hub's address is read when huggingface_hub is imported."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+DOWNLOAD = """
+import json, sys
+import featpatch as fp
+model, saes = fp.load("gpt2", saes=["gpt2-small-res-jb/blocks.8.hook_resid_pre", "someone/own/layer_2"], processing=[])
+pairs = fp.Pairs.from_jsonl(model.tokenizer, sys.argv[1])
+effects = fp.rank_features(model, saes, pairs, progress=False)
+claimed = saes[0].cfg.metadata.explained_variance
+print(json.dumps([[str(node) for node in effects.nodes], effects.denoised.tolist(), pairs[0].clean, claimed]))
+"""
+
+
+def test_downloads_give_what_the_folders_give(hub: Hub, root: Path, tmp_path: Path) -> None:
+    done = run(DOWNLOAD, hub.environment(tmp_path), str(root / "pairs.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert "self-check on" in done.stdout
+    nodes, denoised, tokens, claimed = json.loads(done.stdout.splitlines()[-1])
+    model, saes = fp.load(root / "model", [root / "saes" / HOOK, root / "own" / "layer_2"], check=False)
+    effects = fp.rank_features(model, saes, fp.Pairs.from_jsonl(model.tokenizer, root / "pairs.jsonl"), progress=False)
+    assert nodes == [str(node) for node in effects.nodes]
+    assert denoised == pytest.approx(effects.denoised.tolist(), abs=1e-5)
+    assert tokens[0] == 0, "BOS comes first"
+    assert claimed == get_pretrained_saes_directory()[RELEASE].expected_var_explained[HOOK]
+    for file in (r"/gpt2/resolve/\w+/model.safetensors", rf"/{REPOSITORY}/resolve/main/{HOOK}/sae_weights.safetensors"):
+        assert any(re.fullmatch(f"GET {file}", request) for request in hub.requests), file
+
+
+def test_the_command_line_downloads_and_processes_the_weights_as_the_sae_says(hub: Hub, root: Path, tmp_path: Path) -> None:
+    arguments = ["rank", "--model", "gpt2", "--sae", f"{RELEASE}/{HOOK}", "--pairs", str(root / "pairs.jsonl"), "--out",
+                 str(tmp_path / "out")]  # fmt: skip
+    done = run("from featpatch.cli import app; app()", hub.environment(tmp_path), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "weights center_writing_weights" in done.stdout
+    assert (tmp_path / "out" / "effects.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "sae", "message"),
+    [
+        ("nobody/nothing", None, "the model 'nobody/nothing' can't be loaded"),
+        ("gpt2", "someone/own/layer_7", "the SAE 'someone/own/layer_7' can't be loaded (EntryNotFoundError"),
+        ("gpt2", "someone/nothing/layer_7", "the SAE 'someone/nothing/layer_7' can't be loaded (RepositoryNotFoundError"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path, model: str, sae: str | None, message: str) -> None:
+    code = f"import featpatch as fp; fp.load({model!r}, {[sae] if sae else []!r})"
+    done = run(code, hub.environment(tmp_path))
+    assert message.split(" (")[0] in done.stderr
+    assert "hf download NAME --local-dir FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize("switch", ["offline", "unreachable"])
+def test_without_a_network(hub: Hub, tmp_path: Path, switch: str) -> None:
+    environment = hub.environment(tmp_path)
+    environment |= {"HF_HUB_OFFLINE": "1"} if switch == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    code = """
+import featpatch as fp
+for what in (lambda: fp.load("gpt2"), lambda: fp.load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")):
+    try:
+        what()
+    except fp.FeatpatchError as error:
+        print(error)
+"""
+    done = run(code, environment)
+    assert done.returncode == 0, done.stderr
+    model, sae = done.stdout.splitlines()[-2:]
+    assert model.startswith("the model 'gpt2' can't be loaded")
+    assert sae.startswith("the SAE 'gpt2-small-res-jb/blocks.8.hook_resid_pre' can't be loaded")
+    assert "without a network, download it where there is one" in model
+    assert "without a network, download it where there is one" in sae
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{RELEASE}/blocks.77", "has no SAE 'blocks.77': expected one of its 13, such as gpt2-small-res-jb/blocks.0"),
+        (RELEASE, "release 'gpt2-small-res-jb' has no SAE ''"),
+        ("gpt2-small-res", r"there is no SAE 'gpt2-small-res': expected a folder .* \(releases such as gpt2-small-res-jb"),
+        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_0", "one layer of a cross-layer transcoder .* summed"),
+    ],
+)
+def test_names_that_are_none(name: str, message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load_sae(name)
+
+
+def test_objects_are_taken_as_they_are(root: Path, bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them give what the folder gives; HookedSAETransformer is not of the folder's weights."""
+    sae = fp.load_sae(root / "saes" / HOOK)
+    expected = fp.load(root / "model", sae).model
+    assert "self-check on" in capsys.readouterr().out
+    tokens = torch.tensor([expected.tokenizer("when Mary and John went").input_ids])
+    hugging_face = GPT2LMHeadModel.from_pretrained(root / "model", attn_implementation="eager")
+    made = [
+        fp.load(hugging_face, sae, tokenizer=expected.tokenizer, check=False),
+        fp.load(SAETransformerBridge.boot_transformers(str(root / "model"), device="cpu"), sae, check=False),
+    ]
+    for model, saes in made:
+        assert saes == [sae]
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), expected(tokens), rtol=0, atol=1e-6)
+        assert fp.check(model, saes, fp.Pairs.from_jsonl(expected.tokenizer, root / "pairs.jsonl")).fits[0].whole_site < 1e-5
+    assert fp.load(bridge.model, bridge.saes).model is bridge.model, "without a tokenizer nothing is checked"
+
+
+def test_a_hooked_sae_transformer(bridge: Small) -> None:
+    """It has `mlp.hook_in`, as the transcoders of the bridge name it."""
+    config = HookedTransformerConfig(
+        n_layers=2, d_model=16, n_ctx=16, d_head=4, n_heads=4, d_mlp=32, d_vocab=40, act_fn="gelu", dtype=torch.float64, seed=1
+    )
+    model = HookedSAETransformer(config).eval()
+    pairs = fp.Pairs.from_tokens(*_tokens(bridge))
+    effects = fp.rank_features(model, [bridge.at("blocks.0.hook_resid_pre"), bridge.saes[-1]], pairs, progress=False)
+    whole = effects.where(kind="activation")
+    assert {node.site for node in whole.nodes} == {"blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out"}
+    assert whole.pooled("recovery")[0] == pytest.approx(1, abs=1e-10)
+    model.add_sae(bridge.at("blocks.0.hook_resid_pre"))
+    with pytest.raises(fp.FeatpatchError, match=r"SAEs are attached to the model at blocks.0.hook_resid_pre.*reset_saes"):
+        fp.rank_features(model, bridge.at("blocks.0.hook_resid_pre"), pairs)
+
+
+@pytest.mark.parametrize("where", ["activation_scaler.json", "metadata", "argument"])
+def test_a_scale_from_disk_is_folded_in(tmp_path: Path, where: str) -> None:
+    folded = save_sae(tmp_path / "folded")
+    folded.fold_activation_norm_scaling_factor(0.25)
+    sae = standard(HOOK, 3, normalize_activations="expected_average_only_in").to(dtype=torch.float32)
+    if where == "metadata":
+        sae.cfg.metadata.norm_scaling_factor = 0.25
+    sae.save_model(tmp_path / "sae")
+    if where == "activation_scaler.json":
+        ActivationScaler(scaling_factor=0.25).save(str(tmp_path / "sae" / where))
+    loaded = fp.load_sae(tmp_path / "sae", norm_scaling_factor=0.25 if where == "argument" else None)
+    assert loaded.cfg.normalize_activations == "none"
+    x = torch.randn(1, 5, 16)
+    torch.testing.assert_close(loaded(x), folded(x))
+    torch.testing.assert_close(loaded.encode(x), folded.encode(x))
+
+
+def test_whitening_from_disk_is_folded_in(tmp_path: Path, bridge: Small) -> None:
+    sae = standard("blocks.1.hook_resid_pre", 3, normalize_activations="covariance_whitening").to(dtype=torch.float32)
+    sae.save_model(tmp_path)
+    with pytest.raises(fp.FeatpatchError, match="covariance_whitening' and its whitening is not folded in"):
+        fp.check(bridge.model, fp.load_sae(tmp_path), fp.Pairs.from_tokens(*_tokens(bridge)))
+    matrix = torch.randn(16, 16, dtype=torch.float64)
+    scaler = ActivationScaler(whitening=ActivationWhitening(torch.randn(16, dtype=torch.float64), matrix, matrix.inverse()))
+    scaler.save(str(tmp_path / "activation_scaler.json"))
+    loaded = fp.load_sae(tmp_path)
+    x = torch.randn(1, 5, 16)
+    torch.testing.assert_close(loaded(x), scaler.unscale(sae(scaler(x))), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": 3}, "the model is a int: expected a name, a folder"),
+        ({"model": "missing/folder/of/model"}, "the model 'missing/folder/of/model' can't be loaded"),
+        ({"dtype": "float31"}, "dtype 'float31' is unknown: expected float32, bfloat16"),
+        ({"device": "cuda:77"}, "device 'cuda:77' can't be used"),
+        ({"processing": ["fold"]}, r"processing=\['fold'\]: expected some of fold_ln"),
+    ],
+)
+def test_unusable_requests(root: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load(**{"model": root / "model", **options})
+
+
+def test_a_model_in_memory_needs_its_tokenizer(root: Path) -> None:
+    with pytest.raises(fp.FeatpatchError, match="GPT2LMHeadModel has no tokenizer with it: pass tokenizer"):
+        fp.load(GPT2LMHeadModel.from_pretrained(root / "model"))
+
+
+def test_saes_of_differently_processed_weights(root: Path) -> None:
+    one, other = (fp.load_sae(root / "saes" / HOOK) for _ in range(2))
+    other.cfg.metadata = at("blocks.7.hook_resid_pre")
+    other.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    with pytest.raises(fp.FeatpatchError, match="trained on differently processed weights"):
+        fp.load(root / "model", [one, other])
+    loaded = fp.load(root / "model", [other], check=False)
+    pairs = fp.Pairs.from_jsonl(loaded.model.tokenizer, root / "pairs.jsonl")
+    assert fp.check(loaded.model, [other], pairs).weights == "center_writing_weights"
+
+
+def _tokens(small: Small) -> tuple[torch.Tensor, ...]:
+    return small.clean, small.corrupted, small.correct, small.wrong

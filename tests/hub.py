@@ -1,6 +1,6 @@
-"""A loopback Hugging Face hub that serves folders, so that the real download code runs in tests. Nothing here imports featpatch.
+"""A loopback Hugging Face hub that serves folders, so that tests run the real download code. Nothing here imports featpatch.
 
-The client libraries read HF_ENDPOINT when they are imported: run them in a subprocess with `Hub.environment`.
+The client libraries read HF_ENDPOINT when they are imported: run them in a subprocess, with `Hub.environment`.
 """
 
 import hashlib
@@ -8,17 +8,18 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 REPO = r"/(?P<repo>[^/]+(?:/[^/]+)?)"
-RESOLVE = re.compile(REPO + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-API = re.compile(r"/api/models" + REPO + r"(?:/(?P<kind>revision|tree)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?")
+FILE = re.compile(REPO + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+INFO = re.compile("/api/models" + REPO + r"(?:/revision/(?P<revision>[^/]+))?")
+TREE = re.compile("/api/models" + REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Of a subprocess that knows no other hub, no token and no proxy, and caches below `home`."""
+        """For a subprocess that knows no other hub, no token and no proxy, and caches below `home`."""
         foreign = re.compile(r"(HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS)_.*|.*_PROXY", re.IGNORECASE)
         kept = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
         switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
@@ -38,91 +39,87 @@ class Hub:
 
 @contextmanager
 def serving(repos: Mapping[str, Path]) -> Iterator[Hub]:
-    """Serve each folder as the revision `main` of the repository of that name; later changes of a folder are a new commit."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.repos = dict(repos)  # type: ignore[attr-defined]
-    server.hub = hub = Hub(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    """Serve each folder as the revision `main` of the repository of that name; a changed folder is a new commit."""
+    with _Server(repos) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server.hub
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-class _Missing(Exception):  # noqa: N818
-    """What the hub answers instead of a result: status, X-Error-Code and X-Error-Message."""
+class _Server(ThreadingHTTPServer):
+    def __init__(self, repos: Mapping[str, Path]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos, self.hub = dict(repos), Hub(f"http://127.0.0.1:{self.server_port}")
+
+
+class _HubError(Exception):
+    """An answer that is a refusal: status, X-Error-Code, X-Error-Message and perhaps X-Repo-Commit."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Any
+    server: _Server
 
     def do_GET(self) -> None:
         self.server.hub.requests.append(f"{self.command} {self.path}")
-        url = urlsplit(self.path)
+        routes: dict[re.Pattern[str], Callable[..., None]] = {FILE: self._file, INFO: self._info, TREE: self._tree}
         try:
-            if match := RESOLVE.fullmatch(url.path):
-                self._resolve(**{name: unquote(part) for name, part in match.groupdict().items()})
-            elif match := API.fullmatch(url.path):
-                parts = {name: unquote(part or "") for name, part in match.groupdict().items()}
-                self._answer(
-                    200, json.dumps(self._api(**parts, query=url.query)).encode(), {"Content-Type": "application/json"}
-                )
-            else:
-                raise _Missing(404, "", "Sorry, we can't find the page you are looking for.")
-        except _Missing as missing:
-            status, code, message, *commit = missing.args
-            headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": "".join(commit)}
-            self._answer(status, json.dumps({"error": message}).encode(), {k: v for k, v in headers.items() if v})
+            for pattern, route in routes.items():
+                if match := pattern.fullmatch(urlsplit(self.path).path):
+                    return route(**{name: unquote(part or "") for name, part in match.groupdict().items()})
+            raise _HubError(404, "", "Sorry, we can't find the page you are looking for.", "")
+        except _HubError as error:
+            status, code, message, commit = error.args
+            headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+            self._answer(status, b"", {name: value for name, value in headers.items() if value})
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _resolve(self, repo: str, revision: str, path: str) -> None:
-        files, commit = self._repository(repo, revision)
+    def _file(self, repo: str, revision: str, path: str) -> None:
+        files, commit = self._files(repo, revision)
         if path not in files:
-            raise _Missing(404, "EntryNotFound", "Entry not found", commit)
-        content, status = files[path], 200
+            raise _HubError(404, "EntryNotFound", "Entry not found", commit)
+        status, content = 200, files[path]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_blob(content)}"', "Accept-Ranges": "bytes"}
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-            content, status = content[start:stop], 206
+            status, content = 206, content[start:stop]
         self._answer(status, content, headers)
 
-    def _api(self, repo: str, kind: str, revision: str, path: str, query: str) -> Any:
-        files, commit = self._repository(repo, revision or "main")
-        if kind != "tree":
-            siblings = [{"rfilename": name} for name in files]
-            return {
-                "_id": commit[:24],
-                "id": repo,
-                "modelId": repo,
-                "sha": commit,
-                "tags": [],
-                "private": False,
-                "siblings": siblings,
-            }
-        below = {name: content for name, content in files.items() if name.startswith(f"{path}/" if path else "")}
-        if not below:
-            raise _Missing(404, "EntryNotFound", f"{path} does not exist on {revision!r}", commit)
-        folders = {str(folder) for name in below for folder in Path(name).parents if len(folder.parts) > len(Path(path).parts)}
-        tree = [{"type": "directory", "oid": _blob(name.encode()), "size": 0, "path": name} for name in sorted(folders)]
-        tree += [{"type": "file", "oid": _blob(content), "size": len(content), "path": name} for name, content in below.items()]
-        depth = len(Path(path).parts) + 1
-        return [entry for entry in tree if "recursive=true" in query.lower() or len(Path(str(entry["path"])).parts) == depth]
+    def _info(self, repo: str, revision: str) -> None:
+        files, commit = self._files(repo, revision or "main")
+        siblings = [{"rfilename": name} for name in files]
+        self._json({"id": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
 
-    def _repository(self, repo: str, revision: str) -> tuple[dict[str, bytes], str]:
-        """Files by name, and the commit. To a stranger the hub says 401, not 404, of a repository that is not there."""
+    def _tree(self, repo: str, revision: str, path: str) -> None:
+        files, commit = self._files(repo, revision)
+        top = PurePosixPath(path)
+        if path and not any(top in PurePosixPath(name).parents for name in files):
+            raise _HubError(404, "EntryNotFound", f"{path} does not exist on {revision!r}", commit)
+        folders = {str(folder) for name in files for folder in PurePosixPath(name).parents}
+        tree = [{"type": "directory", "path": name, "oid": _blob(name.encode()), "size": 0} for name in sorted(folders)]
+        tree += [{"type": "file", "path": name, "oid": _blob(file), "size": len(file)} for name, file in files.items()]
+        deep = "recursive=true" in self.path.lower()
+        above = [list(PurePosixPath(str(entry["path"])).parents) for entry in tree]
+        self._json([entry for entry, up in zip(tree, above, strict=True) if top in (up if deep else up[:1])])
+
+    def _files(self, repo: str, revision: str) -> tuple[dict[str, bytes], str]:
+        """Files by name, and the commit. To a stranger the hub says 401 of a repository that is not there."""
         if repo not in self.server.repos:
-            raise _Missing(401, "RepoNotFound", "Invalid username or password.")
+            raise _HubError(401, "RepoNotFound", "Invalid username or password.", "")
         folder = self.server.repos[repo]
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-        commit = hashlib.sha1(repr([(name, _blob(content)) for name, content in files.items()]).encode()).hexdigest()
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        commit = hashlib.sha1(repr([(name, _blob(file)) for name, file in files.items()]).encode()).hexdigest()
         if revision not in ("main", commit):
-            raise _Missing(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}", "")
         return files, commit
+
+    def _json(self, value: Any) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)

@@ -71,6 +71,18 @@ def positive_thresholds(sae: Any) -> Any:
     return sae
 
 
+READS = ("blocks.0.hook_resid_post", 16)
+"""Where transcoders read in the matrix: before everything that they write."""
+SITES = {
+    "resid_pre": ("blocks.1.hook_resid_pre", 16),
+    "resid_mid": ("blocks.1.hook_resid_mid", 16),
+    "resid_post": ("blocks.1.hook_resid_post", 16),
+    "attn_out": ("blocks.1.hook_attn_out", 16),
+    "mlp_out": ("blocks.1.hook_mlp_out", 16),
+    "hook_z": ("blocks.1.attn.hook_z", 16),
+    "mlp.hook_pre": ("blocks.1.mlp.hook_pre", 32),
+    "mlp.hook_post": ("blocks.1.mlp.hook_post", 32),
+}
 AUTOENCODERS: dict[str, Builder] = {
     "standard": autoencoder(sl.StandardSAE, sl.StandardSAEConfig),
     "JumpReLU": autoencoder(sl.JumpReLUSAE, sl.JumpReLUSAEConfig),

@@ -46,7 +46,7 @@ def decode(sae: Any, features: torch.Tensor, x: torch.Tensor, like: torch.Tensor
     own = encode(sae, x)
     decoded = sae.decode(features).reshape(like.shape)
     if hasattr(sae, "W_skip"):
-        return decoded + x.flatten(2) @ sae.W_skip.T
+        return decoded + (x.flatten(2) @ sae.W_skip.T).reshape(like.shape)
     if sae.cfg.architecture() == "temporal":
         forward = sae(x if sae.cfg.reshape_activations == "hook_z" else x.flatten(2)).reshape(like.shape)
         encode(sae, x)

@@ -250,7 +250,7 @@ def test_an_effects_file_that_is_none(tmp_path: Any) -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="expected one of Demo"):
+    with pytest.raises(AttributeError, match="expected one of Check, Demo"):
         fp.rank_neurons  # noqa: B018
 
 

@@ -2,26 +2,18 @@
 
 import random
 import warnings
+from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from kinds import AUTOENCODERS, TRANSCODERS, Squared
-from small import FEATURES, Small, standard
+from kinds import AUTOENCODERS, READS, SITES, TRANSCODERS, Squared
+from small import FEATURES, Small, small_bridge, standard
 
 import featpatch as fp
 
 EXACT = 1e-10
-SITES = {
-    "resid_pre": ("blocks.1.hook_resid_pre", 16),
-    "resid_mid": ("blocks.1.hook_resid_mid", 16),
-    "resid_post": ("blocks.1.hook_resid_post", 16),
-    "attn_out": ("blocks.1.hook_attn_out", 16),
-    "mlp_out": ("blocks.1.hook_mlp_out", 16),
-    "hook_z": ("blocks.1.attn.hook_z", 16),
-    "mlp.hook_post": ("blocks.1.mlp.hook_post", 32),
-}
 NORMALISING = ("constant_norm_rescale", "layer_norm")
 LAST = 7
 
@@ -80,24 +72,103 @@ def slow(site: str) -> Any:
     return pytest.warns(fp.SlowPathWarning) if ".mlp." in site else warnings.catch_warnings()
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("kind", AUTOENCODERS)
-def test_autoencoders(small: Small, kind: str, site: str) -> None:
+OTHERS = {
+    "your own, by `fp.adapt`": lambda small, hook, width: fp.adapt(Squared(width), hook, d_in=width),
+    "coordinates, `fp.identity`": lambda small, hook, width: fp.identity(small.model, hook),
+    "principal components, `fp.pca`": lambda small, hook, width: fp.pca(small.model, hook, pairs_of(small), components=5),
+}
+KINDS = [*AUTOENCODERS, *TRANSCODERS, *OTHERS]
+
+
+def built(small: Small, kind: str, site: str) -> Any:
+    """The dictionary of a cell of the matrix; transcoders write at the site."""
     hook, width = SITES[site]
-    options = {"reshape_activations": "hook_z"} if site == "hook_z" and kind not in ("BatchTopK", "Matryoshka") else {}
-    with slow(hook):
-        check(small, AUTOENCODERS[kind](hook, width, seed=3, **options), entries=2)
+    if kind in TRANSCODERS:
+        return TRANSCODERS[kind](*READS, hook, width, seed=3)
+    if kind in OTHERS:
+        return OTHERS[kind](small, hook, width)
+    flat = site != "hook_z" or kind in ("BatchTopK", "Matryoshka")
+    return AUTOENCODERS[kind](hook, width, seed=3, **({} if flat else {"reshape_activations": "hook_z"}))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_matrix(small: Small, kind: str, site: str) -> None:
+    with slow(SITES[site][0]):
+        check(small, built(small, kind, site), entries=2)
+
+
+def matrix() -> str:
+    """The cells that are tested, as a table: `python tests/test_kinds.py` prints it for the README."""
+    rows = [["kind", *SITES], ["---", *[":-:"] * len(SITES)]]
+    rows += [[kind, *("slow" if ".mlp." in hook else "yes" for hook, _ in SITES.values())] for kind in KINDS]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def test_the_readme_shows_the_matrix() -> None:
+    assert matrix() in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("reshape", ["none", "hook_z"])
+def test_heads_side_by_side(reshape: str) -> None:
+    """The flat form of `hook_z`, which a bridge has where nothing splits the heads."""
+    small = small_bridge()
+    sae = standard("blocks.1.attn.hook_z", 3, reshape_activations=reshape)
+    apart = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
+    small.model.hook_dict["blocks.1.attn.hook_z"].hook_conversion = None
+    oracle._activations.cache_clear()
+    assert oracle.activations(small.model, small.clean[:1])["blocks.1.attn.hook_z"].shape == (1, LAST, 16)
+    flat = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
+    assert flat.nodes == apart.nodes
+    assert abs(flat.denoised - apart.denoised).max() < EXACT
+    if reshape == "none":
+        check(small, sae)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("hook_in", "hook_resid_pre"), ("hook_out", "hook_resid_post"), ("ln2.hook_in", "hook_resid_mid"),
+     ("attn.hook_out", "hook_attn_out"), ("mlp.hook_out", "hook_mlp_out"), ("attn.o.hook_in", "attn.hook_z")],
+)  # fmt: skip
+def test_aliases_of_the_bridge(bridge: Small, alias: str, name: str) -> None:
+    one, other = (
+        fp.rank_features(bridge.model, standard(f"blocks.1.{hook}", 3), pairs_of(bridge), progress=False)
+        for hook in (alias, name)
+    )
+    assert one.nodes == other.nodes
+    assert {node.site for node in one.nodes} == {f"blocks.1.{name}"}
+    assert (one.denoised == other.denoised).all()
+
+
+def test_every_layer_and_two_on_one_hook_at_once(small: Small) -> None:
+    """All in one call give what each gives alone."""
+    hooks = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)]
+    saes = [standard(hook, 3) for hook in hooks] + [
+        AUTOENCODERS["TopK"](hooks[1], 16, seed=5),
+        fp.identity(small.model, hooks[1]),
+    ]
+    together = fp.rank_features(small.model, saes, pairs_of(small), progress=False)
+    assert len({node.sae for node in together.nodes if node.sae}) == 5
+    for sae, name in zip(saes, [*hooks, f"{hooks[1]}#2", f"coordinates of {hooks[1]}"], strict=True):
+        alone = fp.rank_features(small.model, sae, pairs_of(small), progress=False).where(kind="feature")
+        of_sae = [row for row, node in enumerate(together.nodes) if node.sae == name and node.kind == "feature"]
+        found = together.take(of_sae)
+        assert [node.index for node in found.nodes] == [node.index for node in alone.nodes]
+        assert abs(found.denoised - alone.denoised).max() < EXACT
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "hook_z"])
+def test_a_bridge_with_processed_weights(site: str) -> None:
+    small = small_bridge()
+    small.model.enable_compatibility_mode(disable_warnings=True)
+    oracle._activations.cache_clear()
+    check(small, standard(SITES[site][0], 3))
 
 
 @pytest.mark.parametrize("kind", TRANSCODERS)
 def test_transcoders(small: Small, kind: str) -> None:
     reads = oracle.hooks(small.saes[-1])[0]
     check(small, TRANSCODERS[kind](reads, 16, "blocks.1.hook_mlp_out", 16, seed=3))
-
-
-@pytest.mark.parametrize("kind", TRANSCODERS)
-def test_transcoders_from_the_stream_to_another_layer(small: Small, kind: str) -> None:
-    check(small, TRANSCODERS[kind]("blocks.0.hook_resid_post", 16, "blocks.2.hook_attn_out", 16, seed=3), entries=2)
 
 
 @pytest.mark.parametrize("normalisation", NORMALISING)
@@ -244,3 +315,7 @@ def test_a_dictionary_of_one_head_is_refused(bridge: Small) -> None:
 def test_baselines_that_cannot_be(bridge: Small, layer: int, components: int, message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components)
+
+
+if __name__ == "__main__":
+    print(matrix())

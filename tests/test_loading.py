@@ -126,40 +126,47 @@ def test_the_command_line_downloads_and_processes_the_weights_as_the_sae_says(hu
     assert (tmp_path / "out" / "effects.csv").is_file()
 
 
-@pytest.mark.parametrize(
-    ("model", "sae", "message"),
-    [
-        ("nobody/nothing", None, "the model 'nobody/nothing' can't be loaded"),
-        ("gpt2", "someone/own/layer_7", "the SAE 'someone/own/layer_7' can't be loaded (EntryNotFoundError"),
-        ("gpt2", "someone/nothing/layer_7", "the SAE 'someone/nothing/layer_7' can't be loaded (RepositoryNotFoundError"),
-    ],
-)  # fmt: skip
-def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path, model: str, sae: str | None, message: str) -> None:
-    code = f"import featpatch as fp; fp.load({model!r}, {[sae] if sae else []!r})"
-    done = run(code, hub.environment(tmp_path))
-    assert message.split(" (")[0] in done.stderr
-    assert "hf download NAME --local-dir FOLDER" in done.stderr
-
-
-@pytest.mark.parametrize("switch", ["offline", "unreachable"])
-def test_without_a_network(hub: Hub, tmp_path: Path, switch: str) -> None:
-    environment = hub.environment(tmp_path)
-    environment |= {"HF_HUB_OFFLINE": "1"} if switch == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    code = """
+REFUSALS = """
+import sys
 import featpatch as fp
-for what in (lambda: fp.load("gpt2"), lambda: fp.load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")):
+for name in sys.argv[1:]:
     try:
-        what()
+        fp.load_sae(name) if "/layer_" in name or "/blocks" in name else fp.load(name)
     except fp.FeatpatchError as error:
-        print(error)
+        print("refused:", error)
 """
-    done = run(code, environment)
+
+
+def refusals(environment: dict[str, str], *names: str) -> list[str]:
+    """What loading each of the names says."""
+    done = run(REFUSALS, environment, *names)
     assert done.returncode == 0, done.stderr
-    model, sae = done.stdout.splitlines()[-2:]
-    assert model.startswith("the model 'gpt2' can't be loaded")
-    assert sae.startswith("the SAE 'gpt2-small-res-jb/blocks.8.hook_resid_pre' can't be loaded")
-    assert "without a network, download it where there is one" in model
-    assert "without a network, download it where there is one" in sae
+    said = [line.removeprefix("refused: ") for line in done.stdout.splitlines() if line.startswith("refused: ")]
+    assert len(said) == len(names)
+    for text in said:
+        assert "without a network, download it where there is one (`hf download NAME --local-dir FOLDER`)" in text
+    return said
+
+
+def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
+    model, file, repository = refusals(
+        hub.environment(tmp_path), "nobody/nothing", "someone/own/layer_7", "someone/nothing/layer_7"
+    )
+    assert model.startswith("the model 'nobody/nothing' can't be loaded (OSError: nobody/nothing is not a local folder")
+    assert file.startswith("the SAE 'someone/own/layer_7' can't be loaded (RemoteEntryNotFoundError: ")
+    assert repository.startswith("the SAE 'someone/nothing/layer_7' can't be loaded (RepositoryNotFoundError: ")
+
+
+def test_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    model, sae = refusals({**hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"}, "gpt2", f"{RELEASE}/{HOOK}")
+    assert model.startswith("the model 'gpt2' can't be loaded (OSError: ")
+    assert sae.startswith(f"the SAE '{RELEASE}/{HOOK}' can't be loaded (LocalEntryNotFoundError: ")
+
+
+def test_with_a_hub_that_does_not_answer(hub: Hub, tmp_path: Path) -> None:
+    environment = {**hub.environment(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    (sae,) = refusals(environment, f"{RELEASE}/{HOOK}")
+    assert sae.startswith(f"the SAE '{RELEASE}/{HOOK}' can't be loaded (LocalEntryNotFoundError: ")
 
 
 @pytest.mark.parametrize(

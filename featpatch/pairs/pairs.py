@@ -55,14 +55,14 @@ class Pairs(Sequence[Pair]):
         _equally_many(["clean", "corrupted", "correct", "wrong", "labels"], columns)
 
         def make(clean: str, corrupted: str, correct: Answers, wrong: Answers, labels: Mapping[str, int]) -> Pair:
-            ids = prompt_ids(tokenizer, clean)
+            ids, other = prompt_ids(tokenizer, clean), prompt_ids(tokenizer, corrupted)
             return Pair(
                 clean=ids,
-                corrupted=prompt_ids(tokenizer, corrupted),
+                corrupted=other,
                 correct=_answer_ids(tokenizer, correct),
                 wrong=_answer_ids(tokenizer, wrong),
                 labels=dict(labels),
-                special=special_positions(tokenizer, ids),
+                special=special_positions(tokenizer, ids, other),
             )
 
         return cls(_each(make, *columns))
@@ -75,18 +75,39 @@ class Pairs(Sequence[Pair]):
         correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"],
         wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"],
         labels: Sequence[Mapping[str, int]] | None = None,
+        *,
+        attention_mask: Int[torch.Tensor, "pairs pos"] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Pairs from id tensors, for models without a tokenizer; no position counts as special.
+        """Pairs from id tensors.
+
+        Args:
+            attention_mask: 1 for tokens and 0 for the padding on either side, of both prompts of a pair. Padding is cut off,
+                so that it plays no part in anything; labels are positions in the padded rows.
+            tokenizer: one whose special tokens (BOS) are left out of swaps; without it no position counts as special.
 
         Raises:
-            FeatpatchError: unequal lengths, no pairs, a label outside the prompt.
+            FeatpatchError: unequal lengths, no pairs, a label outside the prompt, padding between tokens.
         """
         columns: list[Sequence[Any]] = [clean.tolist(), corrupted.tolist(), correct.reshape(len(correct), -1).tolist()]
         columns += [wrong.reshape(len(wrong), -1).tolist(), labels if labels is not None else [{}] * len(clean)]
-        _equally_many(["clean", "corrupted", "correct", "wrong", "labels"], columns)
+        columns.append((torch.ones_like(clean) if attention_mask is None else attention_mask).tolist())
+        _equally_many(["clean", "corrupted", "correct", "wrong", "labels", "attention_mask"], columns)
 
-        def make(clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any) -> Pair:
-            return Pair(tuple(clean), tuple(corrupted), tuple(correct), tuple(wrong), dict(labels))
+        def make(
+            clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any, mask: list[int]
+        ) -> Pair:
+            start, stop = _tokens(mask)
+            ids = tuple(clean[start:stop])
+            other = tuple(corrupted[start:stop] if attention_mask is not None else corrupted)
+            return Pair(
+                clean=ids,
+                corrupted=other,
+                correct=tuple(correct),
+                wrong=tuple(wrong),
+                labels={label: position - start for label, position in labels.items()},
+                special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
+            )
 
         return cls(_each(make, *columns))
 
@@ -162,6 +183,14 @@ def _parse(line: str) -> dict[str, Any] | None:
                 f"{field} is {row[field]!r} in {line[:60]!r}: expected text, for answers a list too, for labels an object"
             )
     return row
+
+
+def _tokens(mask: list[int]) -> tuple[int, int]:
+    """Where tokens start and stop within padding."""
+    kept = [position for position, keep in enumerate(mask) if keep]
+    if not kept or kept != list(range(kept[0], kept[-1] + 1)):
+        raise FeatpatchError(f"attention_mask is {mask}: expected ones side by side, with zeros before or after them")
+    return kept[0], kept[-1] + 1
 
 
 def _answer_ids(tokenizer: Tokenizer, answers: Answers) -> tuple[int, ...]:

@@ -32,10 +32,10 @@ def answer_id(tokenizer: Tokenizer, text: str) -> int:
     return ids[0]
 
 
-def special_positions(tokenizer: Tokenizer, ids: Sequence[int]) -> frozenset[int]:
-    """Positions of the tokenizer's special tokens (BOS, padding, ...); none for a plain function."""
+def special_positions(tokenizer: Tokenizer, *prompts: Sequence[int]) -> frozenset[int]:
+    """Positions of the tokenizer's special tokens (BOS, padding, ...) in any of the prompts; none for a plain function."""
     special = set(getattr(tokenizer, "all_special_ids", ())) - {getattr(tokenizer, "unk_token_id", None)}
-    return frozenset(position for position, token in enumerate(ids) if token in special)
+    return frozenset(position for ids in prompts for position, token in enumerate(ids) if token in special)
 
 
 def _ids(tokens: Any) -> tuple[int, ...]:

@@ -74,8 +74,7 @@ class Runs:
     @classmethod
     def of(cls, lens: Lens, found: list[Dictionary], pairs: Pairs) -> "Runs":
         """The first prompts, up to `POSITIONS` positions."""
-        places = [place for d in found for place in (d, *(d.at_layer(lens, layer) for layer in range(lens.n_layers))) if place]
-        hooks = sorted({hook for place in places for hook in (place.reads, place.writes)})
+        hooks = sorted({hook for d in found for place in (d, *d.elsewhere(lens)) for hook in (place.reads, place.writes)})
         runs = cls({hook: [] for hook in hooks}, [])
         for pair in pairs:
             kept = torch.zeros(len(pair), dtype=torch.bool)
@@ -87,6 +86,11 @@ class Runs:
             if runs.positions >= POSITIONS:
                 break
         return runs
+
+    def fit(self, dictionary: Dictionary) -> bool:
+        """Whether the dictionary has the width of its hooks."""
+        widths = [self.activations[hook][0].shape[2] for hook in (dictionary.reads, dictionary.writes)]
+        return widths == [dictionary.codec.d_in, dictionary.codec.d_out]
 
     @property
     def positions(self) -> int:
@@ -139,12 +143,12 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
     expected = said.explained_variance
     if here >= max(GOOD, (expected or 0) - LESS):
         return ""
-    better: list[tuple[float, str]] = []
-    for layer in range(lens.n_layers):
-        moved = dictionary.at_layer(lens, layer)
-        if moved is not None:
-            better.append((_explained(moved, runs).variance, f"the SAE of {moved.writes!r}"))
-    if "center_writing_weights" not in done:
+    better = [
+        (_explained(moved, runs).variance, f"the SAE of {moved.writes!r}")
+        for moved in dictionary.elsewhere(lens)
+        if runs.fit(moved)
+    ]
+    if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
         variance = _explained(dictionary, runs, centred=True).variance
         better.append((variance, "trained on processed weights (center_writing_weights=True)"))
     best, what = max(better, default=(0.0, ""))
@@ -163,7 +167,8 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
 def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
     """In what the model's weights differ from those of the training, so that its hook shows it; empty where they don't."""
     said = dictionary.training
-    seen = {"fold_ln"} if sites.behind_norm(dictionary.reads) else {"center_writing_weights"}
+    seen = {"fold_ln"} if sites.behind_norm(dictionary.reads) else set()
+    seen |= {"center_writing_weights"} if sites.on_stream(dictionary.writes) else set()
     trained, here = sorted(seen & set(said.processing)), sorted(seen & set(done))
     if said.model is None or trained == here:
         return ""

@@ -57,6 +57,11 @@ def resid_post(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def on_stream(site: str) -> bool:
+    """Whether an activation is the residual stream or what is added to it, so that it is another where these are centred."""
+    return bool(STANDARD.fullmatch(site)) and not site.endswith("hook_z")
+
+
 def behind_norm(site: str) -> bool:
     """Whether an activation comes straight from a norm, so that it is another where the norm's weights are folded."""
     return bool(re.search(r"\.(ln\d?\.hook_normalized|mlp\.hook_in|attn\.hook_in|hook_mlp_in)$", site))

@@ -12,8 +12,10 @@ from kinds import AUTOENCODERS, READS, SITES, TRANSCODERS, Squared
 from small import FEATURES, Small, small_bridge, standard
 
 import featpatch as fp
+from featpatch.lens import dictionaries, wrap
 
 EXACT = 1e-10
+UNTRAINED = [kind for kind in AUTOENCODERS if kind not in ("BatchTopK", "Matryoshka")]
 NORMALISING = ("constant_norm_rescale", "layer_norm")
 LAST = 7
 
@@ -171,8 +173,26 @@ def test_transcoders(small: Small, kind: str) -> None:
     check(small, TRANSCODERS[kind](reads, 16, "blocks.1.hook_mlp_out", 16, seed=3))
 
 
+@pytest.mark.parametrize(
+    ("kind", "normalisation"),
+    [(kind, "none") for kind in (*AUTOENCODERS, *TRANSCODERS)]
+    + [(kind, normalisation) for kind in (*UNTRAINED, *TRANSCODERS) for normalisation in NORMALISING],
+)
+def test_the_reconstruction_is_the_forward_pass_of_sae_lens(bridge: Small, kind: str, normalisation: str) -> None:
+    """Skip paths and predicted codes belong to it, so that the error, and the explained variance, are those of sae-lens."""
+    options = {"normalize_activations": normalisation} if normalisation != "none" else {}
+    if kind in TRANSCODERS:
+        sae = TRANSCODERS[kind](*READS, "blocks.1.hook_mlp_out", 16, seed=3, **options)
+    else:
+        sae = AUTOENCODERS[kind]("blocks.1.hook_resid_pre", 16, seed=3, **options)
+    (dictionary,) = dictionaries(wrap(bridge.model), sae)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(2, 5, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(y - dictionary.split(x, y).error, sae(x).detach(), rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("normalisation", NORMALISING)
-@pytest.mark.parametrize("kind", [kind for kind in AUTOENCODERS if kind not in ("BatchTopK", "Matryoshka")])
+@pytest.mark.parametrize("kind", UNTRAINED)
 def test_normalised_tokens(small: Small, kind: str, normalisation: str) -> None:
     """Clean and corrupted runs carry different scales: a feature moves in the base run's."""
     sae = AUTOENCODERS[kind]("blocks.1.hook_resid_pre", 16, seed=3, normalize_activations=normalisation)

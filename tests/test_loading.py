@@ -263,9 +263,26 @@ def test_unusable_requests(root: Path, options: dict[str, Any], message: str) ->
         fp.load(**{"model": root / "model", **options})
 
 
-def test_a_model_in_memory_needs_its_tokenizer(root: Path) -> None:
+def test_a_model_needs_its_tokenizer(root: Path, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(root / "model")
     with pytest.raises(fp.FeatpatchError, match="GPT2LMHeadModel has no tokenizer with it: pass tokenizer"):
-        fp.load(GPT2LMHeadModel.from_pretrained(root / "model"))
+        fp.load(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(fp.FeatpatchError, match="comes without the files of a tokenizer: pass tokenizer"):
+        fp.load(tmp_path)
+    tokenizer = fp.load(root / "model").model.tokenizer
+    assert fp.load(tmp_path, tokenizer=tokenizer).model.tokenizer("Mary").input_ids == [0, WORDS.index("Mary")]
+
+
+def test_a_model_in_memory_keeps_its_weights(root: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(root / "model")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tokenizer = fp.load(root / "model").model.tokenizer
+    processed = fp.load(model, tokenizer=tokenizer, processing=["center_writing_weights"]).model
+    _, cache = processed.run_with_cache(torch.tensor([[0, 3, 4]]))
+    assert cache["blocks.8.hook_resid_pre"].mean(-1).abs().max() < 1e-5
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_saes_of_differently_processed_weights(root: Path) -> None:

@@ -73,15 +73,14 @@ class Dictionary:
         """What its configuration says of its training."""
         return Training.of(self.source)
 
-    def at_layer(self, lens: Lens, layer: int) -> "Dictionary | None":
-        """The same codec at the same hooks of another layer, None where there is none of its width."""
-        moved = [re.sub(r"^blocks\.\d+\.", f"blocks.{layer}.", hook) for hook in (self.reads, self.writes)]
-        if moved == [self.reads, self.writes] or not set(moved) <= set(lens.hook_points):
-            return None
-        widths = [prod(shape) for shape in _shapes(lens, set(moved)).values()]
-        if not set(widths) <= {self.codec.d_in, self.codec.d_out}:
-            return None
-        return replace(self, reads=moved[0], writes=moved[1])
+    def elsewhere(self, lens: Lens) -> "list[Dictionary]":
+        """The same codec at the hooks of the same name in the other layers."""
+        hooks = [
+            [re.sub(r"^blocks\.\d+\.", f"blocks.{layer}.", hook) for hook in (self.reads, self.writes)]
+            for layer in range(lens.n_layers)
+        ]
+        return [replace(self, reads=reads, writes=writes) for reads, writes in hooks
+                if (reads, writes) != (self.reads, self.writes) and {reads, writes} <= set(lens.hook_points)]  # fmt: skip
 
     @property
     def d_sae(self) -> int:

@@ -1,6 +1,7 @@
 """Models by name, by folder, or as they are in memory."""
 
 from collections.abc import Collection
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ def load_model(
 
     Args:
         source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a model of TransformerLens.
-        tokenizer: for a Hugging Face model in memory.
+        tokenizer: for a Hugging Face model in memory, or one that comes without.
         device, dtype: for a model that is loaded here.
-        processing: what to do to the weights of a bridge that is made here, of `training.PROCESSED`; nothing by default.
+        processing: what to do to the weights of a bridge that is made here, of `training.PROCESSED`; nothing by default. A
+            model in memory is copied for it.
 
     Raises:
         FeatpatchError: there is no such model, or it can't be loaded.
@@ -36,9 +38,9 @@ def load_model(
     if isinstance(source, TransformerBridge | HookedTransformer):
         return source
     if isinstance(source, PreTrainedModel):
-        bridge = _around(source, tokenizer)
+        bridge = _around(deepcopy(source) if processing else source, tokenizer)
     elif isinstance(source, str | Path):
-        bridge = _booted(str(source), device, dtype)
+        bridge = _booted(str(source), tokenizer, device, dtype)
     else:
         raise FeatpatchError(
             f"the model is a {type(source).__name__}: expected a name, a folder, a Hugging Face model with its tokenizer, or a "
@@ -48,11 +50,17 @@ def load_model(
     if unknown:
         raise FeatpatchError(f"processing={list(processing)}: expected some of {', '.join(PROCESSED)}")
     if processing:
-        bridge.enable_compatibility_mode(disable_warnings=True, **{name: name in processing for name in PROCESSED})
+        try:
+            bridge.enable_compatibility_mode(disable_warnings=True, **{name: name in processing for name in PROCESSED})
+        except Exception as error:
+            raise FeatpatchError(
+                f"the weights can't be processed by {list(processing)} ({error}): expected an architecture for which "
+                "TransformerLens can; pass processing=[] for the weights as they are"
+            ) from error
     return bridge
 
 
-def _booted(source: str, device: str, dtype: str) -> TransformerBridge:
+def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> TransformerBridge:
     check_device(device)
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype):
@@ -60,9 +68,15 @@ def _booted(source: str, device: str, dtype: str) -> TransformerBridge:
     if Path(source).exists():
         folder_with(source, "config.json")
     try:
-        bridge: TransformerBridge = TransformerBridge.boot_transformers(source, device=device, dtype=numbers)
+        bridge: TransformerBridge = TransformerBridge.boot_transformers(
+            source, tokenizer=tokenizer, device=device, dtype=numbers
+        )
     except Exception as error:
         raise not_found("model", source, error) from error
+    if bridge.tokenizer is None or len(bridge.tokenizer) <= 1:
+        raise FeatpatchError(
+            f"the model {source!r} comes without the files of a tokenizer: pass tokenizer=..., the model's own"
+        )
     bridge.eval()
     return bridge
 
@@ -71,6 +85,12 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     if tokenizer is None:
         raise FeatpatchError(f"the {type(model).__name__} has no tokenizer with it: pass tokenizer=..., the model's own")
     name, device = model.config.name_or_path or type(model).__name__, next(model.parameters()).device
-    return TransformerBridge.boot_transformers(
-        name, hf_model=model.eval(), tokenizer=tokenizer, device=device, dtype=model.dtype
-    )
+    try:
+        return TransformerBridge.boot_transformers(
+            name, hf_model=model.eval(), tokenizer=tokenizer, device=device, dtype=model.dtype
+        )
+    except Exception as error:
+        raise FeatpatchError(
+            f"TransformerLens can't take the {type(model).__name__} ({type(error).__name__}: {error}): expected an "
+            "architecture that it knows, and a tokenizer with add_bos_token=True or one that can be loaded again from where it came"
+        ) from error

@@ -60,13 +60,14 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
     Raises:
         FeatpatchError: they were trained on different weights.
     """
-    said = {str(sae.cfg.metadata.hook_name): Training.of(sae).processing for sae in saes if isinstance(sae, SAE)}
-    if len(set(said.values())) > 1:
+    said = [(sae.cfg.metadata.hook_name, Training.of(sae).processing) for sae in saes if isinstance(sae, SAE)]
+    ways = {processing for _, processing in said}
+    if len(ways) > 1:
         raise FeatpatchError(
             f"the SAEs were trained on differently processed weights {said}: expected one way; load them with a model each, "
             "or pass processing=[...] to choose"
         )
-    return next(iter(said.values()), ())
+    return next(iter(ways), ())
 
 
 @dataclass(frozen=True)

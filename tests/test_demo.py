@@ -166,8 +166,8 @@ def test_the_demo_command_prints_what_it_found(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--pairs", "missing.jsonl"], "error: there is no pairs file 'missing.jsonl'"),
-        (["--sae", "nowhere"], "error: there is no cfg.json in 'nowhere'"),
-        (["--model", "nowhere"], "error: there is no config.json in 'nowhere'"),
+        (["--sae", "nowhere"], "error: there is no SAE 'nowhere': expected a folder with cfg.json"),
+        (["--model", "nowhere"], "error: the model 'nowhere' can't be loaded"),
         (["--positions", "S9"], "error: a pair has no label 'S9'"),
         (["--metric", "vibes"], "error: metric 'vibes' is unknown"),
     ],

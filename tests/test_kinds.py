@@ -236,10 +236,12 @@ def test_principal_components_hold_the_most_variance(small: Small) -> None:
     assert abs(float(kept) - float(singular[:3].square().sum())) < 1e-8
 
 
-def test_a_scale_that_is_not_folded_in_is_applied(small: Small) -> None:
+@pytest.mark.parametrize("kind", ["standard", "skip transcoder"])
+def test_a_scale_that_is_not_folded_in_is_applied(small: Small, kind: str) -> None:
     """`expected_average_only_in`: the scale as metadata gives what folding it into the weights gives."""
-    hook = "blocks.1.hook_resid_pre"
-    unfolded, folded = (standard(hook, 4, normalize_activations="expected_average_only_in") for _ in range(2))
+    hooks = ("blocks.1.hook_resid_pre", 16) if kind == "standard" else (*READS, "blocks.1.hook_resid_pre", 16)
+    build = {**AUTOENCODERS, **TRANSCODERS}[kind]
+    unfolded, folded = (build(*hooks, normalize_activations="expected_average_only_in") for _ in range(2))
     unfolded.cfg.metadata.norm_scaling_factor = 0.3
     folded.fold_activation_norm_scaling_factor(0.3)
     one, other = (fp.rank_features(small.model, sae, pairs_of(small), progress=False) for sae in (unfolded, folded))
@@ -267,7 +269,7 @@ def test_an_sae_in_another_type_than_the_model(small: Small, dtype: torch.dtype,
     with torch.no_grad(), fp.do(small.model, everything, source=small.clean[:1], base=small.corrupted[:1], saes=sae):
         together = small.model(small.corrupted[:1])
     whole = oracle.patched_activation_logits(small.model, hook, small.corrupted[:1], small.clean[:1], list(range(LAST)))
-    torch.testing.assert_close(together, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(together, whole, rtol=0, atol=EXACT)
 
 
 class Rounding:

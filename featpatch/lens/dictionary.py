@@ -119,7 +119,7 @@ class Dictionary:
 
     def _probe(self, features: torch.Tensor, off: Code) -> torch.Tensor:
         units = off.features.repeat(len(features), 1, 1)
-        units[torch.arange(len(features)), 0, features.to(units.device)] = 1
+        units[torch.arange(len(features), device=units.device), 0, features.to(units.device)] = 1
         state = {name: value.expand(len(features), -1, -1) for name, value in off.state.items()}
         return self.codec.decode(units, state)[:, 0] - self.codec.decode(off.features, off.state)[:, 0]
 
@@ -136,7 +136,7 @@ class Dictionary:
             at, which = position.to(rows.device)[rows], feature.to(rows.device)[rows]
             state = {name: value[0, at, None] for name, value in base.state.items()}
             before, after = base.features[0, at, None], base.features[0, at, None].clone()
-            after[torch.arange(len(rows)), 0, which] = source.features[0, at, which]
+            after[torch.arange(len(rows), device=rows.device), 0, which] = source.features[0, at, which]
             changes.append((self.codec.decode(after, state) - self.codec.decode(before, state))[:, 0])
         return torch.cat(changes) if changes else base.error.new_zeros(0, self.codec.d_out)
 

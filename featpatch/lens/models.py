@@ -92,5 +92,5 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     except Exception as error:
         raise FeatpatchError(
             f"TransformerLens can't take the {type(model).__name__} ({type(error).__name__}: {error}): expected an "
-            "architecture that it knows, and a tokenizer with add_bos_token=True or one that can be loaded again from where it came"
+            "architecture that it knows, and a tokenizer with add_bos_token=True or one that can be loaded again from disk"
         ) from error

@@ -49,8 +49,8 @@ class Chosen:
         features, rest = self.features.to(b.features.device), self.rest[:, None].to(b.features.device)
         chosen = torch.where(features, s.features, b.features)
         state = {name: torch.where(rest, s.state[name], value) for name, value in b.state.items()}
-        delta = self.dictionary.decode(chosen, state) - self.dictionary.decode(b.features, b.state)
-        return delta + (s.error - b.error) * rest
+        after, before = self.dictionary.decode(chosen, state), self.dictionary.decode(b.features, b.state)
+        return after.to(b.error) - before.to(b.error) + (s.error - b.error) * rest
 
 
 def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -> list[Chosen]:

@@ -94,14 +94,16 @@ class Difference:
 
 
 def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    return (dictionary.decode(source.features, base.state) - dictionary.decode(base.features, base.state))[0]
+    after, before = (dictionary.decode(features, base.state) for features in (source.features, base.features))
+    return (after.to(base.error) - before.to(base.error))[0]
 
 
 def _all_else(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
     change = (source.error - base.error)[0]
     if not base.state:
         return change
-    return change + (dictionary.decode(base.features, source.state) - dictionary.decode(base.features, base.state))[0]
+    after, before = (dictionary.decode(base.features, state) for state in (source.state, base.state))
+    return change + (after.to(change) - before.to(change))[0]
 
 
 def _after(first: int, change: torch.Tensor) -> torch.Tensor:

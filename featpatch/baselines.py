@@ -37,7 +37,7 @@ def identity(model: Any, hook: str) -> Adapted:
     """
     x = _activations(model, hook, torch.zeros(1, 1, dtype=torch.long))
     zero = x.new_zeros(x.shape[1])
-    return adapt(_Affine(zero, None, None, zero), hook, d_in=len(zero), name=f"coordinates of {hook}")
+    return adapt(_Affine(zero, None, None, zero), hook, d_in=len(zero), name=f"coordinates of {hook}", linear=True)
 
 
 def neurons(model: Any, layer: int) -> Adapted:
@@ -61,7 +61,7 @@ def neurons(model: Any, layer: int) -> Adapted:
             f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; "
             f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
         )
-    return adapt(coder, reads, hook_out=writes, d_in=x.shape[1], name=f"neurons of layer {layer}")
+    return adapt(coder, reads, hook_out=writes, d_in=x.shape[1], name=f"neurons of layer {layer}", linear=True)
 
 
 def pca(model: Any, hook: str, pairs: Pairs, components: int | None = None) -> Adapted:
@@ -85,7 +85,9 @@ def pca(model: Any, hook: str, pairs: Pairs, components: int | None = None) -> A
     if not 1 <= count <= len(mean):
         raise FeatpatchError(f"components={components}: expected 1 to {len(mean)}, the width of {hook!r}")
     into = directions.flip(1)[:, :count].to(x)
-    return adapt(_Affine(mean.to(x), into, into.T, mean.to(x)), hook, d_in=len(mean), name=f"principal components of {hook}")
+    return adapt(
+        _Affine(mean.to(x), into, into.T, mean.to(x)), hook, d_in=len(mean), name=f"principal components of {hook}", linear=True
+    )
 
 
 def _activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:

@@ -285,6 +285,54 @@ class Rounding:
         return self.wide.decode(features.double())
 
 
+class Clipping(torch.nn.Module):
+    """Decodes linearly up to a feature value far above those of random probes; a setting decides besides the weights."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.own, self.gain = Squared(16), gain
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e4 * self.own.encode(x.mul_(self.gain))
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return 1e-4 * features.clamp_(max=1e4) @ self.own.out
+
+
+def test_a_decoder_that_only_looks_linear_and_works_in_place(small: Small) -> None:
+    class Copying(Clipping):
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return super().encode(x.clone())
+
+        def decode(self, features: torch.Tensor) -> torch.Tensor:
+            return super().decode(features.clone())
+
+    effects = check(small, fp.adapt(Copying(), SITES["resid_pre"][0], d_in=16))
+    in_place = fp.rank_features(small.model, fp.adapt(Clipping(), SITES["resid_pre"][0], d_in=16), pairs_of(small))
+    assert abs(in_place.denoised - effects.denoised).max() < EXACT
+
+
+@pytest.mark.parametrize(("coder", "said", "taken"), [
+    (torch.nn.Identity(), False, False), (torch.nn.Identity(), True, True), (Squared(16), True, False)
+])  # fmt: skip
+def test_linear_is_what_is_said_and_found(bridge: Small, coder: Any, said: bool, taken: bool) -> None:
+    """Random probes can't show that a decoder is linear everywhere, so that it must be said; they can show that it is not."""
+    if isinstance(coder, torch.nn.Identity):
+        coder.encode = coder.decode = coder.forward
+    (found,) = dictionaries(wrap(bridge.model), fp.adapt(coder, SITES["resid_pre"][0], d_in=16, linear=said))
+    assert found.behaviour.linear == taken
+
+
+def test_settings_beside_the_weights_are_part_of_the_digest(bridge: Small) -> None:
+    digests = {
+        fp.rank_features(bridge.model, fp.adapt(Clipping(gain), SITES["resid_pre"][0], d_in=16), pairs_of(bridge)).metadata[
+            "saes"
+        ][SITES["resid_pre"][0]]
+        for gain in (1.0, 1.0, 0.5)
+    }
+    assert len(digests) == 2
+
+
 class Coupled:
     """Encodes with what is beside a position: `look` shifts the neighbour's activation in."""
 

@@ -23,6 +23,7 @@ class Adapted:
         hook, hook_out: hook names that it reads and writes.
         d_in: width of what it reads.
         name: a name for tables; empty for the name of the hook.
+        linear: whether `decode` is known to be a fixed linear map, plus a constant.
     """
 
     coder: Any
@@ -30,9 +31,10 @@ class Adapted:
     hook_out: str
     d_in: int
     name: str = ""
+    linear: bool = False
 
 
-def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name: str = "") -> Adapted:
+def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name: str = "", linear: bool = False) -> Adapted:
     """Takes an object of your own for a dictionary, wherever SAEs are expected.
 
     Args:
@@ -44,6 +46,8 @@ def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name
         d_in: width of an activation there.
         hook_out: the hook that it writes, for a transcoder.
         name: a name for tables; by default that of the hook.
+        linear: whether `decode` is a fixed linear map plus a constant, as that of nearly every SAE is. Then what a feature adds
+            is worked out once; otherwise every patch decodes, which is right for any decoder and slower.
 
     Raises:
         FeatpatchError: the object has no `encode` or no `decode`.
@@ -53,7 +57,7 @@ def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name
         raise FeatpatchError(
             f"{type(coder).__name__} has no {' and no '.join(missing)}: expected an object with encode(x) and decode(features)"
         )
-    return Adapted(coder, hook, hook_out or hook, d_in, name)
+    return Adapted(coder, hook, hook_out or hook, d_in, name, linear)
 
 
 class AdaptedCodec(Codec):
@@ -72,7 +76,7 @@ class AdaptedCodec(Codec):
         own = self.coder.state_dict() if isinstance(self.coder, torch.nn.Module) else getattr(self.coder, "__dict__", {})
         tensors = (value for value in own.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
         self._like = next(tensors, like)
-        self.d_in = adapted.d_in
+        self.d_in, self.may_be_linear = adapted.d_in, adapted.linear
         probe = torch.zeros(1, 1, self.d_in)
         self.d_sae = self._width(adapted.coder.encode(self._moved(probe)), "encode")
         self.d_out = self._width(adapted.coder.decode(self._moved(torch.zeros(1, 1, self.d_sae))), "decode")
@@ -85,19 +89,19 @@ class AdaptedCodec(Codec):
     @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
         """The object's own."""
-        return self.coder.decode(features)
+        return self.coder.decode(self._moved(features))
 
     def digest(self) -> str:
-        """Of the weights, or, without any, of what it makes of random activations."""
-        if isinstance(self.coder, torch.nn.Module):
-            return hashlib.sha256(f"{self.kind} {digest(self.coder)}".encode()).hexdigest()
+        """Of the weights, if it has any, and of what it makes of random activations, which settings beside them decide."""
+        weights = digest(self.coder) if isinstance(self.coder, torch.nn.Module) else ""
         x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
         features = self.encode(x).features
         made = torch.cat([features.flatten(), self.decode(features, {}).flatten()]).double().cpu()
-        return hashlib.sha256(self.kind.encode() + made.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
 
     def _moved(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(device=self._like.device, dtype=self._like.dtype)
+        """A copy, since an object may work in place."""
+        return x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
 
     def _width(self, made: Any, verb: str) -> int:
         if not isinstance(made, torch.Tensor) or made.ndim != 3 or made.shape[:2] != (1, 1):

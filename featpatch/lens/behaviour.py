@@ -51,7 +51,7 @@ class Behaviour:
             raise FeatpatchError(
                 f"SAE {name!r} ({codec.kind}) decodes a position differently beside others: expected every position alone"
             )
-        return cls(rowwise=_close(alone.features, rows), linear=_linear(codec, alone))
+        return cls(rowwise=_close(alone.features, rows), linear=codec.may_be_linear and _linear(codec, alone))
 
 
 def _linear(codec: Codec, code: Code) -> bool:

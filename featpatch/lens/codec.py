@@ -31,12 +31,14 @@ class Codec(ABC):
     Attributes:
         kind: what it is, for messages.
         d_in, d_out, d_sae: widths of what it reads, of what it writes, and the number of features.
+        may_be_linear: whether the decoder is of a kind that can be linear in the features; whether it is, is then found out.
     """
 
     kind: str
     d_in: int
     d_out: int
     d_sae: int
+    may_be_linear: bool = True
 
     @abstractmethod
     def encode(self, x: Float[torch.Tensor, "batch pos d_in"]) -> Code:

@@ -131,14 +131,15 @@ class Dictionary:
 
         By the definition, decode(f_b with one of f_s) - decode(f_b), in the base's state.
         """
-        changes = []
-        for rows in torch.arange(len(position), device=base.features.device).split(max(1, PROBED // self.d_sae)):
+        before = self.codec.decode(base.features, base.state)[0]
+        changes = [before.new_zeros(0, self.codec.d_out)]
+        for rows in torch.arange(len(position), device=before.device).split(max(1, PROBED // self.d_sae)):
             at, which = position.to(rows.device)[rows], feature.to(rows.device)[rows]
             state = {name: value[0, at, None] for name, value in base.state.items()}
-            before, after = base.features[0, at, None], base.features[0, at, None].clone()
+            after = base.features[0, at, None]
             after[torch.arange(len(rows), device=rows.device), 0, which] = source.features[0, at, which]
-            changes.append((self.codec.decode(after, state) - self.codec.decode(before, state))[:, 0])
-        return torch.cat(changes) if changes else base.error.new_zeros(0, self.codec.d_out)
+            changes.append(self.codec.decode(after, state)[:, 0] - before[at])
+        return torch.cat(changes)
 
     def digest(self) -> str:
         """SHA-256 of everything that decides what the codec computes."""

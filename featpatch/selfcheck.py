@@ -17,6 +17,7 @@ from featpatch.lens import Dictionary, Lens, dictionaries, official_name, proces
 from featpatch.pairs import Pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
+from featpatch.patching.study import check_pairs
 from featpatch.verdict import LESS, Check, Fit
 
 POSITIONS = 512
@@ -44,8 +45,11 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         FeatpatchError: unusable input, or prompts that differ nowhere.
     """
     lens = wrap(model)
+    check_pairs(pairs, lens)
     found = dictionaries(lens, saes)
     runs, done = Runs.of(lens, found, pairs), processing(lens)
+    if not runs.positions:
+        raise FeatpatchError("every position of the prompts is special: expected words between the special tokens")
     fits = [_fit(lens, dictionary, runs, pairs, done) for dictionary in found]
     return Check(str(lens.model.cfg.model_name), ", ".join(done) or "as they are", runs.positions, tuple(fits))
 
@@ -154,7 +158,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
     best, what = max(better, default=(0.0, ""))
     if 1 - best <= HALF * (1 - here):
         return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the SAE of this hook and model"
-    if here < NONE or (expected is not None and here < expected - NONE):
+    if (said.known and here < NONE) or (expected is not None and here < expected - NONE):
         other = _other_weights(dictionary, done)
         return f"explains {here:.2f} of the variance, and no other layer is better: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+LITTLE = 0.5
+"""Explained variance below which a dictionary that claims nothing can't be said to fit."""
 LESS = 0.05
 """How far the explained variance may lie below what the dictionary's configuration says."""
 
@@ -36,8 +38,9 @@ class Fit:
         """In a few words."""
         if self.misfit:
             return "does not fit"
-        low = self.expected is not None and self.explained_variance < self.expected - LESS
-        return "less than it claims" if low else "fits"
+        if self.expected is not None and self.explained_variance < self.expected - LESS:
+            return "less than it claims"
+        return "explains little" if self.explained_variance < LITTLE else "fits"
 
 
 @dataclass(frozen=True)

@@ -362,8 +362,50 @@ def test_an_encoder_that_looks_back(small: Small) -> None:
 def test_what_is_no_dictionary(bridge: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="int has no encode and no decode: expected an object"):
         fp.adapt(3, "blocks.1.hook_resid_pre", d_in=16)
+    with pytest.raises(fp.FeatpatchError, match="Squared is a class: expected an object of it"):
+        fp.adapt(Squared, "blocks.1.hook_resid_pre", d_in=16)
+    with pytest.raises(fp.FeatpatchError, match="StandardSAE is a sae-lens object: pass it as it is"):
+        fp.adapt(bridge.saes[0], "blocks.1.hook_resid_pre", d_in=16)
+    with pytest.raises(fp.FeatpatchError, match="d_in=0: expected names of hooks and a width"):
+        fp.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=0)
+    with pytest.raises(
+        fp.FeatpatchError, match=r"Squared.encode fails on a tensor \[1, 1, 8\] .* expected an object for .* width 8"
+    ):
+        fp.rank_features(bridge.model, fp.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=8), pairs_of(bridge))
     with pytest.raises(fp.FeatpatchError, match=r"Squared is not a sae-lens SAE: expected .* fp.adapt"):
         fp.rank_features(bridge.model, Squared(16), pairs_of(bridge))
+
+
+class Returning:
+    """Encodes to whatever it is told to."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def encode(self, x: torch.Tensor) -> Any:
+        features = x.relu()
+        return {
+            "flat": features.flatten(0, 1), "list": features.tolist(), "one row": features[:1, :1], "bool": x > 0,
+            "sparse": features.to_sparse(), "dense": features,
+        }[self.how]  # fmt: skip
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return 0.9 * features
+
+
+@pytest.mark.parametrize(("how", "found"), [("flat", r"\[1, 16\]"), ("list", "a list"), ("one row", r"\[1, 1, 16\]")])
+def test_an_object_that_returns_something_else(bridge: Small, how: str, found: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=rf"Returning.encode makes {found} of a tensor .* one row per position"):
+        fp.rank_features(bridge.model, fp.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+
+
+def test_features_that_are_sparse_or_boolean(bridge: Small) -> None:
+    dense, sparse, boolean = (
+        fp.rank_features(bridge.model, fp.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+        for how in ("dense", "sparse", "bool")
+    )
+    assert (dense.denoised == sparse.denoised).all()
+    assert 0 < len(boolean) < len(dense)
 
 
 def test_a_layer_of_a_cross_layer_transcoder_is_refused(bridge: Small) -> None:

@@ -1,6 +1,7 @@
 """A dictionary that does not belong to the model is told by its explained variance, and the reason is named."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,23 @@ def test_remarks(bridge: Small) -> None:
         "trained on 8 tokens at a time, the longest prompt has 9",
         "trained with BOS first, which some prompts lack",
     )
+
+
+def test_a_dictionary_that_claims_nothing_is_not_accused(bridge: Small) -> None:
+    (fit,) = fp.check(bridge.model, fp.pca(bridge.model, HOOKS[0], prompts(), components=1), prompts()).fits
+    assert fit.explained_variance < 0.5
+    assert (fit.verdict, fit.misfit) == ("explains little", "")
+
+
+def test_prompts_that_can_not_be_run(bridge: Small) -> None:
+    pair = prompts()[0]
+    for changed, message in (
+        ({"special": frozenset(range(9))}, "every position of the prompts is special"),
+        ({"corrupted": pair.clean}, "the same in every pair"),
+        ({"clean": (99, *pair.clean[1:])}, "token ids from .* to 99"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.check(bridge.model, bridge.saes[0], fp.Pairs((replace(pair, **changed),)))
 
 
 def test_special_tokens_are_left_out(bridge: Small) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sae_lens import SAE
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.codec import Code, Codec, State
@@ -50,8 +51,19 @@ def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name
             is worked out once; otherwise every patch decodes, which is right for any decoder and slower.
 
     Raises:
-        FeatpatchError: the object has no `encode` or no `decode`.
+        FeatpatchError: the object has no `encode` or no `decode`, is a class or of sae-lens, or a hook or a width is none.
     """
+    if isinstance(coder, type):
+        raise FeatpatchError(f"{coder.__name__} is a class: expected an object of it")
+    if not all(isinstance(name, str) for name in (hook, hook_out or hook)) or not isinstance(d_in, int) or d_in < 1:
+        raise FeatpatchError(
+            f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hooks and a width of 1 or more"
+        )
+    if isinstance(coder, SAE):
+        raise FeatpatchError(
+            f"{type(coder).__name__} is a sae-lens object: pass it as it is; set cfg.metadata.hook_name (and hook_name_out) "
+            "to use it at another hook"
+        )
     missing = [verb for verb in ("encode", "decode") if not callable(getattr(coder, verb, None))]
     if missing:
         raise FeatpatchError(
@@ -67,7 +79,7 @@ class AdaptedCodec(Codec):
         like: a tensor of the model, whose type and device an object without tensors gets.
 
     Raises:
-        FeatpatchError: it returns something else than a tensor of the right shape.
+        FeatpatchError: it fails, or returns something else than a tensor of the right shape.
     """
 
     def __init__(self, adapted: Adapted, like: torch.Tensor) -> None:
@@ -77,19 +89,18 @@ class AdaptedCodec(Codec):
         tensors = (value for value in own.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
         self._like = next(tensors, like)
         self.d_in, self.may_be_linear = adapted.d_in, adapted.linear
-        probe = torch.zeros(1, 1, self.d_in)
-        self.d_sae = self._width(adapted.coder.encode(self._moved(probe)), "encode")
-        self.d_out = self._width(adapted.coder.decode(self._moved(torch.zeros(1, 1, self.d_sae))), "decode")
+        self.d_sae = self._call("encode", torch.zeros(1, 1, self.d_in)).shape[2]
+        self.d_out = self._call("decode", torch.zeros(1, 1, self.d_sae)).shape[2]
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> Code:
         """Features alone."""
-        return Code(self.coder.encode(self._moved(x)))
+        return Code(self._call("encode", x))
 
     @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
         """The object's own."""
-        return self.coder.decode(self._moved(features))
+        return self._call("decode", features)
 
     def digest(self) -> str:
         """Of the weights, if it has any, and of what it makes of random activations, which settings beside them decide."""
@@ -99,14 +110,21 @@ class AdaptedCodec(Codec):
         made = torch.cat([features.flatten(), self.decode(features, {}).flatten()]).double().cpu()
         return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
 
-    def _moved(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy, since an object may work in place."""
-        return x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
-
-    def _width(self, made: Any, verb: str) -> int:
-        if not isinstance(made, torch.Tensor) or made.ndim != 3 or made.shape[:2] != (1, 1):
-            found = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+    def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
+        """What the object makes of a copy, since it may work in place; dense and of the type that it was given."""
+        given = x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
+        try:
+            made = getattr(self.coder, verb)(given)
+        except Exception as error:
             raise FeatpatchError(
-                f"{self.kind}.{verb} makes {found} of a tensor [1, 1, n]: expected a tensor [1, 1, m], one row per position"
+                f"{self.kind}.{verb} fails on a tensor {list(x.shape)} of {given.dtype} ({type(error).__name__}: {error}): "
+                f"expected an object for activations of width {self.d_in}"
+            ) from error
+        if not isinstance(made, torch.Tensor) or made.ndim != 3 or made.shape[:2] != x.shape[:2]:
+            found = list(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
+            raise FeatpatchError(
+                f"{self.kind}.{verb} makes {found} of a tensor {list(x.shape)}: expected a tensor "
+                f"[{x.shape[0]}, {x.shape[1]}, n], one row per position"
             )
-        return int(made.shape[2])
+        dense = made.to_dense() if made.is_sparse else made
+        return dense if dense.is_floating_point() else dense.to(given.dtype)

@@ -16,6 +16,7 @@ class Training:
     """Attributes that are None or empty are not known.
 
     Attributes:
+        known: whether there is a configuration: that of a sae-lens object.
         model: the model's name.
         processing: what was done to its weights, of `PROCESSED`.
         explained_variance: as measured then, or as the registry says.
@@ -23,6 +24,7 @@ class Training:
         prepend_bos: whether these began with BOS.
     """
 
+    known: bool = False
     model: str | None = None
     processing: tuple[str, ...] = ()
     explained_variance: float | None = None
@@ -37,6 +39,7 @@ class Training:
         said = sae.cfg.metadata
         options = said.model_from_pretrained_kwargs or {}
         return cls(
+            known=True,
             model=said.model_name,
             processing=tuple(name for name in PROCESSED if options.get(name)),
             explained_variance=said.explained_variance,

@@ -76,7 +76,7 @@ class Pairs(Sequence[Pair]):
         wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"],
         labels: Sequence[Mapping[str, int]] | None = None,
         *,
-        attention_mask: Int[torch.Tensor, "pairs pos"] | None = None,
+        attention_mask: Int[torch.Tensor, "..."] | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
         """Pairs from id tensors.
@@ -89,6 +89,11 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: unequal lengths, no pairs, a label outside the prompt, padding between tokens.
         """
+        if attention_mask is not None and not attention_mask.shape == clean.shape == corrupted.shape:
+            raise FeatpatchError(
+                f"clean is {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)} and attention_mask "
+                f"{tuple(attention_mask.shape)}: expected equal shapes"
+            )
         columns: list[Sequence[Any]] = [clean.tolist(), corrupted.tolist(), correct.reshape(len(correct), -1).tolist()]
         columns += [wrong.reshape(len(wrong), -1).tolist(), labels if labels is not None else [{}] * len(clean)]
         columns.append((torch.ones_like(clean) if attention_mask is None else attention_mask).tolist())
@@ -105,7 +110,7 @@ class Pairs(Sequence[Pair]):
                 corrupted=other,
                 correct=tuple(correct),
                 wrong=tuple(wrong),
-                labels={label: position - start for label, position in labels.items()},
+                labels={label: p - start if isinstance(p, int) else p for label, p in labels.items()},
                 special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
             )
 

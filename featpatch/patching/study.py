@@ -70,14 +70,10 @@ class Study:
             raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
         if batch_rows is not None and batch_rows < 1:
             raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
-        if not isinstance(pairs, Pairs):
-            raise FeatpatchError(
-                f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)"
-            )
-        wanted = [spans(pair, positions) for pair in pairs]
         lens = wrap(model)
+        check_pairs(pairs, lens)
+        wanted = [spans(pair, positions) for pair in pairs]
         found = dictionaries(lens, saes)
-        _check_tokens(pairs, lens)
         runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found))
         ends = sorted(chunks(pairs), key=lambda some: len(pairs[some[0]]))
         probes = {len(pairs[some[0]]): runs(tuple(some))[0].bases["denoising"] for some in (ends[-1], ends[0])}
@@ -186,8 +182,14 @@ class Study:
         }
 
 
-def _check_tokens(pairs: Pairs, lens: Lens) -> None:
-    """Refuses tokens and answers that the model doesn't know, and prompts that are too long for it."""
+def check_pairs(pairs: Pairs, lens: Lens) -> None:
+    """Refuses what are no pairs, tokens and answers that the model doesn't know, and prompts that are too long for it.
+
+    Raises:
+        FeatpatchError: one of these.
+    """
+    if not isinstance(pairs, Pairs):
+        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     inputs, context = lens.d_vocab_in, lens.n_ctx
     for index, pair in enumerate(pairs):
         answers, tokens = (*pair.correct, *pair.wrong), (*pair.clean, *pair.corrupted)

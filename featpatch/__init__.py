@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featpatch import tasks as tasks
     from featpatch.baselines import identity, neurons, pca
     from featpatch.checkpoints import Demo, load_demo
     from featpatch.effects import Effects
@@ -47,19 +48,21 @@ HOMES = {
     "pca": "baselines",
     "plan": "patching",
     "rank_features": "patching",
+    "tasks": "tasks",
 }
 
 __all__ = [
     "Check", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Pair", "Pairs", "Patch", "Plan",
     "SlowPathWarning", "adapt", "check", "describe", "do", "identity", "load", "load_demo", "load_sae", "neurons", "pca",
-    "plan", "rank_features",
+    "plan", "rank_features", "tasks",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'featpatch' has no attribute {name!r}: expected one of {', '.join(HOMES)}")
-    return getattr(import_module(f"featpatch.{HOMES[name]}"), name)
+    home = import_module(f"featpatch.{HOMES[name]}")
+    return home if name == HOMES[name] else getattr(home, name)
 
 
 def __dir__() -> list[str]:

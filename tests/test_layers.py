@@ -10,7 +10,7 @@ LAYERS = [
     ["errors", "forecast", "verdict"],
     ["patch"],
     ["sites", "metrics", "pairs"],
-    ["effects", "lens"],
+    ["effects", "lens", "tasks"],
     ["engine", "report"],
     ["patching", "firing", "baselines"],
     ["selfcheck"],

@@ -17,6 +17,7 @@ class Pair:
         labels: names of token positions, e.g. `{"S2": 12}`.
         answer_position: where the metric is read; the last token by default.
         special: positions of BOS and other special tokens, which no swap touches.
+        tags: what the pair was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
     """
 
     clean: tuple[int, ...]
@@ -26,6 +27,7 @@ class Pair:
     labels: Mapping[str, int] = field(default_factory=dict)
     answer_position: int = -1
     special: frozenset[int] = frozenset()
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.clean)

@@ -32,6 +32,18 @@ def answer_id(tokenizer: Tokenizer, text: str) -> int:
     return ids[0]
 
 
+def next_token(tokenizer: Tokenizer, prompt: str, continuation: str, *, among: Sequence[int]) -> int | None:
+    """The one known id by which the continuation lengthens the prompt, None where it is not one.
+
+    Args:
+        among: the ids of the prompt.
+    """
+    longer = prompt_ids(tokenizer, prompt + continuation)
+    if len(longer) != len(among) + 1 or longer[:-1] != tuple(among):
+        return None
+    return longer[-1] if longer[-1] != getattr(tokenizer, "unk_token_id", None) else None
+
+
 def special_positions(tokenizer: Tokenizer, *prompts: Sequence[int]) -> frozenset[int]:
     """Positions of the tokenizer's special tokens (BOS, padding, ...) in any of the prompts; none for a plain function."""
     special = set(getattr(tokenizer, "all_special_ids", ())) - {getattr(tokenizer, "unk_token_id", None)}

@@ -1,0 +1,64 @@
+"""Sentiment: is what was said of a work praise or blame?"""
+
+from collections.abc import Sequence
+from random import Random
+
+from featpatch.pairs import Pairs
+from featpatch.pairs.tokens import Tokenizer
+from featpatch.tasks.draft import Draft, draft
+from featpatch.tasks.draw import chosen, draw
+
+GOOD = ("great", "amazing", "wonderful", "excellent", "brilliant", "beautiful", "fantastic", "perfect")
+BAD = ("terrible", "awful", "horrible", "dreadful", "boring", "stupid", "ugly", "poor")
+LIKED = ("loved", "liked", "enjoyed", "admired")
+HATED = ("hated", "disliked", "despised", "detested")
+WORKS = ("movie", "film", "novel", "show", "play", "song", "concert", "story")
+PARTS = ("acting", "plot", "music", "ending", "dialogue", "scenery", "writing", "cast")
+TEMPLATES = (
+    "The {work} was {word1}. I {word2} the {part}. Overall the {work} was",
+    "I {word2} the {work}. The {part} was {word1}. In the end it was",
+    "We {word2} the {part}. The {work} was {word1}. Overall the {work} was",
+)
+VERDICTS = ("good", "bad")
+CORRUPTIONS = ("all_words", "first_word")
+
+
+def sentiment(
+    tokenizer: Tokenizer,
+    n: int = 32,
+    *,
+    seed: int = 0,
+    corruptions: str | Sequence[str] = "all_words",
+    templates: Sequence[str] = TEMPLATES,
+) -> Pairs:
+    """`n` pairs, half of them praise and half blame in expectation.
+
+    Labels: word1 (an adjective), word2 (a verb) and end.
+
+    Args:
+        corruptions: one or both of `"all_words"`: both words turn to the opposite, and `"first_word"`: the adjective alone.
+        templates: with slots {word1}, {word2}, {work} and {part}, ending where good or bad may follow.
+
+    Raises:
+        FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
+    """
+    kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+
+    def make(random: Random) -> Draft:
+        template, kind, praise = random.randrange(len(templates)), random.choice(kinds), random.choice((True, False))
+        adjective, verb = random.randrange(len(GOOD)), random.randrange(len(LIKED))
+        shared = {"work": random.choice(WORKS), "part": random.choice(PARTS)}
+        here, there = ((GOOD, LIKED), (BAD, HATED)) if praise else ((BAD, HATED), (GOOD, LIKED))
+        kept = there[1] if kind == "all_words" else here[1]
+        right, wrong = VERDICTS if praise else VERDICTS[::-1]
+        return draft(
+            templates[template],
+            {**shared, "word1": here[0][adjective], "word2": here[1][verb]},
+            {**shared, "word1": there[0][adjective], "word2": kept[verb]},
+            correct=[right],
+            wrong=[wrong],
+            labels=("word1", "word2"),
+            tags={"task": "sentiment", "template": str(template), "corruption": kind},
+        )
+
+    return draw(tokenizer, make, n=n, seed=seed)

@@ -1,0 +1,139 @@
+"""The four tasks, for tokenizers that split words in different ways."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import featpatch as fp
+from featpatch import tasks
+from featpatch.tasks import draft
+
+MODULES = {name: __import__(f"featpatch.tasks.{name}", fromlist=["TEMPLATES"]) for name in tasks.__all__}
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """As GPT-2's: a space belongs to the word after it; no BOS."""
+    words = [*MODULES["ioi"].NAMES, *MODULES["ioi"].PLACES, *MODULES["ioi"].OBJECTS]
+    words += [word for row in MODULES["capitals"].COUNTRIES for word in row]
+    sentiment = MODULES["sentiment"]
+    words += [
+        *sentiment.GOOD,
+        *sentiment.BAD,
+        *sentiment.LIKED,
+        *sentiment.HATED,
+        *sentiment.WORKS,
+        *sentiment.PARTS,
+        "good",
+        "bad",
+    ]
+    text = [template for module in MODULES.values() for template in module.TEMPLATES] * 20 + [
+        f"x {word} x" for word in words
+    ] * 20
+    text += [f"{number:02}" for number in range(100)] * 20
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    inner.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.fixture(scope="module", params=["words", "bytes"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return fp.load_demo().model.tokenizer if request.param == "words" else byte_level()
+
+
+def drawn(tokenizer: Any, name: str, n: int = 24, **options: Any) -> fp.Pairs:
+    module = MODULES[name]
+    return getattr(fp.tasks, name)(tokenizer, n, corruptions=module.CORRUPTIONS, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "greater_than"])
+def test_pairs_are_what_they_say(tokenizer: Any, name: str) -> None:
+    pairs = drawn(tokenizer, name)
+    assert len({(pair.clean, pair.corrupted) for pair in pairs}) == 24
+    for pair in pairs:
+        text = tokenizer.decode(pair.clean, skip_special_tokens=True)
+        longer = tokenizer(tokenizer.decode([*pair.clean, pair.correct[0]], skip_special_tokens=True)).input_ids
+        assert tuple(longer) == (*pair.clean, *pair.correct), text
+        assert pair.labels["end"] == len(pair) - 1
+        assert pair.tags["task"] == name
+    for column, values in (
+        ("corruption", MODULES[name].CORRUPTIONS),
+        ("template", map(str, range(len(MODULES[name].TEMPLATES)))),
+    ):
+        seen = Counter(pair.tags[column] for pair in pairs)
+        assert set(seen) <= set(values)
+        assert len(seen) > 1
+
+
+def test_indirect_objects(tokenizer: Any) -> None:
+    for pair in drawn(tokenizer, "ioi"):
+        io, s1, s2 = ([tokenizer.decode([run[pair.labels[label]]]).strip() for run in (pair.clean, pair.corrupted)]
+                      for label in ("IO", "S1", "S2"))  # fmt: skip
+        right, wrong = tokenizer.decode(pair.correct).strip(), tokenizer.decode(pair.wrong).strip()
+        assert (io[0], s1[0], s2[0]) == (right, wrong, wrong)
+        assert {
+            "swap_s2": (io[1], s1[1], s2[1]) == (right, wrong, right),
+            "swap_names": (io[1], s1[1], s2[1]) == (wrong, right, right),
+            "fresh_names": not {io[1], s1[1], s2[1]} & {right, wrong} and len({io[1], s1[1], s2[1]}) == 3,
+        }[pair.tags["corruption"]]
+
+
+def test_capitals(tokenizer: Any) -> None:
+    facts = {row[0]: row for row in MODULES["capitals"].COUNTRIES}
+    for pair in drawn(tokenizer, "capitals"):
+        here, there = (tokenizer.decode([run[pair.labels["subject"]]]).strip() for run in (pair.clean, pair.corrupted))
+        right, wrong = tokenizer.decode(pair.correct).strip(), tokenizer.decode(pair.wrong).strip()
+        assert right == facts[here][1]
+        assert wrong == (facts[there][1] if pair.tags["corruption"] == "other_country" else facts[here][2])
+
+
+def test_years(tokenizer: Any) -> None:
+    """All later years of the century are right, the year itself and all before are wrong."""
+    for pair in drawn(tokenizer, "greater_than"):
+        year = int(tokenizer.decode([pair.clean[pair.labels["start_year"]]]))
+        assert sorted(int(tokenizer.decode([token])) for token in pair.correct) == list(range(year + 1, 100))
+        assert sorted(int(tokenizer.decode([token])) for token in pair.wrong) == list(range(year + 1))
+        other = int(tokenizer.decode([pair.corrupted[pair.labels["start_year"]]]))
+        assert other == 1 if pair.tags["corruption"] == "early_year" else 1 < other < year
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_seed_decides(tokenizer: Any, name: str) -> None:
+    assert drawn(tokenizer, name, 8, seed=3) == drawn(tokenizer, name, 8, seed=3)
+    assert drawn(tokenizer, name, 8, seed=3) != drawn(tokenizer, name, 8, seed=4)
+
+
+def test_a_tokenizer_as_a_function() -> None:
+    """Labels are found by the tokens of the text up to a word where there are no offsets."""
+    inner = fp.load_demo().model.tokenizer
+    plain = fp.tasks.ioi(inner, 8)
+    by_function = fp.tasks.ioi(lambda text: inner(text).input_ids, 8)
+    for one, other in zip(plain, by_function, strict=True):
+        assert (one.clean, one.labels) == (other.clean, other.labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corruptions": "swap"}, r"corruption \['swap'\]: expected some of swap_s2, swap_names, fresh_names"),
+        ({"n": 0}, "n=0: expected 1 or more pairs"),
+        ({"names": ["Xaver", "Ottilie"]}, r"only \[\] of \['Xaver', 'Ottilie'\] are one token"),
+        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "only 0 pairs of 32 fit this tokenizer"),
+    ],
+)
+def test_what_can_not_be_drawn(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.tasks.ioi(fp.load_demo().model.tokenizer, **options)
+
+
+def test_slots_end_where_their_words_end() -> None:
+    text, ends = draft.fill("When {A} met {B}, {A} left", {"A": "Ann", "B": "Bo"})
+    assert text == "When Ann met Bo, Ann left"
+    assert (text[: ends["A"]], text[: ends["B"]]) == ("When Ann met Bo, Ann", "When Ann met Bo")

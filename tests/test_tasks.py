@@ -28,6 +28,8 @@ def byte_level() -> PreTrainedTokenizerFast:
         *sentiment.PARTS,
         "good",
         "bad",
+        "capital",
+        "language",
     ]
     text = [template for module in MODULES.values() for template in module.TEMPLATES] * 20 + [
         f"x {word} x" for word in words
@@ -113,8 +115,9 @@ def test_the_seed_decides(tokenizer: Any, name: str) -> None:
 def test_a_tokenizer_as_a_function() -> None:
     """Labels are found by the tokens of the text up to a word where there are no offsets."""
     inner = fp.load_demo().model.tokenizer
-    plain = fp.tasks.ioi(inner, 8)
-    by_function = fp.tasks.ioi(lambda text: inner(text).input_ids, 8)
+    known = ("John", "Mary", "Anna", "Paul", "Kate", "Luke")
+    plain = fp.tasks.ioi(inner, 8, names=known)
+    by_function = fp.tasks.ioi(lambda text: inner(text).input_ids, 8, names=known)
     for one, other in zip(plain, by_function, strict=True):
         assert (one.clean, one.labels) == (other.clean, other.labels)
 

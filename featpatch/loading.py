@@ -52,11 +52,12 @@ def load(
     """Loads what is given by name or folder, and prints how each SAE fits the model.
 
     Args:
-        model: a hub name (`"gpt2"`), a Hugging Face folder, a Hugging Face model in memory, or a TransformerBridge,
+        model: a hub name (`"gpt2"`), a Hugging Face folder, a Hugging Face model in memory (which becomes part of the bridge:
+            TransformerLens puts its own modules into it and sets it to eval mode), or a TransformerBridge,
             SAETransformerBridge, HookedTransformer or HookedSAETransformer, which is taken as it is.
         saes: one or several of: `"release/id"` of sae-lens' registry (`"gpt2-small-res-jb/blocks.8.hook_resid_pre"`),
             `"owner/repository/folder"` on the hub, a sae-lens folder, a sae-lens object, what `fp.adapt` gives.
-        tokenizer: for a Hugging Face model in memory, or one that comes without.
+        tokenizer: for a Hugging Face model in memory, or one that comes without; used as it is, with BOS only if it adds it.
         device, dtype: where, and in which type, the model is loaded; SAEs go to the device, in their own type.
         processing: what to do to the weights of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
             `"center_unembed"`, `"fold_value_biases"`); by default what the SAEs' configurations say that they were
@@ -72,20 +73,26 @@ def load(
     wanted = wanted_processing(found) if processing is None else processing
     made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
     if check and found:
+        console = Console(width=None if sys.stdout.isatty() else 160)
         prompts = pairs or _prompts(made)
-        if prompts is not None:
-            Console(width=None if sys.stdout.isatty() else 160).print(checked(check_fit(made, found, prompts)))
+        if prompts is None:
+            console.print("no self-check: the built-in sentences don't suit this tokenizer or model; give pairs=...")
+        else:
+            console.print(checked(check_fit(made, found, prompts)))
     return Loaded(made, found)
 
 
 def _prompts(model: Any) -> Pairs | None:
-    """Built-in prompts, the longer of each two cut; None without a tokenizer."""
-    if getattr(model, "tokenizer", None) is None:
+    """Built-in prompts, the longer of each two cut; None where the model has no tokenizer or they can't be told apart."""
+    tokenizer, room = getattr(model, "tokenizer", None), int(getattr(model.cfg, "n_ctx", 0) or 0)
+    if tokenizer is None:
         return None
     pairs = []
     for texts in CONTRASTS:
-        clean, corrupted = (prompt_ids(model.tokenizer, text) for text in texts)
+        clean, corrupted = (prompt_ids(tokenizer, text) for text in texts)
         length = min(len(clean), len(corrupted))
-        special = special_positions(model.tokenizer, clean[:length])
-        pairs.append(Pair(clean[:length], corrupted[:length], correct=(0,), wrong=(1,), special=special))
-    return Pairs(tuple(pairs))
+        clean, corrupted = clean[:length], corrupted[:length]
+        if clean != corrupted and 1 < length <= (room or length) and max(*clean, *corrupted) < model.cfg.d_vocab:
+            special = special_positions(tokenizer, clean, corrupted)
+            pairs.append(Pair(clean, corrupted, correct=(0,), wrong=(1,), special=special))
+    return Pairs(tuple(pairs)) if pairs else None

@@ -17,7 +17,7 @@ from featpatch.lens import Dictionary, Lens, dictionaries, official_name, proces
 from featpatch.pairs import Pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
-from featpatch.patching.study import check_pairs
+from featpatch.patching.study import check_tokens
 from featpatch.verdict import LESS, Check, Fit
 
 POSITIONS = 512
@@ -45,7 +45,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         FeatpatchError: unusable input, or prompts that differ nowhere.
     """
     lens = wrap(model)
-    check_pairs(pairs, lens)
+    check_tokens(pairs, lens)
     found = dictionaries(lens, saes)
     runs, done = Runs.of(lens, found, pairs), processing(lens)
     if not runs.positions:
@@ -141,22 +141,30 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
     return Explained(1 - squares / variance if variance else float("nan"), active / len(rows), deviation / (largest or 1.0))
 
 
+def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> float | None:
+    """Explained variance where the dictionary may not belong, None where it gives no numbers there."""
+    try:
+        return _explained(dictionary, runs, centred=centred).variance
+    except FeatpatchError:
+        return None
+
+
 def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: Iterable[str]) -> str:
     """Why the dictionary does not fit; empty where it does."""
     said = dictionary.training
     expected = said.explained_variance
-    if here >= max(GOOD, (expected or 0) - LESS):
+    if here >= (GOOD if expected is None else expected - LESS):
         return ""
     better = [
-        (_explained(moved, runs).variance, f"the SAE of {moved.writes!r}")
+        (variance, f"the SAE of {moved.writes!r}")
         for moved in dictionary.elsewhere(lens)
-        if runs.fit(moved)
+        if runs.fit(moved) and (variance := _tried(moved, runs)) is not None
     ]
     if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
-        variance = _explained(dictionary, runs, centred=True).variance
-        better.append((variance, "trained on processed weights (center_writing_weights=True)"))
+        variance = _tried(dictionary, runs, centred=True)
+        better += [] if variance is None else [(variance, "trained on processed weights (center_writing_weights=True)")]
     best, what = max(better, default=(0.0, ""))
-    if 1 - best <= HALF * (1 - here):
+    if best >= NONE and 1 - best <= HALF * (1 - here):
         return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the SAE of this hook and model"
     if (said.known and here < NONE) or (expected is not None and here < expected - NONE):
         other = _other_weights(dictionary, done)
@@ -188,7 +196,7 @@ def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
     logits = []
     for kinds in (("all_features", "error"), ("activation",)):
         nodes = tuple(Node(site, kind) for kind in kinds)
-        with do(lens.model, Patch(nodes), source=clean, base=corrupted, saes=dictionary.source):
+        with do(lens.model, Patch(nodes), source=clean, base=corrupted, saes=dictionary):
             logits.append(lens.model(corrupted.to(lens.device)).float())
     return float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
 

@@ -349,10 +349,24 @@ class Coupled:
         return 0.9 * features
 
 
+@pytest.mark.parametrize("features", [16, 1])
 @pytest.mark.parametrize(("look", "dim"), [(-1, 1), (1, 0)], ids=["later positions", "other prompts"])
-def test_an_encoder_that_looks_where_it_must_not(bridge: Small, look: int, dim: int) -> None:
-    with pytest.raises(fp.FeatpatchError, match="Coupled.* encodes a row differently beside others: expected one whose"):
-        fp.rank_features(bridge.model, fp.adapt(Coupled(look, dim), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+def test_an_encoder_that_looks_where_it_must_not(bridge: Small, look: int, dim: int, features: int) -> None:
+    class Few(Coupled):
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return super().encode(x)[..., :features]
+
+        def decode(self, features: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(0.9 * features, (0, 16 - features.shape[2]))
+
+    with pytest.raises(fp.FeatpatchError, match="Few.* encodes a row differently beside others: expected one whose"):
+        fp.rank_features(bridge.model, fp.adapt(Few(look, dim), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+
+
+def test_two_dictionaries_of_one_name(bridge: Small) -> None:
+    one, other = (fp.adapt(Squared(16, seed), "blocks.1.hook_resid_pre", d_in=16, name="mine#1") for seed in (0, 1))
+    with pytest.raises(fp.FeatpatchError, match="two dictionaries are named 'mine#2'|two dictionaries are named 'mine#1'"):
+        fp.rank_features(bridge.model, [one, other], pairs_of(bridge))
 
 
 def test_an_encoder_that_looks_back(small: Small) -> None:

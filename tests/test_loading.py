@@ -17,7 +17,7 @@ from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhit
 from small import FEATURES, Small, at, standard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformer_lens import HookedTransformerConfig
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import featpatch as fp
 
@@ -261,6 +261,34 @@ def test_whitening_from_disk_is_folded_in(tmp_path: Path, bridge: Small) -> None
 def test_unusable_requests(root: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.load(**{"model": root / "model", **options})
+
+
+def test_weights_that_can_not_be_centred(tmp_path: Path, root: Path) -> None:
+    """RMSNorm keeps the mean; TransformerLens leaves such weights as they are, and says nothing."""
+    tokenizer = fp.load(root / "model").model.tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    with pytest.raises(fp.FeatpatchError, match="has not centred the weights of this architecture"):
+        fp.load(LlamaForCausalLM(config), tokenizer=tokenizer, processing=["center_writing_weights"])
+
+
+def test_a_tokenizer_without_english(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = GPT2LMHeadModel.from_pretrained(root / "model")
+    inner = Tokenizer(models.WordLevel({"<bos>": 0, "<unk>": 1, "A": 2, "C": 3}, unk_token="<unk>"))
+    letters = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>", add_bos_token=True)
+    fp.load(model, fp.load_sae(root / "saes" / HOOK), tokenizer=letters)
+    assert "no self-check: the built-in sentences don't suit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"), [(0.0, "norm_scaling_factor is 0.0"), (float("nan"), "norm_scaling_factor is nan")]
+)
+def test_scales_that_are_none(tmp_path: Path, scale: float, message: str) -> None:
+    standard(HOOK, 3, normalize_activations="expected_average_only_in").save_model(tmp_path)
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load_sae(tmp_path, norm_scaling_factor=scale)
 
 
 def test_a_model_needs_its_tokenizer(root: Path, tmp_path: Path) -> None:

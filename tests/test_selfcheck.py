@@ -129,6 +129,39 @@ def test_a_dictionary_that_claims_nothing_is_not_accused(bridge: Small) -> None:
     assert (fit.verdict, fit.misfit) == ("explains little", "")
 
 
+@pytest.mark.parametrize(("claim", "expected"), [(0.93, 0.93), (93.0, 0.93), (0.2, 0.2), ("much", None), (-1.0, None)])
+def test_claims(bridge: Small, claim: Any, expected: float | None) -> None:
+    """Also those in per cent; one that is met is no misfit, however low."""
+    sae = fitted(bridge.model, HOOKS[0], explained_variance=claim)
+    (fit,) = fp.check(bridge.model, sae, prompts()).fits
+    assert fit.expected == expected
+    assert fit.verdict == "fits"
+
+
+def test_a_place_that_explains_nothing_is_not_named(bridge: Small) -> None:
+    """An SAE that was never trained is better in one layer than in another, and belongs to none."""
+    (fit,) = fp.check(bridge.model, bridge.at(HOOKS[0]), prompts()).fits
+    assert "no other layer is better" in fit.misfit
+
+
+def test_other_layers_that_overflow_are_left_out(bridge: Small) -> None:
+    """As float16 SAEs do on the large activations of other layers."""
+    pairs = prompts()
+    runs = [oracle.activations(bridge.model, torch.tensor([t]))[HOOKS[0]][0] for p in pairs for t in (p.clean, p.corrupted)]
+    own = torch.cat(runs)
+
+    class Narrow:
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            known = torch.cdist(x, own[None], compute_mode="donot_use_mm_for_euclid_dist").amin(-1, keepdim=True) < 1e-9
+            return torch.where(known | torch.tensor(x.shape[1] != 9), x, torch.nan)
+
+        def decode(self, features: torch.Tensor) -> torch.Tensor:
+            return 0.5 * features
+
+    (fit,) = fp.check(bridge.model, fp.adapt(Narrow(), HOOKS[0], d_in=WIDTH), pairs).fits
+    assert fit.explained_variance < 0.95, "so that other layers are tried"
+
+
 def test_prompts_that_can_not_be_run(bridge: Small) -> None:
     pair = prompts()[0]
     for changed, message in (

@@ -88,7 +88,7 @@ class AdaptedCodec(Codec):
         own = self.coder.state_dict() if isinstance(self.coder, torch.nn.Module) else getattr(self.coder, "__dict__", {})
         tensors = (value for value in own.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
         self._like = next(tensors, like)
-        self.d_in, self.may_be_linear = adapted.d_in, adapted.linear
+        self.d_in, self.may_be_linear, self.dtype = adapted.d_in, adapted.linear, self._like.dtype
         self.d_sae = self._call("encode", torch.zeros(1, 1, self.d_in)).shape[2]
         self.d_out = self._call("decode", torch.zeros(1, 1, self.d_sae)).shape[2]
 

@@ -17,11 +17,13 @@ class Behaviour:
 
     Attributes:
         rowwise: a position is encoded alone, not with earlier ones.
-        linear: a unit of a feature adds the same to the activation whatever the other features and the state.
+        linear: what a unit of a feature adds to the activation has one direction, whatever the other features and the state.
+        scaled: how much it adds depends on the state, for all features in proportion.
     """
 
     rowwise: bool
     linear: bool
+    scaled: bool
 
     @classmethod
     def of(cls, codec: Codec, name: str) -> "Behaviour":
@@ -40,30 +42,63 @@ class Behaviour:
                 f"SAE {name!r} ({codec.kind}) gives NaN or infinite values for random activations: expected finite numbers; "
                 "check its weights, or load it in float32"
             )
-        if not _same(together.features[0], alone.features[0]) or not _same(alone.features[:, :-1], upto.features):
+        same = _same if codec.dtype in (torch.bfloat16, torch.float16) else _close
+        if not same(together.features[0], alone.features[0]) or not same(alone.features[:, :-1], upto.features):
             raise FeatpatchError(
                 f"SAE {name!r} ({codec.kind}) encodes a row differently beside others: expected one whose features depend on "
                 "the prompt up to there alone; save a training SAE with save_inference_model and load it again"
             )
         rows = torch.cat([codec.encode(x[:1, [p]]).features for p in range(LENGTH)], dim=1)
         by_row = [codec.decode(alone.features[:, [p]], _at(alone.state, p)) for p in range(LENGTH)]
-        if not _same(decoded, torch.cat(by_row, dim=1)):
+        if not _close(decoded, torch.cat(by_row, dim=1)):
             raise FeatpatchError(
                 f"SAE {name!r} ({codec.kind}) decodes a position differently beside others: expected every position alone"
             )
-        return cls(rowwise=_close(alone.features, rows), linear=codec.may_be_linear and _linear(codec, alone))
+        scale = gain(codec, alone.state)
+        return cls(
+            rowwise=_close(alone.features, rows),
+            linear=codec.may_be_linear and _linear(codec, alone, scale),
+            scaled=not torch.allclose(scale, torch.ones_like(scale), rtol=1e-3),
+        )
 
 
-def _linear(codec: Codec, code: Code) -> bool:
-    """Whether the same change of the features changes the activation alike at positions with other features and states."""
-    generator = torch.Generator().manual_seed(1)
-    change = torch.rand(codec.d_sae, generator=generator).to(code.features)
-    changed = codec.decode(code.features + change, code.state) - codec.decode(code.features, code.state)
-    twice = codec.decode(code.features + 2 * change, code.state) - codec.decode(code.features, code.state)
+def reference(codec: Codec) -> Code:
+    """No features, in the state of a fixed random activation: where directions are probed, and the gain is 1."""
+    code = codec.encode(torch.randn(1, 1, codec.d_in, generator=torch.Generator().manual_seed(3)))
+    return Code(torch.zeros_like(code.features), code.state)
+
+
+def gain(codec: Codec, state: State) -> torch.Tensor:
+    """How much a unit of any feature adds at each position, `[batch, pos, 1]`, as a share of what it adds at the reference.
+
+    Measured with a fixed change of the features in each position's own state; meaningful where the codec is linear.
+    """
+    there = reference(codec)
+    if not state:
+        return torch.ones_like(there.features[..., :1])
+    batch, positions = next(iter(state.values())).shape[:2]
+    here = Code(there.features.expand(batch, positions, -1), state)
+    change = _change(codec, there, seed=2)
+    added, unit = _adds(codec, here, change), _adds(codec, there, change)
+    return (added * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+
+
+def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
+    """Whether the same change of the features changes the activation alike, up to the gain, whatever the features are."""
+    change = _change(codec, code, seed=1)
+    once, twice = (_adds(codec, code, times * change) for times in (1, 2))
+    expected = scale * _adds(codec, reference(codec), change)
     largest = codec.decode(code.features, code.state).abs().max() + twice.abs().max()
-    tolerance = 64 * torch.finfo(changed.dtype).eps * float(largest)
-    differs = torch.cat([changed - changed[:, :1], twice - 2 * changed]).abs().max()
-    return bool(differs <= tolerance)
+    tolerance = 64 * torch.finfo(once.dtype).eps * float(largest)
+    return bool(torch.cat([once - expected, twice - 2 * expected]).abs().max() <= tolerance)
+
+
+def _change(codec: Codec, code: Code, seed: int) -> torch.Tensor:
+    return torch.rand(codec.d_sae, generator=torch.Generator().manual_seed(seed)).to(code.features)
+
+
+def _adds(codec: Codec, code: Code, change: torch.Tensor) -> torch.Tensor:
+    return codec.decode(code.features + change, code.state) - codec.decode(code.features, code.state)
 
 
 def _at(state: State, position: int) -> State:

@@ -31,6 +31,7 @@ class Codec(ABC):
     Attributes:
         kind: what it is, for messages.
         d_in, d_out, d_sae: widths of what it reads, of what it writes, and the number of features.
+        dtype: the type in which it encodes.
         may_be_linear: whether the decoder is of a kind that can be linear in the features; whether it is, is then found out.
     """
 
@@ -38,6 +39,7 @@ class Codec(ABC):
     d_in: int
     d_out: int
     d_sae: int
+    dtype: torch.dtype
     may_be_linear: bool = True
 
     @abstractmethod

@@ -18,7 +18,7 @@ from sae_lens import SAE
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.adapter import Adapted, AdaptedCodec
-from featpatch.lens.behaviour import Behaviour
+from featpatch.lens.behaviour import Behaviour, gain, reference
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.lens import Lens
 from featpatch.lens.sae_codec import SaeCodec
@@ -110,10 +110,9 @@ class Dictionary:
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
         """What one unit of a feature adds to the activation, probed from `decode` (never read from `W_dec`).
 
-        Only where the behaviour is `linear`: then it adds that in every state.
+        Only where the behaviour is `linear`: then it adds that in every state, times the gain of the state.
         """
-        code = self.codec.encode(torch.zeros(1, 1, self.codec.d_in))
-        off = Code(torch.zeros_like(code.features), code.state)
+        off = reference(self.codec)
         some = max(1, PROBED // self.d_sae)
         return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
 
@@ -122,6 +121,11 @@ class Dictionary:
         units[torch.arange(len(features), device=units.device), 0, features.to(units.device)] = 1
         state = {name: value.expand(len(features), -1, -1) for name, value in off.state.items()}
         return self.codec.decode(units, state)[:, 0] - self.codec.decode(off.features, off.state)[:, 0]
+
+    @torch.no_grad()
+    def gains(self, split: Split) -> Float[torch.Tensor, " pos"] | None:
+        """How much a unit of a feature adds at each position of the only prompt; None where that is one everywhere."""
+        return gain(self.codec, split.state)[0, :, 0] if self.behaviour.scaled else None
 
     @torch.no_grad()
     def moved(
@@ -151,12 +155,14 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     """Dictionaries of a model, checked against it.
 
     Args:
-        saes: one sae-lens object or one made by `adapt`, or several; several may share a hook.
+        saes: one sae-lens object or one made by `adapt`, or several; several may share a hook. A dictionary is taken as it is.
 
     Raises:
         FeatpatchError: an SAE names no hook or one that the model lacks, has another width than the activation there,
             or codes a position together with what it must not see.
     """
+    if isinstance(saes, Dictionary):
+        return [saes]
     saes = list(saes) if isinstance(saes, Iterable) and not isinstance(saes, torch.nn.Module) else [saes]
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one sae-lens SAE or transcoder")
@@ -169,6 +175,8 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         name = getattr(sae, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
         repeated = sum(re.sub(r"#\d+$", "", other.name) == name for other in made)
         name = f"{name}#{repeated + 1}" if repeated else name
+        if any(name == other.name for other in made):
+            raise FeatpatchError(f"two dictionaries are named {name!r}: expected different names, and none that ends in #n")
         _check_width(name, "reads", reads, prod(shapes[reads]), codec.d_in)
         _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
         made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))

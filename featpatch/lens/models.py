@@ -1,7 +1,7 @@
 """Models by name, by folder, or as they are in memory."""
 
 from collections.abc import Collection
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from featpatch.errors import FeatpatchError
+from featpatch.lens.bridge import BridgeLens
 from featpatch.lens.sources import check_device, folder_with, not_found
 from featpatch.lens.training import PROCESSED
+from featpatch.lens.weights import processing as processed
 
 
 def load_model(
@@ -57,6 +59,11 @@ def load_model(
                 f"the weights can't be processed by {list(processing)} ({error}): expected an architecture for which "
                 "TransformerLens can; pass processing=[] for the weights as they are"
             ) from error
+        if "center_writing_weights" in processing and "center_writing_weights" not in processed(BridgeLens(bridge)):
+            raise FeatpatchError(
+                "TransformerLens has not centred the weights of this architecture (it does where LayerNorm takes out a mean): "
+                "expected processing without 'center_writing_weights'"
+            )
     return bridge
 
 
@@ -87,10 +94,17 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     name, device = model.config.name_or_path or type(model).__name__, next(model.parameters()).device
     try:
         return TransformerBridge.boot_transformers(
-            name, hf_model=model.eval(), tokenizer=tokenizer, device=device, dtype=model.dtype
+            name, hf_model=model.eval(), tokenizer=_as_it_is(tokenizer), device=device, dtype=model.dtype
         )
     except Exception as error:
         raise FeatpatchError(
             f"TransformerLens can't take the {type(model).__name__} ({type(error).__name__}: {error}): expected an "
-            "architecture that it knows, and a tokenizer with add_bos_token=True or one that can be loaded again from disk"
+            "architecture that it knows"
         ) from error
+
+
+def _as_it_is(tokenizer: Any) -> Any:
+    """A copy that says of itself that it adds BOS: others TransformerLens loads again, from where they came or the hub."""
+    given = copy(tokenizer)
+    given.init_kwargs = {"name_or_path": "", **tokenizer.init_kwargs, "add_bos_token": True}
+    return given

@@ -18,7 +18,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from sae_lens import SAE, TemporalSAE
+from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.codec import Code, Codec, State
@@ -45,7 +45,12 @@ class SaeCodec(Codec):
                 "decoders sae-lens has summed, so that it reconstructs no layer's activation: expected a transcoder of one "
                 "layer; use per-layer transcoders of this model"
             )
-        self.sae, self._decoder = sae, sae
+        if isinstance(sae, BatchTopKTrainingSAE):
+            raise FeatpatchError(
+                f"a {type(sae).__name__} encodes a row differently beside others, by its rank in the batch: expected an SAE "
+                "for inference; save it with save_inference_model and load it again"
+            )
+        self.sae, self._decoder, self.dtype = sae, sae, sae.dtype
         if sae.dtype in (torch.bfloat16, torch.float16):
             self._decoder = deepcopy(sae).to(dtype=torch.float32)
             self._decoder._setup_activation_normalization()  # its functions keep statistics on the object they were made for

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens import SAE
+from sae_lens import SAE, TemporalSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -34,6 +34,8 @@ def load_sae(
         FeatpatchError: there is no such SAE, it can't be loaded, or it is a layer of a cross-layer transcoder.
     """
     check_device(device)
+    if not isinstance(source, (str, Path)):
+        raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
     if Path(source).exists():
         return _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
     place = Place.of(str(source))
@@ -47,6 +49,7 @@ def load_sae(
     except Exception as error:
         raise not_found("SAE", str(source), error) from error
     if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
+        _check_scale(norm_scaling_factor)
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
     metadata = sae.cfg.metadata
     metadata.explained_variance = metadata.explained_variance or place.explained_variance
@@ -120,14 +123,25 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
     """From disk, with the statistics of its training folded in as `from_pretrained` does."""
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
-        scaler = ActivationScaler(scaling_factor=norm_scaling_factor or sae.cfg.metadata.norm_scaling_factor)
+        said = sae.cfg.metadata.norm_scaling_factor if norm_scaling_factor is None else norm_scaling_factor
+        scaler = ActivationScaler(scaling_factor=said)
         if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file() and norm_scaling_factor is None:
             scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
+        if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is not None:
+            _check_scale(scaler.scaling_factor)
+            sae.cfg.metadata.norm_scaling_factor = scaler.scaling_factor
+            if not isinstance(sae, TemporalSAE):
+                sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        if sae.cfg.normalize_activations == "covariance_whitening" and scaler.whitening is not None:
+            whitening = scaler.whitening
+            sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
     except Exception as error:
-        raise FeatpatchError(f"the SAE in {str(folder)!r} can't be loaded ({error}): expected a sae-lens folder") from error
-    if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if sae.cfg.normalize_activations == "covariance_whitening" and scaler.whitening is not None:
-        whitening = scaler.whitening
-        sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+        raise FeatpatchError(
+            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {error}): expected a sae-lens folder"
+        ) from error
     return sae
+
+
+def _check_scale(scale: object) -> None:
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise FeatpatchError(f"norm_scaling_factor is {scale!r}: expected a positive number")

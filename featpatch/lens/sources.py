@@ -39,5 +39,8 @@ def folder_with(path: str | Path, file: str) -> Path:
         FeatpatchError: it does not.
     """
     if not (Path(path) / file).is_file():
-        raise FeatpatchError(f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE")
+        raise FeatpatchError(
+            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a folder of that name "
+            "hides what has it on the hub)"
+        )
     return Path(path)

@@ -37,15 +37,22 @@ class Training:
         if not isinstance(sae, SAE):
             return cls()
         said = sae.cfg.metadata
-        options = said.model_from_pretrained_kwargs or {}
+        options = said.model_from_pretrained_kwargs if isinstance(said.model_from_pretrained_kwargs, dict) else {}
         return cls(
             known=True,
-            model=said.model_name,
+            model=said.model_name if isinstance(said.model_name, str) else None,
             processing=tuple(name for name in PROCESSED if options.get(name)),
-            explained_variance=said.explained_variance,
-            context_size=said.context_size,
+            explained_variance=_share(said.explained_variance),
+            context_size=said.context_size if isinstance(said.context_size, int) else None,
             prepend_bos=bool(said.prepend_bos),
         )
+
+
+def _share(claim: object) -> float | None:
+    """A claimed explained variance, also where it is in per cent; None where it is no number that one can be."""
+    if not isinstance(claim, (int, float)) or not 0 < claim <= 100:
+        return None
+    return float(claim) if claim <= 1 else claim / 100
 
 
 def official_name(model: str) -> str:

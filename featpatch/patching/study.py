@@ -70,8 +70,12 @@ class Study:
             raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
         if batch_rows is not None and batch_rows < 1:
             raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
+        if not isinstance(pairs, Pairs):
+            raise FeatpatchError(
+                f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)"
+            )
         lens = wrap(model)
-        check_pairs(pairs, lens)
+        check_tokens(pairs, lens)
         wanted = [spans(pair, positions) for pair in pairs]
         found = dictionaries(lens, saes)
         runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found))
@@ -170,11 +174,13 @@ class Study:
         return clean, corrupted, patches
 
     def _metadata(self) -> dict[str, Any]:
+        tags = {"tags": [dict(pair.tags) for pair in self.pairs]} if any(pair.tags for pair in self.pairs) else {}
         return {
             "metric": self.measure.name,
             "directions": sorted(self.directions),
             "positions": self.positions if isinstance(self.positions, str) else [*self.wanted[0]],
             "pairs": self.pairs.digest(),
+            **tags,
             "model": {"name": str(self.lens.model.cfg.model_name), "sha256": self.lens.digest()},
             "saes": {dictionary.name: dictionary.digest() for dictionary in self.found},
             "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
@@ -182,14 +188,12 @@ class Study:
         }
 
 
-def check_pairs(pairs: Pairs, lens: Lens) -> None:
-    """Refuses what are no pairs, tokens and answers that the model doesn't know, and prompts that are too long for it.
+def check_tokens(pairs: Pairs, lens: Lens) -> None:
+    """Refuses tokens and answers that the model doesn't know, and prompts that are too long for it.
 
     Raises:
         FeatpatchError: one of these.
     """
-    if not isinstance(pairs, Pairs):
-        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     inputs, context = lens.d_vocab_in, lens.n_ctx
     for index, pair in enumerate(pairs):
         answers, tokens = (*pair.correct, *pair.wrong), (*pair.clean, *pair.corrupted)

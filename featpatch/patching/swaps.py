@@ -3,8 +3,8 @@
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
 With `b` corrupted and `s` clean this is denoising, the other way round noising. Where a unit of a feature always adds the same
-(see `Behaviour.linear`), the deltas of the two differ in sign only, and those of single features are multiples of a direction;
-elsewhere each is worked out by the definition. The error node carries the state of the decoder (see `chosen`).
+direction (see `Behaviour.linear`), the deltas of single features are multiples of it, times the gain of the base run's state if
+that matters; elsewhere each is worked out by the definition. The error node carries the state of the decoder (see `chosen`).
 """
 
 import hashlib
@@ -53,14 +53,14 @@ class Difference:
 
     Attributes:
         position, feature: where features differ; one entry each, by feature, then by position.
-        value: clean minus corrupted.
-        moved: what each entry changes alone, `[entries, d_out]`; None where that is `value` times the feature's direction.
+        value: how much each entry adds of its feature's direction.
+        moved: what each entry changes alone, `[entries, d_out]`, where features have no direction, else None.
         features, error: what all features, and what the error, change; 0 before the first differing token.
     """
 
     position: Int[torch.Tensor, " entries"]
     feature: Int[torch.Tensor, " entries"]
-    value: Float[torch.Tensor, " entries"]
+    value: Mapping[Direction, Float[torch.Tensor, " entries"]]
     moved: Mapping[Direction, Float[torch.Tensor, "entries d_out"]] | None
     features: Change
     error: Change
@@ -82,7 +82,7 @@ class Difference:
         return cls(
             position=position.cpu() + first,
             feature=feature.cpu(),
-            value=difference[position, feature],
+            value=_values(dictionary, ways, difference[position, feature], position),
             moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in ways.items()},
             features={way: _after(first, _all_features(dictionary, *runs)) for way, runs in ways.items()},
             error={way: _after(first, _all_else(dictionary, *runs)) for way, runs in ways.items()},
@@ -91,6 +91,17 @@ class Difference:
     def at(self, span: list[int]) -> torch.Tensor:
         """Indices of the entries at these positions."""
         return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
+
+
+def _values(
+    dictionary: Dictionary, ways: Mapping[Direction, tuple[Split, Split]], value: torch.Tensor, position: torch.Tensor
+) -> dict[Direction, torch.Tensor]:
+    """The differences with their signs, each times the gain of its base run."""
+    values: dict[Direction, torch.Tensor] = {"denoising": value, "noising": -value}
+    if not dictionary.behaviour.scaled:
+        return values
+    gains = {way: dictionary.gains(base) for way, (base, _) in ways.items()}
+    return {way: part if (scale := gains[way]) is None else part * scale[position] for way, part in values.items()}
 
 
 def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
@@ -164,15 +175,17 @@ def _along(
     """Multiples of the features' directions."""
     moving = directions.moving[directions.rows(difference.feature[entries])]
     entries = entries[moving]
-    denoising = Deltas(
-        patches=patches,
-        patch=patch[moving],
-        position=difference.position[entries],
-        direction=directions.rows(difference.feature[entries]),
-        coefficient=difference.value[entries.to(difference.value.device)],
-        directions=directions.values,
-    )
-    return {"denoising": denoising, "noising": -denoising}
+    return {
+        way: Deltas(
+            patches=patches,
+            patch=patch[moving],
+            position=difference.position[entries],
+            direction=directions.rows(difference.feature[entries]),
+            coefficient=value[entries.to(value.device)],
+            directions=directions.values,
+        )
+        for way, value in difference.value.items()
+    }
 
 
 def count_swaps(difference: Difference, wanted: Wanted) -> int:

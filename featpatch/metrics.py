@@ -1,25 +1,65 @@
 """What to measure: a metric sees logits only and returns one value per row, without a mean over rows.
 
-Sign convention: larger means closer to the clean behaviour.
+Sign convention: larger means closer to the clean behaviour. So distances and ranks are negative.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
 
-Metric = Callable[[Float[torch.Tensor, "rows d_vocab"], Sequence[int], Sequence[int]], Float[torch.Tensor, " rows"]]
+Logits = Float[torch.Tensor, "rows d_vocab"]
+Values = Float[torch.Tensor, " rows"]
+
+Metric = Callable[[Logits, Sequence[int], Sequence[int]], Values]
 """`metric(logits, correct, wrong)`: logits at the answer position, ids of the right and of the wrong answers."""
 
+FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
+"""`metric(logits, clean)`: with the logits of the pair's clean run."""
 
-def logit_diff(
-    logits: Float[torch.Tensor, "rows d_vocab"], correct: Sequence[int], wrong: Sequence[int]
-) -> Float[torch.Tensor, " rows"]:
+Needs = Literal["answers", "vocabulary", "clean"]
+"""Which logits a metric reads: those of the answers, all, or all and those of the clean run."""
+
+
+def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
     """Mean logit of the correct answers minus mean logit of the wrong ones (Wang et al. 2022, arXiv 2211.00593)."""
     return logits[:, list(correct)].mean(-1) - logits[:, list(wrong)].mean(-1)
+
+
+def prob_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """Probability of all correct answers together minus that of all wrong ones (Hanna et al. 2023, arXiv 2305.00586)."""
+    p = _log_softmax(logits).exp()
+    return p[:, list(correct)].sum(-1) - p[:, list(wrong)].sum(-1)
+
+
+def prob(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """Probability of all correct answers together."""
+    return log_prob(logits, correct, wrong).exp()
+
+
+def log_prob(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """Natural logarithm of the probability of all correct answers together."""
+    return _log_softmax(logits)[:, list(correct)].logsumexp(-1)
+
+
+def neg_rank(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """Minus the number of tokens with a larger logit than the best correct answer; 0 where that one comes first."""
+    return -(logits > logits[:, list(correct)].amax(-1, keepdim=True)).sum(-1).double()
+
+
+def accuracy(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """1 where no token has a larger logit than the best correct answer, else 0."""
+    return (neg_rank(logits, correct, wrong) == 0).double()
+
+
+def neg_kl(logits: Logits, clean: Float[torch.Tensor, "1 d_vocab"]) -> Values:
+    """-KL(clean || patched) over the vocabulary, in nats: 0 for the clean run. Its gradient is zero there."""
+    p, q = _log_softmax(clean), _log_softmax(logits)
+    return (p.exp() * (q - p)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -27,30 +67,37 @@ class Measure:
     """A metric with its name.
 
     Attributes:
-        answers_only: whether it reads the logits of the answers alone, so that the others need not be computed.
+        needs: which logits it reads; those that it doesn't need are not computed.
     """
 
     name: str
-    metric: Metric
-    answers_only: bool
+    metric: Metric | FromClean
+    needs: Needs
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
         """Ids whose logits are needed; None for the whole vocabulary."""
-        return (*correct, *wrong) if self.answers_only else None
+        return (*correct, *wrong) if self.needs == "answers" else None
 
     def __call__(
-        self, logits: Float[torch.Tensor, "rows columns"], correct: Sequence[int], wrong: Sequence[int]
+        self,
+        logits: Float[torch.Tensor, "rows columns"],
+        correct: Sequence[int],
+        wrong: Sequence[int],
+        clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, " rows"]:
         """The metric of logits at the answer position, float64 on the CPU.
 
         Raises:
             FeatpatchError: the metric doesn't give one finite value per row.
         """
-        if self.answers_only:
+        if self.needs == "clean":
+            assert clean is not None
+            values = cast(FromClean, self.metric)(logits, clean)
+        elif self.needs == "answers":
             n, total = len(correct), len(correct) + len(wrong)
-            values = self.metric(logits, range(n), range(n, total))
+            values = cast(Metric, self.metric)(logits, range(n), range(n, total))
         else:
-            values = self.metric(logits, correct, wrong)
+            values = cast(Metric, self.metric)(logits, correct, wrong)
         if not isinstance(values, torch.Tensor):
             raise FeatpatchError(f"the metric gave a {type(values).__name__}: expected a tensor with one value per row")
         if values.shape != (len(logits),):
@@ -64,7 +111,18 @@ class Measure:
         return values.detach().to("cpu", torch.float64)
 
 
-MEASURES = {measure.name: measure for measure in (Measure("logit_diff", logit_diff, answers_only=True),)}
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure("logit_diff", logit_diff, "answers"),
+        Measure("prob_diff", prob_diff, "vocabulary"),
+        Measure("prob", prob, "vocabulary"),
+        Measure("log_prob", log_prob, "vocabulary"),
+        Measure("neg_kl", neg_kl, "clean"),
+        Measure("neg_rank", neg_rank, "vocabulary"),
+        Measure("accuracy", accuracy, "vocabulary"),
+    )
+}
 
 
 def find(metric: str | Metric) -> Measure:
@@ -74,10 +132,15 @@ def find(metric: str | Metric) -> Measure:
         FeatpatchError: no metric has this name.
     """
     if callable(metric):
-        return Measure(getattr(metric, "__name__", repr(metric)), metric, answers_only=False)
+        return Measure(getattr(metric, "__name__", repr(metric)), metric, "vocabulary")
     if metric not in MEASURES:
         raise FeatpatchError(
             f"metric {metric!r} is unknown: expected one of {', '.join(MEASURES)}, "
             "or a function of (logits, correct, wrong) that returns one value per row"
         )
     return MEASURES[metric]
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -117,7 +117,7 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"positions": [7]}, r"position 7 is outside a prompt of 7 tokens: expected 0 to 6"),
         ({"positions": "some"}, r"positions='some': expected 'all', 'each' or a list"),
         ({"positions": []}, r"positions is empty"),
-        ({"metric": "accuracy"}, r"metric 'accuracy' is unknown: expected one of logit_diff"),
+        ({"metric": "f1"}, r"metric 'f1' is unknown: expected one of logit_diff, prob_diff"),
         (
             {"metric": lambda logits, correct, wrong: logits.mean()},
             r"the metric gave shape \(\) for 1 rows: expected one value per row",
@@ -305,7 +305,7 @@ for bad, message in (
 
 def test_a_training_dictionary_that_looks_at_several_rows(bridge: Small) -> None:
     config = BatchTopKTrainingSAEConfig(d_in=WIDTH, d_sae=FEATURES, dtype="float64", k=3.0, metadata=at(SITE))
-    with pytest.raises(fp.FeatpatchError, match=r"BatchTopKTrainingSAE\) encodes a row differently beside others: expected"):
+    with pytest.raises(fp.FeatpatchError, match=r"a BatchTopKTrainingSAE encodes a row differently beside others"):
         fp.rank_features(bridge.model, randomised(BatchTopKTrainingSAE(config), 1), pairs_of(bridge))
 
 

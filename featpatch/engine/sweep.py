@@ -4,9 +4,10 @@ Interrupted at any point, it has filled in what is finished. When memory runs ou
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,7 @@ class Sweep:
         journal: where finished batches are written down and looked up.
         done: called with the number of patches that each batch finished.
         limit: rows that memory allows for, known once it has run out.
+        clean: logits of clean runs, where the metric reads them.
     """
 
     path: PatchPath
@@ -39,11 +41,12 @@ class Sweep:
     journal: Journal | None = None
     done: Callable[[int], object] = field(default=lambda patches: None)
     limit: float = field(default=float("inf"), init=False)
+    clean: "WeakKeyDictionary[BaseRun, torch.Tensor]" = field(default_factory=WeakKeyDictionary, init=False)
 
     @torch.no_grad()
     def baselines(self, runs: Sequence[BaseRun]) -> list[float]:
         """The metric of the base runs, through the same path as the patches."""
-        self.path.prepare(runs)
+        self.path.prepare(list(dict.fromkeys([*runs, *map(self._clean_run, runs)])) if self._reads_clean else runs)
         return [float(self._measured(self.path.baseline(run, self._columns(run)), run)) for run in runs]
 
     @torch.no_grad()
@@ -111,10 +114,11 @@ class Sweep:
         if rows <= self.limit or patches == 1:
             try:
                 logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
+                together = groupby(zip(batch, logits, strict=True), key=lambda part: self._alike(part[0].block.run))
+                groups = [[*parts] for _, parts in together]
                 return torch.cat(
-                    [self.measure(torch.cat([part for _, part in parts]), *answers)
-                     for answers, parts in groupby(zip(batch, logits, strict=True), key=_answers)]
-                )  # fmt: skip
+                    [self._measured(torch.cat([part for _, part in parts]), parts[0][0].block.run) for parts in groups]
+                )
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -130,13 +134,24 @@ class Sweep:
         return self.measure.columns(run.pair.correct, run.pair.wrong)
 
     def _measured(self, logits: torch.Tensor, run: BaseRun) -> Values:
-        return self.measure(logits, run.pair.correct, run.pair.wrong)
+        return self.measure(logits, run.pair.correct, run.pair.wrong, self._clean_logits(run) if self._reads_clean else None)
 
+    @property
+    def _reads_clean(self) -> bool:
+        return self.measure.needs == "clean"
 
-def _answers(part: tuple[Unit, torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The right and the wrong answers; neighbours that share them are measured together."""
-    pair = part[0].block.run.pair
-    return pair.correct, pair.wrong
+    def _clean_run(self, run: BaseRun) -> BaseRun:
+        return run if run.clean is None else run.clean
+
+    def _clean_logits(self, run: BaseRun) -> torch.Tensor:
+        clean = self._clean_run(run)
+        if clean not in self.clean:
+            self.clean[clean] = self.path.baseline(clean, None)
+        return self.clean[clean]
+
+    def _alike(self, run: BaseRun) -> Hashable:
+        """What neighbours that are measured together share: the answers, and the clean run where the metric reads it."""
+        return run.pair.correct, run.pair.wrong, id(self._clean_run(run)) if self._reads_clean else None
 
 
 def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:

@@ -19,12 +19,14 @@ class BaseRun:
         pair: whose answers and answer position the metric takes.
         tokens: `[pos]`.
         resid: the residual stream `[pos, d_model]` at the entry of the blocks at which patches come in, by block.
+        clean: the clean run of the pair, None where this is it.
     """
 
     name: str
     pair: Pair
     tokens: Int[torch.Tensor, " pos"]
     resid: Mapping[int, Float[torch.Tensor, "pos d_model"]]
+    clean: "BaseRun | None" = None
 
     @property
     def answer(self) -> int:

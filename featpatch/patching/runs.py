@@ -70,15 +70,15 @@ def run_pairs(lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dic
         pair, of_pair = pairs[index], {base: {hook: kept[hook][slot] for hook in hooks} for base, kept in read.items()}
         clean, corrupted = of_pair["noising"], of_pair["denoising"]
         first = pair.first_difference if lens.causal else 0
-        bases = {
-            direction: BaseRun(
+        bases: dict[Direction, BaseRun] = {}
+        for direction in reversed(DIRECTIONS):
+            bases[direction] = BaseRun(
                 name=f"pair {index} {direction}",
                 pair=pair,
                 tokens=tokens[direction][slot],
                 resid={layer: of_pair[direction][hook] for layer, hook in entries.items()},
+                clean=bases.get("noising"),
             )
-            for direction in DIRECTIONS
-        }
         whole = {site: _difference(clean[site], corrupted[site], first) for site in written}
         runs.append(PairRuns(whole, {d.name: Difference.of(d, clean, corrupted, first) for d in found}, bases))
     return runs

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
     ["errors", "forecast", "verdict"],
     ["patch"],
-    ["sites", "metrics", "pairs"],
+    ["sites", "metrics"],
+    ["pairs"],
     ["effects", "lens", "tasks"],
     ["engine", "report"],
     ["patching", "firing", "baselines"],

@@ -1,0 +1,276 @@
+"""The checklist of good contrasts, pair by pair: what to look at before anything is patched.
+
+A contrast should change one thing and turn the answer: few tokens differ, they are of one kind and about equally surprising,
+the model prefers the right answer on the clean prompt and the wrong one on the corrupted, and no pair is there twice
+(Heimersheim & Nanda 2024, arXiv 2404.15255; Zhang & Nanda 2024, arXiv 2309.16042).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from featpatch.errors import FeatpatchError
+from featpatch.metrics import find
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.tokens import special_positions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Status = Literal["pass", "warn", "fail"]
+SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
+
+MANY = 3
+"""Differing tokens above which a pair is no minimal contrast."""
+SURPRISING, ABSURD = 3.0, 8.0
+"""Nats by which the changed tokens may be more surprising in one prompt than in the other: a warning, a failure."""
+SMALL = 0.2
+"""A gap below this share of the median gap hardly weighs in the pooled effects."""
+
+RULES = {
+    "difference": "change fewer words, or only those that decide the answer",
+    "kind": "replace a word by one of its kind (a name by a name, a number by a number), with the same spacing and case",
+    "surprise": "choose a replacement that is about as likely in its place; else features of odd text take part",
+    "output": "keep prompts on which the model does what is to be explained, and corruptions that turn its answer",
+    "answers": "choose answers that are single words of the tokenizer",
+    "labels": "label the same positions in every pair, so that effects add up",
+    "duplicate": "drop all but one",
+    "gap": "drop it, or accept that it hardly counts in the mean",
+}
+"""What is checked, and what to do where it does not pass."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one rule for one pair."""
+
+    pair: int
+    rule: str
+    status: Status
+    detail: str
+
+    @property
+    def advice(self) -> str:
+        """What to do about it; empty where it passed."""
+        return "" if self.status == "pass" else RULES[self.rule]
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """The outcome of `Pairs.check`.
+
+    Attributes:
+        findings: one per pair and rule.
+        clean, corrupted: the metric on both prompts, by pair.
+    """
+
+    findings: tuple[Finding, ...]
+    clean: tuple[float, ...]
+    corrupted: tuple[float, ...]
+
+    def verdicts(self) -> list[Status]:
+        """The worst finding of every pair."""
+        worst: list[Status] = ["pass"] * len(self.clean)
+        for finding in self.findings:
+            worst[finding.pair] = max(worst[finding.pair], finding.status, key=SEVERITY.__getitem__)
+        return worst
+
+    @property
+    def ok(self) -> bool:
+        """Whether no pair fails."""
+        return "fail" not in self.verdicts()
+
+    def counts(self) -> dict[str, dict[Status, int]]:
+        """By rule, how many pairs pass, warn and fail."""
+        seen = Counter((finding.rule, finding.status) for finding in self.findings)
+        return {rule: {status: seen[rule, status] for status in SEVERITY} for rule in RULES}
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per pair and rule: pair, rule, status, detail, advice."""
+        import pandas as pd
+
+        columns = ("pair", "rule", "status", "detail", "advice")
+        return pd.DataFrame([{name: getattr(finding, name) for name in columns} for finding in self.findings], columns=columns)
+
+
+@torch.no_grad()
+def check(
+    pairs: Sequence[Pair],
+    model: Callable[[torch.Tensor], Any],
+    *,
+    tokenizer: Any = None,
+    metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
+) -> Checklist:
+    """Runs the checklist.
+
+    Args:
+        model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object that holds them.
+        tokenizer: to show words and compare their kinds; by default `model.tokenizer`, if there is one.
+        metric: what tells the answers apart; positive where the right ones are preferred.
+
+    Raises:
+        FeatpatchError: the model gives no logits, or ones that are not finite; another metric.
+    """
+    tokenizer = tokenizer or getattr(model, "tokenizer", None)
+    if metric not in ("logit_diff", "prob_diff"):
+        raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
+    measure = find(metric)
+    runs = _Runs(model)
+    clean, corrupted, surprises = [], [], []
+    for pair in pairs:
+        here, there = runs.logits(pair.clean), runs.logits(pair.corrupted)
+        answers = [logits[None, pair.answer_position] for logits in (here, there)]
+        columns = measure.columns(pair.correct, pair.wrong)
+        kept = answers if columns is None else [row[:, list(columns)] for row in answers]
+        for into, row in zip((clean, corrupted), kept, strict=True):
+            into.append(float(measure(row, pair.correct, pair.wrong)))
+        changed = _changed(pair)
+        surprises.append(_surprise(there, pair.corrupted, changed) - _surprise(here, pair.clean, changed))
+    gaps = [one - other for one, other in zip(clean, corrupted, strict=True)]
+    usual, seen = Counter(label for pair in pairs for label in pair.labels), dict[Any, int]()
+    findings: list[Finding] = []
+    for index, pair in enumerate(pairs):
+        rules = {
+            "difference": _difference(pair, tokenizer),
+            "kind": _kind(pair, tokenizer),
+            "surprise": _even(surprises[index]),
+            "output": _output(clean[index], corrupted[index]),
+            "answers": _answers(pair, tokenizer),
+            "labels": _labels(pair, usual, len(pairs)),
+            "duplicate": _duplicate(pair, index, seen),
+            "gap": _gap(gaps[index], median(gaps)),
+        }
+        findings += [Finding(index, rule, *found) for rule, found in rules.items()]
+    return Checklist(tuple(findings), tuple(clean), tuple(corrupted))
+
+
+Outcome = tuple[Status, str]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Logits of prompts, one at a time."""
+
+    model: Callable[[torch.Tensor], Any]
+
+    def logits(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        """`[pos, d_vocab]`, float32 at least."""
+        device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
+        made = self.model(torch.tensor([tokens], device=device))
+        logits = getattr(made, "logits", made)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
+            raise FeatpatchError(
+                f"the model gives {type(logits).__name__} for tokens [1, {len(tokens)}]: expected finite logits "
+                "[batch, pos, d_vocab], or an object with them as .logits"
+            )
+        return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _changed(pair: Pair) -> list[int]:
+    return [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
+
+
+def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence[int]) -> float:
+    """Mean -log p of the tokens at these positions, given what is before them; the first token is not predicted."""
+    predicted = [p for p in positions if p > 0]
+    if not predicted:
+        return 0.0
+    before = logits[[p - 1 for p in predicted]].log_softmax(-1)
+    return -float(before.gather(1, torch.tensor([[tokens[p]] for p in predicted], device=logits.device)).mean())
+
+
+def _difference(pair: Pair, tokenizer: Any) -> Outcome:
+    changed = _changed(pair)
+    shown = ", ".join(
+        f"{p}: {_word(pair.clean[p], tokenizer)} -> {_word(pair.corrupted[p], tokenizer)}" for p in changed[:MANY]
+    )
+    detail = f"{len(changed)} of {len(pair)} tokens differ{f' ({shown})' if changed else ''}"
+    if not changed:
+        return "fail", detail
+    return ("pass" if len(changed) <= MANY else "warn"), detail
+
+
+def _kind(pair: Pair, tokenizer: Any) -> Outcome:
+    if tokenizer is None or not hasattr(tokenizer, "decode"):
+        return "pass", "not looked at without a tokenizer"
+    for p in _changed(pair):
+        kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
+        if kinds[0] != kinds[1]:
+            words = [_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)]
+            return "warn", f"{words[0]} is {kinds[0]} and {words[1]} is {kinds[1]}, at {p}"
+    return "pass", "changed tokens are of one kind"
+
+
+def _kind_of(tokenizer: Any, token: int) -> str:
+    piece = str((tokenizer.convert_ids_to_tokens([token]) if hasattr(tokenizer, "convert_ids_to_tokens") else [""])[0])
+    text = str(tokenizer.decode([token])).strip()
+    kind = (
+        "a number"
+        if text.isdigit()
+        else "a name or capital"
+        if text[:1].isupper()
+        else "a word"
+        if text.isalpha()
+        else "a sign"
+    )
+    return f"{kind} after a space" if piece[:1] in ("Ġ", "▁", " ") else kind
+
+
+def _even(difference: float) -> Outcome:
+    detail = f"changed tokens {abs(difference):.1f} nats {'more' if difference > 0 else 'less'} surprising when corrupted"
+    return ("fail" if abs(difference) > ABSURD else "warn" if abs(difference) > SURPRISING else "pass"), detail
+
+
+def _output(clean: float, corrupted: float) -> Outcome:
+    detail = f"metric {clean:.2f} on clean, {corrupted:.2f} on corrupted"
+    if clean <= 0 or clean <= corrupted:
+        return "fail", detail
+    return ("pass" if corrupted < 0 else "warn"), detail
+
+
+def _answers(pair: Pair, tokenizer: Any) -> Outcome:
+    answers = (*pair.correct, *pair.wrong)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    odd = [answers[p] for p in special_positions(tokenizer, answers)] if tokenizer is not None else []
+    odd += [token for token in answers if token == unknown]
+    if odd:
+        return "fail", f"answers {odd} are special or unknown tokens"
+    return "pass", f"{len(pair.correct)} right, {len(pair.wrong)} wrong, one token each"
+
+
+def _labels(pair: Pair, usual: Counter[str], pairs: int) -> Outcome:
+    missing = sorted(label for label, count in usual.items() if label not in pair.labels and count > pairs / 2)
+    if missing:
+        return "warn", f"labels {', '.join(missing)} are missing, which most pairs have"
+    return "pass", ", ".join(f"{label} {position}" for label, position in pair.labels.items()) or "no labels"
+
+
+def _duplicate(pair: Pair, index: int, seen: dict[Any, int]) -> Outcome:
+    first = seen.setdefault((pair.clean, pair.corrupted, pair.correct, pair.wrong), index)
+    return ("pass", "once") if first == index else ("fail", f"the same as pair {first}")
+
+
+def _gap(gap: float, usual: float) -> Outcome:
+    detail = f"gap {gap:.2f}, median {usual:.2f}"
+    return ("warn" if gap < SMALL * usual else "pass"), detail
+
+
+def _word(token: int, tokenizer: Any) -> str:
+    return repr(str(tokenizer.decode([token])).strip()) if hasattr(tokenizer, "decode") else str(token)
+
+
+def kept(verdicts: Sequence[Status], dropped: str | Sequence[str]) -> Iterator[int]:
+    """Indices of the pairs whose verdict is not among the dropped ones.
+
+    Raises:
+        FeatpatchError: an unknown verdict.
+    """
+    names = [dropped] if isinstance(dropped, str) else list(dropped)
+    unknown = [name for name in names if name not in SEVERITY]
+    if unknown:
+        raise FeatpatchError(f"verdicts {unknown}: expected some of {', '.join(SEVERITY)}")
+    return (index for index, verdict in enumerate(verdicts) if verdict not in names)

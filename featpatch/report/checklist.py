@@ -1,0 +1,48 @@
+"""The checklist of pairs as tables for a terminal."""
+
+from collections.abc import Callable
+
+from rich.markup import escape
+from rich.table import Table
+
+from featpatch.pairs.checklist import RULES, SEVERITY, Checklist
+
+COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+def totals(check: Checklist) -> Table:
+    """By rule, how many pairs pass, and what to do about the others."""
+    table = Table(title=f"checklist of {len(check.clean)} pairs: {_summary(check)}")
+    table.add_column("rule", no_wrap=True)
+    for status in SEVERITY:
+        table.add_column(status, justify="right")
+    table.add_column("where it does not pass")
+    for rule, counts in check.counts().items():
+        advice = RULES[rule] if counts["warn"] or counts["fail"] else ""
+        table.add_row(rule, *(f"[{COLOURS[s]}]{n}[/]" if n else "0" for s, n in counts.items()), advice)
+    return table
+
+
+def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Table:
+    """The pairs with the worst findings first, each with what was found.
+
+    Args:
+        text: the clean prompt of a pair, to show.
+        most: how many pairs to show.
+    """
+    verdicts = check.verdicts()
+    worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
+    table = Table(title=f"{len(worst)} pairs with something to look at" + (f", the first {most}" if len(worst) > most else ""))
+    for column in ("pair", "verdict", "found", "clean prompt"):
+        table.add_column(column)
+    for pair in worst[:most]:
+        found = [f"{f.rule}: {f.detail}" for f in check.findings if f.pair == pair and f.status != "pass"]
+        table.add_row(
+            str(pair), f"[{COLOURS[verdicts[pair]]}]{verdicts[pair]}[/]", escape("; ".join(found)), escape(text(pair))
+        )
+    return table
+
+
+def _summary(check: Checklist) -> str:
+    verdicts = check.verdicts()
+    return ", ".join(f"{verdicts.count(status)} {status}" for status in SEVERITY)

@@ -1,0 +1,153 @@
+"""Good and bad contrasts, each found for what it is."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import featpatch as fp
+from featpatch.pairs.checklist import Checklist, check, kept
+from featpatch.report.checklist import by_pair, totals
+
+
+@pytest.fixture(scope="module")
+def demo() -> fp.Demo:
+    return fp.load_demo()
+
+
+CLEAN = "When Mary and John went to the store , John gave a drink to"
+GOOD = (CLEAN, "When Mary and John went to the store , Mary gave a drink to", "Mary", "John")
+EXAMPLES = {
+    "good": (GOOD, {}),
+    "another subject and another story": (
+        (CLEAN, "While Anna and Paul were working at the park , Paul handed the key", "Mary", "John"), {"difference": "warn"}),
+    "the same prompt": ((CLEAN, CLEAN, "Mary", "John"), {"difference": "fail", "output": "fail"}),
+    "a name for a word": ((CLEAN, "When Mary and John went to the store , red gave a drink to", "Mary", "John"), {"kind": "warn"}),
+    "the wrong way round": ((GOOD[1], CLEAN, "Mary", "John"), {"output": "fail"}),
+    "an answer that the corruption keeps": (
+        (CLEAN, "When Mary and John went to the store , John gave a watch to", "Mary", "John"), {"output": "warn"}),
+}  # fmt: skip
+
+
+def pairs_of(demo: fp.Demo, *examples: tuple[str, str, str, str], **options: Any) -> fp.Pairs:
+    clean, corrupted, correct, wrong = zip(*examples, strict=True)
+    return fp.Pairs.from_prompts(
+        demo.model.tokenizer, clean=clean, corrupted=corrupted, correct=correct, wrong=wrong, **options
+    )
+
+
+def statuses(found: Checklist, pair: int = 0) -> dict[str, str]:
+    return {finding.rule: finding.status for finding in found.findings if finding.pair == pair}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(demo: fp.Demo, name: str) -> None:
+    example, expected = EXAMPLES[name]
+    found = statuses(check(pairs_of(demo, example), demo.model))
+    assert {rule: status for rule, status in found.items() if status != "pass" and rule in expected} == expected
+    if name == "good":
+        assert set(found.values()) == {"pass"}
+
+
+def test_numbers_are_the_models(demo: fp.Demo) -> None:
+    """The metric and the surprise, from plain logits."""
+    pairs = pairs_of(demo, GOOD)
+    found = check(pairs, demo.model)
+    (pair,) = pairs
+    with torch.no_grad():
+        clean, corrupted = (demo.model(torch.tensor([tokens]))[0] for tokens in (pair.clean, pair.corrupted))
+    for value, logits in ((found.clean[0], clean), (found.corrupted[0], corrupted)):
+        assert value == pytest.approx(float(logits[-1, pair.correct[0]] - logits[-1, pair.wrong[0]]), abs=1e-4)
+    changed = next(p for p in range(len(pair)) if pair.clean[p] != pair.corrupted[p])
+    surprise = [
+        -float(x[changed - 1].log_softmax(-1)[t[changed]]) for x, t in ((clean, pair.clean), (corrupted, pair.corrupted))
+    ]
+    detail = next(finding.detail for finding in found.findings if finding.rule == "surprise")
+    assert f"{abs(surprise[1] - surprise[0]):.1f} nats" in detail
+
+
+class Bigram:
+    """Predicts from the last token alone, by a table of logits."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table[tokens]
+
+
+@pytest.mark.parametrize(("drop", "status"), [(1.0, "pass"), (5.0, "warn"), (20.0, "fail")])
+def test_odd_replacements(drop: float, status: str) -> None:
+    """Token 2 is `drop` nats less likely after token 0 than token 1 is."""
+    table = torch.zeros(6, 6)
+    table[0, 2] = -drop
+    table[1, 4], table[2, 5] = 5.0, 5.0
+    pair = fp.Pair((0, 1), (0, 2), correct=(4,), wrong=(5,))
+    found = statuses(check([pair], Bigram(table)))
+    assert found["surprise"] == status
+    assert found["output"] == "pass"
+
+
+def test_what_pairs_have_in_common(demo: fp.Demo) -> None:
+    other = ("When Anna and Paul went to the store , Paul gave a drink to",
+             "When Anna and Paul went to the store , Anna gave a drink to", "Anna", "Paul")  # fmt: skip
+    labels = [{"S2": 10}, {"S2": 10}, {}]
+    found = check(pairs_of(demo, GOOD, GOOD, other, labels=labels), demo.model)
+    assert [statuses(found, pair)["duplicate"] for pair in range(3)] == ["pass", "fail", "pass"]
+    assert [statuses(found, pair)["labels"] for pair in range(3)] == ["pass", "pass", "warn"]
+    assert found.verdicts() == ["pass", "fail", "warn"]
+    assert not found.ok
+    assert list(kept(found.verdicts(), "fail")) == [0, 2]
+    assert list(kept(found.verdicts(), ["fail", "warn"])) == [0]
+    assert found.counts()["duplicate"] == {"pass": 2, "warn": 0, "fail": 1}
+    frame = found.to_pandas()
+    assert list(frame.columns) == ["pair", "rule", "status", "detail", "advice"]
+    assert (frame.advice != "").sum() == (frame.status != "pass").sum() == 2
+
+
+def test_small_gaps(demo: fp.Demo) -> None:
+    table = torch.zeros(8, 8)
+    table[1, 6], table[2, 7], table[3, 6], table[4, 7] = 5.0, 5.0, 0.2, 0.2
+    pairs = [fp.Pair((0, a), (0, b), (6,), (7,)) for a, b in ((1, 2), (1, 2), (3, 4))]
+    found = check(pairs, Bigram(table))
+    assert [statuses(found, pair)["gap"] for pair in range(3)] == ["pass", "pass", "warn"]
+
+
+def test_answers_that_are_no_words(demo: fp.Demo) -> None:
+    tokenizer = demo.model.tokenizer
+    (pair,) = pairs_of(demo, GOOD)
+    for odd in (tokenizer.bos_token_id, tokenizer.unk_token_id):
+        changed = fp.Pair(pair.clean, pair.corrupted, (odd,), pair.wrong)
+        assert statuses(check([changed], demo.model))["answers"] == "fail"
+
+
+def test_shipped_pairs_pass(demo: fp.Demo) -> None:
+    """Nearly all of what ships and of what the tasks draw."""
+    for pairs in (demo.pairs("ioi", n=16), demo.pairs("capitals", n=16), fp.tasks.ioi(demo.model.tokenizer, 16)):
+        verdicts = check(pairs, demo.model).verdicts()
+        assert verdicts.count("fail") <= 1
+
+
+def test_tables(demo: fp.Demo, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    found = check(pairs_of(demo, GOOD, GOOD), demo.model)
+    console = Console(width=160)
+    console.print(totals(found))
+    console.print(by_pair(found, lambda pair: "[b]markup[/b]"))
+    printed = capsys.readouterr().out
+    assert "checklist of 2 pairs: 1 pass, 0 warn, 1 fail" in printed
+    assert "the same as pair 0" in printed
+    assert "[b]markup[/b]" in printed
+    assert "drop all but one" in printed
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(2, 6), torch.full((1, 2, 6), torch.nan)])
+def test_models_that_are_none(logits: torch.Tensor) -> None:
+    with pytest.raises(fp.FeatpatchError, match="expected finite logits"):
+        check([fp.Pair((0, 1), (0, 2), (4,), (5,))], lambda tokens: logits)
+
+
+def test_unknown_verdicts() -> None:
+    with pytest.raises(fp.FeatpatchError, match=r"verdicts \['bad'\]: expected some of pass, warn, fail"):
+        kept(["pass"], "bad")

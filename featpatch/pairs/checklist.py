@@ -120,7 +120,9 @@ def check(
         raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
     measure = find(metric)
     runs = _Runs(model)
-    clean, corrupted, surprises = [], [], []
+    clean: list[float] = []
+    corrupted: list[float] = []
+    surprises: list[float] = []
     for pair in pairs:
         here, there = runs.logits(pair.clean), runs.logits(pair.corrupted)
         answers = [logits[None, pair.answer_position] for logits in (here, there)]
@@ -185,9 +187,8 @@ def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence
 
 def _difference(pair: Pair, tokenizer: Any) -> Outcome:
     changed = _changed(pair)
-    shown = ", ".join(
-        f"{p}: {_word(pair.clean[p], tokenizer)} -> {_word(pair.corrupted[p], tokenizer)}" for p in changed[:MANY]
-    )
+    words = [tuple(_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)) for p in changed[:MANY]]
+    shown = ", ".join(f"{p}: {one} -> {other}" for p, (one, other) in zip(changed, words, strict=False))
     detail = f"{len(changed)} of {len(pair)} tokens differ{f' ({shown})' if changed else ''}"
     if not changed:
         return "fail", detail
@@ -208,15 +209,8 @@ def _kind(pair: Pair, tokenizer: Any) -> Outcome:
 def _kind_of(tokenizer: Any, token: int) -> str:
     piece = str((tokenizer.convert_ids_to_tokens([token]) if hasattr(tokenizer, "convert_ids_to_tokens") else [""])[0])
     text = str(tokenizer.decode([token])).strip()
-    kind = (
-        "a number"
-        if text.isdigit()
-        else "a name or capital"
-        if text[:1].isupper()
-        else "a word"
-        if text.isalpha()
-        else "a sign"
-    )
+    kinds = {"a number": text.isdigit(), "a name": text[:1].isupper(), "a word": text.isalpha()}
+    kind = next((kind for kind, holds in kinds.items() if holds), "a sign")
     return f"{kind} after a space" if piece[:1] in ("Ġ", "▁", " ") else kind
 
 

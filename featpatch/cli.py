@@ -113,6 +113,36 @@ def plan(
         console.print(planned(fp.plan(**_own(console, model, sae, pairs, positions, direction, metric, device))))
 
 
+@app.command()
+def check(
+    pairs: Annotated[Path, typer.Argument(help="JSON lines, as for rank.")],
+    model: Model,
+    metric: Annotated[Literal["logit_diff", "prob_diff"], typer.Option(help="What tells the answers apart.")] = "logit_diff",
+    device: Device = "cpu",
+    top: Annotated[int, typer.Option(min=1, help="How many pairs to show.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="File for a CSV of all findings.")] = None,
+) -> None:
+    """Check prompt pairs against the model: is each one clean contrast? Exits with 1 where a pair fails.
+
+    Example: featpatch check pairs.jsonl --model gpt2
+    """
+    with _clear_errors():
+        from featpatch.report import by_pair, totals
+
+        console = _console()
+        loaded = fp.load(model, device=device).model
+        drawn = fp.Pairs.from_jsonl(loaded.tokenizer, pairs)
+        found = drawn.check(loaded, metric=metric)
+        console.print(
+            by_pair(found, lambda pair: str(loaded.tokenizer.decode(drawn[pair].clean, skip_special_tokens=True)), top)
+        )
+        console.print(totals(found))
+        if out is not None:
+            found.to_pandas().to_csv(out, index=False)
+        if not found.ok:
+            raise typer.Exit(1)
+
+
 def _own(
     console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: str, device: str
 ) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Good and bad contrasts, each found for what it is."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import featpatch as fp
+from featpatch.checkpoints import folder
 from featpatch.pairs.checklist import Checklist, check, kept
 from featpatch.report.checklist import by_pair, totals
 
@@ -146,6 +151,40 @@ def test_tables(demo: fp.Demo, capsys: pytest.CaptureFixture[str]) -> None:
 def test_models_that_are_none(logits: torch.Tensor) -> None:
     with pytest.raises(fp.FeatpatchError, match="expected finite logits"):
         check([fp.Pair((0, 1), (0, 2), (4,), (5,))], lambda tokens: logits)
+
+
+def test_checking_and_dropping(demo: fp.Demo) -> None:
+    pairs = pairs_of(demo, GOOD, GOOD, EXAMPLES["a name for a word"][0])
+    found = pairs.check(demo.model)
+    assert pairs.drop(found) == pairs[:1]
+    assert pairs.drop(found, ["warn", "fail"]) == pairs[:1]
+    assert pairs_of(demo, GOOD).drop(pairs_of(demo, GOOD).check(demo.model)) == pairs[:1]
+    with pytest.raises(fp.FeatpatchError, match="the checklist is of 3 pairs and these are 1"):
+        pairs[:1].drop(found)
+    with pytest.raises(fp.FeatpatchError, match="all 3 pairs have verdict"):
+        pairs.drop(found, ["pass", "warn", "fail"])
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    model = folder() / "model"
+    lines = [{"clean": c, "corrupted": d, "correct": right, "wrong": wrong} for c, d, right, wrong in (GOOD, GOOD)]
+    for name, count, code in (("good", 1, 0), ("twice", 2, 1)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
+        command = [
+            sys.executable,
+            "-m",
+            "featpatch.cli",
+            "check",
+            f"{name}.jsonl",
+            "--model",
+            str(model),
+            "--out",
+            f"{name}.csv",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == code, done.stderr
+        assert f"checklist of {count} pairs" in done.stdout
+        assert (tmp_path / f"{name}.csv").read_text().count("\n") == 8 * count + 1
 
 
 def test_unknown_verdicts() -> None:

@@ -1,7 +1,8 @@
 """What came out: the table of metric values, the effects derived from it, their intervals."""
 
 from featpatch.effects.collector import Collector
-from featpatch.effects.effects import Effects
+from featpatch.effects.effects import Effect, Effects
+from featpatch.effects.stability import Stability
 from featpatch.effects.statistics import check_gap
 
-__all__ = ["Collector", "Effects", "check_gap"]
+__all__ = ["Collector", "Effect", "Effects", "Stability", "check_gap"]

@@ -5,11 +5,13 @@
 
 Nothing is clipped: values below 0 and above 1 mean something. A node that has the same value in both runs of a pair has
 exactly no effect there; such entries are not stored.
+
+Rows that are taken from a table remember it: q-values and ranks count every feature that was ranked, not only those looked at.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from featpatch.effects import statistics, storage
+from featpatch.effects import breakdown, significance, statistics, storage
+from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
 from featpatch.patch import Node, Position
 
@@ -37,8 +40,9 @@ class Effects:
         clean, corrupted: metric of the unpatched runs, `[pairs]`.
         row, pair: for each stored entry its row and its pair, `[entries]`.
         denoised, noised: metric of the patched runs, `[entries]`; NaN in a direction that was not run.
-        metadata: versions, digests of model, SAEs and pairs, metric, directions and options.
+        metadata: versions, digests of model, SAEs and pairs, tags of the pairs, metric, directions and options.
         value: `"exact"` for patched runs; estimates say `"estimate"`.
+        taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
     """
 
     nodes: tuple[Node, ...]
@@ -50,6 +54,8 @@ class Effects:
     noised: Array
     metadata: Mapping[str, Any]
     value: str = "exact"
+    taken_from: "Effects | None" = field(default=None, compare=False)
+    _p_values: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def gap(self) -> Array:
@@ -61,10 +67,14 @@ class Effects:
 
     def changes(self, effect: Effect) -> "csr_array[Any]":
         """Change of the metric by row and pair `[rows, pairs]`, sparse: what is not stored is exactly 0."""
+        return csr_array((self._entries(effect), (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
+
+    def _entries(self, effect: Effect) -> Array:
+        """Change of the metric of each stored entry, `[entries]`."""
         change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
         if effect not in change:
             raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
-        return csr_array((change[effect], (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
+        return change[effect]
 
     def pooled(self, effect: Effect) -> Array:
         """Ratio of means of every row, `[rows]`; NaN in a direction that was not run."""
@@ -72,13 +82,104 @@ class Effects:
         return result
 
     def per_pair(self, effect: Effect) -> Array:
-        """Change over gap of every row and pair, `[rows, pairs]`."""
-        result: Array = self.changes(effect).toarray() / self.gap
+        """Change over gap of every row and pair, `[rows, pairs]`; NaN in a pair whose own gap is near zero."""
+        result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.gap, np.nan)
         return result
+
+    @property
+    def with_gap(self) -> NDArray[np.bool_]:
+        """Which pairs have a gap of their own that is not near zero, `[pairs]`; the others are in no per-pair ratio."""
+        return statistics.with_gap(self.clean, self.corrupted)
+
+    def median(self, effect: Effect) -> Array:
+        """Median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN where none has.
+
+        A pair in which the node does not change counts as exactly 0, so that the median of a node that changes in fewer
+        than half of the pairs is 0.
+        """
+        ratios = self.per_pair(effect)[:, self.with_gap]
+        return np.median(ratios, axis=1) if ratios.size else np.full(len(self), np.nan)
+
+    def sign_consistency(self, effect: Effect) -> Array:
+        """Share of the changed pairs whose change has the sign of the pooled one, `[rows]`.
+
+        NaN where there is no sign: the node changes in no pair, or its changes add up to 0 or are not all known.
+        """
+        change, total = self._entries(effect), self.changes(effect).sum(axis=1)
+        agree = np.bincount(self.row, np.sign(change) == np.sign(total)[self.row], minlength=len(self))
+        signed = np.isfinite(total) & (total != 0)
+        return np.divide(agree, self.changed_pairs, out=np.full(len(self), np.nan), where=signed)
+
+    @property
+    def changed_pairs(self) -> NDArray[np.int64]:
+        """In how many pairs the node differs between the runs, `[rows]`."""
+        return np.bincount(self.row, minlength=len(self))
 
     def interval(self, effect: Effect) -> Array:
         """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair."""
         return statistics.interval(self.changes(effect).toarray(), self.gap)
+
+    def p_values(self, effect: Effect) -> Array:
+        """Sign-flip permutation p-values over pairs, two-sided, `[rows]`; see `significance.sign_flip` for how small they get.
+
+        NaN with a single pair, for a node that changes in no pair, and where values are missing.
+        """
+        if effect not in self._p_values:
+            p = significance.sign_flip(self.changes(effect).toarray())
+            self._p_values[effect] = np.where(self.changed_pairs > 0, p, np.nan)
+        return self._p_values[effect].copy()
+
+    def q_values(self, effect: Effect) -> Array:
+        """Benjamini-Hochberg q-values over all features that were ranked, `[rows]`; NaN for rows of other kinds.
+
+        They are those of the table that the rows were taken from: looking at the top 20 does not make 20 tests of 20,000.
+        After `save` and `load` of taken rows the other features are counted with a p-value of 1, which is never too small.
+        """
+        q = np.full(len(self.whole), np.nan)
+        features = self.whole.features
+        q[features] = significance.false_discovery(self.whole.p_values(effect)[features], self.features_ranked)
+        return q[self.rows_in_whole()]
+
+    @property
+    def features(self) -> NDArray[np.bool_]:
+        """Which rows are features, `[rows]`."""
+        return np.array([node.kind == "feature" for node in self.nodes], dtype=bool)
+
+    @property
+    def whole(self) -> "Effects":
+        """The table that the rows were taken from, or this one."""
+        return self if self.taken_from is None else self.taken_from
+
+    def rows_in_whole(self) -> NDArray[np.int64]:
+        """For each row which one it is in `whole`, `[rows]`."""
+        if self.taken_from is None:
+            return np.arange(len(self))
+        at = {node: row for row, node in enumerate(self.taken_from.nodes)}
+        return np.array([at[node] for node in self.nodes], dtype=np.int64)
+
+    @property
+    def features_ranked(self) -> int:
+        """How many features `whole` has, or had before its rows were saved and loaded."""
+        return int(self.whole.metadata.get("features_ranked", self.whole.features.sum()))
+
+    def stability(self, effect: Effect, *, splits: int = SPLITS, top: int = TOP, seed: int = 0) -> Stability:
+        """How far the ranking of the features in one half of the pairs is that in the other half.
+
+        Raises:
+            FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+        """
+        return split_half(self.where(kind="feature").changes(effect).toarray(), self.gap, splits, top, seed)
+
+    def by_tag(self, tag: str, effect: Effect) -> "pd.DataFrame":
+        """The pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
+
+        For example `by_tag("corruption", "recovery")`. `depends` says that a feature's intervals under two values do not
+        overlap; see `breakdown.by_tag`.
+
+        Raises:
+            FeatpatchError: no pair has this tag, or all have the same value of it.
+        """
+        return breakdown.by_tag(self, tag, effect)
 
     def take(self, rows: Sequence[int] | NDArray[Any]) -> "Effects":
         """These rows, in this order: indices, none twice, or a mask of all rows.
@@ -92,6 +193,7 @@ class Effects:
         kept = new[self.row] >= 0
         return replace(
             self,
+            taken_from=self if self.taken_from is None else self.taken_from,
             nodes=tuple(self.nodes[index] for index in order),
             row=new[self.row[kept]],
             pair=self.pair[kept],
@@ -119,11 +221,15 @@ class Effects:
         pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
         kept = np.isin(self.pair, pairs)
         new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
+        metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
+        if "tags" in metadata:
+            metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
         part = replace(
             self,
             clean=self.clean[pairs],
             corrupted=self.corrupted[pairs],
-            metadata={**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else self.metadata,
+            taken_from=None if self.taken_from is None else self.taken_from.of_pairs(pairs),
+            metadata=metadata,
             row=self.row[kept],
             pair=new[self.pair[kept]],
             denoised=self.denoised[kept],
@@ -159,7 +265,25 @@ class Effects:
         return effects
 
     def to_pandas(self) -> "pd.DataFrame":
-        """One row per node: site, sae, kind, index, position, both effects with their intervals, pairs, value."""
+        """One row per node: its fields, both effects with intervals and statistics, pairs, value.
+
+        Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
+        """
+        table = self._frame()
+        for effect in self.directions_run():
+            columns = {
+                f"{effect}_median": self.median(effect),
+                f"{effect}_sign_consistency": self.sign_consistency(effect),
+                f"{effect}_p": self.p_values(effect),
+                f"{effect}_q": self.q_values(effect),
+            }
+            for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):
+                table.insert(offset, name, values)
+        table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(self.with_gap.sum()))
+        return table
+
+    def _frame(self) -> "pd.DataFrame":
+        """One row per node with what is quick to know, for showing."""
         import pandas as pd
 
         table = pd.DataFrame({name: [getattr(node, name) for node in self.nodes] for name in Node.__dataclass_fields__})
@@ -167,7 +291,7 @@ class Effects:
         for effect in self.directions_run():
             low, high = self.interval(effect).T
             table[effect], table[f"{effect}_low"], table[f"{effect}_high"] = self.pooled(effect), low, high
-        table["changed_pairs"] = np.bincount(self.row, minlength=len(self.nodes))
+        table["changed_pairs"] = self.changed_pairs
         table["pairs"], table["value"] = len(self.clean), self.value
         return table
 
@@ -207,12 +331,12 @@ class Effects:
         return cls(**storage.load(Path(path)))
 
     def __repr__(self) -> str:
-        shown = self.take(range(min(20, len(self)))).to_pandas().drop(columns=["sae"])
+        shown = self.take(range(min(20, len(self))))._frame().drop(columns=["sae"])
         more = f"\n... {len(self) - 20} more rows" if len(self) > 20 else ""
         return f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}"
 
     def _repr_html_(self) -> str:
-        shown = self.take(range(min(20, len(self)))).to_pandas().to_html(index=False, escape=True)
+        shown = self.take(range(min(20, len(self))))._frame().to_html(index=False, escape=True)
         return f"{shown}<p>{len(self)} rows</p>"
 
 

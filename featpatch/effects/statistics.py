@@ -1,7 +1,7 @@
-"""Pooled effects with their uncertainty.
+"""Pooled effects with their uncertainty, and what stands beside them.
 
 Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
-(Efron & Tibshirani 1993, percentile method, from scipy).
+(Efron & Tibshirani 1993, percentile method, from scipy). A ratio is taken of single pairs only where their gap can carry it.
 """
 
 import numpy as np
@@ -11,12 +11,23 @@ from scipy.stats import bootstrap
 from featpatch.errors import FeatpatchError
 
 NEAR_ZERO = 1e-3
-"""A mean gap below this share of the metric's size is refused."""
+"""A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""
 
 RESAMPLES = 999
 SEED = 0
 CONFIDENCE = 0.95
 CHUNK = 256
+
+
+def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
+    """How large the metric is, in its own unit: the mean of its absolute values, of the larger side."""
+    return float(max(np.abs(clean).mean(), np.abs(corrupted).mean()))
+
+
+def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which pairs have a gap of their own that a ratio can stand on, `[pairs]`."""
+    result: NDArray[np.bool_] = np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
+    return result
 
 
 def check_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
@@ -25,8 +36,8 @@ def check_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> Non
     Raises:
         FeatpatchError: the mean of `clean - corrupted` is near zero.
     """
-    gap, size = float(np.mean(clean - corrupted)), float(max(np.abs(clean).mean(), np.abs(corrupted).mean()))
-    if abs(gap) <= NEAR_ZERO * size:
+    gap = float(np.mean(clean - corrupted))
+    if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
         raise FeatpatchError(
             f"the metric is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
             f"{gap:.3g}: expected a gap that a recovery can be a share of; choose corruptions that change the answer"

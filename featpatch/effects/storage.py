@@ -20,12 +20,18 @@ COLUMNS = ("clean", "corrupted", "row", "pair", "denoised", "noised")
 
 
 def save(effects: "Effects", path: Path) -> Path:
-    """Writes the file; the folder is made where it is missing."""
+    """Writes the file; the folder is made where it is missing.
+
+    Of rows that were taken from a larger table the number of features there is noted, so that q-values still count them.
+    """
+    metadata = dict(effects.metadata)
+    if effects.taken_from is not None:
+        metadata["features_ranked"] = effects.features_ranked
     header = {
         "format": FORMAT,
         "value": effects.value,
         "nodes": json.dumps([list(asdict(node).values()) for node in effects.nodes]),
-        "metadata": json.dumps(dict(effects.metadata), sort_keys=True),
+        "metadata": json.dumps(metadata, sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(getattr(effects, name)) for name in COLUMNS}, path, metadata=header)

@@ -1,21 +1,27 @@
-"""Many pairs: made from prompts, from token ids or from a JSON-lines file."""
+"""Many pairs: made from prompts, from token ids, or from files and tables."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError
+from featpatch.pairs.align import filler_id
+from featpatch.pairs.checklist import Checklist, Status, check, kept
+from featpatch.pairs.each import each
+from featpatch.pairs.fields import NEEDED, checked, from_cells
+from featpatch.pairs.files import Rows, csv_rows, have_columns, json_lines
+from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
+from featpatch.pairs.make import make
 from featpatch.pairs.pair import Pair
-from featpatch.pairs.tokens import Tokenizer, answer_id, prompt_ids, special_positions
-
-Answers = str | Sequence[str]
-T = TypeVar("T")
+from featpatch.pairs.positions import Label
+from featpatch.pairs.tokens import Tokenizer, special_positions
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,13 @@ class Pairs(Sequence[Pair]):
         *,
         clean: Sequence[str],
         corrupted: Sequence[str],
-        correct: Sequence[Answers],
-        wrong: Sequence[Answers],
-        labels: Sequence[Mapping[str, int]] | None = None,
+        correct: Sequence[str | Sequence[str]],
+        wrong: Sequence[str | Sequence[str]],
+        labels: Sequence[Mapping[str, Label]] | None = None,
+        corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
+        tags: Sequence[Mapping[str, str]] | None = None,
+        align: str | None = None,
+        filler: str | None = None,
     ) -> "Pairs":
         """Pairs from texts.
 
@@ -46,26 +56,25 @@ class Pairs(Sequence[Pair]):
                 tokens that it adds to a prompt (BOS) belong to the prompt and are left out of swaps.
             clean, corrupted: prompts, equally many.
             correct, wrong: for each prompt an answer that is one token, or several such answers.
-            labels: for each prompt names of token positions, e.g. `{"S2": 12}`.
+            labels: for each clean prompt names of positions: of a token, `{"S2": 12}`, of a text that occurs once in it,
+                `{"S2": "Mary"}`, or of a span of characters, `{"S2": (34, 38)}`. A text or span is labelled at its last token.
+            corrupted_labels: the same for each corrupted prompt; where left out, the clean prompt's position is taken.
+            tags: for each pair what it was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
+            align: `"labels"` makes up for prompts of unequal length: where the prompts differ in length between two labels,
+                the shorter one gets copies of the filler after the first of these; see `changed_span`. Positions among the
+                labels are those in the prompts as they are given.
+            filler: a word that is one token, e.g. `" the"`.
 
         Raises:
-            FeatpatchError: unequal lengths, an answer that is not one token, a label outside the prompt.
+            FeatpatchError: unequal lengths, an answer that is not one token, a label outside the prompt or at another
+                position of the corrupted prompt, labels that can't be aligned.
         """
-        columns = [clean, corrupted, correct, wrong, labels if labels is not None else [{}] * len(clean)]
-        _equally_many(["clean", "corrupted", "correct", "wrong", "labels"], columns)
-
-        def make(clean: str, corrupted: str, correct: Answers, wrong: Answers, labels: Mapping[str, int]) -> Pair:
-            ids, other = prompt_ids(tokenizer, clean), prompt_ids(tokenizer, corrupted)
-            return Pair(
-                clean=ids,
-                corrupted=other,
-                correct=_answer_ids(tokenizer, correct),
-                wrong=_answer_ids(tokenizer, wrong),
-                labels=dict(labels),
-                special=special_positions(tokenizer, ids, other),
-            )
-
-        return cls(_each(make, *columns))
+        columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
+        for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
+            columns[name] = column if column is not None else [{}] * len(clean)
+        _equally_many(list(columns), list(columns.values()))
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return cls._made(tokenizer, Rows([f"pair {index}" for index in range(len(rows))], rows), align, filler)
 
     @classmethod
     def from_tokens(
@@ -99,7 +108,7 @@ class Pairs(Sequence[Pair]):
         columns.append((torch.ones_like(clean) if attention_mask is None else attention_mask).tolist())
         _equally_many(["clean", "corrupted", "correct", "wrong", "labels", "attention_mask"], columns)
 
-        def make(
+        def unpadded(
             clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any, mask: list[int]
         ) -> Pair:
             start, stop = _tokens(mask)
@@ -114,33 +123,109 @@ class Pairs(Sequence[Pair]):
                 special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
             )
 
-        return cls(_each(make, *columns))
+        return cls(each(unpadded, *columns))
 
     @classmethod
-    def from_jsonl(cls, tokenizer: Tokenizer, path: str | Path) -> "Pairs":
-        """Pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}` and, if wanted, `"labels"`.
+    def from_jsonl(
+        cls, tokenizer: Tokenizer, path: str | Path, *, align: str | None = None, filler: str | None = None
+    ) -> "Pairs":
+        """Pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}`.
+
+        Optional fields: `"labels"` and `"corrupted_labels"` as in `from_prompts`, `"spans"` and `"corrupted_spans"`
+        (`{"S2": [34, 38]}`, characters), `"tags"` (an object of texts). `align` and `filler` as in `from_prompts`.
 
         Raises:
-            FeatpatchError: the file is missing, or a line is not JSON or lacks a field.
+            FeatpatchError: the file is missing, or a line is not JSON, lacks a field or gives no pair.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise FeatpatchError(f"the pairs file {str(path)!r} is not UTF-8 ({error}): save it as UTF-8") from error
-        rows = [row for row in _each(_parse, lines, what="line") if row]
-        if not rows:
-            raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
-        return cls.from_prompts(
-            tokenizer,
-            clean=[row["clean"] for row in rows],
-            corrupted=[row["corrupted"] for row in rows],
-            correct=[row["correct"] for row in rows],
-            wrong=[row["wrong"] for row in rows],
-            labels=[row.get("labels", {}) for row in rows],
-        )
+        lines = json_lines(path, NEEDED)
+        rows = Rows(lines.where, list(each(checked, lines.values, where=lines.where)))
+        return cls._made(tokenizer, rows, align, filler)
+
+    @classmethod
+    def from_csv(
+        cls, tokenizer: Tokenizer, path: str | Path, *, align: str | None = None, filler: str | None = None
+    ) -> "Pairs":
+        """Pairs from a CSV file with the columns clean, corrupted, correct and wrong.
+
+        The columns labels, corrupted_labels, spans and corrupted_spans hold JSON (`{"S2": 12}`), as does a cell with several
+        answers (`["a", "b"]`); other columns become tags. `align` and `filler` as in `from_prompts`.
+
+        Raises:
+            FeatpatchError: the file is missing, lacks a column, or a line gives no pair.
+        """
+        columns, rows = csv_rows(path)
+        have_columns(repr(str(path)), columns, NEEDED)
+        return cls._of_cells(tokenizer, rows, align, filler)
+
+    @classmethod
+    def from_pandas(cls, tokenizer: Tokenizer, frame: Any, *, align: str | None = None, filler: str | None = None) -> "Pairs":
+        """Pairs from a pandas table with the columns of `from_csv`; cells may hold lists and dictionaries themselves.
+
+        Raises:
+            FeatpatchError: it is no table, lacks a column, or a row gives no pair.
+        """
+        import pandas
+
+        if not isinstance(frame, pandas.DataFrame):
+            raise FeatpatchError(f"frame is a {type(frame).__name__}: expected a pandas DataFrame; for a file use from_csv")
+        columns = [str(column) for column in frame.columns]
+        have_columns("the table", columns, NEEDED)
+        values = [
+            {
+                column: None if pandas.api.types.is_scalar(cell) and pandas.isna(cell) else cell
+                for column, cell in zip(columns, row, strict=True)
+            }
+            for row in frame.itertuples(index=False, name=None)
+        ]
+        return cls._of_cells(tokenizer, Rows([f"row {index!r}" for index in frame.index.tolist()], values), align, filler)
+
+    @classmethod
+    def from_feature_circuits(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
+        """Pairs from a file of the project feature-circuits, see `featpatch.pairs.importers.feature_circuits`.
+
+        Args:
+            skip: leaves out pairs that do not fit the tokenizer, with a SkippedPairsWarning that counts them.
+
+        Raises:
+            FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
+        """
+        return cls(feature_circuits(tokenizer, path, skip=skip))
+
+    @classmethod
+    def from_eap_ig(
+        cls, tokenizer: Tokenizer, path: str | Path, *, corrupted: str = "corrupted", skip: bool = False
+    ) -> "Pairs":
+        """Pairs from a CSV file of the project EAP-IG, see `featpatch.pairs.importers.eap_ig`.
+
+        Args:
+            corrupted: the column of the corrupted prompts; some files have a `"corrupted_hard"` too.
+            skip: leaves out pairs that do not fit the tokenizer, with a SkippedPairsWarning that counts them.
+
+        Raises:
+            FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
+        """
+        return cls(eap_ig(tokenizer, path, corrupted=corrupted, skip=skip))
+
+    @classmethod
+    def from_auto_circuit(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
+        """Pairs from a JSON file of the project auto-circuit, see `featpatch.pairs.importers.auto_circuit`.
+
+        Args:
+            skip: leaves out pairs that do not fit the tokenizer, with a SkippedPairsWarning that counts them.
+
+        Raises:
+            FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
+        """
+        return cls(auto_circuit(tokenizer, path, skip=skip))
+
+    @classmethod
+    def _of_cells(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None) -> "Pairs":
+        return cls._made(tokenizer, Rows(rows.where, list(each(from_cells, rows.values, where=rows.where))), align, filler)
+
+    @classmethod
+    def _made(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None) -> "Pairs":
+        made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler))
+        return cls(each(lambda row: made(**row), rows.values, where=rows.where))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -155,6 +240,42 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: int | slice) -> "Pair | Pairs":
         return Pairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
+    def check(
+        self,
+        model: Callable[[torch.Tensor], Any],
+        *,
+        tokenizer: Any = None,
+        metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
+    ) -> Checklist:
+        """Is each pair one clean contrast for this model? See `featpatch.pairs.checklist`.
+
+        Args:
+            model: a function from tokens `[batch, pos]` to logits, such as a TransformerBridge or a HookedTransformer.
+            tokenizer: to show words and compare their kinds; by default `model.tokenizer`, if there is one.
+            metric: what tells the answers apart; positive where the right ones are preferred.
+
+        Raises:
+            FeatpatchError: the model gives no logits, or ones that are not finite; another metric.
+        """
+        return check(self, model, tokenizer=tokenizer, metric=metric)
+
+    def drop(self, found: Checklist, verdicts: Status | Sequence[Status] = "fail") -> "Pairs":
+        """The pairs without those of these verdicts.
+
+        Raises:
+            FeatpatchError: an unknown verdict, the checklist of other pairs, or no pair is left.
+        """
+        if len(found.clean) != len(self):
+            raise FeatpatchError(
+                f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected its own pairs"
+            )
+        left = tuple(self.pairs[index] for index in kept(found.verdicts(), verdicts))
+        if not left:
+            raise FeatpatchError(
+                f"all {len(self)} pairs have verdict {verdicts!r}: expected some to keep; look at the findings"
+            )
+        return Pairs(left)
+
     def by_length(self) -> dict[int, list[int]]:
         """Indices of the pairs, grouped by the number of tokens."""
         groups: dict[int, list[int]] = {}
@@ -168,28 +289,6 @@ class Pairs(Sequence[Pair]):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-FIELDS: dict[str, type | tuple[type, ...]] = {"clean": str, "corrupted": str, "correct": (str, list), "wrong": (str, list)}
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """One pair; None for a blank line."""
-    if not line.strip():
-        return None
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FeatpatchError(f"{line[:60]!r} is not JSON ({error}): expected one object per line") from error
-    missing = [key for key in ("clean", "corrupted", "correct", "wrong") if not isinstance(row, dict) or key not in row]
-    if missing:
-        raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected clean, corrupted, correct and wrong")
-    for field, wanted in {**FIELDS, "labels": dict}.items():
-        if not isinstance(row.get(field, {}), wanted):
-            raise FeatpatchError(
-                f"{field} is {row[field]!r} in {line[:60]!r}: expected text, for answers a list too, for labels an object"
-            )
-    return row
-
-
 def _tokens(mask: list[int]) -> tuple[int, int]:
     """Where tokens start and stop within padding."""
     kept = [position for position, keep in enumerate(mask) if keep]
@@ -198,22 +297,7 @@ def _tokens(mask: list[int]) -> tuple[int, int]:
     return kept[0], kept[-1] + 1
 
 
-def _answer_ids(tokenizer: Tokenizer, answers: Answers) -> tuple[int, ...]:
-    return tuple(answer_id(tokenizer, answer) for answer in ([answers] if isinstance(answers, str) else answers))
-
-
 def _equally_many(names: Sequence[str], columns: Sequence[Sequence[Any]]) -> None:
     counts = {name: len(column) for name, column in zip(names, columns, strict=True)}
     if len(set(counts.values())) > 1:
         raise FeatpatchError(f"there are {counts}: expected equally many of each, one per pair")
-
-
-def _each(make: Callable[..., T], *columns: Sequence[Any], what: str = "pair") -> tuple[T, ...]:
-    """`make` for every row; an error says which row it is about."""
-    made = []
-    for index, row in enumerate(zip(*columns, strict=True)):
-        try:
-            made.append(make(*row))
-        except FeatpatchError as error:
-            raise FeatpatchError(f"{what} {index + (what == 'line')}: {error}") from error
-    return tuple(made)

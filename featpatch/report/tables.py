@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from featpatch.effects import Effects
+from featpatch.effects import Effect, Effects
 from featpatch.forecast import Plan
 from featpatch.patch import Node
 from featpatch.verdict import Check
@@ -101,3 +101,47 @@ def _value(row: Any, effect: str) -> str:
 def _number(value: float) -> str:
     """Two decimals, and no minus before a zero."""
     return f"{round(value, 2) + 0.0:.2f}"
+
+
+def stability_table(effects: Effects) -> Table:
+    """How far halves of the pairs agree on the ranking of the features, one line per effect.
+
+    Raises:
+        FeatpatchError: fewer than 4 pairs or 2 features.
+    """
+    table = Table(title=f"split-half stability of the ranking, {len(effects.clean)} pairs in random halves")
+    table.add_column("effect", no_wrap=True)
+    for column in ("features", "splits", "rank correlation\n[95 % of the splits]", "shared top", "by chance"):
+        table.add_column(column, justify="right")
+    for effect in effects.directions_run():
+        found = effects.stability(effect)
+        spread = rf"{_number(found.correlation)} \[{_number(found.low)}, {_number(found.high)}]"
+        shared = "" if math.isnan(found.overlap) else f"{found.overlap * found.top:.1f} of {found.top}"
+        chance = "" if math.isnan(found.overlap) else f"{found.chance * found.top:.1f}"
+        table.add_row(TITLES[effect], str(found.features), str(found.splits), spread, shared, chance)
+    return table
+
+
+def by_tag_table(effects: Effects, tag: str, effect: Effect) -> Table:
+    """The pooled effect under each value of a tag of the pairs with its rank, one line per row of the effects.
+
+    Ranks are among all features that were ranked; where a feature depends on the tag, its line says so.
+
+    Raises:
+        FeatpatchError: no pair has the tag, or all have the same value of it.
+    """
+    found = effects.by_tag(tag, effect)
+    names = [column.removesuffix("_rank") for column in found.columns if column.endswith("_rank")]
+    table = Table(title=rf"{TITLES[effect]} by {escape(tag)} \[95 % interval] (rank)")
+    for column in ("site", "feature", "position"):
+        table.add_column(column, no_wrap=True)
+    for name in names:
+        table.add_column(escape(name.removeprefix(f"{effect}_")), justify="right")
+    table.add_column(f"depends on\n{escape(tag)}")
+    for node, (_, row) in zip(effects.nodes, found.iterrows(), strict=True):
+        cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
+        for name in names:
+            rank = f" ({row[f'{name}_rank']})" if node.kind == "feature" and not math.isnan(row[name]) else ""
+            cells.append(_value(row, name) + rank)
+        table.add_row(*cells, "yes" if row["depends"] else "")
+    return table

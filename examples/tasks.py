@@ -1,0 +1,32 @@
+"""The four tasks on the shipped model: is every pair a clean contrast, and would other pairs give the same ranking?
+
+python -m examples.tasks
+"""
+
+from importlib import import_module
+
+from rich.console import Console
+
+import featpatch as fp
+from featpatch.report import stability_table, totals
+
+SITES = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
+METRICS = {"greater_than": "prob_diff"}
+
+
+def main(pairs: int = 32) -> None:
+    """Draws pairs with every corruption, drops what fails the checklist, ranks the features of two sites."""
+    demo, console = fp.load_demo(), Console(width=140)
+    saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in SITES]
+    for task in fp.tasks.__all__:
+        corruptions = import_module(f"featpatch.tasks.{task}").CORRUPTIONS
+        metric = METRICS.get(task, "logit_diff")
+        drawn = getattr(fp.tasks, task)(demo.model.tokenizer, pairs, corruptions=corruptions)
+        found = drawn.check(demo.model, metric=metric)
+        console.rule(task)
+        console.print(totals(found))
+        console.print(stability_table(fp.rank_features(demo.model, saes, drawn.drop(found), metric=metric, progress=False)))
+
+
+if __name__ == "__main__":
+    main()

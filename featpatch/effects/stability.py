@@ -1,0 +1,94 @@
+"""Would other pairs give the same ranking? Split-half stability: pairs are halved at random, each half ranks the features.
+
+The rank correlation is Spearman's (1904), from scipy. It is that of two rankings over half of the pairs each; the ranking over
+all pairs is more stable than that.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from featpatch.errors import FeatpatchError
+
+SPLITS = 100
+TOP = 20
+LEAST_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far two halves of the pairs agree on the ranking of the features.
+
+    Attributes:
+        correlation: Spearman's between the halves, mean over the splits; 1 the same order, 0 unrelated.
+        low, high: 95 % of the splits lie between them; a range, not an interval of the mean.
+        overlap: share of one half's `top` largest that are among the other's, mean over the splits; NaN with no more
+            features than that, where it says nothing.
+        chance: the overlap to expect of unrelated rankings, `top / features`.
+        top, features, pairs, splits: how many of each.
+    """
+
+    correlation: float
+    low: float
+    high: float
+    overlap: float
+    chance: float
+    top: int
+    features: int
+    pairs: int
+    splits: int
+
+
+def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: int, top: int, seed: int) -> Stability:
+    """Halves the pairs at random `splits` times and compares the rankings by pooled effect.
+
+    A half's gap is common to all features and changes no rank; so only the sign of the whole gap is taken. A half that gives
+    all features the same effect ranks nothing, and counts as correlation 0.
+
+    Args:
+        change: `[features, pairs]`; features with missing values are left out.
+        gap: `[pairs]`.
+
+    Raises:
+        FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+    """
+    change = change[~np.isnan(change).any(axis=1)] * np.sign(gap.sum())
+    features, pairs = change.shape
+    if pairs < LEAST_PAIRS:
+        raise FeatpatchError(f"stability of {pairs} pairs: expected at least {LEAST_PAIRS}, two for each half; rank over more")
+    if features < 2:
+        raise FeatpatchError(
+            f"stability of {features} features with known values: expected at least 2 that a ranking can order; choose an "
+            "effect that was run, and more positions or SAEs"
+        )
+    if min(splits, top) < 1:
+        raise FeatpatchError(f"splits={splits}, top={top}: expected 1 or more of each")
+    rng = np.random.default_rng(seed)
+    order = rng.permuted(np.tile(np.arange(pairs), (splits, 1)), axis=1)
+    member = np.zeros((pairs, splits))
+    np.put_along_axis(member, order[:, : pairs // 2].T, 1, axis=0)
+    one, other = change @ member, change @ (1 - member)  # [features, splits]
+    correlations = [_spearman(a, b) for a, b in zip(one.T, other.T, strict=True)]
+    low, high = np.quantile(correlations, [0.025, 0.975])
+    overlap = np.nan
+    if features > top:
+        first = [np.argsort(-half, axis=0, kind="stable")[:top] for half in (one, other)]
+        overlap = float(np.mean([len(np.intersect1d(a, b)) / top for a, b in zip(first[0].T, first[1].T, strict=True)]))
+    return Stability(
+        correlation=float(np.mean(correlations)),
+        low=float(low),
+        high=float(high),
+        overlap=overlap,
+        chance=min(top / features, 1.0),
+        top=top,
+        features=features,
+        pairs=pairs,
+        splits=splits,
+    )
+
+
+def _spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Rank correlation; 0 where one of them is constant."""
+    return float(spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else 0.0

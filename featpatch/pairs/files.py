@@ -1,0 +1,131 @@
+"""Rows of a text file, each with the name of its place: JSON lines and CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs.each import each
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file holds.
+
+    Attributes:
+        where: for each row what an error calls it, e.g. `'pairs.csv' line 3`.
+        values: for each row its fields.
+    """
+
+    where: list[str]
+    values: list[dict[str, Any]]
+
+
+def read(path: str | Path, kind: str, holding: str) -> str:
+    """The text of a file.
+
+    Args:
+        kind, holding: what the file should be and hold, for the errors: "a CSV file", "a header and a row per pair".
+
+    Raises:
+        FeatpatchError: the file is missing, not UTF-8 or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of {kind}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise FeatpatchError(f"the pairs file {str(path)!r} is not UTF-8 ({error}): save it as UTF-8") from error
+    if not text.strip():
+        raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected {holding}")
+    return text
+
+
+def json_lines(path: str | Path, needed: Sequence[str]) -> Rows:
+    """The objects of a file with one JSON object per line; blank lines are passed over.
+
+    Raises:
+        FeatpatchError: the file can't be read, or a line is not a JSON object with the fields that are needed.
+    """
+    text = read(path, "a JSON-lines file", "one JSON object per line")
+    lines = {f"{str(path)!r} line {n}": line for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
+
+    def parse(line: str) -> dict[str, Any]:
+        row = parsed(line, "one object per line")
+        missing = [field for field in needed if not isinstance(row, dict) or field not in row]
+        if missing:
+            raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected an object with {', '.join(needed)}")
+        return row
+
+    return Rows(list(lines), list(each(parse, list(lines.values()), where=list(lines))))
+
+
+def csv_rows(path: str | Path) -> tuple[list[str], Rows]:
+    """The columns and the rows of a CSV file with a header; columns without a name (row numbers) are left out.
+
+    Raises:
+        FeatpatchError: the file can't be read, has no rows, or a row with more or fewer cells than the header.
+    """
+    reader = csv.reader(io.StringIO(read(path, "a CSV file", "a header and a row per pair"), newline=""), strict=True)
+    lines = dict(_lines(reader, str(path)))
+    (_, header), *rest = lines.items()
+    if not rest:
+        raise FeatpatchError(f"the pairs file {str(path)!r} has a header and no rows: expected a row per pair")
+    for where, cells in rest:
+        if len(cells) != len(header):
+            raise FeatpatchError(
+                f"{where} has {len(cells)} cells and the header {len(header)}: expected equally many; put text that "
+                "has a comma in it in quotes"
+            )
+    columns = [column for column in header if column]
+    values = [{column: cell for column, cell in zip(header, cells, strict=True) if column} for _, cells in rest]
+    return columns, Rows([where for where, _ in rest], values)
+
+
+def parsed(text: str, expected: str) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+        FeatpatchError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FeatpatchError(f"{text[:60]!r} is not JSON ({error}): expected {expected}") from error
+
+
+def have_columns(name: str, columns: Sequence[str], needed: Sequence[str]) -> None:
+    """Whether a table has what it needs.
+
+    Raises:
+        FeatpatchError: a column is missing or there twice.
+    """
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise FeatpatchError(
+            f"{name} has the columns {', '.join(columns)} and lacks {', '.join(missing)}: expected {', '.join(needed)}; "
+            "name the columns so"
+        )
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise FeatpatchError(f"{name} has several columns {', '.join(twice)}: expected each name once; rename or remove one")
+
+
+def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows that are not blank, each with the line that it begins on."""
+    begin = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield f"{path!r} line {begin}", cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise FeatpatchError(
+            f"{path!r} line {begin} is not CSV ({error}): expected cells between commas, quoted ones with closing quotes"
+        ) from error

@@ -1,0 +1,7 @@
+"""Pair files of other projects: one file for each, all with the same arguments and result."""
+
+from featpatch.pairs.importers.auto_circuit import auto_circuit
+from featpatch.pairs.importers.eap_ig import eap_ig
+from featpatch.pairs.importers.feature_circuits import feature_circuits
+
+__all__ = ["auto_circuit", "eap_ig", "feature_circuits"]

@@ -1,0 +1,347 @@
+"""Statistics over pairs: numbers by hand, intervals and p-values where the truth is known, stability, breakdown by tag."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+from scipy.stats import binom, false_discovery_control, kstest, permutation_test
+from small import Small
+
+import featpatch as fp
+from featpatch.effects import significance
+from featpatch.report.tables import by_tag_table, stability_table
+
+SITE = "blocks.1.hook_resid_pre"
+Array = NDArray[np.float64]
+
+
+def made(changes: Any, gap: Any, tags: list[dict[str, str]] | None = None, **metadata: Any) -> fp.Effects:
+    """A table of features with these changes `[rows, pairs]` in both directions; zeros are not stored."""
+    changes, gap = np.asarray(changes, dtype=np.float64), np.asarray(gap, dtype=np.float64)
+    row, pair = np.nonzero(changes)
+    nodes = tuple(fp.Node(SITE, "feature", index, "all", SITE) for index in range(len(changes)))
+    known = {"directions": ["denoising", "noising"], **({"tags": tags} if tags else {}), **metadata}
+    return fp.Effects(nodes, gap, np.zeros(len(gap)), row, pair, changes[row, pair], gap[pair] - changes[row, pair], known)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> fp.Effects:
+    """Four features over five pairs, and the error as a fifth row; the last pair has a gap of 0."""
+    changes = [[2, 4, 6, 8, 1], [0, 0, 0, 4, 0], [-1, -3, 2, 0, 0], [1, -1, 0, 0, 0], [4, 4, 4, 4, 0]]
+    table = made(changes, [4, 8, 8, 8, 0])
+    return replace(table, nodes=(*table.nodes[:4], fp.Node(SITE, "error", None, "all", SITE)))
+
+
+def test_median_of_ratios_by_hand(tiny: fp.Effects) -> None:
+    """Ratios of row 0: 1/2, 1/2, 3/4, 1; of row 1: 0, 0, 0, 1/2; row 2: -1/4, -3/8, 1/4, 0; row 3: 1/4, -1/8, 0, 0."""
+    assert list(tiny.median("recovery")) == [0.625, 0, -0.125, 0, 0.5]
+    assert list(tiny.median("degradation")) == [0.625, 0, -0.125, 0, 0.5]
+    assert tiny.pooled("recovery")[0] == 21 / 28
+
+
+def test_pairs_with_a_gap_near_zero_have_no_ratio_and_are_counted(tiny: fp.Effects) -> None:
+    assert list(tiny.with_gap) == [True, True, True, True, False]
+    assert np.isnan(tiny.per_pair("recovery")[:, 4]).all()
+    assert np.isfinite(tiny.per_pair("recovery")[:, :4]).all()
+    frame = tiny.to_pandas()
+    assert set(frame["pairs"]) == {5}
+    assert set(frame["pairs_with_gap"]) == {4}
+    small = made([[1.0, 1.0, 1.0]], [10.0, 10.0, 0.005])
+    assert list(small.with_gap) == [True, True, False]
+    assert small.median("recovery") == pytest.approx(0.1)
+    none = made([[1.0, 1.0]], [0.0, 0.0])
+    assert np.isnan(none.median("recovery")).all()
+
+
+def test_sign_consistency_counts_changed_pairs_only(tiny: fp.Effects) -> None:
+    """Row 2 adds up to -2: two of its three changed pairs are negative. Row 3 adds up to 0 and has no sign.
+
+    With gaps of -1 changes of -1, -2, 5 are effects of 1, 2, -5, pooled -2/3: one of three.
+    """
+    np.testing.assert_array_equal(tiny.sign_consistency("recovery"), [1, 1, 2 / 3, np.nan, 1])
+    np.testing.assert_array_equal(made([[-1.0, -2.0, 5.0]], [-1.0, -1.0, -1.0]).sign_consistency("recovery"), [1 / 3])
+
+
+def test_unknown_values_are_unknown_everywhere() -> None:
+    """An unfinished row is NaN, and is no test that the others would pay for."""
+    table = made([[1.0, 2.0, np.nan, 1.0], [1.0, 2.0, 3.0, 4.0]], [4.0] * 4)
+    for statistic in ("median", "sign_consistency", "p_values", "q_values"):
+        assert np.isnan(getattr(table, statistic)("recovery")) == pytest.approx([True, False])
+    assert table.q_values("recovery")[1] == table.p_values("recovery")[1] == 2 / 16
+
+
+def test_a_single_pair_has_a_ratio_but_no_p_value(bridge: Small) -> None:
+    pairs = fp.Pairs.from_tokens(bridge.clean[:1], bridge.corrupted[:1], bridge.correct[:1], bridge.wrong[:1])
+    frame = fp.rank_features(bridge.model, bridge.at(SITE), pairs).to_pandas()
+    assert frame[["recovery_p", "recovery_q", "degradation_p", "degradation_q"]].isna().to_numpy().all()
+    np.testing.assert_allclose(frame["recovery_median"], frame["recovery"], rtol=1e-12)
+    assert set(frame["recovery_sign_consistency"].dropna()) == {1.0}
+    with pytest.raises(fp.FeatpatchError, match="stability of 1 pairs: expected at least 4"):
+        made([[1.0], [2.0]], [1.0]).stability("recovery")
+
+
+def test_one_direction_has_one_set_of_columns(tiny: fp.Effects) -> None:
+    frame = replace(tiny, metadata={"directions": ["noising"]}).to_pandas()
+    assert not [column for column in frame.columns if column.startswith("recovery")]
+    statistics = ["", "_low", "_high", "_median", "_sign_consistency", "_p", "_q"]
+    expected = [f"degradation{end}" for end in statistics]
+    assert list(frame.columns) == [
+        "site", "kind", "index", "position", "sae", *expected, "changed_pairs", "pairs", "pairs_with_gap", "value",
+    ]  # fmt: skip
+    for end, statistic in (
+        ("_median", "median"),
+        ("_p", "p_values"),
+        ("_q", "q_values"),
+        ("_sign_consistency", "sign_consistency"),
+    ):
+        np.testing.assert_array_equal(frame[f"degradation{end}"], getattr(tiny, statistic)("degradation"))
+
+
+def test_interval_covers_the_truth() -> None:
+    """200 tables of 30 pairs, change = 0.3 gap + noise that grows with the gap: true pooled effect 0.3.
+
+    At a coverage of 95 % the hits lie within the binomial's central 99.9 %, 178 to 198 of 200.
+    """
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(200):
+        gap = rng.gamma(4, 1, 30)
+        low, high = made([0.3 * gap + rng.normal(0, 0.05, 30) * gap], gap).interval("recovery")[0]
+        hits += low <= 0.3 <= high
+    least, most = binom.interval(0.999, 200, 0.95)
+    assert least <= hits <= most
+
+
+@pytest.mark.parametrize("pairs", [5, 9, 16])
+def test_p_values_are_those_of_scipy(pairs: int) -> None:
+    """Exact for 5 and 9 pairs, where scipy enumerates too; drawn for 16, within 5 standard errors of scipy's 99,999 draws."""
+    rng = np.random.default_rng(2)
+    changes = np.round(rng.normal(rng.normal(0, 0.6, (12, 1)), 1, (12, pairs)), 1) * (rng.random((12, pairs)) < 0.8)
+    changes[0], changes[1, 0] = 0, 1.0
+    changes[1, 1:] = 0
+    expected = permutation_test(
+        (changes,),
+        lambda x, axis: x.mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        axis=-1,
+        n_resamples=99_999,
+        batch=9_999,
+        rng=np.random.default_rng(3),
+    ).pvalue
+    found = significance.sign_flip(changes)
+    exact = 2**pairs <= significance.FLIPS
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 if exact else 5 * np.sqrt(0.25 / significance.FLIPS))
+    assert list(found[:2]) == [1, 1]
+    assert made(changes, np.ones(pairs)).p_values("recovery")[2:] == pytest.approx(found[2:])
+
+
+def test_p_values_by_hand(tiny: fp.Effects) -> None:
+    """Five pairs, of which row 0 changes all the same way: 2 of 2^5 signs. Row 1 changes in one pair: any sign is as far."""
+    p = tiny.p_values("recovery")
+    assert list(p[:2]) == [2 / 32, 1]
+    assert p[3] == 1  # adds up to 0
+    assert np.isnan(made([[0.0, 0.0], [1.0, 1.0]], [1.0, 1.0]).p_values("recovery")[0])
+
+
+def test_rare_rows_are_drawn_more_often() -> None:
+    """60 pairs with the same sign are never seen again: p is one in all draws, of the second and larger number of draws."""
+    changes = np.abs(np.random.default_rng(4).normal(1, 0.1, (2, 60)))
+    changes[1] *= np.where(np.arange(60) % 2, 1, -1)
+    p = made(changes, np.ones(60)).p_values("recovery")
+    assert p[0] == 1 / (significance.MORE_FLIPS + 1)
+    assert p[1] > 0.1
+
+
+def test_p_values_are_uniform_without_an_effect_and_small_with_one() -> None:
+    """Skewed sizes, fair signs: 2,000 rows against the uniform distribution (Kolmogorov-Smirnov, p above 0.01)."""
+    rng = np.random.default_rng(5)
+    null = rng.gamma(1, 1, (2000, 24)) * rng.choice([-1.0, 1.0], (2000, 24))
+    assert kstest(made(null, np.ones(24)).p_values("recovery"), "uniform").pvalue > 0.01
+    effect = rng.normal(1, 1, (200, 24))
+    assert np.median(made(effect, np.ones(24)).p_values("recovery")) < 1e-3
+    assert np.median(made(-effect, np.ones(24)).p_values("recovery")) < 1e-3
+
+
+def test_false_discoveries_are_controlled() -> None:
+    """40 tables of 180 nulls and 20 effects: at q <= 0.1 the mean share of false discoveries stays near 0.1 * 180 / 200."""
+    rng, shares, found = np.random.default_rng(6), [], []
+    for _ in range(40):
+        changes = rng.normal(0, 1, (200, 20))
+        changes[:20] += 1
+        q = made(changes, np.ones(20)).q_values("recovery")
+        shares.append((q[20:] <= 0.1).sum() / max((q <= 0.1).sum(), 1))
+        found.append((q[:20] <= 0.1).mean())
+    assert np.mean(shares) <= 0.09 + 3 * np.std(shares) / np.sqrt(40)
+    assert np.mean(shares) >= 0.03  # and the rows that are let through are not fewer than promised
+    assert np.mean(found) > 0.8
+
+
+def test_q_values_are_over_all_features_that_were_ranked(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    table = made(rng.normal(np.linspace(1.5, 0, 40)[:, None], 1, (40, 10)), np.ones(10))
+    table = replace(table, nodes=(*table.nodes[:39], fp.Node(SITE, "error", None, "all", SITE)))
+    p, q = table.p_values("recovery"), table.q_values("recovery")
+    np.testing.assert_array_equal(q[:39], false_discovery_control(p[:39]))
+    assert np.isnan(q[39])
+    assert not np.isnan(p[39])
+    top = table.top(5)
+    order = np.argsort(-table.pooled("recovery")[:39], kind="stable")[:5]
+    np.testing.assert_array_equal(top.q_values("recovery"), q[order])
+    np.testing.assert_array_equal(top.take([3, 1]).to_pandas()["recovery_q"], q[order[[3, 1]]])
+    assert (q[order] > false_discovery_control(p[order])).any()
+    again = fp.Effects.load(top.save(tmp_path / "top.safetensors"))
+    assert again.features_ranked == 39
+    assert (again.q_values("recovery") >= q[order]).all()
+    np.testing.assert_array_equal(fp.Effects.load(table.save(tmp_path / "all.safetensors")).q_values("recovery"), q)
+
+
+def test_q_values_of_some_pairs_are_over_these_pairs() -> None:
+    rng = np.random.default_rng(8)
+    changes = rng.normal(np.linspace(1.5, 0, 30)[:, None], 1, (30, 12))
+    changes[3, :6] = 0
+    table, part = made(changes, np.ones(12)), made(np.delete(changes, 3, 0)[:, :6], np.ones(6))
+    np.testing.assert_array_equal(table.of_pairs(range(6)).q_values("recovery"), part.q_values("recovery"))
+    first = table.take([0, 3]).of_pairs(range(6))
+    np.testing.assert_array_equal(first.q_values("recovery"), part.q_values("recovery")[:1])
+
+
+def test_stability_of_a_strong_signal_and_of_noise() -> None:
+    rng = np.random.default_rng(9)
+    gap = rng.uniform(4, 6, 40)
+    strong = made(np.linspace(0, 1, 200)[:, None] * gap + rng.normal(0, 0.01, (200, 40)), gap).stability("recovery")
+    assert strong.correlation > 0.99
+    assert strong.overlap > 0.9
+    noise = made(rng.normal(0, 1, (2000, 40)), gap).stability("recovery")
+    assert abs(noise.correlation) < 3 * np.sqrt(2 / 2000)  # of the same pairs' sums of squares, 3 standard errors
+    assert noise.low < 0 < noise.high
+    assert noise.overlap == pytest.approx(noise.chance, abs=0.03)
+    assert (noise.chance, noise.top, noise.features, noise.pairs, noise.splits) == (0.01, 20, 2000, 40, 100)
+
+
+def test_stability_by_hand() -> None:
+    """Pairs 0 and 1 order three features one way, 2 and 3 the other: halves {0, 1} and {2, 3} give -1.
+
+    In the other two splits a half has one pair of each: all features sum to 4, which ranks nothing and counts as 0. Of the
+    200 splits a third is expected to be the first kind.
+    """
+    found = made([[1, 1, 3, 3], [2, 2, 2, 2], [3, 3, 1, 1]], [2, 2, 2, 2]).stability("recovery", splits=200, top=1, seed=1)
+    assert found.correlation == pytest.approx(-1 / 3, abs=0.1)
+    assert (found.low, found.high) == pytest.approx((-1, 0))
+    assert found.overlap == pytest.approx(2 / 3, abs=0.1)  # ties are in the table's order
+    assert found == made([[1, 1, 3, 3], [2, 2, 2, 2], [3, 3, 1, 1]], [2, 2, 2, 2]).stability(
+        "recovery", splits=200, top=1, seed=1
+    )
+    assert np.isnan(made([[1, 2, 1, 2], [3, 3, 3, 3]], [1, 1, 1, 1]).stability("recovery").overlap)
+
+
+def test_the_top_is_the_largest_effects_also_with_a_negative_gap() -> None:
+    """The first feature is always the largest; which of the others is the smallest differs between the halves."""
+    changes = np.array([[9, 9, 9, 9], [2, 1, 2, 1], [1, 2, 1, 2]])
+    found = made(changes, [3] * 4).stability("recovery", top=1)
+    assert found.overlap == 1
+    assert found.low < 1
+    assert made(-changes, [-3] * 4).stability("recovery", top=1) == found
+    assert made(-changes, [3] * 4).stability("recovery", top=1).overlap < 1
+
+
+def test_stability_ranks_known_features_only(tiny: fp.Effects) -> None:
+    assert tiny.stability("recovery").features == 4
+    unknown = made([[1, 2, 1, np.nan], [3, 3, 3, 4], [1, 1, 1, 2]], [1, 1, 1, 1])
+    assert unknown.stability("recovery").features == 2
+    with pytest.raises(fp.FeatpatchError, match="stability of 3 pairs: expected at least 4, two for each half"):
+        unknown.of_pairs([0, 1, 2]).stability("recovery")
+    with pytest.raises(fp.FeatpatchError, match="stability of 1 features with known values: expected at least 2"):
+        unknown.take([0, 1]).stability("recovery")
+    with pytest.raises(fp.FeatpatchError, match="splits=0, top=20: expected 1 or more"):
+        tiny.stability("recovery", splits=0)
+
+
+@pytest.fixture(scope="module")
+def tagged() -> fp.Effects:
+    """Three features over 24 pairs of two corruptions and three templates; feature 1 works under `swap` alone."""
+    rng = np.random.default_rng(10)
+    swap, gap = np.arange(24) % 2 == 0, rng.uniform(8, 12, 24)
+    ratios = np.stack([np.full(24, 0.5), np.where(swap, 0.4, 0.0), np.full(24, 0.1)])
+    changes = (ratios + rng.normal(0, 0.05, (3, 24)) * (ratios != 0)) * gap
+    tags = [{"corruption": "swap" if s else "fresh", "template": str(i % 3)} for i, s in enumerate(swap)]
+    return made(changes, gap, tags, pairs="digest")
+
+
+def test_by_tag_pools_within_each_value(tagged: fp.Effects) -> None:
+    table = tagged.by_tag("corruption", "recovery")
+    for value, part in (("swap", tagged.of_pairs(range(0, 24, 2))), ("fresh", tagged.of_pairs(range(1, 24, 2)))):
+        rows = [row for row, node in enumerate(tagged.nodes) if node in part.nodes]
+        np.testing.assert_allclose(table[f"recovery_{value}"][rows], part.pooled("recovery"), rtol=1e-12)
+        for end, values in zip(("low", "high"), part.interval("recovery").T, strict=True):
+            np.testing.assert_allclose(table[f"recovery_{value}_{end}"][rows], values, rtol=1e-12)
+    assert list(table["recovery_swap_rank"]) == [1, 2, 3]
+    assert list(table["recovery_fresh_rank"]) == [1, 3, 2]
+    assert table["recovery_fresh"][1] == 0
+    assert list(tagged.take([2, 1]).by_tag("corruption", "recovery")["recovery_fresh_rank"]) == [2, 3]
+
+
+def test_depends_is_flagged_where_one_corruption_alone_works(tagged: fp.Effects) -> None:
+    assert list(tagged.by_tag("corruption", "recovery")["depends"]) == [False, True, False]
+    fresh_first = tagged.of_pairs(range(1, 24)).by_tag("corruption", "recovery")
+    assert list(fresh_first.columns).index("recovery_fresh") < list(fresh_first.columns).index("recovery_swap")
+    assert list(fresh_first["depends"]) == [False, True, False]
+    assert list(tagged.by_tag("template", "degradation")["depends"]) == [False, False, False]
+    error = replace(tagged, nodes=(tagged.nodes[0], fp.Node(SITE, "error", None, "all", SITE), tagged.nodes[2]))
+    table = error.by_tag("corruption", "recovery")
+    assert not table["depends"].any()
+    assert list(table["recovery_fresh_rank"].isna()) == [False, True, False]
+
+
+def test_by_tag_says_nothing_where_nothing_can_be_said() -> None:
+    """Two pairs whose gaps cancel have no pooled effect, one pair has no interval."""
+    tags = [{"corruption": value} for value in ("a", "a", "b", "b", "c")] + [{"template": "1"}]
+    table = made([[1, 2, 1, 1, 3, 9], [1, 1, 2, 2, 1, 9]], [4, 4, 3, -3, 4, 1], tags).by_tag("corruption", "recovery")
+    assert list(table["recovery_a"]) == [3 / 8, 2 / 8]
+    assert table[["recovery_b", "recovery_b_low", "recovery_b_high", "recovery_b_rank"]].isna().to_numpy().all()
+    assert list(table["recovery_c"]) == [3 / 4, 1 / 4]
+    assert list(table["recovery_c_rank"]) == [1, 2]
+    assert table[["recovery_c_low", "recovery_c_high"]].isna().to_numpy().all()
+    assert not table["depends"].any()
+
+
+def test_by_tag_refuses_what_it_cannot_compare(tagged: fp.Effects, tiny: fp.Effects) -> None:
+    with pytest.raises(fp.FeatpatchError, match=r"no pair has a tag 'language': expected one of \['corruption', 'template'\]"):
+        tagged.by_tag("language", "recovery")
+    with pytest.raises(fp.FeatpatchError, match=r"expected one of \(the pairs have no tags\); give the pairs tags"):
+        tiny.by_tag("corruption", "recovery")
+    with pytest.raises(fp.FeatpatchError, match="tag 'corruption' is 'swap' in all pairs that have it: expected at least 2"):
+        tagged.of_pairs(range(0, 24, 2)).by_tag("corruption", "recovery")
+
+
+def test_tags_travel_with_the_pairs(bridge: Small, tmp_path: Path) -> None:
+    plain = fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong)
+    assert "tags" not in fp.rank_features(bridge.model, bridge.at(SITE), plain).metadata
+    tags = [{"corruption": "ab"[index % 2], "template": str(index)} for index in range(len(plain))]
+    pairs = fp.Pairs(tuple(replace(pair, tags=tag) for pair, tag in zip(plain, tags, strict=True)))
+    effects = fp.rank_features(bridge.model, bridge.at(SITE), pairs)
+    assert effects.metadata["tags"] == tags
+    again = fp.Effects.load(effects.save(tmp_path / "effects.safetensors"))
+    assert again.metadata["tags"] == tags
+    assert again.of_pairs([2, 0]).metadata["tags"] == [tags[0], tags[2]]
+    assert again.metadata["tags"] == tags
+    assert again.by_tag("corruption", "recovery").equals(effects.by_tag("corruption", "recovery"))
+
+
+def test_tables_show_stability_and_tags(tagged: fp.Effects) -> None:
+    noise = made(np.random.default_rng(11).normal(0, 1, (30, 8)), np.ones(8))
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(stability_table(noise))
+        console.print(by_tag_table(tagged, "corruption", "recovery"))
+    text = capture.get()
+    found = noise.stability("recovery")
+    assert found.low < found.high
+    assert f"{found.correlation:.2f} [{found.low:.2f}, {found.high:.2f}]" in text
+    assert f"{found.overlap * 20:.1f} of 20" in text
+    lines = [line for line in text.splitlines() if SITE in line]
+    assert ["yes" in line for line in lines] == [False, True, False]
+    assert "0.00 [0.00, 0.00] (3)" in lines[1]

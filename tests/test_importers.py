@@ -217,11 +217,12 @@ def test_alignment(words: Any, tmp_path: Path) -> None:
     row = {**PAIR, "clean": SHORT, "corrupted": LONG, "spans": spans, "corrupted_spans": {**spans, "S2": [39, 43]}}
     swapped = {**row, "clean": LONG, "corrupted": SHORT, "spans": row["corrupted_spans"], "corrupted_spans": spans}
     options = {"align": "labels", "filler": "a"}
-    first, second, third = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, swapped, PAIR), **options)
+    equal = {**PAIR, "labels": {"S2": 7}, "corrupted_labels": {"S2": 7}}
+    first, second, third, fourth = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, swapped, PAIR, equal), **options)
     filled = ids(words, "When John and Mary left , a a a John gave a book to")
     assert (first.clean, first.corrupted, first.labels) == (filled, ids(words, LONG), {"comma": 6, "S2": 10})
     assert (second.clean, second.corrupted, second.labels) == (ids(words, LONG), filled, first.labels)
-    assert third == expected(words)
+    assert (third, fourth) == (expected(words), expected(words, labels={"S2": 7}))
     columns = {key: [value] for key, value in {**PAIR, "clean": SHORT, "corrupted": LONG}.items()}
     labels = {"labels": [{"comma": ",", "S2": 7}], "corrupted_labels": [{"comma": 6, "S2": "new John"}]}
     assert fp.Pairs.from_prompts(words, **columns, **labels, **options)[0] == first
@@ -314,6 +315,13 @@ def test_what_can_not_be_aligned(
         fp.Pairs.from_prompts(words, **columns, labels=[labels], corrupted_labels=[corrupted_labels], **options)
 
 
+def test_labels_that_move_in_prompts_of_equal_length(words: Any) -> None:
+    columns: dict[str, Any] = {"clean": [CLEAN], "corrupted": [CORRUPTED], "correct": ["Tom"], "wrong": ["Anna"]}
+    labels = {"labels": [{"a": 2, "b": 7}], "corrupted_labels": [{"a": 2, "b": 8}]}
+    with pytest.raises(fp.FeatpatchError, match="differ in length in 2 regions"):
+        fp.Pairs.from_prompts(words, **columns, **labels, align="labels", filler="a")
+
+
 # feature-circuits.
 
 AGREEMENT = {
@@ -377,10 +385,10 @@ def test_eap_ig(words: Any, tmp_path: Path, header: str, cells: str, correct: tu
 
 
 def test_eap_ig_with_two_corruptions(words: Any, tmp_path: Path) -> None:
-    """The first column of some files has no name."""
+    """The first columns of some files have no name."""
     third = "When John and Mary left , Tom gave a book to"
-    header = ",clean,corrupted,corrupted_hard,correct_idx,incorrect_idx"
-    path = lines(tmp_path / "p.csv", header, f'470,"{CLEAN}","{third}","{CORRUPTED}",103,115')
+    header = ",,clean,corrupted,corrupted_hard,correct_idx,incorrect_idx"
+    path = lines(tmp_path / "p.csv", header, f'0,470,"{CLEAN}","{third}","{CORRUPTED}",103,115')
     assert fp.Pairs.from_eap_ig(words, path)[0] == expected(words, corrupted=ids(words, third), correct=(103,), wrong=(115,))
     assert fp.Pairs.from_eap_ig(words, path, corrupted="corrupted_hard")[0] == expected(words, correct=(103,), wrong=(115,))
 
@@ -447,11 +455,11 @@ def test_auto_circuit(words: Any, tmp_path: Path) -> None:
         expected(words, wrong=wrong[1:], labels={"A": 4, "B": 1}),
     ]
     content = {
-        "prompts": [{"clean": [20, 21], "corrupt": [20, 22], "answers": [5], "wrong_answers": [6, 7]}],
+        "prompts": [{"clean": [20, 21], "corrupt": [20, 22], "answers": [5, 4], "wrong_answers": [6, 7]}],
         "word_idxs": {"A": 1},
     }
     (pair,) = fp.Pairs.from_auto_circuit(words, lines(tmp_path / "p.json", content))
-    assert pair == fp.Pair((20, 21), (20, 22), (5,), (6, 7), labels={"A": 1})
+    assert pair == fp.Pair((20, 21), (20, 22), (5, 4), (6, 7), labels={"A": 1})
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,27 @@ def test_sweeps_against_the_oracle(small: Small, name: str, directions: Any) -> 
         assert (effects.corrupted < 0).all()
 
 
+def test_pairs_with_the_same_answers_keep_their_own_clean_run(small: Small) -> None:
+    """Measured together only where they share it."""
+    answers = torch.full((3,), 3), torch.full((3,), 4)
+    together = fp.rank_features(
+        small.model,
+        small.at(SITE),
+        fp.Pairs.from_tokens(small.clean, small.corrupted, *answers),
+        metric="neg_kl",
+        progress=False,
+    )
+    for slot in range(3):
+        pair = fp.Pairs.from_tokens(small.clean[[slot]], small.corrupted[[slot]], answers[0][:1], answers[1][:1])
+        alone = fp.rank_features(small.model, small.at(SITE), pair, metric="neg_kl", progress=False)
+        part = together.of_pairs([slot])
+        found, expected = (
+            {effects.nodes[row]: value for row, value in zip(effects.row, effects.denoised, strict=True)}
+            for effects in (part, alone)
+        )
+        assert found == pytest.approx(expected, abs=1e-10)
+
+
 def test_kl_by_the_models_own_pass(small: Small) -> None:
     """Plain path, where no trace of the clean run is at hand."""
     sae, pairs = small.at(SITE), pairs_of(small)

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 import featpatch as fp
 from featpatch import tasks
+from featpatch.pairs.positions import token_at
 from featpatch.tasks import draft
+from featpatch.tasks.draw import pair_of
 
 MODULES = {name: __import__(f"featpatch.tasks.{name}", fromlist=["TEMPLATES"]) for name in tasks.__all__}
 
@@ -134,6 +136,28 @@ def test_a_tokenizer_as_a_function() -> None:
 def test_what_can_not_be_drawn(options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.tasks.ioi(fp.load_demo().model.tokenizer, **options)
+
+
+def test_labels_at_different_positions_make_no_pair() -> None:
+    tokenizer = fp.load_demo().model.tokenizer
+    texts = "John gave Mary a book and", "Mary gave John a book and"
+    ends = {"same": ((4, 4), True), "moved": ((4, 14), False)}
+    for positions, fits in ends.values():
+        made = pair_of(tokenizer, draft.Draft(*texts, ["Mary"], ["John"], {"name": positions}, {}))
+        assert (made is not None) == fits
+
+
+def test_every_character_is_in_its_token() -> None:
+    """Against the words' own places."""
+    tokenizer = fp.load_demo().model.tokenizer
+    text = "John gave a book to Mary ."
+    for position, word in enumerate(text.split(), start=1):
+        start = f" {text} ".index(f" {word} ")
+        for character in range(start, start + len(word)):
+            assert token_at(tokenizer, text, character) == position, (word, character)
+    for outside in (4, len(text)):
+        with pytest.raises(fp.FeatpatchError, match=f"character {outside}"):
+            token_at(tokenizer, text, outside)
 
 
 def test_slots_end_where_their_words_end() -> None:

@@ -1,15 +1,14 @@
 """A model and its SAEs, by name, by folder or as they are, checked against each other."""
 
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from featpatch.lens import load_model, load_sae, wanted_processing
+from featpatch.lens import load_model, load_sae, several, wanted_processing
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.report import checked
@@ -68,8 +67,7 @@ def load(
     Raises:
         FeatpatchError: something can't be found, downloaded or read, or SAEs were trained on differently processed weights.
     """
-    several = saes if isinstance(saes, Iterable) and not isinstance(saes, (str, torch.nn.Module)) else [saes]
-    found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in several]
+    found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in several(saes)]
     wanted = wanted_processing(found) if processing is None else processing
     made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
     if check and found:

@@ -8,7 +8,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from featpatch.errors import FeatpatchError
 from featpatch.lens.adapter import Adapted, adapt
 from featpatch.lens.bridge import BridgeLens
-from featpatch.lens.dictionary import Dictionary, Split, dictionaries
+from featpatch.lens.dictionary import Dictionary, Split, dictionaries, several
 from featpatch.lens.hooked import HookedLens
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
 from featpatch.lens.lens import Fired, Lens
@@ -19,7 +19,7 @@ from featpatch.lens.weights import processing
 
 __all__ = [
     "Adapted", "Dictionary", "Fired", "Layer", "Lens", "Split", "Stack", "Training", "UnsupportedError", "adapt",
-    "dictionaries", "load_model", "load_sae", "official_name", "processing", "wanted_processing", "wrap",
+    "dictionaries", "load_model", "load_sae", "official_name", "processing", "several", "wanted_processing", "wrap",
 ]  # fmt: skip
 
 

@@ -123,9 +123,9 @@ class Dictionary:
         return self.codec.decode(units, state)[:, 0] - self.codec.decode(off.features, off.state)[:, 0]
 
     @torch.no_grad()
-    def gains(self, split: Split) -> Float[torch.Tensor, " pos"] | None:
-        """How much a unit of a feature adds at each position of the only prompt; None where that is one everywhere."""
-        return gain(self.codec, split.state)[0, :, 0] if self.behaviour.scaled else None
+    def gains(self, split: Split) -> Float[torch.Tensor, " pos"]:
+        """How much a unit of a feature adds at each position of the only prompt; only where the behaviour is `scaled`."""
+        return gain(self.codec, split.state)[0, :, 0]
 
     @torch.no_grad()
     def moved(
@@ -163,7 +163,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     """
     if isinstance(saes, Dictionary):
         return [saes]
-    saes = list(saes) if isinstance(saes, Iterable) and not isinstance(saes, torch.nn.Module) else [saes]
+    saes = several(saes)
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one sae-lens SAE or transcoder")
     sites = [_hooks(lens, sae) for sae in saes]
@@ -181,6 +181,11 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
         made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))
     return made
+
+
+def several(saes: Any) -> list[Any]:
+    """One dictionary, or several, as a list; a name is one, and an SAE, which sae-lens lets iterate, too."""
+    return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, torch.nn.Module)) else [saes]
 
 
 def _hooks(lens: Lens, sae: Any) -> tuple[str, str]:

@@ -8,7 +8,7 @@ that matters; elsewhere each is worked out by the definition. The error node car
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import SupportsIndex, cast
@@ -84,8 +84,8 @@ class Difference:
             feature=feature.cpu(),
             value=_values(dictionary, ways, difference[position, feature], position),
             moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in ways.items()},
-            features={way: _after(first, _all_features(dictionary, *runs)) for way, runs in ways.items()},
-            error={way: _after(first, _all_else(dictionary, *runs)) for way, runs in ways.items()},
+            features=_both_ways(first, dictionary, ways, _all_features),
+            error=_both_ways(first, dictionary, ways, _all_else),
         )
 
     def at(self, span: list[int]) -> torch.Tensor:
@@ -100,8 +100,22 @@ def _values(
     values: dict[Direction, torch.Tensor] = {"denoising": value, "noising": -value}
     if not dictionary.behaviour.scaled:
         return values
-    gains = {way: dictionary.gains(base) for way, (base, _) in ways.items()}
-    return {way: part if (scale := gains[way]) is None else part * scale[position] for way, part in values.items()}
+    return {way: part * dictionary.gains(ways[way][0])[position] for way, part in values.items()}
+
+
+def _both_ways(
+    first: int,
+    dictionary: Dictionary,
+    ways: Mapping[Direction, tuple[Split, Split]],
+    change: Callable[[Dictionary, Split, Split], torch.Tensor],
+) -> dict[Direction, torch.Tensor]:
+    """A change in both directions, with zeros before `first`; without a state one is minus the other, and worked out once."""
+    denoising = _after(first, change(dictionary, *ways["denoising"]))
+    stateless = not ways["denoising"][0].state
+    return {
+        "denoising": denoising,
+        "noising": -denoising if stateless else _after(first, change(dictionary, *ways["noising"])),
+    }
 
 
 def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:

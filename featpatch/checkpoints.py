@@ -32,6 +32,8 @@ class Demo(Loaded):
     def pairs(self, task: str = "ioi", *, n: int = 32, seed: int = 0) -> Pairs:
         """`n` pairs of a task, drawn without repetition from the shipped ones, none of which was trained on.
 
+        Their tags say what they were made by: task, template, corruption; for ioi gift and order too, for sentiment verdict.
+
         Args:
             task: `"ioi"`, `"capitals"`, `"greater_than"` or `"sentiment"`.
 

@@ -30,7 +30,10 @@ Saes = Annotated[
 ]
 PairsFile = Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")]
 Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")]
-MetricName = Annotated[str, typer.Option(help="What to measure at the answer position.")]
+MetricNames = Annotated[
+    list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")
+]
+LOGIT_DIFF = ["logit_diff"]
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 
 
@@ -74,7 +77,7 @@ def rank(
     pairs: PairsFile,
     positions: Positions = "all",
     direction: Directions = "both",
-    metric: MetricName = "logit_diff",
+    metric: MetricNames = LOGIT_DIFF,
     device: Device = "cpu",
     top: Top = 20,
     out: Out = Path("featpatch-out"),
@@ -99,7 +102,7 @@ def plan(
     pairs: PairsFile,
     positions: Positions = "all",
     direction: Directions = "both",
-    metric: MetricName = "logit_diff",
+    metric: MetricNames = LOGIT_DIFF,
     device: Device = "cpu",
 ) -> None:
     """Estimate what `rank` with the same options will take: patches, operations, memory, time.
@@ -144,13 +147,13 @@ def check(
 
 
 def _own(
-    console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: str, device: str
+    console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
 ) -> dict[str, Any]:
     """The arguments that `rank_features` and `plan` share; prints how the SAEs fit the model."""
     from featpatch.report import checked
 
     loaded = fp.load(model, sae, device=device, check=False)
-    drawn = fp.Pairs.from_jsonl(loaded.model.tokenizer, pairs)
+    drawn = fp.Pairs.from_jsonl(loaded.model.tokenizer, pairs, long_answers=_of_sequences(metric))
     console.print(checked(fp.check(loaded.model, loaded.saes, drawn)))
     return {
         "model": loaded.model,
@@ -160,6 +163,10 @@ def _own(
         "directions": ("denoising", "noising") if direction == "both" else (direction,),
         "metric": metric,
     }
+
+
+def _of_sequences(metric: list[str]) -> bool:
+    return all(name.startswith("sequence_") for name in metric)
 
 
 def _positions(text: str) -> str | list[int | str]:
@@ -172,9 +179,9 @@ def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Map
 
     effects.save(out / "effects.safetensors")
     effects.to_pandas().to_csv(out / "effects.csv", index=False)
-    console.print(
-        f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
-    )
+    for name in effects.metrics:
+        of = effects.metric(name)
+        console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
     if not effects.finished:
         console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
     console.print(ranked(effects.top(top), descriptions))

@@ -111,6 +111,43 @@ class Measure:
         return values.detach().to("cpu", torch.float64)
 
 
+@dataclass(frozen=True)
+class Measures:
+    """Metrics that are taken of the same logits, one column each."""
+
+    parts: tuple[Measure, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the metrics, in the order of the columns."""
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def reads_clean(self) -> bool:
+        """Whether one of them reads the logits of the clean run."""
+        return any(part.needs == "clean" for part in self.parts)
+
+    def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
+        """Ids whose logits are needed by all together; None for the whole vocabulary."""
+        return (*correct, *wrong) if all(part.needs == "answers" for part in self.parts) else None
+
+    def __call__(
+        self,
+        logits: Float[torch.Tensor, "rows columns"],
+        correct: Sequence[int],
+        wrong: Sequence[int],
+        clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
+    ) -> Float[torch.Tensor, "rows metrics"]:
+        """Every metric of logits at the answer position, float64 on the CPU.
+
+        Raises:
+            FeatpatchError: a metric doesn't give one finite value per row.
+        """
+        answers = logits if self.columns(correct, wrong) is not None else logits[:, [*correct, *wrong]]
+        values = [part(answers if part.needs == "answers" else logits, correct, wrong, clean) for part in self.parts]
+        return torch.stack(values, dim=1)
+
+
 MEASURES = {
     measure.name: measure
     for measure in (
@@ -135,10 +172,24 @@ def find(metric: str | Metric) -> Measure:
         return Measure(getattr(metric, "__name__", repr(metric)), metric, "vocabulary")
     if metric not in MEASURES:
         raise FeatpatchError(
-            f"metric {metric!r} is unknown: expected one of {', '.join(MEASURES)}, "
+            f"metric {metric!r} is unknown: expected one of {', '.join(MEASURES)}, sequence_log_prob, sequence_log_prob_diff, "
             "or a function of (logits, correct, wrong) that returns one value per row"
         )
     return MEASURES[metric]
+
+
+def together(metric: "str | Metric | Sequence[str | Metric]") -> Measures:
+    """One metric, or several.
+
+    Raises:
+        FeatpatchError: no metric, an unknown one, or two of the same name.
+    """
+    several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
+    parts = tuple(map(find, several))
+    names = [part.name for part in parts]
+    if not names or len(set(names)) < len(names):
+        raise FeatpatchError(f"metric={names}: expected at least one, each name once; give functions names of their own")
+    return Measures(parts)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

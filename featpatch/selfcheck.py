@@ -44,6 +44,8 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     Raises:
         FeatpatchError: unusable input, or prompts that differ nowhere.
     """
+    if not isinstance(pairs, Pairs):
+        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     lens = wrap(model)
     check_tokens(pairs, lens)
     found = dictionaries(lens, saes)

@@ -81,6 +81,48 @@ def test_pairs_are_drawn_by_a_seed(demo: fp.Demo, task: str) -> None:
     assert all("end" in pair.labels and pair.special == {0} for pair in demo.pairs(task, n=8))
 
 
+TAGS: dict[str, dict[str, set[str]]] = {
+    "ioi": {"template": set(map(str, range(10))), "gift": set(map(str, range(12))), "order": {"ABBA", "BABA"}},
+    "capitals": {"template": {f"sentence_{n}" for n in range(5)} | {f"story_{n}" for n in range(4)}},
+    "greater_than": {"template": set(map(str, range(6)))},
+    "sentiment": {"template": set(map(str, range(4))), "verdict": {"praise", "blame"}},
+}
+
+
+@pytest.mark.parametrize("task", checkpoints.TASKS)
+def test_pairs_say_what_they_were_made_by(demo: fp.Demo, task: str) -> None:
+    pairs = demo.pairs(task, n=256)
+    assert {name: {pair.tags[name] for pair in pairs} for name in TAGS[task]} == TAGS[task]
+    assert all(pair.tags["task"] == task and set(pair.tags) == {"task", "corruption", *TAGS[task]} for pair in pairs)
+
+
+def test_tags_are_true(demo: fp.Demo) -> None:
+    """Read off the prompts themselves."""
+    for pair in demo.pairs("ioi", n=256):
+        assert pair.tags["order"] == ("ABBA" if pair.labels["IO"] < pair.labels["S1"] else "BABA")
+        assert pair.tags["corruption"] == "swap_s2"
+        changed = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
+        assert changed == [pair.labels["S2"]]
+        clean = demo.model.tokenizer.decode(pair.clean)
+        assert (pair.tags["gift"] == "6") == ("said hello to" in clean)
+        assert (pair.tags["template"] == "1") <= ("orking at the" in clean)
+    for pair in demo.pairs("capitals", n=256):
+        story = "there is" in demo.model.tokenizer.decode(pair.clean)
+        assert pair.tags["template"].startswith("story" if story else "sentence")
+    for pair in demo.pairs("sentiment", n=256):
+        right = demo.model.tokenizer.decode(list(pair.correct))
+        assert (pair.tags["verdict"] == "praise") == (right in ("good", "positive"))
+        assert (pair.tags["template"] in "01") == (right in ("good", "bad"))
+
+
+def test_effects_by_tag_of_the_shipped_pairs(demo: fp.Demo) -> None:
+    sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
+    effects = fp.rank_features(demo.model, sae, demo.pairs("ioi", n=8), positions=["end"], progress=False)
+    for tag in ("template", "order"):
+        values = {pair.tags[tag] for pair in demo.pairs("ioi", n=8)}
+        assert {f"recovery_{value}" for value in values} <= set(effects.by_tag(tag, "recovery").columns)
+
+
 def test_pairs_that_are_not_there(demo: fp.Demo) -> None:
     with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of ioi"):
         demo.pairs("induction")

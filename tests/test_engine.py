@@ -307,7 +307,7 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     study = Study.of(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each",
                      directions=("denoising", "noising"), metric="logit_diff", batch_rows=None)  # fmt: skip
     (blocks,) = study.work()
-    sweep = Sweep(study.path, study.measure, study.rows)
+    sweep = Sweep(study.path, study.readout.measures, study.rows)
     sweep.baselines([block.run for block in blocks])
     patches, rows, flops = sweep.cost(blocks)
     with FlopCounterMode(display=False) as counter:

@@ -292,6 +292,8 @@ for bad, message in (
     (lambda: fp.Patch((node, "x")), "expected a tuple of Node"),
     (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list"),
     (lambda: fp.rank_features(None, None, [pair]), "pairs is a list: expected Pairs"),
+    (lambda: fp.check(None, None, None), "pairs is a NoneType: expected Pairs, e.g. from Pairs.from_prompts"),
+    (lambda: fp.check(None, None, [pair]), "pairs is a list: expected Pairs"),
 ):
     try:
         bad()

@@ -24,7 +24,7 @@ def made(changes: Any, gap: Any, tags: list[dict[str, str]] | None = None, **met
     changes, gap = np.asarray(changes, dtype=np.float64), np.asarray(gap, dtype=np.float64)
     row, pair = np.nonzero(changes)
     nodes = tuple(fp.Node(SITE, "feature", index, "all", SITE) for index in range(len(changes)))
-    known = {"directions": ["denoising", "noising"], **({"tags": tags} if tags else {}), **metadata}
+    known = {"metric": "m", "directions": ["denoising", "noising"], **({"tags": tags} if tags else {}), **metadata}
     return fp.Effects(nodes, gap, np.zeros(len(gap)), row, pair, changes[row, pair], gap[pair] - changes[row, pair], known)
 
 

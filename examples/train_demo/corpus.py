@@ -24,6 +24,7 @@ class Gift:
         giver, receiver: the names of the pair.
         order: "ABBA" if the giver is the second name of the pair, "BABA" if the first.
         slots: the words of the story by slot.
+        frame: which template of the pair and which of the gift.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Gift:
     receiver: str
     order: str
     slots: dict[str, str]
+    frame: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def draw_gift(r: random.Random, *, unseen_pair: bool = False, unseen_frame: bool
         other = r.choice(g.PAIR_SENTENCES).format(A=e, B=f, P=r.choice(g.PLACES), D=r.choice(g.DAYS))
         parts.insert(place, other)
     text = " ".join(" ".join(parts).format(**slots).split())
-    return Gift(capitalise(text), giver, receiver, "BABA" if giver == a else "ABBA", slots)
+    return Gift(capitalise(text), giver, receiver, "BABA" if giver == a else "ABBA", slots, frame)
 
 
 def gift(r: random.Random) -> str:

@@ -23,6 +23,7 @@ class PromptPair:
         clean, corrupted: prompts of equally many tokens.
         correct, wrong: the right and the wrong next word after the clean prompt, or several such words.
         labels: names of token positions, <bos> being position 0.
+        tags: what the pair was made by; templates are named by their place in the lists of `grammar`.
     """
 
     clean: str
@@ -30,6 +31,7 @@ class PromptPair:
     correct: str | list[str]
     wrong: str | list[str]
     labels: dict[str, int]
+    tags: dict[str, str]
 
 
 def ioi(r: random.Random) -> PromptPair:
@@ -40,7 +42,9 @@ def ioi(r: random.Random) -> PromptPair:
     ids, words = encode(gift.text), vocabulary()
     s1, s2 = (place for place, token in enumerate(ids) if token == words[gift.giver])
     labels = {"IO": ids.index(words[gift.receiver]), "S1": s1, "S2": s2, "end": len(ids) - 1}
-    return PromptPair(gift.text, corrupted, gift.receiver, gift.giver, labels)
+    template, giving = map(str, gift.frame)
+    tags = {"task": "ioi", "template": template, "gift": giving, "order": gift.order, "corruption": "swap_s2"}
+    return PromptPair(gift.text, corrupted, gift.receiver, gift.giver, labels, tags)
 
 
 def capitals(r: random.Random) -> PromptPair:
@@ -55,7 +59,9 @@ def capitals(r: random.Random) -> PromptPair:
     clean, corrupted = (frame.format(**{**slots, "c": country}) for country in (one, other))
     ids = encode(clean)
     labels = {"subject": ids.index(vocabulary()[one]), "end": len(ids) - 1}
-    return PromptPair(clean, corrupted, capital, other_capital, labels)
+    template = f"story_{splits.unseen_story('capital', one)}" if kind else f"sentence_{splits.unseen_fact('capital', one)}"
+    tags = {"task": "capitals", "template": template, "corruption": "other_country"}
+    return PromptPair(clean, corrupted, capital, other_capital, labels, tags)
 
 
 def greater_than(r: random.Random) -> PromptPair:
@@ -75,6 +81,7 @@ def greater_than(r: random.Random) -> PromptPair:
         years[late + 1 :],
         years[: late + 1],
         {"start_year": changed[0], "end": len(ids) - 1},
+        {"task": "greater_than", "template": str(g.YEARS.index(template)), "corruption": "other_year"},
     )
 
 
@@ -94,7 +101,9 @@ def sentiment(r: random.Random) -> PromptPair:
     first, second = _changed(clean, corrupted)
     labels = {"word1": first, "word2": second, "end": len(encode(clean)) - 1}
     answers = (praise, blame) if good else (blame, praise)
-    return PromptPair(clean, corrupted, *answers, labels)
+    template = str([asked for asked, *_ in g.VERDICTS].index(verdict))
+    tags = {"task": "sentiment", "template": template, "verdict": "praise" if good else "blame", "corruption": "all_words"}
+    return PromptPair(clean, corrupted, *answers, labels, tags)
 
 
 def _changed(clean: str, corrupted: str) -> list[int]:

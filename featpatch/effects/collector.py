@@ -1,7 +1,7 @@
 """Effects while they come in, patch by patch; one row per node, in order of appearance."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,29 +13,42 @@ from featpatch.patch import DIRECTIONS, Direction, Node
 
 @dataclass(frozen=True)
 class Collector:
-    """Gathers the metric values of patched runs."""
+    """Gathers the metric values of patched runs.
 
+    Attributes:
+        metrics: their names, in the order of the columns.
+    """
+
+    metrics: tuple[str, ...]
     rows: dict[Node, int] = field(default_factory=dict)
     row: list[int] = field(default_factory=list)
     pair: list[int] = field(default_factory=list)
     values: dict[Direction, list[NDArray[np.float64]]] = field(default_factory=lambda: {d: [] for d in DIRECTIONS})
 
     def add(self, pair: int, nodes: Sequence[Node], values: Mapping[Direction, NDArray[np.float64]]) -> None:
-        """The values of some nodes in one pair, for the directions that were run."""
+        """The values `[nodes, metrics]` of some nodes in one pair, for the directions that were run."""
         self.row.extend(self.rows.setdefault(node, len(self.rows)) for node in nodes)
         self.pair.extend([pair] * len(nodes))
         for direction, column in self.values.items():
-            column.append(values.get(direction, np.full(len(nodes), np.nan)))
+            column.append(values.get(direction, np.full((len(nodes), len(self.metrics)), np.nan)))
 
     def effects(self, clean: NDArray[np.float64], corrupted: NDArray[np.float64], metadata: dict[str, Any]) -> Effects:
-        """The table of all that was gathered."""
-        return Effects(
-            nodes=tuple(self.rows),
-            clean=clean,
-            corrupted=corrupted,
-            row=np.array(self.row, dtype=np.int64),
-            pair=np.array(self.pair, dtype=np.int64),
-            denoised=np.concatenate([np.zeros(0), *self.values["denoising"]]),
-            noised=np.concatenate([np.zeros(0), *self.values["noising"]]),
-            metadata=metadata,
-        )
+        """The table of all that was gathered, that of the first metric; clean and corrupted are `[pairs, metrics]`."""
+        nodes, row, pair = tuple(self.rows), np.array(self.row, dtype=np.int64), np.array(self.pair, dtype=np.int64)
+        none = np.zeros((0, len(self.metrics)))
+        denoised, noised = (np.concatenate([none, *self.values[direction]]) for direction in DIRECTIONS)
+        tables = {
+            metric: Effects(
+                nodes=nodes,
+                clean=clean[:, column],
+                corrupted=corrupted[:, column],
+                row=row,
+                pair=pair,
+                denoised=denoised[:, column],
+                noised=noised[:, column],
+                metadata={**metadata, "metric": metric},
+            )
+            for column, metric in enumerate(self.metrics)
+        }
+        first = tables.pop(self.metrics[0])
+        return replace(first, others=tables)

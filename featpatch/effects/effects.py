@@ -43,6 +43,7 @@ class Effects:
         metadata: versions, digests of model, SAEs and pairs, tags of the pairs, metric, directions and options.
         value: `"exact"` for patched runs; estimates say `"estimate"`.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
+        others: the same patches by other metrics, by name; see `metric`.
     """
 
     nodes: tuple[Node, ...]
@@ -55,6 +56,7 @@ class Effects:
     metadata: Mapping[str, Any]
     value: str = "exact"
     taken_from: "Effects | None" = field(default=None, compare=False)
+    others: "Mapping[str, Effects]" = field(default_factory=dict, compare=False)
     _p_values: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property
@@ -64,6 +66,23 @@ class Effects:
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that were measured, this table's first."""
+        return [self.metadata["metric"], *self.others]
+
+    def metric(self, name: str) -> "Effects":
+        """The same rows by another metric of the same patched runs.
+
+        Raises:
+            FeatpatchError: this metric was not measured.
+        """
+        if name not in self.metrics:
+            raise FeatpatchError(
+                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; rank with it too"
+            )
+        return self.others.get(name, self)
 
     def changes(self, effect: Effect) -> "csr_array[Any]":
         """Change of the metric by row and pair `[rows, pairs]`, sparse: what is not stored is exactly 0."""
@@ -199,6 +218,7 @@ class Effects:
             pair=self.pair[kept],
             denoised=self.denoised[kept],
             noised=self.noised[kept],
+            others={name: other.take(order) for name, other in self.others.items()},
         )
 
     @property
@@ -234,8 +254,10 @@ class Effects:
             pair=new[self.pair[kept]],
             denoised=self.denoised[kept],
             noised=self.noised[kept],
+            others={},
         )
-        return part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part
+        others = {name: other.of_pairs(pairs) for name, other in self.others.items()}
+        return replace(part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part, others=others)
 
     def where(self, **wanted: Any) -> "Effects":
         """The rows whose node has these values, e.g. `where(kind="feature", position="S2")`."""
@@ -268,6 +290,7 @@ class Effects:
         """One row per node: its fields, both effects with intervals and statistics, pairs, value.
 
         Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
+        Those of other metrics come last, with the metric before the name: `prob_recovery`.
         """
         table = self._frame()
         for effect in self.directions_run():
@@ -280,6 +303,9 @@ class Effects:
             for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):
                 table.insert(offset, name, values)
         table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(self.with_gap.sum()))
+        for metric, other in self.others.items():
+            columns = other.to_pandas().filter(regex="^(recovery|degradation)|^pairs_with_gap$")
+            table = table.join(columns.add_prefix(f"{metric}_"))
         return table
 
     def _frame(self) -> "pd.DataFrame":
@@ -328,7 +354,8 @@ class Effects:
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
         """
-        return cls(**storage.load(Path(path)))
+        first, *others = [cls(**fields) for fields in storage.load(Path(path))]
+        return replace(first, others={other.metadata["metric"]: other for other in others})
 
     def __repr__(self) -> str:
         shown = self.take(range(min(20, len(self))))._frame().drop(columns=["sae"])

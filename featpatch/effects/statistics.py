@@ -30,7 +30,7 @@ def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDAr
     return result
 
 
-def check_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
+def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
     """Refuses a gap on which no ratio can stand.
 
     Raises:
@@ -39,7 +39,7 @@ def check_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> Non
     gap = float(np.mean(clean - corrupted))
     if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
         raise FeatpatchError(
-            f"the metric is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
+            f"{metric} is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
             f"{gap:.3g}: expected a gap that a recovery can be a share of; choose corruptions that change the answer"
         )
 

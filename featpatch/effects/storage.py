@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FORMAT = "featpatch effects 1"
 COLUMNS = ("clean", "corrupted", "row", "pair", "denoised", "noised")
+VALUES = ("clean", "corrupted", "denoised", "noised")
+"""The columns that each further metric has, as `clean of prob`."""
 
 
 def save(effects: "Effects", path: Path) -> Path:
@@ -24,7 +26,7 @@ def save(effects: "Effects", path: Path) -> Path:
 
     Of rows that were taken from a larger table the number of features there is noted, so that q-values still count them.
     """
-    metadata = dict(effects.metadata)
+    metadata = {**effects.metadata, "metrics": effects.metrics}
     if effects.taken_from is not None:
         metadata["features_ranked"] = effects.features_ranked
     header = {
@@ -33,13 +35,16 @@ def save(effects: "Effects", path: Path) -> Path:
         "nodes": json.dumps([list(asdict(node).values()) for node in effects.nodes]),
         "metadata": json.dumps(metadata, sort_keys=True),
     }
+    columns = {name: getattr(effects, name) for name in COLUMNS}
+    for metric, other in effects.others.items():
+        columns |= {f"{name} of {metric}": getattr(other, name) for name in VALUES}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(getattr(effects, name)) for name in COLUMNS}, path, metadata=header)
+    save_file({name: np.ascontiguousarray(column) for name, column in columns.items()}, path, metadata=header)
     return path
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The fields of an `Effects`.
+def load(path: Path) -> list[dict[str, Any]]:
+    """The fields of the `Effects` of each metric.
 
     Raises:
         FeatpatchError: the file is missing, damaged or not a table of effects.
@@ -50,9 +55,14 @@ def load(path: Path) -> dict[str, Any]:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.get("format") != FORMAT or set(columns) != set(COLUMNS):
+        metadata = json.loads(header.get("metadata", "{}"))
+        others = metadata.get("metrics", [])[1:]
+        if header.get("format") != FORMAT or set(columns) != {*COLUMNS, *(f"{v} of {m}" for m in others for v in VALUES)}:
             raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
         nodes = tuple(Node(*values) for values in json.loads(header["nodes"]))
-        return {"nodes": nodes, "metadata": json.loads(header["metadata"]), "value": header["value"], **columns}
+        shared = {"nodes": nodes, "metadata": metadata, "value": header["value"], **{name: columns[name] for name in COLUMNS}}
+        return [shared] + [
+            {**shared, "metadata": {**metadata, "metric": m}, **{v: columns[f"{v} of {m}"] for v in VALUES}} for m in others
+        ]
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise FeatpatchError(f"{str(path)!r} is damaged ({error}): expected a file that Effects.save wrote") from error

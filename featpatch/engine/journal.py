@@ -69,12 +69,12 @@ class Journal:
         finished = {line["batch"]: base64.b64decode(line["values"]) for line in lines[1:]}
         return cls(path, int(lines[0]["rows"]), finished)
 
-    def get(self, key: str) -> Float[torch.Tensor, " patches"] | None:
+    def get(self, key: str) -> Float[torch.Tensor, " values"] | None:
         """The values of a batch, if it is finished."""
         values = self.finished.get(key)
         return None if values is None else torch.from_numpy(np.frombuffer(values, "<f8").astype(np.float64))
 
-    def put(self, key: str, values: Float[torch.Tensor, " patches"]) -> None:
+    def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
         """Writes down a finished batch, to the disk itself."""
         content = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
         self._append({"batch": key, "values": base64.b64encode(content).decode()})

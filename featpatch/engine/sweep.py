@@ -18,9 +18,9 @@ from featpatch.engine.packing import batches, units_of
 from featpatch.engine.path import PatchPath
 from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import Measure
+from featpatch.metrics import Measures
 
-Values = Float[torch.Tensor, "_"]
+Values = Float[torch.Tensor, "_ metrics"]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Sweep:
     """
 
     path: PatchPath
-    measure: Measure
+    measures: Measures
     rows: int
     journal: Journal | None = None
     done: Callable[[int], object] = field(default=lambda patches: None)
@@ -44,14 +44,15 @@ class Sweep:
     clean: "WeakKeyDictionary[BaseRun, torch.Tensor]" = field(default_factory=WeakKeyDictionary, init=False)
 
     @torch.no_grad()
-    def baselines(self, runs: Sequence[BaseRun]) -> list[float]:
-        """The metric of the base runs, through the same path as the patches."""
-        self.path.prepare(list(dict.fromkeys([*runs, *map(self._clean_run, runs)])) if self._reads_clean else runs)
-        return [float(self._measured(self.path.baseline(run, self._columns(run)), run)) for run in runs]
+    def baselines(self, runs: Sequence[BaseRun]) -> Float[torch.Tensor, "runs metrics"]:
+        """The metrics of the base runs, through the same path as the patches."""
+        wanted = [*runs, *map(self._clean_run, runs)] if self.measures.reads_clean else runs
+        self.path.prepare(list(dict.fromkeys(wanted)))
+        return torch.cat([self._measured(self.path.baseline(run, self._columns(run)), run) for run in runs])
 
     @torch.no_grad()
     def fill(self, blocks: Sequence[Block], values: Sequence[Values]) -> None:
-        """Puts the exact metric of every patch into `values`, one float64 tensor per block, batch by batch.
+        """Puts the exact metrics of every patch into `values`, one float64 tensor per block, batch by batch.
 
         What no patch can change is the metric of the base run, without a forward pass.
         """
@@ -102,10 +103,11 @@ class Sweep:
         if self.journal is None:
             return self._run(batch)
         key = batch_key(unit.name for unit in batch)
-        values = self.journal.get(key)
-        if values is None:
-            values = self._run(batch)
-            self.journal.put(key, values)
+        known = self.journal.get(key)
+        if known is not None:
+            return known.unflatten(0, (-1, len(self.measures.parts)))
+        values = self._run(batch)
+        self.journal.put(key, values.flatten())
         return values
 
     def _run(self, batch: list[Unit]) -> Values:
@@ -131,14 +133,11 @@ class Sweep:
         return torch.cat([self._run(half) for half in _halves(batch)])
 
     def _columns(self, run: BaseRun) -> tuple[int, ...] | None:
-        return self.measure.columns(run.pair.correct, run.pair.wrong)
+        return self.measures.columns(run.correct, run.wrong)
 
     def _measured(self, logits: torch.Tensor, run: BaseRun) -> Values:
-        return self.measure(logits, run.pair.correct, run.pair.wrong, self._clean_logits(run) if self._reads_clean else None)
-
-    @property
-    def _reads_clean(self) -> bool:
-        return self.measure.needs == "clean"
+        clean = self._clean_logits(run) if self.measures.reads_clean else None
+        return self.measures(logits, run.correct, run.wrong, clean)
 
     def _clean_run(self, run: BaseRun) -> BaseRun:
         return run if run.clean is None else run.clean
@@ -150,8 +149,8 @@ class Sweep:
         return self.clean[clean]
 
     def _alike(self, run: BaseRun) -> Hashable:
-        """What neighbours that are measured together share: the answers, and the clean run where the metric reads it."""
-        return run.pair.correct, run.pair.wrong, id(self._clean_run(run)) if self._reads_clean else None
+        """What neighbours that are measured together share: the answers, and the clean run where a metric reads it."""
+        return tuple(run.correct), tuple(run.wrong), id(self._clean_run(run)) if self.measures.reads_clean else None
 
 
 def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:

@@ -1,13 +1,12 @@
 """What the engine is asked to do: base runs, blocks of patches, and the units that share a forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 
 from featpatch.engine.deltas import Deltas
-from featpatch.pairs import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,22 +15,20 @@ class BaseRun:
 
     Attributes:
         name: what it is, unique within a sweep, e.g. `"pair 3 denoising"`.
-        pair: whose answers and answer position the metric takes.
         tokens: `[pos]`.
         resid: the residual stream `[pos, d_model]` at the entry of the blocks at which patches come in, by block.
+        answer: where the metric is read.
+        correct, wrong: ids of the answers there.
         clean: the clean run of the pair, None where this is it.
     """
 
     name: str
-    pair: Pair
     tokens: Int[torch.Tensor, " pos"]
     resid: Mapping[int, Float[torch.Tensor, "pos d_model"]]
+    answer: int
+    correct: Sequence[int]
+    wrong: Sequence[int]
     clean: "BaseRun | None" = None
-
-    @property
-    def answer(self) -> int:
-        """Where the metric is read."""
-        return self.pair.answer_position
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,24 @@
 A contrast should change one thing and turn the answer: few tokens differ, they are of one kind and about equally surprising,
 the model prefers the right answer on the clean prompt and the wrong one on the corrupted, and no pair is there twice
 (Heimersheim & Nanda 2024, arXiv 2404.15255; Zhang & Nanda 2024, arXiv 2309.16042).
+
+Which answer the model prefers is told by a metric of the logits where answers are tokens. Where they are sequences it is told
+by log p(right) - log p(wrong), whatever the metric: p is the sum over answers of the product of their tokens' probabilities,
+each given the prompt and the tokens before it.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import find
+from featpatch.metrics import Measure, find
+from featpatch.pairs.likelihood import Runs, log_probs
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import special_positions
 
@@ -36,7 +42,7 @@ RULES = {
     "kind": "replace a word by one of its kind (a name by a name, a number by a number), with the same spacing and case",
     "surprise": "choose a replacement that is about as likely in its place; else features of odd text take part",
     "output": "keep prompts on which the model does what is to be explained, and corruptions that turn its answer",
-    "answers": "choose answers that are single words of the tokenizer",
+    "answers": "choose answers that are words of the tokenizer, none of which begins another one of the other side",
     "labels": "label the same positions in every pair, so that effects add up",
     "duplicate": "drop all but one",
     "gap": "drop it, or accept that it hardly counts in the mean",
@@ -65,7 +71,7 @@ class Checklist:
 
     Attributes:
         findings: one per pair and rule.
-        clean, corrupted: the metric on both prompts, by pair.
+        clean, corrupted: the metric on both prompts, by pair; log p(right) - log p(wrong) where answers are sequences.
     """
 
     findings: tuple[Finding, ...]
@@ -110,7 +116,8 @@ def check(
     Args:
         model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object that holds them.
         tokenizer: to show words and compare their kinds; by default `model.tokenizer`, if there is one.
-        metric: what tells the answers apart; positive where the right ones are preferred.
+        metric: what tells one-token answers apart; positive where the right ones are preferred. Answers that are sequences
+            are told apart by the difference of their log probabilities.
 
     Raises:
         FeatpatchError: the model gives no logits, or ones that are not finite; another metric.
@@ -119,17 +126,14 @@ def check(
     if metric not in ("logit_diff", "prob_diff"):
         raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
     measure = find(metric)
-    runs = _Runs(model)
+    runs = Runs(model)
     clean: list[float] = []
     corrupted: list[float] = []
     surprises: list[float] = []
     for pair in pairs:
         here, there = runs.logits(pair.clean), runs.logits(pair.corrupted)
-        answers = [logits[None, pair.answer_position] for logits in (here, there)]
-        columns = measure.columns(pair.correct, pair.wrong)
-        kept = answers if columns is None else [row[:, list(columns)] for row in answers]
-        for into, row in zip((clean, corrupted), kept, strict=True):
-            into.append(float(measure(row, pair.correct, pair.wrong)))
+        for into, logits, tokens in ((clean, here, pair.clean), (corrupted, there, pair.corrupted)):
+            into.append(_told(logits, pair, measure) if pair.correct else runs.preference(tokens, *pair.answers))
         changed = _changed(pair)
         surprises.append(_surprise(there, pair.corrupted, changed) - _surprise(here, pair.clean, changed))
     gaps = [one - other for one, other in zip(clean, corrupted, strict=True)]
@@ -153,23 +157,10 @@ def check(
 Outcome = tuple[Status, str]
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Logits of prompts, one at a time."""
-
-    model: Callable[[torch.Tensor], Any]
-
-    def logits(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        """`[pos, d_vocab]`, float32 at least."""
-        device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
-        made = self.model(torch.tensor([tokens], device=device))
-        logits = getattr(made, "logits", made)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
-            raise FeatpatchError(
-                f"the model gives {type(logits).__name__} for tokens [1, {len(tokens)}]: expected finite logits "
-                "[batch, pos, d_vocab], or an object with them as .logits"
-            )
-        return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+def _told(logits: torch.Tensor, pair: Pair, measure: Measure) -> float:
+    """The metric of one-token answers, from a prompt's logits."""
+    row, columns = logits[None, pair.answer_position], measure.columns(pair.correct, pair.wrong)
+    return float(measure(row if columns is None else row[:, list(columns)], pair.correct, pair.wrong))
 
 
 def _changed(pair: Pair) -> list[int]:
@@ -181,8 +172,7 @@ def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence
     predicted = [p for p in positions if p > 0]
     if not predicted:
         return 0.0
-    before = logits[[p - 1 for p in predicted]].log_softmax(-1)
-    return -float(before.gather(1, torch.tensor([[tokens[p]] for p in predicted], device=logits.device)).mean())
+    return -float(log_probs(logits, tokens, predicted).mean())
 
 
 def _difference(pair: Pair, tokenizer: Any) -> Outcome:
@@ -227,13 +217,20 @@ def _output(clean: float, corrupted: float) -> Outcome:
 
 
 def _answers(pair: Pair, tokenizer: Any) -> Outcome:
-    answers = (*pair.correct, *pair.wrong)
+    right, wrong = pair.answers
+    tokens = [token for answer in (*right, *wrong) for token in answer]
     unknown = getattr(tokenizer, "unk_token_id", None)
-    odd = [answers[p] for p in special_positions(tokenizer, answers)] if tokenizer is not None else []
-    odd += [token for token in answers if token == unknown]
+    odd = [tokens[p] for p in special_positions(tokenizer, tokens)] if tokenizer is not None else []
+    odd += [token for token in tokens if token == unknown]
     if odd:
         return "fail", f"answers {odd} are special or unknown tokens"
-    return "pass", f"{len(pair.correct)} right, {len(pair.wrong)} wrong, one token each"
+    for one, other in product(right, wrong):
+        if one[: len(other)] == other[: len(one)]:
+            begins = f"one of {list(one)} (right) and {list(other)} (wrong) begins the other"
+            return "warn", f"{begins}: their probabilities do not exclude each other"
+    fewest, most = (limit(len(answer) for answer in (*right, *wrong)) for limit in (min, max))
+    length = "one token each" if most == 1 else f"{fewest} to {most} tokens" if fewest < most else f"{most} tokens each"
+    return "pass", f"{len(right)} right, {len(wrong)} wrong, {length}"
 
 
 def _labels(pair: Pair, usual: Counter[str], pairs: int) -> Outcome:
@@ -244,7 +241,7 @@ def _labels(pair: Pair, usual: Counter[str], pairs: int) -> Outcome:
 
 
 def _duplicate(pair: Pair, index: int, seen: dict[Any, int]) -> Outcome:
-    first = seen.setdefault((pair.clean, pair.corrupted, pair.correct, pair.wrong), index)
+    first = seen.setdefault((pair.clean, pair.corrupted, pair.answers), index)
     return ("pass", "once") if first == index else ("fail", f"the same as pair {first}")
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.align import aligned
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, Sequences
 from featpatch.pairs.positions import label_positions
-from featpatch.pairs.tokens import Tokenizer, answer_id, prompt_ids, special_positions
+from featpatch.pairs.tokens import Tokenizer, answer_id, answer_ids, prompt_ids, special_positions
 
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
 Answers = str | Sequence[str] | Sequence[int]
-"""An answer that is one token, several such answers, or their token ids."""
+"""An answer, several, or the ids of one-token answers."""
+INSTEAD = ", or give long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) with metric='sequence_log_prob'"
+"""What else to do about an answer of several tokens."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -28,14 +30,17 @@ def make(
     corrupted_labels: Mapping[str, Any] = NOTHING,
     tags: Mapping[str, str] = NOTHING,
     filler: int | None = None,
+    long_answers: bool = False,
 ) -> Pair:
     """The pair; the corrupted prompt's labels are where the clean one's are if they are not given.
 
     Args:
         filler: the id of the token that makes up for a difference in length, see `aligned`; None: lengths must be equal.
+        long_answers: makes a sequence of every answer, of one token or more; else each is one token.
 
     Raises:
-        FeatpatchError: unequal lengths, an answer that is not one token, a label that is nowhere or at two positions.
+        FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more), a label that
+            is nowhere or at two positions.
     """
     ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
     here = label_positions(tokenizer, clean, labels)
@@ -45,8 +50,7 @@ def make(
     pair = Pair(
         clean=ids,
         corrupted=other,
-        correct=_answer_ids(tokenizer, correct),
-        wrong=_answer_ids(tokenizer, wrong),
+        **_answers(tokenizer, correct, wrong, long_answers),
         labels=here,
         special=special_positions(tokenizer, ids, other),
         tags=dict(tags),
@@ -70,6 +74,19 @@ def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
     return prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
 
 
-def _answer_ids(tokenizer: Tokenizer, answers: Answers) -> tuple[int, ...]:
+def _answers(tokenizer: Tokenizer, correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
+    """The fields of a pair that hold its answers."""
+    if not long_answers:
+        return {"correct": _tokens(tokenizer, correct), "wrong": _tokens(tokenizer, wrong)}
+    sequences = {"correct_sequences": _sequences(tokenizer, correct), "wrong_sequences": _sequences(tokenizer, wrong)}
+    return {"correct": (), "wrong": (), **sequences}
+
+
+def _tokens(tokenizer: Tokenizer, answers: Answers) -> tuple[int, ...]:
     several = [answers] if isinstance(answers, str) else answers
-    return tuple(answer if isinstance(answer, int) else answer_id(tokenizer, answer) for answer in several)
+    return tuple(answer if isinstance(answer, int) else answer_id(tokenizer, answer, instead=INSTEAD) for answer in several)
+
+
+def _sequences(tokenizer: Tokenizer, answers: Answers) -> Sequences:
+    several = [answers] if isinstance(answers, str) else answers
+    return tuple((answer,) if isinstance(answer, int) else answer_ids(tokenizer, answer) for answer in several)

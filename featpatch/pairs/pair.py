@@ -6,18 +6,26 @@ from dataclasses import dataclass, field
 from featpatch.errors import FeatpatchError
 from featpatch.patch import Position
 
+Sequences = tuple[tuple[int, ...], ...]
+"""Answers, each as its token ids."""
+
 
 @dataclass(frozen=True)
 class Pair:
     """A clean and a corrupted prompt as token ids.
 
+    Answers are either tokens, side by side, or sequences of tokens that follow the prompt, for the metrics
+    `sequence_log_prob` and `sequence_log_prob_diff`.
+
     Attributes:
         clean, corrupted: token ids, equally many.
-        correct, wrong: ids of the answers to the clean prompt that are right and wrong (one or several each).
+        correct, wrong: ids of the answers to the clean prompt that are right and wrong (one or several each); `()` where
+            answers are sequences.
         labels: names of token positions, e.g. `{"S2": 12}`.
         answer_position: where the metric is read; the last token by default.
         special: positions of BOS and other special tokens, which no swap touches.
         tags: what the pair was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
+        correct_sequences, wrong_sequences: the ids of each answer that is right and wrong, e.g. `((5, 9), (7,))`.
     """
 
     clean: tuple[int, ...]
@@ -28,6 +36,8 @@ class Pair:
     answer_position: int = -1
     special: frozenset[int] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
+    correct_sequences: Sequences = ()
+    wrong_sequences: Sequences = ()
 
     def __post_init__(self) -> None:
         n = len(self.clean)
@@ -38,13 +48,15 @@ class Pair:
                 f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because values are "
                 "swapped position by position; reword one of the prompts"
             )
-        if not self.correct or not self.wrong:
-            raise FeatpatchError(f"correct={self.correct}, wrong={self.wrong}: expected at least one answer each")
-        if set(self.correct) & set(self.wrong):
-            raise FeatpatchError(f"correct={self.correct}, wrong={self.wrong}: an answer can't be both right and wrong")
+        self._check_answers()
         if not -n <= self.answer_position < n:
             raise FeatpatchError(f"answer_position {self.answer_position} is outside a prompt of {n} tokens")
         object.__setattr__(self, "answer_position", self.answer_position % n)
+        if self.correct_sequences and self.answer_position != n - 1:
+            raise FeatpatchError(
+                f"answer_position is {self.answer_position} and the answers are sequences: expected the last position, "
+                f"{n - 1}, because they follow the prompt; cut the prompts off there"
+            )
         for label, position in self.labels.items():
             if label in ("all", "each") or not isinstance(position, int):
                 raise FeatpatchError(
@@ -55,6 +67,13 @@ class Pair:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    @property
+    def answers(self) -> tuple[Sequences, Sequences]:
+        """The right and the wrong answers, each a sequence of one or more tokens."""
+        if self.correct_sequences:
+            return self.correct_sequences, self.wrong_sequences
+        return tuple((token,) for token in self.correct), tuple((token,) for token in self.wrong)
 
     @property
     def first_difference(self) -> int:
@@ -82,3 +101,21 @@ class Pair:
                 f"position {position} is outside a prompt of {len(self)} tokens: expected 0 to {len(self) - 1}"
             )
         return [position]
+
+    def _check_answers(self) -> None:
+        """Tokens or sequences, at least one right and one wrong, none of them both."""
+        given = f"correct={self.correct}, wrong={self.wrong}"
+        sequences = (*self.correct_sequences, *self.wrong_sequences)
+        if sequences:
+            given = f"correct_sequences={self.correct_sequences}, wrong_sequences={self.wrong_sequences}"
+            if self.correct or self.wrong:
+                raise FeatpatchError(
+                    f"correct={self.correct}, wrong={self.wrong} beside {given}: expected tokens or sequences, not both; an "
+                    "answer of one token among longer ones is a sequence of one"
+                )
+            if not all(sequences):
+                raise FeatpatchError(f"{given}: expected at least one token in each answer")
+        if not all(self.answers):
+            raise FeatpatchError(f"{given}: expected at least one answer each")
+        if set(self.answers[0]) & set(self.answers[1]):
+            raise FeatpatchError(f"{given}: an answer can't be both right and wrong")

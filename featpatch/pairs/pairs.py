@@ -48,6 +48,7 @@ class Pairs(Sequence[Pair]):
         tags: Sequence[Mapping[str, str]] | None = None,
         align: str | None = None,
         filler: str | None = None,
+        long_answers: bool = False,
     ) -> "Pairs":
         """Pairs from texts.
 
@@ -55,7 +56,8 @@ class Pairs(Sequence[Pair]):
             tokenizer: a Hugging Face tokenizer (e.g. `model.tokenizer`), or a function from a text to ids. Special
                 tokens that it adds to a prompt (BOS) belong to the prompt and are left out of swaps.
             clean, corrupted: prompts, equally many.
-            correct, wrong: for each prompt an answer that is one token, or several such answers.
+            correct, wrong: for each prompt an answer that is one token, or several such answers; longer ones with
+                `long_answers`. They follow the prompt as they are: with a leading space if the tokenizer wants it.
             labels: for each clean prompt names of positions: of a token, `{"S2": 12}`, of a text that occurs once in it,
                 `{"S2": "Mary"}`, or of a span of characters, `{"S2": (34, 38)}`. A text or span is labelled at its last token.
             corrupted_labels: the same for each corrupted prompt; where left out, the clean prompt's position is taken.
@@ -64,17 +66,19 @@ class Pairs(Sequence[Pair]):
                 the shorter one gets copies of the filler after the first of these; see `changed_span`. Positions among the
                 labels are those in the prompts as they are given.
             filler: a word that is one token, e.g. `" the"`.
+            long_answers: makes a sequence of every answer, of one token or more, for the metric `"sequence_log_prob"`.
 
         Raises:
-            FeatpatchError: unequal lengths, an answer that is not one token, a label outside the prompt or at another
-                position of the corrupted prompt, labels that can't be aligned.
+            FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more), a label
+                outside the prompt or at another position of the corrupted prompt, labels that can't be aligned.
         """
         columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
         _equally_many(list(columns), list(columns.values()))
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return cls._made(tokenizer, Rows([f"pair {index}" for index in range(len(rows))], rows), align, filler)
+        named = Rows([f"pair {index}" for index in range(len(rows))], rows)
+        return cls._made(tokenizer, named, align, filler, long_answers)
 
     @classmethod
     def from_tokens(
@@ -127,38 +131,59 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def from_jsonl(
-        cls, tokenizer: Tokenizer, path: str | Path, *, align: str | None = None, filler: str | None = None
+        cls,
+        tokenizer: Tokenizer,
+        path: str | Path,
+        *,
+        align: str | None = None,
+        filler: str | None = None,
+        long_answers: bool = False,
     ) -> "Pairs":
         """Pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}`.
 
         Optional fields: `"labels"` and `"corrupted_labels"` as in `from_prompts`, `"spans"` and `"corrupted_spans"`
-        (`{"S2": [34, 38]}`, characters), `"tags"` (an object of texts). `align` and `filler` as in `from_prompts`.
+        (`{"S2": [34, 38]}`, characters), `"tags"` (an object of texts). `align`, `filler` and `long_answers` as in
+        `from_prompts`.
 
         Raises:
             FeatpatchError: the file is missing, or a line is not JSON, lacks a field or gives no pair.
         """
         lines = json_lines(path, NEEDED)
         rows = Rows(lines.where, list(each(checked, lines.values, where=lines.where)))
-        return cls._made(tokenizer, rows, align, filler)
+        return cls._made(tokenizer, rows, align, filler, long_answers)
 
     @classmethod
     def from_csv(
-        cls, tokenizer: Tokenizer, path: str | Path, *, align: str | None = None, filler: str | None = None
+        cls,
+        tokenizer: Tokenizer,
+        path: str | Path,
+        *,
+        align: str | None = None,
+        filler: str | None = None,
+        long_answers: bool = False,
     ) -> "Pairs":
         """Pairs from a CSV file with the columns clean, corrupted, correct and wrong.
 
         The columns labels, corrupted_labels, spans and corrupted_spans hold JSON (`{"S2": 12}`), as does a cell with several
-        answers (`["a", "b"]`); other columns become tags. `align` and `filler` as in `from_prompts`.
+        answers (`["a", "b"]`); other columns become tags. `align`, `filler` and `long_answers` as in `from_prompts`.
 
         Raises:
             FeatpatchError: the file is missing, lacks a column, or a line gives no pair.
         """
         columns, rows = csv_rows(path)
         have_columns(repr(str(path)), columns, NEEDED)
-        return cls._of_cells(tokenizer, rows, align, filler)
+        return cls._of_cells(tokenizer, rows, align, filler, long_answers)
 
     @classmethod
-    def from_pandas(cls, tokenizer: Tokenizer, frame: Any, *, align: str | None = None, filler: str | None = None) -> "Pairs":
+    def from_pandas(
+        cls,
+        tokenizer: Tokenizer,
+        frame: Any,
+        *,
+        align: str | None = None,
+        filler: str | None = None,
+        long_answers: bool = False,
+    ) -> "Pairs":
         """Pairs from a pandas table with the columns of `from_csv`; cells may hold lists and dictionaries themselves.
 
         Raises:
@@ -177,7 +202,8 @@ class Pairs(Sequence[Pair]):
             }
             for row in frame.itertuples(index=False, name=None)
         ]
-        return cls._of_cells(tokenizer, Rows([f"row {index!r}" for index in frame.index.tolist()], values), align, filler)
+        rows = Rows([f"row {index!r}" for index in frame.index.tolist()], values)
+        return cls._of_cells(tokenizer, rows, align, filler, long_answers)
 
     @classmethod
     def from_feature_circuits(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
@@ -219,12 +245,13 @@ class Pairs(Sequence[Pair]):
         return cls(auto_circuit(tokenizer, path, skip=skip))
 
     @classmethod
-    def _of_cells(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None) -> "Pairs":
-        return cls._made(tokenizer, Rows(rows.where, list(each(from_cells, rows.values, where=rows.where))), align, filler)
+    def _of_cells(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
+        fields = Rows(rows.where, list(each(from_cells, rows.values, where=rows.where)))
+        return cls._made(tokenizer, fields, align, filler, long_answers)
 
     @classmethod
-    def _made(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None) -> "Pairs":
-        made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler))
+    def _made(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
+        made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers)
         return cls(each(lambda row: made(**row), rows.values, where=rows.where))
 
     def __len__(self) -> int:
@@ -252,7 +279,8 @@ class Pairs(Sequence[Pair]):
         Args:
             model: a function from tokens `[batch, pos]` to logits, such as a TransformerBridge or a HookedTransformer.
             tokenizer: to show words and compare their kinds; by default `model.tokenizer`, if there is one.
-            metric: what tells the answers apart; positive where the right ones are preferred.
+            metric: what tells one-token answers apart; positive where the right ones are preferred. Answers that are
+                sequences are told apart by the difference of their log probabilities.
 
         Raises:
             FeatpatchError: the model gives no logits, or ones that are not finite; another metric.

@@ -14,22 +14,34 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return _ids(tokenizer(text))
 
 
-def answer_id(tokenizer: Tokenizer, text: str) -> int:
+def answer_id(tokenizer: Tokenizer, text: str, *, instead: str = "") -> int:
     """The one id of an answer.
+
+    Args:
+        instead: what else can be done about an answer of several tokens, for the error.
 
     Raises:
         FeatpatchError: the answer is not exactly one known token.
     """
-    bare = {"add_special_tokens": False} if hasattr(tokenizer, "all_special_ids") else {}
-    ids = _ids(tokenizer(text, **bare))
+    ids = _bare_ids(tokenizer, text)
     if len(ids) != 1:
         raise FeatpatchError(
             f"answer {text!r} is {len(ids)} tokens {list(ids)}: expected exactly one; choose a one-token answer, "
-            "with the leading space if the tokenizer wants it (' Mary')"
+            f"with the leading space if the tokenizer wants it (' Mary'){instead}"
         )
-    if ids[0] == getattr(tokenizer, "unk_token_id", None):
-        raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
-    return ids[0]
+    return _known(tokenizer, text, ids)[0]
+
+
+def answer_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of an answer of one or more tokens, as they follow a prompt.
+
+    Raises:
+        FeatpatchError: the answer has no tokens, or one that the tokenizer does not know.
+    """
+    ids = _bare_ids(tokenizer, text)
+    if not ids:
+        raise FeatpatchError(f"answer {text!r} has no tokens: expected at least one; give a text")
+    return _known(tokenizer, text, ids)
 
 
 def next_token(tokenizer: Tokenizer, prompt: str, continuation: str, *, among: Sequence[int]) -> int | None:
@@ -48,6 +60,18 @@ def special_positions(tokenizer: Tokenizer, *prompts: Sequence[int]) -> frozense
     """Positions of the tokenizer's special tokens (BOS, padding, ...) in any of the prompts; none for a plain function."""
     special = set(getattr(tokenizer, "all_special_ids", ())) - {getattr(tokenizer, "unk_token_id", None)}
     return frozenset(position for ids in prompts for position, token in enumerate(ids) if token in special)
+
+
+def _bare_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids without the special tokens that the tokenizer puts around a prompt."""
+    bare = {"add_special_tokens": False} if hasattr(tokenizer, "all_special_ids") else {}
+    return _ids(tokenizer(text, **bare))
+
+
+def _known(tokenizer: Tokenizer, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+    if getattr(tokenizer, "unk_token_id", None) in ids:
+        raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
+    return ids
 
 
 def _ids(tokens: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ def rank_features(
     *,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric = "logit_diff",
+    metric: str | Metric | Sequence[str | Metric] = "logit_diff",
     batch_rows: int | None = None,
     journal: str | Path | None = None,
     progress: bool = True,
@@ -41,7 +41,9 @@ def rank_features(
             token index; a list of labels and indices: one row per feature and entry. Special tokens are never swapped by
             `"all"` and `"each"`.
         directions: `"denoising"`, `"noising"` or both.
-        metric: name of a metric or a function of `(logits, correct, wrong)`.
+        metric: name of a metric or a function of `(logits, correct, wrong)`, or several, all from the same patched runs;
+            the table is that of the first, `effects.metric(name)` that of another. For answers of several tokens
+            `"sequence_log_prob"` or `"sequence_log_prob_diff"`, teacher-forced, at one forward pass for each token.
         batch_rows: rows (patches x positions) of one forward pass; by default from the model's size and the free memory.
         journal: a file in which every finished batch is written down, and from which an interrupted call goes on.
         progress: show a bar.

@@ -19,7 +19,7 @@ def plan(
     *,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric = "logit_diff",
+    metric: str | Metric | Sequence[str | Metric] = "logit_diff",
     batch_rows: int | None = None,
 ) -> Plan:
     """What `rank_features` with the same arguments will take. One batch is run twice, nothing is kept.
@@ -28,7 +28,7 @@ def plan(
         FeatpatchError: unusable input.
     """
     study = Study.of(model, saes, pairs, positions=positions, directions=directions, metric=metric, batch_rows=batch_rows)
-    sweep = Sweep(study.path, study.measure, study.rows)
+    sweep = Sweep(study.path, study.readout.measures, study.rows)
     patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
     for blocks in study.work():
         cost = sweep.cost(blocks)

@@ -10,6 +10,7 @@ from featpatch.engine import BaseRun, Block
 from featpatch.lens import Dictionary, Lens
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.readings import Reading
 from featpatch.patching.swaps import Change, Difference, Directions, Swaps, Wanted, feature_swaps, whole_swaps
 
 TOKENS_AT_ONCE = 512
@@ -31,12 +32,12 @@ class PairRuns:
     Attributes:
         activations: how whole sites change, flat.
         differences: by name of the dictionary.
-        bases: the run that is patched, by direction.
+        bases: the run that is patched, by direction, for each reading.
     """
 
     activations: Mapping[str, Change]
     differences: Mapping[str, Difference]
-    bases: Mapping[Direction, BaseRun]
+    bases: Mapping[Direction, Sequence[BaseRun]]
 
     def swaps(self, wanted: Wanted, found: Sequence[Dictionary], directions: Mapping[str, Directions]) -> list[Swaps]:
         """Every swap: features, all features and error of each dictionary, then each whole site."""
@@ -46,14 +47,18 @@ class PairRuns:
         return swaps + [whole_swaps(site, "activation", whole, wanted) for site, whole in self.activations.items()]
 
     def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
-        """The swaps as work for the engine, in the same order."""
+        """The swaps as work for the engine, in the same order, reading by reading."""
         return [
-            Block(name=swap.name, run=self.bases[direction], site=swap.site, deltas=swap.deltas[direction]) for swap in swaps
+            Block(name=swap.name, run=base, site=swap.site, deltas=swap.deltas[direction])
+            for base in self.bases[direction]
+            for swap in swaps
         ]
 
 
 @torch.no_grad()
-def run_pairs(lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dictionary]) -> list[PairRuns]:
+def run_pairs(
+    lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dictionary], readings: Mapping[int, Sequence[Reading]]
+) -> list[PairRuns]:
     """Runs the clean and the corrupted prompts of some equally long pairs, and splits what differs."""
     written = list(dict.fromkeys(dictionary.writes for dictionary in found))
     entries = {sites.layer_of(site): sites.resid_pre(sites.layer_of(site)) for site in written}
@@ -70,15 +75,23 @@ def run_pairs(lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dic
         pair, of_pair = pairs[index], {base: {hook: kept[hook][slot] for hook in hooks} for base, kept in read.items()}
         clean, corrupted = of_pair["noising"], of_pair["denoising"]
         first = pair.first_difference if lens.causal else 0
-        bases: dict[Direction, BaseRun] = {}
-        for direction in reversed(DIRECTIONS):
-            bases[direction] = BaseRun(
-                name=f"pair {index} {direction}",
-                pair=pair,
-                tokens=tokens[direction][slot],
-                resid={layer: of_pair[direction][hook] for layer, hook in entries.items()},
-                clean=bases.get("noising"),
-            )
+        bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in reversed(DIRECTIONS)}
+        for number, reading in enumerate(readings[index]):
+            for direction in bases:
+                prompt, resid = tokens[direction][slot], of_pair[direction]
+                if reading.continuation:
+                    prompt = torch.cat([prompt, torch.tensor(reading.continuation)])
+                    resid = {hook: kept[0] for hook, kept in lens.read(prompt[None], sorted(entries.values())).items()}
+                base = BaseRun(
+                    name=f"pair {index} {direction}{f' reading {number}' if number else ''}",
+                    tokens=prompt,
+                    resid={layer: resid[hook] for layer, hook in entries.items()},
+                    answer=pair.answer_position + len(reading.continuation),
+                    correct=reading.correct,
+                    wrong=reading.wrong,
+                    clean=bases["noising"][number] if direction == "denoising" else None,
+                )
+                bases[direction].append(base)
         whole = {site: _difference(clean[site], corrupted[site], first) for site in written}
         runs.append(PairRuns(whole, {d.name: Difference.of(d, clean, corrupted, first) for d in found}, bases))
     return runs

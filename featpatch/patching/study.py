@@ -1,10 +1,11 @@
 """A sweep over features from the checked input to the table of effects."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,19 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch import metrics
 from featpatch.effects import Collector, Effects, check_gap
-from featpatch.engine import Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
+from featpatch.engine import BaseRun, Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
-from featpatch.metrics import Measure, Metric
-from featpatch.pairs import Pairs
+from featpatch.metrics import Metric
+from featpatch.pairs import Pair, Pairs
+from featpatch.pairs.each import each
 from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.readings import Reading, Readout, readout
 from featpatch.patching.runs import PairRuns, chunks, run_pairs
 from featpatch.patching.swaps import Directions, Positions, Swaps, Wanted, count_swaps, spans, whole_swaps
+
+NO_READINGS: Mapping[int, Sequence[Reading]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Study:
 
     Attributes:
         wanted: the positions to swap at, by pair.
+        readout: what is measured.
+        readings: where it is read, by pair.
         path: the way to run patches, chosen and checked.
         rows: rows of one forward pass.
         memory: bytes that such a pass takes at its peak, estimated.
@@ -42,7 +48,8 @@ class Study:
     positions: Positions
     directions: tuple[Direction, ...]
     wanted: Sequence[Wanted]
-    measure: Measure
+    readout: Readout
+    readings: Mapping[int, Sequence[Reading]]
     path: PatchPath
     rows: int
     memory: int
@@ -57,7 +64,7 @@ class Study:
         *,
         positions: Positions,
         directions: Sequence[Direction],
-        metric: str | Metric,
+        metric: str | Metric | Sequence[str | Metric],
         batch_rows: int | None,
     ) -> "Study":
         """Checks everything that can be checked without a sweep.
@@ -65,7 +72,7 @@ class Study:
         Raises:
             FeatpatchError: unusable input.
         """
-        measure = metrics.find(metric)
+        read = readout(metric)
         if not directions or not set(directions) <= set(DIRECTIONS):
             raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
         if batch_rows is not None and batch_rows < 1:
@@ -75,18 +82,28 @@ class Study:
                 f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)"
             )
         lens = wrap(model)
-        check_tokens(pairs, lens)
+        readings = dict(enumerate(each(read.readings, list(pairs))))
+        check_tokens(pairs, lens, readings)
+        if not lens.causal and any(reading.continuation for of_pair in readings.values() for reading in of_pair):
+            raise FeatpatchError(
+                f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
+                "both directions: expected a causal model, or answers of one token"
+            )
         wanted = [spans(pair, positions) for pair in pairs]
         found = dictionaries(lens, saes)
-        runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found))
-        ends = sorted(chunks(pairs), key=lambda some: len(pairs[some[0]]))
-        probes = {len(pairs[some[0]]): runs(tuple(some))[0].bases["denoising"] for some in (ends[-1], ends[0])}
-        path = choose_path(lens, list(probes.values()), list(dict.fromkeys(d.writes for d in found)))
-        columns = max(len(measure.columns(pair.correct, pair.wrong) or range(lens.d_vocab)) for pair in pairs)
-        rows = batch_rows or row_budget(lens, max(probes), columns)
-        memory = rows * row_bytes(lens, max(probes), columns)
+        runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found, readings))
+        probes = _longest_and_shortest(pairs, readings, runs)
+        path = choose_path(lens, probes, list(dict.fromkeys(d.writes for d in found)))
+        columns = max(
+            len(read.measures.columns(reading.correct, reading.wrong) or range(lens.d_vocab))
+            for of_pair in readings.values()
+            for reading in of_pair
+        )
+        longest = max(len(run.tokens) for run in probes)
+        rows = batch_rows or row_budget(lens, longest, columns)
+        memory = rows * row_bytes(lens, longest, columns)
         chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
-        return cls(lens, found, pairs, positions, chosen, wanted, measure, path, rows, memory, runs)
+        return cls(lens, found, pairs, positions, chosen, wanted, read, readings, path, rows, memory, runs)
 
     def run(self, journal: Path | None, *, progress: bool) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -96,18 +113,19 @@ class Study:
         """
         metadata = self._metadata()
         clean, corrupted, patches = self._survey()
-        check_gap(clean, corrupted)
+        for name, of_clean, of_corrupted in zip(self.readout.names, clean.T, corrupted.T, strict=True):
+            check_gap(name, of_clean, of_corrupted)
         book = None
         if journal is not None:
-            subject = {key: metadata[key] for key in ("metric", "directions", "positions", "pairs", "model", "saes")}
-            book = Journal.open(journal, subject, [*clean.tolist(), *corrupted.tolist()], self.rows)
-        collector = Collector()
+            subject = {key: metadata[key] for key in ("metrics", "directions", "positions", "pairs", "model", "saes")}
+            book = Journal.open(journal, subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
+        collector = Collector(self.readout.names)
         finished: list[int] = []
         try:
             with tqdm(
                 total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
             ) as bar:
-                sweep = Sweep(self.path, self.measure, book.rows if book else self.rows, book, bar.update)
+                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, bar.update)
                 for some in chunks(self.pairs):
                     self._patch(sweep, some, collector)
                     finished += some
@@ -137,7 +155,7 @@ class Study:
         return [run.swaps(self.wanted[index], self.found, probed) for run, index in zip(runs, some, strict=True)]
 
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
-        """Direction by direction, pair by pair, swap by swap."""
+        """Direction by direction, pair by pair, reading by reading, swap by swap."""
         each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
         return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
 
@@ -145,38 +163,60 @@ class Study:
         """Every patch of some pairs; what an interruption leaves out stays NaN."""
         runs = self.runs(tuple(some))
         swaps = self._swaps(some, runs)
-        values = {
-            direction: [torch.full((len(swap.nodes),), torch.nan, dtype=torch.float64) for of_pair in swaps for swap in of_pair]
-            for direction in self.directions
-        }
+        blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
+        values = [torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for block in blocks]
         try:
-            sweep.fill(self._blocks(runs, swaps), [column for columns in values.values() for column in columns])
+            sweep.fill(blocks, values)
         finally:
-            columns = {direction: iter(of_direction) for direction, of_direction in values.items()}
-            for index, of_pair in zip(some, swaps, strict=True):
-                for swap in of_pair:
-                    collector.add(index, swap.nodes, {direction: next(column).numpy() for direction, column in columns.items()})
+            left = iter(values)
+            found = [
+                (index, direction, [[next(left) for _ in of_pair] for _ in run.bases[direction]])
+                for direction in self.directions
+                for index, run, of_pair in zip(some, runs, swaps, strict=True)
+            ]
+            for slot, of_pair in enumerate(swaps):
+                for number, swap in enumerate(of_pair):
+                    collector.add(
+                        some[slot],
+                        swap.nodes,
+                        {
+                            direction: self._combined(index, torch.stack([reading[number] for reading in readings]))
+                            for index, direction, readings in found[slot :: len(some)]
+                        },
+                    )
+
+    def _combined(self, pair: int, values: torch.Tensor) -> NDArray[np.float64]:
+        return self.readout.combine(self.pairs[pair], values).numpy()
 
     def _survey(self) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-        """The metric of the clean and of the corrupted runs, `[pairs]` each, and the number of patches to one direction."""
-        sweep = Sweep(self.path, self.measure, self.rows)
-        clean, corrupted, patches = np.zeros(len(self.pairs)), np.zeros(len(self.pairs)), 0
+        """The metrics of clean and of corrupted runs, `[pairs, metrics]` each, and the number of patches to one direction."""
+        sweep = Sweep(self.path, self.readout.measures, self.rows)
+        base: dict[Direction, NDArray[np.float64]]
+        base = {direction: np.zeros((len(self.pairs), len(self.readout.names))) for direction in DIRECTIONS}
+        patches = 0
         for some in chunks(self.pairs):
             together = self.runs(tuple(some))
-            clean[some] = sweep.baselines([run.bases["noising"] for run in together])
-            corrupted[some] = sweep.baselines([run.bases["denoising"] for run in together])
+            for direction, values in base.items():
+                runs = [run.bases[direction] for run in together]
+                measured = sweep.baselines([run for of_pair in runs for run in of_pair]).split(
+                    [len(of_pair) for of_pair in runs]
+                )
+                for index, of_pair in zip(some, measured, strict=True):
+                    values[index] = self._combined(index, of_pair[:, None])
             for index, run in zip(some, together, strict=True):
                 wanted = self.wanted[index]
-                patches += sum(count_swaps(difference, wanted) for difference in run.differences.values())
-                patches += sum(
+                swaps = sum(count_swaps(difference, wanted) for difference in run.differences.values())
+                swaps += sum(
                     len(whole_swaps(site, "activation", whole, wanted).nodes) for site, whole in run.activations.items()
                 )
-        return clean, corrupted, patches
+                patches += swaps * len(self.readings[index])
+        return base["noising"], base["denoising"], patches
 
     def _metadata(self) -> dict[str, Any]:
         tags = {"tags": [dict(pair.tags) for pair in self.pairs]} if any(pair.tags for pair in self.pairs) else {}
         return {
-            "metric": self.measure.name,
+            "metric": self.readout.names[0],
+            "metrics": list(self.readout.names),
             "directions": sorted(self.directions),
             "positions": self.positions if isinstance(self.positions, str) else [*self.wanted[0]],
             "pairs": self.pairs.digest(),
@@ -188,7 +228,24 @@ class Study:
         }
 
 
-def check_tokens(pairs: Pairs, lens: Lens) -> None:
+def _longest_and_shortest(
+    pairs: Pairs, readings: Mapping[int, Sequence[Reading]], runs: Callable[[tuple[int, ...]], list[PairRuns]]
+) -> list[BaseRun]:
+    """The base runs with the most and with the fewest tokens, one where these are equally many."""
+    together = list(chunks(pairs))
+    longest = max(together, key=lambda some: max(_length(pairs[index], readings[index]) for index in some))
+    shortest = min(together, key=lambda some: len(pairs[some[0]]))
+    found = [base for some in (longest, shortest) for run in runs(tuple(some)) for base in run.bases["denoising"]]
+    by_length = {len(run.tokens): run for run in reversed(found)}
+    return [by_length[length] for length in dict.fromkeys((max(by_length), min(by_length)))]
+
+
+def _length(pair: Pair, readings: Sequence[Reading]) -> int:
+    """Tokens of the longest run of a pair."""
+    return len(pair) + max((len(reading.continuation) for reading in readings), default=0)
+
+
+def check_tokens(pairs: Pairs, lens: Lens, readings: Mapping[int, Sequence[Reading]] = NO_READINGS) -> None:
     """Refuses tokens and answers that the model doesn't know, and prompts that are too long for it.
 
     Raises:
@@ -196,10 +253,16 @@ def check_tokens(pairs: Pairs, lens: Lens) -> None:
     """
     inputs, context = lens.d_vocab_in, lens.n_ctx
     for index, pair in enumerate(pairs):
-        answers, tokens = (*pair.correct, *pair.wrong), (*pair.clean, *pair.corrupted)
+        answers = [token for side in pair.answers for answer in side for token in answer]
+        tokens = (
+            *pair.clean,
+            *pair.corrupted,
+            *(token for reading in readings.get(index, ()) for token in reading.continuation),
+        )
+        length = _length(pair, readings.get(index, ()))
         if not 0 <= min(answers) <= max(answers) < lens.d_vocab:
             raise FeatpatchError(
-                f"pair {index}: answers {pair.correct}, {pair.wrong} are outside the model's vocabulary of {lens.d_vocab} "
+                f"pair {index}: answers {pair.answers} are outside the model's vocabulary of {lens.d_vocab} "
                 "tokens: expected ids of the model's own tokenizer"
             )
         if not 0 <= min(tokens) <= max(tokens) < inputs:
@@ -207,5 +270,7 @@ def check_tokens(pairs: Pairs, lens: Lens) -> None:
                 f"pair {index} has token ids from {min(tokens)} to {max(tokens)}: expected 0 to {inputs - 1}, ids of "
                 "the model's own tokenizer"
             )
-        if context is not None and len(pair) > context:
-            raise FeatpatchError(f"pair {index} has {len(pair)} tokens: expected at most {context}, the model's context")
+        if context is not None and length > context:
+            raise FeatpatchError(
+                f"pair {index} has {length} tokens with its answers: expected at most {context}, the model's context"
+            )

@@ -23,14 +23,18 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
     )
     for column in ("site", "feature", "position"):
         table.add_column(column, no_wrap=True)
-    for effect in effects.directions_run():
-        table.add_column(TITLES[effect], justify="right")
+    columns: dict[str, str] = {effect: TITLES[effect] for effect in effects.directions_run()}
+    columns |= {
+        f"{name}_{effect}": f"{name}\n{TITLES[effect]}" for name in effects.others for effect in effects.directions_run()
+    }
+    for title in columns.values():
+        table.add_column(escape(title), justify="right")
     table.add_column("pairs", justify="right")
     if descriptions:
         table.add_column("fires")
     for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
         cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
-        cells += [_value(row, effect) for effect in effects.directions_run()]
+        cells += [_value(row, column) for column in columns]
         cells.append(f"{row['changed_pairs']}/{row['pairs']}")
         if descriptions:
             cells.append(str(descriptions.get(node, "")))

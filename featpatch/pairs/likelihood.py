@@ -1,0 +1,54 @@
+"""How likely a model finds tokens, one prompt at a time: those of a prompt, and an answer of several that follows it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs.pair import Sequences
+
+Logits = Float[torch.Tensor, "pos d_vocab"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Logits of prompts, one at a time."""
+
+    model: Callable[[torch.Tensor], Any]
+
+    def logits(self, tokens: tuple[int, ...]) -> Logits:
+        """float32 at least.
+
+        Raises:
+            FeatpatchError: the model gives no logits, or ones that are not finite.
+        """
+        device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
+        made = self.model(torch.tensor([tokens], device=device))
+        logits = getattr(made, "logits", made)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
+            raise FeatpatchError(
+                f"the model gives {type(logits).__name__} for tokens [1, {len(tokens)}]: expected finite logits "
+                "[batch, pos, d_vocab], or an object with them as .logits"
+            )
+        return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+
+    def preference(self, prompt: tuple[int, ...], right: Sequences, wrong: Sequences) -> float:
+        """Log probability that one of the right answers follows the prompt, minus that of the wrong ones, in nats."""
+        return float(self._log_prob(prompt, right) - self._log_prob(prompt, wrong))
+
+    def _log_prob(self, prompt: tuple[int, ...], answers: Sequences) -> Float[torch.Tensor, ""]:
+        """logsumexp over the answers; each token of an answer is predicted from the prompt and the tokens before it."""
+        begin, each = len(prompt), []
+        for answer in answers:
+            logits = self.logits(prompt + answer[:-1])
+            each.append(log_probs(logits, prompt + answer, range(begin, begin + len(answer))).sum())
+        return torch.stack(each).logsumexp(0)
+
+
+def log_probs(logits: Logits, tokens: Sequence[int], positions: Sequence[int]) -> Float[torch.Tensor, " positions"]:
+    """log p of the tokens at these positions, given what is before them; the first token is not predicted."""
+    before = logits[[p - 1 for p in positions]].log_softmax(-1)
+    return before.gather(1, torch.tensor([[tokens[p]] for p in positions], device=logits.device))[:, 0]

@@ -1,0 +1,119 @@
+"""Where metrics are read in a run, and how the values of several readings become one.
+
+Most metrics are read once, at the answer position. The log-probability of an answer of several tokens is read before each of
+them, teacher-forced: the tokens before it stand behind the prompt, in the clean and in the corrupted run alike.
+
+    log p(a | prompt) = sum_i log p(a_i | prompt, a_1 ... a_(i-1))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+
+from featpatch.errors import FeatpatchError
+from featpatch.metrics import Measures, Metric, together
+from featpatch.pairs import Pair
+
+SEQUENCES = ("sequence_log_prob", "sequence_log_prob_diff")
+"""Log-probability of all right answers together, and that minus the log-probability of all wrong ones together."""
+
+ByReading = Float[torch.Tensor, "readings patches engine_metrics"]
+Combined = Float[torch.Tensor, "patches metrics"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One place where logits are read.
+
+    Attributes:
+        continuation: tokens that stand behind the prompt; the logits after the last of them are read.
+        correct, wrong: ids of the answers there.
+    """
+
+    continuation: tuple[int, ...]
+    correct: tuple[int, ...]
+    wrong: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AtAnswer:
+    """Metrics of the logits at the answer position."""
+
+    measures: Measures
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are measured."""
+        return self.measures.names
+
+    def readings(self, pair: Pair) -> list[Reading]:
+        """One."""
+        need = [part.name for part in self.measures.parts if part.needs != "clean"]
+        if need and not pair.correct:
+            raise FeatpatchError(
+                f"its answers {pair.answers} are of several tokens, and {', '.join(need)} reads one: expected one of "
+                f"{', '.join(SEQUENCES)}, or answers of one token"
+            )
+        return [Reading((), pair.correct, pair.wrong)]
+
+    def combine(self, pair: Pair, values: ByReading) -> Combined:
+        """As they are."""
+        return values[0]
+
+
+@dataclass(frozen=True)
+class OfSequences:
+    """Teacher-forced log-probabilities of whole answers; one forward pass for each of their tokens."""
+
+    names: tuple[str, ...]
+
+    @property
+    def measures(self) -> Measures:
+        """The log-probability of one token."""
+        return together("log_prob")
+
+    def readings(self, pair: Pair) -> list[Reading]:
+        """One before each token of each answer."""
+        return [
+            Reading(answer[:token], (answer[token],), ())
+            for answers in self._sides(pair)
+            for answer in answers
+            for token in range(len(answer))
+        ]
+
+    def combine(self, pair: Pair, values: ByReading) -> Combined:
+        """Sums over tokens, then the logarithm of the sum of probabilities over answers."""
+        left, sides = values[..., 0], []
+        for answers in self._sides(pair):
+            tokens = [len(answer) for answer in answers]
+            parts, left = left[: sum(tokens)].split(tokens), left[sum(tokens) :]
+            sides.append(torch.stack([part.sum(0) for part in parts]).logsumexp(0))
+        found = {"sequence_log_prob": sides[0], "sequence_log_prob_diff": sides[0] - sides[-1]}
+        return torch.stack([found[name] for name in self.names], dim=1)
+
+    def _sides(self, pair: Pair) -> tuple[Sequence[tuple[int, ...]], ...]:
+        """Right answers, and wrong ones where they are needed."""
+        return pair.answers if "sequence_log_prob_diff" in self.names else pair.answers[:1]
+
+
+Readout = AtAnswer | OfSequences
+
+
+def readout(metric: str | Metric | Sequence[str | Metric]) -> Readout:
+    """How to read a metric, or several together.
+
+    Raises:
+        FeatpatchError: an unknown metric, none, two of one name, or sequence metrics beside others.
+    """
+    names = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
+    whole = [name for name in names if name in SEQUENCES]
+    if not whole:
+        return AtAnswer(together(metric))
+    if len(whole) < len(names) or len(set(names)) < len(names):
+        raise FeatpatchError(
+            f"metric={names}: expected each name once, and metrics of whole answers ({', '.join(SEQUENCES)}) by themselves, "
+            "because the others read one token; rank twice"
+        )
+    return OfSequences(tuple(str(name) for name in whole))

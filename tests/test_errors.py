@@ -142,7 +142,7 @@ def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
 
 
 def test_answers_outside_the_vocabulary(bridge: Small) -> None:
-    with pytest.raises(fp.FeatpatchError, match=r"answers \(99,\), \(4,\) are outside the model's vocabulary of 40"):
+    with pytest.raises(fp.FeatpatchError, match=r"answers \[99, 4\] are outside the model's vocabulary of 40"):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, correct=torch.tensor([99, 5, 7])))
 
 
@@ -258,7 +258,7 @@ def test_an_unknown_name() -> None:
     ("changed", "message"),
     [
         ({"clean": torch.full((3, 7), 40)}, r"pair 0 has token ids from \d+ to 40: expected 0 to 39"),
-        ({"correct": torch.tensor([-1, 2, 3])}, r"pair 0: answers \(-1,\), \(4,\) are outside the model's vocabulary of 40"),
+        ({"correct": torch.tensor([-1, 2, 3])}, r"pair 0: answers \[-1, 4\] are outside the model's vocabulary of 40"),
         (
             {"clean": torch.ones(3, 17).long(), "corrupted": torch.ones(3, 17).long()},
             r"pair 0 has 17 tokens: expected at most 16",

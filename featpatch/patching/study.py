@@ -84,7 +84,7 @@ class Study:
         lens = wrap(model)
         readings = dict(enumerate(each(read.readings, list(pairs))))
         check_tokens(pairs, lens, readings)
-        if not lens.causal and any(reading.continuation for of_pair in readings.values() for reading in of_pair):
+        if any(reading.continuation for of_pair in readings.values() for reading in of_pair) and not lens.causal:
             raise FeatpatchError(
                 f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
                 "both directions: expected a causal model, or answers of one token"
@@ -262,7 +262,7 @@ def check_tokens(pairs: Pairs, lens: Lens, readings: Mapping[int, Sequence[Readi
         length = _length(pair, readings.get(index, ()))
         if not 0 <= min(answers) <= max(answers) < lens.d_vocab:
             raise FeatpatchError(
-                f"pair {index}: answers {pair.answers} are outside the model's vocabulary of {lens.d_vocab} "
+                f"pair {index}: answers {answers} are outside the model's vocabulary of {lens.d_vocab} "
                 "tokens: expected ids of the model's own tokenizer"
             )
         if not 0 <= min(tokens) <= max(tokens) < inputs:
@@ -272,5 +272,5 @@ def check_tokens(pairs: Pairs, lens: Lens, readings: Mapping[int, Sequence[Readi
             )
         if context is not None and length > context:
             raise FeatpatchError(
-                f"pair {index} has {length} tokens with its answers: expected at most {context}, the model's context"
+                f"pair {index} has {length} tokens{' with its answers' if length > len(pair) else ''}: expected at most {context}, the model's context"
             )

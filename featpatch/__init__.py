@@ -8,29 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featpatch import tasks as tasks
-    from featpatch.baselines import identity, neurons, pca
     from featpatch.checkpoints import Demo, load_demo
+    from featpatch.comparison import Comparison, compare
     from featpatch.effects import Effects
     from featpatch.engine import SlowPathWarning
     from featpatch.errors import FeatpatchError
     from featpatch.firing import Description, describe
     from featpatch.forecast import Plan
-    from featpatch.lens import adapt, load_sae
+    from featpatch.lens import adapt, identity, load_sae, neurons, pca
     from featpatch.loading import Loaded, load
     from featpatch.pairs import Pair, Pairs
     from featpatch.patch import Node, Patch
-    from featpatch.patching import do, plan, rank_features
+    from featpatch.patching import Noise, do, plan, rank_components, rank_features
+    from featpatch.patching.diagnostics import diagnose
     from featpatch.selfcheck import check
     from featpatch.verdict import Check
 
 HOMES = {
     "Check": "verdict",
+    "Comparison": "comparison",
     "Demo": "checkpoints",
     "Description": "firing",
     "Effects": "effects",
     "FeatpatchError": "errors",
     "Loaded": "loading",
     "Node": "patch",
+    "Noise": "patching",
     "Pair": "pairs",
     "Pairs": "pairs",
     "Patch": "patch",
@@ -38,23 +41,26 @@ HOMES = {
     "SlowPathWarning": "engine",
     "adapt": "lens",
     "check": "selfcheck",
+    "compare": "comparison",
     "describe": "firing",
+    "diagnose": "patching.diagnostics",
     "do": "patching",
-    "identity": "baselines",
+    "identity": "lens",
     "load": "loading",
     "load_demo": "checkpoints",
     "load_sae": "lens",
-    "neurons": "baselines",
-    "pca": "baselines",
+    "neurons": "lens",
+    "pca": "lens",
     "plan": "patching",
+    "rank_components": "patching",
     "rank_features": "patching",
     "tasks": "tasks",
 }
 
 __all__ = [
-    "Check", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Pair", "Pairs", "Patch", "Plan",
-    "SlowPathWarning", "adapt", "check", "describe", "do", "identity", "load", "load_demo", "load_sae", "neurons", "pca",
-    "plan", "rank_features", "tasks",
+    "Check", "Comparison", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Noise", "Pair", "Pairs",
+    "Patch", "Plan", "SlowPathWarning", "adapt", "check", "compare", "describe", "diagnose", "do", "identity", "load",
+    "load_demo", "load_sae", "neurons", "pca", "plan", "rank_components", "rank_features", "tasks",
 ]  # fmt: skip
 
 

@@ -9,9 +9,13 @@ from typing import Literal, get_args
 
 from featpatch.errors import FeatpatchError
 
-Kind = Literal["feature", "error", "all_features", "activation"]
+Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron"]
 """`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
-with the error kept. `activation`: the whole activation, which is all features and the error."""
+with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one attention head of
+the activation at a hook of attention. `neuron`: one neuron of an MLP."""
+
+INDEXED = ("feature", "head", "neuron")
+"""The kinds of which a site has many, by index."""
 
 Position = int | str
 """A token index, `"all"` (every position at once), or a label of the pairs such as `"S2"`."""
@@ -39,15 +43,16 @@ class Node:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(get_args(Kind))}")
-        if (self.index is not None) != (self.kind == "feature"):
+        if (self.index is not None) != (self.kind in INDEXED):
             raise FeatpatchError(
-                f"a node of kind {self.kind!r} got index {self.index}: a feature needs an index >= 0, other kinds take none"
+                f"a node of kind {self.kind!r} got index {self.index}: {', '.join(INDEXED)} need an index >= 0, other kinds "
+                "take none"
             )
         if self.index is not None and self.index < 0:
-            raise FeatpatchError(f"feature index {self.index} is negative: features are counted from 0")
+            raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
 
     def __str__(self) -> str:
-        name = self.kind if self.index is None else f"feature {self.index}"
+        name = self.kind if self.index is None else f"{self.kind} {self.index}"
         of = f" of {self.sae}" if self.sae not in ("", self.site) else ""
         return f"{self.site} {name}{of} @ {self.position}"
 

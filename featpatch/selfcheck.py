@@ -17,7 +17,7 @@ from featpatch.lens import Dictionary, Lens, dictionaries, official_name, proces
 from featpatch.pairs import Pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
-from featpatch.patching.study import check_tokens
+from featpatch.patching.study import check_pairs, check_tokens
 from featpatch.verdict import LESS, Check, Fit
 
 POSITIONS = 512
@@ -44,8 +44,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     Raises:
         FeatpatchError: unusable input, or prompts that differ nowhere.
     """
-    if not isinstance(pairs, Pairs):
-        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
+    check_pairs(pairs)
     lens = wrap(model)
     check_tokens(pairs, lens)
     found = dictionaries(lens, saes)

@@ -33,6 +33,33 @@ def entry(site: str) -> tuple[int, str] | None:
     return int(match.group(1)) + later, place
 
 
+COMPONENTS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "result": "attn.hook_result",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+    "pattern_entry": "attn.hook_pattern",
+    "neurons": "mlp.hook_post",
+}
+"""Components by the names that TransformerLens' patching functions use, and the hook of a block at which each is."""
+
+
+def component(layer: int, name: str) -> str:
+    """The hook of a component in a block."""
+    return f"blocks.{layer}.{COMPONENTS[name]}"
+
+
+EMBEDDING = "hook_embed"
+"""The hook of the embedded tokens, before positions are added."""
+
+
 def resid_pre(layer: int) -> str:
     """The hook at the entry of a block."""
     return f"blocks.{layer}.hook_resid_pre"

@@ -1,6 +1,8 @@
 """Shapes in annotations are checked while the tests run; all models here are small, random and float64."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
@@ -11,6 +13,7 @@ install_import_hook("featpatch", "typechecker.check")
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import Small, small_bridge, small_hooked
 
 torch.set_num_threads(1)
@@ -25,3 +28,22 @@ def small(request: pytest.FixtureRequest) -> Small:
 @pytest.fixture(scope="session")
 def bridge() -> Small:
     return small_bridge()
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hugging Face computes norms and softmax of a float64 model in float32; here it stays in float64, so that 1e-10 means something."""
+    to, softmax, narrow = torch.Tensor.to, F.softmax, torch.Tensor.float
+
+    def keep_wide(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        wanted = options.get("dtype", args[0] if args else None)
+        return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep_wide)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else narrow(self))
+    monkeypatch.setattr(
+        F,
+        "softmax",
+        lambda x, dim=None, dtype=None, **o: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype),
+    )
+    return None

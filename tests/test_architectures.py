@@ -1,14 +1,12 @@
 """The fast path on many architectures, at every layer and site, against plain hooked forward passes, in float64."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, VOCAB, WIDTH, bridge, hooked
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -24,25 +22,6 @@ from featpatch.patching.study import Study
 EXACT = 1e-10
 HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_out", "hook_resid_post")
 MODELS = [("bridge", name) for name in BRIDGES] + [("hooked", name) for name in HOOKED]
-
-
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hugging Face computes norms and softmax of a float64 model in float32; here it stays in float64, so that 1e-10 means something."""
-    to, softmax, narrow = torch.Tensor.to, F.softmax, torch.Tensor.float
-
-    def keep_wide(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        wanted = options.get("dtype", args[0] if args else None)
-        return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep_wide)
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else narrow(self))
-    monkeypatch.setattr(
-        F,
-        "softmax",
-        lambda x, dim=None, dtype=None, **o: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype),
-    )
-    return None
 
 
 def dictionaries(model: Any) -> list[Any]:

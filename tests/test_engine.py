@@ -18,8 +18,9 @@ import featpatch as fp
 from featpatch.engine import Deltas, Journal, Sweep
 from featpatch.engine.packing import batches
 from featpatch.engine.suffix import SuffixPath
+from featpatch.lens import wrap
 from featpatch.lens.digest import digest
-from featpatch.patching.study import Study
+from featpatch.patching.features import feature_study
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
 
@@ -42,8 +43,7 @@ def same(one: fp.Effects, other: fp.Effects) -> bool:
 
 def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rank(small)
-    stack = type(Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
-                          metric="logit_diff", batch_rows=None).lens).stack  # fmt: skip
+    stack = type(wrap(small.model)).stack
 
     def broken(lens: Any, *lengths: int) -> Any:
         made = stack(lens, *lengths)
@@ -105,8 +105,7 @@ def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pyt
     assert found.nodes == expected.nodes
     np.testing.assert_allclose(found.denoised, expected.denoised, rtol=0, atol=1e-10)
     assert sum(rows > 30 for rows in sizes) < 12, "what memory allows for is remembered"
-    study = Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
-                     metric="logit_diff", batch_rows=None)  # fmt: skip
+    study = feature_study(small.model, small.at(SITES[0]), pairs_of(small), "all", ("denoising",), "logit_diff", None)
 
     def never(*_: Any) -> Any:
         raise error
@@ -120,8 +119,7 @@ def test_other_errors_pass_through(small: Small, monkeypatch: pytest.MonkeyPatch
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes differ")
 
-    study = Study.of(small.model, small.at(SITES[0]), pairs_of(small), positions="all", directions=("denoising",),
-                     metric="logit_diff", batch_rows=None)  # fmt: skip
+    study = feature_study(small.model, small.at(SITES[0]), pairs_of(small), "all", ("denoising",), "logit_diff", None)
     monkeypatch.setattr(SuffixPath, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         study.run(None, progress=False)
@@ -304,8 +302,8 @@ def test_a_journal_is_readable(tmp_path: Path) -> None:
 
 def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     """Patches and operations, against the passes themselves and torch's own counter."""
-    study = Study.of(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each",
-                     directions=("denoising", "noising"), metric="logit_diff", batch_rows=None)  # fmt: skip
+    saes = [small.at(site) for site in SITES]
+    study = feature_study(small.model, saes, pairs_of(small), "each", ("denoising", "noising"), "logit_diff", None)
     (blocks,) = study.work()
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     sweep.baselines([block.run for block in blocks])

@@ -194,7 +194,7 @@ def test_q_values_are_over_all_features_that_were_ranked(tmp_path: Path) -> None
     np.testing.assert_array_equal(top.take([3, 1]).to_pandas()["recovery_q"], q[order[[3, 1]]])
     assert (q[order] > false_discovery_control(p[order])).any()
     again = fp.Effects.load(top.save(tmp_path / "top.safetensors"))
-    assert again.features_ranked == 39
+    assert again.rows_ranked == 39
     assert (again.q_values("recovery") >= q[order]).all()
     np.testing.assert_array_equal(fp.Effects.load(table.save(tmp_path / "all.safetensors")).q_values("recovery"), q)
 

@@ -57,18 +57,18 @@ def by_tag(effects: "Effects", tag: str, effect: "Effect") -> "pd.DataFrame":
 
     table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
     table["index"] = table["index"].astype("Int64")
-    change, rows, features = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.features
+    change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
     intervals = []
     for value, pairs in pairs_by_value(effects, tag).items():
         name, gap = f"{effect}_{value}", effects.gap[pairs]
         stands = abs(gap.mean()) > statistics.NEAR_ZERO * statistics.size(effects.clean[pairs], effects.corrupted[pairs])
         part = change[:, pairs] if stands else np.full((len(change), len(pairs)), np.nan)
         pooled, ranks = part.mean(axis=1) / gap.mean() if stands else part.mean(axis=1), np.full(len(change), np.nan)
-        ranks[features] = rankdata(-pooled[features], method="min", nan_policy="omit")
+        ranks[ranked] = rankdata(-pooled[ranked], method="min", nan_policy="omit")
         intervals.append(statistics.interval(part[rows], gap) if stands else np.full((len(rows), 2), np.nan))
         table[name], (table[f"{name}_low"], table[f"{name}_high"]) = pooled[rows], intervals[-1].T
         table[f"{name}_rank"] = pd.array(ranks[rows], dtype="Int64")
-    table["depends"] = effects.features & _apart(intervals)
+    table["depends"] = effects.ranked & _apart(intervals)
     return table
 
 

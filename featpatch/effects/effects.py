@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from featpatch.effects import breakdown, significance, statistics, storage
+from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
-from featpatch.patch import Node, Position
+from featpatch.patch import INDEXED, Node, Position
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,6 +139,25 @@ class Effects:
         """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair."""
         return statistics.interval(self.changes(effect).toarray(), self.gap)
 
+    def quadrants(self, threshold: float = THRESHOLD) -> list[str]:
+        """What both directions say together of every row, decided with the 95 % intervals; see `effects/quadrants.py`.
+
+        `"necessary and sufficient"`, `"sufficient but redundant"`, `"necessary but not sufficient"`, `"irrelevant"`,
+        `"opposing"`, or `"undecided"`: an interval contains the threshold or minus it, or there is none, as with a single pair
+        and in a direction that was not run.
+
+        Args:
+            threshold: an effect is high above it and low within plus and minus it.
+
+        Raises:
+            FeatpatchError: the threshold is not between 0 and 1.
+        """
+        check_threshold(threshold)
+        unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
+        effects: tuple[Effect, Effect] = ("recovery", "degradation")
+        recovery, degradation = (self.interval(effect) if effect in run else unknown for effect in effects)
+        return named(recovery, degradation, threshold)
+
     def p_values(self, effect: Effect) -> Array:
         """Sign-flip permutation p-values over pairs, two-sided, `[rows]`; see `significance.sign_flip` for how small they get.
 
@@ -149,20 +169,21 @@ class Effects:
         return self._p_values[effect].copy()
 
     def q_values(self, effect: Effect) -> Array:
-        """Benjamini-Hochberg q-values over all features that were ranked, `[rows]`; NaN for rows of other kinds.
+        """Benjamini-Hochberg q-values over all rows that are ranked, `[rows]`; NaN for others, see `ranked`.
 
         They are those of the table that the rows were taken from: looking at the top 20 does not make 20 tests of 20,000.
-        After `save` and `load` of taken rows the other features are counted with a p-value of 1, which is never too small.
+        After `save` and `load` of taken rows the other rows are counted with a p-value of 1, which is never too small.
         """
         q = np.full(len(self.whole), np.nan)
-        features = self.whole.features
-        q[features] = significance.false_discovery(self.whole.p_values(effect)[features], self.features_ranked)
+        ranked = self.whole.ranked
+        q[ranked] = significance.false_discovery(self.whole.p_values(effect)[ranked], self.rows_ranked)
         return q[self.rows_in_whole()]
 
     @property
-    def features(self) -> NDArray[np.bool_]:
-        """Which rows are features, `[rows]`."""
-        return np.array([node.kind == "feature" for node in self.nodes], dtype=bool)
+    def ranked(self) -> NDArray[np.bool_]:
+        """Which rows are features, heads or neurons, `[rows]`; all rows of a table in which none is."""
+        indexed = np.array([node.kind in INDEXED for node in self.whole.nodes], dtype=bool)
+        return (indexed if indexed.any() else ~indexed)[self.rows_in_whole()]
 
     @property
     def whole(self) -> "Effects":
@@ -177,9 +198,9 @@ class Effects:
         return np.array([at[node] for node in self.nodes], dtype=np.int64)
 
     @property
-    def features_ranked(self) -> int:
-        """How many features `whole` has, or had before its rows were saved and loaded."""
-        return int(self.whole.metadata.get("features_ranked", self.whole.features.sum()))
+    def rows_ranked(self) -> int:
+        """How many ranked rows `whole` has, or had before its rows were saved and loaded."""
+        return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
     def stability(self, effect: Effect, *, splits: int = SPLITS, top: int = TOP, seed: int = 0) -> Stability:
         """How far the ranking of the features in one half of the pairs is that in the other half.
@@ -187,7 +208,7 @@ class Effects:
         Raises:
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
         """
-        return split_half(self.where(kind="feature").changes(effect).toarray(), self.gap, splits, top, seed)
+        return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
 
     def by_tag(self, tag: str, effect: Effect) -> "pd.DataFrame":
         """The pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
@@ -266,14 +287,14 @@ class Effects:
             raise FeatpatchError(f"{sorted(unknown)} are no columns: expected some of {', '.join(Node.__dataclass_fields__)}")
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
 
-    def top(self, n: int = 20, *, by: Effect | None = None, kind: str | None = "feature") -> "Effects":
+    def top(self, n: int = 20, *, by: Effect | None = None, kind: str | None = "ranked") -> "Effects":
         """The `n` rows with the largest effect, largest first.
 
         Args:
             by: `"recovery"` or `"degradation"`; by default recovery where it was run.
-            kind: `"feature"`, or another kind of node; None for all kinds.
+            kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
         """
-        rows = self if kind is None else self.where(kind=kind)
+        rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
         values = rows.pooled(by or self.directions_run()[0])
         return rows.take(np.argsort(-values, kind="stable")[:n])
 
@@ -287,9 +308,10 @@ class Effects:
         return effects
 
     def to_pandas(self) -> "pd.DataFrame":
-        """One row per node: its fields, both effects with intervals and statistics, pairs, value.
+        """One row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.
 
         Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
+        `quadrant` is there where both directions were run.
         Those of other metrics come last, with the metric before the name: `prob_recovery`.
         """
         table = self._frame()
@@ -304,7 +326,7 @@ class Effects:
                 table.insert(offset, name, values)
         table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(self.with_gap.sum()))
         for metric, other in self.others.items():
-            columns = other.to_pandas().filter(regex="^(recovery|degradation)|^pairs_with_gap$")
+            columns = other.to_pandas().filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap)$")
             table = table.join(columns.add_prefix(f"{metric}_"))
         return table
 
@@ -314,9 +336,11 @@ class Effects:
 
         table = pd.DataFrame({name: [getattr(node, name) for node in self.nodes] for name in Node.__dataclass_fields__})
         table["index"] = table["index"].astype("Int64")
-        for effect in self.directions_run():
-            low, high = self.interval(effect).T
-            table[effect], table[f"{effect}_low"], table[f"{effect}_high"] = self.pooled(effect), low, high
+        intervals = {effect: self.interval(effect) for effect in self.directions_run()}
+        for effect, interval in intervals.items():
+            table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = self.pooled(effect), interval.T
+        if len(intervals) == 2:
+            table["quadrant"] = named(intervals["recovery"], intervals["degradation"])
         table["changed_pairs"] = self.changed_pairs
         table["pairs"], table["value"] = len(self.clean), self.value
         return table

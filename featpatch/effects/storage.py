@@ -24,11 +24,11 @@ VALUES = ("clean", "corrupted", "denoised", "noised")
 def save(effects: "Effects", path: Path) -> Path:
     """Writes the file; the folder is made where it is missing.
 
-    Of rows that were taken from a larger table the number of features there is noted, so that q-values still count them.
+    Of rows that were taken from a larger table the number of ranked rows there is noted, so that q-values still count them.
     """
     metadata = {**effects.metadata, "metrics": effects.metrics}
     if effects.taken_from is not None:
-        metadata["features_ranked"] = effects.features_ranked
+        metadata["rows_ranked"] = effects.rows_ranked
     header = {
         "format": FORMAT,
         "value": effects.value,

@@ -52,6 +52,17 @@ class BridgeLens(Lens):
         with _skipping(self.model.blocks[layer + 1 :], wraps=self._wraps), answering(self.model.unembed, first):
             self.model(tokens)
 
+    def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
+        """The other blocks return their input; the unembedding sees one position."""
+        blocks = self.model.blocks
+        first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        with (
+            _skipping([*blocks[:layer], *blocks[layer + 1 :]], wraps=self._wraps),
+            _entering(blocks[layer], resid),
+            answering(self.model.unembed, first),
+        ):
+            self.model(tokens)
+
     def carrier(self, site: str) -> str:
         """`hook_attn_out` for `hook_resid_mid`, which is not the stream itself here."""
         return sites.carrier(site)

@@ -31,6 +31,10 @@ class HookedLens(Lens):
         """`stop_at_layer` of HookedTransformer."""
         self.model(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1)
 
+    def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
+        """`start_at_layer` and `stop_at_layer` of HookedTransformer."""
+        self.model(resid, start_at_layer=layer, stop_at_layer=layer + 1)
+
     def stack(self, shortest: int, longest: int) -> Stack:
         """Weights from the model's blocks."""
         if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):

@@ -167,6 +167,20 @@ class Lens(ABC):
                 )
         return activations
 
+    @torch.no_grad()
+    def through(
+        self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
+    ) -> torch.Tensor:
+        """The activation `[rows, pos, ...]` at a hook of block `layer`, which is run alone on the stream `resid`."""
+        found: list[torch.Tensor] = []
+        with self.edit(hook, lambda activation: found.append(activation.detach())):
+            self._run_alone(layer, resid, tokens.to(self.device))
+        return found[0]
+
+    @abstractmethod
+    def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
+        """Runs one block on the stream that enters it."""
+
     @abstractmethod
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
         """Runs the blocks up to `layer`, and the rest of the model only where that is its last block."""

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.effects import Effects
-from featpatch.metrics import Metric
+from featpatch.lens import dictionaries, wrap
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.study import Study
-from featpatch.patching.swaps import Positions
+from featpatch.patching.feature_part import FeaturePart
+from featpatch.patching.noise import Noise
+from featpatch.patching.positions import Positions
+from featpatch.patching.readings import Metrics
+from featpatch.patching.study import Study, check_pairs
 
 
 def rank_features(
@@ -19,8 +22,9 @@ def rank_features(
     *,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric | Sequence[str | Metric] = "logit_diff",
+    metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
+    noise: Noise | None = None,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Effects:
@@ -45,6 +49,7 @@ def rank_features(
             the table is that of the first, `effects.metric(name)` that of another. For answers of several tokens
             `"sequence_log_prob"` or `"sequence_log_prob_diff"`, teacher-forced, at one forward pass for each token.
         batch_rows: rows (patches x positions) of one forward pass; by default from the model's size and the free memory.
+        noise: corrupts the clean prompts' embeddings, in the place of the corrupted prompts (causal tracing).
         journal: a file in which every finished batch is written down, and from which an interrupted call goes on.
         progress: show a bar.
 
@@ -55,5 +60,33 @@ def rank_features(
     Raises:
         FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
     """
-    study = Study.of(model, saes, pairs, positions=positions, directions=directions, metric=metric, batch_rows=batch_rows)
+    study = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
     return study.run(Path(journal) if journal is not None else None, progress=progress)
+
+
+def feature_study(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    positions: Positions,
+    directions: Sequence[Direction],
+    metric: Metrics,
+    batch_rows: int | None,
+    noise: Noise | None = None,
+) -> Study:
+    """What `rank_features` with these arguments does, checked."""
+    check_pairs(pairs)
+    lens = wrap(model)
+    found = dictionaries(lens, saes)
+    about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    return Study.of(
+        lens,
+        [FeaturePart(found)],
+        about,
+        pairs,
+        positions=positions,
+        directions=directions,
+        metric=metric,
+        batch_rows=batch_rows,
+        noise=noise,
+    )

@@ -5,11 +5,11 @@ from typing import Any
 
 from featpatch.engine import Sweep
 from featpatch.forecast import Plan
-from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.study import Study
-from featpatch.patching.swaps import Positions
+from featpatch.patching.features import feature_study
+from featpatch.patching.positions import Positions
+from featpatch.patching.readings import Metrics
 
 
 def plan(
@@ -19,7 +19,7 @@ def plan(
     *,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric | Sequence[str | Metric] = "logit_diff",
+    metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
 ) -> Plan:
     """What `rank_features` with the same arguments will take. One batch is run twice, nothing is kept.
@@ -27,7 +27,7 @@ def plan(
     Raises:
         FeatpatchError: unusable input.
     """
-    study = Study.of(model, saes, pairs, positions=positions, directions=directions, metric=metric, batch_rows=batch_rows)
+    study = feature_study(model, saes, pairs, positions, directions, metric, batch_rows)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
     for blocks in study.work():

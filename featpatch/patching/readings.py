@@ -98,10 +98,13 @@ class OfSequences:
         return pair.answers if "sequence_log_prob_diff" in self.names else pair.answers[:1]
 
 
+Metrics = str | Metric | Sequence[str | Metric]
+"""A metric by name or as a function, or several."""
+
 Readout = AtAnswer | OfSequences
 
 
-def readout(metric: str | Metric | Sequence[str | Metric]) -> Readout:
+def readout(metric: Metrics) -> Readout:
     """How to read a metric, or several together.
 
     Raises:

@@ -1,20 +1,50 @@
-"""Clean and corrupted runs of a few pairs of equal length, and what differs between them at each dictionary."""
+"""Runs of a few pairs of equal length: the activations of their prompts, and which values go from which run into which."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from featpatch import sites
 from featpatch.engine import BaseRun, Block
-from featpatch.lens import Dictionary, Lens
-from featpatch.pairs import Pairs
+from featpatch.lens import Lens
+from featpatch.pairs import Pair, Pairs
 from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.noise import Noise, embedding_spread
+from featpatch.patching.positions import Wanted
 from featpatch.patching.readings import Reading
-from featpatch.patching.swaps import Change, Difference, Directions, Swaps, Wanted, feature_swaps, whole_swaps
+from featpatch.patching.run import Contrast, Run, Ways, swapped
+from featpatch.patching.swaps import Swaps
 
 TOKENS_AT_ONCE = 512
 """Tokens whose activations are held in memory together."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairRuns:
+    """Both runs of one pair.
+
+    Attributes:
+        first: the first position at which they can differ.
+        wanted: the positions to swap at.
+        ways: from which run into which, by direction.
+        bases: the run that is patched, by direction, for each reading.
+    """
+
+    pair: Pair
+    first: int
+    wanted: Wanted
+    ways: Ways
+    bases: Mapping[Direction, Sequence[BaseRun]]
+
+    def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
+        """The swaps as work for the engine, in the same order, reading by reading."""
+        return [
+            Block(name=swap.name, run=base, site=swap.site, deltas=swap.deltas[direction])
+            for base in self.bases[direction]
+            for swap in swaps
+        ]
 
 
 def chunks(pairs: Pairs) -> Iterator[list[int]]:
@@ -26,79 +56,78 @@ def chunks(pairs: Pairs) -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True)
-class PairRuns:
-    """Both runs of one pair.
+class Runner:
+    """Runs pairs.
 
     Attributes:
-        activations: how whole sites change, flat.
-        differences: by name of the dictionary.
-        bases: the run that is patched, by direction, for each reading.
+        hooks: what is kept of each run.
+        layers: blocks at which patches come in.
+        wanted, readings: positions to swap at and places to read, by pair.
+        noise: what corrupts the embeddings of the clean prompts, in the place of the corrupted prompts.
     """
 
-    activations: Mapping[str, Change]
-    differences: Mapping[str, Difference]
-    bases: Mapping[Direction, Sequence[BaseRun]]
+    lens: Lens
+    pairs: Pairs
+    hooks: Sequence[str]
+    layers: Sequence[int]
+    wanted: Sequence[Wanted]
+    readings: Mapping[int, Sequence[Reading]]
+    contrast: Contrast = swapped
+    noise: Noise | None = None
 
-    def swaps(self, wanted: Wanted, found: Sequence[Dictionary], directions: Mapping[str, Directions]) -> list[Swaps]:
-        """Every swap: features, all features and error of each dictionary, then each whole site."""
-        swaps: list[Swaps] = []
-        for dictionary in found:
-            swaps += feature_swaps(dictionary, self.differences[dictionary.name], wanted, directions[dictionary.name])
-        return swaps + [whole_swaps(site, "activation", whole, wanted) for site, whole in self.activations.items()]
-
-    def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
-        """The swaps as work for the engine, in the same order, reading by reading."""
+    @torch.no_grad()
+    def run(self, some: tuple[int, ...]) -> list[PairRuns]:
+        """The clean and the corrupted runs of some equally long pairs."""
+        read = {direction: self._read(direction, some, (), self._all_hooks) for direction in DIRECTIONS}
         return [
-            Block(name=swap.name, run=base, site=swap.site, deltas=swap.deltas[direction])
-            for base in self.bases[direction]
-            for swap in swaps
+            self._pair(index, {way: {hook: kept[slot] for hook, kept in values.items()} for way, values in read.items()})
+            for slot, index in enumerate(some)
         ]
 
-
-@torch.no_grad()
-def run_pairs(
-    lens: Lens, pairs: Pairs, some: Sequence[int], found: Sequence[Dictionary], readings: Mapping[int, Sequence[Reading]]
-) -> list[PairRuns]:
-    """Runs the clean and the corrupted prompts of some equally long pairs, and splits what differs."""
-    written = list(dict.fromkeys(dictionary.writes for dictionary in found))
-    entries = {sites.layer_of(site): sites.resid_pre(sites.layer_of(site)) for site in written}
-    hooks = sorted({*written, *entries.values(), *(dictionary.reads for dictionary in found)})
-    tokens = {
-        "denoising": torch.tensor([pairs[index].corrupted for index in some]),
-        "noising": torch.tensor([pairs[index].clean for index in some]),
-    }
-    both = lens.read(torch.cat([tokens["denoising"], tokens["noising"]]), hooks)
-    halves = {hook: values.chunk(2) for hook, values in both.items()}
-    read = {direction: {hook: halves[hook][half] for hook in hooks} for half, direction in enumerate(tokens)}
-    runs = []
-    for slot, index in enumerate(some):
-        pair, of_pair = pairs[index], {base: {hook: kept[hook][slot] for hook in hooks} for base, kept in read.items()}
-        clean, corrupted = of_pair["noising"], of_pair["denoising"]
-        first = pair.first_difference if lens.causal else 0
+    def _pair(self, index: int, kept: Mapping[Direction, Mapping[str, torch.Tensor]]) -> PairRuns:
+        pair = self.pairs[index]
+        first = pair.first_difference if self.noise is None else min(self.noise.at(pair))
         bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in reversed(DIRECTIONS)}
-        for number, reading in enumerate(readings[index]):
+        for number, reading in enumerate(self.readings[index]):
             for direction in bases:
-                prompt, resid = tokens[direction][slot], of_pair[direction]
+                resid = kept[direction]
                 if reading.continuation:
-                    prompt = torch.cat([prompt, torch.tensor(reading.continuation)])
-                    resid = {hook: kept[0] for hook, kept in lens.read(prompt[None], sorted(entries.values())).items()}
+                    longer = self._read(direction, (index,), reading.continuation, self._entries)
+                    resid = {hook: values[0] for hook, values in longer.items()}
                 base = BaseRun(
                     name=f"pair {index} {direction}{f' reading {number}' if number else ''}",
-                    tokens=prompt,
-                    resid={layer: resid[hook] for layer, hook in entries.items()},
+                    tokens=torch.tensor(self._prompt(direction, pair) + reading.continuation),
+                    resid={layer: resid[sites.resid_pre(layer)] for layer in self.layers},
                     answer=pair.answer_position + len(reading.continuation),
                     correct=reading.correct,
                     wrong=reading.wrong,
                     clean=bases["noising"][number] if direction == "denoising" else None,
                 )
                 bases[direction].append(base)
-        whole = {site: _difference(clean[site], corrupted[site], first) for site in written}
-        runs.append(PairRuns(whole, {d.name: Difference.of(d, clean, corrupted, first) for d in found}, bases))
-    return runs
+        ways = self.contrast(index, Run(kept["noising"]), Run(kept["denoising"]))
+        return PairRuns(pair, first if self.lens.causal else 0, self.wanted[index], ways, bases)
 
+    def _read(
+        self, direction: Direction, some: tuple[int, ...], continuation: tuple[int, ...], hooks: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Activations `[pairs, pos, ...]` of the runs that are patched in a direction."""
+        tokens = torch.tensor([self._prompt(direction, self.pairs[index]) + continuation for index in some])
+        if direction == "noising" or self.noise is None:
+            return self.lens.read(tokens, hooks)
+        with self.noise.added(self.lens, self._spread, [self.pairs[index] for index in some], some):
+            return self.lens.read(tokens, hooks)
 
-def _difference(clean: torch.Tensor, corrupted: torch.Tensor, first: int) -> Change:
-    """From corrupted to clean, and the other way round; exactly 0 before position `first`."""
-    difference = (clean - corrupted).flatten(1)
-    difference[:first] = 0
-    return {"denoising": difference, "noising": -difference}
+    @cached_property
+    def _spread(self) -> float:
+        return embedding_spread(self.lens, self.pairs)
+
+    def _prompt(self, direction: Direction, pair: Pair) -> tuple[int, ...]:
+        return pair.corrupted if direction == "denoising" and self.noise is None else pair.clean
+
+    @property
+    def _entries(self) -> list[str]:
+        return [sites.resid_pre(layer) for layer in self.layers]
+
+    @property
+    def _all_hooks(self) -> list[str]:
+        return sorted({*self.hooks, *self._entries})

@@ -13,17 +13,21 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from featpatch import sites
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.engine import BaseRun, Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, dictionaries, wrap
-from featpatch.metrics import Metric
+from featpatch.lens import Lens
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.each import each
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.readings import Reading, Readout, readout
-from featpatch.patching.runs import PairRuns, chunks, run_pairs
-from featpatch.patching.swaps import Directions, Positions, Swaps, Wanted, count_swaps, spans, whole_swaps
+from featpatch.patching.noise import Noise
+from featpatch.patching.part import Part
+from featpatch.patching.positions import Positions, spans
+from featpatch.patching.readings import Metrics, Reading, Readout, readout
+from featpatch.patching.run import Contrast, swapped
+from featpatch.patching.runs import PairRuns, Runner, chunks
+from featpatch.patching.swaps import Swaps
 
 NO_READINGS: Mapping[int, Sequence[Reading]] = MappingProxyType({})
 
@@ -33,39 +37,44 @@ class Study:
     """What is asked, checked.
 
     Attributes:
-        wanted: the positions to swap at, by pair.
+        parts: what is patched.
+        about: what is patched, for the metadata.
+        positions: as they were asked for.
         readout: what is measured.
-        readings: where it is read, by pair.
         path: the way to run patches, chosen and checked.
         rows: rows of one forward pass.
         memory: bytes that such a pass takes at its peak, estimated.
+        runner: how pairs are run.
         runs: both runs of some pairs; the latest are kept.
     """
 
     lens: Lens
-    found: list[Dictionary]
+    parts: Sequence[Part]
+    about: Mapping[str, Any]
     pairs: Pairs
     positions: Positions
     directions: tuple[Direction, ...]
-    wanted: Sequence[Wanted]
     readout: Readout
-    readings: Mapping[int, Sequence[Reading]]
     path: PatchPath
     rows: int
     memory: int
+    runner: Runner
     runs: Callable[[tuple[int, ...]], list[PairRuns]]
 
     @classmethod
     def of(
         cls,
-        model: Any,
-        saes: Any,
+        lens: Lens,
+        parts: Sequence[Part],
+        about: Mapping[str, Any],
         pairs: Pairs,
         *,
         positions: Positions,
         directions: Sequence[Direction],
-        metric: str | Metric | Sequence[str | Metric],
+        metric: Metrics,
         batch_rows: int | None,
+        contrast: Contrast = swapped,
+        noise: Noise | None = None,
     ) -> "Study":
         """Checks everything that can be checked without a sweep.
 
@@ -77,12 +86,7 @@ class Study:
             raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
         if batch_rows is not None and batch_rows < 1:
             raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
-        if not isinstance(pairs, Pairs):
-            raise FeatpatchError(
-                f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)"
-            )
-        lens = wrap(model)
-        readings = dict(enumerate(each(read.readings, list(pairs))))
+        readings = dict(enumerate(each(read.readings, list(check_pairs(pairs)))))
         check_tokens(pairs, lens, readings)
         if any(reading.continuation for of_pair in readings.values() for reading in of_pair) and not lens.causal:
             raise FeatpatchError(
@@ -90,10 +94,15 @@ class Study:
                 "both directions: expected a causal model, or answers of one token"
             )
         wanted = [spans(pair, positions) for pair in pairs]
-        found = dictionaries(lens, saes)
-        runs = lru_cache(maxsize=1)(lambda some: run_pairs(lens, pairs, some, found, readings))
+        hooks, changed = (
+            sorted({hook for part in parts for hook in part.hooks}),
+            [site for part in parts for site in part.sites],
+        )
+        layers = sorted({sites.layer_of(site) for site in changed})
+        runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
+        runs = lru_cache(maxsize=1)(runner.run)
         probes = _longest_and_shortest(pairs, readings, runs)
-        path = choose_path(lens, probes, list(dict.fromkeys(d.writes for d in found)))
+        path = choose_path(lens, probes, list(dict.fromkeys(changed)))
         columns = max(
             len(read.measures.columns(reading.correct, reading.wrong) or range(lens.d_vocab))
             for of_pair in readings.values()
@@ -103,7 +112,7 @@ class Study:
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
         chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
-        return cls(lens, found, pairs, positions, chosen, wanted, read, readings, path, rows, memory, runs)
+        return cls(lens, parts, about, pairs, positions, chosen, read, path, rows, memory, runner, runs)
 
     def run(self, journal: Path | None, *, progress: bool) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -117,7 +126,7 @@ class Study:
             check_gap(name, of_clean, of_corrupted)
         book = None
         if journal is not None:
-            subject = {key: metadata[key] for key in ("metrics", "directions", "positions", "pairs", "model", "saes")}
+            subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
             book = Journal.open(journal, subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         collector = Collector(self.readout.names)
         finished: list[int] = []
@@ -127,42 +136,39 @@ class Study:
             ) as bar:
                 sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, bar.update)
                 for some in chunks(self.pairs):
-                    self._patch(sweep, some, collector)
+                    for part in self.parts:
+                        self._patch(sweep, some, part, collector)
                     finished += some
         except KeyboardInterrupt:
             metadata["finished"] = False
-            part = collector.effects(clean, corrupted, metadata)
-            part = part.of_pairs(finished) if finished else part.known()
-            if not len(part):
+            gathered = collector.effects(clean, corrupted, metadata)
+            gathered = gathered.of_pairs(finished) if finished else gathered.known()
+            if not len(gathered):
                 raise
-            return part
+            return gathered
         return collector.effects(clean, corrupted, metadata)
 
     def work(self) -> Iterator[list[Block]]:
-        """All patches, the pairs that run together at a time."""
+        """All patches, part by part of the pairs that run together."""
         for some in chunks(self.pairs):
             runs = self.runs(tuple(some))
-            swaps = self._swaps(some, runs)
-            yield self._blocks(runs, swaps)
+            for part in self.parts:
+                yield self._blocks(runs, part.swaps(runs))
 
     @property
     def fast(self) -> bool:
         """Whether our own forward pass is taken."""
         return isinstance(self.path, SuffixPath)
 
-    def _swaps(self, some: list[int], runs: list[PairRuns]) -> list[list[Swaps]]:
-        probed = {d.name: Directions.of(d, [run.differences[d.name] for run in runs]) for d in self.found}
-        return [run.swaps(self.wanted[index], self.found, probed) for run, index in zip(runs, some, strict=True)]
-
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
         """Direction by direction, pair by pair, reading by reading, swap by swap."""
         each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
         return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
 
-    def _patch(self, sweep: Sweep, some: list[int], collector: Collector) -> None:
-        """Every patch of some pairs; what an interruption leaves out stays NaN."""
+    def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
+        """Every patch of a part in some pairs; what an interruption leaves out stays NaN."""
         runs = self.runs(tuple(some))
-        swaps = self._swaps(some, runs)
+        swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
         values = [torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for block in blocks]
         try:
@@ -203,13 +209,11 @@ class Study:
                 )
                 for index, of_pair in zip(some, measured, strict=True):
                     values[index] = self._combined(index, of_pair[:, None])
-            for index, run in zip(some, together, strict=True):
-                wanted = self.wanted[index]
-                swaps = sum(count_swaps(difference, wanted) for difference in run.differences.values())
-                swaps += sum(
-                    len(whole_swaps(site, "activation", whole, wanted).nodes) for site, whole in run.activations.items()
-                )
-                patches += swaps * len(self.readings[index])
+            patches += sum(
+                part.count(run) * len(self.runner.readings[index])
+                for index, run in zip(some, together, strict=True)
+                for part in self.parts
+            )
         return base["noising"], base["denoising"], patches
 
     def _metadata(self) -> dict[str, Any]:
@@ -218,14 +222,21 @@ class Study:
             "metric": self.readout.names[0],
             "metrics": list(self.readout.names),
             "directions": sorted(self.directions),
-            "positions": self.positions if isinstance(self.positions, str) else [*self.wanted[0]],
+            "positions": self.positions if isinstance(self.positions, str) else [*self.runner.wanted[0]],
             "pairs": self.pairs.digest(),
             **tags,
             "model": {"name": str(self.lens.model.cfg.model_name), "sha256": self.lens.digest()},
-            "saes": {dictionary.name: dictionary.digest() for dictionary in self.found},
+            **self.about,
             "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
             "finished": True,
         }
+
+
+def check_pairs(pairs: Any) -> Pairs:
+    """The pairs, if they are; raises FeatpatchError for anything else."""
+    if not isinstance(pairs, Pairs):
+        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
+    return pairs
 
 
 def _longest_and_shortest(
@@ -271,6 +282,7 @@ def check_tokens(pairs: Pairs, lens: Lens, readings: Mapping[int, Sequence[Readi
                 "the model's own tokenizer"
             )
         if context is not None and length > context:
+            with_answers = " with its answers" if length > len(pair) else ""
             raise FeatpatchError(
-                f"pair {index} has {length} tokens{' with its answers' if length > len(pair) else ''}: expected at most {context}, the model's context"
+                f"pair {index} has {length} tokens{with_answers}: expected at most {context}, the model's context"
             )

@@ -1,32 +1,18 @@
-"""From two runs of a pair to the deltas of its swaps, for one dictionary.
-
-    x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
-
-With `b` corrupted and `s` clean this is denoising, the other way round noising. Where a unit of a feature always adds the same
-direction (see `Behaviour.linear`), the deltas of single features are multiples of it, times the gain of the base run's state if
-that matters; elsewhere each is worked out by the definition. The error node carries the state of the decoder (see `chosen`).
-"""
+"""From what differs between the runs of a pair to the deltas of its swaps."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
-from typing import SupportsIndex, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch.engine import Deltas
-from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Split
-from featpatch.pairs import Pair
+from featpatch.lens import Dictionary
 from featpatch.patch import Direction, Kind, Node, Position
-
-Positions = str | Sequence[Position]
-"""`"all"`, `"each"`, or a list of labels and indices."""
-
-Wanted = Mapping[Position, list[int]]
-"""The token positions of one pair that each requested position stands for."""
+from featpatch.patching.difference import Change, Difference
+from featpatch.patching.positions import Wanted
 
 
 @dataclass(frozen=True)
@@ -43,144 +29,31 @@ class Swaps:
         return hashlib.sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode()).hexdigest()[:24]
 
 
-Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]
-"""How the activations of the patched run change, by direction."""
+Naming = Callable[[int, Position], Node]
+"""The node of a feature at a requested position."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What differs at one dictionary between the runs of one pair.
-
-    Attributes:
-        position, feature: where features differ; one entry each, by feature, then by position.
-        value: how much each entry adds of its feature's direction.
-        moved: what each entry changes alone, `[entries, d_out]`, where features have no direction, else None.
-        features, error: what all features, and what the error, change; 0 before the first differing token.
-    """
-
-    position: Int[torch.Tensor, " entries"]
-    feature: Int[torch.Tensor, " entries"]
-    value: Mapping[Direction, Float[torch.Tensor, " entries"]]
-    moved: Mapping[Direction, Float[torch.Tensor, "entries d_out"]] | None
-    features: Change
-    error: Change
-
-    @classmethod
-    def of(
-        cls, dictionary: Dictionary, clean: Mapping[str, torch.Tensor], corrupted: Mapping[str, torch.Tensor], first: int
-    ) -> "Difference":
-        """From activations `[pos, ...]` by hook; nothing differs before position `first`."""
-        start = first if dictionary.behaviour.rowwise else 0
-        c, b = (
-            dictionary.split(run[dictionary.reads][None, start:], run[dictionary.writes][None, start:]).since(first - start)
-            for run in (clean, corrupted)
-        )
-        difference = (c.features - b.features)[0]
-        feature, position = difference.T.nonzero(as_tuple=True)
-        ways: dict[Direction, tuple[Split, Split]] = {"denoising": (b, c), "noising": (c, b)}
-        linear = dictionary.behaviour.linear
-        return cls(
-            position=position.cpu() + first,
-            feature=feature.cpu(),
-            value=_values(dictionary, ways, difference[position, feature], position),
-            moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in ways.items()},
-            features=_both_ways(first, dictionary, ways, _all_features),
-            error=_both_ways(first, dictionary, ways, _all_else),
-        )
-
-    def at(self, span: list[int]) -> torch.Tensor:
-        """Indices of the entries at these positions."""
-        return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
-
-
-def _values(
-    dictionary: Dictionary, ways: Mapping[Direction, tuple[Split, Split]], value: torch.Tensor, position: torch.Tensor
-) -> dict[Direction, torch.Tensor]:
-    """The differences with their signs, each times the gain of its base run."""
-    values: dict[Direction, torch.Tensor] = {"denoising": value, "noising": -value}
-    if not dictionary.behaviour.scaled:
-        return values
-    return {way: part * dictionary.gains(ways[way][0])[position] for way, part in values.items()}
-
-
-def _both_ways(
-    first: int,
-    dictionary: Dictionary,
-    ways: Mapping[Direction, tuple[Split, Split]],
-    change: Callable[[Dictionary, Split, Split], torch.Tensor],
-) -> dict[Direction, torch.Tensor]:
-    """A change in both directions, with zeros before `first`; without a state one is minus the other, and worked out once."""
-    denoising = _after(first, change(dictionary, *ways["denoising"]))
-    stateless = not ways["denoising"][0].state
-    return {
-        "denoising": denoising,
-        "noising": -denoising if stateless else _after(first, change(dictionary, *ways["noising"])),
-    }
-
-
-def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    after, before = (dictionary.decode(features, base.state) for features in (source.features, base.features))
-    return (after.to(base.error) - before.to(base.error))[0]
-
-
-def _all_else(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    change = (source.error - base.error)[0]
-    if not base.state:
-        return change
-    after, before = (dictionary.decode(base.features, state) for state in (source.state, base.state))
-    return change + (after.to(change) - before.to(change))[0]
-
-
-def _after(first: int, change: torch.Tensor) -> torch.Tensor:
-    """With zeros at the positions before `first`."""
-    return torch.cat([change.new_zeros(first, change.shape[1]), change])
-
-
-def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
-    """What each requested position stands for in a pair: a name or index, and the token positions.
-
-    Raises:
-        FeatpatchError: the pair has no such position, or the request is not one.
-    """
-    if positions not in ("all", "each") if isinstance(positions, str) else not isinstance(positions, Sequence):
-        raise FeatpatchError(
-            f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]"
-        )
-    if positions == "all":
-        return {"all": pair.positions("all")}
-    wanted: Sequence[Position] = pair.positions("all") if positions == "each" else [_plain(entry) for entry in positions]
-    if not wanted:
-        raise FeatpatchError("positions is empty: expected 'all', 'each' or a list of labels and indices")
-    return {position: pair.positions(position) for position in wanted}
-
-
-def _plain(entry: object) -> Position:
-    """A label, or an index as a plain int."""
-    try:
-        return entry if isinstance(entry, str) else index(cast(SupportsIndex, entry))
-    except TypeError as error:
-        raise FeatpatchError(f"position {entry!r} is a {type(entry).__name__}: expected a label or an index") from error
-
-
-def feature_swaps(dictionary: Dictionary, difference: Difference, wanted: Wanted, directions: "Directions") -> list[Swaps]:
-    """Every feature that differs, alone; then all features, and the error."""
+def feature_swaps(difference: Difference, wanted: Wanted, directions: "Directions", site: str, naming: Naming) -> list[Swaps]:
+    """Every feature that differs, alone; at each requested position."""
     swaps = []
     for position, span in wanted.items():
         entries = difference.at(span)
         indices, patch = difference.feature[entries].unique(return_inverse=True)
-        names = [Node(dictionary.writes, "feature", feature, position, dictionary.name) for feature in indices.tolist()]
-        if difference.moved is None:
-            deltas = _along(difference, entries, patch, directions, len(names))
-        else:
-            where = difference.position[entries]
-            deltas = {
-                way: Deltas.explicit(patch, where, moved[entries.to(moved.device)], len(names))
-                for way, moved in difference.moved.items()
-            }
-        swaps.append(Swaps(dictionary.writes, tuple(names), deltas))
-    swaps.append(whole_swaps(dictionary.writes, "all_features", difference.features, wanted, dictionary.name))
-    swaps.append(whole_swaps(dictionary.writes, "error", difference.error, wanted, dictionary.name))
+        nodes = tuple(naming(feature, position) for feature in indices.tolist())
+        swaps.append(Swaps(site, nodes, deltas_of(difference, entries, patch, directions, len(nodes))))
     return swaps
+
+
+def deltas_of(
+    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
+) -> dict[Direction, Deltas]:
+    """The changes that entries make, each in its patch; patch ascends."""
+    if difference.moved is None:
+        return _along(difference, entries, patch, directions, patches)
+    where = difference.position[entries]
+    return {
+        way: Deltas.explicit(patch, where, moved[entries.to(moved.device)], patches) for way, moved in difference.moved.items()
+    }
 
 
 def _along(
@@ -200,14 +73,6 @@ def _along(
         )
         for way, value in difference.value.items()
     }
-
-
-def count_swaps(difference: Difference, wanted: Wanted) -> int:
-    """How many patches `feature_swaps` makes."""
-    features = sum(len(difference.feature[difference.at(span)].unique()) for span in wanted.values())
-    return features + sum(
-        bool(_differing(change)[span].any()) for change in (difference.features, difference.error) for span in wanted.values()
-    )
 
 
 @dataclass(frozen=True)
@@ -233,7 +98,7 @@ class Directions:
 
 def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swaps:
     """One swap per requested position of everything that differs there."""
-    differs = _differing(change)
+    differs = differing(change)
     nodes: list[Node] = []
     patch: list[int] = []
     position: list[int] = []
@@ -249,6 +114,6 @@ def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str =
     return Swaps(site, tuple(nodes), deltas)
 
 
-def _differing(change: Change) -> Bool[torch.Tensor, " pos"]:
+def differing(change: Change) -> Bool[torch.Tensor, " pos"]:
     """Where something changes, in one direction at least."""
     return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)

@@ -17,7 +17,7 @@ TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradatio
 
 
 def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) -> Table:
-    """One line per row of the effects, with 95 % intervals."""
+    """One line per row of the effects, with 95 % intervals, and its quadrant where both directions were run."""
     table = Table(
         title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"
     )
@@ -29,12 +29,16 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
     }
     for title in columns.values():
         table.add_column(escape(title), justify="right")
+    both = len(effects.directions_run()) == 2
+    if both:
+        table.add_column("quadrant")
     table.add_column("pairs", justify="right")
     if descriptions:
         table.add_column("fires")
     for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
         cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
         cells += [_value(row, column) for column in columns]
+        cells += [row["quadrant"]] if both else []
         cells.append(f"{row['changed_pairs']}/{row['pairs']}")
         if descriptions:
             cells.append(str(descriptions.get(node, "")))

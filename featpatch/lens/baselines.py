@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Adapted, adapt, wrap
+from featpatch.lens.adapter import Adapted, adapt
+from featpatch.lens.wrap import wrap
 from featpatch.pairs import Pairs
 
 

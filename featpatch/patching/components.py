@@ -1,0 +1,129 @@
+"""Rank components by causal recovery: heads, what is inside them, MLPs, neurons, the stream; same pairs, metric and table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from featpatch import sites as hooks
+from featpatch.effects import Effects
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Lens, dictionaries, identity, neurons, wrap
+from featpatch.pairs import Pairs
+from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.component_parts import HeadPart, NeuronPart, WholePart
+from featpatch.patching.noise import Noise
+from featpatch.patching.part import Part
+from featpatch.patching.positions import Positions
+from featpatch.patching.readings import Metrics
+from featpatch.patching.study import Study, check_pairs
+
+WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+DEFAULT = ("resid_pre", "attn_out", "mlp_out", "z")
+
+
+def rank_components(
+    model: Any,
+    pairs: Pairs,
+    *,
+    sites: str | Sequence[str] = DEFAULT,
+    layers: Sequence[int] | None = None,
+    positions: Positions = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    noise: Noise | None = None,
+    journal: str | Path | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Exact causal effect of components, in the same table as that of features.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        pairs: clean and corrupted prompts with their answers.
+        sites: which components, of every layer: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, `"attn_out"`, `"mlp_out"`
+            (whole activations); by head `"z"` (the head's output; `"result"` is the same after W_O), `"q"`, `"k"`, `"v"`
+            (before rotation; keys and values by the heads that they are shared by), `"pattern"` (a row: all that a position
+            attends to) and `"pattern_entry"` (position `"end <- S2"`: what one attends of another); `"neurons"` of the MLPs.
+        layers: which layers; all by default.
+        positions, directions, metric, batch_rows, noise, journal, progress: as in `rank_features`. For keys and values the
+            position is that of the key or value.
+
+    Returns:
+        One row per component (and position) that differs in at least one pair: of kind `activation`, `head` or `neuron`.
+
+    Raises:
+        FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
+    """
+    study = component_study(model, pairs, sites, layers, positions, directions, metric, batch_rows, noise)
+    return study.run(Path(journal) if journal is not None else None, progress=progress)
+
+
+def component_study(
+    model: Any,
+    pairs: Pairs,
+    sites: str | Sequence[str],
+    layers: Sequence[int] | None,
+    positions: Positions,
+    directions: Sequence[Direction],
+    metric: Metrics,
+    batch_rows: int | None,
+    noise: Noise | None = None,
+) -> Study:
+    """What `rank_components` with these arguments does, checked."""
+    check_pairs(pairs)
+    lens = wrap(model)
+    names = [sites] if isinstance(sites, str) else list(sites)
+    parts = component_parts(lens, names, layers)
+    if positions == "all" and "pattern_entry" in names:
+        raise FeatpatchError(
+            "pattern_entry is what one position attends of another, and positions='all' names no single ones: expected "
+            "positions='each' or a list of labels and indices"
+        )
+    return Study.of(
+        lens,
+        parts,
+        {"components": names, "layers": _layers(lens, layers)},
+        pairs,
+        positions=positions,
+        directions=directions,
+        metric=metric,
+        batch_rows=batch_rows,
+        noise=noise,
+    )
+
+
+def component_parts(lens: Lens, names: Sequence[str], layers: Sequence[int] | None) -> list[Part]:
+    """The parts that hold these components.
+
+    Raises:
+        FeatpatchError: an unknown component or layer, or one that the model doesn't have.
+    """
+    unknown = [name for name in names if name not in hooks.COMPONENTS]
+    if unknown or not names or len(set(names)) < len(names):
+        raise FeatpatchError(f"sites={list(names)}: expected some of {', '.join(hooks.COMPONENTS)}, each once")
+    chosen = _layers(lens, layers)
+    whole = [lens.site(hooks.component(layer, name)) for name in names if name in WHOLE for layer in chosen]
+    parts: list[Part] = [WholePart(whole)] if whole else []
+    for name in names:
+        for layer in chosen:
+            if name == "neurons":
+                parts.append(NeuronPart(dictionaries(lens, _neurons(lens, layer))[0]))
+            elif name not in WHOLE:
+                lens.site(hooks.component(layer, "z" if name == "result" else name))
+                parts.append(HeadPart(lens, layer, name))
+    return parts
+
+
+def _layers(lens: Lens, layers: Sequence[int] | None) -> list[int]:
+    chosen = list(range(lens.n_layers)) if layers is None else list(layers)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= layer < lens.n_layers for layer in chosen):
+        raise FeatpatchError(f"layers={chosen}: expected some of 0 to {lens.n_layers - 1}, each once, or None for all")
+    return chosen
+
+
+def _neurons(lens: Lens, layer: int) -> Any:
+    """Neurons through W_out where the MLP's output is that, else as coordinates at their hook, which is slower."""
+    try:
+        return neurons(lens.model, layer)
+    except FeatpatchError:
+        return identity(lens.model, hooks.component(layer, "neurons"))

@@ -1,0 +1,66 @@
+"""SAE features, alone and together, error terms and whole sites."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from featpatch.lens import Dictionary
+from featpatch.patch import Node, Position
+from featpatch.patching.difference import Difference, whole_change
+from featpatch.patching.part import Part, count_whole
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.swaps import Directions, Naming, Swaps, feature_swaps, whole_swaps
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePart(Part):
+    """Every feature of some dictionaries alone, all features and the error of each, and the sites that they write to."""
+
+    dictionaries: Sequence[Dictionary]
+    _found: "WeakKeyDictionary[PairRuns, dict[str, Difference]]" = field(default_factory=WeakKeyDictionary, init=False)
+
+    @property
+    def hooks(self) -> set[str]:
+        """Those that dictionaries read and write."""
+        return {hook for dictionary in self.dictionaries for hook in (dictionary.reads, dictionary.writes)}
+
+    @property
+    def sites(self) -> list[str]:
+        """Those that they write."""
+        return list(dict.fromkeys(dictionary.writes for dictionary in self.dictionaries))
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Features, all features and error of each dictionary, then each whole site."""
+        probed = {d.name: Directions.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
+        return [self._of_pair(run, probed) for run in runs]
+
+    def count(self, run: PairRuns) -> int:
+        """As many as the nodes of `swaps`."""
+        total = sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.sites)
+        for difference in self._differences(run).values():
+            total += sum(len(difference.feature[difference.at(span)].unique()) for span in run.wanted.values())
+            total += sum(count_whole(change, run.wanted) for change in (difference.features, difference.error))
+        return total
+
+    def _of_pair(self, run: PairRuns, probed: dict[str, Directions]) -> list[Swaps]:
+        swaps: list[Swaps] = []
+        for dictionary in self.dictionaries:
+            site, name, found = dictionary.writes, dictionary.name, self._differences(run)[dictionary.name]
+            swaps += feature_swaps(found, run.wanted, probed[name], site, _naming(dictionary))
+            swaps.append(whole_swaps(site, "all_features", found.features, run.wanted, name))
+            swaps.append(whole_swaps(site, "error", found.error, run.wanted, name))
+        return swaps + [
+            whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.sites
+        ]
+
+    def _differences(self, run: PairRuns) -> dict[str, Difference]:
+        if run not in self._found:
+            self._found[run] = {d.name: Difference.of(d, run.ways, run.first) for d in self.dictionaries}
+        return self._found[run]
+
+
+def _naming(dictionary: Dictionary) -> Naming:
+    def name(feature: int, position: Position) -> Node:
+        return Node(dictionary.writes, "feature", feature, position, dictionary.name)
+
+    return name

@@ -1,0 +1,192 @@
+"""Quadrants: by hand from intervals, and of circuits that are AND gates, OR gates and backups because they were built so."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from constructed import D_HEAD, LAST, Constructed, and_gate, backup, or_gate
+from numpy.typing import NDArray
+from rich.console import Console
+from test_statistics import made
+
+import featpatch as fp
+from featpatch.effects import statistics
+from featpatch.effects.quadrants import named
+from featpatch.report.tables import ranked
+
+HEADS = "blocks.0.attn.hook_z"
+NAN = float("nan")
+HIGH, LOW, BELOW, ACROSS = (0.11, 2.0), (-0.09, 0.09), (-2.0, -0.11), (0.09, 0.11)
+
+
+@pytest.mark.parametrize(
+    ("recovery", "degradation", "quadrant"),
+    [
+        (HIGH, HIGH, "necessary and sufficient"),
+        (HIGH, LOW, "sufficient but redundant"),
+        (LOW, HIGH, "necessary but not sufficient"),
+        (LOW, LOW, "irrelevant"),
+        (BELOW, HIGH, "opposing"),
+        (HIGH, BELOW, "opposing"),
+        (LOW, BELOW, "opposing"),
+        (BELOW, BELOW, "opposing"),
+        (BELOW, ACROSS, "undecided"),
+        (ACROSS, HIGH, "undecided"),
+        (LOW, (-0.11, -0.09), "undecided"),
+        (LOW, (-1.0, 1.0), "undecided"),
+        (HIGH, (NAN, NAN), "undecided"),
+        ((NAN, NAN), LOW, "undecided"),
+        ((0.1, 0.2), HIGH, "undecided"),
+        ((0.0, 0.1), HIGH, "undecided"),
+        ((-0.1, 0.0), HIGH, "undecided"),
+        ((-0.2, -0.1), HIGH, "undecided"),
+        ((0.0, 0.0), (0.0, 0.0), "irrelevant"),
+    ],
+)
+def test_a_quadrant_is_decided_by_both_intervals(recovery: Any, degradation: Any, quadrant: str) -> None:
+    assert named(np.array([recovery, (0.0, 0.0)]), np.array([degradation, (1.0, 1.0)]), 0.1) == [
+        quadrant,
+        "necessary but not sufficient",
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.1, 1.0, NAN])
+def test_a_threshold_that_decides_nothing_is_refused(threshold: float) -> None:
+    with pytest.raises(fp.FeatpatchError, match=f"threshold={threshold}: expected more than 0 and less than 1"):
+        made([[1.0, 1.0]], [1.0, 1.0]).quadrants(threshold)
+
+
+def test_the_threshold_decides() -> None:
+    """Both effects of the rows are exactly 0.5 and 0.05."""
+    table = made([[2.0, 4.0], [0.2, 0.4]], [4.0, 8.0])
+    assert table.quadrants() == ["necessary and sufficient", "irrelevant"]
+    assert table.quadrants(0.6) == ["irrelevant", "irrelevant"]
+    assert table.quadrants(0.04) == ["necessary and sufficient", "necessary and sufficient"]
+
+
+def test_directions_do_not_stand_for_each_other() -> None:
+    """Recovery of the rows 1 and 0, degradation 0 and -1."""
+    table = made([[4.0, 8.0], [0.5, 0.5]], [4.0, 8.0])
+    table = replace(table, denoised=np.array([4.0, 8.0, 0.0, 0.0]), noised=np.array([4.0, 8.0, 8.0, 16.0]))
+    assert table.quadrants() == ["sufficient but redundant", "opposing"]
+
+
+def test_what_is_not_known_is_undecided() -> None:
+    both = made([[2.0, 2.0, 2.0], [0.0, 0.0, 0.1]], [2.0, 2.0, 2.0])
+    assert both.quadrants() == ["necessary and sufficient", "irrelevant"]
+    assert both.of_pairs([0]).quadrants() == ["undecided"]
+    assert made([[0.0], [1.0]], [2.0]).quadrants() == ["undecided", "undecided"]
+    for direction in ("denoising", "noising"):
+        one = replace(both, metadata={**both.metadata, "directions": [direction]})
+        assert one.quadrants() == ["undecided"] * 2
+        assert "quadrant" not in one.to_pandas()
+
+
+def shown(table: Any) -> str:
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = made([[0.0, 0.1], [2.0, 2.0]], [2.0, 2.0], metric="prob")
+    effects = replace(made([[2.0, 2.0], [0.0, 0.1]], [2.0, 2.0]), others={"prob": other})
+    computed, interval = [], statistics.interval
+
+    def counting(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
+        computed.append(change)
+        return interval(change, gap)
+
+    monkeypatch.setattr(statistics, "interval", counting)
+    frame = effects.to_pandas()
+    assert len(computed) == 4  # metrics times directions
+    columns = list(frame.columns)
+    assert columns.index("quadrant") == columns.index("degradation_q") + 1 == columns.index("changed_pairs") - 1
+    assert list(frame["quadrant"]) == ["necessary and sufficient", "irrelevant"] == effects.quadrants()
+    assert list(frame["prob_quadrant"]) == ["irrelevant", "necessary and sufficient"]
+
+
+def test_the_report_shows_it() -> None:
+    table = made([[2.0, 2.0], [0.0, 0.1]], [2.0, 2.0])
+    lines = shown(ranked(table)).splitlines()
+    (first,), (second,) = ([line for line in lines if f"│ {feature} " in line] for feature in (0, 1))
+    assert "│ necessary and sufficient │   2/2 │" in first
+    assert "│ irrelevant               │   1/2 │" in second
+    assert any("quadrant" in line for line in lines)
+    one = shown(ranked(replace(table, metadata={**table.metadata, "directions": ["noising"]})))
+    assert "quadrant" not in one
+    assert "undecided" not in one
+
+
+def pairs_of(built: Constructed) -> fp.Pairs:
+    return fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
+
+
+def heads(built: Constructed, site: str = HEADS) -> fp.Effects:
+    """The first dimension of every head is a feature, the others are 0."""
+    coordinates = fp.identity(built.model, site)
+    return fp.rank_features(built.model, coordinates, pairs_of(built), positions=[LAST], progress=False)
+
+
+def row(effects: fp.Effects, head: int) -> tuple[float, float, str]:
+    features = effects.where(kind="feature")
+    at = [node.index for node in features.nodes].index(head * D_HEAD)
+    return float(features.pooled("recovery")[at]), float(features.pooled("degradation")[at]), features.quadrants()[at]
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (and_gate, (0, 1, "necessary but not sufficient")),
+        (or_gate, (1, 0, "sufficient but redundant")),
+    ],
+)
+def test_gates(build: Any, expected: tuple[float, float, str]) -> None:
+    """Head 2 copies a flag, too, but nothing reads it; all heads together are the whole circuit."""
+    built = build()
+    effects = heads(built)
+    assert effects.clean == pytest.approx(1, abs=1e-12)
+    assert effects.corrupted == pytest.approx(0, abs=1e-12)
+    assert np.unique(built.clean, axis=0).shape[0] == len(built.clean)
+    for head in (0, 1):
+        assert row(effects, head) == (pytest.approx(expected[0], abs=1e-12), pytest.approx(expected[1], abs=1e-12), expected[2])
+    assert row(effects, 2) == (0, 0, "irrelevant")
+    assert effects.where(kind="activation").quadrants() == ["necessary and sufficient"]
+
+
+def test_a_head_with_a_backup_is_redundant() -> None:
+    """And the backup, which is silent in both runs, is no row at all: it shows only while the main head is patched."""
+    built = backup()
+    effects = heads(built)
+    assert effects.clean == pytest.approx(1, abs=1e-12)
+    assert effects.corrupted == pytest.approx(0, abs=1e-12)
+    assert row(effects, 0) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-12), "sufficient but redundant")
+    assert not len(heads(built, "blocks.1.attn.hook_z"))
+
+
+def test_noising_main_and_backup_together_destroys_the_behaviour() -> None:
+    """Set to the corrupted values, both are silent. Added, the change of the backup is 0, and it wakes up all the same."""
+    built = backup()
+    sites = (HEADS, "blocks.1.attn.hook_z")
+    coordinates = [fp.identity(built.model, site) for site in sites]
+    main, other = (fp.Node(site, "feature", 0, LAST) for site in sites)
+
+    def run(*nodes: fp.Node, how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the right answer, and what the backup head writes, by pair."""
+        base = {"base": built.clean} if how == "add" else {}
+        with fp.do(built.model, fp.Patch(nodes), source=built.corrupted, saes=coordinates, how=how, **base):
+            logits, cache = built.model.run_with_cache(built.clean)
+        return logits[:, -1, built.correct[0]], cache[sites[1]][:, -1, 0, 0]
+
+    silent = built.model.run_with_cache(built.clean)[1][sites[1]][:, -1, 0, 0]
+    assert not silent.any()
+    for how in ("add", "set"):
+        logit, woken = run(main, how=how)
+        assert (logit == 1).all(), how
+        assert (woken == 1).all(), how
+    assert (run(main, other, how="set")[0] == 0).all()
+    assert (run(main, other, how="add")[0] == 1).all()
+    assert (run(other, how="set")[0] == 1).all()

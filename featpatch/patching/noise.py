@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Noise:
         seed: of the draws, one for each pair.
     """
 
-    positions: tuple[Position, ...]
+    positions: Sequence[Position]
     scale: float = 3.0
     seed: int = 0
 
@@ -40,6 +41,10 @@ class Noise:
     def at(self, pair: Pair) -> list[int]:
         """The token positions in a pair; raises FeatpatchError where it has no such label or index."""
         return sorted({p for position in self.positions for p in pair.positions(position)})
+
+    def about(self) -> dict[str, Any]:
+        """What to note of it with the results."""
+        return {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
 
     @contextmanager
     def added(self, lens: Lens, spread: float, pairs: Sequence[Pair], numbers: Sequence[int]) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """One prompt's activations, and from which run values go into which."""
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,10 +29,28 @@ class Run:
 Ways = Mapping[Direction, tuple[Run, Run]]
 """By direction the run that is patched, and the one that values are taken from."""
 
-Contrast = Callable[[int, Run, Run], Ways]
-"""From the index of a pair and its clean and corrupted run to the ways."""
+
+class Contrast(ABC):
+    """From which run values go into which.
+
+    Attributes:
+        everywhere: whether runs can differ before the prompts do.
+    """
+
+    everywhere: ClassVar[bool] = False
+
+    @abstractmethod
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """Of the pair with this index, from its runs."""
+
+    def about(self) -> dict[str, Any]:
+        """What to note of it with the results."""
+        return {}
 
 
-def swapped(index: int, clean: Run, corrupted: Run) -> Ways:
+class Swap(Contrast):
     """Values go from one run of the pair into the other."""
-    return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
+
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """Clean into corrupted, and corrupted into clean."""
+        return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}

@@ -14,7 +14,7 @@ from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.noise import Noise, embedding_spread
 from featpatch.patching.positions import Wanted
 from featpatch.patching.readings import Reading
-from featpatch.patching.run import Contrast, Run, Ways, swapped
+from featpatch.patching.run import Contrast, Run, Ways
 from featpatch.patching.swaps import Swaps
 
 TOKENS_AT_ONCE = 512
@@ -63,6 +63,7 @@ class Runner:
         hooks: what is kept of each run.
         layers: blocks at which patches come in.
         wanted, readings: positions to swap at and places to read, by pair.
+        contrast: from which run values go into which.
         noise: what corrupts the embeddings of the clean prompts, in the place of the corrupted prompts.
     """
 
@@ -72,8 +73,8 @@ class Runner:
     layers: Sequence[int]
     wanted: Sequence[Wanted]
     readings: Mapping[int, Sequence[Reading]]
-    contrast: Contrast = swapped
-    noise: Noise | None = None
+    contrast: Contrast
+    noise: Noise | None
 
     @torch.no_grad()
     def run(self, some: tuple[int, ...]) -> list[PairRuns]:
@@ -87,6 +88,7 @@ class Runner:
     def _pair(self, index: int, kept: Mapping[Direction, Mapping[str, torch.Tensor]]) -> PairRuns:
         pair = self.pairs[index]
         first = pair.first_difference if self.noise is None else min(self.noise.at(pair))
+        first = 0 if self.contrast.everywhere or not self.lens.causal else first
         bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in reversed(DIRECTIONS)}
         for number, reading in enumerate(self.readings[index]):
             for direction in bases:
@@ -104,8 +106,8 @@ class Runner:
                     clean=bases["noising"][number] if direction == "denoising" else None,
                 )
                 bases[direction].append(base)
-        ways = self.contrast(index, Run(kept["noising"]), Run(kept["denoising"]))
-        return PairRuns(pair, first if self.lens.causal else 0, self.wanted[index], ways, bases)
+        ways = self.contrast.ways(index, Run(kept["noising"]), Run(kept["denoising"]))
+        return PairRuns(pair, first, self.wanted[index], ways, bases)
 
     def _read(
         self, direction: Direction, some: tuple[int, ...], continuation: tuple[int, ...], hooks: Sequence[str]

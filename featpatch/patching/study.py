@@ -25,10 +25,11 @@ from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
 from featpatch.patching.positions import Positions, spans
 from featpatch.patching.readings import Metrics, Reading, Readout, readout
-from featpatch.patching.run import Contrast, swapped
+from featpatch.patching.run import Contrast, Swap
 from featpatch.patching.runs import PairRuns, Runner, chunks
 from featpatch.patching.swaps import Swaps
 
+SWAP = Swap()
 NO_READINGS: Mapping[int, Sequence[Reading]] = MappingProxyType({})
 
 
@@ -73,7 +74,7 @@ class Study:
         directions: Sequence[Direction],
         metric: Metrics,
         batch_rows: int | None,
-        contrast: Contrast = swapped,
+        contrast: Contrast = SWAP,
         noise: Noise | None = None,
     ) -> "Study":
         """Checks everything that can be checked without a sweep.
@@ -227,6 +228,8 @@ class Study:
             **tags,
             "model": {"name": str(self.lens.model.cfg.model_name), "sha256": self.lens.digest()},
             **self.about,
+            **self.runner.contrast.about(),
+            **({} if self.runner.noise is None else {"noise": self.runner.noise.about()}),
             "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
             "finished": True,
         }

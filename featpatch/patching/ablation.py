@@ -1,0 +1,174 @@
+"""Ablate features, error terms and components: what is lost when a value says nothing of its prompt?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+
+import torch
+
+from featpatch.effects import Effects
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens, Split, dictionaries, wrap
+from featpatch.pairs import Pairs
+from featpatch.patching.components import component_parts
+from featpatch.patching.feature_part import FeaturePart
+from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
+from featpatch.patching.part import Part
+from featpatch.patching.positions import Positions
+from featpatch.patching.readings import Metrics
+from featpatch.patching.run import Contrast, Run, Ways
+from featpatch.patching.study import Study, check_pairs
+
+To = str | float
+"""`"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number."""
+
+
+def ablate(
+    model: Any,
+    pairs: Pairs,
+    *,
+    saes: Any = None,
+    sites: str | Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    to: To = "mean",
+    over: Pairs | None = None,
+    seed: int = 0,
+    positions: Positions = "all",
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    journal: str | Path | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Exact effect of ablating features, error terms and components one by one in the clean run.
+
+    degradation = mean(m_clean - m_ablated) / mean(m_clean - m_corrupted)
+
+    1 where as much is lost as by the corrupted prompt. A zero or a pooled mean can take an activation off the model's
+    distribution (see `fp.diagnose`); "zero" of an error term leaves the SAE's reconstruction.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        pairs: the clean prompts are ablated; the corrupted ones give the gap.
+        saes: as in `rank_features`: features, all features, error and whole site of each.
+        sites, layers: components as in `rank_components`.
+        to: `"zero"`, or another number; `"mean"` over all positions of the prompts `over`; `"mean_by_position"`: by token
+            index, over those of the same length; `"resample"`: the values in another one of these prompts, of the same
+            length, drawn for each pair. State that an SAE needs to decode (norms, skip paths) stays the base run's.
+        over: whose clean and corrupted prompts means are taken over and resampled from; `pairs` by default.
+        seed: of the draws.
+        positions, metric, batch_rows, journal, progress: as in `rank_features`.
+
+    Raises:
+        FeatpatchError: unusable input; nothing to ablate; no prompt to take a mean over or to draw.
+    """
+    check_pairs(pairs)
+    lens = wrap(model)
+    names = [sites] if isinstance(sites, str) else list(sites)
+    parts: list[Part] = []
+    about: dict[str, Any] = {}
+    if saes is not None:
+        found = dictionaries(lens, saes)
+        parts.append(FeaturePart(found))
+        about["saes"] = {dictionary.name: dictionary.digest() for dictionary in found}
+    if names:
+        parts += component_parts(lens, names, layers)
+        about["components"] = names
+    if not parts:
+        raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
+    study = Study.of(
+        lens,
+        parts,
+        about,
+        pairs,
+        positions=positions,
+        directions=["noising"],
+        metric=metric,
+        batch_rows=batch_rows,
+        contrast=_contrast(lens, pairs, pairs if over is None else check_pairs(over), to, seed),
+    )
+    return study.run(Path(journal) if journal is not None else None, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Ablated(Run):
+    """A run whose values are replaced, whichever is asked for."""
+
+    filling: Filling
+
+    def at(self, hook: str) -> torch.Tensor:
+        """The replacement."""
+        return self.filling.activation(hook, self.activations[hook])
+
+    def split(self, dictionary: Dictionary, start: int) -> Split:
+        """The replacements, beside the state of the run."""
+        return self.filling.split(dictionary, Run(self.activations).split(dictionary, start), start)
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation(Contrast):
+    """Values of the clean run are replaced."""
+
+    everywhere: ClassVar[bool] = True
+
+    filling: Filling
+    noted: dict[str, Any]
+
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """The clean run, as it is and filled."""
+        return {"noising": (clean, Ablated(clean.activations, self.filling))}
+
+    def about(self) -> dict[str, Any]:
+        """What the values are replaced by."""
+        return {"ablation": self.noted}
+
+
+@dataclass(frozen=True, eq=False)
+class Resampling(Contrast):
+    """Values of the clean run are those of another prompt, by pair."""
+
+    everywhere: ClassVar[bool] = True
+
+    lens: Lens
+    partners: Sequence[tuple[int, ...]]
+    noted: dict[str, Any]
+
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """The clean run and the partner's."""
+        read = self.lens.read(torch.tensor([self.partners[index]]), sorted(clean.activations))
+        return {"noising": (clean, Run({hook: values[0] for hook, values in read.items()}))}
+
+    def about(self) -> dict[str, Any]:
+        """What the values are replaced by."""
+        return {"ablation": self.noted}
+
+
+def _contrast(lens: Lens, pairs: Pairs, over: Pairs, to: To, seed: int) -> Contrast:
+    noted: dict[str, Any] = {"to": to}
+    if isinstance(to, (int, float)):
+        return Ablation(Constant(float(to)), noted)
+    if to == "zero":
+        return Ablation(Constant(0.0), noted)
+    prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in over for ids in (pair.clean, pair.corrupted)))
+    noted["over"] = sha256(repr([prompt.tokens for prompt in prompts]).encode()).hexdigest()
+    if to in ("mean", "mean_by_position"):
+        return Ablation(Mean(lens, prompts, to == "mean_by_position"), noted)
+    if to == "resample":
+        return Resampling(lens, _partners(pairs, prompts, seed), {**noted, "seed": seed})
+    raise FeatpatchError(f"to={to!r}: expected 'zero', 'mean', 'mean_by_position', 'resample' or a number")
+
+
+def _partners(pairs: Pairs, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, ...]]:
+    """For each pair another prompt of the same length."""
+    draw, partners = Random(seed), []
+    for index, pair in enumerate(pairs):
+        others = [prompt.tokens for prompt in prompts if len(prompt.tokens) == len(pair) and prompt.tokens != pair.clean]
+        if not others:
+            raise FeatpatchError(
+                f"pair {index} has {len(pair)} tokens and no other prompt has: expected one to resample from; give more "
+                "prompts as over=..., or another `to`"
+            )
+        partners.append(draw.choice(others))
+    return partners

@@ -1,0 +1,202 @@
+"""Ablations against hooks on the whole model, and corruption by noise."""
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from small import Small
+
+import featpatch as fp
+
+SITE, Z, POST = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
+
+
+def pairs_of(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+
+
+def ablated(small: Small, **options: Any) -> fp.Effects:
+    return fp.ablate(small.model, pairs_of(small), progress=False, **options)
+
+
+def prompts_of(small: Small) -> list[torch.Tensor]:
+    """Every prompt once."""
+    return [torch.tensor([ids]) for ids in dict.fromkeys(map(tuple, torch.cat([small.clean, small.corrupted]).tolist()))]
+
+
+def mean_of(small: Small, to: str, of: Any) -> torch.Tensor:
+    """Mean of `of(tokens)` `[1, pos, ...]` over the prompts, pooled or by position, as `[1, pos, ...]`."""
+    values = torch.cat([of(tokens) for tokens in prompts_of(small)])
+    mean = values.mean(0, keepdim=True)
+    return mean if to == "mean_by_position" else mean.mean(1, keepdim=True).expand_as(mean)
+
+
+def run_with(small: Small, slot: int, hook: str, new: torch.Tensor) -> float:
+    clean = small.clean[[slot]]
+    old = oracle.activations(small.model, clean)[hook]
+    with torch.no_grad():
+        logits = oracle.replaced(small.model, clean, hook, old, new)
+    return oracle.logit_diff(logits, int(small.correct[slot]), int(small.wrong[slot]))
+
+
+@pytest.mark.parametrize("to", ["zero", 0.7, "mean", "mean_by_position"])
+def test_features_errors_and_whole_sites(small: Small, to: Any) -> None:
+    sae = small.at(SITE)
+    effects = ablated(small, saes=sae, to=to, positions=[2, 5])
+    assert np.isnan(effects.denoised).all()
+
+    def split(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = oracle.activations(small.model, tokens)[SITE]
+        f = oracle.encode(sae, x)
+        return x, f, x - sae.decode(f)
+
+    if isinstance(to, str) and to.startswith("mean"):
+        values = [mean_of(small, to, lambda tokens, part=part: split(tokens)[part]) for part in range(3)]
+    else:
+        values = [torch.full_like(part[:1], 0.0 if to == "zero" else to) for part in split(small.clean)]
+    kinds = set()
+    for entry in range(len(effects.row)):
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        x, f, e = split(small.clean[[slot]])
+        new_x, new_f, new_e, p = x.clone(), f.clone(), e.clone(), node.position
+        if node.kind == "activation":
+            new_x[0, p] = values[0][0, p]
+        elif node.kind == "error":
+            new_e[0, p] = values[2][0, p]
+        else:
+            which = slice(None) if node.kind == "all_features" else node.index
+            new_f[0, p, which] = values[1][0, p, which]
+        new = new_x + (sae.decode(new_f) - sae.decode(f)) + (new_e - e)
+        if node.kind != "feature" or entry % 4 == 0:
+            assert effects.noised[entry] == pytest.approx(run_with(small, slot, SITE, new), abs=1e-9), node
+            kinds.add(node.kind)
+    assert kinds == {"feature", "error", "all_features", "activation"}
+    assert effects.metadata["ablation"]["to"] == to
+
+
+@pytest.mark.parametrize("to", ["zero", -0.3, "mean", "mean_by_position"])
+@pytest.mark.parametrize("name", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "q", "k", "v", "neurons"])
+def test_components(small: Small, name: str, to: Any) -> None:
+    effects = ablated(small, sites=name, layers=[1], to=to, positions=[2, 5])
+    for entry in range(0, len(effects.row), 5 if name == "neurons" else 1):
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        old = oracle.activations(small.model, small.clean[[slot]])[node.site]
+        if isinstance(to, str) and to.startswith("mean"):
+            values = mean_of(small, to, lambda tokens, site=node.site: oracle.activations(small.model, tokens)[site])
+        else:
+            values = torch.full_like(old, 0.0 if to == "zero" else to)
+        new = old.clone()
+        where = (0, node.position) if node.index is None else (0, node.position, node.index)
+        new[where] = values[where]
+        assert effects.noised[entry] == pytest.approx(run_with(small, slot, node.site, new), abs=1e-9), node
+
+
+def test_patterns(small: Small) -> None:
+    site = "blocks.1.attn.hook_pattern"
+    effects = ablated(small, sites="pattern", layers=[1], to="mean_by_position", positions=[5])
+    values = mean_of(small, "mean_by_position", lambda tokens: oracle.activations(small.model, tokens)[site])
+    for entry in range(len(effects.row)):
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        new = oracle.activations(small.model, small.clean[[slot]])[site].clone()
+        new[0, node.index, 5] = values[0, node.index, 5]
+        assert effects.noised[entry] == pytest.approx(run_with(small, slot, site, new), abs=1e-9)
+    with pytest.raises(fp.FeatpatchError, match="is no pattern"):
+        ablated(small, sites="pattern", to="mean")
+
+
+def test_resampled_from_the_only_other_prompt_is_noising(small: Small) -> None:
+    pair = pairs_of(small)[:1]
+    sae = small.at(SITE)
+    noised = fp.rank_features(small.model, sae, pair, positions="each", directions=["noising"], progress=False)
+    found = fp.ablate(small.model, pair, saes=sae, to="resample", positions="each", progress=False)
+    assert found.nodes == noised.nodes
+    np.testing.assert_allclose(found.noised, noised.noised, atol=1e-12)
+
+
+def test_resampling_is_seeded_and_takes_whole_prompts(small: Small) -> None:
+    one, same, other = (ablated(small, sites="resid_pre", layers=[0], to="resample", seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.noised, same.noised)
+    assert not np.array_equal(one.noised, other.noised)
+    with torch.no_grad():
+        logits = [small.model(tokens)[0, -1] for tokens in prompts_of(small)]
+    for entry in range(len(one.row)):
+        correct, wrong = (int(ids[one.pair[entry]]) for ids in (small.correct, small.wrong))
+        of_prompts = [float(row[correct] - row[wrong]) for row in logits]
+        assert min(abs(value - one.noised[entry]) for value in of_prompts) < 1e-9, "the run of another prompt"
+        assert abs(one.noised[entry] - one.clean[one.pair[entry]]) > 1e-9, "not of its own"
+
+
+def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None:
+    pair = fp.Pair((1, 2, 3), (1, 4, 3), (5,), (6,), special=frozenset({0}))
+    effects = ablated(small, sites="resid_pre", layers=[0], over=fp.Pairs((pair,)), positions=[2])
+    rows = [
+        oracle.activations(small.model, torch.tensor([ids]))["blocks.0.hook_resid_pre"][0, 1:]
+        for ids in (pair.clean, pair.corrupted)
+    ]
+    new = oracle.activations(small.model, small.clean[[0]])["blocks.0.hook_resid_pre"].clone()
+    new[0, 2] = torch.cat(rows).mean(0)
+    assert effects.noised[0] == pytest.approx(run_with(small, 0, "blocks.0.hook_resid_pre", new), abs=1e-9)
+    with pytest.raises(fp.FeatpatchError, match="no prompt of 7 tokens to take a mean by position over"):
+        ablated(small, sites="resid_pre", over=fp.Pairs((pair,)), to="mean_by_position")
+    with pytest.raises(fp.FeatpatchError, match="pair 0 has 7 tokens and no other prompt has"):
+        ablated(small, sites="resid_pre", over=fp.Pairs((pair,)), to="resample")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "nothing to ablate"), ({"sites": "z", "to": "median"}, "to='median': expected 'zero', 'mean'"),],
+)  # fmt: skip
+def test_errors(small: Small, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        ablated(small, **options)
+
+
+def test_noise_on_the_embeddings(small: Small) -> None:
+    """Clean features into the noised run and back; the noise is seen at the embeddings, and only there put in."""
+    sae, noise = small.at(SITE), fp.Noise([2, 4], scale=2.0, seed=3)
+    pairs = pairs_of(small)
+    effects = fp.rank_features(small.model, sae, pairs, noise=noise, positions=[2, 6], progress=False)
+    components = fp.rank_components(small.model, pairs, sites="resid_pre", layers=[0], noise=noise, progress=False)
+    np.testing.assert_allclose(components.pooled("recovery"), [1.0], atol=1e-9)
+    np.testing.assert_allclose(components.corrupted, effects.corrupted, atol=1e-12)
+    assert effects.metadata["noise"] == {"positions": [2, 4], "scale": 2.0, "seed": 3}
+    embedded = {tuple(tokens.tolist()): oracle.activations(small.model, tokens[None])["hook_embed"] for tokens in small.clean}
+    spread = float(torch.cat([oracle.activations(small.model, torch.tensor([[t]]))["hook_embed"][0]
+                              for t in sorted(set(small.clean.flatten().tolist()))]).std())  # fmt: skip
+    sizes = []
+    for slot in range(3):
+        clean = small.clean[[slot]]
+        old = embedded[tuple(clean[0].tolist())]
+        generator = torch.Generator().manual_seed(3 * 2**32 + slot)
+        added = torch.randn(2, old.shape[-1], generator=generator, dtype=torch.float64)
+        sizes.append(added)
+        new = old.clone()
+        new[0, [2, 4]] += 2.0 * spread * added
+        x = {}
+        with torch.no_grad():
+            hooks = [
+                ("hook_embed", lambda value, hook, new=new: new),
+                (SITE, lambda value, hook, x=x: x.update(noisy=value.clone())),
+            ]
+            noisy = small.model.run_with_hooks(clean, fwd_hooks=hooks)
+        answers = int(small.correct[slot]), int(small.wrong[slot])
+        assert effects.corrupted[slot] == pytest.approx(oracle.logit_diff(noisy, *answers), abs=1e-9)
+        f_clean, f_noisy = (oracle.encode(sae, value) for value in (oracle.activations(small.model, clean)[SITE], x["noisy"]))
+        for entry in np.flatnonzero(effects.pair == slot)[::3]:
+            node = effects.nodes[effects.row[entry]]
+            if node.kind != "feature":
+                continue
+            changed = f_noisy.clone()
+            changed[0, node.position, node.index] = f_clean[0, node.position, node.index]
+            patched = x["noisy"] + sae.decode(changed) - sae.decode(f_noisy)
+            with torch.no_grad():
+                logits = small.model.run_with_hooks(clean, fwd_hooks=[hooks[0], (SITE, lambda value, hook, new=patched: new)])
+            assert effects.denoised[entry] == pytest.approx(oracle.logit_diff(logits, *answers), abs=1e-9), node
+
+
+def test_noise_needs_positions_and_a_scale() -> None:
+    for options in ({"positions": []}, {"positions": [1], "scale": 0.0}):
+        with pytest.raises(fp.FeatpatchError, match="expected at least one label or index, and a scale above 0"):
+            fp.Noise(**options)

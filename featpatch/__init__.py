@@ -19,14 +19,30 @@ if TYPE_CHECKING:
     from featpatch.loading import Loaded, load
     from featpatch.pairs import Pair, Pairs
     from featpatch.patch import Node, Patch
-    from featpatch.patching import Noise, do, plan, rank_components, rank_features
-    from featpatch.patching.diagnostics import diagnose
+    from featpatch.patching import (
+        Controls,
+        Curve,
+        Noise,
+        Selection,
+        ablate,
+        cumulative,
+        diagnose,
+        do,
+        interactions,
+        plan,
+        random_controls,
+        rank_components,
+        rank_features,
+        select_features,
+    )
     from featpatch.selfcheck import check
     from featpatch.verdict import Check
 
 HOMES = {
     "Check": "verdict",
     "Comparison": "comparison",
+    "Controls": "patching",
+    "Curve": "patching",
     "Demo": "checkpoints",
     "Description": "firing",
     "Effects": "effects",
@@ -38,29 +54,36 @@ HOMES = {
     "Pairs": "pairs",
     "Patch": "patch",
     "Plan": "forecast",
+    "Selection": "patching",
     "SlowPathWarning": "engine",
+    "ablate": "patching",
     "adapt": "lens",
     "check": "selfcheck",
     "compare": "comparison",
+    "cumulative": "patching",
     "describe": "firing",
-    "diagnose": "patching.diagnostics",
+    "diagnose": "patching",
     "do": "patching",
     "identity": "lens",
+    "interactions": "patching",
     "load": "loading",
     "load_demo": "checkpoints",
     "load_sae": "lens",
     "neurons": "lens",
     "pca": "lens",
     "plan": "patching",
+    "random_controls": "patching",
     "rank_components": "patching",
     "rank_features": "patching",
+    "select_features": "patching",
     "tasks": "tasks",
 }
 
 __all__ = [
-    "Check", "Comparison", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Noise", "Pair", "Pairs",
-    "Patch", "Plan", "SlowPathWarning", "adapt", "check", "compare", "describe", "diagnose", "do", "identity", "load",
-    "load_demo", "load_sae", "neurons", "pca", "plan", "rank_components", "rank_features", "tasks",
+    "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Noise",
+    "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate", "adapt", "check", "compare", "cumulative",
+    "describe", "diagnose", "do", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
+    "random_controls", "rank_components", "rank_features", "select_features", "tasks",
 ]  # fmt: skip
 
 

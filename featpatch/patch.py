@@ -9,12 +9,16 @@ from typing import Literal, get_args
 
 from featpatch.errors import FeatpatchError
 
-Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron"]
+Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random"]
 """`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
 with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one attention head of
-the activation at a hook of attention. `neuron`: one neuron of an MLP."""
+the activation at a hook of attention. `neuron`: one neuron of an MLP. `set`: several features together, by their number in the
+call that names them. `random`: a random direction, a control."""
 
-INDEXED = ("feature", "head", "neuron")
+RANKED = ("feature", "head", "neuron")
+"""The kinds that are ranked among one another."""
+
+INDEXED = (*RANKED, "set", "random")
 """The kinds of which a site has many, by index."""
 
 Position = int | str

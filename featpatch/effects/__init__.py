@@ -3,6 +3,6 @@
 from featpatch.effects.collector import Collector
 from featpatch.effects.effects import Effect, Effects
 from featpatch.effects.stability import Stability
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.statistics import check_gap, interval
 
-__all__ = ["Collector", "Effect", "Effects", "Stability", "check_gap"]
+__all__ = ["Collector", "Effect", "Effects", "Stability", "check_gap", "interval"]

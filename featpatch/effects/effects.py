@@ -23,7 +23,7 @@ from featpatch.effects import breakdown, significance, statistics, storage
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
-from featpatch.patch import INDEXED, Node, Position
+from featpatch.patch import RANKED, Node, Position
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,6 +131,11 @@ class Effects:
         return np.divide(agree, self.changed_pairs, out=np.full(len(self), np.nan), where=signed)
 
     @property
+    def indices(self) -> NDArray[np.int64]:
+        """Of features, heads and so on, `[rows]`; -1 for kinds without."""
+        return np.array([-1 if node.index is None else node.index for node in self.nodes], dtype=np.int64)
+
+    @property
     def changed_pairs(self) -> NDArray[np.int64]:
         """In how many pairs the node differs between the runs, `[rows]`."""
         return np.bincount(self.row, minlength=len(self))
@@ -182,8 +187,8 @@ class Effects:
     @property
     def ranked(self) -> NDArray[np.bool_]:
         """Which rows are features, heads or neurons, `[rows]`; all rows of a table in which none is."""
-        indexed = np.array([node.kind in INDEXED for node in self.whole.nodes], dtype=bool)
-        return (indexed if indexed.any() else ~indexed)[self.rows_in_whole()]
+        kinds = np.array([node.kind in RANKED for node in self.whole.nodes], dtype=bool)
+        return (kinds if kinds.any() else ~kinds)[self.rows_in_whole()]
 
     @property
     def whole(self) -> "Effects":
@@ -346,7 +351,8 @@ class Effects:
         return table
 
     def sites(self) -> "pd.DataFrame":
-        """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone.
+        """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone, and
+        the interaction that is left, whole - features - error.
 
         What has no row is the same in both runs and has exactly no effect.
         """
@@ -364,6 +370,8 @@ class Effects:
             for effect, values in pooled.items():
                 for kind, owner in (("activation", ""), ("all_features", sae), ("error", sae)):
                     row[f"{effect}_{kind}"] = values[at.get((owner, site, position, kind), -1)]
+                parts = row[f"{effect}_all_features"] + row[f"{effect}_error"]
+                row[f"{effect}_interaction"] = row[f"{effect}_activation"] - parts
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.effects import Effects
-from featpatch.lens import dictionaries, wrap
+from featpatch.lens import Dictionary, dictionaries, wrap
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.feature_part import FeaturePart
@@ -60,7 +60,7 @@ def rank_features(
     Raises:
         FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
     """
-    study = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
+    study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
     return study.run(Path(journal) if journal is not None else None, progress=progress)
 
 
@@ -73,13 +73,13 @@ def feature_study(
     metric: Metrics,
     batch_rows: int | None,
     noise: Noise | None = None,
-) -> Study:
-    """What `rank_features` with these arguments does, checked."""
+) -> tuple[Study, list[Dictionary]]:
+    """What `rank_features` with these arguments does, checked, and the dictionaries in it."""
     check_pairs(pairs)
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    return Study.of(
+    study = Study.of(
         lens,
         [FeaturePart(found)],
         about,
@@ -90,3 +90,4 @@ def feature_study(
         batch_rows=batch_rows,
         noise=noise,
     )
+    return study, found

@@ -85,7 +85,8 @@ class Mean(Filling):
             split = run.split(dictionary, 0)
             return split.features[0], split.error[0]
 
-        means = self._mean(f"features of {dictionary.name}", [dictionary.reads, dictionary.writes], start + like.features.shape[1], parts)
+        name, hooks = f"features of {dictionary.name}", [dictionary.reads, dictionary.writes]
+        means = self._mean(name, hooks, start + like.features.shape[1], parts)
         features, error = (mean[start:] if self.by_position else mean for mean in means)
         return replace(like, features=features.expand_as(like.features), error=error.expand_as(like.error))
 

@@ -27,7 +27,7 @@ def plan(
     Raises:
         FeatpatchError: unusable input.
     """
-    study = feature_study(model, saes, pairs, positions, directions, metric, batch_rows)
+    study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
     for blocks in study.work():

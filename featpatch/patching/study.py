@@ -39,9 +39,8 @@ class Study:
 
     Attributes:
         parts: what is patched.
-        about: what is patched, for the metadata.
-        positions: as they were asked for.
         readout: what is measured.
+        metadata: what the results depend on, and where they come from.
         path: the way to run patches, chosen and checked.
         rows: rows of one forward pass.
         memory: bytes that such a pass takes at its peak, estimated.
@@ -51,11 +50,10 @@ class Study:
 
     lens: Lens
     parts: Sequence[Part]
-    about: Mapping[str, Any]
     pairs: Pairs
-    positions: Positions
     directions: tuple[Direction, ...]
     readout: Readout
+    metadata: Mapping[str, Any]
     path: PatchPath
     rows: int
     memory: int
@@ -113,7 +111,8 @@ class Study:
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
         chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
-        return cls(lens, parts, about, pairs, positions, chosen, read, path, rows, memory, runner, runs)
+        metadata = _metadata(lens, about, runner, read, chosen, positions)
+        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs)
 
     def run(self, journal: Path | None, *, progress: bool) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -121,7 +120,7 @@ class Study:
         Raises:
             FeatpatchError: a gap near zero, NaN on the way, a journal of another sweep.
         """
-        metadata = self._metadata()
+        metadata = dict(self.metadata)
         clean, corrupted, patches = self._survey()
         for name, of_clean, of_corrupted in zip(self.readout.names, clean.T, corrupted.T, strict=True):
             check_gap(name, of_clean, of_corrupted)
@@ -217,22 +216,27 @@ class Study:
             )
         return base["noising"], base["denoising"], patches
 
-    def _metadata(self) -> dict[str, Any]:
-        tags = {"tags": [dict(pair.tags) for pair in self.pairs]} if any(pair.tags for pair in self.pairs) else {}
-        return {
-            "metric": self.readout.names[0],
-            "metrics": list(self.readout.names),
-            "directions": sorted(self.directions),
-            "positions": self.positions if isinstance(self.positions, str) else [*self.runner.wanted[0]],
-            "pairs": self.pairs.digest(),
-            **tags,
-            "model": {"name": str(self.lens.model.cfg.model_name), "sha256": self.lens.digest()},
-            **self.about,
-            **self.runner.contrast.about(),
-            **({} if self.runner.noise is None else {"noise": self.runner.noise.about()}),
-            "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
-            "finished": True,
-        }
+
+def _metadata(
+    lens: Lens, about: Mapping[str, Any], runner: Runner, read: Readout, directions: Sequence[Direction], positions: Positions
+) -> dict[str, Any]:
+    """What the results depend on, and where they come from."""
+    pairs = runner.pairs
+    tags = {"tags": [dict(pair.tags) for pair in pairs]} if any(pair.tags for pair in pairs) else {}
+    return {
+        "metric": read.names[0],
+        "metrics": list(read.names),
+        "directions": sorted(directions),
+        "positions": positions if isinstance(positions, str) else [*runner.wanted[0]],
+        "pairs": pairs.digest(),
+        **tags,
+        "model": {"name": str(lens.model.cfg.model_name), "sha256": lens.digest()},
+        **about,
+        **runner.contrast.about(),
+        **({} if runner.noise is None else {"noise": runner.noise.about()}),
+        "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
+        "finished": True,
+    }
 
 
 def check_pairs(pairs: Any) -> Pairs:

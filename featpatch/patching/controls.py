@@ -1,0 +1,144 @@
+"""Random directions as controls: does the top feature do more than any push of the same size?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from featpatch.effects import Effect, Effects
+from featpatch.engine import Deltas
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary
+from featpatch.pairs import Pairs
+from featpatch.patch import DIRECTIONS, Direction, Node, Position
+from featpatch.patching.difference import Difference
+from featpatch.patching.features import feature_study
+from featpatch.patching.part import Part
+from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.swaps import Directions, Swaps, deltas_of
+
+
+@dataclass(frozen=True)
+class Controls:
+    """A feature among random directions of the same norm.
+
+    Attributes:
+        feature: the feature's row.
+        random: a row for each direction.
+    """
+
+    feature: Effects
+    random: Effects
+
+    def share(self, effect: Effect = "recovery") -> float:
+        """The share of random directions whose pooled effect is as large as the feature's, or larger."""
+        return float((self.random.pooled(effect) >= self.feature.pooled(effect)[0]).mean())
+
+    def __str__(self) -> str:
+        parts = [
+            f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm reach the "
+            f"{self.feature.pooled(effect)[0]:.3f} of {self.feature.nodes[0]}"
+            for effect in self.feature.directions_run()
+        ]
+        return "; ".join(parts)
+
+
+def random_controls(
+    model: Any,
+    sae: Any,
+    pairs: Pairs,
+    *,
+    feature: int | None = None,
+    n: int = 200,
+    seed: int = 0,
+    position: Position = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    progress: bool = True,
+) -> Controls:
+    """Exact effects of a feature and of random directions in its place.
+
+    Where the feature's swap adds a vector to the activation, each control adds one as long, with the feature's sign, along a
+    random unit vector, the same one in every pair and at every position.
+
+    Args:
+        feature: which; by default the one with the largest effect at that position.
+        n: how many random directions, drawn from `seed`.
+        model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
+
+    Raises:
+        FeatpatchError: unusable input, several dictionaries, or a feature that differs in no pair.
+    """
+    if n < 1:
+        raise FeatpatchError(f"n={n}: expected 1 or more random directions")
+    study, found = feature_study(model, sae, pairs, "all" if position == "all" else [position], directions, metric, batch_rows)
+    if len(found) != 1:
+        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, at one site")
+    single = study.run(None, progress=progress)
+    own = single.top(1) if feature is None else single.where(kind="feature", index=feature)
+    if not len(own):
+        raise FeatpatchError(f"feature {feature} of {found[0].name!r} is the same in all pairs: expected one that differs")
+    part = RandomPart(found[0], int(own.indices[0]), position, n, seed)
+    return Controls(own, replace(study, parts=[part]).run(None, progress=progress))
+
+
+@dataclass(frozen=True, eq=False)
+class RandomPart(Part):
+    """Random directions in the place of a feature's."""
+
+    dictionary: Dictionary
+    feature: int
+    position: Position
+    n: int
+    seed: int
+
+    @property
+    def hooks(self) -> set[str]:
+        """Those that the dictionary reads and writes."""
+        return {self.dictionary.reads, self.dictionary.writes}
+
+    @property
+    def sites(self) -> list[str]:
+        """The one that it writes."""
+        return [self.dictionary.writes]
+
+    def count(self, run: PairRuns) -> int:
+        """All, where the feature differs."""
+        difference = Difference.of(self.dictionary, run.ways, run.first)
+        return self.n * bool((difference.feature[difference.at(run.wanted[self.position])] == self.feature).any())
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """One for each pair in which the feature differs."""
+        found = [Difference.of(self.dictionary, run.ways, run.first) for run in runs]
+        directions = Directions.of(self.dictionary, found)
+        units = self._units(directions.values)
+        return [self._of_pair(run, difference, directions, units) for run, difference in zip(runs, found, strict=True)]
+
+    def _of_pair(self, run: PairRuns, difference: Difference, directions: Directions, units: torch.Tensor) -> list[Swaps]:
+        entries = difference.at(run.wanted[self.position])
+        entries = entries[difference.feature[entries] == self.feature]
+        if not len(entries):
+            return []
+        own = deltas_of(difference, entries, torch.zeros_like(entries), directions, 1)
+        site, count = self.dictionary.writes, len(entries)
+        nodes = tuple(Node(site, "random", number, self.position, self.dictionary.name) for number in range(self.n))
+        deltas = {}
+        for way, deltas_of_way in own.items():
+            signed = deltas_of_way.values().norm(dim=1) * difference.value[way][entries.to(difference.value[way].device)].sign()
+            deltas[way] = Deltas(
+                patches=self.n,
+                patch=torch.arange(self.n).repeat_interleave(count),
+                position=difference.position[entries].repeat(self.n),
+                direction=torch.arange(self.n).repeat_interleave(count),
+                coefficient=signed.repeat(self.n),
+                directions=units,
+            )
+        return [Swaps(site, nodes, deltas)]
+
+    def _units(self, like: torch.Tensor) -> torch.Tensor:
+        """Unit vectors `[n, d]`."""
+        drawn = torch.randn(self.n, self.dictionary.codec.d_out, generator=torch.Generator().manual_seed(self.seed))
+        return (drawn / drawn.norm(dim=1, keepdim=True)).to(like)

@@ -1,0 +1,122 @@
+"""How many features does it take? Effects of the top k together for growing k, and the fewest that reach a share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featpatch.effects import Effect, Effects
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs
+from featpatch.patch import DIRECTIONS, Direction, Position
+from featpatch.patching.features import feature_study
+from featpatch.patching.noise import Noise
+from featpatch.patching.positions import Positions
+from featpatch.patching.readings import Metrics
+from featpatch.patching.sets import SetPart
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST = 64
+"""Features in the largest set of a curve, by default."""
+
+Key = tuple[str, Position]
+"""The name of a dictionary, and a position."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Effects of the top k features together, by dictionary and position.
+
+    Attributes:
+        features: of each dictionary and position, ordered by the effect of each alone.
+        single: the table in which they were ranked.
+        sets: the sets, rows of kind `set`; number n is the first `sizes[n]` features.
+        sizes: k of each set, by dictionary and position.
+    """
+
+    features: Mapping[Key, Sequence[int]]
+    single: Effects
+    sets: Effects
+    sizes: Mapping[Key, Sequence[int]]
+
+    def table(self) -> "pd.DataFrame":
+        """One row per dictionary, position and k.
+
+        Both effects of the set with 95 % intervals, and each as a share of that of all features (NaN where that is 0).
+        """
+        import pandas as pd
+
+        sets = self.sets
+        keys = [(node.sae, node.position) for node in sets.nodes]
+        table = pd.DataFrame(keys, columns=["sae", "position"])
+        table["k"] = [self.sizes[key][node.index or 0] for key, node in zip(keys, sets.nodes, strict=True)]
+        sites = self.single.sites().set_index(["sae", "position"])
+        for effect in sets.directions_run():
+            low, high = sets.interval(effect).T
+            table[effect], table[f"{effect}_low"], table[f"{effect}_high"] = sets.pooled(effect), low, high
+            whole = np.array([sites.loc[key, f"{effect}_all_features"] for key in keys], dtype=float)
+            table[f"{effect}_of_all_features"] = table[effect] / np.where(whole == 0, np.nan, whole)
+        return table.sort_values(["sae", "position", "k"], key=lambda column: column.map(str) if column.name != "k" else column,
+                                 ignore_index=True)  # fmt: skip
+
+
+def cumulative(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    *,
+    by: Effect = "recovery",
+    most: int = MOST,
+    rank_on: Pairs | None = None,
+    positions: Positions = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    noise: Noise | None = None,
+    progress: bool = True,
+) -> Curve:
+    """Exact effects of the top k features together, k = 1, 2, ..., in both directions, for each dictionary and position.
+
+    For controls with the same number of features pass other dictionaries of the same site beside the SAE:
+    `fp.identity(model, site)` (its coordinates), `fp.pca(model, site, pairs)`.
+
+    Args:
+        by: the effect that ranks.
+        most: features of the largest set; k grows by a sixth from 12 on.
+        rank_on: pairs on which the features are ranked, each alone; by default the same, which flatters the curve.
+        model, saes, pairs, positions, directions, metric, batch_rows, noise, progress: as in `rank_features`.
+
+    Raises:
+        FeatpatchError: unusable input.
+    """
+    if most < 1:
+        raise FeatpatchError(f"most={most}: expected 1 or more features in the largest set")
+    study, found = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
+    single = study.run(None, progress=progress)
+    ranking = single
+    if rank_on is not None:
+        others, _ = feature_study(model, saes, rank_on, positions, directions, metric, batch_rows, noise)
+        ranking = others.run(None, progress=progress)
+    features: dict[Key, list[int]] = {}
+    for node in ranking.top(len(ranking), by=by, kind="feature").nodes:
+        best = features.setdefault((node.sae, node.position), [])
+        if len(best) < most and node.index is not None:
+            best.append(node.index)
+    sizes = {key: _sizes(len(best)) for key, best in features.items()}
+    parts = []
+    for dictionary in found:
+        own = {position: best for (name, position), best in features.items() if name == dictionary.name}
+        sets = {position: [best[:k] for k in sizes[dictionary.name, position]] for position, best in own.items()}
+        parts.append(SetPart(dictionary, sets))
+    return Curve(features, single, replace(study, parts=parts).run(None, progress=progress), sizes)
+
+
+def _sizes(most: int) -> list[int]:
+    """1, 2, 3, ... and ever fewer of the larger ones, up to the largest."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(min(most, sizes[-1] + max(1, sizes[-1] // 6)))
+    return sizes

@@ -1,0 +1,210 @@
+"""How far a patch takes the activation to where neither the model nor the dictionary has been, read again by the dictionary.
+
+With x' = x_b + delta the patched activation and f' = enc(x') its features, summed over the places (pair and position) at which
+the node's value differs between the runs:
+
+    arrived      sum sign(f_s - f_b) (f' - f_b) / sum |f_s - f_b|   over the swapped features
+    leakage      sum |f' - f_b| / sum |f_s - f_b|                   over the other features
+    moved        how many of the other features change by more than rounding, mean
+    norm_ratio   sum |x'| / sum |x_b|
+    outside      share of places at which |x'| is beyond every |x| of both runs of all pairs, special tokens left out
+
+Features that are swapped alone need not arrive: directions of an overcomplete dictionary overlap, so that the encoder reads a
+unit of one feature in others, too, and thresholds and TopK decide anew.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Lens, dictionaries, wrap
+from featpatch.pairs import Pairs
+from featpatch.pairs.each import each
+from featpatch.patch import DIRECTIONS, Direction, Node, Patch
+from featpatch.patching.chosen import Chosen, Values, choose
+from featpatch.patching.runs import chunks
+from featpatch.patching.study import check_tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROUNDING = 64
+"""Changes up to this many units in the last place of the largest value are rounding."""
+
+KINDS = ("feature", "error", "all_features", "activation")
+"""What can be looked at: a whole activation, and what a dictionary makes of it."""
+
+SUMS = ("along", "intended", "leaked", "whole", "moved", "before", "after")
+"""What is summed over places: the parts of the ratios above, and the norms."""
+
+
+@torch.no_grad()
+def diagnose(
+    model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node], directions: Sequence[Direction] = DIRECTIONS
+) -> "pd.DataFrame":
+    """What patches of single nodes do to the activation, and to the features that are read from it afterwards.
+
+    The model is run for its activations alone. No pair in which the node has the same value in both runs counts.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        saes: what `rank_features` takes.
+        pairs: clean and corrupted prompts; their answers play no part.
+        nodes: what to look at, e.g. `effects.top(20).nodes`, of any kind, at `"all"`, a label or an index.
+        directions: `"denoising"`, `"noising"` or both.
+
+    Returns:
+        One row per node and direction: the node's fields, `direction`, `changed_pairs` and `pairs`, and
+
+        * `arrived`: how much of the intended change of the swapped features the encoder finds in the patched activation; 1 is
+          all. NaN for an error, which has none.
+        * `leakage`: how much the other features change, as a share of what they change between the runs; 0 is nothing. NaN
+          for all features, beside which there are no others.
+        * `moved`: how many other features change, on average over places.
+        * `norm_ratio`: mean norm of the patched activation over that of the run that is patched.
+        * `outside`: share of places at which that norm is smaller or larger than any in the clean and corrupted runs.
+
+        `arrived`, `leakage` and `moved` are NaN where nothing can be read again: for whole activations, which belong to no
+        dictionary, and for dictionaries that read at another hook than they write (transcoders). All five are NaN for a node
+        that differs in no pair.
+
+    Raises:
+        FeatpatchError: unusable input: no nodes, an unknown site, dictionary, feature, position or direction.
+    """
+    if not isinstance(pairs, Pairs):
+        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
+    if not directions or not set(directions) <= set(DIRECTIONS):
+        raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
+    if not isinstance(nodes, Sequence) or not nodes or not all(isinstance(node, Node) for node in nodes):
+        raise FeatpatchError(f"nodes={nodes!r:.80}: expected one fp.Node or more in a sequence, e.g. effects.top(20).nodes")
+    others = sorted({node.kind for node in nodes} - set(KINDS))
+    if others:
+        raise FeatpatchError(
+            f"nodes are of kind {', '.join(others)}: expected some of {', '.join(KINDS)}; leave the others out"
+        )
+    lens = wrap(model)
+    check_tokens(pairs, lens)
+    found = dictionaries(lens, saes)
+    swaps = [choose(lens, Patch((replace(node, position="all"),)), found, 1)[0] for node in nodes]
+    spans = each(lambda pair: [pair.positions(node.position) for node in nodes], list(pairs))
+    seen = _seen(lens, pairs, swaps, spans, [way for way in DIRECTIONS if way in directions])
+    return _frame(nodes, swaps, seen, len(pairs))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen of all pairs.
+
+    Attributes:
+        places: by node and direction, for each pair what is summed over its places, `[places, sums]`.
+        norms: the smallest and the largest norm in the unpatched runs, by site.
+    """
+
+    places: Mapping[tuple[int, Direction], list[torch.Tensor]]
+    norms: Mapping[str, tuple[float, float]]
+
+
+def _seen(
+    lens: Lens, pairs: Pairs, swaps: Sequence[Chosen], spans: Sequence[Sequence[list[int]]], ways: Sequence[Direction]
+) -> _Seen:
+    hooks = sorted({hook for swap in swaps for hook in swap.hooks})
+    places: dict[tuple[int, Direction], list[torch.Tensor]] = {(node, way): [] for node in range(len(swaps)) for way in ways}
+    norms: dict[str, list[torch.Tensor]] = {swap.site: [] for swap in swaps}
+    for some in chunks(pairs):
+        tokens = torch.tensor([*(pairs[index].clean for index in some), *(pairs[index].corrupted for index in some)])
+        both = lens.read(tokens, hooks)
+        for slot, index in enumerate(some):
+            pair = pairs[index]
+            clean, corrupted = ({hook: both[hook][row, None] for hook in hooks} for row in (slot, slot + len(some)))
+            runs = {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
+            first = pair.first_difference if lens.causal else 0
+            for (node, way), found in places.items():
+                found.append(_places(swaps[node], *runs[way], [p for p in spans[index][node] if p >= first]))
+            for site, of_site in norms.items():
+                of_site.extend(_norms(run[site].flatten(2))[pair.positions("all")] for run in (clean, corrupted))
+    eps = {site: torch.finfo(both[site].dtype).eps for site in norms}
+    return _Seen(places, {site: _range(torch.cat(of_site), ROUNDING * eps[site]) for site, of_site in norms.items()})
+
+
+def _places(swap: Chosen, base: Values, source: Values, where: list[int]) -> Float[torch.Tensor, "places sums"]:
+    """The terms of `SUMS` at each of these positions of the only prompt at which the node's value differs."""
+    dictionary = swap.dictionary
+    if dictionary is None or dictionary.behaviour.rowwise:
+        base, source = ({hook: values[:, where] for hook, values in run.items()} for run in (base, source))
+        where = list(range(len(where)))
+    old = base[swap.site].flatten(2)
+    here = torch.zeros(old.shape[1], dtype=torch.bool)
+    here[where] = True
+    swap = replace(swap, features=swap.features & here[:, None], rest=swap.rest & here)
+    new = old + swap.delta(base, source).to(old)
+    changed = (new != old).any(2)[0].cpu()
+    features = torch.full((old.shape[1], 5), torch.nan, dtype=torch.float64)
+    if dictionary is not None:
+        before, after = (dictionary.split(run[dictionary.reads], run[swap.site]).features[0] for run in (base, source))
+        changed |= ((before != after).cpu() & swap.features).any(1)
+        if dictionary.reads == swap.site:
+            eps = max(torch.finfo(old.dtype).eps, torch.finfo(before.dtype).eps)
+            found = dictionary.split(new, new).features[0]
+            features = _features(before, after, found, swap.features, eps)
+    return torch.cat([features, _norms(old)[:, None], _norms(new)[:, None]], dim=1)[changed]
+
+
+def _features(
+    before: Float[torch.Tensor, "pos d_sae"],
+    wanted: Float[torch.Tensor, "pos d_sae"],
+    found: Float[torch.Tensor, "pos d_sae"],
+    swapped: Bool[torch.Tensor, "pos d_sae"],
+    eps: float,
+) -> Float[torch.Tensor, "pos 5"]:
+    """The terms that are about features."""
+    before, wanted, found = (features.cpu().double() for features in (before, wanted, found))
+    intended, actual = wanted - before, found - before
+    rounding = ROUNDING * eps * torch.maximum(before.abs(), wanted.abs()).amax(1, keepdim=True)
+    terms = (
+        actual * intended.sign() * swapped,
+        intended.abs() * swapped,
+        actual.abs() * ~swapped,
+        intended.abs() * ~swapped,
+        (actual.abs() > rounding) & ~swapped,
+    )
+    return torch.stack([term.sum(1, dtype=torch.float64) for term in terms], dim=1)
+
+
+def _norms(x: Float[torch.Tensor, "1 pos d"]) -> Float[torch.Tensor, " pos"]:
+    """Norms at the positions of the only prompt."""
+    return x[0].cpu().double().norm(dim=1)
+
+
+def _range(norms: Float[torch.Tensor, " n"], rounding: float) -> tuple[float, float]:
+    """The smallest and the largest, with room for rounding; nothing lies within it where every position is special."""
+    return (float(norms.min()) * (1 - rounding), float(norms.max()) * (1 + rounding)) if len(norms) else (torch.inf, -torch.inf)
+
+
+def _frame(nodes: Sequence[Node], swaps: Sequence[Chosen], seen: _Seen, pairs: int) -> "pd.DataFrame":
+    import pandas as pd
+
+    rows = []
+    for (number, way), of_pairs in seen.places.items():
+        places, (low, high) = torch.cat(of_pairs), seen.norms[swaps[number].site]
+        total = dict(zip(SUMS, places.sum(0), strict=True))
+        norms = places[:, SUMS.index("after")]
+        numbers = {
+            "arrived": total["along"] / total["intended"],
+            "leakage": total["leaked"] / total["whole"],
+            "moved": total["moved"] / len(places),
+            "norm_ratio": total["after"] / total["before"],
+            "outside": ((norms < low) | (norms > high)).double().mean(),
+        }
+        changed = sum(bool(len(found)) for found in of_pairs)
+        node = {name: getattr(nodes[number], name) for name in Node.__dataclass_fields__}
+        rows.append(
+            {**node, "direction": way, "changed_pairs": changed, "pairs": pairs}
+            | {name: float(value) for name, value in numbers.items()}
+        )
+    table = pd.DataFrame(rows)
+    table["index"] = table["index"].astype("Int64")
+    return table

@@ -1,0 +1,77 @@
+"""Do two features do more, or less, together than each alone?
+
+interaction = effect(both) - effect(one) - effect(other)
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featpatch.effects import interval
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs
+from featpatch.patch import DIRECTIONS, Direction, Position
+from featpatch.patching.features import feature_study
+from featpatch.patching.readings import Metrics
+from featpatch.patching.sets import SetPart
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def interactions(
+    model: Any,
+    sae: Any,
+    pairs: Pairs,
+    *,
+    features: Sequence[int] | None = None,
+    top: int = 8,
+    position: Position = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    progress: bool = True,
+) -> "pd.DataFrame":
+    """Exact pairwise interactions of features of one dictionary, largest first.
+
+    Below 0 where either is enough (an OR), above 0 where both are needed (an AND), in the direction of the effect.
+
+    Args:
+        features: which; by default the `top` with the largest effect alone.
+        model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
+
+    Returns:
+        One row per two features: `one`, `other`, and for each effect that of both together (`recovery`), the
+        `recovery_interaction` and its 95 % bootstrap interval over pairs (`_low`, `_high`).
+
+    Raises:
+        FeatpatchError: unusable input, several dictionaries, or fewer than two features.
+    """
+    import pandas as pd
+
+    study, found = feature_study(model, sae, pairs, "all" if position == "all" else [position], directions, metric, batch_rows)
+    if len(found) != 1:
+        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, whose features are swapped at one site")
+    if features is None:
+        features = study.run(None, progress=progress).top(top, kind="feature").indices.tolist()
+    if len(features) < 2 or len(set(features)) < len(features) or not all(0 <= f < found[0].d_sae for f in features):
+        raise FeatpatchError(
+            f"features={list(features)}: expected at least two different ones, from 0 to {found[0].d_sae - 1}, that differ "
+            "between the runs"
+        )
+    two = list(combinations(range(len(features)), 2))
+    sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
+    effects = replace(study, parts=[SetPart(found[0], {position: sets})]).run(None, progress=progress)
+    table = pd.DataFrame({"one": [features[one] for one, _ in two], "other": [features[other] for _, other in two]})
+    for effect in effects.directions_run():
+        change = np.zeros((len(sets), len(effects.clean)))
+        change[effects.indices] = effects.changes(effect).toarray()
+        both = change[len(features) :]
+        left = both - change[[one for one, _ in two]] - change[[other for _, other in two]]
+        table[effect], table[f"{effect}_interaction"] = both.sum(1) / effects.gap.sum(), left.sum(1) / effects.gap.sum()
+        table[f"{effect}_interaction_low"], table[f"{effect}_interaction_high"] = interval(left, effects.gap).T
+    first = f"{effects.directions_run()[0]}_interaction"
+    return table.sort_values(first, key=abs, ascending=False, ignore_index=True)

@@ -1,0 +1,101 @@
+"""Several features of a dictionary swapped together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+
+from featpatch.engine import Deltas
+from featpatch.lens import Dictionary
+from featpatch.patch import Direction, Node, Position
+from featpatch.patching.difference import Difference, split_ways
+from featpatch.patching.part import Part
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.swaps import Directions, Swaps
+
+Sets = Mapping[Position, Sequence[Sequence[int]]]
+"""Indices of features, for each position."""
+
+
+@dataclass(frozen=True, eq=False)
+class SetPart(Part):
+    """Sets of features of one dictionary, at one position or several; the error and the other features are kept."""
+
+    dictionary: Dictionary
+    sets: Sets
+
+    @property
+    def hooks(self) -> set[str]:
+        """Those that the dictionary reads and writes."""
+        return {self.dictionary.reads, self.dictionary.writes}
+
+    @property
+    def sites(self) -> list[str]:
+        """The one that it writes."""
+        return [self.dictionary.writes]
+
+    def count(self, run: PairRuns) -> int:
+        """All, also those in which nothing differs."""
+        return sum(len(sets) for position, sets in self.sets.items() if run.wanted[position])
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Position by position."""
+        found = [Difference.of(self.dictionary, run.ways, run.first) for run in runs]
+        directions = Directions.of(self.dictionary, found)
+        return [
+            [self._of_position(run, difference, directions, position) for position in self.sets if run.wanted[position]]
+            for run, difference in zip(runs, found, strict=True)
+        ]
+
+    def _of_position(self, run: PairRuns, difference: Difference, directions: Directions, position: Position) -> Swaps:
+        sets, span = self.sets[position], torch.tensor(run.wanted[position])
+        site, name = self.dictionary.writes, self.dictionary.name
+        nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
+        if difference.moved is None:
+            changes = self._along(difference, directions, sets, span)
+        else:
+            changes = self._by_definition(run, sets, span)
+        return Swaps(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
+
+    def _along(
+        self, difference: Difference, directions: Directions, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
+    ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
+        """Sums of multiples of directions."""
+        entries = difference.at(span.tolist())
+        feature, place = difference.feature[entries], torch.searchsorted(span, difference.position[entries])
+        rows = directions.values[directions.rows(feature).to(directions.values.device)]
+        member = torch.stack([torch.isin(feature, torch.tensor(list(some), dtype=torch.long)) for some in sets])
+        changes = {}
+        for way, value in difference.value.items():
+            added = value[entries.to(value.device), None] * rows
+            change = rows.new_zeros(len(sets), len(span), rows.shape[1])
+            for index in range(len(span)):
+                here = place == index
+                change[:, index] = member[:, here].to(rows) @ added[here.to(rows.device)]
+            changes[way] = change
+        return changes
+
+    def _by_definition(
+        self, run: PairRuns, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
+    ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
+        """dec(f_b with f_s in S) - dec(f_b), set by set."""
+        changes = {}
+        for way, (base, source) in split_ways(self.dictionary, run.ways, 0).items():
+            before, parts = self.dictionary.decode(base.features, base.state), []
+            for some in sets:
+                chosen = base.features
+                which = torch.tensor(list(some), dtype=torch.long, device=chosen.device)
+                at = torch.zeros(chosen.shape[1], dtype=torch.bool, device=chosen.device)
+                at[span[span >= run.first]] = True
+                swapped = at[:, None] & torch.isin(torch.arange(chosen.shape[2], device=chosen.device), which)
+                after = self.dictionary.decode(torch.where(swapped, source.features, base.features), base.state)
+                parts.append((after - before)[0, span])
+            changes[way] = torch.stack(parts)
+        return changes
+
+
+def _deltas(changes: Float[torch.Tensor, "sets span d"], span: Int[torch.Tensor, " span"]) -> Deltas:
+    """One patch for each set, of the positions at which it changes anything."""
+    patch, place = (changes != 0).any(2).nonzero(as_tuple=True)
+    return Deltas.explicit(patch.cpu(), span[place.cpu()], changes[patch, place], len(changes))

@@ -121,6 +121,9 @@ def test_resampling_is_seeded_and_takes_whole_prompts(small: Small) -> None:
     assert not np.array_equal(one.noised, other.noised)
     with torch.no_grad():
         logits = [small.model(tokens)[0, -1] for tokens in prompts_of(small)]
+    drawn = [ablated(small, sites="resid_pre", layers=[0], to="resample", seed=seed) for seed in range(8)]
+    assert all((effects.noised != effects.clean[effects.pair]).all() for effects in drawn), "never its own prompt"
+    assert all(len(effects.row) == 3 for effects in drawn), "always another one"
     for entry in range(len(one.row)):
         correct, wrong = (int(ids[one.pair[entry]]) for ids in (small.correct, small.wrong))
         of_prompts = [float(row[correct] - row[wrong]) for row in logits]

@@ -51,7 +51,7 @@ def ratio_of_means(change: NDArray[np.float64], gap: NDArray[np.float64], axis: 
 
 
 def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
-    """95 % bootstrap interval of the ratio of means; NaN where there is one pair only.
+    """95 % bootstrap interval of the ratio of means; NaN with a single pair, and where values are missing.
 
     Args:
         change: `[rows, pairs]`.
@@ -61,12 +61,12 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
         `[rows, 2]`, lower and upper end.
     """
     rows, pairs = change.shape
-    if pairs < 2 or rows == 0:
-        return np.full((rows, 2), np.nan)
-    ends = []
-    for start in range(0, rows, CHUNK):
-        part = change[start : start + CHUNK]
-        result = bootstrap(
+    result, known = np.full((rows, 2), np.nan), np.flatnonzero(~np.isnan(change).any(axis=1))
+    if pairs < 2:
+        return result
+    for some in (known[start : start + CHUNK] for start in range(0, len(known), CHUNK)):
+        part = change[some]
+        found = bootstrap(
             (part, np.broadcast_to(gap, part.shape)),
             ratio_of_means,
             paired=True,
@@ -77,5 +77,5 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
             method="percentile",
             rng=np.random.default_rng(SEED),
         )
-        ends.append(np.stack([result.confidence_interval.low, result.confidence_interval.high], -1))
-    return np.concatenate(ends)
+        result[some] = np.stack([found.confidence_interval.low, found.confidence_interval.high], -1)
+    return result

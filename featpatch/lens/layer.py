@@ -147,7 +147,7 @@ class Layer:
         """Keys, normed and rotated, and values."""
         return self._placed(self._split(self.key(y)), self.key_norm, positions), self._split(self.value(y))
 
-    def attention_output(self, z: Rows) -> Rows:
+    def attention_output(self, z: Float[torch.Tensor, "rows width"]) -> Rows:
         """What attention adds to the stream; z holds the heads side by side."""
         out = self.out(z)
         return out if self.post1 is None else self.post1(out)

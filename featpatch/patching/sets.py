@@ -83,13 +83,10 @@ class SetPart(Part):
         changes = {}
         for way, (base, source) in split_ways(self.dictionary, run.ways, 0).items():
             before, parts = self.dictionary.decode(base.features, base.state), []
+            number = torch.arange(base.features.shape[2], device=base.features.device)
             for some in sets:
-                chosen = base.features
-                which = torch.tensor(list(some), dtype=torch.long, device=chosen.device)
-                at = torch.zeros(chosen.shape[1], dtype=torch.bool, device=chosen.device)
-                at[span[span >= run.first]] = True
-                swapped = at[:, None] & torch.isin(torch.arange(chosen.shape[2], device=chosen.device), which)
-                after = self.dictionary.decode(torch.where(swapped, source.features, base.features), base.state)
+                chosen = torch.isin(number, torch.tensor(list(some), dtype=torch.long, device=number.device))
+                after = self.dictionary.decode(torch.where(chosen, source.features, base.features), base.state)
                 parts.append((after - before)[0, span])
             changes[way] = torch.stack(parts)
         return changes

@@ -1,0 +1,190 @@
+"""Features beside components of the same pairs: one table, how far they agree, and which component writes which feature."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from featpatch.comparison import cells, plot
+from featpatch.comparison.cells import Agreement
+from featpatch.comparison.written import Written
+from featpatch.effects import Effect, Effects
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs
+
+SHOWN = 5
+SAME = ("pairs", "of_pairs", "metric", "noise")
+"""Metadata in which the tables must agree."""
+SLACK = 0.05
+"""By how much the metric of an unpatched run may differ between the tables, as a share of its size."""
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        features, components: the tables that were compared.
+        table: one row per component and dictionary at its site and position, see `cells.joined`.
+        agreement: for each effect how far components and features rank the places alike.
+        written: which component writes which feature; None without a model.
+    """
+
+    features: Effects
+    components: Effects
+    table: pd.DataFrame
+    agreement: Mapping[Effect, Agreement]
+    written: Written | None
+
+    @property
+    def through(self) -> pd.DataFrame:
+        """For each of the top heads and MLPs the features through which it acts; columns as in `written.Written`.
+
+        Raises:
+            FeatpatchError: the comparison was made without a model.
+        """
+        return self._written().through
+
+    @property
+    def writers(self) -> pd.DataFrame:
+        """For each of the top features the heads and MLPs that write it, and the stream that enters block 0.
+
+        Raises:
+            FeatpatchError: the comparison was made without a model.
+        """
+        return self._written().writers
+
+    def plot(self) -> Any:
+        """A `plotly.graph_objects.Figure`: the effect of each place's component against the sum over its features."""
+        return plot.scatter(self.table, list(self.agreement))
+
+    def _written(self) -> Written:
+        if self.written is None:
+            raise FeatpatchError(
+                "the tables were compared without a model: expected one, to tell which component writes which feature; call "
+                "compare(features, components, model=..., saes=..., pairs=...)"
+            )
+        return self.written
+
+    def _sections(self) -> dict[str, pd.DataFrame]:
+        """What is shown, by title."""
+        effects = list(self.agreement)
+        agreed = [(effect, found.correlation, found.points) for effect, found in self.agreement.items()]
+        sections = {
+            "rank agreement of components and summed features": pd.DataFrame(agreed, columns=["effect", "Spearman", "cells"]),
+            "components": cells.named(self.components.top(SHOWN, by=effects[0], kind=None), effects).drop(columns="sae"),
+            "features": cells.named(self.features.top(SHOWN, by=effects[0]), effects),
+        }
+        if self.written is not None:
+            sections |= {"through": self.through.head(SHOWN), "writers": self.writers.head(SHOWN)}
+        return sections
+
+    def _notes(self) -> tuple[str, ...]:
+        return () if self.written is None else self.written.notes
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{title}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}"
+            for title, frame in self._sections().items()
+        ]
+        return "\n\n".join([*shown, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        shown = [
+            f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
+            for title, frame in self._sections().items()
+        ]
+        return "".join([*shown, *(f"<p>{escape(note)}</p>" for note in self._notes())])
+
+
+def compare(
+    features: Effects, components: Effects, *, model: Any = None, saes: Any = None, pairs: Pairs | None = None, top: int = 10
+) -> Comparison:
+    """Features beside components, by the same metric on the same pairs.
+
+    Rows that were taken from a table (`effects.top(20)`) choose what is shown; sums run over all features that were ranked.
+
+    With model, SAEs and pairs it is measured which component writes which feature, by encoding the stream with and without the
+    change of what the component writes, clean minus corrupted, as in denoising; in noising contributions have the other sign
+    and the same shares. The definition is in `contributions`.
+
+    Args:
+        features: from `rank_features`.
+        components: from `rank_components`.
+        model, saes, pairs: those that were ranked, for `through` and `writers`; all three or none. SAEs that do not read the
+            residual stream are left out.
+        top: how many components and features to take apart, by recovery, or degradation where recovery was not run; and how
+            many features to tell of each component.
+
+    Raises:
+        FeatpatchError: tables of different pairs, metrics or models, or that share no direction; a table of other rows; a
+            model without SAEs and pairs, or others than those that were ranked.
+    """
+    effects = _shared_effects(features, components)
+    table = cells.joined(features, components, effects)
+    given = [value is not None for value in (model, saes, pairs)]
+    if any(given) and not all(given):
+        missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
+        raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them")
+    if top < 1:
+        raise FeatpatchError(f"top={top}: expected 1 or more components and features to take apart")
+    written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
+    return Comparison(features, components, table, {effect: cells.agreement(table, effect) for effect in effects}, written)
+
+
+def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
+    """The effects that both tables hold, after a check that they are of the same thing."""
+    if not any(node.sae for node in features.nodes) or any(node.sae for node in components.nodes) or not len(components):
+        raise FeatpatchError(
+            f"features holds {_kinds(features)} and components {_kinds(components)}: expected rows of SAEs in the first table "
+            "and none in the second; call compare(rank_features(...), rank_components(...))"
+        )
+    for key in SAME:
+        one, other = features.metadata.get(key), components.metadata.get(key)
+        if one != other:
+            raise FeatpatchError(
+                f"{key} is {one!r} for the features and {other!r} for the components: expected the same, to compare their "
+                "effects; rank both with the same pairs and metric"
+            )
+    counts, models = ([of(table) for table in (features, components)] for of in (_pairs, _model))
+    if counts[0] != counts[1]:
+        raise FeatpatchError(
+            f"features has {counts[0]} pairs and components {counts[1]}: expected equally many; rank both alike"
+        )
+    for run in ("clean", "corrupted"):
+        one, other = getattr(features, run), getattr(components, run)
+        if np.abs(one - other).max() > SLACK * max(np.abs(features.clean).max(), np.abs(features.corrupted).max()):
+            raise FeatpatchError(
+                f"the metric of the {run} runs differs between the tables, by up to {np.abs(one - other).max():.3g}: expected "
+                "the same runs; rank both alike"
+            )
+    if models[0] != models[1]:
+        raise FeatpatchError(f"the tables are of models {models}: expected the same weights; rank both with one model")
+    shared = [effect for effect in features.directions_run() if effect in components.directions_run()]
+    if not shared:
+        raise FeatpatchError(
+            f"features holds {features.directions_run()} and components {components.directions_run()}: expected an effect that "
+            "both hold; rank both in the same direction"
+        )
+    if features.rows_ranked > features.whole.ranked.sum():
+        raise FeatpatchError(
+            f"features holds {features.whole.ranked.sum()} of {features.rows_ranked} features that were ranked: expected "
+            "all, to add up their effects; save and load the whole table"
+        )
+    return shared
+
+
+def _kinds(table: Effects) -> str:
+    return ", ".join(sorted({node.kind for node in table.nodes})) or "no rows"
+
+
+def _pairs(table: Effects) -> int:
+    return len(table.clean)
+
+
+def _model(table: Effects) -> str | None:
+    found: str | None = table.metadata.get("model", {}).get("sha256")
+    return found

@@ -1,0 +1,226 @@
+"""Which component writes which feature, read both ways: the features a component acts through, the writers of a feature."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+
+from featpatch import sites
+from featpatch.comparison.contributions import Contributions, Question, measure
+from featpatch.comparison.writers import Writer, Writers, on_stream
+from featpatch.effects import Effect, Effects
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, dictionaries, wrap
+from featpatch.pairs import Pairs
+from featpatch.patch import Node, Position
+
+COLUMNS = ["site", "kind", "index", "position", "sae", "feature", "contribution", "change", "share"]
+
+
+class Row(NamedTuple):
+    """One writer of one feature, at the feature's position."""
+
+    writer: Writer
+    feature: Node
+    contribution: float
+    change: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """Contributions of components to features, defined in `contributions`; one row per component and feature.
+
+    Columns: `site`, `kind`, `index` and `position` of the component, `sae` and `feature`, `contribution` and `change` in units
+    of the feature's activation, their ratio `share`, and the effects of both, e.g. `recovery` and `feature_recovery`, NaN where
+    they were not measured.
+
+    Attributes:
+        through: for each of the top heads and MLPs that some SAE reads behind, the features to which it contributes most,
+            largest first; those with exactly no effect are left out.
+        writers: for each of the top features everything that writes it and changes, largest share first.
+        notes: what could not be told apart.
+    """
+
+    through: pd.DataFrame
+    writers: pd.DataFrame
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, features: Effects, components: Effects, effects: Sequence[Effect], model: Any, saes: Any, pairs: Pairs, top: int
+    ) -> "Written":
+        """Both tables, from one run of every prompt.
+
+        Raises:
+            FeatpatchError: another model, other SAEs or pairs than those of the tables; none of the SAEs reads the stream.
+        """
+        lens = wrap(model)
+        found = dictionaries(lens, saes)
+        _check_origin(features, lens.digest(), found, pairs)
+        stream = {dictionary.name: dictionary for dictionary in found if on_stream(dictionary.reads)}
+        if not stream:
+            raise FeatpatchError(
+                f"the SAEs read {', '.join(dictionary.reads for dictionary in found)}: expected one of the residual stream "
+                "(hook_resid_pre, _mid or _post), which components write to; or compare without model, saes and pairs"
+            )
+        writers = Writers.of(lens, pairs[0])
+        able = {writer for dictionary in stream.values() for writer in writers.before(dictionary.reads)[1:]}
+        sources = [node for node in _ranked(components, effects[0]) if _writer(node) in able][:top]
+        targets = [node for node in _ranked(features.where(kind="feature"), effects[0]) if node.sae in stream][:top]
+        known = _Known.of(features.whole, components.whole, effects)
+        behind, into = _behind(writers, sources, stream, known), _into(writers, targets, stream)
+        answers = measure(writers, pairs, [*behind, *into])
+        through = [row for of_one in zip(behind, answers[: len(behind)], strict=True) for row in _rows(*of_one, top)]
+        written = [row for of_one in zip(into, answers[len(behind) :], strict=True) for row in _rows(*of_one, None)]
+        return cls(
+            known.frame([row for node in sources for row in _of_component(through, node)[:top]]),
+            known.frame([row for node in targets for row in _of_feature(written, node)]),
+            _notes(writers),
+        )
+
+
+def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:
+    """Whether the table was made of these."""
+    if pairs.digest() != features.metadata["pairs"]:
+        raise FeatpatchError(
+            f"the {len(pairs)} pairs given are not those of the tables: expected the same ones in the same order; pass the "
+            "pairs that were ranked"
+        )
+    if features.metadata.get("noise"):
+        raise FeatpatchError(
+            "the tables are of prompts that were corrupted by noise: expected corrupted prompts of the pairs, from which the "
+            "change of what components write is read; compare without model, saes and pairs"
+        )
+    if model != features.metadata.get("model", {}).get("sha256"):
+        raise FeatpatchError(
+            "the model's weights are not those of the tables: expected the same; pass the model that was ranked"
+        )
+    ranked = features.metadata.get("saes", {})
+    for dictionary in found:
+        if ranked.get(dictionary.name) != dictionary.digest():
+            raise FeatpatchError(
+                f"SAE {dictionary.name!r} is not one of those that were ranked: expected some of {', '.join(ranked)}, with the "
+                "same weights; pass those"
+            )
+
+
+def _ranked(table: Effects, effect: Effect) -> tuple[Node, ...]:
+    return table.top(len(table), by=effect, kind=None).nodes
+
+
+def _writer(node: Node) -> Writer:
+    """What the node names; a head's result is its z through W_O."""
+    layer = sites.layer_of(node.site)
+    is_result = node.site == sites.component(layer, "result")
+    return Writer(sites.component(layer, "z") if is_result else node.site, node.kind, node.index)
+
+
+def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary], known: "_Known") -> list[Question]:
+    """The features of what reads the stream behind the components, position by position, but those without effect."""
+    questions = []
+    for position in dict.fromkeys(node.position for node in sources):
+        here = [_writer(node) for node in sources if node.position == position]
+        for dictionary in stream.values():
+            before = tuple(writer for writer in writers.before(dictionary.reads) if writer in here)
+            questions.append(Question(dictionary, position, before, known.acting(dictionary, position)))
+    return questions
+
+
+def _into(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) -> list[Question]:
+    """The features, each with everything that writes to the stream before it."""
+    groups: dict[tuple[str, Position], list[int]] = {}
+    for node in targets:
+        groups.setdefault((node.sae, node.position), []).append(node.index or 0)
+    return [
+        Question(stream[sae], position, tuple(writers.before(stream[sae].reads)), torch.tensor(indices), complete=True)
+        for (sae, position), indices in groups.items()
+    ]
+
+
+def _rows(question: Question, answer: Contributions, top: int | None) -> list[Row]:
+    """One per feature and writer that changes in some pair; of each writer the `top` features to which it contributes most."""
+    dictionary, rows = question.dictionary, []
+    for writer, of_writer, share, changed in zip(
+        question.writers, answer.contribution, answer.share, answer.changed, strict=True
+    ):
+        for column in np.argsort(-abs(of_writer), kind="stable")[: top if changed else 0]:
+            index = int(question.features[column])
+            feature = Node(dictionary.writes, "feature", index, question.position, dictionary.name)
+            rows.append(Row(writer, feature, float(of_writer[column]), float(answer.change[column]), float(share[column])))
+    return rows
+
+
+def _of_component(rows: list[Row], node: Node) -> list[Row]:
+    """Those to which it contributes, largest first."""
+    own = [row for row in rows if row.writer == _writer(node) and row.feature.position == node.position and row.contribution]
+    return sorted(own, key=lambda row: -abs(row.contribution))
+
+
+def _of_feature(rows: list[Row], node: Node) -> list[Row]:
+    """Its writers, the largest share first."""
+    return sorted((row for row in rows if row.feature == node), key=lambda row: -row.contribution * np.sign(row.change))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Effects that were measured, of components by writer and position, and of features by node.
+
+    Attributes:
+        ranked: the dictionaries and positions of which something was ranked; there a feature without a row has no effect.
+    """
+
+    effects: Sequence[Effect]
+    components: dict[tuple[Writer, Position], NDArray[np.float64]]
+    features: dict[Node, NDArray[np.float64]]
+    ranked: set[tuple[str, Position]]
+
+    @classmethod
+    def of(cls, features: Effects, components: Effects, effects: Sequence[Effect]) -> "_Known":
+        of_components, of_features = (np.stack([t.pooled(effect) for effect in effects], 1) for t in (components, features))
+        return cls(
+            effects,
+            {(_writer(node), node.position): values for node, values in zip(components.nodes, of_components, strict=True)},
+            {node: values for node, values in zip(features.nodes, of_features, strict=True) if node.kind == "feature"},
+            {(node.sae, node.position) for node in features.nodes},
+        )
+
+    def frame(self, rows: list[Row]) -> pd.DataFrame:
+        """The rows as a table."""
+        table = pd.DataFrame(
+            [(*astuple(row.writer), row.feature.position, row.feature.sae, row.feature.index, *row[2:]) for row in rows],
+            columns=COLUMNS,
+        ).astype({"index": "Int64", "position": object})
+        unknown = np.full(len(self.effects), np.nan)
+        of_components = [self.components.get((row.writer, row.feature.position), unknown) for row in rows]
+        of_features = [self.features.get(row.feature, unknown) for row in rows]
+        for column, effect in enumerate(self.effects):
+            table.insert(4 + column, effect, [values[column] for values in of_components])
+            table.insert(int(table.columns.get_loc("contribution")), f"feature_{effect}", [v[column] for v in of_features])
+        return table
+
+    def acting(self, dictionary: Dictionary, position: Position) -> Int[torch.Tensor, " features"]:
+        """The features that have an effect; all where none was ranked."""
+        if (dictionary.name, position) not in self.ranked:
+            return torch.arange(dictionary.d_sae)
+        here = {
+            node.index: values
+            for node, values in self.features.items()
+            if (node.sae, node.position) == (dictionary.name, position)
+        }
+        return torch.tensor([index for index, values in here.items() if index is not None and values.any()], dtype=torch.long)
+
+
+def _notes(writers: Writers) -> tuple[str, ...]:
+    layers = [str(layer) for layer, weight in enumerate(writers.weights) if weight is None]
+    if not layers:
+        return ()
+    return (
+        f"heads of block {', '.join(layers)} do not add to the stream one by one, what attention adds goes through a norm: "
+        "hook_attn_out is one writer there",
+    )

@@ -95,3 +95,52 @@ def test_a_batch_is_patched_row_by_row(bridge: Small) -> None:
         part = slice(slot, slot + 1)
         alone = oracle.patched_activation_logits(bridge.model, SITE, bridge.corrupted[part], bridge.clean[part], [3])
         torch.testing.assert_close(together[part], alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["z", "q", "k", "v", "neurons"])
+def test_heads_and_neurons_are_those_of_the_table(small: Small, name: str) -> None:
+    pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+    effects = fp.rank_components(small.model, pairs[:1], sites=name, layers=[1], positions=[5], progress=False)
+    for entry in range(0, len(effects.row), 3):
+        patch = fp.Patch((effects.nodes[effects.row[entry]],))
+        with torch.no_grad():
+            with fp.do(small.model, patch, source=small.clean[:1], base=small.corrupted[:1]):
+                added = small.model(small.corrupted[:1])
+            with fp.do(small.model, patch, source=small.clean[:1], how="set"):
+                as_set = small.model(small.corrupted[:1])
+        for logits in (added, as_set):
+            found = oracle.logit_diff(logits, int(small.correct[0]), int(small.wrong[0]))
+            assert found == pytest.approx(effects.denoised[entry], abs=1e-9), patch
+
+
+Z = "blocks.1.attn.hook_z"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([fp.Node(Z, "head", 4)], "head 4 of 'blocks.1.attn.hook_z' is out of range: expected 0 to 3"),
+        ([fp.Node("blocks.1.mlp.hook_post", "neuron", 32)], "neuron 32 of .* is out of range: expected 0 to 31"),
+        ([fp.Node(SITE, "head", 0)], "the activation there has no heads"),
+        ([fp.Node(Z, "set", 0)], "names no values by itself"),
+        ([fp.Node(Z, "head", 0), fp.Node(Z, "activation")], "overlaps other nodes"),
+        ([fp.Node(Z, "activation"), fp.Node(Z, "head", 0)], "overlaps other nodes"),
+        ([fp.Node(Z, "head", 0), fp.Node(Z, "feature", 0)], "overlaps other nodes"),
+        ([fp.Node(Z, "error"), fp.Node(Z, "head", 0)], "overlaps other nodes"),
+    ],
+)
+def test_components_that_can_not_be_swapped(bridge: Small, nodes: list[fp.Node], message: str) -> None:
+    options = {"source": bridge.clean, "base": bridge.corrupted, "saes": bridge.at(Z)}
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.do(bridge.model, fp.Patch(tuple(nodes)), **options).__enter__()
+
+
+def test_two_heads_are_swapped_together(small: Small) -> None:
+    heads = fp.Patch(tuple(fp.Node(Z, "head", head) for head in range(4)))
+    runs = {"source": small.clean[:1], "base": small.corrupted[:1]}
+    with torch.no_grad():
+        with fp.do(small.model, heads, **runs):
+            apart = small.model(small.corrupted[:1])
+        with fp.do(small.model, fp.Patch((fp.Node(Z, "activation"),)), **runs):
+            whole = small.model(small.corrupted[:1])
+    torch.testing.assert_close(apart, whole, rtol=0, atol=1e-10)

@@ -82,7 +82,9 @@ def test_one_direction_leaves_the_other_out(bridge: Small) -> None:
     assert "recovery" not in one.to_pandas()
     np.testing.assert_allclose(one.pooled("degradation"), both.pooled("degradation"), rtol=0, atol=1e-12)
     assert one.top(1).nodes == both.top(1, by="degradation").nodes
-    assert list(one.sites().columns[4:]) == ["degradation_activation", "degradation_all_features", "degradation_error"]
+    assert list(one.sites().columns[4:]) == [
+        f"degradation_{part}" for part in ("activation", "all_features", "error", "interaction")
+    ]
 
 
 def test_sites_has_whole_features_and_error_side_by_side(bridge: Small) -> None:
@@ -94,6 +96,8 @@ def test_sites_has_whole_features_and_error_side_by_side(bridge: Small) -> None:
         for kind in ("all_features", "error"):
             part = effects.where(kind=kind, sae=row["sae"], position=row["position"])
             assert row[f"recovery_{kind}"] == part.pooled("recovery")[0]
+        left = row["recovery_activation"] - row["recovery_all_features"] - row["recovery_error"]
+        assert row["recovery_interaction"] == pytest.approx(left, abs=1e-12)
         features = effects.where(kind="feature", sae=row["sae"], position=row["position"])
         assert row["changed_features"] == len(features)
 

@@ -183,9 +183,9 @@ def test_a_model_in_training_mode() -> None:
             rf"feature {FEATURES} of .* is out of range: expected 0 to {FEATURES - 1}",
         ),
         (lambda: fp.Node(SITE, "feature", -1), r"feature index -1 is negative"),
-        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: a feature needs an index"),
+        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: feature, head, neuron, set, random need an index"),
         (lambda: fp.Node(SITE, "error", 3), r"kind 'error' got index 3"),
-        (lambda: fp.Node(SITE, "neuron"), r"node kind 'neuron' is unknown: expected one of feature, error"),
+        (lambda: fp.Node(SITE, "latent"), r"node kind 'latent' is unknown: expected one of feature, error"),
         (lambda: fp.Node(SITE, "error", None, 7), r"is outside a prompt of 7 tokens: expected 0 to 6"),
         (lambda: fp.Node(SITE, "error", None, "S2"), r"is at a label: expected a token index"),
         (lambda: fp.Node("blocks.9.hook_resid_pre", "activation"), r"the model has no hook"),
@@ -250,7 +250,7 @@ def test_an_effects_file_that_is_none(tmp_path: Any) -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="expected one of Check, Demo"):
+    with pytest.raises(AttributeError, match="expected one of Check, Comparison"):
         fp.rank_neurons  # noqa: B018
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from constructed import D_HEAD, LAST, Constructed, and_gate, backup, or_gate
+from constructed import LAST, Constructed, and_gate, backup, or_gate
 from numpy.typing import NDArray
 from rich.console import Console
 from test_statistics import made
@@ -125,16 +125,14 @@ def pairs_of(built: Constructed) -> fp.Pairs:
     return fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
 
 
-def heads(built: Constructed, site: str = HEADS) -> fp.Effects:
-    """The first dimension of every head is a feature, the others are 0."""
-    coordinates = fp.identity(built.model, site)
-    return fp.rank_features(built.model, coordinates, pairs_of(built), positions=[LAST], progress=False)
+def heads(built: Constructed, layer: int = 0) -> fp.Effects:
+    sites = ["z", "attn_out"]
+    return fp.rank_components(built.model, pairs_of(built), sites=sites, layers=[layer], positions=[LAST], progress=False)
 
 
 def row(effects: fp.Effects, head: int) -> tuple[float, float, str]:
-    features = effects.where(kind="feature")
-    at = [node.index for node in features.nodes].index(head * D_HEAD)
-    return float(features.pooled("recovery")[at]), float(features.pooled("degradation")[at]), features.quadrants()[at]
+    of_head = effects.where(kind="head", index=head)
+    return float(of_head.pooled("recovery")[0]), float(of_head.pooled("degradation")[0]), of_head.quadrants()[0]
 
 
 @pytest.mark.parametrize(
@@ -164,20 +162,19 @@ def test_a_head_with_a_backup_is_redundant() -> None:
     assert effects.clean == pytest.approx(1, abs=1e-12)
     assert effects.corrupted == pytest.approx(0, abs=1e-12)
     assert row(effects, 0) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-12), "sufficient but redundant")
-    assert not len(heads(built, "blocks.1.attn.hook_z"))
+    assert not len(heads(built, 1))
 
 
 def test_noising_main_and_backup_together_destroys_the_behaviour() -> None:
     """Set to the corrupted values, both are silent. Added, the change of the backup is 0, and it wakes up all the same."""
     built = backup()
     sites = (HEADS, "blocks.1.attn.hook_z")
-    coordinates = [fp.identity(built.model, site) for site in sites]
-    main, other = (fp.Node(site, "feature", 0, LAST) for site in sites)
+    main, other = (fp.Node(site, "head", 0, LAST) for site in sites)
 
     def run(*nodes: fp.Node, how: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the right answer, and what the backup head writes, by pair."""
         base = {"base": built.clean} if how == "add" else {}
-        with fp.do(built.model, fp.Patch(nodes), source=built.corrupted, saes=coordinates, how=how, **base):
+        with fp.do(built.model, fp.Patch(nodes), source=built.corrupted, how=how, **base):
             logits, cache = built.model.run_with_cache(built.clean)
         return logits[:, -1, built.correct[0]], cache[sites[1]][:, -1, 0, 0]
 

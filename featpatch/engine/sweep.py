@@ -48,7 +48,8 @@ class Sweep:
         """The metrics of the base runs, through the same path as the patches."""
         wanted = [*runs, *map(self._clean_run, runs)] if self.measures.reads_clean else runs
         self.path.prepare(list(dict.fromkeys(wanted)))
-        return torch.cat([self._measured(self.path.baseline(run, self._columns(run)), run) for run in runs])
+        values = [self._measured(self.path.baseline(run, self._columns(run)), run) for run in runs]
+        return torch.cat([torch.zeros(0, len(self.measures.parts), dtype=torch.float64), *values])
 
     @torch.no_grad()
     def fill(self, blocks: Sequence[Block], values: Sequence[Values]) -> None:

@@ -8,6 +8,7 @@ norm, a skip path, predicted codes), so that all features and the error are the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +16,9 @@ from jaxtyping import Bool, Float
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens
 from featpatch.patch import Node, Patch
+
+COMPONENTS = ("activation", "head", "neuron")
+"""Kinds of nodes that belong to no dictionary."""
 
 Values = Mapping[str, torch.Tensor]
 """Activations `[batch, pos, ...]` by hook name."""
@@ -26,13 +30,13 @@ class Chosen:
 
     Attributes:
         dictionary: None where the whole activation is swapped.
-        features: which features at which positions.
+        columns: which features, or, without a dictionary, which coordinates of the flat activation, at which positions.
         rest: at which positions the error is swapped, or the whole activation where there is no dictionary.
     """
 
     site: str
     dictionary: Dictionary | None
-    features: Bool[torch.Tensor, "pos d_sae"]
+    columns: Bool[torch.Tensor, "pos columns"]
     rest: Bool[torch.Tensor, " pos"]
 
     @property
@@ -44,10 +48,10 @@ class Chosen:
         """Change of the activation at the site, flat, when the chosen values go from source into base."""
         if self.dictionary is None:
             difference = (source[self.site] - base[self.site]).flatten(2)
-            return difference * self.rest[:, None].to(difference)
+            return difference * (self.columns | self.rest[:, None]).to(difference)
         b, s = (self.dictionary.split(values[self.dictionary.reads], values[self.site]) for values in (base, source))
-        features, rest = self.features.to(b.features.device), self.rest[:, None].to(b.features.device)
-        chosen = torch.where(features, s.features, b.features)
+        columns, rest = self.columns.to(b.features.device), self.rest[:, None].to(b.features.device)
+        chosen = torch.where(columns, s.features, b.features)
         state = {name: torch.where(rest, s.state[name], value) for name, value in b.state.items()}
         after, before = self.dictionary.decode(chosen, state), self.dictionary.decode(b.features, b.state)
         return after.to(b.error) - before.to(b.error) + (s.error - b.error) * rest
@@ -62,32 +66,53 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
     masks: dict[tuple[str, str], Chosen] = {}
     for node in patch.nodes:
         site = lens.site(node.site)
-        dictionary = None if node.kind == "activation" else _dictionary(node, site, found)
-        width = dictionary.d_sae if dictionary else 0
-        empty = torch.zeros(length, width, dtype=torch.bool)
+        dictionary = None if node.kind in COMPONENTS else _dictionary(node, site, found)
+        width = dictionary.d_sae if dictionary else prod(_shape(lens, site))
         key = (site, dictionary.name if dictionary else "")
-        part = masks.setdefault(key, Chosen(site, dictionary, empty, torch.zeros(length, dtype=torch.bool)))
-        where = _positions(node, length)
+        empty = Chosen(site, dictionary, *(torch.zeros(length, *shape, dtype=torch.bool) for shape in ((width,), ())))
+        part, where = masks.setdefault(key, empty), _positions(node, length)
         _check_apart(node, site, where, masks)
-        if node.kind == "feature":
-            if node.index is None or node.index >= width:
-                raise FeatpatchError(f"feature {node.index} of {key[1]!r} is out of range: expected 0 to {width - 1}")
-            part.features[where, node.index] = True
-        elif node.kind == "all_features":
-            part.features[where] = True
-        else:
+        if node.kind in ("error", "activation"):
             part.rest[where] = True
+        else:
+            part.columns[where, _columns(node, part, lens)] = True
     return list(masks.values())
 
 
+def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
+    """The features or coordinates that a node stands for.
+
+    Raises:
+        FeatpatchError: an index out of range, a site without heads, or a kind that names no values by itself.
+    """
+    if node.kind == "all_features":
+        return slice(None)
+    if node.index is None or node.kind not in ("feature", *COMPONENTS):
+        raise FeatpatchError(f"node {str(node)!r} names no values by itself: expected the features themselves, in one Patch")
+    count, size = part.columns.shape[1], 1
+    if node.kind == "head":
+        shape = _shape(lens, part.site)
+        if len(shape) != 2:
+            raise FeatpatchError(
+                f"node {str(node)!r}: the activation there has no heads: expected hook_z, hook_q, hook_k or hook_v"
+            )
+        count, size = shape
+    if node.index >= count:
+        raise FeatpatchError(f"{node.kind} {node.index} of {part.site!r} is out of range: expected 0 to {count - 1}")
+    return slice(node.index * size, (node.index + 1) * size)
+
+
+def _shape(lens: Lens, site: str) -> tuple[int, ...]:
+    """Of one position's activation."""
+    return tuple(lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2:])
+
+
 def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
-    """Refuses a whole activation beside parts of it, which would be swapped twice."""
-    for (other, dictionary), part in masks.items():
-        if (
-            other == site
-            and bool(dictionary) == (node.kind == "activation")
-            and (part.rest | part.features.any(1))[where].any()
-        ):
+    """Refuses a whole activation beside parts of it, and parts of two kinds, which would be swapped twice."""
+    for (other, _), part in masks.items():
+        mixed = (part.dictionary is None) != (node.kind in COMPONENTS)
+        whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
+        if other == site and (mixed or whole) and (part.rest | part.columns.any(1))[where].any():
             raise FeatpatchError(
                 f"node {str(node)!r} overlaps other nodes at {site!r}: expected the whole activation or parts of it; name one"
             )

@@ -200,7 +200,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _console() -> Console:
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 176
     return Console(record=True, width=width)
 
 

@@ -185,7 +185,6 @@ def test_a_model_in_training_mode() -> None:
         (lambda: fp.Node(SITE, "feature", -1), r"feature index -1 is negative"),
         (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: feature, head, neuron, set, random need an index"),
         (lambda: fp.Node(SITE, "error", 3), r"kind 'error' got index 3"),
-        (lambda: fp.Node(SITE, "latent"), r"node kind 'latent' is unknown: expected one of feature, error"),
         (lambda: fp.Node(SITE, "error", None, 7), r"is outside a prompt of 7 tokens: expected 0 to 6"),
         (lambda: fp.Node(SITE, "error", None, "S2"), r"is at a label: expected a token index"),
         (lambda: fp.Node("blocks.9.hook_resid_pre", "activation"), r"the model has no hook"),
@@ -288,6 +287,9 @@ pair, node = fp.Pair((1, 2), (1, 3), (4,), (5,)), fp.Node("blocks.0.hook_resid_p
 assert {type(key) for key in spans(pair, [np.int64(1)])} == {int}
 for bad, message in (
     (lambda: fp.Pair((1,), (2,), (3,), (4,), labels={"S2": "0"}), "label 'S2' is at '0': expected an integer"),
+    (lambda: fp.Node("blocks.0.hook_resid_pre", "latent"), "node kind 'latent' is unknown: expected one of feature, error"),
+    (lambda: fp.rank_components(None, [pair]), "pairs is a list: expected Pairs"),
+    (lambda: fp.ablate(None, [pair]), "pairs is a list: expected Pairs"),
     (lambda: fp.Patch([node]), "expected a tuple of Node"),
     (lambda: fp.Patch((node, "x")), "expected a tuple of Node"),
     (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list"),

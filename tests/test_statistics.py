@@ -12,7 +12,7 @@ from scipy.stats import binom, false_discovery_control, kstest, permutation_test
 from small import Small
 
 import featpatch as fp
-from featpatch.effects import significance
+from featpatch.effects import significance, statistics
 from featpatch.report.tables import by_tag_table, stability_table
 
 SITE = "blocks.1.hook_resid_pre"
@@ -345,3 +345,11 @@ def test_tables_show_stability_and_tags(tagged: fp.Effects) -> None:
     lines = [line for line in text.splitlines() if SITE in line]
     assert ["yes" in line for line in lines] == [False, True, False]
     assert "0.00 [0.00, 0.00] (3)" in lines[1]
+
+
+def test_rows_with_missing_values_have_no_interval() -> None:
+    """And leave the others as they are; without warnings, which are errors here."""
+    change, gap = np.array([[1.0, 2.0, 4.0], [1.0, np.nan, 2.0], [0.0, 1.0, 0.0]]), np.array([4.0, 4.0, 4.0])
+    found = statistics.interval(change, gap)
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2]], statistics.interval(change[[0, 2]], gap))

@@ -2,7 +2,8 @@
 
 from featpatch.effects.collector import Collector
 from featpatch.effects.effects import Effect, Effects
+from featpatch.effects.quadrants import THRESHOLD
 from featpatch.effects.stability import Stability
 from featpatch.effects.statistics import check_gap, interval
 
-__all__ = ["Collector", "Effect", "Effects", "Stability", "check_gap", "interval"]
+__all__ = ["THRESHOLD", "Collector", "Effect", "Effects", "Stability", "check_gap", "interval"]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from featpatch.effects import Effect, Effects
+from featpatch.effects import THRESHOLD, Effect, Effects
 from featpatch.forecast import Plan
 from featpatch.patch import Node
 from featpatch.verdict import Check
@@ -21,7 +21,7 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
     table = Table(
         title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"
     )
-    for column in ("site", "feature", "position"):
+    for column in ("site", "feature" if "feature" in {node.kind for node in effects.nodes} else "component", "position"):
         table.add_column(column, no_wrap=True)
     columns: dict[str, str] = {effect: TITLES[effect] for effect in effects.directions_run()}
     columns |= {
@@ -31,13 +31,12 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
         table.add_column(escape(title), justify="right")
     both = len(effects.directions_run()) == 2
     if both:
-        table.add_column("quadrant")
+        table.add_column(f"quadrant\n(at {THRESHOLD})", no_wrap=True)
     table.add_column("pairs", justify="right")
     if descriptions:
         table.add_column("fires")
     for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
-        cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
-        cells += [_value(row, column) for column in columns]
+        cells = [node.sae or node.site, _named(node), str(node.position), *(_value(row, column) for column in columns)]
         cells += [row["quadrant"]] if both else []
         cells.append(f"{row['changed_pairs']}/{row['pairs']}")
         if descriptions:
@@ -53,12 +52,12 @@ def site_summary(effects: Effects) -> Table:
     for column in ("site", "position", "changed\nfeatures"):
         table.add_column(column, no_wrap=True)
     for effect in effects.directions_run():
-        for kind in ("whole", "features", "error"):
+        for kind in ("whole", "features", "error", "interaction"):
             table.add_column(f"{TITLES[effect].split(':')[0]}\n{kind}", justify="right")
     for _, row in summary.iterrows():
         cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
         for effect in effects.directions_run():
-            cells += [_number(row[f"{effect}_{kind}"]) for kind in ("activation", "all_features", "error")]
+            cells += [_number(row[f"{effect}_{kind}"]) for kind in ("activation", "all_features", "error", "interaction")]
         table.add_row(*cells)
     return table
 
@@ -98,6 +97,11 @@ def checked(check: Check) -> Table:
         deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
         table.add_row(fit.dictionary, *deviations, _number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
     return table
+
+
+def _named(node: Node) -> str:
+    """A feature by its number, others by their kind too."""
+    return node.kind if node.index is None else str(node.index) if node.kind == "feature" else f"{node.kind} {node.index}"
 
 
 def _value(row: Any, effect: str) -> str:

@@ -230,6 +230,7 @@ def loop(small: Small, sae: Any, writer: tuple[str, str, Any], feature: int, tok
     for clean, corrupted in zip(small.clean, small.corrupted, strict=True):
         source, base = (oracle.activations(small.model, run[None]) for run in (clean, corrupted))
         delta = written(small.model, source, *writer) - written(small.model, base, *writer)
+        of_pair = own = 0.0
         for token in tokens:
 
             def value(x: torch.Tensor, token: int = token) -> float:
@@ -237,8 +238,10 @@ def loop(small: Small, sae: Any, writer: tuple[str, str, Any], feature: int, tok
 
             x_b, x_s, moved = base[reads], source[reads], torch.zeros_like(delta)
             moved[:, token] = delta[:, token]
-            contribution += 0.5 * (value(x_b + moved) - value(x_b) + value(x_s) - value(x_s - moved)) / len(small.clean)
-            change += (value(x_s) - value(x_b)) / len(small.clean)
+            of_pair += 0.5 * (value(x_b + moved) - value(x_b) + value(x_s) - value(x_s - moved)) / len(small.clean)
+            own += (value(x_s) - value(x_b)) / len(small.clean)
+        contribution += np.sign(own) * of_pair
+        change += abs(own)
     return contribution, change
 
 
@@ -309,8 +312,8 @@ def linear(hook: str, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
-def along_encoder(small: Small, found: Any, weights: torch.Tensor, token: int) -> None:
-    """Every contribution is the change of what is written, times the encoder's weights."""
+def along_encoder(small: Small, found: Any, hook: str, weights: torch.Tensor, token: int) -> None:
+    """Every contribution is the change of what is written, times the encoder's weights, with the sign of the feature's own."""
     assert len(found)
     for _, line in found.iterrows():
         writer = (line["site"], line["kind"], None if line["kind"] != "head" else int(line["index"]))
@@ -319,7 +322,11 @@ def along_encoder(small: Small, found: Any, weights: torch.Tensor, token: int) -
              - written(small.model, oracle.activations(small.model, corrupted[None]), *writer))[0, token]
             for clean, corrupted in zip(small.clean, small.corrupted, strict=True)
         ]  # fmt: skip
-        expected = float(torch.stack(deltas).mean(0) @ weights[:, line["feature"]])
+        stream = [[oracle.activations(small.model, run[None])[hook][0, token] for run in both]
+                  for both in zip(small.clean, small.corrupted, strict=True)]  # fmt: skip
+        w = weights[:, line["feature"]]
+        signs = [((clean - corrupted) @ w).sign() for clean, corrupted in stream]
+        expected = float(sum(sign * (delta @ w) for sign, delta in zip(signs, deltas, strict=True)) / len(deltas))
         assert line["contribution"] == pytest.approx(expected, abs=1e-10)
 
 
@@ -327,8 +334,8 @@ def test_a_linear_encoder_gives_the_change_times_its_weights(small: Small) -> No
     sae, pairs = linear(TOPK), pairs_of(small)
     features = ranked(small.model, sae, pairs, ["late"])
     found = compare(features, heads_and_mlps(features, ["late"]), model=small.model, saes=sae, pairs=pairs)
-    along_encoder(small, found.through, sae.coder.W_enc, 5)
-    along_encoder(small, found.writers, sae.coder.W_enc, 5)
+    along_encoder(small, found.through, TOPK, sae.coder.W_enc, 5)
+    along_encoder(small, found.writers, TOPK, sae.coder.W_enc, 5)
 
 
 def test_a_relu_that_is_on_everywhere_gives_the_change_times_its_weights(small: Small) -> None:
@@ -340,8 +347,8 @@ def test_a_relu_that_is_on_everywhere_gives_the_change_times_its_weights(small: 
         pairs = pairs_of(small)
         features = ranked(small.model, sae, pairs, ["late"])
         found = compare(features, heads_and_mlps(features, ["late"]), model=small.model, saes=sae, pairs=pairs)
-        along_encoder(small, found.through, sae.W_enc, 5)
-        along_encoder(small, found.writers, sae.W_enc, 5)
+        along_encoder(small, found.through, PRE, sae.W_enc, 5)
+        along_encoder(small, found.writers, PRE, sae.W_enc, 5)
     finally:
         with torch.no_grad():
             sae.b_enc.copy_(before)

@@ -2,9 +2,9 @@
 
     contribution = 1/2 [ f(x_b + d) - f(x_b)  +  f(x_s) - f(x_s - d) ]        d: change of what the writer writes
 
-Base b is the corrupted run and source s the clean one, as in denoising; for noising the sign turns and the share stays. The
-contribution is that of the feature `d . w_enc` where the encoder is linear, or the feature is on in all four places, and then
-the shares of all writers add up to 1. Elsewhere (thresholds, TopK, norms) they need not.
+Base b is the corrupted run and source s the clean one, as in denoising; for noising both it and the feature's change turn their
+sign, and the share stays. The contribution is `d . w_enc` where the encoder is linear, or the feature is on in all four places,
+and then the shares of all writers add up to 1. Elsewhere (thresholds, TopK, norms) they need not.
 """
 
 from collections.abc import Sequence
@@ -43,9 +43,12 @@ class Question:
 class Contributions:
     """In units of a feature's activation, summed over the position's tokens, means over pairs.
 
+    A feature may rise in one pair and fall in another; in each, a contribution counts as positive where it has the sign of the
+    feature's own change.
+
     Attributes:
         contribution: `[writers, features]`.
-        change: of the features themselves, `[features]`.
+        change: size of the features' own change, `[features]`.
         changed: which writers change in some pair, `[writers]`.
     """
 
@@ -85,8 +88,8 @@ def measure(writers: Writers, pairs: Pairs, questions: Sequence[Question]) -> li
             if question.complete:
                 _check_sum(question.dictionary.reads, stream, delta, change[question.dictionary.reads][where], rounding(lens))
             contribution, own = contributions(question.dictionary, stream, delta, where, question.features)
-            sums.contribution[:] += contribution.numpy() / len(pairs)
-            sums.change[:] += own.numpy() / len(pairs)
+            sums.contribution[:] += (contribution * own.sign()).numpy() / len(pairs)
+            sums.change[:] += own.abs().numpy() / len(pairs)
             sums.changed[:] |= delta.flatten(1).ne(0).any(1).cpu().numpy()
     return found
 

@@ -37,8 +37,8 @@ class Written:
     """Contributions of components to features, defined in `contributions`; one row per component and feature.
 
     Columns: `site`, `kind`, `index` and `position` of the component, `sae` and `feature`, `contribution` and `change` in units
-    of the feature's activation, their ratio `share`, and the effects of both, e.g. `recovery` and `feature_recovery`, NaN where
-    they were not measured.
+    of the feature's activation (positive where it has the sign of the feature's change, pair by pair), their ratio `share`, and
+    the effects of both, e.g. `recovery` and `feature_recovery`, NaN where they were not measured.
 
     Attributes:
         through: for each of the top heads and MLPs that some SAE reads behind, the features to which it contributes most,
@@ -164,7 +164,7 @@ def _of_component(rows: list[Row], node: Node) -> list[Row]:
 
 def _of_feature(rows: list[Row], node: Node) -> list[Row]:
     """Its writers, the largest share first."""
-    return sorted((row for row in rows if row.feature == node), key=lambda row: -row.contribution * np.sign(row.change))
+    return sorted((row for row in rows if row.feature == node), key=lambda row: -row.contribution)
 
 
 @dataclass(frozen=True)

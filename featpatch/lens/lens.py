@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -19,6 +19,10 @@ from featpatch.lens.layer import Stack
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
+
+
+class _Reached(Exception):  # noqa: N818
+    """Ends a forward pass at a hook: what comes behind it is not needed."""
 
 
 @dataclass
@@ -171,9 +175,14 @@ class Lens(ABC):
     def through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
-        """The activation `[rows, pos, ...]` at a hook of block `layer`, which is run alone on the stream `resid`."""
+        """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, on the stream `resid`."""
         found: list[torch.Tensor] = []
-        with self.edit(hook, lambda activation: found.append(activation.detach())):
+
+        def keep(activation: torch.Tensor) -> None:
+            found.append(activation.detach())
+            raise _Reached
+
+        with self.edit(hook, keep), suppress(_Reached):
             self._run_alone(layer, resid, tokens.to(self.device))
         return found[0]
 

@@ -5,12 +5,12 @@ the pattern acts through its head's z alone: the block is run by itself with the
 is patched there (the same patch, at a site from which the rest of the model is run fast).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from featpatch import sites
 from featpatch.engine import Deltas
@@ -92,15 +92,12 @@ class HeadPart(Part):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """One for each pair."""
-        exchanges = [list(self._exchanges(run)) for run in runs]
-        changed: dict[Direction, list[list[torch.Tensor]]] = {
-            way: [self._changed(run, of_pair, way) for run, of_pair in zip(runs, exchanges, strict=True)]
-            for way in runs[0].ways
-        }
         found: list[list[Swaps]] = []
-        for slot, of_pair in enumerate(exchanges):
-            nodes, deltas = tuple(exchange.node for exchange in of_pair), {way: values[slot] for way, values in changed.items()}
-            found.append([Swaps(self._z, nodes, {way: _deltas(of_way) for way, of_way in deltas.items()})] if nodes else [])
+        for run in runs:
+            exchanges = list(self._exchanges(run))
+            nodes = tuple(exchange.node for exchange in exchanges)
+            deltas = {way: self._deltas(run, exchanges, way) for way in run.ways} if nodes else {}
+            found.append([Swaps(self._z, nodes, deltas)] if nodes else [])
         return found
 
     @property
@@ -148,18 +145,29 @@ class HeadPart(Part):
         values = run.at(self._read)
         return values.transpose(0, 1) if self.name.startswith("pattern") else values
 
-    def _changed(self, run: PairRuns, exchanges: list[Exchange], way: Direction) -> list[torch.Tensor]:
-        """How z `[pos, heads x d_head]` changes with each exchange."""
+    def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction) -> Deltas:
+        """How `hook_z` changes with each exchange."""
+        size = max(1, ROWS // len(run.pair))
+        parts = [self._changes(run, exchanges[start : start + size], way) for start in range(0, len(exchanges), size)]
+        found = [(change != 0).any(2).nonzero(as_tuple=True) for change in parts]
+        patch = torch.cat([size * number + rows.cpu() for number, (rows, _) in enumerate(found)])
+        position = torch.cat([at.cpu() for _, at in found])
+        return Deltas.explicit(patch, position, torch.cat([c[at] for c, at in zip(parts, found, strict=True)]), len(exchanges))
+
+    def _changes(self, run: PairRuns, exchanges: list[Exchange], way: Direction) -> Float[torch.Tensor, "rows pos width"]:
+        """Of `hook_z`, flat: where an exchange can change it, and exactly 0 elsewhere."""
         base, source = run.ways[way]
-        if not self._inside:
-            change = source.at(self._z) - base.at(self._z)
-            return [_at(change, exchange.span, [exchange.head]) for exchange in exchanges]
-        found: list[torch.Tensor] = []
-        for some in _portions(exchanges, ROWS // len(run.pair)):
-            z = self._z_with(run, way, torch.stack([self._exchanged(base, source, exchange) for exchange in some]))
-            for exchange, of_patch in zip(some, z, strict=True):
-                found.append(_at(of_patch - base.at(self._z), self._reach(run, exchange), self._readers(exchange.head)))
-        return found
+        z = source.at(self._z)[None] if not self._inside else self._z_with(run, way, self._exchanged(base, source, exchanges))
+        reach = _mask(
+            z.new_zeros(len(exchanges), *base.at(self._z).shape[:2], dtype=torch.bool),
+            (
+                (row, at, head)
+                for row, exchange in enumerate(exchanges)
+                for at in self._reach(run, exchange)
+                for head in self._readers(exchange.head)
+            ),
+        )
+        return ((z - base.at(self._z)) * reach[..., None]).flatten(2)
 
     def _z_with(self, run: PairRuns, way: Direction, values: torch.Tensor) -> torch.Tensor:
         """`hook_z` of the base run's block `[rows, pos, heads, d_head]` with these values at the hook inside it."""
@@ -169,17 +177,19 @@ class HeadPart(Part):
         with self.lens.edit(self._read, lambda activation: values):
             return self.lens.through(self.layer, resid, tokens, self._z)
 
-    def _exchanged(self, base: Run, source: Run, exchange: Exchange) -> torch.Tensor:
-        """The base run's activation with the exchanged values."""
-        values, new = (run.at(self._read) for run in (base, source))
-        mask = torch.zeros_like(values, dtype=torch.bool)
-        by_position = mask.transpose(0, 1) if self.name.startswith("pattern") else mask
-        where = by_position[:, exchange.head]
-        if exchange.source is None:
-            where[exchange.span] = True
-        else:
-            where[exchange.span, exchange.source] = True
-        return torch.where(mask, new, values)
+    def _exchanged(self, base: Run, source: Run, exchanges: list[Exchange]) -> torch.Tensor:
+        """The base run's activation with the values of each exchange, one row each."""
+        old, new = (self._by_position(run) for run in (base, source))
+        single = exchanges[0].source is not None
+        places = (
+            (row, at, exchange.head) + ((exchange.source,) if single else ())
+            for row, exchange in enumerate(exchanges)
+            for at in exchange.span
+        )
+        shape = old.shape if single else old.shape[:2]
+        mask = _mask(torch.zeros(len(exchanges), *shape, dtype=torch.bool, device=old.device), places)
+        values = torch.where(mask if single else mask[..., None], new, old)
+        return values.transpose(1, 2) if self.name.startswith("pattern") else values
 
     def _reach(self, run: PairRuns, exchange: Exchange) -> Sequence[int]:
         """Where z can change: at the positions themselves, for keys and values at those that see them too."""
@@ -236,22 +246,7 @@ class NeuronPart(Part):
         return Node(self.dictionary.reads, "neuron", neuron, position)
 
 
-def _at(change: torch.Tensor, positions: Sequence[int], heads: Sequence[int]) -> torch.Tensor:
-    """The change `[pos, heads, d_head]` at these positions and heads alone, flat."""
-    kept = torch.zeros_like(change)
-    at = torch.tensor(list(positions), device=change.device)[:, None], torch.tensor(list(heads), device=change.device)
-    kept[at] = change[at]
-    return kept.flatten(1)
-
-
-def _deltas(changes: list[torch.Tensor]) -> Deltas:
-    """One patch for each change, of the positions at which it isn't 0."""
-    where = [(change != 0).any(1).nonzero()[:, 0] for change in changes]
-    patch = torch.arange(len(changes)).repeat_interleave(torch.tensor([len(rows) for rows in where]))
-    values = torch.cat([change[rows] for change, rows in zip(changes, where, strict=True)])
-    return Deltas.explicit(patch, torch.cat(where).cpu(), values, len(changes))
-
-
-def _portions(exchanges: list[Exchange], size: int) -> Iterator[list[Exchange]]:
-    for start in range(0, len(exchanges), max(1, size)):
-        yield exchanges[start : start + max(1, size)]
+def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ...]]) -> Bool[torch.Tensor, "..."]:
+    """True at these places."""
+    mask[tuple(torch.tensor(list(places)).T.to(mask.device))] = True
+    return mask

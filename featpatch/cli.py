@@ -120,7 +120,10 @@ def plan(
 def check(
     pairs: Annotated[Path, typer.Argument(help="JSON lines, as for rank.")],
     model: Model,
-    metric: Annotated[Literal["logit_diff", "prob_diff"], typer.Option(help="What tells the answers apart.")] = "logit_diff",
+    metric: Annotated[
+        Literal["logit_diff", "prob_diff", "sequence_log_prob_diff"],
+        typer.Option(help="What tells the answers apart; the last one takes answers of several tokens."),
+    ] = "logit_diff",
     device: Device = "cpu",
     top: Annotated[int, typer.Option(min=1, help="How many pairs to show.")] = 12,
     out: Annotated[Path | None, typer.Option(help="File for a CSV of all findings.")] = None,
@@ -134,8 +137,8 @@ def check(
 
         console = _console()
         loaded = fp.load(model, device=device).model
-        drawn = fp.Pairs.from_jsonl(loaded.tokenizer, pairs)
-        found = drawn.check(loaded, metric=metric)
+        drawn = fp.Pairs.from_jsonl(loaded.tokenizer, pairs, long_answers=_of_sequences([metric]))
+        found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
         console.print(
             by_pair(found, lambda pair: str(loaded.tokenizer.decode(drawn[pair].clean, skip_special_tokens=True)), top)
         )

@@ -169,6 +169,31 @@ def test_rank_on_the_command_line_equals_the_library(demo: fp.Demo, tmp_path: Pa
     assert "<html" in (tmp_path / "results" / "report.html").read_text()
 
 
+def test_answers_of_several_tokens_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> None:
+    """With the words that follow the answer; both metrics of whole answers in one table."""
+    lines = [json.loads(line) for line in (demo.folder / "pairs" / "capitals.jsonl").read_text().splitlines()[:2]]
+    longer = [{**line, "correct": line["correct"] + " .", "wrong": line["wrong"] + " ."} for line in lines]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, longer)))
+    site, metrics = "blocks.1.hook_resid_pre", ("sequence_log_prob_diff", "sequence_log_prob")
+    checked = run(
+        "check", "pairs.jsonl", "--model", demo.folder / "model", "--metric", metrics[0], folder=tmp_path
+    )  # fmt: skip
+    assert "checklist of 2 pairs" in checked.stdout, checked.stderr
+    done = run(
+        "rank", "--model", demo.folder / "model", "--sae", demo.folder / "saes" / site, "--pairs", "pairs.jsonl",
+        "--positions", "subject", "--metric", metrics[0], "--metric", metrics[1], folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    effects = fp.Effects.load(tmp_path / "featpatch-out" / "effects.safetensors")
+    assert effects.metrics == list(metrics)
+    pairs = fp.Pairs.from_jsonl(demo.model.tokenizer, tmp_path / "pairs.jsonl", long_answers=True)
+    assert {len(answer) for pair in pairs for side in pair.answers for answer in side} == {2}
+    assert pairs.check(demo.model).clean == pytest.approx(effects.clean.tolist(), abs=1e-4)
+    for name in metrics:
+        assert f"metric {name}: clean" in done.stdout
+    assert f"{metrics[1]}_recovery" in (tmp_path / "featpatch-out" / "effects.csv").read_text().splitlines()[0]
+
+
 def test_plan_and_journal_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> None:
     lines = (demo.folder / "pairs" / "ioi.jsonl").read_text().splitlines()[:2]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 
 from featpatch import sites
 from featpatch.engine import Deltas
-from featpatch.lens import Dictionary, Lens
+from featpatch.lens import Lens
 from featpatch.patch import Direction, Node, Position
 from featpatch.patching.difference import Difference, whole_change
-from featpatch.patching.part import Part, count_whole
+from featpatch.patching.part import DictionaryPart, Part, count_whole
 from featpatch.patching.run import Run
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Directions, Swaps, feature_swaps, whole_swaps
@@ -211,20 +211,8 @@ class HeadPart(Part):
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronPart(Part):
+class NeuronPart(DictionaryPart):
     """Every neuron of an MLP alone, by a dictionary whose features they are."""
-
-    dictionary: Dictionary
-
-    @property
-    def hooks(self) -> set[str]:
-        """Those that the dictionary reads and writes."""
-        return {self.dictionary.reads, self.dictionary.writes}
-
-    @property
-    def sites(self) -> list[str]:
-        """The one that it writes."""
-        return [self.dictionary.writes]
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """Position by position."""

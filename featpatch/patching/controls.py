@@ -9,12 +9,11 @@ import torch
 from featpatch.effects import Effect, Effects
 from featpatch.engine import Deltas
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Node, Position
 from featpatch.patching.difference import Difference
 from featpatch.patching.features import feature_study
-from featpatch.patching.part import Part
+from featpatch.patching.part import DictionaryPart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Directions, Swaps, deltas_of
@@ -86,24 +85,13 @@ def random_controls(
 
 
 @dataclass(frozen=True, eq=False)
-class RandomPart(Part):
+class RandomPart(DictionaryPart):
     """Random directions in the place of a feature's."""
 
-    dictionary: Dictionary
     feature: int
     position: Position
     n: int
     seed: int
-
-    @property
-    def hooks(self) -> set[str]:
-        """Those that the dictionary reads and writes."""
-        return {self.dictionary.reads, self.dictionary.writes}
-
-    @property
-    def sites(self) -> list[str]:
-        """The one that it writes."""
-        return [self.dictionary.writes]
 
     def count(self, run: PairRuns) -> int:
         """All, where the feature differs."""

@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from featpatch.lens import Dictionary
 from featpatch.patching.difference import Change
 from featpatch.patching.positions import Wanted
 from featpatch.patching.runs import PairRuns
@@ -35,3 +37,20 @@ def count_whole(change: Change, wanted: Wanted) -> int:
     """How many patches `whole_swaps` makes."""
     differs = differing(change)
     return sum(bool(differs[span].any()) for span in wanted.values())
+
+
+@dataclass(frozen=True, eq=False)
+class DictionaryPart(Part):
+    """A part about one dictionary: it needs what the dictionary reads and writes, and patches what it writes."""
+
+    dictionary: Dictionary
+
+    @property
+    def hooks(self) -> set[str]:
+        """Those that the dictionary reads and writes."""
+        return {self.dictionary.reads, self.dictionary.writes}
+
+    @property
+    def sites(self) -> list[str]:
+        """The one that it writes."""
+        return [self.dictionary.writes]

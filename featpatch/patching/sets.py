@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch.engine import Deltas
-from featpatch.lens import Dictionary
 from featpatch.patch import Direction, Node, Position
 from featpatch.patching.difference import Difference, split_ways
-from featpatch.patching.part import Part
+from featpatch.patching.part import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Directions, Swaps
 
@@ -19,21 +18,10 @@ Sets = Mapping[Position, Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True, eq=False)
-class SetPart(Part):
+class SetPart(DictionaryPart):
     """Sets of features of one dictionary, at one position or several; the error and the other features are kept."""
 
-    dictionary: Dictionary
     sets: Sets
-
-    @property
-    def hooks(self) -> set[str]:
-        """Those that the dictionary reads and writes."""
-        return {self.dictionary.reads, self.dictionary.writes}
-
-    @property
-    def sites(self) -> list[str]:
-        """The one that it writes."""
-        return [self.dictionary.writes]
 
     def count(self, run: PairRuns) -> int:
         """All, also those in which nothing differs."""

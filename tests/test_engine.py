@@ -166,6 +166,19 @@ def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.Monk
     assert part.clean[0] == pytest.approx(whole.clean[0])
 
 
+def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs that were not looked at are not pairs without an effect."""
+    whole = rank(small, batch_rows=20)
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
+    interrupt_after(monkeypatch, 18)
+    part = rank(small, batch_rows=20)
+    assert not part.finished
+    assert len(part.clean) == 1
+    expected = dict(zip(whole.of_pairs([0]).nodes, whole.of_pairs([0]).denoised, strict=True))
+    assert 0 < len(part) < len(expected)
+    np.testing.assert_allclose(part.denoised, [expected[node] for node in part.nodes], rtol=0, atol=1e-10)
+
+
 def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Law 8, and finished batches are not run again."""
     whole = rank(small, batch_rows=20)

@@ -93,10 +93,8 @@ class Study:
                 "both directions: expected a causal model, or answers of one token"
             )
         wanted = [spans(pair, positions) for pair in pairs]
-        hooks, changed = (
-            sorted({hook for part in parts for hook in part.hooks}),
-            [site for part in parts for site in part.sites],
-        )
+        hooks = sorted({hook for part in parts for hook in part.hooks})
+        changed = [site for part in parts for site in part.sites]
         layers = sorted({sites.layer_of(site) for site in changed})
         runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
         runs = lru_cache(maxsize=1)(runner.run)
@@ -130,19 +128,20 @@ class Study:
             book = Journal.open(journal, subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         collector = Collector(self.readout.names)
         finished: list[int] = []
+        begun: list[int] = []
         try:
             with tqdm(
                 total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
             ) as bar:
                 sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, bar.update)
-                for some in chunks(self.pairs):
+                for begun in chunks(self.pairs):
                     for part in self.parts:
-                        self._patch(sweep, some, part, collector)
-                    finished += some
+                        self._patch(sweep, begun, part, collector)
+                    finished += begun
         except KeyboardInterrupt:
             metadata["finished"] = False
             gathered = collector.effects(clean, corrupted, metadata)
-            gathered = gathered.of_pairs(finished) if finished else gathered.known()
+            gathered = gathered.of_pairs(finished) if finished else gathered.of_pairs(begun).known()
             if not len(gathered):
                 raise
             return gathered

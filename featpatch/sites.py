@@ -84,6 +84,11 @@ def resid_post(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def by_position(site: str) -> bool:
+    """Whether an activation is `[batch, pos, ...]`; patterns and scores are `[batch, head, query, key]`."""
+    return not site.endswith(("hook_pattern", "hook_attn_scores"))
+
+
 def on_stream(site: str) -> bool:
     """Whether an activation is the residual stream or what is added to it, so that it is another where these are centred."""
     return bool(STANDARD.fullmatch(site)) and not site.endswith("hook_z")

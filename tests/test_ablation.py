@@ -1,5 +1,7 @@
 """Ablations against hooks on the whole model, and corruption by noise."""
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,7 +151,11 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "nothing to ablate"), ({"sites": "z", "to": "median"}, "to='median': expected 'zero', 'mean'"),],
+    [({}, "nothing to ablate"), ({"sites": "z", "to": "median"}, "to='median': expected 'zero', 'mean'"),
+     ({"sites": "z", "to": float("nan")}, "or a finite number"), ({"sites": "z", "to": float("inf")}, "or a finite number"),
+     ({"layers": [0]}, r"layers=\[0\] without sites"),
+     ({"sites": "z", "over": fp.Pairs((fp.Pair((99, 2), (3, 2), (4,), (5,)),))}, "has token ids from 2 to 99"),
+     ({"sites": "z", "over": fp.Pairs((fp.Pair((1, 2), (3, 2), (4,), (5,), special=frozenset({0, 1})),))}, "are special"),],
 )  # fmt: skip
 def test_errors(small: Small, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
@@ -165,18 +171,14 @@ def test_noise_on_the_embeddings(small: Small) -> None:
     np.testing.assert_allclose(components.pooled("recovery"), [1.0], atol=1e-9)
     np.testing.assert_allclose(components.corrupted, effects.corrupted, atol=1e-12)
     assert effects.metadata["noise"] == {"positions": [2, 4], "scale": 2.0, "seed": 3}
-    embedded = {tuple(tokens.tolist()): oracle.activations(small.model, tokens[None])["hook_embed"] for tokens in small.clean}
-    spread = float(torch.cat([oracle.activations(small.model, torch.tensor([[t]]))["hook_embed"][0]
-                              for t in sorted(set(small.clean.flatten().tolist()))]).std())  # fmt: skip
-    sizes = []
     for slot in range(3):
         clean = small.clean[[slot]]
-        old = embedded[tuple(clean[0].tolist())]
-        generator = torch.Generator().manual_seed(3 * 2**32 + slot)
+        old = oracle.activations(small.model, clean)["hook_embed"]
+        digest = sha256(repr((3, tuple(clean[0].tolist()))).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         added = torch.randn(2, old.shape[-1], generator=generator, dtype=torch.float64)
-        sizes.append(added)
         new = old.clone()
-        new[0, [2, 4]] += 2.0 * spread * added
+        new[0, [2, 4]] += 2.0 * float(old.std()) * added
         x = {}
         with torch.no_grad():
             hooks = [
@@ -201,5 +203,35 @@ def test_noise_on_the_embeddings(small: Small) -> None:
 
 def test_noise_needs_positions_and_a_scale() -> None:
     for options in ({"positions": []}, {"positions": [1], "scale": 0.0}):
-        with pytest.raises(fp.FeatpatchError, match="expected at least one label or index, and a scale above 0"):
+        with pytest.raises(fp.FeatpatchError, match="expected a list of at least one label or index, and a scale above 0"):
             fp.Noise(**options)
+
+
+def test_a_draw_is_the_same_whichever_other_pairs_there_are(small: Small) -> None:
+    """Law 5, for noise and for resampling."""
+    pairs, noise = pairs_of(small), fp.Noise([2])
+    together = fp.rank_components(small.model, pairs, sites="resid_pre", layers=[0], noise=noise, progress=False)
+    alone = fp.rank_components(small.model, pairs[1:2], sites="resid_pre", layers=[0], noise=noise, progress=False)
+    assert alone.corrupted[0] == pytest.approx(together.corrupted[1], abs=1e-12)
+    other = fp.rank_components(small.model, pairs, sites="resid_pre", layers=[0], noise=fp.Noise([2], seed=1), progress=False)
+    assert abs(other.corrupted - together.corrupted).min() > 1e-6
+    options = {"sites": "resid_pre", "layers": [0], "to": "resample", "over": pairs, "progress": False}
+    drawn, single = (fp.ablate(small.model, some, **options) for some in (pairs, pairs[1:2]))
+    assert single.noised[0] == pytest.approx(drawn.noised[list(drawn.pair).index(1)], abs=1e-12)
+
+
+def test_a_journal_of_another_question_is_refused(small: Small, tmp_path: Path) -> None:
+    """An ablation's journal is not that of a swap, nor of another ablation, other layers or other means."""
+    sae, pairs = fp.identity(small.model, SITE), pairs_of(small)
+    journal = tmp_path / "journal"
+    fp.ablate(small.model, pairs, saes=sae, to="mean", positions=[3], journal=journal, progress=False)
+    special = fp.Pairs(tuple(fp.Pair(p.clean, p.corrupted, p.correct, p.wrong, special=frozenset({0})) for p in pairs))
+    with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: ablation differ"):
+        fp.rank_features(small.model, sae, pairs, positions=[3], directions=["noising"], journal=journal, progress=False)
+    for changed in ({"to": "zero"}, {"over": special}):
+        options: dict[str, Any] = {"to": "mean", **changed}
+        with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: ablation differ"):
+            fp.ablate(small.model, pairs, saes=sae, positions=[3], journal=journal, progress=False, **options)
+    fp.ablate(small.model, pairs, sites="z", layers=[0], journal=tmp_path / "z", progress=False)
+    with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: layers differ"):
+        fp.ablate(small.model, pairs, sites="z", layers=[1], journal=tmp_path / "z", progress=False)

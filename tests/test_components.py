@@ -184,6 +184,7 @@ def test_one_table_with_features(small: Small) -> None:
         ({"layers": [3]}, r"layers=\[3\]: expected some of 0 to 2"),
         ({"layers": []}, r"layers=\[\]"),
         ({"sites": "pattern_entry"}, "expected positions='each' or a list"),
+        ({"sites": "pattern_entry", "positions": ["all", 2]}, "'all' names no single one"),
         ({"positions": ["S2"]}, "a pair has no label 'S2'"),
     ],
 )
@@ -206,3 +207,47 @@ def test_a_journal_goes_on(small: Small, tmp_path: Any) -> None:
     np.testing.assert_array_equal(first.denoised, again.denoised)
     with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: components"):
         ranked(small.model, ["v", "mlp_out"], "each", journal=journal)
+
+
+@pytest.mark.parametrize(
+    "site", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_k", "blocks.2.hook_resid_post"]
+)
+@pytest.mark.parametrize("name", ["resid_pre", "resid_post", "k", "z"])
+def test_hooks_of_the_user_take_part_once(small: Small, site: str, name: str) -> None:
+    """Through the model's own pass, resumed before the user's hooks."""
+
+    def bend(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return 1.1 * activation + 0.3
+
+    point = small.model.hook_dict[site]
+    point.add_hook(bend)
+    try:
+        with pytest.warns(fp.SlowPathWarning, match="hooks that you attached"):
+            effects = ranked(small.model, name, [2, 6], layers=[1])
+    finally:
+        small.model.reset_hooks()
+    read: dict[str, torch.Tensor] = {}
+    for slot in range(2):
+        answers = int(CORRECT[slot]), int(WRONG[slot])
+        for base, source, values, unpatched in (
+            (CORRUPTED[[slot]], CLEAN[[slot]], effects.denoised, effects.corrupted),
+            (CLEAN[[slot]], CORRUPTED[[slot]], effects.noised, effects.clean),
+        ):
+            with torch.no_grad():
+                plain = small.model.run_with_hooks(base, fwd_hooks=[(site, bend)])
+            assert unpatched[slot] == pytest.approx(oracle.logit_diff(plain, *answers), abs=1e-9)
+            for entry in np.flatnonzero(effects.pair == slot)[::2]:
+                node = effects.nodes[effects.row[entry]]
+                with torch.no_grad():
+                    keep = (node.site, lambda x, hook: read.update(source=x.clone()))
+                    small.model.run_with_hooks(source, fwd_hooks=[(site, bend), keep])
+
+                def put(x: torch.Tensor, hook: Any, node: fp.Node = node) -> torch.Tensor:
+                    new = x.clone()
+                    where = (0, node.position) if node.index is None else (0, node.position, node.index)
+                    new[where] = read["source"][where]
+                    return new
+
+                with torch.no_grad():
+                    logits = small.model.run_with_hooks(base, fwd_hooks=[(site, bend), (node.site, put)])
+                assert values[entry] == pytest.approx(oracle.logit_diff(logits, *answers), abs=1e-9), node

@@ -122,6 +122,8 @@ Z = "blocks.1.attn.hook_z"
         ([fp.Node(Z, "head", 4)], "head 4 of 'blocks.1.attn.hook_z' is out of range: expected 0 to 3"),
         ([fp.Node("blocks.1.mlp.hook_post", "neuron", 32)], "neuron 32 of .* is out of range: expected 0 to 31"),
         ([fp.Node(SITE, "head", 0)], "the activation there has no heads"),
+        ([fp.Node("blocks.1.attn.hook_pattern", "head", 0)], "the activation there has no position first"),
+        ([fp.Node("blocks.1.attn.hook_pattern", "activation", None, 2)], "rank_components"),
         ([fp.Node(Z, "set", 0)], "names no values by itself"),
         ([fp.Node(Z, "head", 0), fp.Node(Z, "activation")], "overlaps other nodes"),
         ([fp.Node(Z, "activation"), fp.Node(Z, "head", 0)], "overlaps other nodes"),

@@ -10,6 +10,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from small import FEATURES, Small, at, randomised, standard
 
 import featpatch as fp
+from featpatch.engine import SuffixPath
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -209,7 +210,56 @@ def test_errors(small: Small) -> None:
         (lambda: fp.interactions(model, sae, pairs, features=[1, 24]), "from 0 to 23"),
         (lambda: fp.random_controls(model, sae, pairs, n=0), "n=0: expected 1 or more"),
         (lambda: fp.random_controls(model, two, pairs), "there are 2 dictionaries"),
-        (lambda: fp.random_controls(model, sae, pairs, feature=3, position=1, progress=False), "feature 3 of .* is the same"),
+        (lambda: fp.random_controls(model, sae, pairs, feature=3, position=1, progress=False), "feature 3 of .* differs"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):
             call()
+
+
+def test_more_errors(small: Small) -> None:
+    sae, pairs, model = small.at(SITE), pairs_of(small), small.model
+    silent, quiet = standard(SITE, 2), standard(SITE, 3)
+    with torch.no_grad():
+        silent.W_dec[:] = 0
+        quiet.b_enc[:] = -1e3
+    table = fp.rank_features(model, sae, pairs, directions=["denoising"], progress=False)
+    for call, message in (
+        (lambda: fp.cumulative(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation': expected"),
+        (lambda: table.top(3, by="degradation"), "by='degradation': expected one of the effects that were run, recovery"),
+        (lambda: table.top(-1), "n=-1: expected how many rows"),
+        (lambda: fp.random_controls(model, silent, pairs, feature=3, progress=False), "writes nothing: expected a feature"),
+        (lambda: fp.random_controls(model, quiet, pairs, progress=False), "no feature of .* differs between the runs"),
+    ):  # fmt: skip
+        with pytest.raises(fp.FeatpatchError, match=message):
+            call()
+
+
+def test_pairs_of_several_lengths_at_each_position(small: Small) -> None:
+    """A position that a pair doesn't have is none of its patches."""
+    short = fp.Pair((1, 2, 3, 4), (1, 9, 3, 4), (5,), (6,))
+    pairs = fp.Pairs((*pairs_of(small), short))
+    curve = fp.cumulative(small.model, small.at(SITE), pairs, positions="each", most=2, progress=False)
+    assert {pair for pair, row in zip(curve.sets.pair, curve.sets.row, strict=True) if curve.sets.nodes[row].position == 6} == {
+        0,
+        1,
+        2,
+    }
+    ends = curve.table()
+    assert list(dict.fromkeys(ends["position"])) == list(dict.fromkeys(position for _, position in curve.sizes))
+
+
+@pytest.mark.parametrize("call", ["cumulative", "select_features", "interactions", "random_controls"])
+def test_ctrl_c_is_passed_on(small: Small, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """What is made of several sweeps can't be made of parts of them."""
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
+    logits, calls = SuffixPath.logits, [0]
+
+    def interrupted(path: SuffixPath, units: Any, columns: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 20:
+            raise KeyboardInterrupt
+        return logits(path, units, columns)
+
+    monkeypatch.setattr(SuffixPath, "logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(fp, call)(small.model, small.at(SITE), pairs_of(small), batch_rows=10, progress=False)

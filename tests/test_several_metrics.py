@@ -196,3 +196,40 @@ def test_the_longest_run_may_be_that_of_a_shorter_prompt(make: Any) -> None:
         log_p = model(torch.tensor([[1, 2, 3, 3, 5, 6, 7]]))[0].log_softmax(-1)
     expected = sum(log_p[2 + place, token] for place, token in enumerate((3, 5, 6, 7, 8)))
     assert found.clean[1] == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["z", "q", "k", "v", "pattern", "resid_post"])
+def test_sequences_of_components(small: Small, name: str) -> None:
+    """A key or value of the prompt is seen by the tokens of the answer too."""
+    pairs = long_pairs(small)
+    options = {"sites": name, "layers": [1], "positions": [3, 6], "metric": "sequence_log_prob", "progress": False}
+    effects = fp.rank_components(small.model, pairs, **options)
+    zeroed = fp.ablate(small.model, pairs, to="zero", **({**options, "positions": [3]} if name != "pattern" else options))
+
+    def expected(slot: int, base: str, node: fp.Node, zero: bool = False) -> float:
+        total = 0.0
+        for answer in ANSWERS[slot][0]:
+            runs = {
+                run: torch.cat([tokens[slot], torch.tensor(answer[:-1], dtype=torch.long)])[None]
+                for run, tokens in (("clean", small.clean), ("corrupted", small.corrupted))
+            }
+            old = oracle.activations(small.model, runs[base])[node.site]
+            new, other = (
+                old.clone(),
+                oracle.activations(small.model, runs["clean" if base == "corrupted" else "corrupted"])[node.site],
+            )
+            where = (0, node.index, node.position) if name == "pattern" else (0, node.position, node.index)
+            where = where[:2] if node.index is None else where
+            new[where] = 0.0 if zero else other[where]
+            with torch.no_grad():
+                log_p = oracle.replaced(small.model, runs[base], node.site, old, new)[0, 6:].log_softmax(-1)
+            total += float(torch.exp(sum(log_p[place, token] for place, token in enumerate(answer))))
+        return float(np.log(total))
+
+    for entry in range(0, len(effects.row), 2):
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        assert effects.denoised[entry] == pytest.approx(expected(slot, "corrupted", node), abs=1e-9), node
+        assert effects.noised[entry] == pytest.approx(expected(slot, "clean", node), abs=1e-9), node
+    for entry in range(len(zeroed.row)):
+        node, slot = zeroed.nodes[zeroed.row[entry]], int(zeroed.pair[entry])
+        assert zeroed.noised[entry] == pytest.approx(expected(slot, "clean", node, zero=True), abs=1e-9), node

@@ -16,7 +16,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 
 SHOWN = 5
-SAME = ("pairs", "of_pairs", "metric", "noise")
+SAME = ("pairs", "of_pairs", "metric", "noise", "ablation")
 """Metadata in which the tables must agree."""
 SLACK = 0.05
 """By how much the metric of an unpatched run may differ between the tables, as a share of its size."""

@@ -92,10 +92,10 @@ def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs:
             f"the {len(pairs)} pairs given are not those of the tables: expected the same ones in the same order; pass the "
             "pairs that were ranked"
         )
-    if features.metadata.get("noise"):
+    if features.metadata.get("noise") or features.metadata.get("ablation"):
         raise FeatpatchError(
-            "the tables are of prompts that were corrupted by noise: expected corrupted prompts of the pairs, from which the "
-            "change of what components write is read; compare without model, saes and pairs"
+            "the tables are of ablations, or of prompts corrupted by noise: expected values swapped between the prompts of the "
+            "pairs, from which the change of what components write is read; compare without model, saes and pairs"
         )
     if model != features.metadata.get("model", {}).get("sha256"):
         raise FeatpatchError(

@@ -296,9 +296,13 @@ class Effects:
         """The `n` rows with the largest effect, largest first.
 
         Args:
-            by: `"recovery"` or `"degradation"`; by default recovery where it was run.
+            by: `"recovery"` or `"degradation"`, whose direction must have been run; by default recovery if it was.
             kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
         """
+        if by is not None and by not in self.directions_run():
+            raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(self.directions_run())}")
+        if not isinstance(n, int) or n < 0:
+            raise FeatpatchError(f"n={n!r}: expected how many rows, 0 or more")
         rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
         values = rows.pooled(by or self.directions_run()[0])
         return rows.take(np.argsort(-values, kind="stable")[:n])
@@ -402,6 +406,8 @@ class Effects:
 def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
     """Indices that exist, none twice, from indices or a mask."""
     given = np.asarray(wanted)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
+        raise FeatpatchError(f"{what}s {wanted!r}: expected a list of indices, or a mask")
     if given.dtype == bool and len(given) == count:
         return np.flatnonzero(given)
     order = given.astype(np.int64)

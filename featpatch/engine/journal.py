@@ -122,7 +122,8 @@ def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
 
 
 def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-    differing = [key for key in header if key not in ("rows", "baselines") and found.get(key) != header[key]]
+    keys = sorted({*header, *found} - {"rows", "baselines"})
+    differing = [key for key in keys if found.get(key) != header.get(key)]
     if not differing and not np.allclose(found["baselines"], header["baselines"], rtol=1e-3, atol=1e-6):
         differing = ["the metric of the unpatched runs"]
     if differing:

@@ -90,7 +90,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         f"{type(lens.model).__name__} {lens.model.cfg.model_name!r} runs through its own forward pass instead of the fast one "
         f"({reason}): results are the same, a sweep takes longer",
         SlowPathWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return plain
 

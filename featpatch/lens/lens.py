@@ -120,8 +120,11 @@ class Lens(ABC):
         return site
 
     @contextmanager
-    def edit(self, site: str, change: Edit) -> Iterator[Fired]:
-        """Within this context every call of the model passes the activation at `site` through `change`."""
+    def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
+        """Within this context every call of the model passes the activation at `site` through `change`.
+
+        After the hooks that are there, or `first`, before them.
+        """
         point, firing = self.hook_points[self.site(site)], Fired()
 
         def hook(activation: torch.Tensor, hook: object) -> torch.Tensor | None:
@@ -129,8 +132,8 @@ class Lens(ABC):
             firing.count += changed is not None
             return changed
 
-        point.add_hook(hook)
-        handle = point.fwd_hooks[-1]
+        point.add_hook(hook, prepend=first)
+        handle = point.fwd_hooks[0 if first else -1]
         self.edits.append(handle)
         try:
             yield firing
@@ -146,18 +149,32 @@ class Lens(ABC):
         Raises:
             FeatpatchError: a hook does not exist, is switched off, or holds values that are not finite.
         """
-        activations: dict[str, torch.Tensor] = {}
+        return self.read_entering(tokens, hooks, [])[0]
 
-        def reader(name: str) -> Edit:
+    @torch.no_grad()
+    def read_entering(
+        self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], layers: Sequence[int]
+    ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        """As `read`, and the stream `[batch, pos, d_model]` at the entry of some blocks, before any hooks there act on it.
+
+        That is what a block must be given to be resumed: its hooks act then.
+        """
+        activations: dict[str, torch.Tensor] = {}
+        entering: dict[int, torch.Tensor] = {}
+
+        def keeping(key: Any, into: dict[Any, torch.Tensor]) -> Edit:
             def keep(activation: torch.Tensor) -> None:
-                activations[name] = activation.detach()
+                into[key] = activation.detach()
 
             return keep
 
+        entries = {layer: sites.resid_pre(layer) for layer in layers}
         with ExitStack() as stack:
+            for layer, name in entries.items():
+                stack.enter_context(self.edit(name, keeping(layer, entering), first=True))
             for name in hooks:
-                stack.enter_context(self.edit(name, reader(name)))
-            self._run_upto(sites.highest(hooks, self.n_layers), tokens.to(self.device))
+                stack.enter_context(self.edit(name, keeping(name, activations)))
+            self._run_upto(sites.highest([*hooks, *entries.values()], self.n_layers), tokens.to(self.device))
         for name in hooks:
             if name not in activations:
                 raise FeatpatchError(
@@ -169,7 +186,7 @@ class Lens(ABC):
                     f"the activation at {name!r} holds NaN or infinite values: expected finite numbers; "
                     "check the model's weights, or run it in float32 or bfloat16 instead of float16"
                 )
-        return activations
+        return activations, entering
 
     @torch.no_grad()
     def through(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -20,7 +22,7 @@ from featpatch.patching.part import Part
 from featpatch.patching.positions import Positions
 from featpatch.patching.readings import Metrics
 from featpatch.patching.run import Contrast, Run, Ways
-from featpatch.patching.study import Study, check_pairs
+from featpatch.patching.study import Study, check_pairs, check_tokens
 
 To = str | float
 """`"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number."""
@@ -47,16 +49,18 @@ def ablate(
     degradation = mean(m_clean - m_ablated) / mean(m_clean - m_corrupted)
 
     1 where as much is lost as by the corrupted prompt. A zero or a pooled mean can take an activation off the model's
-    distribution (see `fp.diagnose`); "zero" of an error term leaves the SAE's reconstruction.
+    distribution; "zero" of an error term leaves the SAE's reconstruction, and of all features its bias, so that features and
+    error are not the whole activation here, and what `sites` calls their interaction holds the bias too.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
         pairs: the clean prompts are ablated; the corrupted ones give the gap.
         saes: as in `rank_features`: features, all features, error and whole site of each.
         sites, layers: components as in `rank_components`.
-        to: `"zero"`, or another number; `"mean"` over all positions of the prompts `over`; `"mean_by_position"`: by token
-            index, over those of the same length; `"resample"`: the values in another one of these prompts, of the same
-            length, drawn for each pair. State that an SAE needs to decode (norms, skip paths) stays the base run's.
+        to: `"zero"`, or another number; `"mean"` over all positions of the prompts `over` but special ones;
+            `"mean_by_position"`: by token index, over those of the same length; `"resample"`: the values in another one of
+            these prompts (it may be the pair's own corrupted one), of the same length, drawn for each pair. State that an SAE
+            needs to decode (norms, skip paths) stays the base run's.
         over: whose clean and corrupted prompts means are taken over and resampled from; `pairs` by default.
         seed: of the draws.
         positions, metric, batch_rows, journal, progress: as in `rank_features`.
@@ -66,18 +70,21 @@ def ablate(
     """
     check_pairs(pairs)
     lens = wrap(model)
-    names = [sites] if isinstance(sites, str) else list(sites)
     parts: list[Part] = []
     about: dict[str, Any] = {}
     if saes is not None:
         found = dictionaries(lens, saes)
         parts.append(FeaturePart(found))
         about["saes"] = {dictionary.name: dictionary.digest() for dictionary in found}
-    if names:
-        parts += component_parts(lens, names, layers)
-        about["components"] = names
+    if sites:
+        found_parts, noted = component_parts(lens, sites, layers, positions)
+        parts, about = parts + found_parts, about | noted
+    elif layers is not None:
+        raise FeatpatchError(f"layers={layers} without sites: expected both, or neither; the SAEs name their own layers")
     if not parts:
         raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
+    if over is not None:
+        check_tokens(check_pairs(over), lens)
     study = Study.of(
         lens,
         parts,
@@ -87,7 +94,7 @@ def ablate(
         directions=["noising"],
         metric=metric,
         batch_rows=batch_rows,
-        contrast=_contrast(lens, pairs, pairs if over is None else check_pairs(over), to, seed),
+        contrast=_contrast(lens, pairs, pairs if over is None else over, to, seed),
     )
     return study.run(Path(journal) if journal is not None else None, progress=progress)
 
@@ -147,22 +154,26 @@ class Resampling(Contrast):
 
 def _contrast(lens: Lens, pairs: Pairs, over: Pairs, to: To, seed: int) -> Contrast:
     noted: dict[str, Any] = {"to": to}
-    if isinstance(to, (int, float)):
-        return Ablation(Constant(float(to)), noted)
+    if isinstance(to, Real) and not isinstance(to, bool) and isfinite(to):
+        return Ablation(Constant(float(to)), {"to": float(to)})
     if to == "zero":
         return Ablation(Constant(0.0), noted)
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in over for ids in (pair.clean, pair.corrupted)))
-    noted["over"] = sha256(repr([prompt.tokens for prompt in prompts]).encode()).hexdigest()
+    noted["over"] = sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in prompts]).encode()).hexdigest()
     if to in ("mean", "mean_by_position"):
+        if all(len(prompt.special) == len(prompt.tokens) for prompt in prompts):
+            raise FeatpatchError("all tokens of the prompts to take means over are special: expected others")
         return Ablation(Mean(lens, prompts, to == "mean_by_position"), noted)
     if to == "resample":
         return Resampling(lens, _partners(pairs, prompts, seed), {**noted, "seed": seed})
-    raise FeatpatchError(f"to={to!r}: expected 'zero', 'mean', 'mean_by_position', 'resample' or a number")
+    raise FeatpatchError(f"to={to!r}: expected 'zero', 'mean', 'mean_by_position', 'resample' or a finite number")
 
 
 def _partners(pairs: Pairs, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, ...]]:
     """For each pair another prompt of the same length."""
-    draw, partners = Random(seed), []
+    if not isinstance(seed, int):
+        raise FeatpatchError(f"seed={seed!r}: expected an integer, so that the draws can be repeated")
+    partners = []
     for index, pair in enumerate(pairs):
         others = [prompt.tokens for prompt in prompts if len(prompt.tokens) == len(pair) and prompt.tokens != pair.clean]
         if not others:
@@ -170,5 +181,5 @@ def _partners(pairs: Pairs, prompts: Sequence[Prompt], seed: int) -> list[tuple[
                 f"pair {index} has {len(pair)} tokens and no other prompt has: expected one to resample from; give more "
                 "prompts as over=..., or another `to`"
             )
-        partners.append(draw.choice(others))
+        partners.append(Random(repr((seed, pair.clean))).choice(others))
     return partners

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from jaxtyping import Bool, Float
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens
 from featpatch.patch import Node, Patch
@@ -66,6 +67,11 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
     masks: dict[tuple[str, str], Chosen] = {}
     for node in patch.nodes:
         site = lens.site(node.site)
+        if not sites.by_position(site):
+            raise FeatpatchError(
+                f"node {str(node)!r}: the activation there has no position first: expected a hook such as hook_z; "
+                "patch patterns by rank_components(sites='pattern')"
+            )
         dictionary = None if node.kind in COMPONENTS else _dictionary(node, site, found)
         width = dictionary.d_sae if dictionary else prod(_shape(lens, site))
         key = (site, dictionary.name if dictionary else "")

@@ -92,13 +92,19 @@ class HeadPart(Part):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """One for each pair."""
-        found: list[list[Swaps]] = []
-        for run in runs:
-            exchanges = list(self._exchanges(run))
-            nodes = tuple(exchange.node for exchange in exchanges)
-            deltas = {way: self._deltas(run, exchanges, way) for way in run.ways} if nodes else {}
-            found.append([Swaps(self._z, nodes, deltas)] if nodes else [])
-        return found
+        return [self._of_pair(run) for run in runs]
+
+    def _of_pair(self, run: PairRuns) -> list[Swaps]:
+        exchanges = list(self._exchanges(run))
+        if not exchanges:
+            return []
+        deltas = {way: self._deltas(run, exchanges, way, 0) for way in run.ways}
+        longer: dict[Direction, list[Deltas]] = {}
+        if self._seen_later and any(len(base.tokens) > len(run.pair) for base in run.bases["noising"]):
+            for way in run.ways:
+                others = range(1, len(run.bases[way]))
+                longer[way] = [deltas[way], *(self._deltas(run, exchanges, way, reading) for reading in others)]
+        return [Swaps(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer)]
 
     @property
     def _z(self) -> str:
@@ -145,36 +151,51 @@ class HeadPart(Part):
         values = run.at(self._read)
         return values.transpose(0, 1) if self.name.startswith("pattern") else values
 
-    def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction) -> Deltas:
-        """How `hook_z` changes with each exchange."""
-        size = max(1, ROWS // len(run.pair))
-        parts = [self._changes(run, exchanges[start : start + size], way) for start in range(0, len(exchanges), size)]
-        found = [(change != 0).any(2).nonzero(as_tuple=True) for change in parts]
-        patch = torch.cat([size * number + rows.cpu() for number, (rows, _) in enumerate(found)])
-        position = torch.cat([at.cpu() for _, at in found])
-        return Deltas.explicit(patch, position, torch.cat([c[at] for c, at in zip(parts, found, strict=True)]), len(exchanges))
+    def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int) -> Deltas:
+        """How `hook_z` changes with each exchange in a reading's prompt."""
+        size = max(1, ROWS // len(run.bases[way][reading].tokens))
+        patch, position, values = [], [], []
+        for start in range(0, len(exchanges), size):
+            change = self._changes(run, exchanges[start : start + size], way, reading)
+            rows, at = (change != 0).any(2).nonzero(as_tuple=True)
+            patch.append(start + rows.cpu())
+            position.append(at.cpu())
+            values.append(change[rows, at])
+        return Deltas.explicit(torch.cat(patch), torch.cat(position), torch.cat(values), len(exchanges))
 
-    def _changes(self, run: PairRuns, exchanges: list[Exchange], way: Direction) -> Float[torch.Tensor, "rows pos width"]:
+    def _changes(
+        self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int
+    ) -> Float[torch.Tensor, "rows pos width"]:
         """Of `hook_z`, flat: where an exchange can change it, and exactly 0 elsewhere."""
         base, source = run.ways[way]
-        z = source.at(self._z)[None] if not self._inside else self._z_with(run, way, self._exchanged(base, source, exchanges))
+        if not self._inside:
+            before, after = base.at(self._z), source.at(self._z)[None]
+        else:
+            before = self._z_with(run, way, reading, base.at(self._read)[None])[0]
+            after = self._z_with(run, way, reading, self._exchanged(base, source, exchanges))
+        length = len(before)
         reach = _mask(
-            z.new_zeros(len(exchanges), *base.at(self._z).shape[:2], dtype=torch.bool),
+            torch.zeros(len(exchanges), *before.shape[:2], dtype=torch.bool, device=before.device),
             (
                 (row, at, head)
                 for row, exchange in enumerate(exchanges)
-                for at in self._reach(run, exchange)
+                for at in self._reach(exchange, length)
                 for head in self._readers(exchange.head)
             ),
         )
-        return ((z - base.at(self._z)) * reach[..., None]).flatten(2)
+        return ((after - before) * reach[..., None]).flatten(2)
 
-    def _z_with(self, run: PairRuns, way: Direction, values: torch.Tensor) -> torch.Tensor:
-        """`hook_z` of the base run's block `[rows, pos, heads, d_head]` with these values at the hook inside it."""
-        base = run.bases[way][0]
-        resid = base.resid[self.layer].expand(len(values), -1, -1)
-        tokens = base.tokens.expand(len(values), -1)
-        with self.lens.edit(self._read, lambda activation: values):
+    def _z_with(self, run: PairRuns, way: Direction, reading: int, values: torch.Tensor) -> torch.Tensor:
+        """`hook_z` `[rows, pos, heads, d_head]` of a base run's block with these values of the prompt at the hook inside it."""
+        base = run.bases[way][reading]
+        resid, tokens = base.resid[self.layer].expand(len(values), -1, -1), base.tokens.expand(len(values), -1)
+
+        def put(activation: torch.Tensor) -> torch.Tensor:
+            if activation.shape == values.shape:
+                return values
+            return torch.cat([values, activation[:, values.shape[1] :]], dim=1)
+
+        with self.lens.edit(self._read, put):
             return self.lens.through(self.layer, resid, tokens, self._z)
 
     def _exchanged(self, base: Run, source: Run, exchanges: list[Exchange]) -> torch.Tensor:
@@ -191,17 +212,20 @@ class HeadPart(Part):
         values = torch.where(mask if single else mask[..., None], new, old)
         return values.transpose(1, 2) if self.name.startswith("pattern") else values
 
-    def _reach(self, run: PairRuns, exchange: Exchange) -> Sequence[int]:
-        """Where z can change: at the positions themselves, for keys and values at those that see them too."""
-        if self.name not in ("k", "v"):
+    @property
+    def _seen_later(self) -> bool:
+        """Whether other positions use the values: keys and values, not queries and patterns."""
+        return self.name in ("k", "v")
+
+    def _reach(self, exchange: Exchange, length: int) -> Sequence[int]:
+        """Where z can change: at the positions themselves, or at all that see them."""
+        if not self._seen_later:
             return exchange.span
-        return range(min(exchange.span) if self.lens.causal else 0, len(run.pair))
+        return range(min(exchange.span) if self.lens.causal else 0, length)
 
     def _readers(self, head: int) -> list[int]:
         """The heads that use a head of this hook: several where keys and values are shared."""
-        if self.name not in ("k", "v"):
-            return [head]
-        return list(range(head * self._shared, (head + 1) * self._shared))
+        return list(range(head * self._shared, (head + 1) * self._shared)) if self._seen_later else [head]
 
     @cached_property
     def _shared(self) -> int:

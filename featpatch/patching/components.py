@@ -1,6 +1,6 @@
 """Rank components by causal recovery: heads, what is inside them, MLPs, neurons, the stream; same pairs, metric and table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,11 @@ def component_study(
     """What `rank_components` with these arguments does, checked."""
     check_pairs(pairs)
     lens = wrap(model)
-    names = [sites] if isinstance(sites, str) else list(sites)
-    parts = component_parts(lens, names, layers)
-    if positions == "all" and "pattern_entry" in names:
-        raise FeatpatchError(
-            "pattern_entry is what one position attends of another, and positions='all' names no single ones: expected "
-            "positions='each' or a list of labels and indices"
-        )
+    parts, about = component_parts(lens, sites, layers, positions)
     return Study.of(
         lens,
         parts,
-        {"components": names, "layers": _layers(lens, layers)},
+        about,
         pairs,
         positions=positions,
         directions=directions,
@@ -92,15 +86,24 @@ def component_study(
     )
 
 
-def component_parts(lens: Lens, names: Sequence[str], layers: Sequence[int] | None) -> list[Part]:
-    """The parts that hold these components.
+def component_parts(
+    lens: Lens, sites: str | Sequence[str], layers: Sequence[int] | None, positions: Positions
+) -> tuple[list[Part], dict[str, Any]]:
+    """The parts that hold these components, and what to note of them with the results.
 
     Raises:
-        FeatpatchError: an unknown component or layer, or one that the model doesn't have.
+        FeatpatchError: an unknown component or layer, or one that the model doesn't have; entries of the pattern at several
+            positions together.
     """
-    unknown = [name for name in names if name not in hooks.COMPONENTS]
+    names = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else [sites]
+    unknown = [name for name in names if not isinstance(name, str) or name not in hooks.COMPONENTS]
     if unknown or not names or len(set(names)) < len(names):
-        raise FeatpatchError(f"sites={list(names)}: expected some of {', '.join(hooks.COMPONENTS)}, each once")
+        raise FeatpatchError(f"sites={names}: expected some of {', '.join(hooks.COMPONENTS)}, each once")
+    if "pattern_entry" in names and "all" in ([positions] if isinstance(positions, str) else positions):
+        raise FeatpatchError(
+            "pattern_entry is what one position attends of another, and 'all' names no single one: expected positions='each' "
+            "or a list of labels and indices"
+        )
     chosen = _layers(lens, layers)
     whole = [lens.site(hooks.component(layer, name)) for name in names if name in WHOLE for layer in chosen]
     parts: list[Part] = [WholePart(whole)] if whole else []
@@ -111,12 +114,13 @@ def component_parts(lens: Lens, names: Sequence[str], layers: Sequence[int] | No
             elif name not in WHOLE:
                 lens.site(hooks.component(layer, "z" if name == "result" else name))
                 parts.append(HeadPart(lens, layer, name))
-    return parts
+    return parts, {"components": names, "layers": chosen}
 
 
 def _layers(lens: Lens, layers: Sequence[int] | None) -> list[int]:
-    chosen = list(range(lens.n_layers)) if layers is None else list(layers)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= layer < lens.n_layers for layer in chosen):
+    every = list(range(lens.n_layers))
+    chosen = every if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
+    if not chosen or len(set(chosen)) < len(chosen) or not all(type(layer) is int and layer in every for layer in chosen):
         raise FeatpatchError(f"layers={chosen}: expected some of 0 to {lens.n_layers - 1}, each once, or None for all")
     return chosen
 

@@ -12,7 +12,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Node, Position
 from featpatch.patching.difference import Difference
-from featpatch.patching.features import feature_study
+from featpatch.patching.features import single_study
 from featpatch.patching.part import DictionaryPart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import PairRuns
@@ -71,17 +71,19 @@ def random_controls(
     Raises:
         FeatpatchError: unusable input, several dictionaries, or a feature that differs in no pair.
     """
-    if n < 1:
-        raise FeatpatchError(f"n={n}: expected 1 or more random directions")
-    study, found = feature_study(model, sae, pairs, "all" if position == "all" else [position], directions, metric, batch_rows)
-    if len(found) != 1:
-        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, at one site")
-    single = study.run(None, progress=progress)
-    own = single.top(1) if feature is None else single.where(kind="feature", index=feature)
+    if not isinstance(n, int) or n < 1:
+        raise FeatpatchError(f"n={n!r}: expected 1 or more random directions")
+    study, dictionary = single_study(model, sae, pairs, position, directions, metric, batch_rows)
+    single = study.complete(progress=progress).where(kind="feature")
+    own = single.top(1) if feature is None else single.where(index=feature)
     if not len(own):
-        raise FeatpatchError(f"feature {feature} of {found[0].name!r} is the same in all pairs: expected one that differs")
-    part = RandomPart(found[0], int(own.indices[0]), position, n, seed)
-    return Controls(own, replace(study, parts=[part]).run(None, progress=progress))
+        which = "no feature" if feature is None else f"feature {feature}"
+        raise FeatpatchError(f"{which} of {dictionary.name!r} differs between the runs at {position!r}: expected one that does")
+    part = RandomPart(dictionary, int(own.indices[0]), position, n, seed)
+    random = replace(study, parts=[part]).complete(progress=progress)
+    if not len(random):
+        raise FeatpatchError(f"{own.nodes[0]} writes nothing: expected a feature with a direction, to compare others with")
+    return Controls(own, random)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +110,9 @@ class RandomPart(DictionaryPart):
     def _of_pair(self, run: PairRuns, difference: Difference, directions: Directions, units: torch.Tensor) -> list[Swaps]:
         entries = difference.at(run.wanted[self.position])
         entries = entries[difference.feature[entries] == self.feature]
-        if not len(entries):
-            return []
         own = deltas_of(difference, entries, torch.zeros_like(entries), directions, 1)
+        if not all(len(moves.patch) for moves in own.values()):
+            return []
         site, count = self.dictionary.writes, len(entries)
         nodes = tuple(Node(site, "random", number, self.position, self.dictionary.name) for number in range(self.n))
         deltas = {}

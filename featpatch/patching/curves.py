@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MOST = 64
 """Features in the largest set of a curve, by default."""
 
+EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
+"""The direction that each effect is of."""
+
 Key = tuple[str, Position]
 """The name of a dictionary, and a position."""
 
@@ -53,14 +56,15 @@ class Curve:
         keys = [(node.sae, node.position) for node in sets.nodes]
         table = pd.DataFrame(keys, columns=["sae", "position"])
         table["k"] = [self.sizes[key][node.index or 0] for key, node in zip(keys, sets.nodes, strict=True)]
-        sites = self.single.sites().set_index(["sae", "position"])
+        alone = self.single.where(kind="all_features")
         for effect in sets.directions_run():
             low, high = sets.interval(effect).T
             table[effect], table[f"{effect}_low"], table[f"{effect}_high"] = sets.pooled(effect), low, high
-            whole = np.array([sites.loc[key, f"{effect}_all_features"] for key in keys], dtype=float)
+            of_all = dict(zip(((node.sae, node.position) for node in alone.nodes), alone.pooled(effect), strict=True))
+            whole = np.array([of_all.get(key, 0.0) for key in keys], dtype=np.float64)
             table[f"{effect}_of_all_features"] = table[effect] / np.where(whole == 0, np.nan, whole)
-        return table.sort_values(["sae", "position", "k"], key=lambda column: column.map(str) if column.name != "k" else column,
-                                 ignore_index=True)  # fmt: skip
+        order = sorted(range(len(keys)), key=lambda row: (list(self.sizes).index(keys[row]), table["k"][row]))
+        return table.iloc[order].reset_index(drop=True)
 
 
 def cumulative(
@@ -92,14 +96,16 @@ def cumulative(
     Raises:
         FeatpatchError: unusable input.
     """
-    if most < 1:
-        raise FeatpatchError(f"most={most}: expected 1 or more features in the largest set")
+    if not isinstance(most, int) or most < 1:
+        raise FeatpatchError(f"most={most!r}: expected 1 or more features in the largest set")
+    if by not in EFFECTS or EFFECTS[by] not in directions:
+        raise FeatpatchError(f"by={by!r}: expected 'recovery' or 'degradation', and its direction among {list(directions)}")
     study, found = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
-    single = study.run(None, progress=progress)
+    single = study.complete(progress=progress)
     ranking = single
     if rank_on is not None:
         others, _ = feature_study(model, saes, rank_on, positions, directions, metric, batch_rows, noise)
-        ranking = others.run(None, progress=progress)
+        ranking = others.complete(progress=progress)
     features: dict[Key, list[int]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:
         best = features.setdefault((node.sae, node.position), [])
@@ -111,7 +117,7 @@ def cumulative(
         own = {position: best for (name, position), best in features.items() if name == dictionary.name}
         sets = {position: [best[:k] for k in sizes[dictionary.name, position]] for position, best in own.items()}
         parts.append(SetPart(dictionary, sets))
-    return Curve(features, single, replace(study, parts=parts).run(None, progress=progress), sizes)
+    return Curve(features, single, replace(study, parts=parts).complete(progress=progress), sizes)
 
 
 def _sizes(most: int) -> list[int]:

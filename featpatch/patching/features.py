@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.effects import Effects
+from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, dictionaries, wrap
 from featpatch.pairs import Pairs
-from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.feature_part import FeaturePart
 from featpatch.patching.noise import Noise
 from featpatch.patching.positions import Positions
@@ -91,3 +92,24 @@ def feature_study(
         noise=noise,
     )
     return study, found
+
+
+def single_study(
+    model: Any,
+    sae: Any,
+    pairs: Pairs,
+    position: Position,
+    directions: Sequence[Direction],
+    metric: Metrics,
+    batch_rows: int | None,
+) -> tuple[Study, Dictionary]:
+    """As `feature_study`, of one dictionary at one position.
+
+    Raises:
+        FeatpatchError: several dictionaries; unusable input.
+    """
+    positions: Positions = "all" if position == "all" else [position]
+    study, found = feature_study(model, sae, pairs, positions, directions, metric, batch_rows)
+    if len(found) != 1:
+        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, whose features are swapped at one site")
+    return study, found[0]

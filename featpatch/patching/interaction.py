@@ -14,7 +14,7 @@ from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Position
-from featpatch.patching.features import feature_study
+from featpatch.patching.features import single_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import SetPart
 
@@ -52,19 +52,18 @@ def interactions(
     """
     import pandas as pd
 
-    study, found = feature_study(model, sae, pairs, "all" if position == "all" else [position], directions, metric, batch_rows)
-    if len(found) != 1:
-        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, whose features are swapped at one site")
+    study, dictionary = single_study(model, sae, pairs, position, directions, metric, batch_rows)
     if features is None:
-        features = study.run(None, progress=progress).top(top, kind="feature").indices.tolist()
-    if len(features) < 2 or len(set(features)) < len(features) or not all(0 <= f < found[0].d_sae for f in features):
+        features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()
+    known = range(dictionary.d_sae)
+    if len(features) < 2 or len(set(features)) < len(features) or not all(type(f) is int and f in known for f in features):
         raise FeatpatchError(
-            f"features={list(features)}: expected at least two different ones, from 0 to {found[0].d_sae - 1}, that differ "
-            "between the runs"
+            f"features={list(features)}: expected at least two different ones, from 0 to {len(known) - 1}, that differ between "
+            "the runs"
         )
     two = list(combinations(range(len(features)), 2))
     sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
-    effects = replace(study, parts=[SetPart(found[0], {position: sets})]).run(None, progress=progress)
+    effects = replace(study, parts=[SetPart(dictionary, {position: sets})]).complete(progress=progress)
     table = pd.DataFrame({"one": [features[one] for one, _ in two], "other": [features[other] for _, other in two]})
     for effect in effects.directions_run():
         change = np.zeros((len(sets), len(effects.clean)))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens
-from featpatch.pairs import Pair, Pairs
+from featpatch.pairs import Pair
 from featpatch.patch import Position
 
 
@@ -22,8 +23,8 @@ class Noise:
     Attributes:
         positions: labels or token indices of the tokens.
         scale: standard deviation of the noise, in standard deviations of the embeddings of the
-            different tokens in the clean prompts.
-        seed: of the draws, one for each pair.
+            prompt's tokens, over all their coordinates.
+        seed: of the draws; one for each pair.
     """
 
     positions: Sequence[Position]
@@ -31,12 +32,13 @@ class Noise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "positions", tuple(self.positions))
-        if not self.positions or not self.scale > 0:
+        several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str)
+        if not several or not self.positions or not isinstance(self.scale, (int, float)) or not self.scale > 0:
             raise FeatpatchError(
-                f"Noise(positions={self.positions}, scale={self.scale}): expected at least one label or index, and a scale "
-                "above 0, e.g. Noise(['subject'], scale=3)"
+                f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected a list of at least one label or index, "
+                "and a scale above 0, e.g. Noise(['subject'], scale=3)"
             )
+        object.__setattr__(self, "positions", tuple(self.positions))
 
     def at(self, pair: Pair) -> list[int]:
         """The token positions in a pair; raises FeatpatchError where it has no such label or index."""
@@ -47,22 +49,22 @@ class Noise:
         return {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
 
     @contextmanager
-    def added(self, lens: Lens, spread: float, pairs: Sequence[Pair], numbers: Sequence[int]) -> Iterator[None]:
-        """Within this context a call of the model with one prompt of each pair has their noise, drawn by the pairs' numbers."""
+    def added(self, lens: Lens, pairs: Sequence[Pair]) -> Iterator[None]:
+        """Within this context a call of the model with one prompt of each pair has their noise."""
 
         def add(embedded: torch.Tensor) -> torch.Tensor:
             noisy = embedded.clone()
-            for row, (pair, number) in enumerate(zip(pairs, numbers, strict=True)):
-                generator, at = torch.Generator().manual_seed(self.seed * 2**32 + number), self.at(pair)
-                noise = torch.randn(len(at), embedded.shape[-1], generator=generator, dtype=torch.float64)
-                noisy[row, at] += (self.scale * spread * noise).to(embedded)
+            for row, pair in enumerate(pairs):
+                at = self.at(pair)
+                size = self.scale * float(embedded[row, : len(pair)].double().std())
+                noise = torch.randn(len(at), embedded.shape[-1], generator=self._generator(pair), dtype=torch.float64)
+                noisy[row, at] += (size * noise).to(embedded)
             return noisy
 
         with lens.edit(sites.EMBEDDING, add):
             yield
 
-
-def embedding_spread(lens: Lens, pairs: Pairs) -> float:
-    """Standard deviation of the embeddings of the different tokens in the clean prompts, over all their coordinates."""
-    tokens = torch.tensor([token for pair in pairs for token in pair.clean]).unique()
-    return float(lens.read(tokens[None, : lens.n_ctx], [sites.EMBEDDING])[sites.EMBEDDING].double().std())
+    def _generator(self, pair: Pair) -> torch.Generator:
+        """The same for a pair, whichever others are there."""
+        digest = sha256(repr((self.seed, pair.clean)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -110,10 +110,12 @@ def readout(metric: Metrics) -> Readout:
     Raises:
         FeatpatchError: an unknown metric, none, two of one name, or sequence metrics beside others.
     """
-    names = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
+    names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
+    if not all(isinstance(name, str) or callable(name) for name in names):
+        raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
     whole = [name for name in names if name in SEQUENCES]
     if not whole:
-        return AtAnswer(together(metric))
+        return AtAnswer(together(names))
     if len(whole) < len(names) or len(set(names)) < len(names):
         raise FeatpatchError(
             f"metric={names}: expected each name once, and metrics of whole answers ({', '.join(SEQUENCES)}) by themselves, "

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
-from featpatch import sites
 from featpatch.engine import BaseRun, Block
 from featpatch.lens import Lens
 from featpatch.pairs import Pair, Pairs
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.noise import Noise, embedding_spread
+from featpatch.patching.noise import Noise
 from featpatch.patching.positions import Wanted
 from featpatch.patching.readings import Reading
 from featpatch.patching.run import Contrast, Run, Ways
@@ -41,8 +39,8 @@ class PairRuns:
     def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
         """The swaps as work for the engine, in the same order, reading by reading."""
         return [
-            Block(name=swap.name, run=base, site=swap.site, deltas=swap.deltas[direction])
-            for base in self.bases[direction]
+            Block(name=swap.name, run=base, site=swap.site, deltas=swap.at(direction, number))
+            for number, base in enumerate(self.bases[direction])
             for swap in swaps
         ]
 
@@ -79,57 +77,51 @@ class Runner:
     @torch.no_grad()
     def run(self, some: tuple[int, ...]) -> list[PairRuns]:
         """The clean and the corrupted runs of some equally long pairs."""
-        read = {direction: self._read(direction, some, (), self._all_hooks) for direction in DIRECTIONS}
+        read = {direction: self._read(direction, some, (), self.hooks) for direction in DIRECTIONS}
         return [
-            self._pair(index, {way: {hook: kept[slot] for hook, kept in values.items()} for way, values in read.items()})
+            self._pair(
+                index,
+                {way: Run({hook: values[slot] for hook, values in kept.items()}) for way, (kept, _) in read.items()},
+                {way: {layer: values[slot] for layer, values in entries.items()} for way, (_, entries) in read.items()},
+            )
             for slot, index in enumerate(some)
         ]
 
-    def _pair(self, index: int, kept: Mapping[Direction, Mapping[str, torch.Tensor]]) -> PairRuns:
+    def _pair(
+        self, index: int, kept: Mapping[Direction, Run], entries: Mapping[Direction, Mapping[int, torch.Tensor]]
+    ) -> PairRuns:
         pair = self.pairs[index]
         first = pair.first_difference if self.noise is None else min(self.noise.at(pair))
         first = 0 if self.contrast.everywhere or not self.lens.causal else first
         bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in reversed(DIRECTIONS)}
         for number, reading in enumerate(self.readings[index]):
             for direction in bases:
-                resid = kept[direction]
+                resid = entries[direction]
                 if reading.continuation:
-                    longer = self._read(direction, (index,), reading.continuation, self._entries)
-                    resid = {hook: values[0] for hook, values in longer.items()}
+                    _, longer = self._read(direction, (index,), reading.continuation, [])
+                    resid = {layer: values[0] for layer, values in longer.items()}
                 base = BaseRun(
                     name=f"pair {index} {direction}{f' reading {number}' if number else ''}",
                     tokens=torch.tensor(self._prompt(direction, pair) + reading.continuation),
-                    resid={layer: resid[sites.resid_pre(layer)] for layer in self.layers},
+                    resid=resid,
                     answer=pair.answer_position + len(reading.continuation),
                     correct=reading.correct,
                     wrong=reading.wrong,
                     clean=bases["noising"][number] if direction == "denoising" else None,
                 )
                 bases[direction].append(base)
-        ways = self.contrast.ways(index, Run(kept["noising"]), Run(kept["denoising"]))
+        ways = self.contrast.ways(index, kept["noising"], kept["denoising"])
         return PairRuns(pair, first, self.wanted[index], ways, bases)
 
     def _read(
         self, direction: Direction, some: tuple[int, ...], continuation: tuple[int, ...], hooks: Sequence[str]
-    ) -> dict[str, torch.Tensor]:
-        """Activations `[pairs, pos, ...]` of the runs that are patched in a direction."""
+    ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+        """Activations `[pairs, pos, ...]` by hook, and block entries by layer, of the runs that a direction patches."""
         tokens = torch.tensor([self._prompt(direction, self.pairs[index]) + continuation for index in some])
         if direction == "noising" or self.noise is None:
-            return self.lens.read(tokens, hooks)
-        with self.noise.added(self.lens, self._spread, [self.pairs[index] for index in some], some):
-            return self.lens.read(tokens, hooks)
-
-    @cached_property
-    def _spread(self) -> float:
-        return embedding_spread(self.lens, self.pairs)
+            return self.lens.read_entering(tokens, hooks, self.layers)
+        with self.noise.added(self.lens, [self.pairs[index] for index in some]):
+            return self.lens.read_entering(tokens, hooks, self.layers)
 
     def _prompt(self, direction: Direction, pair: Pair) -> tuple[int, ...]:
         return pair.corrupted if direction == "denoising" and self.noise is None else pair.clean
-
-    @property
-    def _entries(self) -> list[str]:
-        return [sites.resid_pre(layer) for layer in self.layers]
-
-    @property
-    def _all_hooks(self) -> list[str]:
-        return sorted({*self.hooks, *self._entries})

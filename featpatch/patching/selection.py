@@ -10,12 +10,11 @@ from tqdm.auto import tqdm
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
-from featpatch.patch import DIRECTIONS, Direction, Position
-from featpatch.patching.features import feature_study
+from featpatch.patch import DIRECTIONS, Position
+from featpatch.patching.curves import EFFECTS
+from featpatch.patching.features import single_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import SetPart
-
-WAYS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
 
 
 @dataclass(frozen=True)
@@ -72,27 +71,24 @@ def select_features(
     Raises:
         FeatpatchError: unusable input, several dictionaries, or no feature that differs.
     """
-    if effect not in WAYS or not target > 0 or min(candidates, most) < 1:
+    if effect not in EFFECTS or not _fits(target, candidates, most):
         raise FeatpatchError(
             f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected 'recovery' or "
             "'degradation', a target above 0 such as 0.8, and 1 or more of the others"
         )
-    positions = "all" if position == "all" else [position]
-    study, found = feature_study(model, sae, pairs, positions, DIRECTIONS, metric, batch_rows)
-    if len(found) != 1:
-        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, whose features are swapped at one site")
-    one_way = replace(study, directions=(WAYS[effect],))
-    single = one_way.run(None, progress=progress)
+    study, dictionary = single_study(model, sae, pairs, position, DIRECTIONS, metric, batch_rows)
+    one_way = replace(study, directions=(EFFECTS[effect],))
+    single = one_way.complete(progress=progress)
     pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()
     if not pool:
-        raise FeatpatchError(f"no feature of {found[0].name!r} differs at {position!r}: expected some to choose among")
+        raise FeatpatchError(f"no feature of {dictionary.name!r} differs at {position!r}: expected some to choose among")
     chosen: list[int] = []
     reached = 0.0
     with tqdm(total=most, unit="feature", desc="selecting", disable=not progress) as bar:
         while pool and len(chosen) < most and (reached < target or not chosen):
             sets = [[*chosen, feature] for feature in pool]
             values = np.zeros(len(pool))
-            tried = replace(one_way, parts=[SetPart(found[0], {position: sets})]).run(None, progress=False)
+            tried = replace(one_way, parts=[SetPart(dictionary, {position: sets})]).complete(progress=False)
             values[tried.indices] = tried.pooled(effect)
             best = int(values.argmax())
             if chosen and values[best] <= reached:
@@ -101,5 +97,9 @@ def select_features(
             chosen.append(pool.pop(best))
             bar.update()
     growing = [chosen[: size + 1] for size in range(len(chosen))]
-    effects = replace(study, parts=[SetPart(found[0], {position: growing})]).run(None, progress=False)
+    effects = replace(study, parts=[SetPart(dictionary, {position: growing})]).complete(progress=False)
     return Selection(chosen, effects, effect, target, reached >= target)
+
+
+def _fits(target: float, candidates: int, most: int) -> bool:
+    return isinstance(target, (int, float)) and target > 0 and all(isinstance(n, int) and n > 0 for n in (candidates, most))

@@ -25,14 +25,14 @@ class SetPart(DictionaryPart):
 
     def count(self, run: PairRuns) -> int:
         """All, also those in which nothing differs."""
-        return sum(len(sets) for position, sets in self.sets.items() if run.wanted[position])
+        return sum(len(sets) for position, sets in self.sets.items() if run.wanted.get(position))
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """Position by position."""
         found = [Difference.of(self.dictionary, run.ways, run.first) for run in runs]
         directions = Directions.of(self.dictionary, found)
         return [
-            [self._of_position(run, difference, directions, position) for position in self.sets if run.wanted[position]]
+            [self._of_position(run, difference, directions, position) for position in self.sets if run.wanted.get(position)]
             for run, difference in zip(runs, found, strict=True)
         ]
 

@@ -81,9 +81,11 @@ class Study:
             FeatpatchError: unusable input.
         """
         read = readout(metric)
-        if not directions or not set(directions) <= set(DIRECTIONS):
-            raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
-        if batch_rows is not None and batch_rows < 1:
+        if not isinstance(directions, Sequence) or not directions or not set(directions) <= set(DIRECTIONS):
+            raise FeatpatchError(f"directions={directions!r}: expected 'denoising', 'noising' or both, in a list")
+        if noise is not None and not isinstance(noise, Noise):
+            raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
+        if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
             raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
         readings = dict(enumerate(each(read.readings, list(check_pairs(pairs)))))
         check_tokens(pairs, lens, readings)
@@ -146,6 +148,13 @@ class Study:
                 raise
             return gathered
         return collector.effects(clean, corrupted, metadata)
+
+    def complete(self, *, progress: bool) -> Effects:
+        """The sweep over all pairs; Ctrl-C is passed on, for what needs all of them."""
+        effects = self.run(None, progress=progress)
+        if not effects.finished:
+            raise KeyboardInterrupt
+        return effects
 
     def work(self) -> Iterator[list[Block]]:
         """All patches, part by part of the pairs that run together."""

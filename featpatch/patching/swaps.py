@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,11 +17,20 @@ from featpatch.patching.positions import Wanted
 
 @dataclass(frozen=True)
 class Swaps:
-    """Nodes of one site that differ between the runs of one pair, with the deltas of both directions."""
+    """Nodes of one site that differ between the runs of one pair, with the deltas of both directions.
+
+    Attributes:
+        longer: by direction the deltas of each reading, where they are not the same because the prompt is continued.
+    """
 
     site: str
     nodes: tuple[Node, ...]
     deltas: Mapping[Direction, Deltas]
+    longer: Mapping[Direction, Sequence[Deltas]] = field(default_factory=dict)
+
+    def at(self, direction: Direction, reading: int) -> Deltas:
+        """The deltas of a reading."""
+        return self.longer[direction][reading] if self.longer else self.deltas[direction]
 
     @property
     def name(self) -> str:

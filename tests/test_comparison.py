@@ -155,6 +155,7 @@ def test_only_shared_directions_are_compared() -> None:
         ({"metric": "prob"}, "metric is 'm' for the features and 'prob'"),
         ({"of_pairs": [0]}, "of_pairs is None for the features and \\[0\\]"),
         ({"noise": {"scale": 3}}, "noise is None for the features and \\{'scale': 3\\}"),
+        ({"ablation": {"to": "zero"}}, "ablation is None for the features and \\{'to': 'zero'\\}"),
         ({"model": {"sha256": "x"}}, "of models \\[None, 'x'\\]"),
         ({"directions": []}, "an effect that both hold"),
     ],
@@ -491,9 +492,10 @@ def test_other_models_saes_and_pairs_are_refused(bridge: Small) -> None:
             compare(features, components, **{"model": bridge.model, "saes": sae, "pairs": pairs, **options})
 
 
-def test_noise_is_refused_where_prompts_are_run(bridge: Small) -> None:
+@pytest.mark.parametrize("origin", ["noise", "ablation"])
+def test_noise_and_ablations_are_refused_where_prompts_are_run(bridge: Small, origin: str) -> None:
     features = ranked(bridge.model, bridge.at(PRE), pairs_of(bridge))
-    noisy = replace(features, metadata={**features.metadata, "noise": {"scale": 3}})
+    noisy = replace(features, metadata={**features.metadata, origin: {"scale": 3}})
     with pytest.raises(fp.FeatpatchError, match="corrupted by noise"):
         compare(noisy, heads_and_mlps(noisy, ["all"]), model=bridge.model, saes=bridge.at(PRE), pairs=pairs_of(bridge))
 

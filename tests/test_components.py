@@ -120,6 +120,15 @@ def test_counts_are_what_is_made(small: Small) -> None:
         assert [part.count(run) for run in runs] == [sum(len(swap.nodes) for swap in of_pair) for of_pair in swaps]
 
 
+@pytest.mark.parametrize("name", ["k", "pattern_entry", "z"])
+def test_portions_make_no_difference(small: Small, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ranked(small.model, name, "each")
+    monkeypatch.setattr("featpatch.patching.component_parts.ROWS", 20)
+    parts = ranked(small.model, name, "each")
+    assert parts.nodes == whole.nodes
+    np.testing.assert_allclose(parts.denoised, whole.denoised, rtol=0, atol=1e-10)
+
+
 def test_result_is_z(small: Small) -> None:
     z, result = (ranked(small.model, name, "each") for name in ("z", "result"))
     assert [node.site.replace("hook_result", "hook_z") for node in result.nodes] == [node.site for node in z.nodes]

@@ -249,7 +249,7 @@ def test_a_journal_of_another_sweep_is_refused(bridge: Small, tmp_path: Path) ->
     with pytest.raises(fp.FeatpatchError, match=r"belongs to another sweep: directions differ"):
         rank(bridge, journal=journal, directions=["noising"])
     other = fp.Pairs.from_tokens(bridge.clean[:2], bridge.corrupted[:2], bridge.correct[:2], bridge.wrong[:2])
-    with pytest.raises(fp.FeatpatchError, match=r"positions, pairs, saes differ; expected the same model"):
+    with pytest.raises(fp.FeatpatchError, match=r"pairs, positions, saes differ; expected the same model"):
         fp.rank_features(bridge.model, bridge.at(SITES[0]), other, journal=journal, progress=False)
     with torch.no_grad():
         bridge.model.blocks[0].mlp.original_component.c_proj.original_component.bias += 1

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -19,23 +20,6 @@ from featpatch.lens.stack import Attention, build
 @dataclass(frozen=True)
 class BridgeLens(Lens):
     """A `transformer_lens.model_bridge.TransformerBridge`."""
-
-    _wraps: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Looks at once, before any edit is in force, whether Hugging Face's blocks return a tuple."""
-        super().__post_init__()
-        found: list[bool] = []
-
-        def look(_block: Any, _args: Any, output: Any) -> None:
-            found.append(isinstance(output, tuple))
-
-        handle = self.model.blocks[0].register_forward_hook(look)
-        try:
-            self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-        finally:
-            handle.remove()
-        object.__setattr__(self, "_wraps", any(found))
 
     @torch.no_grad()
     def resume(
@@ -94,6 +78,21 @@ class BridgeLens(Lens):
 
     def _rotations(self, hooks: list[str], length: int) -> dict[str, torch.Tensor]:
         return self.read(torch.zeros(1, length, dtype=torch.long), hooks)
+
+    @cached_property
+    def _wraps(self) -> bool:
+        """Whether Hugging Face's blocks return a tuple."""
+        found: list[bool] = []
+
+        def look(_block: Any, _args: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
+
+        handle = self.model.blocks[0].register_forward_hook(look)
+        try:
+            self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        finally:
+            handle.remove()
+        return any(found)
 
     def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
         module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg

@@ -15,6 +15,9 @@ from featpatch.patching.readings import Reading
 from featpatch.patching.run import Contrast, Run, Ways
 from featpatch.patching.swaps import Swaps
 
+CLEAN_FIRST = DIRECTIONS[::-1]
+"""What the lens finds out about the model at its first run is not to be found out in a noisy one."""
+
 TOKENS_AT_ONCE = 512
 """Tokens whose activations are held in memory together."""
 
@@ -77,7 +80,7 @@ class Runner:
     @torch.no_grad()
     def run(self, some: tuple[int, ...]) -> list[PairRuns]:
         """The clean and the corrupted runs of some equally long pairs."""
-        read = {direction: self._read(direction, some, (), self.hooks) for direction in DIRECTIONS}
+        read = {direction: self._read(direction, some, (), self.hooks) for direction in CLEAN_FIRST}
         return [
             self._pair(
                 index,
@@ -93,7 +96,7 @@ class Runner:
         pair = self.pairs[index]
         first = pair.first_difference if self.noise is None else min(self.noise.at(pair))
         first = 0 if self.contrast.everywhere or not self.lens.causal else first
-        bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in reversed(DIRECTIONS)}
+        bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in CLEAN_FIRST}
         for number, reading in enumerate(self.readings[index]):
             for direction in bases:
                 resid = entries[direction]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featpatch import tasks as tasks
+    from featpatch.attribution import Calibration, calibrate, estimate_features
     from featpatch.checkpoints import Demo, load_demo
     from featpatch.comparison import Comparison, compare
     from featpatch.effects import Effects
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from featpatch.verdict import Check
 
 HOMES = {
+    "Calibration": "attribution",
     "Check": "verdict",
     "Comparison": "comparison",
     "Controls": "patching",
@@ -58,12 +60,14 @@ HOMES = {
     "SlowPathWarning": "engine",
     "ablate": "patching",
     "adapt": "lens",
+    "calibrate": "attribution",
     "check": "selfcheck",
     "compare": "comparison",
     "cumulative": "patching",
     "describe": "firing",
     "diagnose": "patching",
     "do": "patching",
+    "estimate_features": "attribution",
     "identity": "lens",
     "interactions": "patching",
     "load": "loading",
@@ -80,10 +84,11 @@ HOMES = {
 }
 
 __all__ = [
-    "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError", "Loaded", "Node", "Noise",
-    "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate", "adapt", "check", "compare", "cumulative",
-    "describe", "diagnose", "do", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
-    "random_controls", "rank_components", "rank_features", "select_features", "tasks",
+    "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError", "Loaded",
+    "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check",
+    "compare", "cumulative", "describe", "diagnose", "do", "estimate_features", "identity", "interactions", "load",
+    "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls", "rank_components", "rank_features",
+    "select_features", "tasks",
 ]  # fmt: skip
 
 

@@ -78,6 +78,22 @@ class Measure:
         """Ids whose logits are needed; None for the whole vocabulary."""
         return (*correct, *wrong) if self.needs == "answers" else None
 
+    def raw(
+        self,
+        logits: Float[torch.Tensor, "rows columns"],
+        correct: Sequence[int],
+        wrong: Sequence[int],
+        clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
+    ) -> torch.Tensor:
+        """What the function makes of logits at the answer position: unchecked, on their device, with its gradient."""
+        if self.needs == "clean":
+            assert clean is not None
+            return cast(FromClean, self.metric)(logits, clean)
+        if self.needs == "answers":
+            n, total = len(correct), len(correct) + len(wrong)
+            return cast(Metric, self.metric)(logits, range(n), range(n, total))
+        return cast(Metric, self.metric)(logits, correct, wrong)
+
     def __call__(
         self,
         logits: Float[torch.Tensor, "rows columns"],
@@ -90,14 +106,7 @@ class Measure:
         Raises:
             FeatpatchError: the metric doesn't give one finite value per row.
         """
-        if self.needs == "clean":
-            assert clean is not None
-            values = cast(FromClean, self.metric)(logits, clean)
-        elif self.needs == "answers":
-            n, total = len(correct), len(correct) + len(wrong)
-            values = cast(Metric, self.metric)(logits, range(n), range(n, total))
-        else:
-            values = cast(Metric, self.metric)(logits, correct, wrong)
+        values = self.raw(logits, correct, wrong, clean)
         if not isinstance(values, torch.Tensor):
             raise FeatpatchError(f"the metric gave a {type(values).__name__}: expected a tensor with one value per row")
         if values.shape != (len(logits),):

@@ -13,7 +13,7 @@ LAYERS = [
     ["pairs"],
     ["effects", "lens", "tasks"],
     ["engine", "report"],
-    ["patching", "firing", "comparison"],
+    ["patching", "attribution", "firing", "comparison"],
     ["selfcheck"],
     ["loading"],
     ["checkpoints"],

@@ -32,7 +32,9 @@ class Collector:
         for direction, column in self.values.items():
             column.append(values.get(direction, np.full((len(nodes), len(self.metrics)), np.nan)))
 
-    def effects(self, clean: NDArray[np.float64], corrupted: NDArray[np.float64], metadata: dict[str, Any]) -> Effects:
+    def effects(
+        self, clean: NDArray[np.float64], corrupted: NDArray[np.float64], metadata: Mapping[str, Any], value: str = "exact"
+    ) -> Effects:
         """The table of all that was gathered, that of the first metric; clean and corrupted are `[pairs, metrics]`."""
         nodes, row, pair = tuple(self.rows), np.array(self.row, dtype=np.int64), np.array(self.pair, dtype=np.int64)
         none = np.zeros((0, len(self.metrics)))
@@ -47,6 +49,7 @@ class Collector:
                 denoised=denoised[:, column],
                 noised=noised[:, column],
                 metadata={**metadata, "metric": metric},
+                value=value,
             )
             for column, metric in enumerate(self.metrics)
         }

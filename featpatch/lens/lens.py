@@ -188,6 +188,41 @@ class Lens(ABC):
                 )
         return activations, entering
 
+    def gradients(
+        self,
+        tokens: Int[torch.Tensor, "batch pos"],
+        hooks: Sequence[str],
+        measure: Callable[[Float[torch.Tensor, "batch pos d_vocab"]], Float[torch.Tensor, " batch"]],
+    ) -> tuple[Float[torch.Tensor, " batch"], dict[str, torch.Tensor]]:
+        """What `measure` makes of each prompt's logits, and its gradients `[batch, pos, ...]` at some hooks.
+
+        At the hook where a change of the activation is to be added (see `carrier`). The model's own gradients stay as they are.
+
+        Raises:
+            FeatpatchError: a hook did not fire, or the measure has no gradient.
+        """
+        activations: dict[str, torch.Tensor] = {}
+
+        def keeping(name: str) -> Edit:
+            def keep(activation: torch.Tensor) -> torch.Tensor:
+                activations[name] = activation.clone().requires_grad_()
+                return activations[name]
+
+            return keep
+
+        with torch.enable_grad(), ExitStack() as stack:
+            for name in hooks:
+                stack.enter_context(self.edit(self.carrier(name), keeping(name)))
+            values = measure(self.model(tokens.to(self.device)))
+        if set(activations) != set(hooks) or not values.requires_grad:
+            raise FeatpatchError(
+                f"no gradient of the metric at {', '.join(hooks)}: expected hooks of every forward pass, and a differentiable "
+                "metric; ranks and accuracies have none"
+            )
+        found = torch.autograd.grad(values.sum(), list(activations.values()), allow_unused=True)
+        kept = zip(activations.items(), found, strict=True)
+        return values.detach(), {name: torch.zeros_like(x) if g is None else g for (name, x), g in kept}
+
     @torch.no_grad()
     def through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str

@@ -15,11 +15,11 @@ from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, Split, dictionaries, wrap
 from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions
 from featpatch.patching.components import component_parts
 from featpatch.patching.feature_part import FeaturePart
 from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
 from featpatch.patching.part import Part
-from featpatch.patching.positions import Positions
 from featpatch.patching.readings import Metrics
 from featpatch.patching.run import Contrast, Run, Ways
 from featpatch.patching.study import Study, check_pairs, check_tokens

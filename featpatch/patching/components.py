@@ -9,11 +9,11 @@ from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens, dictionaries, identity, neurons, wrap
 from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.component_parts import HeadPart, NeuronPart, WholePart
 from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
-from featpatch.patching.positions import Positions
 from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Study, check_pairs
 

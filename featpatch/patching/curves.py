@@ -9,10 +9,10 @@ import numpy as np
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import feature_study
 from featpatch.patching.noise import Noise
-from featpatch.patching.positions import Positions
 from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import SetPart
 

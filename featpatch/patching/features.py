@@ -8,10 +8,10 @@ from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, dictionaries, wrap
 from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.feature_part import FeaturePart
 from featpatch.patching.noise import Noise
-from featpatch.patching.positions import Positions
 from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Study, check_pairs
 

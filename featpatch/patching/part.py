@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featpatch.lens import Dictionary
+from featpatch.pairs.spans import Wanted
 from featpatch.patching.difference import Change
-from featpatch.patching.positions import Wanted
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Swaps, differing
 

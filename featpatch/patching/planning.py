@@ -6,9 +6,9 @@ from typing import Any
 from featpatch.engine import Sweep
 from featpatch.forecast import Plan
 from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.features import feature_study
-from featpatch.patching.positions import Positions
 from featpatch.patching.readings import Metrics
 
 

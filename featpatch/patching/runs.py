@@ -8,9 +8,9 @@ import torch
 from featpatch.engine import BaseRun, Block
 from featpatch.lens import Lens
 from featpatch.pairs import Pair, Pairs
+from featpatch.pairs.spans import Wanted
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.noise import Noise
-from featpatch.patching.positions import Wanted
 from featpatch.patching.readings import Reading
 from featpatch.patching.run import Contrast, Run, Ways
 from featpatch.patching.swaps import Swaps

@@ -20,10 +20,10 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.each import each
+from featpatch.pairs.spans import Positions, spans
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
-from featpatch.patching.positions import Positions, spans
 from featpatch.patching.readings import Metrics, Reading, Readout, readout
 from featpatch.patching.run import Contrast, Swap
 from featpatch.patching.runs import PairRuns, Runner, chunks

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch.engine import Deltas
 from featpatch.lens import Dictionary
+from featpatch.pairs.spans import Wanted
 from featpatch.patch import Direction, Kind, Node, Position
 from featpatch.patching.difference import Change, Difference
-from featpatch.patching.positions import Wanted
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from operator import index
 from typing import SupportsIndex, cast
 
 from featpatch.errors import FeatpatchError
-from featpatch.pairs import Pair
+from featpatch.pairs.pair import Pair
 from featpatch.patch import Position
 
 Positions = str | Sequence[Position]

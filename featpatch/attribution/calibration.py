@@ -1,0 +1,114 @@
+"""How far estimates can be trusted: against exact effects of the same pairs, overall and site by site."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+
+from featpatch.effects import Effect, Effects
+from featpatch.errors import FeatpatchError
+from featpatch.patch import Node
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """Estimates beside exact effects.
+
+    Attributes:
+        nodes: the ranked rows that either table holds; where one has no row its effect is 0.
+        estimate, exact: pooled effects, `[nodes]`.
+        effect: which.
+    """
+
+    nodes: tuple[Node, ...]
+    estimate: NDArray[np.float64]
+    exact: NDArray[np.float64]
+    effect: Effect
+
+    def table(self, k: int = 20) -> "pd.DataFrame":
+        """One row for all sites and one per site.
+
+        `pearson`, `spearman`; `recall`: share of the k largest |exact| that are among the k largest |estimate| (NaN with no
+        more than k rows); `signs`: share of rows with the same sign; `slope`: exact over estimate, least squares through 0.
+        """
+        import pandas as pd
+
+        names = np.array([node.sae or node.site for node in self.nodes])
+        rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
+        return pd.DataFrame([{"site": name, **_agreement(self.estimate[at], self.exact[at], k)} for name, at in rows])
+
+    def misses(self, n: int = 10) -> "pd.DataFrame":
+        """The rows in which the estimate is farthest from the exact effect, farthest first."""
+        import pandas as pd
+
+        worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
+        return pd.DataFrame(
+            {
+                "node": [str(self.nodes[row]) for row in worst],
+                "estimate": self.estimate[worst],
+                "exact": self.exact[worst],
+            }
+        )
+
+    def plot(self) -> Any:
+        """A `plotly.graph_objects.Figure`: exact against estimate, a colour per site, and the diagonal."""
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
+        names = np.array([node.sae or node.site for node in self.nodes])
+        for name in dict.fromkeys(names.tolist()):
+            at = np.flatnonzero(names == name)
+            text = [str(self.nodes[row]) for row in at]
+            figure.add_scatter(x=self.estimate[at], y=self.exact[at], mode="markers", name=str(name), text=text)
+        ends = [float(min(self.estimate.min(), self.exact.min())), float(max(self.estimate.max(), self.exact.max()))]
+        figure.add_scatter(x=ends, y=ends, mode="lines", name="equal")
+        return figure
+
+    def __repr__(self) -> str:
+        return f"{self.effect}, estimate against exact\n{self.table().round(3).to_string(index=False)}"
+
+
+def calibrate(estimate: Effects, exact: Effects, effect: Effect | None = None) -> Calibration:
+    """Estimates beside exact effects of the same pairs, metric and positions.
+
+    Args:
+        effect: by default recovery if both have it.
+
+    Raises:
+        FeatpatchError: tables of other kinds, or of different pairs or metrics, or an effect that one does not have.
+    """
+    if estimate.value != "estimate" or exact.value != "exact":
+        raise FeatpatchError(
+            f"got a table of {estimate.value} and one of {exact.value} values: expected calibrate(estimate, exact)"
+        )
+    for key in ("pairs", "metric", "positions", "model"):
+        one, other = (table.metadata.get(key) for table in (estimate, exact))
+        if one != other:
+            raise FeatpatchError(f"{key} is {one!r} for the estimates and {other!r} for the exact effects: expected the same")
+    shared = [name for name in estimate.directions_run() if name in exact.directions_run()]
+    wanted = effect or next(iter(shared), None)
+    if wanted is None or wanted not in shared:
+        raise FeatpatchError(f"effect={effect!r}: expected one that both tables hold, of {shared}")
+    nodes = tuple(dict.fromkeys(node for table in (exact, estimate) for node in table.take(table.ranked).nodes))
+    values = [dict(zip(table.nodes, table.pooled(wanted), strict=True)) for table in (estimate, exact)]
+    first, second = (np.array([of_table.get(node, 0.0) for node in nodes]) for of_table in values)
+    return Calibration(nodes, first, second, wanted)
+
+
+def _agreement(estimate: NDArray[np.float64], exact: NDArray[np.float64], k: int) -> dict[str, float]:
+    varied = len(estimate) > 1 and bool(np.ptp(estimate)) and bool(np.ptp(exact))
+    top = [set(np.argsort(-np.abs(values), kind="stable")[:k].tolist()) for values in (estimate, exact)]
+    size = float(estimate @ estimate)
+    return {
+        "rows": float(len(estimate)),
+        "pearson": float(pearsonr(estimate, exact).statistic) if varied else np.nan,
+        "spearman": float(spearmanr(estimate, exact).statistic) if varied else np.nan,
+        "recall": len(top[0] & top[1]) / k if len(estimate) > k else np.nan,
+        "signs": float((np.sign(estimate) == np.sign(exact)).mean()) if len(estimate) else np.nan,
+        "slope": float(estimate @ exact) / size if size else np.nan,
+    }

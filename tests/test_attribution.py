@@ -1,0 +1,250 @@
+"""Gradient estimates: against a naive estimator, finite differences, exact effects where they must agree, and where they fail."""
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from architectures import BRIDGES, HOOKED
+from constructed import LAST, and_gate, or_gate
+from small import Small, standard
+from test_sets import dictionary
+
+import featpatch as fp
+
+SITE = "blocks.1.hook_resid_pre"
+
+
+def pairs_of(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+
+
+def estimated(small: Small, saes: Any, **options: Any) -> fp.Effects:
+    return fp.estimate_features(small.model, saes, pairs_of(small), progress=False, **options)
+
+
+def gradient(model: Any, tokens: torch.Tensor, site: str, change: Any, correct: int, wrong: int) -> torch.Tensor:
+    """d metric / d change at the site, by a hook that adds a leaf there."""
+    carrier = site.replace("resid_mid", "attn_out") if hasattr(model, "original_model") else site
+    leaf = torch.zeros_like(oracle.activations(model, tokens)[site], requires_grad=True)
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(carrier, lambda x, hook: x + change + leaf)])
+    (found,) = torch.autograd.grad(logits[0, -1, correct] - logits[0, -1, wrong], leaf)
+    return found.flatten(2)[0].detach()
+
+
+def naive(small: Small, sae: Any, node: fp.Node, slot: int, direction: str, steps: int) -> float:
+    """(f_s - f_b) (decode of one unit) . g and so on, position by position."""
+    runs = small.corrupted[[slot]], small.clean[[slot]]
+    base, source = runs if direction == "denoising" else runs[::-1]
+    reads, writes = oracle.hooks(sae)
+    x, y, x_s, y_s = (oracle.activations(small.model, run)[hook] for run in (base, source) for hook in (reads, writes))
+    answers = int(small.correct[slot]), int(small.wrong[slot])
+    at = [0.0] if not steps else [(step + 0.5) / steps for step in range(steps)]
+    g = sum(gradient(small.model, base, writes, share * (y_s - y), *answers) for share in at) / len(at)
+    with torch.no_grad():
+        f, f_s = oracle.encode(sae, x), oracle.encode(sae, x_s)
+        total = 0.0
+        for p in range(7) if node.position == "all" else [node.position]:
+            if node.kind == "feature":
+                unit = torch.zeros_like(f)
+                unit[0, p, node.index] = 1
+                added = oracle.decode(sae, unit, x, y) - oracle.decode(sae, torch.zeros_like(f), x, y)
+                change = (f_s - f)[0, p, node.index] * added
+            elif node.kind == "all_features":
+                change = oracle.decode(sae, f_s, x, y) - oracle.decode(sae, f, x, y)
+            elif node.kind == "error":
+                change = (y_s - oracle.decode(sae, f_s, x_s, y_s)) - (y - oracle.decode(sae, f, x, y))
+                change = change + oracle.decode(sae, f, x_s, y_s) - oracle.decode(sae, f, x, y)
+            else:
+                change = y_s - y
+            total += float(change.flatten(2)[0, p] @ g[p])
+    return total
+
+
+@pytest.mark.parametrize("which", [*range(9), "normalising"])
+@pytest.mark.parametrize("positions", ["all", [3, 6]])
+def test_attribution_patching_is_the_naive_estimator(small: Small, which: Any, positions: Any) -> None:
+    sae = dictionary(small, which) if which == "normalising" else small.saes[which]
+    effects = estimated(small, sae, positions=positions)
+    assert effects.value == "estimate"
+    kinds = set()
+    for entry in range(0, len(effects.row), 4):
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        kinds.add(node.kind)
+        found = effects.denoised[entry] - effects.corrupted[slot], effects.noised[entry] - effects.clean[slot]
+        for value, direction in zip(found, ("denoising", "noising"), strict=True):
+            assert value == pytest.approx(naive(small, sae, node, slot, direction, 0), abs=1e-9), (node, direction)
+    assert len(kinds) > 1
+
+
+@pytest.mark.parametrize("method", ["atp", "ig"])
+def test_several_sites_at_once_are_what_each_is_alone(small: Small, method: str) -> None:
+    """A gradient passes the sites behind it, and one that is interpolated leaves the others as they are."""
+    together = estimated(small, small.saes, method=method, steps=2)
+    for sae in small.saes:
+        alone = estimated(small, sae, method=method, steps=2)
+        values = dict(zip(together.nodes, together.pooled("recovery"), strict=True))
+        for node, value in zip(alone.nodes, alone.pooled("recovery"), strict=True):
+            assert values[node] == pytest.approx(value, abs=1e-10), node
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "z", "nonlinear"])
+def test_features_and_error_add_up_to_the_site(small: Small, kind: str) -> None:
+    effects = estimated(small, dictionary(small, kind), positions="each")
+    assert effects.metadata["completeness_residual"] < 1e-9
+    exact = fp.rank_features(small.model, dictionary(small, kind), pairs_of(small), positions="each", progress=False)
+    assert set(effects.nodes) == set(exact.nodes)
+    np.testing.assert_allclose(effects.clean, exact.clean, atol=1e-10)
+
+
+def test_a_decoder_with_a_state_leaves_a_residual(small: Small) -> None:
+    """Features times the change of the token's norm belong to neither."""
+    assert estimated(small, dictionary(small, "normalising")).metadata["completeness_residual"] > 1e-3
+
+
+def test_finite_differences(small: Small) -> None:
+    sae = small.at(SITE)
+    effects = estimated(small, sae, positions=[3], directions=["denoising"])
+    assert np.isnan(effects.noised).all()
+    for entry in range(0, len(effects.row), 3):
+        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        if node.kind != "feature":
+            continue
+        base, source = (oracle.activations(small.model, run[[slot]])[SITE] for run in (small.corrupted, small.clean))
+        f, f_s = oracle.encode(sae, base), oracle.encode(sae, source)
+        new = f.clone()
+        new[0, 3, node.index] = f_s[0, 3, node.index]
+        with torch.no_grad():
+            step = 1e-5 * (sae.decode(new) - sae.decode(f))
+            values = [
+                oracle.logit_diff(
+                    oracle.replaced(small.model, small.corrupted[[slot]], SITE, base, base + sign * step),
+                    int(small.correct[slot]), int(small.wrong[slot]),
+                )
+                for sign in (1, -1)
+            ]  # fmt: skip
+        slope = (values[0] - values[1]) / 2e-5
+        assert effects.denoised[entry] - effects.corrupted[slot] == pytest.approx(slope, abs=1e-6), node
+
+
+def test_exact_where_the_metric_is_linear() -> None:
+    """Law 6: behind the last block of a model without a final norm."""
+    model, site = HOOKED["no norms"](), "blocks.2.hook_resid_post"
+    clean, corrupted = torch.randint(0, 40, (2, 3, 6), generator=torch.Generator().manual_seed(2))
+    pairs = fp.Pairs.from_tokens(clean, corrupted, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]))
+    for method in ("atp", "ig"):
+        found = fp.estimate_features(model, standard(site, 1), pairs, method=method, steps=2, progress=False)
+        exact = fp.rank_features(model, standard(site, 1), pairs, progress=False)
+        assert set(found.nodes) == set(exact.nodes)
+        for effect in ("recovery", "degradation"):
+            one, other = (dict(zip(t.nodes, t.pooled(effect), strict=True)) for t in (found, exact))
+            assert one == pytest.approx(other, abs=1e-9)
+
+
+@pytest.mark.parametrize("site", [SITE, "blocks.1.hook_resid_mid"])
+def test_integrated_gradients(small: Small, site: str) -> None:
+    """The naive midpoint rule; the residual falls; the whole site is reached."""
+    sae = small.at(site)
+    few = estimated(small, sae, method="ig", steps=3, positions=[3])
+    for entry in range(0, len(few.row), 5):
+        node, slot = few.nodes[few.row[entry]], int(few.pair[entry])
+        value = few.denoised[entry] - few.corrupted[slot]
+        assert value == pytest.approx(naive(small, sae, node, slot, "denoising", 3), abs=1e-9), node
+    many = estimated(small, sae, method="ig", steps=200, positions="all")
+    assert many.metadata["ig_residual"] < 1e-3 < 10 * few.metadata["ig_residual"]
+    assert many.metadata["ig_residual"] < few.metadata["ig_residual"] / 20
+    exact = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
+    whole = [table.where(kind="activation").pooled("recovery")[0] for table in (many, exact)]
+    assert whole[0] == pytest.approx(whole[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "neox"])
+def test_gradients_reach_the_sites_of_other_architectures(name: str) -> None:
+    """A small step at each site changes the metric by the gradient."""
+    for model in (BRIDGES[name](), HOOKED[name]()):
+        clean, corrupted = torch.tensor([[11, 12, 13, 14, 15]]), torch.tensor([[11, 12, 19, 14, 15]])
+        pairs = fp.Pairs.from_tokens(clean, corrupted, torch.tensor([13]), torch.tensor([4]))
+        for hook in ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_out", "hook_resid_post"):
+            site = f"blocks.1.{hook}"
+            if name == "neox" and hook == "hook_resid_mid":
+                continue
+            sae = fp.identity(model, site)
+            effects = fp.estimate_features(model, sae, pairs, directions=["denoising"], positions=[3], progress=False)
+            old, other = (oracle.activations(model, run)[site] for run in (corrupted, clean))
+            step = torch.zeros_like(old)
+            step[0, 3] = 1e-4 * (other - old)[0, 3]
+            with torch.no_grad():
+                up, down = (
+                    oracle.logit_diff(oracle.replaced(model, corrupted, site, old, old + s * step), 13, 4) for s in (1, -1)
+                )
+            found = effects.where(kind="activation").changes("recovery").toarray()[0, 0]
+            assert found == pytest.approx((up - down) / 2e-4, rel=2e-2, abs=2e-3), (name, site)
+
+
+def test_where_gradients_lie_and_integrated_ones_do_not() -> None:
+    """An OR gate is flat where both inputs are on, an AND gate where both are off: noising and denoising are missed there."""
+    for build, effect in ((or_gate, "degradation"), (and_gate, "recovery")):
+        built = build()
+        pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
+        z = fp.identity(built.model, "blocks.0.attn.hook_z")
+        options: dict[str, Any] = {"positions": [LAST], "progress": False}
+        flat, along = (fp.estimate_features(built.model, z, pairs, method=m, steps=20, **options) for m in ("atp", "ig"))
+        exact = fp.rank_features(built.model, z, pairs, **options)
+        whole = [float(t.where(kind="activation").pooled(effect)[0]) for t in (flat, along, exact)]
+        assert whole == [pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.06), pytest.approx(1, abs=1e-9)]
+        calibration = fp.calibrate(flat, exact, effect)
+        assert calibration.effect == effect
+
+
+def test_calibration_by_hand(small: Small) -> None:
+    sae = small.at(SITE)
+    estimate = estimated(small, sae, positions=[3, 6])
+    exact = fp.rank_features(small.model, sae, pairs_of(small), positions=[3, 6], progress=False)
+    found = fp.calibrate(estimate, exact)
+    assert found.effect == "recovery"
+    one, other = (dict(zip(t.nodes, t.pooled("recovery"), strict=True)) for t in (estimate, exact))
+    nodes = [node for node in exact.nodes if node.kind == "feature"]
+    assert list(found.nodes) == nodes
+    x, y = np.array([one[n] for n in nodes]), np.array([other[n] for n in nodes])
+    row = found.table(5).iloc[0]
+    assert row["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert row["slope"] == pytest.approx((x * y).sum() / (x * x).sum())
+    top = [set(np.argsort(-abs(v))[:5].tolist()) for v in (x, y)]
+    assert row["recall"] == len(top[0] & top[1]) / 5
+    assert row["signs"] == (np.sign(x) == np.sign(y)).mean()
+    worst = found.misses(1).iloc[0]
+    assert abs(worst["estimate"] - worst["exact"]) == pytest.approx(abs(x - y).max())
+    assert "estimate against exact" in repr(found)
+    assert len(found.plot().data) == 2
+    itself = fp.calibrate(estimate, exact, "degradation").table(1000)
+    assert np.isnan(itself["recall"]).all()
+
+
+def test_errors(small: Small) -> None:
+    sae, pairs, model = small.at(SITE), pairs_of(small), small.model
+    estimate = estimated(small, sae, directions=["denoising"])
+    exact = fp.rank_features(model, sae, pairs, progress=False)
+    for call, message in (
+        (lambda: estimated(small, sae, method="shap"), "method='shap', steps=10: expected 'atp' or 'ig'"),
+        (lambda: estimated(small, sae, method="ig", steps=0), "1 or more steps"),
+        (lambda: estimated(small, sae, metric="neg_kl"), "a gradient of zero at the clean run"),
+        (lambda: estimated(small, sae, metric="neg_rank"), "ranks and accuracies have none"),
+        (lambda: estimated(small, sae, directions=[]), "expected 'denoising', 'noising' or both"),
+        (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),
+        (lambda: fp.calibrate(estimate, exact, "degradation"), "expected one that both tables hold"),
+        (lambda: fp.calibrate(estimate, fp.rank_features(model, sae, pairs[:2], progress=False)), "pairs is"),
+        (lambda: fp.calibrate(estimate, fp.rank_features(model, sae, pairs, metric="prob", progress=False)), "metric is"),
+    ):  # fmt: skip
+        with pytest.raises(fp.FeatpatchError, match=message):
+            call()
+
+
+def test_nothing_is_left_behind(small: Small, tmp_path: Any) -> None:
+    before = {name: parameter.grad for name, parameter in small.model.named_parameters()}
+    effects = estimated(small, small.at(SITE), metric="prob")
+    assert not any(point.fwd_hooks for point in small.model.hook_dict.values())
+    assert {name: parameter.grad for name, parameter in small.model.named_parameters()} == before
+    again = fp.Effects.load(effects.save(tmp_path / "estimate.safetensors"))
+    assert again.value == "estimate"
+    assert set(again.to_pandas()["value"]) == {"estimate"}

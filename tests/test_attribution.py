@@ -225,11 +225,13 @@ def test_errors(small: Small) -> None:
     sae, pairs, model = small.at(SITE), pairs_of(small), small.model
     estimate = estimated(small, sae, directions=["denoising"])
     exact = fp.rank_features(model, sae, pairs, progress=False)
+    long = fp.Pair((1, 2), (1, 3), (), (), correct_sequences=((3, 5),), wrong_sequences=((4,),))
     for call, message in (
         (lambda: estimated(small, sae, method="shap"), "method='shap', steps=10: expected 'atp' or 'ig'"),
         (lambda: estimated(small, sae, method="ig", steps=0), "1 or more steps"),
         (lambda: estimated(small, sae, metric="neg_kl"), "a gradient of zero at the clean run"),
         (lambda: estimated(small, sae, metric="neg_rank"), "ranks and accuracies have none"),
+        (lambda: fp.estimate_features(model, sae, fp.Pairs((long,)), progress=False), "are sequences, and logit_diff reads one"),
         (lambda: estimated(small, sae, directions=[]), "expected 'denoising', 'noising' or both"),
         (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),
         (lambda: fp.calibrate(estimate, exact, "degradation"), "expected one that both tables hold"),

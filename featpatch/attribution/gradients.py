@@ -78,8 +78,8 @@ class Method:
         """From the logits of a prompt to the metric at its answer position."""
         if not pair.correct:
             raise FeatpatchError(
-                f"a pair's answers {pair.answers} are sequences, and {self.measure.name} reads one token: expected answers of one "
-                "token; measure whole answers exactly, by rank_features"
+                f"a pair's answers {pair.answers} are sequences, and {self.measure.name} reads one token: expected answers "
+                "of one token; measure whole answers exactly, by rank_features"
             )
         columns = self.measure.columns(pair.correct, pair.wrong)
 

@@ -68,14 +68,13 @@ def test_attribution_patching_is_the_naive_estimator(small: Small, which: Any, p
     sae = dictionary(small, which) if which == "normalising" else small.saes[which]
     effects = estimated(small, sae, positions=positions)
     assert effects.value == "estimate"
-    kinds = set()
-    for entry in range(0, len(effects.row), 4):
+    single = np.array([node.kind == "feature" for node in effects.nodes])[effects.row]
+    for entry in (*np.flatnonzero(single)[::11], *np.flatnonzero(~single & (effects.pair == 1))):
         node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
-        kinds.add(node.kind)
         found = effects.denoised[entry] - effects.corrupted[slot], effects.noised[entry] - effects.clean[slot]
         for value, direction in zip(found, ("denoising", "noising"), strict=True):
             assert value == pytest.approx(naive(small, sae, node, slot, direction, 0), abs=1e-9), (node, direction)
-    assert len(kinds) > 1
+    assert {node.kind for node in effects.nodes} >= {"feature", "all_features", "error"}
 
 
 @pytest.mark.parametrize("method", ["atp", "ig"])
@@ -151,8 +150,8 @@ def test_integrated_gradients(small: Small, site: str) -> None:
         node, slot = few.nodes[few.row[entry]], int(few.pair[entry])
         value = few.denoised[entry] - few.corrupted[slot]
         assert value == pytest.approx(naive(small, sae, node, slot, "denoising", 3), abs=1e-9), node
-    many = estimated(small, sae, method="ig", steps=200, positions="all")
-    assert many.metadata["ig_residual"] < 1e-3 < 10 * few.metadata["ig_residual"]
+    many = estimated(small, sae, method="ig", steps=60, positions="all")
+    assert many.metadata["ig_residual"] < 1e-3
     assert many.metadata["ig_residual"] < few.metadata["ig_residual"] / 20
     exact = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
     whole = [table.where(kind="activation").pooled("recovery")[0] for table in (many, exact)]

@@ -88,7 +88,7 @@ def test_every_function_of_transformer_lens(name: str, function: str) -> None:
         pytest.skip("slow for TransformerLens, and the same code")
     effects = ranked(model, component, "all" if "pos" not in axes else "each")
     for slot in range(2 if "gpt2" in name else 1):
-        for direction in ("denoising", "noising"):
+        for direction in ("denoising", "noising") if "gpt2" in name else ("denoising",):
             expected = by_transformer_lens(model, theirs, slot, direction)
             assert same_as(effects, expected, axes.split(), slot, direction) > 0
 

@@ -4,8 +4,9 @@ A *node* is something at a hook site whose value can be taken from another run. 
 swapped together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from featpatch.errors import FeatpatchError
 
@@ -29,6 +30,13 @@ Direction = Literal["denoising", "noising"]
 (necessary?)."""
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
+def check_directions(directions: Any) -> tuple[Direction, ...]:
+    """The directions that are asked for, denoising first; raises FeatpatchError for anything else."""
+    if not isinstance(directions, Sequence) or not directions or not set(directions) <= set(DIRECTIONS):
+        raise FeatpatchError(f"directions={directions!r}: expected 'denoising', 'noising' or both, in a list")
+    return tuple(direction for direction in DIRECTIONS if direction in directions)
 
 
 @dataclass(frozen=True)

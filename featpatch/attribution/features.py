@@ -8,7 +8,6 @@ residual. Denoising takes the gradient of the corrupted run, noising that of the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ from tqdm.auto import tqdm
 
 from featpatch.attribution.gradients import Activations, Gradients, Method, method
 from featpatch.effects import Collector, Effects, check_gap
-from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, Split, dictionaries, wrap
+from featpatch.lens import Dictionary, Lens, Split, dictionaries, provenance, wrap
 from featpatch.metrics import Metric, find
-from featpatch.pairs import Pair, Pairs
+from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.spans import Positions, Wanted, spans
-from featpatch.patch import DIRECTIONS, Direction, Kind, Node
+from featpatch.patch import DIRECTIONS, Direction, Kind, Node, check_directions
 
 Estimates = dict[Node, float]
 
@@ -59,11 +57,9 @@ def estimate_features(
     Raises:
         FeatpatchError: unusable input.
     """
-    if not isinstance(pairs, Pairs):
-        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
-    if not isinstance(directions, Sequence) or not directions or not set(directions) <= set(DIRECTIONS):
-        raise FeatpatchError(f"directions={directions!r}: expected 'denoising', 'noising' or both, in a list")
-    return _Estimate.of(model, saes, metric, method, steps).run(pairs, positions, tuple(directions), progress=progress)
+    check_pairs(pairs)
+    ways = check_directions(directions)
+    return _Estimate.of(model, saes, metric, method, steps).run(pairs, positions, ways, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -148,18 +144,14 @@ class _Estimate:
         return changes, worst
 
     def _about(self, pairs: Pairs, positions: Positions, directions: Sequence[Direction]) -> Mapping[str, Any]:
-        tags = {"tags": [dict(pair.tags) for pair in pairs]} if any(pair.tags for pair in pairs) else {}
         return {
             "metric": self.gradients.measure.name,
             "method": self.name,
             "steps": self.gradients.steps,
             "directions": sorted(directions),
             "positions": positions if isinstance(positions, str) else list(positions),
-            "pairs": pairs.digest(),
-            **tags,
-            "model": {"name": str(self.lens.model.cfg.model_name), "sha256": self.lens.digest()},
+            **provenance(self.lens, pairs),
             "saes": {dictionary.name: dictionary.digest() for dictionary in self.found},
-            "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
         }
 
 

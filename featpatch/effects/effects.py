@@ -23,12 +23,15 @@ from featpatch.effects import breakdown, significance, statistics, storage
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
-from featpatch.patch import RANKED, Node, Position
+from featpatch.patch import RANKED, Direction, Node, Position
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Effect = Literal["recovery", "degradation"]
+EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
+"""The direction that each effect is of."""
+
 Array = NDArray[np.float64]
 
 
@@ -309,12 +312,7 @@ class Effects:
 
     def directions_run(self) -> list[Effect]:
         """The effects that this table holds."""
-        effects: list[Effect] = []
-        if "denoising" in self.metadata["directions"]:
-            effects.append("recovery")
-        if "noising" in self.metadata["directions"]:
-            effects.append("degradation")
-        return effects
+        return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
 
     def to_pandas(self) -> "pd.DataFrame":
         """One row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.

@@ -317,6 +317,13 @@ class Pairs(Sequence[Pair]):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def check_pairs(pairs: Any) -> Pairs:
+    """The pairs, if they are; raises FeatpatchError for anything else."""
+    if not isinstance(pairs, Pairs):
+        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
+    return pairs
+
+
 def _tokens(mask: list[int]) -> tuple[int, int]:
     """Where tokens start and stop within padding."""
     kept = [position for position, keep in enumerate(mask) if keep]

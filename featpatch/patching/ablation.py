@@ -14,7 +14,7 @@ import torch
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, Split, dictionaries, wrap
-from featpatch.pairs import Pairs
+from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patching.components import component_parts
 from featpatch.patching.feature_part import FeaturePart
@@ -22,7 +22,7 @@ from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
 from featpatch.patching.part import Part
 from featpatch.patching.readings import Metrics
 from featpatch.patching.run import Contrast, Run, Ways
-from featpatch.patching.study import Study, check_pairs, check_tokens
+from featpatch.patching.study import Study, check_tokens
 
 To = str | float
 """`"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number."""

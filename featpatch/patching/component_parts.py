@@ -16,7 +16,7 @@ from featpatch import sites
 from featpatch.engine import Deltas
 from featpatch.lens import Lens
 from featpatch.patch import Direction, Node, Position
-from featpatch.patching.difference import Difference, whole_change
+from featpatch.patching.difference import whole_change
 from featpatch.patching.part import DictionaryPart, Part, count_whole
 from featpatch.patching.run import Run
 from featpatch.patching.runs import PairRuns
@@ -240,7 +240,7 @@ class NeuronPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """Position by position."""
-        found = [Difference.of(self.dictionary, run.ways, run.first) for run in runs]
+        found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         return [
             feature_swaps(difference, run.wanted, directions, self.dictionary.writes, self._naming)

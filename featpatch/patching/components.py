@@ -8,14 +8,14 @@ from featpatch import sites as hooks
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens, dictionaries, identity, neurons, wrap
-from featpatch.pairs import Pairs
+from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
 from featpatch.patching.component_parts import HeadPart, NeuronPart, WholePart
 from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
 from featpatch.patching.readings import Metrics
-from featpatch.patching.study import Study, check_pairs
+from featpatch.patching.study import Study
 
 WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 DEFAULT = ("resid_pre", "attn_out", "mlp_out", "z")

@@ -97,12 +97,12 @@ class RandomPart(DictionaryPart):
 
     def count(self, run: PairRuns) -> int:
         """All, where the feature differs."""
-        difference = Difference.of(self.dictionary, run.ways, run.first)
+        difference = self.difference(run)
         return self.n * bool((difference.feature[difference.at(run.wanted[self.position])] == self.feature).any())
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """One for each pair in which the feature differs."""
-        found = [Difference.of(self.dictionary, run.ways, run.first) for run in runs]
+        found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         units = self._units(directions.values)
         return [self._of_pair(run, difference, directions, units) for run, difference in zip(runs, found, strict=True)]

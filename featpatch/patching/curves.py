@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featpatch.effects import Effect, Effects
+from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 MOST = 64
 """Features in the largest set of a curve, by default."""
-
-EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
-"""The direction that each effect is of."""
 
 Key = tuple[str, Position]
 """The name of a dictionary, and a position."""

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens, dictionaries, wrap
-from featpatch.pairs import Pairs
+from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.each import each
-from featpatch.patch import DIRECTIONS, Direction, Node, Patch
+from featpatch.patch import DIRECTIONS, Direction, Node, Patch, check_directions
 from featpatch.patching.chosen import Chosen, Values, choose
 from featpatch.patching.runs import chunks
 from featpatch.patching.study import check_tokens
@@ -75,10 +75,8 @@ def diagnose(
     Raises:
         FeatpatchError: unusable input: no nodes, an unknown site, dictionary, feature, position or direction.
     """
-    if not isinstance(pairs, Pairs):
-        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
-    if not directions or not set(directions) <= set(DIRECTIONS):
-        raise FeatpatchError(f"directions={tuple(directions)}: expected 'denoising', 'noising' or both")
+    check_pairs(pairs)
+    ways = check_directions(directions)
     if not isinstance(nodes, Sequence) or not nodes or not all(isinstance(node, Node) for node in nodes):
         raise FeatpatchError(f"nodes={nodes!r:.80}: expected one fp.Node or more in a sequence, e.g. effects.top(20).nodes")
     others = sorted({node.kind for node in nodes} - set(KINDS))
@@ -91,7 +89,7 @@ def diagnose(
     found = dictionaries(lens, saes)
     swaps = [choose(lens, Patch((replace(node, position="all"),)), found, 1)[0] for node in nodes]
     spans = each(lambda pair: [pair.positions(node.position) for node in nodes], list(pairs))
-    seen = _seen(lens, pairs, swaps, spans, [way for way in DIRECTIONS if way in directions])
+    seen = _seen(lens, pairs, swaps, spans, ways)
     return _frame(nodes, swaps, seen, len(pairs))
 
 

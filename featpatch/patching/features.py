@@ -7,13 +7,13 @@ from typing import Any
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, dictionaries, wrap
-from featpatch.pairs import Pairs
+from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.feature_part import FeaturePart
 from featpatch.patching.noise import Noise
 from featpatch.patching.readings import Metrics
-from featpatch.patching.study import Study, check_pairs
+from featpatch.patching.study import Study
 
 
 def rank_features(

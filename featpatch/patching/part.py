@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from featpatch.lens import Dictionary
 from featpatch.pairs.spans import Wanted
-from featpatch.patching.difference import Change
+from featpatch.patching.difference import Change, Difference
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Swaps, differing
 
@@ -44,6 +45,13 @@ class DictionaryPart(Part):
     """A part about one dictionary: it needs what the dictionary reads and writes, and patches what it writes."""
 
     dictionary: Dictionary
+    _found: "WeakKeyDictionary[PairRuns, Difference]" = field(default_factory=WeakKeyDictionary, init=False)
+
+    def difference(self, run: PairRuns) -> Difference:
+        """Between the runs of a pair, worked out once."""
+        if run not in self._found:
+            self._found[run] = Difference.of(self.dictionary, run.ways, run.first)
+        return self._found[run]
 
     @property
     def hooks(self) -> set[str]:

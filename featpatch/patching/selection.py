@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from featpatch.effects import Effect, Effects
+from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Position
-from featpatch.patching.curves import EFFECTS
 from featpatch.patching.features import single_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import SetPart

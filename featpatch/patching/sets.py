@@ -29,7 +29,7 @@ class SetPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """Position by position."""
-        found = [Difference.of(self.dictionary, run.ways, run.first) for run in runs]
+        found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         return [
             [self._of_position(run, difference, directions, position) for position in self.sets if run.wanted.get(position)]

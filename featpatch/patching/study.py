@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,11 +16,11 @@ from featpatch import sites
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.engine import BaseRun, Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens
-from featpatch.pairs import Pair, Pairs
+from featpatch.lens import Lens, provenance
+from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, spans
-from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patch import DIRECTIONS, Direction, check_directions
 from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
 from featpatch.patching.readings import Metrics, Reading, Readout, readout
@@ -81,8 +80,7 @@ class Study:
             FeatpatchError: unusable input.
         """
         read = readout(metric)
-        if not isinstance(directions, Sequence) or not directions or not set(directions) <= set(DIRECTIONS):
-            raise FeatpatchError(f"directions={directions!r}: expected 'denoising', 'noising' or both, in a list")
+        chosen = check_directions(directions)
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
@@ -110,7 +108,6 @@ class Study:
         longest = max(len(run.tokens) for run in probes)
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
-        chosen = tuple(direction for direction in DIRECTIONS if direction in directions)
         metadata = _metadata(lens, about, runner, read, chosen, positions)
         return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs)
 
@@ -229,29 +226,17 @@ def _metadata(
     lens: Lens, about: Mapping[str, Any], runner: Runner, read: Readout, directions: Sequence[Direction], positions: Positions
 ) -> dict[str, Any]:
     """What the results depend on, and where they come from."""
-    pairs = runner.pairs
-    tags = {"tags": [dict(pair.tags) for pair in pairs]} if any(pair.tags for pair in pairs) else {}
     return {
         "metric": read.names[0],
         "metrics": list(read.names),
         "directions": sorted(directions),
         "positions": positions if isinstance(positions, str) else [*runner.wanted[0]],
-        "pairs": pairs.digest(),
-        **tags,
-        "model": {"name": str(lens.model.cfg.model_name), "sha256": lens.digest()},
+        **provenance(lens, runner.pairs),
         **about,
         **runner.contrast.about(),
         **({} if runner.noise is None else {"noise": runner.noise.about()}),
-        "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
         "finished": True,
     }
-
-
-def check_pairs(pairs: Any) -> Pairs:
-    """The pairs, if they are; raises FeatpatchError for anything else."""
-    if not isinstance(pairs, Pairs):
-        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
-    return pairs
 
 
 def _longest_and_shortest(

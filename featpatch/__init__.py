@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featpatch import tasks as tasks
-    from featpatch.attribution import Calibration, calibrate, estimate_features
+    from featpatch.attribution import Calibration, Gradients, calibrate, estimate_components, estimate_features
     from featpatch.checkpoints import Demo, load_demo
     from featpatch.comparison import Comparison, compare
     from featpatch.effects import Effects
@@ -49,6 +49,7 @@ HOMES = {
     "Description": "firing",
     "Effects": "effects",
     "FeatpatchError": "errors",
+    "Gradients": "attribution",
     "Loaded": "loading",
     "Node": "patch",
     "Noise": "patching",
@@ -67,6 +68,7 @@ HOMES = {
     "describe": "firing",
     "diagnose": "patching",
     "do": "patching",
+    "estimate_components": "attribution",
     "estimate_features": "attribution",
     "identity": "lens",
     "interactions": "patching",
@@ -84,11 +86,11 @@ HOMES = {
 }
 
 __all__ = [
-    "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError", "Loaded",
-    "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check",
-    "compare", "cumulative", "describe", "diagnose", "do", "estimate_features", "identity", "interactions", "load",
-    "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls", "rank_components", "rank_features",
-    "select_features", "tasks",
+    "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError",
+    "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate",
+    "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "do", "estimate_components",
+    "estimate_features", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
+    "random_controls", "rank_components", "rank_features", "select_features", "tasks",
 ]  # fmt: skip
 
 

@@ -13,11 +13,10 @@ from jaxtyping import Bool
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, dictionaries, official_name, processing, wrap
+from featpatch.lens import Dictionary, Lens, check_tokens, dictionaries, official_name, processing, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
-from featpatch.patching.study import check_tokens
 from featpatch.verdict import LESS, Check, Fit
 
 POSITIONS = 512

@@ -5,7 +5,8 @@ TransformerBridge (`blocks.3.hook_in`) are turned into them by `canonical`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from featpatch.errors import FeatpatchError
 
@@ -51,9 +52,43 @@ COMPONENTS = {
 """Components by the names that TransformerLens' patching functions use, and the hook of a block at which each is."""
 
 
+WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+"""Components that are whole activations."""
+
+SHOWN = ("resid_pre", "attn_out", "mlp_out", "z")
+"""Those that are looked at unless others are asked for."""
+
+
 def component(layer: int, name: str) -> str:
     """The hook of a component in a block."""
     return f"blocks.{layer}.{COMPONENTS[name]}"
+
+
+def check_components(names: Any, positions: Any) -> list[str]:
+    """The names of components, checked.
+
+    Raises:
+        FeatpatchError: an unknown one, none, or entries of the pattern at several positions together.
+    """
+    chosen = [names] if isinstance(names, str) or not isinstance(names, Sequence) else list(names)
+    unknown = [name for name in chosen if not isinstance(name, str) or name not in COMPONENTS]
+    if unknown or not chosen or len(set(chosen)) < len(chosen):
+        raise FeatpatchError(f"sites={chosen}: expected some of {', '.join(COMPONENTS)}, each once")
+    if "pattern_entry" in chosen and "all" in ([positions] if isinstance(positions, str) else positions):
+        raise FeatpatchError(
+            "pattern_entry is what one position attends of another, and 'all' names no single one: expected positions='each' "
+            "or a list of labels and indices"
+        )
+    return chosen
+
+
+def check_layers(layers: Any, n_layers: int) -> list[int]:
+    """The layers that are asked for, all for None; raises FeatpatchError for any that is not there."""
+    every = list(range(n_layers))
+    chosen = every if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
+    if not chosen or not all(type(layer) is int and layer in every for layer in chosen) or len(set(chosen)) < len(chosen):
+        raise FeatpatchError(f"layers={chosen}: expected some of 0 to {n_layers - 1}, each once, or None for all")
+    return chosen
 
 
 EMBEDDING = "hook_embed"

@@ -151,8 +151,8 @@ def test_integrated_gradients(small: Small, site: str) -> None:
         value = few.denoised[entry] - few.corrupted[slot]
         assert value == pytest.approx(naive(small, sae, node, slot, "denoising", 3), abs=1e-9), node
     many = estimated(small, sae, method="ig", steps=60, positions="all")
-    assert many.metadata["ig_residual"] < 1e-3
-    assert many.metadata["ig_residual"] < few.metadata["ig_residual"] / 20
+    assert many.metadata["whole_residual"] < 1e-3
+    assert many.metadata["whole_residual"] < few.metadata["whole_residual"] / 20
     exact = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
     whole = [table.where(kind="activation").pooled("recovery")[0] for table in (many, exact)]
     assert whole[0] == pytest.approx(whole[1], abs=1e-3)
@@ -226,7 +226,7 @@ def test_errors(small: Small) -> None:
     exact = fp.rank_features(model, sae, pairs, progress=False)
     long = fp.Pair((1, 2), (1, 3), (), (), correct_sequences=((3, 5),), wrong_sequences=((4,),))
     for call, message in (
-        (lambda: estimated(small, sae, method="shap"), "method='shap', steps=10: expected 'atp' or 'ig'"),
+        (lambda: estimated(small, sae, method="shap"), "method='shap', steps=10: expected atp, ig, eap_ig_inputs, grad_drop"),
         (lambda: estimated(small, sae, method="ig", steps=0), "1 or more steps"),
         (lambda: estimated(small, sae, metric="neg_kl"), "a gradient of zero at the clean run"),
         (lambda: estimated(small, sae, metric="neg_rank"), "ranks and accuracies have none"),

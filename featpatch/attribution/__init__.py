@@ -1,6 +1,8 @@
 """Gradient estimates of patches, and how far they can be trusted. Never imports `patching`: each is the other's check."""
 
 from featpatch.attribution.calibration import Calibration, calibrate
+from featpatch.attribution.components import estimate_components
 from featpatch.attribution.features import estimate_features
+from featpatch.attribution.gradients import Gradients
 
-__all__ = ["Calibration", "calibrate", "estimate_features"]
+__all__ = ["Calibration", "Gradients", "calibrate", "estimate_components", "estimate_features"]

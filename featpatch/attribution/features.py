@@ -6,23 +6,22 @@ Summed over all features and the error they are (x_s - x_b) . g, exactly: what i
 residual. Denoising takes the gradient of the corrupted run, noising that of the clean one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm.auto import tqdm
+from jaxtyping import Float, Int
 
-from featpatch.attribution.gradients import Activations, Gradients, Method, method
-from featpatch.effects import Collector, Effects, check_gap
-from featpatch.lens import Dictionary, Lens, Split, dictionaries, provenance, wrap
-from featpatch.metrics import Metric, find
-from featpatch.pairs import Pair, Pairs, check_pairs
-from featpatch.pairs.spans import Positions, Wanted, spans
-from featpatch.patch import DIRECTIONS, Direction, Kind, Node, check_directions
-
-Estimates = dict[Node, float]
+from featpatch.attribution.estimation import estimated
+from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
+from featpatch.attribution.part import Found, Part, product
+from featpatch.effects import Effects
+from featpatch.lens import Dictionary, Split, dictionaries, wrap
+from featpatch.metrics import Metric
+from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions, Wanted
+from featpatch.patch import DIRECTIONS, Direction, Kind, Node
 
 
 def estimate_features(
@@ -32,6 +31,7 @@ def estimate_features(
     *,
     method: str = "atp",
     steps: int = 10,
+    gradients: Gradients | None = None,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: str | Metric = "logit_diff",
@@ -43,134 +43,98 @@ def estimate_features(
     estimates can be trusted is for `fp.calibrate` to tell, against exact effects.
 
     Args:
-        method: `"atp"`, or `"ig"`: integrated gradients at each site, `steps` forward and backward passes per site.
+        method: `"atp"`: attribution patching. `"ig"`: integrated gradients at each site, `steps` forward and backward passes
+            per site. `"eap_ig_inputs"`: gradients averaged along the line between the prompts' embeddings, `steps` passes for
+            all sites. `"grad_drop"`: a pass per block of the model, a size without sign (`metadata["unsigned"]`).
         steps: points of the midpoint rule.
+        gradients: what an `fp.Gradients` of this model and these pairs has kept; metric, method and steps are then its own.
         metric: a differentiable one; not `"neg_kl"`, whose gradient at the clean run is zero.
         model, saes, pairs, positions, directions, progress: as in `rank_features`.
 
     Returns:
         Estimates. `metadata["completeness_residual"]`: the largest |sum of features and error - whole site| of any site,
         position and pair, as a share of the mean gap: rounding, unless what features add depends on one another or on a state
-        (a token's norm), which belongs to neither. With `"ig"`, `metadata["ig_residual"]`: the largest
-        |integral - patched run| of any whole site and pair, as such a share: what the steps leave.
+        (a token's norm), which belongs to neither. `metadata["whole_residual"]`: the largest |estimate - patched run| over
+        pairs, as such a share, of the whole stream that enters the first block (how far from linear the model is), with
+        `"ig"` of any whole site (what the steps leave); None for `"grad_drop"`.
 
     Raises:
         FeatpatchError: unusable input.
     """
-    check_pairs(pairs)
-    ways = check_directions(directions)
-    return _Estimate.of(model, saes, metric, method, steps).run(pairs, positions, ways, progress=progress)
+    found = dictionaries(wrap(model), saes)
+    about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    source = gradients or Gradients(model, pairs, metric=metric, method=method, steps=steps, keep=False)
+    return estimated(source, model, pairs, [FeaturePart(d) for d in found], about, positions, directions, progress=progress)
 
 
 @dataclass(frozen=True)
-class _Estimate:
-    lens: Lens
-    found: list[Dictionary]
-    gradients: Method
-    name: str
+class FeaturePart(Part):
+    """The features and the error of a dictionary, and the site that it writes to."""
 
-    @classmethod
-    def of(cls, model: Any, saes: Any, metric: str | Metric, name: str, steps: int) -> "_Estimate":
-        lens = wrap(model)
-        return cls(lens, dictionaries(lens, saes), method(lens, find(metric), name, steps), name)
+    dictionary: Dictionary
+
+    @property
+    def reads(self) -> list[str]:
+        """What it encodes."""
+        return [self.dictionary.reads]
 
     @property
     def sites(self) -> list[str]:
-        """Those that the dictionaries write."""
-        return list(dict.fromkeys(dictionary.writes for dictionary in self.found))
+        """What it decodes to."""
+        return [self.dictionary.writes]
 
-    def run(self, pairs: Pairs, positions: Positions, directions: tuple[Direction, ...], *, progress: bool) -> Effects:
-        metric = self.gradients.measure.name
-        clean, corrupted, collector = np.zeros((len(pairs), 1)), np.zeros((len(pairs), 1)), Collector((metric,))
-        complete, integral = 0.0, 0.0
-        for index, pair in enumerate(tqdm(pairs, unit="pair", desc="estimating", disable=not progress)):
-            wanted = spans(pair, positions)
-            runs = {"denoising": self._read(pair.corrupted), "noising": self._read(pair.clean)}
-            tokens = {"denoising": pair.corrupted, "noising": pair.clean}
-            patched: dict[Direction, Estimates] = {}
-            for direction in DIRECTIONS:
-                base, source = runs[direction], runs["noising" if direction == "denoising" else "denoising"]
-                of_run = self.gradients.gradients(pair, tokens[direction], self.sites, base, source)
-                (corrupted if direction == "denoising" else clean)[index] = of_run.value
-                if direction not in directions:
-                    continue
-                changes, left = self._changes(pair, base, source, of_run, wanted)
-                patched[direction] = {node: of_run.value + change for node, change in changes.items()}
-                complete = max(complete, left)
-                for site, value in of_run.end.items():
-                    whole = float(((source[site] - base[site]).flatten(1) * of_run.at[site]).sum())
-                    integral = max(integral, abs(whole - (value - of_run.value)))
-            nodes = list(dict.fromkeys(node for values in patched.values() for node in values))
-            collector.add(
-                index, nodes, {way: np.array([[v[node]] for node in nodes]).reshape(-1, 1) for way, v in patched.items()}
-            )
-        check_gap(metric, clean[:, 0], corrupted[:, 0])
-        gap = abs(float((clean - corrupted).mean()))
-        residuals = {"completeness_residual": complete / gap, **({"ig_residual": integral / gap} if self.name == "ig" else {})}
-        return collector.effects(clean, corrupted, {**self._about(pairs, positions, directions), **residuals}, value="estimate")
-
-    def _read(self, tokens: tuple[int, ...]) -> Activations:
-        hooks = sorted({hook for d in self.found for hook in (d.reads, d.writes)})
-        return {hook: values[0] for hook, values in self.lens.read(torch.tensor([tokens]), hooks).items()}
-
-    def _changes(
-        self, pair: Pair, base: Activations, source: Activations, gradients: Gradients, wanted: Wanted
-    ) -> tuple[Estimates, float]:
-        """Estimated changes of the metric by node, and the largest completeness residual."""
-        changes: Estimates = {}
-        worst, first = 0.0, pair.first_difference if self.lens.causal else 0
-        for dictionary in self.found:
-            site, g = dictionary.writes, gradients.at[dictionary.writes]
-            b, s = (dictionary.split(run[dictionary.reads][None], run[site][None]) for run in (base, source))
-            g = g.to(b.error)
-            features = _along_features(dictionary, b, s, g)
-            error, whole = _error(dictionary, b, s), (source[site] - base[site]).flatten(1).to(g)
-            together = (dictionary.decode(s.features, b.state) - dictionary.decode(b.features, b.state))[0].to(g)
-            named: dict[tuple[Kind, str], torch.Tensor] = {
-                ("all_features", dictionary.name): together,
-                ("error", dictionary.name): error,
-                ("activation", ""): whole,
-            }
-            for position, span in wanted.items():
-                rows = torch.tensor([p for p in span if p >= first], dtype=torch.long, device=g.device)
-                single, differs = features[rows].sum(0), (s.features[0, rows] != b.features[0, rows]).any(0)
-                for feature in differs.nonzero()[:, 0].tolist():
-                    changes[Node(site, "feature", feature, position, dictionary.name)] = float(single[feature])
-                sums = {kind: float((change[rows] * g[rows]).sum()) for (kind, _), change in named.items()}
-                for (kind, owner), change in named.items():
-                    if change[rows].any():
-                        changes[Node(site, kind, None, position, owner)] = sums[kind]
-                worst = max(worst, abs(float(single.sum()) + sums["error"] - sums["activation"]))
-        return changes, worst
-
-    def _about(self, pairs: Pairs, positions: Positions, directions: Sequence[Direction]) -> Mapping[str, Any]:
-        return {
-            "metric": self.gradients.measure.name,
-            "method": self.name,
-            "steps": self.gradients.steps,
-            "directions": sorted(directions),
-            "positions": positions if isinstance(positions, str) else list(positions),
-            **provenance(self.lens, pairs),
-            "saes": {dictionary.name: dictionary.digest() for dictionary in self.found},
+    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+        """Features first."""
+        dictionary, site = self.dictionary, self.dictionary.writes
+        split = of_pair.split(dictionary)
+        b, s = split[direction], split[SOURCE[direction]]
+        g = of_pair.gradients[direction][site].flatten(2).to(b.error)
+        position, feature = (s.features - b.features)[0].nonzero(as_tuple=True)
+        along = _along(dictionary, b, s, position, feature, g)
+        together = (dictionary.decode(s.features, b.state) - dictionary.decode(b.features, b.state))[0]
+        sums: dict[tuple[Kind, str], torch.Tensor] = {
+            ("all_features", dictionary.name): together,
+            ("error", dictionary.name): _error(dictionary, b, s),
+            ("activation", ""): of_pair.change(site, direction).flatten(1),
         }
+        changes: list[tuple[Node, torch.Tensor]] = []
+        worst = 0.0
+        for name, span in wanted.items():
+            rows = torch.tensor([p for p in span if p >= of_pair.first], dtype=torch.long, device=g.device)
+            here = torch.isin(position, rows)
+            features, number = feature[here].unique(return_inverse=True)
+            single = g.new_zeros(len(g), len(features)).index_add_(1, number, along[:, here])
+            nodes = [Node(site, "feature", index, name, dictionary.name) for index in features.tolist()]
+            changes += zip(nodes, single.unbind(1), strict=True)
+            whole = {kind: product(change[rows], g[:, rows]).sum((1, 2)) for (kind, _), change in sums.items()}
+            changes += [
+                (Node(site, kind, None, name, owner), whole[kind])
+                for (kind, owner), change in sums.items()
+                if change[rows].any()
+            ]
+            left = single.sum(1) + whole["error"] - whole["activation"]
+            worst = max(worst, float(left.abs().max()))
+        return Found.of(changes, worst)
 
 
-def _along_features(dictionary: Dictionary, base: Split, source: Split, g: torch.Tensor) -> torch.Tensor:
-    """(f_s - f_b)_i (d_i . g) `[pos, d_sae]`; by the change that each makes alone where features have no direction."""
-    change = (source.features - base.features)[0]
-    found = torch.zeros_like(change)
-    position, feature = change.nonzero(as_tuple=True)
+def _along(
+    dictionary: Dictionary,
+    base: Split,
+    source: Split,
+    position: Int[torch.Tensor, " entries"],
+    feature: Int[torch.Tensor, " entries"],
+    g: Float[torch.Tensor, "variants pos d"],
+) -> Float[torch.Tensor, "variants entries"]:
+    """(f_s - f_b)_i (d_i . g); by the change that each makes alone where features have no direction."""
     if not dictionary.behaviour.linear:
         moved = dictionary.moved(base, source, position, feature)
-        found[position, feature] = (moved.to(g) * g[position]).sum(1).to(found)
-        return found
-    several, inverse = feature.unique(return_inverse=True)
+        return (moved.to(g) * g[:, position]).sum(2)
+    several, number = feature.unique(return_inverse=True)
     directions = dictionary.directions(several.cpu()).to(g)
-    along = (directions[inverse] * g[position]).sum(1)
+    change = (source.features - base.features)[0, position, feature].to(g)
     if dictionary.behaviour.scaled:
-        along = along * dictionary.gains(base)[position]
-    found[position, feature] = change[position, feature] * along.to(change)
-    return found
+        change = change * dictionary.gains(base)[position].to(g)
+    return change * torch.stack([(directions[number] * of_run[position]).sum(1) for of_run in g])
 
 
 def _error(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:

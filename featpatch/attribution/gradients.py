@@ -1,105 +1,204 @@
-"""Gradients of a metric at the sites of a pair's runs, in the unmodified model: no SAE is attached.
+"""Activations and gradients of both runs of every pair, each taken once."""
 
-atp     at the base run itself (Nanda 2023; Syed et al. 2023, arXiv 2310.10348)
-ig      mean along the straight line of one site from base to source, all others running as they do; midpoint rule
-        (Sundararajan et al. 2017, arXiv 1703.01365; Marks et al. 2024, arXiv 2403.19647)
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float
 
+from featpatch.attribution.methods import INPUT, METHODS, Runs, Taken
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens
-from featpatch.metrics import Measure
-from featpatch.pairs import Pair
+from featpatch.lens import Dictionary, Split, check_tokens, wrap
+from featpatch.metrics import Metric, find
+from featpatch.pairs import Pair, Pairs, check_pairs
+from featpatch.patch import DIRECTIONS, Direction
+
+TOKENS_AT_ONCE = 1024
+"""Tokens that go through the model together."""
 
 Activations = Mapping[str, torch.Tensor]
 """`[pos, ...]` by hook."""
 
+SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
+"""A run is called by the direction that patches it; the source of one direction is the base of the other."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class PairGradients:
+    """One pair.
+
+    Attributes:
+        index: which.
+        first: the first position at which its runs can differ.
+        values, activations, gradients, ends: by the direction that patches a run: its metric, its activations, the gradients
+            `[variants, pos, ...]` at its sites, and its metric with a whole site taken from the other run, where known.
+    """
+
+    index: int
+    pair: Pair
+    first: int
+    values: Mapping[Direction, float]
+    activations: Mapping[Direction, Activations]
+    gradients: Mapping[Direction, Activations]
+    ends: Mapping[Direction, Mapping[str, float]]
+    _splits: dict[str, dict[Direction, Split]] = field(default_factory=dict, init=False)
+
+    def tokens(self, direction: Direction) -> tuple[int, ...]:
+        """Of the run that the direction patches."""
+        return self.pair.corrupted if direction == "denoising" else self.pair.clean
+
+    def change(self, site: str, direction: Direction) -> torch.Tensor:
+        """Source minus base, `[pos, ...]`; exactly 0 before the first position at which they can differ."""
+        change = self.activations[SOURCE[direction]][site] - self.activations[direction][site]
+        change[: self.first] = 0
+        return change
+
+    def split(self, dictionary: Dictionary) -> Mapping[Direction, Split]:
+        """Both runs at a dictionary, a batch of one each."""
+        if dictionary.name not in self._splits:
+            self._splits[dictionary.name] = {
+                direction: dictionary.split(of_run[dictionary.reads][None], of_run[dictionary.writes][None])
+                for direction, of_run in self.activations.items()
+            }
+        return self._splits[dictionary.name]
+
+
 class Gradients:
-    """Of one run.
+    """Activations and gradients of both runs of every pair, taken when they are first asked for, and kept.
 
-    Attributes:
-        value: the metric of the base run.
-        at: the gradient at each site, `[pos, d]`, flat.
-        end: the metric with each whole site taken from the source, where the method has run it.
-    """
+    With it, estimates for another dictionary at the same hooks, or at other positions, cost no run of the model:
 
-    value: float
-    at: Mapping[str, Float[torch.Tensor, "pos d"]]
-    end: Mapping[str, float]
+        gradients = fp.Gradients(model, pairs)
+        fp.estimate_features(model, one_sae, pairs, gradients=gradients)
+        fp.estimate_features(model, another_sae, pairs, gradients=gradients)
 
-
-@dataclass(frozen=True)
-class Method:
-    """How gradients are taken.
-
-    Attributes:
-        steps: points along the line; 0: at the base run alone.
-    """
-
-    lens: Lens
-    measure: Measure
-    steps: int
-
-    def gradients(
-        self, pair: Pair, tokens: tuple[int, ...], sites: list[str], base: Activations, source: Activations
-    ) -> Gradients:
-        """At every site, of the run with these tokens."""
-        measure = self._reading(pair)
-        values, found = self.lens.gradients(torch.tensor([tokens]), sites, measure)
-        if not self.steps:
-            return Gradients(float(values[0]), {site: gradient[0].flatten(1) for site, gradient in found.items()}, {})
-        at, end = {}, {}
-        for site in sites:
-            change = (source[site] - base[site])[None]
-            total = torch.zeros_like(found[site])
-            for step in range(self.steps):
-                _, moved = self._along(site, (step + 0.5) / self.steps * change, tokens, measure)
-                total += moved
-            at[site] = (total / self.steps)[0].flatten(1)
-            end[site] = float(self._along(site, change, tokens, measure)[0])
-        return Gradients(float(values[0]), at, end)
-
-    def _along(
-        self, site: str, change: torch.Tensor, tokens: tuple[int, ...], measure: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The metric, and its gradient at the site, with the site's activation changed."""
-        with self.lens.edit(self.lens.carrier(site), lambda x: x + change.reshape(x.shape).to(x)):
-            values, found = self.lens.gradients(torch.tensor([tokens]), [site], measure)
-        return values[0], found[site]
-
-    def _reading(self, pair: Pair) -> Callable[[torch.Tensor], torch.Tensor]:
-        """From the logits of a prompt to the metric at its answer position."""
-        if not pair.correct:
-            raise FeatpatchError(
-                f"a pair's answers {pair.answers} are sequences, and {self.measure.name} reads one token: expected answers "
-                "of one token; measure whole answers exactly, by rank_features"
-            )
-        columns = self.measure.columns(pair.correct, pair.wrong)
-
-        def read(logits: torch.Tensor) -> torch.Tensor:
-            row = logits[:, pair.answer_position]
-            return self.measure.raw(row if columns is None else row[:, list(columns)], pair.correct, pair.wrong)
-
-        return read
-
-
-def method(lens: Lens, measure: Measure, name: str, steps: int) -> Method:
-    """The method of this name.
+    Args:
+        metric: a differentiable one; not `"neg_kl"`, whose gradient at the clean run is zero.
+        method: `"atp"`, `"ig"`, `"eap_ig_inputs"` or `"grad_drop"`; see `estimate_features`.
+        steps: points of the midpoint rule, of `"ig"` and `"eap_ig_inputs"`.
+        keep: whether what was taken stays in memory, on the model's device.
 
     Raises:
-        FeatpatchError: an unknown one, no steps, or a metric that has no gradient at the clean run.
+        FeatpatchError: unusable input.
     """
-    if name not in ("atp", "ig") or not isinstance(steps, int) or steps < 1:
-        raise FeatpatchError(f"method={name!r}, steps={steps!r}: expected 'atp' or 'ig', and 1 or more steps")
-    if measure.needs == "clean":
-        raise FeatpatchError(
-            f"metric {measure.name!r} has a gradient of zero at the clean run: expected another one to estimate with"
-        )
-    return Method(lens, measure, 0 if name == "atp" else steps)
+
+    def __init__(
+        self,
+        model: Any,
+        pairs: Pairs,
+        *,
+        metric: str | Metric = "logit_diff",
+        method: str = "atp",
+        steps: int = 10,
+        keep: bool = True,
+    ) -> None:
+        self.pairs = check_pairs(pairs)
+        self.measure, self.method, self.steps = find(metric), method, steps
+        if method not in METHODS or type(steps) is not int or steps < 1:
+            raise FeatpatchError(f"method={method!r}, steps={steps!r}: expected {', '.join(METHODS)}, and 1 or more steps")
+        if self.measure.needs == "clean":
+            raise FeatpatchError(
+                f"metric {self.measure.name!r} has a gradient of zero at the clean run: expected another one to estimate with"
+            )
+        for index, pair in enumerate(pairs):
+            if not pair.correct:
+                raise FeatpatchError(
+                    f"pair {index}: its answers {pair.answers} are sequences, and {self.measure.name} reads one token: "
+                    "expected answers of one token; measure whole answers exactly, by rank_features"
+                )
+        self.model, self.lens = model, wrap(model)
+        if method == "grad_drop" and self.lens.n_layers < 2:
+            raise FeatpatchError("the model has one block, and grad_drop drops one of several: expected method='atp'")
+        check_tokens(pairs, self.lens)
+        self._keep, self._kept = keep, {}  # type: bool, dict[tuple[int, ...], _Batch]
+
+    @property
+    def blocks(self) -> int:
+        """Of the model."""
+        return self.lens.n_layers
+
+    def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
+        """Every pair with the activations at `reads` and `sites`, and the gradients at `sites`; equally long ones together."""
+        for length, group in self.pairs.by_length().items():
+            size = max(1, TOKENS_AT_ONCE // length)
+            for start in range(0, len(group), size):
+                some = tuple(group[start : start + size])
+                batch = self._kept.get(some) or _Batch(self, some)
+                if self._keep:
+                    self._kept[some] = batch
+                batch.take([*reads, *sites], sites)
+                yield from batch
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Some equally long pairs; tensors are `[pairs, ...]`, gradients `[variants, pairs, ...]`."""
+
+    of: Gradients
+    some: tuple[int, ...]
+    values: dict[Direction, torch.Tensor] = field(default_factory=dict)
+    activations: dict[Direction, dict[str, torch.Tensor]] = field(default_factory=lambda: {way: {} for way in DIRECTIONS})
+    gradients: dict[Direction, dict[str, torch.Tensor]] = field(default_factory=lambda: {way: {} for way in DIRECTIONS})
+    ends: dict[Direction, dict[str, torch.Tensor]] = field(default_factory=lambda: {way: {} for way in DIRECTIONS})
+
+    def take(self, reads: Sequence[str], sites: Sequence[str]) -> None:
+        """What is not there yet."""
+        method, known = self.of.method, self.activations["noising"]
+        wanted = sites if method in ("ig", "grad_drop") else [INPUT, *sites]
+        missing = [site for site in dict.fromkeys(wanted) if site not in self.gradients["noising"]]
+        unread = [hook for hook in dict.fromkeys([*reads, *missing, INPUT]) if hook not in known]
+        runs = {direction: self._runs(direction) for direction in DIRECTIONS}
+        for direction, run in runs.items():
+            if not missing:
+                self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
+                continue
+            found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
+            self.values[direction] = found.values
+            self.activations[direction].update(found.activations)
+            if method == "atp":
+                self.gradients[direction].update({site: gradient[None] for site, gradient in found.gradients.items()})
+        for direction, run in runs.items() if missing else ():
+            taken = self._taken(direction, run, missing)
+            self.gradients[direction].update(taken.gradients)
+            self.ends[direction].update(taken.ends)
+
+    def _taken(self, direction: Direction, run: Runs, sites: list[str]) -> Taken:
+        """By the method; attribution patching has taken its gradients, and knows where the whole stream of the source ends."""
+        base, source = self.activations[direction], self.activations[SOURCE[direction]]
+        changes = {site: source[site] - base[site] for site in (*sites, INPUT)}
+        if self.of.method == "ig":
+            return run.integrated(changes, sites, self.of.steps)
+        if self.of.method == "eap_ig_inputs":
+            return run.integrated_inputs(changes, sites, self.of.steps)
+        if self.of.method == "grad_drop":
+            return run.dropped(sites)
+        return Taken({}, {INPUT: self.values[SOURCE[direction]]})
+
+    def _runs(self, direction: Direction) -> Runs:
+        pairs = [self.of.pairs[index] for index in self.some]
+        tokens = torch.tensor([pair.corrupted if direction == "denoising" else pair.clean for pair in pairs])
+        answers = torch.tensor([pair.answer_position for pair in pairs])
+
+        def measure(logits: torch.Tensor) -> torch.Tensor:
+            """Each row's metric, of its own answers."""
+            values = []
+            for row, pair in zip(logits, pairs, strict=True):
+                columns = self.of.measure.columns(pair.correct, pair.wrong)
+                read = row if columns is None else row[list(columns)]
+                values.append(self.of.measure.raw(read[None], pair.correct, pair.wrong))
+            return torch.cat(values)
+
+        return Runs(self.of.lens, tokens, answers, measure)
+
+    def __iter__(self) -> Iterator[PairGradients]:
+        for slot, index in enumerate(self.some):
+            pair = self.of.pairs[index]
+            yield PairGradients(
+                index=index,
+                pair=pair,
+                first=pair.first_difference if self.of.lens.causal else 0,
+                values={way: float(values[slot]) for way, values in self.values.items()},
+                activations={way: {hook: x[slot] for hook, x in found.items()} for way, found in self.activations.items()},
+                gradients={way: {site: g[:, slot] for site, g in found.items()} for way, found in self.gradients.items()},
+                ends={way: {site: float(end[slot]) for site, end in found.items()} for way, found in self.ends.items()},
+            )

@@ -25,6 +25,20 @@ class _Reached(Exception):  # noqa: N818
     """Ends a forward pass at a hook: what comes behind it is not needed."""
 
 
+@dataclass(frozen=True)
+class Differentiated:
+    """A run with the gradients of a metric.
+
+    Attributes:
+        values: the metric of each prompt, `[batch]`.
+        gradients, activations: `[batch, pos, ...]` by hook.
+    """
+
+    values: torch.Tensor
+    gradients: Mapping[str, torch.Tensor]
+    activations: Mapping[str, torch.Tensor]
+
+
 @dataclass
 class Fired:
     """How often an edit was made; a patch that never fires is an error."""
@@ -175,53 +189,67 @@ class Lens(ABC):
             for name in hooks:
                 stack.enter_context(self.edit(name, keeping(name, activations)))
             self._run_upto(sites.highest([*hooks, *entries.values()], self.n_layers), tokens.to(self.device))
-        for name in hooks:
-            if name not in activations:
-                raise FeatpatchError(
-                    f"hook {name!r} exists but did not fire: expected a hook of every forward pass; "
-                    "some hooks must be switched on first (model.set_use_hook_mlp_in(True), ...)"
-                )
-            if not torch.isfinite(activations[name]).all():
-                raise FeatpatchError(
-                    f"the activation at {name!r} holds NaN or infinite values: expected finite numbers; "
-                    "check the model's weights, or run it in float32 or bfloat16 instead of float16"
-                )
+        _check_read(hooks, activations)
         return activations, entering
 
     def gradients(
         self,
         tokens: Int[torch.Tensor, "batch pos"],
         hooks: Sequence[str],
-        measure: Callable[[Float[torch.Tensor, "batch pos d_vocab"]], Float[torch.Tensor, " batch"]],
-    ) -> tuple[Float[torch.Tensor, " batch"], dict[str, torch.Tensor]]:
-        """What `measure` makes of each prompt's logits, and its gradients `[batch, pos, ...]` at some hooks.
+        answers: Int[torch.Tensor, " batch"],
+        measure: Callable[[Float[torch.Tensor, "batch d_vocab"]], Float[torch.Tensor, " batch"]],
+        *,
+        reads: Sequence[str] = (),
+        stopped: Sequence[str] = (),
+    ) -> Differentiated:
+        """What `measure` makes of the logits at each prompt's answer, and its gradients `[batch, pos, ...]` at some hooks.
 
         At the hook where a change of the activation is to be added (see `carrier`). The model's own gradients stay as they are.
+
+        Args:
+            reads: hooks whose activations are kept too.
+            stopped: hooks whose activations pass no gradient on.
 
         Raises:
             FeatpatchError: a hook did not fire, or the measure has no gradient.
         """
+        leaves: dict[str, torch.Tensor] = {}
         activations: dict[str, torch.Tensor] = {}
 
-        def keeping(name: str) -> Edit:
+        def read(name: str) -> Edit:
+            def keep(activation: torch.Tensor) -> None:
+                activations[name] = activation.detach().clone()
+
+            return keep
+
+        def leaf(name: str) -> Edit:
             def keep(activation: torch.Tensor) -> torch.Tensor:
-                activations[name] = activation.clone().requires_grad_()
-                return activations[name]
+                leaves[name] = activation.clone().requires_grad_()
+                return leaves[name]
 
             return keep
 
         with torch.enable_grad(), ExitStack() as stack:
+            for name in reads:
+                stack.enter_context(self.edit(name, read(name)))
             for name in hooks:
-                stack.enter_context(self.edit(self.carrier(name), keeping(name)))
-            values = measure(self.model(tokens.to(self.device)))
-        if set(activations) != set(hooks) or not values.requires_grad:
+                stack.enter_context(self.edit(self.carrier(name), leaf(name)))
+            for name in stopped:
+                stack.enter_context(self.edit(name, torch.Tensor.detach))
+            with answering(self.model.unembed, answers.to(self.device)):
+                values = measure(self.model(tokens.to(self.device))[:, 0])
+        _check_read(reads, activations)
+        if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
             raise FeatpatchError(
                 f"no gradient of the metric at {', '.join(hooks)}: expected hooks of every forward pass, and a differentiable "
                 "metric; ranks and accuracies have none"
             )
-        found = torch.autograd.grad(values.sum(), list(activations.values()), allow_unused=True)
-        kept = zip(activations.items(), found, strict=True)
-        return values.detach(), {name: torch.zeros_like(x) if g is None else g for (name, x), g in kept}
+        found: Sequence[torch.Tensor | None] = [None] * len(leaves)
+        if values.requires_grad:
+            found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+        kept = zip(leaves.items(), found, strict=True)
+        gradients = {name: torch.zeros_like(x, requires_grad=False) if g is None else g for (name, x), g in kept}
+        return Differentiated(values.detach(), gradients, activations)
 
     @torch.no_grad()
     def through(
@@ -286,6 +314,21 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
         yield
     finally:
         handle.remove()
+
+
+def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
+    """Refuses hooks that did not fire and values that are not finite."""
+    for name in hooks:
+        if name not in activations:
+            raise FeatpatchError(
+                f"hook {name!r} exists but did not fire: expected a hook of every forward pass; "
+                "some hooks must be switched on first (model.set_use_hook_mlp_in(True), ...)"
+            )
+        if not torch.isfinite(activations[name]).all():
+            raise FeatpatchError(
+                f"the activation at {name!r} holds NaN or infinite values: expected finite numbers; "
+                "check the model's weights, or run it in float32 or bfloat16 instead of float16"
+            )
 
 
 def _drops(module: torch.nn.Module) -> bool:

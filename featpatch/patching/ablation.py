@@ -13,7 +13,7 @@ import torch
 
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, Split, dictionaries, wrap
+from featpatch.lens import Dictionary, Lens, Split, check_tokens, dictionaries, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patching.components import component_parts
@@ -22,7 +22,7 @@ from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
 from featpatch.patching.part import Part
 from featpatch.patching.readings import Metrics
 from featpatch.patching.run import Contrast, Run, Ways
-from featpatch.patching.study import Study, check_tokens
+from featpatch.patching.study import Study
 
 To = str | float
 """`"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number."""

@@ -1,6 +1,6 @@
 """Rank components by causal recovery: heads, what is inside them, MLPs, neurons, the stream; same pairs, metric and table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,12 @@ from featpatch.patching.part import Part
 from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Study
 
-WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-DEFAULT = ("resid_pre", "attn_out", "mlp_out", "z")
-
 
 def rank_components(
     model: Any,
     pairs: Pairs,
     *,
-    sites: str | Sequence[str] = DEFAULT,
+    sites: str | Sequence[str] = hooks.SHOWN,
     layers: Sequence[int] | None = None,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
@@ -95,34 +92,17 @@ def component_parts(
         FeatpatchError: an unknown component or layer, or one that the model doesn't have; entries of the pattern at several
             positions together.
     """
-    names = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else [sites]
-    unknown = [name for name in names if not isinstance(name, str) or name not in hooks.COMPONENTS]
-    if unknown or not names or len(set(names)) < len(names):
-        raise FeatpatchError(f"sites={names}: expected some of {', '.join(hooks.COMPONENTS)}, each once")
-    if "pattern_entry" in names and "all" in ([positions] if isinstance(positions, str) else positions):
-        raise FeatpatchError(
-            "pattern_entry is what one position attends of another, and 'all' names no single one: expected positions='each' "
-            "or a list of labels and indices"
-        )
-    chosen = _layers(lens, layers)
-    whole = [lens.site(hooks.component(layer, name)) for name in names if name in WHOLE for layer in chosen]
+    names, chosen = hooks.check_components(sites, positions), hooks.check_layers(layers, lens.n_layers)
+    whole = [lens.site(hooks.component(layer, name)) for name in names if name in hooks.WHOLE for layer in chosen]
     parts: list[Part] = [WholePart(whole)] if whole else []
     for name in names:
         for layer in chosen:
             if name == "neurons":
                 parts.append(NeuronPart(dictionaries(lens, _neurons(lens, layer))[0]))
-            elif name not in WHOLE:
+            elif name not in hooks.WHOLE:
                 lens.site(hooks.component(layer, "z" if name == "result" else name))
                 parts.append(HeadPart(lens, layer, name))
     return parts, {"components": names, "layers": chosen}
-
-
-def _layers(lens: Lens, layers: Sequence[int] | None) -> list[int]:
-    every = list(range(lens.n_layers))
-    chosen = every if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
-    if not chosen or len(set(chosen)) < len(chosen) or not all(type(layer) is int and layer in every for layer in chosen):
-        raise FeatpatchError(f"layers={chosen}: expected some of 0 to {lens.n_layers - 1}, each once, or None for all")
-    return chosen
 
 
 def _neurons(lens: Lens, layer: int) -> Any:

@@ -21,13 +21,12 @@ import torch
 from jaxtyping import Bool, Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens, dictionaries, wrap
+from featpatch.lens import Lens, check_tokens, dictionaries, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.patch import DIRECTIONS, Direction, Node, Patch, check_directions
 from featpatch.patching.chosen import Chosen, Values, choose
 from featpatch.patching.runs import chunks
-from featpatch.patching.study import check_tokens
 
 if TYPE_CHECKING:
     import pandas as pd

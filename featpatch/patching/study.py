@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from featpatch import sites
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.engine import BaseRun, Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens, provenance
+from featpatch.lens import Lens, check_tokens, provenance
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, spans
@@ -29,7 +28,6 @@ from featpatch.patching.runs import PairRuns, Runner, chunks
 from featpatch.patching.swaps import Swaps
 
 SWAP = Swap()
-NO_READINGS: Mapping[int, Sequence[Reading]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ class Study:
         if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
             raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
         readings = dict(enumerate(each(read.readings, list(check_pairs(pairs)))))
-        check_tokens(pairs, lens, readings)
+        behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
+        check_tokens(pairs, lens, behind)
         if any(reading.continuation for of_pair in readings.values() for reading in of_pair) and not lens.causal:
             raise FeatpatchError(
                 f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
@@ -254,35 +253,3 @@ def _longest_and_shortest(
 def _length(pair: Pair, readings: Sequence[Reading]) -> int:
     """Tokens of the longest run of a pair."""
     return len(pair) + max((len(reading.continuation) for reading in readings), default=0)
-
-
-def check_tokens(pairs: Pairs, lens: Lens, readings: Mapping[int, Sequence[Reading]] = NO_READINGS) -> None:
-    """Refuses tokens and answers that the model doesn't know, and prompts that are too long for it.
-
-    Raises:
-        FeatpatchError: one of these.
-    """
-    inputs, context = lens.d_vocab_in, lens.n_ctx
-    for index, pair in enumerate(pairs):
-        answers = [token for side in pair.answers for answer in side for token in answer]
-        tokens = (
-            *pair.clean,
-            *pair.corrupted,
-            *(token for reading in readings.get(index, ()) for token in reading.continuation),
-        )
-        length = _length(pair, readings.get(index, ()))
-        if not 0 <= min(answers) <= max(answers) < lens.d_vocab:
-            raise FeatpatchError(
-                f"pair {index}: answers {answers} are outside the model's vocabulary of {lens.d_vocab} "
-                "tokens: expected ids of the model's own tokenizer"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < inputs:
-            raise FeatpatchError(
-                f"pair {index} has token ids from {min(tokens)} to {max(tokens)}: expected 0 to {inputs - 1}, ids of "
-                "the model's own tokenizer"
-            )
-        if context is not None and length > context:
-            with_answers = " with its answers" if length > len(pair) else ""
-            raise FeatpatchError(
-                f"pair {index} has {length} tokens{with_answers}: expected at most {context}, the model's context"
-            )

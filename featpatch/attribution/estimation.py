@@ -1,0 +1,109 @@
+"""From the gradients of every pair to the table of estimates."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from featpatch.attribution.gradients import Gradients, PairGradients
+from featpatch.attribution.part import Found, Part, product
+from featpatch.effects import Collector, Effects, check_gap
+from featpatch.errors import FeatpatchError
+from featpatch.lens import provenance
+from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions, spans
+from featpatch.patch import Direction, Node, check_directions
+
+
+def estimated(
+    gradients: Gradients,
+    model: Any,
+    pairs: Pairs,
+    parts: Sequence[Part],
+    about: Mapping[str, Any],
+    positions: Positions,
+    directions: Sequence[Direction],
+    *,
+    progress: bool,
+) -> Effects:
+    """The estimates of all parts.
+
+    Raises:
+        FeatpatchError: gradients of another model or of other pairs; unknown positions or directions; a gap near zero.
+    """
+    if not isinstance(gradients, Gradients) or gradients.model is not model or gradients.pairs != pairs:
+        raise FeatpatchError(
+            "gradients are of another model or of other pairs: expected fp.Gradients(model, pairs, ...) of these"
+        )
+    ways, wanted = check_directions(directions), [spans(pair, positions) for pair in pairs]
+    clean, corrupted = np.zeros((2, len(pairs), 1))
+    unsigned = gradients.method == "grad_drop"
+    found: dict[int, dict[Direction, dict[Node, float]]] = {}
+    complete, whole = 0.0, 0.0
+    reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
+    with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
+        for of_pair in gradients.of(reads, sites):
+            clean[of_pair.index], corrupted[of_pair.index] = of_pair.values["noising"], of_pair.values["denoising"]
+            found[of_pair.index] = {}
+            for way in ways:
+                of_parts = [part.found(of_pair, way, wanted[of_pair.index]) for part in parts]
+                found[of_pair.index][way] = _combined(of_parts, gradients.blocks if unsigned else None)
+                complete = max([complete, *(of_part.residual for of_part in of_parts)])
+                whole = max([whole, *_beside_runs(of_pair, way)])
+            bar.update()
+    metric = gradients.measure.name
+    check_gap(metric, clean[:, 0], corrupted[:, 0])
+    gap = float((clean - corrupted).mean())
+    collector = Collector((metric,))
+    for index, of_way in sorted(found.items()):
+        nodes = list(dict.fromkeys(node for changes in of_way.values() for node in changes))
+        collector.add(index, nodes, {way: _patched(way, changes, nodes, clean[index], corrupted[index], gap, unsigned)
+                                     for way, changes in of_way.items()})  # fmt: skip
+    metadata = {
+        "metric": metric,
+        "method": gradients.method,
+        "steps": gradients.steps,
+        "unsigned": unsigned,
+        "directions": sorted(ways),
+        "positions": positions if isinstance(positions, str) else [*wanted[0]],
+        **provenance(gradients.lens, pairs),
+        **about,
+        "completeness_residual": complete / abs(gap),
+        "whole_residual": None if unsigned else whole / abs(gap),
+    }
+    return collector.effects(clean, corrupted, metadata, value="estimate")
+
+
+def _combined(of_parts: Sequence[Found], blocks: int | None) -> dict[Node, float]:
+    """One value per node; of dropped gradients the absolute values, averaged over all blocks but one."""
+    combined: dict[Node, float] = {}
+    for found in of_parts:
+        changes = found.changes[0] if blocks is None else found.changes.abs().sum(0) / (blocks - 1)
+        combined.update(zip(found.nodes, changes.tolist(), strict=True))
+    return combined
+
+
+def _patched(
+    way: Direction,
+    changes: Mapping[Node, float],
+    nodes: Sequence[Node],
+    clean: NDArray[np.float64],
+    corrupted: NDArray[np.float64],
+    gap: float,
+    unsigned: bool,
+) -> NDArray[np.float64]:
+    """The metric that a patched run would have, `[nodes, 1]`; sizes without sign count as towards the source."""
+    values = np.array([changes.get(node, 0.0) for node in nodes])[:, None]
+    if unsigned:
+        values = values * (np.sign(gap) if way == "denoising" else -np.sign(gap))
+    return (corrupted if way == "denoising" else clean) + values
+
+
+def _beside_runs(of_pair: PairGradients, way: Direction) -> list[float]:
+    """|estimate - patched run| of the whole sites that were run."""
+    estimates = {
+        site: float(product(of_pair.change(site, way), of_pair.gradients[way][site]).sum()) for site in of_pair.ends[way]
+    }
+    return [abs(estimates[site] - (end - of_pair.values[way])) for site, end in of_pair.ends[way].items()]

@@ -1,0 +1,57 @@
+"""A part of an estimation: which nodes, and what first order says of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+
+from featpatch.attribution.gradients import PairGradients
+from featpatch.pairs.spans import Wanted
+from featpatch.patch import Direction, Node
+
+
+@dataclass(frozen=True)
+class Found:
+    """Estimated changes of the metric in one pair.
+
+    Attributes:
+        nodes: those that differ between the runs.
+        changes: `[variants, nodes]`, float64 on the CPU; one variant for each gradient.
+        residual: the largest difference between the sum of features and error and the whole site; 0 for other parts.
+    """
+
+    nodes: Sequence[Node]
+    changes: Float[torch.Tensor, "variants nodes"]
+    residual: float = 0.0
+
+    @classmethod
+    def of(cls, changes: Sequence[tuple[Node, torch.Tensor]], residual: float = 0.0) -> "Found":
+        """From nodes with `[variants]` each."""
+        values = [change.detach().to("cpu", torch.float64) for _, change in changes]
+        return cls([node for node, _ in changes], torch.stack(values, 1) if values else torch.zeros(1, 0), residual)
+
+
+class Part(ABC):
+    """Some nodes."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> list[str]:
+        """Hooks whose activations it needs, beside those of its sites."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> list[str]:
+        """Hooks at which it needs gradients."""
+
+    @abstractmethod
+    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+        """What swapping each of its nodes would change, to first order."""
+
+
+def product(change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Change `[pos, ...]` times gradients `[variants, pos, ...]`, element by element, in the wider of their types."""
+    kind = torch.promote_types(change.dtype, gradient.dtype)
+    return change.to(kind) * gradient.to(change.device, kind).reshape(len(gradient), *change.shape)

@@ -1,0 +1,110 @@
+"""The QK fix of AtP*: what a query or a key changes of its heads' output is worked out exactly, behind it a gradient is taken.
+
+Queries of different heads and positions act on different rows of the attention pattern, so that all are exchanged in one pass
+of their block. Keys are exchanged one position at a time, for all later queries, all heads at once.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from featpatch import sites as hooks
+from featpatch.attribution.gradients import SOURCE, PairGradients
+from featpatch.attribution.part import Found, Part, product
+from featpatch.lens import Lens
+from featpatch.pairs.spans import Wanted
+from featpatch.patch import Direction, Node
+
+ROWS = 4096
+"""Positions that go through a block together."""
+
+
+@dataclass(frozen=True)
+class QueryKeyPart(Part):
+    """The queries, or the keys, of some blocks.
+
+    Attributes:
+        name: `"q"` or `"k"`.
+    """
+
+    lens: Lens
+    layers: Sequence[int]
+    name: str
+
+    @property
+    def reads(self) -> list[str]:
+        """The queries or keys."""
+        return [hooks.component(layer, self.name) for layer in self.layers]
+
+    @property
+    def sites(self) -> list[str]:
+        """`hook_z` of the blocks."""
+        return [hooks.component(layer, "z") for layer in self.layers]
+
+    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+        """Block by block, position by position, head by head."""
+        tokens = torch.tensor([of_pair.tokens(direction)])
+        _, entering = self.lens.read_entering(tokens, [], self.layers)
+        blocks = [_Block(self.lens, layer, self.name, of_pair, direction, entering[layer], tokens) for layer in self.layers]
+        return Found.of([change for block in blocks for change in block.changes(wanted)])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of a pair's base run, with the stream `[1, pos, d_model]` that enters it."""
+
+    lens: Lens
+    layer: int
+    name: str
+    of_pair: PairGradients
+    direction: Direction
+    entering: torch.Tensor
+    tokens: torch.Tensor
+
+    def changes(self, wanted: Wanted) -> list[tuple[Node, torch.Tensor]]:
+        """Each head's effect `[variants]` at each position."""
+        base, source = (self.of_pair.activations[way][self._hook] for way in (self.direction, SOURCE[self.direction]))
+        differs = (source != base).any(-1)
+        differs[: self.of_pair.first] = False
+        spans = {position: [p for p in span if bool(differs[p].any())] for position, span in wanted.items()}
+        spans = {position: span for position, span in spans.items() if span}
+        sums = self._queries(source, spans.values()) if self.name == "q" else self._keys(base, source, spans.values())
+        changes = []
+        for (position, span), effect in zip(spans.items(), sums, strict=True):
+            shared = effect.unflatten(1, (differs.shape[1], -1)).sum(2)
+            for head in differs[span].any(0).nonzero()[:, 0].tolist():
+                changes.append((Node(self._hook, "head", head, position), shared[:, head]))
+        return changes
+
+    @property
+    def _hook(self) -> str:
+        return hooks.component(self.layer, self.name)
+
+    @property
+    def _z(self) -> str:
+        return hooks.component(self.layer, "z")
+
+    @property
+    def _gradient(self) -> torch.Tensor:
+        return self.of_pair.gradients[self.direction][self._z]
+
+    def _queries(self, source: torch.Tensor, spans: Collection[list[int]]) -> list[torch.Tensor]:
+        """Effects `[variants, heads]` by span: a query acts at its own position alone."""
+        by_position = product(self._changed_z(source[None])[0], self._gradient).sum(-1)
+        return [by_position[:, span].sum(1) for span in spans]
+
+    def _keys(self, base: torch.Tensor, source: torch.Tensor, spans: Collection[list[int]]) -> list[torch.Tensor]:
+        """Effects `[variants, heads]` by span, whose keys are exchanged together."""
+        exchanged = base.repeat(len(spans), *(1 for _ in base.shape))
+        for row, span in enumerate(spans):
+            exchanged[row, span] = source[span]
+        changes = (self._changed_z(some) for some in exchanged.split(max(1, ROWS // len(base))))
+        return [product(change, self._gradient).sum((1, 3)) for some in changes for change in some]
+
+    def _changed_z(self, values: torch.Tensor) -> torch.Tensor:
+        """How `hook_z` `[rows, pos, heads, d_head]` changes in the base run with these queries or keys."""
+        resid, tokens = self.entering.expand(len(values), -1, -1), self.tokens.expand(len(values), -1)
+        with self.lens.edit(self._hook, lambda _: values):
+            after = self.lens.through(self.layer, resid, tokens, self._z)
+        return after - self.of_pair.activations[self.direction][self._z]

@@ -1,4 +1,6 @@
-"""Circuits set by hand, whose answers to patching are known: an AND gate, an OR gate, a backup head. Imports nothing of ours.
+"""Circuits set by hand, whose answers to patching are known: an AND gate, an OR gate, a backup head, paths that cancel.
+
+Imports nothing of ours.
 
 A prompt is FLAG filler FLAG filler filler, and the last position answers. Every flag is ON (1) in clean and OFF (0) in
 corrupted prompts. A head uses one of its dimensions. From the last position it attends to one place with a score so large that
@@ -7,6 +9,7 @@ it is all of its attention, exactly; nothing reads what it does at other positio
     AND gate     logit = relu(a + b - 1)
     OR gate      logit = relu(a + b) - relu(a + b - 1)
     backup       logit = main + backup, where the backup head copies the flag only if main = 0
+    cancelling   logit = a + relu(0.5 - a)
 
 where a, b and main are what heads of layer 0 copy from a flag.
 """
@@ -64,6 +67,17 @@ def backup() -> Constructed:
         model.blocks[1].attn.W_Q[0, A, 0] = -2 * ONLY
         model.blocks[1].attn.W_K[0, AT_LAST, 0] = -1.0
         model.unembed.W_U[[A, B], RIGHT] = 1.0
+    return _with_prompts(model)
+
+
+def cancelling() -> Constructed:
+    """Head 0 of layer 0 copies the first flag; while it is off, the direct path and that through layer 1 cancel in the slope."""
+    model = _blank(n_layers=2, d_mlp=1)
+    mlp = model.blocks[1].mlp
+    with torch.no_grad():
+        _copies(model, layer=0, head=0, place=AT_FIRST, to=A)
+        mlp.W_in[A, 0], mlp.b_in[0], mlp.W_out[0, OUT] = -1.0, 0.5, 1.0
+        model.unembed.W_U[[A, OUT], RIGHT] = 1.0
     return _with_prompts(model)
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from featpatch.attribution import Calibration, Gradients, calibrate, estimate_components, estimate_features
     from featpatch.checkpoints import Demo, load_demo
     from featpatch.comparison import Comparison, compare
-    from featpatch.effects import Effects
+    from featpatch.effects import Audit, Effects
     from featpatch.engine import SlowPathWarning
     from featpatch.errors import FeatpatchError
     from featpatch.firing import Description, describe
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
         diagnose,
         do,
         interactions,
-        plan,
         random_controls,
         rank_components,
-        rank_features,
         select_features,
     )
+    from featpatch.screening import plan, rank_features
     from featpatch.selfcheck import check
     from featpatch.verdict import Check
 
 HOMES = {
+    "Audit": "effects",
     "Calibration": "attribution",
     "Check": "verdict",
     "Comparison": "comparison",
@@ -77,16 +77,16 @@ HOMES = {
     "load_sae": "lens",
     "neurons": "lens",
     "pca": "lens",
-    "plan": "patching",
+    "plan": "screening",
     "random_controls": "patching",
     "rank_components": "patching",
-    "rank_features": "patching",
+    "rank_features": "screening",
     "select_features": "patching",
     "tasks": "tasks",
 }
 
 __all__ = [
-    "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError",
+    "Audit", "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError",
     "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate",
     "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "do", "estimate_components",
     "estimate_features", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",

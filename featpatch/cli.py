@@ -82,6 +82,17 @@ def rank(
     top: Top = 20,
     out: Out = Path("featpatch-out"),
     journal: Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")] = None,
+    exact: Annotated[
+        Literal["all", "screened"], typer.Option(help="Run all features, or those that gradient estimates put first.")
+    ] = "all",
+    k: Annotated[
+        int | None, typer.Option("--k", help="screened: how many are run for their estimates; 200 by default.")
+    ] = None,
+    audit: Annotated[int | None, typer.Option(help="screened: how many others, drawn at random; 100 by default.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="screened: share of the true top 20 that is to be found; doubles the sample until then."),
+    ] = None,
 ) -> None:
     """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
 
@@ -92,7 +103,8 @@ def rank(
         console = _console()
         console.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = _own(console, model, sae, pairs, positions, direction, metric, device)
-        _show(console, fp.rank_features(**work, journal=journal), top, out)
+        effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal)
+        _show(console, effects, top, out)
 
 
 @app.command()
@@ -191,6 +203,8 @@ def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Map
     for node, description in (descriptions or {}).items():
         console.print(f"{node}: " + "; ".join(description.contexts), highlight=False, markup=False)
     console.print(site_summary(effects))
+    if "screening" in effects.metadata:
+        console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
     console.save_html(str(out / "report.html"))
 

@@ -15,6 +15,9 @@ class Plan:
         memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
         seconds: estimated from the time of one batch, run here and now.
         fast: whether our own forward pass is taken.
+        features: features (and positions) that differ in some pair.
+        estimate_seconds: time of gradient estimates of all of them, from a few pairs, run here and now; None for a metric that
+            has no gradient.
     """
 
     patches: int
@@ -24,3 +27,11 @@ class Plan:
     memory: int
     seconds: float
     fast: bool
+    features: int
+    estimate_seconds: float | None
+
+    def screened_seconds(self, k: int, audit: int) -> float | None:
+        """Time of `exact="screened"` with these numbers of features, estimated."""
+        if self.estimate_seconds is None:
+            return None
+        return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.features))

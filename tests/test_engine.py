@@ -317,7 +317,7 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     """Patches and operations, against the passes themselves and torch's own counter."""
     saes = [small.at(site) for site in SITES]
     study, _ = feature_study(small.model, saes, pairs_of(small), "each", ("denoising", "noising"), "logit_diff", None)
-    (blocks,) = study.work()
+    ((_, blocks),) = study.work()
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     sweep.baselines([block.run for block in blocks])
     patches, rows, flops = sweep.cost(blocks)

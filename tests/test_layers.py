@@ -14,7 +14,7 @@ LAYERS = [
     ["effects", "lens", "tasks"],
     ["engine", "report"],
     ["patching", "attribution", "firing", "comparison"],
-    ["selfcheck"],
+    ["screening", "selfcheck"],
     ["loading"],
     ["checkpoints"],
     ["cli"],

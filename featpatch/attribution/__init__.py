@@ -2,7 +2,8 @@
 
 from featpatch.attribution.calibration import Calibration, calibrate
 from featpatch.attribution.components import estimate_components
+from featpatch.attribution.cost import estimation_time
 from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import Gradients
 
-__all__ = ["Calibration", "Gradients", "calibrate", "estimate_components", "estimate_features"]
+__all__ = ["Calibration", "Gradients", "calibrate", "estimate_components", "estimate_features", "estimation_time"]

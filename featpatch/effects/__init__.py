@@ -1,9 +1,14 @@
 """What came out: the table of metric values, the effects derived from it, their intervals."""
 
+from featpatch.effects.audit import Audit, audited, sample_sizes
 from featpatch.effects.collector import Collector
 from featpatch.effects.effects import EFFECTS, Effect, Effects
+from featpatch.effects.join import joined
 from featpatch.effects.quadrants import THRESHOLD
 from featpatch.effects.stability import Stability
 from featpatch.effects.statistics import check_gap, interval
 
-__all__ = ["EFFECTS", "THRESHOLD", "Collector", "Effect", "Effects", "Stability", "check_gap", "interval"]
+__all__ = [
+    "EFFECTS", "THRESHOLD", "Audit", "Collector", "Effect", "Effects", "Stability", "audited", "check_gap", "interval",
+    "joined", "sample_sizes",
+]  # fmt: skip

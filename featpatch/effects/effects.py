@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from featpatch.effects import breakdown, significance, statistics, storage
+from featpatch.effects.audit import Audit, audited
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
@@ -210,6 +211,45 @@ class Effects:
         """How many ranked rows `whole` has, or had before its rows were saved and loaded."""
         return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
+    def audit(self, effect: Effect | None = None, *, top: int = TOP, confidence: float = 0.95, share: float = 0.05) -> Audit:
+        """What a screened ranking may have missed: bounds from the features that were run at random; see `effects/audit.py`.
+
+        Args:
+            effect: whose size is meant; by default the larger of the effects that were run.
+            top: the ranking that is asked about.
+            confidence: of each bound.
+            share: the share of the features that estimates put last, of which `Audit.size` tells the size.
+
+        Raises:
+            FeatpatchError: nothing was screened, the sweep was interrupted, or rows were taken before the table was saved.
+        """
+        whole, screening = self.whole, self.metadata.get("screening")
+        if screening is None or not self.finished:
+            raise FeatpatchError(
+                "there is no finished screening: expected a table of rank_features(..., exact='screened'); "
+                "in a full sweep nothing is missed"
+            )
+        sizes = whole.take(whole.ranked).sizes([effect] if effect else None)
+        if len(sizes) != screening["k"] + screening["sampled"]:
+            raise FeatpatchError(
+                f"the table has {len(sizes)} of {screening['k'] + screening['sampled']} features that were run: expected all "
+                "of them; audit the table as it was measured"
+            )
+        return audited(
+            sizes[: screening["k"]],
+            sizes[screening["k"] :],
+            screening["candidates"],
+            top=top,
+            confidence=confidence,
+            share=share,
+            looks=screening["looks"],
+        )
+
+    def sizes(self, effects: Sequence[Effect] | None = None) -> Array:
+        """|effect| of every row, the larger one of several, `[rows]`; by default of the effects that were run."""
+        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
+        return result
+
     def stability(self, effect: Effect, *, splits: int = SPLITS, top: int = TOP, seed: int = 0) -> Stability:
         """How far the ranking of the features in one half of the pairs is that in the other half.
 
@@ -318,7 +358,7 @@ class Effects:
         """One row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.
 
         Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
-        `quadrant` is there where both directions were run.
+        `quadrant` is there where both directions were run, and `_estimate` where features were screened.
         Those of other metrics come last, with the metric before the name: `prob_recovery`.
         """
         table = self._frame()
@@ -329,6 +369,9 @@ class Effects:
                 f"{effect}_p": self.p_values(effect),
                 f"{effect}_q": self.q_values(effect),
             }
+            if "screening" in self.metadata:
+                beside = np.array(self.metadata["screening"]["estimates"][effect])
+                columns[f"{effect}_estimate"] = beside[self.rows_in_whole()]
             for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):
                 table.insert(offset, name, values)
         table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(self.with_gap.sum()))

@@ -24,11 +24,13 @@ VALUES = ("clean", "corrupted", "denoised", "noised")
 def save(effects: "Effects", path: Path) -> Path:
     """Writes the file; the folder is made where it is missing.
 
-    Of rows that were taken from a larger table the number of ranked rows there is noted, so that q-values still count them.
+    Of rows that were taken from a larger table the number of ranked rows there is noted, so that q-values still count them; an
+    audit needs all rows, and is no longer possible.
     """
     metadata = {**effects.metadata, "metrics": effects.metrics}
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
+        metadata.pop("screening", None)
     header = {
         "format": FORMAT,
         "value": effects.value,

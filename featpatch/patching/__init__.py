@@ -1,4 +1,4 @@
-"""Exact patching: ranking features, and the operator by hand."""
+"""Exact patching: features, components and sets of them, ablations, and the operator by hand."""
 
 from featpatch.patching.ablation import ablate
 from featpatch.patching.by_hand import do
@@ -6,13 +6,13 @@ from featpatch.patching.components import rank_components
 from featpatch.patching.controls import Controls, random_controls
 from featpatch.patching.curves import Curve, cumulative
 from featpatch.patching.diagnostics import diagnose
-from featpatch.patching.features import rank_features
+from featpatch.patching.features import feature_study
 from featpatch.patching.interaction import interactions
 from featpatch.patching.noise import Noise
-from featpatch.patching.planning import plan
+from featpatch.patching.readings import Metrics, leading
 from featpatch.patching.selection import Selection, select_features
 
 __all__ = [
-    "Controls", "Curve", "Noise", "Selection", "ablate", "cumulative", "diagnose", "do", "interactions", "plan",
-    "random_controls", "rank_components", "rank_features", "select_features",
+    "Controls", "Curve", "Metrics", "Noise", "Selection", "ablate", "cumulative", "diagnose", "do", "feature_study",
+    "interactions", "leading", "random_controls", "rank_components", "select_features",
 ]  # fmt: skip

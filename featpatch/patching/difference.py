@@ -7,8 +7,8 @@ direction (see `Behaviour.linear`), the deltas of single features are multiples 
 that matters; elsewhere each is worked out by the definition. The error node carries the state of the decoder (see `chosen`).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +59,17 @@ class Difference:
             moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in splits.items()},
             features=_each_way(first, dictionary, splits, _all_features),
             error=_each_way(first, dictionary, splits, _all_else),
+        )
+
+    def keep(self, features: Sequence[int]) -> "Difference":
+        """These features alone; what all features change stays."""
+        kept = torch.isin(self.feature, torch.tensor(features, dtype=torch.long)).nonzero()[:, 0]
+        return replace(
+            self,
+            position=self.position[kept],
+            feature=self.feature[kept],
+            value={way: value[kept.to(value.device)] for way, value in self.value.items()},
+            moved=None if self.moved is None else {way: moved[kept.to(moved.device)] for way, moved in self.moved.items()},
         )
 
     def at(self, span: list[int]) -> torch.Tensor:

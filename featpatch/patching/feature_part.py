@@ -14,9 +14,14 @@ from featpatch.patching.swaps import Directions, Naming, Swaps, feature_swaps, w
 
 @dataclass(frozen=True, eq=False)
 class FeaturePart(Part):
-    """Every feature of some dictionaries alone, all features and the error of each, and the sites that they write to."""
+    """Every feature of some dictionaries alone, all features and the error of each, and the sites that they write to.
+
+    Attributes:
+        only: the nodes that are patched; None for all.
+    """
 
     dictionaries: Sequence[Dictionary]
+    only: frozenset[Node] | None = None
     _found: "WeakKeyDictionary[PairRuns, dict[str, Difference]]" = field(default_factory=WeakKeyDictionary, init=False)
 
     @property
@@ -32,10 +37,13 @@ class FeaturePart(Part):
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """Features, all features and error of each dictionary, then each whole site."""
         probed = {d.name: Directions.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
-        return [self._of_pair(run, probed) for run in runs]
+        each = [self._of_pair(run, probed) for run in runs]
+        return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
 
     def count(self, run: PairRuns) -> int:
         """As many as the nodes of `swaps`."""
+        if self.only is not None:
+            return sum(len(swap.nodes) for swap in self.swaps([run])[0])
         total = sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.sites)
         for difference in self._differences(run).values():
             total += sum(len(difference.feature[difference.at(span)].unique()) for span in run.wanted.values())
@@ -55,8 +63,15 @@ class FeaturePart(Part):
 
     def _differences(self, run: PairRuns) -> dict[str, Difference]:
         if run not in self._found:
-            self._found[run] = {d.name: Difference.of(d, run.ways, run.first) for d in self.dictionaries}
+            found = {d.name: Difference.of(d, run.ways, run.first) for d in self.dictionaries}
+            if self.only is not None:
+                found = {name: difference.keep(self._features(name)) for name, difference in found.items()}
+            self._found[run] = found
         return self._found[run]
+
+    def _features(self, name: str) -> list[int]:
+        """Those of a dictionary that are patched somewhere."""
+        return [node.index for node in self.only or () if node.sae == name and node.index is not None]
 
 
 def _naming(dictionary: Dictionary) -> Naming:

@@ -104,6 +104,11 @@ Metrics = str | Metric | Sequence[str | Metric]
 Readout = AtAnswer | OfSequences
 
 
+def leading(metric: Metrics) -> str | Metric:
+    """The first of several metrics, whose table comes first."""
+    return metric if isinstance(metric, str) or callable(metric) else [*metric, ""][0]
+
+
 def readout(metric: Metrics) -> Readout:
     """How to read a metric, or several together.
 

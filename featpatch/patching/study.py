@@ -152,12 +152,13 @@ class Study:
             raise KeyboardInterrupt
         return effects
 
-    def work(self) -> Iterator[list[Block]]:
-        """All patches, part by part of the pairs that run together."""
+    def work(self) -> Iterator[tuple[list[Swaps], list[Block]]]:
+        """All swaps, and the patches that they are, part by part of the pairs that run together."""
         for some in chunks(self.pairs):
             runs = self.runs(tuple(some))
             for part in self.parts:
-                yield self._blocks(runs, part.swaps(runs))
+                swaps = part.swaps(runs)
+                yield [swap for of_pair in swaps for swap in of_pair], self._blocks(runs, swaps)
 
     @property
     def fast(self) -> bool:

@@ -32,6 +32,17 @@ class Swaps:
         """The deltas of a reading."""
         return self.longer[direction][reading] if self.longer else self.deltas[direction]
 
+    def keep(self, nodes: frozenset[Node]) -> "Swaps":
+        """Those of these nodes."""
+        kept = [patch for patch, node in enumerate(self.nodes) if node in nodes]
+        some = torch.tensor(kept, dtype=torch.long)
+        return Swaps(
+            self.site,
+            tuple(self.nodes[patch] for patch in kept),
+            {way: deltas.select(some) for way, deltas in self.deltas.items()},
+            {way: [deltas.select(some) for deltas in of_way] for way, of_way in self.longer.items()},
+        )
+
     @property
     def name(self) -> str:
         """A short name of the nodes, the same in every run."""

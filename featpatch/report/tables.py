@@ -75,9 +75,21 @@ def planned(plan: Plan) -> Table:
         ("memory of a forward pass", f"{plan.memory / 2**20:,.0f} MiB"),
         ("time, from one batch run now", str(timedelta(seconds=math.ceil(plan.seconds)))),
         ("forward pass", "fast" if plan.fast else "the model's own"),
+        *_beside(plan),
     ):
         table.add_row(name, value)
     return table
+
+
+def _beside(plan: Plan) -> list[tuple[str, str]]:
+    """The screened sweep, and which of the two to take."""
+    k, audit = 200, 100
+    seconds = plan.screened_seconds(k, audit)
+    if seconds is None:
+        return [("screened sweep", "none: the metric has no gradient")]
+    share = f"estimates, then {k} + {audit} of {plan.features:,} features"
+    better = "the full sweep" if plan.seconds <= seconds else "exact='screened', with an audit"
+    return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
 
 def checked(check: Check) -> Table:

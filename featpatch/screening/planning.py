@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from featpatch.attribution import estimation_time
 from featpatch.engine import Sweep
 from featpatch.forecast import Plan
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.features import feature_study
-from featpatch.patching.readings import Metrics
+from featpatch.patch import DIRECTIONS, Direction, Node
+from featpatch.patching import Metrics, feature_study, leading
 
 
 def plan(
@@ -22,7 +22,9 @@ def plan(
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
 ) -> Plan:
-    """What `rank_features` with the same arguments will take. One batch is run twice, nothing is kept.
+    """What `rank_features` with the same arguments will take, in full and screened.
+
+    One batch is run twice, and a few pairs are estimated twice; nothing is kept.
 
     Raises:
         FeatpatchError: unusable input.
@@ -30,7 +32,9 @@ def plan(
     study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
-    for blocks in study.work():
+    nodes: set[Node] = set()
+    for swaps, blocks in study.work():
+        nodes.update(node for swap in swaps for node in swap.nodes if node.kind == "feature")
         cost = sweep.cost(blocks)
         patches, rows, flops = patches + cost[0], rows + cost[1], flops + cost[2]
         if not tried:
@@ -43,4 +47,6 @@ def plan(
         memory=study.memory,
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
+        features=len(nodes),
+        estimate_seconds=estimation_time(model, saes, pairs, positions, study.directions, leading(metric)),
     )

@@ -1,0 +1,6 @@
+"""Ranking features: all of them by patched runs, or those that estimates put first, with an audit of the others."""
+
+from featpatch.screening.planning import plan
+from featpatch.screening.ranking import rank_features
+
+__all__ = ["plan", "rank_features"]

@@ -1,0 +1,116 @@
+"""Gradients screen, patched runs decide: the first by estimate and a random sample of the others are run exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featpatch.attribution import estimate_features
+from featpatch.effects import EFFECTS, Effects, joined, sample_sizes
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs
+from featpatch.pairs.spans import Positions
+from featpatch.patch import Direction, Node
+from featpatch.patching import Metrics, feature_study, leading
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What is run; see `rank_features`.
+
+    Raises:
+        FeatpatchError: a number out of range.
+    """
+
+    k: int = 200
+    audit: int = 100
+    target: float | None = None
+    top: int = 20
+    method: str = "atp"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(type(number) is int and number >= 1 for number in (self.k, self.audit, self.top)) or self.top > self.k:
+            raise FeatpatchError(f"k={self.k}, audit={self.audit}, top={self.top}: expected 1 or more, and a top of at most k")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise FeatpatchError(f"target={self.target}: expected a share above 0, at most 1, or None for a single sample")
+
+
+def screened(
+    screen: Screen,
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    positions: Positions,
+    directions: Sequence[Direction],
+    metric: Metrics,
+    batch_rows: int | None,
+    journal: Path | None,
+    *,
+    progress: bool,
+) -> Effects:
+    """The exact effects of what the screen chooses.
+
+    Raises:
+        FeatpatchError: unusable input; a ranking longer than the features that there are.
+    """
+    estimate = estimate_features(
+        model,
+        saes,
+        pairs,
+        method=screen.method,
+        positions=positions,
+        directions=directions,
+        metric=leading(metric),
+        progress=progress,
+    )
+    features = estimate.take(estimate.ranked)
+    nodes = [features.nodes[row] for row in np.argsort(-features.sizes(), kind="stable")]
+    first, rest = nodes[: screen.k], nodes[screen.k :]
+    if screen.top > len(first):
+        raise FeatpatchError(f"top={screen.top}: expected at most {len(first)}, the features that differ between the runs")
+    drawn = [rest[row] for row in np.random.default_rng(screen.seed).permutation(len(rest))]
+    begin = [*first, *(node for node in estimate.nodes if node.kind != "feature")]
+    sizes = sample_sizes(screen.audit, len(rest))[: None if screen.target is not None else 1]
+    about = {"k": len(first), "candidates": len(nodes), "looks": max(1, sum(size < len(rest) for size in sizes))}
+    tables: list[Effects] = []
+    done = 0
+    for size in sizes:
+        some = frozenset([*([] if tables else begin), *drawn[done:size]])
+        study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, only=some)
+        try:
+            found = study.run(journal, progress=progress)
+        except KeyboardInterrupt:
+            if not tables:
+                raise
+            break
+        if not found.finished and not tables:
+            return found
+        if not found.finished:
+            break
+        tables, done = [*tables, found], size
+        table = _noted(joined(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})
+        if screen.target is not None and table.audit(top=screen.top).recall >= screen.target:
+            break
+    return table
+
+
+def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict[str, Any]) -> Effects:
+    """The features in this order, then the other rows, with what was screened and the estimates beside."""
+    row = {node: number for number, node in enumerate(table.nodes)}
+    features = [row[node] for node in order]
+    rows = [*features, *sorted(set(range(len(table))) - set(features))]
+    ordered = table.take(rows)
+    at = {node: number for number, node in enumerate(estimate.nodes)}
+    beside = [at[node] for node in ordered.nodes]
+    estimates = {effect: estimate.pooled(effect)[beside].tolist() for effect in EFFECTS if effect in estimate.directions_run()}
+    screening = {**about, "estimates": estimates}
+    return _replaced(ordered, {**table.metadata, "screening": screening, "rows_ranked": about["candidates"]})
+
+
+def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:
+    """A table of its own, with these notes, also for its other metrics."""
+    others = {name: _replaced(other, {**metadata, "metric": name}) for name, other in table.others.items()}
+    return replace(table, metadata=metadata, taken_from=None, others=others)

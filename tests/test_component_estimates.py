@@ -262,6 +262,30 @@ def test_kept_gradients_cost_no_run(small: Small) -> None:
     np.testing.assert_array_equal(again.noised, first.noised)
 
 
+@pytest.mark.parametrize("method", ["ig", "eap_ig_inputs", "grad_drop"])
+def test_kept_gradients_are_the_same_gradients(small: Small, method: str) -> None:
+    """Whatever was asked for before."""
+    options: dict[str, Any] = {"method": method, "steps": 2, "positions": [2]}
+    gradients = fp.Gradients(small.model, pairs_of(CLEAN, CORRUPTED), method=method, steps=2)
+    estimated(small.model, sites="resid_pre", gradients=gradients)
+    for name in ("z", "resid_pre", "neurons"):
+        kept, fresh = (
+            estimated(small.model, sites=name, gradients=gradients, positions=[2]),
+            estimated(small.model, sites=name, **options),
+        )
+        assert kept.nodes == fresh.nodes
+        np.testing.assert_allclose([kept.denoised, kept.noised], [fresh.denoised, fresh.noised], atol=1e-11)
+        assert kept.metadata["method"] == method
+
+
+def test_calibration_of_sizes_without_sign(small: Small) -> None:
+    options: dict[str, Any] = {"sites": "z", "progress": False}
+    exact = fp.rank_components(small.model, pairs_of(CLEAN, CORRUPTED), **options)
+    found = fp.calibrate(estimated(small.model, sites="z", method="grad_drop"), exact)
+    assert sorted(found.exact) == pytest.approx(sorted(np.abs(exact.pooled("recovery"))))
+    assert np.isnan(found.table(3)["signs"]).all()
+
+
 @pytest.mark.parametrize("method", ["atp", "ig", "eap_ig_inputs", "grad_drop"])
 def test_batched_is_alone(small: Small, method: str) -> None:
     """Pairs of other lengths and answers in between change nothing."""

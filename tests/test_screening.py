@@ -54,6 +54,9 @@ def test_chosen_features_are_what_the_full_sweep_says(small: Small, kind: str) -
     same(found, full)
     assert len(found.row) == sum(full.nodes[row] in set(found.nodes) for row in full.row)
     assert {node for node in found.nodes if node.kind != "feature"} == {node for node in full.nodes if node.kind != "feature"}
+    assert found.sites()["changed_features"].tolist() == full.sites()["changed_features"].tolist()
+    agreement = fp.calibrate(estimate, found)
+    assert set(agreement.nodes) == set(features)
     table = found.to_pandas()
     at = {node: row for row, node in enumerate(estimate.nodes)}
     for effect in ("recovery", "degradation"):

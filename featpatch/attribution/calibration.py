@@ -20,27 +20,30 @@ class Calibration:
     """Estimates beside exact effects.
 
     Attributes:
-        nodes: the ranked rows that either table holds; where one has no row its effect is 0.
+        nodes: the ranked rows that either table holds; where one has no row its effect is 0. Of a screened table its own.
         estimate, exact: pooled effects, `[nodes]`.
         effect: which.
+        signed: whether estimates have a sign; if not, exact effects are without theirs.
     """
 
     nodes: tuple[Node, ...]
     estimate: NDArray[np.float64]
     exact: NDArray[np.float64]
     effect: Effect
+    signed: bool = True
 
     def table(self, k: int = 20) -> "pd.DataFrame":
         """One row for all sites and one per site.
 
         `pearson`, `spearman`; `recall`: share of the k largest |exact| that are among the k largest |estimate| (NaN with no
         more than k rows); `signs`: share of rows with the same sign; `slope`: exact over estimate, least squares through 0.
+        Estimates without sign (`"grad_drop"`) are compared with |exact|, and `signs` is NaN.
         """
         import pandas as pd
 
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
-        return pd.DataFrame([{"site": name, **_agreement(self.estimate[at], self.exact[at], k)} for name, at in rows])
+        return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
     def misses(self, n: int = 10) -> "pd.DataFrame":
         """The rows in which the estimate is farthest from the exact effect, farthest first."""
@@ -72,6 +75,20 @@ class Calibration:
     def __repr__(self) -> str:
         return f"{self.effect}, estimate against exact\n{self.table().round(3).to_string(index=False)}"
 
+    def _agreement(self, rows: NDArray[np.bool_], k: int) -> dict[str, float]:
+        estimate, exact = self.estimate[rows], self.exact[rows]
+        varied = len(estimate) > 1 and bool(np.ptp(estimate)) and bool(np.ptp(exact))
+        top = [set(np.argsort(-np.abs(values), kind="stable")[:k].tolist()) for values in (estimate, exact)]
+        size = float(estimate @ estimate)
+        return {
+            "rows": float(len(estimate)),
+            "pearson": float(pearsonr(estimate, exact).statistic) if varied else np.nan,
+            "spearman": float(spearmanr(estimate, exact).statistic) if varied else np.nan,
+            "recall": len(top[0] & top[1]) / k if len(estimate) > k else np.nan,
+            "signs": float((np.sign(estimate) == np.sign(exact)).mean()) if self.signed and len(estimate) else np.nan,
+            "slope": float(estimate @ exact) / size if size else np.nan,
+        }
+
 
 def calibrate(estimate: Effects, exact: Effects, effect: Effect | None = None) -> Calibration:
     """Estimates beside exact effects of the same pairs, metric and positions.
@@ -94,21 +111,9 @@ def calibrate(estimate: Effects, exact: Effects, effect: Effect | None = None) -
     wanted = effect or next(iter(shared), None)
     if wanted is None or wanted not in shared:
         raise FeatpatchError(f"effect={effect!r}: expected one that both tables hold, of {shared}")
-    nodes = tuple(dict.fromkeys(node for table in (exact, estimate) for node in table.take(table.ranked).nodes))
+    tables = (exact,) if "screening" in exact.metadata else (exact, estimate)
+    nodes = tuple(dict.fromkeys(node for table in tables for node in table.take(table.ranked).nodes))
     values = [dict(zip(table.nodes, table.pooled(wanted), strict=True)) for table in (estimate, exact)]
     first, second = (np.array([of_table.get(node, 0.0) for node in nodes]) for of_table in values)
-    return Calibration(nodes, first, second, wanted)
-
-
-def _agreement(estimate: NDArray[np.float64], exact: NDArray[np.float64], k: int) -> dict[str, float]:
-    varied = len(estimate) > 1 and bool(np.ptp(estimate)) and bool(np.ptp(exact))
-    top = [set(np.argsort(-np.abs(values), kind="stable")[:k].tolist()) for values in (estimate, exact)]
-    size = float(estimate @ estimate)
-    return {
-        "rows": float(len(estimate)),
-        "pearson": float(pearsonr(estimate, exact).statistic) if varied else np.nan,
-        "spearman": float(spearmanr(estimate, exact).statistic) if varied else np.nan,
-        "recall": len(top[0] & top[1]) / k if len(estimate) > k else np.nan,
-        "signs": float((np.sign(estimate) == np.sign(exact)).mean()) if len(estimate) else np.nan,
-        "slope": float(estimate @ exact) / size if size else np.nan,
-    }
+    signed = not estimate.metadata.get("unsigned", False)
+    return Calibration(nodes, first, second if signed else np.abs(second), wanted, signed)

@@ -404,6 +404,8 @@ class Effects:
         import pandas as pd
 
         features = Counter((node.sae, node.site, node.position) for node in self.nodes if node.kind == "feature")
+        if "screening" in self.metadata:
+            features = Counter({tuple(key): count for *key, count in self.metadata["screening"]["changed_features"]})
         at: dict[tuple[str, str, Position, str], int] = {
             (node.sae, node.site, node.position, node.kind): row for row, node in enumerate(self.nodes)
         }

@@ -1,5 +1,6 @@
 """Gradients screen, patched runs decide: the first by estimate and a random sample of the others are run exactly."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,9 @@ def screened(
     drawn = [rest[row] for row in np.random.default_rng(screen.seed).permutation(len(rest))]
     begin = [*first, *(node for node in estimate.nodes if node.kind != "feature")]
     sizes = sample_sizes(screen.audit, len(rest))[: None if screen.target is not None else 1]
-    about = {"k": len(first), "candidates": len(nodes), "looks": max(1, sum(size < len(rest) for size in sizes))}
+    changed = Counter((node.sae, node.site, node.position) for node in nodes)
+    about = {"k": len(first), "candidates": len(nodes), "looks": max(1, sum(size < len(rest) for size in sizes)),
+             "changed_features": [[*key, count] for key, count in changed.items()]}  # fmt: skip
     tables: list[Effects] = []
     done = 0
     for size in sizes:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 from featpatch.attribution.features import FeaturePart
@@ -32,7 +31,7 @@ def estimation_time(
             start = time.perf_counter()
             gradients = Gradients(model, some, metric=metric, keep=False)
             reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
-            for of_pair in islice(gradients.of(reads, sites), len(some)):
+            for of_pair in gradients.of(reads, sites):
                 for part in parts:
                     for way in directions:
                         part.found(of_pair, way, spans(of_pair.pair, positions))

@@ -16,6 +16,9 @@ from featpatch.pairs.spans import Positions
 from featpatch.patch import Direction, Node
 from featpatch.patching import Metrics, feature_study, leading
 
+TOP = 20
+"""The ranking that a target is about unless another is asked for."""
+
 
 @dataclass(frozen=True)
 class Screen:
@@ -28,13 +31,14 @@ class Screen:
     k: int = 200
     audit: int = 100
     target: float | None = None
-    top: int = 20
+    top: int | None = None
     method: str = "atp"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not all(type(number) is int and number >= 1 for number in (self.k, self.audit, self.top)) or self.top > self.k:
-            raise FeatpatchError(f"k={self.k}, audit={self.audit}, top={self.top}: expected 1 or more, and a top of at most k")
+        numbers = (self.k, self.audit, *([] if self.top is None else [self.top]))
+        if not all(type(number) is int and number >= 1 for number in numbers):
+            raise FeatpatchError(f"k={self.k}, audit={self.audit}, top={self.top}: expected numbers of features, 1 or more")
         if self.target is not None and not 0 < self.target <= 1:
             raise FeatpatchError(f"target={self.target}: expected a share above 0, at most 1, or None for a single sample")
 
@@ -70,8 +74,9 @@ def screened(
     features = estimate.take(estimate.ranked)
     nodes = [features.nodes[row] for row in np.argsort(-features.sizes(), kind="stable")]
     first, rest = nodes[: screen.k], nodes[screen.k :]
-    if screen.top > len(first):
-        raise FeatpatchError(f"top={screen.top}: expected at most {len(first)}, the features that differ between the runs")
+    top = min(TOP, len(first)) if screen.top is None else screen.top
+    if top > len(first):
+        raise FeatpatchError(f"top={top}: expected at most {len(first)}, the features that are run for their estimates")
     drawn = [rest[row] for row in np.random.default_rng(screen.seed).permutation(len(rest))]
     begin = [*first, *(node for node in estimate.nodes if node.kind != "feature")]
     sizes = sample_sizes(screen.audit, len(rest))[: None if screen.target is not None else 1]
@@ -95,7 +100,7 @@ def screened(
             break
         tables, done = [*tables, found], size
         table = _noted(joined(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})
-        if screen.target is not None and table.audit(top=screen.top).recall >= screen.target:
+        if screen.target is not None and table.audit(top=top).recall >= screen.target:
             break
     return table
 

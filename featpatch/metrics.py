@@ -157,6 +157,10 @@ class Measures:
         return torch.stack(values, dim=1)
 
 
+SEQUENCES = ("sequence_log_prob", "sequence_log_prob_diff")
+"""Metrics of whole answers, read at several places: log-probability of all right answers together, and that minus the
+log-probability of all wrong ones together."""
+
 MEASURES = {
     measure.name: measure
     for measure in (
@@ -181,7 +185,7 @@ def find(metric: str | Metric) -> Measure:
         return Measure(getattr(metric, "__name__", repr(metric)), metric, "vocabulary")
     if metric not in MEASURES:
         raise FeatpatchError(
-            f"metric {metric!r} is unknown: expected one of {', '.join(MEASURES)}, sequence_log_prob, sequence_log_prob_diff, "
+            f"metric {metric!r} is unknown: expected one of {', '.join((*MEASURES, *SEQUENCES))}, "
             "or a function of (logits, correct, wrong) that returns one value per row"
         )
     return MEASURES[metric]

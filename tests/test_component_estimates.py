@@ -278,6 +278,23 @@ def test_kept_gradients_are_the_same_gradients(small: Small, method: str) -> Non
         assert kept.metadata["method"] == method
 
 
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+def test_whatever_the_mode_of_autograd(small: Small, grad: Any) -> None:
+    """With gradients switched off around the call, and with frozen weights; the modes are left as they were."""
+    names = ["q", "k", "z", "pattern", "neurons"]
+    expected = [estimated(small.model, sites=names, method=method, steps=2) for method in ("atp", "ig", "grad_drop")]
+    small.model.requires_grad_(False)
+    try:
+        with grad():
+            found = [estimated(small.model, sites=names, method=method, steps=2) for method in ("atp", "ig", "grad_drop")]
+            assert not torch.is_grad_enabled()
+    finally:
+        small.model.requires_grad_(True)
+    for one, other in zip(found, expected, strict=True):
+        assert one.nodes == other.nodes
+        np.testing.assert_allclose([one.denoised, one.noised], [other.denoised, other.noised], atol=1e-12)
+
+
 def test_calibration_of_sizes_without_sign(small: Small) -> None:
     options: dict[str, Any] = {"sites": "z", "progress": False}
     exact = fp.rank_components(small.model, pairs_of(CLEAN, CORRUPTED), **options)

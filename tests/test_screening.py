@@ -289,6 +289,9 @@ def test_errors(small: Small) -> None:
         ({"target": 1.5}, "target=1.5: expected a share"),
         ({"noise": noise}, "exact='screened' with noise"),
         ({"metric": "accuracy"}, "ranks and accuracies have none"),
+        ({"metric": "sequence_log_prob"}, "is of whole answers: expected one of a single token"),
+        ({"metric": []}, "metric=\\[\\]: expected at least one"),
+        ({"seed": -1}, "seed=-1: expected an integer, 0 or more"),
         ({"method": "shap"}, "method='shap'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -9,7 +9,7 @@ import torch
 from featpatch.attribution.methods import INPUT, METHODS, Runs, Taken
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Split, check_tokens, wrap
-from featpatch.metrics import Metric, find
+from featpatch.metrics import SEQUENCES, Metric, find
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import DIRECTIONS, Direction
 
@@ -92,6 +92,8 @@ class Gradients:
         steps: int = 10,
         keep: bool = True,
     ) -> None:
+        if metric in SEQUENCES:
+            raise FeatpatchError(f"metric {metric!r} is of whole answers: expected one of a single token to estimate with")
         self.pairs = check_pairs(pairs)
         self.measure, self.method, self.steps = find(metric), method, steps
         if method not in METHODS or type(steps) is not int or steps < 1:

@@ -74,9 +74,10 @@ def audited(
     Raises:
         FeatpatchError: a ranking longer than what was screened; confidence or share not between 0 and 1.
     """
-    if not 1 <= top <= len(screened) or not 0 < confidence < 1 or not 0 < share < 1:
+    shares = all(isinstance(value, float) and 0 < value < 1 for value in (confidence, share))
+    if type(top) is not int or not 1 <= top <= len(screened) or not shares:
         raise FeatpatchError(
-            f"top={top}, confidence={confidence}, share={share}: expected a top of 1 to {len(screened)}, the number of "
+            f"top={top!r}, confidence={confidence!r}, share={share!r}: expected a top of 1 to {len(screened)}, the number of "
             "screened features, and shares between 0 and 1"
         )
     alpha, rest = (1 - confidence) / looks, candidates - len(screened)

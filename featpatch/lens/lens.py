@@ -229,15 +229,17 @@ class Lens(ABC):
 
             return keep
 
-        with torch.enable_grad(), ExitStack() as stack:
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            tokens, answers = tokens.clone().to(self.device), answers.clone().to(self.device)
             for name in reads:
                 stack.enter_context(self.edit(name, read(name)))
             for name in hooks:
                 stack.enter_context(self.edit(self.carrier(name), leaf(name)))
             for name in stopped:
                 stack.enter_context(self.edit(name, torch.Tensor.detach))
-            with answering(self.model.unembed, answers.to(self.device)):
-                values = measure(self.model(tokens.to(self.device))[:, 0])
+            with answering(self.model.unembed, answers):
+                values = measure(self.model(tokens)[:, 0])
+            total = values.sum()
         _check_read(reads, activations)
         if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
             raise FeatpatchError(
@@ -246,7 +248,7 @@ class Lens(ABC):
             )
         found: Sequence[torch.Tensor | None] = [None] * len(leaves)
         if values.requires_grad:
-            found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         kept = zip(leaves.items(), found, strict=True)
         gradients = {name: torch.zeros_like(x, requires_grad=False) if g is None else g for (name, x), g in kept}
         return Differentiated(values.detach(), gradients, activations)

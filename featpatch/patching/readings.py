@@ -13,11 +13,8 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import Measures, Metric, together
+from featpatch.metrics import SEQUENCES, Measures, Metric, together
 from featpatch.pairs import Pair
-
-SEQUENCES = ("sequence_log_prob", "sequence_log_prob_diff")
-"""Log-probability of all right answers together, and that minus the log-probability of all wrong ones together."""
 
 ByReading = Float[torch.Tensor, "readings patches engine_metrics"]
 Combined = Float[torch.Tensor, "patches metrics"]
@@ -106,7 +103,8 @@ Readout = AtAnswer | OfSequences
 
 def leading(metric: Metrics) -> str | Metric:
     """The first of several metrics, whose table comes first."""
-    return metric if isinstance(metric, str) or callable(metric) else [*metric, ""][0]
+    readout(metric)
+    return metric if isinstance(metric, str) or callable(metric) else metric[0]
 
 
 def readout(metric: Metrics) -> Readout:

@@ -38,9 +38,13 @@ class Screen:
     def __post_init__(self) -> None:
         numbers = (self.k, self.audit, *([] if self.top is None else [self.top]))
         if not all(type(number) is int and number >= 1 for number in numbers):
-            raise FeatpatchError(f"k={self.k}, audit={self.audit}, top={self.top}: expected numbers of features, 1 or more")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise FeatpatchError(f"target={self.target}: expected a share above 0, at most 1, or None for a single sample")
+            raise FeatpatchError(
+                f"k={self.k!r}, audit={self.audit!r}, top={self.top!r}: expected numbers of features, 1 or more"
+            )
+        if self.target is not None and not (isinstance(self.target, (int, float)) and 0 < self.target <= 1):
+            raise FeatpatchError(f"target={self.target!r}: expected a share above 0, at most 1, or None for a single sample")
+        if type(self.seed) is not int or self.seed < 0:
+            raise FeatpatchError(f"seed={self.seed!r}: expected an integer, 0 or more")
 
 
 def screened(

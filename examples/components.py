@@ -6,7 +6,7 @@ python -m examples.components
 from rich.console import Console
 
 import featpatch as fp
-from featpatch.report import ranked, site_summary
+from featpatch.terminal import ranked, site_summary
 
 TASKS = {"ioi": ["S2", "end"], "capitals": ["subject", "end"]}
 

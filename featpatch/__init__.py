@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         rank_components,
         select_features,
     )
+    from featpatch.reporting import report
     from featpatch.screening import plan, rank_features
     from featpatch.selfcheck import check
     from featpatch.verdict import Check
@@ -81,6 +82,7 @@ HOMES = {
     "random_controls": "patching",
     "rank_components": "patching",
     "rank_features": "screening",
+    "report": "reporting",
     "select_features": "patching",
     "tasks": "tasks",
 }
@@ -90,7 +92,7 @@ __all__ = [
     "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate",
     "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "do", "estimate_components",
     "estimate_features", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
-    "random_controls", "rank_components", "rank_features", "select_features", "tasks",
+    "random_controls", "rank_components", "rank_features", "report", "select_features", "tasks",
 ]  # fmt: skip
 
 

@@ -67,7 +67,8 @@ def demo(
         asked = _positions(positions or ",".join(drawn[0].labels))
         effects = fp.rank_features(shipped.model, shipped.saes, drawn, positions=asked)
         best = effects.top(top)
-        _show(console, effects, top, out, fp.describe(shipped.model, shipped.saes, best.nodes, shipped.text()))
+        descriptions = fp.describe(shipped.model, shipped.saes, best.nodes, shipped.text())
+        _show(console, effects, top, out, {"model": shipped.model, "saes": shipped.saes, "pairs": drawn}, descriptions)
 
 
 @app.command()
@@ -104,7 +105,7 @@ def rank(
         console.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = _own(console, model, sae, pairs, positions, direction, metric, device)
         effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal)
-        _show(console, effects, top, out)
+        _show(console, effects, top, out, {name: work[name] for name in ("model", "saes", "pairs")})
 
 
 @app.command()
@@ -122,10 +123,26 @@ def plan(
     Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with _clear_errors():
-        from featpatch.report import planned
+        from featpatch.terminal import planned
 
         console = _console()
         console.print(planned(fp.plan(**_own(console, model, sae, pairs, positions, direction, metric, device))))
+
+
+@app.command()
+def report(
+    effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")],
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
+) -> None:
+    """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
+
+    Example: featpatch report featpatch-out/effects.safetensors --out report.html
+    """
+    with _clear_errors():
+        others = None if components is None else fp.Effects.load(components)
+        path = fp.Effects.load(effects).report(out, components=others)
+        _console().print(f"wrote {path}")
 
 
 @app.command()
@@ -145,7 +162,7 @@ def check(
     Example: featpatch check pairs.jsonl --model gpt2
     """
     with _clear_errors():
-        from featpatch.report import by_pair, totals
+        from featpatch.terminal import by_pair, totals
 
         console = _console()
         loaded = fp.load(model, device=device).model
@@ -165,7 +182,7 @@ def _own(
     console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
 ) -> dict[str, Any]:
     """The arguments that `rank_features` and `plan` share; prints how the SAEs fit the model."""
-    from featpatch.report import checked
+    from featpatch.terminal import checked
 
     loaded = fp.load(model, sae, device=device, check=False)
     drawn = fp.Pairs.from_jsonl(loaded.model.tokenizer, pairs, long_answers=_of_sequences(metric))
@@ -189,8 +206,10 @@ def _positions(text: str) -> str | list[int | str]:
     return text if text in ("all", "each") else parts
 
 
-def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Mapping[Any, Any] | None = None) -> None:
-    from featpatch.report import ranked, site_summary
+def _show(
+    console: Console, effects: Any, top: int, out: Path, study: Mapping[str, Any], descriptions: Mapping[Any, Any] | None = None
+) -> None:
+    from featpatch.terminal import ranked, site_summary
 
     effects.save(out / "effects.safetensors")
     effects.to_pandas().to_csv(out / "effects.csv", index=False)
@@ -206,7 +225,7 @@ def _show(console: Console, effects: Any, top: int, out: Path, descriptions: Map
     if "screening" in effects.metadata:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
-    console.save_html(str(out / "report.html"))
+    fp.report(effects, out / "report.html", top=top, **study)
 
 
 def _check_folder(out: Path) -> None:
@@ -218,7 +237,7 @@ def _check_folder(out: Path) -> None:
 
 def _console() -> Console:
     width = None if sys.stdout.isatty() else 176
-    return Console(record=True, width=width)
+    return Console(width=width)
 
 
 @contextmanager

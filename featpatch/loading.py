@@ -11,8 +11,8 @@ from rich.console import Console
 from featpatch.lens import load_model, load_sae, several, wanted_processing
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
-from featpatch.report import checked
 from featpatch.selfcheck import check as check_fit
+from featpatch.terminal import checked
 
 CONTRASTS = (
     (

@@ -12,7 +12,7 @@ import torch
 import featpatch as fp
 from featpatch.checkpoints import folder
 from featpatch.pairs.checklist import Checklist, check, kept
-from featpatch.report.checklist import by_pair, totals
+from featpatch.terminal.checklist import by_pair, totals
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,14 @@ def test_rank_on_the_command_line_equals_the_library(demo: fp.Demo, tmp_path: Pa
     for text in ("exact", site, "wrote effects.safetensors"):
         assert text in done.stdout
     assert (tmp_path / "results" / "effects.csv").read_text().startswith("site,kind,index")
-    assert "<html" in (tmp_path / "results" / "report.html").read_text()
+    text = (tmp_path / "results" / "report.html").read_text()
+    for part in ("<html", 'id="question"', 'id="features"', str(effects.top(1).nodes[0])):
+        assert part in text
+    written = run("report", "results/effects.safetensors", "--out", "alone.html", folder=tmp_path)
+    assert "wrote alone.html" in written.stdout, written.stderr
+    alone = (tmp_path / "alone.html").read_text()
+    assert 'id="ranking"' in alone
+    assert 'id="question"' not in alone
 
 
 def test_answers_of_several_tokens_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> None:
@@ -259,7 +266,7 @@ def test_errors_on_the_command_line_are_one_line(demo: fp.Demo, tmp_path: Path, 
 
 
 def test_help_has_examples(tmp_path: Path) -> None:
-    for command in ("demo", "rank", "plan"):
+    for command in ("demo", "rank", "plan", "report"):
         assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
 
 

@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
-    ["errors", "forecast", "verdict"],
+    ["errors", "forecast", "page", "verdict"],
     ["patch"],
     ["sites", "metrics"],
     ["pairs"],
     ["effects", "lens", "tasks"],
-    ["engine", "report"],
+    ["engine", "terminal"],
     ["patching", "attribution", "firing", "comparison"],
-    ["screening", "selfcheck"],
+    ["reporting", "screening", "selfcheck"],
     ["loading"],
     ["checkpoints"],
     ["cli"],

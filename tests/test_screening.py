@@ -14,7 +14,7 @@ from test_sets import SITE, dictionary, pairs_of
 import featpatch as fp
 from featpatch.effects.audit import audited, most, sample_sizes
 from featpatch.engine import SuffixPath
-from featpatch.report import planned
+from featpatch.terminal import planned
 
 BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
 

@@ -205,7 +205,7 @@ def test_a_decoder_that_breaks_the_law_is_called_a_bug(bridge: Small, monkeypatc
 def test_the_table(bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from featpatch.report import checked
+    from featpatch.terminal import checked
 
     sae = deepcopy(fitted(bridge.model, HOOKS[0]))
     sae.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"

@@ -13,7 +13,7 @@ from small import Small
 
 import featpatch as fp
 from featpatch.effects import significance, statistics
-from featpatch.report.tables import by_tag_table, stability_table
+from featpatch.terminal.tables import by_tag_table, stability_table
 
 SITE = "blocks.1.hook_resid_pre"
 Array = NDArray[np.float64]

@@ -21,7 +21,10 @@ from scipy.sparse import csr_array
 
 from featpatch.effects import breakdown, significance, statistics, storage
 from featpatch.effects.audit import Audit, audited
+from featpatch.effects.material import Material
+from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
+from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
 from featpatch.patch import RANKED, Direction, Node, Position
@@ -421,6 +424,30 @@ class Effects:
                 row[f"{effect}_interaction"] = row[f"{effect}_activation"] - parts
             rows.append(row)
         return pd.DataFrame(rows)
+
+    @property
+    def plot(self) -> Plots:
+        """Figures of this table: `plot.quadrants()`, `plot.sites()`, `plot.heatmap()`."""
+        return Plots(self)
+
+    def report(self, path: str | Path, *, material: Material | None = None, components: "Effects | None" = None) -> Path:
+        """Writes one HTML file, self-contained: the ranking to sort and search, figures, provenance.
+
+        `fp.report` adds prompts and features.
+
+        Args:
+            material: what is shown beside.
+            components: of `rank_components`, for the maps.
+
+        Raises:
+            FeatpatchError: the path is a folder.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(report(self, material or Material(), components), encoding="utf-8")
+        return path
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, with metadata as JSON in its header."""

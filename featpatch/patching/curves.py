@@ -63,6 +63,19 @@ class Curve:
         order = sorted(range(len(keys)), key=lambda row: (list(self.sizes).index(keys[row]), table["k"][row]))
         return table.iloc[order].reset_index(drop=True)
 
+    def plot(self, effect: Effect | None = None) -> Any:
+        """A `plotly.graph_objects.Figure`: effect by k, a line per dictionary and position, with its interval."""
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        chosen, table = effect or self.sets.directions_run()[0], self.table()
+        figure = go.Figure(layout={"xaxis_title": "features together", "yaxis_title": chosen, "xaxis_type": "log"})
+        for (sae, position), rows in table.groupby(["sae", "position"], sort=False):
+            up, down = rows[f"{chosen}_high"] - rows[chosen], rows[chosen] - rows[f"{chosen}_low"]
+            figure.add_scatter(
+                x=rows["k"], y=rows[chosen], name=f"{sae} @ {position}", error_y={"array": up, "arrayminus": down}
+            )
+        return figure
+
 
 def cumulative(
     model: Any,

@@ -1,0 +1,98 @@
+"""Effects as plotly figures: `effects.plot.quadrants()` and so on. Save one by `figure.write_html`, or `write_image`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featpatch import sites as hooks
+from featpatch.effects.quadrants import THRESHOLD, check_threshold
+from featpatch.errors import FeatpatchError
+
+if TYPE_CHECKING:
+    from featpatch.effects.effects import Effect, Effects
+
+SHOWN = ("activation", "all_features", "error")
+WORDS = {"activation": "whole activation", "all_features": "all features", "error": "error term"}
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Of one table; each returns a `plotly.graph_objects.Figure`."""
+
+    effects: "Effects"
+
+    def quadrants(self, threshold: float = THRESHOLD) -> Any:
+        """Degradation against recovery of the ranked rows, a colour per site; lines at the threshold.
+
+        Raises:
+            FeatpatchError: one direction alone was run; the threshold is not between 0 and 1.
+        """
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        check_threshold(threshold)
+        if len(self.effects.directions_run()) < 2:
+            raise FeatpatchError("one direction was run: expected both, recovery beside degradation; rank with both directions")
+        rows = self.effects.take(self.effects.ranked)
+        names, text = np.array([node.sae or node.site for node in rows.nodes]), [str(node) for node in rows.nodes]
+        x, y = rows.pooled("recovery"), rows.pooled("degradation")
+        figure = go.Figure(layout={"xaxis_title": "denoising: recovery (sufficient?)",
+                                   "yaxis_title": "noising: degradation (necessary?)"})  # fmt: skip
+        for name in dict.fromkeys(names.tolist()):
+            at = np.flatnonzero(names == name)
+            figure.add_trace(
+                go.Scattergl(x=x[at], y=y[at], text=[text[row] for row in at], mode="markers", name=name, marker={"size": 5})
+            )
+        figure.add_vline(threshold, line={"dash": "dot", "width": 1})
+        figure.add_hline(threshold, line={"dash": "dot", "width": 1})
+        return figure
+
+    def sites(self, effect: "Effect | None" = None) -> Any:
+        """Whole activation, all features and error term of each site and position, as bars; recovery if it was run."""
+        import plotly.graph_objects as go
+
+        chosen, table = effect or self.effects.directions_run()[0], self.effects.sites()
+        figure = go.Figure(layout={"yaxis_title": chosen, "barmode": "group"})
+        if len(table):
+            names = [f"{row['sae']} @ {row['position']}" for _, row in table.iterrows()]
+            for kind in SHOWN:
+                figure.add_bar(x=names, y=table[f"{chosen}_{kind}"], name=WORDS[kind])
+        return figure
+
+    def heatmap(self, effect: "Effect | None" = None, *, kind: str = "activation") -> Any:
+        """Layer by position, a map for each component of a block: the effect of rows of a kind, added up within a cell.
+
+        Args:
+            kind: such as `"activation"`, `"head"` or `"feature"`; of features the sum of those patched alone.
+
+        Raises:
+            FeatpatchError: the table has no row of this kind.
+        """
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots  # type: ignore[import-untyped]
+
+        chosen, rows = effect or self.effects.directions_run()[0], self.effects.where(kind=kind)
+        if not len(rows):
+            raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {self._kinds()}")
+        cells: dict[str, dict[tuple[int, str], float]] = {}
+        for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
+            of_component = cells.setdefault(node.site.split(".", 2)[-1], {})
+            key = hooks.layer_of(node.site), str(node.position)
+            of_component[key] = of_component.get(key, 0.0) + float(value)
+        positions = list(dict.fromkeys(str(node.position) for node in rows.nodes))
+        layers = sorted({layer for of_component in cells.values() for layer, _ in of_component})
+        figure = make_subplots(rows=1, cols=len(cells), subplot_titles=list(cells), shared_yaxes=True)
+        for column, of_component in enumerate(cells.values(), 1):
+            values = [[of_component.get((layer, position)) for position in positions] for layer in layers]
+            figure.add_trace(
+                go.Heatmap(x=positions, y=layers, z=values, coloraxis="coloraxis", hovertemplate="layer %{y} @ %{x}: %{z:.3f}"),
+                row=1,
+                col=column,
+            )
+        scale = {"colorscale": "RdBu", "cmid": 0, "colorbar": {"title": chosen}}
+        figure.update_layout(coloraxis=scale, yaxis_title="layer")
+        figure.update_yaxes(dtick=1)
+        return figure
+
+    def _kinds(self) -> list[str]:
+        return sorted({node.kind for node in self.effects.nodes})

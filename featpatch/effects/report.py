@@ -1,0 +1,167 @@
+"""A table of effects as one HTML file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from featpatch.effects.material import Material
+from featpatch.page import Block, Section, figure, page, table
+from featpatch.page.page import block
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from featpatch.effects.effects import Effects
+
+PROMPTS = 8
+"""So many pairs are shown."""
+
+
+def report(effects: "Effects", material: Material, components: "Effects | None") -> str:
+    """The file's content."""
+    metadata = effects.metadata
+    sections = [
+        _question(effects, material),
+        _ranking(effects),
+        _features(effects, material),
+        _quadrants(effects),
+        _sites(effects),
+        _maps(effects, components),
+        *(Section(f"figure-{n}", title, "", [figure(chart)]) for n, (title, chart) in enumerate(material.figures.items())),
+        _stability(effects),
+        _provenance(metadata),
+    ]
+    name = Path(metadata.get("model", {}).get("name", "")).name
+    title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
+    subtitle = (
+        f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} pairs; "
+        f"{metadata['metric']} is {effects.clean.mean():.3g} on clean and {effects.corrupted.mean():.3g} on corrupted prompts"
+    )
+    return page(title, subtitle, [section for section in sections if section is not None])
+
+
+def _question(effects: "Effects", material: Material) -> Section | None:
+    if not material.prompts:
+        return None
+    metric = effects.metadata["metric"]
+    prompts = [
+        {
+            **vars(prompt),
+            "reading": f"{metric} clean {clean:.2f}, corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}",
+        }
+        for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
+    ]
+    text = (
+        f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} pairs. Tokens that differ are marked; the answers "
+        "are those that the metric compares."
+    )
+    blocks = [block("prompts.html", prompts=prompts)]
+    return Section(
+        "question", "The question", text, blocks if material.checks is None else [*blocks, table(material.checks, rows=5)]
+    )
+
+
+def _ranking(effects: "Effects") -> Section:
+    rows = effects.take(effects.ranked)
+    frame = rows._frame()
+    frame["node"] = [str(node) for node in rows.nodes]
+    columns = ["node", *(c for c in frame.columns if c not in ("node", "site", "kind", "index", "sae", "pairs"))]
+    first = effects.directions_run()[0]
+    text = (
+        "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. High "
+        "recovery: sufficient. High degradation: necessary. Sort by the arrows of a column."
+    )
+    shown = frame[columns].round(4)
+    return Section("ranking", "Ranked features", text, [table(shown, order=columns.index(first))])
+
+
+def _features(effects: "Effects", material: Material) -> Section | None:
+    if not material.features:
+        return None
+    known = {node: row for row, node in enumerate(effects.nodes)}
+    pooled = {effect: effects.pooled(effect) for effect in effects.directions_run()}
+    features = []
+    for node, portrait in material.features.items():
+        prompt, row = material.prompts[portrait.pair], known.get(node)
+        runs = (("clean", prompt.clean, portrait.clean), ("corrupted", prompt.corrupted, portrait.corrupted))
+        largest = max([1e-12, *np.abs(portrait.clean), *np.abs(portrait.corrupted)])
+        effect = "" if row is None else ", ".join(f"{name} {values[row]:.3f}" for name, values in pooled.items())
+        features.append(
+            {
+                "title": str(node),
+                "effect": effect,
+                "runs": runs,
+                "shades": {name: [abs(v) / largest for v in values] for name, _, values in runs},
+                "facts": list(portrait.facts.items()),
+                "link": portrait.link,
+            }
+        )
+    text = "Open one: its activation on every token of a pair in which it differs (darker is more), and what it writes."
+    return Section("features", "The features", text, [block("features.html", features=features)])
+
+
+def _quadrants(effects: "Effects") -> Section | None:
+    if len(effects.directions_run()) < 2:
+        return None
+    text = (
+        "Right of the line: brings the behaviour back alone (sufficient). Above it: the behaviour is lost without it "
+        "(necessary). A low effect can hide a backup that wakes up only when the feature is gone."
+    )
+    return Section("quadrants", "Sufficient? Necessary?", text, [figure(effects.plot.quadrants())])
+
+
+def _sites(effects: "Effects") -> Section | None:
+    if not len(effects.sites()):
+        return None
+    text = "What the error term brings back is what the SAE does not explain."
+    blocks = [figure(effects.plot.sites(effect)) for effect in effects.directions_run()]
+    return Section("sites", "Whole site, features, error", text, [*blocks, table(effects.sites().round(4))])
+
+
+def _maps(effects: "Effects", components: "Effects | None") -> Section | None:
+    kinds = {node.kind for node in effects.nodes}
+    charts = [_map(effects, "feature")] if "feature" in kinds else []
+    if components is not None:
+        found = {node.kind for node in components.nodes}
+        charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
+    text = "Components first, if they were ranked too; of heads and of features the sum of those patched alone."
+    return Section("maps", "Where: layer by position", text, charts) if charts else None
+
+
+def _map(effects: "Effects", kind: str) -> Block:
+    names = {"activation": "whole activations", "head": "heads, added up", "feature": "features, added up"}
+    return figure(effects.plot.heatmap(kind=kind).update_layout(title=names[kind]))
+
+
+def _stability(effects: "Effects") -> Section | None:
+    tags = effects.metadata.get("tags", [])
+    several = [tag for tag in {key for of_pair in tags for key in of_pair} if len({of_pair.get(tag) for of_pair in tags}) > 1]
+    frames = [_by_tag(effects, tag) for tag in sorted(several)]
+    text = "Effects of the first features by what the pairs were made by; `depends`: intervals that do not overlap."
+    return (
+        Section("stability", "Under which prompts", text, [table(frame.round(4), rows=10) for frame in frames])
+        if frames
+        else None
+    )
+
+
+def _by_tag(effects: "Effects", tag: str) -> "pd.DataFrame":
+    rows = effects.top(20)
+    frame = rows.by_tag(tag, effects.directions_run()[0])
+    frame = frame.drop(columns=[name for name in ("site", "kind", "index", "sae", "position") if name in frame])
+    frame.insert(0, "node", [str(node) for node in rows.nodes])
+    return frame
+
+
+def _provenance(metadata: Mapping[str, Any]) -> Section:
+    left_out = {"tags", "screening"}
+    facts = [(name, _plain(value)) for name, value in metadata.items() if name not in left_out]
+    return Section("provenance", "Where this comes from", "", [block("facts.html", facts=facts)])
+
+
+def _plain(value: Any) -> str | Markup:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -1,0 +1,83 @@
+"""One HTML file from sections of tables, figures and texts: templates by jinja2, figures by plotly, tables by itables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Block = Markup
+"""A piece of HTML whose user text is escaped."""
+
+TEMPLATES = Environment(
+    loader=PackageLoader("featpatch.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        name: of its anchor.
+        text: what it shows, in a sentence or two; plain text.
+    """
+
+    name: str
+    title: str
+    text: str
+    blocks: Sequence[Block]
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The file's content."""
+    import plotly.offline  # type: ignore[import-untyped]
+    from itables.javascript import generate_init_offline_itables_html
+    from itables.options import dt_bundle
+
+    plots, tables = Markup(plotly.offline.get_plotlyjs()), Markup(generate_init_offline_itables_html(dt_bundle))
+    values = {"title": title, "subtitle": subtitle, "sections": sections}
+    return TEMPLATES.get_template("page.html").render(plotly=plots, datatables=tables, **values)
+
+
+def block(template: str, **values: Any) -> Block:
+    """A template of this folder, filled in."""
+    return Markup(TEMPLATES.get_template(template).render(**values))
+
+
+def figure(chart: Any) -> Block:
+    """A `plotly.graph_objects.Figure`, as wide as the page."""
+    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 40, "b": 60}, autosize=True)
+    return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
+
+
+def table(frame: "pd.DataFrame", *, rows: int = 15, order: int | None = None) -> Block:
+    """A table that can be sorted and searched; text is shown as text.
+
+    Args:
+        rows: on one page of it.
+        order: the column by which it is sorted at first, largest first.
+    """
+    from itables import to_html_datatable
+
+    return Markup(
+        to_html_datatable(
+            frame,
+            connected=False,
+            showIndex=False,
+            allow_html=False,
+            maxBytes=0,
+            maxRows=0,
+            maxColumns=0,
+            pageLength=rows,
+            lengthMenu=[rows, 50, 200],
+            order=[] if order is None else [[order, "desc"]],
+            scrollX=True,
+            style="width:100%",
+            classes="display compact nowrap",
+        )
+    )

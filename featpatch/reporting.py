@@ -1,0 +1,123 @@
+"""The report of a study: the table of effects with its prompts and features, as one HTML file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featpatch import sites
+from featpatch.attribution import calibrate
+from featpatch.effects import Effects, Material, Portrait, Prompt
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens, dictionaries, wrap
+from featpatch.pairs import Pair, Pairs, check_pairs
+from featpatch.patch import Node
+from featpatch.patching import Curve
+
+WRITES = 8
+"""So many tokens that a feature raises, and lowers, are named."""
+
+
+def report(
+    effects: Effects,
+    path: str | Path,
+    *,
+    model: Any,
+    pairs: Pairs,
+    saes: Any = None,
+    components: Effects | None = None,
+    estimate: Effects | None = None,
+    curve: Curve | None = None,
+    question: str = "",
+    top: int = 20,
+) -> Path:
+    """Writes `effects.report(path)` with prompts, checklist, portraits of the first features, and what else there is.
+
+    Args:
+        model: with a tokenizer.
+        pairs: those that the effects are of.
+        saes: whose features are shown; none without.
+        components: of `rank_components`, for the maps beside those of features.
+        estimate: of `estimate_features`, set against the exact effects.
+        curve: of `fp.cumulative`.
+        question: the title; made of metric and model by default.
+        top: so many features of each effect are shown.
+
+    Raises:
+        FeatpatchError: pairs or SAEs that the effects are not of; a model without a tokenizer.
+    """
+    if check_pairs(pairs).digest() != effects.metadata["pairs"]:
+        raise FeatpatchError("pairs are not those of the effects: expected the pairs that were ranked")
+    if getattr(model, "tokenizer", None) is None:
+        raise FeatpatchError("the model has no tokenizer: expected one, to show prompts; or write effects.report(path)")
+    lens = wrap(model)
+    if "of_pairs" in effects.metadata:
+        pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
+    prompts = [_prompt(pair, model.tokenizer) for pair in pairs]
+    figures: dict[str, Any] = {} if curve is None else {"How many features does it take?": curve.plot()}
+    if estimate is not None:
+        figures["Estimate against exact"] = calibrate(estimate, effects).plot()
+    features = {} if saes is None else _portraits(lens, dictionaries(lens, saes), pairs, effects, top)
+    single_tokens = all(pair.correct for pair in pairs)
+    checks = pairs.check(model).to_pandas() if single_tokens else None
+    return effects.report(path, material=Material(question, prompts, features, checks, figures), components=components)
+
+
+def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
+    text = tokenizer.decode
+    names: dict[int, list[str]] = {}
+    for label, position in pair.labels.items():
+        names.setdefault(position, []).append(label)
+    correct, wrong = ([text(list(answer)) for answer in side] for side in pair.answers)
+    return Prompt(
+        clean=[text([token]) for token in pair.clean],
+        corrupted=[text([token]) for token in pair.corrupted],
+        differs=[one != other for one, other in zip(pair.clean, pair.corrupted, strict=True)],
+        titles=[", ".join([f"position {position}", *names.get(position, [])]) for position in range(len(pair))],
+        correct=correct,
+        wrong=wrong,
+    )
+
+
+def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, Portrait]:
+    """Of the first features of each effect."""
+    by_name = {dictionary.name: dictionary for dictionary in found}
+    known = effects.metadata.get("saes", {})
+    if any(known.get(name) != dictionary.digest() for name, dictionary in by_name.items()):
+        raise FeatpatchError(f"SAEs {', '.join(by_name)} are not those of the effects: expected some of {', '.join(known)}")
+    nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
+    return {node: _portrait(lens, by_name[node.sae], pairs, effects, node) for node in nodes if node.sae in by_name}
+
+
+@torch.no_grad()
+def _portrait(lens: Lens, dictionary: Dictionary, pairs: Pairs, effects: Effects, node: Node) -> Portrait:
+    row = effects.take([effects.nodes.index(node)])
+    change = sum(abs(row.changes(effect).toarray()[0]) for effect in row.directions_run())
+    index = int(change.argmax())
+    runs = []
+    for tokens in (pairs[index].clean, pairs[index].corrupted):
+        read = lens.read(torch.tensor([tokens]), sorted({dictionary.reads, dictionary.writes}))
+        split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+        runs.append(split.features[0, :, node.index].float().tolist())
+    return Portrait(index, runs[0], runs[1], _facts(lens, dictionary, node, row, index), _link(dictionary, node))
+
+
+def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:
+    facts = {"shown": f"pair {index}, where it matters most", "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs"}
+    if dictionary.behaviour.linear and sites.on_stream(dictionary.writes) and node.index is not None:
+        direction = dictionary.directions(torch.tensor([node.index]))[0]
+        unembedding = lens.model.unembed.W_U
+        logits = direction.to(unembedding) @ unembedding
+        for name, sign in (("raises", 1), ("lowers", -1)):
+            best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()
+            facts[f"{name}, by the direct path without the final norm"] = ", ".join(
+                f"{lens.model.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
+            )
+    return facts
+
+
+def _link(dictionary: Dictionary, node: Node) -> str:
+    cfg = getattr(dictionary.source, "cfg", None)
+    name = getattr(getattr(cfg, "metadata", None), "neuronpedia_id", None)
+    return f"https://www.neuronpedia.org/{name}/{node.index}" if name else ""

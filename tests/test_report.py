@@ -1,0 +1,215 @@
+"""The HTML report in a real browser: no errors, sorting and searching, widths, loading time, escaping."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import Small
+from test_sets import SITE, pairs_of
+
+import featpatch as fp
+from featpatch.effects import Material, Prompt
+
+DRIVER = shutil.which("chromedriver")
+EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if DRIVER is None:
+        pytest.skip("there is no chromedriver: install Debian's packages chromium and chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def study() -> dict[str, Any]:
+    demo = fp.load_demo()
+    pairs = demo.pairs("ioi", n=6, seed=0)
+    options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
+    saes = [sae for sae in demo.saes if "hook_resid" in sae.cfg.metadata.hook_name]
+    saes[0].cfg.metadata.neuronpedia_id = "demo/0"
+    return {
+        "effects": fp.rank_features(demo.model, saes, pairs, **options),
+        "model": demo.model,
+        "pairs": pairs,
+        "saes": saes,
+        "components": fp.rank_components(demo.model, pairs, **options),
+        "estimate": fp.estimate_features(demo.model, saes, pairs, **options),
+        "curve": fp.cumulative(demo.model, saes[0], pairs, most=4, **options),
+    }
+
+
+def opened(browser: Any, path: Path, width: int = 1280) -> float:
+    """Seconds until every table and figure is there."""
+    browser.set_window_size(width, 1000)
+    browser.get_log("browser")
+    start = time.perf_counter()
+    browser.get(path.as_uri())
+    ready = "return document.querySelectorAll('table.dataTable tbody tr').length > 0 && !document.body.innerText.includes('Loading ITables')"
+    while not browser.execute_script(ready):
+        assert time.perf_counter() - start < 30, browser.get_log("browser")
+        time.sleep(0.05)
+    return time.perf_counter() - start
+
+
+def errors(browser: Any) -> list[Any]:
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def first_cells(browser: Any, column: int) -> list[str]:
+    script = (
+        "return [...document.querySelectorAll('#ranking table.dataTable tbody tr')].map(r => r.cells[arguments[0]].innerText)"
+    )
+    return list(browser.execute_script(script, column))
+
+
+def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Path) -> None:
+    """Every section, nothing from the network, no error; the table is sorted, sorts and searches; features open."""
+    options = dict(study)
+    effects = options.pop("effects")
+    path = fp.report(effects, tmp_path / "folder" / "ioi.html", question="Who gets it?", top=5, **options)
+    browser.get_log("performance")
+    opened(browser, path)
+    names = browser.execute_script("return [...document.querySelectorAll('section')].map(s => s.id)")
+    assert names == ["question", "ranking", "features", "quadrants", "sites", "maps", "figure-0", "figure-1", "stability",
+                     "provenance"]  # fmt: skip
+    assert browser.execute_script("return document.querySelectorAll('.js-plotly-plot .main-svg').length") >= 9
+    assert browser.title == "Who gets it?"
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
+    features = effects.take(effects.ranked)
+    best = f"{features.pooled('recovery').max():.4f}".rstrip("0")
+    headers = browser.execute_script("return [...document.querySelectorAll('#ranking thead th')].map(h => h.innerText.trim())")
+    column = headers.index("recovery")
+    assert float(first_cells(browser, column)[0]) == float(best)
+    assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith(
+        f"of {len(features)} entries"
+    )
+    header = browser.find_elements("css selector", "#ranking thead th .dt-column-order")[column]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", header)
+    for _ in range(2):  # from largest first to unsorted to smallest first
+        header.click()
+        time.sleep(0.3)
+    assert float(first_cells(browser, column)[0]) == pytest.approx(features.pooled("recovery").min(), abs=1e-4)
+    node = str(effects.top(1).nodes[0])
+    browser.execute_script(
+        "const s = document.querySelector('#ranking input[type=search]'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input', {bubbles: true}));", node
+    )  # fmt: skip
+    time.sleep(0.5)
+    assert node in first_cells(browser, 0)
+    assert len(first_cells(browser, 0)) < 15
+    opened_text = browser.execute_script(
+        "const d = document.querySelector('#features details'); d.open = true; return d.innerText"
+    )  # fmt: skip
+    assert node in opened_text
+    assert "raises, by the direct path" in opened_text
+    assert errors(browser) == []
+
+
+def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path) -> None:
+    """Activations and top logits of a feature, by sae-lens."""
+    demo, effects = study["model"], study["effects"]
+    node = next(n for n in effects.top(40, kind="feature").nodes if n.sae == "blocks.3.hook_resid_post")
+    found = effects.take([effects.nodes.index(node)])
+    options = {name: study[name] for name in ("model", "pairs", "saes")}
+    text = fp.report(effects, tmp_path / "r.html", top=40, **options).read_text()
+    pair = int(np.abs(found.changes("recovery").toarray()[0] + 0).argmax())
+    sae = next(sae for sae in study["saes"] if sae.cfg.metadata.hook_name == node.site)
+    with torch.no_grad():
+        _, cache = demo.run_with_cache(torch.tensor([study["pairs"][pair].clean]))
+        largest = sae.encode(cache[node.site])[0, :, node.index].max()
+        logits = sae.W_dec[node.index] @ demo.unembed.W_U
+    assert f"{float(largest):.3g}" in text
+    assert f"({float(logits.max()):+.2f})" in text
+    assert "https://www.neuronpedia.org/demo/0/" in text
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_widths(study: dict[str, Any], browser: Any, tmp_path: Path, width: int) -> None:
+    """Nothing but what scrolls by itself is wider than the window."""
+    path = fp.report(study["effects"], tmp_path / "r.html", **{k: study[k] for k in ("model", "pairs", "saes")})
+    opened(browser, path, width)
+    script = (
+        "const w = document.documentElement.clientWidth; return [...document.querySelectorAll('body *')]"
+        ".filter(e => !e.closest('.block') && e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert browser.execute_script(script) == []
+    assert errors(browser) == []
+
+
+def test_twenty_thousand_rows(small: Small, browser: Any, tmp_path: Path) -> None:
+    """Load within 3 seconds, and are all found."""
+    base = fp.rank_features(small.model, small.at(SITE), pairs_of(small), progress=False)
+    node = next(node for node in base.nodes if node.kind == "feature")
+    rows, generator = 20_000, np.random.default_rng(0)
+    large = replace(
+        base, nodes=tuple(replace(node, index=n) for n in range(rows)), row=np.arange(rows), pair=np.zeros(rows, dtype=np.int64),
+        denoised=generator.standard_normal(rows), noised=generator.standard_normal(rows),
+    )  # fmt: skip
+    seconds = opened(browser, large.report(tmp_path / "large.html"))
+    assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith("of 20,000 entries")
+    assert seconds < 3
+    assert errors(browser) == []
+
+
+def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Path) -> None:
+    """Names, notes and questions with markup in them run nothing."""
+    effects = study["effects"]
+    rows = effects.take(effects.ranked)
+    nodes = tuple(replace(node, index=n, sae=EVIL + node.sae, position=EVIL) for n, node in enumerate(rows.nodes))
+    metadata = {**effects.metadata, "note": EVIL, "tags": [{EVIL: str(n)} for n in range(len(effects.clean))]}
+    hostile = replace(rows, nodes=nodes, metadata=metadata, taken_from=None)
+    prompt = Prompt([EVIL], [EVIL], [True], [EVIL + '"'], [EVIL], [EVIL])
+    path = hostile.report(tmp_path / "hostile.html", material=Material(EVIL, [prompt]))
+    opened(browser, path)
+    time.sleep(0.5)
+    assert browser.execute_script("return window.evil") is None
+    assert browser.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
+    assert browser.title == EVIL
+
+
+def test_plots_say_what_the_table_says(study: dict[str, Any]) -> None:
+    effects = study["effects"]
+    features = effects.take(effects.ranked)
+    scatter = effects.plot.quadrants()
+    assert sorted(x for trace in scatter.data for x in trace.x) == sorted(features.pooled("recovery"))
+    bars = effects.plot.sites("degradation")
+    assert [trace.name for trace in bars.data] == ["whole activation", "all features", "error term"]
+    np.testing.assert_allclose(bars.data[2].y, effects.sites()["degradation_error"])
+    maps = effects.plot.heatmap(kind="feature")
+    total = sum(value for trace in maps.data for line in trace.z for value in line if value is not None)
+    assert total == pytest.approx(features.pooled("recovery").sum())
+    assert maps.data[0].z[0][0] == pytest.approx(
+        features.where(site="blocks.0.hook_resid_pre", position="S2").pooled("recovery").sum()
+    )
+
+
+def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
+    effects, model, pairs = study["effects"], study["model"], study["pairs"]
+    for call, message in (
+        (lambda: effects.report(tmp_path), "is a folder: expected the path of a file"),
+        (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs[:2]), "pairs are not those of the effects"),
+        (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.identity(model, SITE)), "are not those"),
+        (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),
+        (lambda: effects.plot.quadrants(3.0), "threshold"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            call()

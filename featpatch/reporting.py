@@ -1,19 +1,25 @@
 """The report of a study: the table of effects with its prompts and features, as one HTML file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from featpatch import sites
 from featpatch.attribution import calibrate
+from featpatch.comparison import compare
 from featpatch.effects import Effects, Material, Portrait, Prompt
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import Node
 from featpatch.patching import Curve
+
+WRITERS = 4
+"""So many components that write a feature are named."""
 
 WRITES = 8
 """So many tokens that a feature raises, and lowers, are named."""
@@ -38,7 +44,8 @@ def report(
         model: with a tokenizer.
         pairs: those that the effects are of.
         saes: whose features are shown; none without.
-        components: of `rank_components`, for the maps beside those of features.
+        components: of `rank_components`, for the maps beside those of features, and the components that write each feature
+            where both were ranked at the same positions.
         estimate: of `estimate_features`, set against the exact effects.
         curve: of `fp.cumulative`.
         question: the title; made of metric and model by default.
@@ -59,6 +66,9 @@ def report(
     if estimate is not None:
         figures["Estimate against exact"] = calibrate(estimate, effects).plot()
     features = {} if saes is None else _portraits(lens, dictionaries(lens, saes), pairs, effects, top)
+    if features and components is not None and _comparable(effects, components):
+        writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
+        features = {node: _written(portrait, node, writers) for node, portrait in features.items()}
     single_tokens = all(pair.correct for pair in pairs)
     checks = pairs.check(model).to_pandas() if single_tokens else None
     return effects.report(path, material=Material(question, prompts, features, checks, figures), components=components)
@@ -115,6 +125,22 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
                 f"{lens.model.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
             )
     return facts
+
+
+def _comparable(effects: Effects, components: Effects) -> bool:
+    """Whether it can be said which components write which features: all were ranked, at the same positions."""
+    return "screening" not in effects.metadata and effects.metadata["positions"] == components.metadata["positions"]
+
+
+def _written(portrait: Portrait, node: Node, writers: "pd.DataFrame") -> Portrait:
+    """With the components that write the feature, as far as they are known."""
+    own = writers[(writers["sae"] == node.sae) & (writers["feature"] == node.index) & (writers["position"] == node.position)]
+    names = [
+        " ".join([row["site"], row["kind"], *([] if pd.isna(row["index"]) else [str(row["index"])]), f"({row['share']:.0%})"])
+        for _, row in own.head(WRITERS).iterrows()
+    ]
+    facts = {**portrait.facts, **({"change written by": ", ".join(names)} if names else {})}
+    return replace(portrait, facts=facts)
 
 
 def _link(dictionary: Dictionary, node: Node) -> str:

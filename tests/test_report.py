@@ -108,18 +108,19 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
         header.click()
         time.sleep(0.3)
     assert float(first_cells(browser, column)[0]) == pytest.approx(features.pooled("recovery").min(), abs=1e-4)
-    node = str(effects.top(1).nodes[0])
+    node = effects.top(1).nodes[0]
     browser.execute_script(
         "const s = document.querySelector('#ranking input[type=search]'); s.value = arguments[0];"
-        "s.dispatchEvent(new Event('input', {bubbles: true}));", node
+        "s.dispatchEvent(new Event('input', {bubbles: true}));", f"{node.sae} feature {node.index}"
     )  # fmt: skip
     time.sleep(0.5)
-    assert node in first_cells(browser, 0)
+    assert str(node.index) in first_cells(browser, headers.index("index"))
     assert len(first_cells(browser, 0)) < 15
     opened_text = browser.execute_script(
         "const d = document.querySelector('#features details'); d.open = true; return d.innerText"
     )  # fmt: skip
-    assert node in opened_text
+    assert str(node) in opened_text
+    assert "change written by" in opened_text
     assert "raises, by the direct path" in opened_text
     assert errors(browser) == []
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from featpatch.effects.effects import Effects
 
+VALUES = 8
+"""Tags with more values are left out."""
+
 PROMPTS = 8
 """So many pairs are shown."""
 
@@ -68,8 +71,8 @@ def _question(effects: "Effects", material: Material) -> Section | None:
 def _ranking(effects: "Effects") -> Section:
     rows = effects.take(effects.ranked)
     frame = rows._frame()
-    frame["node"] = [str(node) for node in rows.nodes]
-    columns = ["node", *(c for c in frame.columns if c not in ("node", "site", "kind", "index", "sae", "pairs"))]
+    frame["site"] = [node.sae or node.site for node in rows.nodes]
+    columns = [name for name in frame.columns if name not in ("sae", "pairs", "value")]
     first = effects.directions_run()[0]
     text = (
         "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. High "
@@ -139,7 +142,8 @@ def _map(effects: "Effects", kind: str) -> Block:
 
 def _stability(effects: "Effects") -> Section | None:
     tags = effects.metadata.get("tags", [])
-    several = [tag for tag in {key for of_pair in tags for key in of_pair} if len({of_pair.get(tag) for of_pair in tags}) > 1]
+    values = {key: {of_pair.get(key) for of_pair in tags} for of_pair in tags for key in of_pair}
+    several = [tag for tag, of_tag in values.items() if 1 < len(of_tag) <= VALUES]
     frames = [_by_tag(effects, tag) for tag in sorted(several)]
     text = "Effects of the first features by what the pairs were made by; `depends`: intervals that do not overlap."
     return (

@@ -51,7 +51,9 @@ def block(template: str, **values: Any) -> Block:
 
 def figure(chart: Any) -> Block:
     """A `plotly.graph_objects.Figure`, as wide as the page."""
-    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 40, "b": 60}, autosize=True)
+    chart.update_layout(
+        template="plotly_white", margin={"l": 60, "r": 20, "t": 80 if chart.layout.title.text else 40, "b": 60}, autosize=True
+    )
     return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
 
 

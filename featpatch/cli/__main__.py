@@ -1,0 +1,5 @@
+"""`python -m featpatch.cli` is `featpatch`."""
+
+from featpatch.cli import app
+
+app()

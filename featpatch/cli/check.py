@@ -1,0 +1,47 @@
+"""featpatch check."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, clear_errors, console
+
+
+@app.command()
+def check(
+    pairs: Annotated[Path, typer.Argument(help="JSON lines, as for rank.")],
+    model: of.Model,
+    metric: Annotated[
+        Literal["logit_diff", "prob_diff", "sequence_log_prob_diff"],
+        typer.Option(help="What tells the answers apart; the last one takes answers of several tokens."),
+    ] = "logit_diff",
+    device: of.Device = "cpu",
+    top: Annotated[int, typer.Option(min=1, help="How many pairs to show.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="File for a CSV of all findings.")] = None,
+    as_json: of.Json = False,
+) -> None:
+    """Check prompt pairs against the model: is each one clean contrast? Exits with 1 where a pair fails.
+
+    Example: featpatch check pairs.jsonl --model gpt2
+    """
+    with clear_errors():
+        from featpatch.terminal import by_pair, totals
+
+        loaded = fp.load(model, device=device).model
+        drawn = fp.Pairs.from_jsonl(loaded.tokenizer, pairs, long_answers=of.of_sequences([metric]))
+        found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
+        if as_json:
+            typer.echo(found.to_pandas().to_json(orient="records", indent=1))
+        else:
+            screen = console()
+            screen.print(
+                by_pair(found, lambda pair: str(loaded.tokenizer.decode(drawn[pair].clean, skip_special_tokens=True)), top)
+            )
+            screen.print(totals(found))
+        if out is not None:
+            found.to_pandas().to_csv(out, index=False)
+        if not found.ok:
+            raise typer.Exit(1)

@@ -1,0 +1,39 @@
+"""featpatch components."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.shown import show
+from featpatch.sites import COMPONENTS, SHOWN
+
+
+@app.command()
+def components(
+    model: of.Model,
+    pairs: of.PairsFile,
+    sites: Annotated[str, typer.Option(help=f"Some of {', '.join(COMPONENTS)}.")] = ",".join(SHOWN),
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    top: of.Top = 20,
+    out: of.Out = Path("featpatch-components"),
+    journal: of.JournalFile = None,
+    as_json: of.Json = False,
+) -> None:
+    """Rank heads, what is inside them, MLPs, neurons and the stream, exactly, on the scale of the features.
+
+    Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
+    """
+    with clear_errors():
+        check_folder(out)
+        screen = console(json=as_json)
+        work = of.alone(model, [], pairs, positions, direction, metric, device)
+        del work["saes"]
+        effects = fp.rank_components(**work, sites=[name for name in sites.split(",") if name], journal=journal)
+        show(screen, effects, top, out, {name: work[name] for name in ("model", "pairs")}, as_json=as_json)

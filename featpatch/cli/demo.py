@@ -1,0 +1,46 @@
+"""featpatch demo."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.shown import show
+
+
+@app.command()
+def demo(
+    task: Annotated[
+        Literal["ioi", "capitals", "greater_than", "sentiment"], typer.Option(help="Behaviour to explain.")
+    ] = "ioi",
+    pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed that draws the pairs.")] = 0,
+    positions: of.Positions = "",
+    top: of.Top = 12,
+    out: of.Out = Path("featpatch-demo"),
+    as_json: of.Json = False,
+) -> None:
+    """Rank the features behind a behaviour of the model that ships with featpatch.
+
+    Example: featpatch demo --task capitals --pairs 16
+    """
+    with clear_errors():
+        check_folder(out)
+        screen = console(json=as_json)
+        screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of [bold]{task}[/] (seed {seed})")
+        shipped = fp.load_demo()
+        drawn = shipped.pairs(task, n=pairs, seed=seed)
+        decode = shipped.model.tokenizer.decode
+        for name, prompt in (("clean", drawn[0].clean), ("corrupted", drawn[0].corrupted)):
+            screen.print(f"  e.g. {name:<9} {decode(prompt, skip_special_tokens=True)}", highlight=False)
+        screen.print(
+            f"  answers: {decode(drawn[0].correct[:1])} (clean), {decode(drawn[0].wrong[:1])} (corrupted)", highlight=False
+        )
+        asked = of.spans(positions or ",".join(drawn[0].labels))
+        effects = fp.rank_features(shipped.model, shipped.saes, drawn, positions=asked)
+        descriptions = fp.describe(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
+        study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn}
+        show(screen, effects, top, out, study, descriptions, as_json=as_json)

@@ -1,0 +1,69 @@
+"""Options that commands share, and what they mean for the library."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+import featpatch as fp
+
+Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
+Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
+Positions = Annotated[
+    str, typer.Option(help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'.")
+]
+Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
+Saes = Annotated[
+    list[str],
+    typer.Option(help="release/id of sae-lens' registry, owner/repository/folder on the hub, or a folder. Repeatable."),
+]
+PairsFile = Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")]
+Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")]
+MetricNames = Annotated[
+    list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")
+]
+LOGIT_DIFF = ["logit_diff"]
+Method = Annotated[
+    Literal["atp", "ig", "eap_ig_inputs", "grad_drop"], typer.Option(help="How gradients are taken; see estimate_features.")
+]
+Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
+JournalFile = Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def study(
+    console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
+) -> dict[str, Any]:
+    """The arguments of `rank_features` and `plan`; prints how the SAEs fit the model."""
+    from featpatch.terminal import checked
+
+    work = alone(model, sae, pairs, positions, direction, metric, device)
+    console.print(checked(fp.check(work["model"], work["saes"], work["pairs"])))
+    return work
+
+
+def alone(
+    model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
+) -> dict[str, Any]:
+    """The same without a check of the SAEs, of which there may be none."""
+    loaded = fp.load(model, sae, device=device, check=False)
+    return {
+        "model": loaded.model,
+        "saes": loaded.saes,
+        "pairs": fp.Pairs.from_jsonl(loaded.model.tokenizer, pairs, long_answers=of_sequences(metric)),
+        "positions": spans(positions),
+        "directions": ("denoising", "noising") if direction == "both" else (direction,),
+        "metric": metric,
+    }
+
+
+def of_sequences(metric: list[str]) -> bool:
+    """Whether answers are taken whole."""
+    return all(name.startswith("sequence_") for name in metric)
+
+
+def spans(text: str) -> str | list[int | str]:
+    """Positions as the library takes them."""
+    parts = [int(part) if part.isdecimal() else part for part in text.split(",") if part]
+    return text if text in ("all", "each") else parts

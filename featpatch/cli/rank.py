@@ -1,0 +1,78 @@
+"""featpatch rank, featpatch plan."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.shown import show
+
+
+@app.command()
+def rank(
+    model: of.Model,
+    sae: of.Saes,
+    pairs: of.PairsFile,
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    top: of.Top = 20,
+    out: of.Out = Path("featpatch-out"),
+    journal: of.JournalFile = None,
+    exact: Annotated[
+        Literal["all", "screened"], typer.Option(help="Run all features, or those that gradient estimates put first.")
+    ] = "all",
+    k: Annotated[
+        int | None, typer.Option("--k", help="screened: how many are run for their estimates; 200 by default.")
+    ] = None,
+    audit: Annotated[int | None, typer.Option(help="screened: how many others, drawn at random; 100 by default.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="screened: share of the true top 20 that is to be found; doubles the sample until then."),
+    ] = None,
+    as_json: of.Json = False,
+) -> None:
+    """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
+
+    Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    """
+    with clear_errors():
+        check_folder(out)
+        screen = console(json=as_json)
+        screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
+        work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
+        effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal)
+        show(screen, effects, top, out, {name: work[name] for name in ("model", "saes", "pairs")}, as_json=as_json)
+
+
+@app.command()
+def plan(
+    model: of.Model,
+    sae: of.Saes,
+    pairs: of.PairsFile,
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    as_json: of.Json = False,
+) -> None:
+    """Estimate what `rank` with the same options will take: patches, operations, memory, time.
+
+    Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    """
+    with clear_errors():
+        import json
+
+        from featpatch.terminal import planned
+
+        screen = console(json=as_json)
+        found = fp.plan(**of.study(screen, model, sae, pairs, positions, direction, metric, device))
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+        else:
+            screen.print(planned(found))

@@ -1,0 +1,38 @@
+"""featpatch report, featpatch compare."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import featpatch as fp
+from featpatch.cli.app import app, clear_errors, console
+
+File = Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")]
+
+
+@app.command()
+def report(
+    effects: File,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
+) -> None:
+    """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
+
+    Example: featpatch report featpatch-out/effects.safetensors --out report.html
+    """
+    with clear_errors():
+        others = None if components is None else fp.Effects.load(components)
+        console().print(f"wrote {fp.Effects.load(effects).report(out, components=others)}")
+
+
+@app.command()
+def compare(
+    features: File, components: Annotated[Path, typer.Argument(help="effects.safetensors, as components writes it.")]
+) -> None:
+    """Set features beside components of the same pairs: sites and positions, and how far they agree.
+
+    Example: featpatch compare featpatch-out/effects.safetensors featpatch-components/effects.safetensors
+    """
+    with clear_errors():
+        console().print(repr(fp.compare(fp.Effects.load(features), fp.Effects.load(components))), highlight=False)

@@ -1,0 +1,57 @@
+"""Effects on the terminal, as JSON, and as files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+import featpatch as fp
+
+
+def show(
+    console: Console,
+    effects: "fp.Effects",
+    top: int,
+    out: Path,
+    study: Mapping[str, Any],
+    descriptions: Mapping[Any, Any] | None = None,
+    *,
+    as_json: bool = False,
+) -> None:
+    """Writes the files, prints the first rows and the sites."""
+    effects.save(out / "effects.safetensors")
+    effects.to_pandas().to_csv(out / "effects.csv", index=False)
+    fp.report(effects, out / "report.html", top=top, **study)
+    if as_json:
+        typer.echo(in_json(effects, top))
+        return
+    from featpatch.terminal import ranked, site_summary
+
+    for name in effects.metrics:
+        of = effects.metric(name)
+        console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
+    if not effects.finished:
+        console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
+    console.print(ranked(effects.top(top), descriptions))
+    for node, description in (descriptions or {}).items():
+        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False, markup=False)
+    if len(effects.sites()):
+        console.print(site_summary(effects))
+    if "screening" in effects.metadata:
+        console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
+    console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
+
+
+def in_json(effects: "fp.Effects", top: int) -> str:
+    """The first rows, the sites and where they come from; NaN is null."""
+    tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
+    rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+    about = {name: value for name, value in effects.metadata.items() if name not in ("tags", "screening")}
+    content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": about}
+    if "screening" in effects.metadata:
+        content["audit"] = asdict(effects.audit(top=min(top, effects.metadata["screening"]["k"])))
+    return json.dumps(content, indent=1)

@@ -125,22 +125,36 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
     assert errors(browser) == []
 
 
-def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path) -> None:
-    """Activations and top logits of a feature, by sae-lens."""
-    demo, effects = study["model"], study["effects"]
-    node = next(n for n in effects.top(40, kind="feature").nodes if n.sae == "blocks.3.hook_resid_post")
-    found = effects.take([effects.nodes.index(node)])
-    options = {name: study[name] for name in ("model", "pairs", "saes")}
-    text = fp.report(effects, tmp_path / "r.html", top=40, **options).read_text()
-    pair = int(np.abs(found.changes("recovery").toarray()[0] + 0).argmax())
-    sae = next(sae for sae in study["saes"] if sae.cfg.metadata.hook_name == node.site)
-    with torch.no_grad():
-        _, cache = demo.run_with_cache(torch.tensor([study["pairs"][pair].clean]))
-        largest = sae.encode(cache[node.site])[0, :, node.index].max()
-        logits = sae.W_dec[node.index] @ demo.unembed.W_U
-    assert f"{float(largest):.3g}" in text
-    assert f"({float(logits.max()):+.2f})" in text
-    assert "https://www.neuronpedia.org/demo/0/" in text
+def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair where a feature matters most, its activations there and its top logits, by sae-lens."""
+    effects, model, pairs = study["effects"], study["model"], study["pairs"]
+    given: list[Material] = []
+    monkeypatch.setattr(fp.Effects, "report", lambda _, path, *, material, components: given.append(material) or path)
+    fp.report(effects, tmp_path / "r.html", top=40, **{name: study[name] for name in ("model", "pairs", "saes")})
+    portraits = {node: portrait for node, portrait in given[0].features.items() if node.site == "blocks.3.hook_resid_post"}
+    assert len({portrait.pair for portrait in portraits.values()}) > 1
+    sae = next(sae for sae in study["saes"] if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
+    for node, portrait in portraits.items():
+        row = effects.take([effects.nodes.index(node)])
+        size = abs(row.per_pair("recovery")[0] * row.gap) + abs(row.per_pair("degradation")[0] * row.gap)
+        assert portrait.pair == size.argmax()
+        with torch.no_grad():
+            for tokens, values in (
+                (pairs[portrait.pair].clean, portrait.clean),
+                (pairs[portrait.pair].corrupted, portrait.corrupted),
+            ):
+                _, cache = model.run_with_cache(torch.tensor([tokens]))
+                np.testing.assert_allclose(values, sae.encode(cache[node.site])[0, :, node.index], atol=1e-4)
+            logits = sae.W_dec[node.index] @ model.unembed.W_U
+        raises, lowers = (portrait.facts[f"{name}, by the direct path without the final norm"] for name in ("raises", "lowers"))
+        assert raises.startswith(f"{model.tokenizer.decode([int(logits.argmax())])!r} ({float(logits.max()):+.2f})")
+        assert lowers.startswith(f"{model.tokenizer.decode([int(logits.argmin())])!r} ({float(logits.min()):+.2f})")
+        assert portrait.facts["differs"] == f"in {row.changed_pairs[0]} of 6 pairs"
+    links = {
+        portrait.link for node, portrait in given[0].features.items() if node.sae == study["saes"][0].cfg.metadata.hook_name
+    }
+    assert all(link.startswith("https://www.neuronpedia.org/demo/0/") for link in links)
+    assert links
 
 
 @pytest.mark.parametrize("width", [1280, 390])

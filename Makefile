@@ -1,4 +1,4 @@
-.PHONY: check format lint types test demo
+.PHONY: check format lint types test demo docs
 
 check: format lint types test
 
@@ -16,3 +16,6 @@ test:
 
 demo:
 	featpatch demo
+
+docs:
+	python .ci/docs build/docs

@@ -1,0 +1,17 @@
+"""The API reference is built from the docstrings without a warning, and has every public name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import featpatch as fp
+
+
+def test_the_reference_is_complete(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / ".ci" / "docs"
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "featpatch.html").read_text() + "".join(p.name for p in tmp_path.rglob("*.html"))
+    missing = [name for name in fp.__all__ if f'id="{name}"' not in text and f"{name}.html" not in text]
+    assert missing == []
+    assert "FeatpatchError" in text

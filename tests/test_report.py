@@ -201,6 +201,16 @@ def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Pa
     assert browser.title == EVIL
 
 
+def test_the_report_of_a_screened_table(small: Small, tmp_path: Path) -> None:
+    """Says so, and adds nothing up that was not run."""
+    options: dict[str, Any] = {"positions": "each", "progress": False}
+    table = fp.rank_features(small.model, small.at(SITE), pairs_of(small), exact="screened", k=8, audit=4, **options)
+    text = table.report(tmp_path / "screened.html").read_text()
+    assert "Not all features were run. 8 of" in text
+    assert 'id="maps"' not in text
+    assert "report written" in text
+
+
 def test_plots_say_what_the_table_says(study: dict[str, Any]) -> None:
     effects = study["effects"]
     features = effects.take(effects.ranked)

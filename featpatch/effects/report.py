@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import Markup
 
 from featpatch.effects.material import Material
+from featpatch.effects.stability import TOP
 from featpatch.page import Block, Section, figure, page, table
 from featpatch.page.page import block
 
@@ -78,6 +79,8 @@ def _ranking(effects: "Effects") -> Section:
         "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. High "
         "recovery: sufficient. High degradation: necessary. Sort by the arrows of a column."
     )
+    if "screening" in effects.metadata and effects.finished:
+        text += f" Not all features were run. {effects.audit(top=min(TOP, effects.metadata['screening']['k']))}."
     shown = frame[columns].round(4)
     return Section("ranking", "Ranked features", text, [table(shown, order=columns.index(first))])
 
@@ -127,7 +130,7 @@ def _sites(effects: "Effects") -> Section | None:
 
 def _maps(effects: "Effects", components: "Effects | None") -> Section | None:
     kinds = {node.kind for node in effects.nodes}
-    charts = [_map(effects, "feature")] if "feature" in kinds else []
+    charts = [_map(effects, "feature")] if "feature" in kinds and "screening" not in effects.metadata else []
     if components is not None:
         found = {node.kind for node in components.nodes}
         charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
@@ -164,8 +167,9 @@ def _by_tag(effects: "Effects", tag: str) -> "pd.DataFrame":
 def _provenance(metadata: Mapping[str, Any]) -> Section:
     left_out = {"tags", "screening"}
     facts = [(name, _plain(value)) for name, value in metadata.items() if name not in left_out]
+    facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return Section("provenance", "Where this comes from", "", [block("facts.html", facts=facts)])
 
 
-def _plain(value: Any) -> str | Markup:
+def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -64,6 +64,11 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)
     assert both.returncode == 0, both.stderr
     assert "feature" in both.stdout
+    cells = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", "--json", folder=folder)
+    table = fp.compare(
+        *(fp.Effects.load(folder / name / "effects.safetensors") for name in ("full", "featpatch-components"))
+    ).table
+    assert [row["position"] for row in json.loads(cells.stdout)] == table["position"].tolist()
     refused = run("compare", "featpatch-components/effects.safetensors", "full/effects.safetensors", folder=folder)
     assert refused.returncode == 2
     assert "error: features holds" in refused.stderr.replace("\n", " ")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import featpatch as fp
+from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 
 File = Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")]
@@ -28,11 +29,17 @@ def report(
 
 @app.command()
 def compare(
-    features: File, components: Annotated[Path, typer.Argument(help="effects.safetensors, as components writes it.")]
+    features: File,
+    components: Annotated[Path, typer.Argument(help="effects.safetensors, as components writes it.")],
+    as_json: of.Json = False,
 ) -> None:
     """Set features beside components of the same pairs: sites and positions, and how far they agree.
 
     Example: featpatch compare featpatch-out/effects.safetensors featpatch-components/effects.safetensors
     """
     with clear_errors():
-        console().print(repr(fp.compare(fp.Effects.load(features), fp.Effects.load(components))), highlight=False)
+        found = fp.compare(fp.Effects.load(features), fp.Effects.load(components))
+        if as_json:
+            typer.echo(found.table.to_json(orient="records", indent=1))
+        else:
+            console().print(repr(found), highlight=False)

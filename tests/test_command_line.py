@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from test_demo import run
+from typer.testing import CliRunner
 
 import featpatch as fp
 from featpatch.cli import app
@@ -39,7 +40,7 @@ def test_help(tmp_path: Path) -> None:
     for command in COMMANDS:
         assert f" {command} " in text
     for command in COMMANDS:
-        assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
+        assert f"Example: featpatch {command}" in CliRunner().invoke(app, [command, "--help"]).stdout
     assert {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} == set(COMMANDS)
 
 

@@ -161,7 +161,7 @@ def dropped(model: Any, layer: int) -> list[tuple[str, Callable[..., Any]]]:
     return [(f"blocks.{layer}.{hook}", lambda x, hook: x.detach()) for hook in ("hook_attn_out", "hook_mlp_out")]
 
 
-@pytest.mark.parametrize("name", ["resid_pre", "mlp_out", "z", "v"])
+@pytest.mark.parametrize("name", ["resid_pre", "resid_mid", "mlp_out", "z", "v"])
 def test_grad_drop_is_its_definition(small: Small, name: str) -> None:
     """Sum over blocks of |change . gradient with that block dropped| / (blocks - 1); 0 where a node's own block is dropped."""
     effects = estimated(small.model, sites=name, method="grad_drop", positions=[2])
@@ -293,6 +293,56 @@ def test_whatever_the_mode_of_autograd(small: Small, grad: Any) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.nodes == other.nodes
         np.testing.assert_allclose([one.denoised, one.noised], [other.denoised, other.noised], atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::featpatch.engine.SlowPathWarning")
+def test_hooks_that_write_in_place_are_hooks(small: Small) -> None:
+    """The usual way to ablate: estimates are those of the same hook written out of place."""
+    point = small.model.hook_dict["blocks.1.hook_resid_pre"]
+
+    def in_place(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        x[:, :, :8] *= 0.5
+        return x
+
+    def anew(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.cat([x[:, :, :8] * 0.5, x[:, :, 8:]], dim=2)
+
+    tables = []
+    for hook in (in_place, anew):
+        point.add_hook(hook)
+        sae = standard("blocks.0.hook_resid_post", 3)
+        try:
+            tables.append(
+                (
+                    fp.estimate_features(small.model, sae, pairs_of(CLEAN, CORRUPTED), progress=False),
+                    estimated(small.model, sites=["q", "k"], layers=[1], positions=[2, 5]),
+                )
+            )
+        finally:
+            small.model.reset_hooks()
+    for one, other in zip(*tables, strict=True):
+        assert one.nodes == other.nodes
+        np.testing.assert_allclose([one.denoised, one.noised], [other.denoised, other.noised], atol=1e-10)
+
+
+def test_what_cannot_be_compared_is_refused(small: Small) -> None:
+    site, pairs = "blocks.1.hook_resid_pre", pairs_of(CLEAN, CORRUPTED)
+    estimate = fp.estimate_features(small.model, standard(site, 1), pairs, progress=False)
+    exact = fp.rank_features(small.model, standard(site, 1), pairs, progress=False)
+    other = fp.rank_features(small.model, standard(site, 2), pairs, progress=False)
+    for tables, message in (((estimate.of_pairs([0]), exact), "of_pairs is"), ((estimate, other), "is not the same for")):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.calibrate(*tables)
+    part = fp.calibrate(estimate.top(2), exact.top(3))
+    assert list(part.nodes) == list(exact.top(3).nodes)
+    known = dict(zip(estimate.nodes, estimate.pooled("recovery"), strict=True))
+    assert part.estimate.tolist() == [known[node] for node in part.nodes]
+    for metric, message in (
+        (lambda l, c, w: l[:, c[0]] * float("nan"), "NaN or infinite"),
+        (lambda l, c, w: l[:, list(c)], "one value per row"),
+    ):  # fmt: skip
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.Gradients(small.model, pairs, metric=metric).of([], [site]).__next__()
 
 
 def test_calibration_of_sizes_without_sign(small: Small) -> None:

@@ -265,11 +265,6 @@ def test_errors_on_the_command_line_are_one_line(demo: fp.Demo, tmp_path: Path, 
     assert "Traceback" not in done.stderr
 
 
-def test_help_has_examples(tmp_path: Path) -> None:
-    for command in ("demo", "rank", "plan", "report"):
-        assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
-
-
 def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     repository = Path(__file__).parent.parent
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]

@@ -124,7 +124,7 @@ def full() -> fp.Effects:
 
 @pytest.mark.parametrize("informed", [True, False])
 def test_coverage(full: fp.Effects, informed: bool) -> None:
-    """How often the bounds hold, over 2000 samples of a full sweep; by a bad ranking, where they are tight."""
+    """How often the bounds hold, over 1000 samples of a full sweep; by a bad ranking, where they are tight."""
     sizes = full.take(full.ranked).sizes()
     generator = np.random.default_rng(5)
     noise = 1.0 if informed else 1e6
@@ -133,7 +133,7 @@ def test_coverage(full: fp.Effects, informed: bool) -> None:
     threshold = np.sort(first)[-20]
     truth = np.sort(np.concatenate([first, rest]))[-20]
     held = {"missed": 0, "recall": 0, "size": 0}
-    draws, drawn = 2000, 120
+    draws, drawn = 1000, 120
     for _ in range(draws):
         sample = generator.permutation(rest)
         audit = audited(first, sample[:drawn], len(sizes), top=20, confidence=0.95, share=0.05, looks=1)
@@ -141,7 +141,7 @@ def test_coverage(full: fp.Effects, informed: bool) -> None:
         run = np.concatenate([first, sample[:drawn]])
         held["recall"] += (run >= truth).sum() / 20 >= audit.recall
         held["size"] += int((rest > audit.size).sum()) <= 0.05 * len(rest)
-    assert all(count / draws > 0.94 for count in held.values()), held
+    assert all(count / draws > 0.935 for count in held.values()), held
     if not informed:
         assert held["missed"] / draws < 0.99, held
         assert held["size"] / draws < 0.99, held
@@ -208,6 +208,11 @@ def test_a_screened_table_is_a_table(small: Small, tmp_path: Path) -> None:
     with pytest.raises(fp.FeatpatchError, match="there is no finished screening"):
         part.audit()
     assert found.of_pairs([0, 1]).audit(top=3).candidates == audit.candidates
+    assert "recovery_estimate" not in found.of_pairs([0, 1]).to_pandas()
+    assert "prob_recovery_estimate" not in found.to_pandas()
+    one = screened(small, small.at(SITE), positions="each", k=12, audit=5, top=3, directions=["denoising"])
+    with pytest.raises(fp.FeatpatchError, match="expected some of those that were run, recovery"):
+        one.audit("degradation", top=3)
 
 
 def test_interrupted_and_gone_on(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

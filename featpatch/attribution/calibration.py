@@ -103,15 +103,20 @@ def calibrate(estimate: Effects, exact: Effects, effect: Effect | None = None) -
         raise FeatpatchError(
             f"got a table of {estimate.value} and one of {exact.value} values: expected calibrate(estimate, exact)"
         )
-    for key in ("pairs", "metric", "positions", "model"):
+    for key in ("pairs", "of_pairs", "metric", "positions", "model"):
         one, other = (table.metadata.get(key) for table in (estimate, exact))
         if one != other:
             raise FeatpatchError(f"{key} is {one!r} for the estimates and {other!r} for the exact effects: expected the same")
+    digests = [table.metadata.get("saes", {}) for table in (estimate, exact)]
+    for name in digests[0].keys() & digests[1].keys():
+        if digests[0][name] != digests[1][name]:
+            raise FeatpatchError(f"SAE {name!r} is not the same for the estimates and the exact effects: expected one SAE")
+    estimate = estimate.whole
     shared = [name for name in estimate.directions_run() if name in exact.directions_run()]
     wanted = effect or next(iter(shared), None)
     if wanted is None or wanted not in shared:
         raise FeatpatchError(f"effect={effect!r}: expected one that both tables hold, of {shared}")
-    tables = (exact,) if "screening" in exact.metadata else (exact, estimate)
+    tables = (exact,) if "screening" in exact.metadata or exact.taken_from is not None else (exact, estimate)
     nodes = tuple(dict.fromkeys(node for table in tables for node in table.take(table.ranked).nodes))
     values = [dict(zip(table.nodes, table.pooled(wanted), strict=True)) for table in (estimate, exact)]
     first, second = (np.array([of_table.get(node, 0.0) for node in nodes]) for of_table in values)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.attribution.gradients import Gradients, PairGradients
+from featpatch.attribution.methods import INPUT
 from featpatch.attribution.part import Found, Part, product
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.errors import FeatpatchError
@@ -43,6 +44,7 @@ def estimated(
     found: dict[int, dict[Direction, dict[Node, float]]] = {}
     complete, whole = 0.0, 0.0
     reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
+    ends = set(sites) if gradients.method == "ig" else {INPUT}
     with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
         for of_pair in gradients.of(reads, sites):
             clean[of_pair.index], corrupted[of_pair.index] = of_pair.values["noising"], of_pair.values["denoising"]
@@ -51,7 +53,7 @@ def estimated(
                 of_parts = [part.found(of_pair, way, wanted[of_pair.index]) for part in parts]
                 found[of_pair.index][way] = _combined(of_parts, gradients.blocks if unsigned else None)
                 complete = max([complete, *(of_part.residual for of_part in of_parts)])
-                whole = max([whole, *_beside_runs(of_pair, way)])
+                whole = max([whole, *_beside_runs(of_pair, way, ends)])
             bar.update()
     metric = gradients.measure.name
     check_gap(metric, clean[:, 0], corrupted[:, 0])
@@ -101,9 +103,10 @@ def _patched(
     return (corrupted if way == "denoising" else clean) + values
 
 
-def _beside_runs(of_pair: PairGradients, way: Direction) -> list[float]:
-    """|estimate - patched run| of the whole sites that were run."""
-    estimates = {
-        site: float(product(of_pair.change(site, way), of_pair.gradients[way][site]).sum()) for site in of_pair.ends[way]
-    }
-    return [abs(estimates[site] - (end - of_pair.values[way])) for site, end in of_pair.ends[way].items()]
+def _beside_runs(of_pair: PairGradients, way: Direction, wanted: set[str]) -> list[float]:
+    """|estimate - patched run| of those of the wanted whole sites that were run."""
+    left = []
+    for site in of_pair.ends[way].keys() & wanted:
+        estimate = float(product(of_pair.change(site, way), of_pair.gradients[way][site]).sum())
+        left.append(abs(estimate - (of_pair.ends[way][site] - of_pair.values[way])))
+    return left

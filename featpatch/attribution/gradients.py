@@ -92,6 +92,8 @@ class Gradients:
         steps: int = 10,
         keep: bool = True,
     ) -> None:
+        if not isinstance(metric, str) and not callable(metric):
+            raise FeatpatchError(f"metric={metric!r}: expected one name or function to estimate with")
         if metric in SEQUENCES:
             raise FeatpatchError(f"metric {metric!r} is of whole answers: expected one of a single token to estimate with")
         self.pairs = check_pairs(pairs)
@@ -155,6 +157,10 @@ class _Batch:
                 self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
                 continue
             found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
+            if not torch.isfinite(found.values).all() or not all(torch.isfinite(g).all() for g in found.gradients.values()):
+                raise FeatpatchError(
+                    f"{self.of.measure.name} or its gradient is NaN or infinite: expected finite numbers; check the metric"
+                )
             self.values[direction] = found.values
             self.activations[direction].update(found.activations)
             if method == "atp":
@@ -187,7 +193,12 @@ class _Batch:
             for row, pair in zip(logits, pairs, strict=True):
                 columns = self.of.measure.columns(pair.correct, pair.wrong)
                 read = row if columns is None else row[list(columns)]
-                values.append(self.of.measure.raw(read[None], pair.correct, pair.wrong))
+                value = self.of.measure.raw(read[None], pair.correct, pair.wrong)
+                if not isinstance(value, torch.Tensor) or value.shape != (1,):
+                    raise FeatpatchError(
+                        f"metric {self.of.measure.name!r} gave {value!r}: expected a tensor, one value per row"
+                    )
+                values.append(value)
             return torch.cat(values)
 
         return Runs(self.of.lens, tokens, answers, measure)

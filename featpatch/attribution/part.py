@@ -52,6 +52,6 @@ class Part(ABC):
 
 
 def product(change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Change `[pos, ...]` times gradients `[variants, pos, ...]`, element by element, in the wider of their types."""
-    kind = torch.promote_types(change.dtype, gradient.dtype)
+    """Change `[pos, ...]` times gradients `[variants, pos, ...]`, element by element, in float32 at least."""
+    kind = torch.promote_types(torch.promote_types(change.dtype, gradient.dtype), torch.float32)
     return change.to(kind) * gradient.to(change.device, kind).reshape(len(gradient), *change.shape)

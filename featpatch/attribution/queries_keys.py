@@ -104,7 +104,7 @@ class _Block:
 
     def _changed_z(self, values: torch.Tensor) -> torch.Tensor:
         """How `hook_z` `[rows, pos, heads, d_head]` changes in the base run with these queries or keys."""
-        resid, tokens = self.entering.expand(len(values), -1, -1), self.tokens.expand(len(values), -1)
+        resid, tokens = self.entering.expand(len(values), -1, -1).clone(), self.tokens.expand(len(values), -1)
         with self.lens.edit(self._hook, lambda _: values):
             after = self.lens.through(self.layer, resid, tokens, self._z)
         return after - self.of_pair.activations[self.direction][self._z]

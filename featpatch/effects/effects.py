@@ -249,7 +249,13 @@ class Effects:
         )
 
     def sizes(self, effects: Sequence[Effect] | None = None) -> Array:
-        """|effect| of every row, the larger one of several, `[rows]`; by default of the effects that were run."""
+        """|effect| of every row, the larger one of several, `[rows]`; by default of the effects that were run.
+
+        Raises:
+            FeatpatchError: an effect that was not run.
+        """
+        if effects is not None and not set(effects) <= set(self.directions_run()):
+            raise FeatpatchError(f"effects={effects}: expected some of those that were run, {', '.join(self.directions_run())}")
         result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
         return result
 
@@ -314,6 +320,8 @@ class Effects:
         kept = np.isin(self.pair, pairs)
         new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
         metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
+        if "screening" in metadata and len(pairs) < len(self.clean):
+            metadata["screening"] = {key: value for key, value in metadata["screening"].items() if key != "estimates"}
         if "tags" in metadata:
             metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
         part = replace(
@@ -372,7 +380,7 @@ class Effects:
                 f"{effect}_p": self.p_values(effect),
                 f"{effect}_q": self.q_values(effect),
             }
-            if "screening" in self.metadata:
+            if effect in self.metadata.get("screening", {}).get("estimates", {}):
                 beside = np.array(self.metadata["screening"]["estimates"][effect])
                 columns[f"{effect}_estimate"] = beside[self.rows_in_whole()]
             for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):

@@ -178,7 +178,7 @@ class Lens(ABC):
 
         def keeping(key: Any, into: dict[Any, torch.Tensor]) -> Edit:
             def keep(activation: torch.Tensor) -> None:
-                into[key] = activation.detach()
+                into[key] = activation.detach().clone()
 
             return keep
 
@@ -225,7 +225,7 @@ class Lens(ABC):
         def leaf(name: str) -> Edit:
             def keep(activation: torch.Tensor) -> torch.Tensor:
                 leaves[name] = activation.clone().requires_grad_()
-                return leaves[name]
+                return leaves[name].clone()
 
             return keep
 
@@ -233,10 +233,13 @@ class Lens(ABC):
             tokens, answers = tokens.clone().to(self.device), answers.clone().to(self.device)
             for name in reads:
                 stack.enter_context(self.edit(name, read(name)))
-            for name in hooks:
-                stack.enter_context(self.edit(self.carrier(name), leaf(name)))
+            carried = [name for name in hooks if self.carrier(name) != name]
+            for name in (name for name in hooks if name not in carried):
+                stack.enter_context(self.edit(name, leaf(name)))
             for name in stopped:
                 stack.enter_context(self.edit(name, torch.Tensor.detach))
+            for name in carried:
+                stack.enter_context(self.edit(self.carrier(name), leaf(name)))
             with answering(self.model.unembed, answers):
                 values = measure(self.model(tokens)[:, 0])
             total = values.sum()

@@ -188,7 +188,7 @@ class HeadPart(Part):
     def _z_with(self, run: PairRuns, way: Direction, reading: int, values: torch.Tensor) -> torch.Tensor:
         """`hook_z` `[rows, pos, heads, d_head]` of a base run's block with these values of the prompt at the hook inside it."""
         base = run.bases[way][reading]
-        resid, tokens = base.resid[self.layer].expand(len(values), -1, -1), base.tokens.expand(len(values), -1)
+        resid, tokens = base.resid[self.layer].expand(len(values), -1, -1).clone(), base.tokens.expand(len(values), -1)
 
         def put(activation: torch.Tensor) -> torch.Tensor:
             if activation.shape == values.shape:

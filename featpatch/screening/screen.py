@@ -124,5 +124,8 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
 
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:
     """A table of its own, with these notes, also for its other metrics."""
-    others = {name: _replaced(other, {**metadata, "metric": name}) for name, other in table.others.items()}
+    without = {key: value for key, value in metadata["screening"].items() if key != "estimates"}
+    others = {
+        name: _replaced(other, {**metadata, "metric": name, "screening": without}) for name, other in table.others.items()
+    }
     return replace(table, metadata=metadata, taken_from=None, others=others)

@@ -72,6 +72,7 @@ def table(frame: "pd.DataFrame", *, rows: int = 15, order: int | None = None) ->
             connected=False,
             showIndex=False,
             allow_html=False,
+            format_floats_in_python=False,
             maxBytes=0,
             maxRows=0,
             maxColumns=0,

@@ -225,6 +225,15 @@ def test_whole_residual_is_how_far_the_model_is_from_linear(small: Small) -> Non
     assert estimated(small.model, method="grad_drop").metadata["whole_residual"] is None
 
 
+def test_the_whole_residual_of_patterns_vanishes_with_the_steps(small: Small) -> None:
+    """Along the line of a pattern, whose heads come first, the integral is what a patched run says."""
+    few, many = (
+        estimated(small.model, sites="pattern", method="ig", steps=steps).metadata["whole_residual"] for steps in (2, 40)
+    )
+    assert many < 1e-3
+    assert many < few / 20
+
+
 def test_gates() -> None:
     """Where both inputs of a gate are on or off its gradient is flat; along the line it is not."""
     for build, effect in ((or_gate, "degradation"), (and_gate, "recovery")):

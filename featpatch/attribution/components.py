@@ -44,7 +44,7 @@ def estimate_components(
 
     Args:
         qk_fix: whether what queries and keys change of their head's output is worked out exactly, in a pass of their block
-            alone (one for all queries of a prompt, one for each position of keys), keys one position at a time.
+            alone (one for all queries of a prompt, one for the keys of each requested position).
         model, pairs, sites, layers, positions, directions, metric, progress: as in `rank_components`.
         method, steps, gradients: as in `estimate_features`.
 
@@ -96,34 +96,31 @@ class ComponentPart(Part):
 
     def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
         """Position by position."""
-        base, source = (of_pair.activations[way][self.hook] for way in ("denoising", "noising"))
-        values, differs = product(source - base, of_pair.gradients[direction][self.hook]), source != base
-        values = values if direction == "denoising" else -values
+        change = of_pair.change(self.hook, direction)
+        values, differs = product(change, of_pair.gradients[direction][self.hook]), change != 0
         if not hooks.by_position(self.hook):
             values, differs = values.transpose(1, 2), differs.transpose(0, 1)
         if self.name == "pattern_entry":
-            return self._entries(values, differs, of_pair.first, wanted)
+            return self._entries(values, differs, wanted)
         if self.name in hooks.WHOLE:
             values, differs = values.flatten(2)[:, :, None], differs.flatten(1)[:, None]
         if self.name != "neurons":
             values, differs = values.sum(-1), differs.any(-1)
         changes = []
         for position, span in wanted.items():
-            rows = [p for p in span if p >= of_pair.first]
-            sums = values[:, rows].sum(1)
-            changes += [(self._node(unit, position), sums[:, unit]) for unit in differs[rows].any(0).nonzero()[:, 0].tolist()]
+            sums = values[:, span].sum(1)
+            changes += [(self._node(unit, position), sums[:, unit]) for unit in differs[span].any(0).nonzero()[:, 0].tolist()]
         return Found.of(changes)
 
-    def _entries(self, values: torch.Tensor, differs: torch.Tensor, first: int, wanted: Wanted) -> Found:
+    def _entries(self, values: torch.Tensor, differs: torch.Tensor, wanted: Wanted) -> Found:
         """What one position attends of another; values `[variants, pos, heads, source]`."""
         changes = []
         for position, span in wanted.items():
-            rows = [p for p in span if p >= first]
             for name, sources in wanted.items():
                 for source in sources:
-                    for head in differs[rows, :, source].any(0).nonzero()[:, 0].tolist():
+                    for head in differs[span, :, source].any(0).nonzero()[:, 0].tolist():
                         node = Node(self.site, "head", head, f"{position} <- {name}")
-                        changes.append((node, values[:, rows, head, source].sum(1)))
+                        changes.append((node, values[:, span, head, source].sum(1)))
         return Found.of(changes)
 
     def _node(self, unit: int, position: int | str) -> Node:

@@ -1,9 +1,11 @@
 """How long estimates take, before they are made."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from featpatch.attribution.estimation import by_pair
 from featpatch.attribution.features import FeaturePart
 from featpatch.attribution.gradients import Gradients
 from featpatch.errors import FeatpatchError
@@ -30,11 +32,7 @@ def estimation_time(
         for _ in range(2):
             start = time.perf_counter()
             gradients = Gradients(model, some, metric=metric, keep=False)
-            reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
-            for of_pair in gradients.of(reads, sites):
-                for part in parts:
-                    for way in directions:
-                        part.found(of_pair, way, spans(of_pair.pair, positions))
+            deque(by_pair(gradients, parts, [spans(pair, positions) for pair in some], directions), maxlen=0)
             seconds = time.perf_counter() - start
     except FeatpatchError:
         return None

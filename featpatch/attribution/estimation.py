@@ -1,6 +1,6 @@
 """From the gradients of every pair to the table of estimates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from featpatch.effects import Collector, Effects, check_gap
 from featpatch.errors import FeatpatchError
 from featpatch.lens import provenance
 from featpatch.pairs import Pairs
-from featpatch.pairs.spans import Positions, spans
+from featpatch.pairs.spans import Positions, Wanted, spans
 from featpatch.patch import Direction, Node, check_directions
 
 
@@ -43,15 +43,13 @@ def estimated(
     unsigned = gradients.method == "grad_drop"
     found: dict[int, dict[Direction, dict[Node, float]]] = {}
     complete, whole = 0.0, 0.0
-    reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
-    ends = set(sites) if gradients.method == "ig" else {INPUT}
+    ends = {site for part in parts for site in part.sites} if gradients.method == "ig" else {INPUT}
     with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
-        for of_pair in gradients.of(reads, sites):
+        for of_pair, of_ways in by_pair(gradients, parts, wanted, ways):
             clean[of_pair.index], corrupted[of_pair.index] = of_pair.values["noising"], of_pair.values["denoising"]
             found[of_pair.index] = {}
-            for way in ways:
-                of_parts = [part.found(of_pair, way, wanted[of_pair.index]) for part in parts]
-                found[of_pair.index][way] = _combined(of_parts, gradients.blocks if unsigned else None)
+            for way, of_parts in of_ways.items():
+                found[of_pair.index][way] = _combined(of_parts, gradients.lens.n_layers if unsigned else None)
                 complete = max([complete, *(of_part.residual for of_part in of_parts)])
                 whole = max([whole, *_beside_runs(of_pair, way, ends)])
             bar.update()
@@ -76,6 +74,15 @@ def estimated(
         "whole_residual": None if unsigned else whole / abs(gap),
     }
     return collector.effects(clean, corrupted, metadata, value="estimate")
+
+
+def by_pair(
+    gradients: Gradients, parts: Sequence[Part], wanted: Sequence[Wanted], ways: Sequence[Direction]
+) -> Iterator[tuple[PairGradients, dict[Direction, list[Found]]]]:
+    """What each part finds in each pair, equally long ones one after the other."""
+    reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
+    for of_pair in gradients.of(reads, sites):
+        yield of_pair, {way: [part.found(of_pair, way, wanted[of_pair.index]) for part in parts] for way in ways}
 
 
 def _combined(of_parts: Sequence[Found], blocks: int | None) -> dict[Node, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from featpatch import sites as hooks
 from featpatch.attribution.methods import INPUT, METHODS, Runs, Taken
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Split, check_tokens, wrap
@@ -48,9 +49,9 @@ class PairGradients:
         return self.pair.corrupted if direction == "denoising" else self.pair.clean
 
     def change(self, site: str, direction: Direction) -> torch.Tensor:
-        """Source minus base, `[pos, ...]`; exactly 0 before the first position at which they can differ."""
+        """Source minus base, `[pos, ...]` or, of patterns, `[head, pos, source]`; exactly 0 before `first`."""
         change = self.activations[SOURCE[direction]][site] - self.activations[direction][site]
-        change[: self.first] = 0
+        (change if hooks.by_position(site) else change.transpose(0, 1))[: self.first] = 0
         return change
 
     def split(self, dictionary: Dictionary) -> Mapping[Direction, Split]:
@@ -115,11 +116,6 @@ class Gradients:
             raise FeatpatchError("the model has one block, and grad_drop drops one of several: expected method='atp'")
         check_tokens(pairs, self.lens)
         self._keep, self._kept = keep, {}  # type: bool, dict[tuple[int, ...], _Batch]
-
-    @property
-    def blocks(self) -> int:
-        """Of the model."""
-        return self.lens.n_layers
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
         """Every pair with the activations at `reads` and `sites`, and the gradients at `sites`; equally long ones together."""

@@ -1,7 +1,7 @@
 """The QK fix of AtP*: what a query or a key changes of its heads' output is worked out exactly, behind it a gradient is taken.
 
 Queries of different heads and positions act on different rows of the attention pattern, so that all are exchanged in one pass
-of their block. Keys are exchanged one position at a time, for all later queries, all heads at once.
+of their block. Keys are exchanged one requested position at a time, for all later queries, all heads at once.
 """
 
 from collections.abc import Collection, Sequence
@@ -65,8 +65,7 @@ class _Block:
     def changes(self, wanted: Wanted) -> list[tuple[Node, torch.Tensor]]:
         """Each head's effect `[variants]` at each position."""
         base, source = (self.of_pair.activations[way][self._hook] for way in (self.direction, SOURCE[self.direction]))
-        differs = (source != base).any(-1)
-        differs[: self.of_pair.first] = False
+        differs = (self.of_pair.change(self._hook, self.direction) != 0).any(-1)
         spans = {position: [p for p in span if bool(differs[p].any())] for position, span in wanted.items()}
         spans = {position: span for position, span in spans.items() if span}
         sums = self._queries(source, spans.values()) if self.name == "q" else self._keys(base, source, spans.values())

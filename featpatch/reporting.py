@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
     )
 
 
+@torch.no_grad()
 def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, Portrait]:
     """Of the first features of each effect."""
     by_name = {dictionary.name: dictionary for dictionary in found}
@@ -97,20 +99,27 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
     if any(known.get(name) != dictionary.digest() for name, dictionary in by_name.items()):
         raise FeatpatchError(f"SAEs {', '.join(by_name)} are not those of the effects: expected some of {', '.join(known)}")
     nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
-    return {node: _portrait(lens, by_name[node.sae], pairs, effects, node) for node in nodes if node.sae in by_name}
+    rows = {node: row for row, node in enumerate(effects.nodes)}
 
-
-@torch.no_grad()
-def _portrait(lens: Lens, dictionary: Dictionary, pairs: Pairs, effects: Effects, node: Node) -> Portrait:
-    row = effects.take([effects.nodes.index(node)])
-    change = sum(abs(row.changes(effect).toarray()[0]) for effect in row.directions_run())
-    index = int(change.argmax())
-    runs = []
-    for tokens in (pairs[index].clean, pairs[index].corrupted):
+    @cache
+    def features(name: str, tokens: tuple[int, ...]) -> torch.Tensor:
+        """Of all tokens of a prompt, `[pos, d_sae]`; many portraits are of few prompts."""
+        dictionary = by_name[name]
         read = lens.read(torch.tensor([tokens]), sorted({dictionary.reads, dictionary.writes}))
-        split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
-        runs.append(split.features[0, :, node.index].float().tolist())
-    return Portrait(index, runs[0], runs[1], _facts(lens, dictionary, node, row, index), _link(dictionary, node))
+        return dictionary.split(read[dictionary.reads], read[dictionary.writes]).features[0]
+
+    portraits = {}
+    for node in (node for node in nodes if node.sae in by_name):
+        row = effects.take([rows[node]])
+        index = int(sum(abs(row.changes(effect).toarray()[0]) for effect in row.directions_run()).argmax())
+        clean, corrupted = (
+            features(node.sae, tokens)[:, node.index].float().tolist()
+            for tokens in (pairs[index].clean, pairs[index].corrupted)
+        )
+        dictionary = by_name[node.sae]
+        facts = _facts(lens, dictionary, node, row, index)
+        portraits[node] = Portrait(index, clean, corrupted, facts, _link(dictionary, node))
+    return portraits
 
 
 def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:

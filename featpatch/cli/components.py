@@ -36,4 +36,4 @@ def components(
         work = of.alone(model, [], pairs, positions, direction, metric, device)
         del work["saes"]
         effects = fp.rank_components(**work, sites=[name for name in sites.split(",") if name], journal=journal)
-        show(screen, effects, top, out, {name: work[name] for name in ("model", "pairs")}, as_json=as_json)
+        show(screen, effects, top, out, work, as_json=as_json)

@@ -33,4 +33,4 @@ def attribute(
         if len(metric) > 1:
             raise fp.FeatpatchError(f"--metric {', '.join(metric)}: expected one to estimate with")
         effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method)
-        show(screen, effects, top, out, {name: work[name] for name in ("model", "saes", "pairs")}, as_json=as_json)
+        show(screen, effects, top, out, work, as_json=as_json)

@@ -47,7 +47,7 @@ def rank(
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
         effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal)
-        show(screen, effects, top, out, {name: work[name] for name in ("model", "saes", "pairs")}, as_json=as_json)
+        show(screen, effects, top, out, work, as_json=as_json)
 
 
 @app.command()

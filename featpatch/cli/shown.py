@@ -22,10 +22,16 @@ def show(
     *,
     as_json: bool = False,
 ) -> None:
-    """Writes the files, prints the first rows and the sites."""
+    """Writes the files, prints the first rows and the sites.
+
+    Args:
+        study: the arguments of the ranking; the report shows its model, SAEs and pairs.
+    """
     effects.save(out / "effects.safetensors")
     effects.to_pandas().to_csv(out / "effects.csv", index=False)
-    fp.report(effects, out / "report.html", top=top, **study)
+    fp.report(
+        effects, out / "report.html", top=top, **{name: study[name] for name in ("model", "saes", "pairs") if name in study}
+    )
     if as_json:
         typer.echo(in_json(effects, top))
         return
@@ -46,12 +52,16 @@ def show(
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
 
 
+def about(effects: "fp.Effects") -> dict[str, Any]:
+    """Where a table comes from, without what is as long as the table."""
+    return {name: value for name, value in effects.metadata.items() if name not in ("tags", "screening")}
+
+
 def in_json(effects: "fp.Effects", top: int) -> str:
     """The first rows, the sites and where they come from; NaN is null."""
     tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
-    about = {name: value for name, value in effects.metadata.items() if name not in ("tags", "screening")}
-    content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": about}
+    content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": about(effects)}
     if "screening" in effects.metadata:
         content["audit"] = asdict(effects.audit(top=min(top, effects.metadata["screening"]["k"])))
     return json.dumps(content, indent=1)

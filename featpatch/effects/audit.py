@@ -8,7 +8,9 @@ hypergeometric, for a finite population). Where the sample was enlarged until a 
 them must be run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +109,11 @@ def most(population: int, drawn: int, found: int, alpha: float) -> int:
         return found
     marked = np.arange(found, population - drawn + found + 1)
     return int(marked[hypergeom.cdf(found, population, marked, drawn) > alpha].max())
+
+
+def without_estimates(screening: Mapping[str, Any]) -> dict[str, Any]:
+    """What is noted of a screening, for a table of another metric or of some pairs, which the estimates are not of."""
+    return {name: value for name, value in screening.items() if name != "estimates"}
 
 
 def sample_sizes(first: int, rest: int) -> list[int]:

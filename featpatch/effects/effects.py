@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from featpatch.effects import breakdown, significance, statistics, storage
-from featpatch.effects.audit import Audit, audited
+from featpatch.effects.audit import Audit, audited, without_estimates
 from featpatch.effects.material import Material
 from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
@@ -321,7 +321,7 @@ class Effects:
         new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
         metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
         if "screening" in metadata and len(pairs) < len(self.clean):
-            metadata["screening"] = {key: value for key, value in metadata["screening"].items() if key != "estimates"}
+            metadata["screening"] = without_estimates(metadata["screening"])
         if "tags" in metadata:
             metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
         part = replace(

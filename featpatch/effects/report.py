@@ -10,8 +10,7 @@ import numpy as np
 
 from featpatch.effects.material import Material
 from featpatch.effects.stability import TOP
-from featpatch.page import Block, Section, figure, page, table
-from featpatch.page.page import block
+from featpatch.page import Block, Section, block, figure, page, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,7 +156,7 @@ def _stability(effects: "Effects") -> Section | None:
 
 
 def _by_tag(effects: "Effects", tag: str) -> "pd.DataFrame":
-    rows = effects.top(20)
+    rows = effects.top(TOP)
     frame = rows.by_tag(tag, effects.directions_run()[0])
     frame = frame.drop(columns=[name for name in ("site", "kind", "index", "sae", "position") if name in frame])
     frame.insert(0, "node", [str(node) for node in rows.nodes])

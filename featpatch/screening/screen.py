@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featpatch.attribution import estimate_features
-from featpatch.effects import EFFECTS, Effects, joined, sample_sizes
+from featpatch.effects import EFFECTS, Effects, joined, sample_sizes, without_estimates
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
@@ -98,9 +98,9 @@ def screened(
             if not tables:
                 raise
             break
-        if not found.finished and not tables:
-            return found
         if not found.finished:
+            if not tables:
+                return found
             break
         tables, done = [*tables, found], size
         table = _noted(joined(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})
@@ -124,7 +124,7 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
 
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:
     """A table of its own, with these notes, also for its other metrics."""
-    without = {key: value for key, value in metadata["screening"].items() if key != "estimates"}
+    without = without_estimates(metadata["screening"])
     others = {
         name: _replaced(other, {**metadata, "metric": name, "screening": without}) for name, other in table.others.items()
     }

@@ -1,4 +1,4 @@
-"""Results for people: tables."""
+"""Results as tables for a terminal."""
 
 from featpatch.terminal.checklist import by_pair, totals
 from featpatch.terminal.tables import by_tag_table, checked, planned, ranked, site_summary, stability_table

@@ -1,4 +1,4 @@
-"""Effects as tables for a terminal, and as one HTML file of what was printed."""
+"""Effects, plans and checks as tables for a terminal."""
 
 import math
 from collections.abc import Mapping

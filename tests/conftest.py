@@ -6,6 +6,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: two tests run side by side
 
 from jaxtyping import install_import_hook
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small import Small
@@ -87,10 +89,14 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
     browser.get_log("performance")
     opened(browser, path)
     names = browser.execute_script("return [...document.querySelectorAll('section')].map(s => s.id)")
-    assert names == ["question", "ranking", "features", "quadrants", "sites", "maps", "figure-0", "figure-1", "stability",
+    assert names == ["question", "ranking", "quadrants", "sites", "maps", "figure-0", "figure-1", "stability",
                      "provenance"]  # fmt: skip
     assert browser.execute_script("return document.querySelectorAll('.js-plotly-plot .main-svg').length") >= 9
     assert browser.title == "Who gets it?"
+    facts = browser.execute_script("return document.querySelector('#provenance').innerText")
+    assert Path(sys.argv[0]).name in facts
+    assert "finished_at" in facts
+    assert "seed 0" in facts
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
@@ -116,12 +122,18 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
     time.sleep(0.5)
     assert str(node.index) in first_cells(browser, headers.index("index"))
     assert len(first_cells(browser, 0)) < 15
-    opened_text = browser.execute_script(
-        "const d = document.querySelector('#features details'); d.open = true; return d.innerText"
-    )  # fmt: skip
-    assert str(node) in opened_text
-    assert "change written by" in opened_text
-    assert "raises, by the direct path" in opened_text
+    from selenium.webdriver.common.keys import Keys
+
+    opened_text = "const r = document.querySelector('#ranking tr.opened'); return r && r.innerText"
+    row = browser.find_element("css selector", "#ranking tr.opens")
+    for act in (row.click, lambda: row.send_keys(Keys.ENTER)):
+        assert browser.execute_script(opened_text) is None
+        act()
+        text = browser.execute_script(opened_text)
+        assert str(node) in text
+        assert "change written by" in text
+        assert "raises, by the direct path" in text
+        row.click()
     assert errors(browser) == []
 
 
@@ -179,7 +191,8 @@ def test_twenty_thousand_rows(small: Small, browser: Any, tmp_path: Path) -> Non
         base, nodes=tuple(replace(node, index=n) for n in range(rows)), row=np.arange(rows), pair=np.zeros(rows, dtype=np.int64),
         denoised=generator.standard_normal(rows), noised=generator.standard_normal(rows),
     )  # fmt: skip
-    seconds = opened(browser, large.report(tmp_path / "large.html"))
+    path = large.report(tmp_path / "large.html")
+    seconds = min(opened(browser, path) for _ in range(3))  # another test may run beside this one
     assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith("of 20,000 entries")
     assert seconds < 3
     assert errors(browser) == []
@@ -208,6 +221,8 @@ def test_the_report_of_a_screened_table(small: Small, tmp_path: Path) -> None:
     text = table.report(tmp_path / "screened.html").read_text()
     assert "Not all features were run. 8 of" in text
     assert 'id="maps"' not in text
+    assert '"seed": 0' in text.replace("&#34;", '"')
+    assert "estimates" not in text.split('id="provenance"')[1]
     assert "report written" in text
 
 
@@ -225,6 +240,22 @@ def test_plots_say_what_the_table_says(study: dict[str, Any]) -> None:
     assert maps.data[0].z[0][0] == pytest.approx(
         features.where(site="blocks.0.hook_resid_pre", position="S2").pooled("recovery").sum()
     )
+
+
+def test_figures_and_tables_as_files(study: dict[str, Any], browser: Any, tmp_path: Path) -> None:
+    """PNG and SVG by kaleido and the browser; CSV, Parquet and LaTeX by pandas."""
+    pytest.importorskip("kaleido")
+    figure, table = study["effects"].plot.quadrants(), study["effects"].top(5).to_pandas()
+    for name, starts in (("q.png", b"\x89PNG"), ("q.svg", b"<svg")):
+        figure.write_image(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(starts)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "t.csv", keep_default_na=False, na_values=[""]), table, check_dtype=False
+    )
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), table)
+    assert table.to_latex(index=False).count("S2") + table.to_latex(index=False).count("end") >= 5
 
 
 def test_errors(study: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
-from featpatch.cli.shown import about, in_json
+from featpatch.cli.shown import in_json
 
 
 @app.command()
@@ -29,6 +29,6 @@ def info(
             return
         screen = console()
         screen.print(f"{len(table)} rows of {table.value} effects, {table.rows_ranked} ranked, {len(table.clean)} pairs")
-        for name, value in about(table).items():
+        for name, value in table.about().items():
             screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False, markup=False)
         screen.print(repr(table.top(top)), highlight=False, markup=False)

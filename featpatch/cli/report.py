@@ -1,5 +1,6 @@
 """featpatch report, featpatch compare."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ def report(
     effects: File,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
+    as_json: of.Json = False,
 ) -> None:
     """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
 
@@ -24,7 +26,11 @@ def report(
     """
     with clear_errors():
         others = None if components is None else fp.Effects.load(components)
-        console().print(f"wrote {fp.Effects.load(effects).report(out, components=others)}")
+        written = fp.Effects.load(effects).report(out, components=others)
+        if as_json:
+            typer.echo(json.dumps({"written": str(written)}))
+        else:
+            console().print(f"wrote {written}")
 
 
 @app.command()

@@ -52,16 +52,11 @@ def show(
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
 
 
-def about(effects: "fp.Effects") -> dict[str, Any]:
-    """Where a table comes from, without what is as long as the table."""
-    return {name: value for name, value in effects.metadata.items() if name not in ("tags", "screening")}
-
-
 def in_json(effects: "fp.Effects", top: int) -> str:
     """The first rows, the sites and where they come from; NaN is null."""
     tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
-    content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": about(effects)}
+    content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": effects.about()}
     if "screening" in effects.metadata:
         content["audit"] = asdict(effects.audit(top=min(top, effects.metadata["screening"]["k"])))
     return json.dumps(content, indent=1)

@@ -1,7 +1,11 @@
 """Effects while they come in, patch by patch; one row per node, in order of appearance."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,10 +39,14 @@ class Collector:
     def effects(
         self, clean: NDArray[np.float64], corrupted: NDArray[np.float64], metadata: Mapping[str, Any], value: str = "exact"
     ) -> Effects:
-        """The table of all that was gathered, that of the first metric; clean and corrupted are `[pairs, metrics]`."""
+        """The first metric's table, with command and time; the others are in it. Clean and corrupted are `[pairs, metrics]`."""
         nodes, row, pair = tuple(self.rows), np.array(self.row, dtype=np.int64), np.array(self.pair, dtype=np.int64)
         none = np.zeros((0, len(self.metrics)))
         denoised, noised = (np.concatenate([none, *self.values[direction]]) for direction in DIRECTIONS)
+        made = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
         tables = {
             metric: Effects(
                 nodes=nodes,
@@ -48,7 +56,7 @@ class Collector:
                 pair=pair,
                 denoised=denoised[:, column],
                 noised=noised[:, column],
-                metadata={**metadata, "metric": metric},
+                metadata={**metadata, **made, "metric": metric},
                 value=value,
             )
             for column, metric in enumerate(self.metrics)

@@ -433,6 +433,15 @@ class Effects:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    def about(self) -> dict[str, Any]:
+        """Where the table comes from: its metadata, without what is as long as the pairs or the features."""
+        about = {name: value for name, value in self.metadata.items() if name != "tags"}
+        if "screening" in about:
+            about["screening"] = {
+                name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
+            }
+        return about
+
     @property
     def plot(self) -> Plots:
         """Figures of this table: `plot.quadrants()`, `plot.sites()`, `plot.heatmap()`."""

@@ -1,7 +1,6 @@
 """A table of effects as one HTML file."""
 
 import json
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from featpatch.effects.material import Material
 from featpatch.effects.stability import TOP
+from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
 from featpatch.page import Block, Section, block, figure, page, table
 
 if TYPE_CHECKING:
@@ -29,14 +29,13 @@ def report(effects: "Effects", material: Material, components: "Effects | None")
     metadata = effects.metadata
     sections = [
         _question(effects, material),
-        _ranking(effects),
-        _features(effects, material),
+        _ranking(effects, material),
         _quadrants(effects),
         _sites(effects),
         _maps(effects, components),
         *(Section(f"figure-{n}", title, "", [figure(chart)]) for n, (title, chart) in enumerate(material.figures.items())),
         _stability(effects),
-        _provenance(metadata),
+        _provenance(effects),
     ]
     name = Path(metadata.get("model", {}).get("name", "")).name
     title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
@@ -68,45 +67,46 @@ def _question(effects: "Effects", material: Material) -> Section | None:
     )
 
 
-def _ranking(effects: "Effects") -> Section:
+def _ranking(effects: "Effects", material: Material) -> Section:
     rows = effects.take(effects.ranked)
     frame = rows._frame()
+    opens = {node: number for number, node in enumerate(material.features, 1)}
     frame["site"] = [node.sae or node.site for node in rows.nodes]
-    columns = [name for name in frame.columns if name not in ("sae", "pairs", "value")]
+    frame.insert(0, "opens", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
+    columns = [name for name in frame.columns if name not in ("sae", "pairs", "value") and (opens or name != "opens")]
     first = effects.directions_run()[0]
     text = (
         "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. High "
         "recovery: sufficient. High degradation: necessary. Sort by the arrows of a column."
     )
+    if opens:
+        text += (
+            " Click a row with \u25b8 to open it: its activation on every token of the pair in which it matters most "
+            "(darker is more), and what it writes."
+        )
     if "screening" in effects.metadata and effects.finished:
         text += f" Not all features were run. {effects.audit(top=min(TOP, effects.metadata['screening']['k']))}."
     shown = frame[columns].round(4)
-    return Section("ranking", "Ranked features", text, [table(shown, order=columns.index(first))])
+    blocks = [table(shown, order=columns.index(first))]
+    return Section("ranking", "Ranked features", text, [*blocks, _portraits(material)] if opens else blocks)
 
 
-def _features(effects: "Effects", material: Material) -> Section | None:
-    if not material.features:
-        return None
-    known = {node: row for row, node in enumerate(effects.nodes)}
-    pooled = {effect: effects.pooled(effect) for effect in effects.directions_run()}
+def _portraits(material: Material) -> Block:
     features = []
     for node, portrait in material.features.items():
-        prompt, row = material.prompts[portrait.pair], known.get(node)
+        prompt = material.prompts[portrait.pair]
         runs = (("clean", prompt.clean, portrait.clean), ("corrupted", prompt.corrupted, portrait.corrupted))
         largest = max([1e-12, *np.abs(portrait.clean), *np.abs(portrait.corrupted)])
-        effect = "" if row is None else ", ".join(f"{name} {values[row]:.3f}" for name, values in pooled.items())
         features.append(
             {
                 "title": str(node),
-                "effect": effect,
                 "runs": runs,
                 "shades": {name: [abs(v) / largest for v in values] for name, _, values in runs},
                 "facts": list(portrait.facts.items()),
                 "link": portrait.link,
             }
         )
-    text = "Open one: its activation on every token of a pair in which it differs (darker is more), and what it writes."
-    return Section("features", "The features", text, [block("features.html", features=features)])
+    return block("portraits.html", features=features)
 
 
 def _quadrants(effects: "Effects") -> Section | None:
@@ -163,9 +163,9 @@ def _by_tag(effects: "Effects", tag: str) -> "pd.DataFrame":
     return frame
 
 
-def _provenance(metadata: Mapping[str, Any]) -> Section:
-    left_out = {"tags", "screening"}
-    facts = [(name, _plain(value)) for name, value in metadata.items() if name not in left_out]
+def _provenance(effects: "Effects") -> Section:
+    facts = [(name, _plain(value)) for name, value in effects.about().items()]
+    facts.append(("intervals", f"{CONFIDENCE:.0%}, percentile bootstrap over pairs, {RESAMPLES} resamples, seed {SEED}"))
     facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return Section("provenance", "Where this comes from", "", [block("facts.html", facts=facts)])
 

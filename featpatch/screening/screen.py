@@ -100,7 +100,9 @@ def screened(
             break
         if not found.finished:
             if not tables:
-                return found
+                finished = set(found.nodes)
+                order = [node for node in (*first, *drawn[:size]) if node in finished]
+                return _noted(found, order, estimate, {**vars(screen), **about, "sampled": size})
             break
         tables, done = [*tables, found], size
         table = _noted(joined(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from featpatch.lens import adapt, identity, load_sae, neurons, pca
     from featpatch.loading import Loaded, load
     from featpatch.pairs import Pair, Pairs
-    from featpatch.patch import Node, Patch
+    from featpatch.patch import LOGITS, Edge, Node, Patch
     from featpatch.patching import (
         Controls,
         Curve,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         interactions,
         random_controls,
         rank_components,
+        rank_paths,
         select_features,
     )
     from featpatch.reporting import report
@@ -48,8 +49,10 @@ HOMES = {
     "Curve": "patching",
     "Demo": "checkpoints",
     "Description": "firing",
+    "Edge": "patch",
     "Effects": "effects",
     "FeatpatchError": "errors",
+    "LOGITS": "patch",
     "Gradients": "attribution",
     "Loaded": "loading",
     "Node": "patch",
@@ -82,17 +85,18 @@ HOMES = {
     "random_controls": "patching",
     "rank_components": "patching",
     "rank_features": "screening",
+    "rank_paths": "patching",
     "report": "reporting",
     "select_features": "patching",
     "tasks": "tasks",
 }
 
 __all__ = [
-    "Audit", "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Effects", "FeatpatchError",
-    "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning", "ablate",
-    "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "do", "estimate_components",
+    "LOGITS", "Audit", "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge", "Effects",
+    "FeatpatchError", "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning",
+    "ablate", "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "do", "estimate_components",
     "estimate_features", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
-    "random_controls", "rank_components", "rank_features", "report", "select_features", "tasks",
+    "random_controls", "rank_components", "rank_features", "rank_paths", "report", "select_features", "tasks",
 ]  # fmt: skip
 
 

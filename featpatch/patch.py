@@ -10,16 +10,17 @@ from typing import Any, Literal, get_args
 
 from featpatch.errors import FeatpatchError
 
-Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random"]
+Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge"]
 """`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
 with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one attention head of
 the activation at a hook of attention. `neuron`: one neuron of an MLP. `set`: several features together, by their number in the
-call that names them. `random`: a random direction, a control."""
+call that names them. `random`: a random direction, a control. `edge`: what one node does through
+another, see `Edge`."""
 
-RANKED = ("feature", "head", "neuron")
+RANKED = ("feature", "head", "neuron", "edge")
 """The kinds that are ranked among one another."""
 
-INDEXED = (*RANKED, "set", "random")
+INDEXED = ("feature", "head", "neuron", "set", "random")
 """The kinds of which a site has many, by index."""
 
 Position = int | str
@@ -67,6 +68,26 @@ class Node:
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
         of = f" of {self.sae}" if self.sae not in ("", self.site) else ""
         return f"{self.site} {name}{of} @ {self.position}"
+
+
+LOGITS = Node("logits", "activation")
+"""What receives everything that reaches the unembedding."""
+
+
+@dataclass(frozen=True)
+class Edge(Node):
+    """What a sender does through a receiver, which it reaches without a detour: of kind `edge`."""
+
+    sender: Node = LOGITS
+    receiver: Node = LOGITS
+
+    @classmethod
+    def of(cls, sender: Node, receiver: Node) -> "Edge":
+        """At the site of the receiver."""
+        return cls(receiver.site, "edge", None, receiver.position, receiver.sae, sender, receiver)
+
+    def __str__(self) -> str:
+        return f"{self.sender} -> {self.receiver}"
 
 
 @dataclass(frozen=True)

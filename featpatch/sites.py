@@ -34,6 +34,25 @@ def entry(site: str) -> tuple[int, str] | None:
     return int(match.group(1)) + later, place
 
 
+def seen_at(hook: str) -> tuple[int, str]:
+    """The last place in the stream (see `ENTRIES`) that an activation of a block depends on."""
+    layer, name = layer_of(hook), hook.split(".", 2)[2]
+    if name == "hook_resid_post":
+        return layer + 1, "pre"
+    before = name.startswith(("attn", "ln1", "hook_attn")) or name in (
+        "hook_resid_pre",
+        "hook_q_input",
+        "hook_k_input",
+        "hook_v_input",
+    )
+    return layer, "pre" if before else "mid"
+
+
+def is_stream(hook: str) -> bool:
+    """Whether an activation is the residual stream itself."""
+    return hook.endswith(("hook_resid_pre", "hook_resid_mid", "hook_resid_post"))
+
+
 COMPONENTS = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",

@@ -9,6 +9,7 @@ LITERALS = [
     Literal["feature", "error", "all_features", "activation"],
     Literal["recovery", "degradation"],
     Literal["add", "set"],
+    Literal["direct", "through_mlps"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

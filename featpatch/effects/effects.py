@@ -27,7 +27,7 @@ from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
-from featpatch.patch import RANKED, Direction, Node, Position
+from featpatch.patch import RANKED, Direction, Edge, Node, Position
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -397,6 +397,10 @@ class Effects:
 
         table = pd.DataFrame({name: [getattr(node, name) for node in self.nodes] for name in Node.__dataclass_fields__})
         table["index"] = table["index"].astype("Int64")
+        if any(isinstance(node, Edge) for node in self.nodes):
+            table["sender"], table["receiver"] = (
+                [str(getattr(node, end, "")) for node in self.nodes] for end in ("sender", "receiver")
+            )
         intervals = {effect: self.interval(effect) for effect in self.directions_run()}
         for effect, interval in intervals.items():
             table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = self.pooled(effect), interval.T

@@ -1,7 +1,7 @@
 """Effects on disk: columns as tensors of one safetensors file, the rest as JSON in its header. Never a pickle."""
 
 import json
-from dataclasses import asdict
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from featpatch.errors import FeatpatchError
-from featpatch.patch import Node
+from featpatch.patch import Edge, Node
 
 if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
@@ -34,7 +34,7 @@ def save(effects: "Effects", path: Path) -> Path:
     header = {
         "format": FORMAT,
         "value": effects.value,
-        "nodes": json.dumps([list(asdict(node).values()) for node in effects.nodes]),
+        "nodes": json.dumps([astuple(node) for node in effects.nodes]),
         "metadata": json.dumps(metadata, sort_keys=True),
     }
     columns = {name: getattr(effects, name) for name in COLUMNS}
@@ -61,10 +61,17 @@ def load(path: Path) -> list[dict[str, Any]]:
         others = metadata.get("metrics", [])[1:]
         if header.get("format") != FORMAT or set(columns) != {*COLUMNS, *(f"{v} of {m}" for m in others for v in VALUES)}:
             raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
-        nodes = tuple(Node(*values) for values in json.loads(header["nodes"]))
+        nodes = tuple(map(_node, json.loads(header["nodes"])))
         shared = {"nodes": nodes, "metadata": metadata, "value": header["value"], **{name: columns[name] for name in COLUMNS}}
         return [shared] + [
             {**shared, "metadata": {**metadata, "metric": m}, **{v: columns[f"{v} of {m}"] for v in VALUES}} for m in others
         ]
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise FeatpatchError(f"{str(path)!r} is damaged ({error}): expected a file that Effects.save wrote") from error
+
+
+def _node(values: list[Any]) -> Node:
+    """From its fields; those of an edge end with the fields of two nodes."""
+    if len(values) == len(fields(Node)):
+        return Node(*values)
+    return Edge(*values[:-2], *map(_node, values[-2:]))

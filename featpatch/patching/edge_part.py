@@ -1,0 +1,101 @@
+"""Every path from some senders to some receivers, as a part of a study."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+
+from featpatch import sites
+from featpatch.engine import Deltas
+from featpatch.lens import Lens
+from featpatch.pairs.spans import spans
+from featpatch.patch import LOGITS, Edge
+from featpatch.patching.part import Part
+from featpatch.patching.receivers import Receiver
+from featpatch.patching.route import Route, order
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.senders import Senders
+from featpatch.patching.swaps import Swaps
+
+
+@dataclass(frozen=True, eq=False)
+class EdgePart(Part):
+    """Senders and receivers; a receiver below its sender is no path.
+
+    Attributes:
+        only: the edges that are patched; None for all.
+    """
+
+    lens: Lens
+    senders: Senders
+    receivers: Sequence[Receiver]
+    route: Route
+    only: frozenset[Edge] | None = None
+    _found: "WeakKeyDictionary[PairRuns, list[Swaps]]" = field(default_factory=WeakKeyDictionary, init=False)
+
+    @property
+    def hooks(self) -> set[str]:
+        """What senders and receivers need, and all that is frozen on the way."""
+        highest = max(receiver.place[0] for receiver in self.receivers)
+        names = ("resid_pre", "attn_out")
+        blocks = range(self.senders.lowest, min(highest, self.lens.n_layers - 1) + 1)
+        between = {sites.component(layer, name) for layer in [max(0, self.senders.lowest - 1), *blocks] for name in names}
+        return {*self.senders.hooks, *(hook for r in self.receivers for hook in r.hooks), *between & set(self.lens.hook_points)}
+
+    @property
+    def sites(self) -> list[str]:
+        """Those of the receivers."""
+        return list(dict.fromkeys(receiver.writes for receiver in self.receivers))
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Receiver by receiver."""
+        for run in runs:
+            if run not in self._found:
+                self._found[run] = self._of_pair(run)
+        return [self._found[run] for run in runs]
+
+    def count(self, run: PairRuns) -> int:
+        """As many as edges whose sender differs."""
+        return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+
+    def edges(self) -> list[Edge]:
+        """All that there can be."""
+        places = {site: order((entry[0], "mid" if entry[1] == "z" else entry[1]))
+                  for site in {node.site for node in self.senders.nodes} if (entry := sites.entry(site))}  # fmt: skip
+        edges = [
+            Edge.of(sender, receiver.node)
+            for receiver in self.receivers
+            for sender in self.senders.nodes
+            if places[sender.site] <= order(receiver.place) and sender != receiver.node
+        ]
+        return [edge for edge in edges if self.only is None or edge in self.only]
+
+    def _of_pair(self, run: PairRuns) -> list[Swaps]:
+        nodes, streams = self.senders.streams(run, self.route)
+        wanted = frozenset(self.edges())
+        swaps = []
+        for receiver in self.receivers:
+            rows = [row for row, node in enumerate(nodes) if Edge.of(node, receiver.node) in wanted]
+            if rows:
+                edges = tuple(Edge.of(nodes[row], receiver.node) for row in rows)
+                changes = {way: receiver.change(stream)[rows] for way, stream in streams.items()}
+                where = self._where(run, receiver)
+                swaps.append(Swaps(receiver.writes, edges, {way: _deltas(c, where, run.first) for way, c in changes.items()}))
+        return swaps
+
+    def _where(self, run: PairRuns, receiver: Receiver) -> list[int] | None:
+        """The positions at which the receiver is patched; None for all."""
+        position = receiver.node.position
+        return None if receiver.node == LOGITS or position == "all" else spans(run.pair, [position])[position]
+
+
+def _deltas(change: torch.Tensor, where: list[int] | None, first: int) -> Deltas:
+    """One patch for each row; what comes before the first difference is 0."""
+    change[:, :first] = 0
+    if where is not None:
+        kept = torch.zeros(change.shape[1], dtype=torch.bool, device=change.device)
+        kept[where] = True
+        change = change * kept[:, None]
+    patch, position = (change != 0).any(2).nonzero(as_tuple=True)
+    return Deltas.explicit(patch.cpu(), position.cpu(), change[patch, position], len(change))

@@ -1,0 +1,112 @@
+"""Rank paths: what a sender does through a receiver, exactly."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from featpatch.effects import Effects
+from featpatch.errors import FeatpatchError
+from featpatch.lens import dictionaries, wrap
+from featpatch.metrics import SEQUENCES
+from featpatch.pairs import Pairs, check_pairs
+from featpatch.patch import DIRECTIONS, LOGITS, Direction, Edge, Node
+from featpatch.patching.edge_part import EdgePart
+from featpatch.patching.readings import Metrics
+from featpatch.patching.receivers import receiver
+from featpatch.patching.route import Route, check_route
+from featpatch.patching.senders import Senders
+from featpatch.patching.study import Study
+
+Nodes = Effects | Sequence[Node | str]
+"""Nodes, or a table whose rows they are; of the receivers `"logits"` is one too."""
+
+
+def rank_paths(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    *,
+    senders: Nodes,
+    receivers: Nodes,
+    route: Route = "direct",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    journal: str | Path | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Exact causal effect of paths from senders to receivers, by path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023).
+
+    The sender takes its value from the source run while all other components keep theirs from the base run; what the receiver
+    then takes on is recorded; then the receiver alone is set to that in the base run, and everything above it is recomputed.
+    Norms are recomputed. The effect is that of the receiver's change alone, on the scale of `rank_features`.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer, without hooks of yours.
+        saes: whose features and errors senders and receivers are; `()` or None for none.
+        senders: features, errors, heads at `hook_z`, whole activations (`Node("blocks.1.hook_mlp_out", "activation")`); or a
+            table of effects whose rows they are.
+        receivers: features and errors of SAEs; heads at `hook_q`, `hook_k`, `hook_v`, or `hook_z` for the three together; whole
+            activations; `"logits"`. A receiver's position says where its change is patched; `"all"` is everywhere.
+        route: `"direct"` freezes attention and MLPs between sender and receiver, `"through_mlps"` attention alone.
+        directions, metric, batch_rows, journal, progress: as in `rank_features`.
+
+    Returns:
+        One row per path whose sender differs in at least one pair, of kind `edge`.
+
+    Raises:
+        FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
+    """
+    study, _ = path_study(model, saes, pairs, senders, receivers, route, directions, metric, batch_rows)
+    return study.run(Path(journal) if journal is not None else None, progress=progress)
+
+
+def path_study(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    senders: Nodes,
+    receivers: Nodes,
+    route: Route,
+    directions: Sequence[Direction],
+    metric: Metrics,
+    batch_rows: int | None,
+    only: frozenset[Edge] | None = None,
+) -> tuple[Study, EdgePart]:
+    """What `rank_paths` with these arguments does, checked, and the part with its edges.
+
+    Args:
+        only: the edges that are patched; None for all.
+    """
+    check_pairs(pairs)
+    check_route(route)
+    metrics = [metric] if isinstance(metric, str) or not isinstance(metric, Sequence) else list(metric)
+    if any(isinstance(name, str) and name in SEQUENCES for name in metrics):
+        raise FeatpatchError(f"metric={metric!r} reads whole answers: expected one of a single token for paths")
+    lens = wrap(model)
+    if lens.hooked:
+        raise FeatpatchError(
+            "hooks are attached to the model: expected none, as blocks are run one by one; call model.reset_hooks()"
+        )
+    found = [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+    sending, receiving = (_nodes(nodes, name) for nodes, name in ((senders, "senders"), (receivers, "receivers")))
+    part = EdgePart(lens, Senders.of(lens, sending, found), [receiver(lens, node, found) for node in receiving], route, only)
+    if not part.edges():
+        raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
+    about = {
+        "saes": {dictionary.name: dictionary.digest() for dictionary in found},
+        "route": route,
+        "senders": list(map(str, sending)),
+        "receivers": list(map(str, receiving)),
+    }
+    positions = list(dict.fromkeys(node.position for node in sending))
+    options: dict[str, Any] = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
+    return Study.of(lens, [part], about, pairs, **options), part
+
+
+def _nodes(nodes: Nodes, name: str) -> list[Node]:
+    chosen = list(nodes.nodes) if isinstance(nodes, Effects) else list(nodes) if isinstance(nodes, Sequence) else []
+    chosen = [LOGITS if node == "logits" else node for node in ([nodes] if isinstance(nodes, (str, Node)) else chosen)]
+    if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
+        raise FeatpatchError(f"{name}={nodes!r}: expected nodes, each once, or a table of effects whose rows are the nodes")
+    return [node for node in chosen if isinstance(node, Node)]

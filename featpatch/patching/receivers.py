@@ -1,0 +1,150 @@
+"""Where a path ends: nodes that read the stream, and how they change when it does.
+
+What a receiver takes on is recorded in the first pass and put into the base run in the second; so receivers that are off in the
+base run count as well. A query, key or value acts through its head's z, as in `component_parts`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens
+from featpatch.patch import LOGITS, Node
+from featpatch.patching.route import ROWS, Place, Stream
+
+INSIDE = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
+
+
+@dataclass(frozen=True, eq=False)
+class Receiver(ABC):
+    """A node that reads the stream.
+
+    Attributes:
+        reads: the hooks where its change is read.
+        writes: the site at which its change is patched.
+    """
+
+    node: Node
+    reads: tuple[str, ...]
+    writes: str
+
+    @property
+    def place(self) -> Place:
+        """The last place in the stream that it depends on."""
+        return max((sites.seen_at(hook) for hook in self.reads), key=lambda place: (place[0], place[1] == "mid"))
+
+    @property
+    def hooks(self) -> set[str]:
+        """Those whose values in the base run it needs."""
+        blocks = {sites.layer_of(hook) for hook in self.reads if not sites.is_stream(hook)}
+        return {*self.reads, self.writes, *map(sites.resid_pre, blocks)}
+
+    @abstractmethod
+    def change(self, stream: Stream) -> torch.Tensor:
+        """Of the activation at `writes`, flat, for each row of the stream, `[rows, pos, d]`."""
+
+
+class WholeReceiver(Receiver):
+    """A whole activation: an MLP, the attention of a block, the stream; that behind the last block is what the logits see."""
+
+    def change(self, stream: Stream) -> torch.Tensor:
+        """Of the activation."""
+        values = stream.read(self.writes).flatten(2)
+        return values[1:] - values[0]
+
+
+@dataclass(frozen=True, eq=False)
+class CodeReceiver(Receiver):
+    """A feature of a dictionary, or its error term."""
+
+    dictionary: Dictionary
+
+    def change(self, stream: Stream) -> torch.Tensor:
+        """What the feature's new value adds along its direction; or how the error changes."""
+        read = stream.read(self.dictionary.reads)
+        if self.node.index is None:
+            error = self.dictionary.split(read, stream.read(self.writes)).error
+            return error[1:] - error[0]
+        written = stream.base.at(self.writes)[None]
+        split = self.dictionary.split(read, written.expand(len(read), *written.shape[1:]))
+        feature = torch.tensor([self.node.index])
+        value = split.features[1:, :, self.node.index] - split.features[0, :, self.node.index]
+        if self.dictionary.behaviour.scaled:
+            base = self.dictionary.split(
+                *(stream.base.at(hook)[None] for hook in (self.dictionary.reads, self.dictionary.writes))
+            )
+            value = value * self.dictionary.gains(base)
+        return value[..., None] * self.dictionary.directions(feature)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadReceiver(Receiver):
+    """A head: its query, its key (at `hook_k`), its value, or at `hook_z` all three together."""
+
+    lens: Lens
+    head: int
+
+    def change(self, stream: Stream) -> torch.Tensor:
+        """Of the outputs of the heads that use it."""
+        (hook,) = self.reads
+        values = stream.read(hook)
+        if hook == self.writes:
+            z = values
+        else:
+            changed = values[:1].repeat(len(values), *[1] * (values.dim() - 1))
+            changed[:, :, self.head] = values[:, :, self.head]
+            z = torch.cat([self._z_with(stream, part) for part in changed.split(max(1, ROWS // len(stream.tokens)))])
+        change = torch.zeros_like(z[1:])
+        change[:, :, self._users] = z[1:, :, self._users] - z[0, :, self._users]
+        return change.flatten(2)
+
+    def _z_with(self, stream: Stream, values: torch.Tensor) -> torch.Tensor:
+        """`hook_z` of the base run's block with these values at the hook inside it."""
+        layer = sites.layer_of(self.writes)
+        resid = stream.base.at(sites.resid_pre(layer)).expand(len(values), -1, -1).clone()
+        with self.lens.edit(self.reads[0], lambda activation: values.reshape(activation.shape)):
+            return self.lens.through(layer, resid, stream.tokens.expand(len(values), -1), self.writes)
+
+    @cached_property
+    def _users(self) -> list[int]:
+        """The heads that read it: several where keys and values are shared."""
+        shapes = self.lens.read(torch.zeros(1, 1, dtype=torch.long), [self.writes, *self.reads])
+        shared = shapes[self.writes].shape[2] // shapes[self.reads[0]].shape[2]
+        return list(range(self.head * shared, (self.head + 1) * shared))
+
+
+def receiver(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver:
+    """Of a node.
+
+    Raises:
+        FeatpatchError: a node that no path can end at, or of a dictionary that isn't there.
+    """
+    if node == LOGITS:
+        last = sites.resid_post(lens.n_layers - 1)
+        return WholeReceiver(node, (last,), last)
+    owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
+    if owner is not None and owner.writes == node.site and node.kind in ("feature", "error"):
+        if node.kind == "feature" and (not owner.behaviour.linear or (node.index or 0) >= owner.d_sae):
+            raise FeatpatchError(
+                f"receiver {str(node)!r}: expected a feature below {owner.d_sae} of a dictionary whose decoder is linear"
+            )
+        both = tuple(dict.fromkeys((owner.reads, owner.writes)))
+        return CodeReceiver(node, (owner.reads,) if node.kind == "feature" else both, owner.writes, owner)
+    site = lens.site(node.site)
+    z = sites.component(sites.layer_of(site), "z")
+    if node.kind == "activation" and sites.entry(site) is not None:
+        return WholeReceiver(node, (site,), site)
+    if node.kind == "head" and (site == z or site.endswith(INSIDE)) and node.index is not None:
+        heads = lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2]
+        if node.index >= heads:
+            raise FeatpatchError(f"receiver {str(node)!r}: expected one of heads 0 to {heads - 1}")
+        return HeadReceiver(node, (site,), z, lens, node.index)
+    raise FeatpatchError(
+        f"receiver {str(node)!r}: expected a feature or error of {sorted(d.name for d in found)}, a head at hook_q, hook_k, "
+        "hook_v or hook_z, a whole activation such as hook_mlp_out, or 'logits'"
+    )

@@ -1,0 +1,126 @@
+"""What a change of the stream makes of it further up, while attention stays as it is in the base run.
+
+The first pass of path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): a sender is changed, every component between it
+and the receiver is frozen at its value in the base run, or only attention is and MLPs are recomputed; what then reaches the
+receiver is read. Norms are recomputed.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Edit, Lens
+from featpatch.patching.run import Run
+
+Route = Literal["direct", "through_mlps"]
+"""`direct`: along the residual stream alone. `through_mlps`: the MLPs on the way are recomputed too."""
+
+Place = tuple[int, str]
+"""A block, and `"pre"` or `"mid"`: before its attention, or between attention and MLP."""
+
+ROWS = 4096
+"""Positions that go through one block together."""
+
+
+def check_route(route: str) -> None:
+    """Raises FeatpatchError for anything but a route."""
+    if route not in get_args(Route):
+        raise FeatpatchError(f"route={route!r}: expected one of {', '.join(get_args(Route))}")
+
+
+def order(place: Place) -> tuple[int, bool]:
+    """Places in the order in which the stream passes them."""
+    return place[0], place[1] == "mid"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Changes of the stream of one base run, one row each, as they go up.
+
+    Attributes:
+        base: activations of the run at every `resid_pre` and `attn_out` on the way.
+        tokens: `[pos]`.
+        entering: where each row's change comes in.
+        changes: what comes in there, `[rows, pos, d_model]`.
+    """
+
+    lens: Lens
+    base: Run
+    tokens: torch.Tensor
+    route: Route
+    entering: tuple[Place, ...]
+    changes: Float[torch.Tensor, "rows pos d"]
+    _at: dict[Place, torch.Tensor] = field(default_factory=dict, init=False)
+
+    def reached(self, place: Place) -> Bool[torch.Tensor, " rows"]:
+        """Whose changes come in at the place or before it."""
+        return torch.tensor([order(entry) <= order(place) for entry in self.entering])
+
+    def at(self, place: Place) -> Float[torch.Tensor, "rows pos d"]:
+        """How much each row has changed the stream there; 0 where it comes in later."""
+        if self.route == "direct":
+            return self.changes * self.reached(place).to(self.changes)[:, None, None]
+        if place not in self._at:
+            self._at[place] = self._below(place) + self.changes * self._here(place).to(self.changes)[:, None, None]
+        return self._at[place]
+
+    def read(self, hook: str) -> Float[torch.Tensor, "rows_and_base pos ..."]:
+        """An activation that sees the changed stream: that of the base run first, then of each row.
+
+        Attention of the hook's own block is frozen too where the hook lies behind it.
+        """
+        place = sites.seen_at(hook)
+        change = torch.cat([torch.zeros_like(self.changes[:1]), self.at(place)])
+        if sites.is_stream(hook):
+            return _add(self.base.at(hook), change)
+        layer, behind = place[0], place[1] == "mid"
+        below = torch.cat([torch.zeros_like(self.changes[:1]), self.at((layer, "pre"))]) if behind else change
+        some = max(1, ROWS // len(self.tokens))
+        parts = []
+        for entering, changed in zip(below.split(some), change.split(some), strict=True):
+            attention = _add(self.base.at(sites.component(layer, "attn_out")), changed - entering) if behind else None
+            with _put(self.lens, {sites.component(layer, "attn_out"): attention} if attention is not None else {}):
+                resid = _add(self.base.at(sites.resid_pre(layer)), entering)
+                parts.append(self.lens.through(layer, resid, self.tokens.expand(len(resid), -1), hook))
+        return torch.cat(parts)
+
+    def _here(self, place: Place) -> Bool[torch.Tensor, " rows"]:
+        return torch.tensor([entry == place for entry in self.entering])
+
+    def _below(self, place: Place) -> torch.Tensor:
+        """What comes from the place before, through the MLP in between if there is one."""
+        layer, where = place
+        if where == "mid":
+            return self.at((layer, "pre"))
+        before = (layer - 1, "mid")
+        if layer <= min(entry[0] for entry in self.entering):
+            return torch.zeros_like(self.changes)
+        change, mlp = self.at(before), sites.component(layer - 1, "mlp_out")
+        if getattr(self.lens.model.cfg, "attn_only", False) or not bool(self.reached(before).any()):
+            return change
+        outputs = self.read(mlp)
+        return change + (outputs[1:] - outputs[0])
+
+
+@contextmanager
+def _put(lens: Lens, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within this context activations have these values."""
+    with ExitStack() as stack:
+        for hook, value in values.items():
+            stack.enter_context(lens.edit(hook, _becomes(value)))
+        yield
+
+
+def _becomes(value: torch.Tensor) -> Edit:
+    return lambda activation: value.reshape(activation.shape)
+
+
+def _add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """In the type of the base, `[rows, ...]`."""
+    return (base[None] + change.to(torch.promote_types(base.dtype, change.dtype))).to(base.dtype)

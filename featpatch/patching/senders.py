@@ -1,0 +1,103 @@
+"""What changes at the start of a path: nodes that write to the stream, each with the change that it makes there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from featpatch import sites
+from featpatch.engine import Deltas
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens
+from featpatch.patch import Direction, Node
+from featpatch.patching.component_parts import HeadPart, WholePart
+from featpatch.patching.feature_part import FeaturePart
+from featpatch.patching.part import Part
+from featpatch.patching.route import Place, Route, Stream
+from featpatch.patching.run import Run
+from featpatch.patching.runs import PairRuns
+
+
+@dataclass(frozen=True, eq=False)
+class Senders:
+    """The parts of a study that hold some nodes."""
+
+    lens: Lens
+    nodes: Sequence[Node]
+    parts: Sequence[Part]
+
+    @classmethod
+    def of(cls, lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> "Senders":
+        """Features and error terms of these dictionaries, heads (at `hook_z`) and whole activations.
+
+        Raises:
+            FeatpatchError: a node of another kind, at another hook, or of a dictionary that isn't there.
+        """
+        by_name = {dictionary.name: dictionary for dictionary in found}
+        parts: dict[tuple[str, str], Part] = {}
+        for node in nodes:
+            site = by_name[node.sae].writes if node.sae in by_name else lens.site(node.site)
+            if site != node.site or sites.entry(site) is None:
+                raise FeatpatchError(
+                    f"sender {str(node)!r} does not write to the stream: expected a feature or error of {sorted(by_name)}, a "
+                    "head at hook_z, or a whole activation such as hook_mlp_out"
+                )
+            if node.kind in ("feature", "error", "all_features") and node.sae in by_name:
+                parts["sae", node.sae] = FeaturePart([by_name[node.sae]], frozenset(n for n in nodes if n.sae == node.sae))
+            elif node.kind == "activation":
+                parts["whole", site] = WholePart([site])
+            elif node.kind == "head" and site.endswith("hook_z"):
+                parts["heads", site] = HeadPart(lens, sites.layer_of(site), "z")
+            else:
+                raise FeatpatchError(
+                    f"sender {str(node)!r}: expected a feature or error with the name of its SAE, of {sorted(by_name)}, "
+                    "a head at hook_z, or a whole activation"
+                )
+        return cls(lens, nodes, list(parts.values()))
+
+    @property
+    def hooks(self) -> set[str]:
+        """Those that their parts need."""
+        return {hook for part in self.parts for hook in part.hooks}
+
+    @property
+    def lowest(self) -> int:
+        """The first block that a change of theirs enters."""
+        return min(place[0] for site in {node.site for node in self.nodes} if (place := sites.entry(site)))
+
+    def streams(self, run: PairRuns, route: Route) -> tuple[list[Node], dict[Direction, Stream]]:
+        """Those that differ between the runs of a pair, and their changes of the stream by direction, in the same order."""
+        wanted = frozenset(self.nodes)
+        swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]
+        swaps = [swap for swap in swaps if swap.nodes]
+        nodes = [node for swap in swaps for node in swap.nodes]
+        entering: list[Place] = []
+        for swap in swaps:
+            layer, where = sites.entry(swap.site) or (0, "pre")
+            entering += [(layer, "mid" if where == "z" else where)] * len(swap.nodes)
+        streams = {}
+        for way, (base, _) in run.ways.items():
+            tokens = run.bases[way][0].tokens
+            changes = [self._on_stream(swap.site, dense(swap.deltas[way], len(tokens)), base, tokens) for swap in swaps]
+            empty = torch.zeros(0, len(tokens), self.lens.model.cfg.d_model)
+            streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes) if changes else empty)
+        return nodes, streams
+
+    def _on_stream(self, site: str, change: torch.Tensor, base: Run, tokens: torch.Tensor) -> torch.Tensor:
+        """A change of heads' outputs as what their block's attention adds to the stream."""
+        if not site.endswith("hook_z"):
+            return change
+        layer, z = sites.layer_of(site), base.at(site)
+        rows = torch.cat([torch.zeros_like(change[:1]), change])
+        with self.lens.edit(site, lambda activation: (z.flatten(1)[None] + rows).to(z.dtype).reshape(activation.shape)):
+            resid = base.at(sites.resid_pre(layer)).expand(len(rows), -1, -1).clone()
+            outputs = self.lens.through(layer, resid, tokens.expand(len(rows), -1), sites.component(layer, "attn_out"))
+        return outputs[1:] - outputs[0]
+
+
+def dense(deltas: Deltas, length: int) -> torch.Tensor:
+    """`[patches, pos, d]`."""
+    values = deltas.values()
+    result = values.new_zeros(len(deltas), length, values.shape[-1])
+    result[deltas.patch.to(values.device), deltas.position.to(values.device)] = values
+    return result

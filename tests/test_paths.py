@@ -1,0 +1,213 @@
+"""Path patching against plain hooks on the whole model, and what must hold of paths."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import path_oracle
+import pytest
+import torch
+from architectures import BRIDGES, HOOKED
+from small import LAYERS, Small, small_hooked
+from test_sets import pairs_of
+
+import featpatch as fp
+
+Z, MLP = "blocks.{}.attn.hook_z", "blocks.{}.hook_mlp_out"
+OPTIONS: dict[str, Any] = {"progress": False}
+
+
+def nodes_of(small: Small, names: list[str], count: int = 3) -> list[fp.Node]:
+    """Features that differ, and the error, of dictionaries by name."""
+    saes = [sae for sae in small.saes if name_of(sae) in names]
+    table = fp.rank_features(small.model, saes, pairs_of(small), **OPTIONS)
+    kept = [table.where(kind="feature", sae=name).top(count).nodes for name in names]
+    return [node for of_sae in kept for node in of_sae] + list(table.where(kind="error").nodes)
+
+
+def name_of(sae: Any) -> str:
+    reads, writes = oracle.hooks(sae)
+    return reads if reads == writes else f"{reads} -> {writes}"
+
+
+def end(small: Small, node: fp.Node) -> path_oracle.End:
+    if node == fp.LOGITS:
+        return path_oracle.whole(f"blocks.{LAYERS - 1}.hook_resid_post")
+    if node.kind == "activation":
+        return path_oracle.whole(node.site)
+    if node.kind == "head":
+        return path_oracle.head(node.site, node.index)
+    sae = next(sae for sae in small.saes if name_of(sae) == node.sae)
+    return path_oracle.error(sae) if node.kind == "error" else path_oracle.feature(sae, node.index)
+
+
+def expected(small: Small, edge: fp.Edge, slot: int, direction: str, route: str) -> float:
+    runs = small.corrupted[slot], small.clean[slot]
+    base, source = runs if direction == "denoising" else runs[::-1]
+    sender, receiver = end(small, edge.sender), end(small, edge.receiver)
+    logits = path_oracle.path_patch(
+        small.model,
+        base,
+        source,
+        sender,
+        receiver,
+        freeze_mlps=route == "direct" and not getattr(small.model.cfg, "attn_only", False),
+    )
+    return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
+
+
+@pytest.mark.parametrize("route", ["direct", "through_mlps"])
+def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
+    """Features, errors, heads, MLPs, whole sites; into features, errors, queries, keys, values, heads, MLPs and the logits."""
+    transcoder = name_of(small.saes[-1])
+    early = nodes_of(
+        small, ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z", "blocks.1.hook_attn_out"], 1
+    )
+    late = nodes_of(small, ["blocks.2.hook_resid_pre", "blocks.2.hook_resid_post", transcoder, "blocks.1.attn.hook_z"], 2)
+    senders = [*early, fp.Node(Z.format(0), "head", 1), fp.Node(Z.format(1), "head", 2), fp.Node(MLP.format(0), "activation"),
+               fp.Node("blocks.1.hook_resid_pre", "activation")]  # fmt: skip
+    inside = [fp.Node(f"blocks.{layer}.attn.hook_{name}", "head", 3) for layer in (1, 2) for name in "qkvz"]
+    receivers = [*late, *inside, fp.Node(MLP.format(1), "activation"), fp.Node(MLP.format(2), "activation"), fp.LOGITS]
+    effects = fp.rank_paths(
+        small.model, small.saes, pairs_of(small), senders=senders, receivers=receivers, route=route, **OPTIONS
+    )
+    assert {type(node) for node in effects.nodes} == {fp.Edge}
+    assert {node.receiver for node in effects.nodes} == set(receivers)
+    assert {node.sender for node in effects.nodes} == set(senders)
+    moved = 0
+    for entry in range(0, len(effects.row), 5):
+        edge, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
+        for direction, found in (("denoising", effects.denoised[entry]), ("noising", effects.noised[entry])):
+            true = expected(small, edge, slot, direction, route)
+            base = effects.corrupted[slot] if direction == "denoising" else effects.clean[slot]
+            moved += abs(true - base) > 1e-6
+            assert found == pytest.approx(true, abs=1e-9), (str(edge), direction)
+    assert moved > len(effects.row) // 4
+
+
+def test_positions(small: Small) -> None:
+    """A sender at its position alone, a receiver where it is patched."""
+    sae, receiver = small.at("blocks.0.hook_resid_pre"), small.at("blocks.2.hook_resid_post")
+    index = fp.rank_features(small.model, sae, pairs_of(small), **OPTIONS).top(1).nodes[0].index
+    sender = fp.Node("blocks.0.hook_resid_pre", "feature", index, 3, "blocks.0.hook_resid_pre")
+    ends = [fp.Node(receiver.cfg.metadata.hook_name, "feature", n, 3, receiver.cfg.metadata.hook_name) for n in range(6)]
+    effects = fp.rank_paths(small.model, [sae, receiver], pairs_of(small), senders=[sender], receivers=ends, **OPTIONS)
+    assert len(effects)
+    for entry, edge in enumerate(effects.nodes[row] for row in effects.row):
+        slot = int(effects.pair[entry])
+        base, source = small.corrupted[slot], small.clean[slot]
+        starts = path_oracle.feature(sae, index, [3])
+        stops = path_oracle.feature(receiver, edge.receiver.index, [3])
+        logits = path_oracle.path_patch(small.model, base, source, starts, stops, freeze_mlps=True)
+        found = oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
+        assert effects.denoised[entry] == pytest.approx(found, abs=1e-9)
+
+
+def test_receivers_that_were_off_switch_on(small: Small) -> None:
+    """The receiver's new value is put in, also where it was 0 in the base run."""
+    sae, receiver = small.at("blocks.0.hook_resid_pre"), small.at("blocks.2.hook_resid_pre")
+    name = receiver.cfg.metadata.hook_name
+    senders = [fp.Node("blocks.0.hook_resid_pre", "activation")]
+    ends = [fp.Node(name, "feature", n, 3, name) for n in range(24)]
+    effects = fp.rank_paths(small.model, [sae, receiver], pairs_of(small), senders=senders, receivers=ends, **OPTIONS)
+    with torch.no_grad():
+        off = receiver.encode(small.model.run_with_cache(small.corrupted[:1])[1][name])[0, 3] == 0
+    first = effects.of_pairs([0])
+    moved = [
+        edge for edge, value in zip(first.nodes, first.pooled("recovery"), strict=True) if off[edge.receiver.index] and value
+    ]
+    assert moved
+
+
+def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:
+    """Saved, loaded, shown and resumed from its journal."""
+    senders = [fp.Node(Z.format(0), "head", 0), fp.Node(MLP.format(0), "activation")]
+    receivers = ["logits", fp.Node("blocks.1.attn.hook_k", "head", 1)]
+    run = {"senders": senders, "receivers": receivers, **OPTIONS}
+    effects = fp.rank_paths(small.model, None, pairs_of(small), journal=tmp_path / "journal", **run)
+    again = fp.rank_paths(small.model, None, pairs_of(small), journal=tmp_path / "journal", **run)
+    np.testing.assert_array_equal(again.denoised, effects.denoised)
+    loaded = fp.Effects.load(effects.save(tmp_path / "paths.safetensors"))
+    assert loaded.nodes == effects.nodes
+    frame = loaded.top(4).to_pandas()
+    assert set(frame["sender"]) == {str(node) for node in senders}
+    assert set(frame["receiver"]) == {"logits activation @ all", "blocks.1.attn.hook_k head 1 @ all"}
+    assert effects.ranked.all()
+    with pytest.raises(fp.FeatpatchError, match="belongs to another sweep"):
+        fp.rank_paths(small.model, None, pairs_of(small), journal=tmp_path / "journal", route="through_mlps", **run)
+    assert "blocks.1.attn.hook_k" in effects.report(tmp_path / "paths.html").read_text()
+
+
+def test_heads_into_inputs_as_transformer_lens_splits_them() -> None:
+    """A head's result, added to another head's query, key or value input by TransformerLens' own split inputs."""
+    small = small_hooked()
+    model = small.model
+    sender = fp.Node(Z.format(0), "head", 1)
+    receivers = [fp.Node(f"blocks.1.attn.hook_{letter}", "head", 2) for letter in "qkv"]
+    effects = fp.rank_paths(
+        model, None, pairs_of(small), senders=[sender], receivers=receivers, directions=["denoising"], **OPTIONS
+    )
+    model.set_use_split_qkv_input(True)
+    with torch.no_grad():
+        z = [model.run_with_cache(tokens)[1][Z.format(0)][:, :, 1] for tokens in (small.clean, small.corrupted)]
+        change = (z[0] - z[1]) @ model.blocks[0].attn.W_O[1]
+
+        def add(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            return torch.cat([x[:, :, :2], x[:, :, 2:3] + change[:, :, None], x[:, :, 3:]], 2)
+
+        for entry, edge in enumerate(effects.nodes[row] for row in effects.row):
+            hook = f"blocks.1.hook_{edge.receiver.site[-1]}_input"
+            logits = model.run_with_hooks(small.corrupted, fwd_hooks=[(hook, add)])
+            slot = int(effects.pair[entry])
+            true = oracle.logit_diff(logits[[slot]], int(small.correct[slot]), int(small.wrong[slot]))
+            assert effects.denoised[entry] == pytest.approx(true, abs=1e-9)
+
+
+def test_errors(small: Small) -> None:
+    head, mlp = fp.Node(Z.format(1), "head", 0), fp.Node(MLP.format(1), "activation")
+    for changed, message in (
+        ({"senders": ["logits"]}, "sender 'logits activation @ all'|the model has no hook"),
+        ({"senders": []}, "senders=\\[\\]: expected nodes"),
+        ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver lies above a sender"),
+        ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the stream"),
+        ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "expected a feature or error with the name"),
+        ({"receivers": [fp.Node("blocks.2.attn.hook_q", "head", 9)]}, "expected one of heads 0 to 3"),
+        ({"receivers": [fp.Node("blocks.2.attn.hook_pattern", "head", 0)]}, "expected a feature or error of"),
+        ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "feature", 99, "all", "blocks.2.hook_resid_pre")],
+          "saes": small.at("blocks.2.hook_resid_pre")}, "expected a feature below 24"),
+        ({"route": "around"}, "route='around': expected one of direct, through_mlps"),
+        ({"metric": "sequence_log_prob"}, "reads whole answers"),
+    ):  # fmt: skip
+        options: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "saes": None, **OPTIONS, **changed}
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.rank_paths(small.model, pairs=pairs_of(small), **options)
+
+
+def test_hooks_of_the_user_are_refused() -> None:
+    small = small_hooked()
+    small.model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: x * 2)
+    with pytest.raises(fp.FeatpatchError, match="hooks are attached"):
+        fp.rank_paths(small.model, None, pairs_of(small), senders=[fp.Node(MLP.format(0), "activation")], receivers=["logits"])
+
+
+@pytest.mark.parametrize("route", ["direct", "through_mlps"])
+@pytest.mark.parametrize("name", [*(f"bridge {name}" for name in BRIDGES), *(f"hooked {name}" for name in HOOKED)])
+@pytest.mark.usefixtures("wide")
+def test_architectures(name: str, route: str) -> None:
+    """Parallel blocks, shared keys, norms behind what is added, no MLPs, no norms."""
+    kind, _, which = name.partition(" ")
+    model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    mlps = not getattr(model.cfg, "attn_only", False)
+    senders = [fp.Node(Z.format(0), "head", 1), *([fp.Node(MLP.format(0), "activation")] if mlps else [])]
+    keys = model.hook_dict and model.run_with_cache(small.clean)[1]["blocks.1.attn.hook_k"].shape[2]
+    receivers = [
+        fp.Node(f"blocks.1.attn.hook_{letter}", "head", n) for letter, n in (("q", 3), ("k", keys - 1), ("v", 0), ("z", 2))
+    ]
+    receivers += [fp.LOGITS, *([fp.Node(MLP.format(layer), "activation") for layer in (0, 2)] if mlps else [])]
+    run: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": route, "directions": ["denoising"], **OPTIONS}
+    effects = fp.rank_paths(model, None, pairs_of(small, [0]), **run)
+    assert len(effects)
+    for entry, edge in enumerate(effects.nodes[row] for row in effects.row):
+        assert effects.denoised[entry] == pytest.approx(expected(small, edge, 0, "denoising", route), abs=1e-9), str(edge)

@@ -111,13 +111,26 @@ def test_receivers_that_were_off_switch_on(small: Small) -> None:
     senders = [fp.Node("blocks.0.hook_resid_pre", "activation")]
     ends = [fp.Node(name, "feature", n, 3, name) for n in range(24)]
     effects = fp.rank_paths(small.model, [sae, receiver], pairs_of(small), senders=senders, receivers=ends, **OPTIONS)
-    with torch.no_grad():
-        off = receiver.encode(small.model.run_with_cache(small.corrupted[:1])[1][name])[0, 3] == 0
-    first = effects.of_pairs([0])
-    moved = [
-        edge for edge, value in zip(first.nodes, first.pooled("recovery"), strict=True) if off[edge.receiver.index] and value
-    ]
+    moved = 0
+    for way, tokens, base, patched in (
+        ("denoising", small.corrupted, effects.corrupted, effects.denoised), ("noising", small.clean, effects.clean, effects.noised)
+    ):  # fmt: skip
+        with torch.no_grad():
+            off = receiver.encode(small.model.run_with_cache(tokens)[1][name])[:, 3] == 0
+        for entry, pair in enumerate(effects.pair):
+            edge = effects.nodes[effects.row[entry]]
+            if off[pair, edge.receiver.index] and patched[entry] != base[pair]:
+                moved += 1
+                assert patched[entry] == pytest.approx(expected_at(small, receiver, edge, int(pair), way), abs=1e-9)
     assert moved
+
+
+def expected_at(small: Small, receiver: Any, edge: fp.Edge, slot: int, way: str) -> float:
+    runs = small.corrupted[slot], small.clean[slot]
+    base, source = runs if way == "denoising" else runs[::-1]
+    starts, stops = path_oracle.whole(edge.sender.site), path_oracle.feature(receiver, edge.receiver.index, [3])
+    logits = path_oracle.path_patch(small.model, base, source, starts, stops, freeze_mlps=True)
+    return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
 
 
 def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""The forward pass of a HookedTransformer recomputed from its weights, each receiver's input summed up edge by edge.
+
+Imports nothing of ours, and uses no hooks. Senders are `embed` (tokens and positions), `L0.H3` and `L1.MLP` (each with its own
+biases; an attention's b_O is no head's and always there), receivers `L1.H2.q`, `L1.H2.k`, `L1.H2.v`, `L0.MLP` and `logits`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens import HookedTransformer
+
+Edge = tuple[str, str]
+
+
+def edges_of(model: HookedTransformer) -> list[Edge]:
+    """All edges, in the order of the forward pass."""
+    senders, edges = ["embed"], []
+    for layer in range(model.cfg.n_layers):
+        heads = [f"L{layer}.H{head}" for head in range(model.cfg.n_heads)]
+        edges += [(sender, f"{head}.{way}") for head in heads for way in "qkv" for sender in senders]
+        senders += heads
+        if not model.cfg.attn_only:
+            edges += [(sender, f"L{layer}.MLP") for sender in senders]
+            senders.append(f"L{layer}.MLP")
+    return edges + [(sender, "logits") for sender in senders]
+
+
+def forward_with_edges(
+    model: HookedTransformer, clean: Tensor, corrupted: Tensor, ablated: set[Edge] | frozenset[Edge]
+) -> Tensor:
+    """Logits `[pairs, pos, vocab]` of the clean prompts; an ablated edge brings what its sender wrote in the corrupted run.
+
+    All other edges bring what their sender writes in this run, which ablated edges before it may have changed. Norms are
+    computed from the input so put together, of each receiver by itself.
+    """
+    unknown = set(ablated) - set(edges_of(model))
+    if unknown:
+        raise ValueError(f"no such edges: {sorted(unknown)}")
+    return _run(model, clean, outputs(model, corrupted), ablated)[0]
+
+
+def outputs(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
+    """What each sender writes, `[pairs, pos, d_model]`."""
+    return _run(model, tokens, {}, frozenset())[1]
+
+
+@torch.no_grad()
+def _run(
+    model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: set[Edge] | frozenset[Edge]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    cfg = model.cfg
+    if cfg.positional_embedding_type != "standard" or cfg.parallel_attn_mlp or cfg.attention_dir != "causal":
+        raise NotImplementedError("only learned positions, blocks in sequence, causal attention")
+    length = tokens.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    written = {"embed": model.W_E[tokens] + model.W_pos[:length]}
+    always = torch.zeros(cfg.d_model, dtype=model.W_E.dtype)
+
+    def read(receiver: str) -> Tensor:
+        return always + sum(other[name] if (name, receiver) in ablated else now for name, now in written.items())
+
+    for layer, block in enumerate(model.blocks):
+        attention, heads = block.attn, {}
+        for head in range(cfg.n_heads):
+            name = f"L{layer}.H{head}"
+            query, key, value = (
+                _norm(model, read(f"{name}.{way}"), getattr(block, "ln1", None)) @ weight[head] + bias[head]
+                for way, weight, bias in (
+                    ("q", attention.W_Q, attention.b_Q),
+                    ("k", attention.W_K, attention.b_K),
+                    ("v", attention.W_V, attention.b_V),
+                )
+            )
+            scores = query @ key.transpose(1, 2) / (cfg.d_head**0.5 if cfg.use_attn_scale else 1.0)
+            heads[name] = scores.masked_fill(future, -torch.inf).softmax(-1) @ value @ attention.W_O[head]
+        written |= heads
+        always = always + attention.b_O
+        if not cfg.attn_only:
+            mlp, name = block.mlp, f"L{layer}.MLP"
+            hidden = _norm(model, read(name), getattr(block, "ln2", None)) @ mlp.W_in + mlp.b_in
+            written[name] = _activation(model, hidden) @ mlp.W_out + mlp.b_out
+    return _norm(model, read("logits"), getattr(model, "ln_final", None)) @ model.W_U + model.b_U, written
+
+
+def _norm(model: HookedTransformer, x: Tensor, norm: torch.nn.Module | None) -> Tensor:
+    kind = model.cfg.normalization_type
+    if kind is None:
+        return x
+    if kind != "LN":
+        raise NotImplementedError(f"normalization {kind}")
+    return functional.layer_norm(x, x.shape[-1:], norm.w, norm.b, model.cfg.eps)
+
+
+def _activation(model: HookedTransformer, x: Tensor) -> Tensor:
+    return {"relu": functional.relu, "gelu": functional.gelu}[model.cfg.act_fn](x)

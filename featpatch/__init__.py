@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from featpatch import tasks as tasks
     from featpatch.attribution import Calibration, Gradients, calibrate, estimate_components, estimate_features
     from featpatch.checkpoints import Demo, load_demo
+    from featpatch.circuits import Circuit, FaithfulnessCurve, find_circuit
     from featpatch.comparison import Comparison, compare
     from featpatch.effects import Audit, Effects
     from featpatch.engine import SlowPathWarning
@@ -44,6 +45,7 @@ HOMES = {
     "Audit": "effects",
     "Calibration": "attribution",
     "Check": "verdict",
+    "Circuit": "circuits",
     "Comparison": "comparison",
     "Controls": "patching",
     "Curve": "patching",
@@ -51,6 +53,7 @@ HOMES = {
     "Description": "firing",
     "Edge": "patch",
     "Effects": "effects",
+    "FaithfulnessCurve": "circuits",
     "FeatpatchError": "errors",
     "LOGITS": "patch",
     "Gradients": "attribution",
@@ -74,6 +77,7 @@ HOMES = {
     "do": "patching",
     "estimate_components": "attribution",
     "estimate_features": "attribution",
+    "find_circuit": "circuits",
     "identity": "lens",
     "interactions": "patching",
     "load": "loading",
@@ -92,11 +96,12 @@ HOMES = {
 }
 
 __all__ = [
-    "LOGITS", "Audit", "Calibration", "Check", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge", "Effects",
-    "FeatpatchError", "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan", "Selection", "SlowPathWarning",
-    "ablate", "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "do", "estimate_components",
-    "estimate_features", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
-    "random_controls", "rank_components", "rank_features", "rank_paths", "report", "select_features", "tasks",
+    "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
+    "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan",
+    "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose",
+    "do", "estimate_components", "estimate_features", "find_circuit", "identity", "interactions", "load", "load_demo",
+    "load_sae", "neurons", "pca", "plan", "random_controls", "rank_components", "rank_features", "rank_paths", "report",
+    "select_features", "tasks",
 ]  # fmt: skip
 
 

@@ -10,6 +10,11 @@ LITERALS = [
     Literal["recovery", "degradation"],
     Literal["add", "set"],
     Literal["direct", "through_mlps"],
+    Literal["nodes", "edges"],
+    Literal["threshold", "greedy", "acdc"],
+    Literal["exact", "estimate"],
+    Literal["corrupted", "mean", "resample"],
+    Literal["in", "out", "nodes"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

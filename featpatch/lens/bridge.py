@@ -21,8 +21,7 @@ from featpatch.lens.stack import Attention, build
 class BridgeLens(Lens):
     """A `transformer_lens.model_bridge.TransformerBridge`."""
 
-    @torch.no_grad()
-    def resume(
+    def differentiable_resume(
         self,
         layer: int,
         resid: Float[torch.Tensor, "rows pos d_model"],

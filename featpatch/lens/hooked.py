@@ -15,8 +15,7 @@ from featpatch.lens.stack import Attention, build
 class HookedLens(Lens):
     """A `transformer_lens.HookedTransformer`."""
 
-    @torch.no_grad()
-    def resume(
+    def differentiable_resume(
         self,
         layer: int,
         resid: Float[torch.Tensor, "rows pos d_model"],

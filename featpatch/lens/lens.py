@@ -257,14 +257,26 @@ class Lens(ABC):
         return Differentiated(values.detach(), gradients, activations)
 
     @torch.no_grad()
+    def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
+        """Logits `[rows, d_vocab]` of a whole run at one position of each prompt."""
+        with answering(self.model.unembed, answers.to(self.device)):
+            return cast(torch.Tensor, self.model(tokens.to(self.device)))[:, 0]
+
+    @torch.no_grad()
     def through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
         """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, on the stream `resid`."""
+        return self.differentiable_through(layer, resid, tokens, hook)
+
+    def differentiable_through(
+        self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
+    ) -> torch.Tensor:
+        """As `through`, with its gradient."""
         found: list[torch.Tensor] = []
 
         def keep(activation: torch.Tensor) -> None:
-            found.append(activation.detach())
+            found.append(activation)
             raise _Reached
 
         with self.edit(hook, keep), suppress(_Reached):
@@ -287,7 +299,7 @@ class Lens(ABC):
             UnsupportedError: the model has another form.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def resume(
         self,
         layer: int,
@@ -299,6 +311,17 @@ class Lens(ABC):
 
         The blocks below are skipped; positions other than the answers' are not unembedded.
         """
+        return self.differentiable_resume(layer, resid, tokens, answers)
+
+    @abstractmethod
+    def differentiable_resume(
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        answers: Int[torch.Tensor, " rows"],
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
+        """As `resume`, with its gradient."""
 
     def digest(self) -> str:
         """SHA-256 of the model's weights."""

@@ -1,0 +1,10 @@
+"""Circuits: which nodes or edges together are the behaviour, and how far a hypothesis about them holds."""
+
+from featpatch.circuits.circuit import Circuit
+from featpatch.circuits.curve import FaithfulnessCurve
+from featpatch.circuits.edges import EdgeGraph
+from featpatch.circuits.finding import find_circuit
+from featpatch.circuits.graph import Graph
+from featpatch.circuits.nodes import NodeGraph
+
+__all__ = ["Circuit", "EdgeGraph", "FaithfulnessCurve", "Graph", "NodeGraph", "find_circuit"]

@@ -1,0 +1,144 @@
+"""A circuit, and what can be said of it: is it faithful, complete, minimal, and the same for other pairs?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpatch.circuits.curve import SHARES, FaithfulnessCurve, sizes_of
+from featpatch.circuits.graph import Graph
+from featpatch.circuits.search import component
+from featpatch.effects import interval
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs
+from featpatch.patch import Edge, Node
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Some items of a graph.
+
+    Attributes:
+        graph: in which everything else can be ablated.
+        items: what is kept, the most important first where the search ranks.
+        scores: of every item of the graph, by which it was ranked: exact or estimated, see `metadata`; empty if there are none.
+        metadata: how it was found, and where it comes from.
+        again: finds a circuit in the same way for other pairs.
+    """
+
+    graph: Graph
+    items: tuple[Node, ...]
+    scores: NDArray[np.float64]
+    metadata: Mapping[str, Any]
+    again: "Callable[[Pairs], Circuit]" = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def faithfulness(self) -> float:
+        """(m(circuit) - m(nothing)) / (m(model) - m(nothing)): the share of the behaviour that the circuit alone has, exact."""
+        return float(self.graph.faithfulness(self.graph.values([self.items]))[0])
+
+    @property
+    def faithfulness_interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval over pairs."""
+        low, high = self._interval(self.graph.values([self.items]))[0]
+        return float(low), float(high)
+
+    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> "pd.DataFrame":
+        """Is anything outside doing the same? Faithfulness of circuit and of model without the same random part of the circuit.
+
+        A complete circuit and the model lose the same (Wang et al. 2022, section 4: incompleteness is the difference).
+
+        Args:
+            subsets: how many; each item is in one with probability `share`.
+
+        Returns:
+            One row per subset: `removed` (how many), `circuit`, `model` (faithfulness without them), `incompleteness`.
+        """
+        import pandas as pd
+
+        draws = np.random.default_rng(seed).random((subsets, len(self.items))) < share
+        removed = [{item for item, out in zip(self.items, draw, strict=True) if out} for draw in draws]
+        of_circuit, of_model = (
+            self.graph.faithfulness(self.graph.values([[i for i in items if i not in out] for out in removed]))
+            for items in (self.items, self.graph.items)
+        )
+        return pd.DataFrame({"removed": [len(out) for out in removed], "circuit": of_circuit, "model": of_model,
+                             "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
+
+    def minimality(self) -> "pd.DataFrame":
+        """Is everything inside needed? What faithfulness loses when one item leaves the circuit, exact, the least first."""
+        import pandas as pd
+
+        without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
+        loss = self.faithfulness - self.graph.faithfulness(without)
+        order = np.argsort(loss, kind="stable")
+        return pd.DataFrame({"item": [str(self.items[n]) for n in order], "loss": loss[order]})
+
+    def curve(self, shares: Sequence[float] = SHARES) -> FaithfulnessCurve:
+        """Faithfulness of the items with the largest |score|, over how many of all they are, with its integrals CPR and CMD.
+
+        Raises:
+            FeatpatchError: the search ranked nothing, or a share outside of 0 to 1.
+        """
+        if not len(self.scores):
+            raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
+        if not all(0 <= share <= 1 for share in shares) or list(shares) != sorted(set(shares)) or not shares:
+            raise FeatpatchError(f"shares={shares!r}: expected ascending shares of all items, between 0 and 1")
+        order = np.argsort(-np.abs(self.scores), kind="stable")
+        sizes = sizes_of(len(order), shares)
+        values = self.graph.values([[self.graph.items[number] for number in order[:size]] for size in sizes])
+        low, high = self._interval(values).T
+        return FaithfulnessCurve(tuple(shares), sizes, self.graph.faithfulness(values), low, high)
+
+    def stability(self, *, resamples: int = 5, seed: int = 0) -> "pd.DataFrame":
+        """Is it the same circuit for other pairs? Found again for pairs drawn with replacement.
+
+        Returns:
+            One row per drawing: `size`, `jaccard` (shared items over all items of both), `faithfulness`, on the pairs drawn.
+        """
+        import pandas as pd
+
+        generator, rows = np.random.default_rng(seed), []
+        for _ in range(resamples):
+            drawn = generator.integers(len(self.graph.pairs), size=len(self.graph.pairs))
+            other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
+            both, either = set(self.items) & set(other.items), set(self.items) | set(other.items)
+            shared = len(both) / len(either) if either else 1.0
+            rows.append({"size": len(other), "jaccard": shared, "faithfulness": other.faithfulness})
+        return pd.DataFrame(rows)
+
+    def to_networkx(self) -> Any:
+        """A `networkx.DiGraph`; nodes and edges carry their `effect`, the score, where there is one."""
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else {}
+        for item in self.items:
+            effect = {"effect": float(scores[item])} if item in scores else {}
+            if isinstance(item, Edge):
+                sender, receiver = component(item.sender), component(item.receiver)
+                known = graph.get_edge_data(sender, receiver, {"effect": 0.0})["effect"]
+                graph.add_edge(sender, receiver, effect=known + effect.get("effect", 0.0))
+            else:
+                graph.add_node(item, **effect)
+        return graph
+
+    def __repr__(self) -> str:
+        low, high = self.faithfulness_interval
+        return (
+            f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self.metadata['method']}), "
+            f"outside {self.graph.to}: faithfulness {self.faithfulness:.2f} [{low:.2f}, {high:.2f}], exact, over "
+            f"{len(self.graph.pairs)} pairs"
+        )
+
+    def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return interval(values - self.graph.empty, self.graph.whole - self.graph.empty)

@@ -1,0 +1,69 @@
+"""Faithfulness over sizes of a circuit, and its integrals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of all items, those of the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
+
+
+@dataclass(frozen=True)
+class FaithfulnessCurve:
+    """The first items of a ranking, ever more of them.
+
+    Attributes:
+        shares: of all items; sizes: how many they are.
+        faithfulness: of the circuit of each size, exact.
+        low, high: 95 % bootstrap interval over pairs; NaN with one pair.
+    """
+
+    shares: tuple[float, ...]
+    sizes: tuple[int, ...]
+    faithfulness: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @property
+    def cpr(self) -> float:
+        """Integrated circuit performance ratio: the area under faithfulness over shares; the higher, the better."""
+        return float(np.trapezoid(self.faithfulness, self.shares))
+
+    @property
+    def cmd(self) -> float:
+        """Integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
+        return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
+
+    def table(self) -> "pd.DataFrame":
+        """One row per size."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
+        )
+
+    def plot(self) -> Any:
+        """Faithfulness against the share of items, a `plotly.graph_objects.Figure`."""
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        figure = go.Figure(layout={"xaxis_title": "share of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": self.high - self.faithfulness,
+            "arrayminus": self.faithfulness - self.low,
+        }
+        figure.add_scatter(x=list(self.shares), y=self.faithfulness, error_y=bars, mode="lines+markers", text=list(self.sizes))
+        figure.add_hline(1.0, line={"dash": "dot", "width": 1})
+        return figure
+
+
+def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """How many of all items each share is; at least none, at most all."""
+    return tuple(round(share * total) for share in shares)

@@ -1,0 +1,122 @@
+"""Find a circuit over nodes or edges."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from featpatch.circuits.circuit import Circuit
+from featpatch.circuits.edges import EdgeGraph
+from featpatch.circuits.graph import Graph
+from featpatch.circuits.nodes import Errors, NodeGraph
+from featpatch.circuits.outside import Outside
+from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_search, greedily
+from featpatch.effects import Effects
+from featpatch.errors import FeatpatchError
+from featpatch.lens import dictionaries, provenance, wrap
+from featpatch.metrics import Metric, find
+from featpatch.pairs import Pairs, check_pairs
+from featpatch.patch import Node
+
+Method = Literal["threshold", "greedy", "acdc"]
+
+
+def find_circuit(
+    model: Any,
+    pairs: Pairs,
+    *,
+    saes: Any = None,
+    over: Literal["nodes", "edges"] = "nodes",
+    nodes: Effects | Sequence[Node] | None = None,
+    method: Method = "threshold",
+    scores: Literal["exact", "estimate"] = "exact",
+    threshold: float | None = None,
+    size: int | None = None,
+    target: float = 0.9,
+    to: Outside = "corrupted",
+    errors: Errors = "in",
+    metric: str | Metric = "logit_diff",
+    progress: bool = True,
+) -> Circuit:
+    """The part of the model that has the behaviour by itself, in the clean runs, everything else ablated.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer, without hooks of yours.
+        saes: that features and error terms among the nodes are of.
+        over: `"nodes"`, the candidates given; or `"edges"` between embedding, heads (by query, key, value), MLPs and logits.
+        nodes: candidates: features, error terms, heads at `hook_z`, whole activations; or a table of effects whose rows they
+            are. At their sites everything else is ablated.
+        method: `"threshold"`: the items with the largest score. `"greedy"`: until faithfulness reaches `target`, from nothing on,
+            the node that brings it closest to 1, or, from the logits down, the edge with the largest score (Hanna et al. 2024).
+            `"acdc"`: from the output down, what changes faithfulness by less than `threshold` goes (Conmy et al. 2023).
+        scores: what faithfulness loses with the item alone ablated (`"exact"`), or, for edges, its
+            estimate by gradient (`"estimate"`, edge attribution patching).
+        threshold: a share of the behaviour; 0.01 by default.
+        size: how many items, in the place of threshold or target.
+        to: what the outside is set to: `"corrupted"`, `"mean"` or `"resample"` (of the clean runs of equally long pairs).
+        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or nodes like others (`"nodes"`).
+        metric: one that reads the answers' single tokens; differentiable for estimates.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The circuit with its faithfulness, which is exact whatever the scores are.
+
+    Raises:
+        FeatpatchError: unusable input, or ablating everything leaves the metric about as it is.
+    """
+    check_pairs(pairs)
+    check_search(method, threshold, size, target)
+    for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),
+                               ("errors", errors, get_args(Errors))):  # fmt: skip
+        if value not in known:
+            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    if (over == "nodes") != (nodes is not None) or (over == "nodes" and scores == "estimate"):
+        raise FeatpatchError(
+            f"over={over!r} with nodes={'given' if nodes is not None else None}, scores={scores!r}: expected nodes (e.g. "
+            "effects.top(50)) and exact scores over nodes, and no nodes over edges"
+        )
+    lens, measure = wrap(model), find(metric)
+    graph: Graph
+    if nodes is not None:
+        found = [] if saes is None else dictionaries(lens, saes)
+        graph = NodeGraph(lens, pairs, to, measure, _candidates(nodes, errors), dictionaries=found, errors=errors)
+    else:
+        graph = EdgeGraph(lens, pairs, to, measure)
+    graph.check()
+    graph.check_gap()
+    ranked = np.zeros(0)
+    if method == "threshold" or (method == "greedy" and over == "edges"):
+        ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
+    if method == "threshold":
+        items = by_threshold(graph, ranked, threshold or 0.01, size)
+    elif method == "greedy" and over == "edges":
+        items = along_edges(graph, ranked, target, size)
+    elif method == "greedy":
+        items = greedily(graph, target, size, progress=progress)
+    else:
+        items = acdc(graph, threshold or 0.01, graph.items[::-1], progress=progress)
+    options: dict[str, Any] = {
+        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
+        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
+    }  # fmt: skip
+    metadata = {
+        **graph.about(), "method": method, "metric": measure.name, "outside": to, "scores": scores if len(ranked) else None,
+        "threshold": threshold or 0.01, "size": size, "target": target, **provenance(lens, pairs),
+    }  # fmt: skip
+    return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **options))
+
+
+def _estimated(graph: Graph) -> Any:
+    assert isinstance(graph, EdgeGraph)
+    return graph.estimates() / (graph.whole.mean() - graph.empty.mean())
+
+
+def _candidates(nodes: Effects | Sequence[Node], errors: Errors) -> tuple[Node, ...]:
+    chosen = list(nodes.nodes) if isinstance(nodes, Effects) else list(nodes)
+    kept = [node for node in chosen if node.kind != "all_features" and (errors == "nodes" or node.kind != "error")]
+    if isinstance(nodes, Effects):
+        with_sae = {node.site for node in kept if node.sae}
+        kept = [node for node in kept if node.sae or node.site not in with_sae]
+    if not kept or len(set(kept)) < len(kept):
+        raise FeatpatchError(f"nodes={nodes!r}: expected nodes, each once")
+    return tuple(kept)

@@ -1,0 +1,183 @@
+"""Nodes of the model's own graph: features, error terms, heads, whole activations, each kept or ablated.
+
+At every site of a candidate all that is not kept is ablated, candidates or not; other sites run as they are. Kept nodes have
+the values of this run, which ablations below may have moved (Marks et al. 2024, arXiv 2403.19647):
+
+    x' = x + dec(f with the ablated features from the outside) - dec(f)  [+ e_outside - e, where the error is ablated]
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+
+from featpatch.circuits.graph import Graph
+from featpatch.circuits.outside import prompts, settled
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Split
+from featpatch.pairs.spans import spans
+from featpatch.patch import Node
+
+Errors = Literal["in", "out", "nodes"]
+"""Error terms are always kept, always ablated, or nodes like others."""
+
+Mask = Bool[torch.Tensor, "circuits pairs pos _"]
+
+
+@dataclass(eq=False)
+class NodeGraph(Graph):
+    """Candidates and their sites.
+
+    Attributes:
+        dictionaries: those that features and errors are of.
+        errors: what becomes of error terms.
+    """
+
+    dictionaries: Sequence[Dictionary] = ()
+    errors: Errors = "in"
+    _others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def check(self) -> None:
+        """As for every graph, and that every node can be ablated.
+
+        Raises:
+            FeatpatchError: a node of another kind, or of a dictionary that isn't there.
+        """
+        super().check()
+        known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
+        for node in self.items:
+            of_sae = node.kind in ("feature", "error") and known.get(node.sae) == node.site
+            head = node.kind == "head" and node.site.endswith("hook_z")
+            if not of_sae and not head and node.kind != "activation":
+                raise FeatpatchError(
+                    f"node {str(node)!r}: expected a feature or an error of {sorted(known)}, a head at hook_z, or a whole "
+                    "activation"
+                )
+            if self.lens.carrier(self.lens.site(node.site)) != node.site:
+                raise FeatpatchError(f"node {str(node)!r}: the activation there is not the stream itself and can't be set")
+        both = {node.site for node in self.items if node.kind in ("head", "activation")} & set(known.values()) & {
+            node.site for node in self.items if node.sae
+        }  # fmt: skip
+        if both:
+            raise FeatpatchError(f"{sorted(both)[0]!r} has features and whole parts among the nodes: expected one or the other")
+
+    def rows_of_one(self) -> int:
+        """One run."""
+        return 1
+
+    def about(self) -> Mapping[str, Any]:
+        """Dictionaries and errors."""
+        return {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
+
+    @torch.no_grad()
+    def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
+        """One run of all circuits and pairs together."""
+        circuits, tokens = len(kept), torch.tensor([self.pairs[index].clean for index in some])
+        answers = torch.tensor([self.pairs[index].answer_position for index in some])
+        others = self._outside(some)
+        live: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            for dictionary in self._used():
+                if dictionary.reads != dictionary.writes:
+                    stack.enter_context(self.lens.edit(dictionary.reads, _keeping(dictionary.reads, live)))
+            for dictionary in self._used():
+                ablated = self._columns(kept, some, dictionary.d_sae, _of_sae(dictionary.name))
+                errors = self._errors(kept, some, dictionary)
+                change = self._coded(dictionary, ablated, errors, others[dictionary.name], live)
+                stack.enter_context(self.lens.edit(dictionary.writes, change))
+            for site in self._plain():
+                stack.enter_context(self.lens.edit(site, self._parted(kept, some, site, others[site])))
+            logits = self.lens.answer(tokens.repeat(circuits, 1), answers.repeat(circuits))
+        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
+
+    def _used(self) -> list[Dictionary]:
+        names = {node.sae for node in self.items if node.sae}
+        return [dictionary for dictionary in self.dictionaries if dictionary.name in names]
+
+    def _plain(self) -> list[str]:
+        return list(dict.fromkeys(node.site for node in self.items if not node.sae))
+
+    def _outside(self, some: Sequence[int]) -> dict[str, Any]:
+        """By dictionary its split, by other site the activation, of what the outside is set to; made once."""
+        if some[0] not in self._others:
+            used = self._used()
+            hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *self._plain()]
+            read = self.lens.read(prompts(self.pairs, some, self.to), list(dict.fromkeys(hooks)))
+            found: dict[str, Any] = {site: settled(read[site], self.to) for site in self._plain()}
+            for dictionary in used:
+                split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+                state = {name: settled(value, self.to) for name, value in split.state.items()}
+                found[dictionary.name] = Split(settled(split.features, self.to), state, settled(split.error, self.to))
+            self._others[some[0]] = found
+        return self._others[some[0]]
+
+    def _columns(self, kept: torch.Tensor, some: Sequence[int], count: int, own: Callable[[Node], bool]) -> Mask:
+        """What is ablated of the features or heads of a site: all but what is kept."""
+        length = len(self.pairs[some[0]])
+        ablated = torch.ones(len(kept), len(some), length, count, dtype=torch.bool)
+        for number, node in enumerate(self.items):
+            if node.index is not None and own(node):
+                for slot, index in enumerate(some):
+                    at = spans(self.pairs[index], [node.position])[node.position]
+                    ablated[:, slot, at, node.index] &= ~kept[:, number, None]
+        return ablated
+
+    def _wholes(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool]) -> Mask:
+        """The same of what has no index."""
+        length = len(self.pairs[some[0]])
+        ablated = torch.ones(len(kept), len(some), length, 1, dtype=torch.bool)
+        for number, node in enumerate(self.items):
+            if node.index is None and own(node):
+                for slot, index in enumerate(some):
+                    at = spans(self.pairs[index], [node.position])[node.position]
+                    ablated[:, slot, at, 0] &= ~kept[:, number, None]
+        return ablated
+
+    def _errors(self, kept: torch.Tensor, some: Sequence[int], dictionary: Dictionary) -> Mask:
+        if self.errors == "nodes":
+            return self._wholes(kept, some, _of_sae(dictionary.name))
+        shape = len(kept), len(some), len(self.pairs[some[0]]), 1
+        return torch.full(shape, self.errors == "out", dtype=torch.bool)
+
+    def _coded(
+        self, dictionary: Dictionary, ablated: Mask, errors: Mask, other: Split, live: Mapping[str, torch.Tensor]
+    ) -> Any:
+        def change(activation: torch.Tensor) -> torch.Tensor:
+            read = activation if dictionary.reads == dictionary.writes else live[dictionary.reads]
+            now = dictionary.split(read, activation)
+            circuits = len(ablated)
+            where, rest = (mask.flatten(0, 1).to(now.features.device) for mask in (ablated, errors))
+            outside = other.features.repeat(circuits, 1, 1)
+            state = {
+                name: torch.where(rest, other.state[name].repeat(circuits, 1, 1), value) for name, value in now.state.items()
+            }
+            after = dictionary.decode(torch.where(where, outside, now.features), state)
+            delta = after - dictionary.decode(now.features, now.state)
+            delta = delta.to(now.error) + (other.error.repeat(circuits, 1, 1) - now.error) * rest
+            wide = activation.to(torch.promote_types(activation.dtype, delta.dtype))
+            return (wide + delta.to(activation.device).reshape(activation.shape)).to(activation.dtype)
+
+        return change
+
+    def _parted(self, kept: torch.Tensor, some: Sequence[int], site: str, other: torch.Tensor) -> Any:
+        heads = site.endswith("hook_z")
+        whole = self._wholes(kept, some, lambda node: node.site == site)
+        of_heads = self._columns(kept, some, other.shape[2], lambda node: node.site == site) if heads else whole
+        ablated = (whole & of_heads if heads else whole).flatten(0, 1).to(other.device)
+
+        def change(activation: torch.Tensor) -> torch.Tensor:
+            outside = other.repeat(len(kept), *[1] * (other.dim() - 1))
+            return torch.where(ablated[..., None] if heads else ablated, outside, activation)
+
+        return change
+
+
+def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    return lambda activation: live.update({hook: activation})
+
+
+def _of_sae(name: str) -> Callable[[Node], bool]:
+    return lambda node: node.sae == name

@@ -1,0 +1,103 @@
+"""Three ways to a circuit: by threshold, greedily, and by pruning from the output down (ACDC)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpatch.circuits.graph import Graph
+from featpatch.errors import FeatpatchError
+from featpatch.patch import LOGITS, Edge, Node
+
+METHODS = ("threshold", "greedy", "acdc")
+
+ROUNDING = 1e-6
+"""By so much a target may be missed."""
+
+
+def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
+    """How much faithfulness the whole model loses with each item alone ablated, exact, `[items]`."""
+    everything = graph.items
+    without = [[other for other in everything if other != item] for item in everything]
+    whole = graph.faithfulness(graph.values([everything]))[0]
+    result: NDArray[np.float64] = whole - graph.faithfulness(graph.values(without, progress=progress))
+    return result
+
+
+def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float | None, size: int | None) -> list[Node]:
+    """The items whose |score| is at least the threshold, or the `size` largest; in the order of their scores."""
+    order = np.argsort(-np.abs(scores), kind="stable")
+    count = size if size is not None else int((np.abs(scores) >= (threshold or 0.0)).sum())
+    return [graph.items[number] for number in order[:count]]
+
+
+def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> list[Node]:
+    """From nothing on, the item that brings faithfulness closest to 1, until the target is reached; in that order.
+
+    Where no item alone helps, as where two are needed together, the one that hurts least is added. Every step runs each item
+    that is left.
+    """
+    chosen: list[Node] = []
+    rest = list(graph.items)
+    now = 0.0
+    while rest and now < target - ROUNDING and (size is None or len(chosen) < size):
+        found = graph.faithfulness(graph.values([[*chosen, item] for item in rest], progress=progress))
+        best = int(np.argmin(np.abs(1 - found)))
+        now = float(found[best])
+        chosen.append(rest.pop(best))
+    return chosen
+
+
+def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: int | None) -> list[Node]:
+    """From the logits down, the edge with the largest |score| that leads into what is there, until the target is reached.
+
+    The greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
+    """
+    edges = [item for item in graph.items if isinstance(item, Edge)]
+    rest = [edges[number] for number in np.argsort(-np.abs(scores), kind="stable")]
+    reached, chosen = {LOGITS}, list[Node]()
+    while size is None or len(chosen) < size:
+        following = next((edge for edge in rest if component(edge.receiver) in reached), None)
+        if following is None:
+            break
+        rest.remove(following)
+        chosen.append(following)
+        reached.add(following.sender)
+        if size is None and graph.faithfulness(graph.values([chosen]))[0] >= target - ROUNDING:
+            break
+    return chosen
+
+
+def component(node: Node) -> Node:
+    """The head that a query, key or value belongs to, else the node itself."""
+    inside = node.site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v"))
+    return Node(node.site[:-1] + "z", "head", node.index, node.position) if inside else node
+
+
+def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: bool = False) -> list[Node]:
+    """Item by item from the output down, what changes faithfulness by less than the threshold when it goes too, goes.
+
+    Algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness in the place of the divergence.
+    """
+    kept = list(order)
+    now = float(graph.faithfulness(graph.values([kept]))[0])
+    for item in list(order):
+        without = [other for other in kept if other != item]
+        then = float(graph.faithfulness(graph.values([without]))[0])
+        if abs(now - then) < threshold:
+            kept, now = without, then
+    return kept
+
+
+def check_search(method: str, threshold: float | None, size: int | None, target: float) -> None:
+    """Raises FeatpatchError for options that don't fit together."""
+    if method not in METHODS:
+        raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if threshold is not None and not threshold > 0:
+        raise FeatpatchError(f"threshold={threshold!r}: expected a share of the behaviour above 0, such as 0.01")
+    if size is not None and (type(size) is not int or size < 1):
+        raise FeatpatchError(f"size={size!r}: expected 1 or more, or None")
+    if not 0 < target <= 1:
+        raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
+    if method == "acdc" and size is not None:
+        raise FeatpatchError(f"size={size} with method='acdc': expected a threshold, which decides how much is left")

@@ -1,0 +1,8 @@
+"""A circuit, a graph of nodes and effects, as DOT, as a figure, as a page and as the JSON of attribution-graph viewers."""
+
+from featpatch.diagram.browsing import interactive
+from featpatch.diagram.drawing import figure
+from featpatch.diagram.graphviz import dot
+from featpatch.diagram.viewers import attribution_graph
+
+__all__ = ["attribution_graph", "dot", "figure", "interactive"]

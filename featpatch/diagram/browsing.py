@@ -1,0 +1,59 @@
+"""A graph as one HTML file: the figure, the numbers of the node that is clicked, and all edges as a table."""
+
+from typing import Any
+
+from featpatch.diagram.content import Content, content, digits
+from featpatch.diagram.drawing import figure
+from featpatch.diagram.naming import label
+from featpatch.page import Section, block, page, table
+from featpatch.page import figure as shown
+
+
+def interactive(graph: Any, title: str) -> str:
+    """The graph as a page: one file without network. A click on a node shows its effect and those of its edges.
+
+    Args:
+        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+        title: of the page; plain text.
+
+    Returns:
+        The file's content.
+
+    Raises:
+        FeatpatchError: the graph is none of these, or an effect is not a finite number.
+    """
+    import pandas as pd
+
+    said = content(graph)
+    names = [label(node) for node in said.nodes]
+    edges = pd.DataFrame(
+        [(names[edge.source], names[edge.target], edge.effect) for edge in _largest_first(said)],
+        columns=["from", "to", "effect"],
+    )
+    sections = [
+        Section(
+            "graph",
+            "Graph",
+            "Hooks of the model upwards, positions across. Lines are as wide as effects are large, blue where positive, red "
+            "where negative. A click on a node shows its numbers below the figure.",
+            [shown(figure(graph)), block("nodes.html", nodes=_numbers(said, names))],
+        ),
+        Section("ranking", "Edges", "All edges, by the size of their effect.", [table(edges)]),
+    ]
+    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections)
+
+
+def _largest_first(said: Content) -> list[Any]:
+    return sorted(said.edges, key=lambda edge: -abs(edge.effect))
+
+
+def _numbers(said: Content, names: list[str]) -> list[dict[str, Any]]:
+    """What the page shows of each node, in their order."""
+    about: list[dict[str, Any]] = [
+        {"name": name, "effect": digits(effect), "arriving": [], "leaving": []}
+        for name, effect in zip(names, said.effects, strict=True)
+    ]
+    for edge in _largest_first(said):
+        about[edge.target]["arriving"].append({"node": f"from {names[edge.source]}", "effect": digits(edge.effect)})
+        about[edge.source]["leaving"].append({"node": f"to {names[edge.target]}", "effect": digits(edge.effect)})
+    return about

@@ -1,0 +1,152 @@
+"""A graph as the JSON that the attribution-graph viewers of circuit-tracer and Neuronpedia read."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from featpatch import sites
+from featpatch.diagram.content import Content, content
+from featpatch.diagram.naming import LOGITS, is_end, label
+from featpatch.errors import FeatpatchError
+from featpatch.patch import Node
+
+SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
+"""What circuit-tracer writes for white space in a token."""
+
+
+def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: str) -> dict[str, Any]:
+    r"""The graph as a dictionary for `json.dump`, into a file `{slug}.json`.
+
+    The fields are those of circuit-tracer at d797c82 (`frontend/graph_models.py`, and what its `frontend/assets` read) and of
+    Neuronpedia's `graph-schema.json` at b8efe84. Neuronpedia takes the file as an upload; circuit-tracer's server wants it in
+    the folder of its data, and `metadata` in the list `graphs` of `graph-metadata.json` beside it.
+
+    - `weight` of a link is the effect of the edge. The effect of a node, if it is known, is an `effect` of its own, which no
+      viewer interprets.
+    - `feature` is Cantor's number of layer and index, `(l + i) (l + i + 1) / 2 + i`, said by `schema_version` 1; what is not
+      of the first dictionary of a layer has indices behind those in use, as viewers take equal numbers for the same thing,
+      and errors count down from -1.
+    - A viewer with feature pages of its own for `model` shows those for the features here. Where they are not of the same
+      dictionaries, give `model` another name.
+    - Empty, as a circuit has none: `influence` (a share of a pruned graph; so there is no `node_threshold` either),
+      `activation`, `transcoder_list`, `pinnedIds`, `supernodes`, `clickedId`, `sg_pos`; `token_prob` is 0 and the probability
+      in the text of the output a question mark, as the output is a metric and no token. `run_idx` and `reverse_ctx_idx` are
+      0, as circuit-tracer writes them.
+    - Viewers put `clerp`, the text of a node, into the page as HTML: of `<` the full-width form is written.
+    - Neuronpedia refuses graphs with no node above layer 0, and circuit-tracer shows none for a prompt of one token.
+
+    Args:
+        graph: a `networkx.DiGraph` of `featpatch.Node` at token indices, with the attribute `effect` on edges and, if known,
+            on nodes. The output may be at `"all"`, and is put at the last token; the embedding too, at the first one.
+        tokens: the prompt, which the indices count.
+        slug: the name of the file and of the graph in a viewer's address.
+        model: what viewers call the scan, such as `"gpt2-small"`.
+
+    Raises:
+        FeatpatchError: a position is no token index, the slug does not fit into an address, there is more than one output,
+            or the graph is none that can be shown.
+    """
+    said = content(graph)
+    if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise FeatpatchError(f"tokens={tokens!r}: expected the tokens of the prompt as a list of strings")
+    if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
+        raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
+    if not isinstance(model, str) or not model:
+        raise FeatpatchError(f"model={model!r}: expected the name of the model, such as 'gpt2-small'")
+    outputs = [node for node in said.nodes if node.site == LOGITS]
+    if len(outputs) > 1:
+        raise FeatpatchError(f"the graph has {len(outputs)} outputs: expected one node at {LOGITS!r} at most")
+    positions = [_position(node, len(tokens)) for node in said.nodes]
+    layers, numbers = _layers(said), _numbers(said)
+    ids = [f"{layer}_{number}_{at}" for layer, number, at in zip(layers, numbers, positions, strict=True)]
+    nodes = [
+        {
+            "node_id": ids[n],
+            "feature": number if number < 0 else _cantor(int(layers[n]) if layers[n] != "E" else 0, number),
+            "layer": layers[n],
+            "ctx_idx": positions[n],
+            "feature_type": _type(said.nodes[n]),
+            "token_prob": 0.0,
+            "is_target_logit": said.nodes[n].site == LOGITS,
+            "run_idx": 0,
+            "reverse_ctx_idx": 0,
+            "jsNodeId": f"{layers[n]}_{number}-{positions[n]}",
+            "clerp": _text(said.nodes[n]),
+            "influence": None,
+            "activation": None,
+            **({} if said.effects[n] is None else {"effect": said.effects[n]}),
+        }
+        for n, number in enumerate(numbers)
+    ]
+    return {
+        "metadata": {
+            "slug": slug,
+            "scan": model,
+            "transcoder_list": [],
+            "prompt_tokens": [token.translate(SIGNS) for token in tokens],
+            "prompt": "".join(tokens),
+            "schema_version": 1,
+            "info": {"generator": {"name": "featpatch"}},
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": nodes,
+        "links": [{"source": ids[edge.source], "target": ids[edge.target], "weight": edge.effect} for edge in said.edges],
+    }
+
+
+def _position(node: Node, n_tokens: int) -> int:
+    """The token index of a node; raises FeatpatchError if it has none."""
+    if is_end(node) and node.kind == "activation" and node.position == "all":
+        return n_tokens - 1 if node.site == LOGITS else 0
+    if type(node.position) is not int or not 0 <= node.position < n_tokens:
+        raise FeatpatchError(
+            f"{node} is at position {node.position!r}: expected a token index from 0 to {n_tokens - 1}, as viewers place nodes "
+            "by tokens; replace labels by the indices that they have in one prompt, e.g. with networkx.relabel_nodes"
+        )
+    return node.position
+
+
+def _layers(said: Content) -> list[str]:
+    """The layer of each node as it is written: E of the embedding, two more than the highest block of the output."""
+    blocks = [None if is_end(node) else sites.layer_of(node.site) for node in said.nodes]
+    above = max((block for block in blocks if block is not None), default=-1) + 2
+    ends = {sites.EMBEDDING: "E", LOGITS: str(above)}
+    return [ends[node.site] if block is None else str(block) for node, block in zip(said.nodes, blocks, strict=True)]
+
+
+def _numbers(said: Content) -> list[int]:
+    """A number for each node, no two the same at one layer and position; of a layer's first dictionary the index."""
+    power = 10 ** len(str(max(node.index or 0 for node in said.nodes)))
+    places: dict[tuple[str, bool], dict[tuple[str, ...], int]] = {}
+    numbers = [0] * len(said.nodes)
+    layers = _layers(said)
+    for n in sorted(range(len(said.nodes)), key=lambda n: said.nodes[n].kind != "feature"):
+        node, error = said.nodes[n], said.nodes[n].kind == "error"
+        ranks = places.setdefault((layers[n], error), {})
+        rank = ranks.setdefault((node.site, node.kind, node.sae), len(ranks))
+        numbers[n] = -1 - rank if error else (node.index or 0) + power * rank
+    return numbers
+
+
+def _cantor(layer: int, index: int) -> int:
+    """The two as one number."""
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
+def _type(node: Node) -> str:
+    """What viewers choose marks, texts and details by; the words for what they know no type of are drawn as circles."""
+    if node.site == LOGITS:
+        return "logit"
+    if node.kind == "feature":
+        return "cross layer transcoder"
+    if node.kind == "error":
+        mlp = not is_end(node) and node.site == sites.component(sites.layer_of(node.site), "mlp_out")
+        return "mlp reconstruction error" if mlp else "reconstruction error"
+    if node.site == sites.EMBEDDING and node.kind == "activation":
+        return "whole embedding" if node.position == "all" else "embedding"
+    return "attention head" if node.kind == "head" else node.kind.replace("_", " ")
+
+
+def _text(node: Node) -> str:
+    """The text of a node; of the output in the form that viewers take apart."""
+    return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else label(node).replace("<", "\uff1c")

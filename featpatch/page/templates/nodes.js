@@ -1,0 +1,29 @@
+// A click on a node of the figure, or a choice from the list, shows its numbers. All text is put in as text.
+{
+  const nodes = JSON.parse(document.getElementById("node-data").textContent);
+  const panel = document.getElementById("node"), choice = document.getElementById("node-choice");
+  const element = (name, text, ...children) => {
+    const made = document.createElement(name);
+    made.append(text, ...children);
+    return made;
+  };
+  const list = (title, edges) => [
+    element("dt", title),
+    ...(edges.length ? edges.map(edge => element("dd", `${edge.effect}  ${edge.node}`)) : [element("dd", "none")]),
+  ];
+  const show = number => {
+    const node = nodes[number];
+    choice.value = number;
+    const facts = element("dl", element("dt", "effect"), element("dd", node.effect));
+    panel.replaceChildren(
+      element("strong", node.name), facts,
+      element("dl", "", ...list(`in (${node.arriving.length})`, node.arriving), ...list(`out (${node.leaving.length})`, node.leaving)),
+    );
+  };
+  nodes.forEach((node, number) => choice.append(new Option(node.name, number)));
+  choice.addEventListener("change", () => choice.value === "" ? panel.replaceChildren() : show(Number(choice.value)));
+  document.querySelector("#graph .js-plotly-plot").on("plotly_click", event => {
+    const number = event.points[0].customdata;
+    if (number !== undefined) show(number);
+  });
+}

@@ -1,0 +1,209 @@
+"""Circuits over nodes against plain hooks, and what is said of circuits."""
+
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import oracle
+import pytest
+import torch
+from constructed import and_gate, or_gate
+from small import Small
+from test_sets import pairs_of
+
+import featpatch as fp
+from featpatch.circuits import NodeGraph
+from featpatch.lens import dictionaries, wrap
+from featpatch.metrics import find
+
+OPTIONS: dict[str, Any] = {"progress": False}
+SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.2.hook_resid_post"]
+
+
+def saes_of(small: Small) -> list[Any]:
+    return [*(small.at(site) for site in SITES), small.saes[-1]]
+
+
+def nodes_of(small: Small) -> list[fp.Node]:
+    """Features at labelled and at all positions, errors, heads, an MLP."""
+    nodes = [fp.Node(site, "feature", n, "all", site) for site in SITES for n in range(0, 24, 5)]
+    name = f"{oracle.hooks(small.saes[-1])[0]} -> blocks.1.hook_mlp_out"
+    nodes += [fp.Node("blocks.1.hook_mlp_out", "feature", n, 3, name) for n in range(0, 24, 3)]
+    nodes += [fp.Node(site, "error", None, "all", site) for site in SITES[:2]]
+    nodes += [fp.Node("blocks.0.attn.hook_z", "head", n, 3) for n in range(3)]
+    return [*nodes, fp.Node("blocks.0.hook_mlp_out", "activation", None, "all")]
+
+
+def graph_of(small: Small, to: str, errors: str) -> NodeGraph:
+    lens = wrap(small.model)
+    nodes = tuple(node for node in nodes_of(small) if errors == "nodes" or node.kind != "error")
+    graph = NodeGraph(lens, pairs_of(small), to, find("logit_diff"), nodes, dictionaries(lens, saes_of(small)), errors)
+    graph.check()
+    return graph
+
+
+def by_hooks(small: Small, kept: list[fp.Node], to: str, errors: str) -> torch.Tensor:
+    """Every site's ablation as a hook of the whole clean run; nothing but sae-lens and TransformerLens."""
+    model = small.model
+    _, cache = model.run_with_cache(small.corrupted if to == "corrupted" else small.clean)
+
+    def outside(values: torch.Tensor) -> torch.Tensor:
+        return {"corrupted": values, "mean": values.mean(0, keepdim=True).expand_as(values), "resample": values.roll(1, 0)}[to]
+
+    live: dict[str, torch.Tensor] = {}
+    hooks: list[Any] = []
+
+    def keep(name: str) -> Any:
+        return lambda x, hook: live.update({name: x.clone()})
+
+    def coded(sae: Any, own: list[fp.Node]) -> Any:
+        reads, writes = oracle.hooks(sae)
+
+        def change(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            now = sae.encode(live[reads])
+            other = outside(sae.encode(cache[reads]))
+            error_now, error_other = x - sae.decode(now), outside(cache[writes] - sae.decode(sae.encode(cache[reads])))
+            mixed = other.clone()
+            for node in own:
+                at = slice(None) if node.position == "all" else node.position
+                if node.kind == "feature":
+                    mixed[:, at, node.index] = now[:, at, node.index]
+            keeps_error = errors == "in" or any(node.kind == "error" for node in own)
+            return sae.decode(mixed) + (error_now if keeps_error else error_other)
+
+        return change
+
+    def heads(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        mixed = outside(cache["blocks.0.attn.hook_z"]).clone()
+        for node in kept:
+            if node.kind == "head":
+                mixed[:, node.position, node.index] = x[:, node.position, node.index]
+        return mixed
+
+    def mlp(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x if any(node.kind == "activation" for node in kept) else outside(cache["blocks.0.hook_mlp_out"])
+
+    for sae in saes_of(small):
+        reads, writes = oracle.hooks(sae)
+        name = reads if reads == writes else f"{reads} -> {writes}"
+        hooks += [(reads, keep(reads)), (writes, coded(sae, [node for node in kept if node.sae == name]))]
+    hooks += [("blocks.0.attn.hook_z", heads), ("blocks.0.hook_mlp_out", mlp)]
+    logits = model.run_with_hooks(small.clean, fwd_hooks=hooks)[:, -1]
+    rows = torch.arange(3)
+    return logits[rows, small.correct] - logits[rows, small.wrong]
+
+
+@pytest.mark.parametrize("errors", ["in", "out", "nodes"])
+@pytest.mark.parametrize("to", ["corrupted", "mean", "resample"])
+def test_any_nodes_equal_plain_hooks(small: Small, to: str, errors: str) -> None:
+    """Several choices of nodes in one call; what is ablated below moves what is kept above."""
+    graph = graph_of(small, to, errors)
+    generator = np.random.default_rng(0)
+    choices = [[node for node in graph.items if generator.random() < share] for share in (0.0, 0.2, 0.5, 0.8, 1.0)]
+    found = graph.values(choices)
+    with torch.no_grad():
+        for kept, values in zip(choices, found, strict=True):
+            np.testing.assert_allclose(values, by_hooks(small, kept, to, errors), atol=1e-9)
+    assert np.abs(found[0] - found[4]).max() > 1e-4
+    assert not np.allclose(found[4], graph.whole)  # what is no candidate is ablated too
+
+
+def components(model: Any) -> list[fp.Node]:
+    heads = [
+        fp.Node(f"blocks.{layer}.attn.hook_z", "head", n)
+        for layer in range(model.cfg.n_layers)
+        for n in range(model.cfg.n_heads)
+    ]
+    return [*heads, *(fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in range(model.cfg.n_layers))]
+
+
+def test_gates() -> None:
+    """AND is found by all methods; of OR threshold and ACDC miss what each branch alone can replace; greedy finds a branch."""
+    heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
+    mlp = fp.Node("blocks.0.hook_mlp_out", "activation")
+    for make in (and_gate, or_gate):
+        found = make()
+        pairs = fp.Pairs.from_tokens(found.clean, found.corrupted, found.correct, found.wrong)
+        run: dict[str, Any] = {"nodes": components(found.model), **OPTIONS}
+        acdc, threshold, greedy = (
+            set(fp.find_circuit(found.model, pairs, method=m, target=1.0, **run).items) for m in ("acdc", "threshold", "greedy")
+        )
+        assert mlp in acdc
+        if make is and_gate:
+            assert acdc == threshold == {*heads, mlp}
+            assert greedy >= {*heads, mlp}
+        else:
+            assert threshold == {mlp}
+            assert len(acdc) == 2
+            assert mlp in greedy
+
+
+def test_what_is_said_of_a_circuit() -> None:
+    """Faithfulness, completeness, minimality, curve, stability, graph, on the AND and OR gates."""
+    found = and_gate()
+    pairs = fp.Pairs.from_tokens(found.clean, found.corrupted, found.correct, found.wrong)
+    circuit = fp.find_circuit(found.model, pairs, nodes=components(found.model), **OPTIONS)
+    assert circuit.faithfulness == pytest.approx(1.0)
+    assert circuit.faithfulness_interval == pytest.approx((1.0, 1.0))
+    assert (circuit.minimality()["loss"] > 0.99).all()
+    assert circuit.completeness()["incompleteness"].max() == pytest.approx(0.0)
+    curve = circuit.curve([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert curve.sizes == (0, 1, 2, 3, 4, 5)
+    np.testing.assert_allclose(curve.faithfulness, [0, 0, 0, 1, 1, 1], atol=1e-12)
+    assert curve.cpr == pytest.approx(0.5)
+    assert curve.cmd == pytest.approx(0.5)
+    assert list(curve.table()["faithfulness"]) == list(curve.faithfulness)
+    assert list(curve.plot().data[0].y) == list(curve.faithfulness)
+    stable = circuit.stability(resamples=3)
+    assert list(stable["jaccard"]) == [1.0] * 3
+    assert list(stable["faithfulness"]) == pytest.approx([1.0] * 3)
+    graph = circuit.to_networkx()
+    assert set(graph.nodes) == set(circuit.items)
+    assert all(data["effect"] == pytest.approx(1.0) for _, data in graph.nodes(data=True))
+    assert "circuit of 3 of 5 nodes (threshold), outside corrupted: faithfulness 1.00" in repr(circuit)
+    either = or_gate()
+    pairs = fp.Pairs.from_tokens(either.clean, either.corrupted, either.correct, either.wrong)
+    one = fp.find_circuit(either.model, pairs, nodes=components(either.model), method="acdc", **OPTIONS)
+    assert one.faithfulness == pytest.approx(1.0)
+    assert one.completeness()["incompleteness"].max() == pytest.approx(1.0)  # the other branch does the same
+    edges = fp.find_circuit(either.model, pairs, over="edges", method="acdc", **OPTIONS).to_networkx()
+    assert nx.is_directed_acyclic_graph(edges)
+    assert fp.LOGITS in edges
+
+
+def test_features_of_a_table(small: Small) -> None:
+    """The first rows of a ranking as candidates; sites in the table beside features are left out."""
+    sae = small.at("blocks.1.hook_resid_pre")
+    effects = fp.rank_features(small.model, sae, pairs_of(small), **OPTIONS)
+    circuit = fp.find_circuit(small.model, pairs_of(small), saes=sae, nodes=effects, size=5, **OPTIONS)
+    assert len(circuit) == 5
+    assert {node.kind for node in circuit.graph.items} == {"feature"}
+    everything = circuit.graph.values([circuit.graph.items])
+    assert circuit.graph.faithfulness(everything)[0] == pytest.approx(1.0)  # all that differ, and the errors: the whole model
+    order = np.argsort(-np.abs(circuit.scores), kind="stable")[:5]
+    assert circuit.items == tuple(circuit.graph.items[n] for n in order)
+
+
+def test_errors(small: Small) -> None:
+    head = fp.Node("blocks.0.attn.hook_z", "head", 0)
+    site = "blocks.1.hook_resid_pre"
+    for changed, message in (
+        ({"nodes": None}, "expected nodes \\(e.g"),
+        ({"over": "edges"}, "no nodes over edges"),
+        ({"method": "magic"}, "method='magic'"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"size": 0}, "size=0"),
+        ({"target": 0.0}, "target=0.0"),
+        ({"method": "acdc", "size": 3}, "size=3 with method='acdc'"),
+        ({"to": "zero"}, "to='zero'"),
+        ({"errors": "maybe"}, "errors='maybe'"),
+        ({"nodes": [head, head]}, "each once"),
+        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or an error of"),
+        ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
+        ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "one or the other"),
+        ({"metric": "neg_kl"}, "expected one of the answers"),
+        ({"pairs": pairs_of(small, [0]), "to": "mean"}, "the only one with 7 tokens"),
+    ):  # fmt: skip
+        options: dict[str, Any] = {"pairs": pairs_of(small), "nodes": [head], **OPTIONS, **changed}
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.find_circuit(small.model, **options)

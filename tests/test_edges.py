@@ -1,0 +1,159 @@
+"""Edges between components against a forward pass in plain torch that puts every receiver's input together."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import BRIDGES, HOOKED
+from circuits_by_hand import ByHand, gates, induction, two_hop
+from edge_oracle import edges_of, forward_with_edges
+from small import Small, small_bridge, small_hooked
+from test_sets import pairs_of
+
+import featpatch as fp
+from featpatch.circuits import EdgeGraph
+from featpatch.lens import wrap
+from featpatch.metrics import find
+
+OPTIONS: dict[str, Any] = {"over": "edges", "progress": False}
+BY_HAND = {"induction, value": lambda: induction("value"), "induction, key": lambda: induction("key"), "and": lambda: gates("and"),
+           "or": lambda: gates("or"), "two hops": two_hop}  # fmt: skip
+
+
+def short(node: fp.Node) -> str:
+    """A node as the oracle names it."""
+    if node.site == "hook_embed":
+        return "embed"
+    if node == fp.LOGITS:
+        return "logits"
+    layer, name = node.site.split(".")[1], node.site.rsplit("_", 1)[1]
+    return f"L{layer}.MLP" if name == "out" else f"L{layer}.H{node.index}" + ("" if name == "z" else f".{name}")
+
+
+def named(edge: Any) -> tuple[str, str]:
+    return short(edge.sender), short(edge.receiver)
+
+
+def graph_of(model: Any, pairs: fp.Pairs, to: str = "corrupted") -> EdgeGraph:
+    graph = EdgeGraph(wrap(model), pairs, to, find("logit_diff"))
+    graph.check()
+    return graph
+
+
+def by_hand(found: ByHand) -> fp.Pairs:
+    return fp.Pairs.from_tokens(found.clean, found.corrupted, found.correct, found.wrong)
+
+
+def difference(logits: torch.Tensor, correct: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(len(correct))
+    return logits[rows, -1, correct] - logits[rows, -1, wrong]
+
+
+def test_any_edges_of_a_random_model() -> None:
+    """Random halves, single ones, all and none, together in one call."""
+    small = small_hooked()
+    graph = graph_of(small.model, pairs_of(small))
+    assert [named(edge) for edge in graph.items] == sorted(
+        (named(e) for e in graph.items), key=[*map(named, graph.items)].index
+    )
+    assert {named(edge) for edge in graph.items} == set(edges_of(small.model))
+    generator = np.random.default_rng(0)
+    choices = [[e for e in graph.items if generator.random() < share] for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.9)]
+    choices += [
+        [],
+        list(graph.items),
+        [e for e in graph.items if e != graph.items[40]],
+        [e for e in graph.items if e != graph.items[99]],
+    ]
+    found = graph.values(choices)
+    for kept, values in zip(choices, found, strict=True):
+        ablated = {named(edge) for edge in graph.items} - {named(edge) for edge in kept}
+        logits = forward_with_edges(small.model, small.clean, small.corrupted, ablated)
+        np.testing.assert_allclose(values, difference(logits, small.correct, small.wrong), atol=1e-9)
+    assert len(np.unique(found.round(6), axis=0)) == len(choices) - 1
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_circuits_by_hand_are_found(name: str) -> None:
+    """Exactly the true edges, by the methods that can find them; what each one misses is known too."""
+    found = BY_HAND[name]()
+    pairs = by_hand(found)
+    for method in ("acdc", "greedy", "threshold"):
+        circuit = fp.find_circuit(found.model, pairs, method=method, target=1.0, **OPTIONS)
+        edges = {named(edge) for edge in circuit.items}
+        if name == "or" and method == "threshold":
+            assert edges == {("L1.MLP", "logits")}  # each branch alone can go
+        elif name == "or" and method == "acdc":
+            assert edges < found.edges  # one branch is enough
+            assert len(edges) == 3
+        elif name != "or":
+            assert edges == found.edges
+        if not (name == "or" and method == "threshold"):
+            assert circuit.faithfulness == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("to", ["mean", "resample"])
+def test_other_outsides(to: str) -> None:
+    """What all edges ablated gives: every sender's mean, or its values in the pair before."""
+    small = small_hooked()
+    graph = graph_of(small.model, pairs_of(small), to)
+    with torch.no_grad():
+        _, cache = small.model.run_with_cache(small.clean)
+        final = cache["blocks.2.hook_resid_post"]
+        outside = final.mean(0, keepdim=True).expand_as(final) if to == "mean" else final.roll(1, 0)
+        logits = small.model.unembed(small.model.ln_final(outside))
+    np.testing.assert_allclose(graph.empty, difference(logits, small.correct, small.wrong), atol=1e-9)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    "name",
+    ["bridge gpt2", "bridge neox", "bridge llama", "bridge qwen3", "hooked neox", "hooked llama", "hooked attention only"],
+)
+def test_architectures(name: str) -> None:
+    """All edges are the model, none is the corrupted run, and a head's edges together are the head."""
+    kind, _, which = name.partition(" ")
+    model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = graph_of(model, pairs_of(small))
+    with torch.no_grad():
+        clean, corrupted = (difference(model(t), small.correct, small.wrong) for t in (small.clean, small.corrupted))
+        head = fp.Node("blocks.1.attn.hook_z", "head", 2)
+        found = graph.values([graph.items, [], [e for e in graph.items if e.sender != head]])
+        np.testing.assert_allclose(found[0], clean, atol=1e-9)
+        np.testing.assert_allclose(found[1], corrupted, atol=1e-9)
+        z = model.run_with_cache(small.corrupted)[1]["blocks.1.attn.hook_z"][:, :, 2]
+
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            x = x.clone()
+            x[:, :, 2] = z
+            return x
+
+        patched = model.run_with_hooks(small.clean, fwd_hooks=[("blocks.1.attn.hook_z", put)])
+    np.testing.assert_allclose(found[2], difference(patched, small.correct, small.wrong), atol=1e-9)
+    assert np.abs(found[2] - found[0]).max() > 1e-4
+
+
+@pytest.mark.usefixtures("wide")
+def test_norms_behind_heads_are_refused() -> None:
+    small = Small(BRIDGES["gemma2"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    with pytest.raises(fp.FeatpatchError, match="without a norm behind them"):
+        fp.find_circuit(small.model, pairs_of(small), **OPTIONS)
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_estimates_are_the_gradient(make: Any) -> None:
+    """Against finite differences of the differentiable run, edge by edge."""
+    small = make()
+    graph = graph_of(small.model, pairs_of(small))
+    estimates = graph.estimates()
+    step = 1e-5
+    for number in range(0, len(graph.items), 17):
+        kept = torch.ones(2, len(graph.items), dtype=torch.float64)
+        kept[0, number] += step
+        kept[1, number] -= step
+        with torch.no_grad():
+            up, down = graph._run(kept, [0, 1, 2]).mean(1).tolist()
+        assert estimates[number] == pytest.approx((up - down) / (2 * step), abs=1e-7)
+    assert np.abs(estimates).max() > 1e-3

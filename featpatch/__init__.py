@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featpatch import tasks as tasks
-    from featpatch.attribution import Calibration, Gradients, calibrate, estimate_components, estimate_features
+    from featpatch.attribution import Calibration, Gradients, calibrate, estimate_components, estimate_features, estimate_paths
     from featpatch.checkpoints import Demo, load_demo
-    from featpatch.circuits import Circuit, FaithfulnessCurve, find_circuit
+    from featpatch.circuits import Circuit, FaithfulnessCurve, Hypothesis, Scrubbed, find_circuit, scrub
     from featpatch.comparison import Comparison, compare
     from featpatch.effects import Audit, Effects
     from featpatch.engine import SlowPathWarning
@@ -57,6 +57,7 @@ HOMES = {
     "FeatpatchError": "errors",
     "LOGITS": "patch",
     "Gradients": "attribution",
+    "Hypothesis": "circuits",
     "Loaded": "loading",
     "Node": "patch",
     "Noise": "patching",
@@ -65,6 +66,7 @@ HOMES = {
     "Patch": "patch",
     "Plan": "forecast",
     "Selection": "patching",
+    "Scrubbed": "circuits",
     "SlowPathWarning": "engine",
     "ablate": "patching",
     "adapt": "lens",
@@ -77,6 +79,7 @@ HOMES = {
     "do": "patching",
     "estimate_components": "attribution",
     "estimate_features": "attribution",
+    "estimate_paths": "attribution",
     "find_circuit": "circuits",
     "identity": "lens",
     "interactions": "patching",
@@ -91,17 +94,18 @@ HOMES = {
     "rank_features": "screening",
     "rank_paths": "patching",
     "report": "reporting",
+    "scrub": "circuits",
     "select_features": "patching",
     "tasks": "tasks",
 }
 
 __all__ = [
     "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
-    "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Loaded", "Node", "Noise", "Pair", "Pairs", "Patch", "Plan",
-    "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check", "compare", "cumulative", "describe", "diagnose",
-    "do", "estimate_components", "estimate_features", "find_circuit", "identity", "interactions", "load", "load_demo",
-    "load_sae", "neurons", "pca", "plan", "random_controls", "rank_components", "rank_features", "rank_paths", "report",
-    "select_features", "tasks",
+    "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Hypothesis", "Loaded", "Node", "Noise", "Pair", "Pairs",
+    "Patch", "Plan", "Scrubbed", "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check", "compare",
+    "cumulative", "describe", "diagnose", "do", "estimate_components", "estimate_features", "estimate_paths", "find_circuit",
+    "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls", "rank_components",
+    "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks",
 ]  # fmt: skip
 
 

@@ -48,6 +48,23 @@ def seen_at(hook: str) -> tuple[int, str]:
     return layer, "pre" if before else "mid"
 
 
+def order(place: tuple[int, str]) -> tuple[int, bool]:
+    """Places in the stream in the order in which it passes them."""
+    return place[0], place[1] == "mid"
+
+
+def comes_in(site: str) -> tuple[int, str] | None:
+    """The place at which what a site adds is in the stream; None inside attention or MLP."""
+    found = entry(site)
+    return found and (found[0], "mid" if found[1] == "z" else found[1])
+
+
+def reaches(site: str, hook: str) -> bool:
+    """Whether what is written at a site is seen at a hook, by the stream alone."""
+    start = comes_in(site)
+    return start is not None and order(start) <= order(seen_at(hook))
+
+
 def is_stream(hook: str) -> bool:
     """Whether an activation is the residual stream itself."""
     return hook.endswith(("hook_resid_pre", "hook_resid_mid", "hook_resid_post"))

@@ -5,5 +5,14 @@ from featpatch.attribution.components import estimate_components
 from featpatch.attribution.cost import estimation_time
 from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import Gradients
+from featpatch.attribution.paths import estimate_paths
 
-__all__ = ["Calibration", "Gradients", "calibrate", "estimate_components", "estimate_features", "estimation_time"]
+__all__ = [
+    "Calibration",
+    "Gradients",
+    "calibrate",
+    "estimate_components",
+    "estimate_features",
+    "estimate_paths",
+    "estimation_time",
+]

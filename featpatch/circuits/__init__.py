@@ -6,5 +6,6 @@ from featpatch.circuits.edges import EdgeGraph
 from featpatch.circuits.finding import find_circuit
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.nodes import NodeGraph
+from featpatch.circuits.scrubbing import Hypothesis, Scrubbed, scrub
 
-__all__ = ["Circuit", "EdgeGraph", "FaithfulnessCurve", "Graph", "NodeGraph", "find_circuit"]
+__all__ = ["Circuit", "EdgeGraph", "FaithfulnessCurve", "Graph", "Hypothesis", "NodeGraph", "Scrubbed", "find_circuit", "scrub"]

@@ -39,6 +39,7 @@ class EdgeGraph(Graph):
     """All edges of a model's components."""
 
     _outside: dict[int, dict[Node, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.items = tuple(Edge.of(sender, receiver) for receiver in self.receivers() for sender in self.senders(receiver))
@@ -64,7 +65,7 @@ class EdgeGraph(Graph):
         found = []
         for layer in range(self.lens.n_layers):
             for name in INSIDE:
-                found += [Node(sites.component(layer, name), "head", head) for head in range(self._heads(layer, name))]
+                found += [Node(sites.component(layer, name), "head", head) for head in range(self.heads(layer, name))]
             if self._mlps:
                 found.append(Node(sites.component(layer, "mlp_out"), "activation"))
         return [*found, LOGITS]
@@ -76,7 +77,7 @@ class EdgeGraph(Graph):
             mlp = Node(sites.component(layer, "mlp_out"), "activation")
             if receiver and receiver != LOGITS and sites.layer_of(receiver.site) == layer and receiver != mlp:
                 return found
-            found += [Node(sites.component(layer, "z"), "head", head) for head in range(self._heads(layer, "z"))]
+            found += [Node(sites.component(layer, "z"), "head", head) for head in range(self.heads(layer, "z"))]
             if receiver == mlp:
                 return found
             found += [mlp] if self._mlps else []
@@ -84,7 +85,7 @@ class EdgeGraph(Graph):
 
     def rows_of_one(self) -> int:
         """One for each head of a block, and one that none adds to."""
-        return 1 + max(self._heads(layer, "z") for layer in range(self.lens.n_layers))
+        return 1 + max(self.heads(layer, "z") for layer in range(self.lens.n_layers))
 
     def about(self) -> Mapping[str, Any]:
         """That these are edges."""
@@ -112,22 +113,15 @@ class EdgeGraph(Graph):
             if some[0] not in self._outside:
                 written = self._pass(None, prompts(self.pairs, some, self.to), {})[0]
                 self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in written.items()}
-        written, stream, input_of_logits = self._pass(1 - kept, tokens, self._outside[some[0]])
-        circuits, last = len(kept), self.lens.n_layers - 1
-        final: Edit = lambda activation: input_of_logits.reshape(activation.shape)  # noqa: E731
-        with self.lens.edit(sites.resid_post(last), final):
-            logits = self.lens.differentiable_resume(
-                last,
-                stream.flatten(0, 1),
-                tokens.repeat(circuits, 1).to(self.lens.device),
-                answers.repeat(circuits).to(self.lens.device),
-            )
+        _, final = self._pass(1 - kept, tokens, self._outside[some[0]])
+        circuits = len(kept)
+        logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 
     def _pass(
         self, ablated: torch.Tensor | None, tokens: torch.Tensor, outside: Mapping[Node, torch.Tensor]
-    ) -> tuple[Written, torch.Tensor, torch.Tensor]:
-        """What senders write, the stream that enters the last block, and the input of the logits.
+    ) -> tuple[Written, torch.Tensor]:
+        """What senders write, and the input of the logits.
 
         Args:
             ablated: how far each edge is, `[circuits, items]`; None for a plain run.
@@ -136,18 +130,17 @@ class EdgeGraph(Graph):
         entry = self.lens.read(tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
         written: Written = {EMBEDDING: entry.expand(circuits, *entry.shape)}
         stream = written[EMBEDDING]
-        entering = stream
         for layer in range(self.lens.n_layers):
-            entering = stream
             inside = {}
             for name in INSIDE:
                 hook = sites.component(layer, name)
-                nodes = [Node(hook, "head", head) for head in range(self._heads(layer, name))]
+                nodes = [Node(hook, "head", head) for head in range(self.heads(layer, name))]
                 rows = torch.stack([stream + self._brought(node, written, ablated, outside) for node in nodes])
                 values = self._through(layer, rows.flatten(0, 2), tokens, hook).unflatten(0, rows.shape[:3])
                 inside[hook] = torch.stack([values[head, :, :, :, head] for head in range(len(nodes))], 3).flatten(0, 1)
             z = self._through(layer, stream.flatten(0, 1), tokens, sites.component(layer, "z"), inside)
             heads, bias = self._by_head(layer, stream, z, tokens)
+            self._bias[layer] = bias[0, 0]
             before = dict(written)
             written |= heads
             added = torch.stack(list(heads.values())).sum(0) + bias
@@ -159,7 +152,7 @@ class EdgeGraph(Graph):
                 written[mlp] = self._through(layer, below.flatten(0, 1), tokens, mlp.site, put).unflatten(0, stream.shape[:2])
                 stream = stream + written[mlp]
             stream = stream + added
-        return written, entering, stream + self._brought(LOGITS, written, ablated, outside)
+        return written, stream + self._brought(LOGITS, written, ablated, outside)
 
     def _brought(
         self, receiver: Node, written: Written, ablated: torch.Tensor | None, outside: Mapping[Node, torch.Tensor]
@@ -195,6 +188,42 @@ class EdgeGraph(Graph):
             prompts_of_rows = tokens.repeat(len(resid) // len(tokens), 1).to(self.lens.device)
             return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook)
 
+    def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
+        """What senders write in plain runs, `[prompts, pos, d_model]`, and what attention always adds, up to each `depth`."""
+        written, _ = self._pass(None, tokens, {})
+        always: dict[tuple[int, str], torch.Tensor] = {}
+        total = torch.zeros_like(next(iter(written.values()))[0])
+        for layer in range(self.lens.n_layers):
+            always[layer, "pre"] = total
+            total = total + self._bias[layer]
+            always[layer, "mid"] = total
+        always[self.lens.n_layers, "pre"] = total
+        return {node: values[0] for node, values in written.items()}, always
+
+    def depth(self, receiver: Node) -> tuple[int, str]:
+        """The place in the stream that a receiver reads."""
+        return (self.lens.n_layers, "pre") if receiver == LOGITS else sites.seen_at(receiver.site)
+
+    def head_output(self, layer: int, head: int, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """What a head writes, of the streams `[prompts, pos, d_model]` that its query, key and value read."""
+        put = {hook: self._through(layer, inputs[name], tokens, hook)
+               for name in INSIDE for hook in [sites.component(layer, name)]}  # fmt: skip
+        stream = inputs["q"]
+        z = self._through(layer, stream, tokens, sites.component(layer, "z"), put)
+        heads, _ = self._by_head(layer, stream[None], z, tokens)
+        return heads[Node(sites.component(layer, "z"), "head", head)][0]
+
+    def mlp_output(self, layer: int, stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What an MLP writes, of the stream `[prompts, pos, d_model]` that it reads."""
+        put = {sites.component(layer, "attn_out"): torch.zeros_like(stream)}
+        return self._through(layer, stream, tokens, sites.component(layer, "mlp_out"), put)
+
+    def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """Logits `[prompts, d_vocab]` at the answers, of the final stream `[prompts, pos, d_model]`."""
+        last, device = self.lens.n_layers - 1, self.lens.device
+        with self.lens.edit(sites.resid_post(last), _becomes(stream)):
+            return self.lens.differentiable_resume(last, stream, tokens.to(device), answers.to(device))
+
     @property
     def _mlps(self) -> bool:
         return not getattr(self.lens.model.cfg, "attn_only", False)
@@ -203,7 +232,7 @@ class EdgeGraph(Graph):
     def _type(self) -> torch.dtype:
         return next(self.lens.model.parameters()).dtype
 
-    def _heads(self, layer: int, name: str) -> int:
+    def heads(self, layer: int, name: str) -> int:
         """Of a block, at a hook of its attention."""
         if not hasattr(self, "_counted"):
             hooks = [sites.component(at, of) for at in range(self.lens.n_layers) for of in (*INSIDE, "z")]

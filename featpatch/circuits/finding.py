@@ -46,8 +46,8 @@ def find_circuit(
         over: `"nodes"`, the candidates given; or `"edges"` between embedding, heads (by query, key, value), MLPs and logits.
         nodes: candidates: features, error terms, heads at `hook_z`, whole activations; or a table of effects whose rows they
             are. At their sites everything else is ablated.
-        method: `"threshold"`: the items with the largest score. `"greedy"`: until faithfulness reaches `target`, from nothing on,
-            the node that brings it closest to 1, or, from the logits down, the edge with the largest score (Hanna et al. 2024).
+        method: `"threshold"`: the items with the largest score. `"greedy"`: until faithfulness reaches `target`, from nothing
+            on, the node that brings it closest to 1, or, from the logits down, the edge with the largest score.
             `"acdc"`: from the output down, what changes faithfulness by less than `threshold` goes (Conmy et al. 2023).
         scores: what faithfulness loses with the item alone ablated (`"exact"`), or, for edges, its
             estimate by gradient (`"estimate"`, edge attribution patching).

@@ -1,7 +1,7 @@
 """TransformerBridge: Hugging Face models behind TransformerLens hooks."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from featpatch import sites
 from featpatch.lens.layer import Rotation, Stack, UnsupportedError
-from featpatch.lens.lens import Lens, answering
+from featpatch.lens.lens import Edit, Fired, Lens, answering
 from featpatch.lens.stack import Attention, build
 
 
@@ -40,6 +40,11 @@ class BridgeLens(Lens):
             answering(self.model.unembed, answers),
         ):
             return self.model(tokens)[:, 0]
+
+    def edit(self, site: str, change: Edit, *, first: bool = False) -> AbstractContextManager[Fired]:
+        """As on every lens; what is found out by a run of its own is found out before."""
+        _ = self._wraps
+        return super().edit(site, change, first=first)
 
     def _points(self) -> Mapping[str, HookPoint]:
         """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""
@@ -88,7 +93,8 @@ class BridgeLens(Lens):
 
         handle = self.model.blocks[0].register_forward_hook(look)
         try:
-            self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            with torch.no_grad():
+                self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         finally:
             handle.remove()
         return any(found)

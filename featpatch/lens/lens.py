@@ -269,6 +269,30 @@ class Lens(ABC):
         """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, on the stream `resid`."""
         return self.differentiable_through(layer, resid, tokens, hook)
 
+    def pull(
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        hook: str,
+        weights: torch.Tensor,
+        put: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The gradient of `(weights * activation at the hook).sum()` with respect to `resid`, and to values inside the block.
+
+        Args:
+            put: by hook, the values that activations inside the block are given.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            leaves = [value.detach().clone().requires_grad_() for value in (resid, *put.values())]
+            for name, leaf in zip(put, leaves[1:], strict=True):
+                stack.enter_context(self.edit(name, _becomes(leaf)))
+            value = self.differentiable_through(layer, leaves[0], tokens.clone().to(self.device), hook)
+            total = (value * weights.clone().reshape(value.shape)).sum()
+            found = torch.autograd.grad(total, leaves, allow_unused=True)
+        first, *others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+        return first.detach(), dict(zip(put, others, strict=True))
+
     def differentiable_through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
@@ -326,6 +350,10 @@ class Lens(ABC):
     def digest(self) -> str:
         """SHA-256 of the model's weights."""
         return digest(self.model)
+
+
+def _becomes(value: torch.Tensor) -> Edit:
+    return lambda activation: value.reshape(activation.shape)
 
 
 @contextmanager

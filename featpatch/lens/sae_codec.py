@@ -59,7 +59,6 @@ class SaeCodec(Codec):
         self.d_out = int(getattr(sae.cfg, "d_out", self.d_in))
         self.scale = _scale(sae)
 
-    @torch.no_grad()
     def encode(self, x: torch.Tensor) -> Code:
         """Features (a temporal SAE's novel codes) and, as the state, norms and means, skip path, predicted codes."""
         sae, wide = self.sae, self._decoder.dtype
@@ -76,7 +75,6 @@ class SaeCodec(Codec):
         features = features.to_dense() if features.is_sparse else features
         return Code(features.to(wide), {name: value.to(wide) for name, value in state.items()})
 
-    @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
         """The full reconstruction: sae-lens' own, with what its `decode` leaves out."""
         decoder = self._decoder

@@ -13,7 +13,7 @@ from featpatch.pairs.spans import spans
 from featpatch.patch import LOGITS, Edge
 from featpatch.patching.part import Part
 from featpatch.patching.receivers import Receiver
-from featpatch.patching.route import Route, order
+from featpatch.patching.route import Route
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.senders import Senders
 from featpatch.patching.swaps import Swaps
@@ -61,13 +61,11 @@ class EdgePart(Part):
 
     def edges(self) -> list[Edge]:
         """All that there can be."""
-        places = {site: order((entry[0], "mid" if entry[1] == "z" else entry[1]))
-                  for site in {node.site for node in self.senders.nodes} if (entry := sites.entry(site))}  # fmt: skip
         edges = [
             Edge.of(sender, receiver.node)
             for receiver in self.receivers
             for sender in self.senders.nodes
-            if places[sender.site] <= order(receiver.place) and sender != receiver.node
+            if any(sites.reaches(sender.site, hook) for hook in receiver.reads) and sender != receiver.node
         ]
         return [edge for edge in edges if self.only is None or edge in self.only]
 

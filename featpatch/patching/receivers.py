@@ -36,7 +36,7 @@ class Receiver(ABC):
     @property
     def place(self) -> Place:
         """The last place in the stream that it depends on."""
-        return max((sites.seen_at(hook) for hook in self.reads), key=lambda place: (place[0], place[1] == "mid"))
+        return max((sites.seen_at(hook) for hook in self.reads), key=sites.order)
 
     @property
     def hooks(self) -> set[str]:

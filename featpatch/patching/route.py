@@ -34,11 +34,6 @@ def check_route(route: str) -> None:
         raise FeatpatchError(f"route={route!r}: expected one of {', '.join(get_args(Route))}")
 
 
-def order(place: Place) -> tuple[int, bool]:
-    """Places in the order in which the stream passes them."""
-    return place[0], place[1] == "mid"
-
-
 @dataclass(frozen=True)
 class Stream:
     """Changes of the stream of one base run, one row each, as they go up.
@@ -60,7 +55,7 @@ class Stream:
 
     def reached(self, place: Place) -> Bool[torch.Tensor, " rows"]:
         """Whose changes come in at the place or before it."""
-        return torch.tensor([order(entry) <= order(place) for entry in self.entering])
+        return torch.tensor([sites.order(entry) <= sites.order(place) for entry in self.entering])
 
     def at(self, place: Place) -> Float[torch.Tensor, "rows pos d"]:
         """How much each row has changed the stream there; 0 where it comes in later."""

@@ -73,8 +73,7 @@ class Senders:
         nodes = [node for swap in swaps for node in swap.nodes]
         entering: list[Place] = []
         for swap in swaps:
-            layer, where = sites.entry(swap.site) or (0, "pre")
-            entering += [(layer, "mid" if where == "z" else where)] * len(swap.nodes)
+            entering += [place for place in [sites.comes_in(swap.site)] if place] * len(swap.nodes)
         streams = {}
         for way, (base, _) in run.ways.items():
             tokens = run.bases[way][0].tokens

@@ -1,0 +1,202 @@
+"""Estimates of paths: the receiver's gradient times what the sender's change makes of it, what lies between being frozen.
+
+    estimate(S -> R) = (dm/dR in the model) . (dR/dS, attention frozen, MLPs frozen or not) . (S_source - S_base)
+
+(Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348.) Where the path is the residual stream alone, dR/dS is
+that of the receiver's own norm and weights. One backward pass through a block per receiver serves all senders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from featpatch import sites
+from featpatch.attribution.components import ComponentPart
+from featpatch.attribution.features import FeaturePart
+from featpatch.attribution.gradients import Gradients, PairGradients
+from featpatch.attribution.part import Part
+from featpatch.attribution.receiving import Receiving
+from featpatch.effects import Collector, Effects, check_gap
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens, dictionaries, provenance, wrap
+from featpatch.metrics import Metric
+from featpatch.pairs import Pairs
+from featpatch.pairs.spans import spans
+from featpatch.patch import DIRECTIONS, LOGITS, Direction, Edge, Node, check_directions
+
+
+def estimate_paths(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    *,
+    senders: Effects | Sequence[Node],
+    receivers: Effects | Sequence[Node | str],
+    route: Literal["direct", "through_mlps"] = "direct",
+    gradients: Gradients | None = None,
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: str | Metric = "logit_diff",
+    progress: bool = True,
+) -> Effects:
+    """Gradient estimates of what `rank_paths` measures: the same rows, marked `estimate`.
+
+    They cost two forward and backward passes per pair, and a backward pass of one block per receiver; senders cost nothing.
+    A receiver that is off in the base run has no gradient, and is estimated at 0.
+
+    Args:
+        gradients: what an `fp.Gradients` of this model and these pairs, of method `"atp"`, has kept.
+        model, saes, pairs, senders, receivers, route, directions, progress: as in `rank_paths`; no error terms as receivers.
+        metric: a differentiable one.
+
+    Raises:
+        FeatpatchError: unusable input.
+    """
+    lens = wrap(model)
+    found = [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+    source = gradients or Gradients(model, pairs, metric=metric, keep=False)
+    if source.model is not model or source.pairs != pairs or source.method != "atp":
+        raise FeatpatchError("gradients are of another model, other pairs or another method: expected atp of these")
+    if lens.hooked:
+        raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
+    sending = list(senders.nodes) if isinstance(senders, Effects) else list(senders)
+    ends = [LOGITS if node == "logits" else node for node in (receivers.nodes if isinstance(receivers, Effects) else receivers)]
+    receiving = [Receiving.of(lens, node, found) for node in ends if isinstance(node, Node)]
+    ways, parts = check_directions(directions), _parts(lens, sending, found)
+    wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
+    inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
+    inside += [sites.component(layer, "attn_out") for layer in range(lens.n_layers)]
+    reads = [hook for part in parts for hook in (*part.reads, *part.sites)] + [r.reads for r in receiving] + inside
+    clean, corrupted = np.zeros((2, len(pairs), 1))
+    changes: dict[int, dict[Direction, dict[Node, float]]] = {}
+    with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
+        for of_pair in source.of(list(dict.fromkeys(reads)), list(dict.fromkeys(r.writes for r in receiving))):
+            index = of_pair.index
+            clean[index], corrupted[index] = of_pair.values["noising"], of_pair.values["denoising"]
+            changes[index] = {}
+            for way in ways:
+                pulled = _Pulled(lens, of_pair, way, receiving, route).at([site for part in parts for site in part.sites])
+                of_receivers = replace(of_pair, gradients={way: pulled})
+                changes[index][way] = {}
+                for part in parts:
+                    estimate = part.found(of_receivers, way, wanted[index])
+                    for sender, column in zip(estimate.nodes, estimate.changes.unbind(1), strict=True):
+                        if sender in sending:
+                            changes[index][way].update(
+                                (Edge.of(sender, receiver.node), float(value))
+                                for receiver, value in zip(receiving, column, strict=True)
+                                if sites.reaches(sender.site, receiver.reads) and sender != receiver.node
+                            )
+            bar.update()
+    check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
+    collector = Collector((source.measure.name,))
+    for index, of_way in sorted(changes.items()):
+        nodes = list(dict.fromkeys(node for values in of_way.values() for node in values))
+        base = {"denoising": corrupted[index], "noising": clean[index]}
+        collector.add(index, nodes, {way: base[way] + np.array([values.get(n, 0.0) for n in nodes])[:, None]
+                                     for way, values in of_way.items()})  # fmt: skip
+    metadata = {
+        "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "route": route, "unsigned": False,
+        "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
+    }  # fmt: skip
+    return collector.effects(clean, corrupted, metadata, value="estimate")
+
+
+def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:
+    """Of the senders' sites."""
+    parts: dict[tuple[str, str], Part] = {}
+    for node in senders:
+        owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
+        site = lens.site(node.site)
+        if owner is not None and node.kind in ("feature", "error", "all_features"):
+            parts["sae", owner.name] = FeaturePart(owner)
+        elif node.kind == "head" and site.endswith("hook_z"):
+            parts["heads", site] = ComponentPart(site, site, "z")
+        elif node.kind == "activation" and sites.entry(site) is not None:
+            parts["whole", site] = ComponentPart(site, site, "mlp_out")
+        else:
+            raise FeatpatchError(
+                f"sender {str(node)!r}: expected a feature or error of {sorted(d.name for d in found)}, a head at hook_z, or a "
+                "whole activation"
+            )
+    return list(parts.values())
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """The receivers' gradients with respect to the stream below them, in one run."""
+
+    lens: Lens
+    of_pair: PairGradients
+    way: Direction
+    receiving: Sequence[Receiving]
+    route: str
+
+    def at(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`[receivers, pos, ...]` at sites that write to the stream."""
+        stream = self._by_place()
+        found = {}
+        for site in wanted:
+            place = sites.comes_in(site)
+            assert place is not None
+            gradient = stream[place]
+            if site.endswith("hook_z"):
+                layer = place[0]
+                z = self._rows(self._activation(site))
+                _, inner = self._pull(layer, sites.component(layer, "attn_out"), gradient, {site: z})
+                gradient = inner[site]
+            found[site] = gradient
+        return found
+
+    def _by_place(self) -> dict[tuple[int, str], torch.Tensor]:
+        """From the last place down."""
+        zero = torch.zeros_like(self._rows(self._activation(sites.resid_pre(0))))
+        stream: dict[tuple[int, str], torch.Tensor] = {}
+        now = zero
+        for layer in range(self.lens.n_layers, -1, -1):
+            if layer < self.lens.n_layers:
+                middle, entering = now, now
+                if self.route == "through_mlps" and not getattr(self.lens.model.cfg, "attn_only", False):
+                    gradient, inner = self._behind(layer, sites.component(layer, "mlp_out"), now)
+                    middle, entering = now + inner, now + gradient
+                for hook, weights in self._read_at((layer, "mid")).items():
+                    gradient, inner = (weights, weights) if sites.is_stream(hook) else self._behind(layer, hook, weights)
+                    middle, entering = middle + inner, entering + gradient
+                stream[layer, "mid"], now = middle, entering
+            for hook, weights in self._read_at((layer, "pre")).items():
+                now = now + (weights if sites.is_stream(hook) else self._pull(layer, hook, weights, {})[0])
+            stream[layer, "pre"] = now
+        return stream
+
+    def _read_at(self, place: tuple[int, str]) -> dict[str, torch.Tensor]:
+        """By hook the weights of the receivers that read there, one row each; rows of others are 0."""
+        found: dict[str, torch.Tensor] = {}
+        for row, receiver in enumerate(self.receiving):
+            if sites.seen_at(receiver.reads) == place:
+                weights = receiver.weights(self.of_pair, self.way)
+                if receiver.reads not in found:
+                    found[receiver.reads] = weights.new_zeros(len(self.receiving), *weights.shape)
+                found[receiver.reads][row] = weights
+        return found
+
+    def _behind(self, layer: int, hook: str, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a hook behind attention, which is frozen: with respect to what enters the block, and to what attention adds."""
+        name = sites.component(layer, "attn_out")
+        gradient, inner = self._pull(layer, hook, weights, {name: self._rows(self._activation(name))})
+        return gradient, inner[name]
+
+    def _pull(
+        self, layer: int, hook: str, weights: torch.Tensor, put: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        resid = self._rows(self._activation(sites.resid_pre(layer)))
+        tokens = torch.tensor(self.of_pair.tokens(self.way)).expand(len(resid), -1)
+        return self.lens.pull(layer, resid, tokens, hook, weights, put)
+
+    def _activation(self, hook: str) -> torch.Tensor:
+        return self.of_pair.activations[self.way][hook]
+
+    def _rows(self, activation: torch.Tensor) -> torch.Tensor:
+        return activation.expand(len(self.receiving), *activation.shape)

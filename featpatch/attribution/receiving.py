@@ -1,0 +1,82 @@
+"""How a receiver's value depends on the stream, to first order: where it is read, and its gradient there.
+
+With g = dm/dy at what the receiver writes, weights are given to what it reads so that their product with a change of the
+reading is the change of the metric: g for a whole activation, g of one head, (d_j . g) for a feature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from featpatch import sites
+from featpatch.attribution.gradients import PairGradients
+from featpatch.errors import FeatpatchError
+from featpatch.lens import Dictionary, Lens
+from featpatch.pairs.spans import spans
+from featpatch.patch import LOGITS, Direction, Node
+
+
+@dataclass(frozen=True)
+class Receiving:
+    """A receiver.
+
+    Attributes:
+        reads: the hook where it sees the stream.
+        writes: the hook at which the metric's gradient is needed.
+        dictionary: that of a feature, else None.
+    """
+
+    node: Node
+    reads: str
+    writes: str
+    dictionary: Dictionary | None = None
+
+    @classmethod
+    def of(cls, lens: Lens, node: Node, found: Sequence[Dictionary]) -> "Receiving":
+        """Raises FeatpatchError for a node that estimates know no rule for."""
+        if node == LOGITS:
+            last = sites.resid_post(lens.n_layers - 1)
+            return cls(node, last, last)
+        owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
+        if owner is not None and node.kind == "feature" and owner.behaviour.linear:
+            return cls(node, owner.reads, owner.writes, owner)
+        site = lens.site(node.site)
+        whole = node.kind == "activation" and sites.entry(site) is not None
+        head = node.kind == "head" and site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"))
+        if not whole and not head:
+            raise FeatpatchError(
+                f"receiver {str(node)!r}: expected a feature of {sorted(d.name for d in found)} whose decoder is linear, a head "
+                "at hook_q, hook_k, hook_v or hook_z, a whole activation, or 'logits', for estimates"
+            )
+        return cls(node, site, site)
+
+    def weights(self, of_pair: PairGradients, direction: Direction) -> torch.Tensor:
+        """Of the activation at `reads`, `[pos, ...]`; 0 where the receiver isn't patched."""
+        gradient = of_pair.gradients[direction][self.writes][0]
+        position = self.node.position
+        if self.node != LOGITS and position != "all":
+            here = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+            here[spans(of_pair.pair, [position])[position]] = True
+            gradient = gradient * here.reshape(-1, *[1] * (gradient.dim() - 1))
+        if self.node.kind == "head":
+            one = torch.zeros_like(gradient)
+            one[:, self.node.index] = gradient[:, self.node.index]
+            return one
+        return gradient if self.dictionary is None else self._of_feature(of_pair, direction, gradient)
+
+    def _of_feature(self, of_pair: PairGradients, direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
+        """Through the encoder."""
+        dictionary, read = self.dictionary, of_pair.activations[direction][self.reads]
+        assert dictionary is not None
+        assert self.node.index is not None
+        along = gradient.flatten(1).to(torch.float64) @ dictionary.directions(torch.tensor([self.node.index]))[0].to(
+            torch.float64
+        )
+        if dictionary.behaviour.scaled:
+            along = along * dictionary.gains(of_pair.split(dictionary)[direction]).to(along)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = read.detach().clone().requires_grad_()
+            value = dictionary.codec.encode(leaf[None].flatten(2)).features[0, :, self.node.index]
+            (found,) = torch.autograd.grad((value * along.clone().to(value)).sum(), leaf)
+        return found

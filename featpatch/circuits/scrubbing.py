@@ -1,0 +1,178 @@
+"""Causal scrubbing: does a node depend on no more than a hypothesis says?
+
+Each node of a hypothesis is resampled from prompts that agree with the one at hand on what it is said to depend on, its parents
+in turn relative to that prompt; senders that the hypothesis leaves out come from prompts drawn at random, each on its own. If
+the hypothesis is right, the behaviour stays (Chan et al. 2022, "Causal scrubbing", algorithm 1, with the tree unrolled).
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featpatch import sites
+from featpatch.circuits.edges import INSIDE, EdgeGraph
+from featpatch.effects import check_gap, interval
+from featpatch.errors import FeatpatchError
+from featpatch.lens import wrap
+from featpatch.metrics import Metric, find
+from featpatch.pairs import Pair, Pairs, check_pairs
+from featpatch.patch import LOGITS, Node
+
+Label = Callable[[Pair], Hashable]
+"""What of a clean prompt a node is said to depend on."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Which senders a receiver reads, and on what of the prompt each of them depends.
+
+    Attributes:
+        parents: for a receiver (`fp.LOGITS`, an MLP, a head at `hook_q`, `hook_k` or `hook_v`) its important senders (heads at
+            `hook_z`, MLPs, the embedding `Node("hook_embed", "activation")`), each with its label: two prompts with the same
+            label are interchangeable for it. A sender with no parents of its own is taken whole from a prompt with its label.
+    """
+
+    parents: Mapping[Node, Mapping[Node, Label]]
+
+
+@dataclass(frozen=True)
+class Scrubbed:
+    """What is left of the behaviour.
+
+    Attributes:
+        values: the metric of each prompt in the scrubbed runs, the mean over draws; whole: unpatched; chance: with every sender
+            from a random prompt.
+        recovered: (scrubbed - chance) / (whole - chance), the ratio of means; low, high: 95 % bootstrap interval over prompts.
+    """
+
+    values: NDArray[np.float64]
+    whole: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    recovered: float
+    low: float
+    high: float
+
+    def __repr__(self) -> str:
+        return (
+            f"recovered {self.recovered:.2f} [{self.low:.2f}, {self.high:.2f}] over {len(self.values)} prompts: metric "
+            f"{self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the model, {self.chance.mean():.3g} by chance"
+        )
+
+
+def scrub(
+    model: Any, pairs: Pairs, hypothesis: Hypothesis, *, metric: str | Metric = "logit_diff", draws: int = 10, seed: int = 0
+) -> Scrubbed:
+    """How much of the behaviour on the clean prompts a hypothesis keeps.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer, without hooks of yours and without norms behind heads and MLPs.
+        pairs: whose clean prompts are resampled from, all equally long; many, so that labels are shared.
+        hypothesis: what reads what, and what it depends on.
+        draws: how often everything is drawn anew.
+
+    Raises:
+        FeatpatchError: unusable input, prompts of unequal length, or a node that the model or its graph doesn't have.
+    """
+    check_pairs(pairs)
+    if len(pairs.by_length()) > 1:
+        raise FeatpatchError(f"prompts have {sorted(pairs.by_length())} tokens: expected equally long ones for scrubbing")
+    if type(draws) is not int or draws < 1:
+        raise FeatpatchError(f"draws={draws!r}: expected 1 or more")
+    graph = EdgeGraph(wrap(model), pairs, "corrupted", find(metric))
+    graph.check()
+    run = _Run(graph, hypothesis, np.random.default_rng(seed))
+    everyone, rows = list(range(len(pairs))), np.arange(len(pairs))
+    values, chance = np.zeros(len(pairs)), np.zeros(len(pairs))
+    for _ in range(draws):
+        values += graph.metric_of(run.logits(rows, hypothesis.parents)[None], everyone)[0].cpu().numpy() / draws
+        chance += graph.metric_of(run.logits(rows, {LOGITS: {}})[None], everyone)[0].cpu().numpy() / draws
+    check_gap(graph.measure.name, graph.whole, chance)
+    low, high = interval((values - chance)[None], graph.whole - chance)[0]
+    recovered = float((values.mean() - chance.mean()) / (graph.whole.mean() - chance.mean()))
+    return Scrubbed(values, graph.whole, chance, recovered, float(low), float(high))
+
+
+@dataclass(eq=False)
+class _Run:
+    graph: EdgeGraph
+    hypothesis: Hypothesis
+    generator: np.random.Generator
+    _alike: dict[Label, list[NDArray[np.int64]]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        receivers = set(self.graph.receivers())
+        for receiver, parents in self.hypothesis.parents.items():
+            if receiver not in receivers:
+                raise FeatpatchError(
+                    f"receiver {str(receiver)!r}: expected LOGITS, an MLP, or a head at hook_q, hook_k or hook_v, at 'all'"
+                )
+            strange = set(parents) - set(self.graph.senders(receiver))
+            if strange:
+                raise FeatpatchError(f"{str(next(iter(strange)))!r} does not write below {str(receiver)!r}: expected what does")
+        if LOGITS not in self.hypothesis.parents:
+            raise FeatpatchError("the hypothesis says nothing of the logits: expected parents of fp.LOGITS")
+        with torch.no_grad():
+            self.tokens = torch.tensor([pair.clean for pair in self.graph.pairs])
+            self.written, self.always = self.graph.written(self.tokens)
+
+    @torch.no_grad()
+    def logits(self, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
+        """Of the prompts, `[rows, d_vocab]`, with the final stream put together."""
+        answers = torch.tensor([pair.answer_position for pair in self.graph.pairs])
+        return self.graph.unembedded(self._input(LOGITS, rows, parents), self.tokens, answers)
+
+    def _input(self, receiver: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
+        """What reaches a receiver when its output is to be that of the prompts `rows`."""
+        important = parents.get(receiver, {})
+        total = torch.zeros_like(self.written[self.graph.senders()[0]])
+        for sender in self.graph.senders(receiver):
+            if sender in important:
+                total = total + self._output(sender, self._agreeing(important[sender], rows), parents)
+            else:
+                total = total + self.written[sender][torch.from_numpy(self.generator.integers(len(rows), size=len(rows)))]
+        return total + self.always[self.graph.depth(receiver)]
+
+    def _output(self, sender: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
+        """What a sender writes: as in those prompts, or, if something is said of its parents, from their outputs."""
+        if not sites_of(sender, self.graph) & set(parents):
+            return self.written[sender][torch.from_numpy(rows)]
+        if sender.kind == "head":
+            layer, head = sites.layer_of(sender.site), int(sender.index or 0)
+            inputs = {}
+            for name in INSIDE:
+                shared = self.graph.heads(layer, "z") // self.graph.heads(layer, name)
+                node = Node(sites.component(layer, name), "head", head // shared)
+                inputs[name] = self._input(node, rows, parents) if node in parents else self._natural(node, rows)
+            return self.graph.head_output(layer, head, inputs, self.tokens)
+        return self.graph.mlp_output(sites.layer_of(sender.site), self._input(sender, rows, parents), self.tokens)
+
+    def _natural(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
+        """A receiver's input in some prompts."""
+        chosen = torch.from_numpy(rows)
+        total = sum((self.written[sender][chosen] for sender in self.graph.senders(receiver)), torch.zeros(()))
+        return total + self.always[self.graph.depth(receiver)]
+
+    def _agreeing(self, label: Label, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each prompt another one, drawn at random, or itself, with the same label."""
+        if label not in self._alike:
+            groups: dict[Hashable, list[int]] = {}
+            values = [label(pair) for pair in self.graph.pairs]
+            for index, value in enumerate(values):
+                groups.setdefault(value, []).append(index)
+            self._alike[label] = [np.array(groups[value]) for value in values]
+        return np.array([self.generator.choice(self._alike[label][row]) for row in rows])
+
+
+def sites_of(sender: Node, graph: EdgeGraph) -> set[Node]:
+    """The receivers that a sender's output is made of."""
+    if sender.kind != "head":
+        return {sender}
+    layer, found = sites.layer_of(sender.site), set()
+    for name in INSIDE:
+        shared = graph.heads(layer, "z") // graph.heads(layer, name)
+        found.add(Node(sites.component(layer, name), "head", int(sender.index or 0) // shared))
+    return found

@@ -1,0 +1,106 @@
+"""Estimates of paths against the slope of path patching by plain hooks, and against exact paths where all is linear."""
+
+from typing import Any
+
+import numpy as np
+import oracle
+import path_oracle
+import pytest
+import torch
+from architectures import BRIDGES, HOOKED
+from small import Small
+from test_paths import MLP, OPTIONS, Z, end, name_of, nodes_of
+from test_sets import pairs_of
+
+import featpatch as fp
+
+STEP = 1e-5
+
+
+def slope(small: Small, edge: Any, slot: int, direction: str, route: str) -> float:
+    """Of the metric, when the sender is changed by a small share of its change."""
+    runs = small.corrupted[slot], small.clean[slot]
+    base, source = runs if direction == "denoising" else runs[::-1]
+    sender, receiver = end(small, edge.sender), end(small, edge.receiver)
+    found = []
+    for share in (STEP, -STEP):
+
+        def scaled(of_base: Any, of_source: Any, x: torch.Tensor, share: float = share) -> torch.Tensor:
+            return x + share * (sender.swapped(of_base, of_source, x) - x)
+
+        part = path_oracle.End(sender.site, scaled, sender.reads, sender.moves)
+        freeze = route == "direct" and not getattr(small.model.cfg, "attn_only", False)
+        logits = path_oracle.path_patch(small.model, base, source, part, receiver, freeze_mlps=freeze)
+        found.append(oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot])))
+    return (found[0] - found[1]) / (2 * STEP)
+
+
+@pytest.mark.parametrize("route", ["direct", "through_mlps"])
+def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
+    transcoder = name_of(small.saes[-1])
+    early = nodes_of(small, ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"], 1)
+    late = nodes_of(small, ["blocks.2.hook_resid_pre", "blocks.2.hook_resid_post", transcoder, "blocks.1.attn.hook_z"], 2)
+    senders = [*early, fp.Node(Z.format(0), "head", 1), fp.Node(Z.format(1), "head", 2), fp.Node(MLP.format(0), "activation")]
+    inside = [fp.Node(f"blocks.{layer}.attn.hook_{name}", "head", 3) for layer in (1, 2) for name in "qkvz"]
+    receivers = [*(node for node in late if node.kind == "feature"), *inside, fp.Node(MLP.format(1), "activation"),
+                 fp.Node(MLP.format(2), "activation"), fp.LOGITS]  # fmt: skip
+    run: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": route, **OPTIONS}
+    estimate = fp.estimate_paths(small.model, small.saes, pairs_of(small), **run)
+    exact = fp.rank_paths(small.model, small.saes, pairs_of(small), **run)
+    assert set(estimate.nodes) == set(exact.nodes)
+    assert estimate.value == "estimate"
+    seen = 0
+    for entry in range(0, len(estimate.row), 7):
+        edge, slot = estimate.nodes[estimate.row[entry]], int(estimate.pair[entry])
+        for direction, found, base in (
+            ("denoising", estimate.denoised, estimate.corrupted),
+            ("noising", estimate.noised, estimate.clean),
+        ):
+            true = slope(small, edge, slot, direction, route)
+            seen += abs(true) > 1e-4
+            assert found[entry] - base[slot] == pytest.approx(true, abs=1e-6), (str(edge), direction)
+    assert seen > 20
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    "name", ["bridge neox", "bridge llama", "bridge gemma2", "hooked gemma2", "hooked attention only", "hooked no norms"]
+)
+def test_architectures(name: str) -> None:
+    kind, _, which = name.partition(" ")
+    model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    mlps = not getattr(model.cfg, "attn_only", False)
+    senders = [fp.Node(Z.format(0), "head", 1), *([fp.Node(MLP.format(0), "activation")] if mlps else [])]
+    receivers = [fp.Node("blocks.1.attn.hook_q", "head", 3), fp.Node("blocks.1.attn.hook_k", "head", 1), fp.LOGITS,
+                 *([fp.Node(MLP.format(layer), "activation") for layer in (0, 2)] if mlps else [])]  # fmt: skip
+    run: dict[str, Any] = {
+        "senders": senders,
+        "receivers": receivers,
+        "route": "through_mlps",
+        "directions": ["denoising"],
+        **OPTIONS,
+    }
+    estimate = fp.estimate_paths(model, None, pairs_of(small, [0]), **run)
+    for entry, edge in enumerate(estimate.nodes[row] for row in estimate.row):
+        true = slope(small, edge, 0, "denoising", "through_mlps")
+        assert estimate.denoised[entry] - estimate.corrupted[0] == pytest.approx(true, abs=1e-6), str(edge)
+
+
+def test_gradients_are_shared(small: Small) -> None:
+    gradients = fp.Gradients(small.model, pairs_of(small))
+    run: dict[str, Any] = {"senders": [fp.Node(MLP.format(0), "activation")], "receivers": ["logits"], **OPTIONS}
+    one = fp.estimate_paths(small.model, None, pairs_of(small), gradients=gradients, **run)
+    np.testing.assert_array_equal(one.denoised, fp.estimate_paths(small.model, None, pairs_of(small), **run).denoised)
+
+
+def test_errors(small: Small) -> None:
+    mlp = fp.Node(MLP.format(0), "activation")
+    for changed, message in (
+        ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")]}, "for estimates"),
+        ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "sender 'blocks.0.attn.hook_q"),
+        ({"gradients": fp.Gradients(small.model, pairs_of(small), method="ig")}, "expected atp of these"),
+    ):
+        options: dict[str, Any] = {"senders": [mlp], "receivers": ["logits"], **OPTIONS, **changed}
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.estimate_paths(small.model, None, pairs_of(small), **options)

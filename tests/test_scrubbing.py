@@ -1,0 +1,119 @@
+"""A right hypothesis about a circuit by hand keeps the behaviour, wrong ones lose it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from circuits_by_hand import BOS, induction
+from small import small_bridge, small_hooked
+from test_sets import pairs_of
+
+import featpatch as fp
+from featpatch.circuits import EdgeGraph
+from featpatch.lens import wrap
+from featpatch.metrics import find
+
+EMBED = fp.Node("hook_embed", "activation")
+LENGTH = 8
+
+
+def z(layer: int, head: int) -> fp.Node:
+    return fp.Node(f"blocks.{layer}.attn.hook_z", "head", head)
+
+
+def inside(layer: int, head: int, letter: str) -> fp.Node:
+    return fp.Node(f"blocks.{layer}.attn.hook_{letter}", "head", head)
+
+
+def prompts(count: int = 60) -> fp.Pairs:
+    """`... A B ... A`, two of each A, B and place, so that many prompts share each label."""
+    generator = np.random.default_rng(1)
+    clean, corrupted, correct, wrong = [], [], [], []
+    for _ in range(count):
+        a, b, start = generator.integers(1, 3), generator.integers(7, 9), generator.integers(1, 3)
+        prompt = [BOS, *generator.permutation(np.arange(13, 19))[: LENGTH - 2], a]
+        prompt[start : start + 2] = a, b
+        other = list(prompt)
+        other[start + 1] = 15 - b
+        clean.append(prompt)
+        corrupted.append(other)
+        correct.append(b)
+        wrong.append(15 - b)
+    return fp.Pairs.from_tokens(*(torch.tensor(np.array(values)) for values in (clean, corrupted, correct, wrong)))
+
+
+def a(pair: fp.Pair) -> int:
+    return pair.clean[-1]
+
+
+def b(pair: fp.Pair) -> int:
+    return pair.correct[0]
+
+
+def place(pair: fp.Pair) -> int:
+    return pair.clean.index(a(pair))
+
+
+def a_and_place(pair: fp.Pair) -> tuple[int, int]:
+    return a(pair), place(pair)
+
+
+def b_and_place(pair: fp.Pair) -> tuple[int, int]:
+    return b(pair), place(pair)
+
+
+def everything(pair: fp.Pair) -> tuple[int, int, int]:
+    return a(pair), b(pair), place(pair)
+
+
+RIGHT = {
+    fp.LOGITS: {z(1, 2): b},
+    inside(1, 2, "q"): {EMBED: a},
+    inside(1, 2, "k"): {z(0, 1): a_and_place},
+    inside(1, 2, "v"): {EMBED: b_and_place},
+}
+"""Read with the prompt that stands for B: whatever A and place it has, they must be those of query, key and value alike."""
+
+
+def test_right_and_wrong_hypotheses() -> None:
+    model, pairs = induction("value").model, prompts()
+    right = fp.scrub(model, pairs, fp.Hypothesis(RIGHT))
+    assert right.recovered == pytest.approx(1.0, abs=1e-9)
+    assert right.low == pytest.approx(1.0, abs=1e-9)
+    wrong_label = fp.scrub(model, pairs, fp.Hypothesis({**RIGHT, fp.LOGITS: {z(1, 2): a}}))
+    assert wrong_label.high < 0.5
+    wrong_head = fp.scrub(model, pairs, fp.Hypothesis({fp.LOGITS: {z(1, 0): b}}))
+    assert wrong_head.high < 0.5
+    place_left_out = fp.scrub(model, pairs, fp.Hypothesis({**RIGHT, inside(1, 2, "v"): {EMBED: b}}))
+    assert 0.2 < place_left_out.recovered < 0.95
+    without_query = fp.scrub(model, pairs, fp.Hypothesis({**RIGHT, inside(1, 2, "q"): {}}))
+    assert without_query.high < 0.95
+    leaf = fp.scrub(model, pairs, fp.Hypothesis({fp.LOGITS: {z(1, 2): b}}))
+    assert leaf.recovered == pytest.approx(1.0, abs=1e-9)
+    assert "recovered 1.00 [1.00, 1.00] over 60 prompts" in repr(right)
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_everything_in_the_hypothesis_is_the_model(make: Any) -> None:
+    """Labels that only the prompt itself has, all senders important, down to the embedding: nothing changes."""
+    small = make()
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    own: Any = lambda pair: pair.clean  # noqa: E731
+    parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
+               if receiver == fp.LOGITS or ".0." in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
+    found = fp.scrub(small.model, pairs_of(small), fp.Hypothesis(parents), draws=1)
+    np.testing.assert_allclose(found.values, found.whole, atol=1e-9)
+    assert found.recovered == pytest.approx(1.0)
+
+
+def test_errors() -> None:
+    model, pairs = induction("value").model, prompts(8)
+    for parents, options, message in (
+        ({fp.LOGITS: {}}, {"draws": 0}, "draws=0"),
+        ({z(1, 2): {EMBED: b}}, {}, "expected LOGITS"),
+        ({inside(0, 1, "v"): {z(1, 0): b}}, {}, "does not write below"),
+        ({inside(1, 1, "v"): {EMBED: b}}, {}, "says nothing of the logits"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.scrub(model, pairs, fp.Hypothesis(parents), **options)

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
         interactions,
         random_controls,
         rank_components,
-        rank_paths,
         select_features,
     )
     from featpatch.reporting import report
-    from featpatch.screening import plan, rank_features
+    from featpatch.screening import plan, rank_features, rank_paths
     from featpatch.selfcheck import check
     from featpatch.verdict import Check
 
@@ -92,7 +91,7 @@ HOMES = {
     "random_controls": "patching",
     "rank_components": "patching",
     "rank_features": "screening",
-    "rank_paths": "patching",
+    "rank_paths": "screening",
     "report": "reporting",
     "scrub": "circuits",
     "select_features": "patching",

@@ -224,3 +224,26 @@ def test_architectures(name: str, route: str) -> None:
     assert len(effects)
     for entry, edge in enumerate(effects.nodes[row] for row in effects.row):
         assert effects.denoised[entry] == pytest.approx(expected(small, edge, 0, "denoising", route), abs=1e-9), str(edge)
+
+
+def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is run has the values of the full sweep; the audit bounds the others; the cost is said before."""
+    senders = [fp.Node(Z.format(layer), "head", n) for layer in (0, 1) for n in range(4)]
+    receivers = [fp.Node(f"blocks.2.attn.hook_{letter}", "head", n) for letter in "qkv" for n in range(4)]
+    run: dict[str, Any] = {"senders": senders, "receivers": receivers, "progress": False}
+    whole = fp.rank_paths(small.model, None, pairs_of(small), **run)
+    some = fp.rank_paths(small.model, None, pairs_of(small), exact="screened", k=20, audit=10, **run)
+    assert len(some) == 30
+    assert some.value == "exact"
+    for node, value in zip(some.nodes, some.pooled("recovery"), strict=True):
+        assert value == pytest.approx(whole.pooled("recovery")[whole.nodes.index(node)], abs=1e-9)
+    assert some.audit(top=10).recall < 1
+    all_run = fp.rank_paths(small.model, None, pairs_of(small), exact="screened", k=20, audit=76, **run)
+    assert all_run.audit(top=10).recall == 1
+    assert some.rows_ranked == len(whole)
+    monkeypatch.setattr("featpatch.screening.path_ranking.BUDGET", 50)
+    automatic = fp.rank_paths(small.model, None, pairs_of(small), k=20, audit=10, **{**run, "progress": True})
+    assert automatic.nodes == some.nodes
+    assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().out
+    with pytest.raises(fp.FeatpatchError, match="exact='some'"):
+        fp.rank_paths(small.model, None, pairs_of(small), exact="some", **run)

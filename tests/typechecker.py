@@ -13,6 +13,7 @@ LITERALS = [
     Literal["nodes", "edges"],
     Literal["threshold", "greedy", "acdc"],
     Literal["exact", "estimate"],
+    Literal["auto", "all", "screened"],
     Literal["corrupted", "mean", "resample"],
     Literal["in", "out", "nodes"],
 ]

@@ -34,7 +34,7 @@ def estimate_paths(
     saes: Any,
     pairs: Pairs,
     *,
-    senders: Effects | Sequence[Node],
+    senders: Effects | Sequence[Node | str],
     receivers: Effects | Sequence[Node | str],
     route: Literal["direct", "through_mlps"] = "direct",
     gradients: Gradients | None = None,
@@ -62,9 +62,8 @@ def estimate_paths(
         raise FeatpatchError("gradients are of another model, other pairs or another method: expected atp of these")
     if lens.hooked:
         raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
-    sending = list(senders.nodes) if isinstance(senders, Effects) else list(senders)
-    ends = [LOGITS if node == "logits" else node for node in (receivers.nodes if isinstance(receivers, Effects) else receivers)]
-    receiving = [Receiving.of(lens, node, found) for node in ends if isinstance(node, Node)]
+    sending, ends = _nodes(senders), _nodes(receivers)
+    receiving = [Receiving.of(lens, node, found) for node in ends]
     ways, parts = check_directions(directions), _parts(lens, sending, found)
     wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
@@ -103,6 +102,13 @@ def estimate_paths(
         "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
     return collector.effects(clean, corrupted, metadata, value="estimate")
+
+
+def _nodes(nodes: Effects | Sequence[Node | str]) -> list[Node]:
+    chosen = [LOGITS if node == "logits" else node for node in (nodes.nodes if isinstance(nodes, Effects) else nodes)]
+    if not chosen or not all(isinstance(node, Node) for node in chosen):
+        raise FeatpatchError(f"{nodes!r}: expected nodes, or a table of effects whose rows they are")
+    return [node for node in chosen if isinstance(node, Node)]
 
 
 def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:

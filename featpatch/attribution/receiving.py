@@ -46,7 +46,7 @@ class Receiving:
         head = node.kind == "head" and site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"))
         if not whole and not head:
             raise FeatpatchError(
-                f"receiver {str(node)!r}: expected a feature of {sorted(d.name for d in found)} whose decoder is linear, a head "
+                f"receiver {str(node)!r}: expected a feature of {sorted(d.name for d in found)} with a linear decoder, a head "
                 "at hook_q, hook_k, hook_v or hook_z, a whole activation, or 'logits', for estimates"
             )
         return cls(node, site, site)

@@ -426,7 +426,9 @@ class Effects:
         }
         pooled = {effect: np.append(self.pooled(effect), 0.0) for effect in self.directions_run()}
         rows = []
-        for sae, site, position in dict.fromkeys((node.sae, node.site, node.position) for node in self.nodes if node.sae):
+        for sae, site, position in dict.fromkeys(
+            (node.sae, node.site, node.position) for node in self.nodes if node.sae and node.kind != "edge"
+        ):
             row: dict[str, Any] = {"sae": sae, "site": site, "position": position}
             row["changed_features"] = features[sae, site, position]
             for effect, values in pooled.items():

@@ -1,7 +1,7 @@
 """TransformerBridge: Hugging Face models behind TransformerLens hooks."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -41,10 +41,12 @@ class BridgeLens(Lens):
         ):
             return self.model(tokens)[:, 0]
 
-    def edit(self, site: str, change: Edit, *, first: bool = False) -> AbstractContextManager[Fired]:
+    @contextmanager
+    def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
         """As on every lens; what is found out by a run of its own is found out before."""
         _ = self._wraps
-        return super().edit(site, change, first=first)
+        with super().edit(site, change, first=first) as fired:
+            yield fired
 
     def _points(self) -> Mapping[str, HookPoint]:
         """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""

@@ -9,11 +9,13 @@ from featpatch.patching.diagnostics import diagnose
 from featpatch.patching.features import feature_study
 from featpatch.patching.interaction import interactions
 from featpatch.patching.noise import Noise
-from featpatch.patching.paths import rank_paths
+from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.readings import Metrics, leading
+from featpatch.patching.route import Route
 from featpatch.patching.selection import Selection, select_features
+from featpatch.patching.study import Study
 
 __all__ = [
-    "Controls", "Curve", "Metrics", "Noise", "Selection", "ablate", "cumulative", "diagnose", "do", "feature_study",
-    "interactions", "leading", "random_controls", "rank_components", "rank_paths", "select_features",
+    "Controls", "Curve", "Metrics", "Nodes", "Noise", "Route", "Selection", "Study", "ablate", "cumulative", "diagnose", "do",
+    "feature_study", "interactions", "leading", "path_study", "random_controls", "rank_components", "select_features",
 ]  # fmt: skip

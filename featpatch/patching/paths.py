@@ -1,7 +1,6 @@
-"""Rank paths: what a sender does through a receiver, exactly."""
+"""Studies of paths: what senders do through receivers."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from featpatch.effects import Effects
@@ -9,7 +8,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens import dictionaries, wrap
 from featpatch.metrics import SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
-from featpatch.patch import DIRECTIONS, LOGITS, Direction, Edge, Node
+from featpatch.patch import LOGITS, Direction, Edge, Node
 from featpatch.patching.edge_part import EdgePart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.receivers import receiver
@@ -19,46 +18,6 @@ from featpatch.patching.study import Study
 
 Nodes = Effects | Sequence[Node | str]
 """Nodes, or a table whose rows they are; of the receivers `"logits"` is one too."""
-
-
-def rank_paths(
-    model: Any,
-    saes: Any,
-    pairs: Pairs,
-    *,
-    senders: Nodes,
-    receivers: Nodes,
-    route: Route = "direct",
-    directions: Sequence[Direction] = DIRECTIONS,
-    metric: Metrics = "logit_diff",
-    batch_rows: int | None = None,
-    journal: str | Path | None = None,
-    progress: bool = True,
-) -> Effects:
-    """Exact causal effect of paths from senders to receivers, by path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023).
-
-    The sender takes its value from the source run while all other components keep theirs from the base run; what the receiver
-    then takes on is recorded; then the receiver alone is set to that in the base run, and everything above it is recomputed.
-    Norms are recomputed. The effect is that of the receiver's change alone, on the scale of `rank_features`.
-
-    Args:
-        model: a TransformerBridge or a HookedTransformer, without hooks of yours.
-        saes: whose features and errors senders and receivers are; `()` or None for none.
-        senders: features, errors, heads at `hook_z`, whole activations (`Node("blocks.1.hook_mlp_out", "activation")`); or a
-            table of effects whose rows they are.
-        receivers: features and errors of SAEs; heads at `hook_q`, `hook_k`, `hook_v`, or `hook_z` for the three together; whole
-            activations; `"logits"`. A receiver's position says where its change is patched; `"all"` is everywhere.
-        route: `"direct"` freezes attention and MLPs between sender and receiver, `"through_mlps"` attention alone.
-        directions, metric, batch_rows, journal, progress: as in `rank_features`.
-
-    Returns:
-        One row per path whose sender differs in at least one pair, of kind `edge`.
-
-    Raises:
-        FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
-    """
-    study, _ = path_study(model, saes, pairs, senders, receivers, route, directions, metric, batch_rows)
-    return study.run(Path(journal) if journal is not None else None, progress=progress)
 
 
 def path_study(

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from featpatch.attribution import estimate_features
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching import Metrics, Noise, feature_study
+from featpatch.patch import DIRECTIONS, Direction, Node
+from featpatch.patching import Metrics, Noise, Study, feature_study, leading
 from featpatch.screening.screen import Screen, screened
 
 
@@ -91,4 +92,10 @@ def rank_features(
             "exact='screened' with noise: expected corrupted prompts, whose gradients are what estimates are of"
         )
     screen = Screen(**given)
-    return screened(screen, model, saes, pairs, positions, directions, metric, batch_rows, path, progress=progress)
+    taken: dict[str, Any] = {"positions": positions, "directions": directions, "metric": leading(metric), "progress": progress}
+    estimate = estimate_features(model, saes, pairs, method=screen.method, **taken)
+
+    def study_of(only: frozenset[Node]) -> Study:
+        return feature_study(model, saes, pairs, positions, directions, metric, batch_rows, only=only)[0]
+
+    return screened(screen, estimate, study_of, path, progress=progress)

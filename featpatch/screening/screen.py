@@ -1,20 +1,17 @@
 """Gradients screen, patched runs decide: the first by estimate and a random sample of the others are run exactly."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featpatch.attribution import estimate_features
 from featpatch.effects import EFFECTS, Effects, joined, sample_sizes, without_estimates
 from featpatch.errors import FeatpatchError
-from featpatch.pairs import Pairs
-from featpatch.pairs.spans import Positions
-from featpatch.patch import Direction, Node
-from featpatch.patching import Metrics, feature_study, leading
+from featpatch.patch import RANKED, Node
+from featpatch.patching import Study
 
 TOP = 20
 """The ranking that a target is about unless another is asked for."""
@@ -48,33 +45,16 @@ class Screen:
 
 
 def screened(
-    screen: Screen,
-    model: Any,
-    saes: Any,
-    pairs: Pairs,
-    positions: Positions,
-    directions: Sequence[Direction],
-    metric: Metrics,
-    batch_rows: int | None,
-    journal: Path | None,
-    *,
-    progress: bool,
+    screen: Screen, estimate: Effects, study_of: Callable[[frozenset[Node]], Study], journal: Path | None, *, progress: bool
 ) -> Effects:
     """The exact effects of what the screen chooses.
+
+    Args:
+        study_of: the sweep over some nodes.
 
     Raises:
         FeatpatchError: unusable input; a ranking longer than the features that there are.
     """
-    estimate = estimate_features(
-        model,
-        saes,
-        pairs,
-        method=screen.method,
-        positions=positions,
-        directions=directions,
-        metric=leading(metric),
-        progress=progress,
-    )
     features = estimate.take(estimate.ranked)
     nodes = [features.nodes[row] for row in np.argsort(-features.sizes(), kind="stable")]
     first, rest = nodes[: screen.k], nodes[screen.k :]
@@ -82,7 +62,7 @@ def screened(
     if top > len(first):
         raise FeatpatchError(f"top={top}: expected at most {len(first)}, the features that are run for their estimates")
     drawn = [rest[row] for row in np.random.default_rng(screen.seed).permutation(len(rest))]
-    begin = [*first, *(node for node in estimate.nodes if node.kind != "feature")]
+    begin = [*first, *(node for node in estimate.nodes if node.kind not in RANKED)]
     sizes = sample_sizes(screen.audit, len(rest))[: None if screen.target is not None else 1]
     changed = Counter((node.sae, node.site, node.position) for node in nodes)
     about = {"k": len(first), "candidates": len(nodes), "looks": max(1, sum(size < len(rest) for size in sizes)),
@@ -91,9 +71,8 @@ def screened(
     done = 0
     for size in sizes:
         some = frozenset([*([] if tables else begin), *drawn[done:size]])
-        study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, only=some)
         try:
-            found = study.run(journal, progress=progress)
+            found = study_of(some).run(journal, progress=progress)
         except KeyboardInterrupt:
             if not tables:
                 raise

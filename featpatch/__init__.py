@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featpatch import diagram as diagram
     from featpatch import tasks as tasks
     from featpatch.attribution import Calibration, Gradients, calibrate, estimate_components, estimate_features, estimate_paths
     from featpatch.checkpoints import Demo, load_demo
@@ -75,6 +76,7 @@ HOMES = {
     "cumulative": "patching",
     "describe": "firing",
     "diagnose": "patching",
+    "diagram": "diagram",
     "do": "patching",
     "estimate_components": "attribution",
     "estimate_features": "attribution",
@@ -102,9 +104,9 @@ __all__ = [
     "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
     "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Hypothesis", "Loaded", "Node", "Noise", "Pair", "Pairs",
     "Patch", "Plan", "Scrubbed", "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check", "compare",
-    "cumulative", "describe", "diagnose", "do", "estimate_components", "estimate_features", "estimate_paths", "find_circuit",
-    "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls", "rank_components",
-    "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks",
+    "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features", "estimate_paths",
+    "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls",
+    "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks",
 ]  # fmt: skip
 
 

@@ -11,7 +11,9 @@ import torch
 
 from featpatch import sites
 from featpatch.attribution import calibrate
+from featpatch.circuits import Circuit
 from featpatch.comparison import compare
+from featpatch.diagram import sections
 from featpatch.effects import Effects, Material, Portrait, Prompt
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
@@ -36,6 +38,7 @@ def report(
     components: Effects | None = None,
     estimate: Effects | None = None,
     curve: Curve | None = None,
+    circuit: Circuit | None = None,
     question: str = "",
     top: int = 20,
 ) -> Path:
@@ -49,6 +52,7 @@ def report(
             where both were ranked at the same positions.
         estimate: of `estimate_features`, set against the exact effects.
         curve: of `fp.cumulative`.
+        circuit: of `fp.find_circuit`, as a graph whose nodes show their numbers.
         question: the title; made of metric and model by default.
         top: so many features of each effect are shown.
 
@@ -70,9 +74,11 @@ def report(
     if features and components is not None and _comparable(effects, components):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
         features = {node: _written(portrait, node, writers) for node, portrait in features.items()}
+    graph = () if circuit is None else sections(circuit.to_networkx())
     single_tokens = all(pair.correct for pair in pairs)
     checks = pairs.check(model).to_pandas() if single_tokens else None
-    return effects.report(path, material=Material(question, prompts, features, checks, figures), components=components)
+    material = Material(question, prompts, features, checks, figures, graph)
+    return effects.report(path, material=material, components=components)
 
 
 def _prompt(pair: Pair, tokenizer: Any) -> Prompt:

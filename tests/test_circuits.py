@@ -207,3 +207,18 @@ def test_errors(small: Small) -> None:
         options: dict[str, Any] = {"pairs": pairs_of(small), "nodes": [head], **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.find_circuit(small.model, **options)
+
+
+def test_a_circuit_in_a_report(tmp_path: Any) -> None:
+    """As a page of its own, and as a part of the report of a table."""
+    demo = fp.load_demo()
+    pairs = demo.pairs("ioi", n=4, seed=0)
+    components = fp.rank_components(demo.model, pairs, sites=["z", "mlp_out"], positions=["S2", "end"], **OPTIONS)
+    circuit = fp.find_circuit(demo.model, pairs, over="edges", scores="estimate", size=12, **OPTIONS)
+    own = circuit.report(tmp_path / "circuit.html").read_text()
+    whole = fp.report(components, tmp_path / "r.html", model=demo.model, pairs=pairs, circuit=circuit).read_text()
+    for text in (own, whole):
+        assert 'id="graph"' in text
+        assert 'id="node-data"' in text
+    edges = fp.diagram.graph(circuit.items, [1.0] * 12)
+    assert set(edges.nodes) == set(circuit.to_networkx().nodes)

@@ -307,7 +307,7 @@ def test_a_click_shows_the_numbers_of_a_node(browser: Any, tmp_path: Path) -> No
     Select(browser.find_element("id", "node-choice")).select_by_visible_text(NAMES[MLP])
     assert browser.execute_script(panel).startswith(f"{NAMES[MLP]}\neffect\n+0.4\nin (1)\n+0.25 from embed\nout (2)")
     first = browser.execute_script(
-        "return [...document.querySelector('#ranking table.dataTable tbody tr').cells].map(c => c.innerText)"
+        "return [...document.querySelector('#edges table.dataTable tbody tr').cells].map(c => c.innerText)"
     )
     assert first == [NAMES[HEAD], "logits", "1"]
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -8,6 +8,7 @@ import torch
 from architectures import BRIDGES, HOOKED
 from circuits_by_hand import ByHand, gates, induction, two_hop
 from edge_oracle import edges_of, forward_with_edges
+from scipy.stats import mannwhitneyu
 from small import Small, small_bridge, small_hooked
 from test_sets import pairs_of
 
@@ -157,3 +158,48 @@ def test_estimates_are_the_gradient(make: Any) -> None:
             up, down = graph._run(kept, [0, 1, 2]).mean(1).tolist()
         assert estimates[number] == pytest.approx((up - down) / (2 * step), abs=1e-7)
     assert np.abs(estimates).max() > 1e-3
+
+
+def ranked(found: ByHand, method: str) -> dict[tuple[str, str], float]:
+    """Every edge with a score by which a method would keep it sooner than others."""
+    pairs = by_hand(found)
+    if method in ("exact", "estimate"):
+        circuit = fp.find_circuit(found.model, pairs, scores=method, **OPTIONS)
+        return {named(e): abs(score) for e, score in zip(circuit.graph.items, circuit.scores, strict=True)}
+    if method == "greedy":
+        circuit = fp.find_circuit(found.model, pairs, method="greedy", target=1.0, **OPTIONS)
+        order = {edge: -float(n) for n, edge in enumerate(circuit.items)}
+        return {named(e): order.get(e, -float(len(circuit.graph.items))) for e in circuit.graph.items}
+    kept = [set(fp.find_circuit(found.model, pairs, method="acdc", threshold=t, **OPTIONS).items) for t in (0.01, 0.6)]
+    graph = graph_of(found.model, pairs)
+    return {named(e): float(sum(e in of for of in kept)) for e in graph.items}
+
+
+def area(found: ByHand, method: str) -> float:
+    """Under the ROC curve: the chance that a true edge has a larger score than another one, ties counted half."""
+    scores = ranked(found, method)
+    true, other = ([s for e, s in scores.items() if (e in found.edges) == want] for want in (True, False))
+    return float(mannwhitneyu(true, other).statistic / (len(true) * len(other)))
+
+
+METHODS = ("exact", "estimate", "greedy", "acdc")
+AREAS = {
+    "induction, value": (1.0, 1.0, 1.0, 1.0),
+    "induction, key": (1.0, 0.67, 1.0, 1.0),
+    "and": (1.0, 1.0, 1.0, 1.0),
+    "or": (0.6, 0.6, 0.79, 0.8),
+    "two hops": (1.0, 1.0, 1.0, 1.0),
+}
+"""Areas under the ROC curve by model and method, as the README has them."""
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_areas_under_the_roc_curve(name: str) -> None:
+    found = BY_HAND[name]()
+    assert [round(area(found, method), 2) for method in METHODS] == pytest.approx(AREAS[name], abs=0.006)
+
+
+if __name__ == "__main__":
+    print("| circuit | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
+    for name, make in BY_HAND.items():
+        print(f"| {name} | " + " | ".join(f"{area(make(), method):.2f}" for method in METHODS) + " |")

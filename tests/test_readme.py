@@ -15,7 +15,7 @@ def test_using_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     blocks = [
         block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "demo" in block or "ioi.safetensors" in block
     ]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert blocks[0].count("n=32") == 1
     found: dict[str, Any] = {}
     exec("\n".join(blocks).replace("n=32", "n=4"), found)

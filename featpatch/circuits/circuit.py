@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from featpatch.circuits.curve import SHARES, FaithfulnessCurve, sizes_of
 from featpatch.circuits.graph import Graph
-from featpatch.circuits.search import component
+from featpatch.diagram import graph as graph_of
+from featpatch.diagram import interactive
 from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
-from featpatch.patch import Edge, Node
+from featpatch.patch import Node
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,20 +119,16 @@ class Circuit:
         return pd.DataFrame(rows)
 
     def to_networkx(self) -> Any:
-        """A `networkx.DiGraph`; nodes and edges carry their `effect`, the score, where there is one."""
-        import networkx as nx
+        """A `networkx.DiGraph` with the attribute `effect`: the score of each item, 1 where the search ranked nothing."""
+        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
+        return graph_of(self.items, [float(scores[item]) for item in self.items])
 
-        graph = nx.DiGraph()
-        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else {}
-        for item in self.items:
-            effect = {"effect": float(scores[item])} if item in scores else {}
-            if isinstance(item, Edge):
-                sender, receiver = component(item.sender), component(item.receiver)
-                known = graph.get_edge_data(sender, receiver, {"effect": 0.0})["effect"]
-                graph.add_edge(sender, receiver, effect=known + effect.get("effect", 0.0))
-            else:
-                graph.add_node(item, **effect)
-        return graph
+    def report(self, path: str | Path, *, title: str = "") -> Path:
+        """Writes the graph as one HTML file, in which a click on a node shows its numbers."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(interactive(self.to_networkx(), title or repr(self)), encoding="utf-8")
+        return path
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpatch.circuits.graph import Graph
+from featpatch.diagram import component
 from featpatch.errors import FeatpatchError
 from featpatch.patch import LOGITS, Edge, Node
 
@@ -66,12 +67,6 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
         if size is None and graph.faithfulness(graph.values([chosen]))[0] >= target - ROUNDING:
             break
     return chosen
-
-
-def component(node: Node) -> Node:
-    """The head that a query, key or value belongs to, else the node itself."""
-    inside = node.site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v"))
-    return Node(node.site[:-1] + "z", "head", node.index, node.position) if inside else node
 
 
 def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: bool = False) -> list[Node]:

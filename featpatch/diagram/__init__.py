@@ -1,8 +1,9 @@
 """A circuit, a graph of nodes and effects, as DOT, as a figure, as a page and as the JSON of attribution-graph viewers."""
 
-from featpatch.diagram.browsing import interactive
+from featpatch.diagram.browsing import interactive, sections
 from featpatch.diagram.drawing import figure
+from featpatch.diagram.graph import component, graph
 from featpatch.diagram.graphviz import dot
 from featpatch.diagram.viewers import attribution_graph
 
-__all__ = ["attribution_graph", "dot", "figure", "interactive"]
+__all__ = ["attribution_graph", "component", "dot", "figure", "graph", "interactive", "sections"]

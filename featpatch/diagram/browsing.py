@@ -22,6 +22,12 @@ def interactive(graph: Any, title: str) -> str:
     Raises:
         FeatpatchError: the graph is none of these, or an effect is not a finite number.
     """
+    said = content(graph)
+    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections(graph))
+
+
+def sections(graph: Any) -> list[Section]:
+    """The figure with the panel of numbers, and the table of all edges, as parts of a page."""
     import pandas as pd
 
     said = content(graph)
@@ -30,7 +36,7 @@ def interactive(graph: Any, title: str) -> str:
         [(names[edge.source], names[edge.target], edge.effect) for edge in _largest_first(said)],
         columns=["from", "to", "effect"],
     )
-    sections = [
+    return [
         Section(
             "graph",
             "Graph",
@@ -38,9 +44,8 @@ def interactive(graph: Any, title: str) -> str:
             "where negative. A click on a node shows its numbers below the figure.",
             [shown(figure(graph)), block("nodes.html", nodes=_numbers(said, names))],
         ),
-        Section("ranking", "Edges", "All edges, by the size of their effect.", [table(edges)]),
+        Section("edges", "Edges", "All edges, by the size of their effect.", [table(edges)]),
     ]
-    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections)
 
 
 def _largest_first(said: Content) -> list[Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from featpatch.page import Section
 from featpatch.patch import Node
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Material:
         features: by node, those that are shown.
         checks: the checklist's verdicts, one row per pair and item; None without one.
         figures: further figures (`plotly.graph_objects.Figure`) with their titles.
+        sections: further parts of the page.
     """
 
     question: str = ""
@@ -64,3 +66,4 @@ class Material:
     features: Mapping[Node, Portrait] = field(default_factory=dict)
     checks: "pd.DataFrame | None" = None
     figures: Mapping[str, Any] = field(default_factory=dict)
+    sections: Sequence[Section] = ()

@@ -34,6 +34,7 @@ def report(effects: "Effects", material: Material, components: "Effects | None")
         _sites(effects),
         _maps(effects, components),
         *(Section(f"figure-{n}", title, "", [figure(chart)]) for n, (title, chart) in enumerate(material.figures.items())),
+        *material.sections,
         _stability(effects),
         _provenance(effects),
     ]

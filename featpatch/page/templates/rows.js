@@ -20,7 +20,8 @@ const toggle = event => {
 };
 document.addEventListener("click", toggle);
 document.addEventListener("keydown", toggle);
-new MutationObserver(() => {
-  for (const row of document.querySelectorAll("#ranking tbody tr:not(.opens)"))
+const ranking = document.querySelector("#ranking");
+if (ranking) new MutationObserver(() => {
+  for (const row of ranking.querySelectorAll("tbody tr:not(.opens)"))
     if (portraitOf(row)) { row.classList.add("opens"); row.tabIndex = 0; }
-}).observe(document.querySelector("#ranking"), {childList: true, subtree: true});
+}).observe(ranking, {childList: true, subtree: true});

@@ -7,7 +7,6 @@ are kept, and its gradient at the whole model is edge attribution patching (Syed
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,6 @@ from featpatch import sites
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.outside import prompts, settled
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Edit
 from featpatch.patch import LOGITS, Edge, Node
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
@@ -182,9 +180,7 @@ class EdgeGraph(Graph):
     def _through(
         self, layer: int, resid: torch.Tensor, tokens: torch.Tensor, hook: str, put: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        with ExitStack() as stack:
-            for name, value in (put or {}).items():
-                stack.enter_context(self.lens.edit(name, _becomes(value)))
+        with self.lens.put(put or {}):
             prompts_of_rows = tokens.repeat(len(resid) // len(tokens), 1).to(self.lens.device)
             return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook)
 
@@ -221,7 +217,7 @@ class EdgeGraph(Graph):
     def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Logits `[prompts, d_vocab]` at the answers, of the final stream `[prompts, pos, d_model]`."""
         last, device = self.lens.n_layers - 1, self.lens.device
-        with self.lens.edit(sites.resid_post(last), _becomes(stream)):
+        with self.lens.put({sites.resid_post(last): stream}):
             return self.lens.differentiable_resume(last, stream, tokens.to(device), answers.to(device))
 
     @property
@@ -239,7 +235,3 @@ class EdgeGraph(Graph):
             read = self.lens.read(torch.zeros(1, 1, dtype=torch.long), hooks)
             self._counted = {hook: values.shape[2] for hook, values in read.items()}
         return int(self._counted[sites.component(layer, name)])
-
-
-def _becomes(value: torch.Tensor) -> Edit:
-    return lambda activation: value.reshape(activation.shape)

@@ -4,7 +4,7 @@ from featpatch.lens.adapter import Adapted, adapt
 from featpatch.lens.baselines import identity, neurons, pca
 from featpatch.lens.dictionary import Dictionary, Split, dictionaries, several
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
-from featpatch.lens.lens import Differentiated, Edit, Fired, Lens
+from featpatch.lens.lens import Differentiated, Fired, Lens
 from featpatch.lens.models import load_model
 from featpatch.lens.provenance import provenance
 from featpatch.lens.saes import load_sae, wanted_processing
@@ -14,7 +14,7 @@ from featpatch.lens.weights import processing
 from featpatch.lens.wrap import wrap
 
 __all__ = [
-    "Adapted", "Dictionary", "Differentiated", "Edit", "Fired", "Layer", "Lens", "Split", "Stack", "Training",
+    "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training",
     "UnsupportedError", "adapt", "check_tokens", "dictionaries", "identity", "load_model", "load_sae", "neurons",
     "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
 ]  # fmt: skip

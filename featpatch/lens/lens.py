@@ -156,6 +156,18 @@ class Lens(ABC):
             handle.hook.remove()
             point.fwd_hooks.remove(handle)
 
+    @contextmanager
+    def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context the activations at some hooks have these values."""
+
+        def becomes(value: torch.Tensor) -> Edit:
+            return lambda activation: value.reshape(activation.shape)
+
+        with ExitStack() as stack:
+            for hook, value in values.items():
+                stack.enter_context(self.edit(hook, becomes(value)))
+            yield
+
     @torch.no_grad()
     def read(self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
         """The activations `[batch, pos, ...]` at some hooks; blocks above the last of them are not run.
@@ -283,11 +295,10 @@ class Lens(ABC):
         Args:
             put: by hook, the values that activations inside the block are given.
         """
-        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        with torch.inference_mode(False), torch.enable_grad():
             leaves = [value.detach().clone().requires_grad_() for value in (resid, *put.values())]
-            for name, leaf in zip(put, leaves[1:], strict=True):
-                stack.enter_context(self.edit(name, _becomes(leaf)))
-            value = self.differentiable_through(layer, leaves[0], tokens.clone().to(self.device), hook)
+            with self.put(dict(zip(put, leaves[1:], strict=True))):
+                value = self.differentiable_through(layer, leaves[0], tokens.clone().to(self.device), hook)
             total = (value * weights.clone().reshape(value.shape)).sum()
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         first, *others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
@@ -350,10 +361,6 @@ class Lens(ABC):
     def digest(self) -> str:
         """SHA-256 of the model's weights."""
         return digest(self.model)
-
-
-def _becomes(value: torch.Tensor) -> Edit:
-    return lambda activation: value.reshape(activation.shape)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ class HeadReceiver(Receiver):
         """`hook_z` of the base run's block with these values at the hook inside it."""
         layer = sites.layer_of(self.writes)
         resid = stream.base.at(sites.resid_pre(layer)).expand(len(values), -1, -1).clone()
-        with self.lens.edit(self.reads[0], lambda activation: values.reshape(activation.shape)):
+        with self.lens.put({self.reads[0]: values}):
             return self.lens.through(layer, resid, stream.tokens.expand(len(values), -1), self.writes)
 
     @cached_property

@@ -5,8 +5,6 @@ and the receiver is frozen at its value in the base run, or only attention is an
 receiver is read. Norms are recomputed.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Edit, Lens
+from featpatch.lens import Lens
 from featpatch.patching.run import Run
 
 Route = Literal["direct", "through_mlps"]
@@ -80,7 +78,7 @@ class Stream:
         parts = []
         for entering, changed in zip(below.split(some), change.split(some), strict=True):
             attention = _add(self.base.at(sites.component(layer, "attn_out")), changed - entering) if behind else None
-            with _put(self.lens, {sites.component(layer, "attn_out"): attention} if attention is not None else {}):
+            with self.lens.put({} if attention is None else {sites.component(layer, "attn_out"): attention}):
                 resid = _add(self.base.at(sites.resid_pre(layer)), entering)
                 parts.append(self.lens.through(layer, resid, self.tokens.expand(len(resid), -1), hook))
         return torch.cat(parts)
@@ -101,19 +99,6 @@ class Stream:
             return change
         outputs = self.read(mlp)
         return change + (outputs[1:] - outputs[0])
-
-
-@contextmanager
-def _put(lens: Lens, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within this context activations have these values."""
-    with ExitStack() as stack:
-        for hook, value in values.items():
-            stack.enter_context(lens.edit(hook, _becomes(value)))
-        yield
-
-
-def _becomes(value: torch.Tensor) -> Edit:
-    return lambda activation: value.reshape(activation.shape)
 
 
 def _add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Senders:
             return change
         layer, z = sites.layer_of(site), base.at(site)
         rows = torch.cat([torch.zeros_like(change[:1]), change])
-        with self.lens.edit(site, lambda activation: (z.flatten(1)[None] + rows).to(z.dtype).reshape(activation.shape)):
+        with self.lens.put({site: (z.flatten(1)[None] + rows).to(z.dtype)}):
             resid = base.at(sites.resid_pre(layer)).expand(len(rows), -1, -1).clone()
             outputs = self.lens.through(layer, resid, tokens.expand(len(rows), -1), sites.component(layer, "attn_out"))
         return outputs[1:] - outputs[0]

@@ -22,11 +22,11 @@ from featpatch.attribution.part import Part
 from featpatch.attribution.receiving import Receiving
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, dictionaries, provenance, wrap
+from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries, provenance, wrap
 from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import spans
-from featpatch.patch import DIRECTIONS, LOGITS, Direction, Edge, Node, check_directions
+from featpatch.patch import DIRECTIONS, Direction, Edge, Node, check_directions
 
 
 def estimate_paths(
@@ -57,13 +57,17 @@ def estimate_paths(
     """
     lens = wrap(model)
     found = [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
-    source = gradients or Gradients(model, pairs, metric=metric, keep=False)
-    if source.model is not model or source.pairs != pairs or source.method != "atp":
+    if route not in ("direct", "through_mlps"):
+        raise FeatpatchError(f"route={route!r}: expected one of direct, through_mlps")
+    source = Gradients(model, pairs, metric=metric, keep=False) if gradients is None else gradients
+    if not isinstance(source, Gradients) or source.model is not model or source.pairs != pairs or source.method != "atp":
         raise FeatpatchError("gradients are of another model, other pairs or another method: expected atp of these")
     if lens.hooked:
         raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
-    sending, ends = _nodes(senders), _nodes(receivers)
+    sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     receiving = [Receiving.of(lens, node, found) for node in ends]
+    if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
+        raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
     ways, parts = check_directions(directions), _parts(lens, sending, found)
     wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
@@ -102,13 +106,6 @@ def estimate_paths(
         "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
     return collector.effects(clean, corrupted, metadata, value="estimate")
-
-
-def _nodes(nodes: Effects | Sequence[Node | str]) -> list[Node]:
-    chosen = [LOGITS if node == "logits" else node for node in (nodes.nodes if isinstance(nodes, Effects) else nodes)]
-    if not chosen or not all(isinstance(node, Node) for node in chosen):
-        raise FeatpatchError(f"{nodes!r}: expected nodes, or a table of effects whose rows they are")
-    return [node for node in chosen if isinstance(node, Node)]
 
 
 def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:

@@ -67,6 +67,10 @@ class Circuit:
         """
         import pandas as pd
 
+        _check_number("subsets", subsets, 1)
+        _check_number("seed", seed, 0)
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise FeatpatchError(f"share={share!r}: expected a probability, 0 to 1")
         draws = np.random.default_rng(seed).random((subsets, len(self.items))) < share
         removed = [{item for item, out in zip(self.items, draw, strict=True) if out} for draw in draws]
         of_circuit, of_model = (
@@ -80,6 +84,8 @@ class Circuit:
         """Is everything inside needed? What faithfulness loses when one item leaves the circuit, exact, the least first."""
         import pandas as pd
 
+        if not self.items:
+            return pd.DataFrame({"item": [], "loss": []})
         without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
         loss = self.faithfulness - self.graph.faithfulness(without)
         order = np.argsort(loss, kind="stable")
@@ -93,7 +99,8 @@ class Circuit:
         """
         if not len(self.scores):
             raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
-        if not all(0 <= share <= 1 for share in shares) or list(shares) != sorted(set(shares)) or not shares:
+        plain = isinstance(shares, Sequence) and all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+        if not plain or not shares or list(shares) != sorted(set(shares)):
             raise FeatpatchError(f"shares={shares!r}: expected ascending shares of all items, between 0 and 1")
         order = np.argsort(-np.abs(self.scores), kind="stable")
         sizes = sizes_of(len(order), shares)
@@ -102,16 +109,18 @@ class Circuit:
         return FaithfulnessCurve(tuple(shares), sizes, self.graph.faithfulness(values), low, high)
 
     def stability(self, *, resamples: int = 5, seed: int = 0) -> "pd.DataFrame":
-        """Is it the same circuit for other pairs? Found again for pairs drawn with replacement.
+        """Is it the same circuit for other pairs? Found again for pairs drawn with replacement, among those of each length.
 
         Returns:
             One row per drawing: `size`, `jaccard` (shared items over all items of both), `faithfulness`, on the pairs drawn.
         """
         import pandas as pd
 
+        _check_number("resamples", resamples, 1)
+        _check_number("seed", seed, 0)
         generator, rows = np.random.default_rng(seed), []
         for _ in range(resamples):
-            drawn = generator.integers(len(self.graph.pairs), size=len(self.graph.pairs))
+            drawn = np.concatenate([generator.choice(group, len(group)) for group in self.graph.pairs.by_length().values()])
             other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
             both, either = set(self.items) & set(other.items), set(self.items) | set(other.items)
             shared = len(both) / len(either) if either else 1.0
@@ -121,7 +130,7 @@ class Circuit:
     def to_networkx(self) -> Any:
         """A `networkx.DiGraph` with the attribute `effect`: the score of each item, 1 where the search ranked nothing."""
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
-        return graph_of(self.items, [float(scores[item]) for item in self.items])
+        return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
         """Writes the graph as one HTML file, in which a click on a node shows its numbers."""
@@ -140,3 +149,8 @@ class Circuit:
 
     def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         return interval(values - self.graph.empty, self.graph.whole - self.graph.empty)
+
+
+def _check_number(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")

@@ -75,6 +75,8 @@ class EdgeGraph(Graph):
             mlp = Node(sites.component(layer, "mlp_out"), "activation")
             if receiver and receiver != LOGITS and sites.layer_of(receiver.site) == layer and receiver != mlp:
                 return found
+            if receiver == mlp and self.lens.parallel:
+                return found
             found += [Node(sites.component(layer, "z"), "head", head) for head in range(self.heads(layer, "z"))]
             if receiver == mlp:
                 return found
@@ -100,7 +102,12 @@ class EdgeGraph(Graph):
         for some in self._groups():
             with torch.inference_mode(False), torch.enable_grad():
                 kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
-                (gradient,) = torch.autograd.grad(self._run(kept, some).sum(), kept)
+                values = self._run(kept, some)
+                if not values.requires_grad:
+                    raise FeatpatchError(
+                        f"metric {self.measure.name} has no gradient: expected a differentiable one to estimate with"
+                    )
+                (gradient,) = torch.autograd.grad(values.sum(), kept)
             total += gradient[0].double().cpu().numpy()
         return total / len(self.pairs)
 
@@ -161,7 +168,10 @@ class EdgeGraph(Graph):
             return torch.zeros_like(like)
         total = torch.zeros_like(like)
         for sender, now in written.items():
-            weight = ablated[:, self._columns[Edge.of(sender, receiver)]].to(like.device)
+            column = self._columns.get(Edge.of(sender, receiver))
+            if column is None:
+                continue
+            weight = ablated[:, column].to(like.device)
             if weight.requires_grad or bool(weight.any()):
                 total = total + weight[:, None, None, None] * (outside[sender].to(like) - now)
         return total
@@ -198,7 +208,18 @@ class EdgeGraph(Graph):
 
     def depth(self, receiver: Node) -> tuple[int, str]:
         """The place in the stream that a receiver reads."""
-        return (self.lens.n_layers, "pre") if receiver == LOGITS else sites.seen_at(receiver.site)
+        if receiver == LOGITS:
+            return self.lens.n_layers, "pre"
+        layer, place = sites.seen_at(receiver.site)
+        return layer, "pre" if self.lens.parallel else place
+
+    def users(self, receiver: Node) -> list[Node]:
+        """The heads that use a query, key or value: several where keys and values are shared."""
+        if receiver.kind != "head":
+            return [receiver]
+        layer, name = sites.layer_of(receiver.site), receiver.site[-1]
+        shared, first = self.heads(layer, "z") // self.heads(layer, name), int(receiver.index or 0)
+        return [Node(sites.component(layer, "z"), "head", head) for head in range(first * shared, (first + 1) * shared)]
 
     def head_output(self, layer: int, head: int, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         """What a head writes, of the streams `[prompts, pos, d_model]` that its query, key and value read."""

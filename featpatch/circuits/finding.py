@@ -13,7 +13,7 @@ from featpatch.circuits.outside import Outside
 from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_search, greedily
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import dictionaries, provenance, wrap
+from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries, provenance, wrap
 from featpatch.metrics import Metric, find
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Node
@@ -65,25 +65,28 @@ def find_circuit(
         FeatpatchError: unusable input, or ablating everything leaves the metric about as it is.
     """
     check_pairs(pairs)
-    check_search(method, threshold, size, target)
     for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),
                                ("errors", errors, get_args(Errors))):  # fmt: skip
         if value not in known:
             raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
-    if (over == "nodes") != (nodes is not None) or (over == "nodes" and scores == "estimate"):
-        raise FeatpatchError(
-            f"over={over!r} with nodes={'given' if nodes is not None else None}, scores={scores!r}: expected nodes (e.g. "
-            "effects.top(50)) and exact scores over nodes, and no nodes over edges"
-        )
+    check_search(method, over, scores, threshold, size, target)
+    if over == "edges" and (nodes is not None or saes is not None or errors != "in"):
+        raise FeatpatchError("over='edges' with nodes, saes or errors: expected none of these, edges are between components")
+    if over == "nodes" and nodes is None:
+        raise FeatpatchError("over='nodes' without nodes: expected candidates, e.g. nodes=effects.top(50), or over='edges'")
+    if not isinstance(metric, str) and not callable(metric):
+        raise FeatpatchError(f"metric={metric!r}: expected one name or function")
     lens, measure = wrap(model), find(metric)
     graph: Graph
     if nodes is not None:
         found = [] if saes is None else dictionaries(lens, saes)
-        graph = NodeGraph(lens, pairs, to, measure, _candidates(nodes, errors), dictionaries=found, errors=errors)
+        graph = NodeGraph(lens, pairs, to, measure, _candidates(lens, nodes, found, errors), dictionaries=found, errors=errors)
     else:
         graph = EdgeGraph(lens, pairs, to, measure)
     graph.check()
     graph.check_gap()
+    if size is not None and size > len(graph.items):
+        raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the {over} that there are")
     ranked = np.zeros(0)
     if method == "threshold" or (method == "greedy" and over == "edges"):
         ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
@@ -111,12 +114,15 @@ def _estimated(graph: Graph) -> Any:
     return graph.estimates() / (graph.whole.mean() - graph.empty.mean())
 
 
-def _candidates(nodes: Effects | Sequence[Node], errors: Errors) -> tuple[Node, ...]:
-    chosen = list(nodes.nodes) if isinstance(nodes, Effects) else list(nodes)
-    kept = [node for node in chosen if node.kind != "all_features" and (errors == "nodes" or node.kind != "error")]
+def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:
+    kept = [
+        n
+        for n in check_nodes(lens, nodes, found, "nodes")
+        if n.kind != "all_features" and (errors == "nodes" or n.kind != "error")
+    ]
     if isinstance(nodes, Effects):
         with_sae = {node.site for node in kept if node.sae}
         kept = [node for node in kept if node.sae or node.site not in with_sae]
-    if not kept or len(set(kept)) < len(kept):
-        raise FeatpatchError(f"nodes={nodes!r}: expected nodes, each once")
+    if not kept:
+        raise FeatpatchError(f"nodes={nodes!r} with errors={errors!r}: expected candidates that are no error terms")
     return tuple(kept)

@@ -54,13 +54,15 @@ class Graph(ABC):
         """The metric of each pair with these items kept and the others ablated, for several choices of items, each run once."""
         masks = [self.mask(items) for items in kept]
         missing = [mask for mask in {mask.tobytes(): mask for mask in masks}.values() if mask.tobytes() not in self._known]
+        found = {mask.tobytes(): np.full(len(self.pairs), np.nan) for mask in missing}
         for group in self._groups():
             size = max(1, TOKENS_AT_ONCE // (self.rows_of_one() * len(group) * len(self.pairs[group[0]])))
             parts = [missing[start : start + size] for start in range(0, len(missing), size)]
             for part in tqdm(parts, desc="ablating", unit="batch", disable=not progress or len(parts) < 2):
-                found = self.measured(torch.tensor(np.array(part)), group)
-                for mask, of_pairs in zip(part, found, strict=True):
-                    self._known.setdefault(mask.tobytes(), np.full(len(self.pairs), np.nan))[group] = of_pairs.cpu().numpy()
+                values = self.measured(torch.tensor(np.array(part)), group)
+                for mask, of_pairs in zip(part, values, strict=True):
+                    found[mask.tobytes()][group] = of_pairs.cpu().numpy()
+        self._known.update(found)
         return np.array([self._known[mask.tobytes()] for mask in masks])
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
@@ -104,6 +106,10 @@ class Graph(ABC):
     ) -> Float[torch.Tensor, "circuits pairs"]:
         """The metric of some equally long pairs."""
 
+    def users(self, receiver: Node) -> list[Node]:
+        """The nodes that read through a receiver: the heads of a query, key or value, else the node itself."""
+        return [receiver]
+
     @abstractmethod
     def about(self) -> Mapping[str, Any]:
         """What to note of it with the results."""
@@ -115,7 +121,13 @@ class Graph(ABC):
             pair = self.pairs[index]
             columns = self.measure.columns(pair.correct, pair.wrong)
             of_pair = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
-            values.append(self.measure.raw(of_pair, pair.correct, pair.wrong))
+            value = self.measure.raw(of_pair, pair.correct, pair.wrong)
+            if not isinstance(value, torch.Tensor) or value.shape != (len(of_pair),) or not torch.isfinite(value).all():
+                raise FeatpatchError(
+                    f"metric {self.measure.name} gave {value!r} for {len(of_pair)} rows: expected a tensor with one finite "
+                    "value per row; check the metric"
+                )
+            values.append(value)
         return torch.stack(values, 1).double()
 
     def _groups(self) -> list[list[int]]:

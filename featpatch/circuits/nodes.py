@@ -81,15 +81,15 @@ class NodeGraph(Graph):
         live: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
             for dictionary in self._used():
-                if dictionary.reads != dictionary.writes:
-                    stack.enter_context(self.lens.edit(dictionary.reads, _keeping(dictionary.reads, live)))
-            for dictionary in self._used():
                 ablated = self._columns(kept, some, dictionary.d_sae, _of_sae(dictionary.name))
                 errors = self._errors(kept, some, dictionary)
                 change = self._coded(dictionary, ablated, errors, others[dictionary.name], live)
                 stack.enter_context(self.lens.edit(dictionary.writes, change))
             for site in self._plain():
                 stack.enter_context(self.lens.edit(site, self._parted(kept, some, site, others[site])))
+            for dictionary in self._used():
+                if dictionary.reads != dictionary.writes:
+                    stack.enter_context(self.lens.edit(dictionary.reads, _keeping(dictionary.reads, live)))
             logits = self.lens.answer(tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.circuits.edges import INSIDE, EdgeGraph
+from featpatch.circuits.edges import EdgeGraph
 from featpatch.effects import check_gap, interval
 from featpatch.errors import FeatpatchError
 from featpatch.lens import wrap
@@ -78,6 +78,10 @@ def scrub(
         FeatpatchError: unusable input, prompts of unequal length, or a node that the model or its graph doesn't have.
     """
     check_pairs(pairs)
+    if not isinstance(hypothesis, Hypothesis) or not isinstance(hypothesis.parents, Mapping):
+        raise FeatpatchError(f"hypothesis={hypothesis!r}: expected fp.Hypothesis({{receiver: {{sender: label}}}})")
+    if type(seed) is not int or seed < 0:
+        raise FeatpatchError(f"seed={seed!r}: expected an integer, 0 or more")
     if len(pairs.by_length()) > 1:
         raise FeatpatchError(f"prompts have {sorted(pairs.by_length())} tokens: expected equally long ones for scrubbing")
     if type(draws) is not int or draws < 1:
@@ -110,11 +114,26 @@ class _Run:
                 raise FeatpatchError(
                     f"receiver {str(receiver)!r}: expected LOGITS, an MLP, or a head at hook_q, hook_k or hook_v, at 'all'"
                 )
+            if not isinstance(parents, Mapping) or not all(callable(label) for label in parents.values()):
+                raise FeatpatchError(
+                    f"the parents of {str(receiver)!r}: expected senders with a function of the pair each, as label"
+                )
             strange = set(parents) - set(self.graph.senders(receiver))
             if strange:
                 raise FeatpatchError(f"{str(next(iter(strange)))!r} does not write below {str(receiver)!r}: expected what does")
         if LOGITS not in self.hypothesis.parents:
             raise FeatpatchError("the hypothesis says nothing of the logits: expected parents of fp.LOGITS")
+        read, waiting = set(), {LOGITS}
+        while waiting:
+            receiver = waiting.pop()
+            read.add(receiver)
+            for sender in self.hypothesis.parents.get(receiver, {}):
+                waiting |= (self._channels(sender) & set(self.hypothesis.parents)) - read
+        unread = set(self.hypothesis.parents) - read
+        if unread:
+            raise FeatpatchError(
+                f"{str(next(iter(unread)))!r} is no part of what the logits read: expected a path to the logits"
+            )
         with torch.no_grad():
             self.tokens = torch.tensor([pair.clean for pair in self.graph.pairs])
             self.written, self.always = self.graph.written(self.tokens)
@@ -138,17 +157,20 @@ class _Run:
 
     def _output(self, sender: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
         """What a sender writes: as in those prompts, or, if something is said of its parents, from their outputs."""
-        if not sites_of(sender, self.graph) & set(parents):
+        if not self._channels(sender) & set(parents):
             return self.written[sender][torch.from_numpy(rows)]
         if sender.kind == "head":
             layer, head = sites.layer_of(sender.site), int(sender.index or 0)
-            inputs = {}
-            for name in INSIDE:
-                shared = self.graph.heads(layer, "z") // self.graph.heads(layer, name)
-                node = Node(sites.component(layer, name), "head", head // shared)
-                inputs[name] = self._input(node, rows, parents) if node in parents else self._natural(node, rows)
+            inputs = {
+                node.site[-1]: self._input(node, rows, parents) if node in parents else self._natural(node, rows)
+                for node in self._channels(sender)
+            }
             return self.graph.head_output(layer, head, inputs, self.tokens)
         return self.graph.mlp_output(sites.layer_of(sender.site), self._input(sender, rows, parents), self.tokens)
+
+    def _channels(self, sender: Node) -> set[Node]:
+        """The receivers that a sender's output is made of: a head's query, key and value, or an MLP itself."""
+        return {receiver for receiver in self.graph.receivers() if sender in self.graph.users(receiver)}
 
     def _natural(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
         """A receiver's input in some prompts."""
@@ -160,19 +182,11 @@ class _Run:
         """For each prompt another one, drawn at random, or itself, with the same label."""
         if label not in self._alike:
             groups: dict[Hashable, list[int]] = {}
-            values = [label(pair) for pair in self.graph.pairs]
-            for index, value in enumerate(values):
-                groups.setdefault(value, []).append(index)
+            try:
+                values = [label(pair) for pair in self.graph.pairs]
+                for index, value in enumerate(values):
+                    groups.setdefault(value, []).append(index)
+            except Exception as error:
+                raise FeatpatchError(f"a label failed ({error!r}): expected a hashable value for every pair") from error
             self._alike[label] = [np.array(groups[value]) for value in values]
         return np.array([self.generator.choice(self._alike[label][row]) for row in rows])
-
-
-def sites_of(sender: Node, graph: EdgeGraph) -> set[Node]:
-    """The receivers that a sender's output is made of."""
-    if sender.kind != "head":
-        return {sender}
-    layer, found = sites.layer_of(sender.site), set()
-    for name in INSIDE:
-        shared = graph.heads(layer, "z") // graph.heads(layer, name)
-        found.add(Node(sites.component(layer, name), "head", int(sender.index or 0) // shared))
-    return found

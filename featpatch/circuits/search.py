@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpatch.circuits.graph import Graph
-from featpatch.diagram import component
 from featpatch.errors import FeatpatchError
 from featpatch.patch import LOGITS, Edge, Node
 
@@ -58,7 +57,7 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
     rest = [edges[number] for number in np.argsort(-np.abs(scores), kind="stable")]
     reached, chosen = {LOGITS}, list[Node]()
     while size is None or len(chosen) < size:
-        following = next((edge for edge in rest if component(edge.receiver) in reached), None)
+        following = next((edge for edge in rest if reached.intersection(graph.users(edge.receiver))), None)
         if following is None:
             break
         rest.remove(following)
@@ -84,15 +83,22 @@ def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: boo
     return kept
 
 
-def check_search(method: str, threshold: float | None, size: int | None, target: float) -> None:
+def check_search(method: str, over: str, scores: str, threshold: float | None, size: int | None, target: float) -> None:
     """Raises FeatpatchError for options that don't fit together."""
     if method not in METHODS:
         raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-    if threshold is not None and not threshold > 0:
+    if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a share of the behaviour above 0, such as 0.01")
     if size is not None and (type(size) is not int or size < 1):
         raise FeatpatchError(f"size={size!r}: expected 1 or more, or None")
-    if not 0 < target <= 1:
+    if type(target) not in (int, float) or not 0 < target <= 1:
         raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
-    if method == "acdc" and size is not None:
-        raise FeatpatchError(f"size={size} with method='acdc': expected a threshold, which decides how much is left")
+    if size is not None and (method == "acdc" or threshold is not None):
+        raise FeatpatchError(
+            f"size={size} with method={method!r}, threshold={threshold}: expected a size or a threshold, not both"
+        )
+    if scores == "estimate" and (over == "nodes" or method == "acdc"):
+        raise FeatpatchError(
+            f"scores='estimate' over {over} with method={method!r}: expected them over edges, for 'threshold' or 'greedy'; nodes are "
+            "estimated by estimate_features and estimate_components"
+        )

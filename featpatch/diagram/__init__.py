@@ -2,8 +2,8 @@
 
 from featpatch.diagram.browsing import interactive, sections
 from featpatch.diagram.drawing import figure
-from featpatch.diagram.graph import component, graph
+from featpatch.diagram.graph import graph
 from featpatch.diagram.graphviz import dot
 from featpatch.diagram.viewers import attribution_graph
 
-__all__ = ["attribution_graph", "component", "dot", "figure", "graph", "interactive", "sections"]
+__all__ = ["attribution_graph", "dot", "figure", "graph", "interactive", "sections"]

@@ -1,6 +1,6 @@
 """From nodes or edges with their effects to a graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import networkx as nx
@@ -8,24 +8,28 @@ import networkx as nx
 from featpatch.patch import Edge, Node
 
 
-def graph(items: Sequence[Node], effects: Sequence[float]) -> Any:
+def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node], Sequence[Node]] | None = None) -> Any:
     """A `networkx.DiGraph` of nodes, or of edges between them, with attribute `effect`.
 
     A query, key or value is part of its head, and edges into several of these are added up. So rows of a table become a graph:
     `fp.diagram.graph(effects.nodes, effects.pooled("recovery"))`.
+
+    Args:
+        users: the heads that a receiver is part of, where several share a key and value; each of them gets the edge.
     """
     made = nx.DiGraph()
     for item, effect in zip(items, effects, strict=True):
-        if isinstance(item, Edge):
-            sender, receiver = component(item.sender), component(item.receiver)
+        if not isinstance(item, Edge):
+            made.add_node(item, effect=float(effect))
+            continue
+        sender = _head(item.sender)
+        for receiver in [_head(item.receiver)] if users is None else users(item.receiver):
             known = made.get_edge_data(sender, receiver, {"effect": 0.0})["effect"]
             made.add_edge(sender, receiver, effect=known + float(effect))
-        else:
-            made.add_node(item, effect=float(effect))
     return made
 
 
-def component(node: Node) -> Node:
+def _head(node: Node) -> Node:
     """The head that a query, key or value belongs to, else the node itself."""
     inside = node.site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v"))
     return Node(node.site[:-1] + "z", "head", node.index, node.position) if inside else node

@@ -6,6 +6,7 @@ from featpatch.lens.dictionary import Dictionary, Split, dictionaries, several
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
 from featpatch.lens.lens import Differentiated, Fired, Lens
 from featpatch.lens.models import load_model
+from featpatch.lens.nodes import check_nodes
 from featpatch.lens.provenance import provenance
 from featpatch.lens.saes import load_sae, wanted_processing
 from featpatch.lens.training import Training, official_name
@@ -15,6 +16,6 @@ from featpatch.lens.wrap import wrap
 
 __all__ = [
     "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training",
-    "UnsupportedError", "adapt", "check_tokens", "dictionaries", "identity", "load_model", "load_sae", "neurons",
+    "UnsupportedError", "adapt", "check_nodes", "check_tokens", "dictionaries", "identity", "load_model", "load_sae", "neurons",
     "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
 ]  # fmt: skip

@@ -115,6 +115,18 @@ class Lens(ABC):
         after = self.read(torch.tensor([[0, 1, 1]]), [last])[last][0, :2]
         return bool((before - after).abs().max() <= 8 * torch.finfo(before.dtype).eps * before.abs().max())
 
+    @cached_property
+    def parallel(self) -> bool:
+        """Whether MLPs read what enters their block, without what attention adds: found out by changing that."""
+        attention, mlp = sites.component(0, "attn_out"), sites.component(0, "mlp_out")
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        resid = self.read(tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
+        found = []
+        for value in (torch.zeros_like(resid), resid.flip(-1)):
+            with self.put({attention: value}):
+                found.append(self.through(0, resid.clone(), tokens, mlp))
+        return bool(torch.equal(*found))
+
     @property
     def hooked(self) -> bool:
         """Whether hooks are attached at TransformerLens' hook points, which our own forward pass would not call."""

@@ -10,7 +10,7 @@ from featpatch import sites
 from featpatch.engine import Deltas
 from featpatch.lens import Lens
 from featpatch.pairs.spans import spans
-from featpatch.patch import LOGITS, Edge
+from featpatch.patch import Edge
 from featpatch.patching.part import Part
 from featpatch.patching.receivers import Receiver
 from featpatch.patching.route import Route
@@ -77,23 +77,22 @@ class EdgePart(Part):
             rows = [row for row, node in enumerate(nodes) if Edge.of(node, receiver.node) in wanted]
             if rows:
                 edges = tuple(Edge.of(nodes[row], receiver.node) for row in rows)
-                changes = {way: receiver.change(stream)[rows] for way, stream in streams.items()}
                 where = self._where(run, receiver)
-                swaps.append(Swaps(receiver.writes, edges, {way: _deltas(c, where, run.first) for way, c in changes.items()}))
+                changes = {way: receiver.change(stream, where)[rows] for way, stream in streams.items()}
+                swaps.append(
+                    Swaps(receiver.writes, edges, {way: _deltas(change, run.first) for way, change in changes.items()})
+                )
         return swaps
 
-    def _where(self, run: PairRuns, receiver: Receiver) -> list[int] | None:
-        """The positions at which the receiver is patched; None for all."""
-        position = receiver.node.position
-        return None if receiver.node == LOGITS or position == "all" else spans(run.pair, [position])[position]
+    def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:
+        """The positions at which the receiver is patched, `[pos]`."""
+        position, where = receiver.node.position, torch.zeros(len(run.pair), dtype=torch.bool)
+        where[slice(None) if position == "all" else spans(run.pair, [position])[position]] = True
+        return where
 
 
-def _deltas(change: torch.Tensor, where: list[int] | None, first: int) -> Deltas:
+def _deltas(change: torch.Tensor, first: int) -> Deltas:
     """One patch for each row; what comes before the first difference is 0."""
     change[:, :first] = 0
-    if where is not None:
-        kept = torch.zeros(change.shape[1], dtype=torch.bool, device=change.device)
-        kept[where] = True
-        change = change * kept[:, None]
     patch, position = (change != 0).any(2).nonzero(as_tuple=True)
     return Deltas.explicit(patch.cpu(), position.cpu(), change[patch, position], len(change))

@@ -5,10 +5,10 @@ from typing import Any
 
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import dictionaries, wrap
+from featpatch.lens import check_nodes, dictionaries, wrap
 from featpatch.metrics import SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
-from featpatch.patch import LOGITS, Direction, Edge, Node
+from featpatch.patch import Direction, Edge, Node
 from featpatch.patching.edge_part import EdgePart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.receivers import receiver
@@ -48,7 +48,7 @@ def path_study(
             "hooks are attached to the model: expected none, as blocks are run one by one; call model.reset_hooks()"
         )
     found = [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
-    sending, receiving = (_nodes(nodes, name) for nodes, name in ((senders, "senders"), (receivers, "receivers")))
+    sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver(lens, node, found) for node in receiving], route, only)
     if not part.edges():
         raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
@@ -61,11 +61,3 @@ def path_study(
     positions = list(dict.fromkeys(node.position for node in sending))
     options: dict[str, Any] = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
     return Study.of(lens, [part], about, pairs, **options), part
-
-
-def _nodes(nodes: Nodes, name: str) -> list[Node]:
-    chosen = list(nodes.nodes) if isinstance(nodes, Effects) else list(nodes) if isinstance(nodes, Sequence) else []
-    chosen = [LOGITS if node == "logits" else node for node in ([nodes] if isinstance(nodes, (str, Node)) else chosen)]
-    if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
-        raise FeatpatchError(f"{name}={nodes!r}: expected nodes, each once, or a table of effects whose rows are the nodes")
-    return [node for node in chosen if isinstance(node, Node)]

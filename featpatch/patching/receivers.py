@@ -45,17 +45,21 @@ class Receiver(ABC):
         return {*self.reads, self.writes, *map(sites.resid_pre, blocks)}
 
     @abstractmethod
-    def change(self, stream: Stream) -> torch.Tensor:
-        """Of the activation at `writes`, flat, for each row of the stream, `[rows, pos, d]`."""
+    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
+        """Of the activation at `writes`, flat, for each row of the stream, `[rows, pos, d]`.
+
+        Args:
+            where: the positions at which the receiver takes its new value, `[pos]`.
+        """
 
 
 class WholeReceiver(Receiver):
     """A whole activation: an MLP, the attention of a block, the stream; that behind the last block is what the logits see."""
 
-    def change(self, stream: Stream) -> torch.Tensor:
+    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
         """Of the activation."""
         values = stream.read(self.writes).flatten(2)
-        return values[1:] - values[0]
+        return (values[1:] - values[0]) * where[:, None].to(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +68,12 @@ class CodeReceiver(Receiver):
 
     dictionary: Dictionary
 
-    def change(self, stream: Stream) -> torch.Tensor:
+    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
         """What the feature's new value adds along its direction; or how the error changes."""
         read = stream.read(self.dictionary.reads)
         if self.node.index is None:
             error = self.dictionary.split(read, stream.read(self.writes)).error
-            return error[1:] - error[0]
+            return (error[1:] - error[0]) * where[:, None].to(error)
         written = stream.base.at(self.writes)[None]
         split = self.dictionary.split(read, written.expand(len(read), *written.shape[1:]))
         feature = torch.tensor([self.node.index])
@@ -79,7 +83,7 @@ class CodeReceiver(Receiver):
                 *(stream.base.at(hook)[None] for hook in (self.dictionary.reads, self.dictionary.writes))
             )
             value = value * self.dictionary.gains(base)
-        return value[..., None] * self.dictionary.directions(feature)[0]
+        return (value * where.to(value))[..., None] * self.dictionary.directions(feature)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +93,16 @@ class HeadReceiver(Receiver):
     lens: Lens
     head: int
 
-    def change(self, stream: Stream) -> torch.Tensor:
-        """Of the outputs of the heads that use it."""
+    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
+        """Of the outputs of the heads that use it: of a key or value at one position, those of all that see it."""
         (hook,) = self.reads
         values = stream.read(hook)
+        changed = values[:1].repeat(len(values), *[1] * (values.dim() - 1))
+        at = where.nonzero()[:, 0].to(values.device)
+        changed[:, at, self.head] = values[:, at, self.head]
         if hook == self.writes:
-            z = values
+            z = changed
         else:
-            changed = values[:1].repeat(len(values), *[1] * (values.dim() - 1))
-            changed[:, :, self.head] = values[:, :, self.head]
             z = torch.cat([self._z_with(stream, part) for part in changed.split(max(1, ROWS // len(stream.tokens)))])
         change = torch.zeros_like(z[1:])
         change[:, :, self._users] = z[1:, :, self._users] - z[0, :, self._users]
@@ -129,10 +134,8 @@ def receiver(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver:
         return WholeReceiver(node, (last,), last)
     owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
     if owner is not None and owner.writes == node.site and node.kind in ("feature", "error"):
-        if node.kind == "feature" and (not owner.behaviour.linear or (node.index or 0) >= owner.d_sae):
-            raise FeatpatchError(
-                f"receiver {str(node)!r}: expected a feature below {owner.d_sae} of a dictionary whose decoder is linear"
-            )
+        if node.kind == "feature" and not owner.behaviour.linear:
+            raise FeatpatchError(f"receiver {str(node)!r}: expected a feature of a dictionary whose decoder is linear")
         both = tuple(dict.fromkeys((owner.reads, owner.writes)))
         return CodeReceiver(node, (owner.reads,) if node.kind == "feature" else both, owner.writes, owner)
     site = lens.site(node.site)
@@ -140,9 +143,6 @@ def receiver(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver:
     if node.kind == "activation" and sites.entry(site) is not None:
         return WholeReceiver(node, (site,), site)
     if node.kind == "head" and (site == z or site.endswith(INSIDE)) and node.index is not None:
-        heads = lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2]
-        if node.index >= heads:
-            raise FeatpatchError(f"receiver {str(node)!r}: expected one of heads 0 to {heads - 1}")
         return HeadReceiver(node, (site,), z, lens, node.index)
     raise FeatpatchError(
         f"receiver {str(node)!r}: expected a feature or error of {sorted(d.name for d in found)}, a head at hook_q, hook_k, "

@@ -8,7 +8,8 @@ import oracle
 import pytest
 import torch
 from constructed import and_gate, or_gate
-from small import Small
+from sae_lens import Transcoder, TranscoderConfig
+from small import Small, at, randomised
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -188,8 +189,8 @@ def test_errors(small: Small) -> None:
     head = fp.Node("blocks.0.attn.hook_z", "head", 0)
     site = "blocks.1.hook_resid_pre"
     for changed, message in (
-        ({"nodes": None}, "expected nodes \\(e.g"),
-        ({"over": "edges"}, "no nodes over edges"),
+        ({"nodes": None}, "over='nodes' without nodes"),
+        ({"over": "edges"}, "edges are between components"),
         ({"method": "magic"}, "method='magic'"),
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"size": 0}, "size=0"),
@@ -222,3 +223,110 @@ def test_a_circuit_in_a_report(tmp_path: Any) -> None:
         assert 'id="node-data"' in text
     edges = fp.diagram.graph(circuit.items, [1.0] * 12)
     assert set(edges.nodes) == set(circuit.to_networkx().nodes)
+
+
+def test_a_transcoder_sees_what_was_ablated_where_it_reads(small: Small) -> None:
+    """Two dictionaries, one of which reads where the other writes, in either order."""
+    site, out = "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"
+    transcoder = randomised(
+        Transcoder(TranscoderConfig(16, 24, "float64", d_out=16, apply_b_dec_to_input=False, metadata=at(site, out))), 11
+    )
+    first, name = small.at(site), f"{site} -> {out}"
+    nodes = [
+        *(fp.Node(site, "feature", n, "all", site) for n in range(0, 24, 2)),
+        *(fp.Node(out, "feature", n, "all", name) for n in range(0, 24, 2)),
+    ]
+    kept = nodes[3:6] + nodes[14:20]
+    with torch.no_grad():
+        cache = small.model.run_with_cache(small.corrupted)[1]
+        live: dict[str, torch.Tensor] = {}
+
+        def below(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            now, mixed = first.encode(x), first.encode(cache[site]).clone()
+            for node in kept[:3]:
+                mixed[..., node.index] = now[..., node.index]
+            live["x"] = x + first.decode(mixed) - first.decode(now)
+            return live["x"]
+
+        def above(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            now, mixed = transcoder.encode(live["x"]), transcoder.encode(cache[site]).clone()
+            for node in kept[3:]:
+                mixed[..., node.index] = now[..., node.index]
+            return x + transcoder.decode(mixed) - transcoder.decode(now)
+
+        logits = small.model.run_with_hooks(small.clean, fwd_hooks=[(site, below), (out, above)])[:, -1]
+        rows = torch.arange(3)
+        expected = logits[rows, small.correct] - logits[rows, small.wrong]
+    lens = wrap(small.model)
+    for saes in ([first, transcoder], [transcoder, first]):
+        graph = NodeGraph(lens, pairs_of(small), "corrupted", find("logit_diff"), tuple(nodes), dictionaries(lens, saes), "in")
+        np.testing.assert_allclose(graph.values([kept])[0], expected, atol=1e-9)
+
+
+def test_interrupted_circuits_are_not_half_known(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between prompts of different lengths leaves nothing behind."""
+    tokens = [(small.clean[n, : 7 - n].tolist(), small.corrupted[n, : 7 - n].tolist()) for n in range(3)]
+    pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(x), (3,), (4,)) for c, x in tokens))
+    lens = wrap(small.model)
+    heads = tuple(fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4))
+    graph = NodeGraph(lens, pairs, "corrupted", find("logit_diff"), heads)
+    true = NodeGraph(lens, pairs, "corrupted", find("logit_diff"), heads).values([heads[:2]])
+    measured, calls = NodeGraph.measured, []
+
+    def interrupted(self: NodeGraph, kept: Any, some: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(self, kept, some)
+
+    monkeypatch.setattr(NodeGraph, "measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        graph.values([heads[:2]])
+    np.testing.assert_array_equal(graph.values([heads[:2]]), true)
+
+
+def test_metrics_of_circuits(small: Small) -> None:
+    head = [fp.Node("blocks.0.attn.hook_z", "head", 0)]
+    for metric, message in ((lambda x, c, w: x[:, 0] * float("nan"), "one finite value per row"),):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.find_circuit(small.model, pairs_of(small), nodes=head, metric=metric, **OPTIONS)
+    with pytest.raises(fp.FeatpatchError, match="has no gradient"):
+        fp.find_circuit(small.model, pairs_of(small), over="edges", scores="estimate", metric="neg_rank", **OPTIONS)
+
+
+def test_stability_draws_within_lengths_and_counts_what_is_shared(small: Small) -> None:
+    cut = ((0, 7), (1, 7), (2, 6), (1, 6))
+    tokens = [(small.clean[n, :length].tolist(), small.corrupted[n, :length].tolist()) for n, length in cut]
+    pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(x), (3,), (4,)) for c, x in tokens))
+    heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4)] + [fp.Node("blocks.0.hook_mlp_out", "activation")]
+    circuit = fp.find_circuit(small.model, pairs, nodes=heads, size=2, to="mean", **OPTIONS)
+    stable = circuit.stability(resamples=4)
+    assert set(stable["jaccard"]) <= {0.0, 1 / 3, 1.0}
+    for call in (lambda: circuit.stability(resamples=0), lambda: circuit.completeness(subsets=0), lambda: circuit.completeness(share=5),
+                 lambda: circuit.curve([0.5, 0.1])):  # fmt: skip
+        with pytest.raises(fp.FeatpatchError, match="expected"):
+            call()
+
+
+def test_whole_heads_and_single_ones(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's output as a whole is kept if the whole is; and batches make no difference."""
+    site = "blocks.0.attn.hook_z"
+    nodes = (fp.Node(site, "activation", None, 3), *(fp.Node(site, "head", n) for n in range(4)))
+    graphs = [NodeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"), nodes) for _ in range(2)]
+    choices = [[nodes[0]], list(nodes[1:]), [*nodes], []]
+    found = graphs[0].values(choices)
+    np.testing.assert_allclose(found[1], found[2])
+    np.testing.assert_allclose(found[1], graphs[0].whole)
+    monkeypatch.setattr("featpatch.circuits.graph.TOKENS_AT_ONCE", 1)
+    np.testing.assert_allclose(graphs[1].values(choices), found, atol=1e-12)
+    with torch.no_grad():
+        z = small.model.run_with_cache(small.corrupted)[1][site]
+
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            mixed = z.clone()
+            mixed[:, 3] = x[:, 3]
+            return mixed
+
+        logits = small.model.run_with_hooks(small.clean, fwd_hooks=[(site, put)])[:, -1]
+    rows = torch.arange(3)
+    np.testing.assert_allclose(found[0], logits[rows, small.correct] - logits[rows, small.wrong], atol=1e-9)

@@ -14,6 +14,7 @@ from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.circuits import EdgeGraph
+from featpatch.circuits.search import along_edges
 from featpatch.lens import wrap
 from featpatch.metrics import find
 
@@ -203,3 +204,39 @@ if __name__ == "__main__":
     print("| circuit | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
     for name, make in BY_HAND.items():
         print(f"| {name} | " + " | ".join(f"{area(make(), method):.2f}" for method in METHODS) + " |")
+
+
+@pytest.mark.usefixtures("wide")
+def test_parallel_blocks_have_no_edge_from_a_head_to_their_own_mlp() -> None:
+    small = Small(HOOKED["neox"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = graph_of(small.model, pairs_of(small))
+    assert ("L1.H0", "L1.MLP") not in {named(edge) for edge in graph.items}
+    assert ("L0.H0", "L1.MLP") in {named(edge) for edge in graph.items}
+
+
+def test_shared_keys_lead_to_the_heads_that_use_them() -> None:
+    """Greedy search and graph: a key head of a model with grouped queries belongs to several heads."""
+    small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    last = next(e for e in graph.items if named(e) == ("L2.H1", "logits"))
+    keys = [e for e in graph.items if named(e) in {("embed", "L2.H0.k"), ("embed", "L2.H1.k")}]
+    scores = np.array([3.0 if e == last else 2.0 if e == keys[1] else 1.0 if e == keys[0] else 0.0 for e in graph.items])
+    assert [named(e) for e in along_edges(graph, scores, 1.0, 2)] == [named(last), ("embed", "L2.H0.k")]
+    heads = [fp.Node("blocks.2.attn.hook_z", "head", n) for n in (0, 1)]
+    assert set(fp.diagram.graph([keys[0]], [1.0], graph.users).successors(keys[0].sender)) == set(heads)
+
+
+def test_orders_sizes_and_signs() -> None:
+    """ACDC goes from the output down; both greedy searches stop at their size; estimates have the sign of what is lost."""
+    found = gates("or")
+    pairs = by_hand(found)
+    greedy = fp.find_circuit(found.model, pairs, method="greedy", size=2, **OPTIONS)
+    assert named(greedy.items[0]) == ("L1.MLP", "logits")
+    assert len(greedy) == 2
+    acdc = fp.find_circuit(found.model, pairs, method="acdc", **OPTIONS)
+    assert [named(edge) for edge in acdc.items] == [named(e) for e in acdc.graph.items[::-1] if e in set(acdc.items)]
+    assert {named(edge) for edge in acdc.items} == {("L1.MLP", "logits"), ("L0.H0", "L1.MLP"), ("embed", "L0.H0.v")}
+    small = small_hooked()
+    run: dict[str, Any] = {"size": 30, "to": "corrupted", **OPTIONS}
+    exact, estimate = (fp.find_circuit(small.model, pairs_of(small), scores=how, **run) for how in ("exact", "estimate"))
+    assert np.corrcoef(exact.scores, estimate.scores)[0, 1] > 0.5

@@ -98,7 +98,11 @@ def test_errors(small: Small) -> None:
     mlp = fp.Node(MLP.format(0), "activation")
     for changed, message in (
         ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")]}, "for estimates"),
-        ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "sender 'blocks.0.attn.hook_q"),
+        ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "no receiver lies above a sender"),
+        ({"senders": [fp.Node("blocks.0.hook_mlp_out", "neuron", 0)]}, "sender 'blocks.0.hook_mlp_out neuron 0"),
+        ({"receivers": [fp.Node("blocks.1.attn.hook_q", "head", 99)]}, "expected a head of 0 to 3"),
+        ({"senders": [mlp, mlp]}, "each once"),
+        ({"route": "around"}, "route='around'"),
         ({"gradients": fp.Gradients(small.model, pairs_of(small), method="ig")}, "expected atp of these"),
     ):
         options: dict[str, Any] = {"senders": [mlp], "receivers": ["logits"], **OPTIONS, **changed}

@@ -9,7 +9,7 @@ import path_oracle
 import pytest
 import torch
 from architectures import BRIDGES, HOOKED
-from small import LAYERS, Small, small_hooked
+from small import LAYERS, Small, small_hooked, standard
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -185,10 +185,13 @@ def test_errors(small: Small) -> None:
         ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver lies above a sender"),
         ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the stream"),
         ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "expected a feature or error with the name"),
-        ({"receivers": [fp.Node("blocks.2.attn.hook_q", "head", 9)]}, "expected one of heads 0 to 3"),
+        ({"receivers": [fp.Node("blocks.2.attn.hook_q", "head", 9)]}, "expected a head of 0 to 3"),
         ({"receivers": [fp.Node("blocks.2.attn.hook_pattern", "head", 0)]}, "expected a feature or error of"),
         ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "feature", 99, "all", "blocks.2.hook_resid_pre")],
-          "saes": small.at("blocks.2.hook_resid_pre")}, "expected a feature below 24"),
+          "saes": small.at("blocks.2.hook_resid_pre")}, "expected a feature of 0 to 23"),
+        ({"senders": [fp.Node(Z.format(0), "head", 99)]}, "expected a head of 0 to 3"),
+        ({"senders": [fp.Node(MLP.format(0), "activation", None, "all", "invented")]}, "names the SAE 'invented'"),
+        ({"receivers": "abc"}, "receivers='abc': expected nodes in a list"),
         ({"route": "around"}, "route='around': expected one of direct, through_mlps"),
         ({"metric": "sequence_log_prob"}, "reads whole answers"),
     ):  # fmt: skip
@@ -247,3 +250,83 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().out
     with pytest.raises(fp.FeatpatchError, match="exact='some'"):
         fp.rank_paths(small.model, None, pairs_of(small), exact="some", **run)
+
+
+@pytest.mark.parametrize("letter", ["q", "k", "v", "z"])
+def test_heads_at_one_position(small: Small, letter: str) -> None:
+    """The query, key or value itself takes its new value there, whoever sees it."""
+    receiver = fp.Node(f"blocks.1.attn.hook_{letter}", "head", 2, 4)
+    run: dict[str, Any] = {
+        "senders": [fp.Node(Z.format(0), "head", 1)],
+        "receivers": [receiver],
+        "directions": ["denoising"],
+        **OPTIONS,
+    }
+    effects = fp.rank_paths(small.model, None, pairs_of(small), **run)
+    for entry, slot in enumerate(effects.pair):
+        starts, stops = path_oracle.head(Z.format(0), 1), path_oracle.head(receiver.site, 2, [4])
+        logits = path_oracle.path_patch(small.model, small.corrupted[slot], small.clean[slot], starts, stops, freeze_mlps=True)
+        true = oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
+        assert effects.denoised[entry] == pytest.approx(true, abs=1e-9)
+    estimate = fp.estimate_paths(small.model, None, pairs_of(small), **run)
+    assert np.corrcoef(estimate.denoised - estimate.corrupted, effects.denoised - effects.corrupted)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("normalisation", ["layer_norm", "constant_norm_rescale"])
+def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
+    """A feature's change counts times the norm of the base run's token, as sender and as receiver."""
+    saes = [
+        standard(site, n, normalize_activations=normalisation)
+        for n, site in enumerate(("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre"))
+    ]
+    last = oracle.hooks(saes[1])[0]
+    senders = fp.rank_features(small.model, saes[0], pairs_of(small), **OPTIONS).top(2).nodes
+    receivers = [fp.Node(last, "feature", n, "all", last) for n in range(8)]
+    run: dict[str, Any] = {"senders": list(senders), "receivers": receivers, "directions": ["noising"], **OPTIONS}
+    exact = fp.rank_paths(small.model, saes, pairs_of(small), **run)
+
+    def end_of(sae: Any, index: int, share: float) -> path_oracle.End:
+        def swapped(base: Any, source: Any, x: torch.Tensor) -> torch.Tensor:
+            site = oracle.hooks(sae)[0]
+            f_source, f_base = oracle.encode(sae, source[site]), oracle.encode(sae, base[site])
+            mixed = f_base.clone()
+            mixed[..., index] += share * (f_source - f_base)[..., index]
+            return x + oracle.decode(sae, mixed, base[site], x) - oracle.decode(sae, f_base, base[site], x)
+
+        return path_oracle.End(oracle.hooks(sae)[0], swapped)
+
+    def value(edge: Any, slot: int, share: float) -> float:
+        ends = end_of(saes[0], edge.sender.index, share), end_of(saes[1], edge.receiver.index, 1.0)
+        logits = path_oracle.path_patch(small.model, small.clean[slot], small.corrupted[slot], *ends, freeze_mlps=True)
+        return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
+
+    estimate = fp.estimate_paths(small.model, saes, pairs_of(small), **run)
+    known = {
+        (estimate.nodes[row], pair): value
+        for row, pair, value in zip(estimate.row, estimate.pair, estimate.noised, strict=True)
+    }
+    for entry, slot in enumerate(exact.pair.tolist()):
+        edge = exact.nodes[exact.row[entry]]
+        assert exact.noised[entry] == pytest.approx(value(edge, slot, 1.0), abs=1e-9)
+        slope = (value(edge, slot, 1e-5) - value(edge, slot, -1e-5)) / 2e-5
+        if normalisation == "constant_norm_rescale":  # a layer norm's state moves with the activation, too
+            assert known[edge, slot] - exact.clean[slot] == pytest.approx(slope, abs=1e-5)
+
+
+def test_screening_keeps_to_its_route_and_metric(small: Small) -> None:
+    senders = [fp.Node(Z.format(0), "head", n) for n in range(4)]
+    receivers = [fp.Node(f"blocks.2.attn.hook_{letter}", "head", n) for letter in "qv" for n in range(4)]
+    run: dict[str, Any] = {
+        "senders": senders,
+        "receivers": receivers,
+        "route": "through_mlps",
+        "metric": ["prob", "logit_diff"],
+        **OPTIONS,
+    }
+    whole = fp.rank_paths(small.model, None, pairs_of(small), **run)
+    some = fp.rank_paths(small.model, None, pairs_of(small), exact="screened", k=8, audit=4, **run)
+    expected = [whole.pooled("recovery")[whole.nodes.index(node)] for node in some.nodes]
+    np.testing.assert_allclose(some.pooled("recovery"), expected, atol=1e-9)
+    estimate = fp.estimate_paths(small.model, None, pairs_of(small), **{**run, "metric": "prob"})
+    first = [estimate.nodes[row] for row in np.argsort(-estimate.sizes(), kind="stable")[:8]]
+    assert list(some.nodes[:8]) == first

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import BRIDGES, HOOKED
 from circuits_by_hand import BOS, induction
-from small import small_bridge, small_hooked
+from small import Small, small_bridge, small_hooked
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -117,3 +118,31 @@ def test_errors() -> None:
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.scrub(model, pairs, fp.Hypothesis(parents), **options)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("name", ["hooked neox", "bridge neox", "hooked llama", "bridge llama"])
+def test_every_receiver_in_every_kind_of_block(name: str) -> None:
+    """Parallel blocks, shared keys, biases: labels that only the prompt has leave the model as it is."""
+    kind, _, which = name.partition(" ")
+    model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", find("logit_diff"))
+    own: Any = lambda pair: pair.clean  # noqa: E731
+    parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
+               if receiver == fp.LOGITS or ".0.attn.hook_k" in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
+    found = fp.scrub(model, pairs_of(small), fp.Hypothesis(parents), draws=1)
+    np.testing.assert_allclose(found.values, found.whole, atol=1e-9)
+
+
+def test_bad_hypotheses() -> None:
+    model, pairs = induction("value").model, prompts(8)
+    hypotheses: list[tuple[Any, str]] = [
+        (fp.Hypothesis({fp.LOGITS: {z(1, 2): lambda pair: [1]}}), "a label failed"),
+        (fp.Hypothesis({fp.LOGITS: {z(1, 2): b}, inside(1, 1, "q"): {EMBED: a}}), "no part of what the logits read"),
+    ]
+    for hypothesis, message in hypotheses:
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.scrub(model, pairs, hypothesis)
+    with pytest.raises(fp.FeatpatchError, match="seed=-1"):
+        fp.scrub(model, pairs, fp.Hypothesis(RIGHT), seed=-1)

@@ -162,7 +162,7 @@ class _Pulled:
         for layer in range(self.lens.n_layers, -1, -1):
             if layer < self.lens.n_layers:
                 middle, entering = now, now
-                if self.route == "through_mlps" and not getattr(self.lens.model.cfg, "attn_only", False):
+                if self.route == "through_mlps" and not self.lens.attention_only:
                     gradient, inner = self._behind(layer, sites.component(layer, "mlp_out"), now)
                     middle, entering = now + inner, now + gradient
                 for hook, weights in self._read_at((layer, "mid")).items():

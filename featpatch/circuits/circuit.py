@@ -120,7 +120,7 @@ class Circuit:
         _check_number("seed", seed, 0)
         generator, rows = np.random.default_rng(seed), []
         for _ in range(resamples):
-            drawn = np.concatenate([generator.choice(group, len(group)) for group in self.graph.pairs.by_length().values()])
+            drawn = np.concatenate([self._drawn(group, generator) for group in self.graph.pairs.by_length().values()])
             other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
             both, either = set(self.items) & set(other.items), set(self.items) | set(other.items)
             shared = len(both) / len(either) if either else 1.0
@@ -146,6 +146,13 @@ class Circuit:
             f"outside {self.graph.to}: faithfulness {self.faithfulness:.2f} [{low:.2f}, {high:.2f}], exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
+
+    def _drawn(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
+        """Pairs of one length, with replacement; not all the same where values come from other pairs."""
+        while True:
+            drawn = generator.choice(group, len(group))
+            if self.graph.to == "corrupted" or len(set(drawn.tolist())) > 1:
+                return drawn
 
     def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         return interval(values - self.graph.empty, self.graph.whole - self.graph.empty)

@@ -64,7 +64,7 @@ class EdgeGraph(Graph):
         for layer in range(self.lens.n_layers):
             for name in INSIDE:
                 found += [Node(sites.component(layer, name), "head", head) for head in range(self.heads(layer, name))]
-            if self._mlps:
+            if not self.lens.attention_only:
                 found.append(Node(sites.component(layer, "mlp_out"), "activation"))
         return [*found, LOGITS]
 
@@ -80,7 +80,7 @@ class EdgeGraph(Graph):
             found += [Node(sites.component(layer, "z"), "head", head) for head in range(self.heads(layer, "z"))]
             if receiver == mlp:
                 return found
-            found += [mlp] if self._mlps else []
+            found += [] if self.lens.attention_only else [mlp]
         return found
 
     def rows_of_one(self) -> int:
@@ -149,7 +149,7 @@ class EdgeGraph(Graph):
             before = dict(written)
             written |= heads
             added = torch.stack(list(heads.values())).sum(0) + bias
-            if self._mlps:
+            if not self.lens.attention_only:
                 mlp = Node(sites.component(layer, "mlp_out"), "activation")
                 below = stream + self._brought(mlp, before, ablated, outside)
                 attention = added + self._brought(mlp, heads, ablated, outside)
@@ -240,10 +240,6 @@ class EdgeGraph(Graph):
         last, device = self.lens.n_layers - 1, self.lens.device
         with self.lens.put({sites.resid_post(last): stream}):
             return self.lens.differentiable_resume(last, stream, tokens.to(device), answers.to(device))
-
-    @property
-    def _mlps(self) -> bool:
-        return not getattr(self.lens.model.cfg, "attn_only", False)
 
     @property
     def _type(self) -> torch.dtype:

@@ -115,9 +115,16 @@ class Lens(ABC):
         after = self.read(torch.tensor([[0, 1, 1]]), [last])[last][0, :2]
         return bool((before - after).abs().max() <= 8 * torch.finfo(before.dtype).eps * before.abs().max())
 
+    @property
+    def attention_only(self) -> bool:
+        """Whether blocks have no MLP."""
+        return bool(getattr(self.model.cfg, "attn_only", False))
+
     @cached_property
     def parallel(self) -> bool:
         """Whether MLPs read what enters their block, without what attention adds: found out by changing that."""
+        if self.attention_only:
+            return False
         attention, mlp = sites.component(0, "attn_out"), sites.component(0, "mlp_out")
         tokens = torch.zeros(1, 2, dtype=torch.long)
         resid = self.read(tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]

@@ -95,7 +95,7 @@ class Stream:
         if layer <= min(entry[0] for entry in self.entering):
             return torch.zeros_like(self.changes)
         change, mlp = self.at(before), sites.component(layer - 1, "mlp_out")
-        if getattr(self.lens.model.cfg, "attn_only", False) or not bool(self.reached(before).any()):
+        if self.lens.attention_only or not bool(self.reached(before).any()):
             return change
         outputs = self.read(mlp)
         return change + (outputs[1:] - outputs[0])

@@ -1,0 +1,46 @@
+"""Nodes that a call is about, checked against the model and its dictionaries."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens.dictionary import Dictionary
+from featpatch.lens.lens import Lens
+from featpatch.patch import LOGITS, Node
+
+COMPONENTS = ("activation", "head", "neuron")
+
+
+def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) -> list[Node]:
+    """The nodes, of a list or of a table whose rows they are; `"logits"` stands for `LOGITS`.
+
+    Args:
+        name: of the argument.
+
+    Raises:
+        FeatpatchError: no nodes, one twice, or one that the model and the dictionaries don't have.
+    """
+    given = getattr(nodes, "nodes", nodes)
+    chosen = [LOGITS if node == "logits" else node for node in given] if isinstance(given, (list, tuple)) else []
+    if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
+        raise FeatpatchError(
+            f"{name}={nodes!r}: expected nodes in a list, each once, or a table of effects whose rows they are"
+        )
+    shapes: dict[str, torch.Size] = {}
+    for node in chosen:
+        if node == LOGITS:
+            continue
+        owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
+        if node.kind in COMPONENTS and node.sae:
+            raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
+        site = lens.site(node.site) if owner is None else owner.writes
+        if site not in shapes:
+            shapes[site] = lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape
+        count = (
+            owner.d_sae if owner is not None else shapes[site][2] if node.kind == "head" and len(shapes[site]) == 4 else None
+        )
+        if node.index is not None and count is not None and node.index >= count:
+            raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
+    return chosen

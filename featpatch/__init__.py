@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from featpatch.screening import plan, rank_features, rank_paths
     from featpatch.selfcheck import check
     from featpatch.verdict import Check
+    from featpatch.verifying import Verified, verify
 
 HOMES = {
     "Audit": "effects",
@@ -67,6 +68,7 @@ HOMES = {
     "Plan": "forecast",
     "Selection": "patching",
     "Scrubbed": "circuits",
+    "Verified": "verifying",
     "SlowPathWarning": "engine",
     "ablate": "patching",
     "adapt": "lens",
@@ -98,15 +100,16 @@ HOMES = {
     "scrub": "circuits",
     "select_features": "patching",
     "tasks": "tasks",
+    "verify": "verifying",
 }
 
 __all__ = [
     "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
     "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Hypothesis", "Loaded", "Node", "Noise", "Pair", "Pairs",
-    "Patch", "Plan", "Scrubbed", "Selection", "SlowPathWarning", "ablate", "adapt", "calibrate", "check", "compare",
+    "Patch", "Plan", "Scrubbed", "Selection", "SlowPathWarning", "Verified", "ablate", "adapt", "calibrate", "check", "compare",
     "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features", "estimate_paths",
     "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls",
-    "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks",
+    "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks", "verify",
 ]  # fmt: skip
 
 

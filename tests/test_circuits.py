@@ -302,7 +302,7 @@ def test_stability_draws_within_lengths_and_counts_what_is_shared(small: Small) 
     circuit = fp.find_circuit(small.model, pairs, nodes=heads, size=2, to="mean", **OPTIONS)
     stable = circuit.stability(resamples=4)
     assert set(stable["jaccard"]) <= {0.0, 1 / 3, 1.0}
-    for call in (lambda: circuit.stability(resamples=0), lambda: circuit.completeness(subsets=0), lambda: circuit.completeness(share=5),
+    for call in (lambda: circuit.stability(resamples=0), lambda: circuit.completeness(subsets=0), lambda: circuit.completeness(share=5.0),
                  lambda: circuit.curve([0.5, 0.1])):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match="expected"):
             call()

@@ -14,7 +14,7 @@ LAYERS = [
     ["effects", "lens", "tasks"],
     ["engine", "terminal"],
     ["patching", "attribution", "firing", "comparison"],
-    ["screening", "selfcheck", "circuits"],
+    ["screening", "selfcheck", "circuits", "verifying"],
     ["reporting"],
     ["loading"],
     ["checkpoints"],

@@ -15,7 +15,7 @@ from featpatch.lens.weights import processing
 from featpatch.lens.wrap import wrap
 
 __all__ = [
-    "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training",
-    "UnsupportedError", "adapt", "check_nodes", "check_tokens", "dictionaries", "identity", "load_model", "load_sae", "neurons",
-    "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
+    "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training", "UnsupportedError",
+    "adapt", "check_nodes", "check_tokens", "dictionaries", "identity", "load_model", "load_sae", "neurons", "official_name",
+    "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from featpatch.patching.ablation import ablate
 from featpatch.patching.by_hand import do
-from featpatch.patching.components import rank_components
+from featpatch.patching.components import component_study, rank_components
 from featpatch.patching.controls import Controls, random_controls
 from featpatch.patching.curves import Curve, cumulative
 from featpatch.patching.diagnostics import diagnose
@@ -16,6 +16,7 @@ from featpatch.patching.selection import Selection, select_features
 from featpatch.patching.study import Study
 
 __all__ = [
-    "Controls", "Curve", "Metrics", "Nodes", "Noise", "Route", "Selection", "Study", "ablate", "cumulative", "diagnose", "do",
-    "feature_study", "interactions", "leading", "path_study", "random_controls", "rank_components", "select_features",
+    "Controls", "Curve", "Metrics", "Nodes", "Noise", "Route", "Selection", "Study", "ablate", "component_study", "cumulative",
+    "diagnose", "do", "feature_study", "interactions", "leading", "path_study", "random_controls", "rank_components",
+    "select_features",
 ]  # fmt: skip

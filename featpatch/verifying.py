@@ -1,0 +1,145 @@
+"""Measure a random sample of a table's rows again, and compare."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featpatch import sites
+from featpatch.effects import Effects
+from featpatch.errors import FeatpatchError
+from featpatch.lens import dictionaries, provenance, wrap
+from featpatch.metrics import MEASURES, SEQUENCES
+from featpatch.pairs import Pairs, check_pairs
+from featpatch.patch import Edge, Node
+from featpatch.patching import Study, component_study, feature_study, path_study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOLERANCE = 1e-4
+"""By so much of the mean gap a value may differ: what batches of another size and rounding explain, in float32."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came out.
+
+    Attributes:
+        nodes: the rows that were measured again.
+        differences: by row the largest difference of any pair and direction, as a share of the mean gap.
+        tolerance: what is accepted.
+        versions: of libraries that are not those of the table, as `name: then -> now`.
+    """
+
+    nodes: tuple[Node, ...]
+    differences: tuple[float, ...]
+    tolerance: float
+    versions: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row is as it was."""
+        return all(difference <= self.tolerance for difference in self.differences)
+
+    def table(self) -> "pd.DataFrame":
+        """One row per row that was measured again, the worst first."""
+        import pandas as pd
+
+        table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
+        return table.sort_values("difference", ascending=False, ignore_index=True)
+
+    def __repr__(self) -> str:
+        verdict = "as they were" if self.ok else "NOT as they were"
+        changed = f"; other versions: {', '.join(self.versions)}" if self.versions else ""
+        return (
+            f"{len(self.nodes)} random rows measured again, {verdict}: largest difference {max(self.differences):.2g} of the "
+            f"mean gap (accepted {self.tolerance:.2g}){changed}"
+        )
+
+
+def verify(
+    effects: Effects,
+    model: Any,
+    pairs: Pairs,
+    *,
+    saes: Any = None,
+    rows: int = 20,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+    progress: bool = True,
+) -> Verified:
+    """Whether a table's values come out again: a random sample of its rows is patched anew and compared.
+
+    Args:
+        effects: exact ones, of `rank_features`, `rank_components` or `rank_paths`.
+        model, pairs, saes: those that it is of; their digests are compared first.
+        rows: how many, at most.
+        seed: draws them.
+        tolerance: accepted difference, as a share of the mean gap.
+
+    Raises:
+        FeatpatchError: another model, other pairs or SAEs; a table of another kind, of estimates, of noise or of a function.
+    """
+    about = effects.metadata
+    if effects.value != "exact" or not {"saes", "components"} & set(about) or {"noise", "ablation", "of_pairs"} & set(about):
+        raise FeatpatchError(
+            "the table is not one of swaps: expected exact ones of rank_features, rank_components or rank_paths"
+        )
+    metrics = list(effects.metrics)
+    unknown = [name for name in metrics if name not in MEASURES and name not in SEQUENCES]
+    if unknown:
+        raise FeatpatchError(
+            f"metric {unknown[0]!r} is a function, which a table does not hold: expected named metrics to verify"
+        )
+    if type(rows) is not int or rows < 1 or type(seed) is not int or seed < 0:
+        raise FeatpatchError(f"rows={rows!r}, seed={seed!r}: expected 1 or more rows, and a seed of 0 or more")
+    lens, found = wrap(model), [] if saes is None else dictionaries(wrap(model), saes)
+    given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
+    known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
+    for name, digest in known.items():
+        if given.get(name) != digest:
+            raise FeatpatchError(
+                f"{name} is not that of the table: expected what it was measured with; pass the same model, pairs and SAEs"
+            )
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(effects))[:rows])
+    nodes = [effects.nodes[row] for row in drawn]
+    again = _study(effects, model, pairs, saes, nodes, metrics).complete(progress=progress)
+    differences = np.max([_differences(effects.metric(name), again.metric(name), nodes) for name in metrics], axis=0)
+    now, then = provenance(lens, pairs)["versions"], about["versions"]
+    versions = tuple(f"{name}: {old} -> {now.get(name)}" for name, old in then.items() if now.get(name) != old)
+    return Verified(tuple(nodes), tuple(differences.tolist()), tolerance, versions)
+
+
+def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str]) -> Study:
+    about = effects.metadata
+    directions, positions = about["directions"], about["positions"]
+    edges = frozenset(node for node in nodes if isinstance(node, Edge))
+    if edges:
+        senders, receivers = ({getattr(edge, end): None for edge in edges} for end in ("sender", "receiver"))
+        return path_study(model, saes, pairs, [*senders], [*receivers], about["route"], directions, metrics, None, edges)[0]
+    if "components" in about:
+        layers = sorted({sites.layer_of(node.site) for node in nodes})
+        return component_study(model, pairs, about["components"], layers, positions, directions, metrics, None)
+    return feature_study(model, saes, pairs, positions, directions, metrics, None, only=frozenset(nodes))[0]
+
+
+def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:
+    """By node, of all pairs and directions, as a share of the mean gap; infinite where entries are missing on one side."""
+    tables = []
+    for table in (effects, again):
+        number = {node: row for row, node in enumerate(table.nodes)}
+        entries: dict[int, dict[int, tuple[float, float]]] = {number[node]: {} for node in nodes if node in number}
+        for row, pair, denoised, noised in zip(table.row, table.pair, table.denoised, table.noised, strict=True):
+            if int(row) in entries:
+                entries[int(row)][int(pair)] = (denoised, noised)
+        tables.append({node: entries.get(number.get(node, -1), {}) for node in nodes})
+    result = []
+    for node in nodes:
+        then, now = (table[node] for table in tables)
+        if then.keys() != now.keys():
+            result.append(float("inf"))
+            continue
+        change = np.array([now[pair] for pair in then]) - np.array([then[pair] for pair in then])
+        result.append(float(np.nanmax(np.abs(change)) / abs(effects.gap.mean())))
+    return result

@@ -1,0 +1,87 @@
+"""A table's rows come out again; a changed value, another model or other pairs do not pass."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small import Small
+from test_demo import run
+from test_sets import pairs_of
+
+import featpatch as fp
+
+OPTIONS: dict[str, Any] = {"progress": False}
+
+
+def tables(small: Small) -> dict[str, tuple[fp.Effects, Any]]:
+    saes = [small.at("blocks.1.hook_resid_pre"), small.saes[-1]]
+    senders = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4)]
+    receivers = ["logits", fp.Node("blocks.2.attn.hook_k", "head", 1)]
+    pairs = pairs_of(small)
+    return {
+        "features": (
+            fp.rank_features(small.model, saes, pairs, positions="each", metric=["logit_diff", "prob"], **OPTIONS),
+            saes,
+        ),
+        "components": (fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **OPTIONS), None),
+        "paths": (fp.rank_paths(small.model, None, pairs, senders=senders, receivers=receivers, **OPTIONS), None),
+    }
+
+
+@pytest.mark.parametrize("kind", ["features", "components", "paths"])
+def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
+    table, saes = tables(small)[kind]
+    table = fp.Effects.load(table.save(tmp_path / "table.safetensors"))
+    found = fp.verify(table, small.model, pairs_of(small), saes=saes, rows=12, **OPTIONS)
+    assert found.ok
+    assert len(found.nodes) == min(12, len(table))
+    assert max(found.differences) < 1e-9
+    assert "random rows measured again, as they were" in repr(found)
+    changed = table.denoised.copy()
+    changed[table.row == table.nodes.index(found.nodes[3])] += 1e-3 * abs(table.gap.mean())
+    forged = fp.verify(replace(table, denoised=changed), small.model, pairs_of(small), saes=saes, rows=12, **OPTIONS)
+    assert not forged.ok
+    assert forged.table()["row"][0] == str(found.nodes[3])
+    assert forged.table()["difference"][0] == pytest.approx(1e-3, rel=1e-3)
+    kept = table.row != table.nodes.index(found.nodes[0])
+    columns = {name: getattr(table, name)[kept] for name in ("row", "pair", "denoised", "noised")}
+    missing = fp.verify(replace(table, **columns, others={}), small.model, pairs_of(small), saes=saes, rows=12, **OPTIONS)
+    assert np.isinf(max(missing.differences))
+    older = replace(table, metadata={**table.metadata, "versions": {**table.metadata["versions"], "torch": "1.0"}})
+    assert fp.verify(older, small.model, pairs_of(small), saes=saes, rows=1, **OPTIONS).versions[0].startswith("torch: 1.0 -> ")
+
+
+def test_what_is_refused(small: Small) -> None:
+    table, saes = tables(small)["features"]
+    estimate = fp.estimate_features(small.model, saes, pairs_of(small), **OPTIONS)
+    for changed, message in (
+        ({"pairs": pairs_of(small, [0, 1])}, "pairs is not that of the table"),
+        ({"saes": saes[:1]}, "is not that of the table"),
+        ({"saes": None}, "is not that of the table"),
+        ({"rows": 0}, "rows=0"),
+        ({"effects": estimate}, "expected exact ones"),
+        ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact ones"),
+    ):
+        options: dict[str, Any] = {"effects": table, "pairs": pairs_of(small), "saes": saes, **OPTIONS, **changed}
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.verify(model=small.model, **options)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    demo = fp.load_demo()
+    site = "blocks.3.hook_resid_post"
+    lines = (demo.folder / "pairs" / "capitals.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    given = ["--model", demo.folder / "model", "--sae", demo.folder / "saes" / site, "--pairs", "pairs.jsonl"]
+    ranked = run("rank", *given, "--positions", "end", "--out", "r", folder=tmp_path)
+    assert ranked.returncode == 0, ranked.stderr
+    done = run("verify", "r/effects.safetensors", *given, "--rows", "5", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "5 random rows measured again, as they were" in done.stdout.replace("\n", " ")
+    table = fp.Effects.load(tmp_path / "r" / "effects.safetensors")
+    replace(table, denoised=table.denoised + 1).save(tmp_path / "r" / "forged.safetensors")
+    forged = run("verify", "r/forged.safetensors", *given, "--json", folder=tmp_path)
+    assert forged.returncode == 1
+    assert '"ok": false' in forged.stdout

@@ -1,5 +1,6 @@
 """Circuits over nodes against plain hooks, and what is said of circuits."""
 
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -302,6 +303,10 @@ def test_stability_draws_within_lengths_and_counts_what_is_shared(small: Small) 
     circuit = fp.find_circuit(small.model, pairs, nodes=heads, size=2, to="mean", **OPTIONS)
     stable = circuit.stability(resamples=4)
     assert set(stable["jaccard"]) <= {0.0, 1 / 3, 1.0}
+    larger = replace(
+        circuit, again=lambda _: replace(circuit, items=(circuit.items[0], *(n for n in heads if n not in circuit.items)))
+    )
+    assert list(larger.stability(resamples=1)["jaccard"]) == [1 / 5]  # one of two and of four
     for call in (lambda: circuit.stability(resamples=0), lambda: circuit.completeness(subsets=0), lambda: circuit.completeness(share=5.0),
                  lambda: circuit.curve([0.5, 0.1])):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match="expected"):

@@ -12,6 +12,7 @@ from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.circuits import EdgeGraph
+from featpatch.circuits.scrubbing import _Run
 from featpatch.lens import wrap
 from featpatch.metrics import find
 
@@ -146,3 +147,18 @@ def test_bad_hypotheses() -> None:
             fp.scrub(model, pairs, hypothesis)
     with pytest.raises(fp.FeatpatchError, match="seed=-1"):
         fp.scrub(model, pairs, fp.Hypothesis(RIGHT), seed=-1)
+
+
+def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
+    """A shared key from random prompts moves the second of its heads as well as the first."""
+    small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    own: Any = lambda pair: pair.clean  # noqa: E731
+    run = _Run(
+        graph, fp.Hypothesis({fp.LOGITS: dict.fromkeys(graph.senders(), own), inside(2, 1, "k"): {}}), np.random.default_rng(0)
+    )
+    for head in (2, 3):
+        output = run._output(z(2, head), np.arange(3), run.hypothesis.parents)
+        assert (output - run.written[z(2, head)]).abs().max() > 1e-6
+    for head in (0, 1):
+        torch.testing.assert_close(run._output(z(2, head), np.arange(3), run.hypothesis.parents), run.written[z(2, head)])

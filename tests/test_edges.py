@@ -1,5 +1,6 @@
 """Edges between components against a forward pass in plain torch that puts every receiver's input together."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,13 +77,23 @@ def test_any_edges_of_a_random_model() -> None:
     assert len(np.unique(found.round(6), axis=0)) == len(choices) - 1
 
 
+@cache
+def model_of(name: str) -> ByHand:
+    return BY_HAND[name]()
+
+
+@cache
+def found_by(name: str, method: str, **options: Any) -> fp.Circuit:
+    found = model_of(name)
+    return fp.find_circuit(found.model, by_hand(found), method=method, target=1.0, **options, **OPTIONS)
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_circuits_by_hand_are_found(name: str) -> None:
     """Exactly the true edges, by the methods that can find them; what each one misses is known too."""
-    found = BY_HAND[name]()
-    pairs = by_hand(found)
+    found = model_of(name)
     for method in ("acdc", "greedy", "threshold"):
-        circuit = fp.find_circuit(found.model, pairs, method=method, target=1.0, **OPTIONS)
+        circuit = found_by(name, method)
         edges = {named(edge) for edge in circuit.items}
         if name == "or" and method == "threshold":
             assert edges == {("L1.MLP", "logits")}  # each branch alone can go
@@ -161,25 +172,23 @@ def test_estimates_are_the_gradient(make: Any) -> None:
     assert np.abs(estimates).max() > 1e-3
 
 
-def ranked(found: ByHand, method: str) -> dict[tuple[str, str], float]:
+def ranked(name: str, method: str) -> dict[tuple[str, str], float]:
     """Every edge with a score by which a method would keep it sooner than others."""
-    pairs = by_hand(found)
     if method in ("exact", "estimate"):
-        circuit = fp.find_circuit(found.model, pairs, scores=method, **OPTIONS)
+        circuit = found_by(name, "threshold") if method == "exact" else found_by(name, "threshold", scores=method)
         return {named(e): abs(score) for e, score in zip(circuit.graph.items, circuit.scores, strict=True)}
     if method == "greedy":
-        circuit = fp.find_circuit(found.model, pairs, method="greedy", target=1.0, **OPTIONS)
+        circuit = found_by(name, "greedy")
         order = {edge: -float(n) for n, edge in enumerate(circuit.items)}
         return {named(e): order.get(e, -float(len(circuit.graph.items))) for e in circuit.graph.items}
-    kept = [set(fp.find_circuit(found.model, pairs, method="acdc", threshold=t, **OPTIONS).items) for t in (0.01, 0.6)]
-    graph = graph_of(found.model, pairs)
-    return {named(e): float(sum(e in of for of in kept)) for e in graph.items}
+    both = found_by(name, "acdc"), found_by(name, "acdc", threshold=0.6)
+    return {named(e): float(sum(e in of.items for of in both)) for e in both[0].graph.items}
 
 
-def area(found: ByHand, method: str) -> float:
+def area(name: str, method: str) -> float:
     """Under the ROC curve: the chance that a true edge has a larger score than another one, ties counted half."""
-    scores = ranked(found, method)
-    true, other = ([s for e, s in scores.items() if (e in found.edges) == want] for want in (True, False))
+    scores, edges = ranked(name, method), model_of(name).edges
+    true, other = ([s for e, s in scores.items() if (e in edges) == want] for want in (True, False))
     return float(mannwhitneyu(true, other).statistic / (len(true) * len(other)))
 
 
@@ -196,14 +205,13 @@ AREAS = {
 
 @pytest.mark.parametrize("name", AREAS)
 def test_areas_under_the_roc_curve(name: str) -> None:
-    found = BY_HAND[name]()
-    assert [round(area(found, method), 2) for method in METHODS] == pytest.approx(AREAS[name], abs=0.006)
+    assert [round(area(name, method), 2) for method in METHODS] == pytest.approx(AREAS[name], abs=0.006)
 
 
 if __name__ == "__main__":
     print("| circuit | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))
-    for name, make in BY_HAND.items():
-        print(f"| {name} | " + " | ".join(f"{area(make(), method):.2f}" for method in METHODS) + " |")
+    for name in BY_HAND:
+        print(f"| {name} | " + " | ".join(f"{area(name, method):.2f}" for method in METHODS) + " |")
 
 
 @pytest.mark.usefixtures("wide")

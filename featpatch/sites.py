@@ -48,6 +48,16 @@ def seen_at(hook: str) -> tuple[int, str]:
     return layer, "pre" if before else "mid"
 
 
+ROUTES = ("direct", "through_mlps")
+"""Ways from a sender to a receiver: along the residual stream alone, or with the MLPs on the way recomputed too."""
+
+
+def check_route(route: str) -> None:
+    """Raises FeatpatchError for anything but a route."""
+    if route not in ROUTES:
+        raise FeatpatchError(f"route={route!r}: expected one of {', '.join(ROUTES)}")
+
+
 def order(place: tuple[int, str]) -> tuple[int, bool]:
     """Places in the stream in the order in which it passes them."""
     return place[0], place[1] == "mid"

@@ -8,7 +8,7 @@ import numpy as np
 from featpatch import sites
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import dictionaries, provenance, wrap
+from featpatch.lens import dictionaries_if_any, provenance, wrap
 from featpatch.metrics import MEASURES, SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Edge, Node
@@ -94,7 +94,8 @@ def verify(
         )
     if type(rows) is not int or rows < 1 or type(seed) is not int or seed < 0:
         raise FeatpatchError(f"rows={rows!r}, seed={seed!r}: expected 1 or more rows, and a seed of 0 or more")
-    lens, found = wrap(model), [] if saes is None else dictionaries(wrap(model), saes)
+    lens = wrap(model)
+    found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
     for name, digest in known.items():

@@ -1,6 +1,7 @@
 """Shapes in annotations are checked while the tests run; all models here are small, random and float64."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,3 +49,21 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         lambda x, dim=None, dtype=None, **o: softmax(x, dim=dim, dtype=None if x.dtype == torch.float64 else dtype),
     )
     return None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, which notes what it is asked for and what goes wrong."""
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("there is no chromedriver: install Debian's packages chromium and chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    running = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield running
+    finally:
+        running.quit()

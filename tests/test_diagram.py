@@ -2,11 +2,9 @@
 
 import json
 import re
-import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -20,7 +18,6 @@ import featpatch as fp
 from featpatch import Node
 from featpatch.diagram import attribution_graph, dot, figure, interactive
 
-DRIVER = shutil.which("chromedriver")
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 MARKUP = "<b>bold</b> &amp; <br>"
 TEXTS = [EVIL, MARKUP, 'a "quoted" name', "a: colon", "back\\slash\\", "two\nlines", "{|<port>|}", "%{x} $x$", "</script>", "ü→", "\\N \\G", ""]  # fmt: skip
@@ -94,24 +91,9 @@ def shown(quoted: str) -> str:
     return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], quoted[1:-1])
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if DRIVER is None:
-        pytest.skip("there is no chromedriver: install Debian's packages chromium and chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1400"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
 def opened(browser: Any, path: Path, text: str) -> None:
     """The page is in the browser, its figure and table drawn."""
+    browser.set_window_size(1280, 1400)
     path.write_text(text)
     for log in ("browser", "performance"):
         browser.get_log(log)

@@ -1,10 +1,8 @@
 """The HTML report in a real browser: no errors, sorting and searching, widths, loading time, escaping."""
 
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,7 @@ from test_sets import SITE, pairs_of
 import featpatch as fp
 from featpatch.effects import Material, Prompt
 
-DRIVER = shutil.which("chromedriver")
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if DRIVER is None:
-        pytest.skip("there is no chromedriver: install Debian's packages chromium and chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,6 @@ def estimated(
     metric = gradients.measure.name
     check_gap(metric, clean[:, 0], corrupted[:, 0])
     gap = float((clean - corrupted).mean())
-    collector = Collector((metric,))
-    for index, of_way in sorted(found.items()):
-        nodes = list(dict.fromkeys(node for changes in of_way.values() for node in changes))
-        collector.add(index, nodes, {way: _patched(way, changes, nodes, clean[index], corrupted[index], gap, unsigned)
-                                     for way, changes in of_way.items()})  # fmt: skip
     metadata = {
         "metric": metric,
         "method": gradients.method,
@@ -73,6 +68,24 @@ def estimated(
         "completeness_residual": complete / abs(gap),
         "whole_residual": None if unsigned else whole / abs(gap),
     }
+    return collected(metric, clean, corrupted, found, metadata, unsigned=unsigned)
+
+
+def collected(
+    metric: str,
+    clean: NDArray[np.float64],
+    corrupted: NDArray[np.float64],
+    found: Mapping[int, Mapping[Direction, Mapping[Node, float]]],
+    metadata: Mapping[str, Any],
+    *,
+    unsigned: bool,
+) -> Effects:
+    """The table of estimated changes, by pair, direction and node; baselines are `[pairs, 1]`."""
+    collector, gap = Collector((metric,)), float((clean - corrupted).mean())
+    for index, of_way in sorted(found.items()):
+        nodes = list(dict.fromkeys(node for changes in of_way.values() for node in changes))
+        collector.add(index, nodes, {way: _patched(way, changes, nodes, clean[index], corrupted[index], gap, unsigned)
+                                     for way, changes in of_way.items()})  # fmt: skip
     return collector.effects(clean, corrupted, metadata, value="estimate")
 
 

@@ -16,13 +16,14 @@ from tqdm.auto import tqdm
 
 from featpatch import sites
 from featpatch.attribution.components import ComponentPart
+from featpatch.attribution.estimation import collected
 from featpatch.attribution.features import FeaturePart
 from featpatch.attribution.gradients import Gradients, PairGradients
 from featpatch.attribution.part import Part
 from featpatch.attribution.receiving import Receiving
-from featpatch.effects import Collector, Effects, check_gap
+from featpatch.effects import Effects, check_gap
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries, provenance, wrap
+from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries_if_any, provenance, wrap
 from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import spans
@@ -56,14 +57,12 @@ def estimate_paths(
         FeatpatchError: unusable input.
     """
     lens = wrap(model)
-    found = [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
-    if route not in ("direct", "through_mlps"):
-        raise FeatpatchError(f"route={route!r}: expected one of direct, through_mlps")
+    found = dictionaries_if_any(lens, saes)
+    sites.check_route(route)
     source = Gradients(model, pairs, metric=metric, keep=False) if gradients is None else gradients
     if not isinstance(source, Gradients) or source.model is not model or source.pairs != pairs or source.method != "atp":
         raise FeatpatchError("gradients are of another model, other pairs or another method: expected atp of these")
-    if lens.hooked:
-        raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
+    lens.check_unhooked()
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     receiving = [Receiving.of(lens, node, found) for node in ends]
     if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
@@ -74,6 +73,7 @@ def estimate_paths(
     inside += [sites.component(layer, "attn_out") for layer in range(lens.n_layers)]
     reads = [hook for part in parts for hook in (*part.reads, *part.sites)] + [r.reads for r in receiving] + inside
     clean, corrupted = np.zeros((2, len(pairs), 1))
+    wanted_senders = frozenset(sending)
     changes: dict[int, dict[Direction, dict[Node, float]]] = {}
     with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
         for of_pair in source.of(list(dict.fromkeys(reads)), list(dict.fromkeys(r.writes for r in receiving))):
@@ -87,7 +87,7 @@ def estimate_paths(
                 for part in parts:
                     estimate = part.found(of_receivers, way, wanted[index])
                     for sender, column in zip(estimate.nodes, estimate.changes.unbind(1), strict=True):
-                        if sender in sending:
+                        if sender in wanted_senders:
                             changes[index][way].update(
                                 (Edge.of(sender, receiver.node), float(value))
                                 for receiver, value in zip(receiving, column, strict=True)
@@ -95,17 +95,11 @@ def estimate_paths(
                             )
             bar.update()
     check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
-    collector = Collector((source.measure.name,))
-    for index, of_way in sorted(changes.items()):
-        nodes = list(dict.fromkeys(node for values in of_way.values() for node in values))
-        base = {"denoising": corrupted[index], "noising": clean[index]}
-        collector.add(index, nodes, {way: base[way] + np.array([values.get(n, 0.0) for n in nodes])[:, None]
-                                     for way, values in of_way.items()})  # fmt: skip
     metadata = {
         "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "route": route, "unsigned": False,
         "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
-    return collector.effects(clean, corrupted, metadata, value="estimate")
+    return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)
 
 
 def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:

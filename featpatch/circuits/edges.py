@@ -239,7 +239,7 @@ class EdgeGraph(Graph):
         """Logits `[prompts, d_vocab]` at the answers, of the final stream `[prompts, pos, d_model]`."""
         last, device = self.lens.n_layers - 1, self.lens.device
         with self.lens.put({sites.resid_post(last): stream}):
-            return self.lens.differentiable_resume(last, stream, tokens.to(device), answers.to(device))
+            return self.lens.resume(last, stream, tokens.to(device), answers.to(device))
 
     @property
     def _type(self) -> torch.dtype:
@@ -247,8 +247,4 @@ class EdgeGraph(Graph):
 
     def heads(self, layer: int, name: str) -> int:
         """Of a block, at a hook of its attention."""
-        if not hasattr(self, "_counted"):
-            hooks = [sites.component(at, of) for at in range(self.lens.n_layers) for of in (*INSIDE, "z")]
-            read = self.lens.read(torch.zeros(1, 1, dtype=torch.long), hooks)
-            self._counted = {hook: values.shape[2] for hook, values in read.items()}
-        return int(self._counted[sites.component(layer, name)])
+        return self.lens.heads(sites.component(layer, name))

@@ -13,7 +13,7 @@ from featpatch.circuits.outside import Outside
 from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_search, greedily
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries, provenance, wrap
+from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries_if_any, provenance, wrap
 from featpatch.metrics import Metric, find
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Node
@@ -79,7 +79,7 @@ def find_circuit(
     lens, measure = wrap(model), find(metric)
     graph: Graph
     if nodes is not None:
-        found = [] if saes is None else dictionaries(lens, saes)
+        found = dictionaries_if_any(lens, saes)
         graph = NodeGraph(lens, pairs, to, measure, _candidates(lens, nodes, found, errors), dictionaries=found, errors=errors)
     else:
         graph = EdgeGraph(lens, pairs, to, measure)

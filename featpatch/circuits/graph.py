@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,7 @@ class Graph(ABC):
         check_outside(self.to, self.pairs)
         if self.measure.needs == "clean" or self.measure.name in SEQUENCES or any(not pair.correct for pair in self.pairs):
             raise FeatpatchError(f"metric {self.measure.name!r}: expected one of the answers' single tokens, for circuits")
-        if self.lens.hooked:
-            raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
+        self.lens.check_unhooked()
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
         """The metric of each pair with these items kept and the others ablated, for several choices of items, each run once."""
@@ -76,10 +76,15 @@ class Graph(ABC):
         mask[[numbers[item] for item in chosen]] = True
         return mask
 
-    @property
+    @cached_property
     def whole(self) -> Array:
         """The metric of each pair in the unpatched clean run."""
-        return self._once("whole", self._unpatched)
+        values = np.zeros(len(self.pairs))
+        for group in self._groups():
+            tokens = torch.tensor([self.pairs[index].clean for index in group])
+            answers = torch.tensor([self.pairs[index].answer_position for index in group])
+            values[group] = self.metric_of(self.lens.answer(tokens, answers)[None], group)[0].cpu().numpy()
+        return values
 
     @property
     def empty(self) -> Array:
@@ -133,17 +138,3 @@ class Graph(ABC):
     def _groups(self) -> list[list[int]]:
         """Pairs that run together: equally long, all of a length, as some outsides need."""
         return list(self.pairs.by_length().values())
-
-    def _unpatched(self) -> Array:
-        values = np.zeros(len(self.pairs))
-        for group in self._groups():
-            tokens = torch.tensor([self.pairs[index].clean for index in group])
-            answers = torch.tensor([self.pairs[index].answer_position for index in group])
-            values[group] = self.metric_of(self.lens.answer(tokens, answers)[None], group)[0].cpu().numpy()
-        return values
-
-    def _once(self, name: str, make: Any) -> Array:
-        key = name.encode()
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]

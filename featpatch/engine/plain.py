@@ -37,12 +37,14 @@ class PlainPath:
     def prepare(self, runs: Sequence[BaseRun]) -> None:
         """Nothing is kept of the base runs."""
 
+    @torch.no_grad()
     def baseline(self, run: BaseRun, columns: Sequence[int] | None) -> Float[torch.Tensor, "1 columns"]:
         """Logits of the base run at its answer position."""
         layer = min(run.resid)
         tokens, answers = run.tokens[None].to(self.lens.device), torch.tensor([run.answer], device=self.lens.device)
         return _columns(self.lens.resume(layer, run.resid[layer][None], tokens, answers), columns)
 
+    @torch.no_grad()
     def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
         """Logits of every patch at its answer position; all units are of one group."""
         site, length = self.group(units[0].block)

@@ -2,7 +2,7 @@
 
 from featpatch.lens.adapter import Adapted, adapt
 from featpatch.lens.baselines import identity, neurons, pca
-from featpatch.lens.dictionary import Dictionary, Split, dictionaries, several
+from featpatch.lens.dictionary import Dictionary, Split, dictionaries, dictionaries_if_any, several
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
 from featpatch.lens.lens import Differentiated, Fired, Lens
 from featpatch.lens.models import load_model
@@ -16,6 +16,6 @@ from featpatch.lens.wrap import wrap
 
 __all__ = [
     "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training", "UnsupportedError",
-    "adapt", "check_nodes", "check_tokens", "dictionaries", "identity", "load_model", "load_sae", "neurons", "official_name",
-    "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
+    "adapt", "check_nodes", "check_tokens", "dictionaries", "dictionaries_if_any", "identity", "load_model", "load_sae",
+    "neurons", "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from featpatch.lens.stack import Attention, build
 class BridgeLens(Lens):
     """A `transformer_lens.model_bridge.TransformerBridge`."""
 
-    def differentiable_resume(
+    def resume(
         self,
         layer: int,
         resid: Float[torch.Tensor, "rows pos d_model"],

@@ -183,6 +183,11 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     return made
 
 
+def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
+    """As `dictionaries`; none for None and for an empty tuple."""
+    return [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+
+
 def several(saes: Any) -> list[Any]:
     """One dictionary, or several, as a list; a name is one, and an SAE, which sae-lens lets iterate, too."""
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, torch.nn.Module)) else [saes]

@@ -15,7 +15,7 @@ from featpatch.lens.stack import Attention, build
 class HookedLens(Lens):
     """A `transformer_lens.HookedTransformer`."""
 
-    def differentiable_resume(
+    def resume(
         self,
         layer: int,
         resid: Float[torch.Tensor, "rows pos d_model"],

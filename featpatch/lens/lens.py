@@ -59,6 +59,7 @@ class Lens(ABC):
 
     model: Any
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
+    _heads: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if any(module.training and _drops(module) for module in self.model.modules()):
@@ -138,6 +139,17 @@ class Lens(ABC):
     def hooked(self) -> bool:
         """Whether hooks are attached at TransformerLens' hook points, which our own forward pass would not call."""
         return any(point.fwd_hooks for point in self.hook_points.values())
+
+    def check_unhooked(self) -> None:
+        """Raises FeatpatchError where hooks of the user are attached, for what runs blocks one by one."""
+        if self.hooked:
+            raise FeatpatchError("hooks are attached to the model: expected none here; call model.reset_hooks()")
+
+    def heads(self, site: str) -> int:
+        """How many heads an activation inside attention has: fewer for keys and values that are shared."""
+        if site not in self._heads:
+            self._heads[site] = int(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2])
+        return self._heads[site]
 
     @cached_property
     def device(self) -> torch.device:
@@ -353,7 +365,7 @@ class Lens(ABC):
             UnsupportedError: the model has another form.
         """
 
-    @torch.no_grad()
+    @abstractmethod
     def resume(
         self,
         layer: int,
@@ -361,21 +373,10 @@ class Lens(ABC):
         tokens: Int[torch.Tensor, "rows pos"],
         answers: Int[torch.Tensor, " rows"],
     ) -> Float[torch.Tensor, "rows d_vocab"]:
-        """Logits at the answer positions of a run that enters block `layer` with the residual stream `resid`.
+        """Logits at the answer positions of a run that enters block `layer` with the stream `resid`, with their gradient.
 
         The blocks below are skipped; positions other than the answers' are not unembedded.
         """
-        return self.differentiable_resume(layer, resid, tokens, answers)
-
-    @abstractmethod
-    def differentiable_resume(
-        self,
-        layer: int,
-        resid: Float[torch.Tensor, "rows pos d_model"],
-        tokens: Int[torch.Tensor, "rows pos"],
-        answers: Int[torch.Tensor, " rows"],
-    ) -> Float[torch.Tensor, "rows d_vocab"]:
-        """As `resume`, with its gradient."""
 
     def digest(self) -> str:
         """SHA-256 of the model's weights."""

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from featpatch.errors import FeatpatchError
 from featpatch.lens.dictionary import Dictionary
 from featpatch.lens.lens import Lens
@@ -28,7 +26,6 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
         raise FeatpatchError(
             f"{name}={nodes!r}: expected nodes in a list, each once, or a table of effects whose rows they are"
         )
-    shapes: dict[str, torch.Size] = {}
     for node in chosen:
         if node == LOGITS:
             continue
@@ -36,11 +33,8 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
         if node.kind in COMPONENTS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
         site = lens.site(node.site) if owner is None else owner.writes
-        if site not in shapes:
-            shapes[site] = lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape
-        count = (
-            owner.d_sae if owner is not None else shapes[site][2] if node.kind == "head" and len(shapes[site]) == 4 else None
-        )
+        in_heads = node.kind == "head" and site.endswith(("hook_q", "hook_k", "hook_v", "hook_z"))
+        count = owner.d_sae if owner is not None else lens.heads(site) if in_heads else None
         if node.index is not None and count is not None and node.index >= count:
             raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
     return chosen

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Fired, Lens, dictionaries, wrap
+from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
@@ -59,7 +59,7 @@ def do(
     if lens.patched:
         raise FeatpatchError("the model is patched already: expected one `do` at a time; put the nodes of both into one Patch")
     source = torch.atleast_2d(source)
-    found = [] if isinstance(saes, tuple) and not saes else dictionaries(lens, saes)
+    found = dictionaries_if_any(lens, saes)
     groups = choose(lens, patch, found, source.shape[1])
     if how == "set":
         for group in groups:

@@ -7,7 +7,6 @@ is patched there (the same patch, at a site from which the rest of the model is 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -227,11 +226,10 @@ class HeadPart(Part):
         """The heads that use a head of this hook: several where keys and values are shared."""
         return list(range(head * self._shared, (head + 1) * self._shared)) if self._seen_later else [head]
 
-    @cached_property
+    @property
     def _shared(self) -> int:
         """Heads that share one key and value."""
-        activations = self.lens.read(torch.zeros(1, 1, dtype=torch.long), [self._z, self._read])
-        return activations[self._z].shape[2] // activations[self._read].shape[2]
+        return self.lens.heads(self._z) // self.lens.heads(self._read)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,7 +11,7 @@ from featpatch import sites
 from featpatch.engine import Deltas
 from featpatch.lens import Lens
 from featpatch.pairs.spans import spans
-from featpatch.patch import Edge
+from featpatch.patch import Edge, Node
 from featpatch.patching.part import Part
 from featpatch.patching.receivers import Receiver
 from featpatch.patching.route import Route
@@ -57,31 +58,32 @@ class EdgePart(Part):
 
     def count(self, run: PairRuns) -> int:
         """As many as edges whose sender differs."""
-        return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+        differing = {node for swap in self.senders.swaps(run) for node in swap.nodes}
+        return sum(sender in differing for of_receiver in self.edges.values() for sender in of_receiver)
 
-    def edges(self) -> list[Edge]:
-        """All that there can be."""
-        edges = [
-            Edge.of(sender, receiver.node)
-            for receiver in self.receivers
-            for sender in self.senders.nodes
-            if any(sites.reaches(sender.site, hook) for hook in receiver.reads) and sender != receiver.node
-        ]
-        return [edge for edge in edges if self.only is None or edge in self.only]
+    @cached_property
+    def edges(self) -> dict[Node, dict[Node, Edge]]:
+        """All that there can be, by receiver and sender."""
+        edges: dict[Node, dict[Node, Edge]] = {receiver.node: {} for receiver in self.receivers}
+        for receiver in self.receivers:
+            sees = {site for site in {node.site for node in self.senders.nodes} if receiver.sees(site)}
+            for sender in self.senders.nodes:
+                edge = Edge.of(sender, receiver.node)
+                if sender.site in sees and sender != receiver.node and (self.only is None or edge in self.only):
+                    edges[receiver.node][sender] = edge
+        return edges
 
     def _of_pair(self, run: PairRuns) -> list[Swaps]:
         nodes, streams = self.senders.streams(run, self.route)
-        wanted = frozenset(self.edges())
         swaps = []
         for receiver in self.receivers:
-            rows = [row for row, node in enumerate(nodes) if Edge.of(node, receiver.node) in wanted]
+            edges = self.edges[receiver.node]
+            rows = [row for row, node in enumerate(nodes, 1) if node in edges]
             if rows:
-                edges = tuple(Edge.of(nodes[row], receiver.node) for row in rows)
                 where = self._where(run, receiver)
-                changes = {way: receiver.change(stream, where)[rows] for way, stream in streams.items()}
-                swaps.append(
-                    Swaps(receiver.writes, edges, {way: _deltas(change, run.first) for way, change in changes.items()})
-                )
+                changes = {way: receiver.change(stream, torch.tensor(rows), where) for way, stream in streams.items()}
+                deltas = {way: _deltas(change, run.first) for way, change in changes.items()}
+                swaps.append(Swaps(receiver.writes, tuple(edges[nodes[row - 1]] for row in rows), deltas))
         return swaps
 
     def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+from featpatch import sites
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import check_nodes, dictionaries, wrap
+from featpatch.lens import check_nodes, dictionaries_if_any, wrap
 from featpatch.metrics import SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Direction, Edge, Node
 from featpatch.patching.edge_part import EdgePart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.receivers import receiver
-from featpatch.patching.route import Route, check_route
+from featpatch.patching.route import Route
 from featpatch.patching.senders import Senders
 from featpatch.patching.study import Study
 
@@ -38,19 +39,16 @@ def path_study(
         only: the edges that are patched; None for all.
     """
     check_pairs(pairs)
-    check_route(route)
+    sites.check_route(route)
     metrics = [metric] if isinstance(metric, str) or not isinstance(metric, Sequence) else list(metric)
     if any(isinstance(name, str) and name in SEQUENCES for name in metrics):
         raise FeatpatchError(f"metric={metric!r} reads whole answers: expected one of a single token for paths")
     lens = wrap(model)
-    if lens.hooked:
-        raise FeatpatchError(
-            "hooks are attached to the model: expected none, as blocks are run one by one; call model.reset_hooks()"
-        )
-    found = [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+    lens.check_unhooked()
+    found = dictionaries_if_any(lens, saes)
     sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver(lens, node, found) for node in receiving], route, only)
-    if not part.edges():
+    if not any(part.edges.values()):
         raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
     about = {
         "saes": {dictionary.name: dictionary.digest() for dictionary in found},

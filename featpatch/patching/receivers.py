@@ -7,7 +7,6 @@ base run count as well. A query, key or value acts through its head's z, as in `
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -38,6 +37,10 @@ class Receiver(ABC):
         """The last place in the stream that it depends on."""
         return max((sites.seen_at(hook) for hook in self.reads), key=sites.order)
 
+    def sees(self, site: str) -> bool:
+        """Whether what is written at a site reaches it."""
+        return any(sites.reaches(site, hook) for hook in self.reads)
+
     @property
     def hooks(self) -> set[str]:
         """Those whose values in the base run it needs."""
@@ -45,10 +48,11 @@ class Receiver(ABC):
         return {*self.reads, self.writes, *map(sites.resid_pre, blocks)}
 
     @abstractmethod
-    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
-        """Of the activation at `writes`, flat, for each row of the stream, `[rows, pos, d]`.
+    def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Of the activation at `writes`, flat, for some rows of the stream, `[rows, pos, d]`.
 
         Args:
+            rows: which; 0 is the base run.
             where: the positions at which the receiver takes its new value, `[pos]`.
         """
 
@@ -56,10 +60,10 @@ class Receiver(ABC):
 class WholeReceiver(Receiver):
     """A whole activation: an MLP, the attention of a block, the stream; that behind the last block is what the logits see."""
 
-    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
+    def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Of the activation."""
         values = stream.read(self.writes).flatten(2)
-        return (values[1:] - values[0]) * where[:, None].to(values)
+        return (values[rows] - values[0]) * where[:, None].to(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,21 +72,18 @@ class CodeReceiver(Receiver):
 
     dictionary: Dictionary
 
-    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
+    def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """What the feature's new value adds along its direction; or how the error changes."""
         read = stream.read(self.dictionary.reads)
         if self.node.index is None:
             error = self.dictionary.split(read, stream.read(self.writes)).error
-            return (error[1:] - error[0]) * where[:, None].to(error)
+            return (error[rows] - error[0]) * where[:, None].to(error)
         written = stream.base.at(self.writes)[None]
         split = self.dictionary.split(read, written.expand(len(read), *written.shape[1:]))
         feature = torch.tensor([self.node.index])
-        value = split.features[1:, :, self.node.index] - split.features[0, :, self.node.index]
+        value = split.features[rows, :, self.node.index] - split.features[0, :, self.node.index]
         if self.dictionary.behaviour.scaled:
-            base = self.dictionary.split(
-                *(stream.base.at(hook)[None] for hook in (self.dictionary.reads, self.dictionary.writes))
-            )
-            value = value * self.dictionary.gains(base)
+            value = value * self.dictionary.gains(self.dictionary.split(stream.base.at(self.dictionary.reads)[None], written))
         return (value * where.to(value))[..., None] * self.dictionary.directions(feature)[0]
 
 
@@ -93,10 +94,10 @@ class HeadReceiver(Receiver):
     lens: Lens
     head: int
 
-    def change(self, stream: Stream, where: torch.Tensor) -> torch.Tensor:
+    def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Of the outputs of the heads that use it: of a key or value at one position, those of all that see it."""
         (hook,) = self.reads
-        values = stream.read(hook)
+        values = torch.cat([stream.read(hook)[:1], stream.read(hook)[rows]])
         changed = values[:1].repeat(len(values), *[1] * (values.dim() - 1))
         at = where.nonzero()[:, 0].to(values.device)
         changed[:, at, self.head] = values[:, at, self.head]
@@ -115,11 +116,10 @@ class HeadReceiver(Receiver):
         with self.lens.put({self.reads[0]: values}):
             return self.lens.through(layer, resid, stream.tokens.expand(len(values), -1), self.writes)
 
-    @cached_property
+    @property
     def _users(self) -> list[int]:
         """The heads that read it: several where keys and values are shared."""
-        shapes = self.lens.read(torch.zeros(1, 1, dtype=torch.long), [self.writes, *self.reads])
-        shared = shapes[self.writes].shape[2] // shapes[self.reads[0]].shape[2]
+        shared = self.lens.heads(self.writes) // self.lens.heads(self.reads[0])
         return list(range(self.head * shared, (self.head + 1) * shared))
 
 

@@ -6,30 +6,23 @@ receiver is read. Norms are recomputed.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens
 from featpatch.patching.run import Run
 
 Route = Literal["direct", "through_mlps"]
-"""`direct`: along the residual stream alone. `through_mlps`: the MLPs on the way are recomputed too."""
+"""See `sites.ROUTES`."""
 
 Place = tuple[int, str]
 """A block, and `"pre"` or `"mid"`: before its attention, or between attention and MLP."""
 
 ROWS = 4096
 """Positions that go through one block together."""
-
-
-def check_route(route: str) -> None:
-    """Raises FeatpatchError for anything but a route."""
-    if route not in get_args(Route):
-        raise FeatpatchError(f"route={route!r}: expected one of {', '.join(get_args(Route))}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,7 @@ class Stream:
     entering: tuple[Place, ...]
     changes: Float[torch.Tensor, "rows pos d"]
     _at: dict[Place, torch.Tensor] = field(default_factory=dict, init=False)
+    _read: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
     def reached(self, place: Place) -> Bool[torch.Tensor, " rows"]:
         """Whose changes come in at the place or before it."""
@@ -66,8 +60,16 @@ class Stream:
     def read(self, hook: str) -> Float[torch.Tensor, "rows_and_base pos ..."]:
         """An activation that sees the changed stream: that of the base run first, then of each row.
 
-        Attention of the hook's own block is frozen too where the hook lies behind it.
+        Attention of the hook's own block is frozen too where the hook lies behind it. The last hook's values are kept, as
+        receivers often share one.
         """
+        if hook not in self._read:
+            values = self._run_upto(hook)
+            self._read.clear()
+            self._read[hook] = values
+        return self._read[hook]
+
+    def _run_upto(self, hook: str) -> torch.Tensor:
         place = sites.seen_at(hook)
         change = torch.cat([torch.zeros_like(self.changes[:1]), self.at(place)])
         if sites.is_stream(hook):

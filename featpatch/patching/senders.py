@@ -16,6 +16,7 @@ from featpatch.patching.part import Part
 from featpatch.patching.route import Place, Route, Stream
 from featpatch.patching.run import Run
 from featpatch.patching.runs import PairRuns
+from featpatch.patching.swaps import Swaps
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +66,15 @@ class Senders:
         """The first block that a change of theirs enters."""
         return min(place[0] for site in {node.site for node in self.nodes} if (place := sites.entry(site)))
 
-    def streams(self, run: PairRuns, route: Route) -> tuple[list[Node], dict[Direction, Stream]]:
-        """Those that differ between the runs of a pair, and their changes of the stream by direction, in the same order."""
+    def swaps(self, run: PairRuns) -> list[Swaps]:
+        """Of those that differ between the runs of a pair."""
         wanted = frozenset(self.nodes)
         swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]
-        swaps = [swap for swap in swaps if swap.nodes]
+        return [swap for swap in swaps if swap.nodes]
+
+    def streams(self, run: PairRuns, route: Route) -> tuple[list[Node], dict[Direction, Stream]]:
+        """Those that differ between the runs of a pair, and their changes of the stream by direction, in the same order."""
+        swaps = self.swaps(run)
         nodes = [node for swap in swaps for node in swap.nodes]
         entering: list[Place] = []
         for swap in swaps:

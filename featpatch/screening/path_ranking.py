@@ -66,7 +66,7 @@ def rank_paths(
     if exact not in ("auto", "all", "screened"):
         raise FeatpatchError(f"exact={exact!r}: expected 'auto', 'all' or 'screened'")
     study, part = path_study(model, saes, pairs, senders, receivers, route, directions, metric, batch_rows)
-    count, path = len(part.edges()), Path(journal) if journal is not None else None
+    count, path = sum(map(len, part.edges.values())), Path(journal) if journal is not None else None
     screen = exact == "screened" or (exact == "auto" and count > BUDGET)
     if progress:
         run = f"screened by gradients, {k} and {audit} of them run" if screen else "all run"

@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 from featpatch.errors import FeatpatchError
 
-Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge"]
+Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
 """`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
 with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one attention head of
 the activation at a hook of attention. `neuron`: one neuron of an MLP. `set`: several features together, by their number in the
 call that names them. `random`: a random direction, a control. `edge`: what one node does through
-another, see `Edge`."""
+another, see `Edge`. `rest`: what the named nodes of a dictionary leave of the activation."""
 
 RANKED = ("feature", "head", "neuron", "edge")
 """The kinds that are ranked among one another."""

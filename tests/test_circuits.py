@@ -170,7 +170,9 @@ def test_what_is_said_of_a_circuit() -> None:
     assert one.completeness()["incompleteness"].max() == pytest.approx(1.0)  # the other branch does the same
     edges = fp.find_circuit(either.model, pairs, over="edges", method="acdc", **OPTIONS).to_networkx()
     assert nx.is_directed_acyclic_graph(edges)
-    assert fp.LOGITS in edges
+    head = next(iter(acdc_heads := [node for node in edges if node.kind == "head"]))
+    assert len(acdc_heads) == 1  # one branch, through the MLP
+    assert nx.shortest_path(edges, head, fp.LOGITS) == [head, fp.Node("blocks.0.hook_mlp_out", "activation"), fp.LOGITS]
 
 
 def test_features_of_a_table(small: Small) -> None:
@@ -191,7 +193,9 @@ def test_errors(small: Small) -> None:
     site = "blocks.1.hook_resid_pre"
     for changed, message in (
         ({"nodes": None}, "over='nodes' without nodes"),
-        ({"over": "edges"}, "edges are between components"),
+        ({"over": "edges"}, "nodes or saes alone"),
+        ({"over": "edges", "saes": small.at(site)}, "embedding, heads and MLPs are among the edges anyway"),
+        ({"over": "edges", "nodes": None, "errors": "out"}, "over='edges' with errors='out'"),
         ({"method": "magic"}, "method='magic'"),
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"size": 0}, "size=0"),

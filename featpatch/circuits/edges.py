@@ -1,11 +1,13 @@
 """Edges between the components of a model: every receiver's input put together sender by sender.
 
-Senders are the embedding, heads and MLPs; receivers a head's query, key or value, MLPs and the logits. An edge that is kept
+Senders are the embedding, heads and MLPs; receivers a head's query, key or value, MLPs and the logits; where a dictionary
+stands in between (see `cuts`), its named features and error and the rest are both. An edge that is kept
 brings what its sender writes in this run, which ablations below may have moved, an ablated one what it writes in the outside
 (Conmy et al. 2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable in how far edges
 are kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from featpatch import sites
+from featpatch.circuits.cuts import Cut, Place
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.outside import prompts, settled
 from featpatch.errors import FeatpatchError
@@ -32,16 +35,48 @@ TOLERANCE = 1e-3
 """Share of the metric's size by which the run that is put together may differ from the model's own in float32."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A forward pass that is put together.
+
+    Attributes:
+        tokens: `[pairs, pos]`.
+        where: by place, the positions of the named nodes.
+        ablated: how far each edge is, `[circuits, items]`; None for a plain run.
+        outside: what senders are set to.
+        active: by receiver, the edges into it that are ablated anywhere.
+        written: what senders write.
+    """
+
+    tokens: torch.Tensor
+    where: Mapping[Place, torch.Tensor]
+    ablated: torch.Tensor | None = None
+    outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    active: Mapping[Node, Sequence[int]] = field(default_factory=dict)
+    written: Written = field(default_factory=dict)
+
+    def note(self, written: Written) -> Written:
+        """The same, noted."""
+        self.written.update(written)
+        return written
+
+
 @dataclass(eq=False)
 class EdgeGraph(Graph):
-    """All edges of a model's components."""
+    """All edges of a model's components, and of what stands in between.
 
-    _outside: dict[int, dict[Node, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    Attributes:
+        cuts: dictionaries whose features and errors are senders and receivers.
+    """
+
+    cuts: Mapping[Place, Cut] = field(default_factory=dict)
+    _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.items = tuple(Edge.of(sender, receiver) for receiver in self.receivers() for sender in self.senders(receiver))
-        self._columns = {item: number for number, item in enumerate(self.items)}
+        self._layout = self._lay_out()
+        self._edges = [Edge.of(sender, receiver) for receiver, sent in self._layout.items() for sender in sent]
+        self.items = tuple(self._edges)
 
     def check(self) -> None:
         """As for every graph, and that the parts of the model add up to it.
@@ -60,36 +95,51 @@ class EdgeGraph(Graph):
 
     def receivers(self) -> list[Node]:
         """In the order of the forward pass."""
-        found = []
-        for layer in range(self.lens.n_layers):
-            for name in INSIDE:
-                found += [Node(sites.component(layer, name), "head", head) for head in range(self.heads(layer, name))]
-            if not self.lens.attention_only:
-                found.append(Node(sites.component(layer, "mlp_out"), "activation"))
-        return [*found, LOGITS]
+        return list(self._layout)
 
-    def senders(self, receiver: Node | None = None) -> list[Node]:
-        """In the order of the forward pass, those below a receiver."""
-        found = [EMBEDDING]
+    def senders(self, receiver: Node) -> list[Node]:
+        """In the order of the forward pass, those that a receiver sees."""
+        return list(self._layout[receiver])
+
+    def _lay_out(self) -> dict[Node, tuple[Node, ...]]:
+        """Each receiver with the senders that it sees."""
+        found: dict[Node, tuple[Node, ...]] = {}
+
+        def through(place: Place, sent: tuple[Node, ...]) -> tuple[Node, ...]:
+            if place not in self.cuts:
+                return sent
+            found.update(dict.fromkeys(self.cuts[place].nodes, sent))
+            return self.cuts[place].nodes
+
+        sent: tuple[Node, ...] = (EMBEDDING,)
         for layer in range(self.lens.n_layers):
-            mlp = Node(sites.component(layer, "mlp_out"), "activation")
-            if receiver and receiver != LOGITS and sites.layer_of(receiver.site) == layer and receiver != mlp:
-                return found
-            if receiver == mlp and self.lens.parallel:
-                return found
-            found += [Node(sites.component(layer, "z"), "head", head) for head in range(self.heads(layer, "z"))]
-            if receiver == mlp:
-                return found
-            found += [] if self.lens.attention_only else [mlp]
-        return found
+            sent = through((layer, "pre"), sent)
+            for name in INSIDE:
+                found |= dict.fromkeys(self._heads_at(layer, name), sent)
+            heads = through((layer, "attn"), tuple(self._heads_at(layer, "z")))
+            mid = through((layer, "mid"), (*sent, *heads))
+            if not self.lens.attention_only:
+                mlp = self._mlp(layer)
+                found |= dict.fromkeys(mlp, sent if self.lens.parallel else mid)
+                mid = (*mid, *mlp)
+            sent = mid
+        return found | {LOGITS: through((self.lens.n_layers, "pre"), sent)}
+
+    def _heads_at(self, layer: int, name: str) -> list[Node]:
+        return [Node(sites.component(layer, name), "head", head) for head in range(self.heads(layer, name))]
+
+    def _mlp(self, layer: int) -> tuple[Node, ...]:
+        cut = self.cuts.get((layer, "mlp"))
+        return cut.nodes if cut else (Node(sites.component(layer, "mlp_out"), "activation"),)
 
     def rows_of_one(self) -> int:
-        """One for each head of a block, and one that none adds to."""
-        return 1 + max(self.heads(layer, "z") for layer in range(self.lens.n_layers))
+        """One for each head of a block, and one that none adds to; or for each node of a dictionary."""
+        heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
+        return max([*heads, *(len(cut.nodes) for cut in self.cuts.values())])
 
     def about(self) -> Mapping[str, Any]:
-        """That these are edges."""
-        return {"over": "edges"}
+        """That these are edges, and the dictionaries."""
+        return {"over": "edges", "saes": {cut.dictionary.name: cut.dictionary.digest() for cut in self.cuts.values()}}
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
@@ -114,67 +164,108 @@ class EdgeGraph(Graph):
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         tokens = torch.tensor([self.pairs[index].clean for index in some])
         answers = torch.tensor([self.pairs[index].answer_position for index in some])
+        where = {place: cut.where(self.pairs, some) for place, cut in self.cuts.items()}
         with torch.no_grad():
             if some[0] not in self._outside:
-                written = self._pass(None, prompts(self.pairs, some, self.to), {})[0]
-                self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in written.items()}
-        _, final = self._pass(1 - kept, tokens, self._outside[some[0]])
+                other = _Run(prompts(self.pairs, some, self.to), where)
+                self._pass(other)
+                self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
+        final = self._pass(_Run(tokens, where, 1 - kept, self._outside[some[0]], self._active(kept)))
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 
-    def _pass(
-        self, ablated: torch.Tensor | None, tokens: torch.Tensor, outside: Mapping[Node, torch.Tensor]
-    ) -> tuple[Written, torch.Tensor]:
-        """What senders write, and the input of the logits.
+    def _active(self, kept: torch.Tensor) -> dict[Node, list[int]]:
+        """The edges into each receiver that some circuit ablates, or that a gradient is asked for."""
+        found: dict[Node, list[int]] = defaultdict(list)
+        for column in range(len(self.items)) if kept.requires_grad else (kept != 1).any(0).nonzero()[:, 0].tolist():
+            found[self._edges[column].receiver].append(column)
+        return found
 
-        Args:
-            ablated: how far each edge is, `[circuits, items]`; None for a plain run.
-        """
-        circuits = 1 if ablated is None else len(ablated)
-        entry = self.lens.read(tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
-        written: Written = {EMBEDDING: entry.expand(circuits, *entry.shape)}
-        stream = written[EMBEDDING]
+    def _pass(self, run: "_Run") -> torch.Tensor:
+        """The input of the logits, `[circuits, pairs, pos, d_model]`; what senders write is noted in the run."""
+        entry = self.lens.read(run.tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
+        stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
+        sent = run.note({EMBEDDING: stream})
         for layer in range(self.lens.n_layers):
-            inside = {}
-            for name in INSIDE:
-                hook = sites.component(layer, name)
-                nodes = [Node(hook, "head", head) for head in range(self.heads(layer, name))]
-                rows = torch.stack([stream + self._brought(node, written, ablated, outside) for node in nodes])
-                values = self._through(layer, rows.flatten(0, 2), tokens, hook).unflatten(0, rows.shape[:3])
-                inside[hook] = torch.stack([values[head, :, :, :, head] for head in range(len(nodes))], 3).flatten(0, 1)
-            z = self._through(layer, stream.flatten(0, 1), tokens, sites.component(layer, "z"), inside)
-            heads, bias = self._by_head(layer, stream, z, tokens)
+            stream, sent = self._cut((layer, "pre"), stream, sent, run)
+            heads, bias = self._attention(layer, stream, sent, run)
             self._bias[layer] = bias[0, 0]
-            before = dict(written)
-            written |= heads
-            added = torch.stack(list(heads.values())).sum(0) + bias
+            added, heads = self._cut((layer, "attn"), sum(heads.values(), bias), heads, run)
+            mid, below = self._cut((layer, "mid"), stream + added, sent | heads, run)
             if not self.lens.attention_only:
-                mlp = Node(sites.component(layer, "mlp_out"), "activation")
-                below = stream + self._brought(mlp, before, ablated, outside)
-                attention = added + self._brought(mlp, heads, ablated, outside)
-                put = {sites.component(layer, "attn_out"): attention.flatten(0, 1)}
-                written[mlp] = self._through(layer, below.flatten(0, 1), tokens, mlp.site, put).unflatten(0, stream.shape[:2])
-                stream = stream + written[mlp]
-            stream = stream + added
-        return written, stream + self._brought(LOGITS, written, ablated, outside)
+                seen = (stream, sent) if self.lens.parallel else (mid, below)
+                outputs = self._mlp_outputs(layer, *seen, run)
+                mid, below = sum(outputs.values(), mid), below | outputs
+            stream, sent = mid, below
+        stream, sent = self._cut((self.lens.n_layers, "pre"), stream, sent, run)
+        rows, _ = self._inputs([LOGITS], stream, sent, run)
+        return rows[0]
 
-    def _brought(
-        self, receiver: Node, written: Written, ablated: torch.Tensor | None, outside: Mapping[Node, torch.Tensor]
-    ) -> torch.Tensor:
-        """How a receiver's input changes by the ablated ones of its edges from some senders."""
-        like = next(iter(written.values()))
-        if ablated is None:
-            return torch.zeros_like(like)
-        total = torch.zeros_like(like)
-        for sender, now in written.items():
-            column = self._columns.get(Edge.of(sender, receiver))
-            if column is None:
-                continue
-            weight = ablated[:, column].to(like.device)
-            if weight.requires_grad or bool(weight.any()):
-                total = total + weight[:, None, None, None] * (outside[sender].to(like) - now)
-        return total
+    def _cut(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
+        """What passes a place, and who sends it from there on."""
+        if place not in self.cuts:
+            return passing, sent
+        rows, which = self._inputs(self.cuts[place].nodes, passing, sent, run)
+        shares = run.note(self.cuts[place].shares(rows, rows, which, run.where[place]))
+        return torch.stack(list(shares.values())).sum(0), shares
+
+    def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> tuple[Written, torch.Tensor]:
+        """What each head adds to the stream, of its own query, key and value, and what attention adds without any."""
+        inside = {}
+        for name in INSIDE:
+            hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
+            rows, which = self._inputs(nodes, stream, sent, run)
+            values = self._through(layer, rows.flatten(0, 2), run.tokens, hook).unflatten(0, rows.shape[:3])
+            inside[hook] = torch.stack([values[row, ..., head, :] for head, row in enumerate(which)], -2).flatten(0, 1)
+        z = self._through(layer, stream.flatten(0, 1), run.tokens, sites.component(layer, "z"), inside)
+        heads, bias = self._by_head(layer, stream, z, run.tokens)
+        return run.note(heads), bias
+
+    def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
+        """What an MLP writes, or the nodes of its dictionary."""
+        nodes, cut = self._mlp(layer), self.cuts.get((layer, "mlp"))
+        rows, which = self._inputs(nodes, stream, sent, run)
+        outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
+        if cut is None:
+            return run.note({nodes[0]: outputs[0]})
+        read = outputs if cut.dictionary.reads == cut.dictionary.writes else self._mlp_activation(
+            layer, rows, run.tokens, cut.dictionary.reads
+        )  # fmt: skip
+        return run.note(cut.shares(read, outputs, which, run.where[layer, "mlp"]))
+
+    def _mlp_activation(self, layer: int, rows: torch.Tensor, tokens: torch.Tensor, hook: str) -> torch.Tensor:
+        """At a hook of an MLP, of the streams `[..., pos, d_model]` that it reads."""
+        stream = rows.flatten(0, -3)
+        put = {sites.component(layer, "attn_out"): torch.zeros_like(stream)}
+        return self._through(layer, stream, tokens, hook, put).unflatten(0, rows.shape[:-2])
+
+    def _inputs(
+        self, receivers: Sequence[Node], passing: torch.Tensor, sent: Written, run: "_Run"
+    ) -> tuple[torch.Tensor, list[int]]:
+        """What receivers read, and the row of each: what passes, but for its ablated edges; those that have none share a row.
+
+        Returns:
+            `[rows, circuits, pairs, pos, d_model]`, and a number for each receiver.
+        """
+        rows: list[torch.Tensor] = []
+        known: dict[Node | None, int] = {}
+        which = []
+        for receiver in receivers:
+            columns = run.active.get(receiver, ())
+            key = receiver if columns else None
+            if key not in known:
+                known[key] = len(rows)
+                rows.append(sum((self._change(column, sent, run) for column in columns), passing))
+            which.append(known[key])
+        return torch.stack(rows), which
+
+    def _change(self, column: int, sent: Written, run: "_Run") -> torch.Tensor:
+        """What an edge brings less of, or more, by being ablated."""
+        assert run.ablated is not None
+        sender = self._edges[column].sender
+        weight = run.ablated[:, column, None, None, None].to(sent[sender])
+        return weight * (run.outside[sender].to(sent[sender]) - sent[sender])
 
     def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
         """What each head adds to the stream, and what attention adds without any."""
@@ -196,15 +287,16 @@ class EdgeGraph(Graph):
 
     def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
         """What senders write in plain runs, `[prompts, pos, d_model]`, and what attention always adds, up to each `depth`."""
-        written, _ = self._pass(None, tokens, {})
+        run = _Run(tokens, {})
+        self._pass(run)
         always: dict[tuple[int, str], torch.Tensor] = {}
-        total = torch.zeros_like(next(iter(written.values()))[0])
+        total = torch.zeros_like(run.written[EMBEDDING][0])
         for layer in range(self.lens.n_layers):
             always[layer, "pre"] = total
             total = total + self._bias[layer]
             always[layer, "mid"] = total
         always[self.lens.n_layers, "pre"] = total
-        return {node: values[0] for node, values in written.items()}, always
+        return {node: values[0] for node, values in run.written.items()}, always
 
     def depth(self, receiver: Node) -> tuple[int, str]:
         """The place in the stream that a receiver reads."""
@@ -232,8 +324,7 @@ class EdgeGraph(Graph):
 
     def mlp_output(self, layer: int, stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """What an MLP writes, of the stream `[prompts, pos, d_model]` that it reads."""
-        put = {sites.component(layer, "attn_out"): torch.zeros_like(stream)}
-        return self._through(layer, stream, tokens, sites.component(layer, "mlp_out"), put)
+        return self._mlp_activation(layer, stream, tokens, sites.component(layer, "mlp_out"))
 
     def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Logits `[prompts, d_vocab]` at the answers, of the final stream `[prompts, pos, d_model]`."""

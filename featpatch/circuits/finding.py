@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from featpatch.circuits.circuit import Circuit
+from featpatch.circuits.cuts import cuts
 from featpatch.circuits.edges import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.nodes import Errors, NodeGraph
@@ -43,9 +44,11 @@ def find_circuit(
     Args:
         model: a TransformerBridge or a HookedTransformer, without hooks of yours.
         saes: that features and error terms among the nodes are of.
-        over: `"nodes"`, the candidates given; or `"edges"` between embedding, heads (by query, key, value), MLPs and logits.
+        over: `"nodes"`, the candidates given; or `"edges"` between embedding, heads (by query, key, value), MLPs and logits,
+            and, where features or errors are given, between these and what they leave of their activation (`rest`).
         nodes: candidates: features, error terms, heads at `hook_z`, whole activations; or a table of effects whose rows they
-            are. At their sites everything else is ablated.
+            are. At their sites everything else is ablated. For edges: features and errors of dictionaries of the stream, of
+            `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
         method: `"threshold"`: the items with the largest score. `"greedy"`: until faithfulness reaches `target`, from nothing
             on, the node that brings it closest to 1, or, from the logits down, the edge with the largest score.
             `"acdc"`: from the output down, what changes faithfulness by less than `threshold` goes (Conmy et al. 2023).
@@ -54,7 +57,8 @@ def find_circuit(
         threshold: a share of the behaviour; 0.01 by default.
         size: how many items, in the place of threshold or target.
         to: what the outside is set to: `"corrupted"`, `"mean"` or `"resample"` (of the clean runs of equally long pairs).
-        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or nodes like others (`"nodes"`).
+        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or nodes like others (`"nodes"`). For edges `"in"`
+            means in the rest.
         metric: one that reads the answers' single tokens; differentiable for estimates.
         progress: whether to show a progress bar.
 
@@ -70,19 +74,22 @@ def find_circuit(
         if value not in known:
             raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
     check_search(method, over, scores, threshold, size, target)
-    if over == "edges" and (nodes is not None or saes is not None or errors != "in"):
-        raise FeatpatchError("over='edges' with nodes, saes or errors: expected none of these, edges are between components")
+    if over == "edges" and errors == "out":
+        raise FeatpatchError("over='edges' with errors='out': expected 'in', a part of the rest, or 'nodes', among the nodes")
+    if over == "edges" and (nodes is None) != (saes is None):
+        raise FeatpatchError("over='edges' with nodes or saes alone: expected both, for edges of features, or neither")
     if over == "nodes" and nodes is None:
         raise FeatpatchError("over='nodes' without nodes: expected candidates, e.g. nodes=effects.top(50), or over='edges'")
     if not isinstance(metric, str) and not callable(metric):
         raise FeatpatchError(f"metric={metric!r}: expected one name or function")
     lens, measure = wrap(model), find(metric)
     graph: Graph
-    if nodes is not None:
-        found = dictionaries_if_any(lens, saes)
-        graph = NodeGraph(lens, pairs, to, measure, _candidates(lens, nodes, found, errors), dictionaries=found, errors=errors)
+    found = dictionaries_if_any(lens, saes)
+    candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
+    if over == "nodes":
+        graph = NodeGraph(lens, pairs, to, measure, candidates, dictionaries=found, errors=errors)
     else:
-        graph = EdgeGraph(lens, pairs, to, measure)
+        graph = EdgeGraph(lens, pairs, to, measure, cuts=cuts(lens, candidates, found))
     graph.check()
     graph.check_gap()
     if size is not None and size > len(graph.items):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.circuits.edges import EdgeGraph
+from featpatch.circuits.edges import EMBEDDING, EdgeGraph
 from featpatch.effects import check_gap, interval
 from featpatch.errors import FeatpatchError
 from featpatch.lens import wrap
@@ -147,7 +147,7 @@ class _Run:
     def _input(self, receiver: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
         """What reaches a receiver when its output is to be that of the prompts `rows`."""
         important = parents.get(receiver, {})
-        total = torch.zeros_like(self.written[self.graph.senders()[0]])
+        total = torch.zeros_like(self.written[EMBEDDING])
         for sender in self.graph.senders(receiver):
             if sender in important:
                 total = total + self._output(sender, self._agreeing(important[sender], rows), parents)

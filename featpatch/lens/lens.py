@@ -123,8 +123,11 @@ class Lens(ABC):
 
     @cached_property
     def parallel(self) -> bool:
-        """Whether MLPs read what enters their block, without what attention adds: found out by changing that."""
-        if self.attention_only:
+        """Whether MLPs read what enters their block, without what attention adds.
+
+        Blocks with a stream between the two don't; of others it is found out by changing what attention adds.
+        """
+        if self.attention_only or sites.component(0, "resid_mid") in self.hook_points:
             return False
         attention, mlp = sites.component(0, "attn_out"), sites.component(0, "mlp_out")
         tokens = torch.zeros(1, 2, dtype=torch.long)

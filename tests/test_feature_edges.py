@@ -1,0 +1,162 @@
+"""Edges between single features against a forward pass in plain torch, and on a circuit set by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from circuits_by_hand import two_hop
+from sae_lens import StandardSAE, StandardSAEConfig
+from small import Small, randomised, small_bridge, small_hooked, standard
+from small import at as metadata_at
+from test_edges import OPTIONS, by_hand, short
+from test_sets import pairs_of
+
+import featpatch as fp
+from featpatch.circuits import EdgeGraph
+from featpatch.circuits.cuts import cuts
+from featpatch.lens import dictionaries, wrap
+from featpatch.metrics import find
+
+SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
+
+
+def feature(site: str, index: int, position: Any = "all", sae: str = "") -> fp.Node:
+    return fp.Node(site, "feature", index, position, sae or site)
+
+
+def nodes_of(names: list[str]) -> list[fp.Node]:
+    """Some features of each dictionary, at all and at single positions, and every other one's error."""
+    nodes = [feature(name.rsplit(" ", 1)[-1], n, position, name) for name in names for n, position in ((2, "all"), (5, 3), (5, 6), (9, "all"))]  # fmt: skip
+    return nodes + [fp.Node(name.rsplit(" ", 1)[-1], "error", None, "all", name) for name in names[::2]]
+
+
+def graph_of(small: Small, saes: list[Any], nodes: list[fp.Node], to: str = "corrupted") -> EdgeGraph:
+    lens = wrap(small.model)
+    graph = EdgeGraph(lens, pairs_of(small), to, find("logit_diff"), cuts=cuts(lens, nodes, dictionaries(lens, saes)))
+    graph.check()
+    return graph
+
+
+def coordinates(model: Any, site: str, which: list[int]) -> StandardSAE:
+    """A dictionary of some coordinates of the stream, each positive."""
+    width = model.cfg.d_model
+    sae = StandardSAE(StandardSAEConfig(width, len(which), "float64", apply_b_dec_to_input=False, metadata=metadata_at(site)))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.W_enc[which, range(len(which))] = 1.0
+        sae.W_dec[range(len(which)), which] = 1.0
+    return sae
+
+
+@pytest.mark.parametrize("method", ["threshold", "greedy", "acdc"])
+def test_two_hops_by_hand(method: str) -> None:
+    """From the embedding to single bridges, from the head to single answers; no edge of any other feature or the rest."""
+    found = two_hop()
+    first, last = "blocks.0.hook_mlp_out", "blocks.2.hook_mlp_out"
+    with torch.no_grad():
+        cache = found.model.run_with_cache(torch.cat([found.clean, found.corrupted]))[1]
+    written = {site: (cache[site].abs().amax((0, 1)) > 0).nonzero()[:, 0].tolist() for site in (first, last)}
+    saes = [coordinates(found.model, site, written[site]) for site in (first, last)]
+    nodes = [feature(site, n) for site in (first, last) for n in range(len(written[site]))]
+    circuit = fp.find_circuit(found.model, by_hand(found), saes=saes, nodes=nodes, method=method, target=1.0, **OPTIONS)
+    assert circuit.faithfulness == pytest.approx(1.0)
+    bridges, answers = ([n for n in nodes if n.site == site and coordinate(found, n, written) in wanted] for site, wanted in (
+        (first, read_by_head(found.model)), (last, read_by_logits(found.model))))  # fmt: skip
+    assert len(bridges) == len(answers) == 4
+    assert len(nodes) > 8
+    edges = {(short(e.sender) if not e.sender.sae else e.sender, short(e.receiver) if not e.receiver.sae else e.receiver) for e in circuit.items}  # fmt: skip
+    true = {("embed", b) for b in bridges} | {(b, "L1.H1.v") for b in bridges}
+    true |= {("L1.H1", a) for a in answers} | {(a, "logits") for a in answers}
+    assert edges == true
+
+
+def coordinate(found: Any, node: fp.Node, written: dict[str, list[int]]) -> int:
+    return written[node.site][int(node.index or 0)]
+
+
+def read_by_head(model: Any) -> set[int]:
+    return set(model.blocks[1].attn.W_V[1].abs().sum(1).nonzero()[:, 0].tolist())
+
+
+def read_by_logits(model: Any) -> set[int]:
+    return set(model.W_U.abs().sum(1).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_estimates_of_feature_edges_are_the_gradient(make: Any) -> None:
+    """Against finite differences of the differentiable run."""
+    small = make()
+    graph = graph_of(small, [small.at(site) for site in SITES], nodes_of(SITES))
+    estimates = graph.estimates()
+    step = 1e-5
+    into = [n for n, e in enumerate(graph.items) if e.receiver.sae or e.sender.sae]
+    for number in into[::31]:
+        kept = torch.ones(2, len(graph.items), dtype=torch.float64)
+        kept[0, number] += step
+        kept[1, number] -= step
+        with torch.no_grad():
+            up, down = graph._run(kept, [0, 1, 2]).mean(1).tolist()
+        assert estimates[number] == pytest.approx((up - down) / (2 * step), abs=1e-7)
+    assert np.abs(estimates[into]).max() > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("to", ["corrupted", "mean", "resample"])
+def test_scaled_dictionaries(norm: str, to: str) -> None:
+    """All edges are the model; one feature's edges from below ablated is its value as of there, in the scale of its own input."""
+    small = small_hooked()
+    site = "blocks.1.hook_attn_out"
+    sae = standard(site, 3, normalize_activations=norm)
+    node = feature(site, 4)
+    graph = graph_of(small, [sae], [node], to)
+    rest = [item for item in graph.items if item.receiver != node]
+    found = graph.values([graph.items, rest])
+    np.testing.assert_allclose(found[0], graph.whole, atol=1e-9)
+    with torch.no_grad():
+        below = small.model.run_with_cache(small.corrupted if to == "corrupted" else small.clean)[1][site]
+        below = {"corrupted": below, "mean": below.mean(0, keepdim=True).expand_as(below), "resample": below.roll(1, 0)}[to]
+
+        def share(x: torch.Tensor) -> torch.Tensor:
+            features = sae.encode(x)
+            one = sae.decode(features)
+            features[..., 4] = 0
+            sae.encode(x)
+            return one - sae.decode(features)
+
+        keep = torch.ones(7, 1, dtype=torch.bool)
+        hook = [(site, lambda x, hook: torch.where(keep, x - share(x) + share(below), x))]
+        logits = small.model.run_with_hooks(small.clean, fwd_hooks=hook)[:, -1]
+    rows = torch.arange(3)
+    np.testing.assert_allclose(found[1], logits[rows, small.correct] - logits[rows, small.wrong], atol=1e-9)
+    assert np.abs(found[1] - found[0]).max() > 1e-4
+
+
+def test_bad_cuts() -> None:
+    small = small_hooked()
+    site = "blocks.1.hook_resid_pre"
+    twice = [small.at(site), randomised(standard(site, 40), 41)]
+    for saes, nodes, message in (
+        (small.at(site), [feature(site, 3), feature(site, 3, 3)], "share positions"),
+        (small.at("blocks.1.attn.hook_z"), [feature("blocks.1.attn.hook_z", 3)], "a dictionary of the stream"),
+        (twice, [feature(site, 3), feature(site, 3, "all", f"{site}#2")], "at the same place"),
+        (small.at(site), [fp.Node("blocks.0.hook_mlp_out", "activation")], "among the edges anyway"),
+        (small.at(site), None, "nodes or saes alone"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=nodes, **OPTIONS)
+
+
+def test_features_of_a_table_as_edges() -> None:
+    """Candidates from a ranking; a graph that leads to the logits; found again for other pairs."""
+    small = small_hooked()
+    saes = [small.at(site) for site in SITES[2:]]
+    effects = fp.rank_features(small.model, saes, pairs_of(small), progress=False)
+    top = [node for node in effects.nodes if node.kind == "feature"][:6]
+    circuit = fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=top, scores="estimate", size=40, **OPTIONS)
+    assert circuit.metadata["saes"].keys() == {node.sae for node in top}
+    named = {node for node in circuit.to_networkx() if node.kind == "feature"}
+    assert named <= set(top)
+    assert any(node.kind == "rest" for node in circuit.to_networkx())
+    assert 0 <= circuit.stability(resamples=1)["jaccard"][0] <= 1

@@ -49,6 +49,19 @@ def main(count: int, out: Path) -> None:
     for errors in ("in", "out"):
         features = fp.find_circuit(demo.model, pairs, saes=sae, nodes=ranked, errors=errors, size=40, progress=False)
         print(f"error terms {errors}: {features}")
+
+    print("\n== Edges of single features: the 30 strongest before block 1 stand between block 0 and what reads it ==")
+    strongest = fp.rank_features(demo.model, sae, pairs, progress=False).top(30)
+    between = fp.find_circuit(
+        demo.model, pairs, saes=sae, nodes=strongest, over="edges", scores="estimate", size=300, progress=False
+    )
+    print(between)
+    scores = sorted(zip(between.graph.items, between.scores, strict=True), key=lambda of_edge: -abs(of_edge[1]))
+    of_features = [(edge, score) for edge, score in scores if "feature" in (edge.sender.kind, edge.receiver.kind)]
+    kept = sum(edge in set(between.items) for edge, _ in of_features)
+    print(f"{kept} of the {len(between)} are edges of single features, of {len(of_features)}; the strongest (estimates):")
+    for edge, score in of_features[:6]:
+        print(f"  {score:+.3f}  {edge}")
     best = paths.top(1).nodes[0]
     print(
         f"\n{len(circuit)} of {len(circuit.graph.items)} edges have {circuit.faithfulness:.0%} of the behaviour. The strongest single path "

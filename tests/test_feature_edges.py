@@ -3,13 +3,15 @@
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from circuits_by_hand import two_hop
+from feature_edge_oracle import edges_of, forward_with_feature_edges
 from sae_lens import StandardSAE, StandardSAEConfig
 from small import Small, randomised, small_bridge, small_hooked, standard
 from small import at as metadata_at
-from test_edges import OPTIONS, by_hand, short
+from test_edges import OPTIONS, by_hand, difference, short
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -18,6 +20,7 @@ from featpatch.circuits.cuts import cuts
 from featpatch.lens import dictionaries, wrap
 from featpatch.metrics import find
 
+TRANSCODER = "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out"
 SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
 
 
@@ -36,6 +39,49 @@ def graph_of(small: Small, saes: list[Any], nodes: list[fp.Node], to: str = "cor
     graph = EdgeGraph(lens, pairs_of(small), to, find("logit_diff"), cuts=cuts(lens, nodes, dictionaries(lens, saes)))
     graph.check()
     return graph
+
+
+def oracle_cuts(small: Small, saes: list[Any], nodes: list[fp.Node]) -> list[Any]:
+    """As the oracle wants them, with each node's own name."""
+    found = []
+    for sae in saes:
+        reads, writes = oracle.hooks(sae)
+        own = []
+        for node in (node for node in nodes if node.sae == (reads if reads == writes else f"{reads} -> {writes}")):
+            here = torch.zeros(3, 7, dtype=torch.bool)
+            here[:, slice(None) if node.position == "all" else node.position] = True
+            own.append((str(node), "error" if node.index is None else node.index, here))
+        found.append((reads, writes, sae, own))
+    return found
+
+
+def named(edge: Any) -> tuple[str, str]:
+    """As the oracle names it."""
+    return tuple(
+        f"rest of {n.site}" if n.kind == "rest" else str(n) if n.sae else short(n) for n in (edge.sender, edge.receiver)
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "places", [SITES, ["blocks.1.hook_resid_mid", TRANSCODER], ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre"]]
+)
+def test_any_edges_of_features(places: list[str]) -> None:
+    """Random halves, single ones, all and none, together in one call."""
+    small = small_hooked()
+    saes = [small.saes[-1] if place == TRANSCODER else small.at(place) for place in places]
+    nodes = nodes_of(places)
+    graph, own = graph_of(small, saes, nodes), oracle_cuts(small, saes, nodes)
+    assert {named(edge) for edge in graph.items} == set(edges_of(small.model, own))
+    generator = np.random.default_rng(0)
+    choices = [[e for e in graph.items if generator.random() < share] for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)]
+    choices += [[], list(graph.items)]
+    choices += [[e for e in graph.items if e != one] for one in graph.items if one.receiver.sae][::37]
+    found = graph.values(choices)
+    for kept, values in zip(choices, found, strict=True):
+        ablated = {named(edge) for edge in graph.items} - {named(edge) for edge in kept}
+        logits = forward_with_feature_edges(small.model, small.clean, small.corrupted, ablated, own)
+        np.testing.assert_allclose(values, difference(logits, small.correct, small.wrong), atol=1e-9)
+    assert len(np.unique(found.round(7), axis=0)) > len(choices) / 2
 
 
 def coordinates(model: Any, site: str, which: list[int]) -> StandardSAE:

@@ -67,14 +67,17 @@ class Graph(ABC):
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
         """Which items are kept, `[items]`."""
-        numbers = {item: number for number, item in enumerate(self.items)}
         chosen = list(kept)
-        strange = [item for item in chosen if item not in numbers]
-        if strange:
-            raise FeatpatchError(f"{str(strange[0])!r} is not in the graph: expected some of its {len(self.items)} items")
+        strange = next((item for item in chosen if item not in self._numbers), None)
+        if strange is not None:
+            raise FeatpatchError(f"{str(strange)!r} is not in the graph: expected some of its {len(self.items)} items")
         mask = np.zeros(len(self.items), dtype=bool)
-        mask[[numbers[item] for item in chosen]] = True
+        mask[[self._numbers[item] for item in chosen]] = True
         return mask
+
+    @cached_property
+    def _numbers(self) -> dict[Node, int]:
+        return {item: number for number, item in enumerate(self.items)}
 
     @cached_property
     def whole(self) -> Array:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featpatch.effects import Audit, Effects
     from featpatch.engine import SlowPathWarning
     from featpatch.errors import FeatpatchError
+    from featpatch.execution import Ray
     from featpatch.firing import Description, describe
     from featpatch.forecast import Plan
     from featpatch.lens import adapt, identity, load_sae, neurons, pca
@@ -66,6 +67,7 @@ HOMES = {
     "Pairs": "pairs",
     "Patch": "patch",
     "Plan": "forecast",
+    "Ray": "execution",
     "Selection": "patching",
     "Scrubbed": "circuits",
     "Verified": "verifying",
@@ -106,10 +108,11 @@ HOMES = {
 __all__ = [
     "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
     "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Hypothesis", "Loaded", "Node", "Noise", "Pair", "Pairs",
-    "Patch", "Plan", "Scrubbed", "Selection", "SlowPathWarning", "Verified", "ablate", "adapt", "calibrate", "check", "compare",
-    "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features", "estimate_paths",
-    "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan", "random_controls",
-    "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks", "verify",
+    "Patch", "Plan", "Ray", "Scrubbed", "Selection", "SlowPathWarning", "Verified", "ablate", "adapt", "calibrate", "check",
+    "compare", "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features",
+    "estimate_paths", "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
+    "random_controls", "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks",
+    "verify",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     ["sites", "metrics"],
     ["pairs", "diagram"],
     ["effects", "lens", "tasks"],
-    ["engine", "terminal"],
+    ["engine", "execution", "terminal"],
     ["patching", "attribution", "firing", "comparison"],
     ["screening", "selfcheck", "circuits", "verifying"],
     ["reporting"],

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,43 @@ FORMAT = "featpatch journal 1"
 
 
 @dataclass(frozen=True)
-class Journal:
-    """An open journal.
+class Book:
+    """What is finished, in memory.
 
     Attributes:
         rows: the budget of rows of the run that began it; going on with the same one repeats its batches bit by bit.
         finished: values by batch.
     """
 
-    path: Path
     rows: int
-    finished: dict[str, bytes]
+    finished: dict[str, bytes] = field(default_factory=dict)
+
+    def get(self, key: str) -> Float[torch.Tensor, " values"] | None:
+        """The values of a batch, if it is finished."""
+        values = self.finished.get(key)
+        return None if values is None else torch.from_numpy(np.frombuffer(values, "<f8").astype(np.float64))
+
+    def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
+        """Notes a finished batch."""
+        self.finished[key] = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
+
+
+class ClosedBook(Book):
+    """Of an interrupted run: nothing is added."""
+
+    def get(self, key: str) -> Float[torch.Tensor, " values"] | None:
+        """The values of a batch; where they are not there, the interruption goes on."""
+        values = super().get(key)
+        if values is None:
+            raise KeyboardInterrupt
+        return values
+
+
+@dataclass(frozen=True)
+class Journal(Book):
+    """A book on disk."""
+
+    path: Path = Path()
 
     @classmethod
     def open(cls, path: Path, subject: Mapping[str, Any], baselines: Sequence[float], rows: int) -> "Journal":
@@ -60,25 +86,20 @@ class Journal:
             _check_torn(path, content, header)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
-            journal = cls(path, rows, {})
+            journal = cls(rows, {}, path)
             journal._append(header)
             return journal
         _check_subject(path, lines[0], header)
         if intact < len(content):
             os.truncate(path, intact)
         finished = {line["batch"]: base64.b64decode(line["values"]) for line in lines[1:]}
-        return cls(path, int(lines[0]["rows"]), finished)
-
-    def get(self, key: str) -> Float[torch.Tensor, " values"] | None:
-        """The values of a batch, if it is finished."""
-        values = self.finished.get(key)
-        return None if values is None else torch.from_numpy(np.frombuffer(values, "<f8").astype(np.float64))
+        return cls(int(lines[0]["rows"]), finished, path)
 
     def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
         """Writes down a finished batch, to the disk itself."""
         content = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
         self._append({"batch": key, "values": base64.b64encode(content).decode()})
-        self.finished[key] = content
+        super().put(key, values)
 
     def _append(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content)

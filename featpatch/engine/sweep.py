@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.engine.budget import out_of_memory
-from featpatch.engine.journal import Journal, batch_key
+from featpatch.engine.journal import Book, batch_key
 from featpatch.engine.packing import batches, units_of
 from featpatch.engine.path import PatchPath
 from featpatch.engine.work import BaseRun, Block, Unit
@@ -29,7 +29,7 @@ class Sweep:
 
     Attributes:
         rows: budget of rows per forward pass.
-        journal: where finished batches are written down and looked up.
+        book: where finished batches are written down and looked up.
         done: called with the number of patches that each batch finished.
         limit: rows that memory allows for, known once it has run out.
         clean: logits of clean runs, where the metric reads them.
@@ -38,7 +38,7 @@ class Sweep:
     path: PatchPath
     measures: Measures
     rows: int
-    journal: Journal | None = None
+    book: Book | None = None
     done: Callable[[int], object] = field(default=lambda patches: None)
     limit: float = field(default=float("inf"), init=False)
     clean: "WeakKeyDictionary[BaseRun, torch.Tensor]" = field(default_factory=WeakKeyDictionary, init=False)
@@ -73,6 +73,13 @@ class Sweep:
                 values[unit.index][unit.patches] = part
             self.done(sum(sizes))
 
+    @torch.no_grad()
+    def batches(self, blocks: Sequence[Block]) -> list[tuple[str, list[Unit]]]:
+        """The forward passes that `fill` would make, each with the key under which it is written down; ready to `run`."""
+        self.baselines(list(dict.fromkeys(block.run for block in blocks)))
+        return [(batch_key(unit.name for unit in batch), batch)
+                for batch in batches(self.path, self.units(blocks), self.rows)]  # fmt: skip
+
     def cost(self, blocks: Sequence[Block]) -> tuple[int, int, int]:
         """Patches that need a forward pass, their rows, and their floating-point operations."""
         units = self.units(blocks)
@@ -84,9 +91,9 @@ class Sweep:
         batch = next(batches(self.path, self.units(blocks), self.rows), [])
         if not batch:
             return 0, 0.0
-        self._run(batch)
+        self.run(batch)
         start = time.perf_counter()
-        self._run(batch)
+        self.run(batch)
         seconds = time.perf_counter() - start
         return self._flops(batch), seconds
 
@@ -100,18 +107,19 @@ class Sweep:
         return sum(self.path.flops(u, vocabulary if c is None else len(c)) for u, c in zip(units, columns, strict=True))
 
     def _finished(self, batch: list[Unit]) -> Values:
-        """The values of a batch, from the journal or from a forward pass."""
-        if self.journal is None:
-            return self._run(batch)
+        """The values of a batch, from the book or from a forward pass."""
+        if self.book is None:
+            return self.run(batch)
         key = batch_key(unit.name for unit in batch)
-        known = self.journal.get(key)
+        known = self.book.get(key)
         if known is not None:
             return known.unflatten(0, (-1, len(self.measures.parts)))
-        values = self._run(batch)
-        self.journal.put(key, values.flatten())
+        values = self.run(batch)
+        self.book.put(key, values.flatten())
         return values
 
-    def _run(self, batch: list[Unit]) -> Values:
+    @torch.no_grad()
+    def run(self, batch: list[Unit]) -> Values:
         """One forward pass, or several where memory is short."""
         patches, rows = sum(len(unit.patches) for unit in batch), sum(self.path.rows(u) * len(u.patches) for u in batch)
         if rows <= self.limit or patches == 1:
@@ -131,7 +139,7 @@ class Sweep:
                         "free memory, use shorter prompts or a smaller type"
                     ) from error
             self.limit = rows // 2
-        return torch.cat([self._run(half) for half in _halves(batch)])
+        return torch.cat([self.run(half) for half in _halves(batch)])
 
     def _columns(self, run: BaseRun) -> tuple[int, ...] | None:
         return self.measures.columns(run.correct, run.wrong)

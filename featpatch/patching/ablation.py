@@ -42,6 +42,7 @@ def ablate(
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
     journal: str | Path | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Effects:
     """Exact effect of ablating features, error terms and components one by one in the clean run.
@@ -63,7 +64,7 @@ def ablate(
             needs to decode (norms, skip paths) stays the base run's.
         over: whose clean and corrupted prompts means are taken over and resampled from; `pairs` by default.
         seed: of the draws.
-        positions, metric, batch_rows, journal, progress: as in `rank_features`.
+        positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Raises:
         FeatpatchError: unusable input; nothing to ablate; no prompt to take a mean over or to draw.
@@ -96,7 +97,7 @@ def ablate(
         batch_rows=batch_rows,
         contrast=_contrast(lens, pairs, pairs if over is None else over, to, seed),
     )
-    return study.run(Path(journal) if journal is not None else None, progress=progress)
+    return study.run(journal, progress=progress, executor=executor)
 
 
 @dataclass(frozen=True, eq=False)

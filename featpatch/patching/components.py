@@ -30,6 +30,7 @@ def rank_components(
     batch_rows: int | None = None,
     noise: Noise | None = None,
     journal: str | Path | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Effects:
     """Exact causal effect of components, in the same table as that of features.
@@ -42,8 +43,8 @@ def rank_components(
             (before rotation; keys and values by the heads that they are shared by), `"pattern"` (a row: all that a position
             attends to) and `"pattern_entry"` (position `"end <- S2"`: what one attends of another); `"neurons"` of the MLPs.
         layers: which layers; all by default.
-        positions, directions, metric, batch_rows, noise, journal, progress: as in `rank_features`. For keys and values the
-            position is that of the key or value.
+        positions, directions, metric, batch_rows, noise, journal, executor, progress: as in `rank_features`. For keys
+            and values the position is that of the key or value.
 
     Returns:
         One row per component (and position) that differs in at least one pair: of kind `activation`, `head` or `neuron`.
@@ -52,7 +53,7 @@ def rank_components(
         FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
     """
     study = component_study(model, pairs, sites, layers, positions, directions, metric, batch_rows, noise)
-    return study.run(Path(journal) if journal is not None else None, progress=progress)
+    return study.run(journal, progress=progress, executor=executor)
 
 
 def component_study(

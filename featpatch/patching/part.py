@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from featpatch.lens import Dictionary
@@ -13,7 +14,10 @@ from featpatch.patching.swaps import Swaps, differing
 
 
 class Part(ABC):
-    """What is patched, at which sites, from which activations."""
+    """What is patched, at which sites, from which activations; a dataclass, that goes to workers without what it has found."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)  # type: ignore[arg-type]
 
     @property
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,23 @@ from tqdm.auto import tqdm
 
 from featpatch import sites
 from featpatch.effects import Collector, Effects, check_gap
-from featpatch.engine import BaseRun, Block, Journal, PatchPath, SuffixPath, Sweep, choose_path, row_budget, row_bytes
+from featpatch.engine import (
+    BaseRun,
+    Block,
+    Book,
+    ClosedBook,
+    Journal,
+    PatchPath,
+    SuffixPath,
+    Sweep,
+    choose_path,
+    row_budget,
+    row_bytes,
+)
 from featpatch.errors import FeatpatchError
+from featpatch.execution import Executor, executor_of
 from featpatch.lens import Lens, check_tokens, provenance
+from featpatch.lens.transport import packed
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, spans
@@ -25,6 +39,7 @@ from featpatch.patching.part import Part
 from featpatch.patching.readings import Metrics, Reading, Readout, readout
 from featpatch.patching.run import Contrast, Swap
 from featpatch.patching.runs import PairRuns, Runner, chunks
+from featpatch.patching.shards import made
 from featpatch.patching.swaps import Swaps
 
 SWAP = Swap()
@@ -43,6 +58,7 @@ class Study:
         memory: bytes that such a pass takes at its peak, estimated.
         runner: how pairs are run.
         runs: both runs of some pairs; the latest are kept.
+        options: what else it was made with.
     """
 
     lens: Lens
@@ -56,6 +72,7 @@ class Study:
     memory: int
     runner: Runner
     runs: Callable[[tuple[int, ...]], list[PairRuns]]
+    options: Mapping[str, Any]
 
     @classmethod
     def of(
@@ -108,22 +125,30 @@ class Study:
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
         metadata = _metadata(lens, about, runner, read, chosen, positions)
-        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs)
+        options = {"about": about, "positions": positions, "metric": metric, "contrast": contrast, "noise": noise}
+        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, options)
 
-    def run(self, journal: Path | None, *, progress: bool) -> Effects:
+    def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
+
+        Args:
+            journal: where finished batches are written down.
+            executor: where forward passes run, see `executor_of`; here by default.
 
         Raises:
             FeatpatchError: a gap near zero, NaN on the way, a journal of another sweep.
         """
+        elsewhere = executor_of(executor)
         metadata = dict(self.metadata)
         clean, corrupted, patches = self._survey()
         for name, of_clean, of_corrupted in zip(self.readout.names, clean.T, corrupted.T, strict=True):
             check_gap(name, of_clean, of_corrupted)
-        book = None
+        book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
             subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
-            book = Journal.open(journal, subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
+            book = Journal.open(Path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
+        if elsewhere is not None and book is not None:
+            book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
         collector = Collector(self.readout.names)
         finished: list[int] = []
         begun: list[int] = []
@@ -164,6 +189,23 @@ class Study:
     def fast(self) -> bool:
         """Whether our own forward pass is taken."""
         return isinstance(self.path, SuffixPath)
+
+    def _run_elsewhere(self, executor: Executor, book: Book, patches: int, *, progress: bool) -> Book:
+        """All batches into the book, from which the sweep then takes them; after Ctrl-C those that are there."""
+        shards = len(list(chunks(self.pairs))) * len(self.parts)
+        total = patches * len(self.directions)
+        with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
+            try:
+                study = partial(_again, self.lens, self.parts, self.pairs, self.directions, self.options, book.rows)
+                executor.run(partial(made, packed(study)), shards, book, bar.update)
+            except KeyboardInterrupt:
+                return ClosedBook(book.rows, book.finished)
+        return book
+
+    def blocks(self, some: list[int], part: Part) -> list[Block]:
+        """Every patch of a part in some pairs that run together."""
+        runs = self.runs(tuple(some))
+        return self._blocks(runs, part.swaps(runs))
 
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
         """Direction by direction, pair by pair, reading by reading, swap by swap."""
@@ -220,6 +262,18 @@ class Study:
                 for part in self.parts
             )
         return base["noising"], base["denoising"], patches
+
+
+def _again(
+    lens: Lens,
+    parts: Sequence[Part],
+    pairs: Pairs,
+    directions: tuple[Direction, ...],
+    options: Mapping[str, Any],
+    rows: int,
+) -> Study:
+    """The same study in another process."""
+    return Study.of(lens, parts, pairs=pairs, directions=directions, batch_rows=rows, **options)
 
 
 def _metadata(

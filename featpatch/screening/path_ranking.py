@@ -1,6 +1,7 @@
 """Rank paths: what a sender does through a receiver, exactly; many of them are screened by gradients first."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ def rank_paths(
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
     journal: str | Path | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Effects:
     """Exact causal effect of paths from senders to receivers, by path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023).
@@ -55,7 +57,7 @@ def rank_paths(
         route: `"direct"` freezes attention and MLPs between sender and receiver, `"through_mlps"` attention alone.
         exact: run `"all"`, or those `"screened"`: the first `k` by |estimate| and `audit` of the others, drawn by `seed`;
             `"auto"` screens above 20,000 paths.
-        directions, metric, batch_rows, journal, progress: as in `rank_features`.
+        directions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Returns:
         One row per path whose sender differs in at least one pair, of kind `edge`.
@@ -66,13 +68,13 @@ def rank_paths(
     if exact not in ("auto", "all", "screened"):
         raise FeatpatchError(f"exact={exact!r}: expected 'auto', 'all' or 'screened'")
     study, part = path_study(model, saes, pairs, senders, receivers, route, directions, metric, batch_rows)
-    count, path = sum(map(len, part.edges.values())), Path(journal) if journal is not None else None
+    count = sum(map(len, part.edges.values()))
     screen = exact == "screened" or (exact == "auto" and count > BUDGET)
     if progress:
-        run = f"screened by gradients, {k} and {audit} of them run" if screen else "all run"
-        tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {run}")
+        how = f"screened by gradients, {k} and {audit} of them run" if screen else "all run"
+        tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}")
     if not screen:
-        return study.run(path, progress=progress)
+        return study.run(journal, progress=progress, executor=executor)
     estimate = estimate_paths(
         model, saes, pairs, senders=senders, receivers=receivers, route=route, directions=directions, metric=leading(metric),
         progress=progress,
@@ -82,4 +84,5 @@ def rank_paths(
         edges = frozenset(edge for edge in only if isinstance(edge, Edge))
         return path_study(model, saes, pairs, senders, receivers, route, directions, metric, batch_rows, edges)[0]
 
-    return screened(Screen(k=k, audit=audit, seed=seed), estimate, study_of, path, progress=progress)
+    run = partial(Study.run, journal=journal, progress=progress, executor=executor)
+    return screened(Screen(k=k, audit=audit, seed=seed), estimate, study_of, run)

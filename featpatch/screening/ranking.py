@@ -1,6 +1,7 @@
 """Rank SAE features by causal recovery: every feature that differs is swapped alone, exactly, in both directions."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def rank_features(
     batch_rows: int | None = None,
     noise: Noise | None = None,
     journal: str | Path | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Effects:
     """Exact causal effect of every SAE feature, of the error terms and of the whole sites.
@@ -69,6 +71,7 @@ def rank_features(
         batch_rows: rows (patches x positions) of one forward pass; by default from the model's size and the free memory.
         noise: corrupts the clean prompts' embeddings, in the place of the corrupted prompts (causal tracing).
         journal: a file in which every finished batch is written down, and from which an interrupted call goes on.
+        executor: `"ray"` or `fp.Ray(...)` runs the forward passes on several processes or machines; here by default.
         progress: show a bar.
 
     Returns:
@@ -83,10 +86,9 @@ def rank_features(
     given = {name: value for name, value in options.items() if value is not None}
     if exact not in ("all", "screened") or (exact == "all" and given):
         raise FeatpatchError(f"exact={exact!r}, {given}: expected 'all' without any of these, or 'screened'")
-    path = Path(journal) if journal is not None else None
     if exact == "all":
         study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
-        return study.run(path, progress=progress)
+        return study.run(journal, progress=progress, executor=executor)
     if noise is not None:
         raise FeatpatchError(
             "exact='screened' with noise: expected corrupted prompts, whose gradients are what estimates are of"
@@ -98,4 +100,4 @@ def rank_features(
     def study_of(only: frozenset[Node]) -> Study:
         return feature_study(model, saes, pairs, positions, directions, metric, batch_rows, only=only)[0]
 
-    return screened(screen, estimate, study_of, path, progress=progress)
+    return screened(screen, estimate, study_of, partial(Study.run, journal=journal, progress=progress, executor=executor))

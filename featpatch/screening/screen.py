@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,12 +44,13 @@ class Screen:
 
 
 def screened(
-    screen: Screen, estimate: Effects, study_of: Callable[[frozenset[Node]], Study], journal: Path | None, *, progress: bool
+    screen: Screen, estimate: Effects, study_of: Callable[[frozenset[Node]], Study], run: Callable[[Study], Effects]
 ) -> Effects:
     """The exact effects of what the screen chooses.
 
     Args:
         study_of: the sweep over some nodes.
+        run: runs it.
 
     Raises:
         FeatpatchError: unusable input; a ranking longer than the features that there are.
@@ -72,7 +72,7 @@ def screened(
     for size in sizes:
         some = frozenset([*([] if tables else begin), *drawn[done:size]])
         try:
-            found = study_of(some).run(journal, progress=progress)
+            found = run(study_of(some))
         except KeyboardInterrupt:
             if not tables:
                 raise

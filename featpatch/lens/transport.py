@@ -1,0 +1,31 @@
+"""A model with all that refers to it as bytes, for other processes of the same run. Never for a file: see `storage`."""
+
+import io
+from typing import Any
+
+from transformers.utils import output_capturing
+
+
+def packed(thing: Any) -> bytes:
+    """What `unpacked` makes the same of, where the same libraries are installed.
+
+    Hugging Face's models hold hooks that refer to a context variable of their module, which every process has of its own.
+    """
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, output_capturing.CompileableContextVar):
+                return "_active_collector"
+            return super().reducer_override(value)
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(thing)
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes) -> Any:
+    """What was packed."""
+    import cloudpickle
+
+    return cloudpickle.loads(content)

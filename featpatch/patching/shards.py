@@ -1,0 +1,49 @@
+"""A study in shards, for workers: the pairs that run together, part by part."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from featpatch.engine import Sweep
+from featpatch.engine.work import Unit
+from featpatch.execution import Batch
+from featpatch.lens.transport import unpacked
+from featpatch.patching.runs import chunks
+
+if TYPE_CHECKING:
+    from featpatch.patching.study import Study
+
+
+@dataclass
+class StudyShards:
+    """What a worker holds: the study, and the batches of the shard that it is at."""
+
+    study: "Study"
+    _open: tuple[int, list[tuple[str, list[Unit]]]] = field(default=(-1, []), init=False)
+
+    def __post_init__(self) -> None:
+        self._shards = [(some, part) for some in chunks(self.study.pairs) for part in self.study.parts]
+        self._sweep = Sweep(self.study.path, self.study.readout.measures, self.study.rows)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def batches(self, shard: int) -> list[Batch]:
+        """Each with the number of its patches."""
+        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard)]
+
+    def run(self, shard: int, number: int) -> torch.Tensor:
+        """One forward pass, or several where memory is short."""
+        return self._sweep.run(self._batches(shard)[number][1]).flatten()
+
+    def _batches(self, shard: int) -> list[tuple[str, list[Unit]]]:
+        if self._open[0] != shard:
+            some, part = self._shards[shard]
+            self._open = shard, self._sweep.batches(self.study.blocks(some, part))
+        return self._open[1]
+
+
+def made(study: bytes) -> StudyShards:
+    """From what makes the study, packed."""
+    return StudyShards(unpacked(study)())

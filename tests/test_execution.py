@@ -1,0 +1,233 @@
+"""Sweeps on the workers of a local Ray: the same rows as here, whatever is killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import small_bridge, small_hooked
+from test_sets import pairs_of
+
+import featpatch as fp
+from featpatch.engine import Sweep
+from featpatch.execution import Executor
+
+ray = pytest.importorskip("ray")
+HERE = os.getpid()
+ROWS: dict[str, Any] = {"batch_rows": 20, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray of two workers, which find the tests' modules, for all tests of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="featpatch")
+    yield
+    ray.shutdown()
+
+
+def same(one: fp.Effects, other: fp.Effects) -> None:
+    assert one.nodes == other.nodes
+    for column in ("row", "pair", "clean", "corrupted"):
+        np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
+    for column in ("denoised", "noised"):
+        np.testing.assert_allclose(getattr(one, column), getattr(other, column), atol=1e-12)
+
+
+class Counted:
+    """The logit difference; notes in a folder each batch that a worker measures, and may do something there once."""
+
+    __name__ = "counted"
+
+    def __init__(self, folder: Path, then: Callable[[], object] | None = None, after: int = 3) -> None:
+        self.folder, self.then, self.after, self.here = folder, then, after, os.getpid()
+
+    def __call__(self, logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        if os.getpid() != self.here:
+            with (self.folder / "batches").open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            if self.then is not None and self.count > self.after and not (self.folder / "done").exists():
+                (self.folder / "done").touch()
+                self.then()
+        return logits[:, list(correct)].mean(1) - logits[:, list(wrong)].mean(1)
+
+    @property
+    def count(self) -> int:
+        path = self.folder / "batches"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
+def test_features_are_the_same() -> None:
+    """All and screened, of several dictionaries and metrics; hooks of the user go along."""
+    small, pairs = small_bridge(), pairs_of(small_bridge())
+    small.model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 0.9 * x)
+    for options in ({"saes": small.saes[:3], "metric": ["logit_diff", "prob"]},
+                    {"saes": small.saes[1], "exact": "screened", "k": 5, "audit": 3, "top": 3}):  # fmt: skip
+        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", "ray"))
+        same(here, there)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_other_sweeps_are_the_same() -> None:
+    """Components, paths and ablations."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    ends = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in range(3)]
+    for run in (
+        lambda **o: fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **ROWS, **o),
+        lambda **o: fp.ablate(small.model, pairs, saes=small.saes[1], to="mean", **ROWS, **o),
+        lambda **o: fp.rank_paths(small.model, None, pairs, senders=ends[:2], receivers=[*ends[1:], "logits"], **ROWS, **o),
+    ):
+        same(run(), run(executor=fp.Ray(workers=1)))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_is_killed(tmp_path: Path) -> None:
+    """SIGKILL within a batch: another worker runs that one again, and nothing else twice."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = Counted(tmp_path / "whole"), Counted(tmp_path / "killed", die)
+    here = fp.rank_features(small.model, small.saes[1], pairs, metric=whole, **ROWS)
+    same(fp.rank_features(small.model, small.saes[1], pairs, metric=whole, executor="ray", **ROWS), here)
+    same(fp.rank_features(small.model, small.saes[1], pairs, metric=killed, executor="ray", **ROWS), here)
+    assert (tmp_path / "killed" / "done").exists()
+    workers = {*(tmp_path / "killed" / "batches").read_text().split()}
+    assert len(workers) >= 3
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_always_die(tmp_path: Path) -> None:
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+
+    def metric(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        if os.getpid() != HERE and len(logits) > 1:
+            die()
+        return logits[:, correct[0]] - logits[:, wrong[0]]
+
+    with pytest.raises(fp.FeatpatchError, match="workers died one after another"):
+        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=fp.Ray(workers=1), **ROWS)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_errors_of_a_worker_are_raised_here() -> None:
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+
+    def metric(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        values = logits[:, correct[0]] - logits[:, wrong[0]]
+        return values if len(logits) == 1 or os.getpid() == HERE else values * float("nan")
+
+    with pytest.raises(fp.FeatpatchError, match="NaN|finite"):
+        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor="ray", **ROWS)
+
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+import featpatch as fp
+from small import small_hooked
+from test_execution import ROWS, Counted
+from test_sets import pairs_of
+
+small = small_hooked()
+driver = os.getpid()
+metric = Counted(Path(sys.argv[1]), lambda: os.kill(driver, signal.SIGKILL), after=30)
+fp.rank_features(small.model, small.saes[1], pairs_of(small), metric=metric, journal=Path(sys.argv[1]) / "journal",
+                 executor=fp.Ray(workers=2), **ROWS)
+"""
+
+
+def test_the_driver_is_killed(tmp_path: Path) -> None:
+    """What reached the journal stays; the same call, here or there, runs the rest only."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ended = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    lines = (tmp_path / "journal").read_text().splitlines()
+    assert len(lines) > 1
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    here = fp.rank_features(small.model, small.saes[1], pairs, metric=Counted(tmp_path), **ROWS)
+    calls: list[int] = []
+    original = Sweep.run
+
+    def counted(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featpatch.engine.sweep.Sweep.run", counted)
+        fp.rank_features(small.model, small.saes[1], pairs, metric=Counted(tmp_path), **ROWS)
+        every = len(calls)
+        calls.clear()
+        resumed = fp.rank_features(
+            small.model, small.saes[1], pairs, metric=Counted(tmp_path), journal=tmp_path / "journal", **ROWS
+        )
+    same(resumed, here)
+    assert len(calls) == every - (len(lines) - 1)
+
+
+class Interrupted(Executor):
+    """In this process, with Ctrl-C after some batches."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def run(self, make: Any, shards: int, book: Any, done: Any) -> None:
+        work, left = make(), self.after
+        assert len(work) == shards
+        for shard in range(shards):
+            for number, batch in enumerate(work.batches(shard)):
+                if not left:
+                    raise KeyboardInterrupt
+                book.put(batch.key, work.run(shard, number))
+                done(batch.patches)
+                left -= 1
+
+
+def test_ctrl_c_returns_what_is_finished(tmp_path: Path) -> None:
+    """The pairs that are done; with a journal the next call goes on."""
+    small = small_hooked()
+    tokens = [(small.clean[n, : 7 - n].tolist(), small.corrupted[n, : 7 - n].tolist()) for n in range(2)]
+    pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(x), (3,), (4,)) for c, x in tokens))
+    options: dict[str, Any] = {"journal": tmp_path / "journal", **ROWS}
+    whole = fp.rank_features(small.model, small.saes[1], pairs, **ROWS)
+    one = fp.rank_features(small.model, small.saes[1], fp.Pairs(pairs.pairs[:1]), **ROWS)
+    part = fp.rank_features(small.model, small.saes[1], pairs, executor=Interrupted(8), **options)
+    assert not part.finished
+    assert len(part.clean) == 1
+    np.testing.assert_allclose(part.denoised, one.denoised)
+    same(fp.rank_features(small.model, small.saes[1], pairs, executor=Interrupted(10**9), **options), whole)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a Ray that this process is connected to, and without one."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    with pytest.raises(fp.FeatpatchError, match="connected to a Ray already"):
+        fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(address="auto"), **ROWS)
+    ray.shutdown()
+    for make, message in (
+        (lambda: "spark", "executor='spark'"),
+        (lambda: fp.Ray(workers=0), "workers=0"),
+        (lambda: fp.Ray(gpus=-1.0), "gpus=-1.0"),
+        (lambda: fp.Ray(workers=64, cpus=1e4), "room for"),
+        (lambda: fp.Ray(address="127.0.0.1:1"), "no Ray there"),
+        (lambda: fp.Ray(address="ray://127.0.0.1:1"), "no Ray there"),
+        (lambda: fp.Ray(address="auto"), "no Ray there"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.rank_features(small.model, small.saes[1], pairs, executor=make(), **ROWS)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
+        fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)

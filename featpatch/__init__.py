@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from featpatch.reporting import report
     from featpatch.screening import plan, rank_features, rank_paths
     from featpatch.selfcheck import check
+    from featpatch.streaming import Stored, stream_features
     from featpatch.verdict import Check
     from featpatch.verifying import Verified, verify
 
@@ -70,6 +71,7 @@ HOMES = {
     "Ray": "execution",
     "Selection": "patching",
     "Scrubbed": "circuits",
+    "Stored": "streaming",
     "Verified": "verifying",
     "SlowPathWarning": "engine",
     "ablate": "patching",
@@ -101,6 +103,7 @@ HOMES = {
     "report": "reporting",
     "scrub": "circuits",
     "select_features": "patching",
+    "stream_features": "streaming",
     "tasks": "tasks",
     "verify": "verifying",
 }
@@ -108,11 +111,11 @@ HOMES = {
 __all__ = [
     "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
     "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Hypothesis", "Loaded", "Node", "Noise", "Pair", "Pairs",
-    "Patch", "Plan", "Ray", "Scrubbed", "Selection", "SlowPathWarning", "Verified", "ablate", "adapt", "calibrate", "check",
-    "compare", "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features",
+    "Patch", "Plan", "Ray", "Scrubbed", "Selection", "SlowPathWarning", "Stored", "Verified", "ablate", "adapt", "calibrate",
+    "check", "compare", "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features",
     "estimate_paths", "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
-    "random_controls", "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features", "tasks",
-    "verify",
+    "random_controls", "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features",
+    "stream_features", "tasks", "verify",
 ]  # fmt: skip
 
 

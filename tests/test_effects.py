@@ -112,7 +112,7 @@ def test_saved_and_loaded_is_the_same(bridge: Small, tmp_path: Path) -> None:
         assert np.array_equal(getattr(again, column), getattr(effects, column))
     assert again.metadata == json.loads(json.dumps(effects.metadata))
     assert again.metadata["pairs"] == pairs.digest()
-    assert set(again.metadata["versions"]) == {"featpatch", "torch", "sae-lens", "transformer-lens"}
+    assert set(again.metadata["versions"]) == {"featpatch", "featpatch's code", "torch", "sae-lens", "transformer-lens"}
 
 
 def test_digests_tell_pairs_and_models_apart(bridge: Small) -> None:

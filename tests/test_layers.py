@@ -15,7 +15,7 @@ LAYERS = [
     ["engine", "execution", "terminal"],
     ["patching", "attribution", "firing", "comparison"],
     ["screening", "selfcheck", "circuits", "verifying"],
-    ["reporting"],
+    ["reporting", "streaming"],
     ["loading"],
     ["checkpoints"],
     ["cli"],

@@ -24,6 +24,9 @@ def components(
     top: of.Top = 20,
     out: of.Out = Path("featpatch-components"),
     journal: of.JournalFile = None,
+    executor: of.Executor = "serial",
+    address: of.Address = None,
+    workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
     """Rank heads, what is inside them, MLPs, neurons and the stream, exactly, on the scale of the features.
@@ -32,8 +35,11 @@ def components(
     """
     with clear_errors():
         check_folder(out)
+        elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         work = of.alone(model, [], pairs, positions, direction, metric, device)
         del work["saes"]
-        effects = fp.rank_components(**work, sites=[name for name in sites.split(",") if name], journal=journal)
+        effects = fp.rank_components(
+            **work, sites=[name for name in sites.split(",") if name], journal=journal, executor=elsewhere
+        )
         show(screen, effects, top, out, work, as_json=as_json)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 import featpatch as fp
+from featpatch.errors import FeatpatchError
 
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -29,6 +30,11 @@ Method = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 JournalFile = Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")]
+Executor = Annotated[
+    Literal["serial", "ray"], typer.Option(help="Where forward passes run: here, or on the workers of Ray (featpatch[ray]).")
+]
+Address = Annotated[str | None, typer.Option(help="ray: of a running cluster, such as ray://head:10001; started here without.")]
+Workers = Annotated[int | None, typer.Option(help="ray: how many workers; by default as many as there are processors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -56,6 +62,13 @@ def alone(
         "directions": ("denoising", "noising") if direction == "both" else (direction,),
         "metric": metric,
     }
+
+
+def executor(name: str, address: str | None, workers: int | None) -> Any:
+    """As the library takes it; raises FeatpatchError for what belongs to Ray without it."""
+    if name != "ray" and (address, workers) != (None, None):
+        raise FeatpatchError(f"--executor {name} with --address {address} or --workers {workers}: expected --executor ray")
+    return fp.Ray(workers=workers, address=address) if name == "ray" else None
 
 
 def of_sequences(metric: list[str]) -> bool:

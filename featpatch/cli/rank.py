@@ -35,6 +35,9 @@ def rank(
         float | None,
         typer.Option(help="screened: share of the true top 20 that is to be found; doubles the sample until then."),
     ] = None,
+    executor: of.Executor = "serial",
+    address: of.Address = None,
+    workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
     """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
@@ -43,10 +46,11 @@ def rank(
     """
     with clear_errors():
         check_folder(out)
+        elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
-        effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal)
+        effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere)
         show(screen, effects, top, out, work, as_json=as_json)
 
 

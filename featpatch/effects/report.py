@@ -23,6 +23,9 @@ VALUES = 8
 PROMPTS = 8
 """So many pairs are shown."""
 
+ROWS = 5000
+"""So many features or heads are shown, those with the largest effects."""
+
 
 def report(effects: "Effects", material: Material, components: "Effects | None") -> str:
     """The file's content."""
@@ -69,7 +72,7 @@ def _question(effects: "Effects", material: Material) -> Section | None:
 
 
 def _ranking(effects: "Effects", material: Material) -> Section:
-    rows = effects.take(effects.ranked)
+    rows = _shown(effects)
     frame = rows._frame()
     opens = {node: number for number, node in enumerate(material.features, 1)}
     frame["site"] = [node.sae or node.site for node in rows.nodes]
@@ -85,11 +88,19 @@ def _ranking(effects: "Effects", material: Material) -> Section:
             " Click a row with \u25b8 to open it: its activation on every token of the pair in which it matters most "
             "(darker is more), and what it writes."
         )
+    if len(rows) < effects.ranked.sum():
+        text += f" These are the {len(rows):,} with the largest effects of {effects.ranked.sum():,} in the table."
     if "screening" in effects.metadata and effects.finished:
         text += f" Not all features were run. {effects.audit(top=min(TOP, effects.metadata['screening']['k']))}."
     shown = frame[columns].round(4)
     blocks = [table(shown, order=columns.index(first))]
     return Section("ranking", "Ranked features", text, [*blocks, _portraits(material)] if opens else blocks)
+
+
+def _shown(effects: "Effects") -> "Effects":
+    """The ranked rows, at most `ROWS` of them, in the order of the table."""
+    rows = np.flatnonzero(effects.ranked)
+    return effects.take(rows if len(rows) <= ROWS else rows[np.sort(np.argsort(-effects.sizes()[rows], kind="stable")[:ROWS])])
 
 
 def _portraits(material: Material) -> Block:
@@ -117,7 +128,7 @@ def _quadrants(effects: "Effects") -> Section | None:
         "Right of the line: brings the behaviour back alone (sufficient). Above it: the behaviour is lost without it "
         "(necessary). A low effect can hide a backup that wakes up only when the feature is gone."
     )
-    return Section("quadrants", "Sufficient? Necessary?", text, [figure(effects.plot.quadrants())])
+    return Section("quadrants", "Sufficient? Necessary?", text, [figure(_shown(effects).plot.quadrants())])
 
 
 def _sites(effects: "Effects") -> Section | None:

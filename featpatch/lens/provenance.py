@@ -1,18 +1,32 @@
 """What results depend on, and where they come from, whichever way they were made."""
 
+import hashlib
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import featpatch
 from featpatch.lens.lens import Lens
 from featpatch.pairs import Pairs
 
 
 def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
-    """Digests of the pairs and of the model's weights, tags of the pairs if they have any, versions."""
+    """Digests of the pairs, of the model's weights and of this library's code, tags of the pairs if they have any, versions."""
     tags = {"tags": [dict(pair.tags) for pair in pairs]} if any(pair.tags for pair in pairs) else {}
+    versions = {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")}
     return {
         "pairs": pairs.digest(),
         **tags,
         "model": {"name": str(lens.model.cfg.model_name), "sha256": lens.digest()},
-        "versions": {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")},
+        "versions": {**versions, "featpatch's code": code_digest()},
     }
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of the package's modules, with their names."""
+    package, total = Path(featpatch.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        total.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return total.hexdigest()

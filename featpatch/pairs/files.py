@@ -2,13 +2,14 @@
 
 import csv
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from featpatch.errors import FeatpatchError
+from featpatch.foreign import read_json
 from featpatch.pairs.each import each
 
 
@@ -54,8 +55,29 @@ def json_lines(path: str | Path, needed: Sequence[str]) -> Rows:
         FeatpatchError: the file can't be read, or a line is not a JSON object with the fields that are needed.
     """
     text = read(path, "a JSON-lines file", "one JSON object per line")
-    lines = {f"{str(path)!r} line {n}": line for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    return _objects(dict(_numbered(path, text.split("\n"))), needed)
 
+
+def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> Iterator[Rows]:
+    """As `json_lines`, so many lines at a time, of a file that need not fit into memory."""
+    path = Path(path)
+    if not path.is_file():
+        raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            lines = _numbered(path, file)
+            while block := dict(islice(lines, size)):
+                yield _objects(block, needed)
+    except UnicodeDecodeError as error:
+        raise FeatpatchError(f"the pairs file {str(path)!r} is not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def _numbered(path: str | Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank, each with what an error calls it."""
+    return ((f"{str(path)!r} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip())
+
+
+def _objects(lines: Mapping[str, str], needed: Sequence[str]) -> Rows:
     def parse(line: str) -> dict[str, Any]:
         row = parsed(line, "one object per line")
         missing = [field for field in needed if not isinstance(row, dict) or field not in row]
@@ -95,8 +117,8 @@ def parsed(text: str, expected: str) -> Any:
         FeatpatchError: it is not JSON.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return read_json(text)
+    except ValueError as error:
         raise FeatpatchError(f"{text[:60]!r} is not JSON ({error}): expected {expected}") from error
 
 

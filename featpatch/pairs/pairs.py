@@ -16,7 +16,7 @@ from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.each import each
 from featpatch.pairs.fields import NEEDED, checked, from_cells
-from featpatch.pairs.files import Rows, csv_rows, have_columns, json_lines
+from featpatch.pairs.files import Rows, csv_rows, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.make import make
 from featpatch.pairs.pair import Pair
@@ -148,7 +148,35 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file is missing, or a line is not JSON, lacks a field or gives no pair.
         """
-        lines = json_lines(path, NEEDED)
+        return cls._of_lines(tokenizer, json_lines(path, NEEDED), align, filler, long_answers)
+
+    @classmethod
+    def blocks_from_jsonl(
+        cls,
+        tokenizer: Tokenizer,
+        path: str | Path,
+        *,
+        size: int = 1000,
+        align: str | None = None,
+        filler: str | None = None,
+        long_answers: bool = False,
+    ) -> "Iterator[Pairs]":
+        """As `from_jsonl`, so many pairs at a time, read as they are asked for; for `fp.stream_features`.
+
+        Raises:
+            FeatpatchError: as for `from_jsonl`; a size below 1, a file without pairs.
+        """
+        if type(size) is not int or size < 1:
+            raise FeatpatchError(f"size={size!r}: expected how many pairs make a block, 1 or more")
+        empty = True
+        for lines in json_lines_in_blocks(path, NEEDED, size):
+            empty = False
+            yield cls._of_lines(tokenizer, lines, align, filler, long_answers)
+        if empty:
+            raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
+
+    @classmethod
+    def _of_lines(cls, tokenizer: Tokenizer, lines: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
         rows = Rows(lines.where, list(each(checked, lines.values, where=lines.where)))
         return cls._made(tokenizer, rows, align, filler, long_answers)
 

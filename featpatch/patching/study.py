@@ -44,6 +44,9 @@ from featpatch.patching.swaps import Swaps
 
 SWAP = Swap()
 
+Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
+"""The metrics of clean and of corrupted runs, `[pairs, metrics]` each, and the number of patches to one direction."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -138,11 +141,19 @@ class Study:
         Raises:
             FeatpatchError: a gap near zero, NaN on the way, a journal of another sweep.
         """
+        survey = self._survey()
+        for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
+            check_gap(name, of_clean, of_corrupted)
+        return self._swept(survey, journal, executor, progress=progress)
+
+    def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
+        """As `run`, for pairs that are a block of others, which may have no gap by themselves."""
+        return self._swept(self._survey(), journal, executor, progress=progress)
+
+    def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
         elsewhere = executor_of(executor)
         metadata = dict(self.metadata)
-        clean, corrupted, patches = self._survey()
-        for name, of_clean, of_corrupted in zip(self.readout.names, clean.T, corrupted.T, strict=True):
-            check_gap(name, of_clean, of_corrupted)
+        clean, corrupted, patches = survey
         book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
             subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
@@ -241,7 +252,7 @@ class Study:
     def _combined(self, pair: int, values: torch.Tensor) -> NDArray[np.float64]:
         return self.readout.combine(self.pairs[pair], values).numpy()
 
-    def _survey(self) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+    def _survey(self) -> "Survey":
         """The metrics of clean and of corrupted runs, `[pairs, metrics]` each, and the number of patches to one direction."""
         sweep = Sweep(self.path, self.readout.measures, self.rows)
         base: dict[Direction, NDArray[np.float64]]

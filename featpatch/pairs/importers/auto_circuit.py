@@ -55,7 +55,7 @@ def _check(row: Any) -> None:
         raise FeatpatchError(f"{row!r} is no prompt: expected an object with clean, corrupt, answers and wrong_answers")
     for field in ("clean", "corrupt"):
         prompt = row.get(field)
-        if not isinstance(prompt, str) and not (prompt and _all_of(prompt, int)):
+        if not isinstance(prompt, str) and not (prompt and _ids(prompt)):
             raise FeatpatchError(f"{field} is {prompt!r}: expected a text or a list of token ids")
     for field in ("answers", "wrong_answers"):
         answers = row.get(field)
@@ -63,8 +63,12 @@ def _check(row: Any) -> None:
             raise FeatpatchError(
                 f"there are no {field} to {str(row['clean'])[:60]!r}: expected a list of at least one; add them"
             )
-        if not _all_of(answers, str) and not _all_of(answers, int):
+        if not _all_of(answers, str) and not _ids(answers):
             raise FeatpatchError(f"{field} is {answers!r}: expected a list of texts or a list of token ids")
+
+
+def _ids(values: Any) -> bool:
+    return _all_of(values, int) and min(values) >= 0
 
 
 def _all_of(values: Any, kind: type) -> bool:

@@ -1,0 +1,123 @@
+"""How memory and time grow: dictionaries of up to a million features, tables of up to a million rows.
+
+python benchmarks/scale.py [--features 16384 131072 1048576] [--rows 10000 100000 1000000]
+
+Each is measured in a process of its own, whose peak of memory is its own: a small model, a TopK dictionary with 64 active
+features at 20 tokens, 4 pairs that differ in half of them. Kept are the differences of features that differ.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import featpatch as fp
+
+WIDTH, ACTIVE, TOKENS, PAIRS, SITE = 64, 64, 20, 4, "blocks.1.hook_resid_pre"
+
+
+def one_dictionary(features: int) -> dict[str, float]:
+    """Ranks its features; bytes and seconds."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=200, n_positions=32, n_embd=WIDTH, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    bridge = build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=config, tokenizer=None, device="cpu")
+    options = {"k": ACTIVE, "rescale_acts_by_decoder_norm": False, "metadata": SAEMetadata(hook_name=SITE)}
+    sae = TopKSAE(TopKSAEConfig(WIDTH, features, "float32", **options))
+    tokens = torch.randint(1, 200, (2, PAIRS, TOKENS))
+    tokens[1, :, : TOKENS // 2] = tokens[0, :, : TOKENS // 2]
+    pairs = fp.Pairs.from_tokens(*tokens, torch.arange(PAIRS) + 3, torch.arange(PAIRS) + 9)
+    before, start = _peak(), time.perf_counter()
+    effects = fp.rank_features(bridge, sae, pairs, progress=False)
+    weights = 4 * sum(parameter.numel() for parameter in sae.parameters())
+    return {"weights": weights, "before": before, "peak": _peak(), "seconds": time.perf_counter() - start,
+            "rows": len(effects), "entries": len(effects.row)}  # fmt: skip
+
+
+def one_table(rows: int) -> dict[str, float]:
+    """Makes a table, sorts it, writes it, reads it, reports it; seconds."""
+    random, nodes = np.random.default_rng(0), tuple(fp.Node(SITE, "feature", index, "all", SITE) for index in range(rows))
+    pair, change = random.integers(0, PAIRS, rows), random.normal(size=(2, rows)) / 100
+    metadata = {
+        "metric": "logit_diff",
+        "metrics": ["logit_diff"],
+        "directions": ["denoising", "noising"],
+        "pairs": "none",
+        "finished": True,
+    }
+    clean, corrupted = np.full(PAIRS, 2.0), np.zeros(PAIRS)
+    effects = fp.Effects(nodes, clean, corrupted, np.arange(rows), pair, change[0], 2.0 - change[1], metadata)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, step in (
+            ("sort", lambda: effects.top(20).to_pandas()),
+            ("write", lambda: effects.save(Path(folder) / "effects.safetensors")),
+            ("read", lambda: fp.Effects.load(Path(folder) / "effects.safetensors")),
+            ("report", lambda: effects.report(Path(folder) / "report.html")),
+        ):
+            start = time.perf_counter()
+            step()
+            found[name] = time.perf_counter() - start
+        found["report_bytes"] = (Path(folder) / "report.html").stat().st_size
+    return found
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def alone(step: str, size: int) -> dict[str, float]:
+    """In a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--alone", step, str(size)], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(features: list[int], rows: list[int]) -> None:
+    """Prints both tables."""
+    console = Console(width=130)
+    table = Table("features", "weights", "before", "peak", "beyond weights and model", "rows", "kept differences", "seconds")
+    for size in features:
+        found = alone("one_dictionary", size)
+        beyond = found["peak"] - found["before"]
+        sizes = [f"{found[name] / 2**20:,.0f} MiB" for name in ("weights", "before", "peak")]
+        table.add_row(
+            f"{size:,}",
+            *sizes,
+            f"{beyond / 2**20:,.0f} MiB",
+            f"{found['rows']:,}",
+            f"{found['entries']:,}",
+            f"{found['seconds']:.1f}",
+        )
+    console.print(table)
+    table = Table("rows", "sort, first 20 with intervals", "write", "read", "report", "size of the report")
+    for size in rows:
+        found = alone("one_table", size)
+        seconds = [f"{found[name]:.2f} s" for name in ("sort", "write", "read", "report")]
+        table.add_row(f"{size:,}", *seconds, f"{found['report_bytes'] / 2**20:.1f} MiB")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser()
+    parser.add_argument("--features", type=int, nargs="*", default=[2**14, 2**17, 2**20])
+    parser.add_argument("--rows", type=int, nargs="*", default=[10**4, 10**5, 10**6])
+    parser.add_argument("--alone", nargs=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.alone:
+        print(json.dumps(globals()[arguments.alone[0]](int(arguments.alone[1]))))
+    else:
+        main(arguments.features, arguments.rows)

@@ -1,0 +1,110 @@
+"""Rank features over more pairs than memory holds."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs, check_pairs
+from featpatch.pairs.spans import Positions
+from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching import Metrics, feature_study
+from featpatch.streaming import parts
+from featpatch.streaming.stored import FORMAT, Stored
+
+OWN = ("pairs", "tags", "finished", "finished_at", "command", "metric")
+"""What of a table's metadata is a block's own."""
+
+
+def stream_features(
+    model: Any,
+    saes: Any,
+    blocks: Iterable[Pairs],
+    folder: str | Path,
+    *,
+    positions: Positions = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    executor: Any = None,
+    progress: bool = True,
+) -> Stored:
+    """`rank_features` over blocks of pairs, each written to disk before the next is read; a run that is cut short goes on.
+
+    Finished blocks are not run again; the one that was being run goes on from its journal. Ctrl-C stops after what is on disk.
+
+    Args:
+        model, saes: as in `rank_features`.
+        blocks: of pairs, read one after another, such as `Pairs.blocks_from_jsonl(tokenizer, path)`; the same in every call.
+        folder: for `about.json`, and the Parquet files of `effects` and `pairs`.
+        positions, directions, metric, batch_rows, executor: as in `rank_features`.
+        progress: show a bar that counts pairs.
+
+    Unlike there, a block may have no gap by itself; all pairs together must, when they are read.
+
+    Raises:
+        FeatpatchError: unusable input; a folder with results of other models, SAEs, options or pairs; names the block.
+    """
+    folder = Path(folder)
+    options = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
+    first = 0
+    with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
+        for number, block in enumerate(blocks):
+            if parts.path_of(folder, "pairs", number).is_file():
+                _check_same(folder, number, block)
+            else:
+                _run(model, saes, block, folder, number, first, options, executor)
+            first += len(block)
+            bar.update(len(block))
+    return Stored(folder)
+
+
+def _run(
+    model: Any,
+    saes: Any,
+    block: Pairs,
+    folder: Path,
+    number: int,
+    first: int,
+    options: dict[str, Any],
+    executor: Any,
+) -> None:
+    journal = folder / f"{number:06d}.journal"
+    try:
+        study, _ = feature_study(model, saes, check_pairs(block), **options)
+        effects = study.run_block(journal, progress=False, executor=executor)
+    except FeatpatchError as error:
+        raise FeatpatchError(f"block {number}, pairs {first} to {first + len(block) - 1}: {error}") from error
+    if not effects.finished:
+        raise KeyboardInterrupt
+    about = {"format": FORMAT, **{name: value for name, value in effects.metadata.items() if name not in OWN}}
+    _check_about(folder / "about.json", json.loads(json.dumps(about)))
+    parts.write(effects, folder, number, first)
+    journal.unlink()
+
+
+def _check_about(path: Path, about: dict[str, Any]) -> None:
+    """Notes it, or refuses results of another kind than those that are there."""
+    if not path.is_file():
+        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        return
+    known = dict(Stored(path.parent).about)
+    differing = [name for name in sorted({*known, *about}) if known.get(name) != about.get(name) and name != "versions"]
+    if differing:
+        raise FeatpatchError(
+            f"{str(path.parent)!r} holds other results: {', '.join(differing)} differ; expected the same model, SAEs and "
+            "options; give another folder"
+        )
+
+
+def _check_same(folder: Path, number: int, block: Pairs) -> None:
+    """Raises FeatpatchError where a finished block is of other pairs."""
+    known = Stored(folder).pairs_of(number)["digest"].iloc[0]
+    if known != block.digest():
+        raise FeatpatchError(
+            f"block {number} in {str(folder)!r} is of other pairs: expected the same blocks of the same size; give another "
+            "folder"
+        )

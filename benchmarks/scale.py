@@ -7,7 +7,6 @@ features at 20 tokens, 4 pairs that differ in half of them. Kept are the differe
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_of
 from rich.console import Console
 from rich.table import Table
 from sae_lens import TopKSAE, TopKSAEConfig
@@ -40,10 +40,10 @@ def one_dictionary(features: int) -> dict[str, float]:
     tokens = torch.randint(1, 200, (2, PAIRS, TOKENS))
     tokens[1, :, : TOKENS // 2] = tokens[0, :, : TOKENS // 2]
     pairs = fp.Pairs.from_tokens(*tokens, torch.arange(PAIRS) + 3, torch.arange(PAIRS) + 9)
-    before, start = _peak(), time.perf_counter()
-    effects = fp.rank_features(bridge, sae, pairs, progress=False)
-    weights = 4 * sum(parameter.numel() for parameter in sae.parameters())
-    return {"weights": weights, "before": before, "peak": _peak(), "seconds": time.perf_counter() - start,
+    start = time.perf_counter()
+    effects, extra = peak_of(lambda: fp.rank_features(bridge, sae, pairs, progress=False))
+    weights = 4 * sum(parameter.numel() for parameter in sae.parameters()) / 2**20
+    return {"weights": weights, "extra": extra, "seconds": time.perf_counter() - start,
             "rows": len(effects), "entries": len(effects.row)}  # fmt: skip
 
 
@@ -55,7 +55,9 @@ def one_table(rows: int) -> dict[str, float]:
         "metric": "logit_diff",
         "metrics": ["logit_diff"],
         "directions": ["denoising", "noising"],
+        "positions": "all",
         "pairs": "none",
+        "model": {"name": "none", "sha256": "none"},
         "finished": True,
     }
     clean, corrupted = np.full(PAIRS, 2.0), np.zeros(PAIRS)
@@ -75,10 +77,6 @@ def one_table(rows: int) -> dict[str, float]:
     return found
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def alone(step: str, size: int) -> dict[str, float]:
     """In a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--alone", step, str(size)], check=True, capture_output=True, text=True)
@@ -88,18 +86,12 @@ def alone(step: str, size: int) -> dict[str, float]:
 def main(features: list[int], rows: list[int]) -> None:
     """Prints both tables."""
     console = Console(width=130)
-    table = Table("features", "weights", "before", "peak", "beyond weights and model", "rows", "kept differences", "seconds")
+    table = Table("features", "weights", "extra peak", "rows", "kept differences", "seconds")
     for size in features:
         found = alone("one_dictionary", size)
-        beyond = found["peak"] - found["before"]
-        sizes = [f"{found[name] / 2**20:,.0f} MiB" for name in ("weights", "before", "peak")]
+        counts = [f"{found[name]:,}" for name in ("rows", "entries")]
         table.add_row(
-            f"{size:,}",
-            *sizes,
-            f"{beyond / 2**20:,.0f} MiB",
-            f"{found['rows']:,}",
-            f"{found['entries']:,}",
-            f"{found['seconds']:.1f}",
+            f"{size:,}", f"{found['weights']:,.0f} MiB", f"{found['extra']:,.0f} MB", *counts, f"{found['seconds']:.1f}"
         )
     console.print(table)
     table = Table("rows", "sort, first 20 with intervals", "write", "read", "report", "size of the report")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         rank_components,
         select_features,
     )
+    from featpatch.prediction import Prediction, predict
     from featpatch.reporting import report
     from featpatch.screening import plan, rank_features, rank_paths
     from featpatch.selfcheck import check
@@ -68,6 +69,7 @@ HOMES = {
     "Pairs": "pairs",
     "Patch": "patch",
     "Plan": "forecast",
+    "Prediction": "prediction",
     "Ray": "execution",
     "Selection": "patching",
     "Scrubbed": "circuits",
@@ -96,6 +98,7 @@ HOMES = {
     "neurons": "lens",
     "pca": "lens",
     "plan": "screening",
+    "predict": "prediction",
     "random_controls": "patching",
     "rank_components": "patching",
     "rank_features": "screening",
@@ -111,11 +114,11 @@ HOMES = {
 __all__ = [
     "LOGITS", "Audit", "Calibration", "Check", "Circuit", "Comparison", "Controls", "Curve", "Demo", "Description", "Edge",
     "Effects", "FaithfulnessCurve", "FeatpatchError", "Gradients", "Hypothesis", "Loaded", "Node", "Noise", "Pair", "Pairs",
-    "Patch", "Plan", "Ray", "Scrubbed", "Selection", "SlowPathWarning", "Stored", "Verified", "ablate", "adapt", "calibrate",
-    "check", "compare", "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components", "estimate_features",
-    "estimate_paths", "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae", "neurons", "pca", "plan",
-    "random_controls", "rank_components", "rank_features", "rank_paths", "report", "scrub", "select_features",
-    "stream_features", "tasks", "verify",
+    "Patch", "Plan", "Prediction", "Ray", "Scrubbed", "Selection", "SlowPathWarning", "Stored", "Verified", "ablate", "adapt",
+    "calibrate", "check", "compare", "cumulative", "describe", "diagnose", "diagram", "do", "estimate_components",
+    "estimate_features", "estimate_paths", "find_circuit", "identity", "interactions", "load", "load_demo", "load_sae",
+    "neurons", "pca", "plan", "predict", "random_controls", "rank_components", "rank_features", "rank_paths", "report", "scrub",
+    "select_features", "stream_features", "tasks", "verify",
 ]  # fmt: skip
 
 

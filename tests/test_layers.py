@@ -7,7 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
-    ["errors", "forecast", "page", "verdict"],
+    ["errors", "flops", "forecast", "foreign", "page", "verdict"],
+    ["known"],
+    ["prediction"],
     ["patch"],
     ["sites", "metrics"],
     ["pairs", "diagram"],

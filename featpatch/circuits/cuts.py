@@ -103,6 +103,11 @@ class Cut:
         """What some named nodes write of the same input."""
         codec = self.dictionary.codec
         code = codec.encode(read.flatten(0, -3))
+        if read.requires_grad and not code.features.requires_grad:
+            raise FeatpatchError(
+                f"{self.dictionary.name} ({codec.kind}) encodes without a gradient: expected an SAE of sae-lens, or "
+                "scores='exact'"
+            )
         features = code.features * gain(codec, code.state) if self.dictionary.behaviour.scaled else code.features
         directions = dict(zip((node for node in self.named if node.kind == "feature"), self.directions, strict=True))
         found = {}

@@ -10,6 +10,8 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, check_folder, clear_errors, console
 from featpatch.cli.shown import show
+from featpatch.errors import FeatpatchError
+from featpatch.known import GPUS, SHAPES
 
 
 @app.command()
@@ -56,27 +58,50 @@ def rank(
 
 @app.command()
 def plan(
-    model: of.Model,
-    sae: of.Saes,
-    pairs: of.PairsFile,
+    model: Annotated[str | None, of.MODEL] = None,
+    sae: Annotated[list[str] | None, of.SAES] = None,
+    pairs: Annotated[Path | None, of.PAIRS] = None,
     positions: of.Positions = "all",
     direction: of.Directions = "both",
     metric: of.MetricNames = of.LOGIT_DIFF,
     device: of.Device = "cpu",
+    shape: Annotated[str | None, typer.Option(help=f"Without a model: {', '.join(SHAPES)}.")] = None,
+    features: Annotated[int, typer.Option(help="shape: features of a dictionary.")] = 16384,
+    count: Annotated[int, typer.Option(help="shape: how many pairs.")] = 100,
+    active: Annotated[int, typer.Option(help="shape: active features of a position, L0.")] = 64,
+    tokens: Annotated[int, typer.Option(help="shape: of a prompt.")] = 20,
+    changed: Annotated[int, typer.Option(help="shape: positions from the first differing token to the answer.")] = 5,
+    layers: Annotated[str | None, typer.Option(help="shape: blocks with a dictionary, e.g. 6,12; the middle one.")] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"shape: {', '.join(GPUS)}.")] = None,
+    workers: Annotated[int, typer.Option(help="shape: how many of them.")] = 1,
     as_json: of.Json = False,
 ) -> None:
-    """Estimate what `rank` with the same options will take: patches, operations, memory, time.
+    """Estimate what `rank` with the same options will take: patches, operations, memory, time; or predict it from sizes alone.
 
     Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+
+    featpatch plan --shape gemma-2-9b --features 131072 --count 10000 --gpu h100 --workers 8
     """
     with clear_errors():
         import json
 
-        from featpatch.terminal import planned
+        from featpatch.terminal import planned, predicted
 
         screen = console(json=as_json)
-        found = fp.plan(**of.study(screen, model, sae, pairs, positions, direction, metric, device))
+        found: fp.Plan | fp.Prediction
+        if shape is not None:
+            chosen = None if layers is None else [int(layer) if layer.isdecimal() else -1 for layer in layers.split(",")]
+            found = fp.predict(
+                shape, features=features, pairs=count, active=active, tokens=tokens, changed=changed, layers=chosen,
+                directions=2 if direction == "both" else 1, device=gpu, workers=workers,
+            )  # fmt: skip
+            table = predicted(found)
+        elif model is None or not sae or pairs is None:
+            raise FeatpatchError(f"--model {model}, --sae {sae}, --pairs {pairs}: expected all three, or --shape")
+        else:
+            found = fp.plan(**of.study(screen, model, sae, pairs, positions, direction, metric, device))
+            table = planned(found)
         if as_json:
             typer.echo(json.dumps(asdict(found)))
         else:
-            screen.print(planned(found))
+            screen.print(table)

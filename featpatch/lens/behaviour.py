@@ -10,6 +10,9 @@ from featpatch.lens.codec import Code, Codec, State
 LENGTH = 8
 """Positions of the random prompts."""
 
+CHANGED = 2**14
+"""Features that are changed together, at most."""
+
 
 @dataclass(frozen=True)
 class Behaviour:
@@ -94,7 +97,12 @@ def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
 
 
 def _change(codec: Codec, code: Code, seed: int) -> torch.Tensor:
-    return torch.rand(codec.d_sae, generator=torch.Generator().manual_seed(seed)).to(code.features)
+    """Of all features, or of so many that rounding does not hide what their sum says."""
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.rand(codec.d_sae, generator=generator)
+    if codec.d_sae > CHANGED:
+        change[torch.randperm(codec.d_sae, generator=generator)[CHANGED:]] = 0
+    return change.to(code.features)
 
 
 def _adds(codec: Codec, code: Code, change: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 State = Mapping[str, torch.Tensor]
 """Tensors `[batch, pos, n]`, by name."""
@@ -49,6 +49,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d_out"]:
         """The reconstruction."""
+
+    def rows(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"] | None:
+        """What the weights say that a unit of each feature adds, if they do; to be checked against `decode`."""
+        return None
 
     @abstractmethod
     def digest(self) -> str:

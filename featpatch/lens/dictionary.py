@@ -28,6 +28,13 @@ PROBED = 2**23
 """Feature values that are decoded together."""
 
 
+SUMMED = 256
+"""Features whose rows of the weights are checked together."""
+
+ROUNDING = 64
+"""Units of rounding that may lie between what decoding adds and the sum of the rows."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Activations of one site, split by a dictionary.
@@ -108,13 +115,31 @@ class Dictionary:
 
     @torch.no_grad()
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
-        """What one unit of a feature adds to the activation, probed from `decode` (never read from `W_dec`).
+        """What one unit of a feature adds to the activation: what `decode` says, whatever `W_dec` holds.
 
-        Only where the behaviour is `linear`: then it adds that in every state, times the gain of the state.
+        Rows of the weights are taken where `decode`, given random sums of features, makes the same sums of them up to a common
+        factor; elsewhere each feature is decoded by itself. Only where the behaviour is `linear`: then it adds that in every
+        state, times the gain of the state.
         """
         off = reference(self.codec)
+        rows = self.codec.rows(features)
+        if rows is not None and len(features):
+            checked = [self._checked(*chunk, off) for chunk in zip(features.split(SUMMED), rows.split(SUMMED), strict=True)]
+            if all(chunk is not None for chunk in checked):
+                return torch.cat([chunk for chunk in checked if chunk is not None])
         some = max(1, PROBED // self.d_sae)
         return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
+
+    def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
+        """The rows times their factor, or None where they are not what decoding adds."""
+        signs = torch.randint(0, 2, (len(features),), generator=torch.Generator().manual_seed(0)).to(rows) * 2 - 1
+        units = off.features.clone()
+        units[0, 0, features.to(units.device)] = signs.to(units)
+        added = (self.codec.decode(units, off.state) - self.codec.decode(off.features, off.state))[0, 0]
+        expected = signs @ rows
+        factor = (added @ expected) / (expected @ expected)
+        tolerance = ROUNDING * torch.finfo(rows.dtype).eps * self.codec.decode(units, off.state).abs().max()
+        return rows * factor if (added - factor * expected).abs().max() <= tolerance else None
 
     def _probe(self, features: torch.Tensor, off: Code) -> torch.Tensor:
         units = off.features.repeat(len(features), 1, 1)
@@ -202,7 +227,7 @@ def _hooks(lens: Lens, sae: Any) -> tuple[str, str]:
             "other object with encode and decode, fp.adapt(object, hook, d_in=...)"
         )
     metadata = sae.cfg.metadata
-    if metadata.hook_name is None:
+    if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
         raise FeatpatchError("an SAE's metadata names no hook: set sae.cfg.metadata.hook_name to the hook that it reads")
     if metadata.hook_head_index is not None:
         raise FeatpatchError(

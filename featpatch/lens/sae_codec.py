@@ -83,6 +83,13 @@ class SaeCodec(Codec):
             decoded = decoder.decode(features + state["predicted"] if "predicted" in state else features)
         return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
 
+    def rows(self, features: torch.Tensor) -> torch.Tensor | None:
+        """Of the decoder's weights."""
+        weights = getattr(self._decoder, "W_dec", None)
+        if not isinstance(weights, torch.Tensor) or weights.shape != (self.d_sae, self.d_out):
+            return None
+        return weights[features.to(weights.device)] / self.scale
+
     def digest(self) -> str:
         """Of the weights and of the configuration."""
         settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)

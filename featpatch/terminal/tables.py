@@ -11,6 +11,7 @@ from rich.table import Table
 from featpatch.effects import THRESHOLD, Effect, Effects
 from featpatch.forecast import Plan
 from featpatch.patch import Node
+from featpatch.prediction import Prediction
 from featpatch.verdict import Check
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
@@ -78,6 +79,21 @@ def planned(plan: Plan) -> Table:
         *_beside(plan),
     ):
         table.add_row(name, value)
+    return table
+
+
+def predicted(found: Prediction) -> Table:
+    """What a sweep will take, from sizes alone."""
+    table = Table(title="predicted from sizes")
+    table.add_column("")
+    table.add_column("", justify="right")
+    rows = [("patches, each an exact run", f"{found.patches:,}"), ("operations of patches", f"{found.flops:.3g}"),
+            ("operations of runs and dictionaries", f"{found.other_flops:.3g}"),
+            ("memory of a worker, float32", f"{found.memory / 1e9:,.1f} GB")]  # fmt: skip
+    if found.hours is not None:
+        rows += [("does it fit?", "yes" if found.fits else "no"), ("hours, at 40 % of the data sheet", f"{found.hours:,.3g}")]
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

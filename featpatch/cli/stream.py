@@ -1,0 +1,57 @@
+"""featpatch stream."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, check_folder, clear_errors, console
+
+
+@app.command()
+def stream(
+    model: of.Model,
+    sae: of.Saes,
+    pairs: of.PairsFile,
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    block: Annotated[int, typer.Option(min=1, help="How many pairs are read and ranked at a time.")] = 1000,
+    top: of.Top = 20,
+    out: of.Out = Path("featpatch-stream"),
+    executor: of.Executor = "serial",
+    address: of.Address = None,
+    workers: of.Workers = None,
+    as_json: of.Json = False,
+) -> None:
+    """Rank features over more pairs than memory holds, block by block, into Parquet; the same command goes on after a stop.
+
+    Example: featpatch stream --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --block 500
+    """
+    with clear_errors():
+        from featpatch.cli.shown import in_json
+        from featpatch.terminal import ranked
+
+        check_folder(out)
+        elsewhere = of.executor(executor, address, workers)
+        screen = console(json=as_json)
+        loaded = fp.load(model, sae, device=device, check=False)
+        stored = fp.stream_features(
+            loaded.model,
+            loaded.saes,
+            fp.Pairs.blocks_from_jsonl(loaded.model.tokenizer, pairs, size=block, long_answers=of.of_sequences(metric)),
+            out,
+            positions=of.spans(positions),
+            directions=of.ways(direction),
+            metric=metric,
+            executor=elsewhere,
+        )
+        effects = stored.top(top)
+        if as_json:
+            typer.echo(in_json(effects, top))
+        else:
+            screen.print(ranked(effects))
+            screen.print(repr(stored), highlight=False)

@@ -1,0 +1,141 @@
+"""What a sweep over features will take, before there is a model: from sizes alone.
+
+    entries = 1.25 L0 c          differing features, position by position, of a pair that differs over c positions
+    D(c)    = 2.25 L0 c^0.52     distinct ones of them, patches to each direction; D(j) - D(j - 1) begin at the j-th position
+
+L0 is the number of active features of a position, c that of positions from the first differing token to the answer. The numbers
+are fitted to the shipped model's dictionaries above the embedding, on indirect objects (c about 5) and sentiment (c about 14);
+`python benchmarks/prediction.py` prints how far they are off, there and on other tasks.
+"""
+
+from dataclasses import dataclass
+
+from featpatch.errors import FeatpatchError
+from featpatch.flops import pass_flops
+from featpatch.known import GPUS, SHAPES, Device, Shape
+
+DIFFERING, DISTINCT, POWER = 1.25, 2.25, 0.52
+"""See above."""
+
+UTILISATION = 0.4
+"""Share of a GPU's peak that is reckoned with: an assumption, no GPU was at hand."""
+
+ROWS, TOKENS_AT_ONCE, SUMMED = 16384, 512, 256
+"""Rows of a forward pass on a GPU, tokens that are run together, features whose directions are checked together."""
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An estimate from sizes.
+
+    Attributes:
+        patches: exact runs of all pairs, dictionaries and directions.
+        flops: of the patches.
+        other_flops: of runs of pairs, encoding and decoding.
+        memory: bytes on each worker: weights, dictionaries, one forward pass.
+        fits: whether a device has as much.
+        hours: on all workers together; None without a device.
+    """
+
+    patches: int
+    flops: float
+    other_flops: float
+    memory: float
+    fits: bool | None
+    hours: float | None
+
+
+def predict(
+    shape: str | Shape,
+    *,
+    features: int,
+    pairs: int,
+    active: int = 64,
+    tokens: int = 20,
+    changed: int = 5,
+    layers: int | list[int] | None = None,
+    directions: int = 2,
+    columns: int = 2,
+    dtype: str = "float32",
+    device: str | Device | None = None,
+    workers: int = 1,
+    utilisation: float = UTILISATION,
+) -> Prediction:
+    """Of `rank_features` at all positions at once, with a dictionary of the stream before each of some blocks.
+
+    Args:
+        shape: `"gpt2-small"`, `"pythia-1.4b"`, `"gemma-2-2b"`, `"gemma-2-9b"`, `"gemma-2-27b"`, `"llama-3-8b"`, or a `Shape`.
+        features: of a dictionary.
+        active: L0, active features of a position.
+        tokens: of a prompt, whose answer is at its end.
+        changed: positions from the first differing token to the answer.
+        layers: blocks with a dictionary; the middle one by default.
+        columns: logits that the metric reads.
+        dtype: `"float32"` or `"bfloat16"`; the latter is for screening only.
+        device: `"l4"`, `"rtx-4090"`, `"a100"`, `"h100"`, `"h200"`, or a `Device`.
+        workers: devices among which batches are shared.
+        utilisation: share of a device's peak that is reached.
+
+    Raises:
+        FeatpatchError: an unknown name, or a number out of range.
+    """
+    known = SHAPES.get(shape) if isinstance(shape, str) else shape
+    if not isinstance(known, Shape):
+        raise FeatpatchError(f"shape={shape!r}: expected one of {', '.join(SHAPES)}, or a Shape")
+    where = GPUS.get(device) if isinstance(device, str) else device
+    if device is not None and not isinstance(where, Device):
+        raise FeatpatchError(f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device")
+    if dtype not in BYTES:
+        raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(BYTES)}")
+    numbers = {"features": features, "pairs": pairs, "active": active, "tokens": tokens, "changed": changed,
+               "directions": directions, "columns": columns, "workers": workers}  # fmt: skip
+    for name, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise FeatpatchError(f"{name}={value!r}: expected an integer, 1 or more")
+    chosen = [known.layers // 2] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    if changed > tokens or not chosen or not all(type(layer) is int and 0 <= layer < known.layers for layer in chosen):
+        raise FeatpatchError(
+            f"changed={changed}, tokens={tokens}, layers={chosen}: expected changed up to tokens, and layers of 0 to "
+            f"{known.layers - 1}"
+        )
+    upto = [min(float(features), DISTINCT * active * position**POWER) for position in range(changed + 1)]
+    distinct = round(upto[-1])
+    patches = distinct * directions * pairs * len(chosen)
+    each = max(1.0, DIFFERING * active * changed / distinct)
+    flops = sum(
+        _of_position(known, layer, upto[first + 1] - upto[first], each, changed - first, tokens, columns)
+        for layer in chosen
+        for first in range(changed)
+    ) * (directions * pairs)
+    other = pairs * _of_pair(known, features, distinct, tokens, changed, len(chosen))
+    memory = float(BYTES[dtype]) * (known.parameters + ROWS * _row(known, tokens, columns)) + len(chosen) * 4 * (
+        2 * features * known.width + 4 * changed * features
+    )
+    hours = None if where is None else (flops + other) / (where.peak[dtype] * utilisation * workers) / 3600
+    return Prediction(patches, flops, other, memory, None if where is None else memory <= where.memory, hours)
+
+
+def _of_position(shape: Shape, layer: int, patches: float, changed: float, length: int, tokens: int, columns: int) -> float:
+    """Of the patches of one pair and direction that begin at the same position."""
+    one = pass_flops(
+        [shape.block] * shape.layers, layer, "pre", patches=1000, changed=round(1000 * changed), length=length,
+        answer=tokens - 1, logits=columns * shape.width,
+    )  # fmt: skip
+    return patches * one / 1000
+
+
+def _of_pair(shape: Shape, features: int, distinct: int, tokens: int, changed: int, dictionaries: int) -> float:
+    """Of a pair's two runs, and of its dictionaries: encoding, decoding, checking directions; in survey and sweep."""
+    runs = 2 * 2 * tokens * (shape.parameters - shape.vocabulary * shape.width)
+    product = 2 * features * shape.width
+    coded = (2 + 2 + 2) * changed * product
+    directions = 3 * -(-distinct // SUMMED) * product
+    return 2.0 * (runs + dictionaries * (coded + directions))
+
+
+def _row(shape: Shape, tokens: int, columns: int) -> int:
+    """Numbers that a row takes at the peak, as in `engine/budget.py`."""
+    heads = shape.heads * shape.d_head
+    return 4 * shape.width + 8 * heads + 3 * shape.hidden + 3 * shape.heads * tokens + 4 * columns

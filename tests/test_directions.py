@@ -1,0 +1,78 @@
+"""What a unit of a feature adds: the weights' rows are taken only where decoding says the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import TopKSAE, TopKSAEConfig
+from small import Small, at
+
+import featpatch as fp
+from featpatch.lens import Dictionary, dictionaries, wrap
+from featpatch.lens.behaviour import Behaviour
+from featpatch.lens.dictionary import reference
+from featpatch.lens.sae_codec import SaeCodec
+
+
+def found_in(small: Small) -> Dictionary:
+    return dictionaries(wrap(small.model), small.saes[0])[0]
+
+
+def probed(dictionary: Dictionary) -> torch.Tensor:
+    return dictionary._probe(torch.arange(dictionary.d_sae), reference(dictionary.codec))
+
+
+def test_rows_are_what_decoding_adds(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only one of them is not, by little; counted in calls of `decode`."""
+    dictionary = found_in(small)
+    features = torch.arange(dictionary.d_sae)
+    calls: list[int] = []
+    decode = type(dictionary.codec).decode
+
+    def counted(self: Any, features: torch.Tensor, state: Any) -> torch.Tensor:
+        calls.append(len(features))
+        return decode(self, features * wrong, state)
+
+    monkeypatch.setattr(type(dictionary.codec), "decode", counted)
+    wrong = torch.ones(dictionary.d_sae, dtype=torch.float64)
+    torch.testing.assert_close(dictionary.directions(features), probed(dictionary))
+    calls.clear()
+    dictionary.directions(features)
+    assert max(calls) == 1
+    for factor in (1 + 1e-9, 0.0):
+        wrong[3] = factor
+        calls.clear()
+        torch.testing.assert_close(dictionary.directions(features), probed(dictionary), atol=1e-14, rtol=0)
+        assert dictionary.d_sae in calls
+
+
+def test_a_common_factor_is_found(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    dictionary = found_in(small)
+    decode = type(dictionary.codec).decode
+    monkeypatch.setattr(type(dictionary.codec), "decode", lambda self, f, state: decode(self, 2.5 * f, state))
+    features = torch.tensor([4, 1])
+    torch.testing.assert_close(dictionary.directions(features), probed(dictionary)[features])
+    torch.testing.assert_close(dictionary.directions(features), 2.5 * small.saes[0].W_dec[features].detach())
+
+
+def test_estimates_of_edges_need_an_encoder_with_a_gradient(small: Small) -> None:
+    """An object of the user's is run without one."""
+    site = "blocks.1.hook_resid_pre"
+    own = fp.identity(small.model, site)
+    pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+    node = fp.Node(site, "feature", 2, "all", dictionaries(wrap(small.model), own)[0].name)
+    options: dict[str, Any] = {"saes": own, "nodes": [node], "over": "edges", "progress": False}
+    with pytest.raises(fp.FeatpatchError, match="scores='exact'"):
+        fp.find_circuit(small.model, pairs, scores="estimate", **options)
+
+
+def test_large_dictionaries_are_found_linear() -> None:
+    """In float32 the rounding of a sum over all features would look like a bend."""
+    torch.manual_seed(0)
+    sae = TopKSAE(
+        TopKSAEConfig(8, 2**20, "float32", k=8, rescale_acts_by_decoder_norm=False, metadata=at("blocks.0.hook_resid_pre"))
+    )
+    with torch.no_grad():
+        behaviour = Behaviour.of(SaeCodec(sae), "large")
+    assert behaviour.linear
+    assert not behaviour.scaled

@@ -58,6 +58,8 @@ def one_table(rows: int) -> dict[str, float]:
         "positions": "all",
         "pairs": "none",
         "model": {"name": "none", "sha256": "none"},
+        "versions": {},
+        "saes": {},
         "finished": True,
     }
     clean, corrupted = np.full(PAIRS, 2.0), np.zeros(PAIRS)

@@ -75,6 +75,23 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert "error: features holds" in refused.stderr.replace("\n", " ")
 
 
+def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> None:
+    """Blocks of two pairs, and a worker of Ray, give what one sweep here gives."""
+    streamed = run("stream", *model, *sae, "--block", "2", "--top", "3", "--json", folder=folder)
+    assert streamed.returncode == 0, streamed.stderr
+    workers = ("--executor", "ray", "--workers", "1")
+    there = run("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
+    assert there.returncode == 0, there.stderr
+    found, expected = (json.loads(done.stdout)["effects"] for done in (streamed, there))
+    assert [row["index"] for row in found] == [row["index"] for row in expected]
+    for name in ("recovery", "degradation_low"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-5)
+    assert len(fp.Stored(folder / "featpatch-stream").blocks) == 2
+    refused = run("rank", *model, *sae, "--workers", "2", folder=folder)
+    assert refused.returncode == 2
+    assert "expected --executor ray" in refused.stderr.replace("\n", " ")
+
+
 def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> None:
     planned = json.loads(run("plan", *model, *sae, "--json", folder=folder).stdout)
     checked = run("check", "pairs.jsonl", *model[:2], "--json", folder=folder)

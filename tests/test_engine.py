@@ -323,7 +323,7 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     patches, rows, flops = sweep.cost(blocks)
     with FlopCounterMode(display=False) as counter:
         for batch in batches(study.path, sweep.units(blocks), 40):
-            sweep._run(batch)
+            sweep.run(batch)
     assert counter.get_total_flops() == flops
     plan = fp.plan(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each")
     assert (plan.patches, plan.rows, plan.flops, plan.fast) == (patches, rows, flops, True)

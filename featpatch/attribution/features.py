@@ -95,7 +95,7 @@ class FeaturePart(Part):
         sums: dict[tuple[Kind, str], torch.Tensor] = {
             ("all_features", dictionary.name): together,
             ("error", dictionary.name): _error(dictionary, b, s),
-            ("activation", ""): of_pair.change(site, direction).flatten(1),
+            ("activation", ""): of_pair.change(site, direction).flatten(1).to(g.device),
         }
         changes: list[tuple[Node, torch.Tensor]] = []
         worst = 0.0

@@ -149,7 +149,7 @@ class _Pulled:
         return found
 
     def _by_place(self) -> dict[tuple[int, str], torch.Tensor]:
-        """From the last place down."""
+        """From the last place down, all on the device where the stream begins."""
         zero = torch.zeros_like(self._rows(self._activation(sites.resid_pre(0))))
         stream: dict[tuple[int, str], torch.Tensor] = {}
         now = zero
@@ -173,7 +173,7 @@ class _Pulled:
         found: dict[str, torch.Tensor] = {}
         for row, receiver in enumerate(self.receiving):
             if sites.seen_at(receiver.reads) == place:
-                weights = receiver.weights(self.of_pair, self.way)
+                weights = receiver.weights(self.of_pair, self.way).to(self._home)
                 if receiver.reads not in found:
                     found[receiver.reads] = weights.new_zeros(len(self.receiving), *weights.shape)
                 found[receiver.reads][row] = weights
@@ -190,7 +190,12 @@ class _Pulled:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         resid = self._rows(self._activation(sites.resid_pre(layer)))
         tokens = torch.tensor(self.of_pair.tokens(self.way)).expand(len(resid), -1)
-        return self.lens.pull(layer, resid, tokens, hook, weights, put)
+        gradient, inner = self.lens.pull(layer, resid, tokens, hook, weights, put)
+        return gradient.to(self._home), {name: value.to(self._home) for name, value in inner.items()}
+
+    @property
+    def _home(self) -> torch.device:
+        return self._activation(sites.resid_pre(0)).device
 
     def _activation(self, hook: str) -> torch.Tensor:
         return self.of_pair.activations[self.way][hook]

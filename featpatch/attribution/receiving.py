@@ -70,9 +70,8 @@ class Receiving:
         dictionary, read = self.dictionary, of_pair.activations[direction][self.reads]
         assert dictionary is not None
         assert self.node.index is not None
-        along = gradient.flatten(1).to(torch.float64) @ dictionary.directions(torch.tensor([self.node.index]))[0].to(
-            torch.float64
-        )
+        unit = dictionary.directions(torch.tensor([self.node.index]))[0]
+        along = gradient.flatten(1).to(torch.float64) @ unit.to(gradient.device, torch.float64)
         if dictionary.behaviour.scaled:
             along = along * dictionary.gains(of_pair.split(dictionary)[direction]).to(along)
         with torch.inference_mode(False), torch.enable_grad():

@@ -283,7 +283,7 @@ class EdgeGraph(Graph):
     ) -> torch.Tensor:
         with self.lens.put(put or {}):
             prompts_of_rows = tokens.repeat(len(resid) // len(tokens), 1).to(self.lens.device)
-            return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook)
+            return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook).to(resid.device)
 
     def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
         """What senders write in plain runs, `[prompts, pos, d_model]`, and what attention always adds, up to each `depth`."""

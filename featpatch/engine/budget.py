@@ -11,6 +11,8 @@ GPU_FACTOR = 16
 LEAST, MOST = 256, 16384
 SHARE = 0.25
 """Share of the free memory that one pass may take."""
+NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"
+"""What PyTorch's allocator, oneDNN and cuBLAS say when memory runs out."""
 
 
 def row_bytes(lens: Lens, length: int, columns: int) -> int:
@@ -27,10 +29,10 @@ def row_bytes(lens: Lens, length: int, columns: int) -> int:
 
 
 def row_budget(lens: Lens, length: int, columns: int) -> int:
-    """Rows per pass, for prompts of up to `length` tokens and `columns` logits of each patch."""
+    """Rows per pass, for prompts of up to `length` tokens and `columns` logits of each patch; the fullest device decides."""
     cfg = lens.model.cfg
     busy = BUSY // (cfg.d_model * max(cfg.d_mlp or 0, cfg.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
-    fits = int(SHARE * free_memory(lens.device)) // row_bytes(lens, length, columns)
+    fits = int(SHARE * min(map(free_memory, lens.devices))) // row_bytes(lens, length, columns)
     return max(1, min(max(busy, LEAST), MOST, fits))
 
 
@@ -41,4 +43,4 @@ def free_memory(device: torch.device) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in NO_MEMORY)

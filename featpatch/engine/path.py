@@ -108,7 +108,7 @@ def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, site: str) ->
     number = torch.arange(PROBES)
     block = Block("probe", run, site, Deltas.explicit(number, position, values, PROBES))
     units = [Unit(0, block, number[row, None], int(first)) for row, first in enumerate(position)]
-    found, true = (torch.cat(path.logits(units, [None] * PROBES)).double() for path in (fast, plain))
+    found, true = (torch.cat(path.logits(units, [None] * PROBES)).double().cpu() for path in (fast, plain))
     eps = torch.finfo(run.resid[layer].dtype).eps
     tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
     return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

@@ -49,10 +49,11 @@ class PlainPath:
         """Logits of every patch at its answer position; all units are of one group."""
         site, length = self.group(units[0].block)
         layer, sizes = sites.layer_of(site), torch.tensor([len(unit.patches) for unit in units], device=self.lens.device)
-        resid = torch.stack([unit.block.run.resid[layer] for unit in units]).repeat_interleave(sizes, 0)
+        resid = torch.stack([unit.block.run.resid[layer] for unit in units])
+        resid = resid.repeat_interleave(sizes.to(resid.device), 0)
         tokens = torch.stack([unit.block.run.tokens for unit in units]).to(self.lens.device).repeat_interleave(sizes, 0)
         answers = torch.tensor([unit.block.run.answer for unit in units], device=sizes.device).repeat_interleave(sizes)
-        delta = torch.cat([self._dense(unit, length) for unit in units])
+        delta = torch.cat([self._dense(unit, length).to(resid.device) for unit in units])
 
         def add(activation: torch.Tensor) -> torch.Tensor:
             wide = activation.to(torch.promote_types(activation.dtype, delta.dtype))

@@ -109,7 +109,7 @@ class SuffixPath:
     def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Logits of the base run at its answer position."""
         trace = self._trace(run)
-        return self.stack.head(trace.pre[len(self.stack.layers)][run.answer, None], _ids(columns, self.lens.device))
+        return self.stack.head(trace.pre[len(self.stack.layers)][run.answer, None], self._ids(columns))
 
     def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Logits of every patch at its answer position; all units are of one group."""
@@ -121,7 +121,7 @@ class SuffixPath:
         alike = [[*group] for _, group in groupby(zip(units, columns, strict=True), key=itemgetter(1))]
         sizes = [[len(unit.patches) for unit, _ in group] for group in alike]
         for group, parts, x in zip(alike, sizes, final.split([sum(parts) for parts in sizes]), strict=True):
-            found += self.stack.head(x, _ids(group[0][1], x.device)).split(parts)
+            found += self.stack.head(x, self._ids(group[0][1])).split(parts)
         return found
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
@@ -132,11 +132,12 @@ class SuffixPath:
                 groups.setdefault(min(run.resid), []).append(run)
         for start, together in groups.items():
             lengths = [len(run.tokens) for run in together]
-            positions = torch.cat([torch.arange(length) for length in lengths]).to(self.lens.device)
             x = torch.cat([run.resid[start] for run in together])
             traces = [Trace() for _ in together]
             for index in range(start, len(self.stack.layers)):
                 layer = self.stack.layers[index]
+                x = x.to(layer.device)
+                positions = torch.cat([torch.arange(length) for length in lengths]).to(x.device)
                 y = layer.attention_input(x)
                 q, (k, v) = layer.queries(y, positions), layer.keys_values(y, positions)
                 z = torch.cat(
@@ -153,6 +154,9 @@ class SuffixPath:
                 trace.pre[len(self.stack.layers)] = value
                 self.traces[run] = trace
 
+    def _ids(self, columns: Columns) -> torch.Tensor | None:
+        return None if columns is None else torch.tensor(columns, device=self.stack.head.weight.device)
+
     def _trace(self, run: BaseRun) -> Trace:
         self.prepare([run])
         return self.traces[run]
@@ -162,19 +166,22 @@ class SuffixPath:
         index, kind = self.group(units[0].block)
         moved = [unit.block.deltas.select(unit.patches).upto(unit.block.run.answer) for unit in units]
         sizes = [len(deltas.patch) for deltas in moved]
-        places = [deltas.position.to(self.lens.device) for deltas in moved]
-        delta = torch.cat([deltas.values().to(self.lens.device) for deltas in moved])
+        device = spans[0].trace.pre[index].device
+        places = [deltas.position.to(device) for deltas in moved]
+        delta = torch.cat([deltas.values().to(device) for deltas in moved])
 
         def base(name: str, at: int) -> torch.Tensor:
-            parts = [getattr(span.trace, name)[at][place] for span, place in zip(spans, places, strict=True)]
-            return torch.cat(parts)
+            values = [getattr(span.trace, name)[at] for span in spans]
+            parts = [value[place.to(value.device)] for value, place in zip(values, places, strict=True)]
+            return torch.cat(parts).to(device)
 
         if kind == "pre":
             x, start = _add(base("pre", index), delta), index
         else:
             x, start = self._after_attention(index, kind, delta, base), index + 1
+        x = x.to(spans[0].trace.pre[start].device)
         return start, [
-            Changed(deltas.patch.to(x.device), place, values)
+            Changed(deltas.patch.to(x.device), place.to(x.device), values)
             for deltas, place, values in zip(moved, places, x.split(sizes), strict=True)
         ]
 
@@ -235,6 +242,7 @@ class SuffixPath:
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
         """Stream, queries, keys and values of all rows; stream and queries of the answer rows alone if so wanted."""
         layer, sizes = self.stack.layers[index], [span.rows for span in spans]
+        x = x.to(layer.device)
         positions = torch.cat([torch.arange(s.first, s.answer + 1).repeat(s.patches) for s in spans]).to(x.device)
         y = layer.attention_input(x)
         k, v = layer.keys_values(y, positions)
@@ -275,7 +283,3 @@ def _join(spans: Sequence[Span], changed: Sequence[Changed]) -> tuple[list[Span]
 def _add(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """The sum in the wider of both types, in the type of the base."""
     return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
-
-
-def _ids(columns: Columns, device: torch.device) -> torch.Tensor | None:
-    return None if columns is None else torch.tensor(columns, device=device)

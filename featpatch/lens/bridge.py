@@ -130,16 +130,21 @@ def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def _skipping(blocks: Any, *, wraps: bool) -> Iterator[None]:
-    """Within this context the blocks return their input, as a tuple where they do so themselves."""
+    """Within this context the blocks return their input on their own device, as a tuple where they do so themselves."""
 
-    def unchanged(*args: Any, **kwargs: Any) -> Any:
-        stream = args[0] if args else kwargs["hidden_states"]
-        return (stream,) if wraps else stream
+    def unchanged(block: Any) -> Any:
+        device = next(block.parameters()).device
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = (args[0] if args else kwargs["hidden_states"]).to(device)
+            return (stream,) if wraps else stream
+
+        return forward
 
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.__dict__["forward"] = unchanged
+            block.__dict__["forward"] = unchanged(block)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):

@@ -43,7 +43,8 @@ class Norm:
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The normed rows."""
+        """The normed rows, on the device of the weight."""
+        x = x if self.weight is None else x.to(self.weight.device)
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -135,6 +136,11 @@ class Layer:
     post2: Norm | None
     parallel: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are."""
+        return self.query.weight.device
+
     def attention_input(self, x: Rows) -> Rows:
         """The normed stream, which the next two functions read."""
         return x if self.norm1 is None else self.norm1(x)
@@ -180,7 +186,7 @@ class Head:
         """Logits of some columns of the vocabulary, or of all."""
         weight = self.weight if columns is None else self.weight[:, columns]
         bias = self.bias if columns is None or self.bias is None else self.bias[columns]
-        logits = Linear(weight, bias)(x if self.norm is None else self.norm(x))
+        logits = Linear(weight, bias)((x if self.norm is None else self.norm(x)).to(weight.device))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

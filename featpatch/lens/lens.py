@@ -159,6 +159,11 @@ class Lens(ABC):
         """Where tokens go in."""
         return next(self.model.parameters()).device
 
+    @cached_property
+    def devices(self) -> set[torch.device]:
+        """Those that its weights are on."""
+        return {parameter.device for parameter in self.model.parameters()}
+
     def site(self, name: str) -> str:
         """The TransformerLens name of a hook; raises FeatpatchError where the model has no such hook."""
         return sites.canonical(name, self.hook_points)
@@ -195,7 +200,7 @@ class Lens(ABC):
         """Within this context the activations at some hooks have these values."""
 
         def becomes(value: torch.Tensor) -> Edit:
-            return lambda activation: value.reshape(activation.shape)
+            return lambda activation: value.to(activation.device).reshape(activation.shape)
 
         with ExitStack() as stack:
             for hook, value in values.items():
@@ -333,7 +338,7 @@ class Lens(ABC):
             leaves = [value.detach().clone().requires_grad_() for value in (resid, *put.values())]
             with self.put(dict(zip(put, leaves[1:], strict=True))):
                 value = self.differentiable_through(layer, leaves[0], tokens.clone().to(self.device), hook)
-            total = (value * weights.clone().reshape(value.shape)).sum()
+            total = (value * weights.clone().to(value.device).reshape(value.shape)).sum()
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         first, *others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
         return first.detach(), dict(zip(put, others, strict=True))
@@ -392,7 +397,7 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
 
     def pick(_module: Any, args: Any, kwargs: Any) -> Any:
         values = list(args) or list(kwargs.values())
-        values[0] = values[0][torch.arange(len(answers)), answers, None]
+        values[0] = values[0][torch.arange(len(answers)), answers.to(values[0].device), None]
         return (tuple(values), kwargs) if args else (args, dict(zip(kwargs, values, strict=True)))
 
     handle = unembed.register_forward_pre_hook(pick, with_kwargs=True)

@@ -33,7 +33,7 @@ class Stream:
         base: activations of the run at every `resid_pre` and `attn_out` on the way.
         tokens: `[pos]`.
         entering: where each row's change comes in.
-        changes: what comes in there, `[rows, pos, d_model]`.
+        changes: what comes in there, `[rows, pos, d_model]`, all on one device.
     """
 
     lens: Lens
@@ -100,9 +100,9 @@ class Stream:
         if self.lens.attention_only or not bool(self.reached(before).any()):
             return change
         outputs = self.read(mlp)
-        return change + (outputs[1:] - outputs[0])
+        return change + (outputs[1:] - outputs[0]).to(change.device)
 
 
 def _add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """In the type of the base, `[rows, ...]`."""
-    return (base[None] + change.to(torch.promote_types(base.dtype, change.dtype))).to(base.dtype)
+    """In the type of the base and on its device, `[rows, ...]`."""
+    return (base[None] + change.to(base.device, torch.promote_types(base.dtype, change.dtype))).to(base.dtype)

@@ -83,7 +83,8 @@ class Senders:
         for way, (base, _) in run.ways.items():
             tokens = run.bases[way][0].tokens
             changes = [self._on_stream(swap.site, dense(swap.deltas[way], len(tokens)), base, tokens) for swap in swaps]
-            empty = torch.zeros(0, len(tokens), self.lens.model.cfg.d_model)
+            changes = [change.to(self.lens.device) for change in changes]
+            empty = torch.zeros(0, len(tokens), self.lens.model.cfg.d_model, device=self.lens.device)
             streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes) if changes else empty)
         return nodes, streams
 
@@ -93,7 +94,7 @@ class Senders:
             return change
         layer, z = sites.layer_of(site), base.at(site)
         rows = torch.cat([torch.zeros_like(change[:1]), change])
-        with self.lens.put({site: (z.flatten(1)[None] + rows).to(z.dtype)}):
+        with self.lens.put({site: (z.flatten(1)[None].to(rows.device) + rows).to(z.dtype)}):
             resid = base.at(sites.resid_pre(layer)).expand(len(rows), -1, -1).clone()
             outputs = self.lens.through(layer, resid, tokens.expand(len(rows), -1), sites.component(layer, "attn_out"))
         return outputs[1:] - outputs[0]

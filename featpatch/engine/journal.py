@@ -3,26 +3,48 @@
     {"format": ..., what the sweep is about ..., "baselines": [...], "rows": ...} sha256-prefix       what it belongs to
     {"batch": key, "values": base64 of float64} sha256-prefix                                          a forward pass each
 
-A line counts only if its checksum is right. What follows the last good line, such as one torn by a crash, is cut off;
-a bad line in between is left out. Nothing of them is trusted.
+A line counts only if its checksum is right and it holds what it should: a checksum tells what is torn, not what is true. What
+follows the last good line, such as one torn by a crash, is cut off; a bad line in between is left out.
 """
 
 import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
+from featpatch.foreign import read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "featpatch journal 1"
+
+
+@dataclass
+class Lock:
+    """An open file that is closed, and so unlocked, with the last journal that refers to it."""
+
+    file: int
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+HELD: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
+"""By process (a fork has none), device and inode."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +59,24 @@ class Book:
     rows: int
     finished: dict[str, bytes] = field(default_factory=dict)
 
-    def get(self, key: str) -> Float[torch.Tensor, " values"] | None:
-        """The values of a batch, if it is finished."""
+    def get(self, key: str, count: int | None = None) -> Float[torch.Tensor, " values"] | None:
+        """The values of a batch, if it is finished.
+
+        Args:
+            count: how many there must be.
+
+        Raises:
+            FeatpatchError: there are more or fewer.
+        """
         values = self.finished.get(key)
-        return None if values is None else torch.from_numpy(np.frombuffer(values, "<f8").astype(np.float64))
+        if values is None:
+            return None
+        found = torch.from_numpy(np.frombuffer(values, "<f8").astype(np.float64))
+        if count is not None and len(found) != count:
+            raise FeatpatchError(
+                f"the journal has {len(found)} values for batch {key}: expected {count}; delete the file to begin anew"
+            )
+        return found
 
     def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
         """Notes a finished batch."""
@@ -50,9 +86,9 @@ class Book:
 class ClosedBook(Book):
     """Of an interrupted run: nothing is added."""
 
-    def get(self, key: str) -> Float[torch.Tensor, " values"] | None:
+    def get(self, key: str, count: int | None = None) -> Float[torch.Tensor, " values"] | None:
         """The values of a batch; where they are not there, the interruption goes on."""
-        values = super().get(key)
+        values = super().get(key, count)
         if values is None:
             raise KeyboardInterrupt
         return values
@@ -60,9 +96,10 @@ class ClosedBook(Book):
 
 @dataclass(frozen=True)
 class Journal(Book):
-    """A book on disk."""
+    """A book on disk, of one process at a time."""
 
     path: Path = Path()
+    lock: Lock | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: Path, subject: Mapping[str, Any], baselines: Sequence[float], rows: int) -> "Journal":
@@ -75,35 +112,46 @@ class Journal(Book):
             rows: budget of rows, if the journal is new.
 
         Raises:
-            FeatpatchError: the file is no journal, or that of another sweep.
+            FeatpatchError: the file is no journal, or that of another sweep, or open in another process, or the disk is full.
         """
         if path.is_dir():
             raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
-        header = json.loads(json.dumps({"format": FORMAT, **subject, "baselines": [*baselines], "rows": rows}))
+        header = json.loads(json.dumps({"format": FORMAT, **subject, "baselines": [*map(float, baselines)], "rows": rows}))
+        if not path.exists():
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        lock = _lock(path) if path.is_file() else None
         content = path.read_bytes() if path.is_file() else b""
         lines, intact = _intact(content)
         if not lines:
             _check_torn(path, content, header)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
-            journal = cls(rows, {}, path)
+            with _writing(path):
+                path.write_bytes(b"")
+            journal = cls(rows, {}, path, lock)
             journal._append(header)
             return journal
-        _check_subject(path, lines[0], header)
+        for line in (lines[0], *(line for line in lines[1:] if "format" in line)):
+            _check_subject(path, line, header)
         if intact < len(content):
-            os.truncate(path, intact)
-        finished = {line["batch"]: base64.b64decode(line["values"]) for line in lines[1:]}
-        return cls(int(lines[0]["rows"]), finished, path)
+            with _writing(path):
+                os.truncate(path, intact)
+        finished = {line["batch"]: values for line in lines[1:] if (values := _values(line)) is not None}
+        return cls(lines[0]["rows"], finished, path, lock)
 
     def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
-        """Writes down a finished batch, to the disk itself."""
+        """Writes down a finished batch, to the disk itself.
+
+        Raises:
+            FeatpatchError: the disk is full.
+        """
         content = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
         self._append({"batch": key, "values": base64.b64encode(content).decode()})
         super().put(key, values)
 
     def _append(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content)
-        with self.path.open("ab") as file:
+        with _writing(self.path), self.path.open("ab") as file:
             file.write(f"{text} {_checksum(text)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
@@ -114,22 +162,72 @@ def batch_key(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says what to do when a journal can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise FeatpatchError(
+            f"the journal {str(path)!r} can't be written ({error.strerror}): expected a folder to write in with room on the "
+            "disk; what is finished stays in it; make room, and run the same again to go on"
+        ) from error
+
+
+def _lock(path: Path) -> Lock | None:
+    """Keeps other processes off a journal for as long as the result lives; does nothing where files can't be locked."""
+    if fcntl is None:
+        return None
+    lock = Lock(os.open(path, os.O_RDONLY))
+    status = os.fstat(lock.file)
+    try:
+        lock = HELD.setdefault((os.getpid(), status.st_dev, status.st_ino), lock)
+        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FeatpatchError(
+            f"the journal {str(path)!r} is open in another process: expected one at a time; wait for it, or give another path"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines whose checksum is right, and where the last of them ends; none where the first is wrong."""
+    """The lines that are whole, and where the last of them ends; none where the first is not."""
     lines, end, intact = [], 0, 0
     for raw in content.split(b"\n")[:-1]:
         end += len(raw) + 1
-        text, _, checksum = raw.decode(errors="replace").rpartition(" ")
-        if checksum == _checksum(text):
-            lines.append(json.loads(text))
+        line = _line(raw)
+        if line is not None:
+            lines.append(line)
             intact = end
         elif not lines:
             return [], 0
     return lines, intact
+
+
+def _line(raw: bytes) -> dict[str, Any] | None:
+    """The object of a line; None where the checksum is wrong, or it is none."""
+    text, _, checksum = raw.decode(errors="replace").rpartition(" ")
+    try:
+        content = read_json(text) if checksum == _checksum(text) else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _values(line: Mapping[str, Any]) -> bytes | None:
+    """The values of a batch; None where the line is no batch, or holds other than finite float64."""
+    try:
+        values = base64.b64decode(line["values"], validate=True)
+        sound = isinstance(line["batch"], str) and np.isfinite(np.frombuffer(values, "<f8")).all()
+    except (KeyError, TypeError, ValueError):
+        return None
+    return values if sound else None
 
 
 def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
@@ -145,10 +243,18 @@ def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
 def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
     keys = sorted({*header, *found} - {"rows", "baselines"})
     differing = [key for key in keys if found.get(key) != header.get(key)]
-    if not differing and not np.allclose(found["baselines"], header["baselines"], rtol=1e-3, atol=1e-6):
+    if not differing and not _close(found.get("baselines"), header["baselines"]):
         differing = ["the metric of the unpatched runs"]
+    if not differing and not (type(found.get("rows")) is int and 0 < found["rows"] < 2**63):
+        differing = ["the budget of rows"]
     if differing:
         raise FeatpatchError(
             f"the journal {str(path)!r} belongs to another sweep: {', '.join(differing)} differ; "
             "expected the same model, SAEs, pairs and options; give another path, or delete the file to begin anew"
         )
+
+
+def _close(found: object, expected: Sequence[float]) -> bool:
+    """Whether these are the same numbers, up to rounding."""
+    numbers = isinstance(found, list) and len(found) == len(expected) and all(type(value) is float for value in found)
+    return numbers and np.allclose(found, expected, rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]

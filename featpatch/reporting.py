@@ -59,7 +59,8 @@ def report(
     Raises:
         FeatpatchError: pairs or SAEs that the effects are not of; a model without a tokenizer.
     """
-    if check_pairs(pairs).digest() != effects.metadata["pairs"]:
+    known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
+    if check_pairs(pairs).digest() != known or max(kept) >= len(pairs):
         raise FeatpatchError("pairs are not those of the effects: expected the pairs that were ranked")
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to show prompts; or write effects.report(path)")
@@ -144,7 +145,7 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
 
 def _comparable(effects: Effects, components: Effects) -> bool:
     """Whether it can be said which components write which features: all were ranked, at the same positions."""
-    return "screening" not in effects.metadata and effects.metadata["positions"] == components.metadata["positions"]
+    return "screening" not in effects.metadata and effects.metadata.get("positions") == components.metadata.get("positions")
 
 
 def _written(portrait: Portrait, node: Node, writers: "pd.DataFrame") -> Portrait:

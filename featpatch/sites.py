@@ -10,7 +10,9 @@ from typing import Any
 
 from featpatch.errors import FeatpatchError
 
-STANDARD = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)")
+STANDARD = re.compile(
+    r"blocks\.([0-9]{1,6})\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)"
+)
 
 
 ENTRIES = {
@@ -186,7 +188,7 @@ def layer_of(site: str) -> int:
     Raises:
         FeatpatchError: the site is outside the blocks, where no run can be resumed.
     """
-    match = re.match(r"blocks\.(\d+)\.", site)
+    match = re.match(r"blocks\.([0-9]{1,6})\.", site)
     if match is None:
         raise FeatpatchError(
             f"site {site!r} is not inside a block: expected a name such as {resid_pre(0)!r}; "

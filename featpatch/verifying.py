@@ -82,7 +82,8 @@ def verify(
         FeatpatchError: another model, other pairs or SAEs; a table of another kind, of estimates, of noise or of a function.
     """
     about = effects.metadata
-    if effects.value != "exact" or not {"saes", "components"} & set(about) or {"noise", "ablation", "of_pairs"} & set(about):
+    whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
+    if effects.value != "exact" or not whole or {"noise", "ablation", "of_pairs"} & set(about):
         raise FeatpatchError(
             "the table is not one of swaps: expected exact ones of rank_features, rank_components or rank_paths"
         )

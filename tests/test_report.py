@@ -16,6 +16,7 @@ from test_sets import SITE, pairs_of
 
 import featpatch as fp
 from featpatch.effects import Material, Prompt
+from featpatch.effects.report import _shown
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 
@@ -177,6 +178,18 @@ def test_twenty_thousand_rows(small: Small, browser: Any, tmp_path: Path) -> Non
     assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith("of 20,000 entries")
     assert seconds < 3
     assert errors(browser) == []
+
+
+def test_more_rows_than_are_shown(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest, in the order of the table; the page says so."""
+    monkeypatch.setattr("featpatch.effects.report.ROWS", 3)
+    effects = fp.rank_features(small.model, small.at(SITE), pairs_of(small), progress=False)
+    text = effects.report(tmp_path / "r.html").read_text()
+    ranked = effects.take(effects.ranked)
+    assert f"These are the 3 with the largest effects of {len(ranked)} in the table." in text
+    shown = _shown(effects)
+    assert set(shown.nodes) == {ranked.nodes[row] for row in np.argsort(-ranked.sizes())[:3]}
+    assert [effects.nodes.index(node) for node in shown.nodes] == sorted(effects.nodes.index(node) for node in shown.nodes)
 
 
 def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """featpatch run: a study that is written down."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,21 +36,25 @@ def read(study: Path) -> list[str]:
         FeatpatchError: no such file, no TOML, no command, or a value that is no option.
     """
     try:
-        content: dict[str, Any] = tomllib.loads(study.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content: dict[str, Any] = tomllib.loads(study.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise FeatpatchError(f"the study {str(study)!r} can't be read ({error}): expected a TOML file") from error
     command = content.pop("command", None)
     names = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} - {"run"}
-    if command not in names:
+    if not isinstance(command, str) or command not in names:
         raise FeatpatchError(f"command={command!r} in {str(study)!r}: expected one of {', '.join(sorted(names))}")
-    arguments = [str(command), *map(str, content.pop("arguments", []))]
+    arguments = [command]
     for name, value in content.items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments += [option] if value else []
-        elif isinstance(value, (str, int, float, list)):
-            for one in value if isinstance(value, list) else [value]:
-                arguments += [option, str(one)]
+        several = value if isinstance(value, list) else [value]
+        if not re.fullmatch(r"[a-z][a-z_-]*", name) or not all(isinstance(one, (str, int, float)) for one in several):
+            raise FeatpatchError(
+                f"{name}={repr(value)[:60]} in {str(study)!r}: expected a text, a number, true or false, or a list of these, "
+                "under the name of an option"
+            )
+        if name == "arguments":
+            arguments += map(str, several)
+        elif isinstance(value, bool):
+            arguments += ["--" + name.replace("_", "-")] if value else []
         else:
-            raise FeatpatchError(f"{name}={value!r} in {str(study)!r}: expected a text, a number, true or false, or a list")
+            arguments += [part for one in several for part in ("--" + name.replace("_", "-"), str(one))]
     return arguments

@@ -87,7 +87,7 @@ class Written:
 
 def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:
     """Whether the table was made of these."""
-    if pairs.digest() != features.metadata["pairs"]:
+    if pairs.digest() != features.metadata.get("pairs"):
         raise FeatpatchError(
             f"the {len(pairs)} pairs given are not those of the tables: expected the same ones in the same order; pass the "
             "pairs that were ranked"

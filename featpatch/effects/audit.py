@@ -8,6 +8,7 @@ hypergeometric, for a finite population). Where the sample was enlarged until a 
 them must be run.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,8 @@ def most(population: int, drawn: int, found: int, alpha: float) -> int:
     """The largest number of marked ones in a population of which `found` or fewer are drawn with a probability above alpha."""
     if drawn == population:
         return found
-    marked = np.arange(found, population - drawn + found + 1)
-    return int(marked[hypergeom.cdf(found, population, marked, drawn) > alpha].max())
+    marked = range(found, population - drawn + found + 1)
+    return marked[bisect_left(marked, True, key=lambda m: bool(hypergeom.cdf(found, population, m, drawn) <= alpha)) - 1]
 
 
 def without_estimates(screening: Mapping[str, Any]) -> dict[str, Any]:

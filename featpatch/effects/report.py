@@ -23,7 +23,7 @@ VALUES = 8
 PROMPTS = 8
 """So many pairs are shown."""
 
-ROWS = 5000
+ROWS = 20_000
 """So many features or heads are shown, those with the largest effects."""
 
 

@@ -59,8 +59,8 @@ def false_discovery(p: NDArray[np.float64], tests: int) -> NDArray[np.float64]:
     """
     q, tested = np.full(len(p), np.nan), ~np.isnan(p)
     if tested.any():
-        others = np.ones(max(tests - len(p), 0))
-        q[tested] = false_discovery_control(np.append(p[tested], others))[: tested.sum()]
+        given = int(tested.sum())
+        q[tested] = np.minimum(false_discovery_control(p[tested]) * ((given + max(tests - len(p), 0)) / given), 1)
     return q
 
 

@@ -4,9 +4,11 @@ Over many pairs the effect is the ratio of means, mean change over mean gap, wit
 (Efron & Tibshirani 1993, percentile method, from scipy). A ratio is taken of single pairs only where their gap can carry it.
 """
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from featpatch.errors import FeatpatchError
 
@@ -66,16 +68,18 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
         return result
     for some in (known[start : start + CHUNK] for start in range(0, len(known), CHUNK)):
         part = change[some]
-        found = bootstrap(
-            (part, np.broadcast_to(gap, part.shape)),
-            ratio_of_means,
-            paired=True,
-            vectorized=True,
-            axis=-1,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(SEED),
-        )
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # gaps that cancel can be all that is drawn: NaN
+            found = bootstrap(
+                (part, np.broadcast_to(gap, part.shape)),
+                ratio_of_means,
+                paired=True,
+                vectorized=True,
+                axis=-1,
+                n_resamples=RESAMPLES,
+                confidence_level=CONFIDENCE,
+                method="percentile",
+                rng=np.random.default_rng(SEED),
+            )
         result[some] = np.stack([found.confidence_interval.low, found.confidence_interval.high], -1)
     return result

@@ -1,7 +1,7 @@
 """Effects on disk: columns as tensors of one safetensors file, the rest as JSON in its header. Never a pickle."""
 
 import json
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from featpatch.effects.audit import without_estimates
+from featpatch.effects.content import check_columns, check_metadata, nodes_of
 from featpatch.errors import FeatpatchError
-from featpatch.patch import Edge, Node
+from featpatch.foreign import read_json
 
 if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
@@ -57,21 +59,23 @@ def load(path: Path) -> list[dict[str, Any]]:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = json.loads(header.get("metadata", "{}"))
-        others = metadata.get("metrics", [])[1:]
-        if header.get("format") != FORMAT or set(columns) != {*COLUMNS, *(f"{v} of {m}" for m in others for v in VALUES)}:
+        if header.get("format") != FORMAT:
             raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
-        nodes = tuple(map(_node, json.loads(header["nodes"])))
+        nodes, metadata = nodes_of(read_json(header["nodes"])), read_json(header["metadata"])
+        check_metadata(metadata, len(nodes))
+        others = metadata["metrics"][1:]
+        if set(columns) != {*COLUMNS, *(f"{v} of {m}" for m in others for v in VALUES)}:
+            raise FeatpatchError(f"it has the columns {sorted(columns)}: expected those of {', '.join(metadata['metrics'])}")
         shared = {"nodes": nodes, "metadata": metadata, "value": header["value"], **{name: columns[name] for name in COLUMNS}}
-        return [shared] + [
-            {**shared, "metadata": {**metadata, "metric": m}, **{v: columns[f"{v} of {m}"] for v in VALUES}} for m in others
+        unscreened = {
+            **metadata,
+            **({"screening": without_estimates(metadata["screening"])} if "screening" in metadata else {}),
+        }
+        tables = [shared] + [
+            {**shared, "metadata": {**unscreened, "metric": m}, **{v: columns[f"{v} of {m}"] for v in VALUES}} for m in others
         ]
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        for table in tables:
+            check_columns(table, len(nodes))
+        return tables
+    except (SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise FeatpatchError(f"{str(path)!r} is damaged ({error}): expected a file that Effects.save wrote") from error
-
-
-def _node(values: list[Any]) -> Node:
-    """From its fields; those of an edge end with the fields of two nodes."""
-    if len(values) == len(fields(Node)):
-        return Node(*values)
-    return Edge(*values[:-2], *map(_node, values[-2:]))

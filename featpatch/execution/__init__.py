@@ -12,12 +12,12 @@ On several machines, with the same Python, featpatch, torch and sae-lens on each
     ray stop                                               on each, at the end
 
 In Python `fp.rank_features(..., executor=fp.Ray(address="auto", workers=16, gpus=1), journal="sweep.journal")`;
-`rank_components`, `rank_paths`, `ablate` and `stream_features` take the same argument. A model on a GPU goes to the GPU that Ray
-gives the worker.
+`rank_components`, `rank_paths`, `ablate` and `stream_features` take the same argument. A model on a GPU goes to the GPU that
+Ray gives the worker.
 
 What to expect:
 
-- The pairs are run, and the SAEs encode, on every worker that takes part in a shard (the pairs that run together, part by part);
+- The pairs are run, and the SAEs encode, on every worker that takes part in a shard (pairs that run together, part by part);
   the batches of patches, which are nearly all of the time, are each run once, by whoever is free.
 - Model, SAEs and metric travel to each worker once, packed by cloudpickle between processes of the same run; nothing of this is
   written to a file. A metric of your own must be importable there, or be defined in the script or notebook itself.

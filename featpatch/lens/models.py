@@ -72,8 +72,11 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype):
         raise FeatpatchError(f"dtype {dtype!r} is unknown: expected float32, bfloat16, float16 or float64")
-    if Path(source).exists():
-        folder_with(source, "config.json")
+    if Path(source).exists() and not any(folder_with(source, "config.json").glob("*.safetensors")):
+        raise FeatpatchError(
+            f"there is no safetensors file in {source!r}: expected the model's weights in one, since a pickle (.bin, .pt) can "
+            "run code when it is read; save the model again with save_pretrained"
+        )
     try:
         bridge: TransformerBridge = TransformerBridge.boot_transformers(
             source, tokenizer=tokenizer, device=device, dtype=numbers

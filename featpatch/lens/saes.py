@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from sae_lens import SAE, TemporalSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
@@ -123,6 +123,7 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
     """From disk, with the statistics of its training folded in as `from_pretrained` does."""
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
+        _check_types(sae.cfg)
         said = sae.cfg.metadata.norm_scaling_factor if norm_scaling_factor is None else norm_scaling_factor
         scaler = ActivationScaler(scaling_factor=said)
         if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file() and norm_scaling_factor is None:
@@ -140,6 +141,15 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
             f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {error}): expected a sae-lens folder"
         ) from error
     return sae
+
+
+def _check_types(cfg: Any) -> None:
+    """Whether what the configuration gives is of the kinds that its class declares; nothing else looks."""
+    kinds: dict[Any, tuple[type, ...]] = {bool: (bool,), str: (str,), int: (int, float), float: (int, float)}
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        if kind in kinds and type(value) not in kinds[kind]:
+            raise FeatpatchError(f"{name} is {value!r}: expected {kind.__name__}")
 
 
 def _check_scale(scale: object) -> None:

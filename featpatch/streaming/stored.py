@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import Effects, check_gap
+from featpatch.effects.content import check_metadata
 from featpatch.errors import FeatpatchError
+from featpatch.foreign import read_json
 from featpatch.patch import RANKED
 from featpatch.streaming.parts import FIELDS, node_of, path_of
 
@@ -43,10 +45,11 @@ class Stored:
         """Where the effects come from; as `Effects.metadata`, without what is each block's own."""
         path = self.folder / "about.json"
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-            if about["format"] != FORMAT or not about["metrics"]:
+            about = read_json(path.read_text(encoding="utf-8"))
+            if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']!r}")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            check_metadata({**about, "metric": about["metrics"][0], "pairs": ""}, 0)
+        except (OSError, ValueError, LookupError, TypeError, FeatpatchError) as error:
             raise FeatpatchError(f"{str(path)!r} can't be read ({error}): expected a folder of fp.stream_features") from error
         return dict(about)
 

@@ -1,0 +1,157 @@
+"""Whether what a file holds is a table of effects: all of it is checked before anything is computed of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from featpatch.errors import FeatpatchError
+from featpatch.patch import DIRECTIONS, Edge, Node
+
+LARGEST, SMALLEST = 1e100, 1e-100
+"""Metrics are no larger and mean gaps no smaller, so that no ratio of them overflows."""
+
+
+def nodes_of(content: Any) -> tuple[Node, ...]:
+    """The nodes, each once.
+
+    Raises:
+        FeatpatchError: one is none, or there twice.
+    """
+    if not isinstance(content, list):
+        raise FeatpatchError(f"nodes are {_short(content)}: expected a list")
+    nodes = tuple(map(_node, content))
+    if len(set(nodes)) < len(nodes):
+        raise FeatpatchError(f"of {len(nodes)} nodes {len(nodes) - len(set(nodes))} are there again: expected each once")
+    return nodes
+
+
+def check_metadata(metadata: Any, rows: int) -> None:
+    """Whether each entry that is read anywhere is what it should be; others are only shown.
+
+    Raises:
+        FeatpatchError: one is not, or a needed one is missing.
+    """
+    if not isinstance(metadata, dict):
+        raise FeatpatchError(f"metadata is {_short(metadata)}: expected an object")
+    for name, (fits, expected) in METADATA.items():
+        if (name in metadata or name in NEEDED) and not fits(metadata.get(name)):
+            raise FeatpatchError(f"{name} is {_short(metadata.get(name))}: expected {expected}")
+    if metadata["metrics"][0] != metadata["metric"]:
+        raise FeatpatchError(f"metric is {metadata['metric']!r}: expected the first of {metadata['metrics']}")
+    for effect, values in metadata.get("screening", {}).get("estimates", {}).items():
+        if len(values) != rows:
+            raise FeatpatchError(f"there are {len(values)} estimates of {effect}: expected {rows}, one per row")
+
+
+def check_columns(table: Mapping[str, Any], rows: int) -> None:
+    """Whether the columns are values of these rows, and the rest has as many pairs as they.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
+    metadata, pairs = table["metadata"], table["clean"].size
+    for names, size in ((("clean", "corrupted"), pairs), (("row", "pair", "denoised", "noised"), table["row"].size)):
+        for name in names:
+            kind = np.int64 if name in ("row", "pair") else np.float64
+            column = table[name]
+            if column.dtype != kind or column.shape != (size,):
+                raise FeatpatchError(f"{name} is {column.dtype} {column.shape}: expected {np.dtype(kind)} ({size},)")
+    for name, below in (("row", rows), ("pair", pairs)):
+        if table[name].size and not 0 <= table[name].min() <= table[name].max() < below:
+            raise FeatpatchError(f"{name} goes from {table[name].min()} to {table[name].max()}: expected 0 to {below - 1}")
+    if len(np.unique(table["row"] * pairs + table["pair"])) < table["row"].size:
+        raise FeatpatchError("there are several entries of one row and pair: expected one")
+    known = [column[~np.isnan(column)] for column in (table["denoised"], table["noised"])]
+    size = np.abs(np.concatenate([table["clean"], table["corrupted"], *known])).max(initial=0)
+    if not size <= LARGEST or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < SMALLEST:
+        raise FeatpatchError(
+            f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}: expected finite ones, and a gap"
+        )
+    for name in ("tags", "of_pairs"):
+        if name in metadata and len(metadata[name]) != pairs:
+            raise FeatpatchError(f"{name} has {len(metadata[name])} entries: expected {pairs}, one per pair")
+
+
+def _node(values: Any) -> Node:
+    """From its fields; those of an edge end with the fields of two nodes."""
+    if not isinstance(values, list) or len(values) not in (5, 7):
+        raise FeatpatchError(f"a node is {_short(values)}: expected its 5 fields, or the 7 of an edge")
+    site, kind, index, position, sae, *ends = values
+    fit = _text(site) and _text(kind) and (index is None or _count(index)) and _place(position) and _text(sae)
+    if not fit or (kind == "edge") != bool(ends):
+        raise FeatpatchError(f"a node is {_short(values)}: expected site, kind, index, position and SAE")
+    return Edge(site, kind, index, position, sae, *map(_node, ends)) if ends else Node(site, kind, index, position, sae)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    """Exact as a float, so that nothing overflows."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _place(value: Any) -> bool:
+    return _text(value) or _count(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value.values()))
+
+
+def _list(fits: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(fits, value))
+
+
+def _names(value: Any) -> bool:
+    return _list(_text, 1)(value) and len(set(value)) == len(value)
+
+
+def _model(value: Any) -> bool:
+    return _texts(value) and {"name", "sha256"} <= set(value)
+
+
+def _screening(value: Any) -> bool:
+    """What an audit and the summary of sites need."""
+    if not isinstance(value, dict) or not all(_count(value.get(name)) for name in ("k", "sampled", "candidates", "looks")):
+        return False
+    changed, estimates = value.get("changed_features"), value.get("estimates", {})
+    return (
+        value["k"] > 0
+        and value["looks"] > 0
+        and value["k"] + value["sampled"] <= value["candidates"]
+        and _list(lambda one: _list(_place, 4)(one) and len(one) == 4 and _text(one[0]) and _text(one[1]) and _count(one[3]))(
+            changed
+        )
+        and isinstance(estimates, dict)
+        and set(estimates) <= {"recovery", "degradation"}
+        and all(_list(lambda one: type(one) is float and abs(one) < LARGEST)(column) for column in estimates.values())
+    )
+
+
+NEEDED = ("metric", "metrics", "directions")
+
+METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "metric": (_text, "a name"),
+    "metrics": (_names, "names of metrics, each once"),
+    "directions": (lambda value: _names(value) and set(value) <= set(DIRECTIONS), f"some of {', '.join(DIRECTIONS)}"),
+    "positions": (lambda value: _text(value) or _list(_place)(value), "a text, or a list of labels and indices"),
+    "components": (_list(_text), "a list of names"),
+    "route": (_text, "a text"),
+    "pairs": (_text, "a digest"),
+    "model": (_model, "name and sha256"),
+    "saes": (_texts, "digests by name"),
+    "versions": (_texts, "versions by name"),
+    "tags": (_list(_texts), "an object of texts per pair"),
+    "of_pairs": (_list(_count), "a list of indices"),
+    "rows_ranked": (_count, "a number of rows"),
+    "finished": (lambda value: isinstance(value, bool), "true or false"),
+    "screening": (_screening, "what rank_features(exact='screened') notes"),
+}
+"""What each entry must be."""
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]

@@ -87,18 +87,27 @@ def predict(
     where = GPUS.get(device) if isinstance(device, str) else device
     if device is not None and not isinstance(where, Device):
         raise FeatpatchError(f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device")
-    if dtype not in BYTES:
+    if not isinstance(dtype, str) or dtype not in BYTES:
         raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(BYTES)}")
     numbers = {"features": features, "pairs": pairs, "active": active, "tokens": tokens, "changed": changed,
                "directions": directions, "columns": columns, "workers": workers}  # fmt: skip
     for name, value in numbers.items():
         if type(value) is not int or value < 1:
             raise FeatpatchError(f"{name}={value!r}: expected an integer, 1 or more")
-    chosen = [known.layers // 2] if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    if changed > tokens or not chosen or not all(type(layer) is int and 0 <= layer < known.layers for layer in chosen):
+    if isinstance(utilisation, bool) or not isinstance(utilisation, (int, float)) or not 0 < utilisation <= 1:
+        raise FeatpatchError(f"utilisation={utilisation!r}: expected a share above 0, up to 1")
+    if directions > 2 or (where is not None and dtype not in where.peak):
+        raise FeatpatchError(f"directions={directions}, dtype={dtype!r}: expected 1 or 2, and a type whose peak the device has")
+    chosen = [known.layers // 2] if layers is None else list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if (
+        changed > tokens
+        or not chosen
+        or len(set(chosen)) < len(chosen)
+        or not all(type(layer) is int and 0 <= layer < known.layers for layer in chosen)
+    ):
         raise FeatpatchError(
             f"changed={changed}, tokens={tokens}, layers={chosen}: expected changed up to tokens, and layers of 0 to "
-            f"{known.layers - 1}"
+            f"{known.layers - 1}, each once"
         )
     upto = [min(float(features), DISTINCT * active * position**POWER) for position in range(changed + 1)]
     distinct = round(upto[-1])

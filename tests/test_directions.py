@@ -76,3 +76,12 @@ def test_large_dictionaries_are_found_linear() -> None:
         behaviour = Behaviour.of(SaeCodec(sae), "large")
     assert behaviour.linear
     assert not behaviour.scaled
+
+
+def test_a_feature_named_often(small: Small) -> None:
+    """Named at several positions, a feature adds what it adds."""
+    dictionary = found_in(small)
+    expected = probed(dictionary)
+    for times in range(1, 40):
+        features = torch.tensor([5] * times + [2])
+        torch.testing.assert_close(dictionary.directions(features), expected[features])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
     same(fp.rank_features(small.model, small.saes[1], pairs, metric=killed, executor="ray", **ROWS), here)
     assert (tmp_path / "killed" / "done").exists()
     workers = {*(tmp_path / "killed" / "batches").read_text().split()}
-    assert len(workers) >= 3
+    assert len(workers) >= 2
 
 
 @pytest.mark.usefixtures("cluster")
@@ -142,8 +143,8 @@ from test_execution import ROWS, Counted
 from test_sets import pairs_of
 
 small = small_hooked()
-driver = os.getpid()
-metric = Counted(Path(sys.argv[1]), lambda: os.kill(driver, signal.SIGKILL), after=30)
+driver, number = os.getpid(), int(sys.argv[2])
+metric = Counted(Path(sys.argv[1]), lambda: os.kill(driver, number), after=30)
 fp.rank_features(small.model, small.saes[1], pairs_of(small), metric=metric, journal=Path(sys.argv[1]) / "journal",
                  executor=fp.Ray(workers=2), **ROWS)
 """
@@ -152,7 +153,9 @@ fp.rank_features(small.model, small.saes[1], pairs_of(small), metric=metric, jou
 def test_the_driver_is_killed(tmp_path: Path) -> None:
     """What reached the journal stays; the same call, here or there, runs the rest only."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    ended = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path)], capture_output=True, text=True, env=environment)
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(tmp_path), str(int(signal.SIGKILL))], capture_output=True, text=True, env=environment
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
     lines = (tmp_path / "journal").read_text().splitlines()
     assert len(lines) > 1
@@ -177,6 +180,69 @@ def test_the_driver_is_killed(tmp_path: Path) -> None:
     assert len(calls) == every - (len(lines) - 1)
 
 
+def test_ctrl_c_is_heard_while_workers_run(tmp_path: Path) -> None:
+    """The call ends at once, and what came back is in the journal."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(int(signal.SIGINT))]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode in (0, 1, -signal.SIGINT), ended.stderr[-2000:]
+    assert ended.returncode == 0 or "KeyboardInterrupt" in ended.stderr
+    assert len((tmp_path / "journal").read_text().splitlines()) > 1
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    options: dict[str, Any] = {"metric": Counted(tmp_path), **ROWS}
+    resumed = fp.rank_features(small.model, small.saes[1], pairs, journal=tmp_path / "journal", **options)
+    same(resumed, fp.rank_features(small.model, small.saes[1], pairs, **options))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_find_no_room_are_not_waited_for() -> None:
+    """One of two processors is held by somebody else."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    holder = ray.remote(num_cpus=1)(_Holder).remote()
+    ray.get(holder.ready.remote())
+    try:
+        there = fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
+    finally:
+        ray.kill(holder)
+    same(there, fp.rank_features(small.model, small.saes[1], pairs, **ROWS))
+
+
+class _Holder:
+    def ready(self) -> None: ...
+
+
+def test_batches_of_other_workers_are_left_out() -> None:
+    """A worker whose rounding packs patches in another way gives no values under wrong names; they are run here."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    calls: list[str] = []
+
+    class Other(Executor):
+        def run(self, make: Any, shards: int, book: Any, done: Any) -> None:
+            work = make()
+            for number, batch in enumerate(work.batches(0)):
+                if number % 2:
+                    assert work.run(0, batch.key + "x") is None
+                    calls.append(batch.key)
+                else:
+                    book.put(batch.key, work.run(0, batch.key))
+
+    same(fp.rank_features(small.model, small.saes[1], pairs, executor=Other(), **ROWS),
+         fp.rank_features(small.model, small.saes[1], pairs, **ROWS))  # fmt: skip
+    assert calls
+
+
+def test_what_cannot_travel() -> None:
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    lock = threading.Lock()
+
+    def metric(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        with lock:
+            return logits[:, correct[0]] - logits[:, wrong[0]]
+
+    with pytest.raises(fp.FeatpatchError, match="can't go to another process"):
+        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=Interrupted(1), **ROWS)
+
+
 class Interrupted(Executor):
     """In this process, with Ctrl-C after some batches."""
 
@@ -187,10 +253,10 @@ class Interrupted(Executor):
         work, left = make(), self.after
         assert len(work) == shards
         for shard in range(shards):
-            for number, batch in enumerate(work.batches(shard)):
+            for batch in work.batches(shard):
                 if not left:
                     raise KeyboardInterrupt
-                book.put(batch.key, work.run(shard, number))
+                book.put(batch.key, work.run(shard, batch.key))
                 done(batch.patches)
                 left -= 1
 
@@ -221,13 +287,19 @@ def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: "spark", "executor='spark'"),
         (lambda: fp.Ray(workers=0), "workers=0"),
         (lambda: fp.Ray(gpus=-1.0), "gpus=-1.0"),
-        (lambda: fp.Ray(workers=64, cpus=1e4), "room for"),
+        (lambda: fp.Ray(workers=1, gpus=99.0), "room for"),
         (lambda: fp.Ray(address="127.0.0.1:1"), "no Ray there"),
         (lambda: fp.Ray(address="ray://127.0.0.1:1"), "no Ray there"),
         (lambda: fp.Ray(address="auto"), "no Ray there"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.rank_features(small.model, small.saes[1], pairs, executor=make(), **ROWS)
+    whole = fp.rank_features(small.model, small.saes[1], pairs, **ROWS)
+    same(fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(workers=1, cpus=2.0), **ROWS), whole)
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
+        fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
         fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)

@@ -55,6 +55,8 @@ def test_what_grows_with_what() -> None:
 def test_bad_sizes() -> None:
     for changed, message in (
         ({"shape": "gpt5"}, "shape='gpt5'"), ({"device": "tpu"}, "device='tpu'"), ({"dtype": "int8"}, "dtype='int8'"),
+        ({"utilisation": 0.0}, "utilisation=0.0"), ({"directions": 3}, "directions=3"), ({"layers": [3, 3]}, "each once"),
+        ({"device": Device({"bfloat16": 1e12}, 1e9)}, "dtype='float32'"),
         ({"pairs": 0}, "pairs=0"), ({"changed": 30}, "changed=30"), ({"layers": [12]}, r"layers=\[12\]"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):

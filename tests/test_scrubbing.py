@@ -155,7 +155,9 @@ def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
     graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     run = _Run(
-        graph, fp.Hypothesis({fp.LOGITS: dict.fromkeys(graph.senders(), own), inside(2, 1, "k"): {}}), np.random.default_rng(0)
+        graph,
+        fp.Hypothesis({fp.LOGITS: dict.fromkeys(graph.senders(fp.LOGITS), own), inside(2, 1, "k"): {}}),
+        np.random.default_rng(0),
     )
     for head in (2, 3):
         output = run._output(z(2, head), np.arange(3), run.hypothesis.parents)

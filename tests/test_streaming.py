@@ -105,6 +105,11 @@ def test_what_is_refused(small: Small, tmp_path: Path) -> None:
     for run, message in (
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[::-1], 2), tmp_path / "a", **OPTIONS), "of other pairs"),
         (lambda: fp.stream_features(small.model, small.saes[0], blocks(many(small, 6), 2), tmp_path / "a", **OPTIONS), "saes differ"),
+        (lambda: fp.stream_features(small.model, small.saes[0], blocks(pairs, 2), tmp_path / "a", **OPTIONS), "saes differ"),
+        (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "a", progress=False), "metrics differ"),
+        (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[:2], 2), tmp_path / "a", **OPTIONS), "2 blocks, and 1 were given"),
+        (lambda: fp.stream_features(small.model, small.saes[1], [], tmp_path / "b", **OPTIONS), "there are no blocks"),
+        (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "b", executor="spark", **OPTIONS), "executor='spark'"),
         (lambda: fp.Stored(tmp_path / "none"), "expected a folder of fp.stream_features"),
         (lambda: fp.Stored(tmp_path / "a", "accuracy"), "was not measured"),
         (lambda: fp.Stored(tmp_path / "a").top(0), "n=0"),
@@ -112,6 +117,21 @@ def test_what_is_refused(small: Small, tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):
             run()
+    about = tmp_path / "a" / "about.json"
+    text = about.read_text()
+    for damaged in (
+        "",
+        "{}",
+        "[]",
+        text.replace('"directions"', '"x"'),
+        text.replace('"logit_diff"', "5"),
+        text[:50],
+        "[" * 10_000,
+    ):
+        about.write_text(damaged)
+        with pytest.raises(fp.FeatpatchError, match="can't be read"):
+            fp.Stored(tmp_path / "a")
+    about.write_text(text)
     path = tmp_path / "a" / "effects" / "000001.parquet"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(fp.FeatpatchError, match="delete its files"):
@@ -153,3 +173,27 @@ def test_blocks_of_a_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             next(fp.Pairs.blocks_from_jsonl(tokenizer, tmp_path / path, size=size))
+
+
+def test_cut_short_between_two_files(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Effects without their pairs are no finished block; a journal that was left goes."""
+    pairs = many(small, 4)
+    from featpatch.streaming import parts
+
+    with monkeypatch.context() as patch:
+        replace = parts.os.replace
+
+        def once(old: Any, new: Any) -> None:
+            if "pairs" in Path(new).parts and Path(new).name == "000001.parquet":
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        patch.setattr(parts.os, "replace", once)
+        with pytest.raises(KeyboardInterrupt):
+            fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path, **OPTIONS)
+    assert (tmp_path / "effects" / "000001.parquet").is_file()
+    assert len(fp.Stored(tmp_path).blocks) == 1
+    (tmp_path / "000000.journal").touch()
+    stored = fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path, **OPTIONS)
+    assert not list(tmp_path.glob("*.journal"))
+    same(fp.rank_features(small.model, small.saes[1], fp.Pairs(tuple(pairs)), **OPTIONS), stored.load())

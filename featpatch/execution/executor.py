@@ -33,8 +33,11 @@ class Shards(Protocol):
     def batches(self, shard: int) -> list[Batch]:
         """Those of a shard, always in the same order."""
 
-    def run(self, shard: int, number: int) -> torch.Tensor:
-        """The values of a batch of a shard, flat, float64."""
+    def run(self, shard: int, key: str) -> torch.Tensor | None:
+        """The values of a batch of a shard, flat, float64; None where this process makes other batches of the shard.
+
+        Rounding may decide whether a feature differs at all, and so how patches are packed.
+        """
 
 
 @runtime_checkable
@@ -53,7 +56,7 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, make: Callable[[], Shards], shards: int, book: Book, done: Callable[[int], object]) -> None:
-        """Runs every batch that the book lacks, and writes it down as soon as it is there.
+        """Runs every batch that the book lacks, and writes it down as soon as it is there; the caller runs what is left out.
 
         Args:
             make: makes the shards of a worker; it is taken there once.

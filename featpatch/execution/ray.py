@@ -2,10 +2,12 @@
 
 import logging
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from featpatch.execution.executor import Batch, Book, Executor, Shards
 
 DEATHS = 3
 """So many workers may die with the same task."""
+
+PATIENCE = 120
+"""Seconds within which workers must be there."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Ray(Executor):
     def __post_init__(self) -> None:
         if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
             raise FeatpatchError(f"workers={self.workers!r}: expected 1 or more, or None for as many as there are processors")
+        if self.address is not None and not isinstance(self.address, str):
+            raise FeatpatchError(f"address={self.address!r}: expected that of a cluster, such as 'auto', or None")
         for name in ("cpus", "gpus"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
@@ -74,7 +81,9 @@ class Ray(Executor):
                 )
             yield ray
             return
-        options = {"address": self.address} if self.address else {"include_dashboard": False, "num_cpus": self.workers}
+        room = None if self.workers is None else ceil(self.workers * self.cpus)
+        own = {"address": "local", "include_dashboard": False, "num_cpus": room}
+        options = {"address": self.address} if self.address else own
         try:
             _check_reachable(self.address)
             ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
@@ -104,8 +113,12 @@ class _Worker:
     def batches(self, shard: int) -> list[tuple[str, int]]:
         return [(batch.key, batch.patches) for batch in self.shards.batches(shard)]
 
-    def run(self, shard: int, number: int) -> Any:
-        return self.shards.run(shard, number).numpy()
+    def ready(self) -> None:
+        """Answers when the process is there."""
+
+    def run(self, shard: int, key: str) -> Any:
+        values = self.shards.run(shard, key)
+        return None if values is None else values.numpy()
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,6 @@ class _Task:
     """A shard to be opened, or one of its batches."""
 
     shard: int
-    number: int | None = None
     batch: Batch | None = None
 
 
@@ -127,6 +139,7 @@ class _Driver:
         left: by open shard, the tasks that nobody has yet.
         at: the shard that each worker is at.
         running: by reference, the worker and its task.
+        hired, coming: all workers; by reference, those that aren't there yet.
         again: tasks of workers that died.
         deaths: how often a task was lost.
     """
@@ -139,24 +152,71 @@ class _Driver:
     left: dict[int, deque[_Task]] = field(default_factory=dict)
     at: dict[Any, int] = field(default_factory=dict)
     running: dict[Any, tuple[Any, _Task]] = field(default_factory=dict)
+    hired: list[Any] = field(default_factory=list)
+    coming: dict[Any, Any] = field(default_factory=dict)
     again: deque[_Task] = field(default_factory=deque)
     deaths: dict[_Task, int] = field(default_factory=dict)
 
     def run(self, workers: int) -> None:
-        """Until nothing is left; workers are ended in any case."""
-        idle = [self.hire() for _ in range(workers)]
+        """Until nothing is left; workers are ended in any case. Those that find no room are not waited for."""
+        idle: list[Any] = []
         try:
+            for _ in range(workers):
+                self._hire()
             while True:
                 idle = [worker for worker in idle if not self._start(worker)]
-                if not self.running:
+                if idle and not self.running:
                     return
-                ready, _ = self.ray.wait(list(self.running))
-                for reference in ready:
-                    idle.append(self._finish(reference))
+                for reference in self._some():
+                    worker = self._finish(reference) if reference in self.running else self._arrived(reference)
+                    idle += [] if worker is None else [worker]
         finally:
-            for worker in [*idle, *(worker for worker, _ in self.running.values())]:
+            for worker in self.hired:
                 with suppress(Exception):
                     self.ray.kill(worker)
+
+    def _hire(self) -> None:
+        worker = self.hire()
+        self.hired.append(worker)
+        self.coming[worker.ready.remote()] = worker
+
+    def _some(self) -> list[Any]:
+        """References that are there; looks once a second, so that Ctrl-C is heard."""
+        start = time.monotonic()
+        while True:
+            ready, _ = self.ray.wait([*self.running, *self.coming], timeout=1)
+            if ready:
+                return list(ready)
+            if not self.running and time.monotonic() - start > PATIENCE:
+                raise FeatpatchError(
+                    f"no worker was there after {PATIENCE} seconds: expected processors that nobody else holds; wait for "
+                    "them, or ask for less by fp.Ray(workers=..., cpus=...)"
+                )
+
+    def _arrived(self, reference: Any) -> Any:
+        """A worker that can be given something; None where it died, and another one is hired."""
+        worker = self.coming.pop(reference)
+        try:
+            self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            self._lost(_Task(-1), error)
+            return None
+        return worker
+
+    def _lost(self, task: _Task, error: Exception) -> None:
+        """Another worker in the place of one that died."""
+        if getattr(error, "actor_init_failed", False):
+            raise FeatpatchError(
+                f"a worker can't be set up ({error}): expected the same packages there as here, also those that metrics are "
+                "defined in"
+            ) from error
+        self.deaths[task] = self.deaths.get(task, 0) + 1
+        if self.deaths[task] == DEATHS:
+            raise FeatpatchError(
+                f"{DEATHS} workers died one after another at the same batch ({error}): expected room for it; what is finished "
+                "is in the journal, if there is one; use fewer workers or a smaller batch_rows"
+            ) from error
+        self._hire()
 
     def _start(self, worker: Any) -> bool:
         """Whether there was something to do for a worker."""
@@ -164,7 +224,7 @@ class _Driver:
         if task is None:
             return False
         self.at[worker] = task.shard
-        reference = worker.batches.remote(task.shard) if task.number is None else worker.run.remote(task.shard, task.number)
+        reference = worker.batches.remote(task.shard) if task.batch is None else worker.run.remote(task.shard, task.batch.key)
         self.running[reference] = worker, task
         return True
 
@@ -179,30 +239,21 @@ class _Driver:
         return self.left[shard].popleft() if self.left.get(shard) else None
 
     def _finish(self, reference: Any) -> Any:
-        """Notes what came of a task; the worker, or another one in its place."""
+        """Notes what came of a task; the worker, or None where it died."""
         worker, task = self.running.pop(reference)
         try:
             found = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except self.ray.exceptions.RayError as error:
-            if getattr(error, "actor_init_failed", False):
-                raise FeatpatchError(
-                    f"a worker can't be set up ({error}): expected the same packages there as here, also those "
-                    "that metrics are defined in"
-                ) from error
-            self.deaths[task] = self.deaths.get(task, 0) + 1
-            if self.deaths[task] == DEATHS:
-                raise FeatpatchError(
-                    f"{DEATHS} workers died one after another at the same batch ({error}): expected room for it; what is "
-                    "finished is in the journal, if there is one; use fewer workers or a smaller batch_rows"
-                ) from error
+            self._lost(task, error)
             self.at.pop(worker, None)
             self.again.append(task)
-            return self.hire()
+            return None
         if task.batch is not None:
-            self.book.put(task.batch.key, torch.from_numpy(found.copy()))
-            self.done(task.batch.patches)
+            if found is not None:
+                self.book.put(task.batch.key, torch.from_numpy(found.copy()))
+                self.done(task.batch.patches)
         else:
             self._open(task.shard, [Batch(*each) for each in found])
         return worker
@@ -210,9 +261,9 @@ class _Driver:
     def _open(self, shard: int, batches: Sequence[Batch]) -> None:
         """Notes the batches of a shard; those that the book has are done."""
         tasks = deque[_Task]()
-        for number, batch in enumerate(batches):
+        for batch in batches:
             if self.book.get(batch.key) is None:
-                tasks.append(_Task(shard, number, batch))
+                tasks.append(_Task(shard, batch))
             else:
                 self.done(batch.patches)
         self.left[shard] = tasks

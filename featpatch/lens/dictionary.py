@@ -121,6 +121,12 @@ class Dictionary:
         factor; elsewhere each feature is decoded by itself. Only where the behaviour is `linear`: then it adds that in every
         state, times the gain of the state.
         """
+        features, back = features.unique(return_inverse=True)
+        found = self._directions(features)
+        return found[back.to(found.device)]
+
+    def _directions(self, features: torch.Tensor) -> torch.Tensor:
+        """Of features that are named once."""
         off = reference(self.codec)
         rows = self.codec.rows(features)
         if rows is not None and len(features):

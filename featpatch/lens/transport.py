@@ -5,13 +5,21 @@ from typing import Any
 
 from transformers.utils import output_capturing
 
+from featpatch.errors import FeatpatchError
+
 
 def packed(thing: Any) -> bytes:
     """What `unpacked` makes the same of, where the same libraries are installed.
 
     Hugging Face's models hold hooks that refer to a context variable of their module, which every process has of its own.
+
+    Raises:
+        FeatpatchError: something can't be packed.
     """
-    import cloudpickle
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise FeatpatchError("workers need cloudpickle: expected it installed; pip install 'featpatch[ray]'") from error
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def reducer_override(self, value: Any) -> Any:
@@ -20,7 +28,13 @@ def packed(thing: Any) -> bytes:
             return super().reducer_override(value)
 
     buffer = io.BytesIO()
-    Pickler(buffer).dump(thing)
+    try:
+        Pickler(buffer).dump(thing)
+    except Exception as error:
+        raise FeatpatchError(
+            f"the model with its hooks, the SAEs or the metric can't go to another process ({error}): expected none that holds "
+            "files, locks or connections"
+        ) from error
     return buffer.getvalue()
 
 

@@ -33,9 +33,10 @@ class StudyShards:
         """Each with the number of its patches."""
         return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard)]
 
-    def run(self, shard: int, number: int) -> torch.Tensor:
+    def run(self, shard: int, key: str) -> torch.Tensor | None:
         """One forward pass, or several where memory is short."""
-        return self._sweep.run(self._batches(shard)[number][1]).flatten()
+        batch = dict(self._batches(shard)).get(key)
+        return None if batch is None else self._sweep.run(batch).flatten()
 
     def _batches(self, shard: int) -> list[tuple[str, list[Unit]]]:
         if self._open[0] != shard:

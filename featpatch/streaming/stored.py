@@ -53,9 +53,9 @@ class Stored:
             raise FeatpatchError(f"{str(path)!r} can't be read ({error}): expected a folder of fp.stream_features") from error
         return dict(about)
 
-    @property
+    @cached_property
     def blocks(self) -> list[Path]:
-        """The files of the finished blocks' effects."""
+        """The files of the effects of the blocks that were finished when this was first asked."""
         return [self.folder / "effects" / path.name for path in sorted((self.folder / "pairs").glob("*.parquet"))]
 
     @cached_property
@@ -68,7 +68,7 @@ class Stored:
         """Every node with its effects over all pairs and the number of pairs in which it changes; block by block.
 
         Returns:
-            One row per node, the largest effect first; without intervals, which `top` has.
+            One row per node, the largest effect first; without intervals, which `top` has. Positions are JSON.
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -106,6 +106,7 @@ class Stored:
         if type(n) is not int or n < 1:
             raise FeatpatchError(f"n={n!r}: expected how many rows, 1 or more")
         ranked = table[table["kind"].isin(RANKED)]
+        ranked = ranked if len(ranked) else table
         chosen = ranked.iloc[np.argsort(-ranked[by or run[0]].to_numpy(), kind="stable")[:n]]
         return self._effects(chosen, len(ranked))
 
@@ -119,7 +120,7 @@ class Stored:
         entries = pd.concat([part.merge(keys, on=list(FIELDS)) for part in self._entries()], ignore_index=True)
         numbers = pd.Series(np.arange(len(self.pairs)), index=self.pairs.index)
         tags = [json.loads(text) for text in self.pairs["tags"]]
-        digest = hashlib.sha256("".join(dict.fromkeys(self.pairs["digest"])).encode()).hexdigest()
+        digest = hashlib.sha256("".join(self.pairs["digest"]).encode()).hexdigest()
         metadata = {**self.about, "metric": self.metric, "metrics": [self.metric], "pairs": digest, "rows_ranked": ranked}
         return Effects(
             nodes=tuple(node_of(row) for row in chosen.rename(columns={"index": "index_"}).itertuples()),

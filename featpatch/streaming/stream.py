@@ -1,6 +1,7 @@
 """Rank features over more pairs than memory holds."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from featpatch.errors import FeatpatchError
+from featpatch.execution import Executor, executor_of
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching import Metrics, feature_study
+from featpatch.patching import Metrics, Study, feature_study
 from featpatch.streaming import parts
 from featpatch.streaming.stored import FORMAT, Stored
 
@@ -48,48 +50,56 @@ def stream_features(
     Raises:
         FeatpatchError: unusable input; a folder with results of other models, SAEs, options or pairs; names the block.
     """
-    folder = Path(folder)
-    options = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
+    if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
+        raise FeatpatchError(
+            f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected several Pairs, such as "
+            "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
+        )
+    folder, elsewhere, number = Path(folder), executor_of(executor), -1
+    options: dict[str, Any] = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
     first = 0
     with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
-            if parts.path_of(folder, "pairs", number).is_file():
-                _check_same(folder, number, block)
-            else:
-                _run(model, saes, block, folder, number, first, options, executor)
+            journal, finished = folder / f"{number:06d}.journal", parts.path_of(folder, "pairs", number).is_file()
+            if finished:
+                _check_same(folder, number, check_pairs(block))
+            if number == 0 or not finished:
+                study, _ = feature_study(model, saes, check_pairs(block), **options)
+                about = {"format": FORMAT, **{name: value for name, value in study.metadata.items() if name not in OWN}}
+                _check_about(folder / "about.json", json.loads(json.dumps(about)))
+            if not finished:
+                _run(study, folder, number, first, journal, elsewhere)
+            journal.unlink(missing_ok=True)
             first += len(block)
             bar.update(len(block))
-    return Stored(folder)
+    if number < 0:
+        raise FeatpatchError("there are no blocks: expected at least one Pairs")
+    stored = Stored(folder)
+    if len(stored.blocks) > number + 1:
+        raise FeatpatchError(
+            f"{str(folder)!r} holds {len(stored.blocks)} blocks, and {number + 1} were given: expected all of them; give "
+            "another folder for fewer pairs"
+        )
+    return stored
 
 
-def _run(
-    model: Any,
-    saes: Any,
-    block: Pairs,
-    folder: Path,
-    number: int,
-    first: int,
-    options: dict[str, Any],
-    executor: Any,
-) -> None:
-    journal = folder / f"{number:06d}.journal"
+def _run(study: Study, folder: Path, number: int, first: int, journal: Path, executor: Executor | None) -> None:
     try:
-        study, _ = feature_study(model, saes, check_pairs(block), **options)
         effects = study.run_block(journal, progress=False, executor=executor)
     except FeatpatchError as error:
-        raise FeatpatchError(f"block {number}, pairs {first} to {first + len(block) - 1}: {error}") from error
+        raise FeatpatchError(f"block {number}, pairs {first} to {first + len(study.pairs) - 1}: {error}") from error
     if not effects.finished:
         raise KeyboardInterrupt
-    about = {"format": FORMAT, **{name: value for name, value in effects.metadata.items() if name not in OWN}}
-    _check_about(folder / "about.json", json.loads(json.dumps(about)))
     parts.write(effects, folder, number, first)
-    journal.unlink()
 
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:
     """Notes it, or refuses results of another kind than those that are there."""
     if not path.is_file():
-        path.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        os.replace(unfinished, path)
         return
     known = dict(Stored(path.parent).about)
     differing = [name for name in sorted({*known, *about}) if known.get(name) != about.get(name) and name != "versions"]
@@ -102,8 +112,8 @@ def _check_about(path: Path, about: dict[str, Any]) -> None:
 
 def _check_same(folder: Path, number: int, block: Pairs) -> None:
     """Raises FeatpatchError where a finished block is of other pairs."""
-    known = Stored(folder).pairs_of(number)["digest"].iloc[0]
-    if known != block.digest():
+    known = set(Stored(folder).pairs_of(number)["digest"])
+    if known != {block.digest()}:
         raise FeatpatchError(
             f"block {number} in {str(folder)!r} is of other pairs: expected the same blocks of the same size; give another "
             "folder"

@@ -71,6 +71,7 @@ class EdgeGraph(Graph):
 
     cuts: Mapping[Place, Cut] = field(default_factory=dict)
     _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
+    _where: dict[int, Mapping[Place, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,13 +165,14 @@ class EdgeGraph(Graph):
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         tokens = torch.tensor([self.pairs[index].clean for index in some])
         answers = torch.tensor([self.pairs[index].answer_position for index in some])
-        where = {place: cut.where(self.pairs, some) for place, cut in self.cuts.items()}
         with torch.no_grad():
             if some[0] not in self._outside:
+                where = {place: cut.where(self.pairs, some) for place, cut in self.cuts.items()}
+                self._where[some[0]] = where
                 other = _Run(prompts(self.pairs, some, self.to), where)
                 self._pass(other)
                 self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
-        final = self._pass(_Run(tokens, where, 1 - kept, self._outside[some[0]], self._active(kept)))
+        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], self._active(kept)))
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)

@@ -74,11 +74,11 @@ class Sweep:
             self.done(sum(sizes))
 
     @torch.no_grad()
-    def batches(self, blocks: Sequence[Block]) -> list[tuple[str, list[Unit]]]:
-        """The forward passes that `fill` would make, each with the key under which it is written down; ready to `run`."""
+    def batches(self, blocks: Sequence[Block]) -> dict[str, list[Unit]]:
+        """The forward passes that `fill` would make, by the key under which each is written down; ready to `run`."""
         self.baselines(list(dict.fromkeys(block.run for block in blocks)))
-        return [(batch_key(unit.name for unit in batch), batch)
-                for batch in batches(self.path, self.units(blocks), self.rows)]  # fmt: skip
+        made = batches(self.path, self.units(blocks), self.rows)
+        return {batch_key(unit.name for unit in batch): batch for batch in made}
 
     def cost(self, blocks: Sequence[Block]) -> tuple[int, int, int]:
         """Patches that need a forward pass, their rows, and their floating-point operations."""

@@ -20,7 +20,7 @@ class StudyShards:
     """What a worker holds: the study, and the batches of the shard that it is at."""
 
     study: "Study"
-    _open: tuple[int, list[tuple[str, list[Unit]]]] = field(default=(-1, []), init=False)
+    _open: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
 
     def __post_init__(self) -> None:
         self._shards = [(some, part) for some in chunks(self.study.pairs) for part in self.study.parts]
@@ -31,14 +31,14 @@ class StudyShards:
 
     def batches(self, shard: int) -> list[Batch]:
         """Each with the number of its patches."""
-        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard)]
+        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard).items()]
 
     def run(self, shard: int, key: str) -> torch.Tensor | None:
         """One forward pass, or several where memory is short."""
-        batch = dict(self._batches(shard)).get(key)
+        batch = self._batches(shard).get(key)
         return None if batch is None else self._sweep.run(batch).flatten()
 
-    def _batches(self, shard: int) -> list[tuple[str, list[Unit]]]:
+    def _batches(self, shard: int) -> dict[str, list[Unit]]:
         if self._open[0] != shard:
             some, part = self._shards[shard]
             self._open = shard, self._sweep.batches(self.study.blocks(some, part))

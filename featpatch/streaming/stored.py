@@ -81,8 +81,7 @@ class Stored:
             grouped = entries.groupby(list(FIELDS), dropna=False)[["recovery", "degradation", "changed_pairs"]]
             found = grouped.sum(min_count=1)
             total = found if total is None else total.add(found, fill_value=0)
-        if total is None:
-            raise FeatpatchError(f"{str(self.folder)!r} has no finished block yet: run fp.stream_features again")
+        assert total is not None
         run = [e for e, way in (("recovery", "denoising"), ("degradation", "noising")) if way in self.about["directions"]]
         table = total.reset_index()
         table[run] /= gap

@@ -155,20 +155,25 @@ def test_norms_behind_heads_are_refused() -> None:
         fp.find_circuit(small.model, pairs_of(small), **OPTIONS)
 
 
-@pytest.mark.parametrize("make", [small_bridge, small_hooked])
-def test_estimates_are_the_gradient(make: Any) -> None:
-    """Against finite differences of the differentiable run, edge by edge."""
-    small = make()
-    graph = graph_of(small.model, pairs_of(small))
-    estimates = graph.estimates()
+def compare_with_differences(graph: EdgeGraph, estimates: Any, numbers: Any) -> None:
+    """Edge by edge, with the slope of the differentiable run."""
     step = 1e-5
-    for number in range(0, len(graph.items), 17):
+    for number in numbers:
         kept = torch.ones(2, len(graph.items), dtype=torch.float64)
         kept[0, number] += step
         kept[1, number] -= step
         with torch.no_grad():
             up, down = graph._run(kept, [0, 1, 2]).mean(1).tolist()
         assert estimates[number] == pytest.approx((up - down) / (2 * step), abs=1e-7)
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_estimates_are_the_gradient(make: Any) -> None:
+    """Against finite differences of the differentiable run, edge by edge."""
+    small = make()
+    graph = graph_of(small.model, pairs_of(small))
+    estimates = graph.estimates()
+    compare_with_differences(graph, estimates, range(0, len(graph.items), 17))
     assert np.abs(estimates).max() > 1e-3
 
 

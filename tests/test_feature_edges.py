@@ -11,7 +11,7 @@ from feature_edge_oracle import edges_of, forward_with_feature_edges
 from sae_lens import StandardSAE, StandardSAEConfig
 from small import Small, randomised, small_bridge, small_hooked, standard
 from small import at as metadata_at
-from test_edges import OPTIONS, by_hand, difference, short
+from test_edges import OPTIONS, by_hand, compare_with_differences, difference, short
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -136,15 +136,8 @@ def test_estimates_of_feature_edges_are_the_gradient(make: Any) -> None:
     small = make()
     graph = graph_of(small, [small.at(site) for site in SITES], nodes_of(SITES))
     estimates = graph.estimates()
-    step = 1e-5
     into = [n for n, e in enumerate(graph.items) if e.receiver.sae or e.sender.sae]
-    for number in into[::31]:
-        kept = torch.ones(2, len(graph.items), dtype=torch.float64)
-        kept[0, number] += step
-        kept[1, number] -= step
-        with torch.no_grad():
-            up, down = graph._run(kept, [0, 1, 2]).mean(1).tolist()
-        assert estimates[number] == pytest.approx((up - down) / (2 * step), abs=1e-7)
+    compare_with_differences(graph, estimates, into[::31])
     assert np.abs(estimates[into]).max() > 1e-3
 
 

@@ -22,9 +22,9 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
-from featpatch.known import GPUS, SHAPES, Device, Shape
-from featpatch.prediction import UTILISATION as ASSUMED
-from featpatch.prediction import predict
+from featpatch.cost.known import GPUS, SHAPES, Device, Shape
+from featpatch.cost.prediction import UTILISATION as ASSUMED
+from featpatch.cost.prediction import predict
 
 console = Console(width=128)
 UTILISATION = 0.7

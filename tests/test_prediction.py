@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import featpatch as fp
 from featpatch.cli import app
-from featpatch.known import SHAPES, Device, Shape
+from featpatch.cost.known import SHAPES, Device, Shape
 
 PARAMETERS = {"gpt2-small": 124e6, "pythia-1.4b": 1.31e9, "gemma-2-2b": 2.61e9, "gemma-2-9b": 9.24e9, "gemma-2-27b": 27.2e9,
               "llama-3-8b": 7.5e9}  # fmt: skip

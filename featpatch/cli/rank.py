@@ -11,7 +11,7 @@ from featpatch.cli import options as of
 from featpatch.cli.app import app, check_folder, clear_errors, console
 from featpatch.cli.shown import show
 from featpatch.errors import FeatpatchError
-from featpatch.known import GPUS, SHAPES
+from featpatch.cost.known import GPUS, SHAPES
 
 
 @app.command()

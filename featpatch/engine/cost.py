@@ -2,7 +2,7 @@
 
 from featpatch import sites
 from featpatch.engine.work import Unit
-from featpatch.flops import BlockSize, pass_flops
+from featpatch.cost.flops import BlockSize, pass_flops
 from featpatch.lens import Layer, Lens, Stack
 
 

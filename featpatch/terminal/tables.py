@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from featpatch.effects import THRESHOLD, Effect, Effects
-from featpatch.forecast import Plan
+from featpatch.cost.plan import Plan
 from featpatch.patch import Node
-from featpatch.prediction import Prediction
+from featpatch.cost.prediction import Prediction
 from featpatch.verdict import Check
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}

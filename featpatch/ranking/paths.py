@@ -13,7 +13,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Edge, Node
 from featpatch.patching import Metrics, Nodes, Route, Study, leading, path_study
-from featpatch.screening.screen import Screen, screened
+from featpatch.ranking.screen import Screen, screened
 
 BUDGET = 20_000
 """So many paths are run unless something else is asked for; more are screened."""

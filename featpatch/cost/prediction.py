@@ -11,8 +11,8 @@ are fitted to the shipped model's dictionaries above the embedding, on indirect 
 from dataclasses import dataclass
 
 from featpatch.errors import FeatpatchError
-from featpatch.flops import pass_flops
-from featpatch.known import GPUS, SHAPES, Device, Shape
+from featpatch.cost.flops import pass_flops
+from featpatch.cost.known import GPUS, SHAPES, Device, Shape
 
 DIFFERING, DISTINCT, POWER = 1.25, 2.25, 0.52
 """See above."""

@@ -12,7 +12,7 @@ from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Node
 from featpatch.patching import Metrics, Noise, Study, feature_study, leading
-from featpatch.screening.screen import Screen, screened
+from featpatch.ranking.screen import Screen, screened
 
 
 def rank_features(

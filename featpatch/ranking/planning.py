@@ -5,7 +5,7 @@ from typing import Any
 
 from featpatch.attribution import estimation_time
 from featpatch.engine import Sweep
-from featpatch.forecast import Plan
+from featpatch.cost.plan import Plan
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Node

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from featpatch.flops import BlockSize
+from featpatch.cost.flops import BlockSize
 
 
 @dataclass(frozen=True)

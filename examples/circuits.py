@@ -35,10 +35,10 @@ def main(count: int, out: Path) -> None:
     mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, at) for layer in range(3) for at in ("S2", "end")]
     senders = [*(head(layer, n, at) for layer in (1, 2) for n in range(8) for at in ("S2", "end")), *mlps]
     receivers = [*(head(3, n, hook=letter) for letter in "qkv" for n in (5, 3, 0)), "logits"]
-    paths = fp.rank_paths(demo.model, None, pairs, senders=senders, receivers=receivers, progress=False)
+    paths = fp.rank_paths(demo.model, pairs, senders=senders, receivers=receivers, progress=False)
     shown = paths.top(8).to_pandas()[["sender", "receiver", "recovery", "recovery_low", "recovery_high", "degradation"]]
     print(shown.round(3).to_string(index=False))
-    estimate = fp.estimate_paths(demo.model, None, pairs, senders=senders, receivers=receivers, progress=False)
+    estimate = fp.estimate_paths(demo.model, pairs, senders=senders, receivers=receivers, progress=False)
     known = dict(zip(estimate.nodes, estimate.pooled("recovery"), strict=True))
     pearson = np.corrcoef([known[edge] for edge in paths.nodes], paths.pooled("recovery"))[0, 1]
     print(f"estimates of these {len(paths)} paths correlate with the exact ones at {pearson:.2f} (Pearson)")

@@ -88,7 +88,7 @@ def verify(root: Path) -> None:
             )
 
 
-def load_demo(device: str = "cpu") -> Demo:
+def load_demo(*, device: str = "cpu") -> Demo:
     """The shipped model with its SAEs, offline and verified.
 
     Raises:

@@ -39,7 +39,7 @@ class Loaded:
 
 def load(
     model: Any,
-    saes: Any = (),
+    saes: Any = None,
     *,
     tokenizer: Any = None,
     device: str = "cpu",
@@ -67,7 +67,8 @@ def load(
     Raises:
         FeatpatchError: something can't be found, downloaded or read, or SAEs were trained on differently processed weights.
     """
-    found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in several(saes)]
+    given = [] if saes is None else several(saes)
+    found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in given]
     wanted = wanted_processing(found) if processing is None else processing
     made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
     if check and found:

@@ -12,7 +12,7 @@ from featpatch.lens import dictionaries_if_any, provenance, wrap
 from featpatch.metrics import MEASURES, SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Edge, Node
-from featpatch.patching import Study, component_study, feature_study, path_study
+from featpatch.patching import Asked, Study, component_study, feature_study, path_study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,15 +115,15 @@ def verify(
 
 def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str]) -> Study:
     about = effects.metadata
-    directions, positions = about["directions"], about["positions"]
+    asked = Asked(about["positions"], about["directions"], metrics)
     edges = frozenset(node for node in nodes if isinstance(node, Edge))
     if edges:
         senders, receivers = ({getattr(edge, end): None for edge in edges} for end in ("sender", "receiver"))
-        return path_study(model, saes, pairs, [*senders], [*receivers], about["route"], directions, metrics, None, edges)[0]
+        return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], asked, edges)[0]
     if "components" in about:
         layers = sorted({sites.layer_of(node.site) for node in nodes})
-        return component_study(model, pairs, about["components"], layers, positions, directions, metrics, None)
-    return feature_study(model, saes, pairs, positions, directions, metrics, None, only=frozenset(nodes))[0]
+        return component_study(model, pairs, about["components"], layers, asked)
+    return feature_study(model, saes, pairs, asked, frozenset(nodes))[0]
 
 
 def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:

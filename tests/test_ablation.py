@@ -135,7 +135,7 @@ def test_resampling_is_seeded_and_takes_whole_prompts(small: Small) -> None:
 
 def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None:
     pair = fp.Pair((1, 2, 3), (1, 4, 3), (5,), (6,), special=frozenset({0}))
-    effects = ablated(small, sites="resid_pre", layers=[0], over=fp.Pairs((pair,)), positions=[2])
+    effects = ablated(small, sites="resid_pre", layers=[0], reference=fp.Pairs((pair,)), positions=[2])
     rows = [
         oracle.activations(small.model, torch.tensor([ids]))["blocks.0.hook_resid_pre"][0, 1:]
         for ids in (pair.clean, pair.corrupted)
@@ -144,9 +144,9 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
     new[0, 2] = torch.cat(rows).mean(0)
     assert effects.noised[0] == pytest.approx(run_with(small, 0, "blocks.0.hook_resid_pre", new), abs=1e-9)
     with pytest.raises(fp.FeatpatchError, match="no prompt of 7 tokens to take a mean by position over"):
-        ablated(small, sites="resid_pre", over=fp.Pairs((pair,)), to="mean_by_position")
+        ablated(small, sites="resid_pre", reference=fp.Pairs((pair,)), to="mean_by_position")
     with pytest.raises(fp.FeatpatchError, match="pair 0 has 7 tokens and no other prompt has"):
-        ablated(small, sites="resid_pre", over=fp.Pairs((pair,)), to="resample")
+        ablated(small, sites="resid_pre", reference=fp.Pairs((pair,)), to="resample")
 
 
 @pytest.mark.parametrize(

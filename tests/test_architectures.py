@@ -17,7 +17,7 @@ import featpatch as fp
 from featpatch.engine import suffix
 from featpatch.engine.plain import PlainPath
 from featpatch.engine.suffix import SuffixPath
-from featpatch.patching.features import feature_study
+from featpatch.patching import Asked, feature_study
 
 EXACT = 1e-10
 HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_out", "hook_resid_post")
@@ -93,7 +93,7 @@ def test_fast_path_equals_plain_hooks_everywhere(kind: str, name: str) -> None:
 @pytest.mark.parametrize(("kind", "name"), [("bridge", "gemma2"), ("hooked", "neox")])
 def test_the_plain_path_gives_the_same(kind: str, name: str) -> None:
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
-    study, _ = feature_study(model, dictionaries(model), pairs(VOCAB), "all", ("denoising", "noising"), "logit_diff", 50)
+    study, _ = feature_study(model, dictionaries(model), pairs(VOCAB), Asked(batch_rows=50))
     assert isinstance(study.path, SuffixPath)
     fast = study.run(None, progress=False)
     plain = replace(study, path=PlainPath(study.lens)).run(None, progress=False)

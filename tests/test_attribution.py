@@ -192,7 +192,7 @@ def test_where_gradients_lie_and_integrated_ones_do_not() -> None:
         exact = fp.rank_features(built.model, z, pairs, **options)
         whole = [float(t.where(kind="activation").pooled(effect)[0]) for t in (flat, along, exact)]
         assert whole == [pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.06), pytest.approx(1, abs=1e-9)]
-        calibration = fp.calibrate(flat, exact, effect)
+        calibration = fp.calibrate(flat, exact, effect=effect)
         assert calibration.effect == effect
 
 
@@ -216,7 +216,7 @@ def test_calibration_by_hand(small: Small) -> None:
     assert abs(worst["estimate"] - worst["exact"]) == pytest.approx(abs(x - y).max())
     assert "estimate against exact" in repr(found)
     assert len(found.plot().data) == 2
-    itself = fp.calibrate(estimate, exact, "degradation").table(1000)
+    itself = fp.calibrate(estimate, exact, effect="degradation").table(1000)
     assert np.isnan(itself["recall"]).all()
 
 
@@ -233,7 +233,7 @@ def test_errors(small: Small) -> None:
         (lambda: fp.estimate_features(model, sae, fp.Pairs((long,)), progress=False), "are sequences, and logit_diff reads one"),
         (lambda: estimated(small, sae, directions=[]), "expected 'denoising', 'noising' or both"),
         (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),
-        (lambda: fp.calibrate(estimate, exact, "degradation"), "expected one that both tables hold"),
+        (lambda: fp.calibrate(estimate, exact, effect="degradation"), "expected one that both tables hold"),
         (lambda: fp.calibrate(estimate, fp.rank_features(model, sae, pairs[:2], progress=False)), "pairs is"),
         (lambda: fp.calibrate(estimate, fp.rank_features(model, sae, pairs, metric="prob", progress=False)), "metric is"),
     ):  # fmt: skip

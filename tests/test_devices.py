@@ -243,13 +243,13 @@ TASKS: dict[str, Callable[[Small], Any]] = {
     "estimates": lambda s: fp.estimate_features(s.model, s.saes, pairs_of(s), positions=[3, 5], **QUIET),
     "integrated": lambda s: fp.estimate_features(s.model, s.saes[:3], pairs_of(s), method="ig", steps=1, **QUIET),
     "estimates of components": lambda s: fp.estimate_components(s.model, pairs_of(s), sites=INSIDE, layers=[0, 1], **QUIET),
-    "paths": lambda s: fp.rank_paths(s.model, named(s), pairs_of(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
+    "paths": lambda s: fp.rank_paths(s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
     "paths through MLPs": lambda s: fp.rank_paths(
-        s.model, named(s), pairs_of(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
+        s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
     "estimates of paths": lambda s: fp.estimate_paths(
-        s.model, named(s), pairs_of(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
+        s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
     "estimates of paths through MLPs": lambda s: fp.estimate_paths(
-        s.model, named(s), pairs_of(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
+        s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
     "nodes": lambda s: circuit(s, saes=named(s), nodes=NODES, size=12, errors="nodes"),
     "edges": lambda s: circuit(s, over="edges", size=20),
     "edges, estimated": lambda s: circuit(s, over="edges", size=20, scores="estimate"),

@@ -20,7 +20,7 @@ from featpatch.engine.packing import batches
 from featpatch.engine.suffix import SuffixPath
 from featpatch.lens import wrap
 from featpatch.lens.digest import digest
-from featpatch.patching.features import feature_study
+from featpatch.patching import Asked, feature_study
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
 
@@ -105,7 +105,7 @@ def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pyt
     assert found.nodes == expected.nodes
     np.testing.assert_allclose(found.denoised, expected.denoised, rtol=0, atol=1e-10)
     assert sum(rows > 30 for rows in sizes) < 12, "what memory allows for is remembered"
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), "all", ("denoising",), "logit_diff", None)
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",)))
 
     def never(*_: Any) -> Any:
         raise error
@@ -119,7 +119,7 @@ def test_other_errors_pass_through(small: Small, monkeypatch: pytest.MonkeyPatch
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes differ")
 
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), "all", ("denoising",), "logit_diff", None)
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",)))
     monkeypatch.setattr(SuffixPath, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         study.run(None, progress=False)
@@ -316,7 +316,7 @@ def test_a_journal_is_readable(tmp_path: Path) -> None:
 def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     """Patches and operations, against the passes themselves and torch's own counter."""
     saes = [small.at(site) for site in SITES]
-    study, _ = feature_study(small.model, saes, pairs_of(small), "each", ("denoising", "noising"), "logit_diff", None)
+    study, _ = feature_study(small.model, saes, pairs_of(small), Asked("each", ("denoising", "noising")))
     ((_, blocks),) = study.work()
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     sweep.baselines([block.run for block in blocks])

@@ -89,7 +89,7 @@ def test_other_sweeps_are_the_same() -> None:
     for run in (
         lambda **o: fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **ROWS, **o),
         lambda **o: fp.ablate(small.model, pairs, saes=small.saes[1], to="mean", **ROWS, **o),
-        lambda **o: fp.rank_paths(small.model, None, pairs, senders=ends[:2], receivers=[*ends[1:], "logits"], **ROWS, **o),
+        lambda **o: fp.rank_paths(small.model, pairs, senders=ends[:2], receivers=[*ends[1:], "logits"], **ROWS, **o),
     ):
         same(run(), run(executor=fp.Ray(workers=1)))
 

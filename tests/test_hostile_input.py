@@ -259,7 +259,7 @@ def tables(shipped: fp.Demo) -> list[fp.Effects]:
     parts = fp.rank_components(shipped.model, pairs, sites=["z", "mlp_out"], **options)
     head = next(node for node in parts.nodes if node.kind == "head" and node.site.startswith("blocks.0"))
     receiver = Node("blocks.1.hook_mlp_out", "activation", position=head.position)
-    paths = fp.rank_paths(shipped.model, None, pairs, senders=[head], receivers=[receiver], progress=False)
+    paths = fp.rank_paths(shipped.model, pairs, senders=[head], receivers=[receiver], progress=False)
     return [ranked.take(ranked.ranked).top(4), screened, parts.top(4, kind=None), getattr(paths, "effects", paths)]
 
 

@@ -440,7 +440,7 @@ def test_a_dictionary_of_one_head_is_refused(bridge: Small) -> None:
 @pytest.mark.parametrize(("layer", "components", "message"), [(1, 17, "components=17: expected 1 to 16")])
 def test_baselines_that_cannot_be(bridge: Small, layer: int, components: int, message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
-        fp.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components)
+        fp.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components=components)
 
 
 if __name__ == "__main__":

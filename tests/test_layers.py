@@ -7,16 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
-    ["errors", "flops", "forecast", "foreign", "page", "verdict"],
-    ["known"],
-    ["prediction"],
-    ["patch"],
+    ["errors", "foreign", "page", "verdict"],
+    ["cost", "patch"],
     ["sites", "metrics"],
     ["pairs", "diagram"],
     ["effects", "lens", "tasks"],
     ["engine", "execution", "terminal"],
     ["patching", "attribution", "firing", "comparison"],
-    ["screening", "selfcheck", "circuits", "verifying"],
+    ["ranking", "selfcheck", "circuits", "verifying"],
     ["reporting", "streaming"],
     ["loading"],
     ["checkpoints"],

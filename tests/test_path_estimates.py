@@ -45,8 +45,8 @@ def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
     receivers = [*(node for node in late if node.kind == "feature"), *inside, fp.Node(MLP.format(1), "activation"),
                  fp.Node(MLP.format(2), "activation"), fp.LOGITS]  # fmt: skip
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": route, **OPTIONS}
-    estimate = fp.estimate_paths(small.model, small.saes, pairs_of(small), **run)
-    exact = fp.rank_paths(small.model, small.saes, pairs_of(small), **run)
+    estimate = fp.estimate_paths(small.model, pairs_of(small), saes=small.saes, **run)
+    exact = fp.rank_paths(small.model, pairs_of(small), saes=small.saes, **run)
     assert set(estimate.nodes) == set(exact.nodes)
     assert estimate.value == "estimate"
     seen = 0
@@ -81,7 +81,7 @@ def test_architectures(name: str) -> None:
         "directions": ["denoising"],
         **OPTIONS,
     }
-    estimate = fp.estimate_paths(model, None, pairs_of(small, [0]), **run)
+    estimate = fp.estimate_paths(model, pairs_of(small, [0]), **run)
     for entry, edge in enumerate(estimate.nodes[row] for row in estimate.row):
         true = slope(small, edge, 0, "denoising", "through_mlps")
         assert estimate.denoised[entry] - estimate.corrupted[0] == pytest.approx(true, abs=1e-6), str(edge)
@@ -90,8 +90,8 @@ def test_architectures(name: str) -> None:
 def test_gradients_are_shared(small: Small) -> None:
     gradients = fp.Gradients(small.model, pairs_of(small))
     run: dict[str, Any] = {"senders": [fp.Node(MLP.format(0), "activation")], "receivers": ["logits"], **OPTIONS}
-    one = fp.estimate_paths(small.model, None, pairs_of(small), gradients=gradients, **run)
-    np.testing.assert_array_equal(one.denoised, fp.estimate_paths(small.model, None, pairs_of(small), **run).denoised)
+    one = fp.estimate_paths(small.model, pairs_of(small), gradients=gradients, **run)
+    np.testing.assert_array_equal(one.denoised, fp.estimate_paths(small.model, pairs_of(small), **run).denoised)
 
 
 def test_errors(small: Small) -> None:
@@ -107,4 +107,4 @@ def test_errors(small: Small) -> None:
     ):
         options: dict[str, Any] = {"senders": [mlp], "receivers": ["logits"], **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):
-            fp.estimate_paths(small.model, None, pairs_of(small), **options)
+            fp.estimate_paths(small.model, pairs_of(small), **options)

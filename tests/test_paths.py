@@ -70,7 +70,7 @@ def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
     inside = [fp.Node(f"blocks.{layer}.attn.hook_{name}", "head", 3) for layer in (1, 2) for name in "qkvz"]
     receivers = [*late, *inside, fp.Node(MLP.format(1), "activation"), fp.Node(MLP.format(2), "activation"), fp.LOGITS]
     effects = fp.rank_paths(
-        small.model, small.saes, pairs_of(small), senders=senders, receivers=receivers, route=route, **OPTIONS
+        small.model, pairs_of(small), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
     )
     assert {type(node) for node in effects.nodes} == {fp.Edge}
     assert {node.receiver for node in effects.nodes} == set(receivers)
@@ -92,7 +92,7 @@ def test_positions(small: Small) -> None:
     index = fp.rank_features(small.model, sae, pairs_of(small), **OPTIONS).top(1).nodes[0].index
     sender = fp.Node("blocks.0.hook_resid_pre", "feature", index, 3, "blocks.0.hook_resid_pre")
     ends = [fp.Node(receiver.cfg.metadata.hook_name, "feature", n, 3, receiver.cfg.metadata.hook_name) for n in range(6)]
-    effects = fp.rank_paths(small.model, [sae, receiver], pairs_of(small), senders=[sender], receivers=ends, **OPTIONS)
+    effects = fp.rank_paths(small.model, pairs_of(small), saes=[sae, receiver], senders=[sender], receivers=ends, **OPTIONS)
     assert len(effects)
     for entry, edge in enumerate(effects.nodes[row] for row in effects.row):
         slot = int(effects.pair[entry])
@@ -110,7 +110,7 @@ def test_receivers_that_were_off_switch_on(small: Small) -> None:
     name = receiver.cfg.metadata.hook_name
     senders = [fp.Node("blocks.0.hook_resid_pre", "activation")]
     ends = [fp.Node(name, "feature", n, 3, name) for n in range(24)]
-    effects = fp.rank_paths(small.model, [sae, receiver], pairs_of(small), senders=senders, receivers=ends, **OPTIONS)
+    effects = fp.rank_paths(small.model, pairs_of(small), saes=[sae, receiver], senders=senders, receivers=ends, **OPTIONS)
     moved = 0
     for way, tokens, base, patched in (
         ("denoising", small.corrupted, effects.corrupted, effects.denoised), ("noising", small.clean, effects.clean, effects.noised)
@@ -138,8 +138,8 @@ def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:
     senders = [fp.Node(Z.format(0), "head", 0), fp.Node(MLP.format(0), "activation")]
     receivers = ["logits", fp.Node("blocks.1.attn.hook_k", "head", 1)]
     run = {"senders": senders, "receivers": receivers, **OPTIONS}
-    effects = fp.rank_paths(small.model, None, pairs_of(small), journal=tmp_path / "journal", **run)
-    again = fp.rank_paths(small.model, None, pairs_of(small), journal=tmp_path / "journal", **run)
+    effects = fp.rank_paths(small.model, pairs_of(small), journal=tmp_path / "journal", **run)
+    again = fp.rank_paths(small.model, pairs_of(small), journal=tmp_path / "journal", **run)
     np.testing.assert_array_equal(again.denoised, effects.denoised)
     loaded = fp.Effects.load(effects.save(tmp_path / "paths.safetensors"))
     assert loaded.nodes == effects.nodes
@@ -148,7 +148,7 @@ def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:
     assert set(frame["receiver"]) == {"logits activation @ all", "blocks.1.attn.hook_k head 1 @ all"}
     assert effects.ranked.all()
     with pytest.raises(fp.FeatpatchError, match="belongs to another sweep"):
-        fp.rank_paths(small.model, None, pairs_of(small), journal=tmp_path / "journal", route="through_mlps", **run)
+        fp.rank_paths(small.model, pairs_of(small), journal=tmp_path / "journal", route="through_mlps", **run)
     assert "blocks.1.attn.hook_k" in effects.report(tmp_path / "paths.html").read_text()
 
 
@@ -158,9 +158,7 @@ def test_heads_into_inputs_as_transformer_lens_splits_them() -> None:
     model = small.model
     sender = fp.Node(Z.format(0), "head", 1)
     receivers = [fp.Node(f"blocks.1.attn.hook_{letter}", "head", 2) for letter in "qkv"]
-    effects = fp.rank_paths(
-        model, None, pairs_of(small), senders=[sender], receivers=receivers, directions=["denoising"], **OPTIONS
-    )
+    effects = fp.rank_paths(model, pairs_of(small), senders=[sender], receivers=receivers, directions=["denoising"], **OPTIONS)
     model.set_use_split_qkv_input(True)
     with torch.no_grad():
         z = [model.run_with_cache(tokens)[1][Z.format(0)][:, :, 1] for tokens in (small.clean, small.corrupted)]
@@ -204,7 +202,7 @@ def test_hooks_of_the_user_are_refused() -> None:
     small = small_hooked()
     small.model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: x * 2)
     with pytest.raises(fp.FeatpatchError, match="hooks are attached"):
-        fp.rank_paths(small.model, None, pairs_of(small), senders=[fp.Node(MLP.format(0), "activation")], receivers=["logits"])
+        fp.rank_paths(small.model, pairs_of(small), senders=[fp.Node(MLP.format(0), "activation")], receivers=["logits"])
 
 
 @pytest.mark.parametrize("route", ["direct", "through_mlps"])
@@ -223,7 +221,7 @@ def test_architectures(name: str, route: str) -> None:
     ]
     receivers += [fp.LOGITS, *([fp.Node(MLP.format(layer), "activation") for layer in (0, 2)] if mlps else [])]
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": route, "directions": ["denoising"], **OPTIONS}
-    effects = fp.rank_paths(model, None, pairs_of(small, [0]), **run)
+    effects = fp.rank_paths(model, pairs_of(small, [0]), **run)
     assert len(effects)
     for entry, edge in enumerate(effects.nodes[row] for row in effects.row):
         assert effects.denoised[entry] == pytest.approx(expected(small, edge, 0, "denoising", route), abs=1e-9), str(edge)
@@ -234,22 +232,22 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     senders = [fp.Node(Z.format(layer), "head", n) for layer in (0, 1) for n in range(4)]
     receivers = [fp.Node(f"blocks.2.attn.hook_{letter}", "head", n) for letter in "qkv" for n in range(4)]
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "progress": False}
-    whole = fp.rank_paths(small.model, None, pairs_of(small), **run)
-    some = fp.rank_paths(small.model, None, pairs_of(small), exact="screened", k=20, audit=10, **run)
+    whole = fp.rank_paths(small.model, pairs_of(small), **run)
+    some = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=20, audit=10, **run)
     assert len(some) == 30
     assert some.value == "exact"
     for node, value in zip(some.nodes, some.pooled("recovery"), strict=True):
         assert value == pytest.approx(whole.pooled("recovery")[whole.nodes.index(node)], abs=1e-9)
     assert some.audit(top=10).recall < 1
-    all_run = fp.rank_paths(small.model, None, pairs_of(small), exact="screened", k=20, audit=76, **run)
+    all_run = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=20, audit=76, **run)
     assert all_run.audit(top=10).recall == 1
     assert some.rows_ranked == len(whole)
     monkeypatch.setattr("featpatch.ranking.paths.BUDGET", 50)
-    automatic = fp.rank_paths(small.model, None, pairs_of(small), k=20, audit=10, **{**run, "progress": True})
+    automatic = fp.rank_paths(small.model, pairs_of(small), k=20, audit=10, **{**run, "progress": True})
     assert automatic.nodes == some.nodes
     assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().out
     with pytest.raises(fp.FeatpatchError, match="exact='some'"):
-        fp.rank_paths(small.model, None, pairs_of(small), exact="some", **run)
+        fp.rank_paths(small.model, pairs_of(small), exact="some", **run)
 
 
 @pytest.mark.parametrize("letter", ["q", "k", "v", "z"])
@@ -262,13 +260,13 @@ def test_heads_at_one_position(small: Small, letter: str) -> None:
         "directions": ["denoising"],
         **OPTIONS,
     }
-    effects = fp.rank_paths(small.model, None, pairs_of(small), **run)
+    effects = fp.rank_paths(small.model, pairs_of(small), **run)
     for entry, slot in enumerate(effects.pair):
         starts, stops = path_oracle.head(Z.format(0), 1), path_oracle.head(receiver.site, 2, [4])
         logits = path_oracle.path_patch(small.model, small.corrupted[slot], small.clean[slot], starts, stops, freeze_mlps=True)
         true = oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
         assert effects.denoised[entry] == pytest.approx(true, abs=1e-9)
-    estimate = fp.estimate_paths(small.model, None, pairs_of(small), **run)
+    estimate = fp.estimate_paths(small.model, pairs_of(small), **run)
     assert np.corrcoef(estimate.denoised - estimate.corrupted, effects.denoised - effects.corrupted)[0, 1] > 0.9
 
 
@@ -283,7 +281,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
     senders = fp.rank_features(small.model, saes[0], pairs_of(small), **OPTIONS).top(2).nodes
     receivers = [fp.Node(last, "feature", n, "all", last) for n in range(8)]
     run: dict[str, Any] = {"senders": list(senders), "receivers": receivers, "directions": ["noising"], **OPTIONS}
-    exact = fp.rank_paths(small.model, saes, pairs_of(small), **run)
+    exact = fp.rank_paths(small.model, pairs_of(small), saes=saes, **run)
 
     def end_of(sae: Any, index: int, share: float) -> path_oracle.End:
         def swapped(base: Any, source: Any, x: torch.Tensor) -> torch.Tensor:
@@ -300,7 +298,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
         logits = path_oracle.path_patch(small.model, small.clean[slot], small.corrupted[slot], *ends, freeze_mlps=True)
         return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
 
-    estimate = fp.estimate_paths(small.model, saes, pairs_of(small), **run)
+    estimate = fp.estimate_paths(small.model, pairs_of(small), saes=saes, **run)
     known = {
         (estimate.nodes[row], pair): value
         for row, pair, value in zip(estimate.row, estimate.pair, estimate.noised, strict=True)
@@ -323,10 +321,10 @@ def test_screening_keeps_to_its_route_and_metric(small: Small) -> None:
         "metric": ["prob", "logit_diff"],
         **OPTIONS,
     }
-    whole = fp.rank_paths(small.model, None, pairs_of(small), **run)
-    some = fp.rank_paths(small.model, None, pairs_of(small), exact="screened", k=8, audit=4, **run)
+    whole = fp.rank_paths(small.model, pairs_of(small), **run)
+    some = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=8, audit=4, **run)
     expected = [whole.pooled("recovery")[whole.nodes.index(node)] for node in some.nodes]
     np.testing.assert_allclose(some.pooled("recovery"), expected, atol=1e-9)
-    estimate = fp.estimate_paths(small.model, None, pairs_of(small), **{**run, "metric": "prob"})
+    estimate = fp.estimate_paths(small.model, pairs_of(small), **{**run, "metric": "prob"})
     first = [estimate.nodes[row] for row in np.argsort(-estimate.sizes(), kind="stable")[:8]]
     assert list(some.nodes[:8]) == first

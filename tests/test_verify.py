@@ -26,7 +26,7 @@ def tables(small: Small) -> dict[str, tuple[fp.Effects, Any]]:
             saes,
         ),
         "components": (fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **OPTIONS), None),
-        "paths": (fp.rank_paths(small.model, None, pairs, senders=senders, receivers=receivers, **OPTIONS), None),
+        "paths": (fp.rank_paths(small.model, pairs, senders=senders, receivers=receivers, **OPTIONS), None),
     }
 
 

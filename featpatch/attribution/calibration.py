@@ -90,7 +90,7 @@ class Calibration:
         }
 
 
-def calibrate(estimate: Effects, exact: Effects, effect: Effect | None = None) -> Calibration:
+def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None) -> Calibration:
     """Estimates beside exact effects of the same pairs, metric and positions.
 
     Args:

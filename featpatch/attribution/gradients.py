@@ -119,15 +119,12 @@ class Gradients:
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
         """Every pair with the activations at `reads` and `sites`, and the gradients at `sites`; equally long ones together."""
-        for length, group in self.pairs.by_length().items():
-            size = max(1, TOKENS_AT_ONCE // length)
-            for start in range(0, len(group), size):
-                some = tuple(group[start : start + size])
-                batch = self._kept.get(some) or _Batch(self, some)
-                if self._keep:
-                    self._kept[some] = batch
-                batch.take([*reads, *sites], sites)
-                yield from batch
+        for some in map(tuple, self.pairs.chunks(TOKENS_AT_ONCE)):
+            batch = self._kept.get(some) or _Batch(self, some)
+            if self._keep:
+                self._kept[some] = batch
+            batch.take([*reads, *sites], sites)
+            yield from batch
 
 
 @dataclass(eq=False)

@@ -32,9 +32,9 @@ from featpatch.patch import DIRECTIONS, Direction, Edge, Node, check_directions
 
 def estimate_paths(
     model: Any,
-    saes: Any,
     pairs: Pairs,
     *,
+    saes: Any = None,
     senders: Effects | Sequence[Node | str],
     receivers: Effects | Sequence[Node | str],
     route: Literal["direct", "through_mlps"] = "direct",
@@ -50,7 +50,7 @@ def estimate_paths(
 
     Args:
         gradients: what an `fp.Gradients` of this model and these pairs, of method `"atp"`, has kept.
-        model, saes, pairs, senders, receivers, route, directions, progress: as in `rank_paths`; no error terms as receivers.
+        model, pairs, saes, senders, receivers, route, directions, progress: as in `rank_paths`; no error terms as receivers.
         metric: a differentiable one.
 
     Raises:

@@ -16,9 +16,6 @@ from featpatch.lens import Lens
 from featpatch.pairs.spans import Wanted
 from featpatch.patch import Direction, Node
 
-ROWS = 4096
-"""Positions that go through a block together."""
-
 
 @dataclass(frozen=True)
 class QueryKeyPart(Part):
@@ -98,12 +95,9 @@ class _Block:
         exchanged = base.repeat(len(spans), *(1 for _ in base.shape))
         for row, span in enumerate(spans):
             exchanged[row, span] = source[span]
-        changes = (self._changed_z(some) for some in exchanged.split(max(1, ROWS // len(base))))
-        return [product(change, self._gradient).sum((1, 3)) for some in changes for change in some]
+        return [product(change, self._gradient).sum((1, 3)) for change in self._changed_z(exchanged)]
 
     def _changed_z(self, values: torch.Tensor) -> torch.Tensor:
         """How `hook_z` `[rows, pos, heads, d_head]` changes in the base run with these queries or keys."""
-        resid, tokens = self.entering.expand(len(values), -1, -1).clone(), self.tokens.expand(len(values), -1)
-        with self.lens.edit(self._hook, lambda _: values):
-            after = self.lens.through(self.layer, resid, tokens, self._z)
+        after = self.lens.through(self.layer, self.entering, self.tokens, self._z, {self._hook: values})
         return after - self.of_pair.activations[self.direction][self._z]

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.outside import prompts, settled
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Split
+from featpatch.lens import Dictionary, Split, added
 from featpatch.pairs.spans import spans
 from featpatch.patch import Node
 
@@ -157,8 +157,7 @@ class NodeGraph(Graph):
             after = dictionary.decode(torch.where(where, outside, now.features), state)
             delta = after - dictionary.decode(now.features, now.state)
             delta = delta.to(now.error) + (other.error.repeat(circuits, 1, 1) - now.error) * rest
-            wide = activation.to(torch.promote_types(activation.dtype, delta.dtype))
-            return (wide + delta.to(activation.device).reshape(activation.shape)).to(activation.dtype)
+            return added(activation, delta.reshape(activation.shape))
 
         return change
 

@@ -10,8 +10,8 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, check_folder, clear_errors, console
 from featpatch.cli.shown import show
-from featpatch.errors import FeatpatchError
 from featpatch.cost.known import GPUS, SHAPES
+from featpatch.errors import FeatpatchError
 
 
 @app.command()

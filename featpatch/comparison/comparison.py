@@ -101,7 +101,7 @@ class Comparison:
 
 
 def compare(
-    features: Effects, components: Effects, *, model: Any = None, saes: Any = None, pairs: Pairs | None = None, top: int = 10
+    features: Effects, components: Effects, *, model: Any = None, saes: Any = None, pairs: Pairs | None = None, top: int = 20
 ) -> Comparison:
     """Features beside components, by the same metric on the same pairs.
 

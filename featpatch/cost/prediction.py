@@ -10,9 +10,9 @@ are fitted to the shipped model's dictionaries above the embedding, on indirect 
 
 from dataclasses import dataclass
 
-from featpatch.errors import FeatpatchError
 from featpatch.cost.flops import pass_flops
 from featpatch.cost.known import GPUS, SHAPES, Device, Shape
+from featpatch.errors import FeatpatchError
 
 DIFFERING, DISTINCT, POWER = 1.25, 2.25, 0.52
 """See above."""

@@ -1,8 +1,8 @@
 """How many floating-point operations a unit needs, by our own pass and by the model's."""
 
 from featpatch import sites
-from featpatch.engine.work import Unit
 from featpatch.cost.flops import BlockSize, pass_flops
+from featpatch.engine.work import Unit
 from featpatch.lens import Layer, Lens, Stack
 
 

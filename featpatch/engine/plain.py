@@ -13,7 +13,7 @@ from featpatch import sites
 from featpatch.engine.cost import plain_flops
 from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens
+from featpatch.lens import Lens, added
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class PlainPath:
         delta = torch.cat([self._dense(unit, length).to(resid.device) for unit in units])
 
         def add(activation: torch.Tensor) -> torch.Tensor:
-            wide = activation.to(torch.promote_types(activation.dtype, delta.dtype))
-            return (wide + delta.to(activation.device).reshape(activation.shape)).to(activation.dtype)
+            return added(activation, delta.reshape(activation.shape))
 
         with self.lens.edit(self.lens.carrier(site), add) as firing:
             logits = self.lens.resume(layer, resid, tokens, answers)

@@ -23,7 +23,7 @@ from featpatch import sites
 from featpatch.engine.attention import attend
 from featpatch.engine.cost import suffix_flops
 from featpatch.engine.work import BaseRun, Block, Unit
-from featpatch.lens import Lens, Stack
+from featpatch.lens import Lens, Stack, added
 
 Columns = Sequence[int] | None
 """Ids of the vocabulary whose logits are wanted, or None for all."""
@@ -176,7 +176,7 @@ class SuffixPath:
             return torch.cat(parts).to(device)
 
         if kind == "pre":
-            x, start = _add(base("pre", index), delta), index
+            x, start = added(base("pre", index), delta), index
         else:
             x, start = self._after_attention(index, kind, delta, base), index + 1
         x = x.to(spans[0].trace.pre[start].device)
@@ -189,9 +189,9 @@ class SuffixPath:
         """The stream after a block whose attention output is changed."""
         layer = self.stack.layers[index]
         if kind == "z":
-            mid = base("pre", index) + layer.attention_output(_add(base("z", index), delta))
+            mid = base("pre", index) + layer.attention_output(added(base("z", index), delta))
         else:
-            mid = _add(base("mid", index), delta)
+            mid = added(base("mid", index), delta)
         if layer.parallel:
             return mid + (base("pre", index + 1) - base("mid", index))
         return mid + layer.mlp_output(mid)
@@ -278,8 +278,3 @@ def _join(spans: Sequence[Span], changed: Sequence[Changed]) -> tuple[list[Span]
         Changed(*(torch.cat([getattr(rows, name) for rows in parts]) for name in ("patch", "position", "values")))
         for _, parts in joined
     ]
-
-
-def _add(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The sum in the wider of both types, in the type of the base."""
-    return (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)

@@ -1,6 +1,7 @@
 """The only room that touches TransformerLens and sae-lens."""
 
 from featpatch.lens.adapter import Adapted, adapt
+from featpatch.lens.added import added
 from featpatch.lens.baselines import identity, neurons, pca
 from featpatch.lens.dictionary import Dictionary, Split, dictionaries, dictionaries_if_any, several
 from featpatch.lens.layer import Layer, Stack, UnsupportedError
@@ -16,6 +17,6 @@ from featpatch.lens.wrap import wrap
 
 __all__ = [
     "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training", "UnsupportedError",
-    "adapt", "check_nodes", "check_tokens", "dictionaries", "dictionaries_if_any", "identity", "load_model", "load_sae",
-    "neurons", "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
+    "adapt", "added", "check_nodes", "check_tokens", "dictionaries", "dictionaries_if_any", "identity", "load_model",
+    "load_sae", "neurons", "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
 ]  # fmt: skip

@@ -65,7 +65,7 @@ def neurons(model: Any, layer: int) -> Adapted:
     return adapt(coder, reads, hook_out=writes, d_in=x.shape[1], name=f"neurons of layer {layer}", linear=True)
 
 
-def pca(model: Any, hook: str, pairs: Pairs, components: int | None = None) -> Adapted:
+def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -> Adapted:
     """The principal components of the activations at a hook, over all prompts of the pairs, special tokens left out.
 
     Args:

@@ -21,6 +21,10 @@ Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
 
 
+ROWS = 4096
+"""Positions that go through one block together."""
+
+
 class _Reached(Exception):  # noqa: N818
     """Ends a forward pass at a hook: what comes behind it is not needed."""
 
@@ -135,7 +139,7 @@ class Lens(ABC):
         found = []
         for value in (torch.zeros_like(resid), resid.flip(-1)):
             with self.put({attention: value}):
-                found.append(self.through(0, resid.clone(), tokens, mlp))
+                found.append(self.through(0, resid, tokens, mlp))
         return bool(torch.equal(*found))
 
     @property
@@ -315,10 +319,28 @@ class Lens(ABC):
 
     @torch.no_grad()
     def through(
-        self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows_or_one pos d_model"],
+        tokens: Int[torch.Tensor, "*one pos"],
+        hook: str,
+        put: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, on the stream `resid`."""
-        return self.differentiable_through(layer, resid, tokens, hook)
+        """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, `ROWS` positions at a time.
+
+        Args:
+            resid: the stream that enters, of each row or of all.
+            tokens: of all rows.
+            put: by hook, the values `[rows, pos, ...]` that activations inside the block are given.
+        """
+        values = put or {}
+        rows, size = max(map(len, (resid, *values.values()))), max(1, ROWS // resid.shape[1])
+        parts: list[torch.Tensor] = []
+        for some in (slice(start, start + size) for start in range(0, rows, size)):
+            entering = resid.expand(rows, -1, -1)[some].clone()
+            with self.put({name: value[some] for name, value in values.items()}):
+                parts.append(self.differentiable_through(layer, entering, tokens.expand(len(entering), -1), hook))
+        return torch.cat(parts)
 
     def pull(
         self,

@@ -339,6 +339,13 @@ class Pairs(Sequence[Pair]):
             groups.setdefault(len(pair), []).append(index)
         return groups
 
+    def chunks(self, tokens: int) -> Iterator[list[int]]:
+        """Indices of pairs that can run together: equally long, and with no more than so many tokens, but one pair at least."""
+        for length, group in self.by_length().items():
+            size = max(1, tokens // length)
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
     def digest(self) -> str:
         """SHA-256 of everything that decides a result: tokens, answers, labels, positions."""
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]

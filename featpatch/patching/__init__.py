@@ -1,6 +1,7 @@
 """Exact patching: features, components and sets of them, ablations, and the operator by hand."""
 
 from featpatch.patching.ablation import ablate
+from featpatch.patching.asked import Asked
 from featpatch.patching.by_hand import do
 from featpatch.patching.components import component_study, rank_components
 from featpatch.patching.controls import Controls, random_controls
@@ -16,7 +17,7 @@ from featpatch.patching.selection import Selection, select_features
 from featpatch.patching.study import Study
 
 __all__ = [
-    "Controls", "Curve", "Metrics", "Nodes", "Noise", "Route", "Selection", "Study", "ablate", "component_study", "cumulative",
-    "diagnose", "do", "feature_study", "interactions", "leading", "path_study", "random_controls", "rank_components",
-    "select_features",
+    "Asked", "Controls", "Curve", "Metrics", "Nodes", "Noise", "Route", "Selection", "Study", "ablate", "component_study",
+    "cumulative", "diagnose", "do", "feature_study", "interactions", "leading", "path_study", "random_controls",
+    "rank_components", "select_features",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, Split, check_tokens, dictionaries, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
+from featpatch.patching.asked import Asked
 from featpatch.patching.components import component_parts
 from featpatch.patching.feature_part import FeaturePart
 from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
@@ -36,7 +37,7 @@ def ablate(
     sites: str | Sequence[str] = (),
     layers: Sequence[int] | None = None,
     to: To = "mean",
-    over: Pairs | None = None,
+    reference: Pairs | None = None,
     seed: int = 0,
     positions: Positions = "all",
     metric: Metrics = "logit_diff",
@@ -58,11 +59,11 @@ def ablate(
         pairs: the clean prompts are ablated; the corrupted ones give the gap.
         saes: as in `rank_features`: features, all features, error and whole site of each.
         sites, layers: components as in `rank_components`.
-        to: `"zero"`, or another number; `"mean"` over all positions of the prompts `over` but special ones;
+        to: `"zero"`, or another number; `"mean"` over all positions of the `reference` prompts but special ones;
             `"mean_by_position"`: by token index, over those of the same length; `"resample"`: the values in another one of
             these prompts (it may be the pair's own corrupted one), of the same length, drawn for each pair. State that an SAE
             needs to decode (norms, skip paths) stays the base run's.
-        over: whose clean and corrupted prompts means are taken over and resampled from; `pairs` by default.
+        reference: whose clean and corrupted prompts means are taken over and resampled from; `pairs` by default.
         seed: of the draws.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
@@ -84,18 +85,15 @@ def ablate(
         raise FeatpatchError(f"layers={layers} without sites: expected both, or neither; the SAEs name their own layers")
     if not parts:
         raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
-    if over is not None:
-        check_tokens(check_pairs(over), lens)
+    if reference is not None:
+        check_tokens(check_pairs(reference), lens)
     study = Study.of(
         lens,
         parts,
         about,
         pairs,
-        positions=positions,
-        directions=["noising"],
-        metric=metric,
-        batch_rows=batch_rows,
-        contrast=_contrast(lens, pairs, pairs if over is None else over, to, seed),
+        Asked(positions, ["noising"], metric, batch_rows),
+        _contrast(lens, pairs, pairs if reference is None else reference, to, seed),
     )
     return study.run(journal, progress=progress, executor=executor)
 
@@ -153,14 +151,14 @@ class Resampling(Contrast):
         return {"ablation": self.noted}
 
 
-def _contrast(lens: Lens, pairs: Pairs, over: Pairs, to: To, seed: int) -> Contrast:
+def _contrast(lens: Lens, pairs: Pairs, reference: Pairs, to: To, seed: int) -> Contrast:
     noted: dict[str, Any] = {"to": to}
     if isinstance(to, Real) and not isinstance(to, bool) and isfinite(to):
         return Ablation(Constant(float(to)), {"to": float(to)})
     if to == "zero":
         return Ablation(Constant(0.0), noted)
-    prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in over for ids in (pair.clean, pair.corrupted)))
-    noted["over"] = sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in prompts]).encode()).hexdigest()
+    prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in reference for ids in (pair.clean, pair.corrupted)))
+    noted["reference"] = sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in prompts]).encode()).hexdigest()
     if to in ("mean", "mean_by_position"):
         if all(len(prompt.special) == len(prompt.tokens) for prompt in prompts):
             raise FeatpatchError("all tokens of the prompts to take means over are special: expected others")
@@ -180,7 +178,7 @@ def _partners(pairs: Pairs, prompts: Sequence[Prompt], seed: int) -> list[tuple[
         if not others:
             raise FeatpatchError(
                 f"pair {index} has {len(pair)} tokens and no other prompt has: expected one to resample from; give more "
-                "prompts as over=..., or another `to`"
+                "prompts as reference=..., or another `to`"
             )
         partners.append(Random(repr((seed, pair.clean))).choice(others))
     return partners

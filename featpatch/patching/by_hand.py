@@ -24,7 +24,7 @@ def do(
     *,
     source: Tokens,
     base: Tokens | None = None,
-    saes: Any = (),
+    saes: Any = None,
     how: Literal["add", "set"] = "add",
 ) -> Iterator[Fired]:
     """Swaps the values of the patch's nodes in every call of the model, generation included.

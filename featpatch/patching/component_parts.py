@@ -14,15 +14,13 @@ from jaxtyping import Bool, Float
 from featpatch import sites
 from featpatch.engine import Deltas
 from featpatch.lens import Lens
+from featpatch.lens.lens import ROWS
 from featpatch.patch import Direction, Node, Position
 from featpatch.patching.difference import whole_change
 from featpatch.patching.part import DictionaryPart, Part, count_whole
 from featpatch.patching.run import Run
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Directions, Swaps, feature_swaps, whole_swaps
-
-ROWS = 4096
-"""Positions that go through one block together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +185,7 @@ class HeadPart(Part):
     def _z_with(self, run: PairRuns, way: Direction, reading: int, values: torch.Tensor) -> torch.Tensor:
         """`hook_z` `[rows, pos, heads, d_head]` of a base run's block with these values of the prompt at the hook inside it."""
         base = run.bases[way][reading]
-        resid, tokens = base.resid[self.layer].expand(len(values), -1, -1).clone(), base.tokens.expand(len(values), -1)
+        resid = base.resid[self.layer].expand(len(values), -1, -1)
 
         def put(activation: torch.Tensor) -> torch.Tensor:
             if activation.shape == values.shape:
@@ -195,7 +193,7 @@ class HeadPart(Part):
             return torch.cat([values, activation[:, values.shape[1] :]], dim=1)
 
         with self.lens.edit(self._read, put):
-            return self.lens.through(self.layer, resid, tokens, self._z)
+            return self.lens.through(self.layer, resid, base.tokens, self._z)
 
     def _exchanged(self, base: Run, source: Run, exchanges: list[Exchange]) -> torch.Tensor:
         """The base run's activation with the values of each exchange, one row each."""

@@ -11,6 +11,7 @@ from featpatch.lens import Lens, dictionaries, identity, neurons, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.asked import Asked
 from featpatch.patching.component_parts import HeadPart, NeuronPart, WholePart
 from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
@@ -52,36 +53,15 @@ def rank_components(
     Raises:
         FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
     """
-    study = component_study(model, pairs, sites, layers, positions, directions, metric, batch_rows, noise)
+    study = component_study(model, pairs, sites, layers, Asked(positions, directions, metric, batch_rows, noise))
     return study.run(journal, progress=progress, executor=executor)
 
 
-def component_study(
-    model: Any,
-    pairs: Pairs,
-    sites: str | Sequence[str],
-    layers: Sequence[int] | None,
-    positions: Positions,
-    directions: Sequence[Direction],
-    metric: Metrics,
-    batch_rows: int | None,
-    noise: Noise | None = None,
-) -> Study:
+def component_study(model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, asked: Asked) -> Study:
     """What `rank_components` with these arguments does, checked."""
     check_pairs(pairs)
     lens = wrap(model)
-    parts, about = component_parts(lens, sites, layers, positions)
-    return Study.of(
-        lens,
-        parts,
-        about,
-        pairs,
-        positions=positions,
-        directions=directions,
-        metric=metric,
-        batch_rows=batch_rows,
-        noise=noise,
-    )
+    return Study.of(lens, *component_parts(lens, sites, layers, asked.positions), pairs, asked)
 
 
 def component_parts(

@@ -11,6 +11,7 @@ from featpatch.engine import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Node, Position
+from featpatch.patching.asked import Asked
 from featpatch.patching.difference import Difference
 from featpatch.patching.features import single_study
 from featpatch.patching.part import DictionaryPart
@@ -73,7 +74,7 @@ def random_controls(
     """
     if not isinstance(n, int) or n < 1:
         raise FeatpatchError(f"n={n!r}: expected 1 or more random directions")
-    study, dictionary = single_study(model, sae, pairs, position, directions, metric, batch_rows)
+    study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     single = study.complete(progress=progress).where(kind="feature")
     own = single.top(1) if feature is None else single.where(index=feature)
     if not len(own):

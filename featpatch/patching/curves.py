@@ -11,16 +11,14 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
+from featpatch.patching.asked import Asked
 from featpatch.patching.features import feature_study
 from featpatch.patching.noise import Noise
 from featpatch.patching.readings import Metrics
-from featpatch.patching.sets import SetPart
+from featpatch.patching.sets import MOST, SetPart
 
 if TYPE_CHECKING:
     import pandas as pd
-
-MOST = 64
-"""Features in the largest set of a curve, by default."""
 
 Key = tuple[str, Position]
 """The name of a dictionary, and a position."""
@@ -110,11 +108,12 @@ def cumulative(
         raise FeatpatchError(f"most={most!r}: expected 1 or more features in the largest set")
     if by not in EFFECTS or EFFECTS[by] not in directions:
         raise FeatpatchError(f"by={by!r}: expected 'recovery' or 'degradation', and its direction among {list(directions)}")
-    study, found = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
+    asked = Asked(positions, directions, metric, batch_rows, noise)
+    study, found = feature_study(model, saes, pairs, asked)
     single = study.complete(progress=progress)
     ranking = single
     if rank_on is not None:
-        others, _ = feature_study(model, saes, rank_on, positions, directions, metric, batch_rows, noise)
+        others, _ = feature_study(model, saes, rank_on, asked)
         ranking = others.complete(progress=progress)
     features: dict[Key, list[int]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:

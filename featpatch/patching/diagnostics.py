@@ -43,7 +43,7 @@ SUMS = ("along", "intended", "leaked", "whole", "moved", "before", "after")
 
 @torch.no_grad()
 def diagnose(
-    model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node], directions: Sequence[Direction] = DIRECTIONS
+    model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node], *, directions: Sequence[Direction] = DIRECTIONS
 ) -> "pd.DataFrame":
     """What patches of single nodes do to the activation, and to the features that are read from it afterwards.
 

@@ -96,7 +96,7 @@ class Mean(Filling):
             prompts = [p for p in self.prompts if len(p.tokens) == length] if self.by_position else self.prompts
             if not prompts:
                 raise FeatpatchError(
-                    f"no prompt of {length} tokens to take a mean by position over: expected some in `over`; "
+                    f"no prompt of {length} tokens to take a mean by position over: expected some in `reference`; "
                     "give to='mean', or prompts of that length"
                 )
             found = [self._kept(prompt, parts(self._run(prompt, hooks))) for prompt in prompts]

@@ -14,6 +14,7 @@ from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Position
+from featpatch.patching.asked import Asked
 from featpatch.patching.features import single_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import SetPart
@@ -28,7 +29,7 @@ def interactions(
     pairs: Pairs,
     *,
     features: Sequence[int] | None = None,
-    top: int = 8,
+    top: int = 20,
     position: Position = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
@@ -52,7 +53,7 @@ def interactions(
     """
     import pandas as pd
 
-    study, dictionary = single_study(model, sae, pairs, position, directions, metric, batch_rows)
+    study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     if features is None:
         features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()
     known = range(dictionary.d_sae)

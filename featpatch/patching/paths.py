@@ -1,6 +1,7 @@
 """Studies of paths: what senders do through receivers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from featpatch import sites
@@ -9,9 +10,9 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens import check_nodes, dictionaries_if_any, wrap
 from featpatch.metrics import SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
-from featpatch.patch import Direction, Edge, Node
+from featpatch.patch import Edge, Node
+from featpatch.patching.asked import Asked
 from featpatch.patching.edge_part import EdgePart
-from featpatch.patching.readings import Metrics
 from featpatch.patching.receivers import receiver
 from featpatch.patching.route import Route
 from featpatch.patching.senders import Senders
@@ -23,23 +24,22 @@ Nodes = Effects | Sequence[Node | str]
 
 def path_study(
     model: Any,
-    saes: Any,
     pairs: Pairs,
+    saes: Any,
     senders: Nodes,
     receivers: Nodes,
     route: Route,
-    directions: Sequence[Direction],
-    metric: Metrics,
-    batch_rows: int | None,
+    asked: Asked,
     only: frozenset[Edge] | None = None,
 ) -> tuple[Study, EdgePart]:
-    """What `rank_paths` with these arguments does, checked, and the part with its edges.
+    """What `rank_paths` with these arguments does, checked, and the part with its edges; positions are those of the senders.
 
     Args:
         only: the edges that are patched; None for all.
     """
     check_pairs(pairs)
     sites.check_route(route)
+    metric = asked.metric
     metrics = [metric] if isinstance(metric, str) or not isinstance(metric, Sequence) else list(metric)
     if any(isinstance(name, str) and name in SEQUENCES for name in metrics):
         raise FeatpatchError(f"metric={metric!r} reads whole answers: expected one of a single token for paths")
@@ -57,5 +57,4 @@ def path_study(
         "receivers": list(map(str, receiving)),
     }
     positions = list(dict.fromkeys(node.position for node in sending))
-    options: dict[str, Any] = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
-    return Study.of(lens, [part], about, pairs, **options), part
+    return Study.of(lens, [part], about, pairs, replace(asked, positions=positions)), part

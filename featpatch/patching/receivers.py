@@ -14,7 +14,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens
 from featpatch.patch import LOGITS, Node
-from featpatch.patching.route import ROWS, Place, Stream
+from featpatch.patching.route import Place, Stream
 
 INSIDE = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
 
@@ -104,17 +104,13 @@ class HeadReceiver(Receiver):
         if hook == self.writes:
             z = changed
         else:
-            z = torch.cat([self._z_with(stream, part) for part in changed.split(max(1, ROWS // len(stream.tokens)))])
+            layer = sites.layer_of(hook)
+            z = self.lens.through(
+                layer, stream.base.at(sites.resid_pre(layer))[None], stream.tokens, self.writes, {hook: changed}
+            )
         change = torch.zeros_like(z[1:])
         change[:, :, self._users] = z[1:, :, self._users] - z[0, :, self._users]
         return change.flatten(2)
-
-    def _z_with(self, stream: Stream, values: torch.Tensor) -> torch.Tensor:
-        """`hook_z` of the base run's block with these values at the hook inside it."""
-        layer = sites.layer_of(self.writes)
-        resid = stream.base.at(sites.resid_pre(layer)).expand(len(values), -1, -1).clone()
-        with self.lens.put({self.reads[0]: values}):
-            return self.lens.through(layer, resid, stream.tokens.expand(len(values), -1), self.writes)
 
     @property
     def _users(self) -> list[int]:

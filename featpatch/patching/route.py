@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from featpatch import sites
-from featpatch.lens import Lens
+from featpatch.lens import Lens, added
 from featpatch.patching.run import Run
 
 Route = Literal["direct", "through_mlps"]
@@ -20,9 +20,6 @@ Route = Literal["direct", "through_mlps"]
 
 Place = tuple[int, str]
 """A block, and `"pre"` or `"mid"`: before its attention, or between attention and MLP."""
-
-ROWS = 4096
-"""Positions that go through one block together."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,12 @@ class Stream:
         place = sites.seen_at(hook)
         change = torch.cat([torch.zeros_like(self.changes[:1]), self.at(place)])
         if sites.is_stream(hook):
-            return _add(self.base.at(hook), change)
+            return added(self.base.at(hook), change)
         layer, behind = place[0], place[1] == "mid"
         below = torch.cat([torch.zeros_like(self.changes[:1]), self.at((layer, "pre"))]) if behind else change
-        some = max(1, ROWS // len(self.tokens))
-        parts = []
-        for entering, changed in zip(below.split(some), change.split(some), strict=True):
-            attention = _add(self.base.at(sites.component(layer, "attn_out")), changed - entering) if behind else None
-            with self.lens.put({} if attention is None else {sites.component(layer, "attn_out"): attention}):
-                resid = _add(self.base.at(sites.resid_pre(layer)), entering)
-                parts.append(self.lens.through(layer, resid, self.tokens.expand(len(resid), -1), hook))
-        return torch.cat(parts)
+        attention = sites.component(layer, "attn_out")
+        put = {attention: added(self.base.at(attention), change - below)} if behind else {}
+        return self.lens.through(layer, added(self.base.at(sites.resid_pre(layer)), below), self.tokens, hook, put)
 
     def _here(self, place: Place) -> Bool[torch.Tensor, " rows"]:
         return torch.tensor([entry == place for entry in self.entering])
@@ -101,8 +93,3 @@ class Stream:
             return change
         outputs = self.read(mlp)
         return change + (outputs[1:] - outputs[0]).to(change.device)
-
-
-def _add(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """In the type of the base and on its device, `[rows, ...]`."""
-    return (base[None] + change.to(base.device, torch.promote_types(base.dtype, change.dtype))).to(base.dtype)

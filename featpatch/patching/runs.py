@@ -49,11 +49,8 @@ class PairRuns:
 
 
 def chunks(pairs: Pairs) -> Iterator[list[int]]:
-    """Indices of pairs that can run together: equally long, and few."""
-    for length, group in pairs.by_length().items():
-        size = max(1, TOKENS_AT_ONCE // length)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+    """Indices of pairs that run together."""
+    return pairs.chunks(TOKENS_AT_ONCE)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
-from featpatch.patch import DIRECTIONS, Position
+from featpatch.patch import Position
+from featpatch.patching.asked import Asked
 from featpatch.patching.features import single_study
 from featpatch.patching.readings import Metrics
-from featpatch.patching.sets import SetPart
+from featpatch.patching.sets import MOST, SetPart
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def select_features(
     pairs: Pairs,
     *,
     effect: Effect = "recovery",
-    target: float = 0.8,
+    target: float = 0.9,
     candidates: int = 64,
-    most: int = 32,
+    most: int = MOST,
     position: Position = "all",
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
@@ -60,7 +61,7 @@ def select_features(
 
     Args:
         effect: what to reach, `"recovery"` or `"degradation"`.
-        target: how much of it, 0.8 = 80 % of the gap.
+        target: how much of it, 0.9 = 90 % of the gap.
         candidates: how many of the features with the largest effect alone take part. Of an AND none has any effect alone; then
             take more.
         most: features after which it ends.
@@ -75,7 +76,7 @@ def select_features(
             f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected 'recovery' or "
             "'degradation', a target above 0 such as 0.8, and 1 or more of the others"
         )
-    study, dictionary = single_study(model, sae, pairs, position, DIRECTIONS, metric, batch_rows)
+    study, dictionary = single_study(model, sae, pairs, position, Asked(metric=metric, batch_rows=batch_rows))
     one_way = replace(study, directions=(EFFECTS[effect],))
     single = one_way.complete(progress=progress)
     pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()

@@ -8,7 +8,7 @@ import torch
 from featpatch import sites
 from featpatch.engine import Deltas
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens
+from featpatch.lens import Dictionary, Lens, added
 from featpatch.patch import Direction, Node
 from featpatch.patching.component_parts import HeadPart, WholePart
 from featpatch.patching.feature_part import FeaturePart
@@ -94,9 +94,8 @@ class Senders:
             return change
         layer, z = sites.layer_of(site), base.at(site)
         rows = torch.cat([torch.zeros_like(change[:1]), change])
-        with self.lens.put({site: (z.flatten(1)[None].to(rows.device) + rows).to(z.dtype)}):
-            resid = base.at(sites.resid_pre(layer)).expand(len(rows), -1, -1).clone()
-            outputs = self.lens.through(layer, resid, tokens.expand(len(rows), -1), sites.component(layer, "attn_out"))
+        resid, attention = base.at(sites.resid_pre(layer))[None], sites.component(layer, "attn_out")
+        outputs = self.lens.through(layer, resid, tokens, attention, {site: added(z.flatten(1), rows)})
         return outputs[1:] - outputs[0]
 
 

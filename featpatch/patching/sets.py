@@ -13,6 +13,9 @@ from featpatch.patching.part import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.swaps import Directions, Swaps
 
+MOST = 64
+"""Features in the largest set, by default."""
+
 Sets = Mapping[Position, Sequence[Sequence[int]]]
 """Indices of features, for each position."""
 

@@ -1,7 +1,7 @@
 """A sweep over features from the checked input to the table of effects."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, spans
 from featpatch.patch import DIRECTIONS, Direction, check_directions
+from featpatch.patching.asked import Asked
 from featpatch.patching.noise import Noise
 from featpatch.patching.part import Part
-from featpatch.patching.readings import Metrics, Reading, Readout, readout
+from featpatch.patching.readings import Reading, Readout, readout
 from featpatch.patching.run import Contrast, Swap
 from featpatch.patching.runs import PairRuns, Runner, chunks
 from featpatch.patching.shards import made
@@ -61,7 +62,7 @@ class Study:
         memory: bytes that such a pass takes at its peak, estimated.
         runner: how pairs are run.
         runs: both runs of some pairs; the latest are kept.
-        options: what else it was made with.
+        remade: what else it is made with again, elsewhere.
     """
 
     lens: Lens
@@ -75,7 +76,7 @@ class Study:
     memory: int
     runner: Runner
     runs: Callable[[tuple[int, ...]], list[PairRuns]]
-    options: Mapping[str, Any]
+    remade: Mapping[str, Any]
 
     @classmethod
     def of(
@@ -84,21 +85,16 @@ class Study:
         parts: Sequence[Part],
         about: Mapping[str, Any],
         pairs: Pairs,
-        *,
-        positions: Positions,
-        directions: Sequence[Direction],
-        metric: Metrics,
-        batch_rows: int | None,
+        asked: Asked,
         contrast: Contrast = SWAP,
-        noise: Noise | None = None,
     ) -> "Study":
         """Checks everything that can be checked without a sweep.
 
         Raises:
             FeatpatchError: unusable input.
         """
-        read = readout(metric)
-        chosen = check_directions(directions)
+        read, noise, batch_rows = readout(asked.metric), asked.noise, asked.batch_rows
+        chosen = check_directions(asked.directions)
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
@@ -111,7 +107,7 @@ class Study:
                 f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
                 "both directions: expected a causal model, or answers of one token"
             )
-        wanted = [spans(pair, positions) for pair in pairs]
+        wanted = [spans(pair, asked.positions) for pair in pairs]
         hooks = sorted({hook for part in parts for hook in part.hooks})
         changed = [site for part in parts for site in part.sites]
         layers = sorted({sites.layer_of(site) for site in changed})
@@ -127,9 +123,9 @@ class Study:
         longest = max(len(run.tokens) for run in probes)
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
-        metadata = _metadata(lens, about, runner, read, chosen, positions)
-        options = {"about": about, "positions": positions, "metric": metric, "contrast": contrast, "noise": noise}
-        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, options)
+        metadata = _metadata(lens, about, runner, read, chosen, asked.positions)
+        remade = {"about": about, "asked": asked, "contrast": contrast}
+        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, remade)
 
     def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
         """The sweep over all pairs; after Ctrl-C what is finished.
@@ -207,7 +203,8 @@ class Study:
         total = patches * len(self.directions)
         with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
             try:
-                study = partial(_again, self.lens, self.parts, self.pairs, self.directions, self.options, book.rows)
+                asked = replace(self.remade["asked"], directions=self.directions, batch_rows=book.rows)
+                study = partial(Study.of, self.lens, self.parts, pairs=self.pairs, **{**self.remade, "asked": asked})
                 executor.run(partial(made, packed(study)), shards, book, bar.update)
             except KeyboardInterrupt:
                 return ClosedBook(book.rows, book.finished)
@@ -273,18 +270,6 @@ class Study:
                 for part in self.parts
             )
         return base["noising"], base["denoising"], patches
-
-
-def _again(
-    lens: Lens,
-    parts: Sequence[Part],
-    pairs: Pairs,
-    directions: tuple[Direction, ...],
-    options: Mapping[str, Any],
-    rows: int,
-) -> Study:
-    """The same study in another process."""
-    return Study.of(lens, parts, pairs=pairs, directions=directions, batch_rows=rows, **options)
 
 
 def _metadata(

@@ -1,7 +1,7 @@
 """Ranking features: all of them by patched runs, or those that estimates put first, with an audit of the others."""
 
+from featpatch.ranking.features import rank_features
 from featpatch.ranking.paths import rank_paths
 from featpatch.ranking.planning import plan
-from featpatch.ranking.features import rank_features
 
 __all__ = ["plan", "rank_features", "rank_paths"]

@@ -11,7 +11,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Node
-from featpatch.patching import Metrics, Noise, Study, feature_study, leading
+from featpatch.patching import Asked, Metrics, Noise, Study, feature_study, leading
 from featpatch.ranking.screen import Screen, screened
 
 
@@ -86,8 +86,9 @@ def rank_features(
     given = {name: value for name, value in options.items() if value is not None}
     if exact not in ("all", "screened") or (exact == "all" and given):
         raise FeatpatchError(f"exact={exact!r}, {given}: expected 'all' without any of these, or 'screened'")
+    asked = Asked(positions, directions, metric, batch_rows, noise)
     if exact == "all":
-        study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows, noise)
+        study, _ = feature_study(model, saes, pairs, asked)
         return study.run(journal, progress=progress, executor=executor)
     if noise is not None:
         raise FeatpatchError(
@@ -98,6 +99,6 @@ def rank_features(
     estimate = estimate_features(model, saes, pairs, method=screen.method, **taken)
 
     def study_of(only: frozenset[Node]) -> Study:
-        return feature_study(model, saes, pairs, positions, directions, metric, batch_rows, only=only)[0]
+        return feature_study(model, saes, pairs, asked, only)[0]
 
     return screened(screen, estimate, study_of, partial(Study.run, journal=journal, progress=progress, executor=executor))

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from featpatch.attribution import estimation_time
-from featpatch.engine import Sweep
 from featpatch.cost.plan import Plan
+from featpatch.engine import Sweep
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Node
-from featpatch.patching import Metrics, feature_study, leading
+from featpatch.patching import Asked, Metrics, feature_study, leading
 
 
 def plan(
@@ -29,7 +29,7 @@ def plan(
     Raises:
         FeatpatchError: unusable input.
     """
-    study, _ = feature_study(model, saes, pairs, positions, directions, metric, batch_rows)
+    study, _ = feature_study(model, saes, pairs, Asked(positions, directions, metric, batch_rows))
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
     nodes: set[Node] = set()

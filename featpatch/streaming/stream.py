@@ -13,7 +13,7 @@ from featpatch.execution import Executor, executor_of
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching import Metrics, Study, feature_study
+from featpatch.patching import Asked, Metrics, Study, feature_study
 from featpatch.streaming import parts
 from featpatch.streaming.stored import FORMAT, Stored
 
@@ -56,7 +56,7 @@ def stream_features(
             "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
         )
     folder, elsewhere, number = Path(folder), executor_of(executor), -1
-    options: dict[str, Any] = {"positions": positions, "directions": directions, "metric": metric, "batch_rows": batch_rows}
+    asked = Asked(positions, directions, metric, batch_rows)
     first = 0
     with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
@@ -64,7 +64,7 @@ def stream_features(
             if finished:
                 _check_same(folder, number, check_pairs(block))
             if number == 0 or not finished:
-                study, _ = feature_study(model, saes, check_pairs(block), **options)
+                study, _ = feature_study(model, saes, check_pairs(block), asked)
                 about = {"format": FORMAT, **{name: value for name, value in study.metadata.items() if name not in OWN}}
                 _check_about(folder / "about.json", json.loads(json.dumps(about)))
             if not finished:

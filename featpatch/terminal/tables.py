@@ -8,10 +8,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from featpatch.effects import THRESHOLD, Effect, Effects
 from featpatch.cost.plan import Plan
-from featpatch.patch import Node
 from featpatch.cost.prediction import Prediction
+from featpatch.effects import THRESHOLD, Effect, Effects
+from featpatch.patch import Node
 from featpatch.verdict import Check
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}

@@ -1,0 +1,20 @@
+"""What every study is asked: where, which way, by which metric."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from featpatch.pairs.spans import Positions
+from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patching.noise import Noise
+from featpatch.patching.readings import Metrics
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Arguments that all rankings share, see `rank_features`; `Study.of` checks them."""
+
+    positions: Positions = "all"
+    directions: Sequence[Direction] = DIRECTIONS
+    metric: Metrics = "logit_diff"
+    batch_rows: int | None = None
+    noise: Noise | None = None

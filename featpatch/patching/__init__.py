@@ -1,7 +1,6 @@
 """Exact patching: features, components and sets of them, ablations, and the operator by hand."""
 
 from featpatch.patching.ablation import ablate
-from featpatch.patching.asked import Asked
 from featpatch.patching.by_hand import do
 from featpatch.patching.components import component_study, rank_components
 from featpatch.patching.controls import Controls, random_controls
@@ -9,12 +8,10 @@ from featpatch.patching.curves import Curve, cumulative
 from featpatch.patching.diagnostics import diagnose
 from featpatch.patching.features import feature_study
 from featpatch.patching.interaction import interactions
-from featpatch.patching.noise import Noise
-from featpatch.patching.paths import Nodes, path_study
-from featpatch.patching.readings import Metrics, leading
-from featpatch.patching.route import Route
+from featpatch.patching.paths.route import Route
+from featpatch.patching.paths.study import Nodes, path_study
 from featpatch.patching.selection import Selection, select_features
-from featpatch.patching.study import Study
+from featpatch.patching.study import Asked, Metrics, Noise, Study, leading
 
 __all__ = [
     "Asked", "Controls", "Curve", "Metrics", "Nodes", "Noise", "Route", "Selection", "Study", "ablate", "component_study",

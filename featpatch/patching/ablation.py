@@ -16,14 +16,11 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, Split, check_tokens, dictionaries, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
-from featpatch.patching.asked import Asked
 from featpatch.patching.components import component_parts
 from featpatch.patching.feature_part import FeaturePart
 from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
-from featpatch.patching.part import Part
-from featpatch.patching.readings import Metrics
-from featpatch.patching.run import Contrast, Run, Ways
-from featpatch.patching.study import Study
+from featpatch.patching.study import Asked, Metrics, Part, Study
+from featpatch.patching.study.run import Contrast, Run, Ways
 
 To = str | float
 """`"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number."""

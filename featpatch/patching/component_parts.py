@@ -16,11 +16,12 @@ from featpatch.engine import Deltas
 from featpatch.lens import Lens
 from featpatch.lens.lens import ROWS
 from featpatch.patch import Direction, Node, Position
-from featpatch.patching.difference import whole_change
-from featpatch.patching.part import DictionaryPart, Part, count_whole
-from featpatch.patching.run import Run
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.swaps import Directions, Swaps, feature_swaps, whole_swaps
+from featpatch.patching.study import Part
+from featpatch.patching.study.difference import whole_change
+from featpatch.patching.study.part import DictionaryPart, count_whole
+from featpatch.patching.study.run import Run
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Directions, Swaps, feature_swaps, whole_swaps
 
 
 @dataclass(frozen=True, eq=False)

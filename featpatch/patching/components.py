@@ -11,12 +11,8 @@ from featpatch.lens import Lens, dictionaries, identity, neurons, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.asked import Asked
 from featpatch.patching.component_parts import HeadPart, NeuronPart, WholePart
-from featpatch.patching.noise import Noise
-from featpatch.patching.part import Part
-from featpatch.patching.readings import Metrics
-from featpatch.patching.study import Study
+from featpatch.patching.study import Asked, Metrics, Noise, Part, Study
 
 
 def rank_components(

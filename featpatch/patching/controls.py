@@ -11,13 +11,12 @@ from featpatch.engine import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Node, Position
-from featpatch.patching.asked import Asked
-from featpatch.patching.difference import Difference
 from featpatch.patching.features import single_study
-from featpatch.patching.part import DictionaryPart
-from featpatch.patching.readings import Metrics
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.swaps import Directions, Swaps, deltas_of
+from featpatch.patching.study import Asked, Metrics
+from featpatch.patching.study.difference import Difference
+from featpatch.patching.study.part import DictionaryPart
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Directions, Swaps, deltas_of
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
-from featpatch.patching.asked import Asked
 from featpatch.patching.features import feature_study
-from featpatch.patching.noise import Noise
-from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import MOST, SetPart
+from featpatch.patching.study import Asked, Metrics, Noise
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -26,7 +26,7 @@ from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.patch import DIRECTIONS, Direction, Node, Patch, check_directions
 from featpatch.patching.chosen import Chosen, Values, choose
-from featpatch.patching.runs import chunks
+from featpatch.patching.study.runs import chunks
 
 if TYPE_CHECKING:
     import pandas as pd

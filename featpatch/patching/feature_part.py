@@ -6,10 +6,11 @@ from weakref import WeakKeyDictionary
 
 from featpatch.lens import Dictionary
 from featpatch.patch import Node, Position
-from featpatch.patching.difference import Difference, whole_change
-from featpatch.patching.part import Part, count_whole
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.swaps import Directions, Naming, Swaps, feature_swaps, whole_swaps
+from featpatch.patching.study import Part
+from featpatch.patching.study.difference import Difference, whole_change
+from featpatch.patching.study.part import count_whole
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Directions, Naming, Swaps, feature_swaps, whole_swaps
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,8 @@ from featpatch.lens import Dictionary, dictionaries, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import Node, Position
-from featpatch.patching.asked import Asked
 from featpatch.patching.feature_part import FeaturePart
-from featpatch.patching.study import Study
+from featpatch.patching.study import Asked, Study
 
 
 def feature_study(

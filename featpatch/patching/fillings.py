@@ -9,7 +9,7 @@ import torch
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, Split
-from featpatch.patching.run import Run
+from featpatch.patching.study.run import Run
 
 
 class Filling(ABC):

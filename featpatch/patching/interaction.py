@@ -14,10 +14,9 @@ from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Position
-from featpatch.patching.asked import Asked
 from featpatch.patching.features import single_study
-from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import SetPart
+from featpatch.patching.study import Asked, Metrics
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,10 +11,9 @@ from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import Position
-from featpatch.patching.asked import Asked
 from featpatch.patching.features import single_study
-from featpatch.patching.readings import Metrics
 from featpatch.patching.sets import MOST, SetPart
+from featpatch.patching.study import Asked, Metrics
 
 
 @dataclass(frozen=True)

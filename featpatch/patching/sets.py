@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 
 from featpatch.engine import Deltas
 from featpatch.patch import Direction, Node, Position
-from featpatch.patching.difference import Difference, split_ways
-from featpatch.patching.part import DictionaryPart
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.swaps import Directions, Swaps
+from featpatch.patching.study.difference import Difference, split_ways
+from featpatch.patching.study.part import DictionaryPart
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Directions, Swaps
 
 MOST = 64
 """Features in the largest set, by default."""

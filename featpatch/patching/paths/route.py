@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from featpatch import sites
 from featpatch.lens import Lens, added
-from featpatch.patching.run import Run
+from featpatch.patching.study.run import Run
 
 Route = Literal["direct", "through_mlps"]
 """See `sites.ROUTES`."""

@@ -12,12 +12,12 @@ from featpatch.engine import Deltas
 from featpatch.lens import Lens
 from featpatch.pairs.spans import spans
 from featpatch.patch import Edge, Node
-from featpatch.patching.part import Part
-from featpatch.patching.receivers import Receiver
-from featpatch.patching.route import Route
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.senders import Senders
-from featpatch.patching.swaps import Swaps
+from featpatch.patching.paths.receivers import Receiver
+from featpatch.patching.paths.route import Route
+from featpatch.patching.paths.senders import Senders
+from featpatch.patching.study import Part
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Swaps
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from featpatch.lens import Dictionary, Split
 from featpatch.patch import Direction
-from featpatch.patching.run import Run, Ways
+from featpatch.patching.study.run import Run, Ways
 
 Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]
 """How the activations of the patched run change, by direction."""

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 from featpatch.lens import Dictionary
 from featpatch.pairs.spans import Wanted
-from featpatch.patching.difference import Change, Difference
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.swaps import Swaps, differing
+from featpatch.patching.study.difference import Change, Difference
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Swaps, differing
 
 
 class Part(ABC):

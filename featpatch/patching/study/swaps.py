@@ -12,7 +12,7 @@ from featpatch.engine import Deltas
 from featpatch.lens import Dictionary
 from featpatch.pairs.spans import Wanted
 from featpatch.patch import Direction, Kind, Node, Position
-from featpatch.patching.difference import Change, Difference
+from featpatch.patching.study.difference import Change, Difference
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from featpatch.lens import Lens
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.spans import Wanted
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.noise import Noise
-from featpatch.patching.readings import Reading
-from featpatch.patching.run import Contrast, Run, Ways
-from featpatch.patching.swaps import Swaps
+from featpatch.patching.study.noise import Noise
+from featpatch.patching.study.readings import Reading
+from featpatch.patching.study.run import Contrast, Run, Ways
+from featpatch.patching.study.swaps import Swaps
 
 CLEAN_FIRST = DIRECTIONS[::-1]
 """What the lens finds out about the model at its first run is not to be found out in a noisy one."""

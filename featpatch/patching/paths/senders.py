@@ -12,11 +12,11 @@ from featpatch.lens import Dictionary, Lens, added
 from featpatch.patch import Direction, Node
 from featpatch.patching.component_parts import HeadPart, WholePart
 from featpatch.patching.feature_part import FeaturePart
-from featpatch.patching.part import Part
-from featpatch.patching.route import Place, Route, Stream
-from featpatch.patching.run import Run
-from featpatch.patching.runs import PairRuns
-from featpatch.patching.swaps import Swaps
+from featpatch.patching.paths.route import Place, Route, Stream
+from featpatch.patching.study import Part
+from featpatch.patching.study.run import Run
+from featpatch.patching.study.runs import PairRuns
+from featpatch.patching.study.swaps import Swaps
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens
 from featpatch.patch import LOGITS, Node
-from featpatch.patching.route import Place, Stream
+from featpatch.patching.paths.route import Place, Stream
 
 INSIDE = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
 

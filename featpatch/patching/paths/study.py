@@ -11,12 +11,11 @@ from featpatch.lens import check_nodes, dictionaries_if_any, wrap
 from featpatch.metrics import SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Edge, Node
-from featpatch.patching.asked import Asked
-from featpatch.patching.edge_part import EdgePart
-from featpatch.patching.receivers import receiver
-from featpatch.patching.route import Route
-from featpatch.patching.senders import Senders
-from featpatch.patching.study import Study
+from featpatch.patching.paths.part import EdgePart
+from featpatch.patching.paths.receivers import receiver
+from featpatch.patching.paths.route import Route
+from featpatch.patching.paths.senders import Senders
+from featpatch.patching.study import Asked, Study
 
 Nodes = Effects | Sequence[Node | str]
 """Nodes, or a table whose rows they are; of the receivers `"logits"` is one too."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.noise import Noise
-from featpatch.patching.readings import Metrics
+from featpatch.patching.study.noise import Noise
+from featpatch.patching.study.readings import Metrics
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,14 @@ from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, spans
 from featpatch.patch import DIRECTIONS, Direction, check_directions
-from featpatch.patching.asked import Asked
-from featpatch.patching.noise import Noise
-from featpatch.patching.part import Part
-from featpatch.patching.readings import Reading, Readout, readout
-from featpatch.patching.run import Contrast, Swap
-from featpatch.patching.runs import PairRuns, Runner, chunks
-from featpatch.patching.shards import made
-from featpatch.patching.swaps import Swaps
+from featpatch.patching.study.asked import Asked
+from featpatch.patching.study.noise import Noise
+from featpatch.patching.study.part import Part
+from featpatch.patching.study.readings import Reading, Readout, readout
+from featpatch.patching.study.run import Contrast, Swap
+from featpatch.patching.study.runs import PairRuns, Runner, chunks
+from featpatch.patching.study.shards import made
+from featpatch.patching.study.swaps import Swaps
 
 SWAP = Swap()
 

@@ -9,10 +9,10 @@ from featpatch.engine import Sweep
 from featpatch.engine.work import Unit
 from featpatch.execution import Batch
 from featpatch.lens.transport import unpacked
-from featpatch.patching.runs import chunks
+from featpatch.patching.study.runs import chunks
 
 if TYPE_CHECKING:
-    from featpatch.patching.study import Study
+    from featpatch.patching.study.study import Study
 
 
 @dataclass

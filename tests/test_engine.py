@@ -155,7 +155,7 @@ def test_ctrl_c_returns_rows_that_are_finished(small: Small, monkeypatch: pytest
 
 def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rank(small, batch_rows=10_000)
-    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
     interrupt_after(monkeypatch, 3)
     part = rank(small, batch_rows=10_000)
     assert not part.finished
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.Monk
 def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs that were not looked at are not pairs without an effect."""
     whole = rank(small, batch_rows=20)
-    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
     interrupt_after(monkeypatch, 18)
     part = rank(small, batch_rows=20)
     assert not part.finished

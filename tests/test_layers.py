@@ -1,24 +1,16 @@
-"""The import layers: each room imports only from rooms above it, siblings never import each other."""
+"""The import layers, as the README shows them: each room imports only from rooms above it, siblings never each other."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
+README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 LAYERS = [
-    ["errors", "foreign", "page", "verdict"],
-    ["cost", "patch"],
-    ["sites", "metrics"],
-    ["pairs", "diagram"],
-    ["effects", "lens", "tasks"],
-    ["engine", "execution", "terminal"],
-    ["patching", "attribution", "firing", "comparison"],
-    ["ranking", "selfcheck", "circuits", "verifying"],
-    ["reporting", "streaming"],
-    ["loading"],
-    ["checkpoints"],
-    ["cli"],
+    re.split(r"  +", line[:44].rstrip())
+    for line in re.findall(r"```text\nrooms .*?\n(.*?)```", README, re.DOTALL)[0].splitlines()
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
@@ -36,6 +28,11 @@ def test_imports_go_up(path: Path) -> None:
             imported = parts[:1] or [alias.name for alias in node.names]
             for other in imported:
                 assert other == room(path) or LEVEL[other] < LEVEL[room(path)], f"{path} imports {node.module}"
+
+
+def test_the_readme_shows_every_room() -> None:
+    assert sorted(LEVEL) == sorted({room(path) for path in FILES})
+    assert len(LEVEL) == sum(map(len, LAYERS))
 
 
 def test_foreign_libraries_stay_in_their_room() -> None:

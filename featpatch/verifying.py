@@ -1,9 +1,10 @@
 """Measure a random sample of a table's rows again, and compare."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from featpatch import sites
 from featpatch.effects import Effects
@@ -13,9 +14,6 @@ from featpatch.metrics import MEASURES, SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Edge, Node
 from featpatch.patching import Asked, Study, component_study, feature_study, path_study
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TOLERANCE = 1e-4
 """By so much of the mean gap a value may differ: what batches of another size and rounding explain, in float32."""
@@ -42,10 +40,8 @@ class Verified:
         """Whether every row is as it was."""
         return all(difference <= self.tolerance for difference in self.differences)
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """One row per row that was measured again, the worst first."""
-        import pandas as pd
-
         table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)
 

@@ -1,18 +1,16 @@
 """How far estimates can be trusted: against exact effects of the same pairs, overall and site by site."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,23 +30,19 @@ class Calibration:
     effect: Effect
     signed: bool = True
 
-    def table(self, k: int = 20) -> "pd.DataFrame":
+    def table(self, k: int = 20) -> pd.DataFrame:
         """One row for all sites and one per site.
 
         `pearson`, `spearman`; `recall`: share of the k largest |exact| that are among the k largest |estimate| (NaN with no
         more than k rows); `signs`: share of rows with the same sign; `slope`: exact over estimate, least squares through 0.
         Estimates without sign (`"grad_drop"`) are compared with |exact|, and `signs` is NaN.
         """
-        import pandas as pd
-
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
         return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
-    def misses(self, n: int = 10) -> "pd.DataFrame":
+    def misses(self, n: int = 10) -> pd.DataFrame:
         """The rows in which the estimate is farthest from the exact effect, farthest first."""
-        import pandas as pd
-
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
         return pd.DataFrame(
             {

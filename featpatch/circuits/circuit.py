@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from featpatch.circuits.curve import SHARES, FaithfulnessCurve, sizes_of
@@ -17,9 +18,6 @@ from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
 from featpatch.patch import Node
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Circuit:
         low, high = self._interval(self.graph.values([self.items]))[0]
         return float(low), float(high)
 
-    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> "pd.DataFrame":
+    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
         """Is anything outside doing the same? Faithfulness of circuit and of model without the same random part of the circuit.
 
         A complete circuit and the model lose the same (Wang et al. 2022, section 4: incompleteness is the difference).
@@ -65,8 +63,6 @@ class Circuit:
         Returns:
             One row per subset: `removed` (how many), `circuit`, `model` (faithfulness without them), `incompleteness`.
         """
-        import pandas as pd
-
         _check_number("subsets", subsets, 1)
         _check_number("seed", seed, 0)
         if type(share) not in (int, float) or not 0 <= share <= 1:
@@ -80,10 +76,8 @@ class Circuit:
         return pd.DataFrame({"removed": [len(out) for out in removed], "circuit": of_circuit, "model": of_model,
                              "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
-    def minimality(self) -> "pd.DataFrame":
+    def minimality(self) -> pd.DataFrame:
         """Is everything inside needed? What faithfulness loses when one item leaves the circuit, exact, the least first."""
-        import pandas as pd
-
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
         without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
@@ -108,14 +102,12 @@ class Circuit:
         low, high = self._interval(values).T
         return FaithfulnessCurve(tuple(shares), sizes, self.graph.faithfulness(values), low, high)
 
-    def stability(self, *, resamples: int = 5, seed: int = 0) -> "pd.DataFrame":
+    def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
         """Is it the same circuit for other pairs? Found again for pairs drawn with replacement, among those of each length.
 
         Returns:
             One row per drawing: `size`, `jaccard` (shared items over all items of both), `faithfulness`, on the pairs drawn.
         """
-        import pandas as pd
-
         _check_number("resamples", resamples, 1)
         _check_number("seed", seed, 0)
         generator, rows = np.random.default_rng(seed), []

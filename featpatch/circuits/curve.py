@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all items, those of the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
@@ -40,10 +38,8 @@ class FaithfulnessCurve:
         """Integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
         return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """One row per size."""
-        import pandas as pd
-
         return pd.DataFrame(
             {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
         )

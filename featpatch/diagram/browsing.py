@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from featpatch.diagram.content import Content, content, digits
 from featpatch.diagram.drawing import figure
 from featpatch.diagram.naming import label
@@ -28,8 +30,6 @@ def interactive(graph: Any, title: str) -> str:
 
 def sections(graph: Any) -> list[Section]:
     """The figure with the panel of numbers, and the table of all edges, as parts of a page."""
-    import pandas as pd
-
     said = content(graph)
     names = [label(node) for node in said.nodes]
     edges = pd.DataFrame(

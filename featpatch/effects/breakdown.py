@@ -4,6 +4,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
@@ -12,8 +13,6 @@ from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from featpatch.effects.effects import Effect, Effects
 
 
@@ -40,7 +39,7 @@ def pairs_by_value(effects: "Effects", tag: str) -> dict[str, NDArray[np.int64]]
     return {value: np.flatnonzero([other == value for other in values]) for value in found}
 
 
-def by_tag(effects: "Effects", tag: str, effect: "Effect") -> "pd.DataFrame":
+def by_tag(effects: "Effects", tag: str, effect: "Effect") -> pd.DataFrame:
     """The pooled effect under each value of a tag, one row per node.
 
     Columns of each value, e.g. `swap_s2` of `recovery`: `recovery_swap_s2`, `recovery_swap_s2_low` and `_high` (95 % bootstrap
@@ -53,8 +52,6 @@ def by_tag(effects: "Effects", tag: str, effect: "Effect") -> "pd.DataFrame":
     Raises:
         FeatpatchError: no pair has the tag, or all have the same value of it.
     """
-    import pandas as pd
-
     table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
     table["index"] = table["index"].astype("Int64")
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked

@@ -9,17 +9,17 @@ exactly no effect there; such entries are not stored.
 Rows that are taken from a table remember it: q-values and ranks count every feature that was ranked, not only those looked at.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from featpatch.effects import breakdown, significance, statistics, storage
+from featpatch.effects import breakdown, frames, significance, statistics, storage
 from featpatch.effects.audit import Audit, audited, without_estimates
 from featpatch.effects.material import Material
 from featpatch.effects.plots import Plots
@@ -27,10 +27,7 @@ from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
-from featpatch.patch import RANKED, Direction, Edge, Node, Position
-
-if TYPE_CHECKING:
-    import pandas as pd
+from featpatch.patch import RANKED, Direction, Node
 
 Effect = Literal["recovery", "degradation"]
 EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
@@ -267,7 +264,7 @@ class Effects:
         """
         return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
 
-    def by_tag(self, tag: str, effect: Effect) -> "pd.DataFrame":
+    def by_tag(self, tag: str, effect: Effect) -> pd.DataFrame:
         """The pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
 
         For example `by_tag("corruption", "recovery")`. `depends` says that a feature's intervals under two values do not
@@ -365,79 +362,22 @@ class Effects:
         """The effects that this table holds."""
         return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> pd.DataFrame:
         """One row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.
 
         Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
         `quadrant` is there where both directions were run, and `_estimate` where features were screened.
         Those of other metrics come last, with the metric before the name: `prob_recovery`.
         """
-        table = self._frame()
-        for effect in self.directions_run():
-            columns = {
-                f"{effect}_median": self.median(effect),
-                f"{effect}_sign_consistency": self.sign_consistency(effect),
-                f"{effect}_p": self.p_values(effect),
-                f"{effect}_q": self.q_values(effect),
-            }
-            if effect in self.metadata.get("screening", {}).get("estimates", {}):
-                beside = np.array(self.metadata["screening"]["estimates"][effect])
-                columns[f"{effect}_estimate"] = beside[self.rows_in_whole()]
-            for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):
-                table.insert(offset, name, values)
-        table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(self.with_gap.sum()))
-        for metric, other in self.others.items():
-            columns = other.to_pandas().filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap)$")
-            table = table.join(columns.add_prefix(f"{metric}_"))
-        return table
+        return frames.full(self)
 
-    def _frame(self) -> "pd.DataFrame":
-        """One row per node with what is quick to know, for showing."""
-        import pandas as pd
-
-        table = pd.DataFrame({name: [getattr(node, name) for node in self.nodes] for name in Node.__dataclass_fields__})
-        table["index"] = table["index"].astype("Int64")
-        if any(isinstance(node, Edge) for node in self.nodes):
-            table["sender"], table["receiver"] = (
-                [str(getattr(node, end, "")) for node in self.nodes] for end in ("sender", "receiver")
-            )
-        intervals = {effect: self.interval(effect) for effect in self.directions_run()}
-        for effect, interval in intervals.items():
-            table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = self.pooled(effect), interval.T
-        if len(intervals) == 2:
-            table["quadrant"] = named(intervals["recovery"], intervals["degradation"])
-        table["changed_pairs"] = self.changed_pairs
-        table["pairs"], table["value"] = len(self.clean), self.value
-        return table
-
-    def sites(self) -> "pd.DataFrame":
+    def sites(self) -> pd.DataFrame:
         """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone, and
         the interaction that is left, whole - features - error.
 
         What has no row is the same in both runs and has exactly no effect.
         """
-        import pandas as pd
-
-        features = Counter((node.sae, node.site, node.position) for node in self.nodes if node.kind == "feature")
-        if "screening" in self.metadata:
-            features = Counter({tuple(key): count for *key, count in self.metadata["screening"]["changed_features"]})
-        at: dict[tuple[str, str, Position, str], int] = {
-            (node.sae, node.site, node.position, node.kind): row for row, node in enumerate(self.nodes)
-        }
-        pooled = {effect: np.append(self.pooled(effect), 0.0) for effect in self.directions_run()}
-        rows = []
-        for sae, site, position in dict.fromkeys(
-            (node.sae, node.site, node.position) for node in self.nodes if node.sae and node.kind != "edge"
-        ):
-            row: dict[str, Any] = {"sae": sae, "site": site, "position": position}
-            row["changed_features"] = features[sae, site, position]
-            for effect, values in pooled.items():
-                for kind, owner in (("activation", ""), ("all_features", sae), ("error", sae)):
-                    row[f"{effect}_{kind}"] = values[at.get((owner, site, position, kind), -1)]
-                parts = row[f"{effect}_all_features"] + row[f"{effect}_error"]
-                row[f"{effect}_interaction"] = row[f"{effect}_activation"] - parts
-            rows.append(row)
-        return pd.DataFrame(rows)
+        return frames.by_site(self)
 
     def about(self) -> dict[str, Any]:
         """Where the table comes from: its metadata, without what is as long as the pairs or the features."""
@@ -487,12 +427,12 @@ class Effects:
         return replace(first, others={other.metadata["metric"]: other for other in others})
 
     def __repr__(self) -> str:
-        shown = self.take(range(min(20, len(self))))._frame().drop(columns=["sae"])
+        shown = frames.brief(self.take(range(min(20, len(self))))).drop(columns=["sae"])
         more = f"\n... {len(self) - 20} more rows" if len(self) > 20 else ""
         return f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}"
 
     def _repr_html_(self) -> str:
-        shown = self.take(range(min(20, len(self))))._frame().to_html(index=False, escape=True)
+        shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)
         return f"{shown}<p>{len(self)} rows</p>"
 
 

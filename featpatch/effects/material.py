@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from featpatch.page import Section
 from featpatch.patch import Node
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,6 @@ class Material:
     question: str = ""
     prompts: Sequence[Prompt] = ()
     features: Mapping[Node, Portrait] = field(default_factory=dict)
-    checks: "pd.DataFrame | None" = None
+    checks: pd.DataFrame | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
     sections: Sequence[Section] = ()

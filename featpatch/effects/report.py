@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
+from featpatch.effects.frames import brief
 from featpatch.effects.material import Material
 from featpatch.effects.stability import TOP
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
 from featpatch.page import Block, Section, block, figure, page, table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from featpatch.effects.effects import Effects
 
 VALUES = 8
@@ -73,7 +73,7 @@ def _question(effects: "Effects", material: Material) -> Section | None:
 
 def _ranking(effects: "Effects", material: Material) -> Section:
     rows = _shown(effects)
-    frame = rows._frame()
+    frame = brief(rows)
     opens = {node: number for number, node in enumerate(material.features, 1)}
     frame["site"] = [node.sae or node.site for node in rows.nodes]
     frame.insert(0, "opens", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
@@ -167,7 +167,7 @@ def _stability(effects: "Effects") -> Section | None:
     )
 
 
-def _by_tag(effects: "Effects", tag: str) -> "pd.DataFrame":
+def _by_tag(effects: "Effects", tag: str) -> pd.DataFrame:
     rows = effects.top(TOP)
     frame = rows.by_tag(tag, effects.directions_run()[0])
     frame = frame.drop(columns=[name for name in ("site", "kind", "index", "sae", "position") if name in frame])

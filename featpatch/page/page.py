@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Block = Markup
 """A piece of HTML whose user text is escaped."""
@@ -57,7 +55,7 @@ def figure(chart: Any) -> Block:
     return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
 
 
-def table(frame: "pd.DataFrame", *, rows: int = 15, order: int | None = None) -> Block:
+def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> Block:
     """A table that can be sorted and searched; text is shown as text.
 
     Args:

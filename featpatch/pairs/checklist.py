@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 
 from featpatch.errors import FeatpatchError
@@ -23,9 +24,6 @@ from featpatch.metrics import Measure, find
 from featpatch.pairs.likelihood import Runs, log_probs
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import special_positions
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Status = Literal["pass", "warn", "fail"]
 SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
@@ -95,10 +93,8 @@ class Checklist:
         seen = Counter((finding.rule, finding.status) for finding in self.findings)
         return {rule: {status: seen[rule, status] for status in SEVERITY} for rule in RULES}
 
-    def to_pandas(self) -> "pd.DataFrame":
+    def to_pandas(self) -> pd.DataFrame:
         """One row per pair and rule: pair, rule, status, detail, advice."""
-        import pandas as pd
-
         columns = ("pair", "rule", "status", "detail", "advice")
         return pd.DataFrame([{name: getattr(finding, name) for name in columns} for finding in self.findings], columns=columns)
 

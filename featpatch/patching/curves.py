@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError
@@ -14,9 +15,6 @@ from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import feature_study
 from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Asked, Metrics, Noise
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Key = tuple[str, Position]
 """The name of a dictionary, and a position."""
@@ -38,13 +36,11 @@ class Curve:
     sets: Effects
     sizes: Mapping[Key, Sequence[int]]
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """One row per dictionary, position and k.
 
         Both effects of the set with 95 % intervals, and each as a share of that of all features (NaN where that is 0).
         """
-        import pandas as pd
-
         sets = self.sets
         keys = [(node.sae, node.position) for node in sets.nodes]
         table = pd.DataFrame(keys, columns=["sae", "position"])

@@ -15,8 +15,9 @@ unit of one feature in others, too, and thresholds and TopK decide anew.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
@@ -27,9 +28,6 @@ from featpatch.pairs.each import each
 from featpatch.patch import DIRECTIONS, Direction, Node, Patch, check_directions
 from featpatch.patching.chosen import Chosen, Values, choose
 from featpatch.patching.study.runs import chunks
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ROUNDING = 64
 """Changes up to this many units in the last place of the largest value are rounding."""
@@ -44,7 +42,7 @@ SUMS = ("along", "intended", "leaked", "whole", "moved", "before", "after")
 @torch.no_grad()
 def diagnose(
     model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node], *, directions: Sequence[Direction] = DIRECTIONS
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What patches of single nodes do to the activation, and to the features that are read from it afterwards.
 
     The model is run for its activations alone. No pair in which the node has the same value in both runs counts.
@@ -181,9 +179,7 @@ def _range(norms: Float[torch.Tensor, " n"], rounding: float) -> tuple[float, fl
     return (float(norms.min()) * (1 - rounding), float(norms.max()) * (1 + rounding)) if len(norms) else (torch.inf, -torch.inf)
 
 
-def _frame(nodes: Sequence[Node], swaps: Sequence[Chosen], seen: _Seen, pairs: int) -> "pd.DataFrame":
-    import pandas as pd
-
+def _frame(nodes: Sequence[Node], swaps: Sequence[Chosen], seen: _Seen, pairs: int) -> pd.DataFrame:
     rows = []
     for (number, way), of_pairs in seen.places.items():
         places, (low, high) = torch.cat(of_pairs), seen.norms[swaps[number].site]

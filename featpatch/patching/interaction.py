@@ -6,9 +6,10 @@ interaction = effect(both) - effect(one) - effect(other)
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
@@ -17,9 +18,6 @@ from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import single_study
 from featpatch.patching.sets import SetPart
 from featpatch.patching.study import Asked, Metrics
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def interactions(
@@ -34,7 +32,7 @@ def interactions(
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
     progress: bool = True,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Exact pairwise interactions of features of one dictionary, largest first.
 
     Below 0 where either is enough (an OR), above 0 where both are needed (an AND), in the direction of the effect.
@@ -50,8 +48,6 @@ def interactions(
     Raises:
         FeatpatchError: unusable input, several dictionaries, or fewer than two features.
     """
-    import pandas as pd
-
     study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     if features is None:
         features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()

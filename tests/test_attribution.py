@@ -235,6 +235,7 @@ def test_errors(small: Small) -> None:
         (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),
         (lambda: fp.calibrate(estimate, exact, effect="degradation"), "expected one that both tables hold"),
         (lambda: fp.calibrate(estimate, fp.rank_features(model, sae, pairs[:2], progress=False)), "pairs is"),
+        (lambda: fp.calibrate(estimate, fp.rank_components(model, pairs, sites="z", progress=False)), "the exact effects of \\['head'\\]"),
         (lambda: fp.calibrate(estimate, fp.rank_features(model, sae, pairs, metric="prob", progress=False)), "metric is"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -271,6 +271,26 @@ def test_kept_gradients_cost_no_run(small: Small) -> None:
     np.testing.assert_array_equal(again.noised, first.noised)
 
 
+def test_kept_gradients_of_another_state_are_taken_anew(small: Small) -> None:
+    """Changed weights, then a hook."""
+    gradients = fp.Gradients(small.model, pairs_of(CLEAN, CORRUPTED))
+    weights = next(small.model.blocks[2].mlp.parameters())
+    before = estimated(small.model, sites="mlp_out", gradients=gradients)
+    try:
+        with torch.no_grad():
+            weights *= 1.5
+        for _ in range(2):
+            kept, fresh = (estimated(small.model, sites="mlp_out", gradients=g) for g in (gradients, None))
+            assert not np.array_equal(kept.denoised, before.denoised)
+            np.testing.assert_allclose(kept.denoised, fresh.denoised, atol=1e-12)
+            before = kept
+            small.model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda x, hook: 0.5 * x)
+    finally:
+        small.model.reset_hooks()
+        with torch.no_grad():
+            weights /= 1.5
+
+
 @pytest.mark.parametrize("method", ["ig", "eap_ig_inputs", "grad_drop"])
 def test_kept_gradients_are_the_same_gradients(small: Small, method: str) -> None:
     """Whatever was asked for before."""
@@ -306,7 +326,7 @@ def test_whatever_the_mode_of_autograd(small: Small, grad: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::featpatch.engine.SlowPathWarning")
 def test_hooks_that_write_in_place_are_hooks(small: Small) -> None:
-    """The usual way to ablate: estimates are those of the same hook written out of place."""
+    """The usual way to ablate: estimates and exact effects are those of the same hook written out of place."""
     point = small.model.hook_dict["blocks.1.hook_resid_pre"]
 
     def in_place(x: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -325,6 +345,7 @@ def test_hooks_that_write_in_place_are_hooks(small: Small) -> None:
                 (
                     fp.estimate_features(small.model, sae, pairs_of(CLEAN, CORRUPTED), progress=False),
                     estimated(small.model, sites=["q", "k"], layers=[1], positions=[2, 5]),
+                    fp.rank_components(small.model, pairs_of(CLEAN, CORRUPTED), sites="resid_pre", layers=[1], progress=False),
                 )
             )
         finally:

@@ -105,6 +105,11 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
     for name in digests[0].keys() & digests[1].keys():
         if digests[0][name] != digests[1][name]:
             raise FeatpatchError(f"SAE {name!r} is not the same for the estimates and the exact effects: expected one SAE")
+    kinds = [{node.kind for node in table.take(table.ranked).nodes} for table in (estimate, exact)]
+    if not kinds[0] & kinds[1]:
+        raise FeatpatchError(
+            f"the estimates are of kind {sorted(kinds[0])}, the exact effects of {sorted(kinds[1])}: expected the same"
+        )
     estimate = estimate.whole
     shared = [name for name in estimate.directions_run() if name in exact.directions_run()]
     wanted = effect or next(iter(shared), None)

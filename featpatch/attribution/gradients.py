@@ -67,6 +67,8 @@ class PairGradients:
 class Gradients:
     """Activations and gradients of both runs of every pair, taken when they are first asked for, and kept.
 
+    What is kept is taken anew once the model's weights or hooks are others.
+
     With it, estimates for another dictionary at the same hooks, or at other positions, cost no run of the model:
 
         gradients = fp.Gradients(model, pairs)
@@ -115,10 +117,15 @@ class Gradients:
         if method == "grad_drop" and self.lens.n_layers < 2:
             raise FeatpatchError("the model has one block, and grad_drop drops one of several: expected method='atp'")
         check_tokens(pairs, self.lens)
-        self._keep, self._kept = keep, {}  # type: bool, dict[tuple[int, ...], _Batch]
+        self._keep, self._state = keep, None  # type: bool, object
+        self._kept: dict[tuple[int, ...], _Batch] = {}
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
         """Every pair with the activations at `reads` and `sites`, and the gradients at `sites`; equally long ones together."""
+        state = self.lens.state() if self._keep else None
+        if state != self._state:
+            self._kept.clear()
+            self._state = state
         for some in map(tuple, self.pairs.chunks(TOKENS_AT_ONCE)):
             batch = self._kept.get(some) or _Batch(self, some)
             if self._keep:

@@ -16,6 +16,7 @@ from featpatch.diagram import graph as graph_of
 from featpatch.diagram import interactive
 from featpatch.effects import interval
 from featpatch.errors import FeatpatchError
+from featpatch.page import write
 from featpatch.pairs import Pairs
 from featpatch.patch import Node
 
@@ -125,11 +126,8 @@ class Circuit:
         return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
-        """Writes the graph as one HTML file, in which a click on a node shows its numbers."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(interactive(self.to_networkx(), title or repr(self)), encoding="utf-8")
-        return path
+        """Writes the graph as one HTML file, in which a click on a node shows its numbers, as `Effects.report` does."""
+        return write(path, interactive(self.to_networkx(), title or repr(self)))
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval

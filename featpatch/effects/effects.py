@@ -27,6 +27,7 @@ from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError
+from featpatch.page import write
 from featpatch.patch import RANKED, Direction, Node
 
 Effect = Literal["recovery", "degradation"]
@@ -211,12 +212,14 @@ class Effects:
         """How many ranked rows `whole` has, or had before its rows were saved and loaded."""
         return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
-    def audit(self, effect: Effect | None = None, *, top: int = TOP, confidence: float = 0.95, share: float = 0.05) -> Audit:
+    def audit(
+        self, effect: Effect | None = None, *, top: int | None = None, confidence: float = 0.95, share: float = 0.05
+    ) -> Audit:
         """What a screened ranking may have missed: bounds from the features that were run at random; see `effects/audit.py`.
 
         Args:
             effect: whose size is meant; by default the larger of the effects that were run.
-            top: the ranking that is asked about.
+            top: the ranking that is asked about; by default the first 20, or all that were screened where these are fewer.
             confidence: of each bound.
             share: the share of the features that estimates put last, of which `Audit.size` tells the size.
 
@@ -239,7 +242,7 @@ class Effects:
             sizes[: screening["k"]],
             sizes[screening["k"] :],
             screening["candidates"],
-            top=top,
+            top=min(TOP, screening["k"]) if top is None else top,
             confidence=confidence,
             share=share,
             looks=screening["looks"],
@@ -405,12 +408,7 @@ class Effects:
         Raises:
             FeatpatchError: the path is a folder.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report(self, material or Material(), components), encoding="utf-8")
-        return path
+        return write(path, report(self, material or Material(), components))
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, with metadata as JSON in its header."""

@@ -91,7 +91,7 @@ def _ranking(effects: "Effects", material: Material) -> Section:
     if len(rows) < effects.ranked.sum():
         text += f" These are the {len(rows):,} with the largest effects of {effects.ranked.sum():,} in the table."
     if "screening" in effects.metadata and effects.finished:
-        text += f" Not all features were run. {effects.audit(top=min(TOP, effects.metadata['screening']['k']))}."
+        text += f" Not all features were run. {effects.audit()}."
     shown = frame[columns].round(4)
     blocks = [table(shown, order=columns.index(first))]
     return Section("ranking", "Ranked features", text, [*blocks, _portraits(material)] if opens else blocks)

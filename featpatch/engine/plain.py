@@ -42,7 +42,7 @@ class PlainPath:
         """Logits of the base run at its answer position."""
         layer = min(run.resid)
         tokens, answers = run.tokens[None].to(self.lens.device), torch.tensor([run.answer], device=self.lens.device)
-        return _columns(self.lens.resume(layer, run.resid[layer][None], tokens, answers), columns)
+        return _columns(self.lens.resume(layer, run.resid[layer][None].clone(), tokens, answers), columns)
 
     @torch.no_grad()
     def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:

@@ -412,6 +412,10 @@ class Lens(ABC):
         """SHA-256 of the model's weights."""
         return digest(self.model)
 
+    def state(self) -> object:
+        """What its runs depend on, to be compared: weights, and hooks that are attached."""
+        return self.digest(), {name: [*point.fwd_hooks] for name, point in self.hook_points.items() if point.fwd_hooks}
+
 
 @contextmanager
 def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from featpatch.errors import FeatpatchError
 
 Block = Markup
 """A piece of HTML whose user text is escaped."""
@@ -40,6 +43,20 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     plots, tables = Markup(plotly.offline.get_plotlyjs()), Markup(generate_init_offline_itables_html(dt_bundle))
     values = {"title": title, "subtitle": subtitle, "sections": sections}
     return TEMPLATES.get_template("page.html").render(plotly=plots, datatables=tables, **values)
+
+
+def write(path: str | Path, content: str) -> Path:
+    """Writes a page; the folder is made where it is missing.
+
+    Raises:
+        FeatpatchError: the path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
 
 
 def block(template: str, **values: Any) -> Block:

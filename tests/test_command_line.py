@@ -13,7 +13,21 @@ from featpatch.cli import app
 from featpatch.cli.study import read
 
 SITE = "blocks.3.hook_resid_post"
-COMMANDS = ("demo", "rank", "components", "attribute", "check", "plan", "compare", "report", "info", "run", "stream", "verify")
+COMMANDS = (
+    "demo",
+    "rank",
+    "components",
+    "attribute",
+    "check",
+    "plan",
+    "predict",
+    "compare",
+    "report",
+    "info",
+    "run",
+    "stream",
+    "verify",
+)
 
 
 @pytest.fixture(scope="module")

@@ -64,11 +64,11 @@ def test_bad_sizes() -> None:
 
 
 def test_on_the_command_line() -> None:
-    asked = ["plan", "--shape", "llama-3-8b", "--features", "131072", "--count", "50", "--gpu", "h100", "--workers", "8"]
+    asked = ["predict", "llama-3-8b", "--features", "131072", "--pairs", "50", "--device", "h100", "--workers", "8"]
     found = json.loads(CliRunner().invoke(app, [*asked, "--layers", "8,16", "--json"]).stdout)
     same = fp.predict("llama-3-8b", features=131072, pairs=50, layers=[8, 16], device="h100", workers=8)
     assert found["patches"] == same.patches
     assert found["hours"] == pytest.approx(same.hours)
     assert "does it fit?" in CliRunner().invoke(app, asked).stdout
-    for refused in (["plan"], [*asked, "--layers", "a"]):
+    for refused in (["predict", "gpt5"], [*asked, "--layers", "a"]):
         assert CliRunner().invoke(app, refused).exit_code == 2

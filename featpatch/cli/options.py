@@ -14,12 +14,12 @@ Top = Annotated[int, typer.Option(min=1, help="How many features or components t
 Positions = Annotated[
     str, typer.Option(help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'.")
 ]
-MODEL = typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")
-SAES = typer.Option(help="release/id of sae-lens' registry, owner/repository/folder on the hub, or a folder. Repeatable.")
-PAIRS = typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")
-Model = Annotated[str, MODEL]
-Saes = Annotated[list[str], SAES]
-PairsFile = Annotated[Path, PAIRS]
+Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
+Saes = Annotated[
+    list[str],
+    typer.Option(help="release/id of sae-lens' registry, owner/repository/folder on the hub, or a folder. Repeatable."),
+]
+PairsFile = Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")]
 Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")]
 MetricNames = Annotated[
     list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")

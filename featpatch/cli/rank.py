@@ -1,6 +1,5 @@
-"""featpatch rank, featpatch plan."""
+"""featpatch rank."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +9,6 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, check_folder, clear_errors, console
 from featpatch.cli.shown import show
-from featpatch.cost.known import GPUS, SHAPES
-from featpatch.errors import FeatpatchError
 
 
 @app.command()
@@ -54,54 +51,3 @@ def rank(
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
         effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere)
         show(screen, effects, top, out, work, as_json=as_json)
-
-
-@app.command()
-def plan(
-    model: Annotated[str | None, of.MODEL] = None,
-    sae: Annotated[list[str] | None, of.SAES] = None,
-    pairs: Annotated[Path | None, of.PAIRS] = None,
-    positions: of.Positions = "all",
-    direction: of.Directions = "both",
-    metric: of.MetricNames = of.LOGIT_DIFF,
-    device: of.Device = "cpu",
-    shape: Annotated[str | None, typer.Option(help=f"Without a model: {', '.join(SHAPES)}.")] = None,
-    features: Annotated[int, typer.Option(help="shape: features of a dictionary.")] = 16384,
-    count: Annotated[int, typer.Option(help="shape: how many pairs.")] = 100,
-    active: Annotated[int, typer.Option(help="shape: active features of a position, L0.")] = 64,
-    tokens: Annotated[int, typer.Option(help="shape: of a prompt.")] = 20,
-    changed: Annotated[int, typer.Option(help="shape: positions from the first differing token to the answer.")] = 5,
-    layers: Annotated[str | None, typer.Option(help="shape: blocks with a dictionary, e.g. 6,12; the middle one.")] = None,
-    gpu: Annotated[str | None, typer.Option(help=f"shape: {', '.join(GPUS)}.")] = None,
-    workers: Annotated[int, typer.Option(help="shape: how many of them.")] = 1,
-    as_json: of.Json = False,
-) -> None:
-    """Estimate what `rank` with the same options will take: patches, operations, memory, time; or predict it from sizes alone.
-
-    Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
-
-    featpatch plan --shape gemma-2-9b --features 131072 --count 10000 --gpu h100 --workers 8
-    """
-    with clear_errors():
-        import json
-
-        from featpatch.terminal import planned, predicted
-
-        screen = console(json=as_json)
-        found: fp.Plan | fp.Prediction
-        if shape is not None:
-            chosen = None if layers is None else [int(layer) if layer.isdecimal() else -1 for layer in layers.split(",")]
-            found = fp.predict(
-                shape, features=features, pairs=count, active=active, tokens=tokens, changed=changed, layers=chosen,
-                directions=2 if direction == "both" else 1, device=gpu, workers=workers,
-            )  # fmt: skip
-            table = predicted(found)
-        elif model is None or not sae or pairs is None:
-            raise FeatpatchError(f"--model {model}, --sae {sae}, --pairs {pairs}: expected all three, or --shape")
-        else:
-            found = fp.plan(**of.study(screen, model, sae, pairs, positions, direction, metric, device))
-            table = planned(found)
-        if as_json:
-            typer.echo(json.dumps(asdict(found)))
-        else:
-            screen.print(table)

@@ -154,8 +154,8 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
     [({}, "nothing to ablate"), ({"sites": "z", "to": "median"}, "to='median': expected 'zero', 'mean'"),
      ({"sites": "z", "to": float("nan")}, "or a finite number"), ({"sites": "z", "to": float("inf")}, "or a finite number"),
      ({"layers": [0]}, r"layers=\[0\] without sites"),
-     ({"sites": "z", "over": fp.Pairs((fp.Pair((99, 2), (3, 2), (4,), (5,)),))}, "has token ids from 2 to 99"),
-     ({"sites": "z", "over": fp.Pairs((fp.Pair((1, 2), (3, 2), (4,), (5,), special=frozenset({0, 1})),))}, "are special"),],
+     ({"sites": "z", "reference": fp.Pairs((fp.Pair((99, 2), (3, 2), (4,), (5,)),))}, "has token ids from 2 to 99"),
+     ({"sites": "z", "reference": fp.Pairs((fp.Pair((1, 2), (3, 2), (4,), (5,), special=frozenset({0, 1})),))}, "are special"),],
 )  # fmt: skip
 def test_errors(small: Small, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
@@ -215,7 +215,7 @@ def test_a_draw_is_the_same_whichever_other_pairs_there_are(small: Small) -> Non
     assert alone.corrupted[0] == pytest.approx(together.corrupted[1], abs=1e-12)
     other = fp.rank_components(small.model, pairs, sites="resid_pre", layers=[0], noise=fp.Noise([2], seed=1), progress=False)
     assert abs(other.corrupted - together.corrupted).min() > 1e-6
-    options = {"sites": "resid_pre", "layers": [0], "to": "resample", "over": pairs, "progress": False}
+    options = {"sites": "resid_pre", "layers": [0], "to": "resample", "reference": pairs, "progress": False}
     drawn, single = (fp.ablate(small.model, some, **options) for some in (pairs, pairs[1:2]))
     assert single.noised[0] == pytest.approx(drawn.noised[list(drawn.pair).index(1)], abs=1e-12)
 
@@ -228,7 +228,7 @@ def test_a_journal_of_another_question_is_refused(small: Small, tmp_path: Path) 
     special = fp.Pairs(tuple(fp.Pair(p.clean, p.corrupted, p.correct, p.wrong, special=frozenset({0})) for p in pairs))
     with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: ablation differ"):
         fp.rank_features(small.model, sae, pairs, positions=[3], directions=["noising"], journal=journal, progress=False)
-    for changed in ({"to": "zero"}, {"over": special}):
+    for changed in ({"to": "zero"}, {"reference": special}):
         options: dict[str, Any] = {"to": "mean", **changed}
         with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: ablation differ"):
             fp.ablate(small.model, pairs, saes=sae, positions=[3], journal=journal, progress=False, **options)

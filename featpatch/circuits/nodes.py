@@ -81,7 +81,7 @@ class NodeGraph(Graph):
         live: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
             for dictionary in self._used():
-                ablated = self._columns(kept, some, dictionary.d_sae, _of_sae(dictionary.name))
+                ablated = self._ablated(kept, some, _of_sae(dictionary.name), dictionary.d_sae)
                 errors = self._errors(kept, some, dictionary)
                 change = self._coded(dictionary, ablated, errors, others[dictionary.name], live)
                 stack.enter_context(self.lens.edit(dictionary.writes, change))
@@ -114,31 +114,19 @@ class NodeGraph(Graph):
             self._others[some[0]] = found
         return self._others[some[0]]
 
-    def _columns(self, kept: torch.Tensor, some: Sequence[int], count: int, own: Callable[[Node], bool]) -> Mask:
-        """What is ablated of the features or heads of a site: all but what is kept."""
-        length = len(self.pairs[some[0]])
-        ablated = torch.ones(len(kept), len(some), length, count, dtype=torch.bool)
+    def _ablated(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool], count: int | None = None) -> Mask:
+        """What is ablated of a site: all but what is kept, of its `count` features or heads, or of what has no index."""
+        ablated = torch.ones(len(kept), len(some), len(self.pairs[some[0]]), count or 1, dtype=torch.bool)
         for number, node in enumerate(self.items):
-            if node.index is not None and own(node):
+            if own(node) and (node.index is None) == (count is None):
                 for slot, index in enumerate(some):
                     at = spans(self.pairs[index], [node.position])[node.position]
-                    ablated[:, slot, at, node.index] &= ~kept[:, number, None]
-        return ablated
-
-    def _wholes(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool]) -> Mask:
-        """The same of what has no index."""
-        length = len(self.pairs[some[0]])
-        ablated = torch.ones(len(kept), len(some), length, 1, dtype=torch.bool)
-        for number, node in enumerate(self.items):
-            if node.index is None and own(node):
-                for slot, index in enumerate(some):
-                    at = spans(self.pairs[index], [node.position])[node.position]
-                    ablated[:, slot, at, 0] &= ~kept[:, number, None]
+                    ablated[:, slot, at, node.index or 0] &= ~kept[:, number, None]
         return ablated
 
     def _errors(self, kept: torch.Tensor, some: Sequence[int], dictionary: Dictionary) -> Mask:
         if self.errors == "nodes":
-            return self._wholes(kept, some, _of_sae(dictionary.name))
+            return self._ablated(kept, some, _of_sae(dictionary.name))
         shape = len(kept), len(some), len(self.pairs[some[0]]), 1
         return torch.full(shape, self.errors == "out", dtype=torch.bool)
 
@@ -163,8 +151,8 @@ class NodeGraph(Graph):
 
     def _parted(self, kept: torch.Tensor, some: Sequence[int], site: str, other: torch.Tensor) -> Any:
         heads = site.endswith("hook_z")
-        whole = self._wholes(kept, some, lambda node: node.site == site)
-        of_heads = self._columns(kept, some, other.shape[2], lambda node: node.site == site) if heads else whole
+        whole = self._ablated(kept, some, lambda node: node.site == site)
+        of_heads = self._ablated(kept, some, lambda node: node.site == site, other.shape[2]) if heads else whole
         ablated = (whole & of_heads if heads else whole).flatten(0, 1).to(other.device)
 
         def change(activation: torch.Tensor) -> torch.Tensor:

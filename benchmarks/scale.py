@@ -7,8 +7,6 @@ features at 20 tokens, 4 pairs that differ in half of them. Kept are the differe
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import ArgumentParser
@@ -16,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from alone import alone
 from memory import peak_of
-from rich.console import Console
-from rich.table import Table
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import featpatch as fp
+from featpatch.effects.report import ROWS
 
 WIDTH, ACTIVE, TOKENS, PAIRS, SITE = 64, 64, 20, 4, "blocks.1.hook_resid_pre"
 
@@ -79,29 +77,25 @@ def one_table(rows: int) -> dict[str, float]:
     return found
 
 
-def alone(step: str, size: int) -> dict[str, float]:
-    """In a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--alone", step, str(size)], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(features: list[int], rows: list[int]) -> None:
-    """Prints both tables."""
-    console = Console(width=130)
-    table = Table("features", "weights", "extra peak", "rows", "kept differences", "seconds")
+    """Prints both tables in Markdown, and the README's sentence about the last row of the second."""
+    print("| features | weights | extra peak | rows | kept differences | time |\n" + "|---" * 6 + "|")
     for size in features:
-        found = alone("one_dictionary", size)
-        counts = [f"{found[name]:,}" for name in ("rows", "entries")]
-        table.add_row(
-            f"{size:,}", f"{found['weights']:,.0f} MiB", f"{found['extra']:,.0f} MB", *counts, f"{found['seconds']:.1f}"
+        found = alone(__file__, "--alone", "one_dictionary", str(size))
+        counts = " | ".join(f"{found[name]:,}" for name in ("rows", "entries"))
+        print(
+            f"| {size:,} | {found['weights']:,.0f} MiB | {found['extra']:,.0f} MB | {counts} | {found['seconds']:.1f} s |",
+            flush=True,
         )
-    console.print(table)
-    table = Table("rows", "sort, first 20 with intervals", "write", "read", "report", "size of the report")
+    print("\n| rows | sort, first 20 with intervals | write | read | report | size of the report |\n" + "|---" * 6 + "|")
     for size in rows:
-        found = alone("one_table", size)
-        seconds = [f"{found[name]:.2f} s" for name in ("sort", "write", "read", "report")]
-        table.add_row(f"{size:,}", *seconds, f"{found['report_bytes'] / 2**20:.1f} MiB")
-    console.print(table)
+        found = alone(__file__, "--alone", "one_table", str(size))
+        seconds = " | ".join(f"{found[name]:.2f} s" for name in ("sort", "write", "read", "report"))
+        print(f"| {size:,} | {seconds} | {found['report_bytes'] / 2**20:.1f} MiB |", flush=True)
+    print(
+        f"\nA table of {size:,} rows sorts in {found['sort']:.1f} s, is read in {found['read']:.0f} s and reported in "
+        f"{found['report']:.1f} s (the report shows the {ROWS:,} largest effects)."
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import featpatch as fp
 
 PICTURE = Path("examples/report.png")
 TOLERANCE = 2.0
-"""Of 255: mean difference of two pictures that are the same but for the rendering of letters; 255 if sizes differ."""
-READY = "return document.querySelectorAll('#ranking tr.opens').length > 0 && document.querySelectorAll('#quadrants .main-svg').length > 0"
+"""Of 255: mean difference of two pictures that are the same but for the rendering of letters."""
+READY = "return Boolean(document.querySelector('#ranking tr.opens') && document.querySelector('#quadrants .main-svg'))"
 PARTS = """
 const keep = ["question", "ranking", "quadrants"];
 document.querySelectorAll("header, section").forEach(part => { if (!keep.includes(part.id)) part.remove(); });

@@ -528,10 +528,11 @@ class Soak:
         before, after, _ = (each / 2**20 for each in self.growth())
         middle = self.memory[len(self.memory) // 2][1] / 2**20
         return (
-            f"`python benchmarks/soak.py` ran {self.counts['studies']:,} studies ({self.counts['patches'] / 1e6:.1f} million patches) "
-            f"and {self.counts['sweeps here']:,} sweeps in one process under {len(FAULTS)} kinds of faults (killed, full disk, damaged "
-            "journals, memory refused, NaN, jumping clock ...): no finished batch was lost and no row differed; the process grew from "
-            f"{before:.0f} MB to {after:.0f} MB, ever {'more slowly' if after - middle < middle - before else 'faster'}."
+            f"`python benchmarks/soak.py` ran {self.counts['studies']:,} studies ({self.counts['patches'] / 1e6:.1f} million "
+            f"patches) and {self.counts['sweeps here']:,} sweeps in one process under {len(FAULTS)} kinds of faults (killed, full "
+            "disk, damaged journals, memory refused, NaN, jumping clock ...): no finished batch was lost and no row differed; the "
+            f"process grew from {before:.0f} MB to {after:.0f} MB, ever "
+            f"{'more slowly' if after - middle < middle - before else 'faster'}."
         )
 
     def unmet(self) -> list[str]:

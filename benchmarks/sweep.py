@@ -132,7 +132,8 @@ def table() -> None:
     peaks = [f"{of['peak']:.0f} MB" for of in found[:3]]
     print(f"No result differs from a loop's by more than {max(of['difference'] for of in found):.0e} of the largest logit.")
     print(
-        f"The peak of a sweep lies {', '.join(peaks[:2])} and {peaks[2]} above what was in use before (the first three commands)."
+        f"The peak of a sweep lies {', '.join(peaks[:2])} and {peaks[2]} above what was in use before (the first three "
+        "commands)."
     )
     ms = found[0]["ms"]["TransformerBridge"]
     a, b, c = (f"{found[0]['loops'][loop] / ms:.0f} x" for loop in "abc")

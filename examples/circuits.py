@@ -104,13 +104,18 @@ def of_single_features(demo: fp.Demo, pairs: fp.Pairs, sae: Any) -> str:
     print(f"the strongest of {len(edges)} edges of single features (estimates):")
     for edge, score in edges[:6]:
         print(f"  {score:+.3f}  {edge}")
-    first, *more = [edge for edge, _ in edges[:4]]
-    senders, receivers = [str(edge.sender.index) for edge in more], {name(edge.receiver): None for edge in more}
+    into = [edge for edge, _ in edges[:5] if edge.receiver.kind == "feature"]
+    out = [edge for edge, _ in edges[:5] if edge.sender.kind == "feature"]
+    written, writing = ([str(getattr(edge, end).index) for edge in part] for part, end in ((into, "receiver"), (out, "sender")))
+    above, below = (
+        listed([*dict.fromkeys(name(node) for node in nodes)])
+        for nodes in ([edge.receiver for edge in out], [edge.sender for edge in into])
+    )
     return (
         f"Where its {len(strongest)} strongest features stand between block 0 and what reads it, {len(circuit)} of "
         f"{len(circuit.graph.items)} edges have {kept(circuit)}, {sum(edge in set(circuit.items) for edge, _ in edges)} of them edges of "
-        f"single features: the strongest lead from {name(first.sender)} into {name(first.receiver)}, and from features "
-        f"{listed(senders)} into {listed([*receivers])}."
+        f"single features: the strongest lead from {below} into features {listed(written)}, and from features {listed(writing)} into "
+        f"{above}."
     )
 
 

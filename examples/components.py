@@ -57,8 +57,8 @@ class Found:
     def against_principal_components(self) -> list[float]:
         """What as many of them and of the SAE's features bring back."""
         at = self.curve[self.curve["k"] == FEW].set_index("sae")["recovery"]
-        names = self.curve["sae"].unique()
-        return [at[names[2]], at[names[0]]]
+        site = self.few.effects.nodes[0].site
+        return [at[f"principal components of {site}"], at[site]]
 
     def reached(self) -> int:
         """Random directions that reach the top feature."""

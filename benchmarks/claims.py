@@ -3,8 +3,7 @@
     make claims
     python benchmarks/claims.py [--only TEXT] [--write] [--resume] [--long]
 
-What was measured stands in README.md and checkpoints/README.md between two comments, the first of which names the command
-that prints it:
+What was measured stands in the `PAGES` between two comments, the first of which names the command that prints it:
 
     <!-- claim: python -m examples.estimates --> ... <!-- /claim -->
     <!-- claim 1.5x: python benchmarks/sweep.py --> ... <!-- /claim -->
@@ -25,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ROOT / "build" / "claims"
-PAGES = ("README.md", "checkpoints/README.md")
+PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/significance.py")
 PASSAGE = re.compile(
     r"<!-- claim(?: (?P<factor>[\d.]+)x)?(?P<long> long)?: (?P<command>.+?) -->(?P<text>.*?)<!-- /claim -->", re.DOTALL
 )

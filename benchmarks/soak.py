@@ -529,9 +529,9 @@ class Soak:
         middle = self.memory[len(self.memory) // 2][1] / 2**20
         return (
             f"`python benchmarks/soak.py` ran {self.counts['studies']:,} studies ({self.counts['patches'] / 1e6:.1f} million "
-            f"patches) and {self.counts['sweeps here']:,} sweeps in one process under {len(FAULTS)} kinds of faults (killed, full "
-            "disk, damaged journals, memory refused, NaN, jumping clock ...): no finished batch was lost and no row differed; the "
-            f"process grew from {before:.0f} MB to {after:.0f} MB, ever "
+            f"patches) and {self.counts['sweeps here']:,} sweeps in one process under {len(FAULTS)} kinds of faults "
+            "(killed, full disk, damaged journals, memory refused, NaN, jumping clock ...): no finished batch was lost and no "
+            f"row differed; the process grew from {before:.0f} MB to {after:.0f} MB, ever "
             f"{'more slowly' if after - middle < middle - before else 'faster'}."
         )
 

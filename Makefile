@@ -1,4 +1,4 @@
-.PHONY: check format lint types test demo docs
+.PHONY: check format lint types test demo docs claims
 
 check: format lint types test
 
@@ -19,3 +19,6 @@ demo:
 
 docs:
 	python .ci/docs build/docs
+
+claims:
+	python benchmarks/claims.py

@@ -1,6 +1,6 @@
 """How the cost of a sweep grows: with features, positions, blocks to run and pairs; a table and a plot.
 
-    python benchmarks/growth.py --out growth.svg
+    python benchmarks/growth.py [--out build/growth.svg]
 
 GPT-2-small's width with six blocks, random weights; one thread, CPU time. One quantity grows, the others stay. "Extra MB"
 is how far the peak of the sweep lies above the memory in use when it began.
@@ -9,6 +9,7 @@ is how far the peak of the sweep lies above the memory in use when it began.
 import argparse
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -47,10 +48,13 @@ def sweep(shape: Shape, tokens: int, pairs: int) -> tuple[int, int, float, float
 def main() -> None:
     """Measures, prints the table and writes the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="growth.svg", help="plot: .html, or .svg and .png where plotly's exporter is there")
+    parser.add_argument(
+        "--out", default="build/growth.svg", help="plot: .html, or .svg and .png where plotly's exporter is there"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("grows", "to", "patches", "rows", "CPU s", "ms per patch", "us per row", "extra MB")
+    per_row: list[float] = []
     figure = make_subplots(1, len(GROWS), subplot_titles=list(GROWS))
     for column, (name, values) in enumerate(GROWS.items(), 1):
         at, seconds = [], []
@@ -61,6 +65,7 @@ def main() -> None:
             (size,) = value.values()
             at.append(BASE.layers - size if "layer" in value else size)
             seconds.append(spent)
+            per_row.append(spent / rows)
             table.add_row(
                 name, str(at[-1]), f"{patches:,}", f"{rows:,}", f"{spent:.2f}", f"{spent / patches * 1e3:.2f}",
                 f"{spent / rows * 1e6:.0f}", f"{memory:.0f}",
@@ -70,6 +75,8 @@ def main() -> None:
     figure.update_yaxes(title="CPU seconds", rangemode="tozero", col=1)
     figure.update_layout(width=1400, height=400, showlegend=False, template="plotly_white")
     Console().print(table)
+    print(f"at a nearly constant time per row ({min(per_row) * 1e6:.0f} us to {max(per_row) * 1e6:.0f} us)")
+    Path(options.out).parent.mkdir(exist_ok=True)
     if options.out.endswith(".html"):
         figure.write_html(options.out, include_plotlyjs=True)
     else:

@@ -7,8 +7,6 @@ features at 20 tokens, 4 pairs that differ in half of them. Kept are the differe
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import ArgumentParser
@@ -16,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from alone import alone
 from memory import peak_of
-from rich.console import Console
-from rich.table import Table
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import featpatch as fp
+from featpatch.effects.report import ROWS
 
 WIDTH, ACTIVE, TOKENS, PAIRS, SITE = 64, 64, 20, 4, "blocks.1.hook_resid_pre"
 
 
 def one_dictionary(features: int) -> dict[str, float]:
-    """Ranks its features; bytes and seconds."""
+    """Ranks its features; bytes and CPU seconds."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=200, n_positions=32, n_embd=WIDTH, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
@@ -40,15 +38,15 @@ def one_dictionary(features: int) -> dict[str, float]:
     tokens = torch.randint(1, 200, (2, PAIRS, TOKENS))
     tokens[1, :, : TOKENS // 2] = tokens[0, :, : TOKENS // 2]
     pairs = fp.Pairs.from_tokens(*tokens, torch.arange(PAIRS) + 3, torch.arange(PAIRS) + 9)
-    start = time.perf_counter()
+    start = time.process_time()
     effects, extra = peak_of(lambda: fp.rank_features(bridge, sae, pairs, progress=False))
     weights = 4 * sum(parameter.numel() for parameter in sae.parameters()) / 2**20
-    return {"weights": weights, "extra": extra, "seconds": time.perf_counter() - start,
+    return {"weights": weights, "extra": extra, "seconds": time.process_time() - start,
             "rows": len(effects), "entries": len(effects.row)}  # fmt: skip
 
 
 def one_table(rows: int) -> dict[str, float]:
-    """Makes a table, sorts it, writes it, reads it, reports it; seconds."""
+    """Makes a table, sorts it, writes it, reads it, reports it; CPU seconds."""
     random, nodes = np.random.default_rng(0), tuple(fp.Node(SITE, "feature", index, "all", SITE) for index in range(rows))
     pair, change = random.integers(0, PAIRS, rows), random.normal(size=(2, rows)) / 100
     metadata = {
@@ -72,36 +70,32 @@ def one_table(rows: int) -> dict[str, float]:
             ("read", lambda: fp.Effects.load(Path(folder) / "effects.safetensors")),
             ("report", lambda: effects.report(Path(folder) / "report.html")),
         ):
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            found[name] = time.perf_counter() - start
+            found[name] = time.process_time() - start
         found["report_bytes"] = (Path(folder) / "report.html").stat().st_size
     return found
 
 
-def alone(step: str, size: int) -> dict[str, float]:
-    """In a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--alone", step, str(size)], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(features: list[int], rows: list[int]) -> None:
-    """Prints both tables."""
-    console = Console(width=130)
-    table = Table("features", "weights", "extra peak", "rows", "kept differences", "seconds")
+    """Prints both tables in Markdown, and the README's sentence about the last row of the second."""
+    print("| features | weights | extra peak | rows | kept differences | CPU time |\n" + "|---" * 6 + "|")
     for size in features:
-        found = alone("one_dictionary", size)
-        counts = [f"{found[name]:,}" for name in ("rows", "entries")]
-        table.add_row(
-            f"{size:,}", f"{found['weights']:,.0f} MiB", f"{found['extra']:,.0f} MB", *counts, f"{found['seconds']:.1f}"
+        found = alone(__file__, "--alone", "one_dictionary", str(size))
+        counts = " | ".join(f"{found[name]:,}" for name in ("rows", "entries"))
+        print(
+            f"| {size:,} | {found['weights']:,.0f} MiB | {found['extra']:,.0f} MB | {counts} | {found['seconds']:.1f} s |",
+            flush=True,
         )
-    console.print(table)
-    table = Table("rows", "sort, first 20 with intervals", "write", "read", "report", "size of the report")
+    print("\n| rows | sort, first 20 with intervals | write | read | report | size of the report |\n" + "|---" * 6 + "|")
     for size in rows:
-        found = alone("one_table", size)
-        seconds = [f"{found[name]:.2f} s" for name in ("sort", "write", "read", "report")]
-        table.add_row(f"{size:,}", *seconds, f"{found['report_bytes'] / 2**20:.1f} MiB")
-    console.print(table)
+        found = alone(__file__, "--alone", "one_table", str(size))
+        seconds = " | ".join(f"{found[name]:.2f} s" for name in ("sort", "write", "read", "report"))
+        print(f"| {size:,} | {seconds} | {found['report_bytes'] / 2**20:.1f} MiB |", flush=True)
+    print(
+        f"\nA table of {size:,} rows sorts in {found['sort']:.1f} s, is read in {found['read']:.1f} s and reported in "
+        f"{found['report']:.1f} s of CPU time (the report shows the {ROWS:,} largest effects)."
+    )
 
 
 if __name__ == "__main__":

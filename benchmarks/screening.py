@@ -1,14 +1,15 @@
 """Cost of screening: estimates, the screened sweep and the full exact sweep in one run, and what screening missed.
 
-    python benchmarks/screening.py --shape gpt2-small --layers 2 6 10
-    python benchmarks/screening.py --shape demo --layers 0 1 2 3 --pairs 32
-    python benchmarks/screening.py --shipped
+    python benchmarks/screening.py              # the README's table, each of `RUNS` in a process of its own
+    python benchmarks/screening.py --shipped    # one of them
 
 Random weights, pairs whose prompts differ in one token, a dictionary at the entry of each of some blocks, every feature that
 differs at every position, both directions; or the shipped model on indirect objects. One thread, CPU time.
 """
 
 import argparse
+import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from alone import alone
 from shapes import SHAPES, dictionary, models
 
 import featpatch as fp
 
 TOP = 20
+RUNS = ("--shipped", "--shape demo --layers 0 1 2 3 --pairs 32", "--shape gpt2-small --layers 2 6 10")
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -57,10 +60,30 @@ def report(model: Any, saes: list[Any], pairs: fp.Pairs, positions: Any, k: int,
         f"of the true top {TOP} {len(truth & set(screened.nodes))} were run; largest difference of an exact value {off:.1e}\n"
         f"{screened.audit(top=TOP)}"
     )
+    found = {
+        "features": len(features), "pairs": len(pairs), "full": sweeping, "estimates": estimating, "screened": screening,
+        "k": k, "audit": audit, "run": len(truth & set(screened.nodes)),
+    }  # fmt: skip
+    print(json.dumps(found))
+
+
+def table() -> None:
+    """All of `RUNS`: a Markdown table, and how much faster estimates are in the last one."""
+    found = [alone(__file__, *options.split()) for options in RUNS]
+    counts = f"{found[0]['k']} + {found[0]['audit']}"
+    print(f"| options | full exact sweep | estimates | screened, {counts} | of the true top {TOP} run |\n" + "|---" * 5 + "|")
+    for options, of in zip(RUNS, found, strict=True):
+        size = f"{of['features']} features, {of['pairs']} pair{'s' * (of['pairs'] > 1)}"
+        seconds = " | ".join(f"{of[name]:.1f} s" for name in ("full", "estimates", "screened"))
+        print(f"| `{options}` ({size}) | {seconds} | {of['run']} |")
+    print(f"{found[-1]['full'] / found[-1]['estimates']:.0f} x faster for a ranking")
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints; the last line is for `table`."""
+    if len(sys.argv) == 1:
+        table()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--tokens", type=int, default=20)

@@ -1,9 +1,7 @@
 """Cost of one exact patch: featpatch beside the loops that users write, in one run, with the results compared.
 
-    python benchmarks/sweep.py --shape gpt2-small --tokens 20
-    python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 77 --every 32
-    python benchmarks/sweep.py --shape gpt2-small --tokens 256 --change 240
-    python benchmarks/sweep.py --shape demo --tokens 20 --pairs 32
+    python benchmarks/sweep.py                                    # the README's table, each of `RUNS` in a process of its own
+    python benchmarks/sweep.py --shape gpt2-small --tokens 20     # one of them
 
 Pairs whose prompts differ in one token, every feature that differs at every position (with --every at some), both
 directions. One thread, CPU time
@@ -18,13 +16,16 @@ are compared with featpatch's for the same patches; medians over the repeats.
 """
 
 import argparse
+import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from alone import alone
 from memory import peak_of
 from sae_lens.saes.sae import SAE
 from shapes import SHAPES, Shape, dictionary, models
@@ -32,6 +33,12 @@ from shapes import SHAPES, Shape, dictionary, models
 import featpatch as fp
 
 CORRECT, WRONG = 1, 2
+RUNS = (
+    "--shape gpt2-small --tokens 20",
+    "--shape demo --tokens 20 --pairs 32",
+    "--shape gpt2-small --tokens 256 --change 240 --repeats 2 --loop 2",
+    "--shape gpt2-small --tokens 256 --change 77 --every 32 --repeats 1 --loop 2",
+)
 
 
 def clock(device: str) -> float:
@@ -114,8 +121,30 @@ def matrix_rate(width: int, device: str) -> float:
     return statistics.median(rates)
 
 
+def table() -> None:
+    """All of `RUNS`: a Markdown table, and the README's sentences about it."""
+    found = [alone(__file__, *options.split()) for options in RUNS]
+    print("| options | model class | per patch | of the limit | faster than (a) | than (b) | than (c) |\n" + "|---" * 7 + "|")
+    for options, of in zip(RUNS, found, strict=True):
+        for name, ms in of["ms"].items():
+            times = " | ".join(f"{of['loops'][loop] / ms:.1f} x" for loop in "abc")
+            print(f"| `{options}` | {name} | {ms:.3f} ms | {ms / of['limit']:.2f} x | {times} |")
+    peaks = [f"{of['peak']:.0f} MB" for of in found[:3]]
+    print(f"No result differs from a loop's by more than {max(of['difference'] for of in found):.0e} of the largest logit.")
+    print(
+        f"The peak of a sweep lies {', '.join(peaks[:2])} and {peaks[2]} above what was in use before (the first three "
+        "commands)."
+    )
+    ms = found[0]["ms"]["TransformerBridge"]
+    a, b, c = (f"{found[0]['loops'][loop] / ms:.0f} x" for loop in "abc")
+    print(f"{a} slower, one by one\n{b} slower, in batches of 32 {c} slower\n{ms:.1f} ms on one CPU thread")
+
+
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints; the last line is for `table`."""
+    if len(sys.argv) == 1:
+        table()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
@@ -147,10 +176,9 @@ def main() -> None:
 
     first = {name: peak_of(lambda model=model: ours(model)) for name, model in built.items()}
     effects, peak = {name: table for name, (table, _) in first.items()}, max(memory for _, memory in first.values())
-    nodes = effects["HookedTransformer"].nodes
-    table = effects["HookedTransformer"]
-    patches = 2 * len(table.row)
-    rows = 2 * sum(length - int(nodes[row].position) for row in table.row)
+    first_table = effects["HookedTransformer"]
+    patches = 2 * len(first_table.row)
+    rows = 2 * sum(length - int(first_table.nodes[row].position) for row in first_table.row)
     needed = products(shape, rows, patches, patches)
     draw = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in (*built, "a", "b", "c")}
@@ -197,6 +225,11 @@ def main() -> None:
     worst = ", ".join(f"({loop}) {value / largest:.1e}" for loop, value in differences.items())
     print(f"largest difference to the loops, over the largest logit {largest:.1f}: {worst}")
     print(f"extra memory at the peak of a sweep: {peak:.0f} MB")
+    found = {
+        "ms": {name: median[name] * 1e3 for name in built}, "loops": {loop: median[loop] * 1e3 for loop in "abc"},
+        "limit": limit * 1e3, "difference": max(differences.values()) / largest, "peak": peak,
+    }  # fmt: skip
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -5,33 +5,56 @@ python -m examples.circuits [--pairs 16] [--out featpatch-examples]
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import featpatch as fp
+from examples.places import listed
+
+LETTERS = {"v": "values", "k": "keys", "q": "queries"}
 
 
 def head(layer: int, index: int, position: str = "all", hook: str = "z") -> fp.Node:
     return fp.Node(f"blocks.{layer}.attn.hook_{hook}", "head", index, position)
 
 
-def main(count: int, out: Path) -> None:
-    demo = fp.load_demo()
-    pairs = demo.pairs("ioi", n=count, seed=0)
+def name(node: fp.Node) -> str:
+    """head 1.3, the value of head 1.3, feature 853, the MLP of block 0, the logits."""
+    if node.site == "logits":
+        return "the logits"
+    layer, hook = node.site.split(".")[1], node.site.rsplit("_", 1)[1]
+    if node.kind == "head":
+        return ("" if hook == "z" else f"the {LETTERS[hook][:-1]} of ") + f"head {layer}.{node.index}"
+    return f"feature {node.index}" if node.kind == "feature" else f"the MLP of block {layer}"
 
-    print("\n== Edges, ranked by edge attribution patching (estimate); faithfulness is exact ==")
+
+def kept(circuit: fp.Circuit) -> str:
+    """Its faithfulness with the interval."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(circuit.faithfulness, *circuit.faithfulness_interval)
+
+
+def of_edges(demo: fp.Demo, pairs: fp.Pairs, out: Path) -> str:
+    """Edges, ranked by edge attribution patching, an estimate; faithfulness is exact."""
     circuit = fp.find_circuit(demo.model, pairs, over="edges", scores="estimate", size=64, progress=False)
     print(circuit)
     curve = circuit.curve()
-    print(curve.table().round(3).to_string(index=False))
-    print(f"CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f}")
+    table = curve.table().round(3)
+    print(table.to_string(index=False))
     loss = circuit.minimality()["loss"]
-    print(f"{(loss < 0.001).sum()} of the {len(circuit)} edges can go for less than 0.001 of the behaviour each")
     lacking = circuit.completeness(subsets=10)["incompleteness"]
     print(f"incompleteness of 10 random halves: mean {lacking.mean():.3f}, largest {lacking.max():.3f}")
     print(f"wrote {circuit.report(out / 'circuit.html', title='Indirect objects in the shipped model')}")
+    tenth = table[table["share"] == 0.1].iloc[0]
+    return (
+        f"{len(circuit)} of {len(circuit.graph.items)} edges (by estimate) have {kept(circuit)} of the behaviour, {tenth['size']:.0f} "
+        f"have {tenth['faithfulness']:.2f}; CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f}. {(loss < 0.001).sum()} of the {len(circuit)} "
+        "can each go for less than 0.001."
+    )
 
-    print("\n== Paths into the heads of block 3 and into the logits, exact ==")
+
+def of_paths(demo: fp.Demo, pairs: fp.Pairs) -> str:
+    """Paths into the heads of block 3 and into the logits, exact."""
     mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, at) for layer in range(3) for at in ("S2", "end")]
     senders = [*(head(layer, n, at) for layer in (1, 2) for n in range(8) for at in ("S2", "end")), *mlps]
     receivers = [*(head(3, n, hook=letter) for letter in "qkv" for n in (5, 3, 0)), "logits"]
@@ -39,34 +62,72 @@ def main(count: int, out: Path) -> None:
     shown = paths.top(8).to_pandas()[["sender", "receiver", "recovery", "recovery_low", "recovery_high", "degradation"]]
     print(shown.round(3).to_string(index=False))
     estimate = fp.estimate_paths(demo.model, pairs, senders=senders, receivers=receivers, progress=False)
-    known = dict(zip(estimate.nodes, estimate.pooled("recovery"), strict=True))
-    pearson = np.corrcoef([known[edge] for edge in paths.nodes], paths.pooled("recovery"))[0, 1]
-    print(f"estimates of these {len(paths)} paths correlate with the exact ones at {pearson:.2f} (Pearson)")
+    known, exact = (dict(zip(table.nodes, table.pooled("recovery"), strict=True)) for table in (estimate, paths))
+    pearson = np.corrcoef([known[edge] for edge in exact], [*exact.values()])[0, 1]
+    best, of_best = paths.top(1).nodes[0], paths.top(1).to_pandas().iloc[0]
+    into: dict[str, float] = {}
+    for edge, value in exact.items():
+        if edge.receiver.kind == "head":
+            letter = LETTERS[edge.receiver.site[-1]]
+            into[letter] = max(into.get(letter, 0.0), abs(value))
+    strongest = max(into, key=lambda letter: into[letter])
+    return (
+        f"The strongest single path is {name(best.sender)} {'at the last word' if best.sender.position == 'end' else 'at S2'} into "
+        f"{name(best.receiver)}, {of_best['recovery']:.3f} [{of_best['recovery_low']:.3f}, {of_best['recovery_high']:.3f}]; into block "
+        f"3's heads names go through {strongest}, each path carrying {into[strongest]:.3f} or less. Estimates of the {len(paths)} paths "
+        f"correlate with the exact ones at {pearson:.2f}."
+    )
 
-    print("\n== Features as a circuit: before block 1 at the second name, everything else of the SAE ablated ==")
-    sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre")
+
+def of_nodes(demo: fp.Demo, pairs: fp.Pairs, sae: Any) -> str:
+    """Features as a circuit: before block 1 at the second name, everything else of the SAE ablated."""
     ranked = fp.rank_features(demo.model, sae, pairs, positions=["S2"], progress=False)
+    found: dict[str, list[str]] = {}
     for errors in ("in", "out"):
-        features = fp.find_circuit(demo.model, pairs, saes=sae, nodes=ranked, errors=errors, size=40, progress=False)
-        print(f"error terms {errors}: {features}")
+        circuit = fp.find_circuit(demo.model, pairs, saes=sae, nodes=ranked, errors=errors, size=40, progress=False)
+        print(f"error terms {errors}: {circuit}")
+        found.setdefault(kept(circuit), []).append(errors)
+    said = " and ".join(f"{value} with error terms {' or '.join(errors)}" for value, errors in found.items())
+    features = len(ranked.where(kind="feature"))
+    return f"Of the SAE before block 1, {len(circuit)} of {features} features at the second name have {said}."
 
-    print("\n== Edges of single features: the 30 strongest before block 1 stand between block 0 and what reads it ==")
+
+def of_single_features(demo: fp.Demo, pairs: fp.Pairs, sae: Any) -> str:
+    """Edges of single features: the 30 strongest before block 1 stand between block 0 and what reads it."""
     strongest = fp.rank_features(demo.model, sae, pairs, progress=False).top(30)
-    between = fp.find_circuit(
+    circuit = fp.find_circuit(
         demo.model, pairs, saes=sae, nodes=strongest, over="edges", scores="estimate", size=300, progress=False
     )
-    print(between)
-    scores = sorted(zip(between.graph.items, between.scores, strict=True), key=lambda of_edge: -abs(of_edge[1]))
-    of_features = [(edge, score) for edge, score in scores if "feature" in (edge.sender.kind, edge.receiver.kind)]
-    kept = sum(edge in set(between.items) for edge, _ in of_features)
-    print(f"{kept} of the {len(between)} are edges of single features, of {len(of_features)}; the strongest (estimates):")
-    for edge, score in of_features[:6]:
+    print(circuit)
+    scores = sorted(zip(circuit.graph.items, circuit.scores, strict=True), key=lambda of_edge: -abs(of_edge[1]))
+    edges = [(edge, score) for edge, score in scores if "feature" in (edge.sender.kind, edge.receiver.kind)]
+    print(f"the strongest of {len(edges)} edges of single features (estimates):")
+    for edge, score in edges[:6]:
         print(f"  {score:+.3f}  {edge}")
-    best = paths.top(1).nodes[0]
-    print(
-        f"\n{len(circuit)} of {len(circuit.graph.items)} edges have {circuit.faithfulness:.0%} of the behaviour. The strongest single path "
-        f"is {best}, which brings back {paths.top(1).pooled('recovery')[0]:.0%} alone."
+    into = [edge for edge, _ in edges[:5] if edge.receiver.kind == "feature"]
+    out = [edge for edge, _ in edges[:5] if edge.sender.kind == "feature"]
+    written, writing = ([str(getattr(edge, end).index) for edge in part] for part, end in ((into, "receiver"), (out, "sender")))
+    above, below = (
+        listed([*dict.fromkeys(name(node) for node in nodes)])
+        for nodes in ([edge.receiver for edge in out], [edge.sender for edge in into])
     )
+    return (
+        f"Where its {len(strongest)} strongest features stand between block 0 and what reads it, {len(circuit)} of "
+        f"{len(circuit.graph.items)} edges have {kept(circuit)}, {sum(edge in set(circuit.items) for edge, _ in edges)} of them edges of "
+        f"single features: the strongest lead from {below} into features {listed(written)}, and from features {listed(writing)} into "
+        f"{above}."
+    )
+
+
+def main(count: int, out: Path) -> None:
+    demo = fp.load_demo()
+    pairs = demo.pairs("ioi", n=count, seed=0)
+    sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre")
+    said = []
+    for part, options in ((of_edges, [out]), (of_paths, []), (of_nodes, [sae]), (of_single_features, [sae])):
+        print(f"\n== {part.__doc__} ==")
+        said.append(part(demo, pairs, *options))
+    print(f"\n`python -m examples.circuits` does this for indirect objects in the shipped model, {count} pairs:", *said)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,72 @@
 python -m examples.components
 """
 
+from dataclasses import dataclass
+
+import pandas as pd
 from rich.console import Console
 
 import featpatch as fp
+from examples.places import listed, place
 from featpatch.terminal import ranked, site_summary
 
 TASKS = {"ioi": ["S2", "end"], "capitals": ["subject", "end"]}
+WHERE = {"end": "at the last word", "subject": "at the subject", "S2": "at the second name"}
+FEW = 12
+"""Features, or principal components, at which a dictionary is compared with them."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found about one behaviour."""
+
+    components: fp.Effects
+    features: fp.Effects
+    both: fp.Comparison
+    few: fp.Selection
+    controls: fp.Controls
+    curve: pd.DataFrame
+
+    def heads(self, n: int) -> list[fp.Node]:
+        """Those that bring back most."""
+        return list(self.components.top(n, kind="head").nodes)
+
+    def carried(self, n: int) -> str:
+        """By which heads."""
+        nodes, values = self.heads(n), self.components.top(n, kind="head").pooled("recovery")
+        names = [f"{node.site.split('.')[1]}.{node.index}" for node in nodes]
+        first, *more = [f"{name} {value:.2f}" for name, value in zip(names, values, strict=True)]
+        return ", ".join([first.replace(" ", " brings back "), *more])
+
+    def blocks(self, n: int) -> str:
+        """In which blocks they are."""
+        return listed(sorted({node.site.split(".")[1] for node in self.heads(n)}))
+
+    def errors(self) -> pd.Series:
+        """The largest effect of the error term of each dictionary, largest first."""
+        return self.features.sites().groupby("sae")["recovery_error"].max().sort_values(ascending=False)
+
+    def written(self, n: int) -> str:
+        """How much of the change of the top feature the first heads write."""
+        node, table = self.features.top(1).nodes[0], self.both.writers
+        of_node = table[(table["sae"] == node.sae) & (table["feature"] == node.index)].set_index(["site", "index"])["share"]
+        return listed([f"{of_node[head.site, head.index].max():.0%}".replace("%", " %") for head in self.heads(n)])
+
+    def against_principal_components(self) -> list[float]:
+        """What as many of them and of the SAE's features bring back."""
+        at = self.curve[self.curve["k"] == FEW].set_index("sae")["recovery"]
+        site = self.few.effects.nodes[0].site
+        return [at[f"principal components of {site}"], at[site]]
+
+    def reached(self) -> int:
+        """Random directions that reach the top feature."""
+        return round(self.controls.share() * len(self.controls.random))
 
 
 def main(pairs: int = 32) -> None:
-    """For each task: heads, features, both side by side, how many features it takes, and controls."""
+    """For each task: heads, features, both side by side, how many features it takes, and controls; then the result in prose."""
     demo, console = fp.load_demo(), Console(width=170)
+    found = {}
     for task, positions in TASKS.items():
         console.rule(task)
         drawn = demo.pairs(task, n=pairs)
@@ -39,6 +94,30 @@ def main(pairs: int = 32) -> None:
         console.print(fp.diagnose(demo.model, demo.saes, drawn, features.top(5).nodes).round(2).to_string(), highlight=False)
         lost = fp.ablate(demo.model, drawn, sites="z", to="mean", positions=["end"], progress=False)
         console.print(ranked(lost.top(4)))
+        found[task] = Found(components, features, both, few, controls, curve)
+    print(told(found["ioi"], found["capitals"], pairs))
+
+
+def told(ioi: Found, capitals: Found, pairs: int) -> str:
+    """The result, as the README has it."""
+    top, few, errors = capitals.features.top(1).nodes[0], ioi.few.effects.nodes[0], capitals.errors()
+    place_of, agreed = place(errors.index[0]), [found.both.agreement["recovery"].correlation for found in (ioi, capitals)]
+    reached = ioi.reached() + capitals.reached()
+    of_capitals, of_ioi = ("{:.2f} against {:.2f}".format(*found.against_principal_components()) for found in (capitals, ioi))
+    return (
+        f"`python -m examples.components` does all of this for two behaviours of the shipped model. What it prints of {pairs} pairs "
+        f"each: indirect objects are carried by heads of block {ioi.blocks(3)} {WHERE[ioi.heads(1)[0].position]} ({ioi.carried(3)}), "
+        f"and by features {place(few.site)} that stand for one name each, of which {len(ioi.few.features)} together bring back "
+        f"{100 * ioi.few.effects.pooled('recovery')[-1]:.0f} % (greedy, on the same pairs); no site keeps more than "
+        f"{ioi.errors().max():.2f} in its error term. Capitals are carried by two heads of block {capitals.blocks(2)} "
+        f"({capitals.carried(2)}), which write {capitals.written(2)} of the change of the feature that matters most ({top.index} "
+        f"{place(top.site)}); there the SAE {place_of} explains less: {errors.iloc[0]:.2f} of 1.00 sits in its error term, "
+        f"{errors.iloc[1]:.2f} {place(errors.index[1])}. Over sites and positions, whole activations and the sums of their single "
+        f"features agree in rank at {agreed[0]:.3f} and {agreed[1]:.3f} (Spearman). {reached or 'No'} random direction out of "
+        f"{len(ioi.controls.random)} reaches the top feature of either site looked at. Principal components recover more than the "
+        f"SAE's features with few of them for capitals {WHERE[capitals.few.effects.nodes[0].position]} ({FEW}: {of_capitals}) and "
+        f"less for indirect objects {place(few.site)} ({of_ioi})."
+    )
 
 
 if __name__ == "__main__":

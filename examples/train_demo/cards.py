@@ -249,7 +249,8 @@ def overview(root: Path) -> str:
     return f"""# Checkpoints
 
 A small trained model, its sparse autoencoders and prompt pairs; `featpatch.load_demo()` loads them. All of it is made by
-`python -m examples.train_demo` from nothing but a seed, and every number in the cards is measured by the same command.
+`python -m examples.train_demo` from nothing but a seed, and every number in the cards is measured by the same command
+(again, without training: `python -m examples.train_demo.again`).
 
 - [`model/`](model/README.md): GPT-2 in Hugging Face format.
 - `saes/`: dictionaries in sae-lens' format, one folder per hook that is read.
@@ -257,9 +258,11 @@ A small trained model, its sparse autoencoders and prompt pairs; `featpatch.load
 - `text/held_out.txt`: held-out documents, one per line.
 - `digests.json`: SHA-256 of every file except the cards.
 
+<!-- claim: python -m examples.train_demo.again -->
 {table(head, lines)}
 
 F1: median over the names of the best feature's F1 over all words of held-out text.
+<!-- /claim -->
 """
 
 

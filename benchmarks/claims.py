@@ -1,0 +1,170 @@
+"""Proves the README again: every number, table and picture in it is printed anew and compared.
+
+    make claims
+    python benchmarks/claims.py [--only TEXT] [--write] [--resume] [--long]
+
+What was measured stands in the `PAGES` between two comments, the first of which names the command that prints it:
+
+    <!-- claim: python -m examples.estimates --> ... <!-- /claim -->
+    <!-- claim 1.5x: python benchmarks/sweep.py --> ... <!-- /claim -->
+
+The passage must stand in the command's output, once, word for word; only line breaks and spaces don't count. Numbers must be
+the same. Where the comment has a factor, those followed by a unit of `UNITS`, and rounding errors (1e-7), may differ by it,
+since clocks and machines do; counts may not. Passages marked `long` are run with --long only. Ends with 1 if one does not hold.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OUTPUTS = ROOT / "build" / "claims"
+PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/significance.py")
+PASSAGE = re.compile(
+    r"<!-- claim(?: (?P<factor>[\d.]+)x)?(?P<long> long)?: (?P<command>.+?) -->(?P<text>.*?)<!-- /claim -->", re.DOTALL
+)
+TOKEN = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?|[^\W\d]+|[^\w\s]")
+FENCE = re.compile(r"^```.*$", re.MULTILINE)
+UNITS = {"x", "s", "ms", "us", "MB", "%", "studies", "sweeps", "million"}
+LIMIT = 2 * 3600
+"""Seconds of a command."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A passage, where its text begins on its page, and what prints it."""
+
+    page: str
+    start: int
+    text: str
+    command: str
+    factor: float
+    long: bool
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.text.split())[:60]!r} ({self.command})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a passage, if anything, and the numbers that it should have, if its words were found."""
+
+    wrong: str = ""
+    numbers: Sequence[str] = ()
+
+
+def claims_of(page: str, content: str) -> list[Claim]:
+    """All passages of a page."""
+    return [
+        Claim(page, found.start("text"), found["text"], found["command"], float(found["factor"] or 1), bool(found["long"]))
+        for found in PASSAGE.finditer(content)
+    ]
+
+
+def is_number(token: str) -> bool:
+    """A number rather than a word."""
+    return token[-1].isdecimal()
+
+
+def compare(claim: Claim, output: str) -> Verdict:
+    """The passage beside what its command printed."""
+    said, printed = TOKEN.findall(FENCE.sub("", claim.text)), TOKEN.findall(output)
+    shape, printed_shape = (["0" if is_number(token) else token for token in tokens] for tokens in (said, printed))
+    starts = [at for at in range(len(printed) - len(said) + 1) if printed_shape[at : at + len(said)] == shape]
+    if len(starts) != 1:
+        if starts:
+            return Verdict(f"its words are printed {len(starts)} times: expected once")
+        prefixes = [common(shape, printed_shape[at:]) for at in range(len(printed))] or [0]
+        far = max(prefixes)
+        at = prefixes.index(far) + far
+        ours, theirs = (" ".join(t[max(0, i - 6) : i + 6]) for t, i in ((said, far), (printed, at)))
+        return Verdict(f"it says {ours!r}, printed is {theirs!r}")
+    found = printed[starts[0] : starts[0] + len(said)]
+    units = [*said[1:], ""]
+    wrong = [
+        f"{ours} is now {theirs} (in {' '.join(said[max(0, at - 4) : at + 4])!r})"
+        for at, (ours, theirs, unit) in enumerate(zip(said, found, units, strict=True))
+        if ours != theirs and not near(ours, theirs, claim.factor if unit in UNITS or "e" in ours else 1)
+    ]
+    return Verdict("; ".join(wrong), [token for token in found if is_number(token)])
+
+
+def common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))  # noqa: B905
+
+
+def near(ours: str, theirs: str, factor: float) -> bool:
+    """Whether two numbers that are not the same are within a factor."""
+    one, other = (float(number.replace(",", "")) for number in (ours, theirs))
+    return factor > 1 and one * other > 0 and max(one / other, other / one) <= factor
+
+
+def rewritten(content: str, claim: Claim, numbers: Sequence[str]) -> str:
+    """The page with these numbers in the passage."""
+    new = iter(numbers)
+    text = TOKEN.sub(lambda token: next(new) if is_number(token[0]) else token[0], claim.text)
+    return content[: claim.start] + text + content[claim.start + len(claim.text) :]
+
+
+def output_of(command: str, resume: bool) -> tuple[str, str]:
+    """What a command prints, and what went wrong; with `resume`, what an earlier call of this script kept."""
+    kept = OUTPUTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', command)}.txt"
+    if resume and kept.is_file():
+        return kept.read_text(encoding="utf-8"), ""
+    try:
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"not done after {LIMIT} s"
+    if done.returncode:
+        last = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+        return "", f"the command ends with {done.returncode}: {last[-400:]}"
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    kept.write_text(done.stdout, encoding="utf-8")
+    return done.stdout, ""
+
+
+def main() -> None:
+    """Runs each command once, says of each of its passages whether it holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="passages in whose command or text this stands")
+    parser.add_argument("--write", action="store_true", help="numbers that no longer hold are replaced by the new ones")
+    parser.add_argument(
+        "--resume", action="store_true", help="what was run before, by a call that was cut off, is not run again"
+    )
+    parser.add_argument("--long", action="store_true", help="also what takes half an hour by itself")
+    options = parser.parse_args()
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    every = [claim for page, content in pages.items() for claim in claims_of(page, content)]
+    chosen = [c for c in every if options.only in c.command + c.text and (options.long or not c.long)]
+    failed = 0
+    for number, command in enumerate(commands := list(dict.fromkeys(claim.command for claim in chosen)), 1):
+        print(f"[{number} of {len(commands)}] {command}", flush=True)
+        started = time.monotonic()
+        output, problem = output_of(command, options.resume)
+        print(f"  {time.monotonic() - started:.0f} s", flush=True)
+        for claim in reversed([claim for claim in chosen if claim.command == command]):
+            verdict = Verdict(problem) if problem else compare(claim, output)
+            failed += bool(verdict.wrong)
+            print(
+                f"  {'does not hold' if verdict.wrong else 'holds'}: {claim}",
+                *verdict.wrong.split("; "),
+                sep="\n    ",
+                flush=True,
+            )
+            if options.write and verdict.wrong and verdict.numbers:
+                content = (ROOT / claim.page).read_text(encoding="utf-8")
+                now = next(c for c in claims_of(claim.page, content) if (c.text, c.command) == (claim.text, claim.command))
+                (ROOT / claim.page).write_text(rewritten(content, now, verdict.numbers), encoding="utf-8")
+    skipped = len(every) - len(chosen)
+    print(f"{len(chosen) - failed} of {len(chosen)} passages hold" + (f"; {skipped} not asked for" if skipped else ""))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What `featpatch demo` prints, read: its first rows and its sites in sentences, for the README.
+
+python -m examples.reading
+"""
+
+import featpatch as fp
+from examples.places import listed, place
+
+COUNTS = ("none", "first", "first two", "first three", "first four", "first five", "first six", "first seven")
+
+
+def names(effects: fp.Effects, fires: dict[fp.Node, fp.Description]) -> str:
+    """The features that stand for one name each as the first one does, then those that share a name."""
+    words: dict[str, list[str]] = {}
+    for node in effects.nodes[1:]:
+        if (node.site, fires[node].label) == (effects.nodes[0].site, fires[effects.nodes[0]].label):
+            words.setdefault(fires[node].word, []).append(str(node.index))
+    alone = {word: features[0] for word, features in words.items() if len(features) == 1}
+    shared = [f"{listed(features)} before {word}" for word, features in words.items() if len(features) > 1]
+    return ", ".join([f"{listed([*alone.values()])} do the same before {listed([*alone])}", *shared])
+
+
+def everything(effects: fp.Effects) -> str:
+    """Where all features of the stream bring back everything, and where next to nothing."""
+    table = effects.sites()
+    stream = table[table["site"].str.contains("resid")].pivot(index="site", columns="position", values="recovery_all_features")
+    full, none = stream >= 0.995, (stream.fillna(0) < 0.1).all(axis=1)
+    at_s2, at_end, nowhere = ([place(site) for site in stream.index[of]] for of in (full["S2"], full["end"], none))
+    both = [
+        listed(parts).replace("before block", "before blocks", 1).replace("and before block ", "and ")
+        for parts in (at_s2, nowhere)
+    ]
+    return (
+        f"All features together bring back everything at S2 {both[0]} and at the last word {listed(at_end)}, and next to nothing at "
+        f"both {both[1]}"
+    )
+
+
+def main() -> None:
+    demo = fp.load_demo()
+    pairs = demo.pairs("ioi", n=32, seed=0)
+    effects = fp.rank_features(demo.model, demo.saes, pairs, positions=[*pairs[0].labels], progress=False)
+    top = effects.top(12)
+    fires, table = fp.describe(demo.model, demo.saes, top.nodes, demo.text()), top.to_pandas()
+    first, row = top.nodes[0], table.iloc[0]
+    other = next(at for at, node in enumerate(top.nodes) if node.site != first.site)
+    of_other, context = table.iloc[other], fires[top.nodes[other]].contexts[0]
+    before, word = context.split("[")[0].split()[-1], context.split("[")[1].split("]")[0]
+    lost = "nothing" if abs(of_other["degradation"]) < 0.005 else f"{100 * of_other['degradation']:.0f} %"
+    open_rows = next(at for at, quadrant in enumerate(table["quadrant"]) if quadrant != "undecided")
+    assert set(table["quadrant"][open_rows:]) == {"irrelevant"}
+    print(
+        f"How to read it, for the first rows: after the last block, feature {first.index} fires on the word before a name that is "
+        f'{fires[first].word} ("{fires[first].contexts[1]}"); taken alone from the clean run it brings back '
+        f"{100 * row['recovery']:.0f} % of the behaviour, taken away it costs {100 * row['degradation']:.0f} %, over {row['pairs']} "
+        f"pairs of which {row['changed_pairs']} have a value of it that differs. Features {names(top, fires)}. Their low F1 says that "
+        "none of them is *the* feature of that name: they fire elsewhere too. "
+        f'Feature {top.nodes[other].index} {place(top.nodes[other].site)} fires on names, most on {word} after "{before}"; it suffices '
+        f"for {100 * of_other['recovery']:.0f} % and {lost} is lost without it: something else does its job as well. The quadrants say "
+        f"what the intervals decide at 10 % of the behaviour: the {COUNTS[open_rows]} are open, the others lie below on both sides. "
+        f"{everything(effects)}: there the model keeps the answer on words in between."
+    )
+
+
+if __name__ == "__main__":
+    main()

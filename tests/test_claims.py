@@ -1,0 +1,91 @@
+"""The README's numbers stand in passages that `make claims` proves, and what proves them bites."""
+
+import re
+import sys
+from pathlib import Path
+
+import claims
+import pytest
+from architectures import BRIDGES, HOOKED
+from test_engine import KILLS
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_PROSE = ("```.*?```", r"^    .*?$", "`[^`]*`", r"\[[\d.]*\]\([^)]*\)|\]\([^)]*\)", "b?float(16|32|64)")
+SET_BY_US = (
+    "95 % bootstrap", "top 20 is proven", "above 20,000", "GPT-2-small shape, 20 tokens", "One thread, 4 pairs, 64 active",
+    "middle block, 64 active features, prompts of 20 tokens", "in batches of 32", "(0.1;", "in to 1e-10",
+    f"on {len(BRIDGES) + len(HOOKED)} architectures", f"at {KILLS} random points",
+)  # fmt: skip
+"""Definitions and what the tests do: numbers that nobody has measured."""
+NUMBER = re.compile(r"\d[\d.,]*\d|\de-\d|\d ?(%|x|s|ms|MB)(?!\w)")
+
+
+def test_no_measured_number_stands_outside_of_a_claim() -> None:
+    prose = claims.PASSAGE.sub("", TEXT)
+    for pattern in NOT_PROSE:
+        prose = re.sub(pattern, "", prose, flags=re.DOTALL | re.MULTILINE)
+    prose = " ".join(prose.split())
+    for words in SET_BY_US:
+        assert words in prose
+        prose = prose.replace(words, "")
+    assert [prose[max(0, found.start() - 30) : found.end() + 10] for found in NUMBER.finditer(prose)] == []
+
+
+def test_comments_are_invisible_and_whole() -> None:
+    """GitHub shows a comment that has -- in it, and one that begins a line within a paragraph ends the paragraph."""
+    found = [claim for page in claims.PAGES for claim in claims.claims_of(page, (ROOT / page).read_text(encoding="utf-8"))]
+    assert len(found) > 20
+    assert all("--" not in claim.command and TEXT.count("<!-- claim") == TEXT.count("<!-- /claim") for claim in found)
+    assert all("<!-- claim" not in claim.text for claim in found)
+
+
+@pytest.mark.parametrize(
+    ("factor", "printed", "wrong"),
+    [
+        (1, "before | 0.98 of 1,204 in 2.0 s, by `ig` | after", ""),
+        (1, "| 0.97 of 1,204 in 2.0 s, by `ig` |", "0.98 is now 0.97"),
+        (1, "| 0.98 of 1,204 in 2.1 s, by `ig` |", "2.0 is now 2.1"),
+        (1, "| 0.98 of 1,204 in 2.0 s, by `atp` |", "it says 'in 2.0 s , by ` ig"),
+        (1, "", "it says"),
+        (1, 2 * "| 0.98 of 1,204 in 2.0 s, by `ig` |", "printed 2 times"),
+        (1.5, "| 0.98\nof 1,204 in 2.9 s, by `ig` |", ""),
+        (1.5, "| 0.98 of 1,204 in 3.1 s, by `ig` |", "2.0 is now 3.1"),
+        (1.5, "| 0.98 of 1,204 in 1.3 s, by `ig` |", "2.0 is now 1.3"),
+        (1.5, "| 0.98 of 1,205 in 2.0 s, by `ig` |", "1,204 is now 1,205"),
+        (1.5, "| -0.98 of 1,204 in 2.0 s, by `ig` |", "0.98 is now -0.98"),
+    ],
+)
+def test_a_passage_beside_what_is_printed(factor: float, printed: str, wrong: str) -> None:
+    claim = claims.Claim("README.md", 0, "| 0.98 of 1,204\nin 2.0 s, by `ig` |", "none", factor, long=False)
+    found = claims.compare(claim, printed).wrong
+    assert wrong in found
+    assert bool(wrong) == bool(found)
+
+
+def test_writing_repairs_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In place, where words agree; a command that fails, or prints other words, is told and nothing is written."""
+    page = tmp_path / "README.md"
+    page.write_text(
+        "Of <!-- claim: echo 3 of 41 found, by 0.5 -->3 of\n40 found, by 0.25<!-- /claim -->, <!-- claim: false -->1<!-- /claim -->"
+        "<!-- claim: echo 5 pears -->4 apples<!-- /claim --> <!-- claim long: echo 8 -->7<!-- /claim -->"
+    )
+    for name, value in (("ROOT", tmp_path), ("OUTPUTS", tmp_path / "kept"), ("PAGES", ("README.md",))):
+        monkeypatch.setattr(claims, name, value)
+    before = page.read_text()
+    for arguments, after, holding in (
+        ([], before, "0 of 3"),
+        (["--write"], before.replace("\n40", "\n41").replace("0.25", "0.5"), "0 of 3"),
+        (["--resume"], before.replace("\n40", "\n41").replace("0.25", "0.5"), "1 of 3"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["claims", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            claims.main()
+        assert ended.value.code == 1
+        assert page.read_text() == after
+        said = capsys.readouterr().out
+        assert f"{holding} passages hold; 1 not asked for" in said
+        assert "the command ends with 1" in said
+        assert "it says '4 apples', printed is '5 pears'" in said

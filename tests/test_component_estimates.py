@@ -311,11 +311,15 @@ def test_kept_gradients_are_the_same_gradients(small: Small, method: str) -> Non
 def test_whatever_the_mode_of_autograd(small: Small, grad: Any) -> None:
     """With gradients switched off around the call, and with frozen weights; the modes are left as they were."""
     names = ["q", "k", "z", "pattern", "neurons"]
-    expected = [estimated(small.model, sites=names, method=method, steps=2) for method in ("atp", "ig", "grad_drop")]
+    expected = [
+        estimated(small.model, sites=names, layers=[1], method=method, steps=2) for method in ("atp", "ig", "grad_drop")
+    ]
     small.model.requires_grad_(False)
     try:
         with grad():
-            found = [estimated(small.model, sites=names, method=method, steps=2) for method in ("atp", "ig", "grad_drop")]
+            found = [
+                estimated(small.model, sites=names, layers=[1], method=method, steps=2) for method in ("atp", "ig", "grad_drop")
+            ]
             assert not torch.is_grad_enabled()
     finally:
         small.model.requires_grad_(True)

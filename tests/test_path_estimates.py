@@ -50,7 +50,7 @@ def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
     assert set(estimate.nodes) == set(exact.nodes)
     assert estimate.value == "estimate"
     seen = 0
-    for entry in range(0, len(estimate.row), 7):
+    for entry in range(0, len(estimate.row), 17):
         edge, slot = estimate.nodes[estimate.row[entry]], int(estimate.pair[entry])
         for direction, found, base in (
             ("denoising", estimate.denoised, estimate.corrupted),
@@ -59,7 +59,7 @@ def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
             true = slope(small, edge, slot, direction, route)
             seen += abs(true) > 1e-4
             assert found[entry] - base[slot] == pytest.approx(true, abs=1e-6), (str(edge), direction)
-    assert seen > 20
+    assert seen > 8
 
 
 @pytest.mark.usefixtures("wide")

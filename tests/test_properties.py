@@ -5,7 +5,7 @@ hooked forward pass. Where a law compares the library with itself (order, batche
 """
 
 import random
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -103,11 +103,11 @@ def pair(draw: Any) -> fp.Pair:
 
 
 @st.composite
-def worlds(draw: Any, models: Any = MODELS, most: int = 2) -> tuple[Any, list[Any], fp.Pairs]:
-    """A model, dictionaries that write to different sites, and pairs with a gap."""
+def worlds(draw: Any, models: Any = MODELS, most: int = 2, least: int = 1) -> tuple[Any, list[Any], fp.Pairs]:
+    """A model, up to so many dictionaries that write to different sites, and at least so many pairs, with a gap."""
     model = draw(models)
     hooks = draw(st.lists(st.sampled_from(sites(model)), min_size=1, max_size=most, unique=True))
-    drawn = fp.Pairs(tuple(draw(st.lists(pair(), min_size=1, max_size=2))))
+    drawn = fp.Pairs(tuple(draw(st.lists(pair(), min_size=least, max_size=2))))
     assume(has_gap([baseline(model, one, "noising") for one in drawn], [baseline(model, one, "denoising") for one in drawn]))
     return model, [draw(saes(model, hook)) for hook in hooks], drawn
 
@@ -203,7 +203,7 @@ def requests(pairs: fp.Pairs) -> st.SearchStrategy[Any]:
 
 
 SEEDS = st.integers(0, 999)
-ROWS = st.integers(15, 300)
+ROWS = st.integers(10, 300)
 
 
 # Section 1: the operation. Laws 1 to 4 and 9.
@@ -250,9 +250,10 @@ def test_all_features_and_the_error_are_the_whole_activation(data: Any) -> None:
     """Law 2, at any positions: the same from plain TransformerLens."""
     model, (sae,), (pair, *_) = data.draw(worlds(most=1))
     base, source = tokens(pair, data.draw(st.sampled_from(WAYS)))
-    where = sorted(data.draw(st.sets(st.integers(0, len(pair) - 1), min_size=1)))
+    everywhere = list(range(len(pair)))
+    where = data.draw(st.just(["all"]) | st.lists(st.sampled_from(everywhere), min_size=1, unique=True))
     site = oracle.hooks(sae)[1]
-    whole = oracle.patched_activation_logits(model, site, base, source, where)
+    whole = oracle.patched_activation_logits(model, site, base, source, everywhere if where == ["all"] else where)
     for kinds in (("all_features", "error"), ("activation",)):
         patch = fp.Patch(tuple(fp.Node(site, kind, None, position) for kind in kinds for position in where))
         with torch.no_grad(), fp.do(model, patch, source=source, base=base, saes=sae):
@@ -290,12 +291,11 @@ def test_every_row_is_one_hooked_forward(data: Any) -> None:
         for way in WAYS:
             logits = patched(model, *tokens(pairs[slot], way), [(of_node(several, node), [node])])
             assert values[way] == pytest.approx(float(metric(logits, pairs[slot])), abs=EXACT), (node, way)
-    stored = {
-        (effects.nodes[row].site, effects.nodes[row].index, slot) for row, slot in zip(effects.row, effects.pair, strict=True)
-    }
-    sae, index, slot = several[0], seed % FEATURES, seed % len(pairs)
-    node = fp.Node(oracle.hooks(sae)[1], "feature", index)
-    if positions == "all" and (node.site, index, slot) not in stored:
+    stored = {(effects.nodes[row], slot) for row, slot in zip(effects.row, effects.pair, strict=True)}
+    (sae, *_), slot = several, seed % len(pairs)
+    where = "all" if positions == "all" else seed % len(pairs[slot]) if positions == "each" else positions[0]
+    node = fp.Node(oracle.hooks(sae)[1], "feature", seed % FEATURES, where, dictionaries(wrap(model), sae)[0].name)
+    if (node, slot) not in stored:
         logits = patched(model, *tokens(pairs[slot], "denoising"), [(sae, [node])])
         assert effects.corrupted[slot] == pytest.approx(float(metric(logits, pairs[slot])), abs=EXACT)
 
@@ -334,17 +334,11 @@ def test_every_patch_counts_how_often_it_fired(data: Any) -> None:
     options = {} if stop is None or hasattr(model, "original_model") else {"stop_at_layer": stop}
     layers = [int(oracle.hooks(sae)[1].split(".")[1]) for sae in several]
     reached = [layer for layer in layers if calls and layer < options.get("stop_at_layer", 99)]
-    operation = fp.do(model, patch, source=source, base=base, saes=several)
-    with torch.no_grad():
-        firing = operation.__enter__()
+    silent = pytest.raises(fp.FeatpatchError, match="never fired") if len(reached) < len(layers) else nullcontext()
+    with silent, torch.no_grad(), fp.do(model, patch, source=source, base=base, saes=several) as firing:
         for _ in range(calls):
             model(base, **options)
         assert firing.count == calls * len(reached)
-        if len(reached) == len(layers):
-            operation.__exit__(None, None, None)
-        else:
-            with pytest.raises(fp.FeatpatchError, match="never fired"):
-                operation.__exit__(None, None, None)
 
 
 # Section 1: what is made of the measured values.
@@ -486,16 +480,17 @@ def by_entry(effects: fp.Effects, order: Any) -> dict[tuple[fp.Node, int], tuple
     return {(effects.nodes[row], order[pair]): (denoised, noised) for row, pair, denoised, noised in entries}
 
 
-@share(0.01)
+@share(0.02)
 @given(st.data())
 def test_order_batches_and_neighbours_change_nothing(data: Any) -> None:
     """Law 5."""
-    model, several, pairs = data.draw(worlds())
-    together = fp.rank_features(model, several, pairs, positions="each", progress=False)
+    model, several, pairs = data.draw(worlds(least=2))
+    positions = data.draw(requests(pairs))
+    together = fp.rank_features(model, several, pairs, positions=positions, progress=False)
     order = data.draw(st.lists(st.sampled_from(range(len(pairs))), min_size=1, unique=True))
     assume(has_gap(together.clean[order], together.corrupted[order]))
     others = fp.rank_features(
-        model, data.draw(st.permutations(several)), fp.Pairs(tuple(pairs[k] for k in order)), positions="each",
+        model, data.draw(st.permutations(several)), fp.Pairs(tuple(pairs[k] for k in order)), positions=positions,
         batch_rows=data.draw(ROWS), progress=False,
     )  # fmt: skip
     expected, found = by_entry(together, range(len(pairs))), by_entry(others, order)
@@ -641,25 +636,22 @@ def test_estimates_are_changes_times_gradients(data: Any) -> None:
     steps = data.draw(st.integers(0, 2))
     options = {"method": "ig", "steps": steps} if steps else {"method": "atp"}
     points = [(step + 0.5) / steps for step in range(steps)] or [0.0]
-    effects = fp.estimate_features(model, several, pairs, positions="each", progress=False, **options)
-    base = {"denoising": effects.corrupted, "noising": effects.clean}
+    positions = data.draw(requests(pairs))
+    effects = fp.estimate_features(model, several, pairs, positions=positions, progress=False, **options)
+    measured = {"denoising": (effects.corrupted, effects.denoised), "noising": (effects.clean, effects.noised)}
+    if all(map(adds_up, several)):
+        assert effects.metadata["completeness_residual"] < 1e-9
     for node, slot, values in some(effects, data.draw(SEEDS), 2):
-        sae = of_node(several, node)
-        for way in WAYS:
+        sae, where = of_node(several, node), slice(None) if node.position == "all" else node.position
+        beside = [n.site == node.site and n.position == node.position and n.kind in ("feature", "error") for n in effects.nodes]
+        for way, (base, patched_runs) in measured.items():
             g = gradient(model, pairs[slot], way, node.site, points)
             runs = [oracle.activations(model, run)[hook] for run in tokens(pairs[slot], way) for hook in oracle.hooks(sae)]
             expected = float((change(sae, [node], *runs) * g).sum())
-            assert values[way] - base[way][slot] == pytest.approx(expected, abs=EXACT), (node, way)
-            if not adds_up(sae):
-                continue
-            single = effects.take([
-                row for row, other in enumerate(effects.nodes)
-                if other.site == node.site and other.position == node.position and other.kind in ("feature", "error")
-            ])  # fmt: skip
-            here = single.pair == slot
-            total = ((single.denoised if way == "denoising" else single.noised)[here] - base[way][slot]).sum()
-            whole = ((runs[3] - runs[1]) * g)[0, node.position].sum()
-            assert total == pytest.approx(float(whole), abs=EXACT)
+            assert values[way] - base[slot] == pytest.approx(expected, abs=EXACT), (node, way)
+            if adds_up(sae):
+                total = (patched_runs - base[slot])[np.array(beside)[effects.row] & (effects.pair == slot)].sum()
+                assert total == pytest.approx(float(((runs[3] - runs[1]) * g)[0, where].sum()), abs=EXACT)
         if steps and adds_up(sae) and "resid" in node.site:
             there, back = values["denoising"] - effects.corrupted[slot], values["noising"] - effects.clean[slot]
             assert there == pytest.approx(-back, abs=EXACT)
@@ -684,7 +676,7 @@ def test_estimates_are_exact_where_the_metric_is_linear(data: Any) -> None:
             assert values[way] == pytest.approx(float(metric(logits, pairs[slot])), abs=EXACT), (node, way)
 
 
-@share(0.006)
+@share(0.005)
 @given(st.data())
 def test_integrated_gradients_reach_the_whole_site(data: Any) -> None:
     """Law 6: the error of the midpoint rule falls with the square of the steps; the metadata says how large it is."""
@@ -692,7 +684,7 @@ def test_integrated_gradients_reach_the_whole_site(data: Any) -> None:
     site = data.draw(st.sampled_from(sites(model)))
     everything = fp.identity(model, site)
     left = []
-    for steps in (4, 12):
+    for steps in (8, 24):
         effects = fp.estimate_features(model, everything, pairs, method="ig", steps=steps, progress=False)
         errors = [0.0]
         for _, slot, values in some(effects.where(kind="activation"), 0):

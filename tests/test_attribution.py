@@ -1,4 +1,4 @@
-"""Gradient estimates: against a naive estimator, finite differences, exact effects where they must agree, and where they fail."""
+"""Gradient estimates: of other architectures, beside exact effects, and where they fail; see test_properties.py for their laws."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import BRIDGES, HOOKED
 from constructed import LAST, and_gate, or_gate
-from small import Small, standard
+from small import Small
 from test_sets import dictionary
 
 import featpatch as fp
@@ -24,70 +24,6 @@ def estimated(small: Small, saes: Any, **options: Any) -> fp.Effects:
     return fp.estimate_features(small.model, saes, pairs_of(small), progress=False, **options)
 
 
-def gradient(model: Any, tokens: torch.Tensor, site: str, change: Any, correct: int, wrong: int) -> torch.Tensor:
-    """d metric / d change at the site, by a hook that adds a leaf there."""
-    carrier = site.replace("resid_mid", "attn_out") if hasattr(model, "original_model") else site
-    leaf = torch.zeros_like(oracle.activations(model, tokens)[site], requires_grad=True)
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(carrier, lambda x, hook: x + change + leaf)])
-    (found,) = torch.autograd.grad(logits[0, -1, correct] - logits[0, -1, wrong], leaf)
-    return found.flatten(2)[0].detach()
-
-
-def naive(small: Small, sae: Any, node: fp.Node, slot: int, direction: str, steps: int) -> float:
-    """(f_s - f_b) (decode of one unit) . g and so on, position by position."""
-    runs = small.corrupted[[slot]], small.clean[[slot]]
-    base, source = runs if direction == "denoising" else runs[::-1]
-    reads, writes = oracle.hooks(sae)
-    x, y, x_s, y_s = (oracle.activations(small.model, run)[hook] for run in (base, source) for hook in (reads, writes))
-    answers = int(small.correct[slot]), int(small.wrong[slot])
-    at = [0.0] if not steps else [(step + 0.5) / steps for step in range(steps)]
-    g = sum(gradient(small.model, base, writes, share * (y_s - y), *answers) for share in at) / len(at)
-    with torch.no_grad():
-        f, f_s = oracle.encode(sae, x), oracle.encode(sae, x_s)
-        total = 0.0
-        for p in range(7) if node.position == "all" else [node.position]:
-            if node.kind == "feature":
-                unit = torch.zeros_like(f)
-                unit[0, p, node.index] = 1
-                added = oracle.decode(sae, unit, x, y) - oracle.decode(sae, torch.zeros_like(f), x, y)
-                change = (f_s - f)[0, p, node.index] * added
-            elif node.kind == "all_features":
-                change = oracle.decode(sae, f_s, x, y) - oracle.decode(sae, f, x, y)
-            elif node.kind == "error":
-                change = (y_s - oracle.decode(sae, f_s, x_s, y_s)) - (y - oracle.decode(sae, f, x, y))
-                change = change + oracle.decode(sae, f, x_s, y_s) - oracle.decode(sae, f, x, y)
-            else:
-                change = y_s - y
-            total += float(change.flatten(2)[0, p] @ g[p])
-    return total
-
-
-@pytest.mark.parametrize("which", [*range(9), "normalising"])
-@pytest.mark.parametrize("positions", ["all", [3, 6]])
-def test_attribution_patching_is_the_naive_estimator(small: Small, which: Any, positions: Any) -> None:
-    sae = dictionary(small, which) if which == "normalising" else small.saes[which]
-    effects = estimated(small, sae, positions=positions)
-    assert effects.value == "estimate"
-    single = np.array([node.kind == "feature" for node in effects.nodes])[effects.row]
-    for entry in (*np.flatnonzero(single)[::11], *np.flatnonzero(~single & (effects.pair == 1))):
-        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
-        found = effects.denoised[entry] - effects.corrupted[slot], effects.noised[entry] - effects.clean[slot]
-        for value, direction in zip(found, ("denoising", "noising"), strict=True):
-            assert value == pytest.approx(naive(small, sae, node, slot, direction, 0), abs=1e-9), (node, direction)
-    assert {node.kind for node in effects.nodes} >= {"feature", "all_features", "error"}
-
-
-@pytest.mark.parametrize("method", ["atp", "ig"])
-def test_several_sites_at_once_are_what_each_is_alone(small: Small, method: str) -> None:
-    """A gradient passes the sites behind it, and one that is interpolated leaves the others as they are."""
-    together = estimated(small, small.saes, method=method, steps=2)
-    for sae in small.saes:
-        alone = estimated(small, sae, method=method, steps=2)
-        values = dict(zip(together.nodes, together.pooled("recovery"), strict=True))
-        for node, value in zip(alone.nodes, alone.pooled("recovery"), strict=True):
-            assert values[node] == pytest.approx(value, abs=1e-10), node
-
-
 @pytest.mark.parametrize("kind", ["standard", "topk", "z", "nonlinear"])
 def test_features_and_error_add_up_to_the_site(small: Small, kind: str) -> None:
     effects = estimated(small, dictionary(small, kind), positions="each")
@@ -100,62 +36,6 @@ def test_features_and_error_add_up_to_the_site(small: Small, kind: str) -> None:
 def test_a_decoder_with_a_state_leaves_a_residual(small: Small) -> None:
     """Features times the change of the token's norm belong to neither."""
     assert estimated(small, dictionary(small, "normalising")).metadata["completeness_residual"] > 1e-3
-
-
-def test_finite_differences(small: Small) -> None:
-    sae = small.at(SITE)
-    effects = estimated(small, sae, positions=[3], directions=["denoising"])
-    assert np.isnan(effects.noised).all()
-    for entry in range(0, len(effects.row), 3):
-        node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
-        if node.kind != "feature":
-            continue
-        base, source = (oracle.activations(small.model, run[[slot]])[SITE] for run in (small.corrupted, small.clean))
-        f, f_s = oracle.encode(sae, base), oracle.encode(sae, source)
-        new = f.clone()
-        new[0, 3, node.index] = f_s[0, 3, node.index]
-        with torch.no_grad():
-            step = 1e-5 * (sae.decode(new) - sae.decode(f))
-            values = [
-                oracle.logit_diff(
-                    oracle.replaced(small.model, small.corrupted[[slot]], SITE, base, base + sign * step),
-                    int(small.correct[slot]), int(small.wrong[slot]),
-                )
-                for sign in (1, -1)
-            ]  # fmt: skip
-        slope = (values[0] - values[1]) / 2e-5
-        assert effects.denoised[entry] - effects.corrupted[slot] == pytest.approx(slope, abs=1e-6), node
-
-
-def test_exact_where_the_metric_is_linear() -> None:
-    """Law 6: behind the last block of a model without a final norm."""
-    model, site = HOOKED["no norms"](), "blocks.2.hook_resid_post"
-    clean, corrupted = torch.randint(0, 40, (2, 3, 6), generator=torch.Generator().manual_seed(2))
-    pairs = fp.Pairs.from_tokens(clean, corrupted, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]))
-    for method in ("atp", "ig"):
-        found = fp.estimate_features(model, standard(site, 1), pairs, method=method, steps=2, progress=False)
-        exact = fp.rank_features(model, standard(site, 1), pairs, progress=False)
-        assert set(found.nodes) == set(exact.nodes)
-        for effect in ("recovery", "degradation"):
-            one, other = (dict(zip(t.nodes, t.pooled(effect), strict=True)) for t in (found, exact))
-            assert one == pytest.approx(other, abs=1e-9)
-
-
-@pytest.mark.parametrize("site", [SITE, "blocks.1.hook_resid_mid"])
-def test_integrated_gradients(small: Small, site: str) -> None:
-    """The naive midpoint rule; the residual falls; the whole site is reached."""
-    sae = small.at(site)
-    few = estimated(small, sae, method="ig", steps=3, positions=[3])
-    for entry in range(0, len(few.row), 5):
-        node, slot = few.nodes[few.row[entry]], int(few.pair[entry])
-        value = few.denoised[entry] - few.corrupted[slot]
-        assert value == pytest.approx(naive(small, sae, node, slot, "denoising", 3), abs=1e-9), node
-    many = estimated(small, sae, method="ig", steps=60, positions="all")
-    assert many.metadata["whole_residual"] < 1e-3
-    assert many.metadata["whole_residual"] < few.metadata["whole_residual"] / 20
-    exact = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
-    whole = [table.where(kind="activation").pooled("recovery")[0] for table in (many, exact)]
-    assert whole[0] == pytest.approx(whole[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "neox"])

@@ -24,28 +24,6 @@ def table() -> fp.Effects:
     return fp.Effects(nodes, clean, corrupted, row, pair, denoised, noised, metadata)
 
 
-def test_pooled_is_mean_change_over_mean_gap(table: fp.Effects) -> None:
-    """Gaps 8, 8, 8, 4 sum to 28. Feature 3 recovers 4 + 4 + 4 + 4 = 16, feature 7 8 + 2 = 10, feature 9 -1 - 3 = -4."""
-    assert table.pooled("recovery") == pytest.approx([16 / 28, 10 / 28, -4 / 28, 7 / 28])
-    assert table.pooled("degradation") == pytest.approx([4 / 28, 12 / 28, 0, 0])
-    assert table.per_pair("recovery")[1] == pytest.approx([0, 1, 0, 0.5])
-
-
-def test_the_interval_is_a_bootstrap_over_pairs(table: fp.Effects) -> None:
-    """Against all 4^4 resamples, enumerated."""
-    every = np.stack(np.meshgrid(*[range(4)] * 4), -1).reshape(-1, 4)
-    for effect in ("recovery", "degradation"):
-        changes = table.changes(effect).toarray()
-        for change, (low, high) in zip(changes, table.interval(effect), strict=True):
-            ratios = np.sort(change[every].sum(1) / table.gap[every].sum(1))
-            assert np.searchsorted(ratios, low, "right") / 256 >= 0.015
-            assert np.searchsorted(ratios, low, "left") / 256 <= 0.035 or change.std() == 0 or low == ratios[0]
-            assert np.searchsorted(ratios, high, "right") / 256 >= 0.965
-            assert np.searchsorted(ratios, high, "left") / 256 <= 0.985 or high == ratios[-1]
-    wide, narrow = table.interval("recovery")[1], table.interval("recovery")[0]
-    assert wide[1] - wide[0] > narrow[1] - narrow[0] > 0
-
-
 def test_one_pair_has_no_interval(bridge: Small) -> None:
     pairs = fp.Pairs.from_tokens(bridge.clean[:1], bridge.corrupted[:1], bridge.correct[:1], bridge.wrong[:1])
     frame = fp.rank_features(bridge.model, bridge.at(SITE), pairs).to_pandas()

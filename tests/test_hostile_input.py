@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
 import struct
 import time
@@ -24,7 +23,8 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from drawn import share
+from hypothesis import given
 from hypothesis import strategies as st
 from small import Small
 from test_loading import PAIRS, save_model, save_sae
@@ -37,17 +37,6 @@ from featpatch.diagram import attribution_graph, dot, interactive
 from featpatch.effects import Material, Portrait, Prompt
 from featpatch.engine import Journal
 from featpatch.pairs import SkippedPairsWarning
-
-EXAMPLES = int(os.environ.get("FEATPATCH_EXAMPLES", "600"))
-
-
-def share(part: float) -> Any:
-    """Settings of a test that makes this share of all examples."""
-    return settings(
-        max_examples=max(3, round(EXAMPLES * part)), derandomize=EXAMPLES == 600, deadline=5000, database=None,
-        suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    )  # fmt: skip
-
 
 MARKS = [
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",

@@ -1,4 +1,4 @@
-"""Quadrants: by hand from intervals, and of circuits that are AND gates, OR gates and backups because they were built so."""
+"""Quadrants: of tables by hand, and of circuits that are AND gates, OR gates and backups because they were built so."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,43 +13,10 @@ from test_statistics import made
 
 import featpatch as fp
 from featpatch.effects import statistics
-from featpatch.effects.quadrants import named
 from featpatch.terminal.tables import ranked
 
 HEADS = "blocks.0.attn.hook_z"
 NAN = float("nan")
-HIGH, LOW, BELOW, ACROSS = (0.11, 2.0), (-0.09, 0.09), (-2.0, -0.11), (0.09, 0.11)
-
-
-@pytest.mark.parametrize(
-    ("recovery", "degradation", "quadrant"),
-    [
-        (HIGH, HIGH, "necessary and sufficient"),
-        (HIGH, LOW, "sufficient but redundant"),
-        (LOW, HIGH, "necessary but not sufficient"),
-        (LOW, LOW, "irrelevant"),
-        (BELOW, HIGH, "opposing"),
-        (HIGH, BELOW, "opposing"),
-        (LOW, BELOW, "opposing"),
-        (BELOW, BELOW, "opposing"),
-        (BELOW, ACROSS, "undecided"),
-        (ACROSS, HIGH, "undecided"),
-        (LOW, (-0.11, -0.09), "undecided"),
-        (LOW, (-1.0, 1.0), "undecided"),
-        (HIGH, (NAN, NAN), "undecided"),
-        ((NAN, NAN), LOW, "undecided"),
-        ((0.1, 0.2), HIGH, "undecided"),
-        ((0.0, 0.1), HIGH, "undecided"),
-        ((-0.1, 0.0), HIGH, "undecided"),
-        ((-0.2, -0.1), HIGH, "undecided"),
-        ((0.0, 0.0), (0.0, 0.0), "irrelevant"),
-    ],
-)
-def test_a_quadrant_is_decided_by_both_intervals(recovery: Any, degradation: Any, quadrant: str) -> None:
-    assert named(np.array([recovery, (0.0, 0.0)]), np.array([degradation, (1.0, 1.0)]), 0.1) == [
-        quadrant,
-        "necessary but not sufficient",
-    ]
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.0, NAN])

@@ -1,0 +1,16 @@
+"""How many examples properties draw: FEATPATCH_EXAMPLES=10000 makes as many in a file; 600 by default, always the same ones."""
+
+import os
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+
+EXAMPLES = int(os.environ.get("FEATPATCH_EXAMPLES", "600"))
+
+
+def share(part: float) -> Any:
+    """Settings of a test that makes this share of all examples."""
+    return settings(
+        max_examples=max(3, round(EXAMPLES * part)), derandomize=EXAMPLES == 600, deadline=5000, database=None,
+        suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    )  # fmt: skip

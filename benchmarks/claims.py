@@ -20,48 +20,49 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ROOT / "build" / "claims"
-PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/significance.py")
+PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/significance.py", "featpatch/execution/__init__.py")
 PASSAGE = re.compile(
     r"<!-- claim(?: (?P<factor>[\d.]+)x)?(?P<long> long)?: (?P<command>.+?) -->(?P<text>.*?)<!-- /claim -->", re.DOTALL
 )
 TOKEN = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?|[^\W\d]+|[^\w\s]")
 FENCE = re.compile(r"^```.*$", re.MULTILINE)
 UNITS = {"x", "s", "ms", "us", "MB", "%", "studies", "sweeps", "million"}
-LIMIT = 2 * 3600
-"""Seconds of a command."""
+LIMIT = "3h"
+"""For one command."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A passage, where its text begins on its page, and what prints it."""
+    """A passage and what prints it."""
 
     page: str
-    start: int
     text: str
     command: str
     factor: float
     long: bool
 
     def __str__(self) -> str:
-        return f"{self.page}: {' '.join(self.text.split())[:60]!r} ({self.command})"
+        return f"{self.page}: {' '.join(self.text.split())[:80]!r}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a passage, if anything, and the numbers that it should have, if its words were found."""
+    """What is wrong with a passage, and the numbers that were printed if its words were."""
 
-    wrong: str = ""
+    wrong: Sequence[str] = ()
     numbers: Sequence[str] = ()
 
 
 def claims_of(page: str, content: str) -> list[Claim]:
     """All passages of a page."""
     return [
-        Claim(page, found.start("text"), found["text"], found["command"], float(found["factor"] or 1), bool(found["long"]))
+        Claim(page, found["text"], found["command"], float(found["factor"] or 1), bool(found["long"]))
         for found in PASSAGE.finditer(content)
     ]
 
@@ -74,29 +75,22 @@ def is_number(token: str) -> bool:
 def compare(claim: Claim, output: str) -> Verdict:
     """The passage beside what its command printed."""
     said, printed = TOKEN.findall(FENCE.sub("", claim.text)), TOKEN.findall(output)
-    shape, printed_shape = (["0" if is_number(token) else token for token in tokens] for tokens in (said, printed))
-    starts = [at for at in range(len(printed) - len(said) + 1) if printed_shape[at : at + len(said)] == shape]
-    if len(starts) != 1:
-        if starts:
-            return Verdict(f"its words are printed {len(starts)} times: expected once")
-        prefixes = [common(shape, printed_shape[at:]) for at in range(len(printed))] or [0]
-        far = max(prefixes)
-        at = prefixes.index(far) + far
-        ours, theirs = (" ".join(t[max(0, i - 6) : i + 6]) for t, i in ((said, far), (printed, at)))
-        return Verdict(f"it says {ours!r}, printed is {theirs!r}")
+    words, printed_words = (["0" if is_number(token) else token for token in tokens] for tokens in (said, printed))
+    starts = [at for at in range(len(printed)) if printed_words[at : at + len(said)] == words]
+    if len(starts) > 1:
+        return Verdict([f"its words are printed {len(starts)} times: expected once"])
+    if not starts:
+        alike = [len([*takewhile(bool, map(eq, words, printed_words[at:]))]) for at in range(len(printed))] or [0]
+        far = max(alike)
+        ends = (said, far), (printed, alike.index(far) + far)
+        return Verdict(["it says {!r}, printed is {!r}".format(*(" ".join(of[max(0, at - 6) : at + 6]) for of, at in ends))])
     found = printed[starts[0] : starts[0] + len(said)]
-    units = [*said[1:], ""]
     wrong = [
         f"{ours} is now {theirs} (in {' '.join(said[max(0, at - 4) : at + 4])!r})"
-        for at, (ours, theirs, unit) in enumerate(zip(said, found, units, strict=True))
+        for at, (ours, theirs, unit) in enumerate(zip(said, found, [*said[1:], ""], strict=True))
         if ours != theirs and not near(ours, theirs, claim.factor if unit in UNITS or "e" in ours else 1)
     ]
-    return Verdict("; ".join(wrong), [token for token in found if is_number(token)])
-
-
-def common(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many tokens two texts begin with in common."""
-    return next((at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))  # noqa: B905
+    return Verdict(wrong, [*filter(is_number, found)])
 
 
 def near(ours: str, theirs: str, factor: float) -> bool:
@@ -105,11 +99,12 @@ def near(ours: str, theirs: str, factor: float) -> bool:
     return factor > 1 and one * other > 0 and max(one / other, other / one) <= factor
 
 
-def rewritten(content: str, claim: Claim, numbers: Sequence[str]) -> str:
-    """The page with these numbers in the passage."""
-    new = iter(numbers)
+def write(claim: Claim, numbers: Sequence[str]) -> None:
+    """Puts these numbers into the passage."""
+    new, path = iter(numbers), ROOT / claim.page
     text = TOKEN.sub(lambda token: next(new) if is_number(token[0]) else token[0], claim.text)
-    return content[: claim.start] + text + content[claim.start + len(claim.text) :]
+    old, new_passage = (f" {claim.command} -->{each}<!-- /claim -->" for each in (claim.text, text))
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new_passage), encoding="utf-8")
 
 
 def output_of(command: str, resume: bool) -> tuple[str, str]:
@@ -117,13 +112,11 @@ def output_of(command: str, resume: bool) -> tuple[str, str]:
     kept = OUTPUTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', command)}.txt"
     if resume and kept.is_file():
         return kept.read_text(encoding="utf-8"), ""
-    try:
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return "", f"not done after {LIMIT} s"
+    done = subprocess.run(["timeout", LIMIT, "bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         last = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-        return "", f"the command ends with {done.returncode}: {last[-400:]}"
+        why = f"is not done after {LIMIT}" if done.returncode == 124 else f"ends with {done.returncode}"
+        return "", f"the command {why}: {last[-400:]}"
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     kept.write_text(done.stdout, encoding="utf-8")
     return done.stdout, ""
@@ -134,35 +127,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="passages in whose command or text this stands")
     parser.add_argument("--write", action="store_true", help="numbers that no longer hold are replaced by the new ones")
-    parser.add_argument(
-        "--resume", action="store_true", help="what was run before, by a call that was cut off, is not run again"
-    )
+    parser.add_argument("--resume", action="store_true", help="what an earlier call has run already is not run again")
     parser.add_argument("--long", action="store_true", help="also what takes half an hour by itself")
     options = parser.parse_args()
-    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-    every = [claim for page, content in pages.items() for claim in claims_of(page, content)]
+    every = [claim for page in PAGES for claim in claims_of(page, (ROOT / page).read_text(encoding="utf-8"))]
     chosen = [c for c in every if options.only in c.command + c.text and (options.long or not c.long)]
-    failed = 0
-    for number, command in enumerate(commands := list(dict.fromkeys(claim.command for claim in chosen)), 1):
+    commands, failed = list(dict.fromkeys(claim.command for claim in chosen)), 0
+    for number, command in enumerate(commands, 1):
         print(f"[{number} of {len(commands)}] {command}", flush=True)
         started = time.monotonic()
         output, problem = output_of(command, options.resume)
         print(f"  {time.monotonic() - started:.0f} s", flush=True)
-        for claim in reversed([claim for claim in chosen if claim.command == command]):
-            verdict = Verdict(problem) if problem else compare(claim, output)
+        for claim in (claim for claim in chosen if claim.command == command):
+            verdict = Verdict([problem]) if problem else compare(claim, output)
             failed += bool(verdict.wrong)
-            print(
-                f"  {'does not hold' if verdict.wrong else 'holds'}: {claim}",
-                *verdict.wrong.split("; "),
-                sep="\n    ",
-                flush=True,
-            )
+            print("  does not hold:" if verdict.wrong else "  holds:", claim)
+            print("".join(f"    {line}\n" for line in verdict.wrong), end="", flush=True)
             if options.write and verdict.wrong and verdict.numbers:
-                content = (ROOT / claim.page).read_text(encoding="utf-8")
-                now = next(c for c in claims_of(claim.page, content) if (c.text, c.command) == (claim.text, claim.command))
-                (ROOT / claim.page).write_text(rewritten(content, now, verdict.numbers), encoding="utf-8")
-    skipped = len(every) - len(chosen)
-    print(f"{len(chosen) - failed} of {len(chosen)} passages hold" + (f"; {skipped} not asked for" if skipped else ""))
+                write(claim, verdict.numbers)
+    skipped = f"; {len(every) - len(chosen)} not asked for" if len(chosen) < len(every) else ""
+    print(f"{len(chosen) - failed} of {len(chosen)} passages hold{skipped}")
     sys.exit(failed > 0)
 
 

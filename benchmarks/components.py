@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from bound import bound
 from shapes import SHAPES, models
 from transformer_lens import patching
 
@@ -83,7 +84,7 @@ def main() -> None:
         "a head's z is {:.0f} x (TransformerBridge) and {:.0f} x (HookedTransformer) faster, ".format(*faster["z"])
         + f"q {said['q']}, k {said['k']}, v {said['v']}, a row of the pattern {said['pattern']}; whole sites, of which there "
         f"are few in a pair, {said['resid_pre']} (the stream) and {said['mlp_out']} (MLPs). No result differs by more than "
-        f"{largest:.1e}."
+        f"{bound(largest, 2)}."
     )
     every = [factor for factors in faster.values() for factor in factors]
     print(f"{min(every):.0f} x to {max(every):.0f} x slower")

@@ -10,6 +10,7 @@ Last the table: predictions only, no GPU was at hand.
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import torch
@@ -166,10 +167,12 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="the table alone")
     torch.set_num_threads(1)
     if not parser.parse_args().quick:
-        print(f"patches on the shipped model's four tasks are predicted within {100 * patches():.0f} % (fitted on two of them)")
+        print(
+            f"patches on the shipped model's four tasks are predicted within {ceil(100 * patches())} % (fitted on two of them)"
+        )
         print(
             "seconds of four models of other shapes with random weights, on one thread whose rate is measured as a matrix "
-            f"product, within {100 * runs():.0f} %."
+            f"product, within {ceil(100 * runs())} %."
         )
     print(f"for these it takes {100 * ASSUMED:.0f} % of the data sheet, which is an assumption.")
     predictions()

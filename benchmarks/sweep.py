@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from alone import alone
+from bound import bound
 from memory import peak_of
 from sae_lens.saes.sae import SAE
 from shapes import SHAPES, Shape, dictionary, models
@@ -130,7 +131,7 @@ def table() -> None:
             times = " | ".join(f"{of['loops'][loop] / ms:.1f} x" for loop in "abc")
             print(f"| `{options}` | {name} | {ms:.3f} ms | {ms / of['limit']:.2f} x | {times} |")
     peaks = [f"{of['peak']:.0f} MB" for of in found[:3]]
-    print(f"No result differs from a loop's by more than {max(of['difference'] for of in found):.0e} of the largest logit.")
+    print(f"No result differs from a loop's by more than {bound(max(of['difference'] for of in found))} of the largest logit.")
     print(
         f"The peak of a sweep lies {', '.join(peaks[:2])} and {peaks[2]} above what was in use before (the first three "
         "commands)."

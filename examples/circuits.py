@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import featpatch as fp
-from examples.places import listed
+from examples.places import at_most, listed
 
 LETTERS = {"v": "values", "k": "keys", "q": "queries"}
 
@@ -74,7 +74,7 @@ def of_paths(demo: fp.Demo, pairs: fp.Pairs) -> str:
     return (
         f"The strongest single path is {name(best.sender)} {'at the last word' if best.sender.position == 'end' else 'at S2'} into "
         f"{name(best.receiver)}, {of_best['recovery']:.3f} [{of_best['recovery_low']:.3f}, {of_best['recovery_high']:.3f}]; into block "
-        f"3's heads names go through {strongest}, each path carrying {into[strongest]:.3f} or less. Estimates of the {len(paths)} paths "
+        f"3's heads names go through {strongest}, each path carrying {at_most(into[strongest], 3)} or less. Estimates of the {len(paths)} paths "
         f"correlate with the exact ones at {pearson:.2f}."
     )
 

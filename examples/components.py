@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 
 import featpatch as fp
-from examples.places import listed, place
+from examples.places import at_most, listed, place
 from featpatch.terminal import ranked, site_summary
 
 TASKS = {"ioi": ["S2", "end"], "capitals": ["subject", "end"]}
@@ -109,7 +109,7 @@ def told(ioi: Found, capitals: Found, pairs: int) -> str:
         f"each: indirect objects are carried by heads of block {ioi.blocks(3)} {WHERE[ioi.heads(1)[0].position]} ({ioi.carried(3)}), "
         f"and by features {place(few.site)} that stand for one name each, of which {len(ioi.few.features)} together bring back "
         f"{100 * ioi.few.effects.pooled('recovery')[-1]:.0f} % (greedy, on the same pairs); no site keeps more than "
-        f"{ioi.errors().max():.2f} in its error term. Capitals are carried by two heads of block {capitals.blocks(2)} "
+        f"{at_most(ioi.errors().max(), 2)} in its error term. Capitals are carried by two heads of block {capitals.blocks(2)} "
         f"({capitals.carried(2)}), which write {capitals.written(2)} of the change of the feature that matters most ({top.index} "
         f"{place(top.site)}); there the SAE {place_of} explains less: {errors.iloc[0]:.2f} of 1.00 sits in its error term, "
         f"{errors.iloc[1]:.2f} {place(errors.index[1])}. Over sites and positions, whole activations and the sums of their single "

@@ -1,4 +1,6 @@
-"""Sites in words, for the sentences at the end of examples."""
+"""Sites, lists and bounds in words, for the sentences at the end of examples."""
+
+from math import ceil
 
 WORDS = {"hook_resid_pre": "before block", "hook_resid_post": "after block"}
 
@@ -12,3 +14,8 @@ def place(site: str) -> str:
 def listed(parts: list[str], last: str = "and") -> str:
     """a, b and c."""
     return f" {last} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def at_most(value: float, digits: int) -> str:
+    """The number rounded up: 0.02 for 0.0104."""
+    return f"{ceil(value * 10**digits) / 10**digits:.{digits}f}"

@@ -23,7 +23,8 @@ What to expect:
   written to a file. A metric of your own must be importable there, or be defined in the script or notebook itself.
 - Results come back batch by batch, into the journal of the process that called. The table is made there, from the same batches
   as in a serial run, so it has the same rows; values are those of a serial run up to the rounding of another number of threads
-  (below 1e-5 of a logit in float32 on the shipped model, 1e-12 in the tests' float64).
+  (<!-- claim: python benchmarks/workers.py -->below 1e-5 of a logit in float32 on the shipped model<!-- /claim -->, 1e-12
+  in the tests' float64).
 - A worker that dies (killed, out of memory, its node lost) is replaced and its batch run again, up to three times for the same
   batch. The process that called may die too: with a journal the same call goes on from there, on workers or without.
 - Ctrl-C ends the workers and returns what is finished, as in a serial run.

@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "featpatch"
 LAYERS = [
-    ["errors", "flops", "forecast", "foreign", "page", "verdict"],
+    ["errors", "families", "flops", "forecast", "foreign", "page", "verdict"],
     ["known"],
     ["prediction"],
     ["patch"],
     ["sites", "metrics"],
     ["pairs", "diagram"],
-    ["effects", "lens", "tasks"],
-    ["engine", "execution", "terminal"],
+    ["drafts", "effects", "lens"],
+    ["engine", "execution", "tasks", "terminal"],
     ["patching", "attribution", "firing", "comparison"],
     ["screening", "selfcheck", "circuits", "verifying"],
     ["reporting", "streaming"],

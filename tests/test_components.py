@@ -1,6 +1,7 @@
 """Components against TransformerLens' own patching functions, and neurons against hooks."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,26 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     **{f"bridge {name}": BRIDGES[name] for name in ("gpt2", "neox", "llama", "gemma2", "qwen3")},
     **{f"hooked {name}": HOOKED[name] for name in ("gpt2", "neox", "llama", "gemma2", "attention only", "no norms")},
 }
+
+
+def whole(name: str) -> tuple[str, Any, str]:
+    """A component that is a whole activation, by the last part of its hook's name."""
+    patch = partial(
+        patching.generic_activation_patch,
+        patch_setter=patching.layer_pos_patch_setter,
+        activation_name=name,
+        index_axis_names=("layer", "pos"),
+    )
+    component = next(key for key, hook in sites.WHOLE.items() if hook.endswith(f"hook_{name}"))
+    return component, patch, "layer pos"
+
+
 FUNCTIONS: dict[str, tuple[str, Any, str]] = {
     "resid_pre": ("resid_pre", patching.get_act_patch_resid_pre, "layer pos"),
     "resid_mid": ("resid_mid", patching.get_act_patch_resid_mid, "layer pos"),
     "attn_out": ("attn_out", patching.get_act_patch_attn_out, "layer pos"),
     "mlp_out": ("mlp_out", patching.get_act_patch_mlp_out, "layer pos"),
+    "resid_post": whole("resid_post"),
     "head_out_by_pos": ("z", patching.get_act_patch_attn_head_out_by_pos, "layer pos head"),
     "head_q_by_pos": ("q", patching.get_act_patch_attn_head_q_by_pos, "layer pos head"),
     "head_k_by_pos": ("k", patching.get_act_patch_attn_head_k_by_pos, "layer pos head"),

@@ -11,16 +11,15 @@ import featpatch as fp
 from featpatch.terminal import stability_table, totals
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
-METRICS = {"greater_than": "prob_diff"}
+METRICS = {"capitals": "logit_diff", "greater_than": "prob_diff", "ioi": "logit_diff", "sentiment": "logit_diff"}
 
 
 def main(pairs: int = 32) -> None:
     """Draws pairs with every corruption, drops what fails the checklist, ranks the features of two sites."""
     demo, console = fp.load_demo(), Console(width=140)
     saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in SITES]
-    for task in fp.tasks.__all__:
+    for task, metric in METRICS.items():
         corruptions = import_module(f"featpatch.tasks.{task}").CORRUPTIONS
-        metric = METRICS.get(task, "logit_diff")
         drawn = getattr(fp.tasks, task)(demo.model.tokenizer, pairs, corruptions=corruptions)
         found = drawn.check(demo.model, metric=metric)
         console.rule(task)

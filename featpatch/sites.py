@@ -10,11 +10,6 @@ from typing import Any
 
 from featpatch.errors import FeatpatchError
 
-STANDARD = re.compile(
-    r"blocks\.([0-9]{1,6})\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)"
-)
-
-
 ENTRIES = {
     "hook_resid_pre": (0, "pre"),
     "attn.hook_z": (0, "z"),
@@ -25,6 +20,8 @@ ENTRIES = {
 }
 """Where a change at a site comes into the stream: at the entry of a block, in its attention before W_O, or between its
 attention (after the norm of what attention adds, if there is one) and its MLP. Behind the MLP the next block begins."""
+
+STANDARD = re.compile(rf"blocks\.([0-9]{{1,6}})\.({'|'.join(map(re.escape, ENTRIES))})")
 
 
 def entry(site: str) -> tuple[int, str] | None:
@@ -82,12 +79,17 @@ def is_stream(hook: str) -> bool:
     return hook.endswith(("hook_resid_pre", "hook_resid_mid", "hook_resid_post"))
 
 
-COMPONENTS = {
+WHOLE = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
+}
+"""Components that are whole activations, by name, and the hook of a block at which each is."""
+
+COMPONENTS = {
+    **WHOLE,
     "z": "attn.hook_z",
     "result": "attn.hook_result",
     "q": "attn.hook_q",
@@ -97,11 +99,7 @@ COMPONENTS = {
     "pattern_entry": "attn.hook_pattern",
     "neurons": "mlp.hook_post",
 }
-"""Components by the names that TransformerLens' patching functions use, and the hook of a block at which each is."""
-
-
-WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-"""Components that are whole activations."""
+"""These and parts of activations, by the names that TransformerLens' patching functions use."""
 
 SHOWN = ("resid_pre", "attn_out", "mlp_out", "z")
 """Those that are looked at unless others are asked for."""

@@ -1,4 +1,4 @@
-"""Every kind of dictionary, small, random and in float64, for any pair of hooks. Nothing here imports featpatch.
+"""Every kind of dictionary, small, random and in float64, for any pair of hooks.
 
 BatchTopK and Matryoshka SAEs are trained for a few steps and saved, since sae-lens has no inference class of their own.
 """
@@ -10,7 +10,9 @@ from typing import Any
 import sae_lens as sl
 import torch
 from sae_lens.saes.sae import TrainStepInput
-from small import FEATURES, at, randomised
+from small import FEATURES, Small, at, randomised
+
+import featpatch as fp
 
 Builder = Callable[..., Any]
 
@@ -119,3 +121,36 @@ class Squared(torch.nn.Module):
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
         return (features + 0.3 * features**2) @ self.out
+
+
+def itself(source: Any) -> tuple[Any, Any]:
+    return source, source
+
+
+def pairs_of(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean[:2], small.corrupted[:2], small.correct[:2], small.wrong[:2])
+
+
+OTHERS: dict[str, Builder] = {
+    "your own, by `fp.adapt`": lambda small, hook, width: itself(fp.adapt(Squared(width), hook, d_in=width)),
+    "coordinates, `fp.identity`": lambda small, hook, width: itself(fp.identity(small.model, hook)),
+    "principal components, `fp.pca`": lambda small, hook, width: itself(
+        fp.pca(small.model, hook, pairs_of(small), components=5)
+    ),
+}
+"""Those that are not of sae-lens, each with the same written out for the oracle: an `fp.adapt` of plain encode and decode."""
+
+KINDS = [*AUTOENCODERS, *TRANSCODERS, *OTHERS]
+
+
+def built(small: Small, kind: str, site: str) -> tuple[Any, Any]:
+    """The dictionary of a cell of the matrix, and what the oracle takes for it; transcoders write at the site."""
+    hook, width = SITES[site]
+    if kind in OTHERS:
+        return OTHERS[kind](small, hook, width)
+    if kind in TRANSCODERS:
+        sae = TRANSCODERS[kind](*READS, hook, width, seed=3)
+    else:
+        flat = site != "hook_z" or kind in ("BatchTopK", "Matryoshka")
+        sae = AUTOENCODERS[kind](hook, width, seed=3, **({} if flat else {"reshape_activations": "hook_z"}))
+    return sae, sae

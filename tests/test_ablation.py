@@ -1,5 +1,6 @@
 """Ablations against hooks on the whole model, and corruption by noise."""
 
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from small import Small
 
 import featpatch as fp
+from featpatch.patching.fillings import FILLINGS
 
 SITE, Z, POST = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
 
@@ -28,11 +30,23 @@ def prompts_of(small: Small) -> list[torch.Tensor]:
     return [torch.tensor([ids]) for ids in dict.fromkeys(map(tuple, torch.cat([small.clean, small.corrupted]).tolist()))]
 
 
-def mean_of(small: Small, to: str, of: Any) -> torch.Tensor:
-    """Mean of `of(tokens)` `[1, pos, ...]` over the prompts, pooled or by position, as `[1, pos, ...]`."""
-    values = torch.cat([of(tokens) for tokens in prompts_of(small)])
-    mean = values.mean(0, keepdim=True)
-    return mean if to == "mean_by_position" else mean.mean(1, keepdim=True).expand_as(mean)
+REPLACED: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zero": lambda values: torch.zeros_like(values[0]),
+    0.7: lambda values: torch.full_like(values[0], 0.7),
+    "mean": lambda values: values.mean((0, 1)).expand_as(values[0]),
+    "mean_by_position": lambda values: values.mean(0),
+}
+"""By hand: from values in every prompt `[prompts, pos, ...]` to what each prompt is given `[pos, ...]`."""
+
+
+def replaced(small: Small, to: Any, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """In the place of `of(tokens)` `[1, pos, ...]`."""
+    return REPLACED[to](torch.cat([of(tokens) for tokens in prompts_of(small)]))[None]
+
+
+def test_every_way_is_tested() -> None:
+    """But one, which draws and has tests of its own."""
+    assert {name for name in REPLACED if isinstance(name, str)} == set(FILLINGS) - {"resample"}
 
 
 def run_with(small: Small, slot: int, hook: str, new: torch.Tensor) -> float:
@@ -43,7 +57,7 @@ def run_with(small: Small, slot: int, hook: str, new: torch.Tensor) -> float:
     return oracle.logit_diff(logits, int(small.correct[slot]), int(small.wrong[slot]))
 
 
-@pytest.mark.parametrize("to", ["zero", 0.7, "mean", "mean_by_position"])
+@pytest.mark.parametrize("to", REPLACED)
 def test_features_errors_and_whole_sites(small: Small, to: Any) -> None:
     sae = small.at(SITE)
     effects = ablated(small, saes=sae, to=to, positions=[2, 5])
@@ -54,10 +68,7 @@ def test_features_errors_and_whole_sites(small: Small, to: Any) -> None:
         f = oracle.encode(sae, x)
         return x, f, x - sae.decode(f)
 
-    if isinstance(to, str) and to.startswith("mean"):
-        values = [mean_of(small, to, lambda tokens, part=part: split(tokens)[part]) for part in range(3)]
-    else:
-        values = [torch.full_like(part[:1], 0.0 if to == "zero" else to) for part in split(small.clean)]
+    values = [replaced(small, to, lambda tokens, part=part: split(tokens)[part]) for part in range(3)]
     kinds = set()
     for entry in range(len(effects.row)):
         node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
@@ -78,17 +89,14 @@ def test_features_errors_and_whole_sites(small: Small, to: Any) -> None:
     assert effects.metadata["ablation"]["to"] == to
 
 
-@pytest.mark.parametrize("to", ["zero", -0.3, "mean", "mean_by_position"])
+@pytest.mark.parametrize("to", REPLACED)
 @pytest.mark.parametrize("name", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "q", "k", "v", "neurons"])
 def test_components(small: Small, name: str, to: Any) -> None:
     effects = ablated(small, sites=name, layers=[1], to=to, positions=[2, 5])
     for entry in range(0, len(effects.row), 5 if name == "neurons" else 1):
         node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         old = oracle.activations(small.model, small.clean[[slot]])[node.site]
-        if isinstance(to, str) and to.startswith("mean"):
-            values = mean_of(small, to, lambda tokens, site=node.site: oracle.activations(small.model, tokens)[site])
-        else:
-            values = torch.full_like(old, 0.0 if to == "zero" else to)
+        values = replaced(small, to, lambda tokens, site=node.site: oracle.activations(small.model, tokens)[site])
         new = old.clone()
         where = (0, node.position) if node.index is None else (0, node.position, node.index)
         new[where] = values[where]
@@ -98,7 +106,7 @@ def test_components(small: Small, name: str, to: Any) -> None:
 def test_patterns(small: Small) -> None:
     site = "blocks.1.attn.hook_pattern"
     effects = ablated(small, sites="pattern", layers=[1], to="mean_by_position", positions=[5])
-    values = mean_of(small, "mean_by_position", lambda tokens: oracle.activations(small.model, tokens)[site])
+    values = replaced(small, "mean_by_position", lambda tokens: oracle.activations(small.model, tokens)[site])
     for entry in range(len(effects.row)):
         node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         new = oracle.activations(small.model, small.clean[[slot]])[site].clone()
@@ -151,7 +159,7 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "nothing to ablate"), ({"sites": "z", "to": "median"}, "to='median': expected 'zero', 'mean'"),
+    [({}, "nothing to ablate"), ({"sites": "z", "to": "nothing"}, "to='nothing': expected 'zero', 'mean'"),
      ({"sites": "z", "to": float("nan")}, "or a finite number"), ({"sites": "z", "to": float("inf")}, "or a finite number"),
      ({"layers": [0]}, r"layers=\[0\] without sites"),
      ({"sites": "z", "reference": fp.Pairs((fp.Pair((99, 2), (3, 2), (4,), (5,)),))}, "has token ids from 2 to 99"),

@@ -1,6 +1,7 @@
 """Components against TransformerLens' own patching functions, and neurons against hooks."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 from architectures import BRIDGES, HOOKED
 from small import Small
+from test_kinds import slow
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 
 import featpatch as fp
+from featpatch import sites
 from featpatch.patching import Asked, component_study
 
 CLEAN = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24, 25, 26, 27]])
@@ -22,11 +25,26 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     **{f"bridge {name}": BRIDGES[name] for name in ("gpt2", "neox", "llama", "gemma2", "qwen3")},
     **{f"hooked {name}": HOOKED[name] for name in ("gpt2", "neox", "llama", "gemma2", "attention only", "no norms")},
 }
+
+
+def whole(name: str) -> tuple[str, Any, str]:
+    """A component that is a whole activation, by the last part of its hook's name."""
+    patch = partial(
+        patching.generic_activation_patch,
+        patch_setter=patching.layer_pos_patch_setter,
+        activation_name=name,
+        index_axis_names=("layer", "pos"),
+    )
+    component = next(key for key, hook in sites.WHOLE.items() if hook.endswith(f"hook_{name}"))
+    return component, patch, "layer pos"
+
+
 FUNCTIONS: dict[str, tuple[str, Any, str]] = {
     "resid_pre": ("resid_pre", patching.get_act_patch_resid_pre, "layer pos"),
     "resid_mid": ("resid_mid", patching.get_act_patch_resid_mid, "layer pos"),
     "attn_out": ("attn_out", patching.get_act_patch_attn_out, "layer pos"),
     "mlp_out": ("mlp_out", patching.get_act_patch_mlp_out, "layer pos"),
+    "resid_post": whole("resid_post"),
     "head_out_by_pos": ("z", patching.get_act_patch_attn_head_out_by_pos, "layer pos head"),
     "head_q_by_pos": ("q", patching.get_act_patch_attn_head_q_by_pos, "layer pos head"),
     "head_k_by_pos": ("k", patching.get_act_patch_attn_head_k_by_pos, "layer pos head"),
@@ -81,12 +99,13 @@ def same_as(effects: fp.Effects, expected: torch.Tensor, axes: list[str], slot: 
 def test_every_function_of_transformer_lens(name: str, function: str) -> None:
     model = ARCHITECTURES[name]()
     component, theirs, axes = FUNCTIONS[function]
-    if (component == "mlp_out" and "attention only" in name) or (component == "resid_mid" and (
+    if (component.startswith("mlp") and "attention only" in name) or (component == "resid_mid" and (
         "neox" in name or "attention only" in name or isinstance(model, TransformerBridge))):  # fmt: skip
         pytest.skip("it has none, or TransformerLens patches the input of the MLP's norm there")
     if component == "pattern_entry" and name not in ("bridge gpt2", "hooked gpt2", "bridge llama"):
         pytest.skip("slow for TransformerLens, and the same code")
-    effects = ranked(model, component, "all" if "pos" not in axes else "each")
+    with slow(sites.component(0, component)):
+        effects = ranked(model, component, "all" if "pos" not in axes else "each")
     for slot in range(2 if "gpt2" in name else 1):
         for direction in ("denoising", "noising") if "gpt2" in name else ("denoising",):
             expected = by_transformer_lens(model, theirs, slot, direction)
@@ -103,8 +122,8 @@ def test_every(small: Small) -> None:
     ):  # fmt: skip
         effects = fp.rank_components(small.model, pairs, sites=names, positions=positions, progress=False)
         expected = by_transformer_lens(small.model, theirs, 0, "denoising")
-        sites = ["attn.hook_" + name if len(names) == 5 else "hook_" + name for name in names]
-        for site, of_site in zip(sites, expected, strict=True):
+        hooks = ["attn.hook_" + name if len(names) == 5 else "hook_" + name for name in names]
+        for site, of_site in zip(hooks, expected, strict=True):
             rows = [row for row, node in enumerate(effects.nodes) if node.site.endswith(site)]
             order = [axes.index(axis) for axis in axes]
             assert same_as(effects.take(rows), of_site.permute(order), axes, 0, "denoising") > 0

@@ -10,8 +10,8 @@ from small import Small, at
 import featpatch as fp
 from featpatch.lens import Dictionary, dictionaries, wrap
 from featpatch.lens.behaviour import Behaviour
+from featpatch.lens.codecs.sae_lens import SaeCodec
 from featpatch.lens.dictionary import reference
-from featpatch.lens.sae_codec import SaeCodec
 
 
 def found_in(small: Small) -> Dictionary:
@@ -73,7 +73,7 @@ def test_large_dictionaries_are_found_linear() -> None:
         TopKSAEConfig(8, 2**20, "float32", k=8, rescale_acts_by_decoder_norm=False, metadata=at("blocks.0.hook_resid_pre"))
     )
     with torch.no_grad():
-        behaviour = Behaviour.of(SaeCodec(sae), "large")
+        behaviour = Behaviour.of(SaeCodec(sae, sae.W_dec), "large")
     assert behaviour.linear
     assert not behaviour.scaled
 

@@ -1,4 +1,4 @@
-"""Sweeps on the workers of a local Ray: the same rows as here, whatever is killed on the way."""
+"""Sweeps elsewhere: the same rows as here by every executor; on workers of a local Ray whatever is killed on the way."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.engine import Sweep
-from featpatch.execution import Executor
+from featpatch.execution import EXECUTORS, Executor
 
 ray = pytest.importorskip("ray")
 HERE = os.getpid()
@@ -71,13 +71,14 @@ def die() -> None:
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
-def test_features_are_the_same() -> None:
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_features_are_the_same(executor: str) -> None:
     """All and screened, of several dictionaries and metrics; hooks of the user go along."""
     small, pairs = small_bridge(), pairs_of(small_bridge())
     small.model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 0.9 * x)
     for options in ({"saes": small.saes[:3], "metric": ["logit_diff", "prob"]},
                     {"saes": small.saes[1], "exact": "screened", "k": 5, "audit": 3, "top": 3}):  # fmt: skip
-        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", "ray"))
+        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", executor))
         same(here, there)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from kinds import AUTOENCODERS, READS, SITES, TRANSCODERS, Squared
+from kinds import AUTOENCODERS, KINDS, READS, SITES, TRANSCODERS, Squared, built, pairs_of
 from small import FEATURES, Small, small_bridge, standard
 
 import featpatch as fp
@@ -20,13 +20,14 @@ NORMALISING = ("constant_norm_rescale", "layer_norm")
 LAST = 7
 
 
-def pairs_of(small: Small) -> fp.Pairs:
-    return fp.Pairs.from_tokens(small.clean[:2], small.corrupted[:2], small.correct[:2], small.wrong[:2])
+def check(small: Small, sae: Any, entries: int = 6, reference: Any = None) -> fp.Effects:
+    """Some rows of each kind in both directions against the oracle (law 4), and the whole site by hand (laws 1 and 2).
 
-
-def check(small: Small, sae: Any, entries: int = 6) -> fp.Effects:
-    """Some rows of each kind in both directions against the oracle (law 4), and the whole site by hand (laws 1 and 2)."""
-    site = oracle.hooks(sae)[1]
+    Args:
+        reference: what the oracle takes for it, if not the same.
+    """
+    reference = sae if reference is None else reference
+    site = oracle.hooks(reference)[1]
     effects = fp.rank_features(small.model, sae, pairs_of(small), positions="all", progress=False)
     assert {node.kind for node in effects.nodes} >= {"feature", "all_features", "activation"}
     chosen: set[int] = set()
@@ -36,7 +37,7 @@ def check(small: Small, sae: Any, entries: int = 6) -> fp.Effects:
     for entry in chosen:
         node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         for direction, values in (("denoising", effects.denoised), ("noising", effects.noised)):
-            expected = by_oracle(small, sae, node, slot, direction)
+            expected = by_oracle(small, reference, node, slot, direction)
             assert abs(values[entry] - expected) < EXACT, (node, direction)
 
     clean, corrupted = small.clean[:1], small.corrupted[:1]
@@ -74,30 +75,12 @@ def slow(site: str) -> Any:
     return pytest.warns(fp.SlowPathWarning) if ".mlp." in site else warnings.catch_warnings()
 
 
-OTHERS = {
-    "your own, by `fp.adapt`": lambda small, hook, width: fp.adapt(Squared(width), hook, d_in=width),
-    "coordinates, `fp.identity`": lambda small, hook, width: fp.identity(small.model, hook),
-    "principal components, `fp.pca`": lambda small, hook, width: fp.pca(small.model, hook, pairs_of(small), components=5),
-}
-KINDS = [*AUTOENCODERS, *TRANSCODERS, *OTHERS]
-
-
-def built(small: Small, kind: str, site: str) -> Any:
-    """The dictionary of a cell of the matrix; transcoders write at the site."""
-    hook, width = SITES[site]
-    if kind in TRANSCODERS:
-        return TRANSCODERS[kind](*READS, hook, width, seed=3)
-    if kind in OTHERS:
-        return OTHERS[kind](small, hook, width)
-    flat = site != "hook_z" or kind in ("BatchTopK", "Matryoshka")
-    return AUTOENCODERS[kind](hook, width, seed=3, **({} if flat else {"reshape_activations": "hook_z"}))
-
-
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_matrix(small: Small, kind: str, site: str) -> None:
+    sae, reference = built(small, kind, site)
     with slow(SITES[site][0]):
-        check(small, built(small, kind, site), entries=2)
+        check(small, sae, entries=2, reference=reference)
 
 
 def matrix() -> str:

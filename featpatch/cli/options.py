@@ -1,5 +1,6 @@
 """Options that commands share, and what they mean for the library."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ from rich.console import Console
 
 import featpatch as fp
 from featpatch.errors import FeatpatchError
+from featpatch.families import names
 
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -31,10 +33,11 @@ Method = Annotated[
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 JournalFile = Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")]
 Executor = Annotated[
-    Literal["serial", "ray"], typer.Option(help="Where forward passes run: here, or on the workers of Ray (featpatch[ray]).")
+    str,
+    typer.Option(help=f"Where forward passes run: serial (here), or on workers of {', '.join(names('execution/executors'))}."),
 ]
-Address = Annotated[str | None, typer.Option(help="ray: of a running cluster, such as ray://head:10001; started here without.")]
-Workers = Annotated[int | None, typer.Option(help="ray: how many workers; by default as many as there are processors.")]
+Address = Annotated[str | None, typer.Option(help="Of a running cluster, such as ray://head:10001; started here without.")]
+Workers = Annotated[int | None, typer.Option(help="How many workers; by default as many as there are processors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -70,10 +73,15 @@ def ways(direction: str) -> Any:
 
 
 def executor(name: str, address: str | None, workers: int | None) -> Any:
-    """As the library takes it; raises FeatpatchError for what belongs to Ray without it."""
-    if name != "ray" and (address, workers) != (None, None):
-        raise FeatpatchError(f"--executor {name} with --address {address} or --workers {workers}: expected --executor ray")
-    return fp.Ray(workers=workers, address=address) if name == "ray" else None
+    """As the library takes it; raises FeatpatchError for options of another one."""
+    from featpatch.execution import EXECUTORS, executor_of
+
+    given = {option: value for option, value in (("address", address), ("workers", workers)) if value is not None}
+    takers = {each: make for each, make in EXECUTORS.items() if given.keys() <= signature(make).parameters.keys()}
+    if given and name not in takers:
+        said = " ".join(f"--{option} {value}" for option, value in given.items())
+        raise FeatpatchError(f"--executor {name} {said}: expected --executor {' or '.join(takers)}")
+    return executor_of(takers[name](**given) if given else name)
 
 
 def of_sequences(metric: list[str]) -> bool:

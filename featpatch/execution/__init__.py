@@ -30,7 +30,8 @@ What to expect:
 - Ctrl-C ends the workers and returns what is finished, as in a serial run.
 """
 
-from featpatch.execution.executor import Batch, Executor, Shards, executor_of
-from featpatch.execution.ray import Ray
+from featpatch.execution.choosing import EXECUTORS, executor_of
+from featpatch.execution.executor import Batch, Executor, Shards
+from featpatch.execution.executors.ray import Ray
 
-__all__ = ["Batch", "Executor", "Ray", "Shards", "executor_of"]
+__all__ = ["EXECUTORS", "Batch", "Executor", "Ray", "Shards", "executor_of"]

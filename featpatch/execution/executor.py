@@ -3,11 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-
-from featpatch.errors import FeatpatchError
 
 
 @dataclass(frozen=True)
@@ -65,20 +63,3 @@ class Executor(ABC):
         Raises:
             FeatpatchError: workers can't be started, or die again and again; whatever a batch raises.
         """
-
-
-def executor_of(executor: Any) -> Executor | None:
-    """From the argument of that name: None or `"serial"` for none, `"ray"` for `Ray()`.
-
-    Raises:
-        FeatpatchError: anything else.
-    """
-    from featpatch.execution.ray import Ray
-
-    if executor is None or executor == "serial":
-        return None
-    if executor == "ray":
-        return Ray()
-    if not isinstance(executor, Executor):
-        raise FeatpatchError(f"executor={executor!r}: expected 'serial', 'ray' or fp.Ray(...)")
-    return executor

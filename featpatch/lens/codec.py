@@ -9,6 +9,7 @@ normalises each token, the skip path of a skip transcoder, the predicted codes o
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,11 @@ class Code:
 
 
 class Codec(ABC):
-    """A pair of functions between activations `[batch, pos, d]` and codes.
+    """A pair of functions between activations `[batch, pos, d]` and codes, made from what the user gives as `saes`.
+
+    Args:
+        source: an object of this kind.
+        like: a tensor of the model, whose type and device an object without tensors gets.
 
     Attributes:
         kind: what it is, for messages.
@@ -41,6 +46,14 @@ class Codec(ABC):
     d_sae: int
     dtype: torch.dtype
     may_be_linear: bool = True
+
+    @abstractmethod
+    def __init__(self, source: Any, like: torch.Tensor) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def hooks(source: Any) -> tuple[str, str] | None:
+        """The names of the hooks that an object of this kind reads and writes; None for an object of another kind."""
 
     @abstractmethod
     def encode(self, x: Float[torch.Tensor, "batch pos d_in"]) -> Code:

@@ -7,21 +7,19 @@ not. Activations are taken flat: `[batch, pos, d]`, with the heads of `hook_z` s
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens.adapter import Adapted, AdaptedCodec
 from featpatch.lens.behaviour import Behaviour, gain, reference
 from featpatch.lens.codec import Code, Codec, State
+from featpatch.lens.codecs import kind_of
 from featpatch.lens.lens import Lens
-from featpatch.lens.sae_codec import SaeCodec
 from featpatch.lens.training import Training
 
 PROBED = 2**23
@@ -186,7 +184,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     """Dictionaries of a model, checked against it.
 
     Args:
-        saes: one sae-lens object or one made by `adapt`, or several; several may share a hook. A dictionary is taken as it is.
+        saes: one object of a kind in `codecs/`, or several; several may share a hook. A dictionary is taken as it is.
 
     Raises:
         FeatpatchError: an SAE names no hook or one that the model lacks, has another width than the activation there,
@@ -197,12 +195,12 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     saes = several(saes)
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one sae-lens SAE or transcoder")
-    sites = [_hooks(lens, sae) for sae in saes]
-    shapes = _shapes(lens, {hook for pair in sites for hook in pair})
+    kinds = [(codec, lens.site(reads), lens.site(writes)) for codec, reads, writes in map(kind_of, saes)]
+    shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
     like = next(lens.model.parameters())
     made: list[Dictionary] = []
-    for sae, (reads, writes) in zip(saes, sites, strict=True):
-        codec = AdaptedCodec(sae, like) if isinstance(sae, Adapted) else SaeCodec(sae)
+    for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
+        codec = kind(sae, like)
         name = getattr(sae, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
         repeated = sum(re.sub(r"#\d+$", "", other.name) == name for other in made)
         name = f"{name}#{repeated + 1}" if repeated else name
@@ -220,28 +218,8 @@ def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
 
 
 def several(saes: Any) -> list[Any]:
-    """One dictionary, or several, as a list; a name is one, and an SAE, which sae-lens lets iterate, too."""
-    return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, torch.nn.Module)) else [saes]
-
-
-def _hooks(lens: Lens, sae: Any) -> tuple[str, str]:
-    if isinstance(sae, Adapted):
-        return lens.site(sae.hook), lens.site(sae.hook_out)
-    if not isinstance(sae, SAE):
-        raise FeatpatchError(
-            f"{type(sae).__name__} is not a sae-lens SAE: expected an object such as SAE.load_from_disk gives, or, for any "
-            "other object with encode and decode, fp.adapt(object, hook, d_in=...)"
-        )
-    metadata = sae.cfg.metadata
-    if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
-        raise FeatpatchError("an SAE's metadata names no hook: set sae.cfg.metadata.hook_name to the hook that it reads")
-    if metadata.hook_head_index is not None:
-        raise FeatpatchError(
-            f"the SAE of {metadata.hook_name!r} reads head {metadata.hook_head_index} alone: expected one of the whole hook; "
-            "adapt it with fp.adapt and an encode that picks the head and a decode that fills the others with zeros"
-        )
-    reads = lens.site(metadata.hook_name)
-    return reads, lens.site(metadata.hook_name_out) if metadata.hook_name_out else reads
+    """One dictionary, or several, as a list; a name is one, and so are an SAE, which sae-lens lets iterate, and a mapping."""
+    return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
 
 
 def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:

@@ -2,28 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from math import isfinite
 from numbers import Real
 from pathlib import Path
-from random import Random
 from typing import Any, ClassVar
-
-import torch
 
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, Lens, Split, check_tokens, dictionaries, wrap
+from featpatch.lens import Lens, check_tokens, dictionaries, wrap
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patching.components import component_parts
 from featpatch.patching.feature_part import FeaturePart
-from featpatch.patching.fillings import Constant, Filling, Mean, Prompt
+from featpatch.patching.fillings import FILLINGS, Constant, Filling, Others, Prompt
 from featpatch.patching.study import Asked, Metrics, Part, Study
 from featpatch.patching.study.run import Contrast, Run, Ways
 
 To = str | float
-"""`"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number."""
+"""The name of one of `FILLINGS`, or a number."""
 
 
 def ablate(
@@ -96,86 +92,27 @@ def ablate(
 
 
 @dataclass(frozen=True, eq=False)
-class Ablated(Run):
-    """A run whose values are replaced, whichever is asked for."""
-
-    filling: Filling
-
-    def at(self, hook: str) -> torch.Tensor:
-        """The replacement."""
-        return self.filling.activation(hook, self.activations[hook])
-
-    def split(self, dictionary: Dictionary, start: int) -> Split:
-        """The replacements, beside the state of the run."""
-        return self.filling.split(dictionary, Run(self.activations).split(dictionary, start), start)
-
-
-@dataclass(frozen=True, eq=False)
 class Ablation(Contrast):
     """Values of the clean run are replaced."""
 
     everywhere: ClassVar[bool] = True
 
     filling: Filling
-    noted: dict[str, Any]
+    to: To
 
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """The clean run, as it is and filled."""
-        return {"noising": (clean, Ablated(clean.activations, self.filling))}
+        """The clean run, and the one with the replacements."""
+        return {"noising": (clean, self.filling.run(index, clean))}
 
     def about(self) -> dict[str, Any]:
         """What the values are replaced by."""
-        return {"ablation": self.noted}
+        return {"ablation": {"to": self.to, **self.filling.noted}}
 
 
-@dataclass(frozen=True, eq=False)
-class Resampling(Contrast):
-    """Values of the clean run are those of another prompt, by pair."""
-
-    everywhere: ClassVar[bool] = True
-
-    lens: Lens
-    partners: Sequence[tuple[int, ...]]
-    noted: dict[str, Any]
-
-    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """The clean run and the partner's."""
-        read = self.lens.read(torch.tensor([self.partners[index]]), sorted(clean.activations))
-        return {"noising": (clean, Run({hook: values[0] for hook, values in read.items()}))}
-
-    def about(self) -> dict[str, Any]:
-        """What the values are replaced by."""
-        return {"ablation": self.noted}
-
-
-def _contrast(lens: Lens, pairs: Pairs, reference: Pairs, to: To, seed: int) -> Contrast:
-    noted: dict[str, Any] = {"to": to}
+def _contrast(lens: Lens, pairs: Pairs, reference: Pairs, to: To, seed: int) -> Ablation:
     if isinstance(to, Real) and not isinstance(to, bool) and isfinite(to):
-        return Ablation(Constant(float(to)), {"to": float(to)})
-    if to == "zero":
-        return Ablation(Constant(0.0), noted)
+        return Ablation(Constant(float(to)), float(to))
+    if not isinstance(to, str) or to not in FILLINGS:
+        raise FeatpatchError(f"to={to!r}: expected {', '.join(map(repr, FILLINGS))} or a finite number")
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in reference for ids in (pair.clean, pair.corrupted)))
-    noted["reference"] = sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in prompts]).encode()).hexdigest()
-    if to in ("mean", "mean_by_position"):
-        if all(len(prompt.special) == len(prompt.tokens) for prompt in prompts):
-            raise FeatpatchError("all tokens of the prompts to take means over are special: expected others")
-        return Ablation(Mean(lens, prompts, to == "mean_by_position"), noted)
-    if to == "resample":
-        return Resampling(lens, _partners(pairs, prompts, seed), {**noted, "seed": seed})
-    raise FeatpatchError(f"to={to!r}: expected 'zero', 'mean', 'mean_by_position', 'resample' or a finite number")
-
-
-def _partners(pairs: Pairs, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, ...]]:
-    """For each pair another prompt of the same length."""
-    if not isinstance(seed, int):
-        raise FeatpatchError(f"seed={seed!r}: expected an integer, so that the draws can be repeated")
-    partners = []
-    for index, pair in enumerate(pairs):
-        others = [prompt.tokens for prompt in prompts if len(prompt.tokens) == len(pair) and prompt.tokens != pair.clean]
-        if not others:
-            raise FeatpatchError(
-                f"pair {index} has {len(pair)} tokens and no other prompt has: expected one to resample from; give more "
-                "prompts as reference=..., or another `to`"
-            )
-        partners.append(Random(repr((seed, pair.clean))).choice(others))
-    return partners
+    return Ablation(FILLINGS[to](Others(lens, pairs, prompts, seed)), to)

@@ -1,8 +1,7 @@
-"""Prompt pairs for behaviours that are well studied, drawn for any tokenizer."""
+"""Prompt pairs for behaviours that are well studied, drawn for any tokenizer: each file holds the task of its name."""
 
-from featpatch.tasks.capitals import capitals
-from featpatch.tasks.greater_than import greater_than
-from featpatch.tasks.ioi import ioi
-from featpatch.tasks.sentiment import sentiment
+from featpatch.families import modules
 
-__all__ = ["capitals", "greater_than", "ioi", "sentiment"]
+TASKS = {name: getattr(module, name) for name, module in modules("tasks").items()}
+__all__ = list(TASKS)
+globals().update(TASKS)

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from random import Random
 
+from featpatch.drafts import Draft, chosen, draft, draw
 from featpatch.pairs import Pairs
 from featpatch.pairs.tokens import Tokenizer
-from featpatch.tasks.draft import Draft, draft
-from featpatch.tasks.draw import chosen, draw
 
 COUNTRIES = tuple(
     tuple(row.split())

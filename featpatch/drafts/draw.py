@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from random import Random
 
+from featpatch.drafts.draft import Draft
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.positions import token_at
 from featpatch.pairs.tokens import Tokenizer, next_token, prompt_ids, special_positions
-from featpatch.tasks.draft import Draft
 
 TRIES = 200
 """Drafts that are made for each pair that is wanted, at most."""

@@ -38,7 +38,7 @@ class SaeCodec(Codec):
         FeatpatchError: a layer of a cross-layer transcoder, or a normalisation that is neither folded in nor known.
     """
 
-    def __init__(self, sae: SAE[Any]) -> None:
+    def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
         if re.search(r"\bclt\b", str(sae.cfg.metadata.neuronpedia_id or "")):
             raise FeatpatchError(
                 f"the transcoder of {sae.cfg.metadata.neuronpedia_id!r} is one layer of a cross-layer transcoder (CLT) whose "
@@ -58,6 +58,21 @@ class SaeCodec(Codec):
         self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
         self.d_out = int(getattr(sae.cfg, "d_out", self.d_in))
         self.scale = _scale(sae)
+
+    @staticmethod
+    def hooks(source: Any) -> tuple[str, str] | None:
+        """As its metadata say."""
+        if not isinstance(source, SAE):
+            return None
+        metadata = source.cfg.metadata
+        if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
+            raise FeatpatchError("an SAE's metadata names no hook: set sae.cfg.metadata.hook_name to the hook that it reads")
+        if metadata.hook_head_index is not None:
+            raise FeatpatchError(
+                f"the SAE of {metadata.hook_name!r} reads head {metadata.hook_head_index} alone: expected one of the whole "
+                "hook; adapt it with fp.adapt and an encode that picks the head and a decode that fills the others with zeros"
+            )
+        return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
     def encode(self, x: torch.Tensor) -> Code:
         """Features (a temporal SAE's novel codes) and, as the state, norms and means, skip path, predicted codes."""

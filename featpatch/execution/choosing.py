@@ -1,0 +1,25 @@
+"""Executors by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from featpatch.errors import FeatpatchError
+from featpatch.execution.executor import Executor
+from featpatch.families import classes
+
+EXECUTORS: dict[str, Callable[..., Executor]] = classes("execution/executors", Executor)
+
+
+def executor_of(executor: Any) -> Executor | None:
+    """From the argument of that name: None or `"serial"` for none, one of `EXECUTORS` by its name, or an object of one.
+
+    Raises:
+        FeatpatchError: anything else.
+    """
+    if executor is None or executor == "serial":
+        return None
+    made = EXECUTORS[executor]() if isinstance(executor, str) and executor in EXECUTORS else executor
+    if not isinstance(made, Executor):
+        known = ", ".join(map(repr, ("serial", *EXECUTORS)))
+        raise FeatpatchError(f"executor={executor!r}: expected {known}, or an object such as fp.Ray(...)")
+    return made

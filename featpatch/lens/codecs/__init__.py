@@ -1,0 +1,25 @@
+"""Kinds of dictionaries: each file holds the codec of one, and says which objects are of that kind."""
+
+from typing import Any
+
+from featpatch.errors import FeatpatchError
+from featpatch.families import classes
+from featpatch.lens.codec import Codec
+
+CODECS: dict[str, type[Codec]] = classes("lens/codecs", Codec)
+
+
+def kind_of(source: Any) -> tuple[type[Codec], str, str]:
+    """The codec for an object, and the hooks that it reads and writes.
+
+    Raises:
+        FeatpatchError: the object is of no kind.
+    """
+    for codec in CODECS.values():
+        hooks = codec.hooks(source)
+        if hooks is not None:
+            return codec, *hooks
+    raise FeatpatchError(
+        f"{type(source).__name__} is not a sae-lens SAE: expected an object such as SAE.load_from_disk gives, or, for any "
+        "other object with encode and decode, fp.adapt(object, hook, d_in=...)"
+    )

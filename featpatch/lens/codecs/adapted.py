@@ -1,0 +1,74 @@
+"""Objects of the user's own as codecs."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens.adapter import Adapted
+from featpatch.lens.codec import Code, Codec, State
+from featpatch.lens.digest import digest
+
+PROBES = 16
+"""Random activations by which a dictionary without weights of its own is told from others."""
+
+
+class AdaptedCodec(Codec):
+    """The object behind an `Adapted`, fed in the type and on the device of its first tensor.
+
+    Raises:
+        FeatpatchError: it fails, or returns something else than a tensor of the right shape.
+    """
+
+    def __init__(self, adapted: Adapted, like: torch.Tensor) -> None:
+        self.coder = adapted.coder
+        self.kind = type(adapted.coder).__name__
+        own = self.coder.state_dict() if isinstance(self.coder, torch.nn.Module) else getattr(self.coder, "__dict__", {})
+        tensors = (value for value in own.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
+        self._like = next(tensors, like)
+        self.d_in, self.may_be_linear, self.dtype = adapted.d_in, adapted.linear, self._like.dtype
+        self.d_sae = self._call("encode", torch.zeros(1, 1, self.d_in)).shape[2]
+        self.d_out = self._call("decode", torch.zeros(1, 1, self.d_sae)).shape[2]
+
+    @staticmethod
+    def hooks(source: Any) -> tuple[str, str] | None:
+        """As it was told."""
+        return (source.hook, source.hook_out) if isinstance(source, Adapted) else None
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> Code:
+        """Features alone."""
+        return Code(self._call("encode", x))
+
+    @torch.no_grad()
+    def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
+        """The object's own."""
+        return self._call("decode", features)
+
+    def digest(self) -> str:
+        """Of the weights, if it has any, and of what it makes of random activations, which settings beside them decide."""
+        weights = digest(self.coder) if isinstance(self.coder, torch.nn.Module) else ""
+        x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
+        features = self.encode(x).features
+        made = torch.cat([features.flatten(), self.decode(features, {}).flatten()]).double().cpu()
+        return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
+
+    def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
+        """What the object makes of a copy, since it may work in place; dense and of the type that it was given."""
+        given = x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
+        try:
+            made = getattr(self.coder, verb)(given)
+        except Exception as error:
+            raise FeatpatchError(
+                f"{self.kind}.{verb} fails on a tensor {list(x.shape)} of {given.dtype} ({type(error).__name__}: {error}): "
+                f"expected an object for activations of width {self.d_in}"
+            ) from error
+        if not isinstance(made, torch.Tensor) or made.ndim != 3 or made.shape[:2] != x.shape[:2]:
+            found = list(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
+            raise FeatpatchError(
+                f"{self.kind}.{verb} makes {found} of a tensor {list(x.shape)}: expected a tensor "
+                f"[{x.shape[0]}, {x.shape[1]}, n], one row per position"
+            )
+        dense = made.to_dense() if made.is_sparse else made
+        return dense if dense.is_floating_point() else dense.to(given.dtype)

@@ -6,3 +6,10 @@ Every message names the value that was met, what was expected, and what to do ne
 
 class FeatpatchError(ValueError):
     """Input that featpatch refuses; the message says value, expectation and next action."""
+
+
+def check_numbers(least: int, **given: object) -> None:
+    """Raises FeatpatchError for what is no integer of at least so much."""
+    for name, value in given.items():
+        if type(value) is not int or value < least:
+            raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")

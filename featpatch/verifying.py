@@ -8,7 +8,7 @@ import pandas as pd
 
 from featpatch import sites
 from featpatch.effects import Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import dictionaries_if_any, provenance, wrap
 from featpatch.metrics import MEASURES, SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
@@ -89,8 +89,8 @@ def verify(
         raise FeatpatchError(
             f"metric {unknown[0]!r} is a function, which a table does not hold: expected named metrics to verify"
         )
-    if type(rows) is not int or rows < 1 or type(seed) is not int or seed < 0:
-        raise FeatpatchError(f"rows={rows!r}, seed={seed!r}: expected 1 or more rows, and a seed of 0 or more")
+    check_numbers(1, rows=rows)
+    check_numbers(0, seed=seed)
     lens = wrap(model)
     found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}

@@ -106,8 +106,8 @@ def test_errors(small: Small) -> None:
     exact = fp.rank_features(model, sae, pairs, progress=False)
     long = fp.Pair((1, 2), (1, 3), (), (), correct_sequences=((3, 5),), wrong_sequences=((4,),))
     for call, message in (
-        (lambda: estimated(small, sae, method="shap"), "method='shap', steps=10: expected atp, ig, eap_ig_inputs, grad_drop"),
-        (lambda: estimated(small, sae, method="ig", steps=0), "1 or more steps"),
+        (lambda: estimated(small, sae, method="shap"), "method='shap': expected one of atp, ig, eap_ig_inputs, grad_drop"),
+        (lambda: estimated(small, sae, method="ig", steps=0), "steps=0: expected an integer, 1 or more"),
         (lambda: estimated(small, sae, metric="neg_kl"), "a gradient of zero at the clean run"),
         (lambda: estimated(small, sae, metric="neg_rank"), "ranks and accuracies have none"),
         (lambda: fp.estimate_features(model, sae, fp.Pairs((long,)), progress=False), "are sequences, and logit_diff reads one"),

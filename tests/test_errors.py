@@ -249,7 +249,7 @@ def test_an_effects_file_that_is_none(tmp_path: Any) -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="expected one of Audit, Calibration"):
+    with pytest.raises(AttributeError, match="rank_neurons"):
         fp.rank_neurons  # noqa: B018
 
 

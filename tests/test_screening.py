@@ -286,10 +286,10 @@ def test_a_plan_says_which_is_quicker(small: Small) -> None:
 def test_errors(small: Small) -> None:
     sae, noise = small.at(SITE), fp.Noise([3])
     for options, message in (
-        ({"k": 0}, "k=0, audit=100, top=None: expected numbers of features, 1 or more"),
+        ({"k": 0}, "k=0: expected an integer, 1 or more"),
         ({"audit": 0}, "audit=0"),
         ({"k": 5, "top": 6}, "top=6: expected at most 5"),
-        ({"k": 5, "top": 0}, "top=0: expected numbers"),
+        ({"k": 5, "top": 0}, "top=0: expected an integer"),
         ({"k": 50, "top": 45}, "top=45: expected at most"),
         ({"target": 1.5}, "target=1.5: expected a share"),
         ({"noise": noise}, "exact='screened' with noise"),

@@ -201,14 +201,14 @@ def test_errors(small: Small) -> None:
     sae, pairs, model = small.at(SITE), pairs_of(small), small.model
     two = [sae, standard("blocks.0.hook_resid_pre", 1)]
     for call, message in (
-        (lambda: fp.cumulative(model, sae, pairs, most=0), "most=0: expected 1 or more"),
+        (lambda: fp.cumulative(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
         (lambda: fp.select_features(model, sae, pairs, target=0.0), "target=0.0, candidates=64"),
         (lambda: fp.select_features(model, two, pairs), "there are 2 dictionaries: expected one"),
         (lambda: fp.select_features(model, sae, pairs, position=1, progress=False), "no feature of .* differs at 1"),
         (lambda: fp.interactions(model, two, pairs), "there are 2 dictionaries"),
         (lambda: fp.interactions(model, sae, pairs, features=[1, 1]), r"features=\[1, 1\]: expected at least two different"),
         (lambda: fp.interactions(model, sae, pairs, features=[1, 24]), "from 0 to 23"),
-        (lambda: fp.random_controls(model, sae, pairs, n=0), "n=0: expected 1 or more"),
+        (lambda: fp.random_controls(model, sae, pairs, n=0), "n=0: expected an integer, 1 or more"),
         (lambda: fp.random_controls(model, two, pairs), "there are 2 dictionaries"),
         (lambda: fp.random_controls(model, sae, pairs, feature=3, position=1, progress=False), "feature 3 of .* differs"),
     ):  # fmt: skip
@@ -226,7 +226,7 @@ def test_more_errors(small: Small) -> None:
     for call, message in (
         (lambda: fp.cumulative(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation': expected"),
         (lambda: table.top(3, by="degradation"), "by='degradation': expected one of the effects that were run, recovery"),
-        (lambda: table.top(-1), "n=-1: expected how many rows"),
+        (lambda: table.top(-1), "n=-1: expected an integer"),
         (lambda: fp.random_controls(model, silent, pairs, feature=3, progress=False), "writes nothing: expected a feature"),
         (lambda: fp.random_controls(model, quiet, pairs, progress=False), "no feature of .* differs between the runs"),
     ):  # fmt: skip

@@ -256,7 +256,7 @@ def test_stability_ranks_known_features_only(tiny: fp.Effects) -> None:
         unknown.of_pairs([0, 1, 2]).stability("recovery")
     with pytest.raises(fp.FeatpatchError, match="stability of 1 features with known values: expected at least 2"):
         unknown.take([0, 1]).stability("recovery")
-    with pytest.raises(fp.FeatpatchError, match="splits=0, top=20: expected 1 or more"):
+    with pytest.raises(fp.FeatpatchError, match="splits=0: expected an integer, 1 or more"):
         tiny.stability("recovery", splits=0)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from featpatch import sites as hooks
 from featpatch.attribution.methods import INPUT, METHODS, Runs, Taken
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import Dictionary, Split, check_tokens, wrap
 from featpatch.metrics import SEQUENCES, Metric, find
 from featpatch.pairs import Pair, Pairs, check_pairs
@@ -101,8 +101,9 @@ class Gradients:
             raise FeatpatchError(f"metric {metric!r} is of whole answers: expected one of a single token to estimate with")
         self.pairs = check_pairs(pairs)
         self.measure, self.method, self.steps = find(metric), method, steps
-        if method not in METHODS or type(steps) is not int or steps < 1:
-            raise FeatpatchError(f"method={method!r}, steps={steps!r}: expected {', '.join(METHODS)}, and 1 or more steps")
+        check_numbers(1, steps=steps)
+        if method not in METHODS:
+            raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
         if self.measure.needs == "clean":
             raise FeatpatchError(
                 f"metric {self.measure.name!r} has a gradient of zero at the clean run: expected another one to estimate with"

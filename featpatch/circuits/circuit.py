@@ -15,7 +15,7 @@ from featpatch.circuits.graph import Graph
 from featpatch.diagram import graph as graph_of
 from featpatch.diagram import interactive
 from featpatch.effects import interval
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.page import write
 from featpatch.pairs import Pairs
 from featpatch.patch import Node
@@ -64,8 +64,8 @@ class Circuit:
         Returns:
             One row per subset: `removed` (how many), `circuit`, `model` (faithfulness without them), `incompleteness`.
         """
-        _check_number("subsets", subsets, 1)
-        _check_number("seed", seed, 0)
+        check_numbers(1, subsets=subsets)
+        check_numbers(0, seed=seed)
         if type(share) not in (int, float) or not 0 <= share <= 1:
             raise FeatpatchError(f"share={share!r}: expected a probability, 0 to 1")
         draws = np.random.default_rng(seed).random((subsets, len(self.items))) < share
@@ -109,8 +109,8 @@ class Circuit:
         Returns:
             One row per drawing: `size`, `jaccard` (shared items over all items of both), `faithfulness`, on the pairs drawn.
         """
-        _check_number("resamples", resamples, 1)
-        _check_number("seed", seed, 0)
+        check_numbers(1, resamples=resamples)
+        check_numbers(0, seed=seed)
         generator, rows = np.random.default_rng(seed), []
         for _ in range(resamples):
             drawn = np.concatenate([self._drawn(group, generator) for group in self.graph.pairs.by_length().values()])
@@ -146,8 +146,3 @@ class Circuit:
 
     def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         return interval(values - self.graph.empty, self.graph.whole - self.graph.empty)
-
-
-def _check_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featpatch import sites
 from featpatch.circuits.edges import EMBEDDING, EdgeGraph
 from featpatch.effects import check_gap, interval
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import wrap
 from featpatch.metrics import Metric, find
 from featpatch.pairs import Pair, Pairs, check_pairs
@@ -80,12 +80,10 @@ def scrub(
     check_pairs(pairs)
     if not isinstance(hypothesis, Hypothesis) or not isinstance(hypothesis.parents, Mapping):
         raise FeatpatchError(f"hypothesis={hypothesis!r}: expected fp.Hypothesis({{receiver: {{sender: label}}}})")
-    if type(seed) is not int or seed < 0:
-        raise FeatpatchError(f"seed={seed!r}: expected an integer, 0 or more")
+    check_numbers(0, seed=seed)
+    check_numbers(1, draws=draws)
     if len(pairs.by_length()) > 1:
         raise FeatpatchError(f"prompts have {sorted(pairs.by_length())} tokens: expected equally long ones for scrubbing")
-    if type(draws) is not int or draws < 1:
-        raise FeatpatchError(f"draws={draws!r}: expected 1 or more")
     graph = EdgeGraph(wrap(model), pairs, "corrupted", find(metric))
     graph.check()
     run = _Run(graph, hypothesis, np.random.default_rng(seed))

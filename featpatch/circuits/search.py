@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.circuits.graph import Graph
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.patch import LOGITS, Edge, Node
 
 METHODS = ("threshold", "greedy", "acdc")
@@ -99,8 +99,7 @@ def check_search(method: str, over: str, scores: str, threshold: float | None, s
         raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a share of the behaviour above 0, such as 0.01")
-    if size is not None and (type(size) is not int or size < 1):
-        raise FeatpatchError(f"size={size!r}: expected 1 or more, or None")
+    check_numbers(1, size=1 if size is None else size)
     if type(target) not in (int, float) or not 0 < target <= 1:
         raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
     if size is not None and (method == "acdc" or threshold is not None):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from featpatch.cost.flops import pass_flops
 from featpatch.cost.known import GPUS, SHAPES, Device, Shape
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 
 DIFFERING, DISTINCT, POWER = 1.25, 2.25, 0.52
 """See above."""
@@ -89,11 +89,8 @@ def predict(
         raise FeatpatchError(f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device")
     if not isinstance(dtype, str) or dtype not in BYTES:
         raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(BYTES)}")
-    numbers = {"features": features, "pairs": pairs, "active": active, "tokens": tokens, "changed": changed,
-               "directions": directions, "columns": columns, "workers": workers}  # fmt: skip
-    for name, value in numbers.items():
-        if type(value) is not int or value < 1:
-            raise FeatpatchError(f"{name}={value!r}: expected an integer, 1 or more")
+    check_numbers(1, features=features, pairs=pairs, active=active, tokens=tokens, changed=changed)
+    check_numbers(1, directions=directions, columns=columns, workers=workers)
     if isinstance(utilisation, bool) or not isinstance(utilisation, (int, float)) or not 0 < utilisation <= 1:
         raise FeatpatchError(f"utilisation={utilisation!r}: expected a share above 0, up to 1")
     if directions > 2 or (where is not None and dtype not in where.peak):

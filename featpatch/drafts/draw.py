@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from featpatch.drafts.draft import Draft
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.positions import token_at
 from featpatch.pairs.tokens import Tokenizer, next_token, prompt_ids, special_positions
@@ -22,8 +22,7 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
     Raises:
         FeatpatchError: there are too few.
     """
-    if n < 1:
-        raise FeatpatchError(f"n={n}: expected 1 or more pairs")
+    check_numbers(1, n=n)
     random = Random(seed)
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], Pair] = {}
     for attempt in (make(random) for _ in range(TRIES * n)):

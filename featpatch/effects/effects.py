@@ -26,7 +26,7 @@ from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.page import write
 from featpatch.patch import RANKED, Direction, Node
 
@@ -355,8 +355,7 @@ class Effects:
         """
         if by is not None and by not in self.directions_run():
             raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(self.directions_run())}")
-        if not isinstance(n, int) or n < 0:
-            raise FeatpatchError(f"n={n!r}: expected how many rows, 0 or more")
+        check_numbers(0, n=n)
         rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
         values = rows.pooled(by or self.directions_run()[0])
         return rows.take(np.argsort(-values, kind="stable")[:n])

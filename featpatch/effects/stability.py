@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 
 SPLITS = 100
 TOP = 20
@@ -63,8 +63,7 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
             f"stability of {features} features with known values: expected at least 2 that a ranking can order; choose an "
             "effect that was run, and more positions or SAEs"
         )
-    if min(splits, top) < 1:
-        raise FeatpatchError(f"splits={splits}, top={top}: expected 1 or more of each")
+    check_numbers(1, splits=splits, top=top)
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(pairs), (splits, 1)), axis=1)
     member = np.zeros((pairs, splits))

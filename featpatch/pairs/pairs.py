@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Int
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.each import each
@@ -166,8 +166,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: as for `from_jsonl`; a size below 1, a file without pairs.
         """
-        if type(size) is not int or size < 1:
-            raise FeatpatchError(f"size={size!r}: expected how many pairs make a block, 1 or more")
+        check_numbers(1, size=size)
         empty = True
         for lines in json_lines_in_blocks(path, NEEDED, size):
             empty = False

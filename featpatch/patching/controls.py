@@ -8,7 +8,7 @@ import torch
 
 from featpatch.effects import Effect, Effects
 from featpatch.engine import Deltas
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Node, Position
 from featpatch.patching.features import single_study
@@ -71,8 +71,7 @@ def random_controls(
     Raises:
         FeatpatchError: unusable input, several dictionaries, or a feature that differs in no pair.
     """
-    if not isinstance(n, int) or n < 1:
-        raise FeatpatchError(f"n={n!r}: expected 1 or more random directions")
+    check_numbers(1, n=n)
     study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     single = study.complete(progress=progress).where(kind="feature")
     own = single.top(1) if feature is None else single.where(index=feature)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import EFFECTS, Effect, Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
@@ -98,8 +98,7 @@ def cumulative(
     Raises:
         FeatpatchError: unusable input.
     """
-    if not isinstance(most, int) or most < 1:
-        raise FeatpatchError(f"most={most!r}: expected 1 or more features in the largest set")
+    check_numbers(1, most=most)
     if by not in EFFECTS or EFFECTS[by] not in directions:
         raise FeatpatchError(f"by={by!r}: expected 'recovery' or 'degradation', and its direction among {list(directions)}")
     asked = Asked(positions, directions, metric, batch_rows, noise)

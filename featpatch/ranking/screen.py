@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from featpatch.effects import EFFECTS, Effects, joined, sample_sizes, without_estimates
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.patch import RANKED, Node
 from featpatch.patching import Study
 
@@ -32,15 +32,10 @@ class Screen:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (self.k, self.audit, *([] if self.top is None else [self.top]))
-        if not all(type(number) is int and number >= 1 for number in numbers):
-            raise FeatpatchError(
-                f"k={self.k!r}, audit={self.audit!r}, top={self.top!r}: expected numbers of features, 1 or more"
-            )
+        check_numbers(1, k=self.k, audit=self.audit, top=1 if self.top is None else self.top)
+        check_numbers(0, seed=self.seed)
         if self.target is not None and not (isinstance(self.target, (int, float)) and 0 < self.target <= 1):
             raise FeatpatchError(f"target={self.target!r}: expected a share above 0, at most 1, or None for a single sample")
-        if type(self.seed) is not int or self.seed < 0:
-            raise FeatpatchError(f"seed={self.seed!r}: expected an integer, 0 or more")
 
 
 def screened(

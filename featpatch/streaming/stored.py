@@ -13,7 +13,7 @@ import pandas as pd
 
 from featpatch.effects import Effects, check_gap
 from featpatch.effects.content import check_metadata
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.foreign import read_json
 from featpatch.patch import RANKED
 from featpatch.streaming.parts import FIELDS, node_of, path_of
@@ -102,8 +102,7 @@ class Stored:
         run = [name for name in ("recovery", "degradation") if name in table]
         if by is not None and by not in run:
             raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(run)}")
-        if type(n) is not int or n < 1:
-            raise FeatpatchError(f"n={n!r}: expected how many rows, 1 or more")
+        check_numbers(1, n=n)
         ranked = table[table["kind"].isin(RANKED)]
         ranked = ranked if len(ranked) else table
         chosen = ranked.iloc[np.argsort(-ranked[by or run[0]].to_numpy(), kind="stable")[:n]]

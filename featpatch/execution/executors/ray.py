@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution.executor import Batch, Book, Executor, Shards
 
 DEATHS = 3
@@ -42,8 +42,7 @@ class Ray(Executor):
     gpus: float = 0
 
     def __post_init__(self) -> None:
-        if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
-            raise FeatpatchError(f"workers={self.workers!r}: expected 1 or more, or None for as many as there are processors")
+        check_numbers(1, workers=1 if self.workers is None else self.workers)
         if self.address is not None and not isinstance(self.address, str):
             raise FeatpatchError(f"address={self.address!r}: expected that of a cluster, such as 'auto', or None")
         for name in ("cpus", "gpus"):

@@ -26,7 +26,7 @@ from featpatch.engine import (
     row_budget,
     row_bytes,
 )
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution import Executor, executor_of
 from featpatch.lens import Lens, check_tokens, provenance
 from featpatch.lens.transport import packed
@@ -97,8 +97,7 @@ class Study:
         chosen = check_directions(asked.directions)
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
-        if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
-            raise FeatpatchError(f"batch_rows={batch_rows}: expected 1 or more, or None to choose by the memory at hand")
+        check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
         readings = dict(enumerate(each(read.readings, list(check_pairs(pairs)))))
         behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
         check_tokens(pairs, lens, behind)
@@ -204,7 +203,7 @@ class Study:
         with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
             try:
                 asked = replace(self.remade["asked"], directions=self.directions, batch_rows=book.rows)
-                study = partial(Study.of, self.lens, self.parts, pairs=self.pairs, **{**self.remade, "asked": asked})
+                study = partial(_again, self.lens, self.parts, self.pairs, {**self.remade, "asked": asked})
                 executor.run(partial(made, packed(study)), shards, book, bar.update)
             except KeyboardInterrupt:
                 return ClosedBook(book.rows, book.finished)
@@ -270,6 +269,11 @@ class Study:
                 for part in self.parts
             )
         return base["noising"], base["denoising"], patches
+
+
+def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str, Any]) -> Study:
+    """The same study in another process."""
+    return Study.of(lens, parts, pairs=pairs, **remade)
 
 
 def _metadata(

@@ -113,7 +113,7 @@ def _warn_of_the_unchanged(pairs: Pairs, positions: Positions) -> None:
         places = [(pair.positions(position)[0], pair.first_difference) for pair in pairs]
         if all(place < first for place, first in places):
             warnings.warn(
-                f"no feature differs at position {position!r} of any pair, so it has no rows: pair 0 has it at {places[0][0]} and "
-                f"differs first at {places[0][1]}; positions count from 0, with the BOS token",
+                f"no feature differs at position {position!r} of any pair, so it has no rows: pair 0 has it at {places[0][0]} "
+                f"and differs first at {places[0][1]}; positions count from 0, with the BOS token",
                 stacklevel=3,
             )

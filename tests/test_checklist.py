@@ -100,6 +100,7 @@ def test_what_pairs_have_in_common(demo: fp.Demo) -> None:
     found = check(pairs_of(demo, GOOD, GOOD, other, labels=labels), demo.model)
     assert [statuses(found, pair)["duplicate"] for pair in range(3)] == ["pass", "fail", "pass"]
     assert [statuses(found, pair)["labels"] for pair in range(3)] == ["pass", "pass", "warn"]
+    assert next(finding.detail for finding in found.findings if finding.rule == "labels") == "S2 10: 'John'"
     assert found.verdicts() == ["pass", "fail", "warn"]
     assert not found.ok
     assert list(kept(found.verdicts(), "fail")) == [0, 2]
@@ -190,3 +191,10 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 def test_unknown_verdicts() -> None:
     with pytest.raises(fp.FeatpatchError, match=r"verdicts \['bad'\]: expected some of pass, warn, fail"):
         kept(["pass"], "bad")
+
+
+def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: fp.Demo) -> None:
+    """As where the BOS token was not counted."""
+    pairs = pairs_of(demo, GOOD, labels=[{"S2": 9, "end": 14}])
+    with pytest.warns(UserWarning, match="no feature differs at position 'S2' of any pair.*at 9 and differs first at 10"):
+        fp.rank_features(demo.model, demo.saes[0], pairs, positions=["S2", "end"], progress=False)

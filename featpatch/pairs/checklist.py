@@ -142,7 +142,7 @@ def check(
             "surprise": _even(surprises[index]),
             "output": _output(clean[index], corrupted[index]),
             "answers": _answers(pair, tokenizer),
-            "labels": _labels(pair, usual, len(pairs)),
+            "labels": _labels(pair, usual, len(pairs), tokenizer),
             "duplicate": _duplicate(pair, index, seen),
             "gap": _gap(gaps[index], median(gaps)),
         }
@@ -229,11 +229,12 @@ def _answers(pair: Pair, tokenizer: Any) -> Outcome:
     return "pass", f"{len(right)} right, {len(wrong)} wrong, {length}"
 
 
-def _labels(pair: Pair, usual: Counter[str], pairs: int) -> Outcome:
+def _labels(pair: Pair, usual: Counter[str], pairs: int, tokenizer: Any) -> Outcome:
     missing = sorted(label for label, count in usual.items() if label not in pair.labels and count > pairs / 2)
     if missing:
         return "warn", f"labels {', '.join(missing)} are missing, which most pairs have"
-    return "pass", ", ".join(f"{label} {position}" for label, position in pair.labels.items()) or "no labels"
+    shown = (f"{label} {position}: {_word(pair.clean[position], tokenizer)}" for label, position in pair.labels.items())
+    return "pass", ", ".join(shown) or "no labels"
 
 
 def _duplicate(pair: Pair, index: int, seen: dict[Any, int]) -> Outcome:

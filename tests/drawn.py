@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, Phase, settings
 EXAMPLES = int(os.environ.get("FEATPATCH_EXAMPLES", "600"))
 
 
-def share(part: float) -> Any:
-    """Settings of a test that makes this share of all examples."""
+def share(part: float, deadline: int | None = 5000) -> Any:
+    """Settings of a test that makes this share of all examples, each within so many milliseconds."""
     return settings(
-        max_examples=max(3, round(EXAMPLES * part)), derandomize=EXAMPLES == 600, deadline=5000, database=None,
+        max_examples=max(3, round(EXAMPLES * part)), derandomize=EXAMPLES == 600, deadline=deadline, database=None,
         suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )  # fmt: skip

@@ -42,6 +42,24 @@ def same(one: fp.Effects, other: fp.Effects) -> None:
         np.testing.assert_allclose(getattr(one, column), getattr(other, column), atol=1e-12)
 
 
+class Noting(Executor):
+    """Another executor, with the batches that it writes down: what it leaves out would be run here without a word."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.inner, self.keys = inner, []  # type: Executor, list[str]
+
+    def run(self, make: Any, shards: int, book: Any, done: Any) -> None:
+        self.book = book
+        self.inner.run(make, shards, self, done)
+
+    def get(self, key: str) -> Any:
+        return self.book.get(key)
+
+    def put(self, key: str, values: torch.Tensor) -> None:
+        self.keys.append(key)
+        self.book.put(key, values)
+
+
 class Counted:
     """The logit difference; notes in a folder each batch that a worker measures, and may do something there once."""
 
@@ -78,8 +96,10 @@ def test_features_are_the_same(executor: str) -> None:
     small.model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 0.9 * x)
     for options in ({"saes": small.saes[:3], "metric": ["logit_diff", "prob"]},
                     {"saes": small.saes[1], "exact": "screened", "k": 5, "audit": 3, "top": 3}):  # fmt: skip
-        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", executor))
+        noting = Noting(EXECUTORS[executor]())
+        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", noting))
         same(here, there)
+        assert 1 < len(noting.keys) == len(set(noting.keys))
 
 
 @pytest.mark.usefixtures("cluster")

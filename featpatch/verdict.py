@@ -43,7 +43,7 @@ class Fit:
         return "explains little" if self.explained_variance < LITTLE else "fits"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
     """The outcome of `fp.check`.
 
@@ -57,6 +57,12 @@ class Check:
     weights: str
     positions: int
     fits: tuple[Fit, ...]
+
+    def __repr__(self) -> str:
+        fits = [
+            f"{fit.dictionary}: {fit.verdict}, explains {fit.explained_variance:.2f}. {fit.misfit}".strip() for fit in self.fits
+        ]
+        return "\n  ".join([f"check on {self.positions} positions of {self.model}, weights {self.weights}", *fits])
 
     @property
     def ok(self) -> bool:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from featpatch import sites
 from featpatch.effects import Effects
+from featpatch.effects.statistics import size
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import dictionaries_if_any, provenance, wrap
 from featpatch.metrics import MEASURES, SEQUENCES
@@ -16,7 +17,7 @@ from featpatch.patch import Edge, Node
 from featpatch.patching import Asked, Study, component_study, feature_study, path_study
 
 TOLERANCE = 1e-4
-"""By so much of the mean gap a value may differ: what batches of another size and rounding explain, in float32."""
+"""By so much of gap or size a value may differ: what batches of another size and rounding explain, in float32."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Verified:
 
     Attributes:
         nodes: the rows that were measured again.
-        differences: by row the largest difference of any pair and direction, as a share of the mean gap.
+        differences: by row the largest difference of any pair and direction, as a share of the mean gap, or of the metric's
+            size where that is larger: rounding goes with the size.
         tolerance: what is accepted.
         versions: of libraries that are not those of the table, as `name: then -> now`.
     """
@@ -50,7 +52,7 @@ class Verified:
         changed = f"; other versions: {', '.join(self.versions)}" if self.versions else ""
         return (
             f"{len(self.nodes)} random rows measured again, {verdict}: largest difference {max(self.differences):.2g} of the "
-            f"mean gap (accepted {self.tolerance:.2g}){changed}"
+            f"metric's size (accepted {self.tolerance:.2g}){changed}"
         )
 
 
@@ -72,7 +74,7 @@ def verify(
         model, pairs, saes: those that it is of; their digests are compared first.
         rows: how many, at most.
         seed: draws them.
-        tolerance: accepted difference, as a share of the mean gap.
+        tolerance: accepted difference, as a share of the mean gap or of the metric's size, whichever is larger.
 
     Raises:
         FeatpatchError: another model, other pairs or SAEs; a table of another kind, of estimates, of noise or of a function.
@@ -123,7 +125,7 @@ def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[No
 
 
 def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:
-    """By node, of all pairs and directions, as a share of the mean gap; infinite where entries are missing on one side."""
+    """By node, of all pairs and directions, as a share of the metric's size; infinite where entries are missing on one side."""
     tables = []
     for table in (effects, again):
         number = {node: row for row, node in enumerate(table.nodes)}
@@ -132,12 +134,12 @@ def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[fl
             if int(row) in entries:
                 entries[int(row)][int(pair)] = (denoised, noised)
         tables.append({node: entries.get(number.get(node, -1), {}) for node in nodes})
-    result = []
+    result, scale = [], max(abs(float(effects.gap.mean())), size(effects.clean, effects.corrupted))
     for node in nodes:
         then, now = (table[node] for table in tables)
         if then.keys() != now.keys():
             result.append(float("inf"))
             continue
         change = np.array([now[pair] for pair in then]) - np.array([then[pair] for pair in then])
-        result.append(float(np.nanmax(np.abs(change)) / abs(effects.gap.mean())))
+        result.append(float(np.nanmax(np.abs(change)) / scale))
     return result

@@ -63,7 +63,7 @@ class Finding:
         return "" if self.status == "pass" else RULES[self.rule]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checklist:
     """The outcome of `Pairs.check`.
 
@@ -92,6 +92,17 @@ class Checklist:
         """By rule, how many pairs pass, warn and fail."""
         seen = Counter((finding.rule, finding.status) for finding in self.findings)
         return {rule: {status: seen[rule, status] for status in SEVERITY} for rule in RULES}
+
+    def __repr__(self) -> str:
+        verdicts, counts = self.verdicts(), self.counts()
+        said = {
+            rule: {status: n for status, n in of_rule.items() if n and status != "pass"} for rule, of_rule in counts.items()
+        }
+        found = [
+            f"{rule} {', '.join(f'{n} {status}' for status, n in of.items())}: {RULES[rule]}" for rule, of in said.items() if of
+        ]
+        total = ", ".join(f"{verdicts.count(status)} {status}" for status in SEVERITY)
+        return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *found])
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pair and rule: pair, rule, status, detail, advice."""
@@ -184,6 +195,9 @@ def _difference(pair: Pair, tokenizer: Any) -> Outcome:
 def _kind(pair: Pair, tokenizer: Any) -> Outcome:
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         return "pass", "not looked at without a tokenizer"
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown in (*pair.clean, *pair.corrupted):
+        return "warn", f"the tokenizer knows no word for {(*pair.clean, *pair.corrupted).count(unknown)} of the tokens"
     for p in _changed(pair):
         kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
         if kinds[0] != kinds[1]:

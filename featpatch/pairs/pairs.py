@@ -24,7 +24,7 @@ from featpatch.pairs.positions import Label
 from featpatch.pairs.tokens import Tokenizer, special_positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
     """A sequence of pairs; lengths may differ from pair to pair, never within one."""
 
@@ -283,6 +283,11 @@ class Pairs(Sequence[Pair]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def __repr__(self) -> str:
+        lengths, labels = sorted(self.by_length()), dict.fromkeys(label for pair in self for label in pair.labels)
+        tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        return f"{len(self)} pairs of {tokens} tokens, labels {', '.join(labels) or '(none)'}"
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)

@@ -51,6 +51,11 @@ def do(
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
+    for name, tokens in (("source", source), ("base", base)):
+        if tokens is not None and not isinstance(tokens, torch.Tensor):
+            raise FeatpatchError(
+                f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)"
+            )
     if not patch.nodes:
         raise FeatpatchError("the patch has no nodes: expected at least one")
     if base is not None and base.shape != source.shape:

@@ -1,6 +1,5 @@
 """Rank SAE features by causal recovery: every feature that differs is swapped alone, exactly, in both directions."""
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -90,8 +89,6 @@ def rank_features(
     asked = Asked(positions, directions, metric, batch_rows, noise)
     if exact == "all":
         study, _ = feature_study(model, saes, pairs, asked)
-        if noise is None:
-            _warn_of_the_unchanged(pairs, positions)
         return study.run(journal, progress=progress, executor=executor)
     if noise is not None:
         raise FeatpatchError(
@@ -105,15 +102,3 @@ def rank_features(
         return feature_study(model, saes, pairs, asked, only)[0]
 
     return screened(screen, estimate, study_of, partial(Study.run, journal=journal, progress=progress, executor=executor))
-
-
-def _warn_of_the_unchanged(pairs: Pairs, positions: Positions) -> None:
-    """Says which positions have no rows, because they lie before the first token that differs in every pair."""
-    for position in () if isinstance(positions, str) else [label for label in positions if isinstance(label, str)]:
-        places = [(pair.positions(position)[0], pair.first_difference) for pair in pairs]
-        if all(place < first for place, first in places):
-            warnings.warn(
-                f"no feature differs at position {position!r} of any pair, so it has no rows: pair 0 has it at {places[0][0]} "
-                f"and differs first at {places[0][1]}; positions count from 0, with the BOS token",
-                stacklevel=3,
-            )

@@ -1,5 +1,6 @@
 """A sweep over features from the checked input to the table of effects."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -32,7 +33,7 @@ from featpatch.lens import Lens, check_tokens, provenance
 from featpatch.lens.transport import packed
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.each import each
-from featpatch.pairs.spans import Positions, spans
+from featpatch.pairs.spans import Positions, Wanted, spans
 from featpatch.patch import DIRECTIONS, Direction, check_directions
 from featpatch.patching.study.asked import Asked
 from featpatch.patching.study.noise import Noise
@@ -107,6 +108,8 @@ class Study:
                 "both directions: expected a causal model, or answers of one token"
             )
         wanted = [spans(pair, asked.positions) for pair in pairs]
+        if noise is None and not contrast.everywhere and lens.causal:
+            _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         changed = [site for part in parts for site in part.sites]
         layers = sorted({sites.layer_of(site) for site in changed})
@@ -274,6 +277,18 @@ class Study:
 def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str, Any]) -> Study:
     """The same study in another process."""
     return Study.of(lens, parts, pairs=pairs, **remade)
+
+
+def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
+    """Says which labels have no rows, because they stand before the first token that differs in every pair."""
+    for label in (position for position in wanted[0] if isinstance(position, str) and position != "all"):
+        places = [max(span[label]) for span in wanted]
+        if all(place < pair.first_difference for place, pair in zip(places, pairs, strict=True)):
+            warnings.warn(
+                f"nothing differs at {label!r} of any pair, so that it has no rows: pair 0 has it at {places[0]} and differs "
+                f"from {pairs[0].first_difference} on; positions count from 0, with the BOS token",
+                stacklevel=5,
+            )
 
 
 def _metadata(

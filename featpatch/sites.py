@@ -215,13 +215,9 @@ def canonical(name: str, hook_points: Mapping[str, object]) -> str:
     point = hook_points.get(name)
     if point is None:
         tail = name.rsplit(".", 1)[-1]
-        near = (
-            [known for known in hook_points if known.endswith(tail)]
-            or get_close_matches(name, hook_points)
-            or list(hook_points)
-        )
+        near = [known for known in hook_points if known.endswith(tail)] or get_close_matches(name, hook_points) or hook_points
         raise FeatpatchError(
-            f"the model has no hook {name!r}: expected a name from model.hook_dict, such as {', '.join(sorted(near or hook_points)[:4])}"
+            f"the model has no hook {name!r}: expected a name from model.hook_dict, such as {', '.join(sorted(near)[:4])}"
         )
     aliases = (known for known, other in hook_points.items() if other is point and STANDARD.fullmatch(known))
     return next(aliases, name)

@@ -11,6 +11,7 @@ from test_demo import run
 from test_sets import pairs_of
 
 import featpatch as fp
+from featpatch.effects.statistics import size
 
 OPTIONS: dict[str, Any] = {"progress": False}
 
@@ -40,7 +41,9 @@ def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
     assert max(found.differences) < 1e-9
     assert "random rows measured again, as they were" in repr(found)
     changed = table.denoised.copy()
-    changed[table.row == table.nodes.index(found.nodes[3])] += 1e-3 * abs(table.gap.mean())
+    changed[table.row == table.nodes.index(found.nodes[3])] += 1e-3 * max(
+        abs(table.gap.mean()), size(table.clean, table.corrupted)
+    )
     forged = fp.verify(replace(table, denoised=changed), small.model, pairs_of(small), saes=saes, rows=12, **OPTIONS)
     assert not forged.ok
     assert forged.table()["row"][0] == str(found.nodes[3])

@@ -94,15 +94,11 @@ class Checklist:
         return {rule: {status: seen[rule, status] for status in SEVERITY} for rule in RULES}
 
     def __repr__(self) -> str:
-        verdicts, counts = self.verdicts(), self.counts()
-        said = {
-            rule: {status: n for status, n in of_rule.items() if n and status != "pass"} for rule, of_rule in counts.items()
-        }
-        found = [
-            f"{rule} {', '.join(f'{n} {status}' for status, n in of.items())}: {RULES[rule]}" for rule, of in said.items() if of
-        ]
+        verdicts = self.verdicts()
         total = ", ".join(f"{verdicts.count(status)} {status}" for status in SEVERITY)
-        return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *found])
+        lines = [f"{rule}: {n['warn']} warn, {n['fail']} fail; {RULES[rule]}" for rule, n in self.counts().items()
+                 if n["warn"] or n["fail"]]  # fmt: skip
+        return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *lines])
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pair and rule: pair, rule, status, detail, advice."""

@@ -28,6 +28,8 @@ EXAMPLES = {
         (CLEAN, "While Anna and Paul were working at the park , Paul handed the key", "Mary", "John"), {"difference": "warn"}),
     "the same prompt": ((CLEAN, CLEAN, "Mary", "John"), {"difference": "fail", "output": "fail"}),
     "a name for a word": ((CLEAN, "When Mary and John went to the store , red gave a drink to", "Mary", "John"), {"kind": "warn"}),
+    "a word that the tokenizer does not know": (
+        (CLEAN.replace("drink", "saxophone"), GOOD[1].replace("drink", "saxophone"), "Mary", "John"), {"kind": "warn"}),
     "the wrong way round": ((GOOD[1], CLEAN, "Mary", "John"), {"output": "fail"}),
     "an answer that the corruption keeps": (
         (CLEAN, "When Mary and John went to the store , John gave a watch to", "Mary", "John"), {"output": "warn"}),
@@ -52,6 +54,17 @@ def test_examples(demo: fp.Demo, name: str) -> None:
     assert {rule: status for rule, status in found.items() if status != "pass" and rule in expected} == expected
     if name == "good":
         assert set(found.values()) == {"pass"}
+
+
+def test_what_is_shown_is_a_summary(demo: fp.Demo) -> None:
+    pairs = pairs_of(demo, GOOD, EXAMPLES["the same prompt"][0], labels=[{"S2": 10}, {"S2": 10}])
+    assert repr(pairs) == "2 pairs of 15 tokens, labels S2"
+    lines = repr(pairs.check(demo.model)).splitlines()
+    assert lines[0] == "checklist of 2 pairs: 1 pass, 0 warn, 1 fail"
+    assert lines[1] == "  difference: 0 warn, 1 fail; change fewer words, or only those that decide the answer"
+    fitting = repr(fp.check(demo.model, demo.saes[0], pairs))
+    assert fitting.startswith("check on ")
+    assert f"{demo.saes[0].cfg.metadata.hook_name}: fits, explains " in fitting
 
 
 def test_numbers_are_the_models(demo: fp.Demo) -> None:

@@ -94,7 +94,10 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
             lambda: sae_at("blocks.7.hook_resid_pre"),
             r"the model has no hook 'blocks.7.hook_resid_pre': expected .*hook_resid_pre",
         ),
-        (lambda: sae_at("blocks.1.hook_resid_prf"), r"the model has no hook 'blocks.1.hook_resid_prf'"),
+        (
+            lambda: sae_at("blocks.1.hook_resid_prf"),
+            r"the model has no hook 'blocks.1.hook_resid_prf': .*blocks.1.hook_resid_pre",
+        ),
         (lambda: sae_at(SITE, 8), r"reads 8 values and the activation at 'blocks.1.hook_resid_pre' has 16: expected an SAE"),
         (lambda: sae_at("blocks.1.mlp.hook_post"), r"reads 16 values and the activation at .* has 32"),
         (lambda: sae_at("blocks.1.hook_mlp_in"), r"hook 'blocks.1.hook_mlp_in' exists but did not fire: .*switched on"),

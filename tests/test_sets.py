@@ -13,6 +13,8 @@ from test_statistics import made
 import featpatch as fp
 from featpatch import Controls
 from featpatch.engine import SuffixPath
+from featpatch.engine.deltas import NEVER
+from featpatch.patching import sets
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -203,6 +205,12 @@ def test_controls_that_reach_the_feature_count() -> None:
     """One is larger, one as large, one smaller."""
     feature, random = made([[1, 1]], [2, 2]), made([[2, 1], [1, 1], [1, 0]], [2, 2])
     assert Controls(feature, random).share() == Controls(feature, random).share("degradation") == pytest.approx(2 / 3)
+
+
+def test_sets_that_change_nothing_are_not_run() -> None:
+    changes = torch.zeros(3, 2, 4)
+    changes[1, 1, 2] = -1
+    assert sets._deltas(changes, torch.tensor([4, 6])).first().tolist() == [NEVER, 6, NEVER]
 
 
 def test_errors(small: Small) -> None:

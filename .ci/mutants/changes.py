@@ -36,13 +36,14 @@ class Mutant:
     last: int
 
     def source(self) -> bytes | None:
-        """The whole file with the change; None if it is no Python."""
-        code = mutate_code(Path(self.file).read_text(), get_operator(f"core/{self.operator}")(), self.number)
+        """The whole file with the change; None if it is no Python, or the same, as 1e100 + 1."""
+        before = Path(self.file).read_text()
+        code = mutate_code(before, get_operator(f"core/{self.operator}")(), self.number)
         try:
-            ast.parse(code)
+            same = ast.dump(ast.parse(code)) == ast.dump(ast.parse(before))
         except SyntaxError:
             return None
-        return code.encode()
+        return None if same else code.encode()
 
 
 def mutants(package: Path) -> Iterator[Mutant]:

@@ -40,7 +40,7 @@ OUT, SECONDS, SEED = Path("build/mutants"), 45, 0
 LIBRARIES = ["torch", "sae_lens", "transformer_lens", "transformers", "hypothesis", "beartype", "scipy.stats", "pandas"]
 OPTIONS = ["-oaddopts=", "-q", "-pno:cacheprovider", "-pno:xdist", "-Wignore::pytest.PytestAssertRewriteWarning"]
 SLOW = ["soak", "execution", "demo", "readme", "examples", "devices", "docs", "diagram"]
-LONG = "tests/test_engine.py::test_killed_at_50_random_points"
+LONG, STRUCTURE = "tests/test_engine.py::test_killed_at_50_random_points", "tests/test_layers.py::test_dataclasses_are_frozen"
 FIRST = re.compile("test_(laws|by_hand|engine|attribution|statistics|effects|paths|edges|sets|ablation)")
 """Tests with oracles of their own, which are tried first."""
 
@@ -105,7 +105,7 @@ def tests(mutant: Mutant, lines: dict[int, list[str]], seconds: dict[str, float]
     """Those to run, in turn from every test file; all tests of a file in whose fixtures the line is run."""
     found = {name for line in range(mutant.first, mutant.last + 1) for name in lines.get(line, [])}
     if found == {""}:
-        found = {name for names in lines.values() for name in names}
+        found = {STRUCTURE, *(name for names in lines.values() for name in names)}
     names = {name.rsplit("|", 1)[0] for name in found} | {name.split("::")[0] for name in found if name.endswith("|setup")}
     by_file: dict[str, list[str]] = defaultdict(list)
     for test in sorted(seconds, key=seconds.__getitem__):
@@ -142,7 +142,7 @@ def judge(queue: list[Mutant], workers: int) -> Iterator[tuple[Mutant, str, str]
             mutant = queue.pop()
             chosen = [*tests(mutant, data.contexts_by_lineno(str(Path(mutant.file).resolve())), seconds)]
             if not chosen or mutant.source() is None:
-                yield mutant, "no Python" if chosen else "not covered", ""
+                yield mutant, "no change" if chosen else "not covered", ""
                 continue
             child, pipe = start(["-x", *chosen], mutant)
             running[pipe] = mutant, child, []

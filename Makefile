@@ -1,4 +1,4 @@
-.PHONY: check format lint types test demo docs claims
+.PHONY: check format lint types test coverage mutants demo docs claims
 
 check: format lint types test
 
@@ -13,6 +13,12 @@ types:
 
 test:
 	pytest
+
+coverage:
+	pytest --cov=featpatch --cov-report=term:skip-covered
+
+mutants:
+	.ci/mutants/run.py
 
 demo:
 	featpatch demo

@@ -100,6 +100,20 @@ def test_calibration_by_hand(small: Small) -> None:
     assert np.isnan(itself["recall"]).all()
 
 
+def test_a_calibration_has_a_row_and_a_colour_per_site() -> None:
+    nodes = tuple(fp.Node(SITE, "feature", index, "all", sae) for index, sae in enumerate("aba"))
+    found = fp.Calibration(nodes, np.array([1.0, 2.0, 3.0]), np.array([0.5, 4.0, 2.5]), "recovery")
+    one, other, line = found.plot().data
+    assert (one.name, list(one.x), list(one.y), list(one.text)) == ("a", [1, 3], [0.5, 2.5], [str(nodes[0]), str(nodes[2])])
+    assert (other.name, list(other.x), list(other.y)) == ("b", [2], [4])
+    assert list(line.x) == list(line.y) == [0.5, 4]
+    table = found.table(1)
+    assert [*table["site"], *table["rows"]] == ["all", "a", "b", 3, 2, 1]
+    assert list(table["slope"]) == pytest.approx([(0.5 + 8 + 7.5) / 14, (0.5 + 7.5) / 10, 2])
+    assert table["recall"].tolist()[:2] == [0, 1]
+    assert np.isnan(table["recall"][2])
+
+
 def test_errors(small: Small) -> None:
     sae, pairs, model = small.at(SITE), pairs_of(small), small.model
     estimate = estimated(small, sae, directions=["denoising"])

@@ -42,6 +42,14 @@ def test_top_orders_features_by_effect(table: fp.Effects) -> None:
         table.pooled("strength")
 
 
+@pytest.mark.parametrize("rows", [[0.0, 1.0], [[0, 1]], ["a"], [-1], [4], [1, 1], [True, False]])
+def test_rows_that_can_not_be_taken(table: fp.Effects, rows: list[object]) -> None:
+    with pytest.raises(fp.FeatpatchError, match="expected (a list of )?indices"):
+        table.take(np.array(rows))
+    assert table.take([3, 0]).nodes == (table.nodes[3], table.nodes[0])
+    assert table.take([False, False, True, False]).nodes == table.nodes[2:3]
+
+
 def test_pandas_has_a_row_per_node(table: fp.Effects) -> None:
     frame = table.to_pandas()
     assert list(frame["index"][:3]) == [3, 7, 9]

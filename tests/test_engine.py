@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from small import Small, standard
 from torch.utils.flop_counter import FlopCounterMode
 
 import featpatch as fp
-from featpatch.engine import Deltas, Journal, Sweep
+from featpatch.engine import Deltas, Journal, Sweep, budget
 from featpatch.engine.packing import batches
 from featpatch.engine.suffix import SuffixPath
 from featpatch.lens import wrap
 from featpatch.lens.digest import digest
 from featpatch.patching import Asked, feature_study
+from featpatch.patching.controls import RandomPart
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
 KILLS = 50
@@ -332,6 +334,73 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     assert plan.patches == len(rank(small).row) * 2
     assert plan.seconds > 0
     assert plan.memory > 0
+
+
+def test_a_trial_is_timed_once_warm(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge), Asked("all", ("denoising",), batch_rows=40))
+    ((_, blocks),) = study.work()
+    sweep = Sweep(study.path, study.readout.measures, study.rows)
+    ran, run = [], sweep.run
+    monkeypatch.setattr(sweep, "run", lambda batch: ran.append(len(batch)) or run(batch))
+    monkeypatch.setattr("featpatch.engine.sweep.time", SimpleNamespace(perf_counter=iter([7.0, 9.5]).__next__))
+    flops, seconds = sweep.trial(blocks)
+    assert (seconds, len(ran)) == (2.5, 2)
+    assert 0 < flops < sweep.cost(blocks)[2]
+    assert sweep.trial([]) == (0, 0)
+
+
+def test_rows_of_a_pass_by_hand(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Width 16, 4 heads of 4, 32 hidden units, 8 bytes a number; prompts of 7 tokens, 40 logits."""
+    lens = wrap(bridge.model)
+    assert budget.row_bytes(lens, 7, 40) == 8 * (4 * 16 + 8 * 16 + 3 * 32 + 3 * 4 * 7 + 4 * 40)
+    memory = 4 * 532 * 8 * np.array([1000, 2**20, 1])
+    monkeypatch.setattr(budget, "free_memory", lambda device: memory[0])
+    assert budget.row_budget(lens, 7, 40) == 1000, "a quarter of the memory"
+    memory[0] -= 1
+    assert budget.row_budget(lens, 7, 40) == 999
+    memory[0] = memory[1]
+    assert budget.row_budget(lens, 7, 40) == budget.MOST
+    memory[0] = memory[2] - 1
+    assert budget.row_budget(lens, 7, 40) == 1
+    memory[0] = memory[1]
+    for rows, expected in ((300, 300), (100, budget.LEAST)):
+        monkeypatch.setattr(budget, "BUSY", 16 * 32 * rows)
+        assert budget.row_budget(lens, 7, 40) == expected, "enough to keep the processor busy"
+
+
+def test_memory_of_a_gpu_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
+    assert budget.free_memory(torch.device("cuda")) == 5
+    assert budget.free_memory(torch.device("cpu")) > 80
+
+
+@pytest.mark.parametrize("room", [1, 5, 40])
+def test_batches_are_full_and_fit(small: Small, room: int) -> None:
+    """All that can share a pass does; each patch is in one batch, and there with others only where all have room."""
+    study, _ = feature_study(
+        small.model, small.at(SITES[0]), pairs_of(small), Asked("each", ("denoising", "noising"), batch_rows=40)
+    )
+    ((_, blocks),) = study.work()
+    units = Sweep(study.path, study.readout.measures, study.rows).units(blocks)
+    made = list(batches(study.path, units, room))
+    found = sorted((unit.index, int(patch)) for batch in made for unit in batch for patch in unit.patches)
+    assert found == sorted((unit.index, int(patch)) for unit in units for patch in unit.patches)
+    sizes = [[(study.path.rows(unit), len(unit.patches)) for unit in batch] for batch in made]
+    for size, following in zip(sizes, [*sizes[1:], None], strict=True):
+        used = sum(rows * patches for rows, patches in size)
+        assert used <= room or [patches for _, patches in size] == [1]
+        assert following is None or used + following[0][0] > room
+
+
+def test_parts_travel_without_what_they_found(small: Small) -> None:
+    study, found = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",), batch_rows=40))
+    list(study.work())
+    for part in (*study.parts, RandomPart(found[0], 0, "all", 3, 0)):
+        part.swaps(study.runs((0, 1, 2)))
+        kind, given = part.__reduce__()
+        assert part._found
+        assert not kind(*given)._found
+        assert kind(*given).hooks == part.hooks
 
 
 def test_a_digest_follows_the_weights() -> None:

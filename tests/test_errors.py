@@ -329,7 +329,7 @@ def test_dropout_that_is_no_module() -> None:
 def test_overlapping_nodes_and_patches(bridge: Small) -> None:
     whole, features = fp.Node(SITE, "activation", None, 3), fp.Node(SITE, "all_features")
     options = {"source": bridge.clean, "base": bridge.corrupted, "saes": bridge.at(SITE)}
-    for nodes in ((whole, features), (features, whole)):
+    for nodes in ((whole, features), (features, whole), (features, fp.Node(SITE, "error"), whole)):
         with pytest.raises(fp.FeatpatchError, match="overlaps other nodes"):
             fp.do(bridge.model, fp.Patch(nodes), **options).__enter__()
     with fp.do(bridge.model, fp.Patch((whole,)), **options):

@@ -12,7 +12,7 @@ from kinds import AUTOENCODERS, KINDS, READS, SITES, TRANSCODERS, Squared, built
 from small import FEATURES, Small, small_bridge, standard
 
 import featpatch as fp
-from featpatch.lens import dictionaries, wrap
+from featpatch.lens import behaviour, dictionaries, wrap
 
 EXACT = 1e-10
 UNTRAINED = [kind for kind in AUTOENCODERS if kind not in ("BatchTopK", "Matryoshka")]
@@ -208,6 +208,18 @@ def test_baselines(small: Small) -> None:
     check(small, fp.pca(small.model, "blocks.1.hook_resid_post", pairs_of(small), components=3))
 
 
+@pytest.mark.parametrize("kind", [*UNTRAINED, *TRANSCODERS])
+def test_directions_that_are_probed_are_those_of_the_weights(bridge: Small, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of codecs that know no rows each feature is decoded by itself, in the state of a fixed activation."""
+    site = "blocks.1.hook_resid_pre"
+    sae = TRANSCODERS[kind](*READS, site, 16) if kind in TRANSCODERS else AUTOENCODERS[kind](site, 16)
+    (dictionary,) = dictionaries(wrap(bridge.model), sae)
+    features = torch.tensor([5, 0, 5, 23])
+    known = dictionary.directions(features)
+    monkeypatch.setattr(dictionary.codec, "rows", lambda features: None)
+    torch.testing.assert_close(dictionary.directions(features), known, rtol=0, atol=EXACT)
+
+
 def test_principal_components_hold_the_most_variance(small: Small) -> None:
     """Against the singular values."""
     hook, pairs = "blocks.1.hook_resid_post", pairs_of(small)
@@ -231,6 +243,15 @@ def test_a_scale_that_is_not_folded_in_is_applied(small: Small, kind: str) -> No
     assert one.nodes == other.nodes
     assert abs(one.denoised - other.denoised).max() < EXACT
     check(small, folded, entries=3)
+
+
+@pytest.mark.parametrize(("flipped", "alike"), [(7, True), (8, False)])
+def test_few_features_may_flip_in_half_precision(flipped: int, alike: bool) -> None:
+    """Two, and one in twenty of those that are on: here of 100 whose largest is 2; a hundredth of it is rounding."""
+    one = torch.cat([torch.ones(99), torch.full((1,), 2.0), torch.zeros(300)])
+    other = one + 0.0199
+    other[:flipped] += 0.0002
+    assert behaviour._same(one, other) is alike
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,9 @@
-"""The import layers, as the README shows them: each room imports only from rooms above it, siblings never each other."""
+"""The import layers, as the README shows them: rooms import only from rooms above them. What is handed on is frozen."""
 
 import ast
 import re
+from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,13 @@ def test_foreign_libraries_stay_in_their_room() -> None:
             assert "import sae_lens" not in text
             assert "from sae_lens" not in text
             assert "from transformer_lens" not in text
+
+
+def test_dataclasses_are_frozen() -> None:
+    """But for those that hold work in progress."""
+    names = [".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts) for path in FILES if path.stem != "__main__"]
+    found = [value for name in names for value in vars(import_module(name)).values() if isinstance(value, type)]
+    own = [each for each in found if each.__module__.startswith("featpatch.") and is_dataclass(each)]
+    thawed = {each.__name__ for each in own if not each.__dataclass_params__.frozen}
+    ours = {"Lock", "Sweep", "StudyShards", "Fired", "Graph", "EdgeGraph", "NodeGraph", "_Batch", "_Run", "_Driver"}
+    assert thawed == ours

@@ -8,9 +8,13 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from small import FEATURES, Small, at, randomised, standard
+from test_statistics import made
 
 import featpatch as fp
+from featpatch import Controls
 from featpatch.engine import SuffixPath
+from featpatch.engine.deltas import NEVER
+from featpatch.patching import sets
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -195,6 +199,18 @@ def test_random_directions(small: Small, kind: str) -> None:
     beaten = (found.random.pooled("recovery") >= found.feature.pooled("recovery")[0]).mean()
     assert found.share("recovery") == beaten
     assert f"{beaten:.1%} of 30 random directions" in str(found)
+
+
+def test_controls_that_reach_the_feature_count() -> None:
+    """One is larger, one as large, one smaller."""
+    feature, random = made([[1, 1]], [2, 2]), made([[2, 1], [1, 1], [1, 0]], [2, 2])
+    assert Controls(feature, random).share() == Controls(feature, random).share("degradation") == pytest.approx(2 / 3)
+
+
+def test_sets_that_change_nothing_are_not_run() -> None:
+    changes = torch.zeros(3, 2, 4)
+    changes[1, 1, 2] = -1
+    assert sets._deltas(changes, torch.tensor([4, 6])).first().tolist() == [NEVER, 6, NEVER]
 
 
 def test_errors(small: Small) -> None:

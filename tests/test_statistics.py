@@ -156,6 +156,12 @@ def test_rare_rows_are_drawn_more_often() -> None:
     assert p[1] > 0.1
 
 
+@pytest.mark.parametrize("draws", [1, significance.DRAWS, 2 * significance.DRAWS + 1])
+def test_so_many_signs_are_drawn(draws: int) -> None:
+    """Where nothing changes every draw is as large; also of more draws than are in memory at a time."""
+    assert significance._as_large_of(np.zeros((2, 3)), draws, 0).tolist() == [draws] * 2
+
+
 def test_p_values_are_uniform_without_an_effect_and_small_with_one() -> None:
     """Skewed sizes, fair signs: 2,000 rows against the uniform distribution (Kolmogorov-Smirnov, p above 0.01)."""
     rng = np.random.default_rng(5)

@@ -438,10 +438,10 @@ def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDA
     given = np.asarray(wanted)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
         raise FeatpatchError(f"{what}s {wanted!r}: expected a list of indices, or a mask")
-    if given.dtype == bool and len(given) == count:
+    mask, order = given.dtype == bool, given.astype(np.int64)
+    if mask and len(given) == count:
         return np.flatnonzero(given)
-    order = given.astype(np.int64)
-    if order.size and (order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
+    if order.size and (mask or order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
         raise FeatpatchError(
             f"{what}s {order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a mask of {count}"
         )

@@ -1,23 +1,16 @@
 """What `featpatch` offers, by room. lazy_loader imports a name from here when it is first used."""
 
+# fmt: off
 from . import diagram as diagram
 from . import tasks as tasks
 from .attribution import (
-    Calibration as Calibration,
-    Gradients as Gradients,
-    calibrate as calibrate,
-    estimate_components as estimate_components,
-    estimate_features as estimate_features,
-    estimate_paths as estimate_paths,
+    Calibration as Calibration, Gradients as Gradients, calibrate as calibrate, estimate_components as estimate_components,
+    estimate_features as estimate_features, estimate_paths as estimate_paths
 )
 from .checkpoints import Demo as Demo, load_demo as load_demo
 from .circuits import (
-    Circuit as Circuit,
-    FaithfulnessCurve as FaithfulnessCurve,
-    Hypothesis as Hypothesis,
-    Scrubbed as Scrubbed,
-    find_circuit as find_circuit,
-    scrub as scrub,
+    Circuit as Circuit, FaithfulnessCurve as FaithfulnessCurve, Hypothesis as Hypothesis, Scrubbed as Scrubbed, find_circuit
+    as find_circuit, scrub as scrub
 )
 from .comparison import Comparison as Comparison, compare as compare
 from .cost import Plan as Plan, Prediction as Prediction, predict as predict
@@ -31,18 +24,9 @@ from .loading import Loaded as Loaded, load as load
 from .pairs import Pair as Pair, Pairs as Pairs
 from .patch import Edge as Edge, LOGITS as LOGITS, Node as Node, Patch as Patch
 from .patching import (
-    Controls as Controls,
-    Curve as Curve,
-    Noise as Noise,
-    Selection as Selection,
-    ablate as ablate,
-    cumulative as cumulative,
-    diagnose as diagnose,
-    do as do,
-    interactions as interactions,
-    random_controls as random_controls,
-    rank_components as rank_components,
-    select_features as select_features,
+    Controls as Controls, Curve as Curve, Noise as Noise, Selection as Selection, ablate as ablate, cumulative as cumulative,
+    diagnose as diagnose, do as do, interactions as interactions, random_controls as random_controls, rank_components as
+    rank_components, select_features as select_features
 )
 from .ranking import plan as plan, rank_features as rank_features, rank_paths as rank_paths
 from .reporting import report as report

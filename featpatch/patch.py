@@ -23,6 +23,9 @@ RANKED = ("feature", "head", "neuron", "edge")
 INDEXED = ("feature", "head", "neuron", "set", "random")
 """The kinds of which a site has many, by index."""
 
+COMPONENTS = ("activation", "head", "neuron")
+"""The kinds that belong to no dictionary."""
+
 Position = int | str
 """A token index, `"all"` (every position at once), or a label of the pairs such as `"S2"`."""
 

@@ -45,11 +45,7 @@ class Calibration:
         """The rows in which the estimate is farthest from the exact effect, farthest first."""
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
         return pd.DataFrame(
-            {
-                "node": [str(self.nodes[row]) for row in worst],
-                "estimate": self.estimate[worst],
-                "exact": self.exact[worst],
-            }
+            {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
         )
 
     def plot(self) -> Any:

@@ -20,6 +20,11 @@ class BlockSize:
     parallel: bool = False
 
 
+def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, columns: int) -> int:
+    """That a row takes at the peak, in copies: stream, heads, MLP, scores over `length` tokens, `columns` logits of one row."""
+    return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns
+
+
 def pass_flops(
     blocks: Sequence[BlockSize], start: int, kind: str, *, patches: int, changed: int, length: int, answer: int, logits: int
 ) -> int:

@@ -10,7 +10,7 @@ are fitted to the shipped model's dictionaries above the embedding, on indirect 
 
 from dataclasses import dataclass
 
-from featpatch.cost.flops import pass_flops
+from featpatch.cost.flops import pass_flops, row_numbers
 from featpatch.cost.known import GPUS, SHAPES, Device, Shape
 from featpatch.errors import FeatpatchError, check_numbers
 
@@ -116,7 +116,8 @@ def predict(
         for first in range(changed)
     ) * (directions * pairs)
     other = pairs * _of_pair(known, features, distinct, tokens, changed, len(chosen))
-    memory = float(BYTES[dtype]) * (known.parameters + ROWS * _row(known, tokens, columns)) + len(chosen) * 4 * (
+    row = row_numbers(known.width, known.heads, known.d_head, known.hidden, tokens, columns)
+    memory = float(BYTES[dtype]) * (known.parameters + ROWS * row) + len(chosen) * 4 * (
         2 * features * known.width + 4 * changed * features
     )
     hours = None if where is None else (flops + other) / (where.peak[dtype] * utilisation * workers) / 3600
@@ -139,9 +140,3 @@ def _of_pair(shape: Shape, features: int, distinct: int, tokens: int, changed: i
     coded = (2 + 2 + 2) * changed * product
     directions = 3 * -(-distinct // SUMMED) * product
     return 2.0 * (runs + dictionaries * (coded + directions))
-
-
-def _row(shape: Shape, tokens: int, columns: int) -> int:
-    """Numbers that a row takes at the peak, as in `engine/budget.py`."""
-    heads = shape.heads * shape.d_head
-    return 4 * shape.width + 8 * heads + 3 * shape.hidden + 3 * shape.heads * tokens + 4 * columns

@@ -55,10 +55,7 @@ def _question(effects: "Effects", material: Material) -> Section | None:
         return None
     metric = effects.metadata["metric"]
     prompts = [
-        {
-            **vars(prompt),
-            "reading": f"{metric} clean {clean:.2f}, corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}",
-        }
+        {**vars(prompt), "reading": f"{metric} clean {clean:.2f}, corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}"}
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
     text = (

@@ -3,6 +3,7 @@
 import psutil
 import torch
 
+from featpatch.cost import row_numbers
 from featpatch.lens import Lens
 
 BUSY = 2**31
@@ -16,15 +17,9 @@ NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STA
 
 
 def row_bytes(lens: Lens, length: int, columns: int) -> int:
-    """What one row takes at the peak: stream, queries, keys, values, hidden units of the MLP, scores and logits, in copies.
-
-    Args:
-        length: tokens of a prompt.
-        columns: logits that are read of a patch; a patch may be a single row.
-    """
+    """What one row takes at the peak, see `row_numbers`."""
     cfg = lens.model.cfg
-    heads = cfg.n_heads * cfg.d_head
-    numbers = 4 * cfg.d_model + 8 * heads + 3 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * length + 4 * columns
+    numbers = row_numbers(cfg.d_model, cfg.n_heads, cfg.d_head, cfg.d_mlp or 0, length, columns)
     return int(numbers * next(lens.model.parameters()).element_size())
 
 

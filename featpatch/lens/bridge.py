@@ -53,20 +53,19 @@ class BridgeLens(Lens):
         return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
-        """Blocks above `layer` return their input; the unembedding sees one position."""
-        first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        with _skipping(self.model.blocks[layer + 1 :], wraps=self._wraps), answering(self.model.unembed, first):
-            self.model(tokens)
+        """Blocks above `layer` return their input."""
+        self._run_without(self.model.blocks[layer + 1 :], tokens)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """The other blocks return their input; the unembedding sees one position."""
+        """The other blocks return their input."""
         blocks = self.model.blocks
+        with _entering(blocks[layer], resid):
+            self._run_without([*blocks[:layer], *blocks[layer + 1 :]], tokens)
+
+    def _run_without(self, blocks: Any, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+        """The unembedding sees one position."""
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        with (
-            _skipping([*blocks[:layer], *blocks[layer + 1 :]], wraps=self._wraps),
-            _entering(blocks[layer], resid),
-            answering(self.model.unembed, first),
-        ):
+        with _skipping(blocks, wraps=self._wraps), answering(self.model.unembed, first):
             self.model(tokens)
 
     def carrier(self, site: str) -> str:

@@ -25,7 +25,6 @@ from featpatch.lens.training import Training
 PROBED = 2**23
 """Feature values that are decoded together."""
 
-
 SUMMED = 256
 """Features whose rows of the weights are checked together."""
 

@@ -20,7 +20,6 @@ from featpatch.lens.layer import Stack
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
 
-
 ROWS = 4096
 """Positions that go through one block together."""
 

@@ -18,12 +18,7 @@ from featpatch.lens.weights import processing as processed
 
 
 def load_model(
-    source: Any,
-    *,
-    tokenizer: Any = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    processing: Collection[str] = (),
+    source: Any, *, tokenizer: Any = None, device: str = "cpu", dtype: str = "float32", processing: Collection[str] = ()
 ) -> Any:
     """A model of TransformerLens as it is; anything else as a TransformerBridge.
 

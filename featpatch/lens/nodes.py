@@ -6,9 +6,7 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.lens.dictionary import Dictionary
 from featpatch.lens.lens import Lens
-from featpatch.patch import LOGITS, Node
-
-COMPONENTS = ("activation", "head", "neuron")
+from featpatch.patch import COMPONENTS, LOGITS, Node
 
 
 def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) -> list[Node]:

@@ -252,10 +252,10 @@ class Pairs(Sequence[Pair]):
 
         Args:
             corrupted: the column of the corrupted prompts; some files have a `"corrupted_hard"` too.
-            skip: leaves out pairs that do not fit the tokenizer, with a SkippedPairsWarning that counts them.
+            skip: as in `from_feature_circuits`.
 
         Raises:
-            FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
+            FeatpatchError: as there.
         """
         return cls(eap_ig(tokenizer, path, corrupted=corrupted, skip=skip))
 
@@ -264,10 +264,10 @@ class Pairs(Sequence[Pair]):
         """Pairs from a JSON file of the project auto-circuit, see `featpatch.pairs.importers.auto_circuit`.
 
         Args:
-            skip: leaves out pairs that do not fit the tokenizer, with a SkippedPairsWarning that counts them.
+            skip: as in `from_feature_circuits`.
 
         Raises:
-            FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
+            FeatpatchError: as there.
         """
         return cls(auto_circuit(tokenizer, path, skip=skip))
 

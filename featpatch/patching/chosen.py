@@ -16,10 +16,7 @@ from jaxtyping import Bool, Float
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens
-from featpatch.patch import Node, Patch
-
-COMPONENTS = ("activation", "head", "neuron")
-"""Kinds of nodes that belong to no dictionary."""
+from featpatch.patch import COMPONENTS, Node, Patch
 
 Values = Mapping[str, torch.Tensor]
 """Activations `[batch, pos, ...]` by hook name."""

@@ -13,11 +13,7 @@ from featpatch.patching.study import Asked, Study
 
 
 def feature_study(
-    model: Any,
-    saes: Any,
-    pairs: Pairs,
-    asked: Asked,
-    only: frozenset[Node] | None = None,
+    model: Any, saes: Any, pairs: Pairs, asked: Asked, only: frozenset[Node] | None = None
 ) -> tuple[Study, list[Dictionary]]:
     """What `rank_features` with these arguments does, checked, and the dictionaries in it.
 

@@ -12,7 +12,7 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 def totals(check: Checklist) -> Table:
     """By rule, how many pairs pass, and what to do about the others."""
-    table = Table(title=f"checklist of {len(check.clean)} pairs: {_summary(check)}")
+    table = Table(title=repr(check).splitlines()[0])
     table.add_column("rule", no_wrap=True)
     for status in SEVERITY:
         table.add_column(status, justify="right")
@@ -41,8 +41,3 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tab
             str(pair), f"[{COLOURS[verdicts[pair]]}]{verdicts[pair]}[/]", escape("; ".join(found)), escape(text(pair))
         )
     return table
-
-
-def _summary(check: Checklist) -> str:
-    verdicts = check.verdicts()
-    return ", ".join(f"{verdicts.count(status)} {status}" for status in SEVERITY)

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from featpatch.cost.plan import Plan
 from featpatch.cost.prediction import Prediction
@@ -65,10 +65,7 @@ def site_summary(effects: Effects) -> Table:
 
 def planned(plan: Plan) -> Table:
     """What a sweep will take."""
-    table = Table(title="estimate of the sweep")
-    table.add_column("")
-    table.add_column("", justify="right")
-    for name, value in (
+    return _facts("estimate of the sweep", [
         ("patches, each an exact run", f"{plan.patches:,}"),
         ("positions to compute", f"{plan.rows:,}"),
         ("floating-point operations", f"{plan.flops:.3g}"),
@@ -77,21 +74,22 @@ def planned(plan: Plan) -> Table:
         ("time, from one batch run now", str(timedelta(seconds=math.ceil(plan.seconds)))),
         ("forward pass", "fast" if plan.fast else "the model's own"),
         *_beside(plan),
-    ):
-        table.add_row(name, value)
-    return table
+    ])  # fmt: skip
 
 
 def predicted(found: Prediction) -> Table:
     """What a sweep will take, from sizes alone."""
-    table = Table(title="predicted from sizes")
-    table.add_column("")
-    table.add_column("", justify="right")
     rows = [("patches, each an exact run", f"{found.patches:,}"), ("operations of patches", f"{found.flops:.3g}"),
             ("operations of runs and dictionaries", f"{found.other_flops:.3g}"),
             ("memory of a worker, float32", f"{found.memory / 1e9:,.1f} GB")]  # fmt: skip
     if found.hours is not None:
         rows += [("does it fit?", "yes" if found.fits else "no"), ("hours, at 40 % of the data sheet", f"{found.hours:,.3g}")]
+    return _facts("predicted from sizes", rows)
+
+
+def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Names on the left, values on the right."""
+    table = Table("", Column("", justify="right"), title=title)
     for row in rows:
         table.add_row(*row)
     return table

@@ -16,6 +16,7 @@ from featpatch.patching.paths.receivers import receiver
 from featpatch.patching.paths.route import Route
 from featpatch.patching.paths.senders import Senders
 from featpatch.patching.study import Asked, Study
+from featpatch.patching.study.readings import readout
 
 Nodes = Effects | Sequence[Node | str]
 """Nodes, or a table whose rows they are; of the receivers `"logits"` is one too."""
@@ -38,10 +39,8 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    metric = asked.metric
-    metrics = [metric] if isinstance(metric, str) or not isinstance(metric, Sequence) else list(metric)
-    if any(isinstance(name, str) and name in SEQUENCES for name in metrics):
-        raise FeatpatchError(f"metric={metric!r} reads whole answers: expected one of a single token for paths")
+    if not set(SEQUENCES).isdisjoint(readout(asked.metric).names):
+        raise FeatpatchError(f"metric={asked.metric!r} reads whole answers: expected one of a single token for paths")
     lens = wrap(model)
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)

@@ -31,7 +31,7 @@ from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution import Executor, executor_of
 from featpatch.lens import Lens, check_tokens, provenance
 from featpatch.lens.transport import packed
-from featpatch.pairs import Pair, Pairs, check_pairs
+from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, Wanted, spans
 from featpatch.patch import DIRECTIONS, Direction, check_directions
@@ -81,13 +81,7 @@ class Study:
 
     @classmethod
     def of(
-        cls,
-        lens: Lens,
-        parts: Sequence[Part],
-        about: Mapping[str, Any],
-        pairs: Pairs,
-        asked: Asked,
-        contrast: Contrast = SWAP,
+        cls, lens: Lens, parts: Sequence[Part], about: Mapping[str, Any], pairs: Pairs, asked: Asked, contrast: Contrast = SWAP
     ) -> "Study":
         """Checks everything that can be checked without a sweep.
 
@@ -313,13 +307,9 @@ def _longest_and_shortest(
 ) -> list[BaseRun]:
     """The base runs with the most and with the fewest tokens, one where these are equally many."""
     together = list(chunks(pairs))
-    longest = max(together, key=lambda some: max(_length(pairs[index], readings[index]) for index in some))
+    behind = [max((len(reading.continuation) for reading in readings[index]), default=0) for index in range(len(pairs))]
+    longest = max(together, key=lambda some: max(len(pairs[index]) + behind[index] for index in some))
     shortest = min(together, key=lambda some: len(pairs[some[0]]))
     found = [base for some in (longest, shortest) for run in runs(tuple(some)) for base in run.bases["denoising"]]
     by_length = {len(run.tokens): run for run in reversed(found)}
     return [by_length[length] for length in dict.fromkeys((max(by_length), min(by_length)))]
-
-
-def _length(pair: Pair, readings: Sequence[Reading]) -> int:
-    """Tokens of the longest run of a pair."""
-    return len(pair) + max((len(reading.continuation) for reading in readings), default=0)

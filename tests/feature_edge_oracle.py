@@ -66,11 +66,7 @@ def outputs(model: HookedTransformer, tokens: Tensor, cuts: list[Cut]) -> dict[s
 
 @torch.no_grad()
 def _run(
-    model: HookedTransformer,
-    tokens: Tensor,
-    cuts: list[Cut],
-    other: dict[str, Tensor],
-    ablated: set[Edge] | frozenset[Edge],
+    model: HookedTransformer, tokens: Tensor, cuts: list[Cut], other: dict[str, Tensor], ablated: set[Edge] | frozenset[Edge]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     cfg, at = model.cfg, _by_hook(model, cuts)
     length = tokens.shape[1]

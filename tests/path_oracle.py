@@ -10,13 +10,7 @@ Hook = tuple[str, Callable[..., Any]]
 
 @torch.no_grad()
 def path_patch(
-    model: Any,
-    base: torch.Tensor,
-    source: torch.Tensor,
-    sender: "End",
-    receiver: "End",
-    *,
-    freeze_mlps: bool,
+    model: Any, base: torch.Tensor, source: torch.Tensor, sender: "End", receiver: "End", *, freeze_mlps: bool
 ) -> torch.Tensor:
     """Logits `[pos, d_vocab]` of the base run with the receiver changed as the sender changes it.
 

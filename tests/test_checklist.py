@@ -1,13 +1,12 @@
 """Good and bad contrasts, each found for what it is."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run
 
 import featpatch as fp
 from featpatch.checkpoints import folder
@@ -184,18 +183,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     lines = [{"clean": c, "corrupted": d, "correct": right, "wrong": wrong} for c, d, right, wrong in (GOOD, GOOD)]
     for name, count, code in (("good", 1, 0), ("twice", 2, 1)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
-        command = [
-            sys.executable,
-            "-m",
-            "featpatch.cli",
-            "check",
-            f"{name}.jsonl",
-            "--model",
-            str(model),
-            "--out",
-            f"{name}.csv",
-        ]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        done = run("check", f"{name}.jsonl", "--model", model, "--out", f"{name}.csv", folder=tmp_path)
         assert done.returncode == code, done.stderr
         assert f"checklist of {count} pairs" in done.stdout
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == 8 * count + 1

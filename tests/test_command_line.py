@@ -1,15 +1,11 @@
 """Every command on small inputs: its files, its JSON, its exit codes, and a study that is written down."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from test_demo import run as run_by_itself
-from typer.testing import CliRunner
+from commands import run, started
 
 import featpatch as fp
 from featpatch.cli import app
@@ -31,20 +27,6 @@ COMMANDS = (
     "stream",
     "verify",
 )
-
-
-def run(*arguments: str, folder: Path) -> Result:
-    """A command in a folder, in this process, which has loaded torch already."""
-    before = sys.argv, os.getcwd()
-    sys.argv = ["featpatch", *arguments]
-    os.chdir(folder)
-    try:
-        done = CliRunner().invoke(app, arguments)
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -71,30 +53,30 @@ def test_help(tmp_path: Path) -> None:
     for command in COMMANDS:
         assert f" {command} " in text
     for command in COMMANDS:
-        assert f"Example: featpatch {command}" in CliRunner().invoke(app, [command, "--help"]).stdout
+        assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
     assert {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} == set(COMMANDS)
 
 
 def test_components_features_and_estimates(folder: Path, model: list[str], sae: list[str]) -> None:
     """The same numbers as the library's, as JSON and in files; then set side by side."""
     components = run("components", *model, "--sites", "z,mlp_out", "--json", "--top", "2", folder=folder)
-    assert components.exit_code == 0, components.stderr
+    assert components.returncode == 0, components.stderr
     found = json.loads(components.stdout)
     table = fp.Effects.load(folder / "featpatch-components" / "effects.safetensors")
     assert [row["recovery"] for row in found["effects"]] == pytest.approx(table.top(2).pooled("recovery").tolist(), abs=1e-9)
     assert {node.site.split(".", 2)[2] for node in table.nodes} == {"attn.hook_z", "hook_mlp_out"}
     ranked = run("rank", *model, *sae, "--json", "--exact", "screened", "--k", "5", "--audit", "3", folder=folder)
-    assert ranked.exit_code == 0, ranked.stderr
+    assert ranked.returncode == 0, ranked.stderr
     assert json.loads(ranked.stdout)["audit"]["screened"] == 5
     assert "self-check on" in ranked.stderr
     estimate = run("attribute", *model, *sae, "--method", "ig", "--json", folder=folder)
-    assert estimate.exit_code == 0, estimate.stderr
+    assert estimate.returncode == 0, estimate.stderr
     assert json.loads(estimate.stdout)["value"] == "estimate"
     assert json.loads(estimate.stdout)["metadata"]["method"] == "ig"
     full = run("rank", *model, *sae, "--out", "full", folder=folder)
-    assert full.exit_code == 0, full.stderr
+    assert full.returncode == 0, full.stderr
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)
-    assert both.exit_code == 0, both.stderr
+    assert both.returncode == 0, both.stderr
     assert "feature" in both.stdout
     cells = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", "--json", folder=folder)
     table = fp.compare(
@@ -102,16 +84,16 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     ).table
     assert [row["position"] for row in json.loads(cells.stdout)] == table["position"].tolist()
     refused = run("compare", "featpatch-components/effects.safetensors", "full/effects.safetensors", folder=folder)
-    assert refused.exit_code == 2
+    assert refused.returncode == 2
     assert "error: features holds" in refused.stderr.replace("\n", " ")
 
 
 def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> None:
     """Blocks of two pairs, and a worker of Ray, give what one sweep here gives."""
     streamed = run("stream", *model, *sae, "--block", "2", "--top", "3", "--json", folder=folder)
-    assert streamed.exit_code == 0, streamed.stderr
+    assert streamed.returncode == 0, streamed.stderr
     workers = ("--executor", "ray", "--workers", "1")
-    there = run_by_itself("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
+    there = started("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
     assert there.returncode == 0, there.stderr
     found, expected = (json.loads(done.stdout)["effects"] for done in (streamed, there))
     assert [row["index"] for row in found] == [row["index"] for row in expected]
@@ -119,7 +101,7 @@ def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> 
         assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-5)
     assert len(fp.Stored(folder / "featpatch-stream").blocks) == 2
     refused = run("rank", *model, *sae, "--workers", "2", folder=folder)
-    assert refused.exit_code == 2
+    assert refused.returncode == 2
     assert "expected --executor ray" in refused.stderr.replace("\n", " ")
 
 
@@ -127,7 +109,7 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     planned = json.loads(run("plan", *model, *sae, "--json", folder=folder).stdout)
     checked = run("check", "pairs.jsonl", *model[:2], "--json", folder=folder)
     assert {row["pair"] for row in json.loads(checked.stdout)} == {0, 1, 2}
-    assert checked.exit_code in (0, 1)
+    assert checked.returncode in (0, 1)
     run("rank", *model, *sae, "--out", "for-info", folder=folder)
     told = run("info", "for-info/effects.safetensors", folder=folder)
     effects = fp.Effects.load(folder / "for-info" / "effects.safetensors")
@@ -136,7 +118,7 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     in_json = json.loads(run("info", "for-info/effects.safetensors", "--json", "--top", "1", folder=folder).stdout)
     assert in_json["effects"][0]["index"] == effects.top(1).nodes[0].index
     missing = run("info", "nowhere", folder=folder)
-    assert (missing.exit_code, missing.stdout) == (2, "")
+    assert (missing.returncode, missing.stdout) == (2, "")
     assert "error: there is no effects file 'nowhere'" in missing.stderr
 
 
@@ -147,7 +129,7 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
         "metric = ['logit_diff', 'prob']\ndirection = 'denoising'\ntop = 3\nout = 'from-file'\njson = true\n"
     )
     done = run("run", "study.toml", folder=folder)
-    assert done.exit_code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     typed = run("rank", *model, *sae, "--metric", "logit_diff", "--metric", "prob", "--direction", "denoising", "--top", "3",
                 "--out", "typed", "--json", folder=folder)  # fmt: skip
     from_file, from_line = json.loads(done.stdout), json.loads(typed.stdout)
@@ -183,5 +165,5 @@ def test_studies_that_cannot_be_run(tmp_path: Path, text: str | None, message: s
 def test_exit_codes_of_a_study(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text("command = 'info'\narguments = ['nowhere']\n")
     done = run("run", "study.toml", folder=tmp_path)
-    assert done.exit_code == 2
+    assert done.returncode == 2
     assert "there is no effects file 'nowhere'" in done.stderr

@@ -419,7 +419,7 @@ def test_errors(small: Small) -> None:
         (lambda: estimated(model, layers=[7]), "layers=\\[7\\]: expected some of 0 to 2"),
         (lambda: estimated(model, sites="pattern_entry"), "'all' names no single one"),
         (lambda: fp.estimate_components(and_gate().model, gate_pairs(), method="grad_drop"), "the model has one block"),
-        (lambda: fp.Gradients(model, pairs, method="shap"), "expected atp, ig, eap_ig_inputs, grad_drop"),
+        (lambda: fp.Gradients(model, pairs, method="shap"), "expected one of atp, ig, eap_ig_inputs, grad_drop"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):
             call()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run, started
 
 import featpatch as fp
 from featpatch import checkpoints
@@ -17,12 +18,6 @@ from featpatch import checkpoints
 @pytest.fixture(scope="module")
 def demo() -> fp.Demo:
     return fp.load_demo()
-
-
-def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command line in another process and another folder."""
-    command = [sys.executable, "-m", "featpatch.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
 
 
 def test_every_site_of_the_issue_is_there(demo: fp.Demo) -> None:
@@ -228,7 +223,7 @@ def test_plan_and_journal_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> 
 
 
 def test_the_demo_command_prints_what_it_found(tmp_path: Path) -> None:
-    done = run("demo", "--task", "sentiment", "--pairs", "2", "--top", "3", folder=tmp_path)
+    done = started("demo", "--task", "sentiment", "--pairs", "2", "--top", "3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("drawing 2 pairs of sentiment", "exact effects of 3 nodes", "denoising", "noising", "F1", "error"):
         assert text in done.stdout

@@ -281,10 +281,7 @@ def same(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize(
-    ("name", "task"),
-    [*product(["gpt2", "llama"], TASKS), *product(["neox", "hooked"], [*TASKS][::4])],
-)
+@pytest.mark.parametrize(("name", "task"), [*product(["gpt2", "llama"], TASKS), *product(["neox", "hooked"], [*TASKS][::4])])
 def test_a_model_on_two_devices(name: str, task: str) -> None:
     """Warnings are errors: all but sites inside an MLP take the fast path."""
     same(TASKS[task](on_two(name, "mixed")), expected(name, task))

@@ -751,6 +751,7 @@ def test_pages_in_a_browser(text: str, tables: list[fp.Effects], browser: Any, t
         )
 
 
+@pytest.mark.filterwarnings("ignore:nothing differs at")
 def test_a_report_of_a_whole_study(shipped: fp.Demo, browser: Any, tmp_path: Path) -> None:
     """Labels, tags, names of SAEs and models, and what the tokenizer gives; no file but the one that is asked for."""
     evil = MARKS[1] + MARKS[2] + "../../x"

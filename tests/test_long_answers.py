@@ -66,10 +66,7 @@ def test_answers_are_sequences_in_both_cases() -> None:
         ({"wrong_sequences": ((1,), (5, 6))}, r"wrong_sequences=\(\(1,\), \(5, 6\)\): an answer can't be both"),
         ({"answer_position": 0}, r"answer_position is 0 and the answers are sequences: expected the last position, 1, because"),
         ({"answer_position": -2}, r"answer_position is 0 and the answers are sequences: expected the last position"),
-        (
-            {"correct_sequences": (), "wrong_sequences": ()},
-            r"correct=\(\), wrong=\(\): expected at least one answer each",
-        ),
+        ({"correct_sequences": (), "wrong_sequences": ()}, r"correct=\(\), wrong=\(\): expected at least one answer each"),
     ],
 )
 def test_answers_that_are_refused(changed: dict[str, Any], message: str) -> None:

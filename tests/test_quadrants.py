@@ -103,11 +103,7 @@ def row(effects: fp.Effects, head: int) -> tuple[float, float, str]:
 
 
 @pytest.mark.parametrize(
-    ("build", "expected"),
-    [
-        (and_gate, (0, 1, "necessary but not sufficient")),
-        (or_gate, (1, 0, "sufficient but redundant")),
-    ],
+    ("build", "expected"), [(and_gate, (0, 1, "necessary but not sufficient")), (or_gate, (1, 0, "sufficient but redundant"))]
 )
 def test_gates(build: Any, expected: tuple[float, float, str]) -> None:
     """Head 2 copies a flag, too, but nothing reads it; all heads together are the whole circuit."""

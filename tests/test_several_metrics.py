@@ -86,11 +86,7 @@ def test_a_gap_near_zero_names_its_metric(small: Small) -> None:
         ranked(small, ["logit_diff", "accuracy"])
 
 
-ANSWERS = [
-    (((3, 9),), ((4, 11, 6),)),
-    (((5,), (12, 13)), ((6, 2),)),
-    (((7, 7, 7),), ((7, 8), (30,))),
-]
+ANSWERS = [(((3, 9),), ((4, 11, 6),)), (((5,), (12, 13)), ((6, 2),)), (((7, 7, 7),), ((7, 8), (30,)))]
 """Right and wrong answers of each pair."""
 
 

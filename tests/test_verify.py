@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 from small import Small
-from test_demo import run
 from test_sets import pairs_of
 
 import featpatch as fp

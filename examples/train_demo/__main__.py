@@ -39,10 +39,7 @@ def choose_seed(work: Path, seeds: list[int], out: Path) -> None:
         return
     folders = {str(seed): work / f"seed-{seed}" for seed in seeds}
     records = {
-        seed: {
-            "training": read_json(folder / "training.json"),
-            "measured": read_json(folder / "measurements.json"),
-        }
+        seed: {"training": read_json(folder / "training.json"), "measured": read_json(folder / "measurements.json")}
         for seed, folder in folders.items()
     }
     best = best_seed(records)

@@ -173,12 +173,7 @@ def dictionary_card(folder: Path) -> str:
     ]
     kinds = measured["best_features"]
     medians = [
-        [
-            kind,
-            f"{found['median_f1']:.2f}",
-            f"{found['median_f1_strong']:.2f}",
-            f"{found['over_0.8']} of {len(found['words'])}",
-        ]
+        [kind, f"{found['median_f1']:.2f}", f"{found['median_f1_strong']:.2f}", f"{found['over_0.8']} of {len(found['words'])}"]
         for kind, found in kinds.items()
     ]
     return f"""{HEADER.format(library="saelens")}
@@ -237,15 +232,7 @@ def overview(root: Path) -> str:
                 f"{kinds['name follows and is decided']['median_f1']:.2f}",
             ]
         )
-    head = [
-        "dictionary",
-        "L0",
-        "explained variance",
-        "dead",
-        "loss recovered",
-        "F1 name here",
-        "F1 name decided next",
-    ]
+    head = ["dictionary", "L0", "explained variance", "dead", "loss recovered", "F1 name here", "F1 name decided next"]
     return f"""# Checkpoints
 
 A small trained model, its sparse autoencoders and prompt pairs; `featpatch.load_demo()` loads them. All of it is made by

@@ -129,12 +129,7 @@ def train(model_folder: Path, out: Path, seed: int, settings: DictionarySettings
         pairs = batches(seed, settings.batch, *tensors)
         steps = settings.samples // settings.batch
         coder = train_transcoder(
-            pairs,
-            width=settings.width,
-            k=settings.k,
-            steps=steps,
-            rate=settings.rate,
-            metadata=metadata(settings),
+            pairs, width=settings.width, k=settings.k, steps=steps, rate=settings.rate, metadata=metadata(settings)
         )
         coder.save_model(out)
     record = {"seed": seed, "cpu_seconds": round(time.process_time() - start), "settings": asdict(settings)}

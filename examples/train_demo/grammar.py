@@ -96,13 +96,7 @@ GIFTS = [
     "{S} brought a {O} for",
     "{S} sold the {O} to",
 ]
-ENDINGS = [
-    "^{I} .",
-    "^{I} .",
-    "^{I} . {I} thanked ^{S} .",
-    "^{I} . {I} took the {O} from ^{S} .",
-    "^{I} and left the {P} .",
-]
+ENDINGS = ["^{I} .", "^{I} .", "^{I} . {I} thanked ^{S} .", "^{I} . {I} took the {O} from ^{S} .", "^{I} and left the {P} ."]
 
 # Facts told in one sentence; in the last template of each relation the country comes last.
 FACTS = {
@@ -132,12 +126,7 @@ FACTS = {
     ],
 }
 # Facts told far from the name of the country, one to three in a row.
-STORIES = [
-    "Here is a {L} story about {c} .",
-    "{n} is from {c} .",
-    "{n} moved to {c} on {D} .",
-    "{c} is a {Q} country .",
-]
+STORIES = ["Here is a {L} story about {c} .", "{n} is from {c} .", "{n} moved to {c} on {D} .", "{c} is a {Q} country ."]
 STORY_FACTS = {
     "capital": "The capital there is ^{x} .",
     "language": "People there speak ^{x} .",

@@ -89,8 +89,7 @@ def train(out: Path, seed: int, settings: ModelSettings) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda k: min(1, (k + 1) / 100) * (0.05 + 0.475 * (1 + math.cos(math.pi * k / settings.steps))),
+        optimizer, lambda k: min(1, (k + 1) / 100) * (0.05 + 0.475 * (1 + math.cos(math.pi * k / settings.steps)))
     )
     start, bar = time.process_time(), tqdm(range(settings.steps), desc=f"model, seed {seed}", mininterval=5)
     for step in bar:

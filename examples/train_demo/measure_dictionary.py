@@ -155,11 +155,7 @@ def best_features(f: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str,
         "median_f1_strong": round(strong.median().item(), 3),
         "over_0.8": int((best > 0.8).sum()),
         "words": {
-            word: {
-                "feature": int(feature[k]),
-                "f1": round(best[k].item(), 3),
-                "f1_strong": round(strong[k].item(), 3),
-            }
+            word: {"feature": int(feature[k]), "f1": round(best[k].item(), 3), "f1_strong": round(strong[k].item(), 3)}
             for k, word in enumerate(judged)
         },
     }

@@ -70,11 +70,7 @@ def _start(d_in: int, d_out: int, width: int, metadata: SAEMetadata) -> JumpReLU
 
 @torch.no_grad()
 def _fold(
-    coder: JumpReLUTranscoder,
-    threshold: float,
-    scale_in: torch.Tensor,
-    scale_out: torch.Tensor,
-    center: torch.Tensor,
+    coder: JumpReLUTranscoder, threshold: float, scale_in: torch.Tensor, scale_out: torch.Tensor, center: torch.Tensor
 ) -> None:
     """Absorbs scales and center into the weights, and gives every feature a decoder row of length 1."""
     norm = coder.W_dec.norm(dim=1)

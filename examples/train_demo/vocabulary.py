@@ -29,14 +29,7 @@ def vocabulary() -> dict[str, int]:
     lists += [g.GOOD, g.BAD, g.LIKED, g.HATED, g.WORKS, g.PARTS]
     facts = [template for templates in g.FACTS.values() for template in templates]
     templates = [*g.PAIRS, *g.MIDDLES, *g.GIFTS, *g.ENDINGS, *facts, *g.STORIES]
-    templates += [
-        *g.STORY_FACTS.values(),
-        *g.YEARS,
-        *g.OPINIONS_OF_WORK,
-        *g.OPINIONS_OF_PART,
-        g.DENIAL,
-        *g.FILLERS,
-    ]
+    templates += [*g.STORY_FACTS.values(), *g.YEARS, *g.OPINIONS_OF_WORK, *g.OPINIONS_OF_PART, g.DENIAL, *g.FILLERS]
     templates += [" ".join(verdict) for verdict in g.VERDICTS]
     templates += [capitalise(template) for template in g.MIDDLES + g.GIFTS]
     plain = [re.sub(r"\^?\{\w\}", " ", template) for template in templates]

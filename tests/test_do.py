@@ -89,6 +89,15 @@ def test_heads_and_neurons_are_those_of_the_table(small: Small, name: str) -> No
             assert found == pytest.approx(effects.denoised[entry], abs=1e-9), patch
 
 
+def test_a_transcoder_is_set_in_longer_prompts(small: Small) -> None:
+    """Where the source ends nothing is set, and what comes before does not see what follows."""
+    longer = torch.cat([small.corrupted[:1], small.clean[:1, :3]], dim=1)
+    nodes = tuple(fp.Node("blocks.1.hook_mlp_out", "feature", index) for index in range(8))
+    with torch.no_grad(), fp.do(small.model, fp.Patch(nodes), source=small.clean[:1], saes=small.saes[8], how="set"):
+        found, expected = small.model(longer), small.model(small.corrupted[:1])
+    torch.testing.assert_close(found[:, :7], expected, rtol=0, atol=1e-10)
+
+
 Z = "blocks.1.attn.hook_z"
 
 

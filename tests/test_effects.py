@@ -61,6 +61,17 @@ def test_pandas_has_a_row_per_node(table: fp.Effects) -> None:
     assert "<table" in table._repr_html_()
 
 
+@pytest.mark.parametrize(("rows", "more"), [(1, ""), (20, ""), (21, "\n... 1 more rows"), (45, "\n... 25 more rows")])
+def test_twenty_rows_are_shown(rows: int, more: str) -> None:
+    nodes, none = tuple(fp.Node(SITE, "feature", index) for index in range(rows)), np.zeros(0)
+    entries = none.astype(np.int64)
+    table = fp.Effects(nodes, np.ones(2), np.zeros(2), entries, entries, none, none, {"directions": ["noising"], "metric": "m"})
+    assert table.finished
+    lines = repr(table).removesuffix(more).splitlines()
+    assert repr(table).endswith(more)
+    assert [line.split()[0] for line in lines] == ["site", *[SITE] * min(rows, 20)]
+
+
 def test_one_direction_leaves_the_other_out(bridge: Small) -> None:
     pairs = fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong)
     both = fp.rank_features(bridge.model, bridge.at(SITE), pairs)
@@ -86,6 +97,14 @@ def test_sites_has_whole_features_and_error_side_by_side(bridge: Small) -> None:
         assert row["recovery_interaction"] == pytest.approx(left, abs=1e-12)
         features = effects.where(kind="feature", sae=row["sae"], position=row["position"])
         assert row["changed_features"] == len(features)
+
+
+def test_what_has_no_row_has_no_effect_in_the_summary(table: fp.Effects) -> None:
+    (row,) = table.sites().to_dict("records")
+    assert (row["sae"], row["site"], row["position"], row["changed_features"]) == (SITE, SITE, "all", 3)
+    assert (row["recovery_activation"], row["recovery_all_features"], row["recovery_error"]) == (0, 0, 0.25)
+    assert row["recovery_interaction"] == -0.25
+    assert row["degradation_interaction"] == 0
 
 
 def test_saved_and_loaded_is_the_same(bridge: Small, tmp_path: Path) -> None:

@@ -104,6 +104,18 @@ def test_positions(small: Small) -> None:
         assert effects.denoised[entry] == pytest.approx(found, abs=1e-9)
 
 
+def test_a_whole_receiver_takes_its_value_where_it_stands(bridge: Small) -> None:
+    """Of the last MLP the answer sees its own position alone."""
+    sender, receivers = fp.Node("blocks.0.hook_mlp_out", "activation"), []
+    for position in ("all", 6, 3):
+        receivers.append(fp.Node("blocks.2.hook_mlp_out", "activation", None, position))
+    paths = fp.rank_paths(bridge.model, None, pairs_of(bridge), senders=[sender], receivers=receivers, progress=False)
+    effect = dict(zip([edge.receiver.position for edge in paths.nodes], paths.pooled("recovery"), strict=True))
+    assert effect["all"] == pytest.approx(effect[6], abs=1e-10)
+    assert abs(effect["all"]) > 1e-3
+    assert effect[3] == pytest.approx(0, abs=1e-10)
+
+
 def test_receivers_that_were_off_switch_on(small: Small) -> None:
     """The receiver's new value is put in, also where it was 0 in the base run."""
     sae, receiver = small.at("blocks.0.hook_resid_pre"), small.at("blocks.2.hook_resid_pre")

@@ -121,11 +121,11 @@ def tests(mutant: Mutant, lines: dict[int, list[str]], seconds: dict[str, float]
 
 def sample() -> list[Mutant]:
     """All mutants in random order, such that any first part holds about the same share of every file's."""
-    rng, by_file = random.Random(SEED), defaultdict(list)
+    by_file, placed = defaultdict(list), []
     for mutant in mutants(Path("featpatch")):
         by_file[mutant.file].append(mutant)
-    placed = []
-    for of_file in by_file.values():
+    for file, of_file in by_file.items():
+        rng = random.Random(f"{SEED} {file}")
         rng.shuffle(of_file)
         shift = rng.random()
         placed += [((place + shift) / len(of_file), mutant) for place, mutant in enumerate(of_file)]

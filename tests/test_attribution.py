@@ -12,6 +12,7 @@ from small import Small, standard
 from test_sets import dictionary
 
 import featpatch as fp
+from featpatch.attribution.part import Found
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -218,6 +219,10 @@ def test_calibration_by_hand(small: Small) -> None:
     assert len(found.plot().data) == 2
     itself = fp.calibrate(estimate, exact, "degradation").table(1000)
     assert np.isnan(itself["recall"]).all()
+
+
+def test_nothing_found_is_no_column() -> None:
+    assert Found.of([]).changes.shape == (1, 0)
 
 
 def test_a_calibration_has_a_row_and_a_colour_per_site() -> None:

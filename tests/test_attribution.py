@@ -12,6 +12,8 @@ from small import Small
 from test_sets import dictionary
 
 import featpatch as fp
+from featpatch.attribution.estimation import collected
+from featpatch.attribution.part import Found
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -98,6 +100,18 @@ def test_calibration_by_hand(small: Small) -> None:
     assert len(found.plot().data) == 2
     itself = fp.calibrate(estimate, exact, effect="degradation").table(1000)
     assert np.isnan(itself["recall"]).all()
+
+
+@pytest.mark.parametrize(("clean", "corrupted", "sign"), [(1.0, -2.0, 1), (-2.0, 1.0, -1), (3.0, 2.0, 1)])
+def test_sizes_without_sign_lead_to_the_source(clean: float, corrupted: float, sign: int) -> None:
+    found = {0: {way: {fp.Node(SITE, "activation"): 0.5} for way in ("denoising", "noising")}}
+    metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising", "noising"]}
+    table = collected("m", np.array([[clean]]), np.array([[corrupted]]), found, metadata, unsigned=True)
+    assert (table.denoised[0], table.noised[0]) == (corrupted + sign * 0.5, clean - sign * 0.5)
+
+
+def test_nothing_found_is_no_column() -> None:
+    assert Found.of([]).changes.shape == (1, 0)
 
 
 def test_a_calibration_has_a_row_and_a_colour_per_site() -> None:

@@ -101,8 +101,13 @@ def test_ranking_on_other_pairs(small: Small) -> None:
 def test_controls_of_the_same_size_side_by_side(small: Small) -> None:
     pairs = pairs_of(small)
     saes = [small.at(SITE), fp.identity(small.model, SITE), fp.pca(small.model, SITE, pairs)]
-    table = fp.cumulative(small.model, saes, pairs, most=4, progress=False).table()
-    assert table.groupby("sae")["k"].apply(list).tolist() == [[1, 2, 3, 4]] * 3
+    together = fp.cumulative(small.model, saes, pairs, most=4, progress=False)
+    assert together.table().groupby("sae")["k"].apply(list).tolist() == [[1, 2, 3, 4]] * 3
+    for sae in saes:
+        alone = fp.cumulative(small.model, sae, pairs, most=4, progress=False)
+        rows = together.sets.where(sae=alone.sets.nodes[0].sae)
+        assert rows.nodes == alone.sets.nodes
+        np.testing.assert_allclose(rows.pooled("recovery"), alone.sets.pooled("recovery"), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("effect", ["recovery", "degradation"])

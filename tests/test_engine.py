@@ -25,7 +25,7 @@ from featpatch.patching import Asked, feature_study
 from featpatch.patching.controls import RandomPart
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
-KILLS = 50
+KILLS = 30
 """As the README has it."""
 
 

@@ -40,7 +40,10 @@ OUT, SECONDS, SEED = Path("build/mutants"), 45, 0
 LIBRARIES = ["torch", "sae_lens", "transformer_lens", "transformers", "hypothesis", "beartype", "scipy.stats", "pandas"]
 OPTIONS = ["-oaddopts=", "-q", "-pno:cacheprovider", "-pno:xdist", "-Wignore::pytest.PytestAssertRewriteWarning"]
 SLOW = ["soak", "execution", "demo", "readme", "examples", "devices", "docs", "diagram"]
-LONG, STRUCTURE = "tests/test_engine.py::test_killed_at_50_random_points", "tests/test_layers.py::test_dataclasses_are_frozen"
+LONG, STRUCTURE = (
+    "tests/test_engine.py::test_killed_at_random_points_it_resumes_to_the_same_bits",
+    "tests/test_layers.py::test_dataclasses_are_frozen",
+)
 FIRST = re.compile("test_(laws|by_hand|engine|attribution|statistics|effects|paths|edges|sets|ablation)")
 """Tests with oracles of their own, which are tried first."""
 

@@ -140,7 +140,7 @@ def test_the_executor(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     same(ranked(bridge, executor=noting, batch_rows=20), ranked(bridge, batch_rows=20))
     assert 1 < len(noting.keys) == len(set(noting.keys))
     assert ranked(bridge, executor="threads").finished
-    with pytest.raises(fp.FeatpatchError, match="expected 1 or more threads"):
+    with pytest.raises(fp.FeatpatchError, match="workers=0: expected an integer, 1 or more"):
         threads(workers=0)
 
 

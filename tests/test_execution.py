@@ -25,13 +25,19 @@ ROWS: dict[str, Any] = {"batch_rows": 20, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One Ray of two workers, which find the tests' modules, for all tests of this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="featpatch")
+def ended() -> Iterator[None]:
+    """Whatever Ray runs is ended after the last test of this module."""
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def cluster(ended: None) -> None:
+    """A Ray of two workers, which find the tests' modules: that of the test before, if it still runs."""
+    if not ray.is_initialized():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="featpatch")
 
 
 def same(one: fp.Effects, other: fp.Effects) -> None:
@@ -298,12 +304,17 @@ def test_ctrl_c_returns_what_is_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a Ray that this process is connected to, and without one."""
+def test_another_cluster_than_the_one_that_is_there() -> None:
     small, pairs = small_hooked(), pairs_of(small_hooked())
     with pytest.raises(fp.FeatpatchError, match="connected to a Ray already"):
         fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(address="auto"), **ROWS)
+
+
+def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a Ray that this process is connected to. Ray takes the variable for "auto"; it looks for others' clusters without."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
     ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     for make, message in (
         (lambda: "spark", "executor='spark'"),
         (lambda: fp.Ray(workers=0), "workers=0"),
@@ -317,10 +328,10 @@ def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
             fp.rank_features(small.model, small.saes[1], pairs, executor=make(), **ROWS)
     whole = fp.rank_features(small.model, small.saes[1], pairs, **ROWS)
     same(fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(workers=1, cpus=2.0), **ROWS), whole)
-    monkeypatch.setitem(sys.modules, "cloudpickle", None)
-    with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
-        fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cloudpickle", None)
+        with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
+            fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
         fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)

@@ -37,7 +37,7 @@ def one_dictionary(features: int) -> dict[str, float]:
     sae = TopKSAE(TopKSAEConfig(WIDTH, features, "float32", **options))
     tokens = torch.randint(1, 200, (2, PAIRS, TOKENS))
     tokens[1, :, : TOKENS // 2] = tokens[0, :, : TOKENS // 2]
-    pairs = fp.Pairs.from_tokens(*tokens, torch.arange(PAIRS) + 3, torch.arange(PAIRS) + 9)
+    pairs = fp.Pairs.from_tokens(tokens[0], tokens[1], torch.arange(PAIRS) + 3, torch.arange(PAIRS) + 9)
     start = time.process_time()
     effects, extra = peak_of(lambda: fp.rank_features(bridge, sae, pairs, progress=False))
     weights = 4 * sum(parameter.numel() for parameter in sae.parameters()) / 2**20

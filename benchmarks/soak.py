@@ -341,8 +341,8 @@ class Trial:
         """That outlives the faults."""
         return self.folder / "disk" / "journal"
 
-    def start(self, name: str, random: Random) -> Any:
-        """A fork that meets a fault."""
+    def start(self, name: str, random: Random) -> tuple[Any, Path]:
+        """A fork that meets a fault, and its folder."""
         number = random.randint(1, max(1, self.lines - len(self.written)))
         if name == "file too large":
             number = (self.size + (self.journal.stat().st_size if self.journal.exists() else 0)) // 2
@@ -511,8 +511,8 @@ class Soak:
             trial.exact = False
             self.ray = trial, trial.start("worker killed", self.random)
         elif self.ray is not None and (last or not self.ray[1][0].is_alive()):
-            trial, process = self.ray
-            met, done = self.end(trial, *process, "worker killed")
+            trial, (process, folder) = self.ray
+            met, done = self.end(trial, process, folder, "worker killed")
             self.met["worker killed"] += met
             self.counts["rows lost"] += 0 if done else len(trial.expected.row)
             self.ray = None

@@ -31,7 +31,7 @@ def main(pairs: int = 32) -> None:
         for method in METHODS
     }  # fmt: skip
     for effect in ("recovery", "degradation"):
-        found = fp.calibrate(estimates["atp"], exact, effect)
+        found = fp.calibrate(estimates["atp"], exact, effect=effect)
         console.print(repr(found), highlight=False)
         console.print(found.misses(5).round(3).to_string(index=False), highlight=False)
     console.print("features, all sites together", highlight=False)

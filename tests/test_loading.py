@@ -263,6 +263,24 @@ def test_unusable_requests(root: Path, options: dict[str, Any], message: str) ->
         fp.load(**{"model": root / "model", **options})
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./modle", r"there is no './modle' \(did you mean 'model'\?\): expected the folder of a saved {}"),
+        ("{root}/modle", r"there is no '{root}/modle' \(did you mean '{root}/model'\?\): expected the folder of a saved {}"),
+        ("~/nothing/like/it", "there is no '~/nothing/like/it': expected the folder of a saved {}"),
+        ("modle", r"(?s)'modle'.*a folder.*\(did you mean 'model'\?\)"),
+    ],
+)
+def test_misspelt_folders(root: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can only be a folder is looked for nowhere else."""
+    monkeypatch.chdir(root)
+    named = name.format(root=root)
+    for what, load in (("model", fp.load), ("SAE", fp.load_sae)):
+        with pytest.raises(fp.FeatpatchError, match=message.format(what, root=root)):
+            load(named)
+
+
 def test_weights_that_can_not_be_centred(tmp_path: Path, root: Path) -> None:
     """RMSNorm keeps the mean; TransformerLens leaves such weights as they are, and says nothing."""
     tokenizer = fp.load(root / "model").model.tokenizer

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.bridge import BridgeLens
-from featpatch.lens.sources import check_device, folder_with, not_found
+from featpatch.lens.sources import check_device, check_there, folder_with, not_found
 from featpatch.lens.training import PROCESSED
 from featpatch.lens.weights import processing as processed
 
@@ -67,6 +67,7 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype):
         raise FeatpatchError(f"dtype {dtype!r} is unknown: expected float32, bfloat16, float16 or float64")
+    check_there("model", source)
     if Path(source).exists() and not any(folder_with(source, "config.json").glob("*.safetensors")):
         raise FeatpatchError(
             f"there is no safetensors file in {source!r}: expected the model's weights in one, since a pickle (.bin, .pt) can "

@@ -11,7 +11,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens.sources import check_device, folder_with, not_found
+from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.lens.training import Training
 
 SUMMED = "mntss_clt_layer_transcoder"
@@ -36,6 +36,7 @@ def load_sae(
     check_device(device)
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
+    check_there("SAE", source)
     if Path(source).exists():
         return _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
     place = Place.of(str(source))
@@ -113,7 +114,8 @@ class Place:
         if not repository or not folder:
             near = [release for release in registry if first in release or release in first][:3]
             raise FeatpatchError(
-                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}, release/id of sae-lens' registry"
+                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}{near_folder(name)}, "
+                "release/id of sae-lens' registry"
                 f"{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder on the hub"
             )
         return cls(f"{first}/{repository}", folder)

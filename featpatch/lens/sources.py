@@ -1,5 +1,6 @@
 """What loading a model and loading an SAE have in common."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -20,6 +21,18 @@ def check_device(device: str) -> None:
         raise FeatpatchError(f"device {device!r} can't be used ({reason}): expected e.g. cpu, cuda or cuda:1") from error
 
 
+def check_there(what: str, source: str | Path) -> None:
+    """Refuses a path that leads nowhere, before the hub is asked for it.
+
+    Raises:
+        FeatpatchError: it starts as no name on the hub can.
+    """
+    if str(source).startswith((".", "/", "~")) and not Path(source).exists():
+        raise FeatpatchError(
+            f"there is no {str(source)!r}{near_folder(source)}: expected the folder of a saved {what}, or a name on the hub"
+        )
+
+
 def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
     """The error that says what to do where a model or an SAE can't be loaded."""
     reason = " ".join(str(error).split())[:300]
@@ -27,9 +40,18 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
         return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a folder that was saved whole")
     return FeatpatchError(
         f"the {what} {source!r} can't be loaded ({type(error).__name__}: {reason}): expected the name of one that can be "
-        "downloaded, or a folder; without a network, download it where there is one (`hf download NAME --local-dir FOLDER`), "
-        "copy the folder here and give its path; for a gated model log in with `hf auth login`"
+        f"downloaded, or a folder{near_folder(source)}; without a network, download it where there is one "
+        "(`hf download NAME --local-dir FOLDER`), copy the folder here and give its path; for a gated "
+        "model log in with `hf auth login`"
     )
+
+
+def near_folder(source: str | Path) -> str:
+    """A folder whose name is nearly this one, in words."""
+    path = Path(source).expanduser()
+    names = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, names, 1)
+    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
 
 
 def folder_with(path: str | Path, file: str) -> Path:

@@ -222,6 +222,8 @@ def test_a_circuit_in_a_report(tmp_path: Any) -> None:
     components = fp.rank_components(demo.model, pairs, sites=["z", "mlp_out"], positions=["S2", "end"], **OPTIONS)
     circuit = fp.find_circuit(demo.model, pairs, over="edges", scores="estimate", size=12, **OPTIONS)
     own = circuit.report(tmp_path / "circuit.html").read_text()
+    with pytest.raises(fp.FeatpatchError, match="is a folder: expected the path of a file"):
+        circuit.report(tmp_path)
     whole = fp.report(components, tmp_path / "r.html", model=demo.model, pairs=pairs, circuit=circuit).read_text()
     for text in (own, whole):
         assert 'id="graph"' in text

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
@@ -198,6 +199,19 @@ def test_nodes(bridge: Small, node: Callable[[], fp.Node], message: str) -> None
     options = {"source": bridge.clean, "base": bridge.corrupted, "saes": bridge.at(SITE)}
     with pytest.raises(fp.FeatpatchError, match=message), fp.do(bridge.model, fp.Patch((node(),)), **options):
         bridge.model(bridge.corrupted)
+
+
+def test_patches_from_other_than_tokens(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing checks annotations, as outside these tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    options: dict[str, Any] = {"source": bridge.clean, "base": bridge.corrupted}
+    for changed, message in (
+        ({"source": "a text"}, "source is a str: expected a tensor of token ids, e.g. model.to_tokens"),
+        ({"base": bridge.corrupted.tolist()}, "base is a list: expected a tensor of token ids"),
+    ):
+        patch = fp.Patch((fp.Node(SITE, "activation"),))
+        with pytest.raises(fp.FeatpatchError, match=message), fp.do(bridge.model, patch, **{**options, **changed}):
+            bridge.model(bridge.corrupted)
 
 
 def test_patches(bridge: Small) -> None:

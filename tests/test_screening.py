@@ -183,6 +183,8 @@ def test_a_target_is_met(small: Small) -> None:
     assert set(every.nodes) == set(full.nodes)
     same(every, full)
     assert (found.audit(top=5).confidence, every.audit().recall) == (0.95, 1)
+    few = screened(small, sae, positions="each", k=7, audit=4)
+    assert (found.audit().top, few.audit().top) == (20, 7)
 
 
 def test_more_than_there_is(small: Small) -> None:

@@ -106,7 +106,7 @@ def test_two_hops_by_hand(method: str) -> None:
     written = {site: (cache[site].abs().amax((0, 1)) > 0).nonzero()[:, 0].tolist() for site in (first, last)}
     saes = [coordinates(found.model, site, written[site]) for site in (first, last)]
     nodes = [feature(site, n) for site in (first, last) for n in range(len(written[site]))]
-    circuit = fp.find_circuit(found.model, by_hand(found)[:4], saes=saes, nodes=nodes, method=method, target=1.0, **OPTIONS)
+    circuit = fp.find_circuit(found.model, by_hand(found)[:3], saes=saes, nodes=nodes, method=method, target=1.0, **OPTIONS)
     assert circuit.faithfulness == pytest.approx(1.0)
     bridges, answers = ([n for n in nodes if n.site == site and coordinate(found, n, written) in wanted] for site, wanted in (
         (first, read_by_head(found.model)), (last, read_by_logits(found.model))))  # fmt: skip

@@ -224,7 +224,7 @@ def test_interrupted_and_gone_on(small: Small, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         calls = counting(patch)
         whole = screened(small, sae, **options)
-    for passes in range(0, len(calls) - len(SITES), 5):
+    for passes in range(0, len(calls) - len(SITES), 9):
         journal = tmp_path / f"journal {passes}"
         with monkeypatch.context() as patch:
             interrupt_after(patch, passes)

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,22 @@ def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytes
     assert slow.nodes == right.nodes
     np.testing.assert_allclose(slow.denoised, right.denoised, rtol=0, atol=1e-10)
     np.testing.assert_allclose(slow.noised, right.noised, rtol=0, atol=1e-10)
+
+
+def test_a_table_says_by_which_command(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/featpatch", "rank", "a b"])
+    assert rank(small).metadata["command"] == "featpatch rank 'a b'"
+
+
+@pytest.mark.parametrize(("worst", "fast"), [(1.0, True), (1.01, False)])
+def test_the_fast_path_may_differ_by_the_tolerance(
+    small: Small, worst: float, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featpatch.engine.path._disagreement", lambda *_: worst)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", fp.SlowPathWarning)
+        rank(small)
+    assert [each.category for each in warned] == [fp.SlowPathWarning] * (not fast)
 
 
 def test_a_null_patch_is_exactly_the_base_run(small: Small) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from test_engine import SITES, interrupt_after
 from test_sets import SITE, dictionary, pairs_of
 
 import featpatch as fp
+from featpatch.attribution import estimation_time
 from featpatch.effects.audit import audited, most, sample_sizes
 from featpatch.engine import SuffixPath
+from featpatch.patch import DIRECTIONS
 from featpatch.terminal import planned
 
 BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
@@ -283,6 +286,14 @@ def test_a_plan_says_which_is_quicker(small: Small) -> None:
     assert without.screened_seconds(1, 1) is None
     console.print(planned(without))
     assert "the metric has no gradient" in console.export_text()
+
+
+def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one warms up; both run as many pairs as the plan's share of them says."""
+    clock = iter([1.0, 5.0, 7.0, 9.5])
+    monkeypatch.setattr("featpatch.attribution.cost.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("featpatch.attribution.cost.PAIRS", 2)
+    assert estimation_time(small.model, small.at(SITE), pairs_of(small), "all", DIRECTIONS, "logit_diff") == 2.5 * 3 / 2
 
 
 def test_errors(small: Small) -> None:

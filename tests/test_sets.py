@@ -87,6 +87,11 @@ def test_all_features_of_the_curve_are_all_features(small: Small) -> None:
         assert first["k"] == 1
         assert first["recovery"] == pytest.approx(best.pooled("recovery")[0], abs=1e-9)
         assert first["recovery_low"] <= first["recovery"] <= first["recovery_high"]
+    for line, (_, rows) in zip(curve.plot("degradation").data, table.groupby("position", sort=False), strict=True):
+        assert [*line.x] == [*rows["k"]]
+        np.testing.assert_array_equal(line.y, rows["degradation"])
+        np.testing.assert_allclose(line.y + line.error_y.array, rows["degradation_high"])
+        np.testing.assert_allclose(line.y - line.error_y.arrayminus, rows["degradation_low"])
 
 
 def test_ranking_on_other_pairs(small: Small) -> None:

@@ -84,15 +84,19 @@ def describe(
 
 @dataclass(frozen=True)
 class _Words:
-    """Documents of one length; usable are the words that are neither special nor last."""
+    """Documents of one length; usable are the words that are not special, followed those of them that are not last."""
 
     tokens: Int[torch.Tensor, "docs pos"]
     usable: Bool[torch.Tensor, "docs pos"]
 
+    @property
+    def followed(self) -> Bool[torch.Tensor, " words"]:
+        """Of the usable words, in their order."""
+        return (torch.arange(self.tokens.shape[1]) < self.tokens.shape[1] - 1).expand_as(self.usable)[self.usable]
+
     @classmethod
     def of(cls, tokenizer: Tokenizer, rows: list[tuple[int, ...]]) -> "_Words":
         usable = torch.ones(len(rows), len(rows[0]), dtype=torch.bool)
-        usable[:, -1] = False
         for row, ids in zip(usable, rows, strict=True):
             row[list(special_positions(tokenizer, ids))] = False
         return cls(torch.tensor(rows), usable)
@@ -115,13 +119,13 @@ def _activations(
 
 def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
     fires = values > 0
-    labels = {
-        "on": torch.cat([part.tokens[part.usable] for part in text]),
-        "before": torch.cat([part.tokens.roll(-1, 1)[part.usable] for part in text]),
-    }
-    f1, word, label = max((*_best_word(words, fires), name) for name, words in labels.items())
+    words = torch.cat([part.tokens[part.usable] for part in text])
+    following = torch.cat([part.tokens.roll(-1, 1)[part.usable] for part in text])
+    followed = torch.cat([part.followed for part in text])
+    on, before = _best_word(words, fires), _best_word(following[followed], fires[followed])
+    f1, word, label = max((*on, "on"), (*before, "before"))
     places = [(part.tokens[document], position) for part in text for document, position in part.usable.nonzero().tolist()]
-    strongest = values.argsort(descending=True)[: int(fires.sum())].tolist()
+    strongest = values.argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
     distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])
     return Description(
         label=label,
@@ -133,7 +137,7 @@ def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " 
 
 
 def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
-    count = torch.bincount(words)
+    count = torch.bincount(words, minlength=1)
     hits = torch.bincount(words[fires], minlength=len(count))
     f1 = 2 * hits / (count + fires.sum()).clamp(min=1)
     return float(f1.max()), int(f1.argmax())
@@ -142,4 +146,4 @@ def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
 def _context(tokenizer: Any, tokens: torch.Tensor, position: int) -> str:
     ids = tokens.tolist()
     before = tokenizer.decode(ids[max(0, position - CONTEXT) : position], skip_special_tokens=True)
-    return f"{before} [{tokenizer.decode([ids[position]])}] {tokenizer.decode([ids[position + 1]])}".strip()
+    return f"{before} [{tokenizer.decode([ids[position]])}] {tokenizer.decode(ids[position + 1 : position + 2])}".strip()

@@ -97,6 +97,8 @@ def verify(
     found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
+    if missing := [name for name in known if name not in given]:
+        raise FeatpatchError(f"the table has rows of {', '.join(missing)}: expected these SAEs too (saes=, or --sae for each)")
     for name, digest in known.items():
         if given.get(name) != digest:
             raise FeatpatchError(

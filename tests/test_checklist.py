@@ -183,7 +183,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     lines = [{"clean": c, "corrupted": d, "correct": right, "wrong": wrong} for c, d, right, wrong in (GOOD, GOOD)]
     for name, count, code in (("good", 1, 0), ("twice", 2, 1)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
-        done = run("check", f"{name}.jsonl", "--model", model, "--out", f"{name}.csv", folder=tmp_path)
+        done = run("check", "--pairs", f"{name}.jsonl", "--model", model, "--out", f"{name}.csv", folder=tmp_path)
         assert done.returncode == code, done.stderr
         assert f"checklist of {count} pairs" in done.stdout
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == 8 * count + 1

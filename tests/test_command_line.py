@@ -72,7 +72,11 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     estimate = run("attribute", *model, *sae, "--method", "ig", "--json", folder=folder)
     assert estimate.returncode == 0, estimate.stderr
     assert json.loads(estimate.stdout)["value"] == "estimate"
-    assert json.loads(estimate.stdout)["metadata"]["method"] == "ig"
+    about = json.loads(estimate.stdout)["metadata"]
+    assert about["method"] == "ig"
+    shown = run("attribute", *model, *sae, "--method", "ig", folder=folder)
+    assert f"up to {about['completeness_residual']:.2g} of the mean gap; whole" in " ".join(shown.stdout.split())
+    assert f"are up to {about['whole_residual']:.2g} from patched runs" in " ".join(shown.stdout.split())
     full = run("rank", *model, *sae, "--out", "full", folder=folder)
     assert full.returncode == 0, full.stderr
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)
@@ -107,7 +111,7 @@ def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> 
 
 def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> None:
     planned = json.loads(run("plan", *model, *sae, "--json", folder=folder).stdout)
-    checked = run("check", "pairs.jsonl", *model[:2], "--json", folder=folder)
+    checked = run("check", *model[:4], "--json", folder=folder)
     assert {row["pair"] for row in json.loads(checked.stdout)} == {0, 1, 2}
     assert checked.returncode in (0, 1)
     run("rank", *model, *sae, "--out", "for-info", folder=folder)
@@ -138,8 +142,8 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
     for found in (from_file, from_line):
         del found["metadata"]["finished_at"]
     assert from_file == from_line
-    study.write_text("command = 'check'\narguments = ['pairs.jsonl']\nmodel = 'm'\nas_it_is = false\n")
-    assert read(study) == ["check", "pairs.jsonl", "--model", "m"]
+    study.write_text("command = 'info'\narguments = ['pairs.jsonl']\nmodel = 'm'\nas_it_is = false\n")
+    assert read(study) == ["info", "pairs.jsonl", "--model", "m"]
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_answers_of_several_tokens_on_the_command_line(demo: fp.Demo, tmp_path: 
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, longer)))
     site, metrics = "blocks.1.hook_resid_pre", ("sequence_log_prob_diff", "sequence_log_prob")
     checked = run(
-        "check", "pairs.jsonl", "--model", demo.folder / "model", "--metric", metrics[0], folder=tmp_path
+        "check", "--pairs", "pairs.jsonl", "--model", demo.folder / "model", "--metric", metrics[0], folder=tmp_path
     )  # fmt: skip
     assert "checklist of 2 pairs" in checked.stdout, checked.stderr
     done = run(

@@ -38,7 +38,7 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"corrupted": ["a b"]}, r"pair 0: clean has 3 tokens and corrupted has 2: expected equal lengths.*reword"),
+        ({"corrupted": ["a b"]}, r"pair 0: clean has 3 tokens and corrupted has 2: expected equal lengths.*as many tokens"),
         ({"clean": []}, r"'clean': 0, 'corrupted': 1.*expected equally many"),
         ({key: [] for key in PROMPT}, r"there are no pairs: expected at least one"),
         ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
@@ -51,6 +51,16 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
 def test_prompts(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.Pairs.from_prompts(words, **{**PROMPT, **changed})
+
+
+def test_prompts_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing checks annotations, as outside these tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    tokenizer: Any = None
+    with pytest.raises(
+        fp.FeatpatchError, match="the tokenizer is a NoneType: expected a Hugging Face tokenizer, or a function"
+    ):
+        fp.Pairs.from_prompts(tokenizer, **PROMPT)
 
 
 def test_tokens_of_unequal_length(bridge: Small) -> None:
@@ -99,6 +109,7 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
             lambda: sae_at("blocks.1.hook_resid_prf"),
             r"the model has no hook 'blocks.1.hook_resid_prf': .*blocks.1.hook_resid_pre",
         ),
+        (lambda: sae_at("transformer.h.1"), r"such as blocks.0.hook_attn_out, blocks.0.hook_mlp_out, blocks.0.hook_resid_post"),
         (lambda: sae_at(SITE, 8), r"reads 8 values and the activation at 'blocks.1.hook_resid_pre' has 16: expected an SAE"),
         (lambda: sae_at("blocks.1.mlp.hook_post"), r"reads 16 values and the activation at .* has 32"),
         (lambda: sae_at("blocks.1.hook_mlp_in"), r"hook 'blocks.1.hook_mlp_in' exists but did not fire: .*switched on"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import run
-from small import Small
+from small import Small, standard
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -61,8 +61,9 @@ def test_what_is_refused(small: Small) -> None:
     estimate = fp.estimate_features(small.model, saes, pairs_of(small), **OPTIONS)
     for changed, message in (
         ({"pairs": pairs_of(small, [0, 1])}, "pairs is not that of the table"),
-        ({"saes": saes[:1]}, "is not that of the table"),
-        ({"saes": None}, "is not that of the table"),
+        ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "is not that of the table"),
+        ({"saes": saes[:1]}, "the table has rows of .*: expected these SAEs too"),
+        ({"saes": None}, "expected these SAEs too .saes=, or --sae for each"),
         ({"rows": 0}, "rows=0"),
         ({"effects": estimate}, "expected exact ones"),
         ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact ones"),

@@ -12,8 +12,8 @@ from featpatch.cli.app import app, clear_errors, console
 
 @app.command()
 def check(
-    pairs: Annotated[Path, typer.Argument(help="JSON lines, as for rank.")],
     model: of.Model,
+    pairs: of.PairsFile,
     metric: Annotated[
         Literal["logit_diff", "prob_diff", "sequence_log_prob_diff"],
         typer.Option(help="What tells the answers apart; the last one takes answers of several tokens."),
@@ -25,7 +25,7 @@ def check(
 ) -> None:
     """Check prompt pairs against the model: is each one clean contrast? Exits with 1 where a pair fails.
 
-    Example: featpatch check pairs.jsonl --model gpt2
+    Example: featpatch check --model gpt2 --pairs pairs.jsonl
     """
     with clear_errors():
         from featpatch.terminal import by_pair, totals

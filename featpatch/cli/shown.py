@@ -47,9 +47,19 @@ def show(
         console.print(f"{node}: " + "; ".join(description.contexts), highlight=False, markup=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
+    if effects.value == "estimate":
+        console.print(f"estimates: {_residuals(effects.metadata)}", highlight=False)
     if "screening" in effects.metadata:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
+
+
+def _residuals(metadata: Mapping[str, Any]) -> str:
+    """How far they are from adding up, and from patched runs."""
+    whole = metadata["whole_residual"]
+    beside = "" if whole is None else f"; whole activations are up to {whole:.2g} from patched runs"
+    complete = metadata["completeness_residual"]
+    return f"features and error differ from the whole site by up to {complete:.2g} of the mean gap{beside}"
 
 
 def in_json(effects: "fp.Effects", top: int) -> str:

@@ -83,10 +83,12 @@ def predict(
     """
     known = SHAPES.get(shape) if isinstance(shape, str) else shape
     if not isinstance(known, Shape):
-        raise FeatpatchError(f"shape={shape!r}: expected one of {', '.join(SHAPES)}, or a Shape")
+        raise FeatpatchError(f"shape={shape!r}: expected one of {', '.join(SHAPES)}, or a Shape; fp.plan measures any other")
     where = GPUS.get(device) if isinstance(device, str) else device
     if device is not None and not isinstance(where, Device):
-        raise FeatpatchError(f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device")
+        raise FeatpatchError(
+            f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device; fp.plan measures the one here"
+        )
     if not isinstance(dtype, str) or dtype not in BYTES:
         raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(BYTES)}")
     check_numbers(1, features=features, pairs=pairs, active=active, tokens=tokens, changed=changed)

@@ -81,7 +81,7 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
         raise not_found("model", source, error) from error
     if bridge.tokenizer is None or len(bridge.tokenizer) <= 1:
         raise FeatpatchError(
-            f"the model {source!r} comes without the files of a tokenizer: pass tokenizer=..., the model's own"
+            f"the model {source!r} comes without the files of a tokenizer: save the model's own there, or pass tokenizer=..."
         )
     bridge.eval()
     return bridge

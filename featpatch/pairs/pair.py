@@ -46,7 +46,7 @@ class Pair:
         if len(self.corrupted) != n:
             raise FeatpatchError(
                 f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because values are "
-                "swapped position by position; reword one of the prompts"
+                "swapped position by position; change words for words of as many tokens, or see align= of fp.Pairs.from_prompts"
             )
         self._check_answers()
         if not -n <= self.answer_position < n:

@@ -10,7 +10,13 @@ Tokenizer = Callable[..., Any]
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a prompt, with whatever special tokens the tokenizer adds."""
+    """Ids of a prompt, with whatever special tokens the tokenizer adds.
+
+    Raises:
+        FeatpatchError: the tokenizer is none.
+    """
+    if not callable(tokenizer):
+        raise FeatpatchError(f"the tokenizer is a {type(tokenizer).__name__}: expected a Hugging Face tokenizer, or a function")
     return _ids(tokenizer(text))
 
 

@@ -2,8 +2,10 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import oracle
 import pytest
 import torch
@@ -11,12 +13,15 @@ from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, VOCAB, 
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from small import randomised
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
 from featpatch.engine import suffix
+from featpatch.engine.cost import plain_flops
 from featpatch.engine.plain import PlainPath
 from featpatch.engine.suffix import SuffixPath
+from featpatch.lens import wrap
 from featpatch.patching import Asked, feature_study
 
 EXACT = 1e-10
@@ -166,6 +171,25 @@ def test_rotations_that_depend_on_the_length_take_the_plain_path() -> None:
     short = together.of_pairs([2])
     assert short.nodes == alone.nodes
     assert abs(short.denoised - alone.denoised).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", [*BRIDGES, "attention only", "no norms"])
+def test_operations_of_the_plain_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch counts them in a forward pass, less attention's own products and the logits of all positions but one."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model = (BRIDGES | HOOKED)[name]()
+    cfg, run = model.cfg, SimpleNamespace(tokens=torch.arange(7))
+    unit: Any = SimpleNamespace(block=SimpleNamespace(site="blocks.0.hook_resid_pre", run=run), patches=torch.arange(3))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(run.tokens[None])
+    others = 2 * 6 * cfg.d_model * cfg.d_vocab_out + cfg.n_layers * 4 * 7 * 7 * cfg.n_heads * cfg.d_head
+    assert plain_flops(wrap(model), unit) == 3 * (counter.get_total_flops() - others)
+    unit.block.site = "blocks.1.hook_resid_pre"
+    above = plain_flops(wrap(model), unit)
+    unit.block.site = "blocks.0.hook_resid_pre"
+    share = 1 - 1 / cfg.n_layers
+    head = 3 * 2 * cfg.d_model * cfg.d_vocab_out
+    assert above - head == pytest.approx(share * (plain_flops(wrap(model), unit) - head))
 
 
 def test_the_self_check_sees_the_keys_and_values_of_the_base_run(monkeypatch: pytest.MonkeyPatch) -> None:

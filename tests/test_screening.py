@@ -101,6 +101,8 @@ def test_an_audit_by_hand() -> None:
     assert found.missed == most(20, 7, 3, 0.05) - 3
     assert found.recall == max(0, 1 - found.missed / 5)
     assert found.estimate == max(0, 1 - 3 * 13 / 7 / 5)
+    assert audited(first, sample - 6, 30, **BOUND).estimate == 1
+    assert audited(first, sample - 2.9, 30, **BOUND).estimate == pytest.approx(1 - 13 / 7 / 5)
     assert found.size == np.inf
     assert "too small" in repr(found)
     large = audited(first, np.arange(100) / 100, 210, **BOUND)

@@ -149,7 +149,9 @@ def test_selection_ends_where_it_should(small: Small) -> None:
     target = float(all_steps[1])
     found = fp.select_features(small.model, sae, pairs, target=target, **options)
     assert (len(found.features), found.reached) == (2, True)
-    assert str(found).startswith("2 features bring back ")
+    assert str(found).startswith(f"2 features bring back {all_steps[1]:.0%}: ")
+    one = fp.select_features(small.model, sae, pairs, target=99.0, **{**options, "most": 1})
+    assert str(one).startswith(f"1 features bring back {all_steps[0]:.0%}, short of 9900%: ")
 
 
 def test_interactions_against_the_oracle(small: Small) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 from rich.console import Console
@@ -288,6 +289,21 @@ def test_by_tag_pools_within_each_value(tagged: fp.Effects) -> None:
     assert list(table["recovery_fresh_rank"]) == [1, 3, 2]
     assert table["recovery_fresh"][1] == 0
     assert list(tagged.take([2, 1]).by_tag("corruption", "recovery")["recovery_fresh_rank"]) == [2, 3]
+
+
+def test_units_of_the_metric_make_no_difference(tagged: fp.Effects) -> None:
+    """A gap is small beside the metric's own size, not beside 1."""
+    columns = {name: getattr(tagged, name) * 1e-9 for name in ("clean", "corrupted", "denoised", "noised")}
+    pd.testing.assert_frame_equal(
+        replace(tagged, **columns).by_tag("corruption", "recovery"), tagged.by_tag("corruption", "recovery")
+    )
+
+
+def test_stability_of_a_loss() -> None:
+    """The same with the sign of everything turned, as for a metric that is smaller where the model is right."""
+    rng = np.random.default_rng(5)
+    changes, gap = rng.normal(0, 1, (9, 1)) + rng.normal(0, 0.5, (9, 20)), rng.uniform(1, 2, 20)
+    assert made(-changes, -gap).stability("recovery") == made(changes, gap).stability("recovery")
 
 
 def test_depends_is_flagged_where_one_corruption_alone_works(tagged: fp.Effects) -> None:

@@ -22,10 +22,16 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
 
 
 def plain_flops(lens: Lens, unit: Unit) -> int:
-    """Of the model's own pass: every weight matrix of the blocks from the site on, for every position."""
-    blocks = lens.model.blocks[sites.layer_of(unit.block.site) :]
-    weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.dim() > 1)
-    return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * int(lens.model.cfg.d_model))
+    """Of the model's own pass: every weight matrix of the blocks from the site on, for every position.
+
+    By the model's sizes: a bridge holds a joint matrix of queries, keys and values beside the three that it is split into.
+    """
+    cfg, layers = lens.model.cfg, lens.n_layers - sites.layer_of(unit.block.site)
+    attention = 2 * (cfg.n_heads + (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)) * cfg.d_model * cfg.d_head
+    experts = getattr(cfg, "experts_per_token", None) or 1
+    mlp = 0 if cfg.attn_only else (3 if cfg.gated_mlp else 2) * cfg.d_model * cfg.d_mlp * experts
+    weights = layers * (attention + mlp)
+    return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * int(cfg.d_model))
 
 
 def _size(layer: Layer) -> BlockSize:

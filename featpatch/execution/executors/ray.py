@@ -18,7 +18,7 @@ from featpatch.execution.executor import Batch, Book, Executor, Shards
 DEATHS = 3
 """So many workers may die with the same task."""
 
-PATIENCE = 120
+PATIENCE = 300
 """Seconds within which workers must be there."""
 
 

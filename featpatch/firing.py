@@ -125,7 +125,8 @@ def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " 
     on, before = _best_word(words, fires), _best_word(following[followed], fires[followed])
     f1, word, label = max((*on, "on"), (*before, "before"))
     places = [(part.tokens[document], position) for part in text for document, position in part.usable.nonzero().tolist()]
-    strongest = values.argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
+    alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding would order what the same words give
+    strongest = alike.argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
     distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])
     return Description(
         label=label,

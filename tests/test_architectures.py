@@ -21,7 +21,7 @@ from featpatch.engine import suffix
 from featpatch.engine.cost import plain_flops
 from featpatch.engine.plain import PlainPath
 from featpatch.engine.suffix import SuffixPath
-from featpatch.lens import wrap
+from featpatch.lens import UnsupportedError, wrap
 from featpatch.patching import Asked, feature_study
 
 EXACT = 1e-10
@@ -190,6 +190,13 @@ def test_operations_of_the_plain_path(name: str, monkeypatch: pytest.MonkeyPatch
     share = 1 - 1 / cfg.n_layers
     head = 3 * 2 * cfg.d_model * cfg.d_vocab_out
     assert above - head == pytest.approx(share * (plain_flops(wrap(model), unit) - head))
+
+
+def test_attention_without_separate_weights_is_not_for_the_fast_path() -> None:
+    model = HOOKED["gpt2"]()
+    del model.blocks[1].attn._parameters["W_Q"]
+    with pytest.raises(UnsupportedError, match="attention without separate weights .*W_Q"):
+        wrap(model).stack(7, 7)
 
 
 def test_the_self_check_sees_the_keys_and_values_of_the_base_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,6 @@ def test_unknown_verdicts() -> None:
 
 def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: fp.Demo) -> None:
     """As where the BOS token was not counted."""
-    pairs = pairs_of(demo, GOOD, labels=[{"S2": 9, "end": 14}])
-    with pytest.warns(UserWarning, match="nothing differs at 'S2' of any pair.*at 9 and differs from 10 on"):
-        fp.rank_features(demo.model, demo.saes[0], pairs, positions=["S2", "end"], progress=False)
+    pairs = pairs_of(demo, GOOD, labels=[{"who": 9, "end": 14}])
+    with pytest.warns(UserWarning, match="nothing differs at 'who' of any pair.*at 9 and differs from 10 on"):
+        fp.rank_features(demo.model, demo.saes[0], pairs, positions=["who", "end"], progress=False)

@@ -348,7 +348,9 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     assert counter.get_total_flops() == flops
     plan = fp.plan(small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each")
     assert (plan.patches, plan.rows, plan.flops, plan.fast) == (patches, rows, flops, True)
-    assert plan.patches == len(rank(small).row) * 2
+    table = rank(small)
+    assert plan.patches == len(table.row) * 2
+    assert plan.rows == 2 * sum(7 - int(table.nodes[row].position) for row in table.row), "from each patch to the answer"
     assert plan.seconds > 0
     assert plan.memory > 0
 

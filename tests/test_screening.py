@@ -218,6 +218,7 @@ def test_a_screened_table_is_a_table(small: Small, tmp_path: Path) -> None:
     assert "recovery_estimate" not in found.of_pairs([0, 1]).to_pandas()
     assert "prob_recovery_estimate" not in found.to_pandas()
     one = screened(small, small.at(SITE), positions="each", k=12, audit=5, top=3, directions=["denoising"])
+    np.testing.assert_array_equal(fp.Effects.load(one.save(tmp_path / "one.safetensors")).denoised, one.denoised)
     with pytest.raises(fp.FeatpatchError, match="expected some of those that were run, recovery"):
         one.audit("degradation", top=3)
 

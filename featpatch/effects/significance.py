@@ -5,7 +5,7 @@ Null hypothesis of a row: the change of a pair is symmetric around 0, so that it
     p = share of the draws with |sum_p s_p change_p| >= |sum_p change_p|
 
 (Fisher 1935; as scipy.stats.permutation_test with one sample and permutation_type="samples", but as a product of matrices,
-<!-- claim 2x: python benchmarks/significance.py -->about 90 x faster<!-- /claim -->).
+<!-- claim 2x: python benchmarks/significance.py -->about 41 x faster<!-- /claim -->).
 q-values are Benjamini & Hochberg's (1995), from scipy.
 """
 

@@ -58,7 +58,7 @@ def describe(
         contexts: how many examples to keep.
 
     Raises:
-        FeatpatchError: no tokenizer, no texts, or a node of a dictionary that is not among the SAEs.
+        FeatpatchError: no tokenizer, no texts, none with a word, or a node of a dictionary that is not among the SAEs.
     """
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
@@ -67,6 +67,10 @@ def describe(
         raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
     text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model.tokenizer, texts)]
+    if not any(part.usable.any() for part in text):
+        raise FeatpatchError(
+            "the texts have no words: expected tokens that are not special, to look for what a feature fires on"
+        )
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
     described = {}
     for name in dict.fromkeys(node.sae for node in features):
@@ -126,7 +130,7 @@ def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " 
     f1, word, label = max((*on, "on"), (*before, "before"))
     places = [(part.tokens[document], position) for part in text for document, position in part.usable.nonzero().tolist()]
     alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding would order what the same words give
-    strongest = alike.argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
+    strongest = alike.masked_fill(~fires, -1).argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
     distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])
     return Description(
         label=label,
@@ -138,7 +142,7 @@ def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " 
 
 
 def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
-    count = torch.bincount(words, minlength=1)
+    count = torch.bincount(words, minlength=1)  # of no words: texts of one word have no next one
     hits = torch.bincount(words[fires], minlength=len(count))
     f1 = 2 * hits / (count + fires.sum()).clamp(min=1)
     return float(f1.max()), int(f1.argmax())

@@ -215,7 +215,7 @@ def canonical(name: str, hook_points: Mapping[str, object]) -> str:
     point = hook_points.get(name)
     if point is None:
         tail = name.rsplit(".", 1)[-1]
-        near = [known for known in hook_points if known.endswith(tail)] or get_close_matches(name, hook_points)
+        near = [known for known in hook_points if tail and known.endswith(tail)] or get_close_matches(name, hook_points)
         near = near or [known for known in hook_points if known.endswith(("resid_pre", "resid_post", "mlp_out", "attn_out"))]
         raise FeatpatchError(
             f"the model has no hook {name!r}: expected a name from model.hook_dict, such as {', '.join(sorted(near)[:4])}"

@@ -98,9 +98,9 @@ def verify(
     given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
     if missing := [name for name in known if name not in given]:
-        raise FeatpatchError(f"the table has rows of {', '.join(missing)}: expected these SAEs too (saes=, or --sae for each)")
+        raise FeatpatchError(f"the table was measured with {', '.join(missing)}: expected these too (saes=, or --sae for each)")
     for name, digest in known.items():
-        if given.get(name) != digest:
+        if given[name] != digest:
             raise FeatpatchError(
                 f"{name} is not that of the table: expected what it was measured with; pass the same model, pairs and SAEs"
             )

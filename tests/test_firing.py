@@ -1,11 +1,13 @@
 """What features fire on: every word, the last one too, against a count by plain loops."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
 import featpatch as fp
+from featpatch.firing import _describe, _Words
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -15,51 +17,79 @@ def demo() -> fp.Demo:
     return fp.load_demo()
 
 
-def by_hand(demo: fp.Demo, texts: list[str], index: int) -> tuple[float, float, list[str]]:
-    """The best F1 of a word or of a next word, the share of words, and those on which it fires most with what follows."""
-    sae, tokenizer, words = demo.saes[[s.cfg.metadata.hook_name for s in demo.saes].index(SITE)], demo.model.tokenizer, []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        with torch.no_grad():
-            values = sae.encode(demo.model.run_with_cache(torch.tensor([ids]))[1][SITE])[0, :, index]
+def read(demo: fp.Demo, texts: list[str]) -> list[tuple[torch.Tensor, list[int]]]:
+    """Every text's features and ids."""
+    (sae,) = (sae for sae in demo.saes if sae.cfg.metadata.hook_name == SITE)
+    every = [demo.model.tokenizer(text)["input_ids"] for text in texts]
+    with torch.no_grad():
+        return [(sae.encode(demo.model.run_with_cache(torch.tensor([ids]))[1][SITE])[0], ids) for ids in every]
+
+
+def by_hand(
+    decode: Any, activations: list[tuple[torch.Tensor, list[int]]], index: int
+) -> tuple[dict[Any, float], float, list[Any]]:
+    """F1 of every word and next word, the share of words, and value and context of all on which it fires."""
+    words = []
+    for values, ids in activations:
         for p in range(1, len(ids)):
-            words.append((float(values[p]), ids[p], ids[p + 1] if p + 1 < len(ids) else None))
-    scores = []
-    for column in (1, 2):
+            words.append((float(values[p, index]), ids[p], ids[p + 1] if p + 1 < len(ids) else None, ids[max(1, p - 5) : p]))
+    scores = {}
+    for column, label in ((1, "on"), (2, "before")):
         rows = [row for row in words if row[column] is not None]
         count, hits = Counter(row[column] for row in rows), Counter(row[column] for row in rows if row[0] > 0)
         fires = sum(row[0] > 0 for row in rows)
-        scores += [2 * hits[word] / (count[word] + fires) for word in count]
-    strongest = [row for row in words if row[0] >= 0.9999 * max(words, key=lambda row: row[0])[0]]
-    shown = [
-        f"[{tokenizer.decode([row[1]])}] {'' if row[2] is None else tokenizer.decode([row[2]])}".strip() for row in strongest
-    ]
-    return max(scores), sum(row[0] > 0 for row in words) / len(words), shown
+        scores |= {(label, decode([word])): 2 * hits[word] / (count[word] + fires) for word in count}
+    shown = [(v, f"{decode(b)} [{decode([w])}] {'' if n is None else decode([n])}".strip()) for v, w, n, b in words if v > 0]
+    return scores, len(shown) / len(words), shown
 
 
 def test_descriptions_by_hand(demo: fp.Demo) -> None:
+    """Texts of any length, whose last words are of every kind."""
     texts = ["Tom", *(" ".join(text.split()[: 3 + n]) for n, text in enumerate(demo.text()[:30]))]
-    fired = 0
-    for index in range(0, 900, 30):
-        node = fp.Node(SITE, "feature", index, "all", SITE)
-        found = fp.describe(demo.model, demo.saes, [node], texts, contexts=2)[node]
-        f1, share, strongest = by_hand(demo, texts, index)
-        assert (found.f1, found.share) == pytest.approx((f1, share))
-        if share:
-            fired += 1
-            assert any(shown in found.contexts[0] for shown in strongest)
-            assert len(set(found.contexts)) == len(found.contexts) <= 2
-            assert found.word
-            assert str(found).startswith(f"{found.label} '{found.word}' (F1 ")
-        else:
+    activations, fired = read(demo, texts), 0
+    nodes = [fp.Node(SITE, "feature", index, "all", SITE) for index in range(0, 900, 30)]
+    for node, found in fp.describe(demo.model, demo.saes, nodes, texts, contexts=4).items():
+        scores, share, shown = by_hand(demo.model.tokenizer.decode, activations, int(node.index or 0))
+        assert found.share == pytest.approx(share)
+        if not share:
             assert (found.word, found.contexts, str(found)) == ("", (), "never fires in the text")
+            continue
+        fired += 1
+        assert found.f1 == pytest.approx(scores[found.label, found.word]) == pytest.approx(max(scores.values()))
+        assert str(found) == f"{found.label} {found.word!r} (F1 {found.f1:.2f})"
+        best: dict[str, float] = {}
+        for value, context in shown:
+            best[context] = max(value, best.get(context, 0.0))
+        assert len(set(found.contexts)) == len(found.contexts) == min(4, len(best))
+        strongest = sorted(best.values(), reverse=True)
+        assert [best[context] for context in found.contexts] == pytest.approx(strongest[: len(found.contexts)], rel=2e-4)
     assert fired > 5
+
+
+def test_weak_places_are_not_taken_for_silent_ones() -> None:
+    """1e-5 of the strongest value is as good as nothing, but it fires."""
+    text = [_Words.of(Numbers(), [(0, 1, 2, 3, 4)])]
+    found = _describe(Numbers(), text, torch.tensor([1.0, 0.0, 0.0, 1e-5]), 3)
+    assert found.contexts == ("w0 [w1] w2", "w0 w1 w2 w3 [w4]")
+
+
+class Numbers:
+    """A tokenizer of numbered words."""
+
+    all_special_ids = (0,)
+
+    def __call__(self, text: str) -> list[int]:
+        return [int(word[1:]) for word in text.split()]
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return " ".join(f"w{token}" for token in ids)
 
 
 def test_what_is_refused(demo: fp.Demo) -> None:
     node = fp.Node(SITE, "feature", 0, "all", SITE)
     for saes, texts, message in (
         (demo.saes, [], "there are no texts"),
+        (demo.saes, [""], "the texts have no words"),
         ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names dictionary '{SITE}'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -268,6 +268,7 @@ def test_unusable_requests(root: Path, options: dict[str, Any], message: str) ->
     [
         ("./modle", r"there is no './modle' \(did you mean 'model'\?\): expected the folder of a saved {}"),
         ("{root}/modle", r"there is no '{root}/modle' \(did you mean '{root}/model'\?\): expected the folder of a saved {}"),
+        ("~nobody-here/it", "there is no '~nobody-here/it': expected the folder of a saved {}"),
         ("~/nothing/like/it", "there is no '~/nothing/like/it': expected the folder of a saved {}"),
         ("modle", r"(?s)'modle'.*a folder.*\(did you mean 'model'\?\)"),
     ],

@@ -62,8 +62,8 @@ def test_what_is_refused(small: Small) -> None:
     for changed, message in (
         ({"pairs": pairs_of(small, [0, 1])}, "pairs is not that of the table"),
         ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "is not that of the table"),
-        ({"saes": saes[:1]}, "the table has rows of .*: expected these SAEs too"),
-        ({"saes": None}, "expected these SAEs too .saes=, or --sae for each"),
+        ({"saes": saes[:1]}, "the table was measured with .*: expected these too"),
+        ({"saes": None}, "expected these too .saes=, or --sae for each"),
         ({"rows": 0}, "rows=0"),
         ({"effects": estimate}, "expected exact ones"),
         ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact ones"),

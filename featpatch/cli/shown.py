@@ -48,7 +48,7 @@ def show(
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":
-        console.print(f"estimates: {_residuals(effects.metadata)}", highlight=False)
+        console.print(_residuals(effects.metadata), highlight=False)
     if "screening" in effects.metadata:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
@@ -56,10 +56,13 @@ def show(
 
 def _residuals(metadata: Mapping[str, Any]) -> str:
     """How far they are from adding up, and from patched runs."""
-    whole = metadata["whole_residual"]
-    beside = "" if whole is None else f"; whole activations are up to {whole:.2g} from patched runs"
-    complete = metadata["completeness_residual"]
-    return f"features and error differ from the whole site by up to {complete:.2g} of the mean gap{beside}"
+    sums = (
+        f"estimates: features and error add up to the whole site within {metadata['completeness_residual']:.1g} of the mean gap"
+    )
+    if (off := metadata["whole_residual"]) is None:
+        return sums
+    what = "a whole site" if metadata["method"] == "ig" else "the stream that enters the first block"
+    return f"{sums}; that of {what} is up to {off:.2g} of the mean gap off its patched run"
 
 
 def in_json(effects: "fp.Effects", top: int) -> str:

@@ -24,7 +24,8 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
 def plain_flops(lens: Lens, unit: Unit) -> int:
     """Of the model's own pass: every weight matrix of the blocks from the site on, for every position.
 
-    By the model's sizes: a bridge holds a joint matrix of queries, keys and values beside the three that it is split into.
+    By the sizes of its configuration, as a bridge holds a joint matrix of queries, keys and values beside the three that it is
+    split into; not exact for mixtures whose experts have a size of their own.
     """
     cfg, layers = lens.model.cfg, lens.n_layers - sites.layer_of(unit.block.site)
     attention = 2 * (cfg.n_heads + (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)) * cfg.d_model * cfg.d_head

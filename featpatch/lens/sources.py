@@ -48,8 +48,11 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
 
 def near_folder(source: str | Path) -> str:
     """A folder whose name is nearly this one, in words."""
-    path = Path(source).expanduser()
-    names = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    try:
+        path = Path(source).expanduser()
+        names = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except (OSError, RuntimeError):
+        return ""
     near = get_close_matches(path.name, names, 1)
     return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
 

@@ -10,14 +10,8 @@ Tokenizer = Callable[..., Any]
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a prompt, with whatever special tokens the tokenizer adds.
-
-    Raises:
-        FeatpatchError: the tokenizer is none.
-    """
-    if not callable(tokenizer):
-        raise FeatpatchError(f"the tokenizer is a {type(tokenizer).__name__}: expected a Hugging Face tokenizer, or a function")
-    return _ids(tokenizer(text))
+    """Ids of a prompt, with whatever special tokens the tokenizer adds."""
+    return _ids(tokenizer, text)
 
 
 def answer_id(tokenizer: Tokenizer, text: str, *, instead: str = "") -> int:
@@ -71,7 +65,7 @@ def special_positions(tokenizer: Tokenizer, *prompts: Sequence[int]) -> frozense
 def _bare_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Ids without the special tokens that the tokenizer puts around a prompt."""
     bare = {"add_special_tokens": False} if hasattr(tokenizer, "all_special_ids") else {}
-    return _ids(tokenizer(text, **bare))
+    return _ids(tokenizer, text, **bare)
 
 
 def _known(tokenizer: Tokenizer, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -80,5 +74,8 @@ def _known(tokenizer: Tokenizer, text: str, ids: tuple[int, ...]) -> tuple[int, 
     return ids
 
 
-def _ids(tokens: Any) -> tuple[int, ...]:
+def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> tuple[int, ...]:
+    if not callable(tokenizer):
+        raise FeatpatchError(f"the tokenizer is a {type(tokenizer).__name__}: expected a Hugging Face tokenizer, or a function")
+    tokens: Any = tokenizer(text, **options)
     return tuple(int(token) for token in getattr(tokens, "input_ids", tokens))

@@ -94,10 +94,26 @@ def test_gradients_are_shared(small: Small) -> None:
     np.testing.assert_array_equal(one.denoised, fp.estimate_paths(small.model, pairs_of(small), **run).denoised)
 
 
+def test_a_whole_hook_z_is_the_sum_of_its_heads(small: Small) -> None:
+    site, pairs = "blocks.0.attn.hook_z", pairs_of(small)
+    of_heads, whole = (
+        fp.estimate_paths(small.model, pairs, senders=senders, receivers=["logits"], **OPTIONS)
+        for senders in ([fp.Node(site, "head", head) for head in range(4)], [fp.Node(site, "activation")])
+    )
+    assert whole.pooled("recovery")[0] == pytest.approx(of_heads.pooled("recovery").sum(), abs=1e-10)
+
+
 def test_errors(small: Small) -> None:
     mlp = fp.Node(MLP.format(0), "activation")
     for changed, message in (
         ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")]}, "for estimates"),
+        (
+            {
+                "receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")],
+                "saes": small.saes,
+            },
+            "for estimates",
+        ),
         ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "no receiver lies above a sender"),
         ({"senders": [fp.Node("blocks.0.hook_mlp_out", "neuron", 0)]}, "sender 'blocks.0.hook_mlp_out neuron 0"),
         ({"receivers": [fp.Node("blocks.1.attn.hook_q", "head", 99)]}, "expected a head of 0 to 3"),

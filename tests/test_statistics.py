@@ -253,6 +253,7 @@ def test_the_top_is_the_largest_effects_also_with_a_negative_gap() -> None:
     assert found.low < 1
     assert made(-changes, [-3] * 4).stability("recovery", top=1) == found
     assert made(-changes, [3] * 4).stability("recovery", top=1).overlap < 1
+    assert made([[9] * 4, [6] * 4, [1] * 4], [9] * 4).stability("recovery", top=2).overlap == 1
 
 
 def test_stability_ranks_known_features_only(tiny: fp.Effects) -> None:

@@ -1,6 +1,7 @@
 """Ray: workers on this machine, or on those of a cluster."""
 
 import logging
+import os
 import socket
 import time
 from collections import deque
@@ -97,8 +98,9 @@ class Ray(Executor):
 
 
 def _check_reachable(address: str | None) -> None:
-    """Raises OSError where nobody listens, which Ray finds out after minutes."""
-    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    """Raises OSError where nobody listens, which Ray finds out after minutes; "auto" is what RAY_ADDRESS says, if anything."""
+    meant = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
+    host, _, port = meant.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
 

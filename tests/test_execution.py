@@ -110,11 +110,12 @@ def test_features_are_the_same(executor: str) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_other_sweeps_are_the_same() -> None:
-    """Components and paths."""
+    """Components, paths and ablations."""
     small, pairs = small_hooked(), pairs_of(small_hooked())
     ends = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in range(3)]
     for run in (
         lambda **o: fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **ROWS, **o),
+        lambda **o: fp.ablate(small.model, pairs, saes=small.saes[1], to="mean", **ROWS, **o),
         lambda **o: fp.rank_paths(small.model, pairs, senders=ends[:2], receivers=[*ends[1:], "logits"], **ROWS, **o),
     ):
         same(run(), run(executor=fp.Ray(workers=1)))

@@ -36,7 +36,7 @@ from featpatch.cli import app
 from featpatch.diagram import attribution_graph, dot, interactive
 from featpatch.effects import Material, Portrait, Prompt
 from featpatch.engine import Journal
-from featpatch.pairs import SkippedPairsWarning
+from featpatch.pairs import PairsWarning
 
 MARKS = [
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
@@ -202,7 +202,7 @@ def test_pairs(kind: str, folder: Path, shipped: fp.Demo) -> None:
         path.write_bytes(content)
         try:
             found = clean(lambda: load(tokenizer, path, **options))
-        except SkippedPairsWarning:  # an error in these tests; it counts what was left out, as was asked for
+        except PairsWarning:  # an error in these tests; it counts what was left out, as was asked for
             return
         if found is None:
             return

@@ -9,7 +9,7 @@ import pytest
 from test_tasks import byte_level
 
 import featpatch as fp
-from featpatch.pairs import SkippedPairsWarning, changed_span
+from featpatch.pairs import PairsWarning, changed_span
 
 CLEAN = "When John and Mary left , Mary gave a book to"
 CORRUPTED = "When John and Mary left , John gave a book to"
@@ -511,7 +511,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(words: Any, tmp_path: Pat
     with pytest.raises(fp.FeatpatchError, match=r"p' (line [23]|prompt 1): clean has 12 tokens and corrupted has 13"):
         read(words, path)
     with pytest.warns(
-        SkippedPairsWarning, match=r"left out 1 of 3 pairs .*; the first is .*p' (line [23]|prompt 1): clean has 12"
+        PairsWarning, match=r"left out 1 of 3 pairs .*; the first is .*p' (line [23]|prompt 1): clean has 12"
     ):
         pairs = read(words, path, skip=True)
     assert [pair.corrupted for pair in pairs] == [ids(words, CORRUPTED)] * 2

@@ -7,7 +7,7 @@ from featpatch.drafts.draft import Draft
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.positions import token_at
-from featpatch.pairs.tokens import Tokenizer, next_token, prompt_ids, special_positions
+from featpatch.pairs.tokens import Tokenizer, next_token, plain_tokenizer, prompt_ids, special_positions
 
 TRIES = 200
 """Drafts that are made for each pair that is wanted, at most."""
@@ -40,14 +40,11 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
 def pair_of(tokenizer: Tokenizer, draft: Draft) -> Pair | None:
     """The pair, or None where the tokenizer makes none of it."""
     clean, corrupted = prompt_ids(tokenizer, draft.clean), prompt_ids(tokenizer, draft.corrupted)
-    unknown = getattr(tokenizer, "unk_token_id", None)
+    unknown = getattr(plain_tokenizer(tokenizer), "unk_token_id", None)
     if len(clean) != len(corrupted) or clean == corrupted or unknown in clean or unknown in corrupted:
         return None
     glue = "" if draft.glued else " "
-    answers = [
-        [next_token(tokenizer, draft.clean, glue + word, among=clean) for word in words]
-        for words in (draft.correct, draft.wrong)
-    ]
+    answers = [[next_token(tokenizer, draft.clean, glue + word) for word in words] for words in (draft.correct, draft.wrong)]
     correct, wrong = ([token for token in tokens if token is not None] for tokens in answers)
     if not correct or not wrong or set(correct) & set(wrong) or (not draft.glued and None in answers[0] + answers[1]):
         return None
@@ -74,9 +71,7 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     Raises:
         FeatpatchError: there are fewer than `least`.
     """
-    before = "Then"
-    ids = prompt_ids(tokenizer, before)
-    kept = [word for word in words if next_token(tokenizer, before, f" {word}", among=ids) is not None]
+    kept = [word for word in words if next_token(tokenizer, "Then", f" {word}") is not None]
     if len(kept) < least:
         raise FeatpatchError(
             f"only {kept} of {list(words)} are one token of this tokenizer: expected at least {least}; give words of your own"

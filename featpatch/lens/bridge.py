@@ -52,9 +52,9 @@ class BridgeLens(Lens):
         """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""
         return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
 
-    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Blocks above `layer` return their input."""
-        self._run_without(self.model.blocks[layer + 1 :], tokens)
+        self._run_without(self.model.blocks[layer + 1 :], tokens, **options)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
         """The other blocks return their input."""
@@ -62,11 +62,11 @@ class BridgeLens(Lens):
         with _entering(blocks[layer], resid):
             self._run_without([*blocks[:layer], *blocks[layer + 1 :]], tokens)
 
-    def _run_without(self, blocks: Any, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+    def _run_without(self, blocks: Any, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """The unembedding sees one position."""
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         with _skipping(blocks, wraps=self._wraps), answering(self.model.unembed, first):
-            self.model(tokens)
+            self.model(tokens, **options)
 
     def carrier(self, site: str) -> str:
         """`hook_attn_out` for `hook_resid_mid`, which is not the stream itself here."""

@@ -211,17 +211,26 @@ class Lens(ABC):
             yield
 
     @torch.no_grad()
-    def read(self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
+    def read(
+        self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], mask: Int[torch.Tensor, "batch pos"] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The activations `[batch, pos, ...]` at some hooks; blocks above the last of them are not run.
+
+        Args:
+            mask: the attention mask of padded prompts: 1 for tokens, 0 for padding.
 
         Raises:
             FeatpatchError: a hook does not exist, is switched off, or holds values that are not finite.
         """
-        return self.read_entering(tokens, hooks, [])[0]
+        return self.read_entering(tokens, hooks, [], mask)[0]
 
     @torch.no_grad()
     def read_entering(
-        self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], layers: Sequence[int]
+        self,
+        tokens: Int[torch.Tensor, "batch pos"],
+        hooks: Sequence[str],
+        layers: Sequence[int],
+        mask: Int[torch.Tensor, "batch pos"] | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
         """As `read`, and the stream `[batch, pos, d_model]` at the entry of some blocks, before any hooks there act on it.
 
@@ -242,7 +251,8 @@ class Lens(ABC):
                 stack.enter_context(self.edit(name, keeping(layer, entering), first=True))
             for name in hooks:
                 stack.enter_context(self.edit(name, keeping(name, activations)))
-            self._run_upto(sites.highest([*hooks, *entries.values()], self.n_layers), tokens.to(self.device))
+            masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
+            self._run_upto(sites.highest([*hooks, *entries.values()], self.n_layers), tokens.to(self.device), **masked)
         _check_read(hooks, activations)
         return activations, entering
 
@@ -383,7 +393,7 @@ class Lens(ABC):
         """Runs one block on the stream that enters it."""
 
     @abstractmethod
-    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"]) -> None:
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Runs the blocks up to `layer`, and the rest of the model only where that is its last block."""
 
     @abstractmethod

@@ -1,11 +1,14 @@
 """Do pairs fit the model: are their tokens and answers in its vocabulary, and their prompts short enough?"""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.lens import Lens
-from featpatch.pairs import Pairs
+from featpatch.pairs import Pairs, PairsWarning
+from featpatch.pairs.tokens import first_token, padding
 
 Continuations = Mapping[int, Sequence[tuple[int, ...]]]
 """By pair the tokens that are put behind its prompts."""
@@ -14,12 +17,14 @@ NONE: Continuations = MappingProxyType({})
 
 
 def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) -> None:
-    """Refuses tokens and answers that the model doesn't know, and prompts that are too long for it.
+    """Check that a model can take some pairs, and warn where their prompts lack the BOS that it puts before a text.
 
     Raises:
-        FeatpatchError: one of these.
+        FeatpatchError: tokens or answers that the model does not know, padding, two BOS, a prompt that is too long.
     """
     inputs, context = lens.d_vocab_in, lens.n_ctx
+    _check_ends(pairs, getattr(lens.model, "tokenizer", None))
+    _compare_start(pairs, lens)
     for index, pair in enumerate(pairs):
         behind = continuations.get(index, ())
         answers = [token for side in pair.answers for answer in side for token in answer]
@@ -40,3 +45,39 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
             raise FeatpatchError(
                 f"pair {index} has {length} tokens{with_answers}: expected at most {context}, the model's context"
             )
+
+
+def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
+    """Refuse prompts that begin or end with padding or begin with two BOS."""
+    if tokenizer is None:
+        return
+    bos = getattr(tokenizer, "bos_token_id", None)
+    for index, pair in enumerate(pairs):
+        for ids in (pair.clean, pair.corrupted):
+            if bos is not None and ids[:2] == (bos, bos):
+                raise FeatpatchError(
+                    f"pair {index} begins with {tokenizer.bos_token!r} ({bos}) twice: expected it once; leave it out of the "
+                    "text, because the tokenizer adds it"
+                )
+            try:
+                start, stop = padding(tokenizer, ids)
+            except FeatpatchError as error:
+                raise FeatpatchError(f"pair {index}: {error}") from error
+            if (start, stop) != (0, len(ids)):
+                raise FeatpatchError(
+                    f"pair {index} begins or ends with the padding token {tokenizer.pad_token!r}: expected prompts without "
+                    "padding; make pairs with Pairs.from_tokens(..., attention_mask=...)"
+                )
+
+
+def _compare_start(pairs: Pairs, lens: Lens) -> None:
+    """Warn where prompts lack the special token that the model puts before a text."""
+    first = first_token(lens.model)
+    lacking = sum(first is not None and pair.clean[0] != first for pair in pairs)
+    if lacking:
+        warnings.warn(
+            f"{lacking} of {len(pairs)} pairs lack {lens.model.tokenizer.decode([first])!r} ({first}), which model(text) puts "
+            "first: give the model instead of a tokenizer to Pairs.from_prompts to have it",
+            PairsWarning,
+            stacklevel=2,
+        )

@@ -1,8 +1,8 @@
 """Prompts of different lengths, made comparable at their labels; and what differs between two prompts.
 
-With labels at positions p_1 <= ... <= p_k in each prompt, the regions are the tokens up to p_1, from there to p_2, ..., and
-after p_k. Where one region differs in length, the prompt in which it is shorter gets filler tokens directly after the label in
-front of it: all labels and both ends then stand at the same positions.
+With labels that end at positions p_1 <= ... <= p_k in each prompt, the regions are the tokens up to p_1, from there to p_2,
+..., and after p_k. Where one region differs in length, the prompt in which it is shorter gets filler tokens directly after the
+label in front of it: all labels and both ends then stand at the same positions.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 from featpatch.errors import FeatpatchError
-from featpatch.pairs.pair import Pair
-from featpatch.pairs.tokens import Tokenizer, answer_id
+from featpatch.pairs.pair import LabelPosition, Pair, positions_of
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 Ids = tuple[int, ...]
 
@@ -31,20 +31,20 @@ def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> in
     if filler is None:
         return None
     try:
-        return answer_id(tokenizer, filler)
+        return AnswerTokens(tokenizer, None).one(filler)
     except FeatpatchError as error:
         raise FeatpatchError(f"filler={filler!r} does not serve: {error}") from error
 
 
 def aligned(
-    clean: Ids, corrupted: Ids, here: Mapping[str, int], there: Mapping[str, int], filler: int
-) -> tuple[Ids, Ids, dict[str, int], dict[str, int]]:
+    clean: Ids, corrupted: Ids, here: Mapping[str, LabelPosition], there: Mapping[str, LabelPosition], filler: int
+) -> tuple[Ids, Ids, dict[str, LabelPosition], dict[str, LabelPosition]]:
     """Both prompts and their labels, with filler where one region between labels is shorter in one of them.
 
     Raises:
         FeatpatchError: the labels are not the same in the same order, or it is not clear where filler would go.
     """
-    order, order_there = (sorted(labels, key=lambda name: (labels[name], name)) for labels in (here, there))
+    order, order_there = (sorted(labels, key=lambda name: (_end(labels[name]), name)) for labels in (here, there))
     if order != order_there or not order:
         raise FeatpatchError(
             f"the labels are {order} in the clean and {order_there} in the corrupted prompt, of {len(clean)} and "
@@ -72,9 +72,9 @@ def aligned(
         )
     count, after = sizes_there[region] - sizes[region], order[region - 1]
     if count > 0:
-        clean, here = _filled(clean, here, here[after] + 1, (filler,) * count)
+        clean, here = _filled(clean, here, _end(here[after]) + 1, (filler,) * count)
     else:
-        corrupted, there = _filled(corrupted, there, there[after] + 1, (filler,) * -count)
+        corrupted, there = _filled(corrupted, there, _end(there[after]) + 1, (filler,) * -count)
     return clean, corrupted, dict(here), dict(there)
 
 
@@ -98,14 +98,22 @@ def changed_span(pair: Pair, tokenizer: Tokenizer) -> str:
     return f"{title}\nclean     {clean}\ncorrupted {corrupted}"
 
 
-def _sizes(ids: Ids, labels: Mapping[str, int]) -> list[int]:
-    """How many tokens lie up to the first label, from each label to the next, and after the last."""
-    ends = [-1, *sorted(labels.values()), len(ids) - 1]
+def _end(label: LabelPosition) -> int:
+    return positions_of(label)[-1]
+
+
+def _sizes(ids: Ids, labels: Mapping[str, LabelPosition]) -> list[int]:
+    """How many tokens lie up to the end of the first label, from each end to the next, and after the last."""
+    ends = [-1, *sorted(map(_end, labels.values())), len(ids) - 1]
     return [end - begin for begin, end in pairwise(ends)]
 
 
-def _filled(ids: Ids, labels: Mapping[str, int], at: int, filling: Ids) -> tuple[Ids, dict[str, int]]:
-    return ids[:at] + filling + ids[at:], {name: p + len(filling) * (p >= at) for name, p in labels.items()}
+def _filled(ids: Ids, labels: Mapping[str, LabelPosition], at: int, filling: Ids) -> tuple[Ids, dict[str, LabelPosition]]:
+    def moved(position: int) -> int:
+        return position + len(filling) * (position >= at)
+
+    here = {name: moved(label) if isinstance(label, int) else tuple(map(moved, label)) for name, label in labels.items()}
+    return ids[:at] + filling + ids[at:], here
 
 
 def _bracketed(decode: Any, ids: Ids, start: int, stop: int) -> str:

@@ -5,12 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from featpatch.errors import FeatpatchError
+from featpatch.pairs.tokens import PairsWarning
 
 T = TypeVar("T")
-
-
-class SkippedPairsWarning(UserWarning):
-    """Some pairs of a file do not fit the tokenizer and were left out, as was asked for."""
 
 
 def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] | None = None) -> tuple[T, ...]:
@@ -31,23 +28,31 @@ def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] |
     return tuple(made)
 
 
-def fitting(make: Callable[[T], Any], rows: Sequence[T], *, where: Sequence[str], skip: bool) -> tuple[Any, ...]:
+def fitting(
+    make: Callable[[T], Any], rows: Sequence[T], *, where: Sequence[str], skip: bool = False, remarks: Sequence[str] = ()
+) -> tuple[Any, ...]:
     """`make` for every row; with `skip`, for those rows for which it raises no error, and a warning that counts the others.
+
+    Args:
+        remarks: what `make` has found odd by then, for one warning.
 
     Raises:
         FeatpatchError: a row that can't be made, or, with `skip`, no row that can.
     """
-    if not skip:
-        return each(make, rows, where=where)
     made, refused = [], []
     for row, name in zip(rows, where, strict=True):
         try:
             made.append(make(row))
         except FeatpatchError as error:
+            if not skip:
+                raise FeatpatchError(f"{name}: {error}") from error
             refused.append(f"{name}: {error}")
     if refused and not made:
         raise FeatpatchError(f"none of {len(rows)} pairs fits this tokenizer: expected at least one; the first is {refused[0]}")
     if refused:
         message = f"left out {len(refused)} of {len(rows)} pairs that do not fit this tokenizer; the first is {refused[0]}"
-        warnings.warn(message, SkippedPairsWarning, stacklevel=4)
+        warnings.warn(message, PairsWarning, stacklevel=4)
+    if remarks:
+        others = f" (and {len(remarks) - 1} similar remarks)" if len(remarks) > 1 else ""
+        warnings.warn(f"{remarks[0]}{others}", PairsWarning, stacklevel=4)
     return tuple(made)

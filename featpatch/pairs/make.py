@@ -1,4 +1,4 @@
-"""One pair out of its prompts, answers and labels."""
+"""A pair made from its prompts, answers and labels."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -8,7 +8,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.pairs.align import aligned
 from featpatch.pairs.pair import Pair, Sequences
 from featpatch.pairs.positions import label_positions
-from featpatch.pairs.tokens import Tokenizer, answer_id, answer_ids, prompt_ids, special_positions
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, prompt_ids, special_positions
 
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
@@ -31,18 +31,21 @@ def make(
     tags: Mapping[str, str] = NOTHING,
     filler: int | None = None,
     long_answers: bool = False,
+    remarks: list[str] | None = None,
 ) -> Pair:
-    """The pair; the corrupted prompt's labels are where the clean one's are if they are not given.
+    """Make a pair; labels of the corrupted prompt are those of the clean one where they are not given.
 
     Args:
         filler: the id of the token that makes up for a difference in length, see `aligned`; None: lengths must be equal.
         long_answers: makes a sequence of every answer, of one token or more; else each is one token.
+        remarks: a list to which is added what is odd about the answers' tokens.
 
     Raises:
-        FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more), a label that
-            is nowhere or at two positions.
+        FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more) or has other
+            tokens behind the corrupted prompt, a label that is nowhere or at two positions.
     """
     ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
+    behind = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
     here = label_positions(tokenizer, clean, labels)
     there = label_positions(tokenizer, corrupted, corrupted_labels)
     if filler is not None and (there or len(ids) != len(other)):
@@ -50,11 +53,13 @@ def make(
     pair = Pair(
         clean=ids,
         corrupted=other,
-        **_answers(tokenizer, correct, wrong, long_answers),
+        **_answers(behind, correct, wrong, long_answers),
         labels=here,
         special=special_positions(tokenizer, ids, other),
         tags=dict(tags),
     )
+    if remarks is not None:
+        remarks.extend(dict.fromkeys(behind[0].remarks))
     for label, position in there.items():
         if label not in here:
             raise FeatpatchError(
@@ -70,23 +75,30 @@ def make(
 
 
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """The ids of a prompt that is a text or ids already."""
+    """Token ids of a prompt that is a text or ids already."""
     return prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
 
 
-def _answers(tokenizer: Tokenizer, correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
-    """The fields of a pair that hold its answers."""
+def _answers(behind: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
+    """The fields of a pair that hold its answers, the same tokens behind both prompts."""
+    sides = []
+    for answers in (correct, wrong):
+        clean, corrupted = (_ids(each, answers, long_answers) for each in behind)
+        if clean != corrupted:
+            raise FeatpatchError(
+                f"answers {answers!r} are the tokens {clean} behind the clean prompt and {corrupted} behind the corrupted one: "
+                "expected the same; end both prompts alike, or give the answers as token ids"
+            )
+        sides.append(clean)
     if not long_answers:
-        return {"correct": _tokens(tokenizer, correct), "wrong": _tokens(tokenizer, wrong)}
-    sequences = {"correct_sequences": _sequences(tokenizer, correct), "wrong_sequences": _sequences(tokenizer, wrong)}
-    return {"correct": (), "wrong": (), **sequences}
+        right, other = (tuple(token for (token,) in side) for side in sides)
+        return {"correct": right, "wrong": other}
+    return {"correct": (), "wrong": (), "correct_sequences": sides[0], "wrong_sequences": sides[1]}
 
 
-def _tokens(tokenizer: Tokenizer, answers: Answers) -> tuple[int, ...]:
+def _ids(behind: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
     several = [answers] if isinstance(answers, str) else answers
-    return tuple(answer if isinstance(answer, int) else answer_id(tokenizer, answer, instead=INSTEAD) for answer in several)
-
-
-def _sequences(tokenizer: Tokenizer, answers: Answers) -> Sequences:
-    several = [answers] if isinstance(answers, str) else answers
-    return tuple((answer,) if isinstance(answer, int) else answer_ids(tokenizer, answer) for answer in several)
+    return tuple(
+        (answer,) if isinstance(answer, int) else behind.ids(answer) if long_answers else (behind.one(answer, instead=INSTEAD),)
+        for answer in several
+    )

@@ -9,6 +9,9 @@ from featpatch.patch import Position
 Sequences = tuple[tuple[int, ...], ...]
 """Answers, each as its token ids."""
 
+LabelPosition = int | tuple[int, ...]
+"""Where a label is: a token position, or those of a span, side by side, which are patched together."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -19,9 +22,9 @@ class Pair:
 
     Attributes:
         clean, corrupted: token ids, equally many.
-        correct, wrong: ids of the answers to the clean prompt that are right and wrong (one or several each); `()` where
-            answers are sequences.
-        labels: names of token positions, e.g. `{"S2": 12}`.
+        correct, wrong: ids of the answers to the clean prompt that are right (one or several) and wrong; there may be no wrong
+            ones for metrics that need none, such as `log_prob`. Both are `()` where answers are sequences.
+        labels: names of token positions, e.g. `{"S2": 12}`, and of spans of several, e.g. `{"subject": (3, 4)}`.
         answer_position: where the metric is read; the last token by default.
         special: positions of BOS and other special tokens, which no swap touches.
         tags: what the pair was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
@@ -32,7 +35,7 @@ class Pair:
     corrupted: tuple[int, ...]
     correct: tuple[int, ...]
     wrong: tuple[int, ...]
-    labels: Mapping[str, int] = field(default_factory=dict)
+    labels: Mapping[str, LabelPosition] = field(default_factory=dict)
     answer_position: int = -1
     special: frozenset[int] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -58,12 +61,16 @@ class Pair:
                 f"{n - 1}, because they follow the prompt; cut the prompts off there"
             )
         for label, position in self.labels.items():
-            if label in ("all", "each") or not isinstance(position, int):
+            span = positions_of(position)
+            if not isinstance(label, str) or label in ("all", "each") or not span or not all(type(p) is int for p in span):
                 raise FeatpatchError(
-                    f"label {label!r} is at {position!r}: expected an integer position, and another name than 'all' and 'each'"
+                    f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and another name "
+                    "than 'all' and 'each'"
                 )
-            if not 0 <= position < n:
+            if not 0 <= span[0] <= span[-1] < n:
                 raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
+            if span != tuple(range(span[0], span[-1] + 1)):
+                raise FeatpatchError(f"label {label!r} is at positions {position}: expected positions side by side, in order")
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -95,7 +102,7 @@ class Pair:
                     f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; "
                     "give labels=[{...}, ...] when the pairs are made"
                 )
-            return [self.labels[position]]
+            return list(positions_of(self.labels[position]))
         if not 0 <= position < len(self):
             raise FeatpatchError(
                 f"position {position} is outside a prompt of {len(self)} tokens: expected 0 to {len(self) - 1}"
@@ -103,7 +110,7 @@ class Pair:
         return [position]
 
     def _check_answers(self) -> None:
-        """Tokens or sequences, at least one right and one wrong, none of them both."""
+        """Check that answers are tokens or sequences, that at least one is right, and that none is both right and wrong."""
         given = f"correct={self.correct}, wrong={self.wrong}"
         sequences = (*self.correct_sequences, *self.wrong_sequences)
         if sequences:
@@ -115,7 +122,12 @@ class Pair:
                 )
             if not all(sequences):
                 raise FeatpatchError(f"{given}: expected at least one token in each answer")
-        if not all(self.answers):
-            raise FeatpatchError(f"{given}: expected at least one answer each")
+        if not self.answers[0]:
+            raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+
+
+def positions_of(label: LabelPosition) -> tuple[int, ...]:
+    """The token positions that a label names, one or those of a span."""
+    return label if isinstance(label, tuple) else (label,)

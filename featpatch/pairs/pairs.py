@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,14 +15,14 @@ from jaxtyping import Int
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
-from featpatch.pairs.each import each
+from featpatch.pairs.each import each, fitting
 from featpatch.pairs.fields import NEEDED, checked, from_cells
 from featpatch.pairs.files import Rows, csv_rows, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.make import make
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import LabelPosition, Pair
 from featpatch.pairs.positions import Label
-from featpatch.pairs.tokens import Tokenizer, special_positions
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, masked, padding, special_positions
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,13 +54,16 @@ class Pairs(Sequence[Pair]):
         """Pairs from texts.
 
         Args:
-            tokenizer: a Hugging Face tokenizer (e.g. `model.tokenizer`), or a function from a text to ids. Special
-                tokens that it adds to a prompt (BOS) belong to the prompt and are left out of swaps.
+            tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
+                function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
+                left out of swaps.
             clean, corrupted: prompts, equally many.
             correct, wrong: for each prompt an answer that is one token, or several such answers; longer ones with
-                `long_answers`. They follow the prompt as they are: with a leading space if the tokenizer wants it.
+                `long_answers`. They are the tokens that the tokenizer puts behind the prompt: write `" Mary"`, with the space,
+                for a word of its own. `wrong` may be `[]` for a pair whose metric needs no wrong answer (`"log_prob"`).
             labels: for each clean prompt names of positions: of a token, `{"S2": 12}`, of a text that occurs once in it,
-                `{"S2": "Mary"}`, or of a span of characters, `{"S2": (34, 38)}`. A text or span is labelled at its last token.
+                `{"S2": "Mary"}`, or of characters, `{"S2": (34, 38)}`, which stand for their last token. A span is all tokens
+                of a text, `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of positions, and is patched as one position.
             corrupted_labels: the same for each corrupted prompt; where left out, the clean prompt's position is taken.
             tags: for each pair what it was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
             align: `"labels"` makes up for prompts of unequal length: where the prompts differ in length between two labels,
@@ -87,47 +91,66 @@ class Pairs(Sequence[Pair]):
         corrupted: Int[torch.Tensor, "pairs pos_corrupted"],
         correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"],
         wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"],
-        labels: Sequence[Mapping[str, int]] | None = None,
+        labels: Sequence[Mapping[str, LabelPosition | range]] | None = None,
         *,
         attention_mask: Int[torch.Tensor, "..."] | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Pairs from id tensors.
+        """Pairs from tensors of token ids.
 
         Args:
+            labels: for each pair names of positions, and of spans as ranges of positions, in the rows as they are given.
             attention_mask: 1 for tokens and 0 for the padding on either side, of both prompts of a pair. Padding is cut off,
-                so that it plays no part in anything; labels are positions in the padded rows.
-            tokenizer: one whose special tokens (BOS) are left out of swaps; without it no position counts as special.
+                so that it plays no part in anything.
+            tokenizer: one whose special tokens (BOS) are left out of swaps; without it no position counts as special. Without
+                `attention_mask`, its padding tokens at either end are cut off with a PairsWarning.
 
         Raises:
-            FeatpatchError: unequal lengths, no pairs, a label outside the prompt, padding between tokens.
+            FeatpatchError: no integers, unequal lengths, no pairs, a label outside the prompt, padding between tokens, or
+                padding that can't be told from BOS or EOS.
         """
-        if attention_mask is not None and not attention_mask.shape == clean.shape == corrupted.shape:
-            raise FeatpatchError(
-                f"clean is {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)} and attention_mask "
-                f"{tuple(attention_mask.shape)}: expected equal shapes"
-            )
-        columns: list[Sequence[Any]] = [clean.tolist(), corrupted.tolist(), correct.reshape(len(correct), -1).tolist()]
-        columns += [wrong.reshape(len(wrong), -1).tolist(), labels if labels is not None else [{}] * len(clean)]
-        columns.append((torch.ones_like(clean) if attention_mask is None else attention_mask).tolist())
-        _equally_many(["clean", "corrupted", "correct", "wrong", "labels", "attention_mask"], columns)
+        given = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
+        ids = {name: _integers(name, value) for name, value in given.items()}
+        if attention_mask is not None:
+            mask = _integers("attention_mask", attention_mask)
+            if not mask.shape == ids["clean"].shape == ids["corrupted"].shape:
+                raise FeatpatchError(
+                    f"clean is {tuple(ids['clean'].shape)}, corrupted {tuple(ids['corrupted'].shape)} and attention_mask "
+                    f"{tuple(mask.shape)}: expected equal shapes"
+                )
+        columns: list[Sequence[Any]] = [ids[name].tolist() for name in ids]
+        columns += [labels if labels is not None else [{}] * len(clean)]
+        columns.append(mask.tolist() if attention_mask is not None else [None] * len(clean))
+        _equally_many([*ids, "labels", "attention_mask"], columns)
+        cut = 0
 
         def unpadded(
-            clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any, mask: list[int]
+            clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any, mask: list[int] | None
         ) -> Pair:
-            start, stop = _tokens(mask)
-            ids = tuple(clean[start:stop])
-            other = tuple(corrupted[start:stop] if attention_mask is not None else corrupted)
+            nonlocal cut
+            start, stop = (0, None) if mask is None else masked(mask)
+            ids, other = tuple(clean[start:stop]), tuple(corrupted[start:stop])
+            if mask is None and tokenizer is not None:
+                (start, stop), (begin, end) = padding(tokenizer, ids), padding(tokenizer, other)
+                cut += (stop - start, end - begin) != (len(ids), len(other))
+                ids, other = ids[start:stop], other[begin:end]
             return Pair(
                 clean=ids,
                 corrupted=other,
                 correct=tuple(correct),
                 wrong=tuple(wrong),
-                labels={label: p - start if isinstance(p, int) else p for label, p in labels.items()},
+                labels={label: _moved(position, start) for label, position in labels.items()},
                 special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
             )
 
-        return cls(each(unpadded, *columns))
+        pairs = cls(each(unpadded, *columns))
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(pairs)} pairs are padded: the padding is cut off; give attention_mask= to say where it is",
+                PairsWarning,
+                stacklevel=2,
+            )
+        return pairs
 
     @classmethod
     def from_jsonl(
@@ -237,7 +260,7 @@ class Pairs(Sequence[Pair]):
         """Pairs from a file of the project feature-circuits, see `featpatch.pairs.importers.feature_circuits`.
 
         Args:
-            skip: leaves out pairs that do not fit the tokenizer, with a SkippedPairsWarning that counts them.
+            skip: leaves out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
 
         Raises:
             FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
@@ -278,8 +301,9 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def _made(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
-        made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers)
-        return cls(each(lambda row: made(**row), rows.values, where=rows.where))
+        remarks: list[str] = []
+        made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers, remarks=remarks)
+        return cls(fitting(lambda row: made(**row), rows.values, where=rows.where, remarks=remarks))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -363,12 +387,26 @@ def check_pairs(pairs: Any) -> Pairs:
     return pairs
 
 
-def _tokens(mask: list[int]) -> tuple[int, int]:
-    """Where tokens start and stop within padding."""
-    kept = [position for position, keep in enumerate(mask) if keep]
-    if not kept or kept != list(range(kept[0], kept[-1] + 1)):
-        raise FeatpatchError(f"attention_mask is {mask}: expected ones side by side, with zeros before or after them")
-    return kept[0], kept[-1] + 1
+def _integers(name: str, value: Any) -> torch.Tensor:
+    """A table of integers, from a tensor or anything that torch makes one of; a single column where it has no second axis."""
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
+    whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
+    if not whole or table.ndim not in ((2,) if name not in ("correct", "wrong") else (1, 2)):
+        shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"
+        raise FeatpatchError(
+            f"{name} is a tensor {list(table.shape)} of {table.dtype}: expected integers {shape}, such as token ids"
+        )
+    return table.long().reshape(len(table), -1)
+
+
+def _moved(position: Any, start: int) -> Any:
+    """A label's position in a row whose first `start` tokens are cut off."""
+    if isinstance(position, (range, tuple)):
+        return tuple(p - start for p in position)
+    return position - start if isinstance(position, int) else position
 
 
 def _equally_many(names: Sequence[str], columns: Sequence[Sequence[Any]]) -> None:

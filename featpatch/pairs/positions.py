@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featpatch.errors import FeatpatchError
-from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
+from featpatch.pairs.pair import LabelPosition
+from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_tokenizer, prompt_ids, special_positions
 
-Label = int | str | Sequence[int]
-"""Where a label is: a token position, a text that occurs once in the prompt, or the characters (start, end) of a span."""
+Label = int | range | str | Sequence[int] | Mapping[str, Any]
+"""Where a label is: a token position, a text that occurs once in the prompt, or the characters (start, end) of a span, each of
+which stands for its last token; or a range of token positions, or `{"span": text or characters}`, for all tokens of it."""
 
 
 def token_at(tokenizer: Tokenizer, text: str, character: int) -> int:
@@ -20,22 +22,28 @@ def token_at(tokenizer: Tokenizer, text: str, character: int) -> int:
     """
     if not 0 <= character < len(text):
         raise FeatpatchError(f"character {character} is outside {text[:40]!r}: expected 0 to {len(text) - 1}")
-    if getattr(tokenizer, "is_fast", False):
-        offsets: Any = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    plain, whole = plain_tokenizer(tokenizer), bare_ids(tokenizer, text)
+    ids = prompt_ids(tokenizer, text)
+    begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), 0)
+    if getattr(plain, "is_fast", False):
+        offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
         holding = [position for position, (start, stop) in enumerate(offsets) if start <= character < stop]
         if not holding:
             raise FeatpatchError(f"character {character} of {text[:40]!r} is in no token: expected one inside a word")
-        return holding[-1]
-    before, whole = prompt_ids(tokenizer, text[: character + 1]), prompt_ids(tokenizer, text)
+        return begin + holding[-1]
+    before = bare_ids(tokenizer, text[: character + 1])
     if whole[: len(before)] != before:
         raise FeatpatchError(
             f"the tokens of {text[: character + 1][-30:]!r} change with what follows: expected a position at the end of a word"
         )
-    return len(before) - 1
+    return begin + len(before) - 1
 
 
-def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, int]:
-    """The token position of each label: of a text or a span, that of its last character.
+def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, LabelPosition]:
+    """The token position of each label, or its positions where the label is a span.
+
+    A text, or the characters [start, end], are labelled at their last token; `{"span": ...}` around either labels all their
+    tokens, and so does a range of token positions.
 
     Raises:
         FeatpatchError: a label is no position, text or span, is not in the prompt, or is there several times.
@@ -56,10 +64,25 @@ def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str,
     return {name: position + shift for name, position in labels.items()}
 
 
-def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> int:
+def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> LabelPosition:
     if isinstance(label, int) and not isinstance(label, bool):
         return label
-    if isinstance(prompt, str) and isinstance(label, str) and label:
+    if isinstance(label, range):
+        return tuple(label)
+    if isinstance(prompt, str):
+        whole = isinstance(label, Mapping) and set(label) == {"span"}
+        start, end = _characters(prompt, label["span"] if whole else label)
+        last = token_at(tokenizer, prompt, end - 1)
+        if not whole:
+            return last
+        start += len(prompt[start:end]) - len(prompt[start:end].lstrip())
+        return tuple(range(token_at(tokenizer, prompt, start), last + 1))
+    raise FeatpatchError(f"{label!r} is no place in token ids: expected a position, or a range of positions")
+
+
+def _characters(prompt: str, label: Any) -> tuple[int, int]:
+    """The first character of a text or span and the one after its last."""
+    if isinstance(label, str) and label:
         start = prompt.find(label)
         if start < 0 or prompt.find(label, start + 1) >= 0:
             found = "is not" if start < 0 else "is more than once"
@@ -67,14 +90,15 @@ def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> 
                 f"{label!r} {found} in {prompt[:60]!r}: expected a text that occurs once; give more of it, or its characters "
                 "[start, end]"
             )
-        return token_at(tokenizer, prompt, start + len(label) - 1)
-    if isinstance(prompt, str) and isinstance(label, list | tuple) and [type(edge) for edge in label] == [int, int]:
+        return start, start + len(label)
+    if isinstance(label, list | tuple) and [type(edge) for edge in label] == [int, int]:
         start, end = label
         if not 0 <= start < end <= len(prompt):
             raise FeatpatchError(
                 f"the characters {list(label)} are outside {prompt[:60]!r} or none: expected 0 <= start < end <= {len(prompt)}"
             )
-        return token_at(tokenizer, prompt, end - 1)
+        return start, end
     raise FeatpatchError(
-        f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, or characters [start, end]"
+        f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, characters [start, end], or "
+        '{"span": a text or characters} for all tokens of it'
     )

@@ -5,11 +5,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
+from featpatch.pairs.tokens import masked, padding
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
@@ -26,6 +27,8 @@ def do(
     base: Tokens | None = None,
     saes: Any = None,
     how: Literal["add", "set"] = "add",
+    attention_mask: Tokens | None = None,
+    source_attention_mask: Tokens | None = None,
 ) -> Iterator[Fired]:
     """Swaps the values of the patch's nodes in every call of the model, generation included.
 
@@ -38,24 +41,25 @@ def do(
         how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
             whatever activation arrives and sets the nodes to the source's values. The two are the same for one site in the
             base run; they differ once a patch at an earlier site has moved the activation.
+        attention_mask: for padded tokens, 1 for tokens and 0 for padding, in the shape of source. Positions are counted in the
+            padded rows; padding is not patched. Pass the same mask to the calls of the model.
+        source_attention_mask: the mask of the source where it is another one; by default it is `attention_mask`.
 
     Yields:
         The count of how often the patch fired: once for each site and call of the model. A call fires when it covers the
         source's positions; the tokens that continue a cached generation pass unchanged.
 
     Raises:
-        FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, a first call that is
-            shorter than the source, or a patch that never fired.
+        FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, tokens that begin or end with
+            padding and no mask, a mask that hides a position that is swapped, a first call that is shorter than the source, or
+            a patch that never fired.
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
-    for name, tokens in (("source", source), ("base", base)):
-        if tokens is not None and not isinstance(tokens, torch.Tensor):
-            raise FeatpatchError(
-                f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)"
-            )
+    source = _rows("source", source)
+    base = None if base is None else _rows("base", base)
     if not patch.nodes:
         raise FeatpatchError("the patch has no nodes: expected at least one")
     if base is not None and base.shape != source.shape:
@@ -63,18 +67,22 @@ def do(
     lens = wrap(model)
     if lens.patched:
         raise FeatpatchError("the model is patched already: expected one `do` at a time; put the nodes of both into one Patch")
-    source = torch.atleast_2d(source)
+    mask = _mask(lens, "base" if base is not None else "source", source if base is None else base, attention_mask)
+    given = mask if source_attention_mask is None else _mask(lens, "source", source, source_attention_mask)
+    if given is None:
+        _mask(lens, "source", source, None)
+    shown = None if mask is None or given is None else _shown(patch, mask, given)
     found = dictionaries_if_any(lens, saes)
     groups = choose(lens, patch, found, source.shape[1])
     if how == "set":
         for group in groups:
             _check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
-    from_source = lens.read(source, hooks)
+    from_source = lens.read(source, hooks, given)
     total, fired = Fired(), []
     with ExitStack() as stack:
         if base is not None:
-            from_base = lens.read(torch.atleast_2d(base), hooks)
+            from_base = lens.read(base, hooks, mask)
             changes = [_adding(group.delta(from_base, from_source)) for group in groups]
         else:
             live: dict[str, torch.Tensor] = {}
@@ -82,11 +90,69 @@ def do(
             for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
                 stack.enter_context(lens.edit(hook, _keeping(hook, live)))
         for group, change in zip(groups, changes, strict=True):
-            fired.append(stack.enter_context(lens.edit(lens.carrier(group.site), _on_prompt(change, source.shape, total))))
+            fired.append(
+                stack.enter_context(lens.edit(lens.carrier(group.site), _on_prompt(change, source.shape, shown, total)))
+            )
         yield total
         silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
         if silent:
             raise FeatpatchError(f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`")
+
+
+def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
+    """Token ids or a mask as a table of integers, one row per prompt."""
+    if not isinstance(tokens, torch.Tensor):
+        raise FeatpatchError(f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)")
+    if tokens.is_floating_point() or tokens.is_complex() or not 0 < tokens.ndim <= 2 or not tokens.numel():
+        raise FeatpatchError(
+            f"{name} is a tensor {list(tokens.shape)} of {tokens.dtype}: expected integers [batch, pos] or [pos]"
+        )
+    return torch.atleast_2d(tokens)
+
+
+def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> Int[torch.Tensor, "batch pos"] | None:
+    """The attention mask of some prompts, None for prompts without padding.
+
+    Raises:
+        FeatpatchError: there is padding and no mask, or a mask that does not fit the prompts.
+    """
+    tokenizer = getattr(lens.model, "tokenizer", None)
+    if given is None:
+        for row in tokens.tolist() if tokenizer is not None else ():
+            if padding(tokenizer, row) != (0, len(row)):
+                raise FeatpatchError(
+                    f"{name} has a row {row} that begins or ends with padding: expected attention_mask= with 1 for tokens and "
+                    "0 for padding"
+                )
+        return None
+    mask = _rows("attention_mask", given)
+    if mask.shape != tokens.shape:
+        raise FeatpatchError(f"attention_mask is {list(mask.shape)} and {name} is {list(tokens.shape)}: expected equal shapes")
+    for row in mask.tolist():
+        masked(row)
+    return mask.long()
+
+
+def _shown(patch: Patch, base: torch.Tensor, source: torch.Tensor) -> Bool[torch.Tensor, "batch pos 1"]:
+    """Where both runs have tokens.
+
+    Raises:
+        FeatpatchError: a node is at a position that is padding in one of them.
+    """
+    shown = (base.bool() & source.bool()).cpu()
+    for node in patch.nodes:
+        at = node.position
+        hidden = (
+            not torch.equal(base.bool(), source.bool())
+            if at == "all"
+            else isinstance(at, int) and not shown[:, at : at + 1].all()
+        )
+        if hidden:
+            raise FeatpatchError(
+                f"node {str(node)!r} stands for padding in one of the prompts: expected a position at which every prompt has a "
+                "token, and for 'all' the same padding in source and base"
+            )
+    return shown[..., None]
 
 
 def _check_settable(lens: Lens, group: Chosen) -> None:
@@ -124,7 +190,9 @@ def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Ch
     return change
 
 
-def _on_prompt(change: Change, shape: torch.Size, total: Fired) -> Callable[[torch.Tensor], torch.Tensor | None]:
+def _on_prompt(
+    change: Change, shape: torch.Size, shown: torch.Tensor | None, total: Fired
+) -> Callable[[torch.Tensor], torch.Tensor | None]:
     batch, length = shape
 
     def edit(activation: torch.Tensor) -> torch.Tensor | None:
@@ -140,6 +208,8 @@ def _on_prompt(change: Change, shape: torch.Size, total: Fired) -> Callable[[tor
                 f"the model was called with {len(activation)} prompts within a patch of {batch}: expected {batch}"
             )
         delta = change(activation[:, :length])
+        if shown is not None:
+            delta = delta.masked_fill(~shown.to(delta.device), 0)
         changed = activation.clone()
         changed[:, :length] += delta.reshape(-1, length, *activation.shape[2:]).to(activation)
         total.count += 1

@@ -37,6 +37,8 @@ def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) 
     where = [f"{str(path)!r} prompt {index}" for index in range(len(prompts))]
     each(_check, prompts, where=where)
 
+    remarks: list[str] = []
+
     def pair(row: dict[str, Any]) -> Pair:
         return make(
             tokenizer,
@@ -44,10 +46,11 @@ def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) 
             corrupted=row["corrupt"],
             correct=row["answers"],
             wrong=row["wrong_answers"],
+            remarks=remarks,
             labels=after_special(tokenizer, token_ids(tokenizer, row["clean"]), words),
         )
 
-    return fitting(pair, prompts, where=where, skip=skip)
+    return fitting(pair, prompts, where=where, skip=skip, remarks=remarks)
 
 
 def _check(row: Any) -> None:

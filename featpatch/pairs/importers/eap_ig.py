@@ -11,7 +11,7 @@ from featpatch.pairs.each import each, fitting
 from featpatch.pairs.files import csv_rows, have_columns, parsed
 from featpatch.pairs.make import make
 from featpatch.pairs.pair import Pair
-from featpatch.pairs.tokens import Tokenizer, next_token, prompt_ids
+from featpatch.pairs.tokens import Tokenizer, next_token
 
 IDS = (
     ("correct_idx", "incorrect_idx"),
@@ -71,8 +71,7 @@ def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
 
 def _years(tokenizer: Tokenizer, clean: str, year: int) -> tuple[list[int], list[int]]:
     """Ids of the two digits of the later years of the century, and of the other ones."""
-    ids = prompt_ids(tokenizer, clean)
-    tokens = [next_token(tokenizer, clean, f"{number:02}", among=ids) for number in range(100)]
+    tokens = [next_token(tokenizer, clean, f"{number:02}") for number in range(100)]
     if None in tokens:
         raise FeatpatchError(
             f"{tokens.count(None)} of the years 00 to 99 (the first is {tokens.index(None):02}) do not follow "

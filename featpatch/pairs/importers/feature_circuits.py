@@ -28,6 +28,8 @@ def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool = Fal
     rows = json_lines(path, FIELDS)
     each(_check, rows.values, where=rows.where)
 
+    remarks: list[str] = []
+
     def pair(row: dict[str, Any]) -> Pair:
         ids = token_ids(tokenizer, row["clean_prefix"])
         return make(
@@ -36,11 +38,12 @@ def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool = Fal
             corrupted=row["patch_prefix"],
             correct=row["clean_answer"],
             wrong=row["patch_answer"],
+            remarks=remarks,
             labels=after_special(tokenizer, ids, _positions(row)),
             tags={field: value for field, value in row.items() if field not in FIELDS and isinstance(value, str)},
         )
 
-    return fitting(pair, rows.values, where=rows.where, skip=skip)
+    return fitting(pair, rows.values, where=rows.where, skip=skip, remarks=remarks)
 
 
 def _check(row: dict[str, Any]) -> None:

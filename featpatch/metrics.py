@@ -75,7 +75,16 @@ class Measure:
     needs: Needs
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Ids whose logits are needed; None for the whole vocabulary."""
+        """Ids whose logits are needed; None for the whole vocabulary.
+
+        Raises:
+            FeatpatchError: the metric compares right answers with wrong ones, and there are no wrong ones.
+        """
+        if self.metric in (logit_diff, prob_diff) and not wrong:
+            raise FeatpatchError(
+                f"metric {self.name!r} compares the correct answers with wrong ones, and a pair has no wrong ones: give "
+                "wrong=..., or a metric of the correct answers, such as 'log_prob', 'prob', 'neg_rank' or 'accuracy'"
+            )
         return (*correct, *wrong) if self.needs == "answers" else None
 
     def raw(
@@ -137,8 +146,13 @@ class Measures:
         return any(part.needs == "clean" for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Ids whose logits are needed by all together; None for the whole vocabulary."""
-        return (*correct, *wrong) if all(part.needs == "answers" for part in self.parts) else None
+        """Ids whose logits are needed by all together; None for the whole vocabulary.
+
+        Raises:
+            FeatpatchError: see `Measure.columns`.
+        """
+        whole = [part.columns(correct, wrong) is None for part in self.parts]
+        return None if any(whole) else (*correct, *wrong)
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from featpatch.effects import Effects, Material, Portrait, Prompt
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import Pair, Pairs, check_pairs
+from featpatch.pairs.pair import positions_of
 from featpatch.patch import Node
 from featpatch.patching import Curve
 
@@ -86,7 +87,8 @@ def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
     text = tokenizer.decode
     names: dict[int, list[str]] = {}
     for label, position in pair.labels.items():
-        names.setdefault(position, []).append(label)
+        for p in positions_of(position):
+            names.setdefault(p, []).append(label)
     correct, wrong = ([text(list(answer)) for answer in side] for side in pair.answers)
     return Prompt(
         clean=[text([token]) for token in pair.clean],

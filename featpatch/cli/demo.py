@@ -39,7 +39,9 @@ def demo(
         screen.print(
             f"  answers: {decode(drawn[0].correct[:1])} (clean), {decode(drawn[0].wrong[:1])} (corrupted)", highlight=False
         )
-        changed = [label for label in drawn[0].labels if any(pair.labels[label] >= pair.first_difference for pair in drawn)]
+        changed = [
+            label for label in drawn[0].labels if any(max(pair.positions(label)) >= pair.first_difference for pair in drawn)
+        ]
         asked = of.spans(positions or ",".join(changed))
         effects = fp.rank_features(shipped.model, shipped.saes, drawn, positions=asked)
         descriptions = fp.describe(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())

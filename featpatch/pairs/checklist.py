@@ -6,7 +6,8 @@ the model prefers the right answer on the clean prompt and the wrong one on the 
 
 Which answer the model prefers is told by a metric of the logits where answers are tokens. Where they are sequences it is told
 by log p(right) - log p(wrong), whatever the metric: p is the sum over answers of the product of their tokens' probabilities,
-each given the prompt and the tokens before it.
+each given the prompt and the tokens before it. Pairs without wrong answers are measured by log p(right), which is to be larger
+on the clean prompt.
 """
 
 from collections import Counter
@@ -22,8 +23,8 @@ import torch
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measure, find
 from featpatch.pairs.likelihood import Runs, log_probs
-from featpatch.pairs.pair import Pair
-from featpatch.pairs.tokens import special_positions
+from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.tokens import by_itself, first_token, special_positions
 
 Status = Literal["pass", "warn", "fail"]
 SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
@@ -36,6 +37,7 @@ SMALL = 0.2
 """A gap below this share of the median gap hardly weighs in the pooled effects."""
 
 RULES = {
+    "start": "give the model instead of a tokenizer when the pairs are made, so that prompts begin as model(text) begins them",
     "difference": "change fewer words, or only those that decide the answer",
     "kind": "replace a word by one of its kind (a name by a name, a number by a number), with the same spacing and case",
     "surprise": "choose a replacement that is about as likely in its place; else features of odd text take part",
@@ -69,7 +71,8 @@ class Checklist:
 
     Attributes:
         findings: one per pair and rule.
-        clean, corrupted: the metric on both prompts, by pair; log p(right) - log p(wrong) where answers are sequences.
+        clean, corrupted: the metric on both prompts, by pair; log p(right) - log p(wrong) where answers are sequences, log
+            p(right) where there are no wrong ones.
     """
 
     findings: tuple[Finding, ...]
@@ -128,15 +131,15 @@ def check(
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if metric not in ("logit_diff", "prob_diff"):
         raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
-    measure = find(metric)
-    runs = Runs(model)
+    measure, runs, first = find(metric), Runs(model), first_token(model)
     clean: list[float] = []
     corrupted: list[float] = []
     surprises: list[float] = []
     for pair in pairs:
         here, there = runs.logits(pair.clean), runs.logits(pair.corrupted)
         for into, logits, tokens in ((clean, here, pair.clean), (corrupted, there, pair.corrupted)):
-            into.append(_told(logits, pair, measure) if pair.correct else runs.preference(tokens, *pair.answers))
+            of_pair = measure if pair.wrong else find("log_prob")
+            into.append(_told(logits, pair, of_pair) if pair.correct else runs.preference(tokens, *pair.answers))
         changed = _changed(pair)
         surprises.append(_surprise(there, pair.corrupted, changed) - _surprise(here, pair.clean, changed))
     gaps = [one - other for one, other in zip(clean, corrupted, strict=True)]
@@ -144,10 +147,11 @@ def check(
     findings: list[Finding] = []
     for index, pair in enumerate(pairs):
         rules = {
+            "start": _start(pair, first, tokenizer),
             "difference": _difference(pair, tokenizer),
             "kind": _kind(pair, tokenizer),
             "surprise": _even(surprises[index]),
-            "output": _output(clean[index], corrupted[index]),
+            "output": _output(clean[index], corrupted[index], pair),
             "answers": _answers(pair, tokenizer),
             "labels": _labels(pair, usual, len(pairs), tokenizer),
             "duplicate": _duplicate(pair, index, seen),
@@ -215,7 +219,16 @@ def _even(difference: float) -> Outcome:
     return ("fail" if abs(difference) > ABSURD else "warn" if abs(difference) > SURPRISING else "pass"), detail
 
 
-def _output(clean: float, corrupted: float) -> Outcome:
+def _start(pair: Pair, first: int | None, tokenizer: Any) -> Outcome:
+    begins = _word(pair.clean[0], tokenizer)
+    if first is None or pair.clean[0] == first:
+        return "pass", f"begins with {begins}"
+    return "warn", f"begins with {begins}, and model(text) puts {_word(first, tokenizer)} first"
+
+
+def _output(clean: float, corrupted: float, pair: Pair) -> Outcome:
+    if not pair.answers[1]:
+        return ("pass" if clean > corrupted else "fail"), f"log p(right) {clean:.2f} on clean, {corrupted:.2f} on corrupted"
     detail = f"metric {clean:.2f} on clean, {corrupted:.2f} on corrupted"
     if clean <= 0 or clean <= corrupted:
         return "fail", detail
@@ -236,14 +249,24 @@ def _answers(pair: Pair, tokenizer: Any) -> Outcome:
             return "warn", f"{begins}: their probabilities do not exclude each other"
     fewest, most = (limit(len(answer) for answer in (*right, *wrong)) for limit in (min, max))
     length = "one token each" if most == 1 else f"{fewest} to {most} tokens" if fewest < most else f"{most} tokens each"
-    return "pass", f"{len(right)} right, {len(wrong)} wrong, {length}"
+    return "pass", f"{len(right)} right, {len(wrong)} wrong, {length}{_in_context(tokens, tokenizer)}"
+
+
+def _in_context(tokens: Sequence[int], tokenizer: Any) -> str:
+    """Which answers would be other tokens without a prompt in front, in words; empty for none."""
+    alone = {} if tokenizer is None else {token: by_itself(tokenizer, token) for token in dict.fromkeys(tokens)}
+    other = [token for token, ids in alone.items() if ids not in (None, (token,))]
+    return f"; {', '.join(_word(token, tokenizer) for token in other)} as the prompt continues" if other else ""
 
 
 def _labels(pair: Pair, usual: Counter[str], pairs: int, tokenizer: Any) -> Outcome:
     missing = sorted(label for label, count in usual.items() if label not in pair.labels and count > pairs / 2)
     if missing:
         return "warn", f"labels {', '.join(missing)} are missing, which most pairs have"
-    shown = (f"{label} {position}: {_word(pair.clean[position], tokenizer)}" for label, position in pair.labels.items())
+    shown = (
+        f"{label} {position}: {' '.join(_word(pair.clean[p], tokenizer) for p in positions_of(position))}"
+        for label, position in pair.labels.items()
+    )
     return "pass", ", ".join(shown) or "no labels"
 
 

@@ -41,10 +41,11 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FeatpatchError: a cell is empty or not what it should be.
     """
+    row = {**row, "wrong": []} if _blank(row["wrong"]) else row
     empty = [column for column in NEEDED if _blank(row[column])]
     if empty:
         raise FeatpatchError(
-            f"{', '.join(empty)} is empty: expected a text in each of {', '.join(NEEDED)}; fill or remove the row"
+            f"{', '.join(empty)} is empty: expected a text in each of clean, corrupted and correct; fill or remove the row"
         )
     filled = {column: cell for column, cell in row.items() if not _blank(cell)}
     fields = {column: filled.pop(column) for column in (*NEEDED, *OBJECTS) if column in filled}

@@ -36,8 +36,9 @@ class Runs:
         return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
 
     def preference(self, prompt: tuple[int, ...], right: Sequences, wrong: Sequences) -> float:
-        """Log probability that one of the right answers follows the prompt, minus that of the wrong ones, in nats."""
-        return float(self._log_prob(prompt, right) - self._log_prob(prompt, wrong))
+        """Log probability that one of the right answers follows the prompt, minus that of the wrong ones if any, in nats."""
+        found = self._log_prob(prompt, right)
+        return float(found - self._log_prob(prompt, wrong) if wrong else found)
 
     def _log_prob(self, prompt: tuple[int, ...], answers: Sequences) -> Float[torch.Tensor, ""]:
         """logsumexp over the answers; each token of an answer is predicted from the prompt and the tokens before it."""

@@ -43,7 +43,7 @@ class Pairs(Sequence[Pair]):
         clean: Sequence[str],
         corrupted: Sequence[str],
         correct: Sequence[str | Sequence[str]],
-        wrong: Sequence[str | Sequence[str]],
+        wrong: Sequence[str | Sequence[str]] | None = None,
         labels: Sequence[Mapping[str, Label]] | None = None,
         corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
         tags: Sequence[Mapping[str, str]] | None = None,
@@ -60,7 +60,7 @@ class Pairs(Sequence[Pair]):
             clean, corrupted: prompts, equally many.
             correct, wrong: for each prompt an answer that is one token, or several such answers; longer ones with
                 `long_answers`. They are the tokens that the tokenizer puts behind the prompt: write `" Mary"`, with the space,
-                for a word of its own. `wrong` may be `[]` for a pair whose metric needs no wrong answer (`"log_prob"`).
+                for a word of its own. Without `wrong`, metrics of the correct answers alone, such as `"log_prob"`, can be used.
             labels: for each clean prompt names of positions: of a token, `{"S2": 12}`, of a text that occurs once in it,
                 `{"S2": "Mary"}`, or of characters, `{"S2": (34, 38)}`, which stand for their last token. A span is all tokens
                 of a text, `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of positions, and is patched as one position.
@@ -76,7 +76,8 @@ class Pairs(Sequence[Pair]):
             FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more), a label
                 outside the prompt or at another position of the corrupted prompt, labels that can't be aligned.
         """
-        columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
+        columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct}
+        columns["wrong"] = wrong if wrong is not None else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
         _equally_many(list(columns), list(columns.values()))
@@ -90,7 +91,7 @@ class Pairs(Sequence[Pair]):
         clean: Int[torch.Tensor, "pairs pos"],
         corrupted: Int[torch.Tensor, "pairs pos_corrupted"],
         correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"],
-        wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"],
+        wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"] | None = None,
         labels: Sequence[Mapping[str, LabelPosition | range]] | None = None,
         *,
         attention_mask: Int[torch.Tensor, "..."] | None = None,
@@ -99,6 +100,7 @@ class Pairs(Sequence[Pair]):
         """Pairs from tensors of token ids.
 
         Args:
+            correct, wrong: ids of the answers; without `wrong`, metrics of the correct answers alone can be used.
             labels: for each pair names of positions, and of spans as ranges of positions, in the rows as they are given.
             attention_mask: 1 for tokens and 0 for the padding on either side, of both prompts of a pair. Padding is cut off,
                 so that it plays no part in anything.
@@ -109,7 +111,8 @@ class Pairs(Sequence[Pair]):
             FeatpatchError: no integers, unequal lengths, no pairs, a label outside the prompt, padding between tokens, or
                 padding that can't be told from BOS or EOS.
         """
-        given = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
+        given = {"clean": clean, "corrupted": corrupted, "correct": correct}
+        given["wrong"] = wrong if wrong is not None else torch.zeros(len(clean), 0, dtype=torch.long)
         ids = {name: _integers(name, value) for name, value in given.items()}
         if attention_mask is not None:
             mask = _integers("attention_mask", attention_mask)

@@ -27,8 +27,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> Ids:
     BOS stands there once, also where the text spells it out; a final EOS that the tokenizer appends is removed, because the
     answer follows the prompt.
     """
-    ids = _ids(tokenizer.to_tokens, text) if _is_model(tokenizer) else _ids(tokenizer, text)
-    plain = plain_tokenizer(tokenizer)
+    plain, model = plain_tokenizer(tokenizer), _model(tokenizer)
+    ids = _ids(plain if model is None else model.to_tokens, text)
     bos, eos = (getattr(plain, name, None) for name in ("bos_token_id", "eos_token_id"))
     if bos is not None and ids[:2] == (bos, bos):
         warnings.warn(
@@ -50,7 +50,7 @@ def bare_ids(tokenizer: Tokenizer, text: str) -> Ids:
 
 def first_token(model: Any) -> int | None:
     """The special token that the model puts first when it is called with a text; None for none, or without a tokenizer."""
-    if getattr(model, "tokenizer", None) is None or not _is_model(model):
+    if _model(model) is None or model.tokenizer is None:
         return None
     ids = prompt_ids(model, "a")
     return ids[0] if 0 in special_positions(model, ids) else None
@@ -94,7 +94,7 @@ class AnswerTokens:
             )
         elif following is None and self.prompt is not None:
             self.remarks.append(
-                f"the tokens of {self._end()} change when {text!r} follows, so that the tokens of the answer by itself are read, "
+                f"the tokens of {self._end()} change when {text!r} follows, so that those of the answer by itself are read, "
                 f"{self._spelt(found)}; end the prompt where a token ends, for example without a final space"
             )
         return self._known(text, found)
@@ -209,7 +209,8 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Any:
     Raises:
         FeatpatchError: it is none.
     """
-    plain = tokenizer.tokenizer if _is_model(tokenizer) else tokenizer
+    model = _model(tokenizer)
+    plain = tokenizer if model is None else model.tokenizer
     if not callable(plain):
         raise FeatpatchError(
             f"the tokenizer is a {type(plain).__name__}: expected a Hugging Face tokenizer, a function, or a model with one"
@@ -217,8 +218,9 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Any:
     return plain
 
 
-def _is_model(tokenizer: Any) -> bool:
-    return callable(getattr(tokenizer, "to_tokens", None)) and hasattr(tokenizer, "tokenizer")
+def _model(tokenizer: Any) -> Any:
+    """The model, if it is one."""
+    return tokenizer if callable(getattr(tokenizer, "to_tokens", None)) and hasattr(tokenizer, "tokenizer") else None
 
 
 def _pieces(tokenizer: Tokenizer, ids: Ids) -> list[Any]:
@@ -227,8 +229,6 @@ def _pieces(tokenizer: Tokenizer, ids: Ids) -> list[Any]:
 
 
 def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
-    if not callable(tokenize):
-        plain_tokenizer(tokenize)
     tokens: Any = tokenize(text, **options)
     tokens = getattr(tokens, "input_ids", tokens)
     return tuple(int(token) for token in (tokens[0] if getattr(tokens, "ndim", 1) == 2 else tokens))

@@ -118,8 +118,8 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     """
     tokenizer = getattr(lens.model, "tokenizer", None)
     if given is None:
-        for row in tokens.tolist() if tokenizer is not None else ():
-            if padding(tokenizer, row) != (0, len(row)):
+        for row in tokens.tolist():
+            if tokenizer is not None and padding(tokenizer, row) != (0, len(row)):
                 raise FeatpatchError(
                     f"{name} has a row {row} that begins or ends with padding: expected attention_mask= with 1 for tokens and "
                     "0 for padding"

@@ -1,11 +1,13 @@
 """Greater-than (Hanna et al. 2023, arXiv 2305.00586): a later year than the one that was named."""
 
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 
 from featpatch.drafts import Draft, chosen, draft, draw
+from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
-from featpatch.pairs.tokens import Tokenizer
+from featpatch.pairs.tokens import Tokenizer, bare_ids, next_token
 
 EVENTS = ("war", "trial", "reign", "voyage", "project", "strike", "festival", "siege", "rebellion", "journey")
 TEMPLATES = (
@@ -28,7 +30,9 @@ def greater_than(
 ) -> Pairs:
     """`n` pairs; right are the years of the century after the one named, wrong that one and those before.
 
-    Labels: start_year (its last two digits) and end. Meant for the metric `"prob_diff"`.
+    Labels: start_year (its last two digits) and end. Meant for the metric `"prob_diff"`. Where the tokenizer makes a token of
+    every digit, the answer is the next digit: right are larger ones than that of the year named, wrong smaller ones, and the
+    same digit is neither. Then start_year is the third digit of the year, and both years differ in it.
 
     Args:
         corruptions: one or both of `"early_year"`: the year 01 of the century, after which nearly every year is right, and
@@ -36,10 +40,12 @@ def greater_than(
         templates: with slots {event}, {century}, {start_year} and {again}, the century once more.
 
     Raises:
-        FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer (which must keep the last two digits
-            of a year apart).
+        FeatpatchError: an unknown corruption, too few pairs that fit the tokenizer, or a tokenizer that keeps neither the last
+            two digits of a year together nor every digit apart.
     """
     kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+    if _digits(tokenizer) == 1:
+        return draw(tokenizer, partial(_by_digit, kinds=kinds, templates=templates), n=n, seed=seed)
 
     def make(random: Random) -> Draft:
         template, kind = random.randrange(len(templates)), random.choice(kinds)
@@ -58,3 +64,31 @@ def greater_than(
         )
 
     return draw(tokenizer, make, n=n, seed=seed)
+
+
+def _digits(tokenizer: Tokenizer) -> int:
+    """How many digits of a year follow its first two as one token: two, or one."""
+    for size in (2, 1):
+        if any(next_token(tokenizer, "from 1732 to 17", year[:size]) is not None for year in ("45", "58", "63")):
+            return size
+    raise FeatpatchError(
+        f"the tokenizer splits '1745' into the ids {list(bare_ids(tokenizer, 'to 1745'))} of 'to 1745': expected its last two "
+        "digits to be a token, or every digit; use another task, or make pairs of your own with Pairs.from_prompts"
+    )
+
+
+def _by_digit(random: Random, *, kinds: Sequence[str], templates: Sequence[str]) -> Draft:
+    template, kind = random.randrange(len(templates)), random.choice(kinds)
+    tens, century = random.randrange(1, 9), str(random.choice(CENTURIES))
+    other = f"{1 if kind == 'early_year' else random.randrange(2, 10 * tens):02}"
+    shared = {"event": random.choice(EVENTS), "century": century, "again": century}
+    return draft(
+        templates[template].replace("{start_year}", "{start_year}{unit}"),
+        {**shared, "start_year": str(tens), "unit": str(random.randrange(10))},
+        {**shared, "start_year": other[0], "unit": other[1]},
+        correct=[str(digit) for digit in range(tens + 1, 10)],
+        wrong=[str(digit) for digit in range(tens)],
+        labels=("start_year",),
+        tags={"task": "greater_than", "template": str(template), "corruption": kind},
+        glued=True,
+    )

@@ -91,7 +91,16 @@ class OfSequences:
         return torch.stack([found[name] for name in self.names], dim=1)
 
     def _sides(self, pair: Pair) -> tuple[Sequence[tuple[int, ...]], ...]:
-        """Right answers, and wrong ones where they are needed."""
+        """The right answers, and the wrong ones where they are needed.
+
+        Raises:
+            FeatpatchError: they are needed and there are none.
+        """
+        if "sequence_log_prob_diff" in self.names and not pair.answers[1]:
+            raise FeatpatchError(
+                "metric 'sequence_log_prob_diff' compares the correct answers with wrong ones, and a pair has no wrong ones: "
+                "give wrong=..., or metric='sequence_log_prob'"
+            )
         return pair.answers if "sequence_log_prob_diff" in self.names else pair.answers[:1]
 
 

@@ -12,7 +12,7 @@ folder = Path(__file__).parent.parent / "checkpoints"
 model, saes = fp.load(folder / "model", saes=[folder / "saes" / "blocks.2.hook_resid_pre"])
 
 # %% Pairs from JSON lines, and the checklist
-pairs = fp.Pairs.from_jsonl(model.tokenizer, folder / "pairs" / "capitals.jsonl")[:12]
+pairs = fp.Pairs.from_jsonl(model, folder / "pairs" / "capitals.jsonl")[:12]
 checked = pairs.check(model)
 print(checked)
 

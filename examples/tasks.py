@@ -20,7 +20,7 @@ def main(pairs: int = 32) -> None:
     saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in SITES]
     for task, metric in METRICS.items():
         corruptions = import_module(f"featpatch.tasks.{task}").CORRUPTIONS
-        drawn = getattr(fp.tasks, task)(demo.model.tokenizer, pairs, corruptions=corruptions)
+        drawn = getattr(fp.tasks, task)(demo.model, pairs, corruptions=corruptions)
         found = drawn.check(demo.model, metric=metric)
         console.rule(task)
         console.print(totals(found))

@@ -42,7 +42,7 @@ class Demo(Loaded):
         """
         if task not in TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
-        pairs = Pairs.from_jsonl(self.model.tokenizer, self.folder / "pairs" / f"{task}.jsonl")
+        pairs = Pairs.from_jsonl(self.model, self.folder / "pairs" / f"{task}.jsonl")
         if not 0 < n <= len(pairs):
             raise FeatpatchError(f"n={n} pairs of {task!r}: expected 1 to {len(pairs)}")
         return Pairs(tuple(random.Random(seed).sample(list(pairs), n)))

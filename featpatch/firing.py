@@ -66,7 +66,7 @@ def describe(
     if not texts:
         raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
-    text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model.tokenizer, texts)]
+    text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model, texts)]
     if not any(part.usable.any() for part in text):
         raise FeatpatchError(
             "the texts have no words: expected tokens that are not special, to look for what a feature fires on"

@@ -44,7 +44,7 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
         ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
         ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\]: expected exactly one; choose"),
         ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): an answer can't be both"),
-        ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one answer each"),
+        ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one correct answer"),
         ({"labels": [{"S2": 3}]}, r"label 'S2' is at position 3: expected 0 to 2"),
     ],
 )

@@ -31,7 +31,7 @@ def check(
         from featpatch.terminal import by_pair, totals
 
         loaded = fp.load(model, device=device).model
-        drawn = fp.Pairs.from_jsonl(loaded.tokenizer, pairs, long_answers=of.of_sequences([metric]))
+        drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
         found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
         if as_json:
             typer.echo(found.to_pandas().to_json(orient="records", indent=1))

@@ -60,7 +60,7 @@ def alone(
     return {
         "model": loaded.model,
         "saes": loaded.saes,
-        "pairs": fp.Pairs.from_jsonl(loaded.model.tokenizer, pairs, long_answers=of_sequences(metric)),
+        "pairs": fp.Pairs.from_jsonl(loaded.model, pairs, long_answers=of_sequences(metric)),
         "positions": spans(positions),
         "directions": ways(direction),
         "metric": metric,

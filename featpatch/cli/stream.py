@@ -42,7 +42,7 @@ def stream(
         stored = fp.stream_features(
             loaded.model,
             loaded.saes,
-            fp.Pairs.blocks_from_jsonl(loaded.model.tokenizer, pairs, size=block, long_answers=of.of_sequences(metric)),
+            fp.Pairs.blocks_from_jsonl(loaded.model, pairs, size=block, long_answers=of.of_sequences(metric)),
             out,
             positions=of.spans(positions),
             directions=of.ways(direction),

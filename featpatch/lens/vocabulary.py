@@ -8,7 +8,7 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.lens.lens import Lens
 from featpatch.pairs import Pairs, PairsWarning
-from featpatch.pairs.tokens import first_token, padding
+from featpatch.pairs.tokens import first_token, is_padded
 
 Continuations = Mapping[int, Sequence[tuple[int, ...]]]
 """By pair the tokens that are put behind its prompts."""
@@ -53,21 +53,16 @@ def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
         return
     bos = getattr(tokenizer, "bos_token_id", None)
     for index, pair in enumerate(pairs):
-        for ids in (pair.clean, pair.corrupted):
-            if bos is not None and ids[:2] == (bos, bos):
-                raise FeatpatchError(
-                    f"pair {index} begins with {tokenizer.bos_token!r} ({bos}) twice: expected it once; leave it out of the "
-                    "text, because the tokenizer adds it"
-                )
-            try:
-                start, stop = padding(tokenizer, ids)
-            except FeatpatchError as error:
-                raise FeatpatchError(f"pair {index}: {error}") from error
-            if (start, stop) != (0, len(ids)):
-                raise FeatpatchError(
-                    f"pair {index} begins or ends with the padding token {tokenizer.pad_token!r}: expected prompts without "
-                    "padding; make pairs with Pairs.from_tokens(..., attention_mask=...)"
-                )
+        if bos is not None and (bos, bos) in (pair.clean[:2], pair.corrupted[:2]):
+            raise FeatpatchError(
+                f"pair {index} begins with {tokenizer.bos_token!r} ({bos}) twice: expected it once; leave it out of the text, "
+                "because the tokenizer adds it"
+            )
+        if is_padded(tokenizer, pair.clean, pair.corrupted):
+            raise FeatpatchError(
+                f"pair {index} begins or ends with the padding token {tokenizer.pad_token!r}: expected prompts without "
+                "padding; make pairs with Pairs.from_tokens(..., attention_mask=...)"
+            )
 
 
 def _compare_start(pairs: Pairs, lens: Lens) -> None:

@@ -24,7 +24,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measure, find
 from featpatch.pairs.likelihood import Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of
-from featpatch.pairs.tokens import by_itself, first_token, special_positions
+from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
 Status = Literal["pass", "warn", "fail"]
 SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
@@ -220,6 +220,8 @@ def _even(difference: float) -> Outcome:
 
 
 def _start(pair: Pair, first: int | None, tokenizer: Any) -> Outcome:
+    if tokenizer is not None and is_padded(tokenizer, pair.clean, pair.corrupted):
+        return "fail", "begins or ends with padding"
     begins = _word(pair.clean[0], tokenizer)
     if first is None or pair.clean[0] == first:
         return "pass", f"begins with {begins}"

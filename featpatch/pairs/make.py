@@ -46,6 +46,8 @@ def make(
     """
     ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
     behind = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
+    if _last_word(clean) == _last_word(corrupted):
+        behind = behind[:1]
     here = label_positions(tokenizer, clean, labels)
     there = label_positions(tokenizer, corrupted, corrupted_labels)
     if filler is not None and (there or len(ids) != len(other)):
@@ -74,22 +76,27 @@ def make(
     return pair
 
 
+def _last_word(prompt: Prompt) -> Any:
+    """The end of a prompt on which the tokens of what follows can depend."""
+    return prompt[len(prompt.rstrip().rpartition(" ")[0]) :] if isinstance(prompt, str) else None
+
+
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt that is a text or ids already."""
     return prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
 
 
 def _answers(behind: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
-    """The fields of a pair that hold its answers, the same tokens behind both prompts."""
+    """The fields of a pair that hold its answers, the same tokens behind both prompts (one of them where they end alike)."""
     sides = []
     for answers in (correct, wrong):
-        clean, corrupted = (_ids(each, answers, long_answers) for each in behind)
-        if clean != corrupted:
+        found = [_ids(each, answers, long_answers) for each in behind]
+        if found[0] != found[-1]:
             raise FeatpatchError(
-                f"answers {answers!r} are the tokens {clean} behind the clean prompt and {corrupted} behind the corrupted one: "
+                f"answers {answers!r} are the tokens {found[0]} behind the clean prompt and {found[1]} behind the corrupted one: "
                 "expected the same; end both prompts alike, or give the answers as token ids"
             )
-        sides.append(clean)
+        sides.append(found[0])
     if not long_answers:
         right, other = (tuple(token for (token,) in side) for side in sides)
         return {"correct": right, "wrong": other}

@@ -24,6 +24,9 @@ from featpatch.pairs.pair import LabelPosition, Pair
 from featpatch.pairs.positions import Label
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, masked, padding, special_positions
 
+Table = Sequence[int] | Sequence[Sequence[int]]
+"""Token ids as plain lists."""
+
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
@@ -88,16 +91,16 @@ class Pairs(Sequence[Pair]):
     @classmethod
     def from_tokens(
         cls,
-        clean: Int[torch.Tensor, "pairs pos"],
-        corrupted: Int[torch.Tensor, "pairs pos_corrupted"],
-        correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"],
-        wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"] | None = None,
+        clean: Int[torch.Tensor, "pairs pos"] | Table,
+        corrupted: Int[torch.Tensor, "pairs pos_corrupted"] | Table,
+        correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"] | Table,
+        wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"] | Table | None = None,
         labels: Sequence[Mapping[str, LabelPosition | range]] | None = None,
         *,
-        attention_mask: Int[torch.Tensor, "..."] | None = None,
+        attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Pairs from tensors of token ids.
+        """Pairs from tensors of token ids, or lists of equally long lists.
 
         Args:
             correct, wrong: ids of the answers; without `wrong`, metrics of the correct answers alone can be used.
@@ -397,7 +400,8 @@ def _integers(name: str, value: Any) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
     whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
-    if not whole or table.ndim not in ((2,) if name not in ("correct", "wrong") else (1, 2)):
+    axes = {"correct": (1, 2), "wrong": (1, 2), "attention_mask": range(1, 3)}.get(name, (2,))
+    if not whole or table.ndim not in axes:
         shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"
         raise FeatpatchError(
             f"{name} is a tensor {list(table.shape)} of {table.dtype}: expected integers {shape}, such as token ids"

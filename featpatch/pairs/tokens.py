@@ -7,6 +7,7 @@ the ids that `model(text)` would use, with BOS where the model prepends it; a to
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from featpatch.errors import FeatpatchError
@@ -79,15 +80,16 @@ class AnswerTokens:
         Raises:
             FeatpatchError: the answer has no tokens, or one that the tokenizer does not know.
         """
-        alone = bare_ids(self.tokenizer, text)
-        if not alone:
+        following, meant = self._following(text), self._meant_spaced(text)
+        if following is not None and not meant:
+            return self._known(text, following)
+        found = bare_ids(self.tokenizer, text) if following is None else following
+        if not found:
             raise FeatpatchError(f"answer {text!r} has no tokens: expected at least one; give a text")
-        following = None if self.prompt is None else continuation(self.tokenizer, self.prompt, text)
-        spaced = None if self.prompt is None or text[:1].isspace() else self._spaced(text)
-        if following is None and spaced == alone:
-            return self._known(text, alone)  # words are split at spaces, which are no tokens
-        found = alone if following is None else following
-        if spaced is not None and spaced != found and self._meant_spaced(text):
+        spaced = None if text[:1].isspace() else self._following(f" {text}")
+        if following is None and spaced == found:
+            return self._known(text, found)  # words are split at spaces, which are no tokens
+        if spaced is not None and spaced != found and meant:
             self.remarks.append(
                 f"answer {text!r} follows {self._end()} without a space, as {self._spelt(found)}; with one, {f' {text}'!r} is "
                 f"{self._spelt(spaced)}; write {f' {text}'!r} if it is a word of its own"
@@ -110,7 +112,7 @@ class AnswerTokens:
         """
         ids = self.ids(text)
         if len(ids) != 1:
-            spaced = None if self.prompt is None or text[:1].isspace() else self._spaced(text)
+            spaced = None if text[:1].isspace() else self._following(f" {text}")
             hint = f"; with a space in front, {f' {text}'!r}, it is one" if spaced is not None and len(spaced) == 1 else ""
             behind = f" after {self._end()}" if self.prompt is not None else ""
             raise FeatpatchError(
@@ -119,14 +121,17 @@ class AnswerTokens:
             )
         return ids[0]
 
-    def _spaced(self, text: str) -> Ids | None:
-        assert self.prompt is not None
-        return continuation(self.tokenizer, self.prompt, f" {text}")
+    @cached_property
+    def _prompt_ids(self) -> Ids:
+        return bare_ids(self.tokenizer, self.prompt or "")
+
+    def _following(self, text: str) -> Ids | None:
+        """The ids by which a text lengthens the prompt; None where there is no prompt or its own tokens change."""
+        return None if self.prompt is None else continuation(self.tokenizer, self.prompt, text, before=self._prompt_ids)
 
     def _meant_spaced(self, text: str) -> bool:
         """Whether prompt and answer run together as words of a text do not; two numbers may be meant to."""
-        assert self.prompt is not None
-        last, first = self.prompt[-1:], text[:1]
+        last, first = (self.prompt or "")[-1:], text[:1]
         words = first.isalpha() and (last.isalnum() or last in tuple(",.;:?!"))
         return words or (first.isdigit() and last.isalpha())
 
@@ -143,15 +148,19 @@ class AnswerTokens:
         return ids
 
 
-def continuation(tokenizer: Tokenizer, prompt: str, text: str) -> Ids | None:
-    """The ids by which a text lengthens a prompt; None where the prompt's own tokens change or the text adds none."""
-    before, longer = bare_ids(tokenizer, prompt), bare_ids(tokenizer, prompt + text)
+def continuation(tokenizer: Tokenizer, prompt: str, text: str, *, before: Ids) -> Ids | None:
+    """The ids by which a text lengthens a prompt; None where the prompt's own tokens change or the text adds none.
+
+    Args:
+        before: the prompt's ids without special tokens.
+    """
+    longer = bare_ids(tokenizer, prompt + text)
     return longer[len(before) :] or None if longer[: len(before)] == before else None
 
 
 def next_token(tokenizer: Tokenizer, prompt: str, text: str) -> int | None:
     """The one known id by which a text lengthens a prompt, None where it is not one."""
-    ids = continuation(tokenizer, prompt, text)
+    ids = continuation(tokenizer, prompt, text, before=bare_ids(tokenizer, prompt))
     unknown = getattr(plain_tokenizer(tokenizer), "unk_token_id", None)
     return ids[0] if ids is not None and len(ids) == 1 and ids[0] != unknown else None
 
@@ -182,6 +191,14 @@ def padding(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
             "padding, or attention_mask= with 1 for tokens and 0 for padding"
         )
     return kept[0], kept[-1] + 1
+
+
+def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int]) -> bool:
+    """Whether one of the prompts begins or ends with padding."""
+    try:
+        return any(padding(tokenizer, ids) != (0, len(ids)) for ids in prompts)
+    except FeatpatchError:
+        return True
 
 
 def masked(mask: Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
-from featpatch.pairs.tokens import masked, padding
+from featpatch.pairs.tokens import is_padded, masked
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
@@ -119,7 +119,7 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     tokenizer = getattr(lens.model, "tokenizer", None)
     if given is None:
         for row in tokens.tolist():
-            if tokenizer is not None and padding(tokenizer, row) != (0, len(row)):
+            if tokenizer is not None and is_padded(tokenizer, row):
                 raise FeatpatchError(
                     f"{name} has a row {row} that begins or ends with padding: expected attention_mask= with 1 for tokens and "
                     "0 for padding"

@@ -1,0 +1,427 @@
+"""What goes into pairs: answers behind their prompts, BOS, padding, spans, pairs without wrong answers."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import jaxtyping
+import oracle
+import pytest
+import torch
+from small import Small
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import featpatch as fp
+from featpatch.pairs import PairsWarning
+
+SITE = "blocks.1.hook_resid_pre"
+WORDS = [
+    'The city is "Paris" and "Rome"',
+    "Paris is big, Rome is big to Mary",
+    "John gave a drink to Mary from 1732 to 1745",
+    "Mary or Rome",
+]
+
+
+def trained(pre_tokenizer: Any, special: tuple[str, ...] = ("<unk>", "<s>"), **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of a few words."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=list(special), show_progress=False)
+    inner.train_from_iterator(WORDS * 60, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>", **options)
+
+
+def sentence_piece() -> PreTrainedTokenizerFast:
+    """As Llama's: a space is part of the word after it, and the start of a text counts as one."""
+    return trained(pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation()]))
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """As GPT-2's: a space is part of the word after it."""
+    return trained(pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+
+
+def whole_words() -> PreTrainedTokenizerFast:
+    """Spaces are between tokens."""
+    inner = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(["<unk>", "<s>", "to", "Mary", "John", "gave"])}, "<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "answer", "expected"),
+    [
+        (sentence_piece, 'is "', "Paris", "Paris"),
+        (sentence_piece, "is", " Paris", "▁Paris"),
+        (byte_level, "drink to", " Mary", "ĠMary"),
+        (byte_level, "from 17", "3", "3"),
+        (whole_words, "gave to", "Mary", "Mary"),
+        (whole_words, "gave to", " Mary", "Mary"),
+    ],
+)
+@pytest.mark.parametrize("long_answers", [False, True])
+def test_answers_are_the_tokens_behind_the_prompt(
+    tokenizer: Callable[[], Any], prompt: str, answer: str, expected: str, long_answers: bool
+) -> None:
+    made = tokenizer()
+    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=long_answers)
+    ids = pair.correct_sequences[0] if long_answers else pair.correct
+    assert made.convert_ids_to_tokens(list(ids)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "answer", "expected", "warning"),
+    [
+        (byte_level, "drink to", "Mary", "Mary", r"answer 'Mary' follows 'drink to' without a space.*' Mary' is \['ĠMary'\]"),
+        (byte_level, "is:", "Paris", "Paris", r"answer 'Paris' follows 'is:' without a space"),
+        (byte_level, "drink to ", "Mary", "Mary", r"the tokens of 'drink to ' change when 'Mary' follows.*final space"),
+        (sentence_piece, "is", "Paris", "Paris", r"answer 'Paris' follows 'is' without a space.*' Paris' is \['▁Paris'\]"),
+    ],
+)
+def test_answers_that_were_surely_meant_otherwise(
+    tokenizer: Callable[[], Any], prompt: str, answer: str, expected: str, warning: str
+) -> None:
+    made = tokenizer()
+    columns = {"clean": [prompt] * 3, "corrupted": [prompt] * 3, "correct": [answer] * 3}
+    with pytest.warns(PairsWarning, match=rf"{warning}.*\(and 2 similar remarks\)"):
+        pairs = fp.Pairs.from_prompts(made, **columns)
+    assert [made.convert_ids_to_tokens(list(pair.correct)) for pair in pairs] == [[expected]] * 3
+
+
+def test_the_checklist_says_where_the_context_decides() -> None:
+    tokenizer = sentence_piece()
+    pairs = fp.Pairs.from_prompts(tokenizer, clean=['Paris is "'], corrupted=['Rome is "'], correct=["Paris"], wrong=[["Rome"]])
+    table = torch.eye(len(tokenizer))
+    (found,) = (f for f in pairs.check(lambda t: table[t], tokenizer=tokenizer).findings if f.rule == "answers")
+    assert (found.status, "'Paris', 'Rome' as the prompt continues" in found.detail) == ("pass", True)
+
+
+def test_answers_that_differ_behind_the_two_prompts() -> None:
+    with pytest.raises(
+        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* behind the clean prompt and .*alike"
+    ):
+        fp.Pairs.from_prompts(sentence_piece(), clean=['is "'], corrupted=["is to "], correct=["Paris"], wrong=["Rome"])
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with BOS added to every text."""
+    made = deepcopy(tokenizer)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    return made
+
+
+def test_bos_once_where_the_text_spells_it_out() -> None:
+    tokenizer = beginning(byte_level())
+    columns = {"corrupted": ["Rome is big"], "correct": [" to"], "wrong": [" and"], "labels": [{"is": " is"}]}
+    plain = fp.Pairs.from_prompts(tokenizer, clean=["Paris is big"], **columns)
+    with pytest.warns(
+        PairsWarning, match="a prompt begins with '<s>', which the tokenizer adds as well: the second one is left"
+    ):
+        spelt = fp.Pairs.from_prompts(tokenizer, clean=["<s>Paris is big"], **columns)
+    assert spelt == plain
+    assert plain[0].clean[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("prepends", [True, False])
+def test_a_model_gives_the_ids_of_its_own_text_call(bridge: Small, adds: bool, prepends: bool) -> None:
+    """Whether its tokenizer adds BOS, and whether the model wants it, four ways; labels count along."""
+    model = deepcopy(bridge.model)
+    model.tokenizer = beginning(byte_level()) if adds else byte_level()
+    model.tokenizer.pad_token = "<unk>"
+    model.cfg.tokenizer_prepends_bos, model.cfg.default_prepend_bos = adds, prepends
+    text = {"clean": "Paris is big", "corrupted": "Rome is big"}
+    pairs = fp.Pairs.from_prompts(
+        model, **{k: [v] for k, v in text.items()}, correct=[" to"], wrong=[" and"], labels=[{"is": " is"}]
+    )
+    for name, prompt in text.items():
+        assert list(getattr(pairs[0], name)) == model.to_tokens(prompt)[0].tolist()
+    assert model.tokenizer.convert_ids_to_tokens(pairs[0].clean[pairs[0].labels["is"]]) == "Ġis"
+    assert pairs[0].special == ({0} if prepends else frozenset())
+
+
+def test_prompts_without_the_models_bos(demo: fp.Demo) -> None:
+    bare = fp.Pairs(tuple(
+        fp.Pair(p.clean[1:], p.corrupted[1:], p.correct, p.wrong) for p in demo.pairs("ioi", n=3)
+    ))  # fmt: skip
+    with pytest.warns(PairsWarning, match=r"3 of 3 pairs lack '<bos>' \(1\), which model\(text\) puts first: give the model"):
+        fp.rank_components(demo.model, bare, sites="z", layers=[0], progress=False)
+    found = bare.check(demo.model)
+    assert found.counts()["start"] == {"pass": 0, "warn": 3, "fail": 0}
+    assert demo.pairs("ioi", n=3).check(demo.model).counts()["start"] == {"pass": 3, "warn": 0, "fail": 0}
+
+
+@pytest.fixture(scope="module")
+def demo() -> fp.Demo:
+    return fp.load_demo()
+
+
+def rows(demo: fp.Demo, side: str) -> tuple[fp.Pairs, dict[str, torch.Tensor], torch.Tensor]:
+    """Pairs of different lengths, and the same as padded tensors with their mask."""
+    pairs = demo.pairs("ioi", n=4, seed=1)
+    longest = max(map(len, pairs))
+    table: dict[str, torch.Tensor] = {}
+    for name in ("clean", "corrupted"):
+        filled = [[demo.model.tokenizer.pad_token_id] * (longest - len(p)) for p in pairs]
+        ids = [list(getattr(p, name)) for p in pairs]
+        table[name] = torch.tensor([f + i if side == "left" else i + f for f, i in zip(filled, ids, strict=True)])
+    table |= {name: torch.tensor([getattr(p, name)[0] for p in pairs]) for name in ("correct", "wrong")}
+    return pairs, table, (table["clean"] != demo.model.tokenizer.pad_token_id).long()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_cut_off_or_refused(demo: fp.Demo, side: str) -> None:
+    pairs, table, mask = rows(demo, side)
+    plain = [(p.clean, p.corrupted, p.answer_position) for p in pairs]
+    with pytest.warns(PairsWarning, match="of 4 pairs are padded: the padding is cut off"):
+        cut = fp.Pairs.from_tokens(**table, tokenizer=demo.model)
+    masked = fp.Pairs.from_tokens(**table, attention_mask=mask)
+    assert [(p.clean, p.corrupted, p.answer_position) for p in cut] == plain
+    assert [(p.clean, p.corrupted, p.answer_position) for p in masked] == plain
+    left_in = fp.Pairs.from_tokens(**table)
+    for use in (
+        lambda: fp.rank_features(demo.model, demo.saes[0], left_in, progress=False),
+        lambda: fp.rank_components(demo.model, left_in, progress=False),
+        lambda: fp.estimate_components(demo.model, left_in),
+        lambda: fp.check(demo.model, demo.saes[0], left_in),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=r"pair \d begins or ends with the padding token '<pad>'"):
+            use()
+    assert left_in.check(demo.model).counts()["start"]["fail"] == sum(len(p) < max(map(len, pairs)) for p in pairs)
+
+
+def test_padding_that_is_also_bos() -> None:
+    tokenizer = byte_level()
+    tokenizer.pad_token = tokenizer.bos_token
+    bos, answers = tokenizer.bos_token_id, {"correct": [[7]], "wrong": [[8]]}
+    for ids in ([bos, bos, 5, 6], [bos, 5, 6, bos]):
+        with pytest.raises(fp.FeatpatchError, match=r"'<s>' \(1\), which is the padding token and also BOS or EOS: expected"):
+            fp.Pairs.from_tokens([ids], [ids], **answers, tokenizer=tokenizer)
+    (pair,) = fp.Pairs.from_tokens([[bos, 5, 6]], [[bos, 5, 9]], **answers, tokenizer=tokenizer)
+    assert pair.clean == (bos, 5, 6)
+
+
+def test_two_bos_in_token_ids(demo: fp.Demo) -> None:
+    (pair,) = demo.pairs("ioi", n=1)
+    doubled = fp.Pairs((fp.Pair((1, *pair.clean), (1, *pair.corrupted), pair.correct, pair.wrong),))
+    with pytest.raises(fp.FeatpatchError, match=r"pair 0 begins with '<bos>' \(1\) twice: expected it once"):
+        fp.rank_features(demo.model, demo.saes[0], doubled, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"clean": [[5.0, 6.0]]}, r"clean is a tensor \[1, 2\] of torch.float32: expected integers \[pairs, pos\]"),
+        ({"clean": [[True, False]]}, r"clean is a tensor \[1, 2\] of torch.bool"),
+        ({"clean": [[5, 6], [7]]}, r"clean is \[\[5, 6\], \[7\]\]"),
+        ({"clean": "text"}, r"clean is text"),
+        ({"correct": [[[1]]]}, r"correct is a tensor \[1, 1, 1\] .*: expected integers \[pairs\] or \[pairs, answers\]"),
+        ({"attention_mask": [[1, 2]]}, r"attention_mask is \[1, 2\]: expected ones"),
+        ({"clean": [5, 6]}, r"clean is a tensor \[2\]"),
+    ],
+)
+def test_tokens_that_are_none(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given = {"clean": [[5, 6]], "corrupted": [[5, 7]], "correct": [1], "wrong": [2]}
+    assert fp.Pairs.from_tokens(**given)[0].corrupted == (5, 7)
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.Pairs.from_tokens(**{**given, **changed})
+
+
+def test_a_span_is_patched_as_one_position(small: Small) -> None:
+    """Against hooks on the whole model with all positions of the span swapped together."""
+    pairs = fp.Pairs.from_tokens(
+        small.clean[:1], small.corrupted[:1], small.correct[:1], small.wrong[:1], [{"middle": range(3, 6), "last": 6}]
+    )
+    assert pairs[0].labels == {"middle": (3, 4, 5), "last": 6}
+    effects = fp.rank_features(small.model, small.at(SITE), pairs, positions=["middle"], progress=False)
+    assert {node.position for node in effects.nodes} == {"middle"}
+    clean, corrupted = small.clean[:1], small.corrupted[:1]
+    m = [oracle.logit_diff(small.model(x).detach(), int(small.correct[0]), int(small.wrong[0])) for x in (clean, corrupted)]
+    for row, node in enumerate(effects.nodes):
+        if node.kind == "feature":
+            logits = oracle.patched_logits(
+                small.model, small.at(SITE), corrupted, clean, features=[node.index], positions=[3, 4, 5], error=False
+            )
+            value = oracle.logit_diff(logits, int(small.correct[0]), int(small.wrong[0]))
+            assert abs(float(effects.pooled("recovery")[row]) - (value - m[1]) / (m[0] - m[1])) < 1e-8
+    heads = fp.rank_components(small.model, pairs, sites="resid_pre", layers=[1], positions=["middle"], progress=False)
+    logits = oracle.patched_activation_logits(small.model, SITE, corrupted, clean, positions=[3, 4, 5])
+    value = oracle.logit_diff(logits, int(small.correct[0]), int(small.wrong[0]))
+    assert abs(float(heads.pooled("recovery")[0]) - (value - m[1]) / (m[0] - m[1])) < 1e-8
+
+
+def test_spans_from_text(demo: fp.Demo) -> None:
+    text = "When Mary and John went to the store , {} gave a drink to"
+    pairs = fp.Pairs.from_prompts(
+        demo.model,
+        clean=[text.format("John")],
+        corrupted=[text.format("Mary")],
+        correct=["Mary"],
+        wrong=["John"],
+        labels=[{"people": {"span": "Mary and John"}, "same": {"span": (5, 18)}, "store": "the store"}],
+    )
+    assert pairs[0].labels == {"people": (2, 3, 4), "same": (2, 3, 4), "store": 8}
+    words = [demo.model.tokenizer.decode([pairs[0].clean[p]]) for p in pairs[0].positions("people")]
+    assert words == ["Mary", "and", "John"]
+    noise = fp.Noise(["people"], scale=1.0)
+    assert noise.at(pairs[0]) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ({"span": "Paul"}, "label 'x': 'Paul' is not in"),
+        ({"text": "Mary"}, "label 'x': .* is no place in a prompt"),
+        ({"span": 3}, "label 'x': 3 is no place in a prompt"),
+        (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
+        (range(3, 99), "label 'x' is at position"),
+        (range(5, 1, -1), "label 'x' is at position"),
+        (range(1, 5, 2), "label 'x' is at positions .*: expected positions side by side"),
+    ],
+)
+def test_spans_that_are_refused(demo: fp.Demo, label: Any, message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.Pairs.from_prompts(
+            demo.model, clean=["Mary gave a drink to"], corrupted=["John gave a drink to"], correct=["Mary"], wrong=["John"],
+            labels=[{"x": label}],
+        )  # fmt: skip
+
+
+def test_pairs_without_wrong_answers(small: Small) -> None:
+    """Factual recall: metrics of the correct answer alone give what they give beside wrong answers; others are refused."""
+    with_wrong = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+    without = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct)
+    for metric in ("log_prob", "prob", "neg_kl"):
+        one, other = (
+            fp.rank_components(small.model, p, sites="z", metric=metric, progress=False) for p in (with_wrong, without)
+        )
+        torch.testing.assert_close(one.denoised, other.denoised, rtol=0, atol=0)
+    for metric in ("logit_diff", "prob_diff"):
+        message = rf"metric '{metric}' compares the correct answers with wrong ones, and a pair has no wrong ones"
+        for use in (
+            lambda m=metric: fp.rank_features(small.model, small.at(SITE), without, metric=m, progress=False),
+            lambda m=metric: fp.rank_components(small.model, without, sites="z", metric=m, progress=False),
+            lambda m=metric: fp.estimate_components(small.model, without, metric=m),
+            lambda m=metric: fp.find_circuit(small.model, without, over="edges", metric=m, progress=False),
+        ):
+            with pytest.raises(fp.FeatpatchError, match=message):
+                use()
+    long = fp.Pairs(tuple(fp.Pair(p.clean, p.corrupted, (), (), correct_sequences=((3, 4),)) for p in without))
+    fp.rank_components(small.model, long, sites="z", layers=[0], metric="sequence_log_prob", progress=False)
+    with pytest.raises(fp.FeatpatchError, match="metric 'sequence_log_prob_diff' compares"):
+        fp.rank_components(small.model, long, sites="z", layers=[0], metric="sequence_log_prob_diff", progress=False)
+    for pairs in (without, long):
+        found = pairs.check(small.model)
+        output = [finding for finding in found.findings if finding.rule == "output"]
+        better = [clean > corrupted for clean, corrupted in zip(found.clean, found.corrupted, strict=True)]
+        assert [finding.status == "pass" for finding in output] == better
+        assert output[0].detail.startswith("log p(right)")
+
+
+def test_a_file_without_wrong_answers(tmp_path: Any) -> None:
+    csv = tmp_path / "pairs.csv"
+    csv.write_text('clean,corrupted,correct,wrong\n"Paris is","Rome is"," big",\n', encoding="utf-8")
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text('{"clean": "Paris is", "corrupted": "Rome is", "correct": " big", "wrong": []}\n', encoding="utf-8")
+    tokenizer = byte_level()
+    for pairs in (fp.Pairs.from_csv(tokenizer, csv), fp.Pairs.from_jsonl(tokenizer, lines)):
+        assert pairs[0].wrong == ()
+        assert tokenizer.convert_ids_to_tokens(list(pairs[0].correct)) == ["Ġbig"]
+
+
+def test_years_of_single_digits() -> None:
+    tokenizer = trained(
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    )
+    extra = sorted({*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,"} - set(tokenizer.get_vocab()))
+    tokenizer.add_tokens(extra)
+    pairs = fp.tasks.greater_than(tokenizer, 16, corruptions=["early_year", "other_year"])
+    for pair in pairs:
+        text, other = (
+            "".join(tokenizer.convert_ids_to_tokens(list(ids))).replace("Ġ", " ") for ids in (pair.clean, pair.corrupted)
+        )
+        year, start = (int(next(word for word in t.split() if word.strip(".").isdigit())) for t in (text, other))
+        tens = year // 10 % 10
+        answers = ["".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in (pair.correct, pair.wrong)]
+        assert answers == ["".join(map(str, range(tens + 1, 10))), "".join(map(str, range(tens)))]
+        assert start < year
+        assert start // 10 % 10 < tens
+        assert tokenizer.convert_ids_to_tokens(pair.clean[pair.labels["start_year"]]) == str(tens)
+        assert text.endswith(str(year)[:2])
+        assert len(pair.clean) == len(pair.corrupted)
+
+
+def test_a_tokenizer_that_splits_years_otherwise() -> None:
+    """As Llama 3's, in groups of three digits."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Split(pattern=Regex(r"\d{1,3}|\D"), behavior="isolated")
+    inner.train_from_iterator([str(n) for n in range(1000)] * 3, trainers.BpeTrainer(vocab_size=2000, show_progress=False))
+    with pytest.raises(
+        fp.FeatpatchError, match=r"the tokenizer splits '1745' into .*: expected its last two digits to be a token"
+    ):
+        fp.tasks.greater_than(PreTrainedTokenizerFast(tokenizer_object=inner), 4)
+
+
+@pytest.mark.parametrize("how", ["add", "set"])
+@pytest.mark.parametrize("kind", ["all_features", "activation"])
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_do_on_padded_tokens(small: Small, how: str, kind: str, before: int) -> None:
+    """Logits at the last token of a left-padded batch, one padded by itself: those without padding."""
+
+    def run(source: torch.Tensor, base: torch.Tensor, position: int | str, mask: torch.Tensor | None) -> torch.Tensor:
+        patch = fp.Patch((fp.Node(SITE, kind, position=position),))
+        options = {} if mask is None else {"attention_mask": mask}
+        given = {"base": base} if how == "add" else {}
+        with torch.no_grad(), fp.do(small.model, patch, source=source, **given, saes=small.at(SITE), how=how, **options):
+            return small.model(base, **options)[:, -1]
+
+    source, base = (torch.nn.functional.pad(x, (before, 0), value=1) for x in (small.clean, small.corrupted))
+    mask = torch.nn.functional.pad(torch.ones_like(small.clean), (before, 0))
+    for position in (3, "all"):
+        moved = position + before if isinstance(position, int) else position
+        plain, padded = run(small.clean, small.corrupted, position, None), run(source, base, moved, mask)
+        torch.testing.assert_close(padded, plain, rtol=0, atol=1e-9)
+
+
+def test_do_refuses_padding_without_a_mask(demo: fp.Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pairs, table, mask = rows(demo, "left")
+    node = fp.Node("blocks.1.hook_resid_pre", "activation", position=0)
+    patch = fp.Patch((node,))
+    given = {"source": table["clean"], "base": table["corrupted"]}
+    with (
+        pytest.raises(fp.FeatpatchError, match=r"base has a row .* begins or ends with padding: expected attention_mask="),
+        fp.do(demo.model, patch, **given),
+    ):
+        pass
+    with (
+        pytest.raises(fp.FeatpatchError, match=r"attention_mask is \[4, 2\] and base is \[4, \d+\]: expected equal shapes"),
+        fp.do(demo.model, patch, **given, attention_mask=mask[:, :2]),
+    ):
+        pass
+    with (
+        pytest.raises(fp.FeatpatchError, match="stands for padding in one of the prompts"),
+        fp.do(demo.model, patch, **given, attention_mask=mask),
+    ):
+        pass
+    other = mask.roll(1, 0)
+    everywhere = fp.Patch((fp.Node(node.site, "activation"),))
+    with (
+        pytest.raises(fp.FeatpatchError, match="for 'all' the same padding in source and base"),
+        fp.do(demo.model, everywhere, **given, attention_mask=mask, source_attention_mask=other),
+    ):
+        pass
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with (
+        pytest.raises(fp.FeatpatchError, match="source is a tensor .* of torch.float32: expected integers"),
+        fp.do(demo.model, patch, source=table["clean"].float(), base=table["corrupted"]),
+    ):
+        pass

@@ -24,6 +24,7 @@ model, saes = fp.load(hugging_face, saes=sae, tokenizer=tokenizer, check=False)
 
 # %% Pairs as token ids; fp.Pairs.from_prompts takes texts
 clean = torch.randint(4, 100, (8, 10), generator=torch.Generator().manual_seed(1))
+clean[:, 0] = tokenizer.bos_token_id  # which model(text) puts first
 corrupted = clean.clone()
 corrupted[:, 4] = 4 + (clean[:, 4] - 3) % 96
 pairs = fp.Pairs.from_tokens(clean, corrupted, correct=torch.full((8,), 7), wrong=torch.full((8,), 9))

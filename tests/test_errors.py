@@ -42,7 +42,7 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
         ({"clean": []}, r"'clean': 0, 'corrupted': 1.*expected equally many"),
         ({key: [] for key in PROMPT}, r"there are no pairs: expected at least one"),
         ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
-        ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\]: expected exactly one; choose"),
+        ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\] after 'a bb ccc': expected exactly one; choose"),
         ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): an answer can't be both"),
         ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one correct answer"),
         ({"labels": [{"S2": 3}]}, r"label 'S2' is at position 3: expected 0 to 2"),
@@ -58,7 +58,7 @@ def test_prompts_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     tokenizer: Any = None
     with pytest.raises(
-        fp.FeatpatchError, match="the tokenizer is a NoneType: expected a Hugging Face tokenizer, or a function"
+        fp.FeatpatchError, match="the tokenizer is a NoneType: expected a Hugging Face tokenizer, a function, or a model"
     ):
         fp.Pairs.from_prompts(tokenizer, **PROMPT)
 

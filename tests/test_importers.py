@@ -156,7 +156,10 @@ def test_files_that_can_not_be_read(words: Any, tmp_path: Path, importer: str) -
     [
         ([PAIR], r"frame is a list: expected a pandas DataFrame"),
         (pandas.DataFrame([{"clean": "a"}]), r"the table has the columns clean and lacks corrupted, correct, wrong"),
-        (pandas.DataFrame([PAIR, {**PAIR, "wrong": float("nan")}], index=[3, 8]), r"row 8: wrong is empty: expected a text"),
+        (
+            pandas.DataFrame([PAIR, {**PAIR, "correct": float("nan")}], index=[3, 8]),
+            r"row 8: correct is empty: expected a text",
+        ),
         (pandas.DataFrame([{**PAIR, "correct": 52}]), r"row 0: correct is 52 in .*: expected text, for answers a list"),
         (pandas.DataFrame(columns=list(PAIR)), r"there are no pairs: expected at least one"),
     ],
@@ -510,9 +513,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(words: Any, tmp_path: Pat
     write(CORRUPTED, longer, CORRUPTED)
     with pytest.raises(fp.FeatpatchError, match=r"p' (line [23]|prompt 1): clean has 12 tokens and corrupted has 13"):
         read(words, path)
-    with pytest.warns(
-        PairsWarning, match=r"left out 1 of 3 pairs .*; the first is .*p' (line [23]|prompt 1): clean has 12"
-    ):
+    with pytest.warns(PairsWarning, match=r"left out 1 of 3 pairs .*; the first is .*p' (line [23]|prompt 1): clean has 12"):
         pairs = read(words, path, skip=True)
     assert [pair.corrupted for pair in pairs] == [ids(words, CORRUPTED)] * 2
     assert len(read(words, write(CORRUPTED), skip=True)) == 1

@@ -93,8 +93,8 @@ def _answers(behind: Sequence[AnswerTokens], correct: Answers, wrong: Answers, l
         found = [_ids(each, answers, long_answers) for each in behind]
         if found[0] != found[-1]:
             raise FeatpatchError(
-                f"answers {answers!r} are the tokens {found[0]} behind the clean prompt and {found[1]} behind the corrupted one: "
-                "expected the same; end both prompts alike, or give the answers as token ids"
+                f"answers {answers!r} are the tokens {found[0]} behind the clean prompt and {found[1]} behind the corrupted "
+                "one: expected the same; end both prompts alike, or give the answers as token ids"
             )
         sides.append(found[0])
     if not long_answers:

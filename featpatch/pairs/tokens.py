@@ -80,26 +80,7 @@ class AnswerTokens:
         Raises:
             FeatpatchError: the answer has no tokens, or one that the tokenizer does not know.
         """
-        following, meant = self._following(text), self._meant_spaced(text)
-        if following is not None and not meant:
-            return self._known(text, following)
-        found = bare_ids(self.tokenizer, text) if following is None else following
-        if not found:
-            raise FeatpatchError(f"answer {text!r} has no tokens: expected at least one; give a text")
-        spaced = None if text[:1].isspace() else self._following(f" {text}")
-        if following is None and spaced == found:
-            return self._known(text, found)  # words are split at spaces, which are no tokens
-        if spaced is not None and spaced != found and meant:
-            self.remarks.append(
-                f"answer {text!r} follows {self._end()} without a space, as {self._spelt(found)}; with one, {f' {text}'!r} is "
-                f"{self._spelt(spaced)}; write {f' {text}'!r} if it is a word of its own"
-            )
-        elif following is None and self.prompt is not None:
-            self.remarks.append(
-                f"the tokens of {self._end()} change when {text!r} follows, so that those of the answer by itself are read, "
-                f"{self._spelt(found)}; end the prompt where a token ends, for example without a final space"
-            )
-        return self._known(text, found)
+        return self._known(text, self._any_ids(text))
 
     def one(self, text: str, *, instead: str = "") -> int:
         """The token of an answer that is exactly one.
@@ -110,7 +91,7 @@ class AnswerTokens:
         Raises:
             FeatpatchError: the answer is not exactly one known token.
         """
-        ids = self.ids(text)
+        ids = self._any_ids(text)
         if len(ids) != 1:
             spaced = None if text[:1].isspace() else self._following(f" {text}")
             hint = f"; with a space in front, {f' {text}'!r}, it is one" if spaced is not None and len(spaced) == 1 else ""
@@ -119,7 +100,35 @@ class AnswerTokens:
                 f"answer {text!r} is {len(ids)} tokens {list(ids)}{behind}: expected exactly one{hint}; choose a one-token "
                 f"answer{instead}"
             )
-        return ids[0]
+        return self._known(text, ids)[0]
+
+    def _known(self, text: str, ids: Ids) -> Ids:
+        if getattr(plain_tokenizer(self.tokenizer), "unk_token_id", None) in ids:
+            raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
+        return ids
+
+    def _any_ids(self, text: str) -> Ids:
+        """As `ids`, of unknown tokens too."""
+        following, meant = self._following(text), self._meant_spaced(text)
+        if following is not None and not meant:
+            return following
+        found = bare_ids(self.tokenizer, text) if following is None else following
+        if not found:
+            raise FeatpatchError(f"answer {text!r} has no tokens: expected at least one; give a text")
+        spaced = None if text[:1].isspace() else self._following(f" {text}")
+        if following is None and spaced == found:
+            return found  # words are split at spaces, which are no tokens
+        if spaced is not None and spaced != found and meant:
+            self.remarks.append(
+                f"answer {text!r} follows {self._end()} without a space, as {self._spelt(found)}; with one, {f' {text}'!r} is "
+                f"{self._spelt(spaced)}; write {f' {text}'!r} if it is a word of its own"
+            )
+        elif following is None and self.prompt is not None:
+            self.remarks.append(
+                f"the tokens of {self._end()} change when {text!r} follows, so that those of the answer by itself are read, "
+                f"{self._spelt(found)}; end the prompt where a token ends, for example without a final space"
+            )
+        return found
 
     @cached_property
     def _prompt_ids(self) -> Ids:
@@ -141,11 +150,6 @@ class AnswerTokens:
 
     def _spelt(self, ids: Ids) -> str:
         return str(_pieces(self.tokenizer, ids))
-
-    def _known(self, text: str, ids: Ids) -> Ids:
-        if getattr(plain_tokenizer(self.tokenizer), "unk_token_id", None) in ids:
-            raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
-        return ids
 
 
 def continuation(tokenizer: Tokenizer, prompt: str, text: str, *, before: Ids) -> Ids | None:

@@ -43,7 +43,7 @@ def adapt(
     hook_out: str | None = None,
     name: str = "",
     linear: bool = False,
-    skip: torch.Tensor | Skip | None = None,
+    skip: Any = None,
 ) -> Adapted | SAE[Any]:
     """Takes an object of your own for a dictionary, wherever SAEs are expected.
 

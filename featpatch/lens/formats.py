@@ -236,7 +236,7 @@ def read(path: Path) -> Weights | None:
     """The weights in a folder or a file of one of the libraries; None where there is nothing of theirs.
 
     Raises:
-        FeatpatchError: the file is damaged, is of a kind that is not supported, or the folder holds several.
+        FeatpatchError: the file is damaged, or is of a kind that is not supported.
     """
     if path.suffix == ".safetensors" and path.name not in READERS:
         return _circuit_tracer_file(path) if path.is_file() else None
@@ -247,14 +247,14 @@ def read(path: Path) -> Weights | None:
     for file, reader in READERS.items():
         if (folder / file).is_file():
             return reader(folder)
-    if (folder / "cfg.json").is_file():
-        return None
-    inside = [each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern)]
-    if "config.yaml" in inside:
+    if (folder / "config.yaml").is_file():
         _circuit_tracer_config(folder)
-    if found := holding(inside):
-        raise FeatpatchError(several(str(folder), found))
     return None
+
+
+def inside(folder: Path) -> list[str]:
+    """What can be loaded from within a folder."""
+    return holding(each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern))
 
 
 def several(name: str, found: Collection[str]) -> str:
@@ -469,8 +469,8 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):
         listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]
         raise FeatpatchError(
-            f"{str(folder / 'config.yaml')!r} lists files that are elsewhere ({', '.join(listed[:3])}, ...): load one of them by "
-            "its own name, owner/repository/folder, with hook= and hook_out= where it does not say them"
+            f"{str(folder / 'config.yaml')!r} lists files that are elsewhere ({', '.join(listed[:3])}, ...): load one of them "
+            "by its own name, owner/repository/folder, with hook= and hook_out= where it does not say them"
         )
     return settings
 

@@ -14,7 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.adapter import Adapted, placed
-from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, patterns, read, several
+from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
 from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.lens.training import Training
 
@@ -58,6 +58,8 @@ def load_sae(
             raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
     found: SAE[Any] | Weights | None = read(Path(source))
     if found is None and Path(source).exists():
+        if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := inside(Path(source))):
+            raise FeatpatchError(several(str(source), names))
         found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
     elif found is None:
         check_there("SAE", source)
@@ -174,7 +176,7 @@ def _of_other_library(place: Place) -> Weights | None:
     except Exception:
         return None  # sae-lens has met the same, and its error says what it was
     weights = read(root / place.sae_id)
-    if weights is None and (found := _held(place.release, place.sae_id)):
+    if weights is None and (found := _held(place.release, place.sae_id) or inside(root / place.sae_id)):
         raise FeatpatchError(several(f"{place.release}/{place.sae_id}", found))
     return weights
 
@@ -185,8 +187,8 @@ def _held(repository: str, folder: str) -> list[str]:
         files = list_repo_files(repository)
     except Exception:
         return []  # no network, or no such repository: the caller's error says what to do
-    inside = f"{folder}/" if folder else ""
-    return holding(file.removeprefix(inside) for file in files if file.startswith(inside))
+    start = f"{folder}/" if folder else ""
+    return holding(file.removeprefix(start) for file in files if file.startswith(start))
 
 
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import libraries
 import sae_lens as sl
 import torch
 from sae_lens.saes.sae import TrainStepInput
@@ -123,6 +124,20 @@ class Squared(torch.nn.Module):
         return (features + 0.3 * features**2) @ self.out
 
 
+class ByHand:
+    """A transcoder of sparsify as plain encode, decode and skip path."""
+
+    def __init__(self, library: libraries.SparseCoder) -> None:
+        self.encode, self.decode = library.features, library.decode
+
+
+def of_sparsify(hook: str, width: int, activation: str, skip: bool) -> tuple[Any, Any]:
+    """A transcoder that reads and writes at the site, where widths agree, and the same by hand."""
+    library = libraries.drawn(libraries.SparseCoder(activation, transcode=True, skip=skip, width=width)).requires_grad_(False)
+    path = (lambda x: x @ library.W_skip.T) if skip else None
+    return fp.adapt(library, hook, hook_out=hook), fp.adapt(ByHand(library), hook, d_in=width, skip=path)
+
+
 def itself(source: Any) -> tuple[Any, Any]:
     return source, source
 
@@ -137,6 +152,8 @@ OTHERS: dict[str, Builder] = {
     "principal components, `fp.pca`": lambda small, hook, width: itself(
         fp.pca(small.model, hook, pairs_of(small), components=5)
     ),
+    "TopK skip transcoder, of sparsify": lambda small, hook, width: of_sparsify(hook, width, "topk", True),
+    "groupmax transcoder, of sparsify": lambda small, hook, width: of_sparsify(hook, width, "groupmax", False),
 }
 """Those that are not of sae-lens, each with the same written out for the oracle: an `fp.adapt` of plain encode and decode."""
 

@@ -42,7 +42,8 @@ def decode(sae: Any, features: torch.Tensor, x: torch.Tensor, like: torch.Tensor
     reconstruction is its own forward pass with the novel codes exchanged, a skip transcoder's has the skip path added.
     """
     if hasattr(sae, "coder"):
-        return sae.coder.decode(features).reshape(like.shape)
+        skipped = 0 if sae.skip is None else sae.skip(x.flatten(2))
+        return (sae.coder.decode(features) + skipped).reshape(like.shape)
     own = encode(sae, x)
     decoded = sae.decode(features).reshape(like.shape)
     if hasattr(sae, "W_skip"):

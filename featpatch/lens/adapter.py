@@ -1,11 +1,16 @@
 """Any other dictionary: an object with `encode` and `decode`, told at which hook it belongs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from sae_lens import SAE
 
 from featpatch.errors import FeatpatchError
+from featpatch.lens.formats import TYPES, Coder, Weights, of_object
+
+Skip = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class Adapted:
         d_in: width of what it reads.
         name: a name for tables; empty for the name of the hook.
         linear: whether `decode` is known to be a fixed linear map, plus a constant.
+        skip: what is added to what `decode` makes, as a function of the activation that is read; None for nothing.
     """
 
     coder: Any
@@ -26,29 +32,48 @@ class Adapted:
     d_in: int
     name: str = ""
     linear: bool = False
+    skip: Skip | None = None
 
 
-def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name: str = "", linear: bool = False) -> Adapted:
+def adapt(
+    coder: Any,
+    hook: str,
+    *,
+    d_in: int | None = None,
+    hook_out: str | None = None,
+    name: str = "",
+    linear: bool = False,
+    skip: Any = None,
+) -> Adapted | SAE[Any]:
     """Takes an object of your own for a dictionary, wherever SAEs are expected.
+
+    An SAE or transcoder of dictionary_learning, sparsify or circuit-tracer needs only the hook (and `hook_out`): its weights
+    are copied into the sae-lens object that computes the same, where there is one.
 
     Args:
         coder: an object (a `torch.nn.Module` or not) with `encode(x)`, from activations `[batch, pos, d_in]` (heads of
             `hook_z` side by side) to features `[batch, pos, d_sae]`, and `decode(features)` to `[batch, pos, d_out]`.
-            `decode` may be nonlinear, but sees nothing of the activation besides its features; `encode` may look at
-            earlier positions.
+            `decode` may be nonlinear, but sees nothing of the activation besides its features (see `skip`); `encode` may
+            look at earlier positions.
         hook: the hook that it reads.
-        d_in: width of an activation there.
+        d_in: width of an activation there; known for objects of the libraries named above.
         hook_out: the hook that it writes, for a transcoder.
         name: a name for tables; by default that of the hook.
         linear: whether `decode` is a fixed linear map plus a constant, as that of nearly every SAE is. Then what a feature adds
             is worked out once; otherwise every patch decodes, which is right for any decoder and slower.
+        skip: the skip path of a transcoder, a matrix `[d_out, d_in]` or a function from `[batch, pos, d_in]` to
+            `[batch, pos, d_out]`, position by position: the error is x_out - decode(f) - skip(x).
 
     Raises:
-        FeatpatchError: the object has no `encode` or no `decode`, is a class or of sae-lens, or a hook or a width is none.
+        FeatpatchError: the object has no `encode` or no `decode`, is a class or of sae-lens, or a hook, a width or the skip
+            path is none.
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an object of it")
-    if not all(isinstance(name, str) for name in (hook, hook_out or hook)) or not isinstance(d_in, int) or d_in < 1:
+    weights = of_object(coder)
+    widths = None if weights is None else int(weights.tensors["W_enc"].shape[0])
+    hooks = all(isinstance(each, str) and each for each in (hook, hook if hook_out is None else hook_out))
+    if not hooks or (d_in is None and widths is None) or not (d_in is None or (type(d_in) is int and d_in >= 1)):
         raise FeatpatchError(
             f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hooks and a width of 1 or more"
         )
@@ -57,9 +82,64 @@ def adapt(coder: Any, hook: str, *, d_in: int, hook_out: str | None = None, name
             f"{type(coder).__name__} is a sae-lens object: pass it as it is; set cfg.metadata.hook_name (and hook_name_out) "
             "to use it at another hook"
         )
+    if weights is not None:
+        if d_in not in (None, widths) or skip is not None:
+            raise FeatpatchError(
+                f"{weights.origin} reads {widths} values and {'has its own' if 'W_skip' in weights.tensors else 'no'} skip "
+                f"path: expected neither another d_in={d_in!r} nor skip=; leave them out"
+            )
+        return placed(weights.at(hook, hook_out), name)
     missing = [verb for verb in ("encode", "decode") if not callable(getattr(coder, verb, None))]
     if missing:
         raise FeatpatchError(
             f"{type(coder).__name__} has no {' and no '.join(missing)}: expected an object with encode(x) and decode(features)"
         )
-    return Adapted(coder, hook, hook_out or hook, d_in, name, linear)
+    return Adapted(coder, hook, hook_out or hook, d_in or 0, name, linear, _skip(skip, d_in or 0))
+
+
+def placed(weights: Weights, name: str = "") -> Adapted | SAE[Any]:
+    """The dictionary that some weights make at their hooks: of sae-lens where it has a class that computes the same."""
+    reads, writes, w = weights.reads or "", weights.writes or "", weights.tensors["W_enc"]
+    if weights.architecture is None:
+        coder = Coder(weights)
+        path = coder.skip if "W_skip" in weights.tensors else None
+        return Adapted(coder, reads, writes, len(w), name, linear=True, skip=path)
+    metadata = {"hook_name": reads, **({"hook_name_out": writes} if writes != reads else {})}
+    settings: dict[str, Any] = {
+        "architecture": weights.architecture,
+        "d_in": len(w),
+        "d_sae": w.shape[1],
+        "dtype": str(w.dtype).removeprefix("torch."),
+        "device": "meta",
+        "apply_b_dec_to_input": weights.centred,
+        "reshape_activations": "hook_z" if reads.endswith("hook_z") and reads == writes else "none",
+        "metadata": metadata | ({"model_name": weights.model} if weights.model else {}),
+    }
+    if weights.transcoder:
+        settings["d_out"] = weights.tensors["W_dec"].shape[1]
+    if weights.activation == "topk":
+        settings["k"] = weights.k
+    sae: SAE[Any] = SAE.from_dict(settings)
+    sae.cfg.device = str(w.device)
+    sae.load_state_dict(dict(weights.tensors), assign=True)
+    sae = sae.to(dtype=w.dtype, device=w.device)
+    if name:
+        sae.name = name
+    return sae
+
+
+def _skip(skip: Any, d_in: int) -> Skip | None:
+    """The skip path as a function."""
+    if isinstance(skip, torch.Tensor):
+        if skip.ndim != 2 or skip.shape[1] != d_in or skip.dtype not in TYPES or not torch.isfinite(skip).all():
+            raise FeatpatchError(
+                f"skip is a tensor {list(skip.shape)} of {skip.dtype}: expected finite numbers [d_out, {d_in}], which adds "
+                "x @ skip.T"
+            )
+        matrix = skip.detach().clone()
+        return lambda x: x.to(matrix) @ matrix.T
+    if skip is not None and not callable(skip):
+        raise FeatpatchError(
+            f"skip is a {type(skip).__name__}: expected a matrix [d_out, d_in] or a function of the activation"
+        )
+    return skip

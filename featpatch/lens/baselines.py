@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens.adapter import Adapted, adapt
+from featpatch.lens.adapter import Adapted
 from featpatch.lens.wrap import wrap
 from featpatch.pairs import Pairs
 
@@ -38,7 +38,7 @@ def identity(model: Any, hook: str) -> Adapted:
     """
     x = _activations(model, hook, torch.zeros(1, 1, dtype=torch.long))
     zero = x.new_zeros(x.shape[1])
-    return adapt(_Affine(zero, None, None, zero), hook, d_in=len(zero), name=f"coordinates of {hook}", linear=True)
+    return Adapted(_Affine(zero, None, None, zero), hook, hook, len(zero), f"coordinates of {hook}", linear=True)
 
 
 def neurons(model: Any, layer: int) -> Adapted:
@@ -62,7 +62,7 @@ def neurons(model: Any, layer: int) -> Adapted:
             f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; "
             f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
         )
-    return adapt(coder, reads, hook_out=writes, d_in=x.shape[1], name=f"neurons of layer {layer}", linear=True)
+    return Adapted(coder, reads, writes, x.shape[1], f"neurons of layer {layer}", linear=True)
 
 
 def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -> Adapted:
@@ -86,9 +86,8 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
     if not 1 <= count <= len(mean):
         raise FeatpatchError(f"components={components}: expected 1 to {len(mean)}, the width of {hook!r}")
     into = directions.flip(1)[:, :count].to(x)
-    return adapt(
-        _Affine(mean.to(x), into, into.T, mean.to(x)), hook, d_in=len(mean), name=f"principal components of {hook}", linear=True
-    )
+    coder = _Affine(mean.to(x), into, into.T, mean.to(x))
+    return Adapted(coder, hook, hook, len(mean), f"principal components of {hook}", linear=True)
 
 
 def _activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:

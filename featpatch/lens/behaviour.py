@@ -46,12 +46,15 @@ class Behaviour:
                 "check its weights, or load it in float32"
             )
         same = _same if codec.dtype in (torch.bfloat16, torch.float16) else _close
-        if not same(together.features[0], alone.features[0]) or not same(alone.features[:, :-1], upto.features):
+        if not all(
+            same(one[0], other[0]) and same(other[:, :-1], before)
+            for one, other, before in zip(*map(_parts, (together, alone, upto)), strict=True)
+        ):
             raise FeatpatchError(
                 f"SAE {name!r} ({codec.kind}) encodes a row differently beside others: expected one whose features depend on "
                 "the prompt up to there alone; save a training SAE with save_inference_model and load it again"
             )
-        rows = torch.cat([codec.encode(x[:1, [p]]).features for p in range(LENGTH)], dim=1)
+        rows = [torch.cat(row, dim=1) for row in zip(*(_parts(codec.encode(x[:1, [p]])) for p in range(LENGTH)), strict=True)]
         by_row = [codec.decode(alone.features[:, [p]], _at(alone.state, p)) for p in range(LENGTH)]
         if not _close(decoded, torch.cat(by_row, dim=1)):
             raise FeatpatchError(
@@ -59,10 +62,15 @@ class Behaviour:
             )
         scale = gain(codec, alone.state)
         return cls(
-            rowwise=_close(alone.features, rows),
+            rowwise=all(map(_close, _parts(alone), rows)),
             linear=codec.may_be_linear and _linear(codec, alone, scale),
             scaled=not torch.allclose(scale, torch.ones_like(scale), rtol=1e-3),
         )
+
+
+def _parts(code: Code) -> list[torch.Tensor]:
+    """Everything that encoding makes, `[batch, pos, n]` each."""
+    return [code.features, *code.state.values()]
 
 
 def reference(codec: Codec) -> Code:

@@ -1,16 +1,20 @@
-"""SAEs by folder, by the name of sae-lens' registry, or by a repository of the hub."""
+"""Dictionaries by folder, by the name of sae-lens' registry, or by a repository of the hub."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+from huggingface_hub import list_repo_files, snapshot_download
 from sae_lens import SAE, TemporalSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from featpatch.errors import FeatpatchError
+from featpatch.lens.adapter import Adapted, placed
+from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
 from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.lens.training import Training
 
@@ -19,36 +23,73 @@ SUMMED = "mntss_clt_layer_transcoder"
 
 
 def load_sae(
-    source: str | Path, *, device: str = "cpu", dtype: str | None = None, norm_scaling_factor: float | None = None
-) -> SAE[Any]:
-    """An SAE or transcoder of sae-lens.
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    norm_scaling_factor: float | None = None,
+    hook: str | None = None,
+    hook_out: str | None = None,
+) -> SAE[Any] | Adapted:
+    """Load an SAE or transcoder of sae-lens, dictionary_learning, sparsify, circuit-tracer or Gemma Scope.
 
     Args:
-        source: a folder (cfg.json, sae_weights.safetensors), `release/id` of sae-lens' registry, such as
-            `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or `owner/repository/folder` on the hub.
-        dtype: by default that of the folder, float32 for downloads.
+        source: a folder, `release/id` of sae-lens' registry, such as `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or
+            `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
+            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope); of
+            circuit-tracer's sets it is one layer, `folder/layer_3`.
+        dtype: by default that of the weights, float32 for sae-lens' downloads.
         norm_scaling_factor: the scale of an `expected_average_only_in` SAE, where neither its folder (activation_scaler.json,
             or norm_scaling_factor in cfg.json's metadata) nor the registry has it.
+        hook, hook_out: the hooks that it reads and writes, where its files do not say them, or instead of those.
+
+    Returns:
+        A sae-lens object wherever sae-lens has a class that computes the same; otherwise what `adapt` gives.
 
     Raises:
-        FeatpatchError: there is no such SAE, it can't be loaded, or it is a layer of a cross-layer transcoder.
+        FeatpatchError: there is no such SAE, it can't be loaded, its hook is not known, or it is (a layer of) a cross-layer
+            transcoder.
     """
     check_device(device)
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
-    check_there("SAE", source)
-    if Path(source).exists():
-        return _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
-    place = Place.of(str(source))
+    for name, value in (("hook", hook), ("hook_out", hook_out)):
+        if not isinstance(value, str | None) or value == "":
+            raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
+    found: SAE[Any] | Weights | None = read(Path(source))
+    if found is None and Path(source).exists():
+        if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := inside(Path(source))):
+            raise FeatpatchError(several(str(source), names))
+        found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
+    elif found is None:
+        check_there("SAE", source)
+        found = _from_hub(str(source), device, dtype, norm_scaling_factor)
+    if isinstance(found, Weights):
+        if norm_scaling_factor is not None:
+            raise FeatpatchError(f"norm_scaling_factor={norm_scaling_factor}: expected none; {found.origin} is not scaled")
+        return placed(found.to(dtype, device).at(hook, hook_out))
+    metadata = found.cfg.metadata
+    metadata.hook_name = metadata.hook_name if hook is None else hook
+    if hook_out is not None:
+        metadata.hook_name_out = hook_out
+    return found
+
+
+def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:
+    """In sae-lens' format, of the registry or a repository, or the weights in another format of a repository."""
+    place = Place.of(source)
     if place.loader == SUMMED:
         raise FeatpatchError(
-            f"{source!s} is one layer of a cross-layer transcoder (CLT), which sae-lens loads with the decoders of all layers "
-            "summed, so that it reconstructs no layer's activation: expected a transcoder of one layer"
+            f"{source} is one layer of a cross-layer transcoder that sae-lens loads with the decoders of all layers summed, "
+            f"so that it reconstructs no layer's activation; {UNSUPPORTED_CLT}"
         )
     try:
         sae = SAE.from_pretrained(place.release, place.sae_id, device=device, dtype=dtype or "float32")
     except Exception as error:
-        raise not_found("SAE", str(source), error) from error
+        weights = _of_other_library(place) if "/" in place.release else None
+        if weights is None:
+            raise not_found("SAE", source, error) from error
+        return weights
     if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
         _check_scale(norm_scaling_factor)
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
@@ -111,6 +152,8 @@ class Place:
             options = (known.config_overrides or {}).get("model_from_pretrained_kwargs")
             return cls(first, rest, known.conversion_func, said if 0 < said < 1 else None, cast(Any, options))
         repository, _, folder = rest.partition("/")
+        if repository and not folder and (found := _held(name, "")):
+            raise FeatpatchError(several(name, found))
         if not repository or not folder:
             near = [release for release in registry if first in release or release in first][:3]
             raise FeatpatchError(
@@ -119,6 +162,33 @@ class Place:
                 f"{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder on the hub"
             )
         return cls(f"{first}/{repository}", folder)
+
+
+def _of_other_library(place: Place) -> Weights | None:
+    """The weights in a folder of a repository that is not in sae-lens' format; None where there are none that are known.
+
+    Raises:
+        FeatpatchError: it is damaged, of a kind that is not supported, or a folder of several.
+    """
+    try:
+        wanted = [escape(file) for file in patterns(place.sae_id)]
+        root = Path(snapshot_download(place.release, allow_patterns=wanted))
+    except Exception:
+        return None  # sae-lens has met the same, and its error says what it was
+    weights = read(root / place.sae_id)
+    if weights is None and (found := _held(place.release, place.sae_id) or inside(root / place.sae_id)):
+        raise FeatpatchError(several(f"{place.release}/{place.sae_id}", found))
+    return weights
+
+
+def _held(repository: str, folder: str) -> list[str]:
+    """What can be loaded from within a folder of a repository, as far as the hub tells."""
+    try:
+        files = list_repo_files(repository)
+    except Exception:
+        return []  # no network, or no such repository: the caller's error says what to do
+    start = f"{folder}/" if folder else ""
+    return holding(file.removeprefix(start) for file in files if file.startswith(start))
 
 
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.families import classes
 from featpatch.lens.codec import Codec
+from featpatch.lens.formats import library_of
 
 CODECS: dict[str, type[Codec]] = classes("lens/codecs", Codec)
 
@@ -19,6 +20,11 @@ def kind_of(source: Any) -> tuple[type[Codec], str, str]:
         hooks = codec.hooks(source)
         if hooks is not None:
             return codec, *hooks
+    if library := library_of(source):
+        raise FeatpatchError(
+            f"{type(source).__name__} is an object of {library}, which does not say where it belongs: expected "
+            "fp.adapt(object, hook), and hook_out= for a transcoder"
+        )
     raise FeatpatchError(
         f"{type(source).__name__} is not a sae-lens SAE: expected an object such as SAE.load_from_disk gives, or, for any "
         "other object with encode and decode, fp.adapt(object, hook, d_in=...)"

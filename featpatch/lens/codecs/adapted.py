@@ -22,7 +22,7 @@ class AdaptedCodec(Codec):
     """
 
     def __init__(self, adapted: Adapted, like: torch.Tensor) -> None:
-        self.coder = adapted.coder
+        self.coder, self.skip = adapted.coder, adapted.skip
         self.kind = type(adapted.coder).__name__
         own = self.coder.state_dict() if isinstance(self.coder, torch.nn.Module) else getattr(self.coder, "__dict__", {})
         tensors = (value for value in own.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
@@ -30,6 +30,12 @@ class AdaptedCodec(Codec):
         self.d_in, self.may_be_linear, self.dtype = adapted.d_in, adapted.linear, self._like.dtype
         self.d_sae = self._call("encode", torch.zeros(1, 1, self.d_in)).shape[2]
         self.d_out = self._call("decode", torch.zeros(1, 1, self.d_sae)).shape[2]
+        width = self.d_out if self.skip is None else self._call("skip", torch.zeros(1, 1, self.d_in)).shape[2]
+        if width != self.d_out:
+            raise FeatpatchError(
+                f"the skip path of {self.kind} makes {width} values and decode {self.d_out}: expected a matrix "
+                f"[{self.d_out}, {self.d_in}], or a function that makes as many as decode"
+            )
 
     @staticmethod
     def hooks(source: Any) -> tuple[str, str] | None:
@@ -38,27 +44,28 @@ class AdaptedCodec(Codec):
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> Code:
-        """Features alone."""
-        return Code(self._call("encode", x))
+        """Features and, as the state, the skip path if there is one."""
+        return Code(self._call("encode", x), {} if self.skip is None else {"skip": self._call("skip", x)})
 
     @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
-        """The object's own."""
-        return self._call("decode", features)
+        """The object's own, and the skip path."""
+        decoded = self._call("decode", features)
+        return decoded + state["skip"] if "skip" in state else decoded
 
     def digest(self) -> str:
         """Of the weights, if it has any, and of what it makes of random activations, which settings beside them decide."""
         weights = digest(self.coder) if isinstance(self.coder, torch.nn.Module) else ""
         x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
-        features = self.encode(x).features
-        made = torch.cat([features.flatten(), self.decode(features, {}).flatten()]).double().cpu()
+        code = self.encode(x)
+        made = torch.cat([code.features.flatten(), self.decode(code.features, code.state).flatten()]).double().cpu()
         return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
 
     def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
         """What the object makes of a copy, since it may work in place; dense and of the type that it was given."""
         given = x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
         try:
-            made = getattr(self.coder, verb)(given)
+            made = (self.skip if verb == "skip" and self.skip else getattr(self.coder, verb))(given)
         except Exception as error:
             raise FeatpatchError(
                 f"{self.kind}.{verb} fails on a tensor {list(x.shape)} of {given.dtype} ({type(error).__name__}: {error}): "

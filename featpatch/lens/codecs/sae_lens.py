@@ -18,11 +18,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE
+from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE, Transcoder
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.digest import digest
+from featpatch.lens.formats import UNSUPPORTED_CLT
 
 NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
 """Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
@@ -39,11 +40,11 @@ class SaeCodec(Codec):
     """
 
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
-        if re.search(r"\bclt\b", str(sae.cfg.metadata.neuronpedia_id or "")):
+        if _is_summed(sae):
             raise FeatpatchError(
-                f"the transcoder of {sae.cfg.metadata.neuronpedia_id!r} is one layer of a cross-layer transcoder (CLT) whose "
-                "decoders sae-lens has summed, so that it reconstructs no layer's activation: expected a transcoder of one "
-                "layer; use per-layer transcoders of this model"
+                f"the transcoder of {sae.cfg.metadata.neuronpedia_id or sae.cfg.metadata.hook_name!r} is one layer of a "
+                "cross-layer transcoder whose decoders sae-lens has summed, so that it reconstructs no layer's activation; "
+                f"{UNSUPPORTED_CLT}"
             )
         if isinstance(sae, BatchTopKTrainingSAE):
             raise FeatpatchError(
@@ -132,6 +133,21 @@ def _plain(sae: Any) -> Iterator[None]:
 def _silence(record: logging.LogRecord) -> bool:
     """Drops the warning that a temporal SAE's `decode` leaves the predicted codes out: we add them."""
     return "only decodes x_novel" not in record.getMessage()
+
+
+def _is_summed(sae: Any) -> bool:
+    """Whether a transcoder is a layer of a cross-layer one, with the decoders of all layers summed.
+
+    sae-lens notes it in no field. What tells is the name on Neuronpedia, weights that still have a layer, or metadata as its
+    loader for these leaves them: of the form before version 6, without the prompts of the training, which every other has.
+    """
+    said = sae.cfg.metadata
+    if re.search(r"\bclts?\b", f"{said.neuronpedia_id} {said.model_name} {said.hook_name} {said.hook_name_out}".lower()):
+        return True
+    if any(weight.ndim > 2 for weight in sae.parameters()) or isinstance(said.hook_name_out, (list, tuple)):
+        return True
+    untold = not {"context_size", "dataset_path"} & set(said.keys()) and "neuronpedia_id" in said
+    return isinstance(sae, Transcoder) and untold and said.model_from_pretrained_kwargs == {"fold_ln": False}
 
 
 def _scale(sae: Any) -> float:

@@ -136,8 +136,11 @@ def test_errors(small: Small) -> None:
     for call, message in (
         (lambda: estimated(small, sae, method="shap"), "method='shap': expected one of atp, ig, eap_ig_inputs, grad_drop"),
         (lambda: estimated(small, sae, method="ig", steps=0), "steps=0: expected an integer, 1 or more"),
-        (lambda: estimated(small, sae, metric="neg_kl"), "a gradient of zero at the clean run"),
-        (lambda: estimated(small, sae, metric="neg_rank"), "ranks and accuracies have none"),
+        (lambda: estimated(small, sae, metric="neg_kl"), "its gradient is zero at the clean run, .* expected directions=\\['denoising'\\]"),
+        (lambda: estimated(small, sae, metric="neg_kl", method="grad_drop"), "'grad_drop' and directions=\\['denoising', 'noising'\\]"),
+        (lambda: estimated(small, sae, metric="neg_rank"), "'neg_rank' is not supported in estimates.*log_prob, neg_kl, or a function"),
+        (lambda: estimated(small, sae, metric="sequence_log_prob"), "'sequence_log_prob' is not supported in estimates"),
+        (lambda: estimated(small, sae, metric=lambda x, c, w: -(x > x[:, c]).sum(-1)), "ranks and accuracies have none"),
         (lambda: fp.estimate_features(model, sae, fp.Pairs((long,)), progress=False), "are sequences, and logit_diff reads one"),
         (lambda: estimated(small, sae, directions=[]), "expected 'denoising', 'noising' or both"),
         (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),

@@ -17,7 +17,7 @@ import featpatch as fp
 from featpatch.circuits import EdgeGraph
 from featpatch.circuits.search import along_edges
 from featpatch.lens import wrap
-from featpatch.metrics import find
+from featpatch.patching.study.readings import readout
 
 OPTIONS: dict[str, Any] = {"over": "edges", "progress": False}
 BY_HAND = {"induction, value": lambda: induction("value"), "induction, key": lambda: induction("key"), "and": lambda: gates("and"),
@@ -39,7 +39,7 @@ def named(edge: Any) -> tuple[str, str]:
 
 
 def graph_of(model: Any, pairs: fp.Pairs, to: str = "corrupted") -> EdgeGraph:
-    graph = EdgeGraph(wrap(model), pairs, to, find("logit_diff"))
+    graph = EdgeGraph(wrap(model), pairs, to, readout("logit_diff"))
     graph.check()
     return graph
 
@@ -230,7 +230,7 @@ def test_parallel_blocks_have_no_edge_from_a_head_to_their_own_mlp() -> None:
 def test_shared_keys_lead_to_the_heads_that_use_them() -> None:
     """Greedy search and graph: a key head of a model with grouped queries belongs to several heads."""
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
     last = next(e for e in graph.items if named(e) == ("L2.H1", "logits"))
     keys = [e for e in graph.items if named(e) in {("embed", "L2.H0.k"), ("embed", "L2.H1.k")}]
     scores = np.array([3.0 if e == last else 2.0 if e == keys[1] else 1.0 if e == keys[0] else 0.0 for e in graph.items])

@@ -14,7 +14,7 @@ import featpatch as fp
 from featpatch.circuits import EdgeGraph
 from featpatch.circuits.scrubbing import _Run
 from featpatch.lens import wrap
-from featpatch.metrics import find
+from featpatch.patching.study.readings import readout
 
 EMBED = fp.Node("hook_embed", "activation")
 LENGTH = 8
@@ -100,7 +100,7 @@ def test_right_and_wrong_hypotheses() -> None:
 def test_everything_in_the_hypothesis_is_the_model(make: Any) -> None:
     """Labels that only the prompt itself has, all senders important, down to the embedding: nothing changes."""
     small = make()
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
                if receiver == fp.LOGITS or ".0." in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
@@ -128,7 +128,7 @@ def test_every_receiver_in_every_kind_of_block(name: str) -> None:
     kind, _, which = name.partition(" ")
     model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", readout("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
                if receiver == fp.LOGITS or ".0.attn.hook_k" in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
@@ -152,7 +152,7 @@ def test_bad_hypotheses() -> None:
 def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
     """A shared key from random prompts moves the second of its heads as well as the first."""
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     run = _Run(
         graph,

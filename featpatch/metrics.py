@@ -28,7 +28,8 @@ Needs = Literal["answers", "vocabulary", "clean"]
 
 FORMS = (
     "metric(logits [rows, d_vocab], correct, wrong) -> [rows], of the logits at the answer position and the answers' ids; "
-    "or metric(logits [1, 1, d_vocab]) -> one value, in which [batch, pos] are one prompt and its answer position"
+    "or metric(logits [1, 1, d_vocab]) -> one value, in which [batch, pos] are one prompt and its answer position, and which "
+    "holds no answers or clean logits of a batch"
 )
 """What a function must be to be a metric."""
 
@@ -207,24 +208,26 @@ def find(metric: str | Metric, accepted: Sequence[str] = tuple(MEASURES), use: s
     if callable(metric):
         name = _name(metric)
         return Measure(name, partial(_called, metric, name, _reads_one_prompt(metric, name)), "vocabulary")
-    if not isinstance(metric, str) or metric not in accepted:
+    if not isinstance(metric, str) or metric not in MEASURES or metric not in accepted:
         known = isinstance(metric, str) and metric in (*MEASURES, *SEQUENCES)
         what = f"not supported {use}" if known else "unknown"
         raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {', '.join(accepted)}, or a function {FORMS}")
     return MEASURES[metric]
 
 
-def together(metric: "str | Metric | Sequence[str | Metric]", named: Sequence[str] = tuple(MEASURES)) -> Measures:
+def together(
+    metric: "str | Metric | Sequence[str | Metric]", accepted: Sequence[str] = tuple(MEASURES), use: str = "here"
+) -> Measures:
     """One metric, or several.
 
     Args:
-        named: the names that an error offers in the place of an unknown one.
+        accepted, use: as in `find`.
 
     Raises:
         FeatpatchError: no metric, one that `find` refuses, or two of the same name.
     """
     several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
-    parts = tuple(find(one, named) for one in several)
+    parts = tuple(find(one, accepted, use) for one in several)
     names = [part.name for part in parts]
     if not names or len(set(names)) < len(names):
         raise FeatpatchError(f"metric={names}: expected at least one, each name once; give functions names of their own")
@@ -304,9 +307,8 @@ def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tens
     room = DIFFERING * float(each.abs().max())
     if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
         raise FeatpatchError(
-            f"metric {name!r} gives {each.tolist()} for two prompts alone and {found.tolist()} for both together: expected a "
-            "function that holds no answers or clean logits of a batch; write it as metric(logits [rows, d_vocab], correct, "
-            "wrong) -> [rows], or use 'neg_kl' for the divergence from the clean run"
+            f"metric {name!r} gives {each.tolist()} for two prompts alone and {found.tolist()} for both together: expected "
+            f"{FORMS}; 'neg_kl' is the divergence from the clean run"
         )
 
 

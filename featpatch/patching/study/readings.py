@@ -102,6 +102,9 @@ Metrics = str | Metric | Sequence[str | Metric]
 
 Readout = AtAnswer | OfSequences
 
+ALL = (*MEASURES, *SEQUENCES)
+"""The names of all metrics."""
+
 
 def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
     """The readings of every pair, whose tokens the model knows and has room for.
@@ -127,10 +130,11 @@ def leading(metric: Metrics) -> str | Metric:
     return metric if isinstance(metric, str) or callable(metric) else metric[0]
 
 
-def readout(metric: Metrics, *, single: bool = False) -> Readout:
+def readout(metric: Metrics, accepted: Sequence[str] = ALL, use: str = "here", *, single: bool = False) -> Readout:
     """How to read a metric, or several together.
 
     Args:
+        accepted, use: as in `metrics.find`.
         single: whether only one is accepted.
 
     Raises:
@@ -141,9 +145,9 @@ def readout(metric: Metrics, *, single: bool = False) -> Readout:
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
     if not all(isinstance(name, str) or callable(name) for name in names):
         raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
-    whole = [name for name in names if name in SEQUENCES]
+    whole = [name for name in names if name in SEQUENCES and name in accepted]
     if not whole:
-        return AtAnswer(together(names, (*MEASURES, *SEQUENCES)))
+        return AtAnswer(together(names, accepted, use))
     if len(whole) < len(names) or len(set(names)) < len(names):
         raise FeatpatchError(
             f"metric={names}: expected each name once, and metrics of whole answers ({', '.join(SEQUENCES)}) by themselves, "

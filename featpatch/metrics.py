@@ -3,9 +3,11 @@
 Sign convention: larger means closer to the clean behaviour. So distances and ranks are negative.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -23,6 +25,16 @@ FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
 
 Needs = Literal["answers", "vocabulary", "clean"]
 """Which logits a metric reads: those of the answers, all, or all and those of the clean run."""
+
+FORMS = (
+    "metric(logits [rows, d_vocab], correct, wrong) -> [rows], of the logits at the answer position and the answers' ids; "
+    "or metric(logits [1, 1, d_vocab]) -> one value, in which [batch, pos] are one prompt and its answer position, and which "
+    "holds no answers or clean logits of a batch"
+)
+"""What a function must be to be a metric."""
+
+DIFFERING = 1e-2
+"""Share of its size by which a metric of one prompt may change beside another prompt, by rounding."""
 
 
 def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
@@ -87,21 +99,40 @@ class Measure:
             )
         return (*correct, *wrong) if self.needs == "answers" else None
 
-    def raw(
+    def of(
         self,
         logits: Float[torch.Tensor, "rows columns"],
         correct: Sequence[int],
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> torch.Tensor:
-        """What the function makes of logits at the answer position: unchecked, on their device, with its gradient."""
+        """The metric of logits at the answer position, `[rows]`, on their device, with its gradient.
+
+        Raises:
+            FeatpatchError: the metric fails, or doesn't give one finite real number per row.
+        """
         if self.needs == "clean":
             assert clean is not None
-            return cast(FromClean, self.metric)(logits, clean)
-        if self.needs == "answers":
+            values: Any = cast(FromClean, self.metric)(logits, clean)
+        elif self.needs == "answers":
             n, total = len(correct), len(correct) + len(wrong)
-            return cast(Metric, self.metric)(logits, range(n), range(n, total))
-        return cast(Metric, self.metric)(logits, correct, wrong)
+            values = cast(Metric, self.metric)(logits, range(n), range(n, total))
+        else:
+            values = cast(Metric, self.metric)(logits, correct, wrong)
+        rows = len(logits)
+        if not isinstance(values, torch.Tensor):
+            raise FeatpatchError(f"metric {self.name!r} gave a {type(values).__name__} for {rows} rows: expected {FORMS}")
+        if values.shape != (rows,) or values.is_complex():
+            raise FeatpatchError(
+                f"metric {self.name!r} gave {values.dtype} of shape {tuple(values.shape)} for {rows} rows: expected one real "
+                f"value per row; {FORMS}"
+            )
+        if not torch.isfinite(values).all():
+            raise FeatpatchError(
+                f"metric {self.name!r} gave NaN or an infinite value for {rows} rows: expected one finite value per row; check "
+                "the model and the metric"
+            )
+        return values
 
     def __call__(
         self,
@@ -113,20 +144,9 @@ class Measure:
         """The metric of logits at the answer position, float64 on the CPU.
 
         Raises:
-            FeatpatchError: the metric doesn't give one finite value per row.
+            FeatpatchError: see `of`.
         """
-        values = self.raw(logits, correct, wrong, clean)
-        if not isinstance(values, torch.Tensor):
-            raise FeatpatchError(f"the metric gave a {type(values).__name__}: expected a tensor with one value per row")
-        if values.shape != (len(logits),):
-            raise FeatpatchError(
-                f"the metric gave shape {tuple(values.shape)} for {len(logits)} rows: expected one value per row"
-            )
-        if not torch.isfinite(values).all():
-            raise FeatpatchError(
-                "the metric gave NaN or an infinite value: expected finite logits; check the model and the metric"
-            )
-        return values.detach().to("cpu", torch.float64)
+        return self.of(logits, correct, wrong, clean).detach().to("cpu", torch.float64)
 
 
 @dataclass(frozen=True)
@@ -189,34 +209,121 @@ MEASURES = {
 }
 
 
-def find(metric: str | Metric) -> Measure:
+def find(metric: str | Metric, accepted: Sequence[str] = tuple(MEASURES), use: str = "here") -> Measure:
     """The metric of this name, or a function as a metric.
 
+    Args:
+        accepted: the names that the caller knows what to do with.
+        use: what it does, and why with these alone.
+
     Raises:
-        FeatpatchError: no metric has this name.
+        FeatpatchError: no metric has this name, or the function takes other arguments than a metric.
     """
     if callable(metric):
-        return Measure(getattr(metric, "__name__", repr(metric)), metric, "vocabulary")
-    if metric not in MEASURES:
-        raise FeatpatchError(
-            f"metric {metric!r} is unknown: expected one of {', '.join((*MEASURES, *SEQUENCES))}, "
-            "or a function of (logits, correct, wrong) that returns one value per row"
-        )
+        name = _name(metric)
+        return Measure(name, partial(_called, metric, name, _reads_one_prompt(metric, name)), "vocabulary")
+    if not isinstance(metric, str) or metric not in MEASURES or metric not in accepted:
+        known = isinstance(metric, str) and metric in (*MEASURES, *SEQUENCES)
+        what = f"not supported {use}" if known else "unknown"
+        raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {', '.join(accepted)}, or a function {FORMS}")
     return MEASURES[metric]
 
 
-def together(metric: "str | Metric | Sequence[str | Metric]") -> Measures:
+def together(
+    metric: "str | Metric | Sequence[str | Metric]", accepted: Sequence[str] = tuple(MEASURES), use: str = "here"
+) -> Measures:
     """One metric, or several.
 
+    Args:
+        accepted, use: as in `find`.
+
     Raises:
-        FeatpatchError: no metric, an unknown one, or two of the same name.
+        FeatpatchError: no metric, one that `find` refuses, or two of the same name.
     """
     several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
-    parts = tuple(map(find, several))
+    parts = tuple(find(one, accepted, use) for one in several)
     names = [part.name for part in parts]
     if not names or len(set(names)) < len(names):
         raise FeatpatchError(f"metric={names}: expected at least one, each name once; give functions names of their own")
     return Measures(parts)
+
+
+def _name(metric: Metric) -> str:
+    """What a function is called, the same in every process: journals and tables hold it."""
+    inner = metric.func if isinstance(metric, partial) else metric
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def _reads_one_prompt(metric: Metric, name: str) -> bool:
+    """Whether a function takes logits alone, as in TransformerLens, or logits, correct and wrong; by its signature.
+
+    Optional arguments are left alone, except those of the names `correct` and `wrong`.
+    """
+    try:
+        signature = inspect.signature(metric.forward if isinstance(metric, torch.nn.Module) else metric)
+    except (TypeError, ValueError) as error:
+        raise FeatpatchError(f"metric {name!r} does not tell its arguments ({error}): expected a function {FORMS}") from error
+    parameters = list(signature.parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    by_name = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
+    of_answers = any_number or [p.name for p in positional[1:3]] == ["correct", "wrong"]
+    if positional and len(required) < 2 and not of_answers and not by_name:
+        return True
+    if by_name or len(required) > 3 or (len(positional) < 3 and not any_number):
+        raise FeatpatchError(f"metric {name!r} takes {signature}: expected a function {FORMS}")
+    return False
+
+
+def _called(
+    metric: Callable[..., Any], name: str, one_prompt: bool, logits: torch.Tensor, correct: Sequence[int], wrong: Sequence[int]
+) -> Any:
+    """What a user's function makes of logits `[rows, d_vocab]`; of logits alone, it is called prompt by prompt."""
+
+    def call(given: torch.Tensor, *answers: Sequence[int]) -> Any:
+        try:
+            return metric(given, *answers)
+        except Exception as error:
+            raise FeatpatchError(
+                f"metric {name!r} failed on logits of shape {list(given.shape)} ({type(error).__name__}: {error}): expected "
+                f"{FORMS}"
+            ) from error
+
+    if not one_prompt:
+        return call(logits, correct, wrong)
+    values = [_single(call(row[None, None]), name, row) for row in logits]
+    with torch.no_grad():
+        _check_alone(call, name, logits[0].detach(), values[0].detach())
+    return torch.stack(values)
+
+
+def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
+    """The one value of a prompt."""
+    found = torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
+    if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
+        what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise FeatpatchError(f"metric {name!r} gave {what} for logits of shape {[1, 1, len(row)]}: expected {FORMS}")
+    return found.reshape(())
+
+
+def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuses a function that holds the answers, or the clean logits, of a batch, which one prompt would be spread over.
+
+    Told by a second prompt, with the same logits in another order: the function must give each its own value, or their mean,
+    their sum, or the first.
+    """
+    other = row.flip(0)
+    each = torch.stack([value.double(), _single(call(other[None, None]), name, other).double()])
+    beside = call(torch.stack([row, other])[:, None])
+    found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
+    expected = [each] if len(found) == 2 else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
+    room = DIFFERING * float(each.abs().max())
+    if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
+        raise FeatpatchError(
+            f"metric {name!r} gives {each.tolist()} for two prompts alone and {found.tolist()} for both together: expected "
+            f"{FORMS}; 'neg_kl' is the divergence from the clean run"
+        )
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

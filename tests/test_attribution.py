@@ -136,8 +136,11 @@ def test_errors(small: Small) -> None:
     for call, message in (
         (lambda: estimated(small, sae, method="shap"), "method='shap': expected one of atp, ig, eap_ig_inputs, grad_drop"),
         (lambda: estimated(small, sae, method="ig", steps=0), "steps=0: expected an integer, 1 or more"),
-        (lambda: estimated(small, sae, metric="neg_kl"), "a gradient of zero at the clean run"),
-        (lambda: estimated(small, sae, metric="neg_rank"), "ranks and accuracies have none"),
+        (lambda: estimated(small, sae, metric="neg_kl"), "its gradient is zero at the clean run, .* expected directions=\\['denoising'\\]"),
+        (lambda: estimated(small, sae, metric="neg_kl", method="grad_drop"), "'grad_drop' and directions=\\['denoising', 'noising'\\]"),
+        (lambda: estimated(small, sae, metric="neg_rank"), "'neg_rank' is not supported in estimates.*log_prob, neg_kl, or a function"),
+        (lambda: estimated(small, sae, metric="sequence_log_prob"), "'sequence_log_prob' is not supported in estimates"),
+        (lambda: estimated(small, sae, metric=lambda x, c, w: -(x > x[:, c]).sum(-1)), "ranks and accuracies have none"),
         (lambda: fp.estimate_features(model, sae, fp.Pairs((long,)), progress=False), "are sequences, and logit_diff reads one"),
         (lambda: estimated(small, sae, directions=[]), "expected 'denoising', 'noising' or both"),
         (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),
@@ -158,3 +161,85 @@ def test_nothing_is_left_behind(small: Small, tmp_path: Any) -> None:
     again = fp.Effects.load(effects.save(tmp_path / "estimate.safetensors"))
     assert again.value == "estimate"
     assert set(again.to_pandas()["value"]) == {"estimate"}
+
+
+def neg_kl(logits: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """Written out: minus the sum of p (log p - log q)."""
+    p, q = clean.exp() / clean.exp().sum(), logits.exp() / logits.exp().sum()
+    return -(p * (p.log() - q.log())).sum()
+
+
+def moved_gradient(small: Small, slot: int, base: str, moved: str, share: float, site: str) -> torch.Tensor:
+    """Gradient of `neg_kl` at a site, `[pos, ...]`, while another one, or itself, is a share of the way to the other run."""
+    runs = {"clean": small.clean[[slot]], "corrupted": small.corrupted[[slot]]}
+    other = "corrupted" if base == "clean" else "clean"
+    change = oracle.activations(small.model, runs[other])[moved] - oracle.activations(small.model, runs[base])[moved]
+    leaves: list[torch.Tensor] = []
+
+    def leaf(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        leaves.append(torch.zeros_like(x, requires_grad=True))
+        return x + leaves[0]
+
+    with torch.no_grad():
+        clean = small.model(runs["clean"])[0, -1]
+    logits = small.model.run_with_hooks(runs[base], fwd_hooks=[(moved, lambda x, hook: x + share * change), (site, leaf)])
+    (found,) = torch.autograd.grad(neg_kl(logits[0, -1], clean), leaves)
+    return found[0]
+
+
+@pytest.mark.parametrize("method", ["ig", "eap_ig_inputs", "atp"])
+def test_the_divergence_along_the_way(small: Small, method: str) -> None:
+    """By a plain loop over points and heads; the gradient is zero at the clean run alone, where nothing is taken."""
+    site, steps = "blocks.1.attn.hook_z", 1 if method == "atp" else 3
+    moved, ways = "blocks.0.hook_resid_pre" if method == "eap_ig_inputs" else site, ["denoising", "noising"]
+    effects = fp.estimate_components(
+        small.model, pairs_of(small), sites="z", layers=[1], positions=[3, 6], method=method, steps=steps, metric="neg_kl",
+        directions=ways[:1] if method == "atp" else ways, progress=False,
+    )  # fmt: skip
+    assert (np.abs(effects.clean) < 1e-12).all()
+    for way, values, base in (("denoising", effects.denoised, "corrupted"), ("noising", effects.noised, "clean")):
+        if way == "noising" and method == "atp":
+            continue
+        unpatched = getattr(effects, base)
+        for slot in range(3):
+            shares = [0.0] if method == "atp" else [(step + 0.5) / steps for step in range(steps)]
+            g = torch.stack([moved_gradient(small, slot, base, moved, share, site) for share in shares]).mean(0)
+            runs = small.clean[[slot]], small.corrupted[[slot]]
+            clean, corrupted = (oracle.activations(small.model, run)[site][0] for run in runs)
+            product = ((clean - corrupted if way == "denoising" else corrupted - clean) * g).sum(-1)
+            for entry in np.flatnonzero(effects.pair == slot):
+                node = effects.nodes[effects.row[entry]]
+                expected = float(product[node.position, node.index])
+                assert values[entry] - unpatched[slot] == pytest.approx(expected, abs=1e-9), (node, way)
+    assert np.abs(effects.denoised - effects.corrupted[effects.pair]).max() > 1e-3
+
+
+def test_the_divergence_of_features_and_the_screen(small: Small) -> None:
+    """Small steps of features at the corrupted run; a screened sweep asks for the same directions."""
+    sae = small.at(SITE)
+    options: dict[str, Any] = {"metric": "neg_kl", "directions": ["denoising"], "positions": [3], "progress": False}
+    effects = fp.estimate_features(small.model, sae, pairs_of(small), **options)
+    for entry in np.flatnonzero(effects.pair == 1)[:6]:
+        node = effects.nodes[effects.row[entry]]
+        if node.kind != "feature":
+            continue
+        runs = small.clean[[1]], small.corrupted[[1]]
+        clean, corrupted = (oracle.activations(small.model, run)[SITE] for run in runs)
+        change = (sae.encode(clean) - sae.encode(corrupted))[0, 3, node.index]
+        values = []
+        for share in (1e-4, -1e-4):
+            new = corrupted.clone()
+            new[0, 3] += share * change * sae.W_dec[node.index]
+            with torch.no_grad():
+                logits = oracle.replaced(small.model, small.corrupted[[1]], SITE, corrupted, new)[0, -1]
+                values.append(float(neg_kl(logits, small.model(small.clean[[1]])[0, -1])))
+        slope = (values[0] - values[1]) / 2e-4
+        assert effects.denoised[entry] - effects.corrupted[1] == pytest.approx(slope, rel=1e-5, abs=1e-9)
+    screened = fp.rank_features(small.model, sae, pairs_of(small), exact="screened", k=5, audit=5, **options)
+    exact = fp.rank_features(small.model, sae, pairs_of(small), **options)
+    truth = dict(zip(exact.nodes, exact.pooled("recovery"), strict=True))
+    assert dict(zip(screened.nodes, screened.pooled("recovery"), strict=True)) == pytest.approx(
+        {node: truth[node] for node in screened.nodes}
+    )
+    with pytest.raises(fp.FeatpatchError, match="gradient is zero at the clean run, .* exact effects need no gradient"):
+        fp.rank_features(small.model, sae, pairs_of(small), exact="screened", metric="neg_kl", progress=False)

@@ -16,7 +16,7 @@ from test_sets import pairs_of
 import featpatch as fp
 from featpatch.circuits import NodeGraph
 from featpatch.lens import dictionaries, wrap
-from featpatch.metrics import find
+from featpatch.patching.study.readings import readout
 
 OPTIONS: dict[str, Any] = {"progress": False}
 SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.2.hook_resid_post"]
@@ -39,7 +39,7 @@ def nodes_of(small: Small) -> list[fp.Node]:
 def graph_of(small: Small, to: str, errors: str) -> NodeGraph:
     lens = wrap(small.model)
     nodes = tuple(node for node in nodes_of(small) if errors == "nodes" or node.kind != "error")
-    graph = NodeGraph(lens, pairs_of(small), to, find("logit_diff"), nodes, dictionaries(lens, saes_of(small)), errors)
+    graph = NodeGraph(lens, pairs_of(small), to, readout("logit_diff"), nodes, dictionaries(lens, saes_of(small)), errors)
     graph.check()
     return graph
 
@@ -207,7 +207,7 @@ def test_errors(small: Small) -> None:
         ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or an error of"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "one or the other"),
-        ({"metric": "neg_kl"}, "expected one of the answers"),
+        ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "gradient of zero in the whole model.*'exact'"),
         ({"pairs": pairs_of(small, [0]), "to": "mean"}, "the only one with 7 tokens"),
     ):  # fmt: skip
         options: dict[str, Any] = {"pairs": pairs_of(small), "nodes": [head], **OPTIONS, **changed}
@@ -266,7 +266,9 @@ def test_a_transcoder_sees_what_was_ablated_where_it_reads(small: Small) -> None
         expected = logits[rows, small.correct] - logits[rows, small.wrong]
     lens = wrap(small.model)
     for saes in ([first, transcoder], [transcoder, first]):
-        graph = NodeGraph(lens, pairs_of(small), "corrupted", find("logit_diff"), tuple(nodes), dictionaries(lens, saes), "in")
+        graph = NodeGraph(
+            lens, pairs_of(small), "corrupted", readout("logit_diff"), tuple(nodes), dictionaries(lens, saes), "in"
+        )
         np.testing.assert_allclose(graph.values([kept])[0], expected, atol=1e-9)
 
 
@@ -276,8 +278,8 @@ def test_interrupted_circuits_are_not_half_known(small: Small, monkeypatch: pyte
     pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(x), (3,), (4,)) for c, x in tokens))
     lens = wrap(small.model)
     heads = tuple(fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4))
-    graph = NodeGraph(lens, pairs, "corrupted", find("logit_diff"), heads)
-    true = NodeGraph(lens, pairs, "corrupted", find("logit_diff"), heads).values([heads[:2]])
+    graph = NodeGraph(lens, pairs, "corrupted", readout("logit_diff"), heads)
+    true = NodeGraph(lens, pairs, "corrupted", readout("logit_diff"), heads).values([heads[:2]])
     measured, calls = NodeGraph.measured, []
 
     def interrupted(self: NodeGraph, kept: Any, some: Any) -> Any:
@@ -323,7 +325,7 @@ def test_whole_heads_and_single_ones(small: Small, monkeypatch: pytest.MonkeyPat
     """Attention's output as a whole is kept if the whole is; and batches make no difference."""
     site = "blocks.0.attn.hook_z"
     nodes = (fp.Node(site, "activation", None, 3), *(fp.Node(site, "head", n) for n in range(4)))
-    graphs = [NodeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"), nodes) for _ in range(2)]
+    graphs = [NodeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"), nodes) for _ in range(2)]
     choices = [[nodes[0]], list(nodes[1:]), [*nodes], []]
     found = graphs[0].values(choices)
     np.testing.assert_allclose(found[1], found[2])
@@ -341,3 +343,140 @@ def test_whole_heads_and_single_ones(small: Small, monkeypatch: pytest.MonkeyPat
         logits = small.model.run_with_hooks(small.clean, fwd_hooks=[(site, put)])[:, -1]
     rows = torch.arange(3)
     np.testing.assert_allclose(found[0], logits[rows, small.correct] - logits[rows, small.wrong], atol=1e-9)
+
+
+HEADS = [fp.Node(f"blocks.{layer}.attn.hook_z", "head", n) for layer in range(2) for n in range(4)]
+
+
+def kept_heads(small: Small, kept: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
+    """Logits `[pos, d_vocab]` of one clean prompt in which the heads of two blocks that are not kept are the corrupted run's."""
+
+    def put(site: str, cache: Any) -> Any:
+        def change(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            mixed = cache[site].clone()
+            for node in kept:
+                if node.site == site:
+                    mixed[:, :, node.index] = x[:, :, node.index]
+            return mixed
+
+        return change
+
+    with torch.no_grad():
+        _, cache = small.model.run_with_cache(corrupted[None])
+        hooks = [(site, put(site, cache)) for site in ("blocks.0.attn.hook_z", "blocks.1.attn.hook_z")]
+        return small.model.run_with_hooks(clean[None], fwd_hooks=hooks)[0]
+
+
+def divergence(small: Small, kept: Any, slot: int) -> float:
+    """Minus KL(clean run || circuit), written out."""
+    with torch.no_grad():
+        p = small.model(small.clean[[slot]])[0, -1].softmax(-1)
+    q = kept_heads(small, kept, small.clean[slot], small.corrupted[slot])[-1].softmax(-1)
+    return -float((p * (p / q).log()).sum())
+
+
+def test_the_divergence_of_circuits(small: Small) -> None:
+    """Exact, by hooks; the searches are those that the values by hand lead to."""
+    pairs, run = pairs_of(small), {"nodes": HEADS, "metric": "neg_kl", **OPTIONS}
+    circuit = fp.find_circuit(small.model, pairs, size=3, **run)
+    assert circuit.graph.whole.tolist() == [0.0, 0.0, 0.0]
+
+    def mean(kept: Any) -> float:
+        return float(np.mean([divergence(small, kept, slot) for slot in range(3)]))
+
+    empty = mean([])
+    share = {
+        tuple(kept): 1 - mean(kept) / empty for kept in [circuit.items, *([h for h in HEADS if h != out] for out in HEADS)]
+    }
+    assert circuit.faithfulness == pytest.approx(share[circuit.items], abs=1e-9)
+    everything = float(circuit.graph.faithfulness(circuit.graph.values([HEADS]))[0])
+    assert everything == pytest.approx(1.0)
+    lost = [everything - share[tuple(h for h in HEADS if h != out)] for out in HEADS]
+    np.testing.assert_allclose(circuit.scores, lost, atol=1e-9)
+    greedy = fp.find_circuit(small.model, pairs, method="greedy", size=1, **run)
+    assert greedy.items[0] == max(HEADS, key=lambda head: -abs(mean([head]) / empty))
+    acdc, stays = fp.find_circuit(small.model, pairs, method="acdc", threshold=0.05, **run), list(HEADS)
+    for head in reversed(HEADS):
+        rest = [other for other in stays if other != head]
+        if abs(mean(rest) - mean(stays)) / abs(empty) < 0.05:
+            stays = rest
+    assert set(acdc.items) == set(stays)
+
+
+ANSWERS = [(((3, 9),), ((4, 11, 6),)), (((5,), (12, 13)), ((6, 2),)), (((7, 7, 7),), ((7, 8), (30,)))]
+"""Right and wrong answers of each pair, of one to three tokens."""
+
+
+def long_pairs(small: Small) -> fp.Pairs:
+    return fp.Pairs(
+        tuple(
+            fp.Pair(tuple(clean), tuple(corrupted), (), (), correct_sequences=right, wrong_sequences=wrong)
+            for clean, corrupted, (right, wrong) in zip(small.clean.tolist(), small.corrupted.tolist(), ANSWERS, strict=True)
+        )
+    )
+
+
+def whole_answers(small: Small, kept: Any, slot: int, side: int) -> float:
+    """Logarithm of the summed probabilities of a pair's answers; each answer in a run of its own, behind both prompts."""
+    total = 0.0
+    for answer in ANSWERS[slot][side]:
+        behind = torch.tensor(answer[:-1], dtype=torch.long)
+        runs = [torch.cat([tokens[slot], behind]) for tokens in (small.clean, small.corrupted)]
+        log_p = kept_heads(small, kept, *runs)[6:].log_softmax(-1)
+        total += float(torch.exp(sum(log_p[place, token] for place, token in enumerate(answer))))
+    return float(np.log(total))
+
+
+@pytest.mark.parametrize("name", ["sequence_log_prob", "sequence_log_prob_diff"])
+def test_answers_of_several_tokens(small: Small, name: str) -> None:
+    circuit = fp.find_circuit(small.model, long_pairs(small), nodes=HEADS, size=3, metric=name, **OPTIONS)
+    choices = [HEADS, [], HEADS[2:5], list(circuit.items)]
+    found = circuit.graph.values(choices)
+    for kept, values in zip(choices, found, strict=True):
+        for slot in range(3):
+            expected = whole_answers(small, kept, slot, 0)
+            expected -= whole_answers(small, kept, slot, 1) if name.endswith("diff") else 0.0
+            assert values[slot] == pytest.approx(expected, abs=1e-9)
+    np.testing.assert_allclose(found[0], circuit.graph.whole, atol=1e-9)
+    ratio = (found[3].mean() - found[1].mean()) / (circuit.graph.whole.mean() - found[1].mean())
+    assert circuit.faithfulness == pytest.approx(ratio)
+    assert circuit.metadata["metric"] == name
+    assert len(circuit.stability(resamples=1)) == 1
+
+
+def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small) -> None:
+    """A head kept at position 3 is ablated elsewhere, also in the answer; labels stay where they are."""
+    pairs = fp.Pairs(tuple(replace(pair, labels={"end": 6}) for pair in long_pairs(small)))
+    site = "blocks.0.attn.hook_z"
+    nodes = (fp.Node(site, "head", 1, 3), fp.Node(site, "head", 2, "end"))
+    found = NodeGraph(wrap(small.model), pairs, "corrupted", readout("sequence_log_prob"), nodes).values([nodes])[0]
+    answer = ANSWERS[0][0][0]
+    clean, corrupted = (torch.cat([tokens[0], torch.tensor(answer[:-1])])[None] for tokens in (small.clean, small.corrupted))
+    with torch.no_grad():
+        z = small.model.run_with_cache(corrupted)[1][site]
+
+        def put(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            mixed = z.clone()
+            mixed[:, 3, 1], mixed[:, 6, 2] = x[:, 3, 1], x[:, 6, 2]
+            return mixed
+
+        log_p = small.model.run_with_hooks(clean, fwd_hooks=[(site, put)])[0, 6:].log_softmax(-1)
+    assert found[0] == pytest.approx(float(sum(log_p[place, token] for place, token in enumerate(answer))), abs=1e-9)
+
+
+def test_whole_answers_that_are_refused(small: Small) -> None:
+    run: dict[str, Any] = {"nodes": HEADS[:1], "metric": "sequence_log_prob", **OPTIONS}
+    for to in ("mean", "resample"):
+        with pytest.raises(fp.FeatpatchError, match=f"to='{to}' with metric 'sequence_log_prob' and answers of several tokens"):
+            fp.find_circuit(small.model, long_pairs(small), to=to, **run)
+    with pytest.raises(
+        fp.FeatpatchError, match="pair 0: its answers .* several tokens, and logit_diff reads one: .*sequence_log"
+    ):
+        fp.find_circuit(small.model, long_pairs(small), **{**run, "metric": "logit_diff"})
+    too_long = fp.Pair((1,) * 14, (2,) * 14, (), (), correct_sequences=((3,) * 4,), wrong_sequences=((4,),))
+    with pytest.raises(fp.FeatpatchError, match="pair 0 has 17 tokens with its answers"):
+        fp.find_circuit(small.model, fp.Pairs((too_long,)), **run)
+    one_token = fp.find_circuit(small.model, pairs_of(small), to="mean", **run)
+    assert one_token.scores == pytest.approx(
+        fp.find_circuit(small.model, pairs_of(small), to="mean", **{**run, "metric": "log_prob"}).scores
+    )

@@ -17,7 +17,7 @@ import featpatch as fp
 from featpatch.circuits import EdgeGraph
 from featpatch.circuits.search import along_edges
 from featpatch.lens import wrap
-from featpatch.metrics import find
+from featpatch.patching.study.readings import readout
 
 OPTIONS: dict[str, Any] = {"over": "edges", "progress": False}
 BY_HAND = {"induction, value": lambda: induction("value"), "induction, key": lambda: induction("key"), "and": lambda: gates("and"),
@@ -39,7 +39,7 @@ def named(edge: Any) -> tuple[str, str]:
 
 
 def graph_of(model: Any, pairs: fp.Pairs, to: str = "corrupted") -> EdgeGraph:
-    graph = EdgeGraph(wrap(model), pairs, to, find("logit_diff"))
+    graph = EdgeGraph(wrap(model), pairs, to, readout("logit_diff"))
     graph.check()
     return graph
 
@@ -230,7 +230,7 @@ def test_parallel_blocks_have_no_edge_from_a_head_to_their_own_mlp() -> None:
 def test_shared_keys_lead_to_the_heads_that_use_them() -> None:
     """Greedy search and graph: a key head of a model with grouped queries belongs to several heads."""
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
     last = next(e for e in graph.items if named(e) == ("L2.H1", "logits"))
     keys = [e for e in graph.items if named(e) in {("embed", "L2.H0.k"), ("embed", "L2.H1.k")}]
     scores = np.array([3.0 if e == last else 2.0 if e == keys[1] else 1.0 if e == keys[0] else 0.0 for e in graph.items])
@@ -253,3 +253,52 @@ def test_orders_sizes_and_signs() -> None:
     run: dict[str, Any] = {"size": 30, "to": "corrupted", **OPTIONS}
     exact, estimate = (fp.find_circuit(small.model, pairs_of(small), scores=how, **run) for how in ("exact", "estimate"))
     assert np.corrcoef(exact.scores, estimate.scores)[0, 1] > 0.5
+
+
+def test_the_divergence_of_edges() -> None:
+    """The metric of any edges against the recomputed forward pass, and a search by exact scores."""
+    small = small_hooked()
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("neg_kl"))
+    graph.check()
+    generator = np.random.default_rng(0)
+    choices = [[edge for edge in graph.items if generator.random() < share] for share in (0.3, 0.9)]
+    with torch.no_grad():
+        p = small.model(small.clean)[:, -1].softmax(-1)
+    for kept, values in zip(choices, graph.values(choices), strict=True):
+        ablated = {named(edge) for edge in set(graph.items) - set(kept)}
+        q = forward_with_edges(small.model, small.clean, small.corrupted, ablated)[:, -1].softmax(-1)
+        np.testing.assert_allclose(values, -(p * (p / q).log()).sum(-1), atol=1e-9)
+
+
+def test_whole_answers_of_edges() -> None:
+    """Exact values by the recomputed forward pass; estimates are those of single tokens, weighted by how likely answers are."""
+    small = small_hooked()
+    answers = (((3, 9), (5,)), ((4, 11),))
+    pair = fp.Pair(
+        tuple(small.clean[0].tolist()), tuple(small.corrupted[0].tolist()), (), (),
+        correct_sequences=answers[0], wrong_sequences=answers[1],
+    )  # fmt: skip
+    graph = EdgeGraph(wrap(small.model), fp.Pairs((pair,)), "corrupted", readout("sequence_log_prob_diff"))
+    graph.check()
+    kept = [edge for number, edge in enumerate(graph.items) if number % 3]
+    ablated = {named(edge) for edge in set(graph.items) - set(kept)}
+
+    def log_p(answer: tuple[int, ...], without: Any) -> float:
+        behind = torch.tensor(answer[:-1], dtype=torch.long)
+        runs = [torch.cat([tokens[0], behind])[None] for tokens in (small.clean, small.corrupted)]
+        logits = forward_with_edges(small.model, *runs, without)[0, 6:].log_softmax(-1)
+        return float(sum(logits[place, token] for place, token in enumerate(answer)))
+
+    for choice, without in ((kept, ablated), (graph.items, frozenset())):
+        right, wrong = ([log_p(answer, without) for answer in side] for side in answers)
+        expected = np.logaddexp.reduce(right) - np.logaddexp.reduce(wrong)
+        assert graph.values([choice])[0, 0] == pytest.approx(expected, abs=1e-9)
+    weights = np.exp(np.array(right) - np.logaddexp.reduce(right))
+    expected_scores = np.zeros(len(graph.items))
+    for answer, weight in zip((*answers[0], *answers[1]), (*weights, -1.0), strict=True):
+        for place, token in enumerate(answer):
+            behind = answer[:place]
+            single = fp.Pair(pair.clean + behind, pair.corrupted + behind, (token,), (39,))
+            of_token = EdgeGraph(wrap(small.model), fp.Pairs((single,)), "corrupted", readout("log_prob"))
+            expected_scores += weight * of_token.estimates()
+    np.testing.assert_allclose(graph.estimates(), expected_scores, atol=1e-9)

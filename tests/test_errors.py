@@ -135,9 +135,9 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"metric": "f1"}, r"metric 'f1' is unknown: expected one of logit_diff, prob_diff"),
         (
             {"metric": lambda logits, correct, wrong: logits.mean()},
-            r"the metric gave shape \(\) for 1 rows: expected one value per row",
+            r"metric '<lambda>' gave torch.float64 of shape \(\) for 1 rows: expected one real value per row",
         ),
-        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"the metric gave NaN"),
+        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"metric '<lambda>' gave NaN"),
         (
             {"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2},
             r"a mean gap of 0: expected a gap .*choose corruptions",

@@ -18,7 +18,7 @@ import featpatch as fp
 from featpatch.circuits import EdgeGraph
 from featpatch.circuits.cuts import cuts
 from featpatch.lens import dictionaries, wrap
-from featpatch.metrics import find
+from featpatch.patching.study.readings import readout
 
 TRANSCODER = "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out"
 SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
@@ -36,7 +36,7 @@ def nodes_of(names: list[str]) -> list[fp.Node]:
 
 def graph_of(small: Small, saes: list[Any], nodes: list[fp.Node], to: str = "corrupted") -> EdgeGraph:
     lens = wrap(small.model)
-    graph = EdgeGraph(lens, pairs_of(small), to, find("logit_diff"), cuts=cuts(lens, nodes, dictionaries(lens, saes)))
+    graph = EdgeGraph(lens, pairs_of(small), to, readout("logit_diff"), cuts=cuts(lens, nodes, dictionaries(lens, saes)))
     graph.check()
     return graph
 

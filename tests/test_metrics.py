@@ -1,8 +1,12 @@
 """Metrics: their signs, their values by hand, and sweeps against the oracle."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -126,3 +130,196 @@ def test_kl_by_the_models_own_pass(small: Small) -> None:
     finally:
         small.model.reset_hooks()
     assert abs(fast.denoised - slow.denoised).max() < 1e-10
+
+
+# Functions of the user's own.
+
+
+def fixed_pairs(small: Small) -> fp.Pairs:
+    """The same answers for all, as functions of logits alone know no others."""
+    return fp.Pairs.from_tokens(small.clean, small.corrupted, torch.full((3,), 3), torch.full((3,), 4))
+
+
+def with_baselines(logits: torch.Tensor, clean_baseline: float = 0.0, corrupted_baseline: float = 0.0) -> torch.Tensor:
+    """As in TransformerLens' demo of attribution patching: optional arguments that are no answers."""
+    return logits[0, -1, 3] - logits[0, -1, 4] + clean_baseline - corrupted_baseline
+
+
+class Difference(torch.nn.Module):
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1, 3] - logits[:, -1, 4]
+
+    def method(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.forward(logits).mean()
+
+
+def of_tokens(logits: torch.Tensor, right: int, wrong: int) -> torch.Tensor:
+    return (logits[:, -1, right] - logits[:, -1, wrong]).sum()
+
+
+ANSWERS = torch.tensor([[3, 4]])
+
+OWN: dict[str, Any] = {
+    "a value per prompt": lambda logits: logits[:, -1, 3] - logits[:, -1, 4],
+    "a mean": lambda logits: (logits[:, -1][:, [3]] - logits[:, -1][:, [4]]).mean(),
+    "the first prompt": lambda logits: logits[0, -1, 3] - logits[0, -1, 4],
+    "optional arguments": with_baselines,
+    "a partial function": partial(of_tokens, right=3, wrong=4),
+    "a module": Difference(),
+    "a method": Difference().method,
+    "answers by gather": lambda logits, tokens=ANSWERS: -logits[:, -1].gather(1, tokens).diff()[:, 0],
+    "any number of arguments": lambda *given: given[0][:, given[1]].mean(-1) - given[0][:, given[2]].mean(-1),
+    "optional answers": lambda x, correct=(), wrong=(): x[:, list(correct)].mean(-1) - x[:, list(wrong)].mean(-1),
+}
+
+
+@pytest.mark.parametrize("form", OWN)
+def test_forms_of_functions(bridge: Small, form: str) -> None:
+    """Swept, estimated and in circuits, each the same as the named metric; the clean runs beside the plain model."""
+    pairs, options = fixed_pairs(bridge), {"progress": False}
+    heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
+    calls: list[Callable[[Any], Any]] = [
+        lambda metric: fp.rank_components(bridge.model, pairs, sites="z", layers=[1], metric=metric, **options),
+        lambda metric: fp.estimate_components(bridge.model, pairs, sites="z", layers=[1], metric=metric, **options),
+        lambda metric: fp.find_circuit(bridge.model, pairs, nodes=heads, size=1, metric=metric, **options),
+    ]
+    for call in calls:
+        found, expected = call(OWN[form]), call("logit_diff")
+        values = [np.array(x.scores if isinstance(x, fp.Circuit) else x.denoised) for x in (found, expected)]
+        np.testing.assert_allclose(*values, atol=1e-12)
+    with torch.no_grad():
+        logits = bridge.model(bridge.clean)[:, -1]
+    np.testing.assert_allclose(calls[0](OWN[form]).clean, logits[:, 3] - logits[:, 4], atol=1e-10)
+
+
+def test_plain_numbers_and_truth_values(bridge: Small) -> None:
+    """Whether the right answer's logit is above what it is, at most, in the corrupted runs; exact where nothing needs a gradient."""
+    with torch.no_grad():
+        clean, corrupted = (bridge.model(tokens)[:, -1, 3] for tokens in (bridge.clean, bridge.corrupted))
+    level = float(corrupted.max()) if (clean > corrupted.max()).any() else float(clean.max())
+
+    def number(logits: torch.Tensor) -> float:
+        return float(logits[0, -1, 3])
+
+    def whole(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        return (logits[:, correct[0]] > level + 1e-9).long()
+
+    def truth(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        return logits[:, correct[0]] > level + 1e-9
+
+    own = [number, whole, truth]
+    found = fp.rank_components(bridge.model, fixed_pairs(bridge), sites="z", metric=own, progress=False)
+    np.testing.assert_allclose(found.clean, clean, atol=1e-10)
+    for name in ("whole", "truth"):
+        assert found.metric(name).clean.tolist() == (clean > level).double().tolist()
+        assert found.metric(name).corrupted.tolist() == (corrupted > level).double().tolist()
+
+
+ANSWERS_OF_BATCH = ANSWERS.expand(3, 2)
+CLEAN_OF_BATCH = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+
+
+def divergence(logits: torch.Tensor, clean: torch.Tensor = CLEAN_OF_BATCH) -> torch.Tensor:
+    """TransformerLens' form, with the clean logits of a batch: beside one prompt they are broadcast."""
+    return (clean.exp() * (logits[:, -1].log_softmax(-1) - clean)).sum(-1).mean()
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (lambda logits, correct, wrong: logits[:, -1, list(correct)], r"failed on logits of shape \[\d, 40\] \(IndexError: .*: expected metric\(logits \[rows, d_vocab\], correct, wrong\)"),
+    (lambda logits: logits[:, 3], r"failed on logits of shape \[1, 1, 40\] \(IndexError"),
+    (lambda logits: logits[:, -1], r"gave torch.float64 of shape \[1, 40\] for logits of shape \[1, 1, 40\]: expected metric"),
+    (lambda logits: None, r"gave NoneType for logits of shape \[1, 1, 40\]"),
+    (lambda logits: torch.complex(logits, logits)[0, -1, 3], r"gave torch.complex128 of shape \[\]"),
+    (lambda logits, tokens: logits[:, -1].gather(1, tokens), r"takes \(logits, tokens\): expected a function metric\("),
+    (lambda: torch.zeros(1), r"takes \(\): expected"),
+    (lambda a, b, c, d: a[:, 0], r"takes \(a, b, c, d\): expected"),
+    (lambda logits, *, tokens: logits[:, -1], r"takes \(logits, \*, tokens\): expected"),
+    (torch.max, r"metric 'max' does not tell its arguments"),
+    (lambda x, c, w: x.mean(), r"gave torch.float64 of shape \(\) for \d rows: expected one real value per row"),
+    (lambda x, c, w: x[:, :1], r"gave torch.float64 of shape \(\d, 1\) for \d rows"),
+    (lambda x, c, w: torch.complex(x[:, 0], x[:, 1]), r"gave torch.complex128 of shape \(\d,\) for \d rows: expected one real"),
+    (lambda x, c, w: x[:, 0].tolist(), r"gave a list for \d rows: expected metric"),
+    (lambda x, c, w: x[:, 0] * math.nan, r"gave NaN or an infinite value for \d rows"),
+    (divergence, r"failed on logits of shape \[2, 1, 40\] .*holds no answers or clean logits of a batch"),
+    (partial(divergence, clean=CLEAN_OF_BATCH[:2]), r"for two prompts alone and .* for both together: .*'neg_kl'"),
+    (lambda logits, tokens=ANSWERS_OF_BATCH: logits[:, -1].gather(1, tokens).mean(), r"failed on logits of shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_functions_that_are_no_metrics(bridge: Small, number: int) -> None:
+    """By every way to a metric: swept, estimated by gradients, of paths, in circuits over nodes and edges, scrubbed."""
+    metric, message = REFUSED[number]
+    model, pairs, sae = bridge.model, fixed_pairs(bridge), bridge.at(SITE)
+    head = fp.Node("blocks.0.attn.hook_z", "head", 0)
+    hypothesis = fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}})
+    options: dict[str, Any] = {"metric": metric, "progress": False}
+    for call in (
+        lambda: fp.rank_features(model, sae, pairs, **options),
+        lambda: fp.random_controls(model, sae, pairs, feature=0, position=3, n=2, **options),
+        lambda: fp.estimate_features(model, sae, pairs, **options),
+        lambda: fp.estimate_paths(model, pairs, senders=[head], receivers=["logits"], **options),
+        lambda: fp.find_circuit(model, pairs, nodes=[head], **options),
+        lambda: fp.find_circuit(model, pairs, over="edges", **options),
+        lambda: fp.scrub(model, pairs, hypothesis, metric=metric),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            call()
+
+
+def test_a_function_that_runs_out_of_memory_gets_fewer_rows(bridge: Small) -> None:
+    def wide(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
+        if len(logits) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits[:, list(correct)].mean(-1) - logits[:, list(wrong)].mean(-1)
+
+    one, other = (
+        fp.rank_components(bridge.model, fixed_pairs(bridge), sites="z", metric=metric, progress=False)
+        for metric in (wide, "logit_diff")
+    )
+    np.testing.assert_allclose(one.denoised, other.denoised, atol=1e-12)
+
+
+def test_names_of_functions_are_the_same_in_every_process(bridge: Small, tmp_path: Path) -> None:
+    """A journal is gone on with by the same partial function, made anew; modules go by their class."""
+
+    def made() -> Any:
+        def of(logits: torch.Tensor, right: int) -> torch.Tensor:
+            return logits[0, -1, right]
+
+        return partial(of, right=3)
+
+    options: dict[str, Any] = {"sites": "z", "journal": tmp_path / "journal", "progress": False}
+    first = fp.rank_components(bridge.model, fixed_pairs(bridge), metric=made(), **options)
+    written = (tmp_path / "journal").read_bytes()
+    again = fp.rank_components(bridge.model, fixed_pairs(bridge), metric=made(), **options)
+    assert (tmp_path / "journal").read_bytes() == written
+    np.testing.assert_array_equal(first.denoised, again.denoised)
+    assert fp.Effects.load(first.save(tmp_path / "table.safetensors")).metrics == ["of"]
+    assert metrics.find(Difference()).name == "Difference"
+
+
+def test_lists_of_metrics_are_those_that_the_function_accepts(bridge: Small) -> None:
+    """An unknown name, and what is offered in its place, which is then accepted."""
+    model, pairs, sae = bridge.model, pairs_of(bridge), bridge.at(SITE)
+    head = fp.Node("blocks.0.attn.hook_z", "head", 0)
+    paths: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "progress": False, "directions": ["denoising"]}
+    calls: list[Callable[[Any], Any]] = [
+        lambda metric: fp.rank_features(model, sae, pairs, metric=metric, positions=[3], progress=False),
+        lambda metric: fp.estimate_features(model, sae, pairs, metric=metric, directions=["denoising"], progress=False),
+        lambda metric: fp.rank_paths(model, pairs, metric=metric, **paths),
+        lambda metric: fp.estimate_paths(model, pairs, metric=metric, **paths),
+        lambda metric: fp.find_circuit(model, pairs, nodes=[head], metric=metric, progress=False),
+        lambda metric: fp.scrub(model, pairs, fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}}), metric=metric, draws=1),
+    ]
+    for call in calls:
+        with pytest.raises(fp.FeatpatchError, match="'f1' is unknown: expected one of") as caught:
+            call("f1")
+        offered = str(caught.value).split("expected one of ")[1].split(", or a function")[0].split(", ")
+        assert len(offered) >= 5
+        for name in {*metrics.MEASURES, *metrics.SEQUENCES} - {"accuracy"}:
+            if name in offered:
+                call(name)
+            else:
+                with pytest.raises(fp.FeatpatchError, match=f"{name}.*expected"):
+                    call(name)

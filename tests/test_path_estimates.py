@@ -17,7 +17,17 @@ import featpatch as fp
 STEP = 1e-5
 
 
-def slope(small: Small, edge: Any, slot: int, direction: str, route: str) -> float:
+def difference(small: Small, logits: torch.Tensor, slot: int) -> float:
+    return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
+
+
+def divergence(small: Small, logits: torch.Tensor, slot: int) -> float:
+    with torch.no_grad():
+        p = small.model(small.clean[[slot]])[0, -1].softmax(-1)
+    return float((p * (logits[-1].softmax(-1) / p).log()).sum())
+
+
+def slope(small: Small, edge: Any, slot: int, direction: str, route: str, measure: Any = difference) -> float:
     """Of the metric, when the sender is changed by a small share of its change."""
     runs = small.corrupted[slot], small.clean[slot]
     base, source = runs if direction == "denoising" else runs[::-1]
@@ -31,7 +41,7 @@ def slope(small: Small, edge: Any, slot: int, direction: str, route: str) -> flo
         part = path_oracle.End(sender.site, scaled, sender.reads, sender.moves)
         freeze = route == "direct" and not getattr(small.model.cfg, "attn_only", False)
         logits = path_oracle.path_patch(small.model, base, source, part, receiver, freeze_mlps=freeze)
-        found.append(oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot])))
+        found.append(measure(small, logits, slot))
     return (found[0] - found[1]) / (2 * STEP)
 
 
@@ -60,6 +70,20 @@ def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
             seen += abs(true) > 1e-4
             assert found[entry] - base[slot] == pytest.approx(true, abs=1e-6), (str(edge), direction)
     assert seen > 8
+
+
+def test_the_divergence_of_denoising(small: Small) -> None:
+    """By the slope at the corrupted run; noising is refused."""
+    senders = [fp.Node(Z.format(0), "head", n) for n in range(2)]
+    run: dict[str, Any] = {"senders": senders, "receivers": [fp.Node(MLP.format(1), "activation"), fp.LOGITS], **OPTIONS}
+    found = fp.estimate_paths(small.model, pairs_of(small), metric="neg_kl", directions=["denoising"], **run)
+    for entry in range(len(found.row)):
+        edge, slot = found.nodes[found.row[entry]], int(found.pair[entry])
+        true = slope(small, edge, slot, "denoising", "direct", divergence)
+        assert found.denoised[entry] - found.corrupted[slot] == pytest.approx(true, abs=1e-6), str(edge)
+    assert np.abs(found.denoised - found.corrupted[found.pair]).max() > 1e-4
+    with pytest.raises(fp.FeatpatchError, match="its gradient is zero at the clean run"):
+        fp.estimate_paths(small.model, pairs_of(small), metric="neg_kl", **run)
 
 
 @pytest.mark.usefixtures("wide")

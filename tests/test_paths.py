@@ -202,7 +202,7 @@ def test_errors(small: Small) -> None:
         ({"senders": [fp.Node(MLP.format(0), "activation", None, "all", "invented")]}, "names the SAE 'invented'"),
         ({"receivers": "abc"}, "receivers='abc': expected nodes in a list"),
         ({"route": "around"}, "route='around': expected one of direct, through_mlps"),
-        ({"metric": "sequence_log_prob"}, "reads whole answers"),
+        ({"metric": "sequence_log_prob"}, "is not supported for paths, .* expected one of logit_diff"),
     ):  # fmt: skip
         options: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "saes": None, **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -1,5 +1,6 @@
 """A right hypothesis about a circuit by hand keeps the behaviour, wrong ones lose it."""
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,14 @@ import torch
 from architectures import BRIDGES, HOOKED
 from circuits_by_hand import BOS, induction
 from small import Small, small_bridge, small_hooked
+from test_circuits import ANSWERS, long_pairs
 from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.circuits import EdgeGraph
 from featpatch.circuits.scrubbing import _Run
 from featpatch.lens import wrap
-from featpatch.metrics import find
+from featpatch.patching.study.readings import readout
 
 EMBED = fp.Node("hook_embed", "activation")
 LENGTH = 8
@@ -100,7 +102,7 @@ def test_right_and_wrong_hypotheses() -> None:
 def test_everything_in_the_hypothesis_is_the_model(make: Any) -> None:
     """Labels that only the prompt itself has, all senders important, down to the embedding: nothing changes."""
     small = make()
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
                if receiver == fp.LOGITS or ".0." in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
@@ -128,7 +130,7 @@ def test_every_receiver_in_every_kind_of_block(name: str) -> None:
     kind, _, which = name.partition(" ")
     model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", readout("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
                if receiver == fp.LOGITS or ".0.attn.hook_k" in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
@@ -152,7 +154,7 @@ def test_bad_hypotheses() -> None:
 def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
     """A shared key from random prompts moves the second of its heads as well as the first."""
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", find("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     run = _Run(
         graph,
@@ -164,3 +166,60 @@ def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
         assert (output - run.written[z(2, head)]).abs().max() > 1e-6
     for head in (0, 1):
         torch.testing.assert_close(run._output(z(2, head), np.arange(3), run.hypothesis.parents), run.written[z(2, head)])
+
+
+def scrubbed_by_neighbours(small: Small, pairs: fp.Pairs, metric: str, monkeypatch: pytest.MonkeyPatch) -> fp.circuits.Scrubbed:
+    """Everything that writes to the logits comes from the pair after this one, as if that had been drawn."""
+    monkeypatch.setattr(_Run, "_agreeing", lambda self, label, rows: np.roll(rows, -1))
+    graph = EdgeGraph(wrap(small.model), pairs, "corrupted", readout(metric))
+    parents = {fp.LOGITS: dict.fromkeys(graph.senders(fp.LOGITS), lambda pair: 0)}
+    return fp.scrub(small.model, pairs, fp.Hypothesis(parents), metric=metric, draws=2)
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_the_divergence(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of plain runs of other prompts."""
+    small = make()
+    found = scrubbed_by_neighbours(small, pairs_of(small), "neg_kl", monkeypatch)
+    with torch.no_grad():
+        p = small.model(small.clean)[:, -1].softmax(-1)
+    np.testing.assert_allclose(found.values, -(p * (p / p.roll(-1, 0)).log()).sum(-1), atol=1e-9)
+    assert found.whole.tolist() == [0.0, 0.0, 0.0]
+    assert found.recovered == pytest.approx(1 - found.values.mean() / found.chance.mean())
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_whole_answers(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair's own answers behind the prompts that are drawn, in plain runs of the model."""
+    small = make()
+    pairs = long_pairs(small)
+    found = scrubbed_by_neighbours(small, pairs, "sequence_log_prob_diff", monkeypatch)
+    for values, shift in ((found.values, 1), (found.whole, 0)):
+        for slot in range(3):
+            sides = []
+            for side in ANSWERS[slot]:
+                total = 0.0
+                for answer in side:
+                    run = torch.cat([small.clean[(slot + shift) % 3], torch.tensor(answer[:-1], dtype=torch.long)])
+                    with torch.no_grad():
+                        log_p = small.model(run[None])[0, 6:].log_softmax(-1)
+                    total += float(torch.exp(sum(log_p[place, token] for place, token in enumerate(answer))))
+                sides.append(np.log(total))
+            assert values[slot] == pytest.approx(sides[0] - sides[1], abs=1e-9)
+
+
+def test_what_is_drawn_does_not_depend_on_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens of all answers see the same prompts."""
+    small, agreeing, drawn = small_hooked(), _Run._agreeing, defaultdict(list)
+
+    def noted(self: _Run, label: Any, rows: Any) -> Any:
+        found = agreeing(self, label, rows)
+        drawn[self.behind].append(found.tolist())
+        return found
+
+    monkeypatch.setattr(_Run, "_agreeing", noted)
+    hypothesis = fp.Hypothesis({fp.LOGITS: {z(1, 2): lambda pair: 0, z(1, 0): len}})
+    fp.scrub(small.model, long_pairs(small), hypothesis, metric="sequence_log_prob", draws=4)
+    assert set(drawn) == {(), (3,), (12,), (7,), (7, 7)}
+    assert all(found == drawn[()] for found in drawn.values())
+    assert len({tuple(rows) for rows in drawn[()]}) > 2

@@ -24,7 +24,7 @@ def estimation_time(
 ) -> float | None:
     """Seconds that `estimate_features` will take, from a few pairs, run once to warm up and once to measure.
 
-    None for a metric that has no gradient.
+    None where the metric has no gradient, or one of zero.
     """
     parts = [FeaturePart(dictionary) for dictionary in dictionaries(wrap(model), saes)]
     some, seconds = pairs[:PAIRS], 0.0
@@ -32,7 +32,8 @@ def estimation_time(
         for _ in range(2):
             start = time.perf_counter()
             gradients = Gradients(model, some, metric=metric, keep=False)
-            deque(by_pair(gradients, parts, [spans(pair, positions) for pair in some], directions), maxlen=0)
+            ways = gradients.check_directions(directions)
+            deque(by_pair(gradients, parts, [spans(pair, positions) for pair in some], ways), maxlen=0)
             seconds = time.perf_counter() - start
     except FeatpatchError:
         return None

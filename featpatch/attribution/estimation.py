@@ -15,7 +15,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens import provenance
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions, Wanted, spans
-from featpatch.patch import Direction, Node, check_directions
+from featpatch.patch import Direction, Node
 
 
 def estimated(
@@ -38,7 +38,7 @@ def estimated(
         raise FeatpatchError(
             "gradients are of another model or of other pairs: expected fp.Gradients(model, pairs, ...) of these"
         )
-    ways, wanted = check_directions(directions), [spans(pair, positions) for pair in pairs]
+    ways, wanted = gradients.check_directions(directions), [spans(pair, positions) for pair in pairs]
     clean, corrupted = np.zeros((2, len(pairs), 1))
     unsigned = gradients.method == "grad_drop"
     found: dict[int, dict[Direction, dict[Node, float]]] = {}

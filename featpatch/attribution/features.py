@@ -48,7 +48,8 @@ def estimate_features(
             all sites. `"grad_drop"`: a pass per block of the model, a size without sign (`metadata["unsigned"]`).
         steps: points of the midpoint rule.
         gradients: what an `fp.Gradients` of this model and these pairs has kept; metric, method and steps are then its own.
-        metric: a differentiable one; not `"neg_kl"`, whose gradient at the clean run is zero.
+        metric: a differentiable one. The gradient of `"neg_kl"` is zero at the clean run, where `"atp"` and `"grad_drop"` take
+            it for noising: use them for denoising alone, or `"ig"` or `"eap_ig_inputs"`.
         model, saes, pairs, positions, directions, progress: as in `rank_features`.
 
     Returns:

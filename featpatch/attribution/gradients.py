@@ -10,15 +10,19 @@ from featpatch import sites as hooks
 from featpatch.attribution.methods import INPUT, METHODS, Runs, Taken
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import Dictionary, Split, check_tokens, wrap
-from featpatch.metrics import SEQUENCES, Metric, find
+from featpatch.metrics import MEASURES, Metric, find
 from featpatch.pairs import Pair, Pairs, check_pairs
-from featpatch.patch import DIRECTIONS, Direction
+from featpatch.patch import DIRECTIONS, Direction, check_directions
 
 TOKENS_AT_ONCE = 1024
 """Tokens that go through the model together."""
 
 Activations = Mapping[str, torch.Tensor]
 """`[pos, ...]` by hook."""
+
+ACCEPTED = tuple(name for name in MEASURES if name not in ("neg_rank", "accuracy"))
+"""Metrics with a gradient."""
+USE = "in estimates, which take a gradient, of the logits at one token (rank_features and its like measure any metric exactly)"
 
 SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
 """A run is called by the direction that patches it; the source of one direction is the base of the other."""
@@ -76,7 +80,7 @@ class Gradients:
         fp.estimate_features(model, another_sae, pairs, gradients=gradients)
 
     Args:
-        metric: a differentiable one; not `"neg_kl"`, whose gradient at the clean run is zero.
+        metric: a differentiable one; see `estimate_features` for `"neg_kl"`.
         method: `"atp"`, `"ig"`, `"eap_ig_inputs"` or `"grad_drop"`; see `estimate_features`.
         steps: points of the midpoint rule, of `"ig"` and `"eap_ig_inputs"`.
         keep: whether what was taken stays in memory, on the model's device.
@@ -97,19 +101,13 @@ class Gradients:
     ) -> None:
         if not isinstance(metric, str) and not callable(metric):
             raise FeatpatchError(f"metric={metric!r}: expected one name or function to estimate with")
-        if metric in SEQUENCES:
-            raise FeatpatchError(f"metric {metric!r} is of whole answers: expected one of a single token to estimate with")
         self.pairs = check_pairs(pairs)
-        self.measure, self.method, self.steps = find(metric), method, steps
+        self.measure, self.method, self.steps = find(metric, ACCEPTED, USE), method, steps
         check_numbers(1, steps=steps)
         if method not in METHODS:
             raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-        if self.measure.needs == "clean":
-            raise FeatpatchError(
-                f"metric {self.measure.name!r} has a gradient of zero at the clean run: expected another one to estimate with"
-            )
         for index, pair in enumerate(pairs):
-            if not pair.correct:
+            if not pair.correct and self.measure.needs != "clean":
                 raise FeatpatchError(
                     f"pair {index}: its answers {pair.answers} are sequences, and {self.measure.name} reads one token: "
                     "expected answers of one token; measure whole answers exactly, by rank_features"
@@ -120,6 +118,21 @@ class Gradients:
         check_tokens(pairs, self.lens)
         self._keep, self._state = keep, None  # type: bool, object
         self._kept: dict[tuple[int, ...], _Batch] = {}
+
+    def check_directions(self, directions: Sequence[Direction]) -> tuple[Direction, ...]:
+        """The directions, checked.
+
+        Raises:
+            FeatpatchError: unknown ones, or noising by the gradient of `"neg_kl"` at the clean run, which is zero.
+        """
+        ways = check_directions(directions)
+        if "noising" in ways and self.measure.needs == "clean" and self.method in ("atp", "grad_drop"):
+            raise FeatpatchError(
+                f"metric {self.measure.name!r} with method={self.method!r} and directions={list(ways)}: its gradient is zero "
+                "at the clean run, where noising takes it; expected directions=['denoising'], or, for features and "
+                "components, method='ig' or 'eap_ig_inputs'; exact effects need no gradient"
+            )
+        return ways
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
         """Every pair with the activations at `reads` and `sites`, and the gradients at `sites`; equally long ones together."""
@@ -145,6 +158,7 @@ class _Batch:
     activations: dict[Direction, dict[str, torch.Tensor]] = field(default_factory=lambda: {way: {} for way in DIRECTIONS})
     gradients: dict[Direction, dict[str, torch.Tensor]] = field(default_factory=lambda: {way: {} for way in DIRECTIONS})
     ends: dict[Direction, dict[str, torch.Tensor]] = field(default_factory=lambda: {way: {} for way in DIRECTIONS})
+    clean: Sequence[torch.Tensor] = ()
 
     def take(self, reads: Sequence[str], sites: Sequence[str]) -> None:
         """What is not there yet."""
@@ -158,9 +172,9 @@ class _Batch:
                 self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
                 continue
             found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
-            if not torch.isfinite(found.values).all() or not all(torch.isfinite(g).all() for g in found.gradients.values()):
+            if not all(torch.isfinite(g).all() for g in found.gradients.values()):
                 raise FeatpatchError(
-                    f"{self.of.measure.name} or its gradient is NaN or infinite: expected finite numbers; check the metric"
+                    f"the gradient of {self.of.measure.name} is NaN or infinite: expected finite numbers; check the metric"
                 )
             self.values[direction] = found.values
             self.activations[direction].update(found.activations)
@@ -188,21 +202,26 @@ class _Batch:
         tokens = torch.tensor([pair.corrupted if direction == "denoising" else pair.clean for pair in pairs])
         answers = torch.tensor([pair.answer_position for pair in pairs])
 
+        clean = self._clean() if self.of.measure.needs == "clean" else [None] * len(pairs)
+
         def measure(logits: torch.Tensor) -> torch.Tensor:
-            """Each row's metric, of its own answers."""
+            """Each row's metric, of its own answers or clean run."""
             values = []
-            for row, pair in zip(logits, pairs, strict=True):
+            for row, pair, of_clean in zip(logits, pairs, clean, strict=True):
                 columns = self.of.measure.columns(pair.correct, pair.wrong)
                 read = row if columns is None else row[list(columns)]
-                value = self.of.measure.raw(read[None], pair.correct, pair.wrong)
-                if not isinstance(value, torch.Tensor) or value.shape != (1,):
-                    raise FeatpatchError(
-                        f"metric {self.of.measure.name!r} gave {value!r}: expected a tensor, one value per row"
-                    )
-                values.append(value)
+                values.append(self.of.measure.of(read[None], pair.correct, pair.wrong, of_clean))
             return torch.cat(values)
 
         return Runs(self.of.lens, tokens, answers, measure)
+
+    def _clean(self) -> Sequence[torch.Tensor]:
+        """The logits of the clean runs, `[1, d_vocab]` each."""
+        if not self.clean:
+            pairs = [self.of.pairs[index] for index in self.some]
+            answers = torch.tensor([pair.answer_position for pair in pairs])
+            self.clean = self.of.lens.answer(torch.tensor([pair.clean for pair in pairs]), answers).detach().split(1)
+        return self.clean
 
     def __iter__(self) -> Iterator[PairGradients]:
         for slot, index in enumerate(self.some):

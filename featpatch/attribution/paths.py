@@ -27,7 +27,7 @@ from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries_if_any, p
 from featpatch.metrics import Metric
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import spans
-from featpatch.patch import DIRECTIONS, Direction, Edge, Node, check_directions
+from featpatch.patch import DIRECTIONS, Direction, Edge, Node
 
 
 def estimate_paths(
@@ -51,7 +51,7 @@ def estimate_paths(
     Args:
         gradients: what an `fp.Gradients` of this model and these pairs, of method `"atp"`, has kept.
         model, pairs, saes, senders, receivers, route, directions, progress: as in `rank_paths`; no error terms as receivers.
-        metric: a differentiable one.
+        metric: a differentiable one; `"neg_kl"` for denoising alone.
 
     Raises:
         FeatpatchError: unusable input.
@@ -67,7 +67,7 @@ def estimate_paths(
     receiving = [Receiving.of(lens, node, found) for node in ends]
     if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
         raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
-    ways, parts = check_directions(directions), _parts(lens, sending, found)
+    ways, parts = source.check_directions(directions), _parts(lens, sending, found)
     wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
     inside += [sites.component(layer, "attn_out") for layer in range(lens.n_layers)]

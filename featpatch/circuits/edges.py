@@ -86,8 +86,7 @@ class EdgeGraph(Graph):
             FeatpatchError: what heads add to the stream goes through a norm, or a block of another form.
         """
         super().check()
-        found = self.values([self.items])[0]
-        size = max(np.abs(self.whole).max(), np.abs(found).max(), 1e-30)
+        found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
         if not np.abs(found - self.whole).max() <= TOLERANCE * size:
             raise FeatpatchError(
                 f"the model's parts add up to a metric of {found.mean():.6g}, and the model has {self.whole.mean():.6g}: "
@@ -149,6 +148,14 @@ class EdgeGraph(Graph):
 
     def estimates(self) -> NDArray[np.float64]:
         """What the mean metric loses with each edge, estimated by its gradient in the whole model, `[items]`."""
+        if self.reads_clean:
+            raise FeatpatchError(
+                f"metric {self.name!r} has a gradient of zero in the whole model, the clean run: expected scores='exact', or "
+                "another metric to estimate with"
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            runs = self.whole_runs.clone().requires_grad_()
+            (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
         total = np.zeros(len(self.items))
         for some in self._groups():
             with torch.inference_mode(False), torch.enable_grad():
@@ -156,20 +163,20 @@ class EdgeGraph(Graph):
                 values = self._run(kept, some)
                 if not values.requires_grad:
                     raise FeatpatchError(
-                        f"metric {self.measure.name} has no gradient: expected a differentiable one to estimate with"
+                        f"metric {self.name} has no gradient: expected scores='exact', or a differentiable one to estimate with"
                     )
-                (gradient,) = torch.autograd.grad(values.sum(), kept)
+                (gradient,) = torch.autograd.grad((values * weights[some].to(values)).sum(), kept)
             total += gradient[0].double().cpu().numpy()
         return total / len(self.pairs)
 
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        tokens = torch.tensor([self.pairs[index].clean for index in some])
-        answers = torch.tensor([self.pairs[index].answer_position for index in some])
+        tokens = torch.tensor([self.runs[index].clean for index in some])
+        answers = torch.tensor([self.runs[index].answer_position for index in some])
         with torch.no_grad():
             if some[0] not in self._outside:
-                where = {place: cut.where(self.pairs, some) for place, cut in self.cuts.items()}
+                where = {place: cut.where(self.runs, some) for place, cut in self.cuts.items()}
                 self._where[some[0]] = where
-                other = _Run(prompts(self.pairs, some, self.to), where)
+                other = _Run(prompts(self.runs, some, self.to), where)
                 self._pass(other)
                 self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
         final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], self._active(kept)))

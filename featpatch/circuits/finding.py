@@ -15,9 +15,10 @@ from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, ch
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, check_nodes, dictionaries_if_any, provenance, wrap
-from featpatch.metrics import Metric, find
+from featpatch.metrics import Metric
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Node
+from featpatch.patching.study.readings import readout
 
 Method = Literal["threshold", "greedy", "acdc"]
 
@@ -59,7 +60,9 @@ def find_circuit(
         to: what the outside is set to: `"corrupted"`, `"mean"` or `"resample"` (of the clean runs of equally long pairs).
         errors: error terms are all kept (`"in"`), all ablated (`"out"`), or nodes like others (`"nodes"`). For edges `"in"`
             means in the rest.
-        metric: one that reads the answers' single tokens; differentiable for estimates.
+        metric: one; differentiable for estimates, and not `"neg_kl"` there, whose gradient is zero in the whole model. Answers
+            of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) stand behind both prompts, and the outside is
+            ablated at their tokens too.
         progress: whether to show a progress bar.
 
     Returns:
@@ -80,16 +83,14 @@ def find_circuit(
         raise FeatpatchError("over='edges' with nodes or saes alone: expected both, for edges of features, or neither")
     if over == "nodes" and nodes is None:
         raise FeatpatchError("over='nodes' without nodes: expected candidates, e.g. nodes=effects.top(50), or over='edges'")
-    if not isinstance(metric, str) and not callable(metric):
-        raise FeatpatchError(f"metric={metric!r}: expected one name or function")
-    lens, measure = wrap(model), find(metric)
+    lens, read = wrap(model), readout(metric, single=True)
     graph: Graph
     found = dictionaries_if_any(lens, saes)
     candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
     if over == "nodes":
-        graph = NodeGraph(lens, pairs, to, measure, candidates, dictionaries=found, errors=errors)
+        graph = NodeGraph(lens, pairs, to, read, candidates, dictionaries=found, errors=errors)
     else:
-        graph = EdgeGraph(lens, pairs, to, measure, cuts=cuts(lens, candidates, found))
+        graph = EdgeGraph(lens, pairs, to, read, cuts=cuts(lens, candidates, found))
     graph.check()
     graph.check_gap()
     if size is not None and size > len(graph.items):
@@ -110,7 +111,7 @@ def find_circuit(
         "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
     }  # fmt: skip
     metadata = {
-        **graph.about(), "method": method, "metric": measure.name, "outside": to, "scores": scores if len(ranked) else None,
+        **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
         "threshold": threshold or 0.01, "size": size, "target": target, **provenance(lens, pairs),
     }  # fmt: skip
     return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **options))

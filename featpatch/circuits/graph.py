@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from featpatch.circuits.outside import Outside, check_outside
 from featpatch.effects import check_gap
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens, check_tokens
-from featpatch.metrics import SEQUENCES, Measure
+from featpatch.lens import Lens
 from featpatch.pairs import Pairs
 from featpatch.patch import Node
+from featpatch.patching.study.readings import Reading, Readout, readings_of
 
 Array = NDArray[np.float64]
 
@@ -31,38 +31,42 @@ class Graph(ABC):
     """The clean runs of some pairs, in which what is not kept has other values.
 
     Attributes:
-        items: nodes, or edges.
         to: what the outside is set to.
+        read: what is measured, one metric.
+        items: nodes, or edges.
     """
 
     lens: Lens
     pairs: Pairs
     to: Outside
-    measure: Measure
+    read: Readout
     items: tuple[Node, ...] = ()
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)
+    _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Raises FeatpatchError for pairs that a circuit can't be found for."""
-        check_tokens(self.pairs, self.lens)
         check_outside(self.to, self.pairs)
-        if self.measure.needs == "clean" or self.measure.name in SEQUENCES or any(not pair.correct for pair in self.pairs):
-            raise FeatpatchError(f"metric {self.measure.name!r}: expected one of the answers' single tokens, for circuits")
+        if self.to != "corrupted" and any(reading.continuation for _, reading in self.readings):
+            raise FeatpatchError(
+                f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected to='corrupted', because the "
+                "other pairs' prompts are followed by other answers"
+            )
         self.lens.check_unhooked()
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
         """The metric of each pair with these items kept and the others ablated, for several choices of items, each run once."""
         masks = [self.mask(items) for items in kept]
         missing = [mask for mask in {mask.tobytes(): mask for mask in masks}.values() if mask.tobytes() not in self._known]
-        found = {mask.tobytes(): np.full(len(self.pairs), np.nan) for mask in missing}
+        found = {mask.tobytes(): np.full(len(self.runs), np.nan) for mask in missing}
         for group in self._groups():
-            size = max(1, TOKENS_AT_ONCE // (self.rows_of_one() * len(group) * len(self.pairs[group[0]])))
+            size = max(1, TOKENS_AT_ONCE // (self.rows_of_one() * len(group) * len(self.runs[group[0]])))
             parts = [missing[start : start + size] for start in range(0, len(missing), size)]
             for part in tqdm(parts, desc="ablating", unit="batch", disable=not progress or len(parts) < 2):
                 values = self.measured(torch.tensor(np.array(part)), group)
-                for mask, of_pairs in zip(part, values, strict=True):
-                    found[mask.tobytes()][group] = of_pairs.cpu().numpy()
-        self._known.update(found)
+                for mask, of_runs in zip(part, values, strict=True):
+                    found[mask.tobytes()][group] = of_runs.cpu().numpy()
+        self._known.update({mask: self.combined(torch.from_numpy(of_runs)).numpy() for mask, of_runs in found.items()})
         return np.array([self._known[mask.tobytes()] for mask in masks])
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
@@ -79,15 +83,57 @@ class Graph(ABC):
     def _numbers(self) -> dict[Node, int]:
         return {item: number for number, item in enumerate(self.items)}
 
+    @property
+    def name(self) -> str:
+        """Of the metric."""
+        return self.read.names[0]
+
+    @property
+    def reads_clean(self) -> bool:
+        """Whether the metric compares with the clean run, where its gradient is zero."""
+        return self.read.measures.reads_clean
+
     @cached_property
+    def readings(self) -> list[tuple[int, Reading]]:
+        """Where the metric is read, with the number of the pair, pair after pair."""
+        readings = readings_of(self.read, self.pairs, self.lens)
+        return [(index, reading) for index, of_pair in readings.items() for reading in of_pair]
+
+    @cached_property
+    def runs(self) -> Pairs:
+        """The pair of each reading, with the tokens that stand behind its prompts; labels are where they were."""
+        read = [(self.pairs[index], reading.continuation) for index, reading in self.readings]
+        return Pairs(
+            tuple(
+                replace(
+                    pair,
+                    clean=pair.clean + behind,
+                    corrupted=pair.corrupted + behind,
+                    answer_position=pair.answer_position + len(behind),
+                )
+                for pair, behind in read
+            )
+        )
+
+    def combined(self, values: Float[torch.Tensor, " runs"]) -> Float[torch.Tensor, " pairs"]:
+        """What the values of the runs say of each pair, with its gradient."""
+        counts = np.bincount([index for index, _ in self.readings]).tolist()
+        each = zip(self.pairs, values.split(counts), strict=True)
+        return torch.stack([self.read.combine(pair, of_pair[:, None, None])[0, 0] for pair, of_pair in each])
+
+    @cached_property
+    def whole_runs(self) -> Float[torch.Tensor, " runs"]:
+        """The metric of each run, unpatched."""
+        values = torch.zeros(len(self.runs), dtype=torch.float64)
+        for group in self._groups():
+            values[group] = self.metric_of(self._answers(group)[None], group)[0].cpu()
+        return values
+
+    @property
     def whole(self) -> Array:
         """The metric of each pair in the unpatched clean run."""
-        values = np.zeros(len(self.pairs))
-        for group in self._groups():
-            tokens = torch.tensor([self.pairs[index].clean for index in group])
-            answers = torch.tensor([self.pairs[index].answer_position for index in group])
-            values[group] = self.metric_of(self.lens.answer(tokens, answers)[None], group)[0].cpu().numpy()
-        return values
+        result: Array = self.combined(self.whole_runs).numpy()
+        return result
 
     @property
     def empty(self) -> Array:
@@ -102,17 +148,15 @@ class Graph(ABC):
 
     def check_gap(self) -> None:
         """Raises FeatpatchError where ablating everything leaves the metric about as it is."""
-        check_gap(self.measure.name, self.whole, self.empty)
+        check_gap(self.name, self.whole, self.empty)
 
     @abstractmethod
     def rows_of_one(self) -> int:
         """How many runs of a prompt one choice of items takes."""
 
     @abstractmethod
-    def measured(
-        self, kept: Bool[torch.Tensor, "circuits items"], some: Sequence[int]
-    ) -> Float[torch.Tensor, "circuits pairs"]:
-        """The metric of some equally long pairs."""
+    def measured(self, kept: Bool[torch.Tensor, "circuits items"], some: Sequence[int]) -> Float[torch.Tensor, "circuits runs"]:
+        """The metric of some equally long runs."""
 
     def users(self, receiver: Node) -> list[Node]:
         """The nodes that read through a receiver: the heads of a query, key or value, else the node itself."""
@@ -123,21 +167,23 @@ class Graph(ABC):
         """What to note of it with the results."""
 
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """Of logits `[circuits, pairs, d_vocab]`, `[circuits, pairs]`, with its gradient."""
+        """Of logits `[circuits, runs, d_vocab]`, `[circuits, runs]`, with its gradient."""
+        (measure,) = self.read.measures.parts
+        if self.reads_clean and some[0] not in self._clean:
+            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
         values = []
         for slot, index in enumerate(some):
-            pair = self.pairs[index]
-            columns = self.measure.columns(pair.correct, pair.wrong)
-            of_pair = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
-            value = self.measure.raw(of_pair, pair.correct, pair.wrong)
-            if not isinstance(value, torch.Tensor) or value.shape != (len(of_pair),) or not torch.isfinite(value).all():
-                raise FeatpatchError(
-                    f"metric {self.measure.name} gave {value!r} for {len(of_pair)} rows: expected a tensor with one finite "
-                    "value per row; check the metric"
-                )
-            values.append(value)
+            correct, wrong = self.readings[index][1].correct, self.readings[index][1].wrong
+            columns = measure.columns(correct, wrong)
+            of_run = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
+            values.append(measure.of(of_run, correct, wrong, self._clean.get(index)))
         return torch.stack(values, 1).double()
 
+    def _answers(self, some: Sequence[int]) -> torch.Tensor:
+        """The logits of some equally long runs, unpatched, `[runs, d_vocab]`."""
+        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        return self.lens.answer(torch.tensor([self.runs[index].clean for index in some]), answers)
+
     def _groups(self) -> list[list[int]]:
-        """Pairs that run together: equally long, all of a length, as some outsides need."""
-        return list(self.pairs.by_length().values())
+        """What runs together: equally long, all of a length, as some outsides need."""
+        return list(self.runs.by_length().values())

@@ -75,8 +75,8 @@ class NodeGraph(Graph):
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """One run of all circuits and pairs together."""
-        circuits, tokens = len(kept), torch.tensor([self.pairs[index].clean for index in some])
-        answers = torch.tensor([self.pairs[index].answer_position for index in some])
+        circuits, tokens = len(kept), torch.tensor([self.runs[index].clean for index in some])
+        answers = torch.tensor([self.runs[index].answer_position for index in some])
         others = self._outside(some)
         live: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
@@ -105,7 +105,7 @@ class NodeGraph(Graph):
         if some[0] not in self._others:
             used = self._used()
             hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *self._plain()]
-            read = self.lens.read(prompts(self.pairs, some, self.to), list(dict.fromkeys(hooks)))
+            read = self.lens.read(prompts(self.runs, some, self.to), list(dict.fromkeys(hooks)))
             found: dict[str, Any] = {site: settled(read[site], self.to) for site in self._plain()}
             for dictionary in used:
                 split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
@@ -116,18 +116,18 @@ class NodeGraph(Graph):
 
     def _ablated(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool], count: int | None = None) -> Mask:
         """What is ablated of a site: all but what is kept, of its `count` features or heads, or of what has no index."""
-        ablated = torch.ones(len(kept), len(some), len(self.pairs[some[0]]), count or 1, dtype=torch.bool)
+        ablated = torch.ones(len(kept), len(some), len(self.runs[some[0]]), count or 1, dtype=torch.bool)
         for number, node in enumerate(self.items):
             if own(node) and (node.index is None) == (count is None):
                 for slot, index in enumerate(some):
-                    at = spans(self.pairs[index], [node.position])[node.position]
+                    at = spans(self.runs[index], [node.position])[node.position]
                     ablated[:, slot, at, node.index or 0] &= ~kept[:, number, None]
         return ablated
 
     def _errors(self, kept: torch.Tensor, some: Sequence[int], dictionary: Dictionary) -> Mask:
         if self.errors == "nodes":
             return self._ablated(kept, some, _of_sae(dictionary.name))
-        shape = len(kept), len(some), len(self.pairs[some[0]]), 1
+        shape = len(kept), len(some), len(self.runs[some[0]]), 1
         return torch.full(shape, self.errors == "out", dtype=torch.bool)
 
     def _coded(

@@ -18,9 +18,10 @@ from featpatch.circuits.edges import EMBEDDING, EdgeGraph
 from featpatch.effects import check_gap, interval
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import wrap
-from featpatch.metrics import Metric, find
+from featpatch.metrics import Metric
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import LOGITS, Node
+from featpatch.patching.study.readings import readout
 
 Label = Callable[[Pair], Hashable]
 """What of a clean prompt a node is said to depend on."""
@@ -72,6 +73,7 @@ def scrub(
         model: a TransformerBridge or a HookedTransformer, without hooks of yours and without norms behind heads and MLPs.
         pairs: whose clean prompts are resampled from, all equally long; many, so that labels are shared.
         hypothesis: what reads what, and what it depends on.
+        metric: one. An answer of several tokens stands behind all prompts that its pair's run is put together from.
         draws: how often everything is drawn anew.
 
     Raises:
@@ -84,25 +86,45 @@ def scrub(
     check_numbers(1, draws=draws)
     if len(pairs.by_length()) > 1:
         raise FeatpatchError(f"prompts have {sorted(pairs.by_length())} tokens: expected equally long ones for scrubbing")
-    graph = EdgeGraph(wrap(model), pairs, "corrupted", find(metric))
+    graph = EdgeGraph(wrap(model), pairs, "corrupted", readout(metric, single=True))
     graph.check()
-    run = _Run(graph, hypothesis, np.random.default_rng(seed))
-    everyone, rows = list(range(len(pairs))), np.arange(len(pairs))
+    behind = dict.fromkeys(reading.continuation for _, reading in graph.readings)
+    runs = {tokens: _Run(graph, hypothesis, np.random.default_rng(seed), tokens) for tokens in behind}
     values, chance = np.zeros(len(pairs)), np.zeros(len(pairs))
     for _ in range(draws):
-        values += graph.metric_of(run.logits(rows, hypothesis.parents)[None], everyone)[0].cpu().numpy() / draws
-        chance += graph.metric_of(run.logits(rows, {LOGITS: {}})[None], everyone)[0].cpu().numpy() / draws
-    check_gap(graph.measure.name, graph.whole, chance)
+        values += _measured(graph, runs, hypothesis.parents) / draws
+        chance += _measured(graph, runs, {LOGITS: {}}) / draws
+    check_gap(graph.name, graph.whole, chance)
     low, high = interval((values - chance)[None], graph.whole - chance)[0]
     recovered = float((values.mean() - chance.mean()) / (graph.whole.mean() - chance.mean()))
     return Scrubbed(values, graph.whole, chance, recovered, float(low), float(high))
 
 
+def _measured(
+    graph: EdgeGraph, runs: "Mapping[tuple[int, ...], _Run]", parents: Mapping[Node, Mapping[Node, Label]]
+) -> NDArray[np.float64]:
+    """The metric of each prompt in a scrubbed run; what stands behind the prompts makes no difference to what is drawn."""
+    values = torch.zeros(len(graph.readings), dtype=torch.float64)
+    for tokens, run in runs.items():
+        logits = run.logits(np.arange(len(graph.pairs)), parents)
+        some = [number for number, (_, reading) in enumerate(graph.readings) if reading.continuation == tokens]
+        values[some] = graph.metric_of(logits[[graph.readings[number][0] for number in some]][None], some)[0].cpu()
+    result: NDArray[np.float64] = graph.combined(values).numpy()
+    return result
+
+
 @dataclass(eq=False)
 class _Run:
+    """Prompts that are put together from one another.
+
+    Attributes:
+        behind: tokens that stand behind all of them.
+    """
+
     graph: EdgeGraph
     hypothesis: Hypothesis
     generator: np.random.Generator
+    behind: tuple[int, ...] = ()
     _alike: dict[Label, list[NDArray[np.int64]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -133,13 +155,13 @@ class _Run:
                 f"{str(next(iter(unread)))!r} is no part of what the logits read: expected a path to the logits"
             )
         with torch.no_grad():
-            self.tokens = torch.tensor([pair.clean for pair in self.graph.pairs])
+            self.tokens = torch.tensor([pair.clean + self.behind for pair in self.graph.pairs])
             self.written, self.always = self.graph.written(self.tokens)
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
         """Of the prompts, `[rows, d_vocab]`, with the final stream put together."""
-        answers = torch.tensor([pair.answer_position for pair in self.graph.pairs])
+        answers = torch.tensor([pair.answer_position + len(self.behind) for pair in self.graph.pairs])
         return self.graph.unembedded(self._input(LOGITS, rows, parents), self.tokens, answers)
 
     def _input(self, receiver: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:

@@ -37,5 +37,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in NO_MEMORY)
+    """Whether an exception, or what it was raised from, says that memory ran out, on a GPU or on the CPU."""
+    return any(
+        isinstance(one, (torch.OutOfMemoryError, MemoryError)) or any(words in str(one) for words in NO_MEMORY)
+        for one in (error, error.__cause__)
+    )

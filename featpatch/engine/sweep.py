@@ -130,7 +130,7 @@ class Sweep:
                 return torch.cat(
                     [self._measured(torch.cat([part for _, part in parts]), parts[0][0].block.run) for parts in groups]
                 )
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, FeatpatchError) as error:
                 if not out_of_memory(error):
                     raise
                 if patches == 1:

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import SEQUENCES, Measures, Metric, together
-from featpatch.pairs import Pair
+from featpatch.lens import Lens, check_tokens
+from featpatch.metrics import MEASURES, SEQUENCES, Measures, Metric, together
+from featpatch.pairs import Pair, Pairs
+from featpatch.pairs.each import each
 
 ByReading = Float[torch.Tensor, "readings patches engine_metrics"]
 Combined = Float[torch.Tensor, "patches metrics"]
@@ -109,6 +111,27 @@ Metrics = str | Metric | Sequence[str | Metric]
 
 Readout = AtAnswer | OfSequences
 
+ALL = (*MEASURES, *SEQUENCES)
+"""The names of all metrics."""
+
+
+def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
+    """The readings of every pair, whose tokens the model knows and has room for.
+
+    Raises:
+        FeatpatchError: answers that the metric doesn't read, unknown tokens, prompts that are too long, or answers behind the
+            prompt of a model that attends in both directions.
+    """
+    readings = dict(enumerate(each(read.readings, list(pairs))))
+    behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
+    check_tokens(pairs, lens, behind)
+    if any(any(of_pair) for of_pair in behind.values()) and not lens.causal:
+        raise FeatpatchError(
+            f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
+            "both directions: expected a causal model, or answers of one token"
+        )
+    return readings
+
 
 def leading(metric: Metrics) -> str | Metric:
     """The first of several metrics, whose table comes first."""
@@ -116,18 +139,24 @@ def leading(metric: Metrics) -> str | Metric:
     return metric if isinstance(metric, str) or callable(metric) else metric[0]
 
 
-def readout(metric: Metrics) -> Readout:
+def readout(metric: Metrics, accepted: Sequence[str] = ALL, use: str = "here", *, single: bool = False) -> Readout:
     """How to read a metric, or several together.
+
+    Args:
+        accepted, use: as in `metrics.find`.
+        single: whether only one is accepted.
 
     Raises:
         FeatpatchError: an unknown metric, none, two of one name, or sequence metrics beside others.
     """
+    if single and not isinstance(metric, str) and not callable(metric):
+        raise FeatpatchError(f"metric={metric!r}: expected one name or function")
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
     if not all(isinstance(name, str) or callable(name) for name in names):
         raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
-    whole = [name for name in names if name in SEQUENCES]
+    whole = [name for name in names if name in SEQUENCES and name in accepted]
     if not whole:
-        return AtAnswer(together(names))
+        return AtAnswer(together(names, accepted, use))
     if len(whole) < len(names) or len(set(names)) < len(names):
         raise FeatpatchError(
             f"metric={names}: expected each name once, and metrics of whole answers ({', '.join(SEQUENCES)}) by themselves, "

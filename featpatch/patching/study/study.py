@@ -29,16 +29,15 @@ from featpatch.engine import (
 )
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution import Executor, executor_of
-from featpatch.lens import Lens, check_tokens, provenance
+from featpatch.lens import Lens, provenance
 from featpatch.lens.transport import packed
 from featpatch.pairs import Pairs, check_pairs
-from featpatch.pairs.each import each
 from featpatch.pairs.spans import Positions, Wanted, spans
 from featpatch.patch import DIRECTIONS, Direction, check_directions
 from featpatch.patching.study.asked import Asked
 from featpatch.patching.study.noise import Noise
 from featpatch.patching.study.part import Part
-from featpatch.patching.study.readings import Reading, Readout, readout
+from featpatch.patching.study.readings import Reading, Readout, readings_of, readout
 from featpatch.patching.study.run import Contrast, Swap
 from featpatch.patching.study.runs import PairRuns, Runner, chunks
 from featpatch.patching.study.shards import made
@@ -93,14 +92,7 @@ class Study:
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
-        readings = dict(enumerate(each(read.readings, list(check_pairs(pairs)))))
-        behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
-        check_tokens(pairs, lens, behind)
-        if any(reading.continuation for of_pair in readings.values() for reading in of_pair) and not lens.causal:
-            raise FeatpatchError(
-                f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
-                "both directions: expected a causal model, or answers of one token"
-            )
+        readings = readings_of(read, check_pairs(pairs), lens)
         wanted = [spans(pair, asked.positions) for pair in pairs]
         if noise is None and not contrast.everywhere and lens.causal:
             _warn_of_the_unchanged(pairs, wanted)

@@ -4,7 +4,7 @@ Sign convention: larger means closer to the clean behaviour. So distances and ra
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -209,12 +209,12 @@ MEASURES = {
 }
 
 
-def find(metric: str | Metric, accepted: Sequence[str] = tuple(MEASURES), use: str = "here") -> Measure:
+def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = "here") -> Measure:
     """The metric of this name, or a function as a metric.
 
     Args:
-        accepted: the names that the caller knows what to do with.
-        use: what it does, and why with these alone.
+        refused: the names of metrics that the caller has no use for.
+        use: what the caller does, and why these do not serve.
 
     Raises:
         FeatpatchError: no metric has this name, or the function takes other arguments than a metric.
@@ -222,26 +222,27 @@ def find(metric: str | Metric, accepted: Sequence[str] = tuple(MEASURES), use: s
     if callable(metric):
         name = _name(metric)
         return Measure(name, partial(_called, metric, name, _reads_one_prompt(metric, name)), "vocabulary")
-    if not isinstance(metric, str) or metric not in MEASURES or metric not in accepted:
-        known = isinstance(metric, str) and metric in (*MEASURES, *SEQUENCES)
-        what = f"not supported {use}" if known else "unknown"
-        raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {', '.join(accepted)}, or a function {FORMS}")
+    if not isinstance(metric, str) or metric not in MEASURES or metric in refused:
+        every = (*MEASURES, *SEQUENCES)
+        what = f"not supported {use}" if metric in every else "unknown"
+        accepted = ", ".join(name for name in every if name not in refused)
+        raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}")
     return MEASURES[metric]
 
 
 def together(
-    metric: "str | Metric | Sequence[str | Metric]", accepted: Sequence[str] = tuple(MEASURES), use: str = "here"
+    metric: "str | Metric | Sequence[str | Metric]", refused: Collection[str] = SEQUENCES, use: str = "here"
 ) -> Measures:
     """One metric, or several.
 
     Args:
-        accepted, use: as in `find`.
+        refused, use: as in `find`.
 
     Raises:
         FeatpatchError: no metric, one that `find` refuses, or two of the same name.
     """
     several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
-    parts = tuple(find(one, accepted, use) for one in several)
+    parts = tuple(find(one, refused, use) for one in several)
     names = [part.name for part in parts]
     if not names or len(set(names)) < len(names):
         raise FeatpatchError(f"metric={names}: expected at least one, each name once; give functions names of their own")

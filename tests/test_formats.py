@@ -432,7 +432,7 @@ def test_a_layer_of_a_clt_is_recognised(bridge: Small, monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="model_from_pretrained_kwargs"):
         again = fp.load_sae(tmp_path / "saved")
     for each in (sae, again):
-        with pytest.raises(fp.FeatpatchError, match=r"one layer of a cross-layer transcoder .* CLTs. are not supported yet"):
+        with pytest.raises(fp.FeatpatchError, match=r"one layer of a cross-layer transcoder .*CLTs. are not supported yet"):
             fp.rank_features(bridge.model, each, pairs_of(bridge))
     for name in ("", "W_enc_1.safetensors", "W_enc_1"):
         with pytest.raises(fp.FeatpatchError, match=r"CLTs. are not supported yet"):

@@ -10,7 +10,7 @@ from featpatch import sites as hooks
 from featpatch.attribution.methods import INPUT, METHODS, Runs, Taken
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens import Dictionary, Split, check_tokens, wrap
-from featpatch.metrics import MEASURES, Metric, find
+from featpatch.metrics import SEQUENCES, Metric, find
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import DIRECTIONS, Direction, check_directions
 
@@ -20,8 +20,8 @@ TOKENS_AT_ONCE = 1024
 Activations = Mapping[str, torch.Tensor]
 """`[pos, ...]` by hook."""
 
-ACCEPTED = tuple(name for name in MEASURES if name not in ("neg_rank", "accuracy"))
-"""Metrics with a gradient."""
+WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
+"""Metrics without a gradient at the answer position."""
 USE = "in estimates, which take a gradient, of the logits at one token (rank_features and its like measure any metric exactly)"
 
 SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
@@ -102,7 +102,7 @@ class Gradients:
         if not isinstance(metric, str) and not callable(metric):
             raise FeatpatchError(f"metric={metric!r}: expected one name or function to estimate with")
         self.pairs = check_pairs(pairs)
-        self.measure, self.method, self.steps = find(metric, ACCEPTED, USE), method, steps
+        self.measure, self.method, self.steps = find(metric, WITHOUT_GRADIENT, USE), method, steps
         check_numbers(1, steps=steps)
         if method not in METHODS:
             raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")

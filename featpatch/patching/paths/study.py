@@ -8,7 +8,7 @@ from featpatch import sites
 from featpatch.effects import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import check_nodes, dictionaries_if_any, wrap
-from featpatch.metrics import MEASURES
+from featpatch.metrics import SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Edge, Node
 from featpatch.patching.paths.part import EdgePart
@@ -39,9 +39,7 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    readout(
-        asked.metric, tuple(MEASURES), "for paths, which freeze what lies between in the prompt, not in an answer behind it"
-    )
+    readout(asked.metric, SEQUENCES, "for paths, which freeze what lies between in the prompt, not in an answer behind it")
     lens = wrap(model)
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)

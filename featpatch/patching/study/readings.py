@@ -6,7 +6,7 @@ them, teacher-forced: the tokens before it stand behind the prompt, in the clean
     log p(a | prompt) = sum_i log p(a_i | prompt, a_1 ... a_(i-1))
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens, check_tokens
-from featpatch.metrics import MEASURES, SEQUENCES, Measures, Metric, together
+from featpatch.metrics import SEQUENCES, Measures, Metric, together
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.each import each
 
@@ -111,9 +111,6 @@ Metrics = str | Metric | Sequence[str | Metric]
 
 Readout = AtAnswer | OfSequences
 
-ALL = (*MEASURES, *SEQUENCES)
-"""The names of all metrics."""
-
 
 def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
     """The readings of every pair, whose tokens the model knows and has room for.
@@ -139,11 +136,11 @@ def leading(metric: Metrics) -> str | Metric:
     return metric if isinstance(metric, str) or callable(metric) else metric[0]
 
 
-def readout(metric: Metrics, accepted: Sequence[str] = ALL, use: str = "here", *, single: bool = False) -> Readout:
+def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
     """How to read a metric, or several together.
 
     Args:
-        accepted, use: as in `metrics.find`.
+        refused, use: as in `metrics.find`.
         single: whether only one is accepted.
 
     Raises:
@@ -154,9 +151,9 @@ def readout(metric: Metrics, accepted: Sequence[str] = ALL, use: str = "here", *
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
     if not all(isinstance(name, str) or callable(name) for name in names):
         raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
-    whole = [name for name in names if name in SEQUENCES and name in accepted]
+    whole = [name for name in names if name in SEQUENCES and name not in refused]
     if not whole:
-        return AtAnswer(together(names, accepted, use))
+        return AtAnswer(together(names, refused, use))
     if len(whole) < len(names) or len(set(names)) < len(names):
         raise FeatpatchError(
             f"metric={names}: expected each name once, and metrics of whole answers ({', '.join(SEQUENCES)}) by themselves, "

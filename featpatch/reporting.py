@@ -133,9 +133,10 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
 
 def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:
     facts = {"shown": f"pair {index}, where it matters most", "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs"}
-    if dictionary.behaviour.linear and sites.on_stream(dictionary.writes) and node.index is not None:
+    unembedding = lens.model.unembed.W_U
+    readable = dictionary.behaviour.linear and unembedding.dtype.is_floating_point
+    if readable and sites.on_stream(dictionary.writes) and node.index is not None:
         direction = dictionary.directions(torch.tensor([node.index]))[0]
-        unembedding = lens.model.unembed.W_U
         logits = direction.to(unembedding) @ unembedding
         for name, sign in (("raises", 1), ("lowers", -1)):
             best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()

@@ -1,11 +1,11 @@
 """Does a dictionary belong to this hook of this model? Measured on the prompts at hand, before anything is ranked.
 
-A dictionary that does not is told by its explained variance; then the same dictionary is tried at the other layers and on
-centred activations, so that the reason can be named.
+A dictionary that does not is told by its explained variance; then the same dictionary is tried at the other layers, at the
+other hooks of its block and on centred activations, so that the reason can be named.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, check_tokens, dictionaries, official_name, processing, wrap
-from featpatch.pairs import Pairs, check_pairs
+from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
 from featpatch.verdict import LESS, Check, Fit
@@ -65,7 +65,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Runs:
-    """Activations of some prompts at the hooks of the dictionaries in every layer; one entry per prompt.
+    """Activations of some prompts at all hooks where the dictionaries are tried; one entry per prompt.
 
     Attributes:
         activations: by hook, `[1, pos, d]`.
@@ -78,7 +78,11 @@ class Runs:
     @classmethod
     def of(cls, lens: Lens, found: list[Dictionary], pairs: Pairs) -> "Runs":
         """The first prompts, up to `POSITIONS` positions."""
-        hooks = sorted({hook for d in found for place in (d, *d.elsewhere(lens)) for hook in (place.reads, place.writes)})
+        own, others = (
+            sorted({hook for place in places for hook in (place.reads, place.writes)})
+            for places in (found, [place for dictionary in found for place in dictionary.elsewhere(lens)])
+        )
+        hooks = sorted({*own, *_readable(lens, pairs[0], others)})
         runs = cls({hook: [] for hook in hooks}, [])
         for pair in pairs:
             kept = torch.zeros(len(pair), dtype=torch.bool)
@@ -92,8 +96,9 @@ class Runs:
         return runs
 
     def fit(self, dictionary: Dictionary) -> bool:
-        """Whether the dictionary has the width of its hooks."""
-        widths = [self.activations[hook][0].shape[2] for hook in (dictionary.reads, dictionary.writes)]
+        """Whether the dictionary's hooks could be read and have its width."""
+        hooks = (dictionary.reads, dictionary.writes)
+        widths = [self.activations[hook][0].shape[2] for hook in hooks if hook in self.activations]
         return widths == [dictionary.codec.d_in, dictionary.codec.d_out]
 
     @property
@@ -102,15 +107,25 @@ class Runs:
         return sum(int(kept.sum()) for kept in self.kept)
 
 
+def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
+    """Those of the hooks that fire in every run and hold numbers."""
+    try:
+        lens.read(torch.tensor([pair.clean, pair.corrupted]), hooks)
+    except FeatpatchError:
+        half = len(hooks) // 2
+        return [] if not half else [*_readable(lens, pair, hooks[:half]), *_readable(lens, pair, hooks[half:])]
+    return hooks
+
+
 def _fit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
     here, whole_site = _explained(dictionary, runs), _whole_site(lens, dictionary, pairs)
     said = dictionary.training
-    rounding = max(ROUNDING, 16 * torch.finfo(next(lens.model.parameters()).dtype).eps)
+    rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
     if max(here.identity, whole_site) > rounding:
         misfit = f"all features and the error are not the whole activation (off by {max(here.identity, whole_site):.0e}): a bug"
     else:
         misfit = _misfit(lens, dictionary, runs, here.variance, done)
-    return Fit(
+    fit = Fit(
         dictionary=dictionary.name,
         identity=here.identity,
         whole_site=whole_site,
@@ -118,8 +133,9 @@ def _fit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Ite
         expected=said.explained_variance,
         l0=here.l0,
         misfit=misfit,
-        remarks=tuple(_remarks(lens, dictionary, pairs, done)),
+        remarks=(),
     )
+    return replace(fit, remarks=tuple(_remarks(lens, dictionary, pairs, done, short=fit.short and not misfit)))
 
 
 def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> Explained:
@@ -156,7 +172,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
     if here >= (GOOD if expected is None else expected - LESS):
         return ""
     better = [
-        (variance, f"the SAE of {moved.writes!r}")
+        (variance, f"the SAE of {moved.place}")
         for moved in dictionary.elsewhere(lens)
         if runs.fit(moved) and (variance := _tried(moved, runs)) is not None
     ]
@@ -165,10 +181,10 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
         better += [] if variance is None else [(variance, "trained on processed weights (center_writing_weights=True)")]
     best, what = max(better, default=(0.0, ""))
     if best >= NONE and 1 - best <= HALF * (1 - here):
-        return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the SAE of this hook and model"
+        return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the one of this hook and model"
     if (said.known and here < NONE) or (expected is not None and here < expected - NONE):
         other = _other_weights(dictionary, done)
-        return f"explains {here:.2f} of the variance, and no other layer is better: " + (
+        return f"explains {here:.2f} of the variance, and no other hook is better: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
             else "most likely trained on another model of this width, or scaled otherwise; check where it comes from"
@@ -201,7 +217,7 @@ def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
     return float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
 
 
-def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[str]) -> Iterable[str]:
+def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[str], *, short: bool) -> Iterable[str]:
     said = dictionary.training
     longest = max(len(pair) for pair in pairs)
     if said.context_size and longest > said.context_size:
@@ -211,6 +227,11 @@ def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[st
     other = _other_weights(dictionary, done)
     if other:
         yield other
+    if short:
+        yield (
+            "explains less than its configuration claims: check that it was rebuilt as what it was trained as (a threshold of "
+            "JumpReLU left out, k, normalisation), and try prompts more like those of its training"
+        )
     ours = official_name(str(lens.model.cfg.model_name))
     if said.model and ours and ours != official_name(said.model):
         yield f"its configuration names the model {said.model!r}"

@@ -38,9 +38,19 @@ class Fit:
         """In a few words."""
         if self.misfit:
             return "does not fit"
-        if self.expected is not None and self.explained_variance < self.expected - LESS:
+        if self.short:
             return "less than it claims"
         return "explains little" if self.explained_variance < LITTLE else "fits"
+
+    @property
+    def short(self) -> bool:
+        """Whether it explains less than its configuration claims, by more than `LESS`."""
+        return self.expected is not None and self.explained_variance < self.expected - LESS
+
+    @property
+    def ok(self) -> bool:
+        """Whether it fits as well as its configuration claims, if it claims anything."""
+        return not (self.misfit or self.short)
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,12 +69,14 @@ class Check:
     fits: tuple[Fit, ...]
 
     def __repr__(self) -> str:
+        claims = ["" if fit.expected is None else f" of a claimed {fit.expected:.2f}" for fit in self.fits]
         fits = [
-            f"{fit.dictionary}: {fit.verdict}, explains {fit.explained_variance:.2f}. {fit.misfit}".strip() for fit in self.fits
+            f"{fit.dictionary}: {fit.verdict}, explains {fit.explained_variance:.2f}{claim}. {fit.misfit}".strip()
+            for fit, claim in zip(self.fits, claims, strict=True)
         ]
         return "\n  ".join([f"check on {self.positions} positions of {self.model}, weights {self.weights}", *fits])
 
     @property
     def ok(self) -> bool:
-        """Whether every dictionary fits."""
-        return not any(fit.misfit for fit in self.fits)
+        """Whether every dictionary fits and explains as much as its configuration claims, within `LESS`."""
+        return all(fit.ok for fit in self.fits)

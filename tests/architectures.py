@@ -15,12 +15,20 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB, WIDTH, LAYERS, HEADS, D_HEAD = 40, 16, 3, 4, 4
@@ -42,6 +50,39 @@ def randomise(module: torch.nn.Module) -> None:
 def bridge(hugging_face: Any) -> Any:
     hugging_face = hugging_face.double().eval()
     randomise(hugging_face)
+    name, config = type(hugging_face).__name__, hugging_face.config
+    return build_bridge_from_module(hugging_face, name, hf_config=config, tokenizer=None, device="cpu")
+
+
+class Int8(torch.nn.Module):
+    """A linear map as bitsandbytes quantises it: weights, and each activation too, are rounded to 8 bits."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        weight, scale = self.rounded(linear.weight.detach())
+        self.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+        self.scale = torch.nn.Buffer(scale)
+
+    @staticmethod
+    def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return (x / scale).round(), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded, scale = self.rounded(x)
+        return torch.nn.functional.linear(rounded * scale, self.weight.to(x) * self.scale.to(x), self.bias)
+
+
+def quantised(hugging_face: Any) -> Any:
+    """A bridge to a model whose blocks are quantised."""
+    hugging_face = hugging_face.double().eval()
+    randomise(hugging_face)
+    for module in [*hugging_face.model.modules()]:
+        for name, child in [*module.named_children()]:
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Int8(child))
+    hugging_face.config.quantization_config = {"quant_method": "bitsandbytes"}
     name, config = type(hugging_face).__name__, hugging_face.config
     return build_bridge_from_module(hugging_face, name, hf_config=config, tokenizer=None, device="cpu")
 
@@ -72,6 +113,15 @@ BRIDGES: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: bridge(
         Gemma2ForCausalLM(Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0))),
     "gemma3": lambda: bridge(Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA))),
+}  # fmt: skip
+
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "olmo2": lambda: bridge(Olmo2ForCausalLM(Olmo2Config(**LLAMA))),
+    "olmoe": lambda: bridge(OlmoeForCausalLM(OlmoeConfig(**LLAMA, **EXPERTS, num_experts=4))),
+    "qwen3 moe": lambda: bridge(
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**LLAMA, **EXPERTS, head_dim=D_HEAD, num_experts=4, moe_intermediate_size=8))),
+    "gpt-oss": lambda: bridge(GptOssForCausalLM(GptOssConfig(**LLAMA, **EXPERTS, head_dim=D_HEAD, num_local_experts=4))),
 }  # fmt: skip
 
 ROTARY_RMS = {

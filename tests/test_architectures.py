@@ -9,7 +9,7 @@ import jaxtyping
 import oracle
 import pytest
 import torch
-from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, VOCAB, WIDTH, bridge, hooked
+from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, OTHERS, VOCAB, WIDTH, bridge, hooked, quantised
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from small import randomised
@@ -17,11 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
+from featpatch import sites
 from featpatch.engine import suffix
 from featpatch.engine.cost import plain_flops
 from featpatch.engine.plain import PlainPath
 from featpatch.engine.suffix import SuffixPath
 from featpatch.lens import UnsupportedError, wrap
+from featpatch.lens import dictionaries as dictionaries_of
 from featpatch.patching import Asked, feature_study
 
 EXACT = 1e-10
@@ -205,3 +207,130 @@ def test_the_self_check_sees_the_keys_and_values_of_the_base_run(monkeypatch: py
     model = BRIDGES["gpt2"]()
     with pytest.warns(fp.SlowPathWarning, match="the two differ by"):
         fp.rank_features(model, dictionaries(model)[0], pairs(VOCAB), progress=False)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_without_a_fast_path(name: str) -> None:
+    """Experts, and norms behind attention and MLP alone."""
+    model = OTHERS[name]()
+    oracle._activations.cache_clear()
+    check_entries(model, dictionaries(model)[::2], 1e-12, 40)
+
+
+def folded(kind: str, name: str) -> Any:
+    """With the weights of its norms folded into what reads them."""
+    model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
+    if kind == "bridge":
+        model.enable_compatibility_mode(disable_warnings=True, center_writing_weights=False)
+    else:
+        model.load_and_process_state_dict(model.state_dict(), center_writing_weights=False)
+    return model
+
+
+def reading(model: Any, name: str, **metadata: Any) -> str:
+    """The hook that an SAE reads whose configuration says this."""
+    sae = StandardSAE(StandardSAEConfig(WIDTH, 6, "float64", metadata=SAEMetadata(hook_name=name)))
+    for key, value in metadata.items():
+        setattr(sae.cfg.metadata, key, value)
+    return dictionaries_of(wrap(model), sae)[0].reads
+
+
+def values(model: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """By torch alone: activations by hook, what the MLP of block 1 reads, and the same in front of the norm's weight."""
+    read: list[torch.Tensor] = []
+    handle = model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    cache = oracle.activations(model, torch.tensor([[1, 7, 5, 20, 3]]))
+    handle.remove()
+    stream = cache["blocks.1.hook_resid_mid"]
+    if not (getattr(model.cfg, "uses_rms_norm", False) or str(model.cfg.normalization_type).startswith("RMS")):
+        stream = stream - stream.mean(-1, keepdim=True)
+    return cache, read[0], stream / stream.square().mean(-1, keepdim=True).sqrt()
+
+
+HF_NORM = {"hf_hook_name": "model.layers.1.pre_feedforward_layernorm.output"}
+RAW, FOLDED = ({"model_from_pretrained_kwargs": {"fold_ln": value}} for value in (False, True))
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("kind", "name"), [*(("bridge", n) for n in ("gpt2", "llama", "gemma2", "gemma3")),
+                                            *(("hooked", n) for n in ("gpt2", "llama", "gemma2"))])  # fmt: skip
+def test_a_hook_holds_what_the_dictionary_was_trained_on(kind: str, name: str) -> None:
+    """Where that is nowhere, it is refused. In front of a norm's weight folding changes nothing, behind it does."""
+    oracle._activations.cache_clear()
+    normed, behind = "blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_in"
+    raw = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
+    cache, read, in_front = values(raw)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(cache[reading(raw, normed)], in_front, **close)
+    assert (read - in_front).abs().max() > 0.1, "so that the two can be told apart"
+    if kind == "bridge":
+        for said in ({"name": "blocks.1.hook_mlp_in", **HF_NORM}, {"name": behind, **RAW}, {"name": behind}):
+            assert torch.equal(cache[reading(raw, **said)], read), said
+    else:
+        with pytest.raises(fp.FeatpatchError, match="none that holds the norm's output with its weight"):
+            reading(raw, "blocks.1.hook_mlp_in", **HF_NORM)
+    with pytest.raises(
+        fp.FeatpatchError, match="none that holds" if kind == "hooked" else r"processing=\['fold_ln'\], or set .*normalized"
+    ):
+        reading(raw, behind, **FOLDED)
+
+    oracle._activations.cache_clear()
+    model = folded(kind, name)
+    cache, read, in_front = values(model)
+    torch.testing.assert_close(cache[reading(model, normed)], in_front, **close)
+    torch.testing.assert_close(cache[reading(model, behind, **FOLDED)], read, **close)
+    torch.testing.assert_close(cache[reading(model, behind)], read, **close)
+    for said in ({"name": "blocks.1.hook_mlp_in", **HF_NORM}, {"name": behind, **RAW}, {"name": behind, "model_name": "it"}):
+        with pytest.raises(fp.FeatpatchError, match="trained behind the weight|none that holds the norm's output"):
+            reading(model, **said)
+
+
+@pytest.mark.parametrize(
+    ("path", "hook"),
+    [
+        ("model.layers.3.pre_feedforward_layernorm.output", "blocks.3.mlp.hook_in"),
+        ("model.language_model.layers.12.post_feedforward_layernorm.output", "blocks.12.hook_mlp_out"),
+        ("layers.0", "blocks.0.hook_resid_post"),
+        ("model.layers.3.self_attn.o_proj.input", "blocks.3.attn.hook_z"),
+        ("model.layers.3.post_attention_layernorm.output", None),
+        ("model.embed_tokens.output", None),
+        ("", None),
+    ],
+)
+def test_modules_of_hugging_face(path: str, hook: str | None) -> None:
+    assert sites.of_module(path) == hook
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama"])
+def test_an_sae_of_the_embedding(name: str) -> None:
+    """It is at the entry of the first block where nothing is added to the embedding."""
+    model = BRIDGES[name]()
+    oracle._activations.cache_clear()
+    cache = oracle.activations(model, torch.tensor([[1, 7, 5, 20, 3]]))
+    if name == "gpt2":
+        assert not torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
+        with pytest.raises(fp.FeatpatchError, match="'hook_embed', to which this model adds positions"):
+            reading(model, "hook_embed")
+    else:
+        assert reading(model, "hook_embed") == "blocks.0.hook_resid_pre"
+        assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
+
+
+@pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
+def test_quantised_weights_are_run_and_not_read() -> None:
+    """Everything that a forward pass is enough for is right; what needs the weights says so."""
+    model, drawn = quantised(LlamaForCausalLM(LlamaConfig(**LLAMA))), pairs(VOCAB)
+    oracle._activations.cache_clear()
+    sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre")
+    check_entries(model, [sae], 1e-5, 20)
+    assert fp.check(model, sae, drawn).weights == "as they are"
+    with pytest.raises(fp.FeatpatchError, match="MLP of layer 1 has quantised weights, which can be run and not read"):
+        fp.neurons(model, 1)
+    effects = fp.rank_features(model, sae, drawn, progress=False)
+    components = fp.rank_components(model, drawn, sites=["resid_pre", "attn_out", "z", "mlp_out"], progress=False)
+    writers = fp.compare(effects, components, model=model, saes=sae, pairs=drawn).writers
+    assert set(writers["kind"]) == {"activation"}, "heads can't be told apart without W_O"
+    with pytest.raises(fp.FeatpatchError, match=r"weights that are not quantised \(these are: bitsandbytes\)"):
+        fp.find_circuit(model, drawn, over="edges", progress=False)

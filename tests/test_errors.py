@@ -112,8 +112,22 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
         (lambda: sae_at("transformer.h.1"), r"such as blocks.0.hook_attn_out, blocks.0.hook_mlp_out, blocks.0.hook_resid_post"),
         (lambda: sae_at(SITE, 8), r"reads 8 values and the activation at 'blocks.1.hook_resid_pre' has 16: expected an SAE"),
         (lambda: sae_at("blocks.1.mlp.hook_post"), r"reads 16 values and the activation at .* has 32"),
-        (lambda: sae_at("blocks.1.hook_mlp_in"), r"hook 'blocks.1.hook_mlp_in' exists but did not fire: .*switched on"),
-        (lambda: sae_at("hook_embed"), r"site 'hook_embed' is not inside a block: expected .*choose"),
+        (
+            lambda: sae_at("blocks.1.hook_mlp_in"),
+            r"names the hook 'blocks.1.hook_mlp_in'.*set .*to 'blocks.1.hook_resid_mid' or to 'blocks.1.mlp.hook_in'",
+        ),
+        (
+            lambda: fp.identity(small_bridge().model, "blocks.1.hook_mlp_in"),
+            r"'blocks.1.hook_mlp_in' exists but did not fire: .*in front of the norm; what the MLP reads is at 'blocks.1.mlp.hook_in'",
+        ),
+        (
+            lambda: fp.identity(small_bridge().model, "blocks.1.hook_attn_in"),
+            r"'blocks.1.hook_attn_in' exists but did not fire: .*set_use_attn_in\(True\).*in front of the norm",
+        ),
+        (
+            lambda: sae_at("hook_embed"),
+            r"'hook_embed', to which this model adds positions.*'blocks.0.hook_resid_pre' holds the result",
+        ),
         (lambda: sae_at(SITE, normalize_activations="expected_average_only_in"), r"scale is not folded in.*call sae.fold"),
         (lambda: StandardSAE(StandardSAEConfig(WIDTH, FEATURES)), r"names no hook: set sae.cfg.metadata.hook_name"),
         (list, r"there are no SAEs: expected at least one"),

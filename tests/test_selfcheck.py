@@ -8,8 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
-from small import VOCAB, WIDTH, Small, at, small_bridge, small_hooked
+from architectures import BRIDGES
+from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
+from small import VOCAB, WIDTH, Small, at, randomised, small_bridge, small_hooked
 
 import featpatch as fp
 from featpatch import selfcheck
@@ -85,7 +86,7 @@ def test_a_dictionary_of_another_model_of_the_same_width() -> None:
     ours, theirs = small_bridge().model, small_hooked().model
     sae = fitted(theirs, HOOKS[0], model_name="theirs", explained_variance=0.97)
     (fit,) = fp.check(ours, sae, prompts()).fits
-    assert "no other layer is better" in fit.misfit
+    assert "no other hook is better" in fit.misfit
     assert "another model of this width" in fit.misfit
     assert any("names the model 'theirs'" in remark for remark in fit.remarks) == (not ours.cfg.model_name.startswith("/"))
 
@@ -121,6 +122,8 @@ def test_remarks(bridge: Small) -> None:
     assert fit.remarks == (
         "trained on 8 tokens at a time, the longest prompt has 9",
         "trained with BOS first, which some prompts lack",
+        "explains less than its configuration claims: check that it was rebuilt as what it was trained as (a threshold of "
+        "JumpReLU left out, k, normalisation), and try prompts more like those of its training",
     )
 
 
@@ -147,7 +150,7 @@ def test_a_place_that_explains_nothing_is_not_named(bridge: Small, monkeypatch: 
         sae = deepcopy(bridge.at(HOOKS[0]))
         sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_pre"
         (fit,) = fp.check(bridge.model, sae, prompts()).fits
-        assert "no other layer is better" in fit.misfit
+        assert "no other hook is better" in fit.misfit
         explained.append(fit.explained_variance)
     assert 1 - max(explained) < 0.9 * (1 - min(explained)), "so that one of them would be named"
 
@@ -213,3 +216,95 @@ def test_the_table(bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "does not fit" in printed
     assert "as the SAE of 'blocks.1.hook_resid_pre'" in " ".join(printed.split())
+
+
+def test_less_than_it_claims_is_not_ok() -> None:
+    """A JumpReLU SAE that was rebuilt as ReLU: features below their thresholds are let through."""
+    model = small_bridge().model
+    sae = fitted(model, HOOKS[0])
+    right = fp.check(model, sae, prompts()).fits[0].explained_variance
+    sae.cfg.metadata.explained_variance = right
+    assert fp.check(model, sae, prompts()).ok
+    sae.b_enc.data += 0.8 * float(
+        sae.encode(oracle.activations(model, torch.tensor([prompts()[0].clean]))[HOOKS[0]]).std().detach()
+    )
+    check = fp.check(model, sae, prompts())
+    (fit,) = check.fits
+    assert 0.5 < fit.explained_variance < right - 0.05, "else it would be a misfit, or as good as it claims"
+    assert (fit.verdict, fit.misfit, check.ok) == ("less than it claims", "", False)
+    assert f"less than it claims, explains {fit.explained_variance:.2f} of a claimed {right:.2f}" in repr(check)
+
+
+GEMMA_SCOPE_2 = {"hf_hook_name": "model.layers.1.pre_feedforward_layernorm.output"}
+NORMED, READ = "blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_in"
+
+
+def read_by_mlp(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """By torch alone."""
+    found: list[torch.Tensor] = []
+    handle = model.blocks[1].mlp.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    return found[0]
+
+
+def fitted_to_mlp(model: Any, name: str, x: torch.Tensor, y: torch.Tensor, **metadata: Any) -> Transcoder:
+    """Random features of rows `x`, decoded to rows `y` by least squares."""
+    config = TranscoderConfig(
+        WIDTH, 400, "float64", d_out=WIDTH, apply_b_dec_to_input=False, metadata=at(name, "blocks.1.hook_mlp_out")
+    )
+    transcoder = randomised(Transcoder(config), 3)
+    with torch.no_grad():
+        features = torch.cat([transcoder.encode(x), torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        solution = torch.linalg.lstsq(features, y).solution
+        transcoder.W_dec.copy_(solution[:-1])
+        transcoder.b_dec.copy_(solution[-1])
+    for key, value in metadata.items():
+        setattr(transcoder.cfg.metadata, key, value)
+    return transcoder
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_transcoders_of_gemma_scope(name: str) -> None:
+    """Gemma Scope 2 reads the norm's output, under the name of the stream in front of it; Gemma Scope 1 reads in front of its weight."""
+    model, pairs = BRIDGES[name](), prompts()[:4]
+    oracle._activations.cache_clear()
+    tokens = torch.randint(1, VOCAB, (150, 9), generator=torch.Generator().manual_seed(9))
+    runs = [oracle.activations(model, row[None]) for row in tokens]
+    x, y, normed = (
+        torch.cat(rows)
+        for rows in (
+            [read_by_mlp(model, row[None])[0] for row in tokens],
+            [run["blocks.1.hook_mlp_out"][0] for run in runs],
+            [run[NORMED][0] for run in runs],
+        )
+    )
+    stream = torch.cat([run["blocks.1.hook_resid_mid"][0] for run in runs])
+    torch.testing.assert_close(normed, stream / (stream.square().mean(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-9, atol=1e-9)
+
+    second = fitted_to_mlp(model, "blocks.1.hook_mlp_in", x, y, **GEMMA_SCOPE_2)
+    (fit,) = fp.check(model, second, pairs).fits
+    assert (fit.dictionary, fit.misfit) == (f"{READ} -> blocks.1.hook_mlp_out", "")
+    assert fit.explained_variance > 0.5
+    effects = fp.rank_features(model, second, pairs[:1], positions=[5], directions=["denoising"], progress=False)
+    named = deepcopy(second)
+    named.cfg.metadata.hook_name = READ
+    base, source = (torch.tensor([run]) for run in (pairs[0].corrupted, pairs[0].clean))
+    for node in effects.top(5, kind="feature").nodes:
+        logits = oracle.patched_logits(model, named, base, source, features=[node.index], positions=[5], error=False)
+        entry = int((effects.row == effects.nodes.index(node)).argmax())
+        assert abs(effects.denoised[entry] - oracle.logit_diff(logits, 3, 4)) < 1e-9, node
+
+    first = fitted_to_mlp(model, NORMED, normed, y)
+    (fit,) = fp.check(model, first, pairs).fits
+    assert (fit.dictionary, fit.misfit) == (f"{NORMED} -> blocks.1.hook_mlp_out", "")
+    assert fit.explained_variance > 0.5
+
+    for transcoder, wrong, right in ((first, READ, NORMED), (second, NORMED, READ)):
+        misnamed = deepcopy(transcoder)
+        misnamed.cfg.metadata.hook_name = wrong
+        check = fp.check(model, misnamed, pairs)
+        assert not check.ok
+        assert f"as the SAE of '{right}' -> 'blocks.1.hook_mlp_out'" in check.fits[0].misfit

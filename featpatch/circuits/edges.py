@@ -88,9 +88,16 @@ class EdgeGraph(Graph):
         super().check()
         found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
         if not np.abs(found - self.whole).max() <= TOLERANCE * size:
+            quantised = self.lens.quantised
+            expected = "heads and MLPs that write to the stream without a norm behind them"
+            if quantised:
+                expected = (
+                    f"weights that are not quantised (these are: {quantised}), since quantised ones round heads and their sum "
+                    "differently; load the model without quantization_config"
+                )
             raise FeatpatchError(
                 f"the model's parts add up to a metric of {found.mean():.6g}, and the model has {self.whole.mean():.6g}: "
-                "expected heads and MLPs that write to the stream without a norm behind them; find a circuit over nodes instead"
+                f"expected {expected}; find a circuit over nodes instead"
             )
 
     def receivers(self) -> list[Node]:

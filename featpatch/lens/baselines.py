@@ -45,7 +45,8 @@ def neurons(model: Any, layer: int) -> Adapted:
     """Every neuron of an MLP is a feature: read after the nonlinearity, written at `hook_mlp_out` through `W_out`.
 
     Raises:
-        FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it).
+        FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),
+            or whose weights are quantised.
     """
     reads, writes = f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out"
     tokens = torch.zeros(1, 1, dtype=torch.long)
@@ -55,6 +56,11 @@ def neurons(model: Any, layer: int) -> Adapted:
         weight, bias = mlp.W_out, mlp.b_out
         coder = _Affine(x.new_zeros(x.shape[1]), None, weight, y.new_zeros(y.shape[1]) if bias is None else bias)
         exact = torch.allclose(coder.decode(x), y, rtol=1e-2, atol=1e-2 * float(y.abs().max()))
+    except NotImplementedError as error:
+        raise FeatpatchError(
+            f"the MLP of layer {layer} has quantised weights, which can be run and not read: expected plain weights; "
+            f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
+        ) from error
     except (AttributeError, RuntimeError):
         exact = False
     if not exact:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.behaviour import Behaviour, gain, reference
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.codecs import kind_of
 from featpatch.lens.lens import Lens
 from featpatch.lens.training import Training
+from featpatch.lens.weights import folded, trivial_norms
 
 PROBED = 2**23
 """Feature values that are decoded together."""
@@ -78,13 +80,23 @@ class Dictionary:
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
-        """The same codec at the hooks of the same name in the other layers."""
+        """The same codec at the hooks of the same name in the other layers, and at the other hooks of its block."""
         hooks = [
-            [re.sub(r"^blocks\.\d+\.", f"blocks.{layer}.", hook) for hook in (self.reads, self.writes)]
-            for layer in range(lens.n_layers)
+            (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
+            for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
         ]
-        return [replace(self, reads=reads, writes=writes) for reads, writes in hooks
-                if (reads, writes) != (self.reads, self.writes) and {reads, writes} <= set(lens.hook_points)]  # fmt: skip
+        if self.reads == self.writes:
+            hooks += [(hook, hook) for hook in sites.beside(self.reads)]
+        else:
+            hooks += [(hook, self.writes) for hook in sites.beside(self.reads)]
+            hooks += [(self.reads, hook) for hook in sites.beside(self.writes)]
+        known = {(lens.site(reads), lens.site(writes)) for reads, writes in hooks if {reads, writes} <= set(lens.hook_points)}
+        return [replace(self, reads=reads, writes=writes) for reads, writes in sorted(known - {(self.reads, self.writes)})]
+
+    @property
+    def place(self) -> str:
+        """Its hooks, in words."""
+        return repr(self.writes) if self.reads == self.writes else f"{self.reads!r} -> {self.writes!r}"
 
     @property
     def d_sae(self) -> int:
@@ -186,15 +198,18 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         saes: one object of a kind in `codecs/`, or several; several may share a hook. A dictionary is taken as it is.
 
     Raises:
-        FeatpatchError: an SAE names no hook or one that the model lacks, has another width than the activation there,
-            or codes a position together with what it must not see.
+        FeatpatchError: an SAE names no hook, one that the model lacks, or one that holds something else than what it was
+            trained on; has another width than the activation there, or codes a position together with what it must not see.
     """
     if isinstance(saes, Dictionary):
         return [saes]
     saes = several(saes)
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one sae-lens SAE or transcoder")
-    kinds = [(codec, lens.site(reads), lens.site(writes)) for codec, reads, writes in map(kind_of, saes)]
+    kinds = [
+        (kind, _hook(lens, Training.of(sae), reads), _hook(lens, Training.of(sae), writes))
+        for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
+    ]
     shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
     like = next(lens.model.parameters())
     made: list[Dictionary] = []
@@ -219,6 +234,62 @@ def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
 def several(saes: Any) -> list[Any]:
     """One dictionary, or several, as a list; a name is one, and so are an SAE, which sae-lens lets iterate, and a mapping."""
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
+
+
+def _hook(lens: Lens, said: Training, name: str) -> str:
+    """The hook of the model that holds what a dictionary was trained on, where its configuration gives this name.
+
+    Raises:
+        FeatpatchError: none does, or the name can mean two things.
+    """
+    if said.known and sites.is_mlp_in(name):
+        if said.module is None:
+            layer = sites.layer_of(name)
+            stream = sites.component(layer, "resid_mid")
+            stream = stream if stream in lens.hook_points else sites.resid_pre(layer)
+            raise FeatpatchError(
+                f"the SAE names the hook {name!r}, to TransformerLens the stream in front of the norm, to transcoders of Gemma "
+                "Scope 2 the norm's output, and its metadata has no hf_hook_name that tells which: expected another name; "
+                f"set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
+            )
+        name = said.module
+    if name == sites.EMBEDDING and name in lens.hook_points:
+        return _embedding(lens)
+    return _behind_norm(lens, said, name) if sites.behind_norm(name) else lens.site(name)
+
+
+def _embedding(lens: Lens) -> str:
+    """The entry of the first block, where that is the embedding."""
+    entry = sites.resid_pre(0)
+    both = lens.read(torch.tensor([[0, 1, 2]]), [sites.EMBEDDING, entry])
+    if not torch.equal(both[sites.EMBEDDING], both[entry]):
+        raise FeatpatchError(
+            f"the SAE reads {sites.EMBEDDING!r}, to which this model adds positions, or which it scales or norms, before the "
+            f"first block: expected an SAE of a block's hook; {entry!r} holds the result, which this SAE was not trained on"
+        )
+    return entry
+
+
+def _behind_norm(lens: Lens, said: Training, name: str) -> str:
+    """A hook behind the weight of a norm, which is another where that weight is folded."""
+    here = folded(lens)
+    then = here if said.folded is None else said.folded
+    if name not in lens.hook_points and here and then and sites.normalized(name) in lens.hook_points:
+        return sites.normalized(name)
+    if name not in lens.hook_points and sites.normalized(name) in lens.hook_points:
+        raise FeatpatchError(
+            f"the model has no hook {name!r}, and none that holds the norm's output with its weight: expected a "
+            "HookedSAETransformer or a TransformerBridge with its weights as they are; use fp.load, or "
+            "HookedSAETransformer.from_pretrained_no_processing"
+        )
+    if then != here and (here or not trivial_norms(lens)):
+        raise FeatpatchError(
+            f"the SAE of {name!r} was trained {'behind' if here else 'without'} the weight of the norm, which in this model is "
+            f"{'folded into the MLP or attention' if here else 'not folded'}: expected the weights of its training; load the "
+            f"model with processing={[] if here else ['fold_ln']}"
+            f"{'' if here else f', or set sae.cfg.metadata.hook_name to {sites.normalized(name)!r}, which holds the same'}"
+        )
+    return lens.site(name)
 
 
 def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:

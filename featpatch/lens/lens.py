@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.quantization import quantization_method, unreadable_weight_reason
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
@@ -166,6 +167,18 @@ class Lens(ABC):
     def devices(self) -> set[torch.device]:
         """Those that its weights are on."""
         return {parameter.device for parameter in self.model.parameters()}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """That of its weights, of those that are not quantised."""
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
+
+    @cached_property
+    def quantised(self) -> str:
+        """How weights are quantised, so that they can be run but not read; empty where they are not."""
+        parameters = self.model.parameters()
+        reason = next((reason for each in parameters if (reason := unreadable_weight_reason(each))), None)
+        return quantization_method(getattr(getattr(self.model, "original_model", None), "config", None)) or reason or ""
 
     def site(self, name: str) -> str:
         """The TransformerLens name of a hook; raises FeatpatchError where the model has no such hook."""
@@ -447,8 +460,7 @@ def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -
     for name in hooks:
         if name not in activations:
             raise FeatpatchError(
-                f"hook {name!r} exists but did not fire: expected a hook of every forward pass; "
-                "some hooks must be switched on first (model.set_use_hook_mlp_in(True), ...)"
+                f"hook {name!r} exists but did not fire: expected a hook of every forward pass; {sites.switch(name)}"
             )
         if not torch.isfinite(activations[name]).all():
             raise FeatpatchError(

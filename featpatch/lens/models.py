@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.bridge import BridgeLens
-from featpatch.lens.sources import check_device, check_there, folder_with, not_found
+from featpatch.lens.sources import check_device, check_there, folder_with, installing_nothing, not_found, short
 from featpatch.lens.training import PROCESSED
 from featpatch.lens.weights import processing as processed
+from featpatch.lens.wrap import MERGE, check_form, uncompiled
 
 
 def load_model(
@@ -23,15 +25,18 @@ def load_model(
     """A model of TransformerLens as it is; anything else as a TransformerBridge.
 
     Args:
-        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a model of TransformerLens.
+        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a model of TransformerLens; what
+            torch.compile was given, where it is compiled.
         tokenizer: for a Hugging Face model in memory, or one that comes without.
         device, dtype: for a model that is loaded here.
         processing: what to do to the weights of a bridge that is made here, of `training.PROCESSED`; nothing by default. A
             model in memory is copied for it.
 
     Raises:
-        FeatpatchError: there is no such model, or it can't be loaded.
+        FeatpatchError: there is no such model, it can't be loaded, or it has a form that can't be patched.
     """
+    source = uncompiled(source)
+    check_form(source)
     if isinstance(source, TransformerBridge | HookedTransformer):
         return source
     if isinstance(source, PreTrainedModel):
@@ -51,7 +56,7 @@ def load_model(
             bridge.enable_compatibility_mode(disable_warnings=True, **{name: name in processing for name in PROCESSED})
         except Exception as error:
             raise FeatpatchError(
-                f"the weights can't be processed by {list(processing)} ({error}): expected an architecture for which "
+                f"the weights can't be processed by {list(processing)} ({short(error)}): expected an architecture for which "
                 "TransformerLens can; pass processing=[] for the weights as they are"
             ) from error
         if "center_writing_weights" in processing and "center_writing_weights" not in processed(BridgeLens(bridge)):
@@ -68,17 +73,24 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
     if not isinstance(numbers, torch.dtype):
         raise FeatpatchError(f"dtype {dtype!r} is unknown: expected float32, bfloat16, float16 or float64")
     check_there("model", source)
+    if (Path(source) / "adapter_config.json").is_file():
+        raise FeatpatchError(
+            f"{source!r} is the folder of an adapter (adapter_config.json), which holds no model: expected a whole model; "
+            f"{MERGE}, and pass that or save it with save_pretrained"
+        )
     if Path(source).exists() and not any(folder_with(source, "config.json").glob("*.safetensors")):
         raise FeatpatchError(
             f"there is no safetensors file in {source!r}: expected the model's weights in one, since a pickle (.bin, .pt) can "
             "run code when it is read; save the model again with save_pretrained"
         )
     try:
-        bridge: TransformerBridge = TransformerBridge.boot_transformers(
-            source, tokenizer=tokenizer, device=device, dtype=numbers
-        )
+        with installing_nothing():
+            bridge: TransformerBridge = TransformerBridge.boot_transformers(
+                source, tokenizer=tokenizer, device=device, dtype=numbers
+            )
     except Exception as error:
         raise not_found("model", source, error) from error
+    check_form(bridge)
     if bridge.tokenizer is None or len(bridge.tokenizer) <= 1:
         raise FeatpatchError(
             f"the model {source!r} comes without the files of a tokenizer: save the model's own there, or pass tokenizer=..."
@@ -91,13 +103,20 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     if tokenizer is None:
         raise FeatpatchError(f"the {type(model).__name__} has no tokenizer with it: pass tokenizer=..., the model's own")
     name, device = model.config.name_or_path or type(model).__name__, next(model.parameters()).device
+    known = [each.__name__ for each in type(model).__mro__ if each.__name__ in SUPPORTED_ARCHITECTURES][:1]
     try:
-        return TransformerBridge.boot_transformers(
-            name, hf_model=model.eval(), tokenizer=_as_it_is(tokenizer), device=device, dtype=model.dtype
-        )
+        with installing_nothing():
+            return TransformerBridge.boot_transformers(
+                name,
+                hf_model=model.eval(),
+                tokenizer=_as_it_is(tokenizer),
+                device=device,
+                dtype=model.dtype,
+                hf_config_overrides={"architectures": known} if known else None,
+            )
     except Exception as error:
         raise FeatpatchError(
-            f"TransformerLens can't take the {type(model).__name__} ({type(error).__name__}: {error}): expected an "
+            f"TransformerLens can't take the {type(model).__name__} ({type(error).__name__}: {short(error)}): expected an "
             "architecture that it knows"
         ) from error
 

@@ -1,11 +1,20 @@
 """What loading a model and loading an SAE have in common."""
 
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from threading import RLock, get_ident
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from featpatch.errors import FeatpatchError
+
+_one_at_a_time, _check_call = RLock(), subprocess.check_call
 
 
 def check_device(device: str) -> None:
@@ -35,7 +44,7 @@ def check_there(what: str, source: str | Path) -> None:
 
 def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
     """The error that says what to do where a model or an SAE can't be loaded."""
-    reason = " ".join(str(error).split())[:300]
+    reason = short(error)
     if Path(source).exists():
         return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a folder that was saved whole")
     return FeatpatchError(
@@ -44,6 +53,37 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
         "(`hf download NAME --local-dir FOLDER`), copy the folder here and give its path; for a gated "
         "model log in with `hf auth login`"
     )
+
+
+def short(error: Exception) -> str:
+    """What another library says, on one line and not at length."""
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def installing_nothing() -> Iterator[None]:
+    """Within this context the libraries that load a model install no packages.
+
+    TransformerLens runs pip for the image processor of a multimodal model where torchvision is missing or broken, which may
+    replace torch. It goes on without the processor when that fails, and text needs none.
+    """
+    ours, blocked = get_ident(), list[str]()
+
+    def check_call(command: Any, *args: Any, **options: Any) -> int:
+        if "install" not in command or get_ident() != ours:
+            return _check_call(command, *args, **options)
+        blocked.append(" ".join(command))
+        raise FeatpatchError(f"{blocked[-1]}: expected nothing to be installed while a model is loaded")
+
+    with _one_at_a_time, patch.object(subprocess, "check_call", check_call):
+        yield
+    if blocked:
+        warnings.warn(
+            "the model reads images too, and is loaded without the processor for them, which needs torchvision; text needs "
+            "none. TransformerLens would have installed it now, and perhaps replaced torch: install the torchvision that "
+            f"belongs to your torch {torch.__version__} yourself if you want it",
+            stacklevel=5,
+        )
 
 
 def near_folder(source: str | Path) -> str:

@@ -37,7 +37,7 @@ def build(model: Any, attentions: list[Attention]) -> Stack:
         raise UnsupportedError("attention in both directions")
     layers = [_layer(block, cfg, attention) for block, attention in zip(model.blocks, attentions, strict=True)]
     bias = getattr(model.unembed, "b_U", None)
-    head = Head(_norm(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
+    head = Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
     return Stack(tuple(layers), head)
 
 
@@ -50,23 +50,25 @@ def _layer(block: Any, cfg: Any, attention: Attention) -> Layer:
         out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
     except AttributeError as error:
         raise UnsupportedError(f"attention without separate weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run and not read") from error
     return Layer(
-        norm1=_norm(getattr(block, "ln1", None), cfg),
+        norm1=norm_of(getattr(block, "ln1", None), cfg),
         query=projections[0],
         key=projections[1],
         value=projections[2],
-        query_norm=_norm(getattr(attn, "q_norm", None), cfg),
-        key_norm=_norm(getattr(attn, "k_norm", None), cfg),
+        query_norm=norm_of(getattr(attn, "q_norm", None), cfg),
+        key_norm=norm_of(getattr(attn, "k_norm", None), cfg),
         rotation=attention.rotation,
         d_head=int(cfg.d_head),
         scale=attention.scale,
         softcap=_positive(attention.softcap),
         window=attention.window,
         out=out,
-        post1=_norm(getattr(block, "ln1_post", None), cfg),
-        norm2=_norm(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
+        post1=norm_of(getattr(block, "ln1_post", None), cfg),
+        norm2=norm_of(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
         mlp=_mlp(getattr(block, "mlp", None), cfg),
-        post2=_norm(getattr(block, "ln2_post", None), cfg),
+        post2=norm_of(getattr(block, "ln2_post", None), cfg),
         parallel=bool(cfg.parallel_attn_mlp),
     )
 
@@ -81,13 +83,15 @@ def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
         into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
     except AttributeError as error:
         raise UnsupportedError(f"an MLP without the usual weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run and not read") from error
     if into.weight is None or into.weight.dim() != 2:
         raise UnsupportedError("an MLP of several experts")
     return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
 
 
-def _norm(module: Any, cfg: Any) -> Norm | None:
-    """TransformerLens' own norms hold `w` and `b`; those of the bridge wrap a module of Hugging Face."""
+def norm_of(module: Any, cfg: Any) -> Norm | None:
+    """The norm of a module; TransformerLens' own hold `w` and `b`, those of the bridge wrap a module of Hugging Face."""
     if module is None or isinstance(module, torch.nn.Identity):
         return None
     original = getattr(module, "original_component", None)

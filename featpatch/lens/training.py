@@ -7,6 +7,8 @@ from typing import Any
 from sae_lens import SAE
 from transformer_lens.supported_models import MODEL_ALIASES
 
+from featpatch import sites
+
 PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 """What TransformerLens does to weights unless told otherwise; SAEs are trained without, unless their configuration names it."""
 
@@ -20,6 +22,9 @@ class Training:
         model: the model's name.
         processing: what was done to its weights, of `PROCESSED`.
         explained_variance: as measured then, or as the registry says.
+        folded: whether the weights of norms were folded; nothing else than what is said, or the rule of sae-lens, which takes
+            weights as they are.
+        module: the hook that is the input or output of Hugging Face's module which the configuration names, if it names one.
         context_size: tokens of a training prompt.
         prepend_bos: whether these began with BOS.
     """
@@ -28,6 +33,8 @@ class Training:
     model: str | None = None
     processing: tuple[str, ...] = ()
     explained_variance: float | None = None
+    folded: bool | None = None
+    module: str | None = None
     context_size: int | None = None
     prepend_bos: bool = False
 
@@ -38,11 +45,15 @@ class Training:
             return cls()
         said = sae.cfg.metadata
         options = said.model_from_pretrained_kwargs if isinstance(said.model_from_pretrained_kwargs, dict) else {}
+        model = said.model_name if isinstance(said.model_name, str) else None
+        module = sites.of_module(said.hf_hook_name) if isinstance(said.hf_hook_name, str) else None
         return cls(
             known=True,
-            model=said.model_name if isinstance(said.model_name, str) else None,
+            model=model,
             processing=tuple(name for name in PROCESSED if options.get(name)),
             explained_variance=_share(said.explained_variance),
+            folded=bool(options.get("fold_ln")) if "fold_ln" in options or model or module else None,
+            module=module,
             context_size=said.context_size if isinstance(said.context_size, int) else None,
             prepend_bos=bool(said.prepend_bos),
         )

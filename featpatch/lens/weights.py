@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from featpatch import sites
-from featpatch.lens.layer import UnsupportedError
+from featpatch.lens.layer import Norm
 from featpatch.lens.lens import Lens
+from featpatch.lens.stack import norm_of
 
 CENTRED = 1e-3
 """Mean of a centred residual stream over its coordinates, at most, as a share of its root mean square."""
@@ -15,7 +16,7 @@ CENTRED = 1e-3
 def processing(lens: Lens) -> Sequence[str]:
     """`fold_ln`, `center_writing_weights`, both or neither."""
     done = []
-    if _folded(lens):
+    if trivial_norms(lens):
         done.append("fold_ln")
     stream = lens.read(torch.tensor([[0, 1, 2]]), [sites.resid_pre(lens.n_layers - 1)])[sites.resid_pre(lens.n_layers - 1)]
     stream = stream.double()
@@ -24,11 +25,19 @@ def processing(lens: Lens) -> Sequence[str]:
     return done
 
 
-def _folded(lens: Lens) -> bool:
-    """Whether the norms before attention and MLP scale nothing any more."""
-    try:
-        layers = lens.stack(1, 1).layers
-    except UnsupportedError:
-        return False
-    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2) if norm is not None]
+def trivial_norms(lens: Lens) -> bool:
+    """Whether the norms before attention and MLP scale nothing: folded, or never trained."""
+    norms = _norms(lens)
     return bool(norms) and all(norm.weight is None or bool((norm.weight == 1).all()) for norm in norms)
+
+
+def folded(lens: Lens) -> bool:
+    """Whether the weights of these norms have been folded into what reads them."""
+    gone = all(norm.weight is None for norm in _norms(lens)) or getattr(lens.model, "_weights_processed", False)
+    return trivial_norms(lens) and bool(gone)
+
+
+def _norms(lens: Lens) -> list[Norm]:
+    cfg = lens.model.cfg
+    found = [norm_of(getattr(block, name, None), cfg) for block in lens.model.blocks for name in ("ln1", "ln2")]
+    return [norm for norm in found if norm is not None]

@@ -119,7 +119,7 @@ def checked(check: Check) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for fit in check.fits:
         claim = "" if fit.expected is None else _number(fit.expected)
-        verdict = f"[red]{fit.verdict}[/]" if fit.misfit else fit.verdict
+        verdict = fit.verdict if fit.ok else f"[red]{fit.verdict}[/]"
         deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
         table.add_row(fit.dictionary, *deviations, _number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
     return table

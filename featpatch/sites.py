@@ -186,6 +186,13 @@ def behind_norm(site: str) -> bool:
     return site.split(".", 2)[-1] in WEIGHTED
 
 
+def weighted(site: str) -> str | None:
+    """The hook that holds, times the norm's weight, what `hook_normalized` of a block's norm holds; None for another hook."""
+    layer, _, name = site.rpartition(".ln")
+    found = next((hook for hook, norm in WEIGHTED.items() if f"ln{name}" == f"{norm}.hook_normalized"), None)
+    return found and f"{layer}.{found}"
+
+
 def normalized(site: str) -> str:
     """The hook that holds at all times what a hook behind a norm holds once the norm's weight is folded."""
     return f"blocks.{layer_of(site)}.{WEIGHTED[site.split('.', 2)[2]]}.hook_normalized"

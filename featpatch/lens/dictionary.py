@@ -253,6 +253,14 @@ def _hook(lens: Lens, said: Training, name: str) -> str:
                 f"set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
             )
         name = said.module
+    weighted = sites.weighted(name) if said.known and said.folded is None else None
+    if weighted is not None and weighted in lens.hook_points and not folded(lens) and not trivial_norms(lens):
+        raise FeatpatchError(
+            f"the SAE names the hook {name!r}, which is the norm's output without the norm's weight, and its metadata does not "
+            "say whether it was trained there (Gemma Scope 1 was) or on what the weight makes of it: set "
+            f"sae.cfg.metadata.hook_name to {weighted!r} for the latter; for the former set metadata.model_name, or "
+            "metadata.model_from_pretrained_kwargs = {'fold_ln': True}"
+        )
     if name == sites.EMBEDDING and name in lens.hook_points:
         return _embedding(lens)
     return _behind_norm(lens, said, name) if sites.behind_norm(name) else lens.site(name)

@@ -314,7 +314,8 @@ def test_an_sae_of_the_embedding(name: str) -> None:
         with pytest.raises(fp.FeatpatchError, match="'hook_embed', to which this model adds positions"):
             reading(model, "hook_embed")
     else:
-        assert torch.equal(cache["hook_embed"], cache[reading(model, "hook_embed")])
+        assert reading(model, "hook_embed") == "blocks.0.hook_resid_pre"
+        assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
 
 
 @pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")

@@ -1,11 +1,13 @@
 """Every command on small inputs: its files, its JSON, its exit codes, and a study that is written down."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import run, started
+from safetensors.torch import load_file, save_file
 
 import featpatch as fp
 from featpatch.cli import app
@@ -125,6 +127,27 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     missing = run("info", "nowhere", folder=folder)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "error: there is no effects file 'nowhere'" in missing.stderr
+
+
+def test_an_sae_that_explains_less_than_it_claims_ends_a_check_with_1(
+    folder: Path, model: list[str], sae: list[str], tmp_path: Path
+) -> None:
+    """A JumpReLU SAE that was rebuilt as ReLU. As it is, on the same pairs, it ends it with 0."""
+    fine = run("check", *model[:4], *sae, folder=folder)
+    assert "self-check on" in fine.stdout
+    assert fine.returncode == run("check", *model[:4], folder=folder).returncode == 0
+    shutil.copytree(sae[1], tmp_path / "sae")
+    settings = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**settings, "architecture": "standard"}))
+    weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    del weights["threshold"]
+    save_file(weights, tmp_path / "sae" / "sae_weights.safetensors")
+    short = run("check", *model[:4], "--sae", str(tmp_path / "sae"), folder=folder)
+    assert short.returncode == 1
+    assert "less than it claims" in short.stdout
+    told = run("check", *model[:4], "--sae", str(tmp_path / "sae"), "--json", folder=folder)
+    assert (told.returncode, len(json.loads(told.stdout)) > 0) == (1, True)
+    assert "less than it claims" in told.stderr
 
 
 def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Models and SAEs by name from a hub on this machine, by folder, and as objects."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+import transformers
 from hub import Hub, serving
 from sae_lens import HookedSAETransformer, SAETransformerBridge, StandardSAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
 from small import FEATURES, Small, at, standard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedEncoder, HookedEncoderDecoder, HookedTransformerConfig
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import featpatch as fp
@@ -345,3 +349,193 @@ def test_saes_of_differently_processed_weights(root: Path) -> None:
 
 def _tokens(small: Small) -> tuple[torch.Tensor, ...]:
     return small.clean, small.corrupted, small.correct, small.wrong
+
+
+TINY = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+        "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+EXPERTS = {**TINY, "num_experts_per_tok": 2}
+T5 = {
+    "vocab_size": len(WORDS),
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+TOKENS = torch.tensor([[0, 3, 4, 5, 6]])
+
+
+def with_images() -> transformers.Gemma3ForConditionalGeneration:
+    """A multimodal Gemma 3, whose image processor TransformerLens wants."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14}  # fmt: skip
+    text = {**TINY, "vocab_size": len(WORDS) + 3, "head_dim": 4}
+    special = {f"{name}_token_index": len(WORDS) + k for k, name in enumerate(("image", "boi", "eoi"))}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **special)
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("way", ["folder", "memory"])
+def test_loading_installs_nothing(way: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens runs pip for torchvision where it is missing or broken; no process at all is started here."""
+    tokenizer, model = fp.load(root / "model").model.tokenizer, with_images()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    started: list[Any] = []
+
+    def start(*given: Any, **_: Any) -> None:
+        started.append(given)
+        raise OSError("no process may be started here")
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for owner, name in ((subprocess.Popen, "__init__"), (os, "system"), (os, "posix_spawn"), (os, "fork")):
+        monkeypatch.setattr(owner, name, start)
+    with pytest.warns(
+        UserWarning, match="without the processor for them, which needs torchvision.*install the torchvision that bel"
+    ):
+        loaded = fp.load(tmp_path) if way == "folder" else fp.load(model, tokenizer=tokenizer)
+    assert started == []
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(TOKENS), with_images()(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    assert subprocess.check_call.__module__ == "subprocess", "as it was"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Gemma3", {**TINY, "head_dim": 4}),
+        ("Qwen3Moe", {**EXPERTS, "head_dim": 4, "num_experts": 4, "moe_intermediate_size": 8}),
+        ("Olmoe", {**EXPERTS, "num_experts": 4}),
+        ("Olmo2", TINY),
+        ("GptOss", {**EXPERTS, "head_dim": 4, "num_local_experts": 4}),
+    ],
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_model_in_memory_says_what_it_is(kind: str, options: dict[str, Any], derived: bool, root: Path) -> None:
+    """Its configuration names no architecture; its class does, or the one that it is derived from."""
+    make = getattr(transformers, f"{kind}ForCausalLM")
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(**options)
+    torch.manual_seed(0)
+    model = (type("Mine", (make,), {}) if derived else make)(config).eval()
+    assert not model.config.architectures
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        found = fp.load(model, tokenizer=fp.load(root / "model").model.tokenizer).model(TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_another_library_says_is_cut(root: Path) -> None:
+    config = transformers.CTRLConfig(vocab_size=len(WORDS), n_positions=32, n_embd=16, dff=24, n_layer=1, n_head=2)
+    model = transformers.CTRLLMHeadModel(config)
+    with pytest.raises(fp.FeatpatchError, match="TransformerLens can't take the CTRLLMHeadModel") as refused:
+        fp.load(model, tokenizer=fp.load(root / "model").model.tokenizer)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.filterwarnings("ignore:HookedEncoder:DeprecationWarning")
+def test_models_with_an_encoder(root: Path, tmp_path: Path, bridge: Small) -> None:
+    tokenizer = fp.load(root / "model").model.tokenizer
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    wrapped = TransformerBridge.boot_transformers(str(tmp_path), tokenizer=tokenizer, device="cpu")
+    small = {"n_layers": 1, "d_model": 16, "n_ctx": 8, "d_head": 4, "d_mlp": 24, "d_vocab": 20, "act_fn": "gelu"}
+    encoder = HookedEncoder(HookedTransformerConfig(**small, tokenizer_name=None))
+    both = HookedEncoderDecoder(
+        HookedTransformerConfig(**small, relative_attention_max_distance=8, relative_attention_num_buckets=4)
+    )
+    pairs = fp.Pairs.from_tokens(*_tokens(bridge))
+    for refuse in (
+        lambda: fp.load(model, tokenizer=tokenizer),
+        lambda: fp.load(tmp_path),
+        *(lambda given=given: fp.load(given) for given in (wrapped, encoder, both)),
+        *(lambda given=given: fp.rank_components(given, pairs) for given in (wrapped, encoder, both)),
+    ):
+        with pytest.raises(
+            fp.FeatpatchError, match=r"(T5For|HookedEncoder)\w*, which has an encoder: expected a decoder alone"
+        ):
+            refuse()
+
+
+class Lora(torch.nn.Linear):
+    """A layer of PEFT, by its module's name: the weights of an adapter stand beside those of the model."""
+
+
+Lora.__module__ = "peft.tuners.lora.layer"
+
+
+class PeftModel(torch.nn.Module):
+    """As PEFT's: no PreTrainedModel, but around one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model, self.peft_config = model, {"default": None}
+
+    def merge_and_unload(self) -> Any:
+        return self.base_model
+
+
+def test_adapters_are_to_be_merged(root: Path, tmp_path: Path) -> None:
+    """As PEFT's own model, as a model of Hugging Face with an adapter in it, as a bridge to that, and as a folder."""
+    model = GPT2LMHeadModel.from_pretrained(root / "model")
+    tokenizer = fp.load(root / "model").model.tokenizer
+    (tmp_path / "adapter_config.json").write_text("{}")
+    inside = GPT2LMHeadModel.from_pretrained(root / "model")
+    inside.transformer.h[0].mlp.adapter = Lora(16, 4)
+    handed = fp.load(root / "model").model
+    handed.original_model.transformer.h[0].mlp.adapter = Lora(16, 4)
+    for given in (PeftModel(model), inside, handed, tmp_path):
+        with pytest.raises(fp.FeatpatchError, match=r"adapter.*expected a .*merge_and_unload\(\)"):
+            fp.load(given, tokenizer=tokenizer)
+    merged = fp.load(PeftModel(model).merge_and_unload(), tokenizer=tokenizer).model
+    with torch.no_grad():
+        torch.testing.assert_close(merged(TOKENS), fp.load(root / "model").model(TOKENS))
+
+
+def test_compiled_models(root: Path, bridge: Small) -> None:
+    """Hooks are put into the module that torch.compile was given."""
+    expected = fp.load(root / "model").model
+    hugging_face = GPT2LMHeadModel.from_pretrained(root / "model", attn_implementation="eager")
+    compiled = torch.compile(hugging_face, backend="eager")
+    loaded = fp.load(compiled, tokenizer=expected.tokenizer).model
+    pairs = fp.Pairs.from_tokens(*(tensor % len(WORDS) for tensor in _tokens(bridge)))
+    components = [
+        fp.rank_components(model, pairs, sites="z", progress=False)
+        for model in (
+            expected,
+            loaded,
+            fp.load(torch.compile(expected, backend="eager")).model,
+            torch.compile(expected, backend="eager"),
+        )
+    ]
+    for found in components[1:]:
+        assert found.denoised == pytest.approx(components[0].denoised, abs=1e-6)
+
+
+def test_offloaded_weights(root: Path, tmp_path: Path) -> None:
+    """As accelerate does with what a device has no room for."""
+    tokenizer = fp.load(root / "model").model.tokenizer
+    split = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "cpu",
+        "transformer.h": "disk",
+        "transformer.ln_f": "cpu",
+        "lm_head": "cpu",
+    }
+    model = GPT2LMHeadModel.from_pretrained(root / "model")
+    for given in (
+        accelerate.cpu_offload(GPT2LMHeadModel.from_pretrained(root / "model"), torch.device("cpu")),
+        GPT2LMHeadModel.from_pretrained(root / "model", device_map=split, offload_folder=tmp_path),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=r"weights of the GPT2LMHeadModel \(.*\) are offloaded to CPU or disk"):
+            fp.load(given, tokenizer=tokenizer)
+    whole = GPT2LMHeadModel.from_pretrained(root / "model", device_map={"": "cpu"}, attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fp.load(whole, tokenizer=tokenizer).model(TOKENS), model.eval()(TOKENS).logits)
+    handed = fp.load(root / "model").model
+    handed.original_model.transformer.h[1].mlp.to("meta")
+    with pytest.raises(fp.FeatpatchError, match="are offloaded to CPU or disk"):
+        fp.load(handed)

@@ -44,12 +44,12 @@ def check_form(model: Any) -> None:
     Raises:
         FeatpatchError: an encoder, an encoder and decoder, an adapter that is not merged, or offloaded weights.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
+    own = getattr(model, "original_model", model)
+    name, config = type(own).__name__, getattr(own, "config", None)
     encodes = name in ("HookedEncoder", "HookedEncoderDecoder") or bool(getattr(config, "is_encoder_decoder", False))
     if encodes or (isinstance(model, TransformerBridge) and not hasattr(model, "blocks")):
-        own = getattr(model, "original_model", model)
         raise FeatpatchError(
-            f"the model is a {type(own).__name__}, which has an encoder: expected a decoder alone, such as GPT-2 or Llama, "
+            f"the model is a {name}, which has an encoder: expected a decoder alone, such as GPT-2 or Llama, "
             "whose blocks write to one residual stream; encoder-decoder models such as T5 can't be patched"
         )
     modules: Iterable[Any] = getattr(model, "modules", tuple)()

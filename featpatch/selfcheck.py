@@ -24,7 +24,7 @@ POSITIONS = 512
 GOOD = 0.95
 """Above this, and as good as the configuration says, no other place is tried."""
 HALF = 0.5
-"""Another place is named where it leaves at most half of the variance unexplained that is so here."""
+"""Another place is named where it leaves at most half of the variance unexplained that is so here, and as little as claimed."""
 NONE = 0.5
 """Below this, or this far below what the configuration says, a fit is a misfit even where no better place is found."""
 ROUNDING = 1e-4
@@ -180,11 +180,12 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
         variance = _tried(dictionary, runs, centred=True)
         better += [] if variance is None else [(variance, "trained on processed weights (center_writing_weights=True)")]
     best, what = max(better, default=(0.0, ""))
-    if best >= NONE and 1 - best <= HALF * (1 - here):
+    enough = NONE if expected is None else max(NONE, expected - LESS)
+    if best >= enough and 1 - best <= HALF * (1 - here):
         return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the one of this hook and model"
     if (said.known and here < NONE) or (expected is not None and here < expected - NONE):
         other = _other_weights(dictionary, done)
-        return f"explains {here:.2f} of the variance, and no other hook is better: " + (
+        return f"explains {here:.2f} of the variance, and no other hook fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
             else "most likely trained on another model of this width, or scaled otherwise; check where it comes from"

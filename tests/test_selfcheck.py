@@ -86,7 +86,7 @@ def test_a_dictionary_of_another_model_of_the_same_width() -> None:
     ours, theirs = small_bridge().model, small_hooked().model
     sae = fitted(theirs, HOOKS[0], model_name="theirs", explained_variance=0.97)
     (fit,) = fp.check(ours, sae, prompts()).fits
-    assert "no other hook is better" in fit.misfit
+    assert "no other hook fits" in fit.misfit
     assert "another model of this width" in fit.misfit
     assert any("names the model 'theirs'" in remark for remark in fit.remarks) == (not ours.cfg.model_name.startswith("/"))
 
@@ -150,7 +150,7 @@ def test_a_place_that_explains_nothing_is_not_named(bridge: Small, monkeypatch: 
         sae = deepcopy(bridge.at(HOOKS[0]))
         sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_pre"
         (fit,) = fp.check(bridge.model, sae, prompts()).fits
-        assert "no other hook is better" in fit.misfit
+        assert "no other hook fits" in fit.misfit
         explained.append(fit.explained_variance)
     assert 1 - max(explained) < 0.9 * (1 - min(explained)), "so that one of them would be named"
 

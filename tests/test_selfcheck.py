@@ -297,7 +297,9 @@ def test_transcoders_of_gemma_scope(name: str) -> None:
         entry = int((effects.row == effects.nodes.index(node)).argmax())
         assert abs(effects.denoised[entry] - oracle.logit_diff(logits, 3, 4)) < 1e-9, node
 
-    first = fitted_to_mlp(model, NORMED, normed, y)
+    with pytest.raises(fp.FeatpatchError, match=rf"the SAE names the hook '{NORMED}', .* set .*hook_name to '{READ}'"):
+        fp.check(model, fitted_to_mlp(model, NORMED, normed, y), pairs)
+    first = fitted_to_mlp(model, NORMED, normed, y, model_name="gemma-2-2b")
     (fit,) = fp.check(model, first, pairs).fits
     assert (fit.dictionary, fit.misfit) == (f"{NORMED} -> blocks.1.hook_mlp_out", "")
     assert fit.explained_variance > 0.5

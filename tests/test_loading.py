@@ -501,7 +501,9 @@ def test_compiled_models(root: Path, bridge: Small) -> None:
     hugging_face = GPT2LMHeadModel.from_pretrained(root / "model", attn_implementation="eager")
     compiled = torch.compile(hugging_face, backend="eager")
     loaded = fp.load(compiled, tokenizer=expected.tokenizer).model
-    pairs = fp.Pairs.from_tokens(*(tensor % len(WORDS) for tensor in _tokens(bridge)))
+    clean, corrupted, correct, wrong = (2 + tensor % (len(WORDS) - 2) for tensor in _tokens(bridge))
+    clean[:, 0] = corrupted[:, 0] = 0
+    pairs = fp.Pairs.from_tokens(clean, corrupted, correct, wrong)
     components = [
         fp.rank_components(model, pairs, sites="z", progress=False)
         for model in (

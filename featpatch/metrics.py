@@ -18,7 +18,11 @@ Logits = Float[torch.Tensor, "rows d_vocab"]
 Values = Float[torch.Tensor, " rows"]
 
 Metric = Callable[[Logits, Sequence[int], Sequence[int]], Values]
-"""`metric(logits, correct, wrong)`: logits at the answer position, ids of the right and of the wrong answers."""
+"""`metric(logits, correct, wrong)`: logits at the answer position, ids of the right and of the wrong answers.
+
+A function of one required argument is called as in TransformerLens instead: prompt by prompt with logits `[1, 1, d_vocab]`, for
+one value each.
+"""
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
 """`metric(logits, clean)`: with the logits of the pair's clean run."""

@@ -372,8 +372,8 @@ def test_what_cannot_be_compared_is_refused(small: Small) -> None:
     known = dict(zip(estimate.nodes, estimate.pooled("recovery"), strict=True))
     assert part.estimate.tolist() == [known[node] for node in part.nodes]
     for metric, message in (
-        (lambda l, c, w: l[:, c[0]] * float("nan"), "NaN or infinite"),
-        (lambda l, c, w: l[:, list(c)], "one value per row"),
+        (lambda l, c, w: l[:, c[0]] * float("nan"), "NaN or an infinite value"),
+        (lambda l, c, w: l[:, list(c)], "one real value per row"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.Gradients(small.model, pairs, metric=metric).of([], [site]).__next__()

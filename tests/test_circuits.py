@@ -12,6 +12,7 @@ from constructed import and_gate, or_gate
 from sae_lens import Transcoder, TranscoderConfig
 from small import Small, at, randomised
 from test_sets import pairs_of
+from test_several_metrics import ANSWERS, long_pairs
 
 import featpatch as fp
 from featpatch.circuits import NodeGraph
@@ -401,19 +402,6 @@ def test_the_divergence_of_circuits(small: Small) -> None:
         if abs(mean(rest) - mean(stays)) / abs(empty) < 0.05:
             stays = rest
     assert set(acdc.items) == set(stays)
-
-
-ANSWERS = [(((3, 9),), ((4, 11, 6),)), (((5,), (12, 13)), ((6, 2),)), (((7, 7, 7),), ((7, 8), (30,)))]
-"""Right and wrong answers of each pair, of one to three tokens."""
-
-
-def long_pairs(small: Small) -> fp.Pairs:
-    return fp.Pairs(
-        tuple(
-            fp.Pair(tuple(clean), tuple(corrupted), (), (), correct_sequences=right, wrong_sequences=wrong)
-            for clean, corrupted, (right, wrong) in zip(small.clean.tolist(), small.corrupted.tolist(), ANSWERS, strict=True)
-        )
-    )
 
 
 def whole_answers(small: Small, kept: Any, slot: int, side: int) -> float:

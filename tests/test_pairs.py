@@ -392,6 +392,23 @@ def test_do_on_padded_tokens(small: Small, how: str, kind: str, before: int) -> 
         torch.testing.assert_close(padded, plain, rtol=0, atol=1e-9)
 
 
+def test_padding_is_not_patched(small: Small) -> None:
+    source, base = (torch.nn.functional.pad(x, (2, 0), value=1) for x in (small.clean, small.corrupted))
+    source[:, 0] = 2
+    mask = torch.nn.functional.pad(torch.ones_like(small.clean), (2, 0))
+    patch = fp.Patch((fp.Node("blocks.0.hook_resid_pre", "activation"),))
+
+    def entering() -> torch.Tensor:
+        with torch.no_grad():
+            return small.model.run_with_cache(base, attention_mask=mask)[1]["blocks.0.hook_resid_pre"]
+
+    plain = entering()
+    with fp.do(small.model, patch, source=source, base=base, attention_mask=mask):
+        patched = entering()
+    assert torch.equal(patched[:, :2], plain[:, :2])
+    assert not torch.equal(patched[:, 2:], plain[:, 2:])
+
+
 def test_do_refuses_padding_without_a_mask(demo: fp.Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     _pairs, table, mask = rows(demo, "left")
     node = fp.Node("blocks.1.hook_resid_pre", "activation", position=0)
@@ -419,6 +436,15 @@ def test_do_refuses_padding_without_a_mask(demo: fp.Demo, monkeypatch: pytest.Mo
         fp.do(demo.model, everywhere, **given, attention_mask=mask, source_attention_mask=other),
     ):
         pass
+    short = torch.nn.functional.pad(table["clean"][:1, 1:], (1, 0), value=0)
+    hidden = torch.ones_like(short)
+    hidden[:, 0] = 0
+    for one in (patch, everywhere):
+        with (
+            pytest.raises(fp.FeatpatchError, match="stands for padding in one of the prompts"),
+            fp.do(demo.model, one, source=short, base=torch.full_like(short, 5), source_attention_mask=hidden),
+        ):
+            pass
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with (
         pytest.raises(fp.FeatpatchError, match="source is a tensor .* of torch.float32: expected integers"),

@@ -11,7 +11,7 @@ on the clean prompt.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -132,6 +132,7 @@ def check(
     if metric not in ("logit_diff", "prob_diff"):
         raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
     measure, runs, first = find(metric), Runs(model), first_token(model)
+    in_context = _in_context(pairs, tokenizer)
     clean: list[float] = []
     corrupted: list[float] = []
     surprises: list[float] = []
@@ -152,7 +153,7 @@ def check(
             "kind": _kind(pair, tokenizer),
             "surprise": _even(surprises[index]),
             "output": _output(clean[index], corrupted[index], pair),
-            "answers": _answers(pair, tokenizer),
+            "answers": _answers(pair, tokenizer, in_context),
             "labels": _labels(pair, usual, len(pairs), tokenizer),
             "duplicate": _duplicate(pair, index, seen),
             "gap": _gap(gaps[index], median(gaps)),
@@ -237,7 +238,7 @@ def _output(clean: float, corrupted: float, pair: Pair) -> Outcome:
     return ("pass" if corrupted < 0 else "warn"), detail
 
 
-def _answers(pair: Pair, tokenizer: Any) -> Outcome:
+def _answers(pair: Pair, tokenizer: Any, in_context: Set[int]) -> Outcome:
     right, wrong = pair.answers
     tokens = [token for answer in (*right, *wrong) for token in answer]
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -251,14 +252,15 @@ def _answers(pair: Pair, tokenizer: Any) -> Outcome:
             return "warn", f"{begins}: their probabilities do not exclude each other"
     fewest, most = (limit(len(answer) for answer in (*right, *wrong)) for limit in (min, max))
     length = "one token each" if most == 1 else f"{fewest} to {most} tokens" if fewest < most else f"{most} tokens each"
-    return "pass", f"{len(right)} right, {len(wrong)} wrong, {length}{_in_context(tokens, tokenizer)}"
+    words = ", ".join(_word(token, tokenizer) for token in dict.fromkeys(tokens) if token in in_context)
+    return "pass", f"{len(right)} right, {len(wrong)} wrong, {length}{words and f'; {words} as the prompt continues'}"
 
 
-def _in_context(tokens: Sequence[int], tokenizer: Any) -> str:
-    """Which answers would be other tokens without a prompt in front, in words; empty for none."""
-    alone = {} if tokenizer is None else {token: by_itself(tokenizer, token) for token in dict.fromkeys(tokens)}
-    other = [token for token, ids in alone.items() if ids not in (None, (token,))]
-    return f"; {', '.join(_word(token, tokenizer) for token in other)} as the prompt continues" if other else ""
+def _in_context(pairs: Sequence[Pair], tokenizer: Any) -> set[int]:
+    """The tokens of answers that would be other tokens without a prompt in front."""
+    every = {token for pair in pairs for side in pair.answers for answer in side for token in answer}
+    alone = {} if tokenizer is None else {token: by_itself(tokenizer, token) for token in every}
+    return {token for token, ids in alone.items() if ids not in (None, (token,))}
 
 
 def _labels(pair: Pair, usual: Counter[str], pairs: int, tokenizer: Any) -> Outcome:

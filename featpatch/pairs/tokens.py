@@ -102,8 +102,17 @@ class AnswerTokens:
             )
         return self._known(text, ids)[0]
 
+    def next_token(self, text: str) -> int | None:
+        """The one known id by which a text lengthens the prompt, None where it is not one."""
+        ids = self._following(text)
+        return ids[0] if ids is not None and len(ids) == 1 and self._unknown not in ids else None
+
+    @property
+    def _unknown(self) -> int | None:
+        return getattr(plain_tokenizer(self.tokenizer), "unk_token_id", None)
+
     def _known(self, text: str, ids: Ids) -> Ids:
-        if getattr(plain_tokenizer(self.tokenizer), "unk_token_id", None) in ids:
+        if self._unknown in ids:
             raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
         return ids
 
@@ -135,8 +144,11 @@ class AnswerTokens:
         return bare_ids(self.tokenizer, self.prompt or "")
 
     def _following(self, text: str) -> Ids | None:
-        """The ids by which a text lengthens the prompt; None where there is no prompt or its own tokens change."""
-        return None if self.prompt is None else continuation(self.tokenizer, self.prompt, text, before=self._prompt_ids)
+        """The ids by which a text lengthens the prompt; None where its own tokens change or there is no prompt."""
+        if self.prompt is None:
+            return None
+        before, longer = self._prompt_ids, bare_ids(self.tokenizer, self.prompt + text)
+        return longer[len(before) :] or None if longer[: len(before)] == before else None
 
     def _meant_spaced(self, text: str) -> bool:
         """Whether prompt and answer run together as words of a text do not; two numbers may be meant to."""
@@ -150,23 +162,6 @@ class AnswerTokens:
 
     def _spelt(self, ids: Ids) -> str:
         return str(_pieces(self.tokenizer, ids))
-
-
-def continuation(tokenizer: Tokenizer, prompt: str, text: str, *, before: Ids) -> Ids | None:
-    """The ids by which a text lengthens a prompt; None where the prompt's own tokens change or the text adds none.
-
-    Args:
-        before: the prompt's ids without special tokens.
-    """
-    longer = bare_ids(tokenizer, prompt + text)
-    return longer[len(before) :] or None if longer[: len(before)] == before else None
-
-
-def next_token(tokenizer: Tokenizer, prompt: str, text: str) -> int | None:
-    """The one known id by which a text lengthens a prompt, None where it is not one."""
-    ids = continuation(tokenizer, prompt, text, before=bare_ids(tokenizer, prompt))
-    unknown = getattr(plain_tokenizer(tokenizer), "unk_token_id", None)
-    return ids[0] if ids is not None and len(ids) == 1 and ids[0] != unknown else None
 
 
 def by_itself(tokenizer: Tokenizer, token: int) -> Ids | None:

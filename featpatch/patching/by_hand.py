@@ -1,6 +1,6 @@
 """The operator by hand: within `do`, every call of the model runs with chosen values swapped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -67,11 +67,9 @@ def do(
     lens = wrap(model)
     if lens.patched:
         raise FeatpatchError("the model is patched already: expected one `do` at a time; put the nodes of both into one Patch")
-    mask = _mask(lens, "base" if base is not None else "source", source if base is None else base, attention_mask)
-    given = mask if source_attention_mask is None else _mask(lens, "source", source, source_attention_mask)
-    if given is None:
-        _mask(lens, "source", source, None)
-    shown = None if mask is None or given is None else _shown(patch, mask, given)
+    mask = None if base is None else _mask(lens, "base", base, attention_mask)
+    given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
+    shown = _shown(patch, source.shape, [given] if base is None else [mask, given])
     found = dictionaries_if_any(lens, saes)
     groups = choose(lens, patch, found, source.shape[1])
     if how == "set":
@@ -133,19 +131,20 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     return mask.long()
 
 
-def _shown(patch: Patch, base: torch.Tensor, source: torch.Tensor) -> Bool[torch.Tensor, "batch pos 1"]:
-    """Where both runs have tokens.
+def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]) -> Bool[torch.Tensor, "batch pos 1"] | None:
+    """Where all runs have tokens; None where that is everywhere. A run without a mask has no padding.
 
     Raises:
         FeatpatchError: a node is at a position that is padding in one of them.
     """
-    shown = (base.bool() & source.bool()).cpu()
+    if all(mask is None for mask in masks):
+        return None
+    tokens = torch.stack([torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu() for mask in masks])
+    shown = tokens.all(0)
     for node in patch.nodes:
         at = node.position
         hidden = (
-            not torch.equal(base.bool(), source.bool())
-            if at == "all"
-            else isinstance(at, int) and not shown[:, at : at + 1].all()
+            not torch.equal(shown, tokens.any(0)) if at == "all" else isinstance(at, int) and not shown[:, at : at + 1].all()
         )
         if hidden:
             raise FeatpatchError(

@@ -7,7 +7,7 @@ from random import Random
 from featpatch.drafts import Draft, chosen, draft, draw
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs
-from featpatch.pairs.tokens import Tokenizer, bare_ids, next_token
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, bare_ids
 
 EVENTS = ("war", "trial", "reign", "voyage", "project", "strike", "festival", "siege", "rebellion", "journey")
 TEMPLATES = (
@@ -68,8 +68,9 @@ def greater_than(
 
 def _digits(tokenizer: Tokenizer) -> int:
     """How many digits of a year follow its first two as one token: two, or one."""
+    behind = AnswerTokens(tokenizer, "from 1732 to 17")
     for size in (2, 1):
-        if any(next_token(tokenizer, "from 1732 to 17", year[:size]) is not None for year in ("45", "58", "63")):
+        if any(behind.next_token(year[:size]) is not None for year in ("45", "58", "63")):
             return size
     raise FeatpatchError(
         f"the tokenizer splits '1745' into the ids {list(bare_ids(tokenizer, 'to 1745'))} of 'to 1745': expected its last two "

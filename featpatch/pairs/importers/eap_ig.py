@@ -11,7 +11,7 @@ from featpatch.pairs.each import each, fitting
 from featpatch.pairs.files import csv_rows, have_columns, parsed
 from featpatch.pairs.make import make
 from featpatch.pairs.pair import Pair
-from featpatch.pairs.tokens import Tokenizer, next_token
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 IDS = (
     ("correct_idx", "incorrect_idx"),
@@ -71,7 +71,8 @@ def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
 
 def _years(tokenizer: Tokenizer, clean: str, year: int) -> tuple[list[int], list[int]]:
     """Ids of the two digits of the later years of the century, and of the other ones."""
-    tokens = [next_token(tokenizer, clean, f"{number:02}") for number in range(100)]
+    behind = AnswerTokens(tokenizer, clean)
+    tokens = [behind.next_token(f"{number:02}") for number in range(100)]
     if None in tokens:
         raise FeatpatchError(
             f"{tokens.count(None)} of the years 00 to 99 (the first is {tokens.index(None):02}) do not follow "

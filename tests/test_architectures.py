@@ -263,12 +263,15 @@ def test_a_hook_holds_what_the_dictionary_was_trained_on(kind: str, name: str) -
     raw = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
     cache, read, in_front = values(raw)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(cache[reading(raw, normed)], in_front, **close)
+    torch.testing.assert_close(cache[reading(raw, normed, model_name="it")], in_front, **close)
     assert (read - in_front).abs().max() > 0.1, "so that the two can be told apart"
     if kind == "bridge":
         for said in ({"name": "blocks.1.hook_mlp_in", **HF_NORM}, {"name": behind, **RAW}, {"name": behind}):
             assert torch.equal(cache[reading(raw, **said)], read), said
+        with pytest.raises(fp.FeatpatchError, match=f"'{normed}', .* does not say .*to '{behind}'"):
+            reading(raw, normed)
     else:
+        torch.testing.assert_close(cache[reading(raw, normed)], in_front, **close)
         with pytest.raises(fp.FeatpatchError, match="none that holds the norm's output with its weight"):
             reading(raw, "blocks.1.hook_mlp_in", **HF_NORM)
     with pytest.raises(

@@ -95,7 +95,6 @@ def test_sparsify(bridge: Small, tmp_path: Path, activation: str, transcode: boo
         ("layers.1", True, "blocks.1.hook_resid_pre", STREAM),
         ("transformer.h.1.mlp", False, MLP_OUT, MLP_OUT),
         ("h.1.attn", False, "blocks.1.hook_attn_out", "blocks.1.hook_attn_out"),
-        ("wte", False, "hook_embed", "hook_embed"),
     ],
 )
 def test_where_sparsify_trains(bridge: Small, tmp_path: Path, folder: str, transcode: bool, reads: str, writes: str) -> None:
@@ -103,6 +102,16 @@ def test_where_sparsify_trains(bridge: Small, tmp_path: Path, folder: str, trans
     library = drawn(SparseCoder(transcode=transcode))
     libraries.save_sparsify(library, tmp_path / folder)
     compared(bridge, fp.load_sae(tmp_path / folder), library, reads, writes)
+
+
+def test_an_sae_of_the_embedding(bridge: Small, tmp_path: Path) -> None:
+    """It loads with its hook, at which this model, which adds positions, can't be patched."""
+    libraries.save_sparsify(drawn(SparseCoder()), tmp_path / "wte")
+    loaded = fp.load_sae(tmp_path / "wte")
+    assert isinstance(loaded, SAE)
+    assert (loaded.cfg.metadata.hook_name, loaded.cfg.metadata.hook_name_out) == ("hook_embed", None)
+    with pytest.raises(fp.FeatpatchError, match="the SAE reads 'hook_embed', to which this model adds positions"):
+        dictionaries(wrap(bridge.model), loaded)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])

@@ -121,7 +121,7 @@ def test_bos_once_where_the_text_spells_it_out() -> None:
     columns = {"corrupted": ["Rome is big"], "correct": [" to"], "wrong": [" and"], "labels": [{"is": " is"}]}
     plain = fp.Pairs.from_prompts(tokenizer, clean=["Paris is big"], **columns)
     with pytest.warns(
-        PairsWarning, match="a prompt begins with '<s>', which the tokenizer adds as well: the second one is left"
+        PairsWarning, match="a prompt begins with '<s>', which the tokenizer adds as well: the second one is dropped"
     ):
         spelt = fp.Pairs.from_prompts(tokenizer, clean=["<s>Paris is big"], **columns)
     assert spelt == plain
@@ -222,7 +222,7 @@ def test_two_bos_in_token_ids(demo: fp.Demo) -> None:
         ({"clean": [[5, 6], [7]]}, r"clean is \[\[5, 6\], \[7\]\]"),
         ({"clean": "text"}, r"clean is text"),
         ({"correct": [[[1]]]}, r"correct is a tensor \[1, 1, 1\] .*: expected integers \[pairs\] or \[pairs, answers\]"),
-        ({"attention_mask": [[1, 2]]}, r"attention_mask is \[1, 2\]: expected ones"),
+        ({"attention_mask": [[1, 2]]}, r"attention_mask is \[1, 2\]: expected consecutive ones"),
         ({"clean": [5, 6]}, r"clean is a tensor \[2\]"),
     ],
 )

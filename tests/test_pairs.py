@@ -102,7 +102,7 @@ def test_the_checklist_says_where_the_context_decides() -> None:
 
 def test_answers_that_differ_behind_the_two_prompts() -> None:
     with pytest.raises(
-        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* behind the clean prompt and .*alike"
+        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* after the clean prompt and .*alike"
     ):
         fp.Pairs.from_prompts(sentence_piece(), clean=['is "'], corrupted=["is to "], correct=["Paris"], wrong=["Rome"])
 
@@ -283,7 +283,7 @@ def test_spans_from_text(demo: fp.Demo) -> None:
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
         (range(3, 99), "label 'x' is at position"),
         (range(5, 1, -1), "label 'x' is at position"),
-        (range(1, 5, 2), "label 'x' is at positions .*: expected positions side by side"),
+        (range(1, 5, 2), "label 'x' is at positions .*: expected consecutive positions"),
     ],
 )
 def test_spans_that_are_refused(demo: fp.Demo, label: Any, message: str) -> None:

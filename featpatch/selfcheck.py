@@ -1,7 +1,7 @@
-"""Does a dictionary belong to this hook of this model? Measured on the prompts at hand, before anything is ranked.
+"""Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
-A dictionary that does not is told by its explained variance; then the same dictionary is tried at the other layers, at the
-other hooks of its block and on centred activations, so that the reason can be named.
+A dictionary that does not belong explains too little of the variance. It is then tried at the other layers, at the other hook
+points of its block and on centred activations, so that the reason can be named.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,23 +17,23 @@ from featpatch.lens import Dictionary, Lens, check_tokens, dictionaries, officia
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import Node, Patch
 from featpatch.patching import do
-from featpatch.verdict import LESS, Check, Fit
+from featpatch.verdict import MARGIN, Check, Fit
 
 POSITIONS = 512
-"""Positions on which the explained variance is measured, at most."""
+"""The largest number of positions on which the explained variance is measured."""
 GOOD = 0.95
-"""Above this, and as good as the configuration says, no other place is tried."""
-HALF = 0.5
-"""Another place is named where it leaves at most half of the variance unexplained that is so here, and as little as claimed."""
-NONE = 0.5
-"""Below this, or this far below what the configuration says, a fit is a misfit even where no better place is found."""
+"""Explained variance of a dictionary without a claim above which no other hook point is tried."""
+BETTER = 0.5
+"""Share of the variance left unexplained here that another hook point may leave unexplained, at most, to be named."""
+MISFIT = 0.5
+"""Explained variance below which, or distance below the claim from which, a dictionary is a misfit wherever it is tried."""
 ROUNDING = 1e-4
-"""Deviation that the identity and the whole-site law may have, as a share of the largest value."""
+"""Deviation allowed of the identity and of the whole-site law, as a share of the largest value."""
 
 
 @torch.no_grad()
 def check(model: Any, saes: Any, pairs: Pairs) -> Check:
-    """Measures on these prompts whether the dictionaries fit the model.
+    """Measure on some prompts whether dictionaries fit the model.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
@@ -41,7 +41,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         pairs: prompts; their answers play no part.
 
     Raises:
-        FeatpatchError: unusable input, or prompts that differ nowhere.
+        FeatpatchError: the input is unusable, or no clean prompt differs from its corrupted one.
     """
     check_pairs(pairs)
     lens = wrap(model)
@@ -56,7 +56,13 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
 
 @dataclass(frozen=True)
 class Explained:
-    """Explained variance and features per position of a dictionary at some hooks."""
+    """Measurements of a dictionary at its hook points.
+
+    Attributes:
+        variance: the explained variance.
+        l0: active features per position.
+        identity: largest deviation of reconstruction + error from the activation, as a share of its largest value.
+    """
 
     variance: float
     l0: float
@@ -65,10 +71,10 @@ class Explained:
 
 @dataclass(frozen=True)
 class Runs:
-    """Activations of some prompts at all hooks where the dictionaries are tried; one entry per prompt.
+    """Activations of some prompts at all hook points where the dictionaries are tried; one entry per prompt.
 
     Attributes:
-        activations: by hook, `[1, pos, d]`.
+        activations: by hook point, `[1, pos, d]` each.
         kept: which positions are not special, `[pos]`.
     """
 
@@ -77,7 +83,7 @@ class Runs:
 
     @classmethod
     def of(cls, lens: Lens, found: list[Dictionary], pairs: Pairs) -> "Runs":
-        """The first prompts, up to `POSITIONS` positions."""
+        """Run the first prompts, up to `POSITIONS` positions."""
         own, others = (
             sorted({hook for place in places for hook in (place.reads, place.writes)})
             for places in (found, [place for dictionary in found for place in dictionary.elsewhere(lens)])
@@ -96,7 +102,7 @@ class Runs:
         return runs
 
     def fit(self, dictionary: Dictionary) -> bool:
-        """Whether the dictionary's hooks could be read and have its width."""
+        """Whether the dictionary's hook points could be read and have its width."""
         hooks = (dictionary.reads, dictionary.writes)
         widths = [self.activations[hook][0].shape[2] for hook in hooks if hook in self.activations]
         return widths == [dictionary.codec.d_in, dictionary.codec.d_out]
@@ -108,7 +114,7 @@ class Runs:
 
 
 def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
-    """Those of the hooks that fire in every run and hold numbers."""
+    """The hook points that fire and hold finite numbers, found by bisection."""
     try:
         lens.read(torch.tensor([pair.clean, pair.corrupted]), hooks)
     except FeatpatchError:
@@ -158,7 +164,7 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
 
 
 def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> float | None:
-    """Explained variance where the dictionary may not belong, None where it gives no numbers there."""
+    """The explained variance at hook points that may be wrong; None if the dictionary gives no finite numbers there."""
     try:
         return _explained(dictionary, runs, centred=centred).variance
     except FeatpatchError:
@@ -166,42 +172,42 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
 
 
 def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: Iterable[str]) -> str:
-    """Why the dictionary does not fit; empty where it does."""
+    """Why the dictionary does not fit; empty if it does."""
     said = dictionary.training
     expected = said.explained_variance
-    if here >= (GOOD if expected is None else expected - LESS):
+    if here >= (GOOD if expected is None else expected - MARGIN):
         return ""
-    better = [
-        (variance, f"the SAE of {moved.place}")
+    others = [
+        (variance, f"at {moved.place}")
         for moved in dictionary.elsewhere(lens)
         if runs.fit(moved) and (variance := _tried(moved, runs)) is not None
     ]
     if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
         variance = _tried(dictionary, runs, centred=True)
-        better += [] if variance is None else [(variance, "trained on processed weights (center_writing_weights=True)")]
-    best, what = max(better, default=(0.0, ""))
-    enough = NONE if expected is None else max(NONE, expected - LESS)
-    if best >= enough and 1 - best <= HALF * (1 - here):
-        return f"explains {here:.2f} of the variance here, {best:.2f} as {what}: load the one of this hook and model"
-    if (said.known and here < NONE) or (expected is not None and here < expected - NONE):
+        others += [] if variance is None else [(variance, "on weights processed by center_writing_weights")]
+    best, where = max(others, default=(0.0, ""))
+    enough = MISFIT if expected is None else max(MISFIT, expected - MARGIN)
+    if best >= enough and 1 - best <= BETTER * (1 - here):
+        return f"explains {here:.2f} of the variance here, but {best:.2f} {where}: load the SAE of this hook point and model"
+    if (said.known and here < MISFIT) or (expected is not None and here < expected - MISFIT):
         other = _other_weights(dictionary, done)
-        return f"explains {here:.2f} of the variance, and no other hook fits: " + (
+        return f"explains {here:.2f} of the variance, and no other hook point fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
-            else "most likely trained on another model of this width, or scaled otherwise; check where it comes from"
+            else "most likely trained on another model of this width, or scaled differently; check where it comes from"
         )
     return ""
 
 
 def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
-    """In what the model's weights differ from those of the training, so that its hook shows it; empty where they don't."""
+    """How the weights of the training were processed differently, as far as it changes the dictionary's hook points."""
     said = dictionary.training
-    seen = {"fold_ln"} if sites.behind_norm(dictionary.reads) else set()
+    seen = {"fold_ln"} if sites.after_norm(dictionary.reads) else set()
     seen |= {"center_writing_weights"} if sites.on_stream(dictionary.writes) else set()
     trained, here = sorted(seen & set(said.processing)), sorted(seen & set(done))
     if said.model is None or trained == here:
         return ""
-    return f"trained on weights processed by {trained or 'nothing'}, these are by {here or 'nothing'}"
+    return f"trained on weights processed by {trained or 'nothing'}, these are processed by {here or 'nothing'}"
 
 
 def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
@@ -230,8 +236,8 @@ def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[st
         yield other
     if short:
         yield (
-            "explains less than its configuration claims: check that it was rebuilt as what it was trained as (a threshold of "
-            "JumpReLU left out, k, normalisation), and try prompts more like those of its training"
+            "explains less than its configuration claims: check that it was rebuilt as it was trained (JumpReLU threshold, k, "
+            "normalisation), and try prompts more like those of its training"
         )
     ours = official_name(str(lens.model.cfg.model_name))
     if said.model and ours and ours != official_name(said.model):

@@ -177,24 +177,24 @@ def on_stream(site: str) -> bool:
 
 
 WEIGHTED = {"attn.hook_in": "ln1", "ln1.hook_out": "ln1", "mlp.hook_in": "ln2", "ln2.hook_out": "ln2"}
-"""Hooks behind the weight of a norm, and the norm. Folding takes the weight, and a bias, out of what they hold; what the norm's
-`hook_normalized` holds is in front of its weight, and stays the same."""
+"""Hook points after the weight of a norm, and the norm. Folding removes the weight, and a bias, from what they hold; the norm's
+`hook_normalized` comes before the weight and stays the same."""
 
 
-def behind_norm(site: str) -> bool:
-    """Whether an activation is the output of a norm, so that it is another where the norm's weight is folded."""
+def after_norm(site: str) -> bool:
+    """Whether an activation is the output of a norm, which changes when the norm's weight is folded."""
     return site.split(".", 2)[-1] in WEIGHTED
 
 
 def weighted(site: str) -> str | None:
-    """The hook that holds, times the norm's weight, what `hook_normalized` of a block's norm holds; None for another hook."""
+    """The hook point that holds what a norm's `hook_normalized` holds, times the norm's weight; None for other hook points."""
     layer, _, name = site.rpartition(".ln")
     found = next((hook for hook, norm in WEIGHTED.items() if f"ln{name}" == f"{norm}.hook_normalized"), None)
     return found and f"{layer}.{found}"
 
 
 def normalized(site: str) -> str:
-    """The hook that holds at all times what a hook behind a norm holds once the norm's weight is folded."""
+    """The hook point that always holds what a hook point after a norm holds once the norm's weight is folded."""
     return f"blocks.{layer_of(site)}.{WEIGHTED[site.split('.', 2)[2]]}.hook_normalized"
 
 
@@ -206,11 +206,11 @@ MODULES = {
     "pre_feedforward_layernorm.output": "mlp.hook_in",
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }
-"""Inputs and outputs of the modules of a Hugging Face layer, and the hook of a block that holds the same."""
+"""Inputs and outputs of the modules of a Hugging Face layer, and the hook point of a block that holds the same."""
 
 
 def of_module(path: str) -> str | None:
-    """The hook that holds what a module of Hugging Face reads or returns; None where it is not known.
+    """The hook point that holds the input or output of a Hugging Face module; None if it is not known.
 
     Args:
         path: such as `model.layers.3.pre_feedforward_layernorm.output`.
@@ -221,30 +221,30 @@ def of_module(path: str) -> str | None:
 
 
 def is_mlp_in(site: str) -> bool:
-    """Whether a name is the one that TransformerLens and sae-lens give to different activations.
+    """Whether a name is `hook_mlp_in`, by which TransformerLens and sae-lens mean different activations.
 
-    To TransformerLens `hook_mlp_in` is a copy of the stream in front of the norm. sae-lens gives the name to the transcoders of
-    Gemma Scope 2, which read what comes out of the norm.
+    In TransformerLens it is a copy of the residual stream before the norm. sae-lens uses it for the transcoders of Gemma
+    Scope 2, which read the output of the norm.
     """
     return site.endswith(".hook_mlp_in")
 
 
 def read_by_mlp(layer: int) -> str:
-    """The hook of what an MLP reads, the norm behind it."""
+    """The hook point of what an MLP reads: the output of its norm."""
     return f"blocks.{layer}.mlp.hook_in"
 
 
 def switch(hook: str) -> str:
-    """How a hook that does not fire is switched on, in words."""
+    """How to switch on a hook point that does not fire, for an error message."""
     if is_mlp_in(hook):
         return (
-            "model.set_use_hook_mlp_in(True) switches on a copy of the stream in front of the norm; what the MLP reads is at "
-            f"{read_by_mlp(layer_of(hook))!r}"
+            "model.set_use_hook_mlp_in(True) switches on a copy of the residual stream before the norm; what the MLP reads is "
+            f"at {read_by_mlp(layer_of(hook))!r}"
         )
     if hook.endswith(("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")):
         return (
-            "model.set_use_attn_in(True) or model.set_use_split_qkv_input(True) switches on copies of the stream, one per "
-            "head, in front of the norm; the norm's output without its weight is at ln1.hook_normalized"
+            "model.set_use_attn_in(True) or model.set_use_split_qkv_input(True) switches on copies of the residual stream, "
+            "one per head, before the norm; the norm's output without its weight is at ln1.hook_normalized"
         )
     return "some must be switched on first (model.set_use_attn_result(True), ...)"
 
@@ -253,11 +253,11 @@ BESIDE = (
     "hook_resid_pre", "ln1.hook_normalized", "attn.hook_in", "attn.hook_z", "attn.hook_out", "hook_attn_out", "hook_resid_mid",
     "ln2.hook_normalized", "mlp.hook_in", "mlp.hook_post", "mlp.hook_out", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
-"""Hooks of a block that one is mistaken for."""
+"""The hook points of a block that are mistaken for one another."""
 
 
 def beside(site: str) -> list[str]:
-    """The other hooks of the same block; none for a hook outside the blocks."""
+    """The hook points of `BESIDE` in the same block, without this one; none for a hook point outside the blocks."""
     match = re.match(r"blocks\.[0-9]{1,6}\.", site)
     return [] if match is None else [match.group() + name for name in BESIDE if match.group() + name != site]
 
@@ -271,8 +271,8 @@ def layer_of(site: str) -> int:
     match = re.match(r"blocks\.([0-9]{1,6})\.", site)
     if match is None:
         raise FeatpatchError(
-            f"site {site!r} is not inside a block: expected a hook of a block, such as {resid_pre(0)!r}, which holds all that "
-            "enters the first block: the embedding, with what the model scales it by or adds to it, such as positions"
+            f"site {site!r} is not inside a block: expected a hook of a block, such as {resid_pre(0)!r}, which holds "
+            "what enters the first block: the embedding with everything that the model applies to it, such as positions"
         )
     return int(match.group(1))
 

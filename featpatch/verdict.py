@@ -1,16 +1,16 @@
-"""Whether dictionaries fit a model, as plain data."""
+"""The result of a check: whether dictionaries fit a model."""
 
 from dataclasses import dataclass
 
 LITTLE = 0.5
-"""Explained variance below which a dictionary that claims nothing can't be said to fit."""
-LESS = 0.05
-"""How far the explained variance may lie below what the dictionary's configuration says."""
+"""Explained variance below which a dictionary is not said to fit."""
+MARGIN = 0.05
+"""How far the explained variance may lie below what the dictionary's configuration claims."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How one dictionary fits the model, measured on the prompts of a check.
+    """How well one dictionary fits the model, measured on the prompts of a check.
 
     Attributes:
         dictionary: its name.
@@ -18,9 +18,9 @@ class Fit:
         whole_site: largest deviation of the logits with all features and the error swapped from those with the whole
             activation swapped, as a share of the largest logit.
         explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, special tokens left out.
-        expected: the explained variance that the dictionary's configuration or the registry gives, if any.
+        expected: the explained variance that the dictionary's configuration or the registry claims, if any.
         l0: features that are not 0, per position.
-        misfit: why it does not fit, and empty where it does.
+        misfit: why it does not fit; empty if it does.
         remarks: other things to know, e.g. prompts longer than those of its training.
     """
 
@@ -35,7 +35,7 @@ class Fit:
 
     @property
     def verdict(self) -> str:
-        """In a few words."""
+        """The outcome in a few words."""
         if self.misfit:
             return "does not fit"
         if self.short:
@@ -44,12 +44,12 @@ class Fit:
 
     @property
     def short(self) -> bool:
-        """Whether it explains less than its configuration claims, by more than `LESS`."""
-        return self.expected is not None and self.explained_variance < self.expected - LESS
+        """Whether it explains less than its configuration claims, by more than `MARGIN`."""
+        return self.expected is not None and self.explained_variance < self.expected - MARGIN
 
     @property
     def ok(self) -> bool:
-        """Whether it fits as well as its configuration claims, if it claims anything."""
+        """Whether it fits, and explains as much as its configuration claims, if anything."""
         return not (self.misfit or self.short)
 
 
@@ -78,5 +78,5 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether every dictionary fits and explains as much as its configuration claims, within `LESS`."""
+        """Whether every dictionary is ok."""
         return all(fit.ok for fit in self.fits)

@@ -286,7 +286,7 @@ def test_a_hook_holds_what_the_dictionary_was_trained_on(kind: str, name: str) -
     torch.testing.assert_close(cache[reading(model, behind, **FOLDED)], read, **close)
     torch.testing.assert_close(cache[reading(model, behind)], read, **close)
     for said in ({"name": "blocks.1.hook_mlp_in", **HF_NORM}, {"name": behind, **RAW}, {"name": behind, "model_name": "it"}):
-        with pytest.raises(fp.FeatpatchError, match="trained behind the weight|none that holds the norm's output"):
+        with pytest.raises(fp.FeatpatchError, match="trained with the weight|none that holds the norm's output"):
             reading(model, **said)
 
 

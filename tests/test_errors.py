@@ -118,11 +118,11 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
         ),
         (
             lambda: fp.identity(small_bridge().model, "blocks.1.hook_mlp_in"),
-            r"'blocks.1.hook_mlp_in' exists but did not fire: .*in front of the norm; what the MLP reads is at 'blocks.1.mlp.hook_in'",
+            r"'blocks.1.hook_mlp_in' exists but did not fire: .*before the norm; what the MLP reads is at 'blocks.1.mlp.hook_in'",
         ),
         (
             lambda: fp.identity(small_bridge().model, "blocks.1.hook_attn_in"),
-            r"'blocks.1.hook_attn_in' exists but did not fire: .*set_use_attn_in\(True\).*in front of the norm",
+            r"'blocks.1.hook_attn_in' exists but did not fire: .*set_use_attn_in\(True\).*before the norm",
         ),
         (
             lambda: sae_at("hook_embed"),

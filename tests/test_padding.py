@@ -83,5 +83,5 @@ def test_a_mask_of_another_shape(bridge: Small, shape: tuple[int, ...], wider: i
 def test_padding_between_tokens_is_refused(bridge: Small) -> None:
     mask = torch.ones_like(bridge.clean)
     mask[1, 3] = 0
-    with pytest.raises(fp.FeatpatchError, match=r"pair 1: attention_mask is \[1, 1, 1, 0.* expected ones side by side"):
+    with pytest.raises(fp.FeatpatchError, match=r"pair 1: attention_mask is \[1, 1, 1, 0.* expected consecutive ones"):
         fp.Pairs.from_tokens(bridge.clean, bridge.corrupted, bridge.correct, bridge.wrong, attention_mask=mask)

@@ -102,7 +102,7 @@ def test_the_checklist_says_where_the_context_decides() -> None:
 
 def test_answers_that_differ_behind_the_two_prompts() -> None:
     with pytest.raises(
-        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* behind the clean prompt and .*alike"
+        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* after the clean prompt and .*alike"
     ):
         fp.Pairs.from_prompts(sentence_piece(), clean=['is "'], corrupted=["is to "], correct=["Paris"], wrong=["Rome"])
 
@@ -121,7 +121,7 @@ def test_bos_once_where_the_text_spells_it_out() -> None:
     columns = {"corrupted": ["Rome is big"], "correct": [" to"], "wrong": [" and"], "labels": [{"is": " is"}]}
     plain = fp.Pairs.from_prompts(tokenizer, clean=["Paris is big"], **columns)
     with pytest.warns(
-        PairsWarning, match="a prompt begins with '<s>', which the tokenizer adds as well: the second one is left"
+        PairsWarning, match="a prompt begins with '<s>', which the tokenizer adds as well: the second one is dropped"
     ):
         spelt = fp.Pairs.from_prompts(tokenizer, clean=["<s>Paris is big"], **columns)
     assert spelt == plain
@@ -222,7 +222,7 @@ def test_two_bos_in_token_ids(demo: fp.Demo) -> None:
         ({"clean": [[5, 6], [7]]}, r"clean is \[\[5, 6\], \[7\]\]"),
         ({"clean": "text"}, r"clean is text"),
         ({"correct": [[[1]]]}, r"correct is a tensor \[1, 1, 1\] .*: expected integers \[pairs\] or \[pairs, answers\]"),
-        ({"attention_mask": [[1, 2]]}, r"attention_mask is \[1, 2\]: expected ones"),
+        ({"attention_mask": [[1, 2]]}, r"attention_mask is \[1, 2\]: expected consecutive ones"),
         ({"clean": [5, 6]}, r"clean is a tensor \[2\]"),
     ],
 )
@@ -283,7 +283,7 @@ def test_spans_from_text(demo: fp.Demo) -> None:
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
         (range(3, 99), "label 'x' is at position"),
         (range(5, 1, -1), "label 'x' is at position"),
-        (range(1, 5, 2), "label 'x' is at positions .*: expected positions side by side"),
+        (range(1, 5, 2), "label 'x' is at positions .*: expected consecutive positions"),
     ],
 )
 def test_spans_that_are_refused(demo: fp.Demo, label: Any, message: str) -> None:

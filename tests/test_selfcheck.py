@@ -79,14 +79,14 @@ def test_a_dictionary_of_another_layer_is_named(make: Any, hook: str) -> None:
     sae.cfg.metadata.hook_name = hook.replace("1", "2")
     (fit,) = fp.check(model, sae, prompts()).fits
     assert fit.verdict == "does not fit"
-    assert f"as the SAE of {hook!r}" in fit.misfit
+    assert f"at {hook!r}" in fit.misfit
 
 
 def test_a_dictionary_of_another_model_of_the_same_width() -> None:
     ours, theirs = small_bridge().model, small_hooked().model
     sae = fitted(theirs, HOOKS[0], model_name="theirs", explained_variance=0.97)
     (fit,) = fp.check(ours, sae, prompts()).fits
-    assert "no other hook fits" in fit.misfit
+    assert "no other hook point fits" in fit.misfit
     assert "another model of this width" in fit.misfit
     assert any("names the model 'theirs'" in remark for remark in fit.remarks) == (not ours.cfg.model_name.startswith("/"))
 
@@ -109,10 +109,10 @@ def test_a_dictionary_of_processed_weights() -> None:
     assert check.weights == "as they are"
 
     (fit,) = fp.check(model, of_processed, prompts()).fits
-    assert "as trained on processed weights (center_writing_weights=True)" in fit.misfit
+    assert "on weights processed by center_writing_weights" in fit.misfit
     assert any("trained on weights processed by ['center_writing_weights']" in remark for remark in fit.remarks)
     (fit,) = fp.check(processed, of_raw, prompts()).fits
-    assert "trained on weights processed by nothing, these are by ['center_writing_weights']" in fit.remarks
+    assert "trained on weights processed by nothing, these are processed by ['center_writing_weights']" in fit.remarks
 
 
 def test_remarks(bridge: Small) -> None:
@@ -122,8 +122,8 @@ def test_remarks(bridge: Small) -> None:
     assert fit.remarks == (
         "trained on 8 tokens at a time, the longest prompt has 9",
         "trained with BOS first, which some prompts lack",
-        "explains less than its configuration claims: check that it was rebuilt as what it was trained as (a threshold of "
-        "JumpReLU left out, k, normalisation), and try prompts more like those of its training",
+        "explains less than its configuration claims: check that it was rebuilt as it was trained (JumpReLU threshold, k, "
+        "normalisation), and try prompts more like those of its training",
     )
 
 
@@ -144,13 +144,13 @@ def test_claims(bridge: Small, claim: Any, expected: float | None) -> None:
 
 def test_a_place_that_explains_nothing_is_not_named(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """An SAE that was never trained is better in one layer than in another, and belongs to none."""
-    monkeypatch.setattr(selfcheck, "HALF", 0.9)
+    monkeypatch.setattr(selfcheck, "BETTER", 0.9)
     explained = []
     for layer in range(3):
         sae = deepcopy(bridge.at(HOOKS[0]))
         sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_pre"
         (fit,) = fp.check(bridge.model, sae, prompts()).fits
-        assert "no other hook fits" in fit.misfit
+        assert "no other hook point fits" in fit.misfit
         explained.append(fit.explained_variance)
     assert 1 - max(explained) < 0.9 * (1 - min(explained)), "so that one of them would be named"
 
@@ -215,7 +215,7 @@ def test_the_table(bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=150).print(checked(fp.check(bridge.model, sae, prompts())))
     printed = capsys.readouterr().out
     assert "does not fit" in printed
-    assert "as the SAE of 'blocks.1.hook_resid_pre'" in " ".join(printed.split())
+    assert "at 'blocks.1.hook_resid_pre'" in " ".join(printed.split())
 
 
 def test_less_than_it_claims_is_not_ok() -> None:
@@ -309,4 +309,4 @@ def test_transcoders_of_gemma_scope(name: str) -> None:
         misnamed.cfg.metadata.hook_name = wrong
         check = fp.check(model, misnamed, pairs)
         assert not check.ok
-        assert f"as the SAE of '{right}' -> 'blocks.1.hook_mlp_out'" in check.fits[0].misfit
+        assert f"at '{right}' -> 'blocks.1.hook_mlp_out'" in check.fits[0].misfit

@@ -44,8 +44,8 @@ def pair_of(tokenizer: Tokenizer, draft: Draft) -> Pair | None:
     if len(clean) != len(corrupted) or clean == corrupted or unknown in clean or unknown in corrupted:
         return None
     glue = "" if draft.glued else " "
-    behind = AnswerTokens(tokenizer, draft.clean)
-    answers = [[behind.next_token(glue + word) for word in words] for words in (draft.correct, draft.wrong)]
+    after = AnswerTokens(tokenizer, draft.clean)
+    answers = [[after.next_token(glue + word) for word in words] for words in (draft.correct, draft.wrong)]
     correct, wrong = ([token for token in tokens if token is not None] for tokens in answers)
     if not correct or not wrong or set(correct) & set(wrong) or (not draft.glued and None in answers[0] + answers[1]):
         return None
@@ -72,8 +72,8 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     Raises:
         FeatpatchError: there are fewer than `least`.
     """
-    behind = AnswerTokens(tokenizer, "Then")
-    kept = [word for word in words if behind.next_token(f" {word}") is not None]
+    after = AnswerTokens(tokenizer, "Then")
+    kept = [word for word in words if after.next_token(f" {word}") is not None]
     if len(kept) < least:
         raise FeatpatchError(
             f"only {kept} of {list(words)} are one token of this tokenizer: expected at least {least}; give words of your own"

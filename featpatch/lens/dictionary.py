@@ -80,7 +80,7 @@ class Dictionary:
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
-        """The same codec at the hooks of the same name in the other layers, and at the other hooks of its block."""
+        """The same codec at its hook points in the other layers, and at the other hook points of its block."""
         hooks = [
             (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
             for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
@@ -198,8 +198,8 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         saes: one object of a kind in `codecs/`, or several; several may share a hook. A dictionary is taken as it is.
 
     Raises:
-        FeatpatchError: an SAE names no hook, one that the model lacks, or one that holds something else than what it was
-            trained on; has another width than the activation there, or codes a position together with what it must not see.
+        FeatpatchError: an SAE names no hook point, or one that the model lacks or that does not hold what the SAE was trained
+            on; has another width than the activation there, or codes a position together with what it must not see.
     """
     if isinstance(saes, Dictionary):
         return [saes]
@@ -227,7 +227,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
 
 
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
-    """As `dictionaries`; none for None and for an empty tuple."""
+    """As `dictionaries`; an empty list for None and for an empty tuple."""
     return [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
 
 
@@ -237,10 +237,13 @@ def several(saes: Any) -> list[Any]:
 
 
 def _hook(lens: Lens, said: Training, name: str) -> str:
-    """The hook of the model that holds what a dictionary was trained on, where its configuration gives this name.
+    """The hook point of the model that holds what a dictionary was trained on.
+
+    Args:
+        name: the hook point that the dictionary's configuration names.
 
     Raises:
-        FeatpatchError: none does, or the name can mean two things.
+        FeatpatchError: no hook point does, or the name is ambiguous.
     """
     if said.known and sites.is_mlp_in(name):
         if said.module is None:
@@ -248,54 +251,66 @@ def _hook(lens: Lens, said: Training, name: str) -> str:
             stream = sites.component(layer, "resid_mid")
             stream = stream if stream in lens.hook_points else sites.resid_pre(layer)
             raise FeatpatchError(
-                f"the SAE names the hook {name!r}, to TransformerLens the stream in front of the norm, to transcoders of Gemma "
-                "Scope 2 the norm's output, and its metadata has no hf_hook_name that tells which: expected another name; "
-                f"set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
+                f"the SAE names the hook {name!r}, which is the residual stream before the norm in TransformerLens and the "
+                "norm's output for transcoders of Gemma Scope 2, and its metadata has no hf_hook_name that tells which: expected "
+                f"another name; set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
             )
         name = said.module
     weighted = sites.weighted(name) if said.known and said.folded is None else None
     if weighted is not None and weighted in lens.hook_points and not folded(lens) and not trivial_norms(lens):
         raise FeatpatchError(
             f"the SAE names the hook {name!r}, which is the norm's output without the norm's weight, and its metadata does not "
-            "say whether it was trained there (Gemma Scope 1 was) or on what the weight makes of it: set "
-            f"sae.cfg.metadata.hook_name to {weighted!r} for the latter; for the former set metadata.model_name, or "
+            "say whether it was trained without the weight (as Gemma Scope 1 was) or with it: if with, set "
+            f"sae.cfg.metadata.hook_name to {weighted!r}; if without, set metadata.model_name, or "
             "metadata.model_from_pretrained_kwargs = {'fold_ln': True}"
         )
     if name == sites.EMBEDDING and name in lens.hook_points:
         return _embedding(lens)
-    return _behind_norm(lens, said, name) if sites.behind_norm(name) else lens.site(name)
+    return _after_norm(lens, said, name) if sites.after_norm(name) else lens.site(name)
 
 
 def _embedding(lens: Lens) -> str:
-    """The entry of the first block, where that is the embedding."""
+    """The entry of the first block, if it holds the embedding.
+
+    Raises:
+        FeatpatchError: the model changes the embedding before the first block.
+    """
     entry = sites.resid_pre(0)
     both = lens.read(torch.tensor([[0, 1, 2]]), [sites.EMBEDDING, entry])
     if not torch.equal(both[sites.EMBEDDING], both[entry]):
         raise FeatpatchError(
-            f"the SAE reads {sites.EMBEDDING!r}, to which this model adds positions, or which it scales or norms, before the "
-            f"first block: expected an SAE of a block's hook; {entry!r} holds the result, which this SAE was not trained on"
+            f"the SAE reads {sites.EMBEDDING!r}, to which this model adds positions, or which it scales or normalises, before "
+            f"the first block: expected an SAE of a block's hook; {entry!r} holds the result, which this SAE was not trained on"
         )
     return entry
 
 
-def _behind_norm(lens: Lens, said: Training, name: str) -> str:
-    """A hook behind the weight of a norm, which is another where that weight is folded."""
-    here = folded(lens)
-    then = here if said.folded is None else said.folded
-    if name not in lens.hook_points and here and then and sites.normalized(name) in lens.hook_points:
-        return sites.normalized(name)
+def _after_norm(lens: Lens, said: Training, name: str) -> str:
+    """The hook point for a dictionary of a norm's output, which holds the norm's weight unless that is folded.
+
+    Raises:
+        FeatpatchError: the weight was folded in the training and is not here, or the other way round.
+    """
+    is_folded = folded(lens)
+    was_folded = is_folded if said.folded is None else said.folded
     if name not in lens.hook_points and sites.normalized(name) in lens.hook_points:
+        if is_folded and was_folded:
+            return sites.normalized(name)
         raise FeatpatchError(
             f"the model has no hook {name!r}, and none that holds the norm's output with its weight: expected a "
             "HookedSAETransformer or a TransformerBridge with its weights as they are; use fp.load, or "
             "HookedSAETransformer.from_pretrained_no_processing"
         )
-    if then != here and (here or not trivial_norms(lens)):
+    if is_folded and not was_folded:
         raise FeatpatchError(
-            f"the SAE of {name!r} was trained {'behind' if here else 'without'} the weight of the norm, which in this model is "
-            f"{'folded into the MLP or attention' if here else 'not folded'}: expected the weights of its training; load the "
-            f"model with processing={[] if here else ['fold_ln']}"
-            f"{'' if here else f', or set sae.cfg.metadata.hook_name to {sites.normalized(name)!r}, which holds the same'}"
+            f"the SAE of {name!r} was trained with the weight of the norm, which in this model is folded into the MLP or "
+            "attention: expected the weights of its training; load the model with processing=[]"
+        )
+    if was_folded and not is_folded and not trivial_norms(lens):
+        raise FeatpatchError(
+            f"the SAE of {name!r} was trained without the weight of the norm, which in this model is not folded: expected the "
+            "weights of its training; load the model with processing=['fold_ln'], or set sae.cfg.metadata.hook_name to "
+            f"{sites.normalized(name)!r}, which holds the same"
         )
     return lens.site(name)
 

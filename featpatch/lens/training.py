@@ -1,4 +1,4 @@
-"""What an SAE's configuration says of its training, and names of models by which it can be compared."""
+"""What an SAE's configuration says about its training, and names of models in a comparable form."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +10,23 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from featpatch import sites
 
 PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-"""What TransformerLens does to weights unless told otherwise; SAEs are trained without, unless their configuration names it."""
+"""TransformerLens' weight processing, which it does by default; SAEs are trained without it unless their configuration says so."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Attributes that are None or empty are not known.
+    """What is known about the training of an SAE; None or empty means unknown.
 
     Attributes:
-        known: whether there is a configuration: that of a sae-lens object.
+        known: whether the SAE has a configuration, as sae-lens objects have.
         model: the model's name.
-        processing: what was done to its weights, of `PROCESSED`.
-        explained_variance: as measured then, or as the registry says.
-        folded: whether the weights of norms were folded; nothing else than what is said, or the rule of sae-lens, which takes
-            weights as they are.
-        module: the hook that is the input or output of Hugging Face's module which the configuration names, if it names one.
-        context_size: tokens of a training prompt.
-        prepend_bos: whether these began with BOS.
+        processing: the processing of the model's weights, of `PROCESSED`.
+        explained_variance: as the configuration or the registry claims.
+        folded: whether the weights of norms were folded: as the configuration says, or not folded if it names a model or a
+            module without saying so, because sae-lens takes weights as they are.
+        module: the hook point that holds the input or output of the Hugging Face module that the configuration names.
+        context_size: tokens per training prompt.
+        prepend_bos: whether training prompts began with BOS.
     """
 
     known: bool = False
@@ -40,7 +40,7 @@ class Training:
 
     @classmethod
     def of(cls, sae: Any) -> "Training":
-        """From the metadata of a sae-lens object; nothing for another."""
+        """Read the metadata of a sae-lens object; nothing is known about any other."""
         if not isinstance(sae, SAE):
             return cls()
         said = sae.cfg.metadata
@@ -60,14 +60,14 @@ class Training:
 
 
 def _share(claim: object) -> float | None:
-    """A claimed explained variance, also where it is in per cent; None where it is no number that one can be."""
+    """A claimed explained variance as a share, also if it is given in per cent; None if it is not a valid one."""
     if not isinstance(claim, (int, float)) or not 0 < claim <= 100:
         return None
     return float(claim) if claim <= 1 else claim / 100
 
 
 def official_name(model: str) -> str:
-    """The name without its owner and in lower case, aliases resolved; empty for a folder."""
+    """Return a model's name in lower case, without its owner and with aliases resolved; empty for a folder."""
     if Path(model).exists():
         return ""
     official = next((name for name, aliases in MODEL_ALIASES.items() if model in aliases), model)

@@ -1,4 +1,4 @@
-"""Which of TransformerLens' processing a model's weights have gone through, found out from the model itself."""
+"""Which processing of TransformerLens a model's weights have gone through, measured on the model itself."""
 
 from collections.abc import Sequence
 
@@ -26,13 +26,13 @@ def processing(lens: Lens) -> Sequence[str]:
 
 
 def trivial_norms(lens: Lens) -> bool:
-    """Whether the norms before attention and MLP scale nothing: folded, or never trained."""
+    """Whether the norms before attention and MLP have no weight other than 1, because it is folded or was never trained."""
     norms = _norms(lens)
     return bool(norms) and all(norm.weight is None or bool((norm.weight == 1).all()) for norm in norms)
 
 
 def folded(lens: Lens) -> bool:
-    """Whether the weights of these norms have been folded into what reads them."""
+    """Whether the weights of these norms have been folded into the weights that read them."""
     gone = all(norm.weight is None for norm in _norms(lens)) or getattr(lens.model, "_weights_processed", False)
     return trivial_norms(lens) and bool(gone)
 

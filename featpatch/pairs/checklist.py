@@ -6,8 +6,8 @@ the model prefers the right answer on the clean prompt and the wrong one on the 
 
 Which answer the model prefers is told by a metric of the logits where answers are tokens. Where they are sequences it is told
 by log p(right) - log p(wrong), whatever the metric: p is the sum over answers of the product of their tokens' probabilities,
-each given the prompt and the tokens before it. Pairs without wrong answers are measured by log p(right), which is to be larger
-on the clean prompt.
+each given the prompt and the tokens before it. For pairs without wrong answers it is log p(right), which must be larger on the
+clean prompt.
 """
 
 from collections import Counter
@@ -71,8 +71,8 @@ class Checklist:
 
     Attributes:
         findings: one per pair and rule.
-        clean, corrupted: the metric on both prompts, by pair; log p(right) - log p(wrong) where answers are sequences, log
-            p(right) where there are no wrong ones.
+        clean, corrupted: the metric on both prompts, by pair; log p(right) - log p(wrong) if answers are sequences, and
+            log p(right) if there are no wrong ones.
     """
 
     findings: tuple[Finding, ...]
@@ -257,7 +257,7 @@ def _answers(pair: Pair, tokenizer: Any, in_context: Set[int]) -> Outcome:
 
 
 def _in_context(pairs: Sequence[Pair], tokenizer: Any) -> set[int]:
-    """The tokens of answers that would be other tokens without a prompt in front."""
+    """The answer tokens whose text is tokenized differently without a prompt in front."""
     every = {token for pair in pairs for side in pair.answers for answer in side for token in answer}
     alone = {} if tokenizer is None else {token: by_itself(tokenizer, token) for token in every}
     return {token for token, ids in alone.items() if ids not in (None, (token,))}

@@ -34,7 +34,7 @@ def fitting(
     """`make` for every row; with `skip`, for those rows for which it raises no error, and a warning that counts the others.
 
     Args:
-        remarks: what `make` has found odd by then, for one warning.
+        remarks: a list that `make` adds messages to; they become one warning.
 
     Raises:
         FeatpatchError: a row that can't be made, or, with `skip`, no row that can.

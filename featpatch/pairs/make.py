@@ -38,16 +38,16 @@ def make(
     Args:
         filler: the id of the token that makes up for a difference in length, see `aligned`; None: lengths must be equal.
         long_answers: makes a sequence of every answer, of one token or more; else each is one token.
-        remarks: a list to which is added what is odd about the answers' tokens.
+        remarks: a list to which the remarks about answers are added, see `AnswerTokens`.
 
     Raises:
-        FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more) or has other
-            tokens behind the corrupted prompt, a label that is nowhere or at two positions.
+        FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens) or is tokenized
+            differently after the corrupted prompt, or a label is nowhere or at two positions.
     """
     ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
-    behind = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
+    answers = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
     if _last_word(clean) == _last_word(corrupted):
-        behind = behind[:1]
+        answers = answers[:1]
     here = label_positions(tokenizer, clean, labels)
     there = label_positions(tokenizer, corrupted, corrupted_labels)
     if filler is not None and (there or len(ids) != len(other)):
@@ -55,13 +55,13 @@ def make(
     pair = Pair(
         clean=ids,
         corrupted=other,
-        **_answers(behind, correct, wrong, long_answers),
+        **_answer_fields(answers, correct, wrong, long_answers),
         labels=here,
         special=special_positions(tokenizer, ids, other),
         tags=dict(tags),
     )
     if remarks is not None:
-        remarks.extend(dict.fromkeys(behind[0].remarks))
+        remarks.extend(dict.fromkeys(answers[0].remarks))
     for label, position in there.items():
         if label not in here:
             raise FeatpatchError(
@@ -77,23 +77,29 @@ def make(
 
 
 def _last_word(prompt: Prompt) -> Any:
-    """The end of a prompt on which the tokens of what follows can depend."""
+    """The end of a prompt, the only part that can change how an answer is tokenized."""
     return prompt[len(prompt.rstrip().rpartition(" ")[0]) :] if isinstance(prompt, str) else None
 
 
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt that is a text or ids already."""
+    """Return the token ids of a prompt, which is a text or ids already."""
     return prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
 
 
-def _answers(behind: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
-    """The fields of a pair that hold its answers, the same tokens behind both prompts (one of them where they end alike)."""
+def _answer_fields(
+    after: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool
+) -> dict[str, Any]:
+    """The fields of a pair that hold its answers.
+
+    Args:
+        after: tokenizes answers after the clean and after the corrupted prompt; one entry if the prompts end alike.
+    """
     sides = []
     for answers in (correct, wrong):
-        found = [_ids(each, answers, long_answers) for each in behind]
+        found = [_ids(each, answers, long_answers) for each in after]
         if found[0] != found[-1]:
             raise FeatpatchError(
-                f"answers {answers!r} are the tokens {found[0]} behind the clean prompt and {found[1]} behind the corrupted "
+                f"answers {answers!r} are the tokens {found[0]} after the clean prompt and {found[1]} after the corrupted "
                 "one: expected the same; end both prompts alike, or give the answers as token ids"
             )
         sides.append(found[0])
@@ -103,9 +109,9 @@ def _answers(behind: Sequence[AnswerTokens], correct: Answers, wrong: Answers, l
     return {"correct": (), "wrong": (), "correct_sequences": sides[0], "wrong_sequences": sides[1]}
 
 
-def _ids(behind: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
+def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
     several = [answers] if isinstance(answers, str) else answers
     return tuple(
-        (answer,) if isinstance(answer, int) else behind.ids(answer) if long_answers else (behind.one(answer, instead=INSTEAD),)
+        (answer,) if isinstance(answer, int) else after.ids(answer) if long_answers else (after.one(answer, instead=INSTEAD),)
         for answer in several
     )

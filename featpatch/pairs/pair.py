@@ -10,7 +10,7 @@ Sequences = tuple[tuple[int, ...], ...]
 """Answers, each as its token ids."""
 
 LabelPosition = int | tuple[int, ...]
-"""Where a label is: a token position, or those of a span, side by side, which are patched together."""
+"""Where a label is: a token position, or the consecutive positions of a span, which are patched together."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Pair:
 
     Attributes:
         clean, corrupted: token ids, equally many.
-        correct, wrong: ids of the answers to the clean prompt that are right (one or several) and wrong; there may be no wrong
-            ones for metrics that need none, such as `log_prob`. Both are `()` where answers are sequences.
-        labels: names of token positions, e.g. `{"S2": 12}`, and of spans of several, e.g. `{"subject": (3, 4)}`.
+        correct, wrong: ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may be left
+            out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences.
+        labels: names of token positions, e.g. `{"S2": 12}`, or of spans, e.g. `{"subject": (3, 4)}`.
         answer_position: where the metric is read; the last token by default.
         special: positions of BOS and other special tokens, which no swap touches.
         tags: what the pair was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
@@ -64,13 +64,13 @@ class Pair:
             span = positions_of(position)
             if not isinstance(label, str) or label in ("all", "each") or not span or not all(type(p) is int for p in span):
                 raise FeatpatchError(
-                    f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and another name "
+                    f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and a name other "
                     "than 'all' and 'each'"
                 )
             if not 0 <= span[0] <= span[-1] < n:
                 raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
             if span != tuple(range(span[0], span[-1] + 1)):
-                raise FeatpatchError(f"label {label!r} is at positions {position}: expected positions side by side, in order")
+                raise FeatpatchError(f"label {label!r} is at positions {position}: expected consecutive positions")
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -129,5 +129,5 @@ class Pair:
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:
-    """The token positions that a label names, one or those of a span."""
+    """Return the token positions that a label names, one or those of a span."""
     return label if isinstance(label, tuple) else (label,)

@@ -22,7 +22,7 @@ from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.make import make
 from featpatch.pairs.pair import LabelPosition, Pair
 from featpatch.pairs.positions import Label
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, masked, padding, special_positions
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, special_positions, unmasked, unpadded
 
 Table = Sequence[int] | Sequence[Sequence[int]]
 """Token ids as plain lists."""
@@ -61,14 +61,15 @@ class Pairs(Sequence[Pair]):
                 function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
                 left out of swaps.
             clean, corrupted: prompts, equally many.
-            correct, wrong: for each prompt an answer that is one token, or several such answers; longer ones with
-                `long_answers`. They are the tokens that the tokenizer puts behind the prompt: write `" Mary"`, with the space,
-                for a word of its own. Without `wrong`, metrics of the correct answers alone, such as `"log_prob"`, can be used.
-            labels: for each clean prompt names of positions: of a token, `{"S2": 12}`, of a text that occurs once in it,
-                `{"S2": "Mary"}`, or of characters, `{"S2": (34, 38)}`, which stand for their last token. A span is all tokens
-                of a text, `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of positions, and is patched as one position.
-            corrupted_labels: the same for each corrupted prompt; where left out, the clean prompt's position is taken.
-            tags: for each pair what it was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
+            correct, wrong: for each prompt, an answer that is one token, or several such answers; longer ones with
+                `long_answers`. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
+                separate word. Without `wrong`, only metrics of the correct answers, such as `"log_prob"`, can be used.
+            labels: for each clean prompt, names of positions. A position is a token index, `{"S2": 12}`, or a text that occurs
+                once in the prompt, `{"S2": "Mary"}`, or its characters, `{"S2": (34, 38)}`; the last token of these is meant.
+                A label may also name a span, which is patched as one position: all tokens of a text,
+                `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of indices.
+            corrupted_labels: the same for each corrupted prompt; by default the positions of the clean prompt.
+            tags: for each pair, what it was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
             align: `"labels"` makes up for prompts of unequal length: where the prompts differ in length between two labels,
                 the shorter one gets copies of the filler after the first of these; see `changed_span`. Positions among the
                 labels are those in the prompts as they are given.
@@ -76,14 +77,14 @@ class Pairs(Sequence[Pair]):
             long_answers: makes a sequence of every answer, of one token or more, for the metric `"sequence_log_prob"`.
 
         Raises:
-            FeatpatchError: unequal lengths, an answer that is not one token (with `long_answers`: not one or more), a label
-                outside the prompt or at another position of the corrupted prompt, labels that can't be aligned.
+            FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label is
+                outside the prompt or at another position of the corrupted prompt, or the labels can't be aligned.
         """
         columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct}
         columns["wrong"] = wrong if wrong is not None else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
-        _equally_many(list(columns), list(columns.values()))
+        _equally_many(columns)
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         named = Rows([f"pair {index}" for index in range(len(rows))], rows)
         return cls._made(tokenizer, named, align, filler, long_answers)
@@ -103,54 +104,30 @@ class Pairs(Sequence[Pair]):
         """Pairs from tensors of token ids, or lists of equally long lists.
 
         Args:
-            correct, wrong: ids of the answers; without `wrong`, metrics of the correct answers alone can be used.
-            labels: for each pair names of positions, and of spans as ranges of positions, in the rows as they are given.
-            attention_mask: 1 for tokens and 0 for the padding on either side, of both prompts of a pair. Padding is cut off,
-                so that it plays no part in anything.
-            tokenizer: one whose special tokens (BOS) are left out of swaps; without it no position counts as special. Without
-                `attention_mask`, its padding tokens at either end are cut off with a PairsWarning.
+            correct, wrong: ids of the answers; without `wrong`, only metrics of the correct answers can be used.
+            labels: for each pair, names of positions, or of spans as ranges of positions, counted in the padded clean row.
+            attention_mask: 1 for tokens and 0 for padding at either end, the same for both prompts of a pair. Padding is cut
+                off and takes no part in anything.
+            tokenizer: its special tokens (BOS) are left out of swaps; without a tokenizer no position counts as special.
+                Without `attention_mask`, its padding tokens at either end are cut off with a PairsWarning.
 
         Raises:
-            FeatpatchError: no integers, unequal lengths, no pairs, a label outside the prompt, padding between tokens, or
-                padding that can't be told from BOS or EOS.
+            FeatpatchError: a table does not hold integers, lengths are unequal, there are no pairs, a label is outside the
+                prompt, or padding is between tokens or can't be told from BOS or EOS.
         """
         given = {"clean": clean, "corrupted": corrupted, "correct": correct}
         given["wrong"] = wrong if wrong is not None else torch.zeros(len(clean), 0, dtype=torch.long)
         ids = {name: _integers(name, value) for name, value in given.items()}
+        columns: dict[str, Sequence[Any]] = {name: table.tolist() for name, table in ids.items()}
+        columns["labels"] = labels if labels is not None else [{}] * len(clean)
+        columns["attention_mask"] = [None] * len(clean)
         if attention_mask is not None:
-            mask = _integers("attention_mask", attention_mask)
-            if not mask.shape == ids["clean"].shape == ids["corrupted"].shape:
-                raise FeatpatchError(
-                    f"clean is {tuple(ids['clean'].shape)}, corrupted {tuple(ids['corrupted'].shape)} and attention_mask "
-                    f"{tuple(mask.shape)}: expected equal shapes"
-                )
-        columns: list[Sequence[Any]] = [ids[name].tolist() for name in ids]
-        columns += [labels if labels is not None else [{}] * len(clean)]
-        columns.append(mask.tolist() if attention_mask is not None else [None] * len(clean))
-        _equally_many([*ids, "labels", "attention_mask"], columns)
-        cut = 0
-
-        def unpadded(
-            clean: list[int], corrupted: list[int], correct: list[int], wrong: list[int], labels: Any, mask: list[int] | None
-        ) -> Pair:
-            nonlocal cut
-            start, stop = (0, None) if mask is None else masked(mask)
-            ids, other = tuple(clean[start:stop]), tuple(corrupted[start:stop])
-            if mask is None and tokenizer is not None:
-                (start, stop), (begin, end) = padding(tokenizer, ids), padding(tokenizer, other)
-                cut += (stop - start, end - begin) != (len(ids), len(other))
-                ids, other = ids[start:stop], other[begin:end]
-            return Pair(
-                clean=ids,
-                corrupted=other,
-                correct=tuple(correct),
-                wrong=tuple(wrong),
-                labels={label: _moved(position, start) for label, position in labels.items()},
-                special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
-            )
-
-        pairs = cls(each(unpadded, *columns))
-        if cut:
+            columns["attention_mask"] = _mask(attention_mask, ids["clean"], ids["corrupted"]).tolist()
+        _equally_many(columns)
+        pairs = cls(each(partial(_pair_of_row, tokenizer), *columns.values()))
+        widths = ids["clean"].shape[1], ids["corrupted"].shape[1]
+        cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)
+        if cut and attention_mask is None:
             warnings.warn(
                 f"{cut} of {len(pairs)} pairs are padded: the padding is cut off; give attention_mask= to say where it is",
                 PairsWarning,
@@ -409,6 +386,43 @@ def _integers(name: str, value: Any) -> torch.Tensor:
     return table.long().reshape(len(table), -1)
 
 
+def _mask(value: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
+    """The attention mask of both tables of prompts."""
+    mask = _integers("attention_mask", value)
+    if not mask.shape == clean.shape == corrupted.shape:
+        raise FeatpatchError(
+            f"clean is {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)} and attention_mask {tuple(mask.shape)}: "
+            "expected equal shapes"
+        )
+    return mask
+
+
+def _pair_of_row(
+    tokenizer: Tokenizer | None,
+    clean: list[int],
+    corrupted: list[int],
+    correct: list[int],
+    wrong: list[int],
+    labels: Mapping[str, Any],
+    mask: list[int] | None,
+) -> Pair:
+    """The pair of one row of token ids, without its padding."""
+    kept, kept_corrupted = (0, len(clean)), (0, len(corrupted))
+    if mask is not None:
+        kept = kept_corrupted = unmasked(mask)
+    elif tokenizer is not None:
+        kept, kept_corrupted = unpadded(tokenizer, clean), unpadded(tokenizer, corrupted)
+    ids, other = tuple(clean[slice(*kept)]), tuple(corrupted[slice(*kept_corrupted)])
+    return Pair(
+        clean=ids,
+        corrupted=other,
+        correct=tuple(correct),
+        wrong=tuple(wrong),
+        labels={label: _moved(position, kept[0]) for label, position in labels.items()},
+        special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
+    )
+
+
 def _moved(position: Any, start: int) -> Any:
     """A label's position in a row whose first `start` tokens are cut off."""
     if isinstance(position, (range, tuple)):
@@ -416,7 +430,7 @@ def _moved(position: Any, start: int) -> Any:
     return position - start if isinstance(position, int) else position
 
 
-def _equally_many(names: Sequence[str], columns: Sequence[Sequence[Any]]) -> None:
-    counts = {name: len(column) for name, column in zip(names, columns, strict=True)}
+def _equally_many(columns: Mapping[str, Sequence[Any]]) -> None:
+    counts = {name: len(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
         raise FeatpatchError(f"there are {counts}: expected equally many of each, one per pair")

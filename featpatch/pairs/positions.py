@@ -8,8 +8,8 @@ from featpatch.pairs.pair import LabelPosition
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_tokenizer, prompt_ids, special_positions
 
 Label = int | range | str | Sequence[int] | Mapping[str, Any]
-"""Where a label is: a token position, a text that occurs once in the prompt, or the characters (start, end) of a span, each of
-which stands for its last token; or a range of token positions, or `{"span": text or characters}`, for all tokens of it."""
+"""Where a label is: a token position; a text that occurs once in the prompt, or its characters (start, end), either of which
+stands for its last token; or, for a span, a range of token positions or `{"span": text or characters}`, for all its tokens."""
 
 
 def token_at(tokenizer: Tokenizer, text: str, character: int) -> int:
@@ -40,10 +40,10 @@ def token_at(tokenizer: Tokenizer, text: str, character: int) -> int:
 
 
 def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, LabelPosition]:
-    """The token position of each label, or its positions where the label is a span.
+    """Return the token position of each label, or its positions if the label is a span.
 
-    A text, or the characters [start, end], are labelled at their last token; `{"span": ...}` around either labels all their
-    tokens, and so does a range of token positions.
+    A text, or characters [start, end], stand for their last token; with `{"span": ...}` around them, for all their tokens. A
+    range of token positions is a span too.
 
     Raises:
         FeatpatchError: a label is no position, text or span, is not in the prompt, or is there several times.
@@ -77,11 +77,11 @@ def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> 
             return last
         start += len(prompt[start:end]) - len(prompt[start:end].lstrip())
         return tuple(range(token_at(tokenizer, prompt, start), last + 1))
-    raise FeatpatchError(f"{label!r} is no place in token ids: expected a position, or a range of positions")
+    raise FeatpatchError(f"{label!r} is no place in token ids: expected a position or a range of positions")
 
 
 def _characters(prompt: str, label: Any) -> tuple[int, int]:
-    """The first character of a text or span and the one after its last."""
+    """Where a text starts and ends in the prompt, given the text or its characters [start, end]."""
     if isinstance(label, str) and label:
         start = prompt.find(label)
         if start < 0 or prompt.find(label, start + 1) >= 0:
@@ -100,5 +100,5 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
         return start, end
     raise FeatpatchError(
         f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, characters [start, end], or "
-        '{"span": a text or characters} for all tokens of it'
+        '{"span": a text or characters} for all its tokens'
     )

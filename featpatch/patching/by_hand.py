@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
-from featpatch.pairs.tokens import is_padded, masked
+from featpatch.pairs.tokens import is_padded, unmasked
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
@@ -127,7 +127,7 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     if mask.shape != tokens.shape:
         raise FeatpatchError(f"attention_mask is {list(mask.shape)} and {name} is {list(tokens.shape)}: expected equal shapes")
     for row in mask.tolist():
-        masked(row)
+        unmasked(row)
     return mask.long()
 
 

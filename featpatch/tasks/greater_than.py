@@ -28,11 +28,13 @@ def greater_than(
     corruptions: str | Sequence[str] = "early_year",
     templates: Sequence[str] = TEMPLATES,
 ) -> Pairs:
-    """`n` pairs; right are the years of the century after the one named, wrong that one and those before.
+    """Make `n` pairs; later years of the century than the one named are right, that year and earlier ones are wrong.
 
-    Labels: start_year (its last two digits) and end. Meant for the metric `"prob_diff"`. Where the tokenizer makes a token of
-    every digit, the answer is the next digit: right are larger ones than that of the year named, wrong smaller ones, and the
-    same digit is neither. Then start_year is the third digit of the year, and both years differ in it.
+    Labels: start_year (its last two digits) and end. Meant for the metric `"prob_diff"`.
+
+    If the tokenizer makes a token of every digit, the answer is the third digit of the year: larger digits than that of the
+    year named are right, smaller ones wrong, and the same digit is neither. Then start_year is that digit, in which the clean
+    and the corrupted year always differ.
 
     Args:
         corruptions: one or both of `"early_year"`: the year 01 of the century, after which nearly every year is right, and
@@ -40,8 +42,8 @@ def greater_than(
         templates: with slots {event}, {century}, {start_year} and {again}, the century once more.
 
     Raises:
-        FeatpatchError: an unknown corruption, too few pairs that fit the tokenizer, or a tokenizer that keeps neither the last
-            two digits of a year together nor every digit apart.
+        FeatpatchError: a corruption is unknown, too few pairs fit the tokenizer, or the tokenizer makes a token neither of the
+            last two digits of a year nor of every digit.
     """
     kinds = chosen(corruptions, CORRUPTIONS, "corruption")
     if _digits(tokenizer) == 1:
@@ -67,14 +69,15 @@ def greater_than(
 
 
 def _digits(tokenizer: Tokenizer) -> int:
-    """How many digits of a year follow its first two as one token: two, or one."""
-    behind = AnswerTokens(tokenizer, "from 1732 to 17")
+    """How many digits follow the first two of a year as one token: two or one."""
+    after = AnswerTokens(tokenizer, "from 1732 to 17")
     for size in (2, 1):
-        if any(behind.next_token(year[:size]) is not None for year in ("45", "58", "63")):
+        if any(after.next_token(year[:size]) is not None for year in ("45", "58", "63")):
             return size
     raise FeatpatchError(
-        f"the tokenizer splits '1745' into the ids {list(bare_ids(tokenizer, 'to 1745'))} of 'to 1745': expected its last two "
-        "digits to be a token, or every digit; use another task, or make pairs of your own with Pairs.from_prompts"
+        f"the tokenizer splits '1745' into neither pairs of digits nor single digits (the ids of 'to 1745' are "
+        f"{list(bare_ids(tokenizer, 'to 1745'))}): expected its last two digits to be a token, or every digit; use another "
+        "task, or make your own pairs with Pairs.from_prompts"
     )
 
 

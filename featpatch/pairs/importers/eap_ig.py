@@ -71,8 +71,8 @@ def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
 
 def _years(tokenizer: Tokenizer, clean: str, year: int) -> tuple[list[int], list[int]]:
     """Ids of the two digits of the later years of the century, and of the other ones."""
-    behind = AnswerTokens(tokenizer, clean)
-    tokens = [behind.next_token(f"{number:02}") for number in range(100)]
+    after = AnswerTokens(tokenizer, clean)
+    tokens = [after.next_token(f"{number:02}") for number in range(100)]
     if None in tokens:
         raise FeatpatchError(
             f"{tokens.count(None)} of the years 00 to 99 (the first is {tokens.index(None):02}) do not follow "

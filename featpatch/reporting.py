@@ -16,6 +16,7 @@ from featpatch.comparison import compare
 from featpatch.diagram import sections
 from featpatch.effects import Effects, Material, Portrait, Prompt
 from featpatch.errors import FeatpatchError
+from featpatch.files import check_writable
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.pair import positions_of
@@ -63,6 +64,7 @@ def report(
     known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
     if check_pairs(pairs).digest() != known or max(kept) >= len(pairs):
         raise FeatpatchError("pairs are not those of the effects: expected the pairs that were ranked")
+    check_writable(path)
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to show prompts; or write effects.report(path)")
     lens = wrap(model)

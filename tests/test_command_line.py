@@ -106,7 +106,7 @@ def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> 
     assert [row["index"] for row in found] == [row["index"] for row in expected]
     for name in ("recovery", "degradation_low"):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-5)
-    assert len(fp.Stored(folder / "featpatch-stream").blocks) == 2
+    assert fp.Stored(folder / "featpatch-stream").blocks == 2
     refused = run("rank", *model, *sae, "--workers", "2", folder=folder)
     assert refused.returncode == 2
     assert "expected --executor ray" in refused.stderr.replace("\n", " ")

@@ -46,7 +46,7 @@ def test_blocks_are_the_whole(small: Small, tmp_path: Path) -> None:
     pairs = many(small, 7)
     whole = fp.rank_features(small.model, small.saes[:2], fp.Pairs(tuple(pairs)), **OPTIONS)
     stored = fp.stream_features(small.model, small.saes[:2], blocks(pairs, 3), tmp_path, **OPTIONS)
-    assert len(stored.blocks) == 3
+    assert stored.blocks == 3
     assert not list(tmp_path.glob("*.journal"))
     for metric in ("logit_diff", "prob"):
         found = fp.Stored(tmp_path, metric)
@@ -91,7 +91,7 @@ def test_goes_on_where_it_was_cut_short(small: Small, tmp_path: Path, monkeypatc
     stop = every - 4
     with pytest.raises(KeyboardInterrupt):
         fp.stream_features(small.model, small.saes[1], blocks(pairs, 3), tmp_path / "cut", **options)
-    assert len(fp.Stored(tmp_path / "cut").blocks) == 1
+    assert fp.Stored(tmp_path / "cut").blocks == 1
     calls.clear()
     stop = 0
     resumed = fp.stream_features(small.model, small.saes[1], blocks(pairs, 3), tmp_path / "cut", **options)
@@ -134,7 +134,7 @@ def test_what_is_refused(small: Small, tmp_path: Path) -> None:
     about.write_text(text)
     path = tmp_path / "a" / "effects" / "000001.parquet"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(fp.FeatpatchError, match="delete its files"):
+    with pytest.raises(fp.FeatpatchError, match="delete its .sha256 file and run it again"):
         fp.Stored(tmp_path / "a").pooled()
 
 
@@ -178,21 +178,21 @@ def test_blocks_of_a_file(tmp_path: Path) -> None:
 def test_cut_short_between_two_files(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Effects without their pairs are no finished block; a journal that was left goes."""
     pairs = many(small, 4)
-    from featpatch.streaming import parts
+    from featpatch import files
 
     with monkeypatch.context() as patch:
-        replace = parts.os.replace
+        replace = files.os.replace
 
         def once(old: Any, new: Any) -> None:
-            if "pairs" in Path(new).parts and Path(new).name == "000001.parquet":
+            if Path(new).name == "000001.sha256":
                 raise KeyboardInterrupt
             replace(old, new)
 
-        patch.setattr(parts.os, "replace", once)
+        patch.setattr(files.os, "replace", once)
         with pytest.raises(KeyboardInterrupt):
             fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path, **OPTIONS)
     assert (tmp_path / "effects" / "000001.parquet").is_file()
-    assert len(fp.Stored(tmp_path).blocks) == 1
+    assert fp.Stored(tmp_path).blocks == 1
     (tmp_path / "000000.journal").touch()
     stored = fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path, **OPTIONS)
     assert not list(tmp_path.glob("*.journal"))

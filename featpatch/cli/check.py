@@ -8,6 +8,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
+from featpatch.files import check_writable, writing
 
 
 @app.command()
@@ -31,6 +32,8 @@ def check(
     Example: featpatch check --model gpt2 --pairs pairs.jsonl
     """
     with clear_errors():
+        if out is not None:
+            check_writable(out)
         from featpatch.terminal import by_pair, checked, totals
 
         loaded, saes = fp.load(model, sae, device=device, check=False)
@@ -50,6 +53,7 @@ def check(
             if fits is not None:
                 screen.print(checked(fits))
         if out is not None:
-            found.to_pandas().to_csv(out, index=False)
+            with writing(out) as file:
+                found.to_pandas().to_csv(file, index=False)
         if not (found.ok and (fits is None or fits.ok)):
             raise typer.Exit(1)

@@ -7,7 +7,8 @@ import typer
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import Output
 from featpatch.cli.shown import show
 from featpatch.sites import COMPONENTS, SHOWN
 
@@ -34,12 +35,12 @@ def components(
     Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
     """
     with clear_errors():
-        check_folder(out)
+        results = Output.open(out)
         elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         work = of.alone(model, [], pairs, positions, direction, metric, device)
         del work["saes"]
-        effects = fp.rank_components(
-            **work, sites=[name for name in sites.split(",") if name], journal=journal, executor=elsewhere
-        )
-        show(screen, effects, top, out, work, as_json=as_json)
+        work["sites"] = [name for name in sites.split(",") if name]
+        results.check_same(work, kind="components")
+        effects = fp.rank_components(**work, journal=journal, executor=elsewhere)
+        show(screen, effects, top, results, work, as_json=as_json)

@@ -7,8 +7,12 @@ import typer
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import Output
 from featpatch.cli.shown import show
+
+FOLDER = Path("featpatch-demo")
+"""Where the results go by default; those of an earlier demo are replaced there, whatever they are of."""
 
 
 @app.command()
@@ -20,7 +24,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed that draws the pairs.")] = 0,
     positions: of.Positions = "",
     top: of.Top = 12,
-    out: of.Out = Path("featpatch-demo"),
+    out: of.Out = FOLDER,
     as_json: of.Json = False,
 ) -> None:
     """Rank the features behind a behaviour of the model that ships with featpatch.
@@ -28,7 +32,7 @@ def demo(
     Example: featpatch demo --task capitals --pairs 16
     """
     with clear_errors():
-        check_folder(out)
+        results = Output.open(out)
         screen = console(json=as_json)
         screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of [bold]{task}[/] (seed {seed})")
         shipped = fp.load_demo()
@@ -43,7 +47,9 @@ def demo(
             label for label in drawn[0].labels if any(max(pair.positions(label)) >= pair.first_difference for pair in drawn)
         ]
         asked = of.spans(positions or ",".join(changed))
-        effects = fp.rank_features(shipped.model, shipped.saes, drawn, positions=asked)
+        study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn, "positions": asked}
+        if out != FOLDER:
+            results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")
+        effects = fp.rank_features(**study)
         descriptions = fp.describe(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
-        study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn}
-        show(screen, effects, top, out, study, descriptions, as_json=as_json)
+        show(screen, effects, top, results, study, descriptions, as_json=as_json)

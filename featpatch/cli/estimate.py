@@ -4,7 +4,8 @@ from pathlib import Path
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import Output
 from featpatch.cli.shown import show
 
 
@@ -27,10 +28,11 @@ def attribute(
     Example: featpatch attribute --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --method ig
     """
     with clear_errors():
-        check_folder(out)
+        results = Output.open(out)
         screen = console(json=as_json)
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
         if len(metric) > 1:
             raise fp.FeatpatchError(f"--metric {', '.join(metric)}: expected one to estimate with")
+        results.check_same(work, kind=f"estimates by {method}")
         effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method)
-        show(screen, effects, top, out, work, as_json=as_json)
+        show(screen, effects, top, results, work, as_json=as_json)

@@ -7,7 +7,8 @@ import typer
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import Output
 from featpatch.cli.shown import show
 
 
@@ -44,10 +45,11 @@ def rank(
     Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with clear_errors():
-        check_folder(out)
+        results = Output.open(out)
         elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
+        results.check_same(work, kind="features" if exact == "all" else "screened features")
         effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere)
-        show(screen, effects, top, out, work, as_json=as_json)
+        show(screen, effects, top, results, work, as_json=as_json)

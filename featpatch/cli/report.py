@@ -9,6 +9,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
+from featpatch.files import check_writable
 
 File = Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")]
 
@@ -25,6 +26,7 @@ def report(
     Example: featpatch report featpatch-out/effects.safetensors --out report.html
     """
     with clear_errors():
+        check_writable(out)
         others = None if components is None else fp.Effects.load(components)
         written = fp.Effects.load(effects).report(out, components=others)
         if as_json:

@@ -3,38 +3,54 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
 import featpatch as fp
+from featpatch.cli.app import INTERRUPTED
+from featpatch.cli.output import Output
+from featpatch.errors import FeatpatchError
 
 
 def show(
     console: Console,
     effects: "fp.Effects",
     top: int,
-    out: Path,
+    out: Output,
     study: Mapping[str, Any],
     descriptions: Mapping[Any, Any] | None = None,
     *,
     as_json: bool = False,
 ) -> None:
-    """Writes the files, prints the first rows and the sites.
+    """Write the files, and print the first rows and the sites.
 
     Args:
         study: the arguments of the ranking; the report shows its model, SAEs and pairs.
+
+    Raises:
+        FeatpatchError: the files can't be written; after all has been printed.
+        typer.Exit: the sweep was interrupted.
     """
-    effects.save(out / "effects.safetensors")
-    effects.to_pandas().to_csv(out / "effects.csv", index=False)
-    fp.report(
-        effects, out / "report.html", top=top, **{name: study[name] for name in ("model", "saes", "pairs") if name in study}
-    )
+    failed, folder = None, out.folder
+    try:
+        folder = out.write(effects, top, study)
+    except FeatpatchError as error:
+        failed = error
     if as_json:
         typer.echo(in_json(effects, top))
-        return
+    else:
+        _print(console, effects, top, descriptions)
+    if failed is not None:
+        raise failed
+    if not as_json:
+        console.print(f"wrote effects.safetensors, effects.csv and report.html to {folder}/")
+    if not effects.finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print(console: Console, effects: "fp.Effects", top: int, descriptions: Mapping[Any, Any] | None) -> None:
     from featpatch.terminal import ranked, site_summary
 
     for name in effects.metrics:
@@ -51,7 +67,6 @@ def show(
         console.print(_residuals(effects.metadata), highlight=False)
     if "screening" in effects.metadata:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
-    console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
 
 
 def _residuals(metadata: Mapping[str, Any]) -> str:

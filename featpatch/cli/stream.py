@@ -7,7 +7,8 @@ import typer
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, check_folder, clear_errors, console
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import Output
 
 
 @app.command()
@@ -35,7 +36,7 @@ def stream(
         from featpatch.cli.shown import in_json
         from featpatch.terminal import ranked
 
-        check_folder(out)
+        claimed = Output.open(out)
         elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         loaded = fp.load(model, sae, device=device, check=False)
@@ -43,7 +44,7 @@ def stream(
             loaded.model,
             loaded.saes,
             fp.Pairs.blocks_from_jsonl(loaded.model, pairs, size=block, long_answers=of.of_sequences(metric)),
-            out,
+            claimed.folder,
             positions=of.spans(positions),
             directions=of.ways(direction),
             metric=metric,

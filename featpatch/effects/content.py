@@ -62,7 +62,16 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
             raise FeatpatchError(f"{name} goes from {table[name].min()} to {table[name].max()}: expected 0 to {below - 1}")
     if len(np.unique(table["row"] * pairs + table["pair"])) < table["row"].size:
         raise FeatpatchError("there are several entries of one row and pair: expected one")
-    known = [column[~np.isnan(column)] for column in (table["denoised"], table["noised"])]
+    runs = {"denoising": table["denoised"], "noising": table["noised"]}
+    for direction, column in runs.items():
+        run = direction in metadata["directions"]
+        wrong = int((~np.isfinite(column) if run else ~np.isnan(column)).sum())
+        if wrong and not (run and metadata.get("finished") is False):
+            expected = "all of them in a finished table" if run else "none in a direction that was not run"
+            raise FeatpatchError(
+                f"{wrong} of {column.size} values of {direction} are {'not ' if run else ''}finite: expected {expected}"
+            )
+    known = [column[~np.isnan(column)] for column in runs.values()]
     size = np.abs(np.concatenate([table["clean"], table["corrupted"], *known])).max(initial=0)
     if not size <= LARGEST or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < SMALLEST:
         raise FeatpatchError(

@@ -1,6 +1,11 @@
-"""Effects on disk: columns as tensors of one safetensors file, the rest as JSON in its header. Never a pickle."""
+"""Effects on disk: columns as tensors of one safetensors file, the rest as JSON in its header. Never a pickle.
 
+The header holds a SHA-256 of all of it, so that a damaged file is never read as other results.
+"""
+
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +17,19 @@ from safetensors.numpy import save_file
 from featpatch.effects.audit import without_estimates
 from featpatch.effects.content import check_columns, check_metadata, nodes_of
 from featpatch.errors import FeatpatchError
-from featpatch.foreign import read_json
+from featpatch.files import read_json, writing
 
 if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
 
-FORMAT = "featpatch effects 1"
+FORMAT = "featpatch effects 2"
 COLUMNS = ("clean", "corrupted", "row", "pair", "denoised", "noised")
 VALUES = ("clean", "corrupted", "denoised", "noised")
 """The columns that each further metric has, as `clean of prob`."""
 
 
 def save(effects: "Effects", path: Path) -> Path:
-    """Writes the file; the folder is made where it is missing.
+    """Writes the file, whole or not at all; the folder is made where it is missing.
 
     Of rows that were taken from a larger table the number of ranked rows there is noted, so that q-values still count them; an
     audit needs all rows, and is no longer possible.
@@ -39,12 +44,25 @@ def save(effects: "Effects", path: Path) -> Path:
         "nodes": json.dumps([astuple(node) for node in effects.nodes]),
         "metadata": json.dumps(metadata, sort_keys=True),
     }
-    columns = {name: getattr(effects, name) for name in COLUMNS}
+    columns: dict[str, Any] = {name: getattr(effects, name) for name in COLUMNS}
     for metric, other in effects.others.items():
         columns |= {f"{name} of {metric}": getattr(other, name) for name in VALUES}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(column) for name, column in columns.items()}, path, metadata=header)
+    columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    with writing(path) as file:
+        try:
+            save_file(columns, file, metadata={**header, "sha256": _digest(header, columns)})
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(str(error)) from error
     return path
+
+
+def _digest(header: Mapping[str, str], columns: Mapping[str, Any]) -> str:
+    """SHA-256 of the header's texts, and of names, types, shapes and bytes of the columns."""
+    total = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
+    for name, column in sorted(columns.items()):
+        total.update(f"{name} {column.dtype} {column.shape}".encode())
+        total.update(column.data)
+    return total.hexdigest()
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -61,6 +79,8 @@ def load(path: Path) -> list[dict[str, Any]]:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("format") != FORMAT:
             raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
+        if header.pop("sha256", None) != _digest(header, columns):
+            raise ValueError("its content does not have its SHA-256")
         nodes, metadata = nodes_of(read_json(header["nodes"])), read_json(header["metadata"])
         check_metadata(metadata, len(nodes))
         others = metadata["metrics"][1:]

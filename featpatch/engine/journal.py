@@ -16,35 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.foreign import read_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from featpatch.files import Lock, check_writable, lock, read_json, writing
 
 FORMAT = "featpatch journal 1"
-
-
-@dataclass
-class Lock:
-    """An open file that is closed, and so unlocked, with the last journal that refers to it."""
-
-    file: int
-
-    def __del__(self) -> None:
-        os.close(self.file)
-
-
-HELD: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
-"""By process (a fork has none), device and inode."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +76,14 @@ class ClosedBook(Book):
 
 @dataclass(frozen=True)
 class Journal(Book):
-    """A book on disk, of one process at a time."""
+    """A book on disk, of one process at a time.
+
+    Attributes:
+        header: its first line, with which it is written anew where the file was deleted or replaced while it is in use.
+    """
 
     path: Path = Path()
+    header: Mapping[str, Any] = field(default_factory=dict, repr=False)
     lock: Lock | None = field(default=None, repr=False)
 
     @classmethod
@@ -114,21 +99,21 @@ class Journal(Book):
         Raises:
             FeatpatchError: the file is no journal, or that of another sweep, or open in another process, or the disk is full.
         """
-        if path.is_dir():
+        if os.path.isdir(path):
             raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
         header = json.loads(json.dumps({"format": FORMAT, **subject, "baselines": [*map(float, baselines)], "rows": rows}))
-        if not path.exists():
+        if not os.path.exists(path):
+            check_writable(path)
             with _writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
-        lock = _lock(path) if path.is_file() else None
+        held = _locked(path) if path.is_file() else None
         content = path.read_bytes() if path.is_file() else b""
         lines, intact = _intact(content)
         if not lines:
             _check_torn(path, content, header)
             with _writing(path):
                 path.write_bytes(b"")
-            journal = cls(rows, {}, path, lock)
+            journal = cls(rows, {}, path, header, held)
             journal._append(header)
             return journal
         for line in (lines[0], *(line for line in lines[1:] if "format" in line)):
@@ -137,24 +122,47 @@ class Journal(Book):
             with _writing(path):
                 os.truncate(path, intact)
         finished = {line["batch"]: values for line in lines[1:] if (values := _values(line)) is not None}
-        return cls(lines[0]["rows"], finished, path, lock)
+        return cls(lines[0]["rows"], finished, path, lines[0], held)
 
     def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
         """Writes down a finished batch, to the disk itself.
 
         Raises:
-            FeatpatchError: the disk is full.
+            FeatpatchError: the disk is full, or another file has taken the journal's place.
         """
         content = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
-        self._append({"batch": key, "values": base64.b64encode(content).decode()})
+        if not self._there():
+            self._write_anew()
+        self._append(_batch(key, content))
         super().put(key, values)
 
-    def _append(self, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content)
+    def _append(self, line: Mapping[str, Any]) -> None:
         with _writing(self.path), self.path.open("ab") as file:
-            file.write(f"{text} {_checksum(text)}\n".encode())
+            file.write(_encoded(line))
             file.flush()
             os.fsync(file.fileno())
+
+    def _there(self) -> bool:
+        """Whether the journal's file is still the one that was opened."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return False
+        return status.st_size > 0 and (self.lock is None or os.path.samestat(status, os.fstat(self.lock.file)))
+
+    def _write_anew(self) -> None:
+        """Everything that is finished, where the file was deleted, emptied or replaced by a copy while it was in use."""
+        if self.path.is_file() and self.path.stat().st_size:
+            _locked(self.path)
+            if not self.path.read_bytes().startswith(_encoded(self.header)):
+                raise FeatpatchError(
+                    f"another file has taken the place of the journal {str(self.path)!r} while it was in use: expected it to "
+                    "be left alone; run the same again with another path"
+                )
+        with writing(self.path) as file:
+            lines = [self.header, *(_batch(key, values) for key, values in self.finished.items())]
+            file.write_bytes(b"".join(map(_encoded, lines)))
+        object.__setattr__(self, "lock", _locked(self.path))
 
 
 def batch_key(names: Iterable[str]) -> str:
@@ -174,22 +182,24 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _lock(path: Path) -> Lock | None:
-    """Keeps other processes off a journal for as long as the result lives; does nothing where files can't be locked."""
-    if fcntl is None:
-        return None
-    lock = Lock(os.open(path, os.O_RDONLY))
-    status = os.fstat(lock.file)
+def _locked(path: Path) -> Lock | None:
     try:
-        lock = HELD.setdefault((os.getpid(), status.st_dev, status.st_ino), lock)
-        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(path)
     except BlockingIOError as error:
         raise FeatpatchError(
             f"the journal {str(path)!r} is open in another process: expected one at a time; wait for it, or give another path"
         ) from error
-    except OSError:  # a file system without locks
-        pass
-    return lock
+
+
+def _batch(key: str, values: bytes) -> dict[str, str]:
+    """The line of a batch."""
+    return {"batch": key, "values": base64.b64encode(values).decode()}
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    """A line as it stands in the file, with its checksum."""
+    text = json.dumps(line)
+    return f"{text} {_checksum(text)}\n".encode()
 
 
 def _checksum(text: str) -> str:

@@ -23,7 +23,7 @@ import yaml  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
-from featpatch.foreign import read_json
+from featpatch.files import read_json
 
 UNSUPPORTED_CLT = (
     "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "

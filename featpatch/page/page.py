@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from featpatch.errors import FeatpatchError
+from featpatch.files import writing
 
 Block = Markup
 """A piece of HTML whose user text is escaped."""
@@ -46,17 +46,14 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def write(path: str | Path, content: str) -> Path:
-    """Writes a page; the folder is made where it is missing.
+    """Writes a page, whole or not at all; the folder is made where it is missing.
 
     Raises:
-        FeatpatchError: the path is a folder.
+        FeatpatchError: the path is a folder, or can't be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
-    return path
+    with writing(path) as file:
+        file.write_text(content, encoding="utf-8")
+    return Path(path)
 
 
 def block(template: str, **values: Any) -> Block:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.errors import FeatpatchError
-from featpatch.foreign import read_json
+from featpatch.files import read_json
 from featpatch.pairs.each import each
 
 

@@ -1,21 +1,31 @@
-"""Effects of a block of pairs as two Parquet files: one row per node and pair, one row per pair."""
+"""Effects of a block of pairs as two Parquet files: one row per node and pair, one row per pair.
+
+A third file, such as `000003.sha256`, holds the digests of both and of `about.json`, and is written last: a block is finished
+where it is there. `sha256sum -c *.sha256` in the folder checks all of them.
+"""
 
 import json
-import os
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
 from featpatch.effects import Effects
-from featpatch.patch import Node
+from featpatch.errors import FeatpatchError
+from featpatch.files import sha256, writing
 
 FIELDS = ("site", "kind", "index", "position", "sae")
 """A node's columns; its position is JSON."""
 
+TYPES = {"integers": is_integer_dtype, "numbers": is_float_dtype, "texts": is_string_dtype}
+
+AGAIN = "expected a block of fp.stream_features; delete its .sha256 file and run it again"
+
 
 def write(effects: Effects, folder: Path, block: int, first: int) -> None:
-    """Both files, the one of the pairs last: a block is finished where that is there.
+    """All three files.
 
     Args:
         first: the number of the block's first pair among all pairs.
@@ -33,18 +43,55 @@ def write(effects: Effects, folder: Path, block: int, first: int) -> None:
     pairs["tags"] = [json.dumps(tags) for tags in effects.metadata.get("tags", [{}] * len(pairs))]
     pairs["digest"] = effects.metadata["pairs"]
     for kind, frame in (("effects", entries), ("pairs", pairs)):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        unfinished = folder / kind / f"{block:06d}.unfinished"
-        frame.to_parquet(unfinished, index=False)
-        os.replace(unfinished, path_of(folder, kind, block))
+        with writing(folder / name_of(kind, block)) as file:
+            frame.to_parquet(file, index=False)
+    names = ("about.json", name_of("effects", block), name_of("pairs", block))
+    with writing(folder / digests_of(block)) as file:
+        file.write_text("".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in names))
 
 
-def path_of(folder: Path, kind: str, block: int) -> Path:
-    """Of one of a block's files."""
-    return folder / kind / f"{block:06d}.parquet"
+def name_of(kind: str, block: int) -> str:
+    """One of a block's Parquet files, within the folder."""
+    return f"{kind}/{block:06d}.parquet"
 
 
-def node_of(row: Any) -> Node:
-    """From a row with a node's columns."""
-    index = None if pd.isna(row.index_) else int(row.index_)
-    return Node(row.site, row.kind, index, json.loads(row.position), row.sae)
+def digests_of(block: int) -> str:
+    """The file that says that a block is finished, within the folder."""
+    return f"{block:06d}.sha256"
+
+
+def read(folder: Path, block: int, name: str) -> bytes:
+    """The content of a file that a finished block's digests name.
+
+    Raises:
+        FeatpatchError: it is missing or damaged.
+    """
+    path = folder / name
+    try:
+        content = path.read_bytes()
+        lines = (folder / digests_of(block)).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise FeatpatchError(f"{str(path)!r} can't be read ({error}): {AGAIN}") from error
+    if f"{sha256(content)}  {name}" not in lines:
+        raise FeatpatchError(f"{str(path)!r} does not have the SHA-256 that {digests_of(block)} says: {AGAIN}")
+    return content
+
+
+def table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Some columns of a block's `effects` or `pairs`.
+
+    Raises:
+        FeatpatchError: the file is missing or damaged, or holds values of other types.
+    """
+    import pyarrow as pa
+
+    path, content = folder / name_of(kind, block), read(folder, block, name_of(kind, block))
+    try:
+        found = pd.read_parquet(BytesIO(content), columns=list(columns))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise FeatpatchError(f"{str(path)!r} can't be read ({error}): {AGAIN}") from error
+    for name in columns:
+        expected = "integers" if name in ("pair", "index") else "numbers" if " of " in name else "texts"
+        if not TYPES[expected](found[name]):
+            raise FeatpatchError(f"{name!r} in {str(path)!r} is of type {found[name].dtype}: expected {expected}; {AGAIN}")
+    return found

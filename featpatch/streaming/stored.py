@@ -1,7 +1,5 @@
 """Effects in a folder: as many pairs as the disk holds; what is read of them is a ranking, or the rows that are asked for."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import Effects, check_gap
-from featpatch.effects.content import check_metadata
+from featpatch.effects.content import check_columns, check_metadata, nodes_of
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.foreign import read_json
+from featpatch.files import read_json, sha256
 from featpatch.patch import RANKED
-from featpatch.streaming.parts import FIELDS, node_of, path_of
+from featpatch.streaming import parts
+from featpatch.streaming.parts import FIELDS
 
 FORMAT = "featpatch stored effects 1"
 
@@ -26,7 +25,7 @@ class Stored:
     """What `stream_features` wrote.
 
     Attributes:
-        folder: with `about.json`, and a Parquet file of each block in `effects` and `pairs`.
+        folder: with `about.json`, of each block a Parquet file in `effects` and in `pairs`, and their digests.
         metric: which one is meant, of those that were measured; the first by default.
     """
 
@@ -54,15 +53,39 @@ class Stored:
         return dict(about)
 
     @cached_property
-    def blocks(self) -> list[Path]:
-        """The files of the effects of the blocks that were finished when this was first asked."""
-        return [self.folder / "effects" / path.name for path in sorted((self.folder / "pairs").glob("*.parquet"))]
+    def blocks(self) -> int:
+        """How many blocks were finished when this was first asked.
+
+        Raises:
+            FeatpatchError: one in between is missing, or `about.json` is not the one that they were written with.
+        """
+        names = sorted(path.name for path in self.folder.glob("*.sha256"))
+        expected = [parts.digests_of(block) for block in range(len(names))]
+        if names != expected:
+            missing = sorted({*expected} - {*names})
+            raise FeatpatchError(f"{str(self.folder)!r} lacks {missing[0]}: expected no gap before {names[-1]}; {parts.AGAIN}")
+        for block in range(len(names)):
+            parts.read(self.folder, block, "about.json")
+        return len(names)
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """One row per pair: `clean`, `corrupted`, `tags`, and the digest of its block."""
+        """One row per pair: `clean`, `corrupted`, `tags`, and number and digest of its block.
+
+        Raises:
+            FeatpatchError: no block is finished, or a file is missing or damaged.
+        """
         names = {f"{name} of {self.metric}": name for name in ("clean", "corrupted")}
-        return self._together("pairs", ["pair", *names, "tags", "digest"]).rename(columns=names).set_index("pair").sort_index()
+        columns = ["pair", *names, "tags", "digest"]
+        found = [parts.table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
+        if not found:
+            raise FeatpatchError(f"{str(self.folder)!r} has no finished block yet: run fp.stream_features again")
+        table = pd.concat(found, ignore_index=True).rename(columns=names)
+        if not np.array_equal(table["pair"], np.arange(len(table))):
+            raise FeatpatchError(
+                f"the pairs in {str(self.folder)!r} are not numbered from 0 to {len(table) - 1}: {parts.AGAIN}"
+            )
+        return table.set_index("pair")
 
     def pooled(self) -> pd.DataFrame:
         """Every node with its effects over all pairs and the number of pairs in which it changes; block by block.
@@ -116,49 +139,44 @@ class Stored:
     def _effects(self, chosen: pd.DataFrame, ranked: int) -> Effects:
         keys = chosen[list(FIELDS)].assign(row=np.arange(len(chosen)))
         entries = pd.concat([part.merge(keys, on=list(FIELDS)) for part in self._entries()], ignore_index=True)
-        numbers = pd.Series(np.arange(len(self.pairs)), index=self.pairs.index)
-        tags = [json.loads(text) for text in self.pairs["tags"]]
-        digest = hashlib.sha256("".join(self.pairs["digest"]).encode()).hexdigest()
+        digest = sha256("".join(self.pairs["digest"]).encode())
         metadata = {**self.about, "metric": self.metric, "metrics": [self.metric], "pairs": digest, "rows_ranked": ranked}
-        return Effects(
-            nodes=tuple(node_of(row) for row in chosen.rename(columns={"index": "index_"}).itertuples()),
-            clean=self.pairs["clean"].to_numpy(),
-            corrupted=self.pairs["corrupted"].to_numpy(),
-            row=entries["row"].to_numpy(),
-            pair=numbers.loc[entries["pair"]].to_numpy(),
-            denoised=entries["denoised"].to_numpy(),
-            noised=entries["noised"].to_numpy(),
-            metadata=metadata | ({"tags": tags} if any(tags) else {}),
-        )
+        columns = {name: self.pairs[name].to_numpy() for name in ("clean", "corrupted")}
+        columns |= {name: entries[name].to_numpy() for name in ("row", "pair", "denoised", "noised")}
+        try:
+            nodes = nodes_of([
+                [site, kind, None if pd.isna(index) else int(index), read_json(position), sae]
+                for site, kind, index, position, sae in chosen[list(FIELDS)].itertuples(index=False)
+            ])  # fmt: skip
+            tags = [read_json(text) for text in self.pairs["tags"]]
+            metadata |= {"tags": tags} if any(tags) else {}
+            check_metadata(metadata, len(nodes))
+            check_columns({**columns, "metadata": metadata}, len(nodes))
+        except ValueError as error:
+            raise FeatpatchError(f"the effects in {str(self.folder)!r} can't be read ({error}): {parts.AGAIN}") from error
+        return Effects(nodes=nodes, metadata=metadata, **columns)
 
     def _entries(self) -> Iterator[pd.DataFrame]:
         """Block by block, one row per node and pair."""
         names = {f"{name} of {self.metric}": name for name in ("denoised", "noised")}
-        for path in self.blocks:
-            yield _read(path, [*FIELDS, "pair", *names]).rename(columns=names)
+        columns = [*FIELDS, "pair", *names]
+        for block in range(self.blocks):
+            entries = parts.table(self.folder, block, "effects", columns).rename(columns=names)
+            pairs = self.pairs.index[self.pairs["block"] == block]
+            within = entries["pair"].between(pairs.min(), pairs.max()).all()
+            if not within or entries.duplicated([*FIELDS, "pair"]).any():
+                raise FeatpatchError(
+                    f"the effects of block {block} in {str(self.folder)!r} are of other pairs than its own, or stand there "
+                    f"twice: {parts.AGAIN}"
+                )
+            run = [name for name, way in (("denoised", "denoising"), ("noised", "noising")) if way in self.about["directions"]]
+            if not np.isfinite(entries[run]).all(axis=None):
+                raise FeatpatchError(f"block {block} in {str(self.folder)!r} has values that are not finite: {parts.AGAIN}")
+            yield entries
 
-    def pairs_of(self, block: int) -> pd.DataFrame:
-        """Of one finished block."""
-        return _read(path_of(self.folder, "pairs", block), ["pair", "digest"])
-
-    def _together(self, kind: str, columns: list[str]) -> pd.DataFrame:
-        found = [_read(self.folder / kind / path.name, columns) for path in self.blocks]
-        if not found:
-            raise FeatpatchError(f"{str(self.folder)!r} has no finished block yet: run fp.stream_features again")
-        return pd.concat(found, ignore_index=True)
+    def digest_of(self, block: int) -> str:
+        """That of the pairs of a finished block."""
+        return str(parts.table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:
-        return f"effects of {len(self.pairs):,} pairs in {len(self.blocks)} blocks in {str(self.folder)!r}: {self.metric}"
-
-
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Raises FeatpatchError for a file that is missing or damaged."""
-    import pyarrow as pa
-
-    try:
-        return pd.read_parquet(path, columns=columns)
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise FeatpatchError(
-            f"{str(path)!r} can't be read ({error}): expected a block of fp.stream_features; delete its files in 'effects' and "
-            "'pairs' and run it again"
-        ) from error
+        return f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"

@@ -1,7 +1,6 @@
 """Rank features over more pairs than memory holds."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from tqdm.auto import tqdm
 
 from featpatch.errors import FeatpatchError
 from featpatch.execution import Executor, executor_of
+from featpatch.files import check_writable, writing
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
@@ -41,7 +41,7 @@ def stream_features(
     Args:
         model, saes: as in `rank_features`.
         blocks: of pairs, read one after another, such as `Pairs.blocks_from_jsonl(tokenizer, path)`; the same in every call.
-        folder: for `about.json`, and the Parquet files of `effects` and `pairs`.
+        folder: for `about.json`, the Parquet files of `effects` and `pairs`, and their digests.
         positions, directions, metric, batch_rows, executor: as in `rank_features`.
         progress: show a bar that counts pairs.
 
@@ -56,11 +56,12 @@ def stream_features(
             "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
         )
     folder, elsewhere, number = Path(folder), executor_of(executor), -1
+    check_writable(folder / "about.json")
     asked = Asked(positions, directions, metric, batch_rows)
     first = 0
     with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
-            journal, finished = folder / f"{number:06d}.journal", parts.path_of(folder, "pairs", number).is_file()
+            journal, finished = folder / f"{number:06d}.journal", (folder / parts.digests_of(number)).is_file()
             if finished:
                 _check_same(folder, number, check_pairs(block))
             if number == 0 or not finished:
@@ -75,9 +76,9 @@ def stream_features(
     if number < 0:
         raise FeatpatchError("there are no blocks: expected at least one Pairs")
     stored = Stored(folder)
-    if len(stored.blocks) > number + 1:
+    if stored.blocks > number + 1:
         raise FeatpatchError(
-            f"{str(folder)!r} holds {len(stored.blocks)} blocks, and {number + 1} were given: expected all of them; give "
+            f"{str(folder)!r} holds {stored.blocks} blocks, and {number + 1} were given: expected all of them; give "
             "another folder for fewer pairs"
         )
     return stored
@@ -95,11 +96,9 @@ def _run(study: Study, folder: Path, number: int, first: int, journal: Path, exe
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:
     """Notes it, or refuses results of another kind than those that are there."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
+    if not path.exists():
+        with writing(path) as file:
+            file.write_text(json.dumps(about, indent=1), encoding="utf-8")
         return
     known = dict(Stored(path.parent).about)
     differing = [name for name in sorted({*known, *about}) if known.get(name) != about.get(name) and name != "versions"]
@@ -112,8 +111,7 @@ def _check_about(path: Path, about: dict[str, Any]) -> None:
 
 def _check_same(folder: Path, number: int, block: Pairs) -> None:
     """Raises FeatpatchError where a finished block is of other pairs."""
-    known = set(Stored(folder).pairs_of(number)["digest"])
-    if known != {block.digest()}:
+    if Stored(folder).digest_of(number) != block.digest():
         raise FeatpatchError(
             f"block {number} in {str(folder)!r} is of other pairs: expected the same blocks of the same size; give another "
             "folder"

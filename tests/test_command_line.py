@@ -1,7 +1,12 @@
 """Every command on small inputs: its files, its JSON, its exit codes, and a study that is written down."""
 
+import fcntl
 import json
+import os
 import shutil
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +153,133 @@ def test_an_sae_that_explains_less_than_it_claims_ends_a_check_with_1(
     told = run("check", *model[:4], "--sae", str(tmp_path / "sae"), "--json", folder=folder)
     assert (told.returncode, len(json.loads(told.stdout)) > 0) == (1, True)
     assert "less than it claims" in told.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, model: list[str], sae: list[str]) -> Path:
+    """Results of a finished `rank`."""
+    done = run("rank", *model, *sae, "--out", "finished", "--direction", "denoising", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "finished"
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_an_interrupted_command_replaces_nothing_and_exits_with_130(
+    folder: Path, model: list[str], sae: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished of it is in a folder of its own; with nothing finished, there is none."""
+    before, ranking = bytes_of(finished), fp.rank_features
+    again = ("rank", *model, *sae, "--out", "finished", "--direction", "denoising")
+
+    def cut_short(*args: Any, **options: Any) -> fp.Effects:
+        effects = ranking(*args, **options).of_pairs([0])
+        return replace(effects, metadata={**effects.metadata, "finished": False})
+
+    def stopped(*args: Any, **options: Any) -> fp.Effects:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fp, "rank_features", stopped)
+    done = run(*again, folder=folder)
+    assert (done.returncode, "interrupted" in done.stderr) == (130, True)
+    assert sorted(path.name for path in finished.iterdir()) == sorted(before)
+    monkeypatch.setattr(fp, "rank_features", cut_short)
+    done = run(*again, folder=folder)
+    assert done.returncode == 130
+    assert "interrupted: what follows is finished, on 1 pairs" in done.stdout
+    assert "to finished/unfinished/" in done.stdout
+    assert bytes_of(finished) == before
+    assert len(fp.Effects.load(finished / "unfinished" / "effects.safetensors").clean) == 1
+    assert {path.name for path in (finished / "unfinished").iterdir()} == set(before)
+
+
+def test_results_of_another_study_are_not_replaced(
+    folder: Path, model: list[str], sae: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither are those that can't be read; the same study may be run again."""
+    before, lines = bytes_of(finished), (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "two.jsonl").write_text("\n".join(lines[:2]))
+    ranking, out = fp.rank_features, ("--out", "finished", "--direction", "denoising")
+    monkeypatch.setattr(fp, "rank_features", lambda *args, **options: pytest.fail("it began to rank"))
+    for command, what in (
+        (("rank", *model[:3], "two.jsonl", *model[4:], *sae, *out), "pairs differ"),
+        (("rank", *model, *sae, *out[:2]), "directions differ"),
+        (("rank", *model, *sae, *out, "--metric", "prob"), "metrics differ"),
+        (("rank", *model[:4], *sae, *out), "positions differ"),
+        (("rank", *model, "--sae", sae[1].replace("3.hook_resid_post", "1.hook_resid_pre"), *out), "saes differ"),
+        (("rank", *model, *sae, *out, "--exact", "screened"), "features, not screened features"),
+        (("attribute", *model, *sae, *out), "features, not estimates by atp"),
+        (("components", *model, *out), "components differ"),
+        (("demo", "--pairs", "2", "--out", "finished"), "differ"),
+    ):
+        done = run(*command, folder=folder)
+        assert done.returncode == 2, command
+        assert what in " ".join(done.stderr.split()), command
+    assert bytes_of(finished) == before
+    monkeypatch.setattr(fp, "rank_features", ranking)
+    done = run("rank", *model, *sae, *out, folder=folder)
+    assert done.returncode == 0, done.stderr
+    (finished / "effects.safetensors").write_bytes(b"damaged")
+    done = run("rank", *model, *sae, *out, folder=folder)
+    assert (done.returncode, "is damaged" in done.stderr) == (2, True)
+    (finished / "effects.safetensors").write_bytes(before["effects.safetensors"])
+
+
+@pytest.mark.parametrize("command", ["rank", "attribute", "components", "demo", "stream"])
+def test_the_folder_of_results_is_tried_out_first(command: str, tmp_path: Path) -> None:
+    """Before a model is even looked for; a folder that another process writes to is refused."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file/within")
+    (tmp_path / "busy").mkdir()
+    study = [] if command == "demo" else ["--model", "nowhere/at-all", "--pairs", "none.jsonl"]
+    study += ["--sae", "nowhere/at-all"] if command in ("rank", "attribute", "stream") else []
+    child = os.fork()
+    if child == 0:
+        fcntl.flock(os.open(tmp_path / "busy", os.O_RDONLY), fcntl.LOCK_EX)
+        (tmp_path / "held").touch()
+        time.sleep(300)
+        os._exit(0)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        for name, what in (("file", "is a file"), ("file/within", "can't be written"), ("link", "can't be written"),
+                           ("n" * 300, "can't be written"), ("busy", "is in use by another command")):  # fmt: skip
+            done = run(command, *study, "--out", name, folder=tmp_path)
+            assert done.returncode == 2, name
+            assert what in " ".join(done.stderr.split()), name
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_results_that_cannot_be_written_in_the_end_are_put_elsewhere(
+    folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All three files, after the table is printed; the folder is left as it was."""
+    from featpatch.cli import output
+
+    written = output._write
+
+    def full(place: Path, *args: Any) -> None:
+        if place.resolve().is_relative_to(folder):
+            (place / "effects.safetensors").touch()
+            raise OSError(28, "No space left on device")
+        written(place, *args)
+
+    monkeypatch.setattr(output, "_write", full)
+    monkeypatch.setattr(output.tempfile, "tempdir", str(tmp_path))
+    done = run("rank", *model, *sae, "--out", "full-disk", folder=folder)
+    assert done.returncode == 2
+    assert "exact effects of" in done.stdout
+    said = done.stderr.replace("\n", "")
+    assert "No space left on device" in said
+    (place,) = tmp_path.iterdir()
+    assert str(place) in said
+    assert len(fp.Effects.load(place / "effects.safetensors")) > 0
+    assert {path.name for path in place.iterdir()} == {"effects.safetensors", "effects.csv", "report.html"}
+    assert list((folder / "full-disk").iterdir()) == []
 
 
 def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: list[str]) -> None:

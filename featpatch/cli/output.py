@@ -32,7 +32,7 @@ class Output:
         Raises:
             FeatpatchError: it is a file, can't be written to, or another command is writing to it.
         """
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not os.path.isdir(folder):
             raise FeatpatchError(f"--out {str(folder)!r} is a file: expected a folder for the results, new or existing")
         check_writable(folder / EFFECTS)
         try:

@@ -86,9 +86,7 @@ def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
     return prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
 
 
-def _answer_fields(
-    after: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool
-) -> dict[str, Any]:
+def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
     """The fields of a pair that hold its answers.
 
     Args:

@@ -20,8 +20,8 @@ Values = Float[torch.Tensor, " rows"]
 Metric = Callable[[Logits, Sequence[int], Sequence[int]], Values]
 """`metric(logits, correct, wrong)`: logits at the answer position, ids of the right and of the wrong answers.
 
-A function of one required argument is called as in TransformerLens instead: prompt by prompt with logits `[1, 1, d_vocab]`, for
-one value each.
+A function with one required argument is called as in TransformerLens instead: prompt by prompt, with logits `[1, 1, d_vocab]`,
+and returns one value.
 """
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
@@ -35,10 +35,10 @@ FORMS = (
     "or metric(logits [1, 1, d_vocab]) -> one value, in which [batch, pos] are one prompt and its answer position, and which "
     "holds no answers or clean logits of a batch"
 )
-"""What a function must be to be a metric."""
+"""The forms of a metric function, for error messages."""
 
-DIFFERING = 1e-2
-"""Share of its size by which a metric of one prompt may change beside another prompt, by rounding."""
+ROUNDING = 1e-2
+"""Share of its size by which rounding may change the metric of one prompt when another prompt is in the batch."""
 
 
 def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
@@ -161,7 +161,7 @@ class Measures:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the metrics, in the order of the columns."""
+        """The names of the metrics, in the order of the columns."""
         return tuple(part.name for part in self.parts)
 
     @property
@@ -214,14 +214,14 @@ MEASURES = {
 
 
 def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = "here") -> Measure:
-    """The metric of this name, or a function as a metric.
+    """Return the metric of a name, or a function as a metric.
 
     Args:
-        refused: the names of metrics that the caller has no use for.
-        use: what the caller does, and why these do not serve.
+        refused: names of metrics that the caller does not support.
+        use: where they are not supported, and why, for the error.
 
     Raises:
-        FeatpatchError: no metric has this name, or the function takes other arguments than a metric.
+        FeatpatchError: no supported metric has this name, or the function does not take the arguments of a metric.
     """
     if callable(metric):
         name = _name(metric)
@@ -237,7 +237,7 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
 def together(
     metric: "str | Metric | Sequence[str | Metric]", refused: Collection[str] = SEQUENCES, use: str = "here"
 ) -> Measures:
-    """One metric, or several.
+    """Return one metric or several, to be read from the same logits.
 
     Args:
         refused, use: as in `find`.
@@ -254,15 +254,15 @@ def together(
 
 
 def _name(metric: Metric) -> str:
-    """What a function is called, the same in every process: journals and tables hold it."""
+    """The name of a function, the same in every process, because journals and tables hold it."""
     inner = metric.func if isinstance(metric, partial) else metric
     return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _reads_one_prompt(metric: Metric, name: str) -> bool:
-    """Whether a function takes logits alone, as in TransformerLens, or logits, correct and wrong; by its signature.
+    """Whether a function takes logits alone, as in TransformerLens, rather than logits, correct and wrong; by its signature.
 
-    Optional arguments are left alone, except those of the names `correct` and `wrong`.
+    Optional arguments keep their defaults, unless they are named `correct` and `wrong`.
     """
     try:
         signature = inspect.signature(metric.forward if isinstance(metric, torch.nn.Module) else metric)
@@ -284,7 +284,7 @@ def _reads_one_prompt(metric: Metric, name: str) -> bool:
 def _called(
     metric: Callable[..., Any], name: str, one_prompt: bool, logits: torch.Tensor, correct: Sequence[int], wrong: Sequence[int]
 ) -> Any:
-    """What a user's function makes of logits `[rows, d_vocab]`; of logits alone, it is called prompt by prompt."""
+    """Call a user's function on logits `[rows, d_vocab]`, prompt by prompt if it takes logits alone."""
 
     def call(given: torch.Tensor, *answers: Sequence[int]) -> Any:
         try:
@@ -304,7 +304,7 @@ def _called(
 
 
 def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
-    """The one value of a prompt."""
+    """The value of one prompt as a tensor without axes."""
     found = torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
     if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
         what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
@@ -313,17 +313,17 @@ def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
 
 
 def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tensor, value: torch.Tensor) -> None:
-    """Refuses a function that holds the answers, or the clean logits, of a batch, which one prompt would be spread over.
+    """Refuse a function that holds the answers or the clean logits of a batch, to which one prompt would be broadcast.
 
-    Told by a second prompt, with the same logits in another order: the function must give each its own value, or their mean,
-    their sum, or the first.
+    It is found out with a second prompt, whose logits are the first one's in reverse: for both together, the function must
+    give the value of each, or their mean, their sum, or the value of the first.
     """
     other = row.flip(0)
     each = torch.stack([value.double(), _single(call(other[None, None]), name, other).double()])
     beside = call(torch.stack([row, other])[:, None])
     found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
     expected = [each] if len(found) == 2 else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
-    room = DIFFERING * float(each.abs().max())
+    room = ROUNDING * float(each.abs().max())
     if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
         raise FeatpatchError(
             f"metric {name!r} gives {each.tolist()} for two prompts alone and {found.tolist()} for both together: expected "
@@ -332,5 +332,5 @@ def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tens
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """Log-softmax over the vocabulary, in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -208,7 +208,7 @@ def test_errors(small: Small) -> None:
         ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or an error of"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "one or the other"),
-        ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "gradient of zero in the whole model.*'exact'"),
+        ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "gradient of zero in the unpatched clean run.*'exact'"),
         ({"pairs": pairs_of(small, [0]), "to": "mean"}, "the only one with 7 tokens"),
     ):  # fmt: skip
         options: dict[str, Any] = {"pairs": pairs_of(small), "nodes": [head], **OPTIONS, **changed}

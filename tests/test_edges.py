@@ -151,7 +151,7 @@ def test_architectures(name: str) -> None:
 @pytest.mark.usefixtures("wide")
 def test_norms_behind_heads_are_refused() -> None:
     small = Small(BRIDGES["gemma2"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    with pytest.raises(fp.FeatpatchError, match="without a norm behind them"):
+    with pytest.raises(fp.FeatpatchError, match="without a norm after them"):
         fp.find_circuit(small.model, pairs_of(small), **OPTIONS)
 
 

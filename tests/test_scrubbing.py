@@ -214,7 +214,7 @@ def test_what_is_drawn_does_not_depend_on_the_answer(monkeypatch: pytest.MonkeyP
 
     def noted(self: _Run, label: Any, rows: Any) -> Any:
         found = agreeing(self, label, rows)
-        drawn[self.behind].append(found.tolist())
+        drawn[self.continuation].append(found.tolist())
         return found
 
     monkeypatch.setattr(_Run, "_agreeing", noted)

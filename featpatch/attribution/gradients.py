@@ -22,6 +22,7 @@ Activations = Mapping[str, torch.Tensor]
 
 WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
 """Metrics without a gradient at the answer position."""
+
 USE = "in estimates, which take a gradient, of the logits at one token (rank_features and its like measure any metric exactly)"
 
 SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
@@ -120,10 +121,11 @@ class Gradients:
         self._kept: dict[tuple[int, ...], _Batch] = {}
 
     def check_directions(self, directions: Sequence[Direction]) -> tuple[Direction, ...]:
-        """The directions, checked.
+        """Return the directions after a check.
 
         Raises:
-            FeatpatchError: unknown ones, or noising by the gradient of `"neg_kl"` at the clean run, which is zero.
+            FeatpatchError: a direction is unknown, or noising would take the gradient of `"neg_kl"` at the clean run, where it
+                is zero.
         """
         ways = check_directions(directions)
         if "noising" in ways and self.measure.needs == "clean" and self.method in ("atp", "grad_drop"):

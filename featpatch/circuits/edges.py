@@ -80,20 +80,19 @@ class EdgeGraph(Graph):
         self.items = tuple(self._edges)
 
     def check(self) -> None:
-        """As for every graph, and that the parts of the model add up to it.
+        """As `Graph.check`, and check that the model's parts add up to the model.
 
         Raises:
-            FeatpatchError: what heads add to the stream goes through a norm, or a block of another form.
+            FeatpatchError: they do not, because of a norm after heads or MLPs, a block of another form or quantised weights.
         """
         super().check()
         found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
         if not np.abs(found - self.whole).max() <= TOLERANCE * size:
-            quantised = self.lens.quantised
-            expected = "heads and MLPs that write to the stream without a norm behind them"
-            if quantised:
+            expected = "heads and MLPs that write to the residual stream without a norm after them"
+            if self.lens.quantised:
                 expected = (
-                    f"weights that are not quantised (these are: {quantised}), since quantised ones round heads and their sum "
-                    "differently; load the model without quantization_config"
+                    f"weights that are not quantised (these are: {self.lens.quantised}), since quantised ones round heads and "
+                    "their sum differently; load the model without quantization_config"
                 )
             raise FeatpatchError(
                 f"the model's parts add up to a metric of {found.mean():.6g}, and the model has {self.whole.mean():.6g}: "
@@ -157,8 +156,8 @@ class EdgeGraph(Graph):
         """What the mean metric loses with each edge, estimated by its gradient in the whole model, `[items]`."""
         if self.reads_clean:
             raise FeatpatchError(
-                f"metric {self.name!r} has a gradient of zero in the whole model, the clean run: expected scores='exact', or "
-                "another metric to estimate with"
+                f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
+                "scores='exact', or another metric to estimate with"
             )
         with torch.inference_mode(False), torch.enable_grad():
             runs = self.whole_runs.clone().requires_grad_()

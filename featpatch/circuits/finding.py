@@ -60,9 +60,9 @@ def find_circuit(
         to: what the outside is set to: `"corrupted"`, `"mean"` or `"resample"` (of the clean runs of equally long pairs).
         errors: error terms are all kept (`"in"`), all ablated (`"out"`), or nodes like others (`"nodes"`). For edges `"in"`
             means in the rest.
-        metric: one; differentiable for estimates, and not `"neg_kl"` there, whose gradient is zero in the whole model. Answers
-            of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) stand behind both prompts, and the outside is
-            ablated at their tokens too.
+        metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
+            model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
+            outside is ablated at their tokens too.
         progress: whether to show a progress bar.
 
     Returns:

@@ -85,38 +85,38 @@ class Graph(ABC):
 
     @property
     def name(self) -> str:
-        """Of the metric."""
+        """The name of the metric."""
         return self.read.names[0]
 
     @property
     def reads_clean(self) -> bool:
-        """Whether the metric compares with the clean run, where its gradient is zero."""
+        """Whether the metric compares with the clean run; its gradient is zero there."""
         return self.read.measures.reads_clean
 
     @cached_property
     def readings(self) -> list[tuple[int, Reading]]:
-        """Where the metric is read, with the number of the pair, pair after pair."""
+        """The index of the pair and the reading, for every reading, in the order of the pairs."""
         readings = readings_of(self.read, self.pairs, self.lens)
         return [(index, reading) for index, of_pair in readings.items() for reading in of_pair]
 
     @cached_property
     def runs(self) -> Pairs:
-        """The pair of each reading, with the tokens that stand behind its prompts; labels are where they were."""
+        """The pair of each reading, with the reading's continuation after both prompts; labels stay where they were."""
         read = [(self.pairs[index], reading.continuation) for index, reading in self.readings]
         return Pairs(
             tuple(
                 replace(
                     pair,
-                    clean=pair.clean + behind,
-                    corrupted=pair.corrupted + behind,
-                    answer_position=pair.answer_position + len(behind),
+                    clean=pair.clean + continuation,
+                    corrupted=pair.corrupted + continuation,
+                    answer_position=pair.answer_position + len(continuation),
                 )
-                for pair, behind in read
+                for pair, continuation in read
             )
         )
 
     def combined(self, values: Float[torch.Tensor, " runs"]) -> Float[torch.Tensor, " pairs"]:
-        """What the values of the runs say of each pair, with its gradient."""
+        """Combine the values of the runs into one per pair, with its gradient."""
         counts = np.bincount([index for index, _ in self.readings]).tolist()
         each = zip(self.pairs, values.split(counts), strict=True)
         return torch.stack([self.read.combine(pair, of_pair[:, None, None])[0, 0] for pair, of_pair in each])
@@ -185,5 +185,5 @@ class Graph(ABC):
         return self.lens.answer(torch.tensor([self.runs[index].clean for index in some]), answers)
 
     def _groups(self) -> list[list[int]]:
-        """What runs together: equally long, all of a length, as some outsides need."""
+        """Indices of the runs by length: those of a length run together, which some outsides need."""
         return list(self.runs.by_length().values())

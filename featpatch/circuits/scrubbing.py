@@ -73,7 +73,7 @@ def scrub(
         model: a TransformerBridge or a HookedTransformer, without hooks of yours and without norms behind heads and MLPs.
         pairs: whose clean prompts are resampled from, all equally long; many, so that labels are shared.
         hypothesis: what reads what, and what it depends on.
-        metric: one. An answer of several tokens stands behind all prompts that its pair's run is put together from.
+        metric: one metric. An answer of several tokens follows all prompts from which the run of its pair is put together.
         draws: how often everything is drawn anew.
 
     Raises:
@@ -88,8 +88,8 @@ def scrub(
         raise FeatpatchError(f"prompts have {sorted(pairs.by_length())} tokens: expected equally long ones for scrubbing")
     graph = EdgeGraph(wrap(model), pairs, "corrupted", readout(metric, single=True))
     graph.check()
-    behind = dict.fromkeys(reading.continuation for _, reading in graph.readings)
-    runs = {tokens: _Run(graph, hypothesis, np.random.default_rng(seed), tokens) for tokens in behind}
+    continuations = dict.fromkeys(reading.continuation for _, reading in graph.readings)
+    runs = {tokens: _Run(graph, hypothesis, np.random.default_rng(seed), tokens) for tokens in continuations}
     values, chance = np.zeros(len(pairs)), np.zeros(len(pairs))
     for _ in range(draws):
         values += _measured(graph, runs, hypothesis.parents) / draws
@@ -103,7 +103,7 @@ def scrub(
 def _measured(
     graph: EdgeGraph, runs: "Mapping[tuple[int, ...], _Run]", parents: Mapping[Node, Mapping[Node, Label]]
 ) -> NDArray[np.float64]:
-    """The metric of each prompt in a scrubbed run; what stands behind the prompts makes no difference to what is drawn."""
+    """The metric of each prompt in a scrubbed run; the same prompts are drawn whatever follows them."""
     values = torch.zeros(len(graph.readings), dtype=torch.float64)
     for tokens, run in runs.items():
         logits = run.logits(np.arange(len(graph.pairs)), parents)
@@ -115,16 +115,16 @@ def _measured(
 
 @dataclass(eq=False)
 class _Run:
-    """Prompts that are put together from one another.
+    """Runs that are put together from those of several prompts.
 
     Attributes:
-        behind: tokens that stand behind all of them.
+        continuation: tokens that follow all prompts.
     """
 
     graph: EdgeGraph
     hypothesis: Hypothesis
     generator: np.random.Generator
-    behind: tuple[int, ...] = ()
+    continuation: tuple[int, ...] = ()
     _alike: dict[Label, list[NDArray[np.int64]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -155,13 +155,13 @@ class _Run:
                 f"{str(next(iter(unread)))!r} is no part of what the logits read: expected a path to the logits"
             )
         with torch.no_grad():
-            self.tokens = torch.tensor([pair.clean + self.behind for pair in self.graph.pairs])
+            self.tokens = torch.tensor([pair.clean + self.continuation for pair in self.graph.pairs])
             self.written, self.always = self.graph.written(self.tokens)
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
         """Of the prompts, `[rows, d_vocab]`, with the final stream put together."""
-        answers = torch.tensor([pair.answer_position + len(self.behind) for pair in self.graph.pairs])
+        answers = torch.tensor([pair.answer_position + len(self.continuation) for pair in self.graph.pairs])
         return self.graph.unembedded(self._input(LOGITS, rows, parents), self.tokens, answers)
 
     def _input(self, receiver: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Adapted:
         d_in: width of what it reads.
         name: a name for tables; empty for the name of the hook.
         linear: whether `decode` is known to be a fixed linear map, plus a constant.
-        skip: what is added to what `decode` makes, as a function of the activation that is read; None for nothing.
+        skip: the skip path, a function of the activation that is read, whose value is added to that of `decode`; or None.
     """
 
     coder: Any
@@ -45,10 +45,10 @@ def adapt(
     linear: bool = False,
     skip: Any = None,
 ) -> Adapted | SAE[Any]:
-    """Takes an object of your own for a dictionary, wherever SAEs are expected.
+    """Make a dictionary of an object of your own, to pass wherever SAEs are expected.
 
     An SAE or transcoder of dictionary_learning, sparsify or circuit-tracer needs only the hook (and `hook_out`): its weights
-    are copied into the sae-lens object that computes the same, where there is one.
+    are copied into a sae-lens object that computes the same, if there is one.
 
     Args:
         coder: an object (a `torch.nn.Module` or not) with `encode(x)`, from activations `[batch, pos, d_in]` (heads of
@@ -65,15 +65,15 @@ def adapt(
             `[batch, pos, d_out]`, position by position: the error is x_out - decode(f) - skip(x).
 
     Raises:
-        FeatpatchError: the object has no `encode` or no `decode`, is a class or of sae-lens, or a hook, a width or the skip
-            path is none.
+        FeatpatchError: the object has no `encode` or no `decode`, is a class or of sae-lens, or a hook, the width or the skip
+            path is not valid.
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an object of it")
     weights = of_object(coder)
-    widths = None if weights is None else int(weights.tensors["W_enc"].shape[0])
+    own_width = None if weights is None else int(weights.tensors["W_enc"].shape[0])
     hooks = all(isinstance(each, str) and each for each in (hook, hook if hook_out is None else hook_out))
-    if not hooks or (d_in is None and widths is None) or not (d_in is None or (type(d_in) is int and d_in >= 1)):
+    if not hooks or (d_in is None and own_width is None) or not (d_in is None or (type(d_in) is int and d_in >= 1)):
         raise FeatpatchError(
             f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hooks and a width of 1 or more"
         )
@@ -83,9 +83,9 @@ def adapt(
             "to use it at another hook"
         )
     if weights is not None:
-        if d_in not in (None, widths) or skip is not None:
+        if d_in not in (None, own_width) or skip is not None:
             raise FeatpatchError(
-                f"{weights.origin} reads {widths} values and {'has its own' if 'W_skip' in weights.tensors else 'no'} skip "
+                f"{weights.origin} reads {own_width} values and {'has its own' if 'W_skip' in weights.tensors else 'no'} skip "
                 f"path: expected neither another d_in={d_in!r} nor skip=; leave them out"
             )
         return placed(weights.at(hook, hook_out), name)
@@ -98,7 +98,7 @@ def adapt(
 
 
 def placed(weights: Weights, name: str = "") -> Adapted | SAE[Any]:
-    """The dictionary that some weights make at their hooks: of sae-lens where it has a class that computes the same."""
+    """Make the dictionary of some weights at their hook points, a sae-lens object if one computes the same."""
     reads, writes, w = weights.reads or "", weights.writes or "", weights.tensors["W_enc"]
     if weights.architecture is None:
         coder = Coder(weights)

@@ -69,7 +69,7 @@ class Behaviour:
 
 
 def _parts(code: Code) -> list[torch.Tensor]:
-    """Everything that encoding makes, `[batch, pos, n]` each."""
+    """The features and every part of the state, `[batch, pos, n]` each."""
     return [code.features, *code.state.values()]
 
 

@@ -252,8 +252,8 @@ def _hook(lens: Lens, said: Training, name: str) -> str:
             stream = stream if stream in lens.hook_points else sites.resid_pre(layer)
             raise FeatpatchError(
                 f"the SAE names the hook {name!r}, which is the residual stream before the norm in TransformerLens and the "
-                "norm's output for transcoders of Gemma Scope 2, and its metadata has no hf_hook_name that tells which: expected "
-                f"another name; set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
+                "norm's output for transcoders of Gemma Scope 2, and its metadata has no hf_hook_name that tells which: "
+                f"expected another name; set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
             )
         name = said.module
     weighted = sites.weighted(name) if said.known and said.folded is None else None

@@ -1,4 +1,4 @@
-"""Dictionaries of other libraries, from their folders and from their objects in memory, brought into one layout.
+"""Dictionaries of other libraries, read from their folders or from their objects in memory and brought into one layout.
 
 | library | files | objects |
 |---|---|---|
@@ -7,8 +7,8 @@
 | circuit-tracer | `layer_N.safetensors`, `config.yaml` | `SingleLayerTranscoder` |
 | Gemma Scope 1 and 2 | `params.npz`; `params.safetensors`, `config.json` | |
 
-Files are read as tensors, numbers and text: no code in them is ever run. Objects are recognised by the name of their module, so
-that none of these libraries has to be installed.
+Files are read as tensors, numbers and text; no code in them is ever run. Objects are recognised by the name of their module, so
+none of these libraries has to be installed.
 """
 
 import re
@@ -31,7 +31,7 @@ UNSUPPORTED_CLT = (
 )
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
-"""Module names and the names by which the libraries are known."""
+"""Libraries by the name of their module, with the name that messages use."""
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,26 +45,27 @@ ARCHITECTURES = {
     ("jumprelu", True, False): "jumprelu_transcoder",
     ("jumprelu", True, True): "jumprelu_skip_transcoder",
 }
-"""sae-lens' architectures that compute the same, by activation, whether it is a transcoder, and whether it has a skip path."""
+"""sae-lens' architecture that computes the same, by activation, whether it is a transcoder, and whether it has a skip path."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A dictionary in the layout of sae-lens: f = activation(x W_enc + b_enc), y = f W_dec + b_dec + W_skip x.
+    """The weights of a dictionary in the layout of sae-lens: f = activation(x W_enc + b_enc), y = f W_dec + b_dec + W_skip x.
 
     Attributes:
         origin: where it comes from, for messages.
-        tensors: `W_enc` `[d_in, d_sae]`, `W_dec` `[d_sae, d_out]`, `b_dec`, `b_enc`; with the activations "jumprelu" and "jump"
-            `threshold`; with "gated", in place of `b_enc`, `b_gate`, `b_mag` and `r_mag`; perhaps `W_skip` `[d_out, d_in]`.
+        tensors: `W_enc` `[d_in, d_sae]`, `W_dec` `[d_sae, d_out]`, `b_dec` and `b_enc`; for the activations "jumprelu" and
+            "jump" also `threshold`; for "gated" `b_gate`, `b_mag` and `r_mag` instead of `b_enc`; for a dictionary with a skip
+            path `W_skip` `[d_out, d_in]`.
         activation: a key of `ACTIVATIONS`, or "gated".
         k: how many features "topk", "signed_topk" and "groupmax" keep.
-        centred: whether `b_dec` is taken off the input.
-        transcoder: whether it predicts another activation than the one it reads.
-        reads, writes: hooks in TransformerLens' spelling, where they are known.
-        model: the model's name, where it is known.
+        centred: whether `b_dec` is subtracted from the input.
+        transcoder: whether it predicts an activation other than the one it reads.
+        reads, writes: TransformerLens' hook points, if known.
+        model: the model's name, if known.
 
     Raises:
-        FeatpatchError: shapes do not belong together, or there are numbers that are not finite.
+        FeatpatchError: the shapes do not match, or a weight is not finite.
     """
 
     origin: str
@@ -89,7 +90,7 @@ class Weights:
             if tensor.shape != shapes.get(name, (d_sae,)) or not d_in * d_sae * d_out:
                 found = {each: list(other.shape) for each, other in self.tensors.items()}
                 raise FeatpatchError(
-                    f"{self.origin}: the shapes of the weights do not belong together ({found}): expected {name} to be "
+                    f"{self.origin}: the shapes of the weights do not match ({found}): expected {name} to be "
                     f"{list(shapes.get(name, (d_sae,)))}; download or save the file again"
                 )
             if not torch.isfinite(tensor).all():
@@ -97,29 +98,31 @@ class Weights:
         if (self.centred and d_in != d_out) or not (self.k is None or 1 <= self.k <= d_sae):
             raise FeatpatchError(
                 f"{self.origin}: d_in={d_in}, d_out={d_out}, d_sae={d_sae}, k={self.k}: expected k from 1 to d_sae, and the "
-                "same width in and out where b_dec is taken off the input"
+                "same width in and out if b_dec is subtracted from the input"
             )
         if self.activation == "groupmax" and d_sae % (self.k or 1):
-            raise FeatpatchError(f"{self.origin}: {d_sae} features in {self.k} groups: expected groups of one size")
+            raise FeatpatchError(f"{self.origin}: {d_sae} features in {self.k} groups: expected groups of equal size")
 
     @property
     def architecture(self) -> str | None:
-        """sae-lens' name of what computes the same; None where it has nothing that does."""
+        """The sae-lens architecture that computes the same; None if there is none."""
         if self.transcoder and self.centred:
             return None
         return ARCHITECTURES.get((self.activation, self.transcoder, "W_skip" in self.tensors))
 
     def at(self, hook: str | None, hook_out: str | None) -> "Weights":
-        """The same at the hooks that the user names, where they are named.
+        """The same weights at the hook points that the user names, or at the known ones.
 
         Raises:
-            FeatpatchError: a hook is neither named nor known.
+            FeatpatchError: a hook point is neither named nor known.
         """
         reads = hook or self.reads
         writes = hook_out or (self.writes if hook is None or self.transcoder else hook)
-        missing = [f"hook{out}='blocks.N.{example}'" for out, example, known in (
-            ("", "mlp.hook_in" if self.transcoder else "hook_resid_post", reads), ("_out", "hook_mlp_out", writes),
-        ) if known is None and (not out or self.transcoder)]  # fmt: skip
+        missing = []
+        if reads is None:
+            missing.append(f"hook='blocks.N.{'mlp.hook_in' if self.transcoder else 'hook_resid_post'}'")
+        if writes is None and self.transcoder:
+            missing.append("hook_out='blocks.N.hook_mlp_out'")
         if missing:
             raise FeatpatchError(
                 f"{self.origin} does not say at which hook the dictionary {'reads' if reads is None else 'writes'}: pass "
@@ -128,7 +131,11 @@ class Weights:
         return replace(self, reads=reads, writes=writes or reads)
 
     def to(self, dtype: str | None, device: str) -> "Weights":
-        """On another device, and in another type."""
+        """The same weights on another device and in another dtype; None keeps their own.
+
+        Raises:
+            FeatpatchError: an unknown dtype.
+        """
         wanted = None if dtype is None else getattr(torch, dtype, None)
         if dtype is not None and wanted not in TYPES:
             raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
@@ -137,13 +144,13 @@ class Weights:
 
 
 def _keep(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """The `k` largest values of each row, and zeros."""
+    """Keep the `k` largest values of each row and set the others to zero."""
     top = pre.topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
 
 def _groupmax(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """The largest value of each of `k` groups of neighbours, and zeros."""
+    """Keep the largest value of each of `k` groups of adjacent features and set the others to zero."""
     return _keep(pre.unflatten(-1, (k, -1)), 1).flatten(-2)
 
 
@@ -155,11 +162,14 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
     "signed_topk": lambda pre, k, threshold: _keep(pre, k),
     "groupmax": lambda pre, k, threshold: _groupmax(pre.relu(), k),
 }
-"""Nonlinearities of encoders, of `(pre-activation, k, threshold)`."""
+"""Nonlinearities of encoders, as functions of `(pre-activation, k, threshold)`."""
 
 
 class Coder(torch.nn.Module):
-    """What sae-lens has no class for: any activation, with or without a skip path. Decodes in float32 at least."""
+    """A dictionary that sae-lens has no class for: any activation, with or without a skip path.
+
+    It encodes in the dtype of its weights and decodes in float32 at least.
+    """
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
@@ -180,7 +190,7 @@ class Coder(torch.nn.Module):
             self.register_buffer("threshold", torch.zeros_like(self.b_enc))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Features, in the type of the encoder."""
+        """The features, in the dtype of the encoder."""
         centred = x - self.b_dec.to(x) if self.centred else x
         return ACTIVATIONS[self.activation](centred @ self.W_enc + self.b_enc, self.k, self.threshold)
 
@@ -189,21 +199,21 @@ class Coder(torch.nn.Module):
         return features.to(self.W_dec) @ self.W_dec + self.b_dec
 
     def skip(self, x: torch.Tensor) -> torch.Tensor:
-        """The skip path: what is added to the reconstruction beside the features."""
+        """The skip path, which is added to the decoded features."""
         return x.to(self.W_skip) @ self.W_skip.T
 
 
 def library_of(source: Any) -> str | None:
-    """The library, of those that are known here, whose object this is."""
+    """The name of the library that an object comes from, if it is one of `LIBRARIES`."""
     modules = {part for each in type(source).__mro__ for part in each.__module__.split(".")}
     return next((name for module, name in LIBRARIES.items() if module in modules), None)
 
 
 def of_object(source: Any) -> Weights | None:
-    """The weights of an object of one of the libraries, copied; None for any other object.
+    """Copy the weights of an object of one of the libraries; None for any other object.
 
     Raises:
-        FeatpatchError: it is of one of them and can't be taken.
+        FeatpatchError: the object is of one of the libraries, but its kind is not supported.
     """
     library, kind = library_of(source), type(source).__name__
     if library is None:
@@ -220,23 +230,23 @@ def of_object(source: Any) -> Weights | None:
         subtracts = bool(getattr(source, "apply_b_dec_to_input", False))
         weights = _dictionary_learning(origin, state, kind, None, subtracts)
         groups = getattr(source, "group_indices", None)
-        if groups is not None:  # Matryoshka SAEs can leave the last groups out
+        if groups is not None:  # Matryoshka SAEs can switch the last groups off
             active = int(groups[source.active_groups])
             for name in ("W_enc", "b_enc"):
                 weights.tensors[name][..., active:] = 0
         return weights
     if library == "sparsify":
         return _sparsify(origin, state, {**vars(source.cfg), "d_in": source.d_in}, None)
-    for name in ("W_enc", "W_dec"):  # lazily loaded ones are not in the state
+    for name in ("W_enc", "W_dec"):  # lazily loaded weights are not in the state
         state.setdefault(name, getattr(source, name).detach())
     return _circuit_tracer(origin, state, source.activation_function)
 
 
 def read(path: Path) -> Weights | None:
-    """The weights in a folder or a file of one of the libraries; None where there is nothing of theirs.
+    """Read the weights in a folder or file of one of the libraries; None if it is of none of them.
 
     Raises:
-        FeatpatchError: the file is damaged, or is of a kind that is not supported.
+        FeatpatchError: the file is damaged, or its kind is not supported.
     """
     if path.suffix == ".safetensors" and path.name not in READERS:
         return _circuit_tracer_file(path) if path.is_file() else None
@@ -248,23 +258,23 @@ def read(path: Path) -> Weights | None:
         if (folder / file).is_file():
             return reader(folder)
     if (folder / "config.yaml").is_file():
-        _circuit_tracer_config(folder)
+        _circuit_tracer_config(folder)  # says what is wrong with a folder that has no layers
     return None
 
 
 def inside(folder: Path) -> list[str]:
-    """What can be loaded from within a folder."""
+    """The dictionaries in the subfolders of a folder, as `holding` names them."""
     return holding(each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern))
 
 
 def several(name: str, found: Collection[str]) -> str:
-    """The message for a place that holds several dictionaries."""
+    """The error message for a folder or repository that holds several dictionaries."""
     listed = ", ".join(list(found)[:40]) + (", ..." if len(found) > 40 else "")
     return f"{name!r} holds the dictionaries {listed}: expected one, such as {f'{name}/{next(iter(found))}'!r}"
 
 
 def holding(names: Iterable[str]) -> list[str]:
-    """The folders and files, of file names, that `read` takes, or sae-lens, in the order of their numbers."""
+    """The dictionaries that `read` or sae-lens can load, given file names, sorted by the numbers in their names."""
     found = set()
     for name in map(PurePosixPath, names):
         if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
@@ -275,7 +285,7 @@ def holding(names: Iterable[str]) -> list[str]:
 
 
 def patterns(folder: str) -> list[str]:
-    """The files of a repository that `read` needs for a folder of it."""
+    """The files of a repository that `read` needs for one of its folders."""
     up = str(PurePosixPath(folder).parent)
     above = "" if up == "." else f"{up}/"
     inside = [f"{folder}/{file}" for file in (*READERS, "config.json", "cfg.json", "config.yaml")]
@@ -283,7 +293,7 @@ def patterns(folder: str) -> list[str]:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """By name, without running anything."""
+    """The tensors in a file by name; no code in it is run."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -304,7 +314,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
-    """A configuration file."""
+    """The settings in a configuration file."""
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -320,19 +330,19 @@ def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, 
 def _named(
     origin: str, state: Mapping[str, torch.Tensor], names: Mapping[str, str], ignored: Collection[str] = (), skip: str = ""
 ) -> dict[str, torch.Tensor]:
-    """The tensors under our names.
+    """Rename a library's tensors.
 
     Args:
-        names: their names and ours; with `.T` behind ours, theirs is the transpose.
-        skip: their name of the skip path, which may be missing, as in `names`.
+        names: the library's names and ours; `.T` after ours says that the library holds the transpose.
+        skip: the library's name of the skip path, a key of `names` that may be missing from the state.
     """
     there = {name: ours for name, ours in names.items() if name != skip or name in state}
     if missing := [name for name in there if name not in state]:
         raise FeatpatchError(f"{origin} has {', '.join(state)}: expected {', '.join(names)}; {', '.join(missing)} is missing")
     if unknown := [name for name in state if name not in there and name not in ignored]:
         raise FeatpatchError(
-            f"{origin} holds {', '.join(unknown)}, whose meaning is not known: expected {', '.join(names)} alone; adapt the "
-            "loaded object by its encode and decode in an object of your own, with fp.adapt"
+            f"{origin} holds {', '.join(unknown)}, whose meaning is not known: expected {', '.join(names)} alone; wrap the "
+            "loaded object in one of your own with encode and decode, and pass that to fp.adapt"
         )
     found = {}
     for name, ours in there.items():
@@ -356,7 +366,8 @@ CLASSES: dict[str, tuple[str, Mapping[str, str]]] = {
     "BatchTopKSAE": ("jumprelu", {**LINEAR, "b_dec": "b_dec", "threshold": "threshold"}),
     "MatryoshkaBatchTopKSAE": ("jumprelu", {**PLAIN, "threshold": "threshold"}),
 }  # fmt: skip
-"""Classes of dictionary_learning: activation (BatchTopK's at inference is one threshold for all features), names of tensors."""
+"""Classes of dictionary_learning: their activation and the names of their tensors. At inference BatchTopK is a JumpReLU with
+one threshold for all features."""
 
 
 def _dictionary_learning(
@@ -371,7 +382,7 @@ def _dictionary_learning(
     if activation != "topk":
         stated = None
     elif type(stated) is not int:
-        raise FeatpatchError(f"{origin}: k={stated!r}: expected the number of features that are kept, in config.json")
+        raise FeatpatchError(f"{origin}: k={stated!r}: expected the number of features to keep, in config.json")
     tensors = _named(origin, state, names, ignored=("k", "threshold", "group_sizes"))
     if "threshold" in tensors and tensors["threshold"].ndim == 0:
         tensors["threshold"] = tensors["threshold"].to(tensors["W_enc"].dtype).expand(tensors["b_enc"].shape).contiguous()
@@ -401,7 +412,11 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
 
 
 def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, Any], hookpoint: str | None) -> Weights:
-    """At a module of the Hugging Face model: an SAE of its output, or a transcoder from its input to its output."""
+    """Bring sparsify's weights into our layout.
+
+    Args:
+        hookpoint: a module of the Hugging Face model; an SAE reads its output, a transcoder its input and predicts its output.
+    """
     activation, k, transcoder = cfg.get("activation", "topk"), cfg.get("k"), cfg.get("transcode", False)
     if activation not in ("topk", "groupmax") or type(k) is not int or type(transcoder) is not bool or cfg.get("signed"):
         raise FeatpatchError(
@@ -436,10 +451,10 @@ def _sparsify_folder(folder: Path) -> Weights:
 
 
 def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: Any = None) -> Weights:
-    """At the hooks that the set of transcoders names.
+    """Bring circuit-tracer's weights into our layout, without hook points.
 
     Args:
-        function: the activation function of an object; by default what the names of the weights say.
+        function: the activation function of an object; by default JumpReLU if there is a threshold, else ReLU.
     """
     names = {**PLAIN, "W_enc": "W_enc.T", "W_skip": "W_skip"}
     name, k = getattr(function, "__name__", type(function).__name__), getattr(function, "k", None)
@@ -460,7 +475,7 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     """The configuration of a set of transcoders.
 
     Raises:
-        FeatpatchError: it is none of transcoders of one layer each, or names files elsewhere.
+        FeatpatchError: the set is a cross-layer transcoder, or its files are elsewhere.
     """
     settings = _settings(folder / "config.yaml", yaml.safe_load)
     if settings.get("model_kind") == "cross_layer_transcoder":
@@ -470,7 +485,7 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
         listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]
         raise FeatpatchError(
             f"{str(folder / 'config.yaml')!r} lists files that are elsewhere ({', '.join(listed[:3])}, ...): load one of them "
-            "by its own name, owner/repository/folder, with hook= and hook_out= where it does not say them"
+            "by its own name, owner/repository/folder, with hook= and hook_out= if its files do not name the hooks"
         )
     return settings
 
@@ -486,7 +501,7 @@ def _circuit_tracer_file(path: Path) -> Weights:
 
 
 def _gemma_scope(folder: Path) -> Weights:
-    """Of Gemma 2, at the hook that the names of the repository and of the folder say."""
+    """Read a dictionary of Gemma 2; the names of the repository and the folder tell its hook point."""
     path = folder.resolve().as_posix()
     tensors = _named(str(folder), _tensors(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
     said = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
@@ -498,11 +513,11 @@ def _gemma_scope(folder: Path) -> Weights:
         reads = writes = "hook_embed"
     weights = Weights(str(folder), tensors, "jumprelu", reads=reads, writes=writes)
     model = f"gemma-2-{said[1]}{'-it' if said[2] == 'it' else ''}" if said else None
-    return replace(weights, transcoder=reads != writes or _widens(weights), model=model)
+    return replace(weights, transcoder=reads != writes or _changes_width(weights), model=model)
 
 
 def _gemma_scope_2(folder: Path) -> Weights:
-    """Of Gemma 3, at the modules that its configuration names."""
+    """Read a dictionary of Gemma 3; its configuration names the modules that it reads and writes."""
     settings = _settings(folder / "config.json") if (folder / "config.json").is_file() else {}
     names = {name.lower(): ours for name, ours in PLAIN.items()}
     names |= {"threshold": "threshold", "affine_skip_connection": "W_skip.T"}
@@ -517,12 +532,12 @@ def _gemma_scope_2(folder: Path) -> Weights:
     named = _text(settings.get("model_name"))
     return replace(
         weights,
-        transcoder=hooks[0] != hooks[1] or _widens(weights) or "W_skip" in tensors,
+        transcoder=hooks[0] != hooks[1] or _changes_width(weights) or "W_skip" in tensors,
         model=named and named.replace("-v3", "-3"),
     )
 
 
-def _widens(weights: Weights) -> bool:
+def _changes_width(weights: Weights) -> bool:
     return weights.tensors["W_enc"].shape[0] != weights.tensors["W_dec"].shape[1]
 
 
@@ -536,4 +551,4 @@ READERS: dict[str, Callable[[Path], Weights]] = {
     "params.npz": _gemma_scope,
     "params.safetensors": _gemma_scope_2,
 }
-"""By the file that tells a folder of each library."""
+"""Readers of folders, by the file by which a library's folder is recognised."""

@@ -170,12 +170,12 @@ class Lens(ABC):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """That of its weights, of those that are not quantised."""
+        """The dtype of its weights that are not quantised."""
         return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
 
     @cached_property
     def quantised(self) -> str:
-        """How weights are quantised, so that they can be run but not read; empty where they are not."""
+        """How its weights are quantised, so that they can be run but not read; empty if they are not."""
         parameters = self.model.parameters()
         reason = next((reason for each in parameters if (reason := unreadable_weight_reason(each))), None)
         return quantization_method(getattr(getattr(self.model, "original_model", None), "config", None)) or reason or ""

@@ -1,4 +1,4 @@
-"""Models by name, by folder, or as they are in memory."""
+"""Load models by name, from a folder, or from memory."""
 
 from collections.abc import Collection
 from copy import copy, deepcopy
@@ -22,18 +22,18 @@ from featpatch.lens.wrap import MERGE, check_form, uncompiled
 def load_model(
     source: Any, *, tokenizer: Any = None, device: str = "cpu", dtype: str = "float32", processing: Collection[str] = ()
 ) -> Any:
-    """A model of TransformerLens as it is; anything else as a TransformerBridge.
+    """Load a model as a TransformerBridge; a TransformerLens model is returned as it is.
 
     Args:
-        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a model of TransformerLens; what
-            torch.compile was given, where it is compiled.
-        tokenizer: for a Hugging Face model in memory, or one that comes without.
+        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a TransformerLens model. Of a compiled
+            model, the module that torch.compile was given is taken.
+        tokenizer: for a Hugging Face model in memory, or a model that comes without one.
         device, dtype: for a model that is loaded here.
-        processing: what to do to the weights of a bridge that is made here, of `training.PROCESSED`; nothing by default. A
-            model in memory is copied for it.
+        processing: the weight processing of a bridge that is made here, of `training.PROCESSED`; none by default. A model in
+            memory is copied first.
 
     Raises:
-        FeatpatchError: there is no such model, it can't be loaded, or it has a form that can't be patched.
+        FeatpatchError: there is no such model, it can't be loaded, or it can't be patched.
     """
     source = uncompiled(source)
     check_form(source)
@@ -75,7 +75,7 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
     check_there("model", source)
     if (Path(source) / "adapter_config.json").is_file():
         raise FeatpatchError(
-            f"{source!r} is the folder of an adapter (adapter_config.json), which holds no model: expected a whole model; "
+            f"{source!r} is the folder of an adapter (adapter_config.json), without the model: expected a whole model; "
             f"{MERGE}, and pass that or save it with save_pretrained"
         )
     if Path(source).exists() and not any(folder_with(source, "config.json").glob("*.safetensors")):
@@ -122,7 +122,7 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
 
 
 def _as_it_is(tokenizer: Any) -> Any:
-    """A copy that says of itself that it adds BOS: others TransformerLens loads again, from where they came or the hub."""
+    """A copy that is marked as adding BOS, because TransformerLens reloads other tokenizers from disk or the hub."""
     given = copy(tokenizer)
     given.init_kwargs = {"name_or_path": "", **tokenizer.init_kwargs, "add_bos_token": True}
     return given

@@ -1,4 +1,4 @@
-"""Dictionaries by folder, by the name of sae-lens' registry, or by a repository of the hub."""
+"""Load dictionaries by folder, by name in sae-lens' registry, or by repository on the hub."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from featpatch.lens.sources import check_device, check_there, folder_with, near_
 from featpatch.lens.training import Training
 
 SUMMED = "mntss_clt_layer_transcoder"
-"""sae-lens' loader of cross-layer transcoders, which sums the decoders of all layers."""
+"""The loader by which sae-lens reads cross-layer transcoders; it sums the decoders of all layers."""
 
 
 def load_sae(
@@ -36,19 +36,19 @@ def load_sae(
     Args:
         source: a folder, `release/id` of sae-lens' registry, such as `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or
             `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
-            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope); of
-            circuit-tracer's sets it is one layer, `folder/layer_3`.
-        dtype: by default that of the weights, float32 for sae-lens' downloads.
-        norm_scaling_factor: the scale of an `expected_average_only_in` SAE, where neither its folder (activation_scaler.json,
-            or norm_scaling_factor in cfg.json's metadata) nor the registry has it.
-        hook, hook_out: the hooks that it reads and writes, where its files do not say them, or instead of those.
+            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope).
+            From a circuit-tracer set, name one layer: `folder/layer_3`.
+        dtype: by default that of the weights, or float32 for downloads through sae-lens.
+        norm_scaling_factor: the scale of an `expected_average_only_in` SAE, if neither its folder (activation_scaler.json, or
+            norm_scaling_factor in cfg.json's metadata) nor the registry has it.
+        hook, hook_out: the hook points that it reads and writes, if its files do not name them or name others.
 
     Returns:
-        A sae-lens object wherever sae-lens has a class that computes the same; otherwise what `adapt` gives.
+        A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`, as from `adapt`.
 
     Raises:
-        FeatpatchError: there is no such SAE, it can't be loaded, its hook is not known, or it is (a layer of) a cross-layer
-            transcoder.
+        FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a cross-layer
+            transcoder or one layer of one.
     """
     check_device(device)
     if not isinstance(source, (str, Path)):
@@ -76,7 +76,7 @@ def load_sae(
 
 
 def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:
-    """In sae-lens' format, of the registry or a repository, or the weights in another format of a repository."""
+    """Load from the registry or a repository in sae-lens' format, or the weights from a repository in another format."""
     place = Place.of(source)
     if place.loader == SUMMED:
         raise FeatpatchError(
@@ -100,7 +100,7 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
 
 
 def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
-    """What the SAEs' configurations say was done to the weights of the model that they were trained on.
+    """The weight processing of the model that the SAEs were trained on, according to their configurations.
 
     Raises:
         FeatpatchError: they were trained on different weights.
@@ -117,12 +117,12 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an SAE of some name is: a release of the registry, or a repository of the hub, and the id or folder in it.
+    """Where to find an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
 
     Attributes:
-        loader: sae-lens' name of the loader, None for its own format.
-        explained_variance, model_options: what the registry says of the training; sae-lens itself loses the latter where
-            the repository's own configuration is of its newer format.
+        loader: sae-lens' name of the loader; None for its own format.
+        explained_variance, model_options: what the registry says about the training. sae-lens itself drops the latter if the
+            repository's configuration is in its newer format.
     """
 
     release: str
@@ -133,10 +133,10 @@ class Place:
 
     @classmethod
     def of(cls, name: str) -> "Place":
-        """From `release/id` or `owner/repository/folder`.
+        """Parse `release/id` or `owner/repository/folder`.
 
         Raises:
-            FeatpatchError: neither, or a release that has no such SAE.
+            FeatpatchError: the name is neither, or the release has no such SAE.
         """
         registry = get_pretrained_saes_directory()
         first, _, rest = name.partition("/")
@@ -165,16 +165,16 @@ class Place:
 
 
 def _of_other_library(place: Place) -> Weights | None:
-    """The weights in a folder of a repository that is not in sae-lens' format; None where there are none that are known.
+    """Read the weights in a folder of a repository in another library's format; None if there are none in a known format.
 
     Raises:
-        FeatpatchError: it is damaged, of a kind that is not supported, or a folder of several.
+        FeatpatchError: the weights are damaged, their kind is not supported, or the folder holds several dictionaries.
     """
     try:
         wanted = [escape(file) for file in patterns(place.sae_id)]
         root = Path(snapshot_download(place.release, allow_patterns=wanted))
     except Exception:
-        return None  # sae-lens has met the same, and its error says what it was
+        return None  # sae-lens failed for the same reason, and its error names it
     weights = read(root / place.sae_id)
     if weights is None and (found := _held(place.release, place.sae_id) or inside(root / place.sae_id)):
         raise FeatpatchError(several(f"{place.release}/{place.sae_id}", found))
@@ -182,7 +182,7 @@ def _of_other_library(place: Place) -> Weights | None:
 
 
 def _held(repository: str, folder: str) -> list[str]:
-    """What can be loaded from within a folder of a repository, as far as the hub tells."""
+    """The dictionaries in a folder of a repository; none if the hub can't be asked."""
     try:
         files = list_repo_files(repository)
     except Exception:
@@ -192,7 +192,7 @@ def _held(repository: str, folder: str) -> list[str]:
 
 
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:
-    """From disk, with the statistics of its training folded in as `from_pretrained` does."""
+    """Load from disk and fold in the statistics of the training, as `from_pretrained` does."""
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
         _check_types(sae.cfg)
@@ -216,7 +216,7 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
 
 
 def _check_types(cfg: Any) -> None:
-    """Whether what the configuration gives is of the kinds that its class declares; nothing else looks."""
+    """Check the types of a configuration against those that its class declares, which sae-lens does not."""
     kinds: dict[Any, tuple[type, ...]] = {bool: (bool,), str: (str,), int: (int, float), float: (int, float)}
     for name, kind in get_type_hints(type(cfg)).items():
         value = getattr(cfg, name)

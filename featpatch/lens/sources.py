@@ -1,4 +1,4 @@
-"""What loading a model and loading an SAE have in common."""
+"""Checks and error messages that loading a model and loading an SAE share."""
 
 import subprocess
 import warnings
@@ -62,10 +62,10 @@ def short(error: Exception) -> str:
 
 @contextmanager
 def installing_nothing() -> Iterator[None]:
-    """Within this context the libraries that load a model install no packages.
+    """Keep the libraries that load a model from installing packages.
 
-    TransformerLens runs pip for the image processor of a multimodal model where torchvision is missing or broken, which may
-    replace torch. It goes on without the processor when that fails, and text needs none.
+    For the image processor of a multimodal model, TransformerLens runs pip if torchvision is missing or broken, which may
+    replace torch. It continues without the processor if pip fails, and text needs none.
     """
     ours, blocked = get_ident(), list[str]()
 
@@ -79,9 +79,9 @@ def installing_nothing() -> Iterator[None]:
         yield
     if blocked:
         warnings.warn(
-            "the model reads images too, and is loaded without the processor for them, which needs torchvision; text needs "
-            "none. TransformerLens would have installed it now, and perhaps replaced torch: install the torchvision that "
-            f"belongs to your torch {torch.__version__} yourself if you want it",
+            "the model also reads images and is loaded without the processor for them, which needs torchvision; text needs "
+            "none. TransformerLens would have installed it now, and perhaps replaced torch: if you want it, install the "
+            f"torchvision that belongs to your torch {torch.__version__} yourself",
             stacklevel=5,
         )
 

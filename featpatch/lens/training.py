@@ -10,7 +10,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from featpatch import sites
 
 PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-"""TransformerLens' weight processing, which it does by default; SAEs are trained without it unless their configuration says so."""
+"""Weight processing that TransformerLens does by default; SAEs are trained without it unless their configuration says so."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Do pairs fit the model: are their tokens and answers in its vocabulary, and their prompts short enough?"""
+"""Check that pairs fit a model: tokens and answers in its vocabulary, prompts that begin and end right and are short enough."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ NONE: Continuations = MappingProxyType({})
 
 
 def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) -> None:
-    """Check that a model can take some pairs, and warn where their prompts lack the BOS that it puts before a text.
+    """Check that a model can take some pairs, and warn if prompts lack the BOS that it puts before a text.
 
     Raises:
-        FeatpatchError: tokens or answers that the model does not know, padding, two BOS, a prompt that is too long.
+        FeatpatchError: the model does not know a token or an answer, or a prompt is padded, begins with two BOS or is too long.
     """
     inputs, context = lens.d_vocab_in, lens.n_ctx
     _check_ends(pairs, getattr(lens.model, "tokenizer", None))
@@ -48,7 +48,7 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
 
 
 def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
-    """Refuse prompts that begin or end with padding or begin with two BOS."""
+    """Refuse prompts that begin or end with padding, or begin with two BOS."""
     if tokenizer is None:
         return
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -66,7 +66,7 @@ def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
 
 
 def _compare_start(pairs: Pairs, lens: Lens) -> None:
-    """Warn where prompts lack the special token that the model puts before a text."""
+    """Warn if prompts lack the special token that the model puts before a text."""
     first = first_token(lens.model)
     lacking = sum(first is not None and pair.clean[0] != first for pair in pairs)
     if lacking:

@@ -1,4 +1,4 @@
-"""The lens of a model, by its class."""
+"""Choose the lens for a model by its class, and refuse models that can't be patched."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,14 +12,14 @@ from featpatch.lens.hooked import HookedLens
 from featpatch.lens.lens import Lens
 
 MERGE = "merge it first: PeftModel.from_pretrained(base_model, adapter).merge_and_unload() gives the whole model"
-"""What to do about an adapter, whose weights stand beside those of the model."""
+"""What to do about an adapter that is not merged into the model, for error messages."""
 
 
 def wrap(model: Any) -> Lens:
-    """The lens of a model; of what torch.compile was given, where it is compiled.
+    """Return the lens of a model; of a compiled model, that of the module that torch.compile was given.
 
     Raises:
-        FeatpatchError: the model is neither a TransformerBridge nor a HookedTransformer, or has a form that can't be patched.
+        FeatpatchError: the model is neither a TransformerBridge nor a HookedTransformer, or it can't be patched.
     """
     model = uncompiled(model)
     check_form(model)
@@ -34,15 +34,15 @@ def wrap(model: Any) -> Lens:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that torch.compile was given; anything else as it is."""
+    """Return the module that torch.compile was given; anything else as it is."""
     return getattr(model, "_orig_mod", model)
 
 
 def check_form(model: Any) -> None:
-    """Refuses models whose blocks or weights are not where they seem to be.
+    """Refuse models whose blocks or weights are not where they seem to be.
 
     Raises:
-        FeatpatchError: an encoder, an encoder and decoder, an adapter that is not merged, or offloaded weights.
+        FeatpatchError: the model has an encoder, an adapter that is not merged, or offloaded weights.
     """
     own = getattr(model, "original_model", model)
     name, config = type(own).__name__, getattr(own, "config", None)
@@ -54,7 +54,7 @@ def check_form(model: Any) -> None:
         )
     modules: Iterable[Any] = getattr(model, "modules", tuple)()
     if hasattr(model, "peft_config") or any(type(module).__module__.split(".")[0] == "peft" for module in modules):
-        raise FeatpatchError(f"the {name} has an adapter (PEFT) beside its weights: expected a model without; {MERGE}")
+        raise FeatpatchError(f"the {name} has an adapter (PEFT) beside its weights: expected a model without one; {MERGE}")
     absent = [path for path, parameter in getattr(model, "named_parameters", tuple)() if parameter.is_meta]
     if absent:
         raise FeatpatchError(

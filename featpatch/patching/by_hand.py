@@ -41,9 +41,9 @@ def do(
         how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
             whatever activation arrives and sets the nodes to the source's values. The two are the same for one site in the
             base run; they differ once a patch at an earlier site has moved the activation.
-        attention_mask: for padded tokens, 1 for tokens and 0 for padding, in the shape of source. Positions are counted in the
-            padded rows; padding is not patched. Pass the same mask to the calls of the model.
-        source_attention_mask: the mask of the source where it is another one; by default it is `attention_mask`.
+        attention_mask: for padded prompts, 1 for tokens and 0 for padding, in the shape of source. Positions are counted in
+            the padded rows; padding is not patched. Pass the same mask to the calls of the model.
+        source_attention_mask: the mask of the source if it differs; `attention_mask` by default.
 
     Yields:
         The count of how often the patch fired: once for each site and call of the model. A call fires when it covers the
@@ -109,10 +109,10 @@ def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
 
 
 def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> Int[torch.Tensor, "batch pos"] | None:
-    """The attention mask of some prompts, None for prompts without padding.
+    """The attention mask of some prompts; None if none is given and there is no padding.
 
     Raises:
-        FeatpatchError: there is padding and no mask, or a mask that does not fit the prompts.
+        FeatpatchError: there is padding and no mask, or the mask does not fit the prompts.
     """
     tokenizer = getattr(lens.model, "tokenizer", None)
     if given is None:
@@ -132,10 +132,10 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
 
 
 def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]) -> Bool[torch.Tensor, "batch pos 1"] | None:
-    """Where all runs have tokens; None where that is everywhere. A run without a mask has no padding.
+    """Where all runs have tokens; None without masks, when that is everywhere.
 
     Raises:
-        FeatpatchError: a node is at a position that is padding in one of them.
+        FeatpatchError: a node is at a position that is padding in one of the runs.
     """
     if all(mask is None for mask in masks):
         return None

@@ -44,12 +44,12 @@ class AdaptedCodec(Codec):
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> Code:
-        """Features and, as the state, the skip path if there is one."""
+        """The features; if there is a skip path, its value is the state."""
         return Code(self._call("encode", x), {} if self.skip is None else {"skip": self._call("skip", x)})
 
     @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
-        """The object's own, and the skip path."""
+        """The object's own reconstruction plus the skip path."""
         decoded = self._call("decode", features)
         return decoded + state["skip"] if "skip" in state else decoded
 

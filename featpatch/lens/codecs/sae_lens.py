@@ -136,18 +136,19 @@ def _silence(record: logging.LogRecord) -> bool:
 
 
 def _is_summed(sae: Any) -> bool:
-    """Whether a transcoder is a layer of a cross-layer one, with the decoders of all layers summed.
+    """Whether a transcoder is one layer of a cross-layer transcoder, with the decoders of all layers summed.
 
-    sae-lens notes it in no field. What tells is the name on Neuronpedia, weights that still have a layer, or metadata as its
-    loader for these leaves them: of the form before version 6, without the prompts of the training, which every other has.
+    sae-lens has no field that says so. It shows in the name on Neuronpedia, in weights that still have a layer axis, or in the
+    metadata that sae-lens' loader for these leaves: in the form before version 6 and without the training prompts, which all
+    others have.
     """
     said = sae.cfg.metadata
     if re.search(r"\bclts?\b", f"{said.neuronpedia_id} {said.model_name} {said.hook_name} {said.hook_name_out}".lower()):
         return True
     if any(weight.ndim > 2 for weight in sae.parameters()) or isinstance(said.hook_name_out, (list, tuple)):
         return True
-    untold = not {"context_size", "dataset_path"} & set(said.keys()) and "neuronpedia_id" in said
-    return isinstance(sae, Transcoder) and untold and said.model_from_pretrained_kwargs == {"fold_ln": False}
+    without_prompts = not {"context_size", "dataset_path"} & set(said.keys()) and "neuronpedia_id" in said
+    return isinstance(sae, Transcoder) and without_prompts and said.model_from_pretrained_kwargs == {"fold_ln": False}
 
 
 def _scale(sae: Any) -> float:

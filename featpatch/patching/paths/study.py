@@ -39,7 +39,7 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    readout(asked.metric, SEQUENCES, "for paths, which freeze what lies between in the prompt, not in an answer behind it")
+    readout(asked.metric, SEQUENCES, "for paths, which freeze mediators in the prompt, but not in an answer that follows it")
     lens = wrap(model)
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)

@@ -113,11 +113,11 @@ Readout = AtAnswer | OfSequences
 
 
 def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
-    """The readings of every pair, whose tokens the model knows and has room for.
+    """Return the readings of every pair, after a check that the model can take its tokens.
 
     Raises:
-        FeatpatchError: answers that the metric doesn't read, unknown tokens, prompts that are too long, or answers behind the
-            prompt of a model that attends in both directions.
+        FeatpatchError: the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
+            would follow the prompt of a model that attends in both directions.
     """
     readings = dict(enumerate(each(read.readings, list(pairs))))
     behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
@@ -141,7 +141,7 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
 
     Args:
         refused, use: as in `metrics.find`.
-        single: whether only one is accepted.
+        single: whether only one metric is accepted.
 
     Raises:
         FeatpatchError: an unknown metric, none, two of one name, or sequence metrics beside others.

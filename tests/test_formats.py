@@ -331,7 +331,7 @@ def configured(**changes: Any) -> Damage:
         (rewritten(b_dec=torch.zeros(15)), "shapes of the weights do not belong together"),
         (rewritten(encoder__weight=torch.zeros(16)), "shapes of the weights do not belong together"),
         (rewritten(encoder__weight=torch.zeros(0, 16)), "shapes of the weights do not belong together"),
-        (rewritten(b_dec=torch.full((16,), torch.inf)), "b_dec holds NaN or infinite values"),
+        (rewritten(b_dec=torch.full((16,), torch.inf)), "16 of 16 values of b_dec are NaN or infinite: expected finite"),
         (rewritten(b_dec=torch.zeros(16, dtype=torch.int8)), "b_dec is torch.int8: expected one of torch.float64"),
         (rewritten(k=torch.tensor(K + 1)), "the weights say k=7 and the configuration k=6"),
         (configured(k=99), "the weights say k=6 and the configuration k=99"),

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
 from featpatch.foreign import read_json
+from featpatch.lens.finite import TYPES, check_finite
 
 UNSUPPORTED_CLT = (
     "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
@@ -32,8 +33,6 @@ UNSUPPORTED_CLT = (
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
 """Module names and the names by which the libraries are known."""
-
-TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 ARCHITECTURES = {
     ("relu", False, False): "standard",
@@ -92,8 +91,7 @@ class Weights:
                     f"{self.origin}: the shapes of the weights do not belong together ({found}): expected {name} to be "
                     f"{list(shapes.get(name, (d_sae,)))}; download or save the file again"
                 )
-            if not torch.isfinite(tensor).all():
-                raise FeatpatchError(f"{self.origin}: {name} holds NaN or infinite values: expected finite weights")
+        check_finite(self.origin, self.tensors)
         if (self.centred and d_in != d_out) or not (self.k is None or 1 <= self.k <= d_sae):
             raise FeatpatchError(
                 f"{self.origin}: d_in={d_in}, d_out={d_out}, d_sae={d_sae}, k={self.k}: expected k from 1 to d_sae, and the "

@@ -40,8 +40,8 @@ def check_finite(what: str, source: Any) -> None:
         )
     if (first := next(parts, None)) is not None:
         raise FeatpatchError(
-            f"{what}: {first}{', and others are so too' if next(parts, None) else ''}: expected finite weights; download or save "
-            "it again, or cast it to a type with a wider range than float16"
+            f"{what}: {first}{', and there are more' if next(parts, None) else ''}: expected finite weights; download or "
+            "save it again, or cast it to a type with a wider range than float16"
         )
 
 

@@ -658,11 +658,18 @@ def prefixless(tensors: dict[str, torch.Tensor]) -> None:
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
 
 
-EXTRA = {"pooler.dense.weight": torch.ones(16, 16), "mtp.layers.0.weight": torch.ones(3), "transformer.h.0.attn.masked_bias": torch.ones(1)}  # fmt: skip
+EXTRA = ("mtp.layers.0.weight", "pooler.dense.weight", "transformer.h.0.attn.masked_bias")
 
 
-@pytest.mark.parametrize("layout", [sharded, weights(prefixless), weights(lambda tensors: tensors.update(EXTRA))])
-def test_public_layouts_of_weights(root: Path, tmp_path: Path, layout: Damage) -> None:
+@pytest.mark.parametrize(
+    ("layout", "left"),
+    [
+        (sharded, ()),
+        (weights(prefixless), ()),
+        (weights(lambda tensors: tensors.update({name: torch.ones(3) for name in EXTRA})), EXTRA),
+    ],
+)
+def test_public_layouts_of_weights(root: Path, tmp_path: Path, layout: Damage, left: tuple[str, ...]) -> None:
     """What belongs to no part of the model is left out, which one warning says."""
     shutil.copytree(root / "model", tmp_path / "model")
     layout(tmp_path / "model")
@@ -671,14 +678,26 @@ def test_public_layouts_of_weights(root: Path, tmp_path: Path, layout: Damage) -
         loaded = fp.load(tmp_path / "model").model
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS), fp.load(root / "model").model(TOKENS))
-    left = [str(each.message) for each in said if "left out" in str(each.message)]
-    if (tmp_path / "model" / "model.safetensors").exists() and "pooler.dense.weight" in load_file(
-        tmp_path / "model" / "model.safetensors"
-    ):
-        assert re.search(
-            r"3 of the weights .*GPT2LMHeadModel and are left out: mtp.layers.0.weight, pooler.dense.weight, tra", left[0]
-        )
-    assert len(left) == ("pooler" in str(left))
+    text = f"3 of the weights in .* belong to no part of the GPT2LMHeadModel and are left out: {', '.join(left)}"
+    warned = [each for each in said if "left out" in str(each.message)]
+    assert len(warned) == bool(left)
+    assert all(re.match(text, str(each.message)) and each.filename == __file__ for each in warned)
+
+
+def test_models_of_the_hub_that_are_not_whole(root: Path, tmp_path: Path) -> None:
+    """As folders: a tensor fewer than the configuration asks for, an index that names a pickle, a pickle alone."""
+    for name, damage in (("half", weights(lambda tensors: tensors.pop(NORM))), ("evil", evil_shard), ("pickled", pickled)):
+        shutil.copytree(root / "model", tmp_path / name)
+        damage(tmp_path / name)
+    names = ("half", "evil", "pickled")
+    with serving({f"someone/{name}": tmp_path / name for name in names}) as served:
+        done = run(REFUSALS, served.environment(tmp_path / "home"), *(f"someone/{name}" for name in names))
+        read = [request for request in served.requests if request.endswith(".bin")]
+    said = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
+    assert re.search(rf"the weights in 'someone/half' are not .*, 1 tensor missing \({NORM}\): expected", said[0]), done.stderr
+    assert "names the weights 'evil.bin': expected .safetensors files inside its folder alone" in said[1]
+    assert "there is no safetensors file in 'someone/pickled' (model.safetensors or model.safetensors.index.json)" in said[2]
+    assert read == [], "no pickle is even downloaded"
 
 
 def test_the_command_line_refuses_half_a_model_on_one_line(root: Path, tmp_path: Path) -> None:

@@ -331,10 +331,12 @@ def configured(**changes: Any) -> Damage:
         (rewritten(b_dec=torch.zeros(15)), "shapes of the weights do not match"),
         (rewritten(encoder__weight=torch.zeros(16)), "shapes of the weights do not match"),
         (rewritten(encoder__weight=torch.zeros(0, 16)), "shapes of the weights do not match"),
-        (rewritten(b_dec=torch.full((16,), torch.inf)), "b_dec holds NaN or infinite values"),
+        (rewritten(b_dec=torch.full((16,), torch.inf)), "16 of 16 values of b_dec are NaN or infinite: expected finite"),
         (rewritten(b_dec=torch.zeros(16, dtype=torch.int8)), "b_dec is torch.int8: expected one of torch.float64"),
         (rewritten(k=torch.tensor(K + 1)), "the weights say k=7 and the configuration k=6"),
         (configured(k=99), "the weights say k=6 and the configuration k=99"),
+        (configured(dict_size=25), "the configuration says dict_size=25 and the weights 24: expected both to agree"),
+        (configured(activation_dim=0), "the configuration says activation_dim=0 and the weights 16"),
         (configured(k=None, dict_class="IdentityDict"), "'IdentityDict' of dictionary_learning: expected one of AutoEncoder"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' can't be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' holds a list: expected settings by name"),
@@ -347,9 +349,10 @@ def test_damaged_folders(tmp_path: Path, damage: Damage, message: str) -> None:
     folder = tmp_path / "trainer_0"
     libraries.save_dictionary_learning(drawn(libraries.AutoEncoderTopK()), folder)
     damage(folder)
-    with pytest.raises(fp.FeatpatchError, match=message):
+    with pytest.raises(fp.FeatpatchError, match=message) as refused:
         fp.load_sae(folder)
     assert not (folder / "ran").exists()
+    assert "weights_only" not in str(refused.value), "no advice to run what is in the file"
 
 
 @pytest.mark.parametrize(
@@ -361,6 +364,8 @@ def test_damaged_folders(tmp_path: Path, damage: Damage, message: str) -> None:
         ({"k": "32"}, "k='32'"),
         ({"k": 7, "activation": "groupmax"}, "24 features in 7 groups"),
         ({"d_in": 8}, "cfg.json says d_in=8"),
+        ({"num_latents": 23}, "the configuration says num_latents=23 and the weights 24"),
+        ({"num_latents": -1}, "the configuration says num_latents=-1"),
         ({"skip_connection": True}, "cfg.json says .*skip_connection=True"),
     ],
 )

@@ -1,5 +1,6 @@
 """Kinds of dictionaries x sites x model classes, each cell against the oracle; then normalisation and types."""
 
+import json
 import random
 import warnings
 from pathlib import Path
@@ -449,3 +450,86 @@ def test_baselines_that_cannot_be(bridge: Small, layer: int, components: int, me
 
 if __name__ == "__main__":
     print(matrix())
+
+
+class Plain:
+    """Weights as plain attributes, in no module."""
+
+    def __init__(self) -> None:
+        inner = Squared(16)
+        self.into, self.out = inner.into.detach(), inner.out.detach()
+
+    encode, decode = Squared.encode, Squared.decode
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", [*AUTOENCODERS, *TRANSCODERS, "module", "plain"])
+def test_weights_that_are_not_finite(bridge: Small, kind: str, bad: float) -> None:
+    """Each parameter of each kind in turn; a threshold that is NaN is never passed, and shows in no feature."""
+    hook, width = SITES["resid_pre"]
+    if kind in ("module", "plain"):
+        coder = Squared(width) if kind == "module" else Plain()
+        sae = fp.adapt(coder, hook, d_in=width)
+        weights = {"into": coder.into, "out": coder.out}
+    else:
+        sae = TRANSCODERS[kind](*READS, hook, width) if kind in TRANSCODERS else AUTOENCODERS[kind](hook, width)
+        weights = dict(sae.named_parameters())
+    lens = wrap(bridge.model)
+    (before,) = dictionaries(lens, sae)
+    for name, weight in weights.items():
+        with torch.no_grad():
+            kept, weight.view(-1)[3:5] = weight.view(-1)[3:5].clone(), bad
+        with pytest.raises(
+            fp.FeatpatchError, match=rf"^SAE '.*': 2 of {weight.numel()} values of {name} are NaN or infinite: exp"
+        ):
+            dictionaries(lens, sae)
+        with torch.no_grad():
+            weight.view(-1)[3:5] = kept
+    assert dictionaries(lens, sae)[0].digest() == before.digest()
+
+
+def test_weights_are_looked_through_once(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as they stay as they are; a mask may be infinite, and not NaN."""
+    coder, seen, aminmax = Squared(16), [], torch.aminmax
+    coder.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1), persistent=False)
+    monkeypatch.setattr(torch, "aminmax", lambda tensor: seen.append(tensor.numel()) or aminmax(tensor))
+    sae = fp.adapt(coder, SITES["resid_pre"][0], d_in=16)
+    lens = wrap(bridge.model)
+    for _ in range(3):
+        dictionaries(lens, sae)
+    assert sorted(seen) == [64, 16 * FEATURES, 16 * FEATURES]
+    coder.into.data[0, 0] += 1
+    coder.mask[0, 0] = torch.nan
+    with pytest.raises(fp.FeatpatchError, match="1 of 64 values of mask are NaN: expected"):
+        dictionaries(lens, sae)
+
+
+SIZES = [(kind, name) for kind in ("standard", "TopK", "temporal", "JumpReLU skip transcoder") for name in ("d_in", "d_sae")]
+SIZES += [("TopK", "k"), ("AbsTopK", "k"), ("temporal", "n_heads"), ("temporal", "kval_topk"), ("skip transcoder", "d_out")]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize(("kind", "name"), SIZES)
+def test_sizes_that_are_none(bridge: Small, tmp_path: Path, kind: str, name: str, size: int) -> None:
+    """In the configuration of a folder, and of an object."""
+    sae = TRANSCODERS[kind](*READS, *SITES["resid_pre"]) if kind in TRANSCODERS else AUTOENCODERS[kind](*SITES["resid_pre"])
+    sae.save_model(tmp_path)
+    file = tmp_path / "cfg.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: size}))
+    message = rf"the SAE's configuration says {name}={size}: expected a whole number of 1 (or more|to d_sae={FEATURES})"
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load_sae(tmp_path)
+    setattr(sae.cfg, name, size)
+    with pytest.raises(fp.FeatpatchError, match=message):
+        dictionaries(wrap(bridge.model), sae)
+
+
+def test_more_features_kept_than_there_are(bridge: Small) -> None:
+    sae = AUTOENCODERS["TopK"](*SITES["resid_pre"])
+    sae.cfg.k = FEATURES + 1
+    with pytest.raises(fp.FeatpatchError, match=rf"says k={FEATURES + 1}: expected a whole number of 1 to d_sae={FEATURES}"):
+        dictionaries(wrap(bridge.model), sae)
+    coder = Squared(16)
+    coder.into, coder.out = torch.nn.Parameter(coder.into[:, :0]), torch.nn.Parameter(coder.out[:0])
+    with pytest.raises(fp.FeatpatchError, match="Squared makes 0 features of an activation and 16 values of them: expected 1"):
+        dictionaries(wrap(bridge.model), fp.adapt(coder, SITES["resid_pre"][0], d_in=16))

@@ -2,10 +2,13 @@
 
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import accelerate
 import pytest
 import torch
 import transformers
+from commands import started
 from hub import Hub, serving
 from sae_lens import HookedSAETransformer, SAETransformerBridge, StandardSAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+from safetensors.torch import load_file, save_file
 from small import FEATURES, Small, at, standard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformer_lens import HookedEncoder, HookedEncoderDecoder, HookedTransformerConfig
@@ -541,3 +546,163 @@ def test_offloaded_weights(root: Path, tmp_path: Path) -> None:
     handed.original_model.transformer.h[1].mlp.to("meta")
     with pytest.raises(fp.FeatpatchError, match="are offloaded to CPU or disk"):
         fp.load(handed)
+
+
+Damage = Callable[[Path], None]
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def settings(**changed: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+    return damage
+
+
+def index(name: str, file: Any) -> Damage:
+    """A tensor of the index is elsewhere, or no longer in it; the model is in several files."""
+
+    def damage(folder: Path) -> None:
+        sharded(folder)
+        path = folder / "model.safetensors.index.json"
+        content = json.loads(path.read_text())
+        content["weight_map"] = {key: value for key, value in {**content["weight_map"], name: file}.items() if value}
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def sharded(folder: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+
+
+def pickled(folder: Path) -> None:
+    """A pickle whose place transformers takes it from, beside a safetensors file that is none of the model."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+
+
+class Touching:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def evil_shard(folder: Path) -> None:
+    index(NORM, "evil.bin")(folder)
+    (folder / "evil.bin").write_bytes(pickle.dumps(Touching(folder / "ran")))
+
+
+NORM = "transformer.h.1.ln_1.weight"
+ADDED = "transformer.h.1.attn.c_attn.bias2"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (settings(n_layer=10), r"config.json, 12 tensors missing \(transformer.h.9.attn.c_attn.bias, .* and 7 more\): expected"),
+        (settings(n_layer=8), r"11 tensors left over \(transformer.h.8.attn.c_attn.weight, "),
+        (settings(n_positions=8), r"1 tensor of another shape \(transformer.wpe.weight \[32, 16\] instead of \[8, 16\]\)"),
+        (settings(tie_word_embeddings=False), r"1 tensor missing \(lm_head.weight\): expected"),
+        (weights(lambda tensors: tensors.pop(NORM)), rf"1 tensor missing \({NORM}\): expected"),
+        (weights(lambda tensors: tensors.update({"transformer.h.1.ln_9.weight": tensors.pop(NORM)})), rf"missing \({NORM}\)"),
+        (weights(lambda tensors: tensors.update({ADDED: torch.zeros(48)})), rf"1 tensor left over \({ADDED}\): expected"),
+        (weights(lambda tensors: tensors[NORM].fill_(torch.nan)), r"NaN"),
+        (weights(lambda tensors: tensors["transformer.wte.weight"][3, :2].fill_(torch.inf)), r"2 of 256 values"),
+        (lambda folder: (sharded(folder), min(folder.glob("model-*")).unlink()), "No such file or directory: .*model-00001-of"),
+        (index(NORM, None), rf"only one of '.*index.json' and model-.*safetensors has {NORM}: expected"),
+        (index("transformer.h.1.ln_9.weight", "model-00001-of-00004.safetensors"), "has transformer.h.1.ln_9.weight: expected"),
+        (index(NORM, "../other.safetensors"), r"names the weights '../other.safetensors': expected .* inside its folder alone"),
+        (index(NORM, "/other.safetensors"), "names the weights '/other.safetensors'"),
+        (index(NORM, "C:\\\\other.safetensors"), "names the weights 'C:"),
+        (index(NORM, 3), "names the weights 3: expected"),
+        (evil_shard, "names the weights 'evil.bin': expected .safetensors files inside its folder alone"),
+        (settings(transformers_weights="adapter_model.bin"), "names the weights 'adapter_model.bin': expected .safetensors"),
+        (settings(transformers_weights="../model/model.safetensors"), "expected .safetensors files inside its folder alone"),
+        (lambda folder: (sharded(folder), (folder / "model.safetensors.index.json").write_text("{}")), "index with metadata"),
+        (pickled, "there is no safetensors file in .* since a pickle"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_those_of_the_configuration(
+    root: Path, tmp_path: Path, damage: Damage, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers fills in random numbers or leaves tensors out; pickles run no code, whatever names them."""
+    shutil.copytree(root / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(fp.FeatpatchError, match=message) as refused:
+        fp.load(tmp_path / "model")
+    assert not re.search("weights_only|ignore_mismatched|use_safetensors|\n", str(refused.value))
+    assert "LOAD REPORT" not in caplog.text
+    assert not (tmp_path / "model" / "ran").exists()
+
+
+def prefixless(tensors: dict[str, torch.Tensor]) -> None:
+    """As OpenAI's own files of GPT-2: without the name of the part below the head, and with the masks of attention."""
+    for name in list(tensors):
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+
+
+EXTRA = ("mtp.layers.0.weight", "pooler.dense.weight", "transformer.h.0.attn.masked_bias")
+
+
+@pytest.mark.parametrize(
+    ("layout", "left"),
+    [
+        (sharded, ()),
+        (weights(prefixless), ()),
+        (weights(lambda tensors: tensors.update({name: torch.ones(3) for name in EXTRA})), EXTRA),
+    ],
+)
+def test_public_layouts_of_weights(root: Path, tmp_path: Path, layout: Damage, left: tuple[str, ...]) -> None:
+    """What belongs to no part of the model is left out, which one warning says."""
+    shutil.copytree(root / "model", tmp_path / "model")
+    layout(tmp_path / "model")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        loaded = fp.load(tmp_path / "model").model
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS), fp.load(root / "model").model(TOKENS))
+    text = f"3 of the weights in .* belong to no part of the GPT2LMHeadModel and are left out: {', '.join(left)}"
+    warned = [each for each in said if "left out" in str(each.message)]
+    assert len(warned) == bool(left)
+    assert all(re.match(text, str(each.message)) for each in warned)
+
+
+def test_models_of_the_hub_that_are_not_whole(root: Path, tmp_path: Path) -> None:
+    """As folders: a tensor fewer than the configuration asks for, an index that names a pickle, a pickle alone."""
+    for name, damage in (("half", weights(lambda tensors: tensors.pop(NORM))), ("evil", evil_shard), ("pickled", pickled)):
+        shutil.copytree(root / "model", tmp_path / name)
+        damage(tmp_path / name)
+    names = ("half", "evil", "pickled")
+    with serving({f"someone/{name}": tmp_path / name for name in names}) as served:
+        done = run(REFUSALS, served.environment(tmp_path / "home"), *(f"someone/{name}" for name in names))
+        read = [request for request in served.requests if request.endswith(".bin")]
+    said = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
+    assert re.search(rf"the weights in 'someone/half' are not .*, 1 tensor missing \({NORM}\): expected", said[0]), done.stderr
+    assert "names the weights 'evil.bin': expected .safetensors files inside its folder alone" in said[1]
+    assert "there is no safetensors file in 'someone/pickled' (model.safetensors or model.safetensors.index.json)" in said[2]
+    assert read == [], "no pickle is even downloaded"
+
+
+def test_the_command_line_refuses_half_a_model_on_one_line(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "model", tmp_path / "model")
+    settings(n_layer=10)(tmp_path / "model")
+    done = started("rank", "--model", "model", "--sae", root / "saes" / HOOK, "--pairs", root / "pairs.jsonl", folder=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch("error: the weights in 'model' are not .*, 12 tensors missing .*", " ".join(done.stderr.split()))

@@ -8,7 +8,8 @@ import torch
 from sae_lens import SAE
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens.formats import TYPES, Coder, Weights, of_object
+from featpatch.lens.finite import TYPES
+from featpatch.lens.formats import Coder, Weights, of_object
 
 Skip = Callable[[torch.Tensor], torch.Tensor]
 

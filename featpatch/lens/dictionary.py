@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
+from featpatch.lens.adapter import Adapted
 from featpatch.lens.behaviour import Behaviour, gain, reference
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.codecs import kind_of
+from featpatch.lens.finite import check_finite
 from featpatch.lens.lens import Lens
 from featpatch.lens.training import Training
 from featpatch.lens.weights import folded, trivial_norms
@@ -214,12 +216,13 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     like = next(lens.model.parameters())
     made: list[Dictionary] = []
     for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
-        codec = kind(sae, like)
         name = getattr(sae, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
         repeated = sum(re.sub(r"#\d+$", "", other.name) == name for other in made)
         name = f"{name}#{repeated + 1}" if repeated else name
         if any(name == other.name for other in made):
             raise FeatpatchError(f"two dictionaries are named {name!r}: expected different names, and none that ends in #n")
+        check_finite(f"SAE {name!r}", sae.coder if isinstance(sae, Adapted) else sae)
+        codec = kind(sae, like)
         _check_width(name, "reads", reads, prod(shapes[reads]), codec.d_in)
         _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
         made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))

@@ -1,32 +1,47 @@
-"""SHA-256 of a module's weights, computed once as long as they stay as they are."""
+"""What is found out about all of a module's weights, such as their SHA-256, once as long as they stay as they are."""
 
 import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 SAMPLE = 64
-"""Numbers of each tensor that are compared before a digest is used again."""
+"""Numbers of each tensor that are compared before a result is used again."""
 
-_known: "WeakKeyDictionary[torch.nn.Module, tuple[object, str]]" = WeakKeyDictionary()
+Found = TypeVar("Found")
+_known: "WeakKeyDictionary[torch.nn.Module, tuple[object, dict[Callable[[torch.nn.Module], Any], Any]]]" = WeakKeyDictionary()
 
 
 def digest(module: torch.nn.Module) -> str:
-    """Names, types, shapes and bytes of the state, hashed.
+    """Names, types, shapes and bytes of the state, hashed, which takes about half a second per gigabyte."""
+    return once(_hashed, module)
 
-    Hashing takes about half a second per gigabyte. A module seen before is not hashed again while every tensor lies where it
-    lay, counts as many in-place changes (torch counts them) and holds the same numbers at `SAMPLE` places.
+
+def once(find: Callable[[torch.nn.Module], Found], module: torch.nn.Module) -> Found:
+    """What a function finds in a module's weights.
+
+    It is not called again for a module seen before while every tensor lies where it lay, counts as many in-place changes
+    (torch counts them) and holds the same numbers at `SAMPLE` places.
     """
     tensors = sorted(module.state_dict().items())
     marks = [(name, t.dtype, t.shape, t.data_ptr(), t._version, _sample(t)) for name, t in tensors]
     known = _known.get(module)
     if known is None or known[0] != marks:
-        total = hashlib.sha256()
-        for name, tensor in tensors:
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        known = _known[module] = (marks, total.hexdigest())
-    return known[1]
+        known = _known[module] = (marks, {})
+    if find not in known[1]:
+        known[1][find] = find(module)
+    result: Found = known[1][find]
+    return result
+
+
+def _hashed(module: torch.nn.Module) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
+from featpatch.lens.finite import TYPES, check_finite
+from featpatch.lens.sources import short
 
 UNSUPPORTED_CLT = (
     "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
@@ -32,8 +34,6 @@ UNSUPPORTED_CLT = (
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
 """Libraries by the name of their module, with the name that messages use."""
-
-TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 ARCHITECTURES = {
     ("relu", False, False): "standard",
@@ -93,8 +93,7 @@ class Weights:
                     f"{self.origin}: the shapes of the weights do not match ({found}): expected {name} to be "
                     f"{list(shapes.get(name, (d_sae,)))}; download or save the file again"
                 )
-            if not torch.isfinite(tensor).all():
-                raise FeatpatchError(f"{self.origin}: {name} holds NaN or infinite values: expected finite weights")
+        check_finite(self.origin, self.tensors)
         if (self.centred and d_in != d_out) or not (self.k is None or 1 <= self.k <= d_sae):
             raise FeatpatchError(
                 f"{self.origin}: d_in={d_in}, d_out={d_out}, d_sae={d_sae}, k={self.k}: expected k from 1 to d_sae, and the "
@@ -303,10 +302,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         else:
             found = load_file(path)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
         raise FeatpatchError(
-            f"{str(path)!r} can't be read ({type(error).__name__}: {reason}): expected a whole file of weights and nothing "
-            "else (code in it is never run); download it again, or save the state_dict alone"
+            f"{str(path)!r} can't be read ({type(error).__name__}: {short(error)}): expected a whole file of weights and "
+            "nothing else (code in it is never run); download it again, or save the state_dict alone"
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected tensors by name, a state_dict")
@@ -349,6 +347,18 @@ def _named(
         tensor, turned = state[name], ours.endswith(".T")
         found[ours.removesuffix(".T")] = (tensor.mT if turned and tensor.ndim >= 2 else tensor).contiguous()
     return found
+
+
+def _check_stated(weights: Weights, **stated: Any) -> None:
+    """Refuses widths that a configuration states, if it does, and that are not those of the weights."""
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    for name, size in stated.items():
+        actual = d_in if name in ("d_in", "activation_dim") else d_sae
+        if size is not None and (type(size) is not int or size != actual):
+            raise FeatpatchError(
+                f"{weights.origin}: the configuration says {name}={size!r} and the weights {actual}: expected both to agree; "
+                "download or save the folder again"
+            )
 
 
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
@@ -396,6 +406,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
     trainer, buffer = (value if isinstance(value, dict) else {} for value in given)
     kind = trainer.get("dict_class")
     weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
+    _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})
     if kind == "AutoEncoder":  # whose from_pretrained scales every feature to a decoder of norm 1
         norms = weights.tensors["W_dec"].norm(dim=1)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
@@ -431,6 +442,7 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
             f"weights are {', '.join(f'{name} {list(each.shape)}' for name, each in tensors.items())}: expected both to agree"
         )
     weights = Weights(origin, tensors, activation, k, centred=not transcoder, transcoder=transcoder)
+    _check_stated(weights, num_latents=cfg.get("num_latents") or None)  # 0 stands for d_in * expansion_factor
     found = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", hookpoint or "")
     if found is None:
         hook = "hook_embed" if hookpoint in ("embed_tokens", "embed_in", "wte") and not transcoder else None

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens.bridge import BridgeLens
+from featpatch.lens.checkpoint import Checkpoint
+from featpatch.lens.finite import check_finite
 from featpatch.lens.sources import check_device, check_there, folder_with, installing_nothing, not_found, short
 from featpatch.lens.training import PROCESSED
 from featpatch.lens.weights import processing as processed
@@ -37,6 +39,8 @@ def load_model(
     """
     source = uncompiled(source)
     check_form(source)
+    if isinstance(source, torch.nn.Module):
+        check_finite(f"the {type(source).__name__}", getattr(source, "original_model", source))
     if isinstance(source, TransformerBridge | HookedTransformer):
         return source
     if isinstance(source, PreTrainedModel):
@@ -78,19 +82,19 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
             f"{source!r} is the folder of an adapter (adapter_config.json), without the model: expected a whole model; "
             f"{MERGE}, and pass that or save it with save_pretrained"
         )
-    if Path(source).exists() and not any(folder_with(source, "config.json").glob("*.safetensors")):
-        raise FeatpatchError(
-            f"there is no safetensors file in {source!r}: expected the model's weights in one, since a pickle (.bin, .pt) can "
-            "run code when it is read; save the model again with save_pretrained"
-        )
+    if Path(source).exists():
+        folder_with(source, "config.json")
     try:
         with installing_nothing():
             bridge: TransformerBridge = TransformerBridge.boot_transformers(
-                source, tokenizer=tokenizer, device=device, dtype=numbers
+                source, tokenizer=tokenizer, device=device, dtype=numbers, model_class=Checkpoint
             )
+    except FeatpatchError:
+        raise
     except Exception as error:
         raise not_found("model", source, error) from error
     check_form(bridge)
+    check_finite(f"the model {source!r}", bridge.original_model)
     if bridge.tokenizer is None or len(bridge.tokenizer) <= 1:
         raise FeatpatchError(
             f"the model {source!r} comes without the files of a tokenizer: save the model's own there, or pass tokenizer=..."

@@ -13,9 +13,11 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from featpatch.errors import FeatpatchError
+from featpatch.foreign import read_json
 from featpatch.lens.adapter import Adapted, placed
+from featpatch.lens.codecs.sae_lens import check_sizes
 from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
-from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found
+from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found, short
 from featpatch.lens.training import Training
 
 SUMMED = "mntss_clt_layer_transcoder"
@@ -194,6 +196,8 @@ def _held(repository: str, folder: str) -> list[str]:
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:
     """Load from disk and fold in the statistics of the training, as `from_pretrained` does."""
     try:
+        settings = read_json((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+        check_sizes(settings if isinstance(settings, dict) else {})
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
         _check_types(sae.cfg)
         said = sae.cfg.metadata.norm_scaling_factor if norm_scaling_factor is None else norm_scaling_factor
@@ -210,7 +214,7 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
             sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
     except Exception as error:
         raise FeatpatchError(
-            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {error}): expected a sae-lens folder"
+            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a sae-lens folder"
         ) from error
     return sae
 

@@ -1,5 +1,6 @@
 """Checks and error messages that loading a model and loading an SAE share."""
 
+import re
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,12 @@ from unittest.mock import patch
 import torch
 
 from featpatch.errors import FeatpatchError
+
+ADVICE = re.compile(
+    "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
+    "|trust the source|trusted source|arbitrary code|two options"
+)
+"""What tells sentences of other libraries that advise to run or to ignore what is in a file."""
 
 _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
@@ -56,8 +63,9 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
 
 
 def short(error: Exception) -> str:
-    """What another library says, on one line and not at length."""
-    return " ".join(str(error).split())[:300]
+    """What another library says, on one line, not at length, and without advice to use options of its own that are unsafe."""
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
+    return " ".join(each for each in sentences if not ADVICE.search(each))[:300]
 
 
 @contextmanager

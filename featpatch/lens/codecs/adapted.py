@@ -30,6 +30,10 @@ class AdaptedCodec(Codec):
         self.d_in, self.may_be_linear, self.dtype = adapted.d_in, adapted.linear, self._like.dtype
         self.d_sae = self._call("encode", torch.zeros(1, 1, self.d_in)).shape[2]
         self.d_out = self._call("decode", torch.zeros(1, 1, self.d_sae)).shape[2]
+        if not self.d_sae or not self.d_out:
+            raise FeatpatchError(
+                f"{self.kind} makes {self.d_sae} features of an activation and {self.d_out} values of them: expected 1 or more"
+            )
         width = self.d_out if self.skip is None else self._call("skip", torch.zeros(1, 1, self.d_in)).shape[2]
         if width != self.d_out:
             raise FeatpatchError(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -32,11 +32,41 @@ RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode
 """Attributes that `turn_off_forward_pass_hook_z_reshaping` and `encode` set."""
 
 
+SIZES = (
+    "d_in",
+    "d_sae",
+    "d_out",
+    "d_head",
+    "k",
+    "kval_topk",
+    "n_heads",
+    "n_attn_layers",
+    "bottleneck_factor",
+    "max_iterations",
+)
+"""Settings that count something."""
+
+
+def check_sizes(settings: Mapping[str, Any]) -> None:
+    """Refuses a configuration in which nothing, or less, is counted.
+
+    Raises:
+        FeatpatchError: a size is below 1, or more features are kept than there are.
+    """
+    sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), (int, float))}
+    for name, size in sizes.items():
+        most = sizes.get("d_sae", size) if name in ("k", "kval_topk") else size
+        if not 1 <= size <= most:
+            end = f" to d_sae={most}" if most != size else " or more"
+            raise FeatpatchError(f"the SAE's configuration says {name}={size}: expected a whole number of 1{end}")
+
+
 class SaeCodec(Codec):
     """A sae-lens object; normalisation, skip paths and predicted codes included.
 
     Raises:
-        FeatpatchError: a layer of a cross-layer transcoder, or a normalisation that is neither folded in nor known.
+        FeatpatchError: a layer of a cross-layer transcoder, a size below 1, or a normalisation that is neither folded in nor
+            known.
     """
 
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
@@ -51,6 +81,7 @@ class SaeCodec(Codec):
                 f"a {type(sae).__name__} encodes a row differently beside others, by its rank in the batch: expected an SAE "
                 "for inference; save it with save_inference_model and load it again"
             )
+        check_sizes(vars(sae.cfg))
         self.sae, self._decoder, self.dtype = sae, sae, sae.dtype
         if sae.dtype in (torch.bfloat16, torch.float16):
             self._decoder = deepcopy(sae).to(dtype=torch.float32)

@@ -1,0 +1,191 @@
+"""The weights of a Hugging Face model, read from safetensors files alone, and either all of them or none.
+
+transformers gives random values to every tensor that its files lack, drops every tensor that the model has no place for, and
+reads a pickle where an index names one; it says so in a log at most.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import get_ident
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import safe_open
+from transformer_lens.model_bridge.sources.transformers import (
+    determine_architecture_from_hf_config,
+    get_hf_model_class_for_architecture,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from featpatch.errors import FeatpatchError
+from featpatch.foreign import read_json
+
+OTHERWISE = (
+    "expected the configuration and the weights of one model, saved together; download or save the model again, or load it "
+    "with transformers yourself and pass the model and its tokenizer"
+)
+
+
+class Checkpoint:
+    """Takes the place of the Hugging Face class by which TransformerLens loads a model (its `model_class`)."""
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, config: Any, **options: Any) -> Any:
+        """The model of the class that TransformerLens would have taken, with the same options.
+
+        Raises:
+            FeatpatchError: tensors are missing, have another shape or are left over, an index does not agree with its files,
+                or the weights are not in safetensors files of the folder.
+        """
+        path = _file(source, config)
+        shards = _shards(path) if path is not None and path.suffix == ".json" else None
+        kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
+        with _without_report():
+            model, found = kind.from_pretrained(
+                source, config=config, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **options
+            )
+        _check_loaded(source, model, found, set() if path is None else _stored(path, shards))
+        return model
+
+
+def _file(source: str, config: Any) -> Path | None:
+    """The file of the weights, or the index of several; None where the hub does not answer, which transformers reports.
+
+    Raises:
+        FeatpatchError: there is none of safetensors.
+    """
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and _strays(named.removesuffix(".index.json") if isinstance(named, str) else named):
+        raise FeatpatchError(f"config.json of {source!r} names the weights {named!r}: {_INSIDE}")
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME] if named is None else [named]
+    unanswered = False
+    for name in names:
+        try:
+            path = Path(source) / name if Path(source).is_dir() else Path(hf_hub_download(source, name))
+        except EntryNotFoundError as error:
+            unanswered |= isinstance(error, LocalEntryNotFoundError)
+        except Exception:
+            return None
+        else:
+            if path.is_file():
+                return path
+    if unanswered:
+        return None
+    raise FeatpatchError(
+        f"there is no safetensors file in {source!r} ({' or '.join(names)}): expected the model's weights in one, since a "
+        "pickle (.bin, .pt) can run code when it is read; save the model again with save_pretrained"
+    )
+
+
+_INSIDE = "expected .safetensors files inside its folder alone; download or save the model again"
+
+
+def _strays(file: object) -> bool:
+    """Whether a name is none of a safetensors file in a folder or below it."""
+    paths = [kind(file) for kind in (PurePosixPath, PureWindowsPath)] if isinstance(file, str) else []
+    return not paths or any(path.suffix != ".safetensors" or path.anchor or ".." in path.parts for path in paths)
+
+
+def _shards(path: Path) -> dict[str, set[str]]:
+    """The files that an index names, each with its tensors.
+
+    Raises:
+        FeatpatchError: it is no index, or names something else than safetensors files of its folder.
+    """
+    try:
+        index = read_json(path.read_text(encoding="utf-8"))
+        files, _ = index["weight_map"].items(), index["metadata"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FeatpatchError(
+            f"{str(path)!r} can't be read ({type(error).__name__}: {error}): expected an index with metadata and weight_map; "
+            "download or save the model again"
+        ) from error
+    if strays := [repr(file) for _, file in files if _strays(file)]:
+        raise FeatpatchError(f"{str(path)!r} names the weights {_listed(set(strays))}: {_INSIDE}")
+    return {file: {name for name, where in files if where == file} for _, file in files}
+
+
+def _stored(path: Path, shards: Mapping[str, set[str]] | None) -> set[str]:
+    """The names of all tensors in a file, or in the files of an index.
+
+    Raises:
+        FeatpatchError: a file holds more or fewer than the index says.
+    """
+    stored = set()
+    for file in [path.name] if shards is None else shards:
+        with safe_open(path.parent / file, framework="pt") as opened:
+            names = set(opened.keys())
+        if wrong := set() if shards is None else names ^ shards[file]:
+            raise FeatpatchError(f"only one of {str(path)!r} and {file} has {_listed(wrong)}: {OTHERWISE}")
+        stored |= names
+    return stored
+
+
+def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Collection[str]) -> None:
+    surplus, ignored = set(found["unexpected_keys"]), model._keys_to_ignore_on_load_unexpected or ()
+    untold = {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
+    misplaced = _misplaced(model, surplus, untold)
+    reshaped = [f"{name} {list(there)} instead of {list(here)}" for name, there, here in found["mismatched_keys"]]
+    kinds = (("missing", found["missing_keys"]), ("of another shape", reshaped), ("left over", misplaced))
+    wrong = [f"{len(names)} tensor{'s'[: len(names) - 1]} {how} ({_listed(names)})" for how, names in kinds if names]
+    if wrong:
+        raise FeatpatchError(f"the weights in {source!r} are not those of its config.json, {', '.join(wrong)}: {OTHERWISE}")
+    if surplus:
+        warnings.warn(
+            f"{len(surplus)} of the weights in {source!r} belong to no part of the {type(model).__name__} and are left out: "
+            f"{_listed(surplus)}",
+            stacklevel=8,
+        )
+
+
+def _misplaced(model: Any, surplus: Collection[str], untold: Collection[str]) -> set[str]:
+    """The tensors that a complete model would compute with: beside the weights of one of its modules, or of a further layer.
+
+    Args:
+        untold: tensors that transformers drops without saying so. GPT-2's pattern for old masks, "attn.bias", fits
+            `attn.c_attn.bias_2` too; a pattern for a whole layer that is no part of the model is right.
+    """
+    own, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
+    base, found = f"{model.base_model_prefix}.", set()
+    for name in (*surplus, *untold):
+        full = (name, base + name, name.removeprefix(base))  # files are written with and without the prefix
+        if any(each in own for each in full):
+            continue
+        owners = [modules[owner] for each in full if (owner := each.rpartition(".")[0]) in modules]
+        beside = any(True for owner in owners for _ in owner.parameters(recurse=False))
+        further = name in surplus and any(
+            isinstance(layers := modules.get(each[: number.start()]), torch.nn.ModuleList) and int(number[1]) >= len(layers)
+            for each in full
+            for number in re.finditer(r"\.(\d+)\.", each)
+        )
+        if beside or further:
+            found.add(name)
+    return found
+
+
+def _listed(names: Collection[str]) -> str:
+    """The first few names, in the order of their numbers."""
+    ordered = sorted(names, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Within this context transformers does not log the table of missing and surplus tensors, which is judged here."""
+    ours, log = get_ident(), logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return record.thread != ours or "LOAD REPORT" not in text or "CONVERSION" in text
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)

@@ -1,0 +1,63 @@
+"""Whether all weights are finite numbers.
+
+A NaN does not always show in what a module computes: a feature whose threshold is NaN never fires, a token whose embedding is
+NaN may never occur.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from featpatch.errors import FeatpatchError
+from featpatch.lens.digest import once
+
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_finite(what: str, source: Any) -> None:
+    """Refuses an object whose weights are not all finite.
+
+    Args:
+        what: the object in words.
+        source: a module, looked through once as long as it stays as it is, or any other object, of which tensors and modules
+            among its attributes (or values, of a mapping) are found. Buffers of modules may be infinite, as masks are.
+
+    Raises:
+        FeatpatchError: a weight holds NaN or an infinite value, or a buffer NaN.
+    """
+    if isinstance(source, torch.nn.Module):
+        parts: Iterator[str] = iter(once(_damaged, source))
+    else:
+        own = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
+        for value in own.values():
+            if isinstance(value, torch.nn.Module):
+                check_finite(what, value)
+        parts = (
+            text
+            for name, value in own.items()
+            if isinstance(value, torch.Tensor) and (text := _bad(str(name), value, infinite=True))
+        )
+    if (first := next(parts, None)) is not None:
+        raise FeatpatchError(
+            f"{what}: {first}{', and there are more' if next(parts, None) else ''}: expected finite weights; download or "
+            "save it again, or cast it to a type with a wider range than float16"
+        )
+
+
+def _damaged(module: torch.nn.Module) -> tuple[str, ...]:
+    with torch.no_grad():
+        found = [_bad(name, each, infinite=True) for name, each in module.named_parameters()]
+        found += [_bad(name, each, infinite=False) for name, each in module.named_buffers()]
+    return tuple(text for text in found if text)
+
+
+def _bad(name: str, tensor: torch.Tensor, infinite: bool) -> str:
+    """How many values are NaN, or infinite too, in words; empty if none is."""
+    if tensor.dtype not in TYPES or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        return ""
+    extreme = torch.stack(torch.aminmax(tensor.detach()))  # in one pass and without a copy; NaN if there is one
+    if torch.isfinite(extreme).all() or not (infinite or torch.isnan(extreme).any()):
+        return ""
+    bad = ~torch.isfinite(tensor) if infinite else torch.isnan(tensor)
+    return f"{int(bad.sum())} of {tensor.numel()} values of {name} are {'NaN or infinite' if infinite else 'NaN'}"

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from featpatch.errors import FeatpatchError
-from featpatch.foreign import read_json
+from featpatch.files import read_json
 
 OTHERWISE = (
     "expected the configuration and the weights of one model, saved together; download or save the model again, or load it "

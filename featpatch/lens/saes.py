@@ -13,7 +13,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from featpatch.errors import FeatpatchError
-from featpatch.foreign import read_json
+from featpatch.files import read_json
 from featpatch.lens.adapter import Adapted, placed
 from featpatch.lens.codecs.sae_lens import check_sizes
 from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several

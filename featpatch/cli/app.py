@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, as_path
 
 app = typer.Typer(
     name="featpatch", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -34,5 +34,5 @@ def clear_errors() -> Iterator[None]:
 
 def check_folder(out: Path) -> None:
     """Refuses results in the place of a file."""
-    if out.exists() and not out.is_dir():
+    if as_path(out).exists() and not out.is_dir():
         raise FeatpatchError(f"--out {str(out)!r} is a file: expected a folder for the results, new or existing")

@@ -26,7 +26,7 @@ from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, as_path, check_numbers
 from featpatch.page import write
 from featpatch.patch import RANKED, Direction, Node
 
@@ -411,7 +411,7 @@ class Effects:
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, with metadata as JSON in its header."""
-        return storage.save(self, Path(path))
+        return storage.save(self, as_path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":
@@ -420,7 +420,7 @@ class Effects:
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
         """
-        first, *others = [cls(**fields) for fields in storage.load(Path(path))]
+        first, *others = [cls(**fields) for fields in storage.load(as_path(path))]
         return replace(first, others={other.metadata["metric"]: other for other in others})
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from threading import local
 from typing import Any, cast
 
@@ -58,11 +58,21 @@ class BridgeLens(Lens):
             return super().run(tokens, **options)
         with alone(self.model):
             kind = type(module)
-            module.__class__ = _apart(kind)
+            module.__class__ = self._apart
             try:
                 return super().run(tokens, **options)
             finally:
                 module.__class__ = kind
+
+    @cached_property
+    def _apart(self) -> Any:
+        """The class of learned positions with an attribute of each thread's own for the rows of the call in progress.
+
+        TransformerBridge leaves their number on the module for it to find (transformer-lens 3.9).
+        """
+        rows, kind = local(), type(self.model.pos_embed)
+        found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
+        return type(kind.__name__, (kind,), {"_current_batch_size": found})
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Blocks above `layer` return their input."""
@@ -150,17 +160,6 @@ class BridgeLens(Lens):
             if cos is None or sin is None
             else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
         )
-
-
-@cache
-def _apart(kind: type[PosEmbedBridge]) -> type[PosEmbedBridge]:
-    """The class of learned positions with an attribute of each thread's own for the number of rows of the call in progress.
-
-    TransformerBridge leaves that number on the module for it to find (transformer-lens 3.9).
-    """
-    rows = local()
-    found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
-    return type(kind.__name__, (kind,), {"_current_batch_size": found})
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, as_path
 
 _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
@@ -36,7 +36,8 @@ def check_there(what: str, source: str | Path) -> None:
     Raises:
         FeatpatchError: it starts as no name on the hub can.
     """
-    if str(source).startswith((".", "/", "~")) and not Path(source).exists():
+    path = as_path(source)
+    if str(source).startswith((".", "/", "~")) and not path.exists():
         raise FeatpatchError(
             f"there is no {str(source)!r}{near_folder(source)}: expected the folder of a saved {what}, or a name on the hub"
         )

@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, as_path
 
 Block = Markup
 """A piece of HTML whose user text is escaped."""
@@ -51,7 +51,7 @@ def write(path: str | Path, content: str) -> Path:
     Raises:
         FeatpatchError: the path is a folder.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)

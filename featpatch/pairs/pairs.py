@@ -35,6 +35,11 @@ class Pairs(Sequence[Pair]):
     pairs: tuple[Pair, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pairs, tuple) or not all(isinstance(pair, Pair) for pair in self.pairs):
+            raise FeatpatchError(
+                f"the pairs are of type {type(self.pairs).__name__}: expected a tuple of Pair, e.g. Pairs((pair,)); see also "
+                "Pairs.from_tokens and Pairs.from_prompts"
+            )
         if not self.pairs:
             raise FeatpatchError("there are no pairs: expected at least one clean and one corrupted prompt")
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from featpatch.effects import Effects, check_gap
 from featpatch.effects.content import check_metadata
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, as_path, check_numbers
 from featpatch.foreign import read_json
 from featpatch.patch import RANKED
 from featpatch.streaming.parts import FIELDS, node_of, path_of
@@ -34,7 +34,7 @@ class Stored:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "folder", as_path(self.folder))
         known = self.about["metrics"]
         if self.metric and self.metric not in known:
             raise FeatpatchError(f"metric {self.metric!r} was not measured: expected one of {', '.join(known)}")

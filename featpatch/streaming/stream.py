@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, as_path
 from featpatch.execution import Executor, executor_of
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
@@ -55,7 +55,7 @@ def stream_features(
             f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected several Pairs, such as "
             "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
         )
-    folder, elsewhere, number = Path(folder), executor_of(executor), -1
+    folder, elsewhere, number = as_path(folder), executor_of(executor), -1
     asked = Asked(positions, directions, metric, batch_rows)
     first = 0
     with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:

@@ -27,7 +27,7 @@ from featpatch.engine import (
     row_budget,
     row_bytes,
 )
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, as_path, check_numbers
 from featpatch.execution import Executor, executor_of
 from featpatch.lens import Lens, provenance
 from featpatch.lens.transport import packed
@@ -141,7 +141,7 @@ class Study:
         book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
             subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
-            book = Journal.open(Path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
+            book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         if elsewhere is not None and book is not None:
             book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
         collector = Collector(self.readout.names)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,7 @@ from featpatch.circuits import Circuit
 from featpatch.comparison import compare
 from featpatch.diagram import sections
 from featpatch.effects import Effects, Material, Portrait, Prompt
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, as_path, check_kinds, check_numbers
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.pairs.pair import positions_of
@@ -60,6 +61,12 @@ def report(
     Raises:
         FeatpatchError: pairs or SAEs that the effects are not of; a model without a tokenizer.
     """
+    check_kinds(Effects, effects=effects)
+    check_kinds((Effects, NoneType), components=components, estimate=estimate)
+    check_kinds((Curve, NoneType), curve=curve)
+    check_kinds((Circuit, NoneType), circuit=circuit)
+    check_numbers(1, top=top)
+    as_path(path)
     known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
     if check_pairs(pairs).digest() != known or max(kept) >= len(pairs):
         raise FeatpatchError("pairs are not those of the effects: expected the pairs that were ranked")

@@ -26,7 +26,7 @@ from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
-from featpatch.errors import FeatpatchError, as_path, check_numbers
+from featpatch.errors import FeatpatchError, as_path, check_kinds, check_numbers
 from featpatch.page import write
 from featpatch.patch import RANKED, Direction, Node
 
@@ -96,6 +96,7 @@ class Effects:
 
     def _entries(self, effect: Effect) -> Array:
         """Change of the metric of each stored entry, `[entries]`."""
+        check_kinds(str, effect=effect)
         change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
         if effect not in change:
             raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")

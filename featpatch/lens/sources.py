@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from featpatch.errors import FeatpatchError, as_path
+from featpatch.errors import FeatpatchError, as_path, check_kinds
 
 _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
@@ -23,6 +23,7 @@ def check_device(device: str) -> None:
     Raises:
         FeatpatchError: torch can't put a tensor on it.
     """
+    check_kinds(str, device=device)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

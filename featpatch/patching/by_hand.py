@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
 from featpatch.pairs.tokens import is_padded, masked
 from featpatch.patch import Patch
@@ -61,6 +61,7 @@ def do(
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
+    check_kinds(Patch, patch=patch)
     source = _rows("source", source)
     base = None if base is None else _rows("base", base)
     if not patch.nodes:

@@ -7,6 +7,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from commands import run
 from small import Small, small_bridge
 
 import featpatch as fp
@@ -15,7 +16,7 @@ from featpatch.cli.options import spans
 SITE = "blocks.1.hook_resid_pre"
 NODE = fp.Node(SITE, "activation")
 WRONG: dict[str, Any] = {
-    "None": None, "text": "x", "float": 3.5, "bool": True, "list": [], "huge": 10**30, "huger": 10**5000, "negative": -1,
+    "None": None, "text": "x", "float": 3.5, "bool": True, "list": [], "huge": 10**30, "huger": 10**400, "negative": -1,
     "long": "y" * 5000, "digits": "9" * 5000, "object": object(), "mapping": {},
 }  # fmt: skip
 
@@ -142,6 +143,33 @@ def test_a_complex_metric_is_refused(ranked: tuple[Small, fp.Pairs, fp.Effects])
     ):
         with pytest.raises(fp.FeatpatchError, match="gave .*complex"):
             fp.rank_features(small.model, small.at(SITE), pairs, metric=metric, progress=False)
+
+
+LONG = "y" * 5000
+ONE = ["--model", "m", "--sae", "s", "--pairs", "p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", *ONE, "--model", LONG],
+        ["check", *ONE, "--model", f"./{LONG}"],
+        ["rank", *ONE, "--out", LONG],
+        ["components", "--model", "m", "--pairs", "p.jsonl", "--out", LONG],
+        ["report", LONG],
+        ["compare", LONG, LONG],
+        ["info", LONG],
+        ["run", LONG],
+        ["verify", LONG, "--model", "m", "--pairs", "p.jsonl"],
+        ["predict", "gpt2-small", "--layers", "9" * 5000],
+        ["predict", "gpt2-small", "--features", "9" * 400],
+    ],
+    ids=lambda command: " ".join(part[:12] for part in command),
+)
+def test_options_of_5000_characters(tmp_path: Any, command: list[str]) -> None:
+    done = run(*command, folder=tmp_path)
+    assert done.returncode == 2
+    assert "rror" in done.stderr
 
 
 def test_positions_on_the_command_line() -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -23,6 +24,27 @@ LEVELS = 20
 """Lists and objects within one another, at most; nothing that is read here needs as many."""
 
 
+def as_path(path: object) -> Path:
+    """A path that the file system can look at, whether or not something is there.
+
+    Raises:
+        FeatpatchError: it is no path, too long, or behind a folder that can't be entered.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise FeatpatchError(f"the path is of type {type(path).__name__}: expected a text or a pathlib.Path")
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason, name = getattr(error, "strerror", None) or error, str(path)
+        shown = repr(name) if len(name) <= 200 else f"{name[:60]!r}... ({len(name)} characters)"
+        raise FeatpatchError(
+            f"the path {shown} can't be looked at ({reason}): expected the path of a file or a folder"
+        ) from error
+    return Path(path)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes the place of `path` once the block has ended without an exception.
@@ -33,7 +55,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     Raises:
         FeatpatchError: the path is a folder, or nothing can be written there; what was there before is left as it was.
     """
-    with _beside(Path(path)) as (target, beside):
+    with _beside(as_path(path)) as (target, beside):
         mode = beside.stat().st_mode
         yield beside
         if beside != target:
@@ -49,7 +71,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         FeatpatchError: it can't.
     """
-    with _beside(Path(path)) as (target, beside):
+    with _beside(as_path(path)) as (target, beside):
         if beside != target:
             beside.write_bytes(b" ")
 
@@ -57,12 +79,10 @@ def check_writable(path: str | Path) -> None:
 @contextmanager
 def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
     """Where a file belongs, and an empty one in the same folder with its permissions, which is gone in the end."""
-    if "\0" in str(path):
-        raise FeatpatchError(f"the path {str(path)[:200]!r} holds a null character: expected the path of a file")
     try:
-        if os.path.isdir(path):
+        if path.is_dir():
             raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
-        if os.path.exists(path) and not os.path.isfile(path):
+        if path.exists() and not path.is_file():
             yield path, path
             return
         target = Path(os.path.realpath(path))
@@ -70,7 +90,7 @@ def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
         beside = target.with_name(f".featpatch-{os.getpid()}-{get_ident()}")
         try:
             beside.touch()
-            if os.path.exists(target):
+            if target.exists():
                 shutil.copymode(target, beside)
             yield target, beside
         finally:

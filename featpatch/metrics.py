@@ -321,6 +321,8 @@ def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tens
     other = row.flip(0)
     each = torch.stack([value.double(), _single(call(other[None, None]), name, other).double()])
     beside = call(torch.stack([row, other])[:, None])
+    if isinstance(beside, torch.Tensor) and beside.is_complex():
+        raise FeatpatchError(f"metric {name!r} gave {beside.dtype} for two prompts: expected {FORMS}")
     found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
     expected = [each] if len(found) == 2 else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
     room = ROUNDING * float(each.abs().max())

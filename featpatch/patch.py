@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
 """`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
@@ -57,6 +57,11 @@ class Node:
     sae: str = ""
 
     def __post_init__(self) -> None:
+        check_kinds(str, site=self.site, kind=self.kind, sae=self.sae)
+        if type(self.position) not in (int, str):
+            raise FeatpatchError(f"position={self.position!r}: expected a token index, 'all' or the label of a position")
+        if self.index is not None and type(self.index) is not int:
+            raise FeatpatchError(f"index={self.index!r}: expected an integer, such as the number of a feature")
         if self.kind not in get_args(Kind):
             raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(get_args(Kind))}")
         if (self.index is not None) != (self.kind in INDEXED):
@@ -66,6 +71,7 @@ class Node:
             )
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
+        check_numbers(0, index=self.index or 0, position=max(0, self.position) if isinstance(self.position, int) else 0)
 
     def __str__(self) -> str:
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
@@ -83,6 +89,10 @@ class Edge(Node):
 
     sender: Node = LOGITS
     receiver: Node = LOGITS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kinds(Node, sender=self.sender, receiver=self.receiver)
 
     @classmethod
     def of(cls, sender: Node, receiver: Node) -> "Edge":

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,7 @@ from featpatch.circuits import Circuit
 from featpatch.comparison import compare
 from featpatch.diagram import sections
 from featpatch.effects import Effects, Material, Portrait, Prompt
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import check_writable
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import Pair, Pairs, check_pairs
@@ -61,6 +62,11 @@ def report(
     Raises:
         FeatpatchError: pairs or SAEs that the effects are not of; a model without a tokenizer.
     """
+    check_kinds(Effects, effects=effects)
+    check_kinds((Effects, NoneType), components=components, estimate=estimate)
+    check_kinds((Curve, NoneType), curve=curve)
+    check_kinds((Circuit, NoneType), circuit=circuit)
+    check_numbers(1, top=top)
     known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
     if check_pairs(pairs).digest() != known or max(kept) >= len(pairs):
         raise FeatpatchError("pairs are not those of the effects: expected the pairs that were ranked")

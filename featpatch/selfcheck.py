@@ -220,7 +220,7 @@ def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
     for kinds in (("all_features", "error"), ("activation",)):
         nodes = tuple(Node(site, kind) for kind in kinds)
         with do(lens.model, Patch(nodes), source=clean, base=corrupted, saes=dictionary):
-            logits.append(lens.model(corrupted.to(lens.device)).float())
+            logits.append(lens.run(corrupted.to(lens.device)).float())
     return float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
 
 

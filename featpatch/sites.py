@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 
 ENTRIES = {
     "hook_resid_pre": (0, "pre"),
@@ -293,6 +293,7 @@ def canonical(name: str, hook_points: Mapping[str, object]) -> str:
     Raises:
         FeatpatchError: the model has no such hook.
     """
+    check_kinds(str, hook=name)
     point = hook_points.get(name)
     if point is None:
         tail = name.rsplit(".", 1)[-1]

@@ -9,7 +9,7 @@ import pandas as pd
 from featpatch import sites
 from featpatch.effects import Effects
 from featpatch.effects.statistics import size
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.lens import dictionaries_if_any, provenance, wrap
 from featpatch.metrics import MEASURES, SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
@@ -79,6 +79,7 @@ def verify(
     Raises:
         FeatpatchError: another model, other pairs or SAEs; a table of another kind, of estimates, of noise or of a function.
     """
+    check_kinds(Effects, effects=effects)
     about = effects.metadata
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
     if effects.value != "exact" or not whole or {"noise", "ablation", "of_pairs"} & set(about):

@@ -310,6 +310,20 @@ def test_another_cluster_than_the_one_that_is_there() -> None:
         fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(address="auto"), **ROWS)
 
 
+@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AssertionError("x"), ray.exceptions.RaySystemError("x")])
+def test_a_ray_that_fails_to_start(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Whatever it raises."""
+
+    def init(**options: Any) -> None:
+        raise error
+
+    small = small_hooked()
+    ray.shutdown()
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(fp.FeatpatchError, match=f"Ray can't be started here .{type(error).__name__}: "):
+        fp.rank_features(small.model, small.saes[1], pairs_of(small), executor="ray", **ROWS)
+
+
 def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a Ray that this process is connected to."""
     small, pairs = small_hooked(), pairs_of(small_hooked())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
 from featpatch.effects import Effect, Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.patch import Node
 
 
@@ -89,6 +89,7 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
     Raises:
         FeatpatchError: tables of other kinds, or of different pairs or metrics, or an effect that one does not have.
     """
+    check_kinds(Effects, estimate=estimate, exact=exact)
     if estimate.value != "estimate" or exact.value != "exact":
         raise FeatpatchError(
             f"got a table of {estimate.value} and one of {exact.value} values: expected calibrate(estimate, exact)"

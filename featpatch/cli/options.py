@@ -1,5 +1,6 @@
 """Options that commands share, and what they mean for the library."""
 
+import re
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,11 @@ from featpatch.families import names
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
 Positions = Annotated[
-    str, typer.Option(help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'.")
+    str,
+    typer.Option(
+        help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'; a label "
+        """that is a number or holds a comma in double quotes, such as '"3","a,b",end'."""
+    ),
 ]
 Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
 Saes = Annotated[
@@ -26,6 +31,8 @@ Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(hel
 MetricNames = Annotated[
     list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")
 ]
+DIGITS = 19
+"""A number of so many digits is no position, and Python may refuse to read it."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
     Literal["atp", "ig", "eap_ig_inputs", "grad_drop"], typer.Option(help="How gradients are taken; see estimate_features.")
@@ -90,6 +97,13 @@ def of_sequences(metric: list[str]) -> bool:
 
 
 def spans(text: str) -> str | list[int | str]:
-    """Positions as the library takes them."""
-    parts = [int(part) if part.isdecimal() else part for part in text.split(",") if part]
-    return text if text in ("all", "each") else parts
+    """Positions as the library takes them; what stands in quotes is a label."""
+    if text in ("all", "each"):
+        return text
+    found: list[int | str] = []
+    for quoted, plain in re.findall(r'\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(?:,|$)', text):
+        if '"' in plain:
+            raise FeatpatchError(f"--positions {text}: expected a label in double quotes to end with them, before a comma")
+        if quoted or plain:
+            found.append(quoted.replace('""', '"') or (int(plain) if plain.isdecimal() and len(plain) < DIGITS else plain))
+    return found

@@ -57,7 +57,11 @@ def predict(
     with clear_errors():
         from featpatch.terminal import predicted
 
-        chosen = None if layers is None else [int(layer) if layer.isdecimal() else -1 for layer in layers.split(",")]
+        chosen = (
+            None
+            if layers is None
+            else [int(layer) if layer.isdecimal() and len(layer) < of.DIGITS else -1 for layer in layers.split(",")]
+        )
         found = fp.predict(
             shape, features=features, pairs=pairs, active=active, tokens=tokens, changed=changed, layers=chosen,
             directions=len(of.ways(direction)), device=device, workers=workers,

@@ -12,7 +12,7 @@ from featpatch.comparison import cells, plot
 from featpatch.comparison.cells import Agreement
 from featpatch.comparison.written import Written
 from featpatch.effects import Effect, Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.pairs import Pairs
 
 SHOWN = 5
@@ -123,14 +123,14 @@ def compare(
         FeatpatchError: tables of different pairs, metrics or models, or that share no direction; a table of other rows; a
             model without SAEs and pairs, or others than those that were ranked.
     """
+    check_kinds(Effects, features=features, components=components)
+    check_numbers(1, top=top)
     effects = _shared_effects(features, components)
     table = cells.joined(features, components, effects)
     given = [value is not None for value in (model, saes, pairs)]
     if any(given) and not all(given):
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
         raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them")
-    if top < 1:
-        raise FeatpatchError(f"top={top}: expected 1 or more components and features to take apart")
     written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
     return Comparison(features, components, table, {effect: cells.agreement(table, effect) for effect in effects}, written)
 

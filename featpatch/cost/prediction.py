@@ -101,8 +101,8 @@ def predict(
     if (
         changed > tokens
         or not chosen
-        or len(set(chosen)) < len(chosen)
         or not all(type(layer) is int and 0 <= layer < known.layers for layer in chosen)
+        or len(set(chosen)) < len(chosen)
     ):
         raise FeatpatchError(
             f"changed={changed}, tokens={tokens}, layers={chosen}: expected changed up to tokens, and layers of 0 to "

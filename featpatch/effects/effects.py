@@ -26,7 +26,8 @@ from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
 from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.files import as_path
 from featpatch.page import write
 from featpatch.patch import RANKED, Direction, Node
 
@@ -96,6 +97,7 @@ class Effects:
 
     def _entries(self, effect: Effect) -> Array:
         """Change of the metric of each stored entry, `[entries]`."""
+        check_kinds(str, effect=effect)
         change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
         if effect not in change:
             raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
@@ -411,7 +413,7 @@ class Effects:
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, with metadata as JSON in its header."""
-        return storage.save(self, Path(path))
+        return storage.save(self, as_path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":
@@ -420,7 +422,7 @@ class Effects:
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
         """
-        first, *others = [cls(**fields) for fields in storage.load(Path(path))]
+        first, *others = [cls(**fields) for fields in storage.load(as_path(path))]
         return replace(first, others={other.metadata["metric"]: other for other in others})
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ Over many pairs the effect is the ratio of means, mean change over mean gap, wit
 """
 
 import warnings
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ RESAMPLES = 999
 SEED = 0
 CONFIDENCE = 0.95
 CHUNK = 256
+
+_one_at_a_time = Lock()
+"""Held where warnings are silenced, which is done for all threads: two that overlap would leave them silenced."""
 
 
 def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
@@ -68,7 +72,7 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
         return result
     for some in (known[start : start + CHUNK] for start in range(0, len(known), CHUNK)):
         part = change[some]
-        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        with _one_at_a_time, np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DegenerateDataWarning)  # gaps that cancel can be all that is drawn: NaN
             found = bootstrap(
                 (part, np.broadcast_to(gap, part.shape)),

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens.adapter import Adapted
 from featpatch.lens.wrap import wrap
-from featpatch.pairs import Pairs
+from featpatch.pairs import Pairs, check_pairs
 
 
 class _Affine(torch.nn.Module):
@@ -81,7 +81,8 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
         FeatpatchError: the model has no such hook, or it has fewer coordinates than components are asked for.
     """
     rows = []
-    for pair in pairs:
+    check_numbers(1, components=1 if components is None else components)
+    for pair in check_pairs(pairs):
         kept = pair.positions("all")
         rows += [_activations(model, hook, torch.tensor([tokens]))[kept] for tokens in (pair.clean, pair.corrupted)]
     x = torch.cat(rows)

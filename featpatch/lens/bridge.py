@@ -4,17 +4,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import local
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from featpatch import sites
 from featpatch.lens.layer import Rotation, Stack, UnsupportedError
 from featpatch.lens.lens import Edit, Fired, Lens, answering
 from featpatch.lens.stack import Attention, build
+from featpatch.threads import alone, own
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,8 @@ class BridgeLens(Lens):
         and the final norm.
         """
         blocks = self.model.blocks
-        with (
-            _skipping(blocks[:layer], wraps=self._wraps),
-            _entering(blocks[layer], resid),
-            answering(self.model.unembed, answers),
-        ):
-            return self.model(tokens)[:, 0]
+        with self._skipping(blocks[:layer]), _entering(blocks[layer], resid), answering(self.model.unembed, answers):
+            return self.run(tokens)[:, 0]
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
@@ -51,6 +50,29 @@ class BridgeLens(Lens):
     def _points(self) -> Mapping[str, HookPoint]:
         """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""
         return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
+
+    def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
+        """Apart from calls in other threads, where learned positions would take the number of rows from one another."""
+        module = getattr(self.model, "pos_embed", None)
+        if not isinstance(module, PosEmbedBridge):
+            return super().run(tokens, **options)
+        with alone(self.model):
+            kind = type(module)
+            module.__class__ = self._apart
+            try:
+                return super().run(tokens, **options)
+            finally:
+                module.__class__ = kind
+
+    @cached_property
+    def _apart(self) -> Any:
+        """The class of learned positions with an attribute of each thread's own for the rows of the call in progress.
+
+        TransformerBridge leaves their number on the module for it to find (transformer-lens 3.9).
+        """
+        rows, kind = local(), type(self.model.pos_embed)
+        found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
+        return type(kind.__name__, (kind,), {"_current_batch_size": found})
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Blocks above `layer` return their input."""
@@ -65,8 +87,8 @@ class BridgeLens(Lens):
     def _run_without(self, blocks: Any, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """The unembedding sees one position."""
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        with _skipping(blocks, wraps=self._wraps), answering(self.model.unembed, first):
-            self.model(tokens, **options)
+        with self._skipping(blocks), answering(self.model.unembed, first):
+            self.run(tokens, **options)
 
     def carrier(self, site: str) -> str:
         """`hook_attn_out` for `hook_resid_mid`, which is not the stream itself here."""
@@ -92,13 +114,40 @@ class BridgeLens(Lens):
         def look(_block: Any, _args: Any, output: Any) -> None:
             found.append(isinstance(output, tuple))
 
-        handle = self.model.blocks[0].register_forward_hook(look)
+        handle = self.model.blocks[0].register_forward_hook(own(look))
         try:
             with torch.no_grad():
-                self.model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+                self.run(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         finally:
             handle.remove()
         return any(found)
+
+    @contextmanager
+    def _skipping(self, blocks: Any) -> Iterator[None]:
+        """Within this context these blocks return their input in calls of this thread, on their own device."""
+        wraps = self._wraps
+
+        def unchanged(block: Any) -> Any:
+            device = next(block.parameters()).device
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                stream = (args[0] if args else kwargs["hidden_states"]).to(device)
+                return (stream,) if wraps else stream
+
+            return own(forward, block.forward)
+
+        with alone(self.model):
+            before = [block.__dict__.get("forward") for block in blocks]
+            try:
+                for block in blocks:
+                    block.__dict__["forward"] = unchanged(block)
+                yield
+            finally:
+                for block, forward in zip(blocks, before, strict=True):
+                    if forward is None:
+                        block.__dict__.pop("forward", None)
+                    else:
+                        block.__dict__["forward"] = forward
 
     def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
         module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg
@@ -115,39 +164,13 @@ class BridgeLens(Lens):
 
 @contextmanager
 def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
-    """Within this context the block is given `resid`."""
+    """Within this context the block is given `resid`, in calls of this thread."""
 
     def enter(_block: Any, args: Any, kwargs: Any) -> Any:
         return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})
 
-    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    handle = block.register_forward_pre_hook(own(enter), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _skipping(blocks: Any, *, wraps: bool) -> Iterator[None]:
-    """Within this context the blocks return their input on their own device, as a tuple where they do so themselves."""
-
-    def unchanged(block: Any) -> Any:
-        device = next(block.parameters()).device
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            stream = (args[0] if args else kwargs["hidden_states"]).to(device)
-            return (stream,) if wraps else stream
-
-        return forward
-
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = unchanged(block)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = forward

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +16,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import digest
 from featpatch.lens.layer import Stack
+from featpatch.threads import alone, check_unedited, editing, handles, own
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
@@ -50,15 +50,12 @@ class Fired:
     count: int = 0
 
 
-_edits: "WeakKeyDictionary[Any, list[Any]]" = WeakKeyDictionary()
-
-
 @dataclass(frozen=True)
 class Lens(ABC):
     """A model with named hook points. `model` is left as it was found, also after an exception.
 
     Raises:
-        FeatpatchError: the model drops out activations at random, or SAEs are attached to it.
+        FeatpatchError: the model drops out activations at random, SAEs are attached to it, or `fp.do` patches it.
     """
 
     model: Any
@@ -73,21 +70,12 @@ class Lens(ABC):
                 f"SAEs are attached to the model at {', '.join(self.model.acts_to_saes)}: expected the unmodified model; "
                 "call model.reset_saes() and pass the SAEs to featpatch instead"
             )
+        check_unedited(self.model)
         object.__setattr__(self, "hook_points", self._points())
 
     def _points(self) -> Mapping[str, HookPoint]:
         """Every hook point by its name, aliases included."""
         return cast(Mapping[str, HookPoint], self.model.hook_dict)
-
-    @property
-    def edits(self) -> list[Any]:
-        """The edits in force on this model, by whichever lens."""
-        return _edits.setdefault(self.model, [])
-
-    @property
-    def patched(self) -> bool:
-        """Whether an edit is in force."""
-        return bool(self.edits)
 
     @property
     def n_layers(self) -> int:
@@ -144,8 +132,9 @@ class Lens(ABC):
 
     @property
     def hooked(self) -> bool:
-        """Whether hooks are attached at TransformerLens' hook points, which our own forward pass would not call."""
-        return any(point.fwd_hooks for point in self.hook_points.values())
+        """Whether hooks of the user are attached at TransformerLens' hook points, which our own forward pass would not call."""
+        ours = handles(self.model)
+        return any(handle not in ours for point in self.hook_points.values() for handle in point.fwd_hooks)
 
     def check_unhooked(self) -> None:
         """Raises FeatpatchError where hooks of the user are attached, for what runs blocks one by one."""
@@ -190,9 +179,9 @@ class Lens(ABC):
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
-        """Within this context every call of the model passes the activation at `site` through `change`.
+        """Within this context every call of the model in this thread passes the activation at `site` through `change`.
 
-        After the hooks that are there, or `first`, before them.
+        After the hooks that are there, or `first`, before them. `reset_hooks` does not take it away.
         """
         point, firing = self.hook_points[self.site(site)], Fired()
 
@@ -201,15 +190,16 @@ class Lens(ABC):
             firing.count += changed is not None
             return changed
 
-        point.add_hook(hook, prepend=first)
-        handle = point.fwd_hooks[0 if first else -1]
-        self.edits.append(handle)
+        with alone(self.model):
+            point.add_hook(own(hook), is_permanent=True, prepend=first)
+            handle = point.fwd_hooks[0 if first else -1]
         try:
-            yield firing
+            with editing(self.model, handle):
+                yield firing
         finally:
-            self.edits.remove(handle)
-            handle.hook.remove()
-            point.fwd_hooks.remove(handle)
+            with alone(self.model):
+                handle.hook.remove()
+                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
     @contextmanager
     def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -318,7 +308,7 @@ class Lens(ABC):
             for name in carried:
                 stack.enter_context(self.edit(self.carrier(name), leaf(name)))
             with answering(self.model.unembed, answers):
-                values = measure(self.model(tokens)[:, 0])
+                values = measure(self.run(tokens)[:, 0])
             total = values.sum()
         _check_read(reads, activations)
         if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
@@ -337,7 +327,7 @@ class Lens(ABC):
     def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
         """Logits `[rows, d_vocab]` of a whole run at one position of each prompt."""
         with answering(self.model.unembed, answers.to(self.device)):
-            return cast(torch.Tensor, self.model(tokens.to(self.device)))[:, 0]
+            return self.run(tokens.to(self.device))[:, 0]
 
     @torch.no_grad()
     def through(
@@ -401,6 +391,10 @@ class Lens(ABC):
             self._run_alone(layer, resid, tokens.to(self.device))
         return found[0]
 
+    def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
+        """The whole model."""
+        return cast(torch.Tensor, self.model(tokens, **options))
+
     @abstractmethod
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
         """Runs one block on the stream that enters it."""
@@ -441,14 +435,14 @@ class Lens(ABC):
 
 @contextmanager
 def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> Iterator[None]:
-    """Within this context the unembedding sees one position of every row."""
+    """Within this context the unembedding sees one position of every row, in calls of this thread."""
 
     def pick(_module: Any, args: Any, kwargs: Any) -> Any:
         values = list(args) or list(kwargs.values())
         values[0] = values[0][torch.arange(len(answers)), answers.to(values[0].device), None]
         return (tuple(values), kwargs) if args else (args, dict(zip(kwargs, values, strict=True)))
 
-    handle = unembed.register_forward_pre_hook(pick, with_kwargs=True)
+    handle = unembed.register_forward_pre_hook(own(pick), with_kwargs=True)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import read_json
+from featpatch.files import as_path, read_json
 from featpatch.lens.adapter import Adapted, placed
 from featpatch.lens.codecs.sae_lens import check_sizes
 from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
@@ -58,7 +58,7 @@ def load_sae(
     for name, value in (("hook", hook), ("hook_out", hook_out)):
         if not isinstance(value, str | None) or value == "":
             raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
-    found: SAE[Any] | Weights | None = read(Path(source))
+    found: SAE[Any] | Weights | None = read(as_path(source))
     if found is None and Path(source).exists():
         if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := inside(Path(source))):
             raise FeatpatchError(several(str(source), names))

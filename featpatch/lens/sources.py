@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.files import as_path
 
 ADVICE = re.compile(
     "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
@@ -30,6 +31,7 @@ def check_device(device: str) -> None:
     Raises:
         FeatpatchError: torch can't put a tensor on it.
     """
+    check_kinds(str, device=device)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -43,7 +45,8 @@ def check_there(what: str, source: str | Path) -> None:
     Raises:
         FeatpatchError: it starts as no name on the hub can.
     """
-    if str(source).startswith((".", "/", "~")) and not Path(source).exists():
+    path = as_path(source)
+    if str(source).startswith((".", "/", "~")) and not path.exists():
         raise FeatpatchError(
             f"there is no {str(source)!r}{near_folder(source)}: expected the folder of a saved {what}, or a name on the hub"
         )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import Measure, find
 from featpatch.pairs.likelihood import Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of
@@ -294,6 +294,7 @@ def kept(verdicts: Sequence[Status], dropped: str | Sequence[str]) -> Iterator[i
     Raises:
         FeatpatchError: an unknown verdict.
     """
+    check_kinds((str, Sequence), verdicts=dropped)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
     unknown = [name for name in names if name not in SEVERITY]
     if unknown:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import read_json
+from featpatch.files import as_path, read_json
 from featpatch.pairs.each import each
 
 
@@ -35,7 +35,7 @@ def read(path: str | Path, kind: str, holding: str) -> str:
     Raises:
         FeatpatchError: the file is missing, not UTF-8 or empty.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of {kind}")
     try:
@@ -60,7 +60,7 @@ def json_lines(path: str | Path, needed: Sequence[str]) -> Rows:
 
 def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> Iterator[Rows]:
     """As `json_lines`, so many lines at a time, of a file that need not fit into memory."""
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
     try:

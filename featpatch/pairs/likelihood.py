@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pair import Sequences
+from featpatch.threads import check_unedited
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
 
@@ -19,14 +20,29 @@ class Runs:
 
     model: Callable[[torch.Tensor], Any]
 
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise FeatpatchError(f"the model is a {type(self.model).__name__}: expected a function from tokens to logits")
+        if isinstance(self.model, torch.nn.Module):
+            check_unedited(getattr(self.model, "_orig_mod", self.model))
+
     def logits(self, tokens: tuple[int, ...]) -> Logits:
         """float32 at least.
 
         Raises:
-            FeatpatchError: the model gives no logits, or ones that are not finite.
+            FeatpatchError: the model fails, or gives no logits, or ones that are not finite.
         """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
-        made = self.model(torch.tensor([tokens], device=device))
+        try:
+            made = self.model(torch.tensor([tokens], device=device))
+        except FeatpatchError:
+            raise
+        except Exception as error:
+            raise FeatpatchError(
+                f"the model fails on {len(tokens)} tokens with ids from {min(tokens)} to {max(tokens)} "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): expected ids of the model's own tokenizer, "
+                "and no more of them than its context"
+            ) from error
         logits = getattr(made, "logits", made)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
             raise FeatpatchError(

@@ -1,9 +1,9 @@
 """One contrast: a clean and a corrupted prompt of equal length, with the answers that tell them apart."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import LARGEST, FeatpatchError, check_kinds
 from featpatch.patch import Position
 
 Sequences = tuple[tuple[int, ...], ...]
@@ -43,6 +43,16 @@ class Pair:
     wrong_sequences: Sequences = ()
 
     def __post_init__(self) -> None:
+        for name in ("clean", "corrupted", "correct", "wrong"):
+            _check_tokens(name, getattr(self, name))
+        for name in ("correct_sequences", "wrong_sequences"):
+            check_kinds(tuple, **{name: getattr(self, name)})
+            for answer in getattr(self, name):
+                _check_tokens(name, answer)
+        check_kinds(Mapping, labels=self.labels, tags=self.tags)
+        check_kinds(Set, special=self.special)
+        if type(self.answer_position) is not int:
+            raise FeatpatchError(f"answer_position={self.answer_position!r}: expected an integer, a position of the prompt")
         n = len(self.clean)
         if n == 0:
             raise FeatpatchError("the clean prompt has no tokens: expected at least one")
@@ -126,6 +136,15 @@ class Pair:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+
+
+def _check_tokens(name: str, tokens: object) -> None:
+    """Refuse what is no tuple of integers that arrays can hold."""
+    check_kinds(tuple, **{name: tokens})
+    for token in tokens if isinstance(tokens, tuple) else ():
+        if type(token) is not int or abs(token) > LARGEST:
+            what = type(token).__name__ if type(token) is not int else f"integer of {token.bit_length()} bits"
+            raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Int
 
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.each import each, fitting
@@ -35,6 +35,11 @@ class Pairs(Sequence[Pair]):
     pairs: tuple[Pair, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pairs, tuple) or not all(isinstance(pair, Pair) for pair in self.pairs):
+            raise FeatpatchError(
+                f"the pairs are of type {type(self.pairs).__name__}: expected a tuple of Pair, e.g. Pairs((pair,)); see also "
+                "Pairs.from_tokens and Pairs.from_prompts"
+            )
         if not self.pairs:
             raise FeatpatchError("there are no pairs: expected at least one clean and one corrupted prompt")
 
@@ -81,6 +86,7 @@ class Pairs(Sequence[Pair]):
                 outside the prompt or at another position of the corrupted prompt, or the labels can't be aligned.
         """
         columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct}
+        check_kinds(Sized, clean=clean)
         columns["wrong"] = wrong if wrong is not None else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
@@ -332,6 +338,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: an unknown verdict, the checklist of other pairs, or no pair is left.
         """
+        check_kinds(Checklist, found=found)
         if len(found.clean) != len(self):
             raise FeatpatchError(
                 f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected its own pairs"
@@ -431,6 +438,7 @@ def _moved(position: Any, start: int) -> Any:
 
 
 def _equally_many(columns: Mapping[str, Sequence[Any]]) -> None:
+    check_kinds(Sized, **columns)
     counts = {name: len(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
         raise FeatpatchError(f"there are {counts}: expected equally many of each, one per pair")

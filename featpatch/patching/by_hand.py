@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
 from featpatch.pairs.tokens import is_padded, unmasked
 from featpatch.patch import Patch
@@ -32,6 +32,9 @@ def do(
 ) -> Iterator[Fired]:
     """Swaps the values of the patch's nodes in every call of the model, generation included.
 
+    The patch acts in the thread that enters this context: calls of the model in other threads run as ever. Nothing else of
+    featpatch measures this model meanwhile in this thread.
+
     Args:
         model: a TransformerBridge or a HookedTransformer.
         patch: what to swap; positions are token indices, or `"all"` for every position of the source.
@@ -51,13 +54,14 @@ def do(
 
     Raises:
         FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, tokens that begin or end with
-            padding and no mask, a mask that hides a position that is swapped, a first call that is shorter than the source, or
-            a patch that never fired.
+            padding and no mask, a mask that hides a position that is swapped, a first call that is shorter than the source,
+            another `do` on this model that is not at its end, or a patch that never fired.
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
+    check_kinds(Patch, patch=patch)
     source = _rows("source", source)
     base = None if base is None else _rows("base", base)
     if not patch.nodes:
@@ -65,8 +69,6 @@ def do(
     if base is not None and base.shape != source.shape:
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
     lens = wrap(model)
-    if lens.patched:
-        raise FeatpatchError("the model is patched already: expected one `do` at a time; put the nodes of both into one Patch")
     mask = None if base is None else _mask(lens, "base", base, attention_mask)
     given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
     shown = _shown(patch, source.shape, [given] if base is None else [mask, given])
@@ -94,7 +96,9 @@ def do(
         yield total
         silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
         if silent:
-            raise FeatpatchError(f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`")
+            raise FeatpatchError(
+                f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`, in its thread"
+            )
 
 
 def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:

@@ -72,6 +72,7 @@ def random_controls(
         FeatpatchError: unusable input, several dictionaries, or a feature that differs in no pair.
     """
     check_numbers(1, n=n)
+    check_numbers(0, seed=seed)
     study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     single = study.complete(progress=progress).where(kind="feature")
     own = single.top(1) if feature is None else single.where(index=feature)

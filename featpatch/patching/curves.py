@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import EFFECTS, Effect, Effects
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
@@ -99,6 +99,8 @@ def cumulative(
         FeatpatchError: unusable input.
     """
     check_numbers(1, most=most)
+    check_kinds(str, by=by)
+    check_kinds(Sequence, directions=directions)
     if by not in EFFECTS or EFFECTS[by] not in directions:
         raise FeatpatchError(f"by={by!r}: expected 'recovery' or 'degradation', and its direction among {list(directions)}")
     asked = Asked(positions, directions, metric, batch_rows, noise)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import interval
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import single_study
@@ -51,8 +51,9 @@ def interactions(
     study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     if features is None:
         features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()
+    check_kinds(Sequence, features=features)
     known = range(dictionary.d_sae)
-    if len(features) < 2 or len(set(features)) < len(features) or not all(type(f) is int and f in known for f in features):
+    if len(features) < 2 or not all(type(f) is int and f in known for f in features) or len(set(features)) < len(features):
         raise FeatpatchError(
             f"features={list(features)}: expected at least two different ones, from 0 to {len(known) - 1}, that differ between "
             "the runs"

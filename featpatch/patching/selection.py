@@ -8,7 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from featpatch.effects import EFFECTS, Effect, Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.pairs import Pairs
 from featpatch.patch import Position
 from featpatch.patching.features import single_study
@@ -70,6 +70,7 @@ def select_features(
     Raises:
         FeatpatchError: unusable input, several dictionaries, or no feature that differs.
     """
+    check_kinds(str, effect=effect)
     if effect not in EFFECTS or not _fits(target, candidates, most):
         raise FeatpatchError(
             f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected 'recovery' or "

@@ -12,7 +12,7 @@ import pandas as pd
 from featpatch.effects import Effects, check_gap
 from featpatch.effects.content import check_columns, check_metadata, nodes_of
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.files import read_json, sha256
+from featpatch.files import as_path, read_json, sha256
 from featpatch.patch import RANKED
 from featpatch.streaming import parts
 from featpatch.streaming.parts import FIELDS
@@ -33,7 +33,7 @@ class Stored:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "folder", as_path(self.folder))
         known = self.about["metrics"]
         if self.metric and self.metric not in known:
             raise FeatpatchError(f"metric {self.metric!r} was not measured: expected one of {', '.join(known)}")

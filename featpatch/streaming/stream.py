@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from featpatch.errors import FeatpatchError
 from featpatch.execution import Executor, executor_of
-from featpatch.files import check_writable, writing
+from featpatch.files import as_path, check_writable, writing
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction
@@ -55,7 +55,7 @@ def stream_features(
             f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected several Pairs, such as "
             "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
         )
-    folder, elsewhere, number = Path(folder), executor_of(executor), -1
+    folder, elsewhere, number = as_path(folder), executor_of(executor), -1
     check_writable(folder / "about.json")
     asked = Asked(positions, directions, metric, batch_rows)
     first = 0

@@ -87,9 +87,11 @@ class Ray(Executor):
         try:
             _check_reachable(self.address)
             ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
+            where = "Ray can't be started here" if self.address is None else f"address={self.address!r}: no Ray there"
             raise FeatpatchError(
-                f"address={self.address!r}: no Ray there ({error}); start one with `ray start --head`"
+                f"{where} ({type(error).__name__}: {error}): expected one that runs; see whether `ray start --head` does, or "
+                "leave out executor='ray'"
             ) from error
         try:
             yield ray

@@ -1,4 +1,4 @@
-"""The SAEs and transcoders of sae-lens as codecs, each left as it was found.
+"""The SAEs and transcoders of sae-lens as codecs; the user's objects are left alone, a codec works on views of their weights.
 
 An SAE in half precision encodes in its own type, so that its features are the user's; what is decoded, and subtracted from
 other decoded activations, is float32, because the rounding of a whole activation would hide what one feature adds.
@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -27,9 +27,6 @@ from featpatch.lens.formats import UNSUPPORTED_CLT
 
 NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
 """Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
-
-RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
-"""Attributes that `turn_off_forward_pass_hook_z_reshaping` and `encode` set."""
 
 
 SIZES = (
@@ -82,10 +79,10 @@ class SaeCodec(Codec):
                 "for inference; save it with save_inference_model and load it again"
             )
         check_sizes(vars(sae.cfg))
-        self.sae, self._decoder, self.dtype = sae, sae, sae.dtype
+        self.sae, self.dtype = sae, sae.dtype
+        self._encoder = self._decoder = _flat(copy(sae))
         if sae.dtype in (torch.bfloat16, torch.float16):
-            self._decoder = deepcopy(sae).to(dtype=torch.float32)
-            self._decoder._setup_activation_normalization()  # its functions keep statistics on the object they were made for
+            self._decoder = _flat(deepcopy(sae).to(dtype=torch.float32))
         self.kind = type(sae).__name__
         self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
         self.d_out = int(getattr(sae.cfg, "d_out", self.d_in))
@@ -108,15 +105,14 @@ class SaeCodec(Codec):
 
     def encode(self, x: torch.Tensor) -> Code:
         """Features (a temporal SAE's novel codes) and, as the state, norms and means, skip path, predicted codes."""
-        sae, wide = self.sae, self._decoder.dtype
+        sae, wide = self._encoder, self._decoder.dtype
         scaled = x.to(device=sae.device, dtype=sae.dtype) * self.scale
         state = {}
-        with _plain(sae):
-            if isinstance(sae, TemporalSAE):
-                features, state["predicted"] = sae.encode_with_predictions(scaled)
-            else:
-                features = sae.encode(scaled)
-            state |= {name: sae.__dict__[name] for name in NORMS if name in sae.__dict__}
+        if isinstance(sae, TemporalSAE):
+            features, state["predicted"] = sae.encode_with_predictions(scaled)
+        else:
+            features = sae.encode(scaled)
+        state |= {name: sae.__dict__.pop(name) for name in NORMS if name in sae.__dict__}
         if hasattr(sae, "W_skip"):
             state["skip"] = x.to(self._decoder.W_skip) @ self._decoder.W_skip.T
         features = features.to_dense() if features.is_sparse else features
@@ -125,8 +121,8 @@ class SaeCodec(Codec):
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
         """The full reconstruction: sae-lens' own, with what its `decode` leaves out."""
         decoder = self._decoder
-        with _plain(decoder):
-            decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
+        decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
+        with _quiet():
             decoded = decoder.decode(features + state["predicted"] if "predicted" in state else features)
         return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
 
@@ -143,22 +139,24 @@ class SaeCodec(Codec):
         return hashlib.sha256(f"{digest(self.sae)} {settings}".encode()).hexdigest()
 
 
-@contextmanager
-def _plain(sae: Any) -> Iterator[None]:
-    """Within this context the SAE takes flat activations and warns of nothing; afterwards it is as it was."""
-    before = {name: sae.__dict__[name] for name in (*NORMS, *RESHAPING) if name in sae.__dict__}
+def _flat(sae: Any) -> Any:
+    """The SAE made to take flat activations; a copy, on which it keeps its statistics."""
     for name in NORMS:
         sae.__dict__.pop(name, None)
+    sae._setup_activation_normalization()  # its functions keep statistics on the object they were made for
     sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this context sae-lens does not warn of what we add."""
     log = logging.getLogger("sae_lens")
     log.addFilter(_silence)
     try:
         yield
     finally:
         log.removeFilter(_silence)
-        for name in (*NORMS, *RESHAPING):
-            sae.__dict__.pop(name, None)
-        sae.__dict__.update(before)
 
 
 def _silence(record: logging.LogRecord) -> bool:

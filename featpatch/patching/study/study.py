@@ -29,6 +29,7 @@ from featpatch.engine import (
 )
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution import Executor, executor_of
+from featpatch.files import as_path
 from featpatch.lens import Lens, provenance
 from featpatch.lens.transport import packed
 from featpatch.pairs import Pairs, check_pairs
@@ -141,7 +142,7 @@ class Study:
         book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
             subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
-            book = Journal.open(Path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
+            book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         if elsewhere is not None and book is not None:
             book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
         collector = Collector(self.readout.names)

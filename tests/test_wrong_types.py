@@ -1,0 +1,184 @@
+"""Arguments of a wrong type or size, to every public function: one FeatpatchError, never another library's traceback."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from commands import run
+from small import Small, small_bridge
+
+import featpatch as fp
+from featpatch.cli.options import spans
+
+SITE = "blocks.1.hook_resid_pre"
+NODE = fp.Node(SITE, "activation")
+WRONG: dict[str, Any] = {
+    "None": None, "text": "x", "float": 3.5, "bool": True, "list": [], "huge": 10**30, "huger": 10**400, "negative": -1,
+    "long": "y" * 5000, "digits": "9" * 5000, "object": object(), "mapping": {},
+}  # fmt: skip
+
+
+def done(small: Small, **changed: Any) -> None:
+    options = {"patch": fp.Patch((NODE,)), "source": small.clean, "base": small.corrupted}
+    fp.do(small.model, **(options | changed)).__enter__()
+
+
+def pair(**changed: Any) -> fp.Pair:
+    return fp.Pair(**({"clean": (1, 2), "corrupted": (1, 3), "correct": (4,), "wrong": (5,)} | changed))
+
+
+REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
+    "report": lambda small, pairs, effects, x: fp.report(x, "r.html", model=small.model, pairs=pairs),
+    "report pairs": lambda small, pairs, effects, x: fp.report(effects, "r.html", model=small.model, pairs=x),
+    "report curve": lambda small, pairs, effects, x: fp.report(effects, "r.html", model=small.model, pairs=pairs, curve=x or 1),
+    "report circuit": lambda small, pairs, effects, x: fp.report(effects, "r", model=small.model, pairs=pairs, circuit=x or 1),
+    "calibrate": lambda small, pairs, effects, x: fp.calibrate(x, effects),
+    "compare": lambda small, pairs, effects, x: fp.compare(x, effects),
+    "compare components": lambda small, pairs, effects, x: fp.compare(effects, x),
+    "verify": lambda small, pairs, effects, x: fp.verify(x, small.model, pairs=pairs),
+    "rank_features model": lambda small, pairs, effects, x: fp.rank_features(x, small.at(SITE), pairs),
+    "rank_features saes": lambda small, pairs, effects, x: fp.rank_features(small.model, x, pairs),
+    "rank_features pairs": lambda small, pairs, effects, x: fp.rank_features(small.model, small.at(SITE), x),
+    "rank_paths senders": lambda small, pairs, effects, x: fp.rank_paths(small.model, pairs, senders=x, receivers=[NODE]),
+    "scrub": lambda small, pairs, effects, x: fp.scrub(small.model, pairs, x),
+    "do patch": lambda small, pairs, effects, x: done(small, patch=x),
+    "do source": lambda small, pairs, effects, x: done(small, source=x),
+    "do base": lambda small, pairs, effects, x: done(small, base=x),
+    "Patch": lambda small, pairs, effects, x: fp.Patch((x,)),
+    "Pair clean": lambda small, pairs, effects, x: pair(clean=x),
+    "Pair clean holds": lambda small, pairs, effects, x: pair(clean=(x, x) if x != -1 else x),
+    "Pair correct": lambda small, pairs, effects, x: pair(correct=x),
+    "Pair correct_sequences": lambda small, pairs, effects, x: pair(correct=(), wrong=(), correct_sequences=x),
+    "Pair labels": lambda small, pairs, effects, x: pair(labels={"a": x}),
+    "Pairs": lambda small, pairs, effects, x: fp.Pairs(x),
+    "Pairs holds": lambda small, pairs, effects, x: fp.Pairs((x,)),
+    "Pairs.check": lambda small, pairs, effects, x: pairs.check(x),
+    "Pairs.drop": lambda small, pairs, effects, x: pairs.drop(x),
+    "from_tokens": lambda small, pairs, effects, x: fp.Pairs.from_tokens(x, x, [3], [4]),
+    "from_tokens answers": lambda small, pairs, effects, x: fp.Pairs.from_tokens(small.clean, small.corrupted, x, x),
+    "from_prompts": lambda small, pairs, effects, x: fp.Pairs.from_prompts(small.model, clean=x, corrupted=x, correct=x),
+    "from_jsonl": lambda small, pairs, effects, x: fp.Pairs.from_jsonl(small.model, x),
+    "from_csv": lambda small, pairs, effects, x: fp.Pairs.from_csv(small.model, x),
+    "Effects.load": lambda small, pairs, effects, x: fp.Effects.load(x),
+    "Stored": lambda small, pairs, effects, x: fp.Stored(x),
+    "pca hook": lambda small, pairs, effects, x: fp.pca(small.model, x, pairs),
+    "pca pairs": lambda small, pairs, effects, x: fp.pca(small.model, SITE, x),
+    "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
+    "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="module")
+def ranked() -> tuple[Small, fp.Pairs, fp.Effects]:
+    small = small_bridge()
+    pairs = fp.Pairs.from_tokens(small.clean[:1], small.corrupted[:1], small.correct[:1], small.wrong[:1])
+    return small, pairs, fp.rank_components(small.model, pairs, sites="z", layers=[0], progress=False)
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_wrong_types_are_refused(ranked: tuple[Small, fp.Pairs, fp.Effects], name: str) -> None:
+    for what, wrong in WRONG.items():
+        try:
+            REFUSING[name](*ranked, wrong)
+        except fp.FeatpatchError:
+            continue
+        except Exception as error:
+            pytest.fail(f"{what} gives a {type(error).__name__}: {str(error)[:200]}", pytrace=False)
+        pytest.fail(f"{what} is taken", pytrace=False)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"index": 5.0}, "index=5.0: expected an integer"),
+        ({"index": "5"}, "index='5': expected an integer"),
+        ({"index": True}, "index=True: expected an integer"),
+        ({"index": 10**30}, "index is an integer of 100 bits: expected at most"),
+        ({"position": True}, "position=True: expected a token index, 'all' or the label"),
+        ({"position": None}, "position=None: expected a token index"),
+        ({"position": 2.0}, "position=2.0: expected a token index"),
+        ({"site": None}, "site is of type NoneType: expected str"),
+        ({"kind": ["feature"]}, "kind is of type list: expected str"),
+    ],
+)
+def test_nodes_of_wrong_types(node: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=re.escape(message)):
+        fp.Node(**({"site": SITE, "kind": "feature", "index": 1} | node))
+
+
+@pytest.mark.parametrize("name", ["features", "pairs", "tokens", "workers"])
+def test_predictions_of_huge_numbers(name: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=rf"{name} is an integer of 1329 bits: expected at most {2**63 - 1}"):
+        fp.predict("gpt2-small", **({"features": 10, "pairs": 10} | {name: 10**400}))  # type: ignore[arg-type]
+
+
+def test_blocks_of_a_huge_size(ranked: tuple[Small, fp.Pairs, fp.Effects], tmp_path: Any) -> None:
+    with pytest.raises(fp.FeatpatchError, match="size is an integer of 100 bits"):
+        next(iter(fp.Pairs.blocks_from_jsonl(ranked[0].model, tmp_path / "none.jsonl", size=10**30)))
+
+
+@pytest.mark.parametrize(("clean", "said"), [((1,) * 17, "fails on 17 tokens"), ((1, 40), "ids from 1 to 40")])
+def test_the_checklist_of_prompts_that_the_model_does_not_take(small: Small, clean: tuple[int, ...], said: str) -> None:
+    """The model has 16 positions and 40 tokens."""
+    pairs = fp.Pairs((pair(clean=clean, corrupted=(2, *clean[1:])),))
+    with pytest.raises(fp.FeatpatchError, match=f"{said}.*expected ids of the model's own tokenizer, and no more of them"):
+        pairs.check(small.model)
+
+
+def test_a_complex_metric_is_refused(ranked: tuple[Small, fp.Pairs, fp.Effects]) -> None:
+    small, pairs, _ = ranked
+    for metric in (
+        lambda logits, correct, wrong: torch.complex(logits[:, 0], logits[:, 1]),
+        lambda logits: torch.complex(logits[0, -1, 0], logits[0, -1, 1]),
+        lambda logits: torch.complex(logits[0, -1, 0], logits[0, -1, 1]).item(),
+        lambda logits: torch.complex(logits[:, -1, 0], logits[:, -1, 1]).mean() if len(logits) > 1 else logits[0, -1, 0],
+    ):
+        with pytest.raises(fp.FeatpatchError, match="gave .*complex"):
+            fp.rank_features(small.model, small.at(SITE), pairs, metric=metric, progress=False)
+
+
+LONG = "y" * 5000
+ONE = ["--model", "m", "--sae", "s", "--pairs", "p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", *ONE, "--model", LONG],
+        ["check", *ONE, "--model", f"./{LONG}"],
+        ["rank", *ONE, "--out", LONG],
+        ["components", "--model", "m", "--pairs", "p.jsonl", "--out", LONG],
+        ["report", LONG],
+        ["compare", LONG, LONG],
+        ["info", LONG],
+        ["run", LONG],
+        ["verify", LONG, "--model", "m", "--pairs", "p.jsonl"],
+        ["predict", "gpt2-small", "--layers", "9" * 5000],
+        ["predict", "gpt2-small", "--features", "9" * 400],
+    ],
+    ids=lambda command: " ".join(part[:12] for part in command),
+)
+def test_options_of_5000_characters(tmp_path: Any, command: list[str]) -> None:
+    done = run(*command, folder=tmp_path)
+    assert done.returncode == 2
+    assert "rror" in done.stderr
+
+
+def test_positions_on_the_command_line() -> None:
+    """By hand: a part in quotes is a label, whatever it looks like."""
+    assert spans("S2,end,3") == ["S2", "end", 3]
+    assert spans('"3","a,b",end, "say ""so""",4') == ["3", "a,b", "end", 'say "so"', 4]
+    assert spans("all") == "all"
+    assert spans('"all"') == ["all"]
+    assert spans("9" * 5000) == ["9" * 5000]
+    for text in ('"3', '"a"b', 'a"b"'):
+        with pytest.raises(fp.FeatpatchError, match="expected a label in double quotes to end with them"):
+            spans(text)

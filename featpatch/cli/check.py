@@ -8,6 +8,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.shown import for_spreadsheets
 
 
 @app.command()
@@ -50,6 +51,6 @@ def check(
             if fits is not None:
                 screen.print(checked(fits))
         if out is not None:
-            found.to_pandas().to_csv(out, index=False)
+            for_spreadsheets(found.to_pandas()).to_csv(out, index=False)
         if not (found.ok and (fits is None or fits.ok)):
             raise typer.Exit(1)

@@ -4,12 +4,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 import featpatch as fp
+from featpatch.untrusted import cell
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def show(
@@ -28,7 +32,7 @@ def show(
         study: the arguments of the ranking; the report shows its model, SAEs and pairs.
     """
     effects.save(out / "effects.safetensors")
-    effects.to_pandas().to_csv(out / "effects.csv", index=False)
+    for_spreadsheets(effects.to_pandas()).to_csv(out / "effects.csv", index=False)
     fp.report(
         effects, out / "report.html", top=top, **{name: study[name] for name in ("model", "saes", "pairs") if name in study}
     )
@@ -52,6 +56,12 @@ def show(
     if "screening" in effects.metadata:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
     console.print(f"wrote effects.safetensors, effects.csv and report.html to {out}/")
+
+
+def for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A table none of whose texts a spreadsheet takes for a formula."""
+    texts = frame.select_dtypes(exclude=["number", "bool"])
+    return frame.assign(**{name: texts[name].map(cell) for name in texts}).rename(columns=cell)
 
 
 def _residuals(metadata: Mapping[str, Any]) -> str:

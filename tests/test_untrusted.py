@@ -1,0 +1,101 @@
+"""Text of users and of foreign files: what it may do to a terminal, a spreadsheet and a figure, and what results say of a user."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run
+
+import featpatch as fp
+
+FORMULA = "=HYPERLINK(0)"
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Path]:
+    folder = fp.load_demo().folder
+    return {"model": folder / "model", "sae": folder / "saes" / "blocks.3.hook_resid_post"}
+
+
+def pairs_file(folder: Path, label: str, **tags: str) -> Path:
+    """Two pairs whose answer has this label; and these tags."""
+    lines = (fp.load_demo().folder / "pairs" / "capitals.jsonl").read_text().splitlines()[:2]
+    pairs = [json.loads(line) for line in lines]
+    for pair in pairs:
+        pair["labels"][label] = pair["labels"].pop("end")
+        pair["tags"] = {**pair["tags"], **tags}
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return folder / "pairs.jsonl"
+
+
+def number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_no_cell_of_a_csv_is_a_formula(tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label that is one is text; numbers are those of the table, negative ones too."""
+    pairs_file(tmp_path, FORMULA)
+    options = ["--model", inputs["model"], "--pairs", "pairs.jsonl"]
+    done = run("rank", *options, "--sae", inputs["sae"], "--positions", FORMULA, "--out", "r", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    detail = fp.pairs.checklist.Finding
+    monkeypatch.setattr("featpatch.pairs.checklist.Finding", lambda *given: detail(*given[:-1], "@SUM(1)"))
+    run("check", *options, "--out", "found.csv", folder=tmp_path)
+    for name, text in (("r/effects.csv", f"'{FORMULA}"), ("found.csv", "'@SUM(1)")):
+        with (tmp_path / name).open(newline="") as file:
+            cells = [value for row in csv.reader(file) for value in row]
+        assert text in cells
+        assert [value for value in cells if value[:1] in ("=", "+", "-", "@") and not number(value)] == []
+    table = fp.Effects.load(tmp_path / "r" / "effects.safetensors")
+    with (tmp_path / "r" / "effects.csv").open(newline="") as file:
+        written = [float(row["recovery"]) for row in csv.DictReader(file)]
+    assert written == pytest.approx(table.pooled("recovery").tolist())
+    assert min(written) < 0
+    assert table.nodes[0].position == FORMULA
+
+
+def test_results_say_how_they_were_made_and_not_by_whom(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """No folder of the user is in a table or its report; what repeats the run is."""
+    pairs = pairs_file(tmp_path, "end")
+    given = {"--model": inputs["model"], "--sae": inputs["sae"], "--positions": "end", "--pairs": pairs, "--top": "3"}
+    out = f"--out={tmp_path / 'r'}"
+    done = run("rank", *[part for option in given.items() for part in option], out, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = fp.Effects.load(tmp_path / "r" / "effects.safetensors")
+    assert made.metadata["command"] == (
+        "featpatch rank --model model --sae blocks.3.hook_resid_post --positions end --pairs pairs.jsonl --top 3 --out=r"
+    )
+    assert made.metadata["model"]["name"] == "model"
+    folders = (str(tmp_path), str(inputs["model"].parent))
+    for name in ("effects.safetensors", "effects.csv", "report.html"):
+        content = (tmp_path / "r" / name).read_bytes()
+        assert not [folder for folder in folders if folder.encode() in content]
+    assert fp.verify(made, fp.load(inputs["model"]).model, fp.Pairs.from_jsonl(fp.load_demo().model, pairs),
+                     saes=fp.load_demo().saes, rows=3, progress=False).ok  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/home/u/bin/featpatch", "rank", "--sae", "gpt2-small-res-jb/blocks.8.hook_resid_pre", "--pairs", "../u/p.jsonl"],
+         "featpatch rank --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs p.jsonl"),
+        (["/u/featpatch/cli/__main__.py", "rank", "--model=C:\\u\\m", "--out=/u/a=/u/b", "--address", "ray://u:secret@h:1"],
+         "featpatch rank '--model=m' --out=b --address ..."),
+        (["featpatch", "rank", "--address=ray://u:secret@h:1", "--json", "--workers", "2"],
+         "featpatch rank --address=... --json --workers 2"),
+        (["/home/u/study.py", "--token", "hf_secret", "hf_secret"], "study.py"),
+    ],
+)  # fmt: skip
+def test_the_command_that_a_table_names(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shlex import split
+
+    monkeypatch.setattr("sys.argv", arguments)
+    made: Any = fp.load_demo()
+    effects = fp.rank_features(made.model, made.saes[0], made.pairs("capitals", n=1), progress=False)
+    assert split(effects.metadata["command"]) == split(said)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,71 @@ def test_the_command_that_a_table_names(arguments: list[str], said: str, monkeyp
     made: Any = fp.load_demo()
     effects = fp.rank_features(made.model, made.saes[0], made.pairs("capitals", n=1), progress=False)
     assert split(effects.metadata["command"]) == split(said)
+
+
+STEERING = "\x1b[31m\x1b]8;;http://a\x07\x9b2J\u202e\u2066\x08\x00[/bold][red]:smile:"
+STEERS = {"\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\x08", "\x00"}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
+    """A folder with pairs, effects and a report whose label and tags steer a terminal."""
+    folder = tmp_path_factory.mktemp("hostile")
+    pairs_file(folder, STEERING, kind=STEERING)
+    loaded = fp.load(inputs["model"], inputs["sae"], check=False)
+    pairs = fp.Pairs.from_jsonl(loaded.model, folder / "pairs.jsonl")
+    effects = fp.rank_features(*loaded, pairs, positions=[STEERING], progress=False)
+    replace(effects, metadata={**effects.metadata, "note": STEERING}).save(folder / "effects.safetensors")
+    fp.rank_components(loaded.model, pairs, positions=[STEERING], progress=False).save(folder / "components.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "effects.safetensors"],
+        ["compare", "effects.safetensors", "components.safetensors"],
+        ["check", "--pairs", "pairs.jsonl", "--model", "{model}", "--sae", "{sae}"],
+        ["check", "--pairs", "pairs.jsonl", "--model", "{model}", "--sae", "{sae}", "--json"],
+        ["rank", "--pairs", "pairs.jsonl", "--model", "{model}", "--sae", "{sae}", "--out", "[x]", "--positions", STEERING],
+        ["rank", "--pairs", STEERING.replace("\x00", ""), "--model", "{model}", "--sae", "{sae}", "--out", "x"],
+        ["rank", "--pairs", "pairs.jsonl", "--model", "[/red]", "--sae", "{sae}"],
+        ["rank", "--pairs", "pairs.jsonl", "--model", "{model}", "--sae", "{sae}", "--positions", "\x1b[31m"],
+        ["report", "effects.safetensors", "--out", "[red][/x].html"],
+        ["demo", "--task", STEERING],
+        ["demo", f"--{STEERING}"],
+        [f"--{STEERING}"],
+        [STEERING],
+    ],
+    ids=lambda arguments: arguments[0][:9].strip("\x1b"),
+)
+def test_a_terminal_is_not_steered(hostile: Path, inputs: dict[str, Path], arguments: list[str]) -> None:
+    """No command raises or prints what steers; markup is shown as it is."""
+    done = run(*[argument.format(**inputs) for argument in arguments], folder=hostile)
+    assert [sign for sign in STEERS if sign in done.stdout + done.stderr] == []
+    said = "".join((done.stdout + done.stderr).split())
+    for text in arguments:
+        if "[" in text and "{" not in text and "\x1b" not in text:
+            assert text in said
+    if STEERING in arguments or arguments[0] == "info":
+        assert "[/bold][red]" in said.replace("\u2502", "")
+
+
+def test_what_python_prints_does_not_steer(hostile: Path, inputs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Results, nodes and errors as text, and what `fp.load` prints."""
+    model, sae = fp.load(inputs["model"], inputs["sae"], check=False)
+    pairs = fp.Pairs.from_jsonl(model, hostile / "pairs.jsonl")
+    effects, components = (fp.Effects.load(hostile / f"{name}.safetensors") for name in ("effects", "components"))
+    options: dict[str, Any] = {"positions": [STEERING], "progress": False}
+    estimates = fp.estimate_features(model, sae, pairs, **options)
+    model.cfg.model_name = STEERING
+    capsys.readouterr()
+    fp.load(model, sae, pairs=pairs)
+    with pytest.raises(fp.FeatpatchError) as error:
+        raise fp.FeatpatchError(STEERING)
+    verified = replace(fp.verify(effects, model, pairs, saes=sae, rows=1, progress=False), versions=(STEERING,))
+    shown = [capsys.readouterr().out, repr(effects), repr(pairs), repr(fp.compare(effects, components)), str(effects.nodes[0]),
+             repr(fp.calibrate(estimates, effects)), str(error.value),
+             repr(fp.check(model, sae, pairs)), repr(verified)]  # fmt: skip
+    assert [text for text in shown if STEERS & set(text)] == []
+    assert all("\\x1b" in text for text in (shown[0], *shown[3:5], *shown[6:]))

@@ -11,6 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
+from featpatch.untrusted import visible
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +64,7 @@ class Calibration:
         return figure
 
     def __repr__(self) -> str:
-        return f"{self.effect}, estimate against exact\n{self.table().round(3).to_string(index=False)}"
+        return visible(f"{self.effect}, estimate against exact\n{self.table().round(3).to_string(index=False)}")
 
     def _agreement(self, rows: NDArray[np.bool_], k: int) -> dict[str, float]:
         estimate, exact = self.estimate[rows], self.exact[rows]

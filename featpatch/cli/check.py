@@ -41,7 +41,7 @@ def check(
         if as_json:
             typer.echo(found.to_pandas().to_json(orient="records", indent=1))
             if fits is not None:
-                typer.echo(repr(fits), err=True)
+                console(json=True).print(repr(fits), highlight=False)
         else:
             screen = console()
             screen.print(

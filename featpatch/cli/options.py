@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 import featpatch as fp
 from featpatch.errors import FeatpatchError
 from featpatch.families import names
+from featpatch.screen import Screen
 
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -42,7 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 def study(
-    console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
+    console: Screen, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
 ) -> dict[str, Any]:
     """The arguments of `rank_features` and `plan`; prints how the SAEs fit the model."""
     from featpatch.terminal import checked

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 import featpatch as fp
+from featpatch.screen import Screen
 from featpatch.untrusted import cell
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show(
-    console: Console,
+    console: Screen,
     effects: "fp.Effects",
     top: int,
     out: Path,
@@ -48,7 +48,7 @@ def show(
         console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
     console.print(ranked(effects.top(top), descriptions))
     for node, description in (descriptions or {}).items():
-        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False, markup=False)
+        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":

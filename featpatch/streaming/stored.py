@@ -17,6 +17,7 @@ from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.foreign import read_json
 from featpatch.patch import RANKED
 from featpatch.streaming.parts import FIELDS, node_of, path_of
+from featpatch.untrusted import visible
 
 FORMAT = "featpatch stored effects 1"
 
@@ -148,7 +149,8 @@ class Stored:
         return pd.concat(found, ignore_index=True)
 
     def __repr__(self) -> str:
-        return f"effects of {len(self.pairs):,} pairs in {len(self.blocks)} blocks in {str(self.folder)!r}: {self.metric}"
+        said = f"effects of {len(self.pairs):,} pairs in {len(self.blocks)} blocks in {str(self.folder)!r}: {self.metric}"
+        return visible(said)
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:

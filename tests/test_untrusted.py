@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -168,3 +169,98 @@ def test_what_python_prints_does_not_steer(hostile: Path, inputs: dict[str, Path
              repr(fp.check(model, sae, pairs)), repr(verified)]  # fmt: skip
     assert [text for text in shown if STEERS & set(text)] == []
     assert all("\\x1b" in text for text in (shown[0], *shown[3:5], *shown[6:]))
+
+
+LINK = "<a href='https://evil.example'>x</a><b>&lt;b&gt;"
+
+
+def texts(content: Any) -> list[str]:
+    """Every text in a figure's JSON."""
+    if isinstance(content, dict):
+        return [text for value in content.values() for text in texts(value)]
+    return (
+        [content]
+        if isinstance(content, str)
+        else [text for one in content for text in texts(one)]
+        if isinstance(content, list)
+        else []
+    )
+
+
+def figures(effects: fp.Effects, components: fp.Effects, estimates: fp.Effects) -> dict[str, Any]:
+    """All kinds of a table whose names and labels are links."""
+    features = effects.take(effects.ranked)
+    drawn = fp.diagram.graph(features.nodes[:2], features.pooled("recovery")[:2])
+    key = (features.nodes[0].sae, features.nodes[0].position)
+    sets = replace(features.take([0]), nodes=(replace(features.nodes[0], kind="set", index=0),), taken_from=None)
+    curve = fp.patching.curves.Curve({key: [0]}, effects, sets, {key: [1]})
+    return {
+        "quadrants": effects.plot.quadrants(), "sites": effects.plot.sites(), "heatmap": effects.plot.heatmap(),
+        "features": effects.plot.heatmap(kind="feature"), "comparison": fp.compare(effects, components).plot(),
+        "calibration": fp.calibrate(estimates, effects).plot(), "curve": curve.plot(), "diagram": fp.diagram.figure(drawn),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def linked(inputs: dict[str, Path]) -> tuple[fp.Effects, fp.Effects, fp.Effects]:
+    """Exact effects of features and of components, and estimates, with links in names and labels."""
+    loaded, made = fp.load(inputs["model"], inputs["sae"], check=False), fp.load_demo()
+    pairs = made.pairs("capitals", n=2)
+    options: dict[str, Any] = {"positions": ["end"], "progress": False}
+    tables = (fp.rank_features(*loaded, pairs, **options), fp.rank_components(loaded.model, pairs, **options),
+              fp.estimate_features(*loaded, pairs, **options))  # fmt: skip
+    return tuple(
+        replace(t, nodes=tuple(replace(n, position=LINK, sae=n.sae and n.sae + LINK) for n in t.nodes)) for t in tables
+    )  # type: ignore[return-value]
+
+
+def test_no_figure_holds_a_link_of_others(linked: tuple[fp.Effects, fp.Effects, fp.Effects]) -> None:
+    """Not even as text: what reaches Plotly shows as it was given, tags of ours (line ends) aside."""
+    for name, figure in figures(*linked).items():
+        found = [
+            text
+            for text in texts(json.loads(figure.to_json())["data"] + [json.loads(figure.to_json())["layout"]])
+            if "href" in text
+        ]
+        assert found, name
+        assert [text for text in found if "<a" in text or "<b>" in text] == [], name
+        assert all("&amp;lt;b&amp;gt;" in text for text in found), name
+
+
+def test_a_browser_shows_names_as_they_are(
+    linked: tuple[fp.Effects, fp.Effects, fp.Effects], browser: Any, tmp_path: Path
+) -> None:
+    """No link but those of the page itself; the axis of the sites reads what the label says."""
+    effects, components, _ = linked
+    path = effects.report(tmp_path / "links.html", components=components)
+    browser.get(path.as_uri())
+    ready = "return document.querySelectorAll('.js-plotly-plot .xtick').length > 0 && document.querySelectorAll('table.dataTable tbody tr').length > 0"
+    for _ in range(600):
+        if browser.execute_script(ready):
+            break
+        sleep(0.05)
+    links = "return [...document.querySelectorAll('a')].map(a => a.getAttribute('href') || a.getAttribute('xlink:href') || '')"
+    assert [link for link in browser.execute_script(links) if "evil" in link] == []
+    ticks = browser.execute_script(
+        "return [...document.querySelectorAll('.js-plotly-plot .xtick text')].map(t => t.textContent)"
+    )
+    assert any(LINK in tick for tick in ticks)
+
+
+@pytest.mark.parametrize("name", ["javascript:alert(1)", "a\"onclick='x'<b>", "../..//evil.example", "x?y#z", ["a"], None])
+def test_links_go_to_neuronpedia_alone(name: Any) -> None:
+    """Whatever a foreign configuration says its identifier is."""
+    from types import SimpleNamespace
+    from urllib.parse import urlsplit
+
+    from featpatch.reporting import _link
+
+    source = SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(neuronpedia_id=name)))
+    link = _link(source, fp.Node("blocks.0.hook_resid_post", "feature", 3))
+    if not isinstance(name, str):
+        assert link == ""
+        return
+    parts = urlsplit(link)
+    assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("https", "www.neuronpedia.org", "", "")
+    assert not set(link) & set("\"'<> ")
+    assert link.endswith("/3")

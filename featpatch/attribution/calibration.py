@@ -11,7 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
-from featpatch.untrusted import visible
+from featpatch.untrusted import in_figure, visible
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,10 +54,10 @@ class Calibration:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
-        names = np.array([node.sae or node.site for node in self.nodes])
+        names = np.array([in_figure(node.sae or node.site) for node in self.nodes])
         for name in dict.fromkeys(names.tolist()):
             at = np.flatnonzero(names == name)
-            text = [str(self.nodes[row]) for row in at]
+            text = [in_figure(str(self.nodes[row])) for row in at]
             figure.add_scatter(x=self.estimate[at], y=self.exact[at], mode="markers", name=str(name), text=text)
         ends = [float(min(self.estimate.min(), self.exact.min())), float(max(self.estimate.max(), self.exact.max()))]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal")

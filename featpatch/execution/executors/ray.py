@@ -6,7 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -86,7 +86,8 @@ class Ray(Executor):
         options = {"address": self.address} if self.address else own
         try:
             _check_reachable(self.address)
-            ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
+            with nullcontext() if self.address else _silent():
+                ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
         except (OSError, RuntimeError, ValueError) as error:
             raise FeatpatchError(
                 f"address={self.address!r}: no Ray there ({error}); start one with `ray start --head`"
@@ -95,6 +96,20 @@ class Ray(Executor):
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What is started within reports nothing to Ray's makers, and does not ask which cloud it is in."""
+    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        else:
+            os.environ["RAY_USAGE_STATS_ENABLED"] = before
 
 
 def _check_reachable(address: str | None) -> None:

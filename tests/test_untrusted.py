@@ -190,7 +190,7 @@ def texts(content: Any) -> list[str]:
 def figures(effects: fp.Effects, components: fp.Effects, estimates: fp.Effects) -> dict[str, Any]:
     """All kinds of a table whose names and labels are links."""
     features = effects.take(effects.ranked)
-    drawn = fp.diagram.graph(features.nodes[:2], features.pooled("recovery")[:2])
+    drawn = fp.diagram.graph(features.nodes[:2], features.pooled("recovery")[:2].tolist())
     key = (features.nodes[0].sae, features.nodes[0].position)
     sets = replace(features.take([0]), nodes=(replace(features.nodes[0], kind="set", index=0),), taken_from=None)
     curve = fp.patching.curves.Curve({key: [0]}, effects, sets, {key: [1]})

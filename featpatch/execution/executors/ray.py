@@ -86,7 +86,7 @@ class Ray(Executor):
         options = {"address": self.address} if self.address else own
         try:
             _check_reachable(self.address)
-            with nullcontext() if self.address else _silent():
+            with nullcontext() if self.address else _silent(ray._private.services):
                 ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
         except (OSError, RuntimeError, ValueError) as error:
             raise FeatpatchError(
@@ -99,13 +99,19 @@ class Ray(Executor):
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """What is started within reports nothing to Ray's makers, and does not ask which cloud it is in."""
-    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
+def _silent(services: Any) -> Iterator[None]:
+    """What is started within sends nothing to Ray's makers and does not ask which cloud it is in.
+
+    Ray asks in the process of its dashboard, which starts even without a dashboard and with statistics off, for the module of
+    these statistics alone. Ray goes on where that process can't be started, which `(None, None)` says.
+    """
+    start, before = getattr(services, "start_api_server", None), os.environ.get("RAY_USAGE_STATS_ENABLED")
+    services.start_api_server = lambda *_, **__: (None, None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         yield
     finally:
+        services.start_api_server = start
         if before is None:
             del os.environ["RAY_USAGE_STATS_ENABLED"]
         else:

@@ -207,7 +207,7 @@ def linked(inputs: dict[str, Path]) -> tuple[fp.Effects, fp.Effects, fp.Effects]
     loaded, made = fp.load(inputs["model"], inputs["sae"], check=False), fp.load_demo()
     pairs = made.pairs("capitals", n=2)
     options: dict[str, Any] = {"positions": ["end"], "progress": False}
-    tables = (fp.rank_features(*loaded, pairs, **options), fp.rank_components(loaded.model, pairs, **options),
+    tables = (fp.rank_features(*loaded, pairs, **options), fp.rank_components(loaded.model, pairs, sites=["resid_post"], **options),
               fp.estimate_features(*loaded, pairs, **options))  # fmt: skip
     return tuple(
         replace(t, nodes=tuple(replace(n, position=LINK, sae=n.sae and n.sae + LINK) for n in t.nodes)) for t in tables
@@ -217,11 +217,7 @@ def linked(inputs: dict[str, Path]) -> tuple[fp.Effects, fp.Effects, fp.Effects]
 def test_no_figure_holds_a_link_of_others(linked: tuple[fp.Effects, fp.Effects, fp.Effects]) -> None:
     """Not even as text: what reaches Plotly shows as it was given, tags of ours (line ends) aside."""
     for name, figure in figures(*linked).items():
-        found = [
-            text
-            for text in texts(json.loads(figure.to_json())["data"] + [json.loads(figure.to_json())["layout"]])
-            if "href" in text
-        ]
+        found = [text for text in texts(json.loads(figure.to_json())) if "href" in text]
         assert found, name
         assert [text for text in found if "<a" in text or "<b>" in text] == [], name
         assert all("&amp;lt;b&amp;gt;" in text for text in found), name

@@ -3,12 +3,17 @@
 Every message names the value that was met, what was expected, and what to do next.
 """
 
+from featpatch.untrusted import visible
+
 LARGEST = 2**63 - 1
 """The largest integer that arrays and files can hold."""
 
 
 class FeatpatchError(ValueError):
     """Input that featpatch refuses; the message says value, expectation and next action."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 def check_numbers(least: int, /, **given: object) -> None:

@@ -1,13 +1,11 @@
 """A model and its SAEs, by name, by folder or as they are, checked against each other."""
 
-import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from featpatch.console import PlainConsole
 from featpatch.lens import load_model, load_sae, several, wanted_processing
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
@@ -72,7 +70,7 @@ def load(
     wanted = wanted_processing(found) if processing is None else processing
     made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
     if check and found:
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = PlainConsole(width=160)
         prompts = pairs or _prompts(made)
         if prompts is None:
             console.print("no self-check: the built-in sentences don't suit this tokenizer or model; give pairs=...")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.untrusted import visible
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
 """`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
@@ -76,7 +77,7 @@ class Node:
     def __str__(self) -> str:
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
         of = f" of {self.sae}" if self.sae not in ("", self.site) else ""
-        return f"{self.site} {name}{of} @ {self.position}"
+        return visible(f"{self.site} {name}{of} @ {self.position}")
 
 
 LOGITS = Node("logits", "activation")

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import torch
@@ -135,7 +136,7 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
         )
         dictionary = by_name[node.sae]
         facts = _facts(lens, dictionary, node, row, index)
-        portraits[node] = Portrait(index, clean, corrupted, facts, _link(dictionary, node))
+        portraits[node] = Portrait(index, clean, corrupted, facts, _link(dictionary.source, node))
     return portraits
 
 
@@ -170,7 +171,7 @@ def _written(portrait: Portrait, node: Node, writers: "pd.DataFrame") -> Portrai
     return replace(portrait, facts=facts)
 
 
-def _link(dictionary: Dictionary, node: Node) -> str:
-    cfg = getattr(dictionary.source, "cfg", None)
+def _link(sae: Any, node: Node) -> str:
+    cfg = getattr(sae, "cfg", None)
     name = getattr(getattr(cfg, "metadata", None), "neuronpedia_id", None)
-    return f"https://www.neuronpedia.org/{name}/{node.index}" if name else ""
+    return f"https://www.neuronpedia.org/{quote(name)}/{node.index}" if isinstance(name, str) and name else ""

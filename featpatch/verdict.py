@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from featpatch.untrusted import visible
+
 LITTLE = 0.5
 """Explained variance below which a dictionary is not said to fit."""
 MARGIN = 0.05
@@ -74,7 +76,8 @@ class Check:
             f"{fit.dictionary}: {fit.verdict}, explains {fit.explained_variance:.2f}{claim}. {fit.misfit}".strip()
             for fit, claim in zip(self.fits, claims, strict=True)
         ]
-        return "\n  ".join([f"check on {self.positions} positions of {self.model}, weights {self.weights}", *fits])
+        said = f"check on {self.positions} positions of {self.model}, weights {self.weights}"
+        return visible("\n  ".join([said, *fits]))
 
     @property
     def ok(self) -> bool:

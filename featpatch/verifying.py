@@ -15,6 +15,7 @@ from featpatch.metrics import MEASURES, SEQUENCES
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.patch import Edge, Node
 from featpatch.patching import Asked, Study, component_study, feature_study, path_study
+from featpatch.untrusted import visible
 
 TOLERANCE = 1e-4
 """By so much of gap or size a value may differ: what batches of another size and rounding explain, in float32."""
@@ -50,7 +51,7 @@ class Verified:
     def __repr__(self) -> str:
         verdict = "as they were" if self.ok else "NOT as they were"
         changed = f"; other versions: {', '.join(self.versions)}" if self.versions else ""
-        return (
+        return visible(
             f"{len(self.nodes)} random rows measured again, {verdict}: largest difference {max(self.differences):.2g} of the "
             f"metric's size (accepted {self.tolerance:.2g}){changed}"
         )

@@ -147,10 +147,10 @@ def test_shipped_pairs_pass(demo: fp.Demo) -> None:
 
 
 def test_tables(demo: fp.Demo, capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
+    from featpatch.console import PlainConsole
 
     found = check(pairs_of(demo, GOOD, GOOD), demo.model)
-    console = Console(width=160)
+    console = PlainConsole(width=160)
     console.print(totals(found))
     console.print(by_pair(found, lambda pair: "[b]markup[/b]"))
     printed = capsys.readouterr().out

@@ -11,6 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.patch import Node
+from featpatch.untrusted import in_figure, visible
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,17 +54,17 @@ class Calibration:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
-        names = np.array([node.sae or node.site for node in self.nodes])
+        names = np.array([in_figure(node.sae or node.site) for node in self.nodes])
         for name in dict.fromkeys(names.tolist()):
             at = np.flatnonzero(names == name)
-            text = [str(self.nodes[row]) for row in at]
+            text = [in_figure(str(self.nodes[row])) for row in at]
             figure.add_scatter(x=self.estimate[at], y=self.exact[at], mode="markers", name=str(name), text=text)
         ends = [float(min(self.estimate.min(), self.exact.min())), float(max(self.estimate.max(), self.exact.max()))]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal")
         return figure
 
     def __repr__(self) -> str:
-        return f"{self.effect}, estimate against exact\n{self.table().round(3).to_string(index=False)}"
+        return visible(f"{self.effect}, estimate against exact\n{self.table().round(3).to_string(index=False)}")
 
     def _agreement(self, rows: NDArray[np.bool_], k: int) -> dict[str, float]:
         estimate, exact = self.estimate[rows], self.exact[rows]

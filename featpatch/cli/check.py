@@ -9,6 +9,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.files import check_writable, writing
+from featpatch.untrusted import for_spreadsheets
 
 
 @app.command()
@@ -43,7 +44,7 @@ def check(
         if as_json:
             typer.echo(found.to_pandas().to_json(orient="records", indent=1))
             if fits is not None:
-                typer.echo(repr(fits), err=True)
+                console(json=True).print(repr(fits), highlight=False)
         else:
             screen = console()
             screen.print(
@@ -54,6 +55,6 @@ def check(
                 screen.print(checked(fits))
         if out is not None:
             with writing(out) as file:
-                found.to_pandas().to_csv(file, index=False)
+                for_spreadsheets(found.to_pandas()).to_csv(file, index=False)
         if not (found.ok and (fits is None or fits.ok)):
             raise typer.Exit(1)

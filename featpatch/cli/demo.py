@@ -34,7 +34,7 @@ def demo(
     with clear_errors():
         results = Output.open(out)
         screen = console(json=as_json)
-        screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of [bold]{task}[/] (seed {seed})")
+        screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of {task} (seed {seed})")
         shipped = fp.load_demo()
         drawn = shipped.pairs(task, n=pairs, seed=seed)
         decode = shipped.model.tokenizer.decode

@@ -30,5 +30,5 @@ def info(
         screen = console()
         screen.print(f"{len(table)} rows of {table.value} effects, {table.rows_ranked} ranked, {len(table.clean)} pairs")
         for name, value in table.about().items():
-            screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False, markup=False)
-        screen.print(repr(table.top(top)), highlight=False, markup=False)
+            screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False)
+        screen.print(repr(table.top(top)), highlight=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 import featpatch as fp
+from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
 from featpatch.families import names
 
@@ -49,7 +49,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 def study(
-    console: Console, model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
+    console: PlainConsole,
+    model: str,
+    sae: list[str],
+    pairs: Path,
+    positions: str,
+    direction: str,
+    metric: list[str],
+    device: str,
 ) -> dict[str, Any]:
     """The arguments of `rank_features` and `plan`; prints how the SAEs fit the model."""
     from featpatch.terminal import checked

@@ -11,6 +11,7 @@ import featpatch as fp
 from featpatch.errors import FeatpatchError
 from featpatch.files import Lock, check_writable, lock, writing
 from featpatch.lens import dictionaries, provenance, wrap
+from featpatch.untrusted import for_spreadsheets
 
 EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
 
@@ -107,7 +108,7 @@ class Output:
 def _write(folder: Path, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> None:
     effects.save(folder / EFFECTS)
     with writing(folder / CSV) as file:
-        effects.to_pandas().to_csv(file, index=False)
+        for_spreadsheets(effects.to_pandas()).to_csv(file, index=False)
     fp.report(effects, folder / REPORT, top=top, **{name: study[name] for name in ("model", "saes", "pairs") if name in study})
 
 

@@ -6,16 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
 
 import featpatch as fp
 from featpatch.cli.app import INTERRUPTED
 from featpatch.cli.output import Output
+from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
 
 
 def show(
-    console: Console,
+    console: PlainConsole,
     effects: "fp.Effects",
     top: int,
     out: Output,
@@ -50,7 +50,7 @@ def show(
         raise typer.Exit(INTERRUPTED)
 
 
-def _print(console: Console, effects: "fp.Effects", top: int, descriptions: Mapping[Any, Any] | None) -> None:
+def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions: Mapping[Any, Any] | None) -> None:
     from featpatch.terminal import ranked, site_summary
 
     for name in effects.metrics:
@@ -60,7 +60,7 @@ def _print(console: Console, effects: "fp.Effects", top: int, descriptions: Mapp
         console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
     console.print(ranked(effects.top(top), descriptions))
     for node, description in (descriptions or {}).items():
-        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False, markup=False)
+        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":

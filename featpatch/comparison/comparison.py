@@ -14,6 +14,7 @@ from featpatch.comparison.written import Written
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.pairs import Pairs
+from featpatch.untrusted import visible
 
 SHOWN = 5
 SAME = ("pairs", "of_pairs", "metric", "noise", "ablation")
@@ -90,7 +91,7 @@ class Comparison:
             f"{title}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}"
             for title, frame in self._sections().items()
         ]
-        return "\n\n".join([*shown, *self._notes()])
+        return visible("\n\n".join([*shown, *self._notes()]))
 
     def _repr_html_(self) -> str:
         shown = [

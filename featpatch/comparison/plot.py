@@ -1,7 +1,6 @@
 """The effect of each place's component against the sum over the single features there."""
 
 from collections.abc import Sequence
-from html import escape
 
 import numpy as np
 import pandas as pd
@@ -9,13 +8,14 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from featpatch.comparison.cells import cells
 from featpatch.effects import Effect
+from featpatch.untrusted import in_figure
 
 
 def scatter(table: pd.DataFrame, effects: Sequence[Effect]) -> go.Figure:
     """A point per cell and effect, with the diagonal on which both are equal; names show under the pointer."""
     found, figure = cells(table), go.Figure()
     names = [
-        escape(f"{row['site']} @ {row['position']}" + (f" ({row['sae']})" if row["sae"] != row["site"] else ""))
+        in_figure(f"{row['site']} @ {row['position']}" + (f" ({row['sae']})" if row["sae"] != row["site"] else ""))
         for _, row in found.iterrows()
     ]
     for effect in effects:

@@ -1,12 +1,12 @@
 """A graph as a plotly figure: hooks upwards, positions across."""
 
-from html import escape
 from typing import Any
 
 from featpatch.diagram.content import NEGATIVE, POSITIVE, Content, content, digits
 from featpatch.diagram.curves import middles
 from featpatch.diagram.layout import Layout, layout
 from featpatch.diagram.naming import label, short
+from featpatch.untrusted import in_figure
 
 WIDEST, THINNEST = 7.0, 0.6
 SYMBOLS = {"feature": "circle", "error": "diamond", "head": "square", "activation": "hexagon2", "neuron": "triangle-up"}
@@ -48,7 +48,7 @@ def _edges(drawn: Any, said: Content, places: Layout) -> None:
         drawn.add_scatter(
             x=[x0, x, x1], y=[y0, y, y1], mode="lines", line=line, opacity=0.65, hoverinfo="skip", showlegend=False
         )
-    names = [escape(label(node), quote=False) for node in said.nodes]
+    names = [in_figure(label(node)) for node in said.nodes]
     drawn.add_scatter(
         x=[x for x, _ in middle],
         y=[y for _, y in middle],
@@ -81,7 +81,7 @@ def _nodes(drawn: Any, said: Content, places: Layout) -> None:
             "size": 20,
             "line": {"color": ["#b0bec5" if effect is None else "#37474f" for effect in said.effects], "width": 1.5},
         },
-        text=[escape(short(node), quote=False) for node in said.nodes],
+        text=[in_figure(short(node)) for node in said.nodes],
         textposition="middle right",
         textfont={"size": 12, "shadow": "0 0 2px white, 0 0 2px white, 0 0 4px white, 0 0 4px white"},
         hovertext=[_about(said, n) for n in range(len(said.nodes))],
@@ -102,7 +102,7 @@ def symbol(kind: str) -> str:
 def _about(said: Content, n: int) -> str:
     """The text that shows at a node."""
     arriving, leaving = (sum(getattr(edge, end) == n for edge in said.edges) for end in ("target", "source"))
-    name = escape(label(said.nodes[n]), quote=False)
+    name = in_figure(label(said.nodes[n]))
     return f"{name}<br>effect {digits(said.effects[n])}<br>edges: {arriving} in, {leaving} out"
 
 
@@ -119,7 +119,7 @@ def _axes(drawn: Any, places: Layout) -> None:
     drawn.update_xaxes(
         title="position",
         tickvals=[middle for middle, _ in places.columns],
-        ticktext=[escape(name, quote=False) for _, name in places.columns],
+        ticktext=[in_figure(name) for _, name in places.columns],
         range=[min(left, *places.x) - 0.6, max(right, *places.x) + 0.6],
         showgrid=False,
         zeroline=False,
@@ -127,7 +127,7 @@ def _axes(drawn: Any, places: Layout) -> None:
     drawn.update_yaxes(
         showgrid=False,
         tickvals=list(range(len(places.rows))),
-        ticktext=[escape(name, quote=False) for name in places.rows],
+        ticktext=[in_figure(name) for name in places.rows],
         range=[-0.6, len(places.rows) - 0.5],
         zeroline=False,
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featpatch.effects.effects import Effects
 from featpatch.patch import DIRECTIONS, Direction, Node
+from featpatch.untrusted import without_folder
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ class Collector:
         nodes, row, pair = tuple(self.rows), np.array(self.row, dtype=np.int64), np.array(self.pair, dtype=np.int64)
         none = np.zeros((0, len(self.metrics)))
         denoised, noised = (np.concatenate([none, *self.values[direction]]) for direction in DIRECTIONS)
-        made = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        made = {"command": _command(), "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         tables = {
             metric: Effects(
                 nodes=nodes,
@@ -63,3 +61,19 @@ class Collector:
         }
         first = tables.pop(self.metrics[0])
         return replace(first, others=tables)
+
+
+def _command() -> str:
+    """The program; of featpatch's own with its options, without the folders in them.
+
+    Arguments of other programs are left out: they may hold passwords and tokens. So is the address of a cluster.
+    """
+    program = Path(sys.argv[0])
+    if program.stem != "featpatch" and program.parts[-3:] != ("featpatch", "cli", "__main__.py"):
+        return program.name
+    kept: list[str] = []
+    for argument in sys.argv[1:]:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        hidden = "--address" in (option if equals else "", *kept[-1:])
+        kept.append(option + equals + ("..." if hidden else without_folder(value)))
+    return shlex.join(["featpatch", *kept])

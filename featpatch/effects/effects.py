@@ -30,6 +30,7 @@ from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import as_path
 from featpatch.page import write
 from featpatch.patch import RANKED, Direction, Node
+from featpatch.untrusted import visible
 
 Effect = Literal["recovery", "degradation"]
 EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
@@ -428,7 +429,7 @@ class Effects:
     def __repr__(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).drop(columns=["sae"])
         more = f"\n... {len(self) - 20} more rows" if len(self) > 20 else ""
-        return f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}"
+        return visible(f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}")
 
     def _repr_html_(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)

@@ -8,6 +8,7 @@ import numpy as np
 from featpatch import sites as hooks
 from featpatch.effects.quadrants import THRESHOLD, check_threshold
 from featpatch.errors import FeatpatchError
+from featpatch.untrusted import in_figure
 
 if TYPE_CHECKING:
     from featpatch.effects.effects import Effect, Effects
@@ -34,7 +35,8 @@ class Plots:
         if len(self.effects.directions_run()) < 2:
             raise FeatpatchError("one direction was run: expected both, recovery beside degradation; rank with both directions")
         rows = self.effects.take(self.effects.ranked)
-        names, text = np.array([node.sae or node.site for node in rows.nodes]), [str(node) for node in rows.nodes]
+        names = np.array([in_figure(node.sae or node.site) for node in rows.nodes])
+        text = [in_figure(str(node)) for node in rows.nodes]
         x, y = rows.pooled("recovery"), rows.pooled("degradation")
         figure = go.Figure(layout={"xaxis_title": "denoising: recovery (sufficient?)",
                                    "yaxis_title": "noising: degradation (necessary?)"})  # fmt: skip
@@ -54,7 +56,7 @@ class Plots:
         chosen, table = effect or self.effects.directions_run()[0], self.effects.sites()
         figure = go.Figure(layout={"yaxis_title": chosen, "barmode": "group"})
         if len(table):
-            names = [f"{row['sae']} @ {row['position']}" for _, row in table.iterrows()]
+            names = [in_figure(f"{row['sae']} @ {row['position']}") for _, row in table.iterrows()]
             for kind in SHOWN:
                 figure.add_bar(x=names, y=table[f"{chosen}_{kind}"], name=WORDS[kind])
         return figure
@@ -76,10 +78,10 @@ class Plots:
             raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {self._kinds()}")
         cells: dict[str, dict[tuple[int, str], float]] = {}
         for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
-            of_component = cells.setdefault(node.site.split(".", 2)[-1], {})
-            key = hooks.layer_of(node.site), str(node.position)
+            of_component = cells.setdefault(in_figure(node.site.split(".", 2)[-1]), {})
+            key = hooks.layer_of(node.site), in_figure(str(node.position))
             of_component[key] = of_component.get(key, 0.0) + float(value)
-        positions = list(dict.fromkeys(str(node.position) for node in rows.nodes))
+        positions = list(dict.fromkeys(in_figure(str(node.position)) for node in rows.nodes))
         layers = sorted({layer for of_component in cells.values() for layer, _ in of_component})
         figure = make_subplots(rows=1, cols=len(cells), subplot_titles=list(cells), shared_yaxes=True)
         for column, of_component in enumerate(cells.values(), 1):

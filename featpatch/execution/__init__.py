@@ -3,6 +3,8 @@
 On one machine `executor="ray"` is all there is to do: a Ray with as many workers as there are processors is started and ends
 with the sweep. Worth it where a sweep takes minutes: a worker takes about five seconds to start. Processors that torch uses
 already by its threads are not gained twice; each worker has one thread per processor that it is given (`fp.Ray(cpus=...)`).
+A Ray that is started here sends no usage statistics to its makers, whatever its own settings say. A cluster that is joined, or
+a Ray that this process is connected to already, does as whoever started it wanted: `ray disable-usage-stats` turns them off.
 
 On several machines, with the same Python, featpatch, torch and sae-lens on each:
 

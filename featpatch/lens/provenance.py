@@ -9,6 +9,7 @@ from typing import Any
 import featpatch
 from featpatch.lens.lens import Lens
 from featpatch.pairs import Pairs
+from featpatch.untrusted import without_folder
 
 
 def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
     return {
         "pairs": pairs.digest(),
         **tags,
-        "model": {"name": str(lens.model.cfg.model_name), "sha256": lens.digest()},
+        "model": {"name": without_folder(str(lens.model.cfg.model_name)), "sha256": lens.digest()},
         "versions": {**versions, "featpatch's code": code_digest()},
     }
 

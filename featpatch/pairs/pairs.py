@@ -23,6 +23,7 @@ from featpatch.pairs.make import make
 from featpatch.pairs.pair import LabelPosition, Pair
 from featpatch.pairs.positions import Label
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, special_positions, unmasked, unpadded
+from featpatch.untrusted import visible
 
 Table = Sequence[int] | Sequence[Sequence[int]]
 """Token ids as plain lists."""
@@ -300,7 +301,7 @@ class Pairs(Sequence[Pair]):
     def __repr__(self) -> str:
         lengths, labels = sorted(self.by_length()), dict.fromkeys(label for pair in self for label in pair.labels)
         tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        return f"{len(self)} pairs of {tokens} tokens, labels {', '.join(labels) or '(none)'}"
+        return visible(f"{len(self)} pairs of {tokens} tokens, labels {', '.join(labels) or '(none)'}")
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)

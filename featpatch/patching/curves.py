@@ -15,6 +15,7 @@ from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import feature_study
 from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Asked, Metrics, Noise
+from featpatch.untrusted import in_figure
 
 Key = tuple[str, Position]
 """The name of a dictionary, and a position."""
@@ -64,7 +65,7 @@ class Curve:
         for (sae, position), rows in table.groupby(["sae", "position"], sort=False):
             up, down = rows[f"{chosen}_high"] - rows[chosen], rows[chosen] - rows[f"{chosen}_low"]
             figure.add_scatter(
-                x=rows["k"], y=rows[chosen], name=f"{sae} @ {position}", error_y={"array": up, "arrayminus": down}
+                x=rows["k"], y=rows[chosen], name=in_figure(f"{sae} @ {position}"), error_y={"array": up, "arrayminus": down}
             )
         return figure
 

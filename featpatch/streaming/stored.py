@@ -16,6 +16,7 @@ from featpatch.files import as_path, read_json, sha256
 from featpatch.patch import RANKED
 from featpatch.streaming import parts
 from featpatch.streaming.parts import FIELDS
+from featpatch.untrusted import visible
 
 FORMAT = "featpatch stored effects 1"
 
@@ -179,4 +180,5 @@ class Stored:
         return str(parts.table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:
-        return f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"
+        said = f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"
+        return visible(said)

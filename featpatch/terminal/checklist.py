@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from featpatch.pairs.checklist import RULES, SEVERITY, Checklist
 
@@ -19,7 +19,7 @@ def totals(check: Checklist) -> Table:
     table.add_column("where it does not pass")
     for rule, counts in check.counts().items():
         advice = RULES[rule] if counts["warn"] or counts["fail"] else ""
-        table.add_row(rule, *(f"[{COLOURS[s]}]{n}[/]" if n else "0" for s, n in counts.items()), advice)
+        table.add_row(rule, *(Text(str(n), COLOURS[s] if n else "") for s, n in counts.items()), advice)
     return table
 
 
@@ -37,7 +37,5 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tab
         table.add_column(column)
     for pair in worst[:most]:
         found = [f"{f.rule}: {f.detail}" for f in check.findings if f.pair == pair and f.status != "pass"]
-        table.add_row(
-            str(pair), f"[{COLOURS[verdicts[pair]]}]{verdicts[pair]}[/]", escape("; ".join(found)), escape(text(pair))
-        )
+        table.add_row(str(pair), Text(verdicts[pair], COLOURS[verdicts[pair]]), "; ".join(found), text(pair))
     return table

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from featpatch.cost.plan import Plan
 from featpatch.cost.prediction import Prediction
@@ -29,7 +29,7 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
         f"{name}_{effect}": f"{name}\n{TITLES[effect]}" for name in effects.others for effect in effects.directions_run()
     }
     for title in columns.values():
-        table.add_column(escape(title), justify="right")
+        table.add_column(title, justify="right")
     both = len(effects.directions_run()) == 2
     if both:
         table.add_column(f"quadrant\n(at {THRESHOLD})", no_wrap=True)
@@ -111,7 +111,7 @@ def checked(check: Check) -> Table:
     notes = [f"{fit.dictionary}: {note}" for fit in check.fits for note in (fit.misfit, *fit.remarks) if note]
     table = Table(
         title=f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
-        caption=escape("\n".join(notes)) or None,
+        caption="\n".join(notes) or None,
         caption_justify="left",
     )
     table.add_column("dictionary", overflow="fold")
@@ -119,7 +119,7 @@ def checked(check: Check) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for fit in check.fits:
         claim = "" if fit.expected is None else _number(fit.expected)
-        verdict = fit.verdict if fit.ok else f"[red]{fit.verdict}[/]"
+        verdict = Text(fit.verdict, "" if fit.ok else "red")
         deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
         table.add_row(fit.dictionary, *deviations, _number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
     return table
@@ -133,7 +133,7 @@ def _named(node: Node) -> str:
 def _value(row: Any, effect: str) -> str:
     low, high = row[f"{effect}_low"], row[f"{effect}_high"]
     interval = "" if low != low else f" [{_number(low)}, {_number(high)}]"
-    return f"{_number(row[effect])}{interval}".replace("[", r"\[")
+    return f"{_number(row[effect])}{interval}"
 
 
 def _number(value: float) -> str:
@@ -153,7 +153,7 @@ def stability_table(effects: Effects) -> Table:
         table.add_column(column, justify="right")
     for effect in effects.directions_run():
         found = effects.stability(effect)
-        spread = rf"{_number(found.correlation)} \[{_number(found.low)}, {_number(found.high)}]"
+        spread = f"{_number(found.correlation)} [{_number(found.low)}, {_number(found.high)}]"
         shared = "" if math.isnan(found.overlap) else f"{found.overlap * found.top:.1f} of {found.top}"
         chance = "" if math.isnan(found.overlap) else f"{found.chance * found.top:.1f}"
         table.add_row(TITLES[effect], str(found.features), str(found.splits), spread, shared, chance)
@@ -170,12 +170,12 @@ def by_tag_table(effects: Effects, tag: str, effect: Effect) -> Table:
     """
     found = effects.by_tag(tag, effect)
     names = [column.removesuffix("_rank") for column in found.columns if column.endswith("_rank")]
-    table = Table(title=rf"{TITLES[effect]} by {escape(tag)} \[95 % interval] (rank)")
+    table = Table(title=f"{TITLES[effect]} by {tag} [95 % interval] (rank)")
     for column in ("site", "feature", "position"):
         table.add_column(column, no_wrap=True)
     for name in names:
-        table.add_column(escape(name.removeprefix(f"{effect}_")), justify="right")
-    table.add_column(f"depends on\n{escape(tag)}")
+        table.add_column(name.removeprefix(f"{effect}_"), justify="right")
+    table.add_column(f"depends on\n{tag}")
     for node, (_, row) in zip(effects.nodes, found.iterrows(), strict=True):
         cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
         for name in names:

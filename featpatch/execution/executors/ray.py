@@ -6,7 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -86,7 +86,8 @@ class Ray(Executor):
         options = {"address": self.address} if self.address else own
         try:
             _check_reachable(self.address)
-            ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
+            with nullcontext() if self.address else _silent(ray._private.services):
+                ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
         except Exception as error:
             where = "Ray can't be started here" if self.address is None else f"address={self.address!r}: no Ray there"
             raise FeatpatchError(
@@ -97,6 +98,26 @@ class Ray(Executor):
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _silent(services: Any) -> Iterator[None]:
+    """What is started within sends nothing to Ray's makers and does not ask which cloud it is in.
+
+    Ray asks in the process of its dashboard, which starts even without a dashboard and with statistics off, for the module of
+    these statistics alone. Ray goes on where that process can't be started, which `(None, None)` says.
+    """
+    start, before = getattr(services, "start_api_server", None), os.environ.get("RAY_USAGE_STATS_ENABLED")
+    services.start_api_server = lambda *_, **__: (None, None)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        yield
+    finally:
+        services.start_api_server = start
+        if before is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        else:
+            os.environ["RAY_USAGE_STATS_ENABLED"] = before
 
 
 def _check_reachable(address: str | None) -> None:

@@ -1,5 +1,6 @@
-"""The API reference is built from the docstrings without a warning, and has every public name."""
+"""The API reference is built from the docstrings without a warning, and has every public name; what docs/ names is there."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,3 +16,14 @@ def test_the_reference_is_complete(tmp_path: Path) -> None:
     missing = [name for name in fp.__all__ if f'id="{name}"' not in text and f"{name}.html" not in text]
     assert missing == []
     assert "FeatpatchError" in text
+
+
+def test_promises_name_tests_that_exist() -> None:
+    tests = Path(__file__).parent
+    text = (tests.parent / "docs" / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (tests / file).read_text(encoding="utf-8")]
+    assert missing == []
+    rows = [line for line in text.splitlines() if line.startswith("|") and not re.match(r"\|(---|\s*Guarantee)", line)]
+    assert len(rows) > 10
+    assert all("::" in row for row in rows)

@@ -157,6 +157,18 @@ def test_prompts_without_the_models_bos(demo: fp.Demo) -> None:
     assert demo.pairs("ioi", n=3).check(demo.model).counts()["start"] == {"pass": 3, "warn": 0, "fail": 0}
 
 
+def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
+    """TransformerLens cuts a text off at the context without a word, with the answer at a token in the middle."""
+    model, prompt = deepcopy(small.model), "gave to " * 9
+    model.tokenizer = whole_words()
+    model.tokenizer.pad_token, model.cfg.tokenizer_prepends_bos = "<unk>", False
+    long = fp.Pairs.from_prompts(model, clean=[f"{prompt}Mary"], corrupted=[f"{prompt}John"], correct=["to"], wrong=["Mary"])
+    assert len(long[0]) > model.cfg.n_ctx == 16
+    for use in (lambda: fp.rank_components(model, long, progress=False), lambda: long.check(model)):
+        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|not longer than its context"):
+            use()
+
+
 @pytest.fixture(scope="module")
 def demo() -> fp.Demo:
     return fp.load_demo()

@@ -23,10 +23,16 @@ class Runs:
         """float32 at least.
 
         Raises:
-            FeatpatchError: the model gives no logits, or ones that are not finite.
+            FeatpatchError: the model can't take the tokens, gives no logits, or ones that are not finite.
         """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
-        made = self.model(torch.tensor([tokens], device=device))
+        try:
+            made = self.model(torch.tensor([tokens], device=device))
+        except (IndexError, RuntimeError) as error:
+            raise FeatpatchError(
+                f"the model fails on tokens [1, {len(tokens)}] ({type(error).__name__}: {error}): expected prompts that are not "
+                "longer than its context, with ids of its own tokenizer"
+            ) from error
         logits = getattr(made, "logits", made)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
             raise FeatpatchError(

@@ -29,7 +29,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> Ids:
     follows the prompt.
     """
     plain, model = plain_tokenizer(tokenizer), _model(tokenizer)
-    ids = _ids(plain if model is None else model.to_tokens, text)
+    ids = _ids(plain, text) if model is None else _ids(model.to_tokens, text, truncate=False)
     bos, eos = (getattr(plain, name, None) for name in ("bos_token_id", "eos_token_id"))
     if bos is not None and ids[:2] == (bos, bos):
         warnings.warn(

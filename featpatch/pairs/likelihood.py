@@ -30,8 +30,8 @@ class Runs:
             made = self.model(torch.tensor([tokens], device=device))
         except (IndexError, RuntimeError) as error:
             raise FeatpatchError(
-                f"the model fails on tokens [1, {len(tokens)}] ({type(error).__name__}: {error}): expected prompts that are not "
-                "longer than its context, with ids of its own tokenizer"
+                f"the model fails on tokens [1, {len(tokens)}] ({type(error).__name__}: {error}): expected prompts that are "
+                "not longer than its context, with ids of its own tokenizer"
             ) from error
         logits = getattr(made, "logits", made)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any
 
 from featpatch.errors import FeatpatchError
 from featpatch.patch import Position
@@ -60,6 +62,8 @@ class Pair:
                 f"answer_position is {self.answer_position} and the answers are sequences: expected the last position, "
                 f"{n - 1}, because they follow the prompt; cut the prompts off there"
             )
+        plain = {label: plain_integers(position) for label, position in self.labels.items()}
+        object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
         for label, position in self.labels.items():
             span = positions_of(position)
             if not isinstance(label, str) or label in ("all", "each") or not span or not all(type(p) is int for p in span):
@@ -126,6 +130,18 @@ class Pair:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+
+
+def plain_integers(value: Any) -> int | tuple[int, ...] | None:
+    """Return an integer of any type, such as NumPy's, or a list or range of them, as plain ones; None for anything else."""
+    if isinstance(value, list | tuple | range):
+        every = [plain_integers(each) for each in value]
+        plain = tuple(each for each in every if isinstance(each, int))
+        return plain if len(plain) == len(every) else None
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:

@@ -5,12 +5,13 @@ the ids that `model(text)` would use, including BOS if the model prepends it; a 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from featpatch.errors import FeatpatchError
+from featpatch.pairs.pair import plain_integers
 
 Tokenizer = Callable[..., Any]
 """A Hugging Face tokenizer, a function from a text to a sequence of ids, or a TransformerLens model."""
@@ -244,6 +245,21 @@ def _model(tokenizer: Any) -> Any:
 
 
 def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
-    tokens: Any = tokenize(text, **options)
-    tokens = getattr(tokens, "input_ids", tokens)
-    return tuple(int(token) for token in (tokens[0] if getattr(tokens, "ndim", 1) == 2 else tokens))
+    given: Any = tokenize(text, **options)
+    found = given["input_ids"] if isinstance(given, Mapping) and "input_ids" in given else getattr(given, "ids", given)
+    ids = one_row(found)
+    if ids is None:
+        raise FeatpatchError(
+            f"the tokenizer gives {str(given)[:60]!r} for the text {text[:40]!r}: expected its token ids, as a list of integers, "
+            "a tensor [pos], or a mapping that has them as 'input_ids'"
+        )
+    return ids
+
+
+def one_row(value: Any) -> Ids | None:
+    """Return token ids `[pos]` or `[1, pos]`, as a tensor, an array or lists, as plain integers; None for anything else."""
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(rows[0], list | tuple):
+        rows = rows[0]
+    ids = plain_integers(rows)
+    return ids if isinstance(ids, tuple) else None

@@ -221,6 +221,65 @@ def test_padding_that_is_also_bos() -> None:
     assert pair.clean == (bos, 5, 6)
 
 
+def small_gpt2(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A small random model with this tokenizer."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=4, initializer_range=0.3)
+    return fp.load(GPT2LMHeadModel(config).eval(), tokenizer=tokenizer, check=False).model
+
+
+def test_one_padding_token_that_is_also_bos() -> None:
+    """As with GPT-2's usual setting: what one more token in another row decides is asked for, not guessed."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token
+    model = small_gpt2(tokenizer)
+    rows = {"clean": [[10, 11, 12, 13], [21, 22, 23]], "corrupted": [[10, 17, 12, 13], [26, 22, 23]]}
+    padded = {n: tokenizer.pad({"input_ids": r}, padding_side="left", return_tensors="pt") for n, r in rows.items()}
+    tables = {name: table["input_ids"] for name, table in padded.items()}
+    assert tables["clean"][1, 0] == tokenizer.bos_token_id
+    mask, answers = padded["clean"]["attention_mask"], {"correct": [7, 7], "wrong": [9, 9]}
+    with pytest.raises(fp.FeatpatchError, match=r"2 of 4 rows of token ids begin with 1, the padding token and also BOS"):
+        fp.Pairs.from_tokens(**tables, **answers, tokenizer=model)
+    masked = fp.Pairs.from_tokens(**tables, **answers, tokenizer=model, attention_mask=mask)
+    assert [list(pair.clean) for pair in masked] == rows["clean"]
+    patch = fp.Patch((fp.Node("blocks.1.hook_resid_pre", "activation", position=1),))
+    given = {"source": tables["clean"], "base": tables["corrupted"]}
+    with pytest.raises(fp.FeatpatchError, match=r"1 of 2 rows .* attention_mask="), fp.do(model, patch, **given):
+        pass
+    with torch.no_grad(), fp.do(model, patch, **given, attention_mask=mask):
+        together = model(tables["corrupted"], attention_mask=mask)[1, -1]
+    alone = fp.Patch((fp.Node("blocks.1.hook_resid_pre", "activation", position=0),))
+    with torch.no_grad(), fp.do(model, alone, source=torch.tensor(rows["clean"][1:]), base=torch.tensor(rows["corrupted"][1:])):
+        torch.testing.assert_close(model(torch.tensor(rows["corrupted"][1:]))[0, -1], together)
+
+
+def test_a_row_padded_by_one_eos() -> None:
+    """Which is not BOS, so that no prompt begins with it."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = tokenizer.pad_token = "<unk>"
+    with pytest.raises(fp.FeatpatchError, match=r"begin or end with '<unk>' \(0\), which is the padding token and also"):
+        fp.Pairs.from_tokens([[0, 1, 5]], [[0, 1, 6]], [7], [8], tokenizer=tokenizer)
+
+
+def test_prompts_that_end_in_what_is_also_padding() -> None:
+    """As chat prompts do: with the mask they are ranked as they are, with a warning; two such tokens are padding."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = tokenizer.pad_token = "<unk>"
+    model = small_gpt2(tokenizer)
+    clean, corrupted, answers = [[1, 10, 11, 0], [1, 12, 13, 14]], [[1, 15, 11, 0], [1, 12, 16, 14]], ([7, 7], [9, 9])
+    pairs = fp.Pairs.from_tokens(clean, corrupted, *answers, tokenizer=model, attention_mask=[[1] * 4] * 2)
+    with pytest.warns(PairsWarning, match="1 of 2 pairs begin or end with '<unk>', which is BOS or EOS and also the padding"):
+        found = fp.rank_components(model, pairs, sites="z", progress=False)
+    with torch.no_grad():
+        logits = model(torch.tensor(clean))[:, -1]
+    assert found.clean.tolist() == pytest.approx((logits[:, 7] - logits[:, 9]).tolist(), abs=1e-5)
+    assert pairs.check(model).counts()["start"] == {"pass": 1, "warn": 1, "fail": 0}
+    twice = fp.Pairs.from_tokens([[1, 10, 0, 0]], [[1, 11, 0, 0]], [7], [9])
+    with pytest.raises(fp.FeatpatchError, match="pair 0 begins or ends with the padding token"):
+        fp.rank_components(model, twice, sites="z", progress=False)
+    assert twice.check(model).counts()["start"]["fail"] == 1
+
+
 def test_two_bos_in_token_ids(demo: fp.Demo) -> None:
     (pair,) = demo.pairs("ioi", n=1)
     doubled = fp.Pairs((fp.Pair((1, *pair.clean), (1, *pair.corrupted), pair.correct, pair.wrong),))
@@ -305,9 +364,7 @@ def of_bytes() -> PreTrainedTokenizerFast:
 def test_a_span_of_characters_of_several_tokens(words: tuple[str, str], fast: bool) -> None:
     """It holds all tokens that differ, so that at the embedding it is everything: recovery 1."""
     tokenizer = of_bytes()
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=4, initializer_range=0.3)
-    model = fp.load(GPT2LMHeadModel(config).eval(), tokenizer=tokenizer, check=False).model
+    model = small_gpt2(tokenizer)
     clean, corrupted = (f"of {word.strip()} is" for word in words)
     ids = (lambda text: tokenizer(text)["input_ids"]) if not fast else model
     pairs = fp.Pairs.from_prompts(

@@ -22,7 +22,7 @@ from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.make import Answers, Prompt, make
 from featpatch.pairs.pair import Pair, plain_integers
 from featpatch.pairs.positions import Label
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, special_positions, unmasked, unpadded
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, special_positions, unmasked, unpadded
 
 Table = Sequence[int] | Sequence[Sequence[int]]
 """Token ids as plain lists."""
@@ -129,6 +129,8 @@ class Pairs(Sequence[Pair]):
         if attention_mask is not None:
             columns["attention_mask"] = _mask(attention_mask, ids["clean"], ids["corrupted"]).tolist()
         _equally_many(columns)
+        if attention_mask is None and tokenizer is not None:
+            check_starts(tokenizer, [*columns["clean"], *columns["corrupted"]])
         pairs = cls(each(partial(_pair_of_row, tokenizer), *columns.values()))
         widths = ids["clean"].shape[1], ids["corrupted"].shape[1]
         cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)

@@ -182,10 +182,9 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
         FeatpatchError: padding can't be told from BOS or EOS, or the row is nothing but padding.
     """
     plain = plain_tokenizer(tokenizer)
-    pad = getattr(plain, "pad_token_id", None)
+    pad, bos, shared = _padding(tokenizer)
     kept = [position for position, token in enumerate(ids) if token != pad]
-    shared = pad in (getattr(plain, "bos_token_id", None), getattr(plain, "eos_token_id", None))
-    at_most = 1 if shared else 0  # one BOS at the start
+    at_most = 1 if pad == bos else 0  # one BOS at the start
     if pad is None or len(ids) == at_most or (kept and kept[0] <= at_most and kept[-1] == len(ids) - 1):
         return 0, len(ids)
     if shared or not kept:
@@ -197,12 +196,40 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
     return kept[0], kept[-1] + 1
 
 
-def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int]) -> bool:
-    """Whether one of the prompts begins or ends with padding."""
+def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = False) -> bool:
+    """Whether one of the prompts begins or ends with padding.
+
+    Args:
+        surely: whether a single token at an end does not count that may be BOS or EOS as well.
+    """
+    pad, _bos, shared = _padding(tokenizer)
+    if surely and shared:
+        return any(ids[:2] == (pad, pad) or ids[-2:] == (pad, pad) for ids in map(tuple, prompts))
     try:
         return any(unpadded(tokenizer, ids) != (0, len(ids)) for ids in prompts)
     except FeatpatchError:
         return True
+
+
+def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse rows of a batch that may be padded by one token, where that is BOS as well.
+
+    Raises:
+        FeatpatchError: some rows begin with the padding token, which is also BOS, and others do not.
+    """
+    pad, bos, _shared = _padding(tokenizer)
+    begin = sum(row[0] == pad for row in rows if row)
+    if pad is not None and pad == bos and 0 < begin < len(rows):
+        raise FeatpatchError(
+            f"{begin} of {len(rows)} rows of token ids begin with {pad}, the padding token and also BOS, and the others do "
+            "not: expected BOS in all or none, or attention_mask= with 1 for tokens and 0 for padding"
+        )
+
+
+def _padding(tokenizer: Tokenizer) -> tuple[int | None, int | None, bool]:
+    """The ids of padding and of BOS, and whether padding is BOS or EOS as well."""
+    pad, bos, eos = (getattr(plain_tokenizer(tokenizer), f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    return pad, bos, pad is not None and pad in (bos, eos)
 
 
 def unmasked(mask: Sequence[int]) -> tuple[int, int]:
@@ -250,8 +277,8 @@ def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
     ids = one_row(found)
     if ids is None:
         raise FeatpatchError(
-            f"the tokenizer gives {str(given)[:60]!r} for the text {text[:40]!r}: expected its token ids, as a list of integers, "
-            "a tensor [pos], or a mapping that has them as 'input_ids'"
+            f"the tokenizer gives {str(given)[:60]!r} for the text {text[:40]!r}: expected its token ids, as a list of "
+            "integers, a tensor [pos], or a mapping that has them as 'input_ids'"
         )
     return ids
 

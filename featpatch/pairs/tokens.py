@@ -4,6 +4,7 @@ A tokenizer is a Hugging Face tokenizer, a function from a text to ids, or a Tra
 the ids that `model(text)` would use, including BOS if the model prepends it; a tokenizer is called as it is.
 """
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ Tokenizer = Callable[..., Any]
 """A Hugging Face tokenizer, a function from a text to a sequence of ids, or a TransformerLens model."""
 
 Ids = tuple[int, ...]
+
+
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""How Unicode's names of the letters begin that are written without spaces between words."""
 
 
 class PairsWarning(UserWarning):
@@ -127,7 +132,7 @@ class AnswerTokens:
         spaced = self._spaced(text)
         if following is None and spaced == found:
             return found  # the tokenizer splits words at spaces and has no tokens for them
-        if spaced is not None and spaced != found and space_missing:
+        if spaced is not None and spaced != found and len(spaced) <= len(found) and space_missing:
             self.remarks.append(
                 f"answer {text!r} follows {self._end()} without a space, as {self._pieces(found)}; with one, {f' {text}'!r} "
                 f"is {self._pieces(spaced)}; write {f' {text}'!r} if it is a separate word"
@@ -157,6 +162,8 @@ class AnswerTokens:
     def _space_missing(self, text: str) -> bool:
         """Whether prompt and answer run together as separate words never do; digits may continue a number."""
         last, first = (self.prompt or "")[-1:], text[:1]
+        if any(unicodedata.name(letter, "").startswith(UNSPACED) for letter in (last, first) if letter):
+            return False
         words = first.isalpha() and (last.isalnum() or last in tuple(",.;:?!"))
         return words or (first.isdigit() and last.isalpha())
 

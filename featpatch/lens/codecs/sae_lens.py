@@ -36,7 +36,8 @@ class SaeCodec(Codec):
     """A sae-lens object; normalisation, skip paths and predicted codes included.
 
     Raises:
-        FeatpatchError: a layer of a cross-layer transcoder, or a normalisation that is neither folded in nor known.
+        FeatpatchError: a layer of a cross-layer transcoder, or a normalisation that is neither folded in nor known, or weights
+            of another type than the SAE says.
     """
 
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
@@ -50,6 +51,12 @@ class SaeCodec(Codec):
             raise FeatpatchError(
                 f"a {type(sae).__name__} encodes a row differently beside others, by its rank in the batch: expected an SAE "
                 "for inference; save it with save_inference_model and load it again"
+            )
+        held = next((p.dtype for p in sae.parameters()), sae.dtype)
+        if held != sae.dtype:
+            raise FeatpatchError(
+                f"the weights of the SAE of {sae.cfg.metadata.hook_name!r} are {held} and its dtype is {sae.dtype}, to which "
+                f"it casts what it reads: expected one type; convert it with sae.to(dtype={held}), not with .half() or .float()"
             )
         self.sae, self._decoder, self.dtype = sae, sae, sae.dtype
         if sae.dtype in (torch.bfloat16, torch.float16):

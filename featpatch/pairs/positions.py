@@ -108,6 +108,6 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
             )
         return start, end
     raise FeatpatchError(
-        f"{label!r} is no place in a prompt: expected a token position, a range of them, a text that occurs once, characters "
-        '[start, end], or {"span": a text or characters} for all its tokens'
+        f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, characters [start, end], "
+        '{"span": a text or characters} for all its tokens, or a range of token positions'
     )

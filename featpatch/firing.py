@@ -5,6 +5,7 @@ best F1 (harmonic mean of precision and recall of `activation > 0` as a detector
 that no such word does.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
+from featpatch.pairs import PairsWarning
 from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
 from featpatch.patch import Node
 
@@ -54,7 +56,7 @@ def describe(
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
         saes: the sae-lens objects that the nodes name.
-        texts: documents, each shorter than the model's context.
+        texts: documents; one that is longer than the model's context is cut off there, with a PairsWarning.
         contexts: how many examples to keep.
 
     Raises:
@@ -66,7 +68,7 @@ def describe(
     if not texts:
         raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
-    text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model, texts)]
+    text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
         raise FeatpatchError(
             "the texts have no words: expected tokens that are not special, to look for what a feature fires on"
@@ -106,11 +108,20 @@ class _Words:
         return cls(torch.tensor(rows), usable)
 
 
-def _by_length(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
+def _by_length(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[list[tuple[int, ...]]]:
+    """Token ids of the texts, cut off at the model's context and grouped by length."""
     groups: dict[int, list[tuple[int, ...]]] = {}
-    for text in texts:
-        ids = prompt_ids(tokenizer, text)
-        groups.setdefault(len(ids), []).append(ids)
+    every = [prompt_ids(tokenizer, text) for text in texts]
+    longer = sum(context is not None and len(ids) > context for ids in every)
+    if longer:
+        warnings.warn(
+            f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens: the rest of them is not "
+            "read; split them",
+            PairsWarning,
+            stacklevel=3,
+        )
+    for ids in every:
+        groups.setdefault(len(ids[:context]), []).append(ids[:context])
     return list(groups.values())
 
 

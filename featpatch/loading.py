@@ -54,7 +54,9 @@ def load(
             SAETransformerBridge, HookedTransformer or HookedSAETransformer, which is taken as it is.
         saes: one or several of: `"release/id"` of sae-lens' registry (`"gpt2-small-res-jb/blocks.8.hook_resid_pre"`),
             `"owner/repository/folder"` on the hub, a sae-lens folder, a sae-lens object, what `fp.adapt` gives.
-        tokenizer: for a Hugging Face model in memory, or one that comes without; used as it is, with BOS only if it adds it.
+        tokenizer: for a Hugging Face model in memory, or one that comes without; used as it is. Texts that the model
+            tokenizes (`model.to_tokens`, `Pairs.from_prompts(model, ...)`) begin with BOS, whether or not the tokenizer adds
+            it, unless `model.cfg.default_prepend_bos` is False.
         device, dtype: where, and in which type, the model is loaded; SAEs go to the device, in their own type.
         processing: what to do to the weights of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
             `"center_unembed"`, `"fold_value_biases"`); by default what the SAEs' configurations say that they were

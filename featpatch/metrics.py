@@ -4,6 +4,7 @@ Sign convention: larger means closer to the clean behaviour. So distances and ra
 """
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -315,22 +316,29 @@ def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
 def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tensor, value: torch.Tensor) -> None:
     """Refuse a function that holds the answers or the clean logits of a batch, to which one prompt would be broadcast.
 
-    It is found out with a second prompt, whose logits are the first one's in reverse: for both together, the function must
-    give the value of each, or their mean, their sum, or the value of the first.
+    Told by more prompts, with the same logits in another order: the function must give each its own value, or their mean, their
+    sum, or the first. And by more positions, which what it holds must not keep it from taking. Two and three of each, because
+    what it holds may be for as many as one of these.
     """
-    other = row.flip(0)
-    each = torch.stack([value.double(), _single(call(other[None, None]), name, other).double()])
-    beside = call(torch.stack([row, other])[:, None])
-    if isinstance(beside, torch.Tensor) and beside.is_complex():
-        raise FeatpatchError(f"metric {name!r} gave {beside.dtype} for two prompts: expected {FORMS}")
-    found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
-    expected = [each] if len(found) == 2 else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
-    room = ROUNDING * float(each.abs().max())
-    if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
-        raise FeatpatchError(
-            f"metric {name!r} gives {each.tolist()} for two prompts alone and {found.tolist()} for both together: expected "
-            f"{FORMS}; 'neg_kl' is the divergence from the clean run"
-        )
+    rows = torch.stack([row, row.flip(0), row.roll(1)])
+    alone = [value, *(_single(call(other[None, None]), name, other) for other in rows[1:])]
+    for n in (2, 3):
+        each, beside = torch.stack(alone[:n]).double(), call(rows[:n, None])
+        if isinstance(beside, torch.Tensor) and beside.is_complex():
+            raise FeatpatchError(f"metric {name!r} gave {beside.dtype} for {n} prompts: expected {FORMS}")
+        found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
+        expected = [each] if len(found) == n else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
+        room = ROUNDING * float(each.abs().max())
+        if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
+            raise FeatpatchError(
+                f"metric {name!r} gives {each.tolist()} for {n} prompts alone and {found.tolist()} for them together: expected "
+                f"{FORMS}; 'neg_kl' is the divergence from the clean run"
+            )
+        try:
+            call(rows[None, :n])
+        except FeatpatchError as error:
+            if re.search("must match|broadcast", str(error.__cause__)):
+                raise
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

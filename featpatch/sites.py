@@ -283,6 +283,16 @@ def highest(hooks: Iterable[str], n_layers: int) -> int:
     return max((int(match.group(1)) if match else n_layers - 1 for match in inside), default=0)
 
 
+OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
+"""Outputs of modules, and the hook points of a block that hold the same in a model that has no norm behind the modules."""
+
+
+def of_output(name: str) -> str | None:
+    """What the residual stream gets from a module, given the hook point of the module's output; None for other names."""
+    block, _, module = name.partition(".")[2].partition(".")
+    return f"blocks.{block}.{OUTPUTS[module]}" if name.startswith("blocks.") and module in OUTPUTS else None
+
+
 def canonical(name: str, hook_points: Mapping[str, object]) -> str:
     """The TransformerLens name of a hook, after a check that the model has it.
 

@@ -66,6 +66,20 @@ def test_descriptions_by_hand(demo: fp.Demo) -> None:
     assert fired > 5
 
 
+def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
+    """What is found is what is found in as many words as the context holds."""
+    context, tokenizer = demo.model.cfg.n_ctx, demo.model.tokenizer
+    long = " ".join(demo.text()[:20])
+    short = tokenizer.decode(tokenizer(long)["input_ids"][:context], skip_special_tokens=True)
+    ((values, ids),) = read(demo, [short])
+    assert len(ids) == context < len(tokenizer(long)["input_ids"])
+    node = fp.Node(SITE, "feature", int(values[1:].sum(0).argmax()), "all", SITE)
+    (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
+    with pytest.warns(fp.pairs.PairsWarning, match=f"1 of 2 texts are longer than the model's context of {context} tokens"):
+        (found,) = fp.describe(demo.model, demo.saes, [node], [long, ""]).values()
+    assert found == expected
+
+
 def test_weak_places_are_not_taken_for_silent_ones() -> None:
     """1e-5 of the strongest value is as good as nothing, but it fires."""
     text = [_Words.of(Numbers(), [(0, 1, 2, 3, 4)])]

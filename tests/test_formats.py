@@ -22,7 +22,7 @@ from libraries import K, SingleLayerTranscoder, SparseCoder, drawn
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file, save_file
-from small import Small, at
+from small import Small, at, small_hooked, standard
 
 import featpatch as fp
 from featpatch.lens import Adapted, dictionaries, wrap
@@ -340,7 +340,10 @@ def configured(**changes: Any) -> Damage:
         (configured(k=None, dict_class="IdentityDict"), "'IdentityDict' of dictionary_learning: expected one of AutoEncoder"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' can't be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' holds a list: expected settings by name"),
-        (lambda folder: (folder / "config.json").write_text('{"trainer": 3}'), "is a None of dictionary_learning"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"trainer": 3}'),
+            r"config.json' does not name the class of ae.pt: expected trainer.dict_class",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "config.json' can't be read"),
     ],
 )
@@ -416,6 +419,57 @@ def test_objects_that_are_passed_as_they_are(bridge: Small) -> None:
             fp.adapt(SingleLayerTranscoder(), MLP_IN, hook_out=MLP_OUT, **options)
     with pytest.raises(fp.FeatpatchError, match="d_in=None: expected names of hooks and a width"):
         fp.adapt(Squared(16), MLP_IN)
+
+
+class Doubled(libraries.AutoEncoder):
+    """The user's own: it keeps the name of its base, but encodes otherwise."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().encode(x)
+
+
+Doubled.__name__ = "AutoEncoder"
+
+
+def test_a_subclass_is_adapted_by_its_own_encode(bridge: Small) -> None:
+    library = drawn(Doubled())
+    compared(bridge, fp.adapt(library, STREAM, d_in=16), library, STREAM, STREAM)
+    with pytest.raises(fp.FeatpatchError, match="d_in=None: expected names of hooks and a width of 1 or more"):
+        fp.adapt(library, STREAM)
+
+
+def test_weights_of_a_compiled_model(bridge: Small, tmp_path: Path) -> None:
+    library = drawn(JUMP())
+    libraries.save_dictionary_learning(library, tmp_path / "sae")
+    torch.save({f"_orig_mod.{name}": value for name, value in library.state_dict().items()}, tmp_path / "sae" / "ae.pt")
+    compared(bridge, fp.load_sae(tmp_path / "sae"), library, STREAM, STREAM)
+
+
+@pytest.mark.parametrize(("module", "hook"), [("mlp", "hook_mlp_out"), ("attn", "hook_attn_out")])
+def test_outputs_of_modules_in_a_hooked_transformer(module: str, hook: str) -> None:
+    """The values are those that the module returns, by a hook of torch's own."""
+    small = small_hooked()
+    library, name, written = drawn(JUMP()), f"blocks.1.{module}.hook_out", f"blocks.1.{hook}"
+    compared(small, fp.adapt(library, name), library, written, written)
+    (found,) = dictionaries(wrap(small.model), fp.adapt(library, name))
+    seen: list[torch.Tensor] = []
+    handle = getattr(small.model.blocks[1], module).register_forward_hook(lambda m, args, out: seen.append(out))
+    with torch.no_grad():
+        small.model(small.clean)
+    handle.remove()
+    assert torch.equal(wrap(small.model).read(small.clean, [found.reads])[found.reads], seen[0])
+    small.model.cfg.use_normalization_before_and_after = True
+    with pytest.raises(fp.FeatpatchError, match=f"has no hook '{name}', and '{written}' comes after another norm"):
+        dictionaries(wrap(small.model), fp.adapt(library, name))
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.float, torch.nn.Module.bfloat16])
+def test_an_sae_whose_type_is_not_that_of_its_weights(bridge: Small, convert: Callable[[Any], Any]) -> None:
+    sae = convert(standard(STREAM, 0))
+    with pytest.raises(fp.FeatpatchError, match=r"its dtype is torch.float64, .* convert it with sae.to\(dtype=torch"):
+        fp.rank_features(bridge.model, sae, pairs_of(bridge), progress=False)
+    sae = sae.to(dtype=next(sae.parameters()).dtype)
+    assert len(fp.rank_features(bridge.model, sae, pairs_of(bridge)[:1], positions=[3], progress=False))
 
 
 def as_sae_lens_leaves_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SAE[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from small import Small
 
 import featpatch as fp
@@ -164,6 +165,12 @@ OWN: dict[str, Any] = {
     "a mean": lambda logits: (logits[:, -1][:, [3]] - logits[:, -1][:, [4]]).mean(),
     "the first prompt": lambda logits: logits[0, -1, 3] - logits[0, -1, 4],
     "optional arguments": with_baselines,
+    "without the position": lambda logits: logits.squeeze(1)[:, 3] - logits.squeeze(1)[:, 4],
+    "the positions as a batch": lambda logits: (
+        F.cross_entropy(logits[0], torch.tensor([4])) - F.cross_entropy(logits[0], torch.tensor([3]))
+    ),
+    "fixed levels": lambda logits: (logits[:, -1, 3] - logits[:, -1, 4] + torch.tensor([0.0])).mean(),
+    "a fixed direction": lambda logits: logits @ (torch.eye(40, dtype=logits.dtype)[3] - torch.eye(40, dtype=logits.dtype)[4]),
     "a partial function": partial(of_tokens, right=3, wrong=4),
     "a module": Difference(),
     "a method": Difference().method,
@@ -224,6 +231,19 @@ def divergence(logits: torch.Tensor, clean: torch.Tensor = CLEAN_OF_BATCH) -> to
     return (clean.exp() * (logits[:, -1].log_softmax(-1) - clean)).sum(-1).mean()
 
 
+def whole_divergence(logits: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """Beside one prompt's only position, the prompts of a batch, or the positions of one prompt, are summed."""
+    return -F.kl_div(logits.log_softmax(-1), clean, log_target=True, reduction="batchmean")
+
+
+def above(logits: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Linear, so that the mean over a batch is the mean of what each prompt gives alone."""
+    return (logits[:, -1, 3] - level).mean()
+
+
+CLEANS = [CLEAN_OF_BATCH, CLEAN_OF_BATCH[:2], CLEAN_OF_BATCH[None]]
+LEVELS = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0, 4.0])]
+
 REFUSED: list[tuple[Any, str]] = [
     (lambda logits, correct, wrong: logits[:, -1, list(correct)], r"failed on logits of shape \[\d, 40\] \(IndexError: .*: expected metric\(logits \[rows, d_vocab\], correct, wrong\)"),
     (lambda logits: logits[:, 3], r"failed on logits of shape \[1, 1, 40\] \(IndexError"),
@@ -241,8 +261,10 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda x, c, w: x[:, 0].tolist(), r"gave a list for \d rows: expected metric"),
     (lambda x, c, w: x[:, 0] * math.nan, r"gave NaN or an infinite value for \d rows"),
     (divergence, r"failed on logits of shape \[2, 1, 40\] .*holds no answers or clean logits of a batch"),
-    (partial(divergence, clean=CLEAN_OF_BATCH[:2]), r"for two prompts alone and .* for both together: .*'neg_kl'"),
+    (partial(divergence, clean=CLEAN_OF_BATCH[:2]), r"for 2 prompts alone and .* for them together: .*'neg_kl'"),
     (lambda logits, tokens=ANSWERS_OF_BATCH: logits[:, -1].gather(1, tokens).mean(), r"failed on logits of shape"),
+    *((partial(whole_divergence, clean=clean), r"failed on logits of shape \[1, \d, 40\] .*must match") for clean in CLEANS),
+    *((partial(above, level=level), r"failed on logits of shape \[\d, 1, 40\] .*must match") for level in LEVELS),
 ]  # fmt: skip
 
 

@@ -1,16 +1,18 @@
 """What goes into pairs: answers behind their prompts, BOS, padding, spans, pairs without wrong answers."""
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import oracle
 import pytest
 import torch
 from small import Small
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import featpatch as fp
 from featpatch.pairs import PairsWarning
@@ -92,6 +94,16 @@ def test_answers_that_were_surely_meant_otherwise(
     assert [made.convert_ids_to_tokens(list(pair.correct)) for pair in pairs] == [[expected]] * 3
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [("東京は", "日本"), ("กรุงเทพ", "ไทย"), ("is", "東"), ("京", "is")])
+def test_scripts_without_spaces_need_none(prompt: str, answer: str) -> None:
+    """Not a word about the space that is missing (warnings are errors)."""
+    fp.Pairs.from_prompts(of_bytes(), clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=True)
+
+
+def test_no_space_is_advised_that_makes_more_tokens() -> None:
+    fp.Pairs.from_prompts(of_bytes(), clean=["is"], corrupted=["is"], correct=["é"], long_answers=True)
+
+
 def test_the_checklist_says_where_the_context_decides() -> None:
     tokenizer = sentence_piece()
     pairs = fp.Pairs.from_prompts(tokenizer, clean=['Paris is "'], corrupted=['Rome is "'], correct=["Paris"], wrong=[["Rome"]])
@@ -157,6 +169,18 @@ def test_prompts_without_the_models_bos(demo: fp.Demo) -> None:
     assert demo.pairs("ioi", n=3).check(demo.model).counts()["start"] == {"pass": 3, "warn": 0, "fail": 0}
 
 
+def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
+    """TransformerLens cuts a text off at the context without a word, with the answer at a token in the middle."""
+    model, prompt = deepcopy(small.model), "gave to " * 9
+    model.tokenizer = whole_words()
+    model.tokenizer.pad_token, model.cfg.tokenizer_prepends_bos = "<unk>", False
+    long = fp.Pairs.from_prompts(model, clean=[f"{prompt}Mary"], corrupted=[f"{prompt}John"], correct=["to"], wrong=["Mary"])
+    assert len(long[0]) > model.cfg.n_ctx == 16
+    for use in (lambda: fp.rank_components(model, long, progress=False), lambda: long.check(model)):
+        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|not longer than its context"):
+            use()
+
+
 @pytest.fixture(scope="module")
 def demo() -> fp.Demo:
     return fp.load_demo()
@@ -205,6 +229,65 @@ def test_padding_that_is_also_bos() -> None:
             fp.Pairs.from_tokens([ids], [ids], **answers, tokenizer=tokenizer)
     (pair,) = fp.Pairs.from_tokens([[bos, 5, 6]], [[bos, 5, 9]], **answers, tokenizer=tokenizer)
     assert pair.clean == (bos, 5, 6)
+
+
+def small_gpt2(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A small random model with this tokenizer."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=4, initializer_range=0.3)
+    return fp.load(GPT2LMHeadModel(config).eval(), tokenizer=tokenizer, check=False).model
+
+
+def test_one_padding_token_that_is_also_bos() -> None:
+    """As with GPT-2's usual setting: what one more token in another row decides is asked for, not guessed."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token
+    model = small_gpt2(tokenizer)
+    rows = {"clean": [[10, 11, 12, 13], [21, 22, 23]], "corrupted": [[10, 17, 12, 13], [26, 22, 23]]}
+    padded = {n: tokenizer.pad({"input_ids": r}, padding_side="left", return_tensors="pt") for n, r in rows.items()}
+    tables = {name: table["input_ids"] for name, table in padded.items()}
+    assert tables["clean"][1, 0] == tokenizer.bos_token_id
+    mask, answers = padded["clean"]["attention_mask"], {"correct": [7, 7], "wrong": [9, 9]}
+    with pytest.raises(fp.FeatpatchError, match=r"2 of 4 rows of token ids begin with 1, the padding token and also BOS"):
+        fp.Pairs.from_tokens(**tables, **answers, tokenizer=model)
+    masked = fp.Pairs.from_tokens(**tables, **answers, tokenizer=model, attention_mask=mask)
+    assert [list(pair.clean) for pair in masked] == rows["clean"]
+    patch = fp.Patch((fp.Node("blocks.1.hook_resid_pre", "activation", position=1),))
+    given = {"source": tables["clean"], "base": tables["corrupted"]}
+    with pytest.raises(fp.FeatpatchError, match=r"1 of 2 rows .* attention_mask="), fp.do(model, patch, **given):
+        pass
+    with torch.no_grad(), fp.do(model, patch, **given, attention_mask=mask):
+        together = model(tables["corrupted"], attention_mask=mask)[1, -1]
+    alone = fp.Patch((fp.Node("blocks.1.hook_resid_pre", "activation", position=0),))
+    with torch.no_grad(), fp.do(model, alone, source=torch.tensor(rows["clean"][1:]), base=torch.tensor(rows["corrupted"][1:])):
+        torch.testing.assert_close(model(torch.tensor(rows["corrupted"][1:]))[0, -1], together)
+
+
+def test_a_row_padded_by_one_eos() -> None:
+    """Which is not BOS, so that no prompt begins with it."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = tokenizer.pad_token = "<unk>"
+    with pytest.raises(fp.FeatpatchError, match=r"begin or end with '<unk>' \(0\), which is the padding token and also"):
+        fp.Pairs.from_tokens([[0, 1, 5]], [[0, 1, 6]], [7], [8], tokenizer=tokenizer)
+
+
+def test_prompts_that_end_in_what_is_also_padding() -> None:
+    """As chat prompts do: with the mask they are ranked as they are, with a warning; two such tokens are padding."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = tokenizer.pad_token = "<unk>"
+    model = small_gpt2(tokenizer)
+    clean, corrupted, answers = [[1, 10, 11, 0], [1, 12, 13, 14]], [[1, 15, 11, 0], [1, 12, 16, 14]], ([7, 7], [9, 9])
+    pairs = fp.Pairs.from_tokens(clean, corrupted, *answers, tokenizer=model, attention_mask=[[1] * 4] * 2)
+    with pytest.warns(PairsWarning, match="1 of 2 pairs begin or end with '<unk>', which is BOS or EOS and also the padding"):
+        found = fp.rank_components(model, pairs, sites="z", progress=False)
+    with torch.no_grad():
+        logits = model(torch.tensor(clean))[:, -1]
+    assert found.clean.tolist() == pytest.approx((logits[:, 7] - logits[:, 9]).tolist(), abs=1e-5)
+    assert pairs.check(model).counts()["start"] == {"pass": 1, "warn": 1, "fail": 0}
+    twice = fp.Pairs.from_tokens([[1, 10, 0, 0]], [[1, 11, 0, 0]], [7], [9])
+    with pytest.raises(fp.FeatpatchError, match="pair 0 begins or ends with the padding token"):
+        fp.rank_components(model, twice, sites="z", progress=False)
+    assert twice.check(model).counts()["start"]["fail"] == 1
 
 
 def test_two_bos_in_token_ids(demo: fp.Demo) -> None:
@@ -274,12 +357,94 @@ def test_spans_from_text(demo: fp.Demo) -> None:
     assert noise.at(pairs[0]) == [2, 3, 4]
 
 
+def of_bytes() -> PreTrainedTokenizerFast:
+    """As GPT-2's, for any text: each byte is a token where no word is."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator([" is of Paris Rome"] * 60, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>", pad_token="<unk>")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("words", [("東京", "北海"), ("Ōsaka", "Ēsaka"), (" 🐈", " 🐕")])
+def test_a_span_of_characters_of_several_tokens(words: tuple[str, str], fast: bool) -> None:
+    """It holds all tokens that differ, so that at the embedding it is everything: recovery 1."""
+    tokenizer = of_bytes()
+    model = small_gpt2(tokenizer)
+    clean, corrupted = (f"of {word.strip()} is" for word in words)
+    ids = (lambda text: tokenizer(text)["input_ids"]) if not fast else model
+    pairs = fp.Pairs.from_prompts(
+        ids, clean=[clean], corrupted=[corrupted], correct=[" Rome"], wrong=[" of"], labels=[{"it": {"span": words[0].strip()}}]
+    )
+    differing = [p for p, (a, b) in enumerate(zip(pairs[0].clean, pairs[0].corrupted, strict=True)) if a != b]
+    assert set(differing) <= set(pairs[0].labels["it"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PairsWarning)  # the function puts no BOS first
+        found = fp.rank_components(model, pairs, sites="resid_pre", layers=[0], positions=["it"], progress=False)
+    assert found.pooled("recovery").tolist() == pytest.approx([1.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, sentence_piece])
+def test_spaces_around_a_label_do_not_count(tokenizer: Callable[[], Any]) -> None:
+    """A space is part of the token of the word after it."""
+    text = "John gave a drink to Mary"
+    named = {
+        "a": "gave",
+        "b": "gave ",
+        "c": " gave ",
+        "d": (5, 10),
+        "e": {"span": "gave"},
+        "f": {"span": " gave "},
+        "g": "Mary",
+    }
+    (pair,) = fp.Pairs.from_prompts(tokenizer(), clean=[text], corrupted=[text], correct=[" Mary"], labels=[named])
+    assert {pair.labels[name] for name in "abcd"} == {1}
+    assert (pair.labels["e"], pair.labels["f"], pair.labels["g"]) == ((1,), (1,), 5)
+
+
+def test_labels_where_bos_changes_the_first_token(bridge: Small) -> None:
+    """As with Llama's: a text that follows BOS begins without a space."""
+    model = deepcopy(bridge.model)
+    model.tokenizer = sentence_piece()
+    model.tokenizer.pad_token, model.cfg.tokenizer_prepends_bos = "<unk>", False
+    text = {"clean": ["Paris is big"], "corrupted": ["Paris is big"], "correct": [" to"]}
+    (pair,) = fp.Pairs.from_prompts(model, **text, labels=[{"city": {"span": "Paris"}, "end": "big"}])
+    assert model.tokenizer.convert_ids_to_tokens(list(pair.clean)) == ["<s>", "Paris", "▁is", "▁big"]
+    assert pair.labels == {"city": (1,), "end": 3}
+
+
+def test_positions_of_numpy_and_lists() -> None:
+    """Everywhere the same as plain integers and tuples, in digests too."""
+    named = {"end": np.int64(5), "mid": [np.int64(2), 3], "range": range(2, 4)}
+    plain = {"end": 5, "mid": (2, 3), "range": (2, 3)}
+    given: dict[str, Any] = {"clean": [[5, 6, 7, 8, 9, 4]], "corrupted": [[5, 6, 7, 8, 9, 3]], "correct": [1], "wrong": [2]}
+    tokens = fp.Pairs.from_tokens(**given, labels=[named])
+    ids = given | {"correct": [[1]], "wrong": [[2]]}
+    made = fp.Pairs.from_prompts(byte_level(), **ids, labels=[named])
+    assert [pair.labels for pairs in (tokens, made) for pair in pairs] == [plain] * 2
+    assert [type(tokens[0].labels["end"]), type(tokens[0].labels["mid"])] == [int, tuple]
+    assert tokens.digest() == made.digest() == fp.Pairs.from_tokens(**given, labels=[plain]).digest()
+    (text,) = fp.Pairs.from_prompts(
+        byte_level(),
+        clean=["a drink to"],
+        corrupted=["a drink to"],
+        correct=[" Mary"],
+        labels=[{"x": np.int64(2), "y": [2, 7]}],
+    )
+    assert text.labels == {"x": 2, "y": 1}
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
         ({"span": "Paul"}, "label 'x': 'Paul' is not in"),
         ({"text": "Mary"}, "label 'x': .* is no place in a prompt"),
         ({"span": 3}, "label 'x': 3 is no place in a prompt"),
+        ([3, 4, 5], r"label 'x': \[3, 4, 5\] is no place in a prompt: .*, or a range of token positions"),
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
         (range(3, 99), "label 'x' is at position"),
         (range(5, 1, -1), "label 'x' is at position"),
@@ -323,6 +488,83 @@ def test_pairs_without_wrong_answers(small: Small) -> None:
         better = [clean > corrupted for clean, corrupted in zip(found.clean, found.corrupted, strict=True)]
         assert [finding.status == "pass" for finding in output] == better
         assert output[0].detail.startswith("log p(right)")
+
+
+FORMS: dict[str, Callable[[Any, str], Any]] = {
+    "a text": lambda model, text: text,
+    "tokens of the model": lambda model, text: model.to_tokens(text),
+    "one dimension": lambda model, text: model.to_tokens(text)[0],
+    "an array": lambda model, text: model.to_tokens(text)[0].numpy(),
+    "a list": lambda model, text: model.to_tokens(text)[0].tolist(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prompts_as_token_ids(demo: fp.Demo, form: str) -> None:
+    """And answers as ids: the same pairs as from the texts."""
+    prompts = {"clean": "Mary gave a drink to", "corrupted": "John gave a drink to"}
+    expected = fp.Pairs.from_prompts(demo.model, **{n: [p] for n, p in prompts.items()}, correct=["Mary"], wrong=["John"])
+    given = {name: [FORMS[form](demo.model, prompt)] for name, prompt in prompts.items()}
+    mary, john = expected[0].correct[0], expected[0].wrong[0]
+    for correct, wrong in (([mary], [john]), ([[np.int64(mary)]], [torch.tensor([john])]), (torch.tensor([mary]), [[john]])):
+        assert fp.Pairs.from_prompts(demo.model, **given, correct=correct, wrong=wrong) == expected
+
+
+@pytest.mark.parametrize("wrong", [None, [], [None, None], [[], []], [(), None]])
+def test_empty_wrong_answers_are_none(wrong: Any) -> None:
+    given = {"clean": [[5, 6], [6, 5]], "corrupted": [[5, 7], [6, 7]], "correct": [1, 2]}
+    made = [fp.Pairs.from_prompts(byte_level(), **given, wrong=wrong, long_answers=long) for long in (False, True)]
+    if wrong in (None, [], [[], []]):
+        made.append(fp.Pairs.from_tokens(**given, wrong=wrong))
+    assert [[pair.answers for pair in pairs] for pairs in made] == [[(((1,),), ()), (((2,),), ())]] * len(made)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"correct": [b"to"]}, "pair 0: answer b'to' is a bytes: expected a text, the id of a token, or a list of these"),
+        ({"correct": [5.0]}, "pair 0: answer 5.0 is a float"),
+        ({"correct": [[[5]]]}, r"pair 0: answer \[5\] is a list"),
+        ({"correct": [True]}, "pair 0: answer True is a bool"),
+        ({"correct": [None]}, "expected at least one correct answer"),
+        ({"clean": [b"is big"]}, "pair 0: a prompt is \"b'is big'\": expected a text, or the token ids"),
+        ({"clean": [None]}, "pair 0: a prompt is 'None'"),
+        ({"clean": [torch.zeros(2, 3, dtype=torch.long)]}, "pair 0: a prompt is 'tensor"),
+        ({"clean": [torch.zeros(3)]}, "pair 0: a prompt is 'tensor"),
+    ],
+)
+@pytest.mark.parametrize("long_answers", [False, True])
+def test_prompts_and_answers_that_are_none(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str, long_answers: bool
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given = {"clean": ["is big"], "corrupted": ["is big"], "correct": [" to"], "wrong": [" Mary"]}
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.Pairs.from_prompts(byte_level(), **{**given, **changed}, long_answers=long_answers)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: inner.encode,
+        lambda inner: lambda text: {"input_ids": inner(text)["input_ids"]},
+        lambda inner: lambda text: {"input_ids": [inner(text)["input_ids"]]},
+        lambda inner: lambda text: inner(text, return_tensors="pt"),
+        lambda inner: lambda text: inner([text])["input_ids"],
+        lambda inner: lambda text: np.array(inner(text)["input_ids"]),
+        lambda inner: inner.backend_tokenizer.encode,
+    ],
+)
+def test_functions_from_a_text_to_ids(wrap: Callable[[Any], Any]) -> None:
+    given = {"clean": ["is big"], "corrupted": ["is big"], "correct": [" to"], "wrong": [" Mary"]}
+    found, expected = (fp.Pairs.from_prompts(each, **given) for each in (wrap(byte_level()), byte_level()))
+    assert [(pair.answers, pair.clean) for pair in found] == [(pair.answers, pair.clean) for pair in expected]
+
+
+@pytest.mark.parametrize("gives", [lambda text: None, lambda text: text.split(), lambda text: [[1, 2], [3, 4]], lambda text: 5])
+def test_functions_that_give_no_ids(gives: Callable[[str], Any]) -> None:
+    with pytest.raises(fp.FeatpatchError, match="the tokenizer gives .* for the text 'is big': expected its token ids"):
+        fp.Pairs.from_prompts(gives, clean=["is big"], corrupted=["is big"], correct=[" to"])
 
 
 def test_a_file_without_wrong_answers(tmp_path: Any) -> None:

@@ -57,7 +57,8 @@ def adapt(
             `decode` may be nonlinear, but sees nothing of the activation besides its features (see `skip`); `encode` may
             look at earlier positions.
         hook: the hook that it reads.
-        d_in: width of an activation there; known for objects of the libraries named above.
+        d_in: width of an activation there; known for objects of the libraries named above. An object of a subclass is adapted
+            by its `encode` and `decode`, and needs it.
         hook_out: the hook that it writes, for a transcoder.
         name: a name for tables; by default that of the hook.
         linear: whether `decode` is a fixed linear map plus a constant, as that of nearly every SAE is. Then what a feature adds
@@ -76,7 +77,8 @@ def adapt(
     hooks = all(isinstance(each, str) and each for each in (hook, hook if hook_out is None else hook_out))
     if not hooks or (d_in is None and own_width is None) or not (d_in is None or (type(d_in) is int and d_in >= 1)):
         raise FeatpatchError(
-            f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hooks and a width of 1 or more"
+            f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hooks and a width of 1 or more, which is "
+            "known only of the classes of dictionary_learning, sparsify and circuit-tracer themselves"
         )
     if isinstance(coder, SAE):
         raise FeatpatchError(

@@ -203,8 +203,8 @@ class Coder(torch.nn.Module):
 
 
 def library_of(source: Any) -> str | None:
-    """The name of the library that an object comes from, if it is one of `LIBRARIES`."""
-    modules = {part for each in type(source).__mro__ for part in each.__module__.split(".")}
+    """The name of the library of `LIBRARIES` whose object this is; a subclass from elsewhere may compute something else."""
+    modules = type(source).__module__.split(".")
     return next((name for module, name in LIBRARIES.items() if module in modules), None)
 
 
@@ -215,7 +215,7 @@ def of_object(source: Any) -> Weights | None:
         FeatpatchError: the object is of one of the libraries, but its kind is not supported.
     """
     library, kind = library_of(source), type(source).__name__
-    if library is None:
+    if library is None or (library == "dictionary_learning" and kind not in CLASSES):
         return None
     if library == "circuit-tracer" and kind == "CrossLayerTranscoder":
         raise FeatpatchError(f"the {kind} of circuit-tracer: {UNSUPPORTED_CLT}")
@@ -291,6 +291,10 @@ def patterns(folder: str) -> list[str]:
     return [*inside, folder, f"{folder}.safetensors", f"{above}config.yaml", f"{above}config.json"]
 
 
+COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of weights."""
+
+
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a file by name; no code in it is run."""
     try:
@@ -308,7 +312,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected tensors by name, a state_dict")
-    return dict(found)
+    return {name.removeprefix(COMPILED): value for name, value in found.items()}
 
 
 def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
@@ -405,6 +409,11 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
     given = [settings.get(name) for name in ("trainer", "buffer")]
     trainer, buffer = (value if isinstance(value, dict) else {} for value in given)
     kind = trainer.get("dict_class")
+    if kind is None:
+        raise FeatpatchError(
+            f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class, one of "
+            f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.adapt(object, hook)"
+        )
     weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
     _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})
     if kind == "AutoEncoder":  # whose from_pretrained scales every feature to a decoder of norm 1

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
+from featpatch import sites
+from featpatch.errors import FeatpatchError
 from featpatch.lens.layer import Rotation, Stack, UnsupportedError
 from featpatch.lens.lens import Lens, answering
 from featpatch.lens.stack import Attention, build
@@ -14,6 +16,22 @@ from featpatch.lens.stack import Attention, build
 @dataclass(frozen=True)
 class HookedLens(Lens):
     """A `transformer_lens.HookedTransformer`."""
+
+    def site(self, name: str) -> str:
+        """As `Lens.site`; what a module puts out, which has no hook point of its own here, is what the residual stream gets.
+
+        Raises:
+            FeatpatchError: the model has no such hook, or has a norm behind the module.
+        """
+        added = sites.of_output(name)
+        if added is None or name in self.hook_points or added not in self.hook_points:
+            return super().site(name)
+        if getattr(self.model.cfg, "use_normalization_before_and_after", False):
+            raise FeatpatchError(
+                f"the model has no hook {name!r}, and {added!r} comes after another norm: expected a model that has both; load "
+                "it as a TransformerBridge, with fp.load"
+            )
+        return super().site(added)
 
     def resume(
         self,

@@ -48,7 +48,7 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
 
 
 def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
-    """Refuse prompts that begin or end with padding, or begin with two BOS."""
+    """Refuse prompts that begin or end with padding or begin with two BOS; warn where padding may be BOS or EOS as well."""
     if tokenizer is None:
         return
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -58,11 +58,20 @@ def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
                 f"pair {index} begins with {tokenizer.bos_token!r} ({bos}) twice: expected it once; leave it out of the text, "
                 "because the tokenizer adds it"
             )
-        if is_padded(tokenizer, pair.clean, pair.corrupted):
+        if is_padded(tokenizer, pair.clean, pair.corrupted, surely=True):
             raise FeatpatchError(
                 f"pair {index} begins or ends with the padding token {tokenizer.pad_token!r}: expected prompts without "
                 "padding; make pairs with Pairs.from_tokens(..., attention_mask=...)"
             )
+    perhaps = sum(is_padded(tokenizer, pair.clean, pair.corrupted) for pair in pairs)
+    if perhaps:
+        warnings.warn(
+            f"{perhaps} of {len(pairs)} pairs begin or end with {tokenizer.pad_token!r}, which is BOS or EOS and also the "
+            "padding token: it is taken as part of the prompt; if it is padding, make pairs with Pairs.from_tokens(..., "
+            "attention_mask=...)",
+            PairsWarning,
+            stacklevel=2,
+        )
 
 
 def _compare_start(pairs: Pairs, lens: Lens) -> None:

@@ -30,7 +30,7 @@ class Runs:
         """float32 at least.
 
         Raises:
-            FeatpatchError: the model fails, or gives no logits, or ones that are not finite.
+            FeatpatchError: the model can't take the tokens, gives no logits, or ones that are not finite.
         """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         try:

@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.align import aligned
-from featpatch.pairs.pair import Pair, Sequences
+from featpatch.pairs.pair import Pair, Sequences, plain_integers
 from featpatch.pairs.positions import label_positions
-from featpatch.pairs.tokens import AnswerTokens, Tokenizer, prompt_ids, special_positions
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, prompt_ids, special_positions
 
-Prompt = str | Sequence[int]
-"""A text, or its token ids."""
-Answers = str | Sequence[str] | Sequence[int]
-"""An answer, several, or the ids of one-token answers."""
+Prompt = str | Sequence[int] | torch.Tensor | np.ndarray
+"""A text, or its token ids `[pos]` or `[1, pos]`."""
+Answer = str | SupportsIndex
+"""A text, or the id of a one-token answer."""
+Answers = Answer | Sequence[Answer] | torch.Tensor | np.ndarray | None
+"""An answer, several, or none."""
 INSTEAD = ", or give long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) with metric='sequence_log_prob'"
 """What else to do about an answer of several tokens."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -48,8 +53,8 @@ def make(
     answers = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
     if _last_word(clean) == _last_word(corrupted):
         answers = answers[:1]
-    here = label_positions(tokenizer, clean, labels)
-    there = label_positions(tokenizer, corrupted, corrupted_labels)
+    here = label_positions(tokenizer, clean if isinstance(clean, str) else ids, labels)
+    there = label_positions(tokenizer, corrupted if isinstance(corrupted, str) else other, corrupted_labels)
     if filler is not None and (there or len(ids) != len(other)):
         ids, other, here, there = aligned(ids, other, here, there, filler)
     pair = Pair(
@@ -82,8 +87,15 @@ def _last_word(prompt: Prompt) -> Any:
 
 
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """Return the token ids of a prompt, which is a text or ids already."""
-    return prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
+    """Return the token ids of a prompt, which is a text or ids already.
+
+    Raises:
+        FeatpatchError: it is neither.
+    """
+    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else one_row(prompt)
+    if ids is None:
+        raise FeatpatchError(f"a prompt is {str(prompt)[:60]!r}: expected a text, or the token ids [pos] of one prompt")
+    return ids
 
 
 def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
@@ -108,8 +120,17 @@ def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answe
 
 
 def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
-    several = [answers] if isinstance(answers, str) else answers
-    return tuple(
-        (answer,) if isinstance(answer, int) else after.ids(answer) if long_answers else (after.one(answer, instead=INSTEAD),)
-        for answer in several
-    )
+    given: Any = answers.tolist() if isinstance(answers, torch.Tensor | np.ndarray) else answers
+    several = [] if given is None else list(given) if isinstance(given, list | tuple | range) else [given]
+    found: list[tuple[int, ...]] = []
+    for answer in several:
+        token = plain_integers(answer)
+        if isinstance(token, int):
+            found.append((token,))
+        elif isinstance(answer, str):
+            found.append(after.ids(answer) if long_answers else (after.one(answer, instead=INSTEAD),))
+        else:
+            raise FeatpatchError(
+                f"answer {answer!r} is a {type(answer).__name__}: expected a text, the id of a token, or a list of these"
+            )
+    return tuple(found)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any
 
 from featpatch.errors import LARGEST, FeatpatchError, check_kinds
 from featpatch.patch import Position
@@ -70,6 +72,8 @@ class Pair:
                 f"answer_position is {self.answer_position} and the answers are sequences: expected the last position, "
                 f"{n - 1}, because they follow the prompt; cut the prompts off there"
             )
+        plain = {label: plain_integers(position) for label, position in self.labels.items()}
+        object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
         for label, position in self.labels.items():
             span = positions_of(position)
             if not isinstance(label, str) or label in ("all", "each") or not span or not all(type(p) is int for p in span):
@@ -145,6 +149,18 @@ def _check_tokens(name: str, tokens: object) -> None:
         if type(token) is not int or abs(token) > LARGEST:
             what = type(token).__name__ if type(token) is not int else f"integer of {token.bit_length()} bits"
             raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
+
+
+def plain_integers(value: Any) -> int | tuple[int, ...] | None:
+    """Return an integer of any type, such as NumPy's, or a list or range of them, as plain ones; None for anything else."""
+    if isinstance(value, list | tuple | range):
+        every = [plain_integers(each) for each in value]
+        plain = tuple(each for each in every if isinstance(each, int))
+        return plain if len(plain) == len(every) else None
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:

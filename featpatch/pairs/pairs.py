@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from jaxtyping import Int
@@ -19,10 +19,10 @@ from featpatch.pairs.each import each, fitting
 from featpatch.pairs.fields import NEEDED, checked, from_cells
 from featpatch.pairs.files import Rows, csv_rows, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
-from featpatch.pairs.make import make
-from featpatch.pairs.pair import LabelPosition, Pair
+from featpatch.pairs.make import Answers, Prompt, make
+from featpatch.pairs.pair import Pair, plain_integers
 from featpatch.pairs.positions import Label
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, special_positions, unmasked, unpadded
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, special_positions, unmasked, unpadded
 from featpatch.untrusted import visible
 
 Table = Sequence[int] | Sequence[Sequence[int]]
@@ -49,10 +49,10 @@ class Pairs(Sequence[Pair]):
         cls,
         tokenizer: Tokenizer,
         *,
-        clean: Sequence[str],
-        corrupted: Sequence[str],
-        correct: Sequence[str | Sequence[str]],
-        wrong: Sequence[str | Sequence[str]] | None = None,
+        clean: Sequence[Prompt] | torch.Tensor,
+        corrupted: Sequence[Prompt] | torch.Tensor,
+        correct: Sequence[Answers] | torch.Tensor,
+        wrong: Sequence[Answers] | torch.Tensor | None = None,
         labels: Sequence[Mapping[str, Label]] | None = None,
         corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
         tags: Sequence[Mapping[str, str]] | None = None,
@@ -60,16 +60,17 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Pairs":
-        """Pairs from texts.
+        """Pairs from texts, or from the token ids of prompts one by one.
 
         Args:
             tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
                 function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
                 left out of swaps.
-            clean, corrupted: prompts, equally many.
+            clean, corrupted: prompts, equally many; a text, or token ids such as `model.to_tokens(text)`.
             correct, wrong: for each prompt, an answer that is one token, or several such answers; longer ones with
                 `long_answers`. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
-                separate word. Without `wrong`, only metrics of the correct answers, such as `"log_prob"`, can be used.
+                separate word; an integer is the id of a token. Without `wrong`, or where it is empty or None, only metrics
+                of the correct answers, such as `"log_prob"`, can be used.
             labels: for each clean prompt, names of positions. A position is a token index, `{"S2": 12}`, or a text that occurs
                 once in the prompt, `{"S2": "Mary"}`, or its characters, `{"S2": (34, 38)}`; the last token of these is meant.
                 A label may also name a span, which is patched as one position: all tokens of a text,
@@ -86,9 +87,9 @@ class Pairs(Sequence[Pair]):
             FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label is
                 outside the prompt or at another position of the corrupted prompt, or the labels can't be aligned.
         """
-        columns: dict[str, Sequence[Any]] = {"clean": clean, "corrupted": corrupted, "correct": correct}
-        check_kinds(Sized, clean=clean)
-        columns["wrong"] = wrong if wrong is not None else [[]] * len(clean)
+        columns: dict[str, Any] = {"clean": clean, "corrupted": corrupted, "correct": correct}
+        check_kinds(Sized, clean=clean, wrong=[] if wrong is None else wrong)
+        columns["wrong"] = wrong if wrong is not None and len(wrong) else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
         _equally_many(columns)
@@ -103,7 +104,7 @@ class Pairs(Sequence[Pair]):
         corrupted: Int[torch.Tensor, "pairs pos_corrupted"] | Table,
         correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"] | Table,
         wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"] | Table | None = None,
-        labels: Sequence[Mapping[str, LabelPosition | range]] | None = None,
+        labels: Sequence[Mapping[str, SupportsIndex | Sequence[SupportsIndex]]] | None = None,
         *,
         attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
@@ -111,8 +112,10 @@ class Pairs(Sequence[Pair]):
         """Pairs from tensors of token ids, or lists of equally long lists.
 
         Args:
-            correct, wrong: ids of the answers; without `wrong`, only metrics of the correct answers can be used.
-            labels: for each pair, names of positions, or of spans as ranges of positions, counted in the padded clean row.
+            correct, wrong: ids of the answers; without `wrong`, or where it is empty, only metrics of the correct answers can
+                be used.
+            labels: for each pair, names of positions, or of spans as ranges or lists of positions, counted in the padded clean
+                row.
             attention_mask: 1 for tokens and 0 for padding at either end, the same for both prompts of a pair. Padding is cut
                 off and takes no part in anything.
             tokenizer: its special tokens (BOS) are left out of swaps; without a tokenizer no position counts as special.
@@ -125,12 +128,16 @@ class Pairs(Sequence[Pair]):
         given = {"clean": clean, "corrupted": corrupted, "correct": correct}
         given["wrong"] = wrong if wrong is not None else torch.zeros(len(clean), 0, dtype=torch.long)
         ids = {name: _integers(name, value) for name, value in given.items()}
+        if not len(ids["wrong"]):
+            ids["wrong"] = torch.zeros(len(clean), 0, dtype=torch.long)
         columns: dict[str, Sequence[Any]] = {name: table.tolist() for name, table in ids.items()}
         columns["labels"] = labels if labels is not None else [{}] * len(clean)
         columns["attention_mask"] = [None] * len(clean)
         if attention_mask is not None:
             columns["attention_mask"] = _mask(attention_mask, ids["clean"], ids["corrupted"]).tolist()
         _equally_many(columns)
+        if attention_mask is None and tokenizer is not None:
+            check_starts(tokenizer, [*columns["clean"], *columns["corrupted"]])
         pairs = cls(each(partial(_pair_of_row, tokenizer), *columns.values()))
         widths = ids["clean"].shape[1], ids["corrupted"].shape[1]
         cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)
@@ -385,13 +392,14 @@ def _integers(name: str, value: Any) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
     whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
+    whole = whole or not table.numel()  # which torch takes for floats
     axes = {"correct": (1, 2), "wrong": (1, 2), "attention_mask": range(1, 3)}.get(name, (2,))
     if not whole or table.ndim not in axes:
         shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"
         raise FeatpatchError(
             f"{name} is a tensor {list(table.shape)} of {table.dtype}: expected integers {shape}, such as token ids"
         )
-    return table.long().reshape(len(table), -1)
+    return table.long() if table.ndim == 2 else table.long()[:, None]
 
 
 def _mask(value: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
@@ -433,9 +441,10 @@ def _pair_of_row(
 
 def _moved(position: Any, start: int) -> Any:
     """A label's position in a row whose first `start` tokens are cut off."""
-    if isinstance(position, (range, tuple)):
-        return tuple(p - start for p in position)
-    return position - start if isinstance(position, int) else position
+    plain = plain_integers(position)
+    if plain is None:
+        return position
+    return plain - start if isinstance(plain, int) else tuple(p - start for p in plain)
 
 
 def _equally_many(columns: Mapping[str, Sequence[Any]]) -> None:

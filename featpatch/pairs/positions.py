@@ -1,21 +1,24 @@
 """Where in a prompt's tokens a character, a span of characters or a word is."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from featpatch.errors import FeatpatchError
-from featpatch.pairs.pair import LabelPosition
+from featpatch.pairs.pair import LabelPosition, plain_integers
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_tokenizer, prompt_ids, special_positions
 
-Label = int | range | str | Sequence[int] | Mapping[str, Any]
+Label = SupportsIndex | range | str | Sequence[SupportsIndex] | Mapping[str, Any]
 """Where a label is: a token position; a text that occurs once in the prompt, or its characters (start, end), either of which
 stands for its last token; or, for a span, a range of token positions or `{"span": text or characters}`, for all its tokens."""
 
 
-def token_at(tokenizer: Tokenizer, text: str, character: int) -> int:
+def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = False) -> int:
     """The position of the token that holds a character of the text.
 
     By the offsets that a fast Hugging Face tokenizer gives; with any other, by the number of tokens of the text up to there.
+
+    Args:
+        first: of several tokens that hold the character, as the bytes of one can be, whether to take the first or the last.
 
     Raises:
         FeatpatchError: the character is outside the text, or in no token.
@@ -24,26 +27,32 @@ def token_at(tokenizer: Tokenizer, text: str, character: int) -> int:
         raise FeatpatchError(f"character {character} is outside {text[:40]!r}: expected 0 to {len(text) - 1}")
     plain, whole = plain_tokenizer(tokenizer), bare_ids(tokenizer, text)
     ids = prompt_ids(tokenizer, text)
-    begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), 0)
+    last = len(ids) - len(whole)
+    begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), last)
+    if begin < 0 or ids[begin + 1 : begin + len(whole)] != whole[1:]:  # the first may change with BOS in front
+        raise FeatpatchError(
+            f"the tokens of {text[:40]!r} are others with the special tokens around it: expected the same; give token positions"
+        )
     if getattr(plain, "is_fast", False):
         offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
         holding = [position for position, (start, stop) in enumerate(offsets) if start <= character < stop]
         if not holding:
             raise FeatpatchError(f"character {character} of {text[:40]!r} is in no token: expected one inside a word")
-        return begin + holding[-1]
-    before = bare_ids(tokenizer, text[: character + 1])
-    if whole[: len(before)] != before:
+        return begin + holding[0 if first else -1]
+    until = (text[:character], text[:character].rstrip(" ")) if first else (text[: character + 1],)
+    before = next((ids for ids in (bare_ids(tokenizer, part) for part in until) if whole[: len(ids)] == ids), None)
+    if before is None:
         raise FeatpatchError(
-            f"the tokens of {text[: character + 1][-30:]!r} change with what follows: expected a position at the end of a word"
+            f"the tokens of {until[0][-30:]!r} change with what follows: expected positions at the start and end of a word"
         )
-    return begin + len(before) - 1
+    return begin + len(before) - (0 if first else 1)
 
 
 def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, LabelPosition]:
     """Return the token position of each label, or its positions if the label is a span.
 
-    A text, or characters [start, end], stand for their last token; with `{"span": ...}` around them, for all their tokens. A
-    range of token positions is a span too.
+    A text, or characters [start, end], stand for their last token; with `{"span": ...}` around them, for all their tokens.
+    Spaces at their ends do not count. A range of token positions is a span too.
 
     Raises:
         FeatpatchError: a label is no position, text or span, is not in the prompt, or is there several times.
@@ -65,18 +74,17 @@ def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str,
 
 
 def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> LabelPosition:
-    if isinstance(label, int) and not isinstance(label, bool):
-        return label
-    if isinstance(label, range):
-        return tuple(label)
+    plain = plain_integers(label)
+    if plain is not None and (isinstance(plain, int) or isinstance(label, range) or not isinstance(prompt, str)):
+        return plain
     if isinstance(prompt, str):
         whole = isinstance(label, Mapping) and set(label) == {"span"}
         start, end = _characters(prompt, label["span"] if whole else label)
+        if prompt[start:end].strip(" "):  # a space can be part of the next word's token
+            end -= len(prompt[start:end]) - len(prompt[start:end].rstrip(" "))
+            start += len(prompt[start:end]) - len(prompt[start:end].lstrip(" "))
         last = token_at(tokenizer, prompt, end - 1)
-        if not whole:
-            return last
-        start += len(prompt[start:end]) - len(prompt[start:end].lstrip())
-        return tuple(range(token_at(tokenizer, prompt, start), last + 1))
+        return tuple(range(token_at(tokenizer, prompt, start, first=True), last + 1)) if whole else last
     raise FeatpatchError(f"{label!r} is no place in token ids: expected a position or a range of positions")
 
 
@@ -91,14 +99,15 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
                 "[start, end]"
             )
         return start, start + len(label)
-    if isinstance(label, list | tuple) and [type(edge) for edge in label] == [int, int]:
-        start, end = label
+    edges = plain_integers(label)
+    if isinstance(edges, tuple) and len(edges) == 2:
+        start, end = edges
         if not 0 <= start < end <= len(prompt):
             raise FeatpatchError(
                 f"the characters {list(label)} are outside {prompt[:60]!r} or none: expected 0 <= start < end <= {len(prompt)}"
             )
         return start, end
     raise FeatpatchError(
-        f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, characters [start, end], or "
-        '{"span": a text or characters} for all its tokens'
+        f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, characters [start, end], "
+        '{"span": a text or characters} for all its tokens, or a range of token positions'
     )

@@ -4,18 +4,24 @@ A tokenizer is a Hugging Face tokenizer, a function from a text to ids, or a Tra
 the ids that `model(text)` would use, including BOS if the model prepends it; a tokenizer is called as it is.
 """
 
+import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from featpatch.errors import FeatpatchError
+from featpatch.pairs.pair import plain_integers
 
 Tokenizer = Callable[..., Any]
 """A Hugging Face tokenizer, a function from a text to a sequence of ids, or a TransformerLens model."""
 
 Ids = tuple[int, ...]
+
+
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""How Unicode's names of the letters begin that are written without spaces between words."""
 
 
 class PairsWarning(UserWarning):
@@ -29,7 +35,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> Ids:
     follows the prompt.
     """
     plain, model = plain_tokenizer(tokenizer), _model(tokenizer)
-    ids = _ids(plain if model is None else model.to_tokens, text)
+    ids = _ids(plain, text) if model is None else _ids(model.to_tokens, text, truncate=False)
     bos, eos = (getattr(plain, name, None) for name in ("bos_token_id", "eos_token_id"))
     if bos is not None and ids[:2] == (bos, bos):
         warnings.warn(
@@ -126,7 +132,7 @@ class AnswerTokens:
         spaced = self._spaced(text)
         if following is None and spaced == found:
             return found  # the tokenizer splits words at spaces and has no tokens for them
-        if spaced is not None and spaced != found and space_missing:
+        if spaced is not None and spaced != found and len(spaced) <= len(found) and space_missing:
             self.remarks.append(
                 f"answer {text!r} follows {self._end()} without a space, as {self._pieces(found)}; with one, {f' {text}'!r} "
                 f"is {self._pieces(spaced)}; write {f' {text}'!r} if it is a separate word"
@@ -156,6 +162,8 @@ class AnswerTokens:
     def _space_missing(self, text: str) -> bool:
         """Whether prompt and answer run together as separate words never do; digits may continue a number."""
         last, first = (self.prompt or "")[-1:], text[:1]
+        if any(unicodedata.name(letter, "").startswith(UNSPACED) for letter in (last, first) if letter):
+            return False
         words = first.isalpha() and (last.isalnum() or last in tuple(",.;:?!"))
         return words or (first.isdigit() and last.isalpha())
 
@@ -181,10 +189,9 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
         FeatpatchError: padding can't be told from BOS or EOS, or the row is nothing but padding.
     """
     plain = plain_tokenizer(tokenizer)
-    pad = getattr(plain, "pad_token_id", None)
+    pad, bos, shared = _padding(tokenizer)
     kept = [position for position, token in enumerate(ids) if token != pad]
-    shared = pad in (getattr(plain, "bos_token_id", None), getattr(plain, "eos_token_id", None))
-    at_most = 1 if shared else 0  # one BOS at the start
+    at_most = 1 if pad == bos else 0  # one BOS at the start
     if pad is None or len(ids) == at_most or (kept and kept[0] <= at_most and kept[-1] == len(ids) - 1):
         return 0, len(ids)
     if shared or not kept:
@@ -196,12 +203,40 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
     return kept[0], kept[-1] + 1
 
 
-def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int]) -> bool:
-    """Whether one of the prompts begins or ends with padding."""
+def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = False) -> bool:
+    """Whether one of the prompts begins or ends with padding.
+
+    Args:
+        surely: whether a single token at an end does not count that may be BOS or EOS as well.
+    """
+    pad, _bos, shared = _padding(tokenizer)
+    if surely and shared:
+        return any(ids[:2] == (pad, pad) or ids[-2:] == (pad, pad) for ids in map(tuple, prompts))
     try:
         return any(unpadded(tokenizer, ids) != (0, len(ids)) for ids in prompts)
     except FeatpatchError:
         return True
+
+
+def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse rows of a batch that may be padded by one token, where that is BOS as well.
+
+    Raises:
+        FeatpatchError: some rows begin with the padding token, which is also BOS, and others do not.
+    """
+    pad, bos, _shared = _padding(tokenizer)
+    begin = sum(row[0] == pad for row in rows if row)
+    if pad is not None and pad == bos and 0 < begin < len(rows):
+        raise FeatpatchError(
+            f"{begin} of {len(rows)} rows of token ids begin with {pad}, the padding token and also BOS, and the others do "
+            "not: expected BOS in all or none, or attention_mask= with 1 for tokens and 0 for padding"
+        )
+
+
+def _padding(tokenizer: Tokenizer) -> tuple[int | None, int | None, bool]:
+    """The ids of padding and of BOS, and whether padding is BOS or EOS as well."""
+    pad, bos, eos = (getattr(plain_tokenizer(tokenizer), f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    return pad, bos, pad is not None and pad in (bos, eos)
 
 
 def unmasked(mask: Sequence[int]) -> tuple[int, int]:
@@ -244,6 +279,21 @@ def _model(tokenizer: Any) -> Any:
 
 
 def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
-    tokens: Any = tokenize(text, **options)
-    tokens = getattr(tokens, "input_ids", tokens)
-    return tuple(int(token) for token in (tokens[0] if getattr(tokens, "ndim", 1) == 2 else tokens))
+    given: Any = tokenize(text, **options)
+    found = given["input_ids"] if isinstance(given, Mapping) and "input_ids" in given else getattr(given, "ids", given)
+    ids = one_row(found)
+    if ids is None:
+        raise FeatpatchError(
+            f"the tokenizer gives {str(given)[:60]!r} for the text {text[:40]!r}: expected its token ids, as a list of "
+            "integers, a tensor [pos], or a mapping that has them as 'input_ids'"
+        )
+    return ids
+
+
+def one_row(value: Any) -> Ids | None:
+    """Return token ids `[pos]` or `[1, pos]`, as a tensor, an array or lists, as plain integers; None for anything else."""
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(rows[0], list | tuple):
+        rows = rows[0]
+    ids = plain_integers(rows)
+    return ids if isinstance(ids, tuple) else None

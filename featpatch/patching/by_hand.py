@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.lens import Fired, Lens, dictionaries_if_any, wrap
-from featpatch.pairs.tokens import is_padded, unmasked
+from featpatch.pairs.tokens import check_starts, is_padded, unmasked
 from featpatch.patch import Patch
 from featpatch.patching.chosen import Chosen, Values, choose
 
@@ -120,6 +120,8 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     """
     tokenizer = getattr(lens.model, "tokenizer", None)
     if given is None:
+        if tokenizer is not None:
+            check_starts(tokenizer, tokens.tolist())
         for row in tokens.tolist():
             if tokenizer is not None and is_padded(tokenizer, row):
                 raise FeatpatchError(

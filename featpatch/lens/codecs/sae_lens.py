@@ -62,8 +62,8 @@ class SaeCodec(Codec):
     """A sae-lens object; normalisation, skip paths and predicted codes included.
 
     Raises:
-        FeatpatchError: a layer of a cross-layer transcoder, a size below 1, or a normalisation that is neither folded in nor
-            known.
+        FeatpatchError: a layer of a cross-layer transcoder, a size below 1, a normalisation that is neither folded in nor
+            known, or weights of another type than the SAE says.
     """
 
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
@@ -79,6 +79,12 @@ class SaeCodec(Codec):
                 "for inference; save it with save_inference_model and load it again"
             )
         check_sizes(vars(sae.cfg))
+        held = next((p.dtype for p in sae.parameters()), sae.dtype)
+        if held != sae.dtype:
+            raise FeatpatchError(
+                f"the weights of the SAE of {sae.cfg.metadata.hook_name!r} are {held} and its dtype is {sae.dtype}, to which "
+                f"it casts what it reads: expected one type; convert it with sae.to(dtype={held}), not with .half() or .float()"
+            )
         self.sae, self.dtype = sae, sae.dtype
         self._encoder = self._decoder = _flat(copy(sae))
         if sae.dtype in (torch.bfloat16, torch.float16):

@@ -79,7 +79,7 @@ def test_answers_are_the_tokens_behind_the_prompt(
     ("tokenizer", "prompt", "answer", "expected", "warning"),
     [
         (byte_level, "drink to", "Mary", "Mary", r"answer 'Mary' follows 'drink to' without a space.*' Mary' is \['ĠMary'\]"),
-        (byte_level, "is:", "Paris", "Paris", r"answer 'Paris' follows 'is:' without a space"),
+        (byte_level, "is:", "Mary", "Mary", r"answer 'Mary' follows 'is:' without a space"),
         (byte_level, "drink to ", "Mary", "Mary", r"the tokens of 'drink to ' change when 'Mary' follows.*final space"),
         (sentence_piece, "is", "Paris", "Paris", r"answer 'Paris' follows 'is' without a space.*' Paris' is \['▁Paris'\]"),
     ],
@@ -177,7 +177,7 @@ def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
     long = fp.Pairs.from_prompts(model, clean=[f"{prompt}Mary"], corrupted=[f"{prompt}John"], correct=["to"], wrong=["Mary"])
     assert len(long[0]) > model.cfg.n_ctx == 16
     for use in (lambda: fp.rank_components(model, long, progress=False), lambda: long.check(model)):
-        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|not longer than its context"):
+        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|no more of them than its context"):
             use()
 
 

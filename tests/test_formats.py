@@ -324,6 +324,10 @@ def configured(**changes: Any) -> Damage:
         (lambda folder: torch.save(Evil(folder / "ran"), folder / "ae.pt"), "can't be read .*code in it is never run"),
         (lambda folder: (folder / "ae.pt").write_bytes(pickle.dumps(Evil(folder / "ran"))), "code in it is never run"),
         (lambda folder: (folder / "ae.pt").write_bytes((folder / "ae.pt").read_bytes()[:900]), "can't be read"),
+        (
+            lambda folder: (folder / "ae.pt").write_bytes((folder / "ae.pt").read_bytes()[:5000]),
+            r"can't be read \(it ends after 5000 bytes, too early\)",
+        ),
         (lambda folder: torch.save([torch.zeros(3)], folder / "ae.pt"), "holds a list: expected tensors by name"),
         (lambda folder: torch.save({"W": 3}, folder / "ae.pt"), "expected tensors by name"),
         (rewritten(b_dec=None), "expected .*; b_dec is missing"),

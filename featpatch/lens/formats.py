@@ -11,6 +11,7 @@ Files are read as tensors, numbers and text; no code in them is ever run. Object
 none of these libraries has to be installed.
 """
 
+import errno
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -306,9 +307,12 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         else:
             found = load_file(path)
     except Exception as error:
+        reason = f"{type(error).__name__}: {short(error)}"
+        if isinstance(error, OSError) and error.errno == errno.EINVAL:  # torch.load seeks before the start of the file
+            reason = f"it ends after {path.stat().st_size} bytes, too early"
         raise FeatpatchError(
-            f"{str(path)!r} can't be read ({type(error).__name__}: {short(error)}): expected a whole file of weights and "
-            "nothing else (code in it is never run); download it again, or save the state_dict alone"
+            f"{str(path)!r} can't be read ({reason}): expected a whole file of weights and nothing else (code in it is never "
+            "run); download it again, or save the state_dict alone"
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected tensors by name, a state_dict")

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from featpatch.errors import FeatpatchError
+from featpatch.untrusted import for_spreadsheets
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 try:
     import fcntl
@@ -63,6 +67,16 @@ def writing(path: str | Path) -> Iterator[Path]:
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, target)
+
+
+def write_csv(path: str | Path, frame: "pd.DataFrame") -> None:
+    """Write a table as CSV, whole or not at all, with no cell that a spreadsheet takes for a formula.
+
+    Raises:
+        FeatpatchError: the path is a folder, or nothing can be written there.
+    """
+    with writing(path) as file:
+        for_spreadsheets(frame).to_csv(file, index=False)
 
 
 def check_writable(path: str | Path) -> None:

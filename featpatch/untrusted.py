@@ -1,5 +1,6 @@
 """Text of users and of foreign files, made harmless for the place where it is shown."""
 
+import re
 from html import escape
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -8,7 +9,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n")
-"""What a formula of a spreadsheet can begin with, also in full-width form."""
+"""The characters that a spreadsheet formula can begin with, also in full-width form."""
+
+UNSAFE_ADVICE = re.compile(
+    "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
+    "|trust the source|trusted source|arbitrary code|two options"
+)
+"""Found in sentences by which other libraries advise to run code from a file or to ignore what is wrong with it."""
 
 
 def visible(text: str) -> str:
@@ -26,15 +33,14 @@ def in_figure(text: str) -> str:
     return escape(text, quote=False)
 
 
-def cell(value: object) -> object:
-    """For a spreadsheet: text that it would take for a formula gets an apostrophe in front; anything else is as it was."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
-
-
 def for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """A table none of whose texts a spreadsheet takes for a formula."""
+    """A copy of a table for a spreadsheet: texts that it would take for formulas begin with an apostrophe."""
     texts = frame.select_dtypes(exclude=["number", "bool"])
-    return frame.assign(**{name: texts[name].map(cell) for name in texts}).rename(columns=cell)
+    return frame.assign(**{name: texts[name].map(_cell) for name in texts}).rename(columns=_cell)
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
 
 
 def without_folder(name: str) -> str:
@@ -43,3 +49,9 @@ def without_folder(name: str) -> str:
         if path.anchor or {"..", "~"} & set(path.parts):
             return path.name
     return name
+
+
+def short(error: Exception) -> str:
+    """The message of another library's exception on one line of at most 300 characters, without unsafe advice."""
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
+    return " ".join(each for each in sentences if not UNSAFE_ADVICE.search(each))[:300]

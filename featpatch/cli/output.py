@@ -9,9 +9,8 @@ from typing import Any
 
 import featpatch as fp
 from featpatch.errors import FeatpatchError
-from featpatch.files import Lock, check_writable, lock, writing
+from featpatch.files import Lock, check_writable, lock, write_csv
 from featpatch.lens import dictionaries, provenance, wrap
-from featpatch.untrusted import for_spreadsheets
 
 EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
 
@@ -107,8 +106,7 @@ class Output:
 
 def _write(folder: Path, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> None:
     effects.save(folder / EFFECTS)
-    with writing(folder / CSV) as file:
-        for_spreadsheets(effects.to_pandas()).to_csv(file, index=False)
+    write_csv(folder / CSV, effects.to_pandas())
     fp.report(effects, folder / REPORT, top=top, **{name: study[name] for name in ("model", "saes", "pairs") if name in study})
 
 

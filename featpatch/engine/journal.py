@@ -8,7 +8,6 @@ follows the last good line, such as one torn by a crash, is cut off; a bad line 
 """
 
 import base64
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import Lock, check_writable, lock, read_json, writing
+from featpatch.files import Lock, check_writable, lock, read_json, sha256, writing
 
 FORMAT = "featpatch journal 1"
 
@@ -167,7 +166,7 @@ class Journal(Book):
 
 def batch_key(names: Iterable[str]) -> str:
     """A short name of a batch, made of the names of what it computes."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+    return sha256("\n".join(names).encode())[:32]
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
 
 
 def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text.encode())[:16]
 
 
 def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:

@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
+from featpatch.lens.sources import numerically
 
 OTHERWISE = (
     "expected the configuration and the weights of one model, saved together; download or save the model again, or load it "
@@ -171,7 +172,7 @@ def _misplaced(model: Any, surplus: Collection[str], untold: Collection[str]) ->
 
 def _listed(names: Collection[str]) -> str:
     """The first few names, in the order of their numbers."""
-    ordered = sorted(names, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
+    ordered = numerically(names)
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 

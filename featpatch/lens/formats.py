@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
 from featpatch.lens.finite import TYPES, check_finite
-from featpatch.lens.sources import short
+from featpatch.lens.sources import numerically
+from featpatch.untrusted import short
 
 UNSUPPORTED_CLT = (
     "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
@@ -281,7 +282,7 @@ def holding(names: Iterable[str]) -> list[str]:
             found.add(str(name.parent))
         elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
             found.add(str(name.with_suffix("")))
-    return sorted(found, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
+    return numerically(found)
 
 
 def patterns(folder: str) -> list[str]:

@@ -17,8 +17,9 @@ from featpatch.files import as_path, read_json
 from featpatch.lens.adapter import Adapted, placed
 from featpatch.lens.codecs.sae_lens import check_sizes
 from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
-from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found, short
+from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.lens.training import Training
+from featpatch.untrusted import short
 
 SUMMED = "mntss_clt_layer_transcoder"
 """The loader by which sae-lens reads cross-layer transcoders; it sums the decoders of all layers."""

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,12 +15,7 @@ import torch
 
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.files import as_path
-
-ADVICE = re.compile(
-    "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
-    "|trust the source|trusted source|arbitrary code|two options"
-)
-"""What tells sentences of other libraries that advise to run or to ignore what is in a file."""
+from featpatch.untrusted import short
 
 _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
@@ -37,6 +32,11 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise FeatpatchError(f"device {device!r} can't be used ({reason}): expected e.g. cpu, cuda or cuda:1") from error
+
+
+def numerically(names: Iterable[str]) -> list[str]:
+    """Sort names so that the numbers in them are in order, `layer_2` before `layer_10`."""
+    return sorted(names, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
 
 
 def check_there(what: str, source: str | Path) -> None:
@@ -63,12 +63,6 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
         "(`hf download NAME --local-dir FOLDER`), copy the folder here and give its path; for a gated "
         "model log in with `hf auth login`"
     )
-
-
-def short(error: Exception) -> str:
-    """What another library says, on one line, not at length, and without advice to use options of its own that are unsafe."""
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
-    return " ".join(each for each in sentences if not ADVICE.search(each))[:300]
 
 
 @contextmanager

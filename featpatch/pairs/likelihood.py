@@ -10,6 +10,7 @@ from jaxtyping import Float
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pair import Sequences
 from featpatch.threads import check_unedited
+from featpatch.untrusted import short
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
 
@@ -40,7 +41,7 @@ class Runs:
         except Exception as error:
             raise FeatpatchError(
                 f"the model fails on {len(tokens)} tokens with ids from {min(tokens)} to {max(tokens)} "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): expected ids of the model's own tokenizer, "
+                f"({type(error).__name__}: {short(error)}): expected ids of the model's own tokenizer, "
                 "and no more of them than its context"
             ) from error
         logits = getattr(made, "logits", made)

@@ -1,6 +1,5 @@
 """Many pairs: made from prompts, from token ids, or from files and tables."""
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.files import sha256
 from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.each import each, fitting
@@ -375,7 +375,7 @@ class Pairs(Sequence[Pair]):
     def digest(self) -> str:
         """SHA-256 of everything that decides a result: tokens, answers, labels, positions."""
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def check_pairs(pairs: Any) -> Pairs:

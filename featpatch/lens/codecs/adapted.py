@@ -1,11 +1,11 @@
 """Objects of the user's own as codecs."""
 
-import hashlib
 from typing import Any
 
 import torch
 
 from featpatch.errors import FeatpatchError
+from featpatch.files import sha256
 from featpatch.lens.adapter import Adapted
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.digest import digest
@@ -63,7 +63,7 @@ class AdaptedCodec(Codec):
         x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
         code = self.encode(x)
         made = torch.cat([code.features.flatten(), self.decode(code.features, code.state).flatten()]).double().cpu()
-        return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
+        return sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes())
 
     def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
         """What the object makes of a copy, since it may work in place; dense and of the type that it was given."""

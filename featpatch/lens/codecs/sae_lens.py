@@ -8,7 +8,6 @@ means), and reads the heads' width there; a skip transcoder's `decode` leaves th
 predicted codes; `expected_average_only_in` is folded into the weights by `from_pretrained`, not by `load_from_disk`.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ import torch
 from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE, Transcoder
 
 from featpatch.errors import FeatpatchError
+from featpatch.files import sha256
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.digest import digest
 from featpatch.lens.formats import UNSUPPORTED_CLT
@@ -142,7 +142,7 @@ class SaeCodec(Codec):
     def digest(self) -> str:
         """Of the weights and of the configuration."""
         settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
-        return hashlib.sha256(f"{digest(self.sae)} {settings}".encode()).hexdigest()
+        return sha256(f"{digest(self.sae)} {settings}".encode())
 
 
 def _flat(sae: Any) -> Any:

@@ -1,7 +1,7 @@
-"""One model in several threads: what featpatch changes in a model for a time acts only in the thread that changed it.
+"""Share a model between threads: a temporary change to a model acts only in the thread that made it.
 
-So a call of the model in another thread, beside a sweep or within `fp.do`, returns what it always returns. Passes that put
-something in the place of a block wait for one another, since only one of them at a time can.
+A call of the model in another thread, during a sweep or within `fp.do`, returns what it would return on its own. Forward passes
+that replace a block wait for one another, because only one replacement can be in place at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,27 +18,27 @@ _guard = RLock()
 
 
 @contextmanager
-def alone(model: Any) -> Iterator[None]:
-    """Make other threads wait that enter this context with the same model."""
+def exclusively(model: Any) -> Iterator[None]:
+    """Context manager that only one thread at a time can be in with the same model; others wait."""
     with _guard:
         lock = _locks.setdefault(model, RLock())
     with lock:
         yield
 
 
-def own(hook: Callable[..., Any], otherwise: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
-    """A hook that acts in this thread; in every other one it is `otherwise`, by default a hook that changes nothing."""
+def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
+    """Restrict a function to the thread that calls this; in other threads `otherwise` is called, by default doing nothing."""
     ours = get_ident()
 
-    def act(*args: Any, **options: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         return (hook if get_ident() == ours else otherwise)(*args, **options)
 
-    return act
+    return call
 
 
 @contextmanager
 def editing(model: Any, handle: Any) -> Iterator[None]:
-    """Note that this thread edits activations of the model, by the hook of this handle."""
+    """Context manager that records that this thread edits activations of the model through the hook of `handle`."""
     with _guard:
         edits, edit = _editing.setdefault(model, []), (get_ident(), handle)
         edits.append(edit)
@@ -48,19 +48,19 @@ def editing(model: Any, handle: Any) -> Iterator[None]:
         edits.remove(edit)
 
 
-def handles(model: Any) -> list[Any]:
-    """The handles of the hooks by which threads edit the model now."""
+def edit_handles(model: Any) -> list[Any]:
+    """Return the handles of the hooks through which any thread currently edits the model."""
     return [handle for _, handle in _editing.get(model, ())]
 
 
 def check_unedited(model: Any) -> None:
-    """Refuse a model that this thread edits: what is measured would be that of another model.
+    """Refuse to measure a model while this thread edits it, because the values would be those of the edited model.
 
     Raises:
-        FeatpatchError: this is called within `fp.do` on the same model.
+        FeatpatchError: the call is within `fp.do` on the same model.
     """
     if any(thread == get_ident() for thread, _ in _editing.get(model, ())):
         raise FeatpatchError(
-            "the model is patched already: expected it as it is, outside of every `with fp.do(...)`; end that block first, or "
-            "put the nodes of both into one Patch"
+            "the model is patched already: expected an unpatched model, outside every `with fp.do(...)` block; end that block "
+            "first, or put the nodes of both into one Patch"
         )

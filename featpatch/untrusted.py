@@ -1,4 +1,4 @@
-"""Text of users and of foreign files, made harmless for the place where it is shown."""
+"""Make text from users, files and other libraries safe to show in a terminal, figure, spreadsheet or error message."""
 
 import re
 from html import escape
@@ -19,17 +19,14 @@ UNSAFE_ADVICE = re.compile(
 
 
 def visible(text: str) -> str:
-    r"""For a terminal: characters that steer it, reorder text or can't be seen as `repr` writes them, such as `\x1b`.
-
-    Line ends stay as they are.
-    """
+    r"""Escape characters that control a terminal, reorder text or are invisible, as `repr` does (`\x1b`); keep line ends."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def in_figure(text: str) -> str:
-    """For Plotly, which takes tags such as links in names, labels and texts for HTML."""
+    """Escape HTML in text for a Plotly figure, which would otherwise render tags such as links."""
     return escape(text, quote=False)
 
 
@@ -44,7 +41,7 @@ def _cell(value: object) -> object:
 
 
 def without_folder(name: str) -> str:
-    """For files that are passed on: of a path in somebody's folders its last part; names on the hub are as they were."""
+    """Reduce a local path to its last part, for files that are passed on; keep a name on the hub."""
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.anchor or {"..", "~"} & set(path.parts):
             return path.name

@@ -84,7 +84,7 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     shown = run("attribute", *model, *sae, "--method", "ig", folder=folder)
     said = " ".join(shown.stdout.split())
     assert f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; that of a whole site" in said
-    assert f"is up to {about['whole_residual']:.2g} of the mean gap off its patched run" in said
+    assert f"differs from its patched run by up to {about['whole_residual']:.2g} of the mean gap" in said
     full = run("rank", *model, *sae, "--out", "full", folder=folder)
     assert full.returncode == 0, full.stderr
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)

@@ -116,5 +116,5 @@ CALLS: dict[str, Callable[[Small, fp.Pairs], Any]] = {
 def test_nothing_else_is_measured_within_do(small: Small, name: str) -> None:
     with fp.do(small.model, WHOLE, source=small.clean, base=small.corrupted):
         small.model(small.corrupted)
-        with pytest.raises(fp.FeatpatchError, match="the model is patched already: expected it as it is"):
+        with pytest.raises(fp.FeatpatchError, match="the model is patched already: expected an unpatched model"):
             CALLS[name](small, pairs_of(small))

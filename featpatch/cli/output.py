@@ -1,4 +1,4 @@
-"""The folder of a command's results: tried out and held before anything is computed, then written all at once."""
+"""The output folder of a command, which is checked and locked before anything is computed."""
 
 import os
 import tempfile
@@ -15,22 +15,22 @@ from featpatch.lens import dictionaries, provenance, wrap
 EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
 
 UNFINISHED = "unfinished"
-"""The folder, within that of the results, for those of an interrupted sweep."""
+"""The subfolder for the results of an interrupted sweep."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """A folder that can be written to, and that no other command writes to as long as this object lives."""
+    """A writable folder that is locked against other commands for as long as this object exists."""
 
     folder: Path
     lock: Lock | None
 
     @classmethod
     def open(cls, folder: Path) -> "Output":
-        """Make the folder where it is missing, and try it out.
+        """Create the folder if it is missing, check that it can be written to, and lock it.
 
         Raises:
-            FeatpatchError: it is a file, can't be written to, or another command is writing to it.
+            FeatpatchError: the path is a file, can't be written to, or is in use by another command.
         """
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise FeatpatchError(f"--out {str(folder)!r} is a file: expected a folder for the results, new or existing")
@@ -39,8 +39,8 @@ class Output:
             return cls(folder, lock(folder))
         except BlockingIOError as error:
             raise FeatpatchError(
-                f"--out {str(folder)!r} is in use by another command: expected a folder for each; wait for the other one, or "
-                "give another --out"
+                f"--out {str(folder)!r} is in use by another command: expected a folder of its own; wait for the "
+                "other command, or give another --out"
             ) from error
 
     def check_same(self, study: Mapping[str, Any], *, kind: str) -> None:
@@ -48,10 +48,10 @@ class Output:
 
         Args:
             study: the arguments of the ranking.
-            kind: of results, see `_kind`.
+            kind: the kind of results, see `_kind`.
 
         Raises:
-            FeatpatchError: there are such results, or results that can't be read.
+            FeatpatchError: the folder holds such results, or results that can't be read.
         """
         if not (self.folder / EFFECTS).exists():
             return
@@ -76,13 +76,18 @@ class Output:
             )
 
     def write(self, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> Path:
-        """Write all files or none; those of an interrupted sweep into a folder of their own, so that they replace nothing.
+        """Write all files or none. Those of an interrupted sweep go to a subfolder, so that they replace nothing.
+
+        Args:
+            effects: the results.
+            top: how many rows the report shows.
+            study: the arguments of the ranking.
 
         Returns:
-            The folder that they are in.
+            The folder that holds the files.
 
         Raises:
-            FeatpatchError: they can't be written there; says where they are instead.
+            FeatpatchError: they can't be written there; the message names the temporary folder that holds them instead.
         """
         folder = self.folder if effects.finished else self.folder / UNFINISHED
         try:
@@ -98,8 +103,8 @@ class Output:
             elsewhere = Path(tempfile.mkdtemp(prefix="featpatch-"))
             _write(elsewhere, effects, top, study)
             raise FeatpatchError(
-                f"the results can't be written to {str(folder)!r} ({error}): expected room there, and permission; they are in "
-                f"{str(elsewhere)!r} instead"
+                f"the results can't be written to {str(folder)!r} ({error}): expected write permission and room on the disk; "
+                f"they are in {str(elsewhere)!r} instead"
             ) from error
         return folder
 
@@ -111,14 +116,14 @@ def _write(folder: Path, effects: "fp.Effects", top: int, study: Mapping[str, An
 
 
 def _move(made: Path, folder: Path) -> None:
-    """What is there of the files, from one folder to another of the same disk."""
+    """Move the files that exist to another folder on the same disk."""
     for name in (EFFECTS, CSV, REPORT):
         if (made / name).exists():
             os.replace(made / name, folder / name)
 
 
 def _kind(effects: "fp.Effects") -> str:
-    """What sort of results a table holds."""
+    """Name the kind of results that a table holds."""
     if effects.value == "estimate":
         return f"estimates by {effects.metadata['method']}"
     if "components" in effects.metadata:

@@ -17,7 +17,7 @@ from featpatch import sites
 from featpatch.lens.layer import Rotation, Stack, UnsupportedError
 from featpatch.lens.lens import Edit, Fired, Lens, answering
 from featpatch.lens.stack import Attention, build
-from featpatch.threads import alone, own
+from featpatch.threads import exclusively, in_this_thread
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BridgeLens(Lens):
         module = getattr(self.model, "pos_embed", None)
         if not isinstance(module, PosEmbedBridge):
             return super().run(tokens, **options)
-        with alone(self.model):
+        with exclusively(self.model):
             kind = type(module)
             module.__class__ = self._apart
             try:
@@ -114,7 +114,7 @@ class BridgeLens(Lens):
         def look(_block: Any, _args: Any, output: Any) -> None:
             found.append(isinstance(output, tuple))
 
-        handle = self.model.blocks[0].register_forward_hook(own(look))
+        handle = self.model.blocks[0].register_forward_hook(in_this_thread(look))
         try:
             with torch.no_grad():
                 self.run(torch.zeros(1, 1, dtype=torch.long, device=self.device))
@@ -134,9 +134,9 @@ class BridgeLens(Lens):
                 stream = (args[0] if args else kwargs["hidden_states"]).to(device)
                 return (stream,) if wraps else stream
 
-            return own(forward, block.forward)
+            return in_this_thread(forward, block.forward)
 
-        with alone(self.model):
+        with exclusively(self.model):
             before = [block.__dict__.get("forward") for block in blocks]
             try:
                 for block in blocks:
@@ -169,7 +169,7 @@ def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
     def enter(_block: Any, args: Any, kwargs: Any) -> Any:
         return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})
 
-    handle = block.register_forward_pre_hook(own(enter), with_kwargs=True)
+    handle = block.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import digest
 from featpatch.lens.layer import Stack
-from featpatch.threads import alone, check_unedited, editing, handles, own
+from featpatch.threads import check_unedited, edit_handles, editing, exclusively, in_this_thread
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
@@ -133,7 +133,7 @@ class Lens(ABC):
     @property
     def hooked(self) -> bool:
         """Whether hooks of the user are attached at TransformerLens' hook points, which our own forward pass would not call."""
-        ours = handles(self.model)
+        ours = edit_handles(self.model)
         return any(handle not in ours for point in self.hook_points.values() for handle in point.fwd_hooks)
 
     def check_unhooked(self) -> None:
@@ -190,14 +190,14 @@ class Lens(ABC):
             firing.count += changed is not None
             return changed
 
-        with alone(self.model):
-            point.add_hook(own(hook), is_permanent=True, prepend=first)
+        with exclusively(self.model):
+            point.add_hook(in_this_thread(hook), is_permanent=True, prepend=first)
             handle = point.fwd_hooks[0 if first else -1]
         try:
             with editing(self.model, handle):
                 yield firing
         finally:
-            with alone(self.model):
+            with exclusively(self.model):
                 handle.hook.remove()
                 point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
@@ -442,7 +442,7 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
         values[0] = values[0][torch.arange(len(answers)), answers.to(values[0].device), None]
         return (tuple(values), kwargs) if args else (args, dict(zip(kwargs, values, strict=True)))
 
-    handle = unembed.register_forward_pre_hook(own(pick), with_kwargs=True)
+    handle = unembed.register_forward_pre_hook(in_this_thread(pick), with_kwargs=True)
     try:
         yield
     finally:

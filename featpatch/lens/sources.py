@@ -1,4 +1,4 @@
-"""Checks and error messages that loading a model and loading an SAE share."""
+"""Checks and error messages for loading models and SAEs."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that is not there.
+    """Refuse a device that is not available.
 
     Raises:
         FeatpatchError: torch can't put a tensor on it.
@@ -40,10 +40,10 @@ def numerically(names: Iterable[str]) -> list[str]:
 
 
 def check_there(what: str, source: str | Path) -> None:
-    """Refuses a path that leads nowhere, before the hub is asked for it.
+    """Refuse a path that does not exist, before the hub is asked for it.
 
     Raises:
-        FeatpatchError: it starts as no name on the hub can.
+        FeatpatchError: there is nothing at a path that can't be a name on the hub.
     """
     path = as_path(source)
     if str(source).startswith((".", "/", "~")) and not path.exists():
@@ -53,15 +53,15 @@ def check_there(what: str, source: str | Path) -> None:
 
 
 def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
-    """The error that says what to do where a model or an SAE can't be loaded."""
+    """Return the error for a model or an SAE that can't be loaded, with what to do about it."""
     reason = short(error)
     if Path(source).exists():
-        return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a folder that was saved whole")
+        return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a complete folder; save it again")
     return FeatpatchError(
         f"the {what} {source!r} can't be loaded ({type(error).__name__}: {reason}): expected the name of one that can be "
         f"downloaded, or a folder{near_folder(source)}; without a network, download it where there is one "
         "(`hf download NAME --local-dir FOLDER`), copy the folder here and give its path; for a gated "
-        "model log in with `hf auth login`"
+        "model, log in with `hf auth login`"
     )
 
 
@@ -92,7 +92,7 @@ def installing_nothing() -> Iterator[None]:
 
 
 def near_folder(source: str | Path) -> str:
-    """A folder whose name is nearly this one, in words."""
+    """Suggest an existing folder with a similar name, for an error; empty if there is none."""
     try:
         path = Path(source).expanduser()
         names = [each.name for each in path.parent.iterdir() if each.is_dir()]
@@ -103,14 +103,14 @@ def near_folder(source: str | Path) -> str:
 
 
 def folder_with(path: str | Path, file: str) -> Path:
-    """The path of a folder that holds a file.
+    """Return the path of a folder after checking that it holds a file.
 
     Raises:
-        FeatpatchError: it does not.
+        FeatpatchError: the file is not there.
     """
     if not (Path(path) / file).is_file():
         raise FeatpatchError(
-            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a folder of that name "
-            "hides what has it on the hub)"
+            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a local folder hides a "
+            "model or SAE of the same name on the hub)"
         )
     return Path(path)

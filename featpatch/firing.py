@@ -56,7 +56,7 @@ def describe(
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
         saes: the sae-lens objects that the nodes name.
-        texts: documents; one that is longer than the model's context is cut off there, with a PairsWarning.
+        texts: documents; one that exceeds the model's context is truncated, with a PairsWarning.
         contexts: how many examples to keep.
 
     Raises:
@@ -109,14 +109,14 @@ class _Words:
 
 
 def _by_length(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[list[tuple[int, ...]]]:
-    """Token ids of the texts, cut off at the model's context and grouped by length."""
+    """Return the token ids of the texts, truncated to the model's context and grouped by length."""
     groups: dict[int, list[tuple[int, ...]]] = {}
     every = [prompt_ids(tokenizer, text) for text in texts]
     longer = sum(context is not None and len(ids) > context for ids in every)
     if longer:
         warnings.warn(
-            f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens: the rest of them is not "
-            "read; split them",
+            f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens and are truncated to it; "
+            "split them to use all of their words",
             PairsWarning,
             stacklevel=3,
         )

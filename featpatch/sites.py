@@ -284,11 +284,11 @@ def highest(hooks: Iterable[str], n_layers: int) -> int:
 
 
 OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
-"""Outputs of modules, and the hook points of a block that hold the same in a model that has no norm behind the modules."""
+"""Output hook points of modules, and the block's hook points that hold the same values if no norm follows the modules."""
 
 
 def of_output(name: str) -> str | None:
-    """What the residual stream gets from a module, given the hook point of the module's output; None for other names."""
+    """Map the hook point of a module's output to that of what the module adds to the residual stream; None for other names."""
     block, _, module = name.partition(".")[2].partition(".")
     return f"blocks.{block}.{OUTPUTS[module]}" if name.startswith("blocks.") and module in OUTPUTS else None
 

@@ -17,8 +17,8 @@ Top = Annotated[int, typer.Option(min=1, help="How many features or components t
 Positions = Annotated[
     str,
     typer.Option(
-        help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'; a label "
-        """that is a number or holds a comma in double quotes, such as '"3","a,b",end'."""
+        help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'. Quote "
+        """a label that is a number or contains a comma: '"3","a,b",end'."""
     ),
 ]
 Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
@@ -32,7 +32,7 @@ MetricNames = Annotated[
     list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")
 ]
 DIGITS = 19
-"""A number of so many digits is no position, and Python may refuse to read it."""
+"""From this many digits a number can't be a position, and Python may refuse to convert it."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
     Literal["atp", "ig", "eap_ig_inputs", "grad_drop"], typer.Option(help="How gradients are taken; see estimate_features.")
@@ -104,13 +104,13 @@ def of_sequences(metric: list[str]) -> bool:
 
 
 def spans(text: str) -> str | list[int | str]:
-    """Positions as the library takes them; what stands in quotes is a label."""
+    """Parse positions for the library; quoted text is always a label."""
     if text in ("all", "each"):
         return text
     found: list[int | str] = []
     for quoted, plain in re.findall(r'\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(?:,|$)', text):
         if '"' in plain:
-            raise FeatpatchError(f"--positions {text}: expected a label in double quotes to end with them, before a comma")
+            raise FeatpatchError(f"--positions {text}: expected a comma or the end after a label in double quotes")
         if quoted or plain:
             found.append(quoted.replace('""', '"') or (int(plain) if plain.isdecimal() and len(plain) < DIGITS else plain))
     return found

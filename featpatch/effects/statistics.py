@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 CHUNK = 256
 
 _one_at_a_time = Lock()
-"""Held where warnings are silenced, which is done for all threads: two that overlap would leave them silenced."""
+"""Held while warnings are silenced, because that affects all threads: two overlapping uses would leave them silenced."""
 
 
 def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:

@@ -42,33 +42,33 @@ class BridgeLens(Lens):
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
-        """As on every lens; what is found out by a run of its own is found out before."""
-        _ = self._wraps
+        """Edit an activation, see `Lens.edit`."""
+        _ = self._wraps  # needs a run of its own, which must not be edited
         with super().edit(site, change, first=first) as fired:
             yield fired
 
     def _points(self) -> Mapping[str, HookPoint]:
-        """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""
+        """Return the hook points of TransformerBridge with their aliases, which SAETransformerBridge leaves out."""
         return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
 
     def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
-        """Apart from calls in other threads, where learned positions would take the number of rows from one another."""
+        """Run the model, protected from calls in other threads that would change the batch size of learned positions."""
         module = getattr(self.model, "pos_embed", None)
         if not isinstance(module, PosEmbedBridge):
             return super().run(tokens, **options)
         with exclusively(self.model):
             kind = type(module)
-            module.__class__ = self._apart
+            module.__class__ = self._threaded_positions
             try:
                 return super().run(tokens, **options)
             finally:
                 module.__class__ = kind
 
     @cached_property
-    def _apart(self) -> Any:
-        """The class of learned positions with an attribute of each thread's own for the rows of the call in progress.
+    def _threaded_positions(self) -> Any:
+        """A subclass of the learned positions' class in which every thread has its own batch size.
 
-        TransformerBridge leaves their number on the module for it to find (transformer-lens 3.9).
+        TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9).
         """
         rows, kind = local(), type(self.model.pos_embed)
         found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
@@ -124,7 +124,7 @@ class BridgeLens(Lens):
 
     @contextmanager
     def _skipping(self, blocks: Any) -> Iterator[None]:
-        """Within this context these blocks return their input in calls of this thread, on their own device."""
+        """Context manager in which some blocks return their input, on their own device, in calls of this thread."""
         wraps = self._wraps
 
         def unchanged(block: Any) -> Any:
@@ -164,7 +164,7 @@ class BridgeLens(Lens):
 
 @contextmanager
 def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
-    """Within this context the block is given `resid`, in calls of this thread."""
+    """Context manager in which the block receives `resid` as its input, in calls of this thread."""
 
     def enter(_block: Any, args: Any, kwargs: Any) -> Any:
         return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})

@@ -18,10 +18,12 @@ class HookedLens(Lens):
     """A `transformer_lens.HookedTransformer`."""
 
     def site(self, name: str) -> str:
-        """As `Lens.site`; what a module puts out, which has no hook point of its own here, is what the residual stream gets.
+        """Resolve a hook name, see `Lens.site`. The output of a module is read where it is added to the residual stream.
+
+        HookedTransformer has no hook point of its own for it.
 
         Raises:
-            FeatpatchError: the model has no such hook, or has a norm behind the module.
+            FeatpatchError: the model has no such hook, or has a norm after the module.
         """
         added = sites.of_output(name)
         if added is None or name in self.hook_points or added not in self.hook_points:

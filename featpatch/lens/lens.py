@@ -179,9 +179,9 @@ class Lens(ABC):
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
-        """Within this context every call of the model in this thread passes the activation at `site` through `change`.
+        """Context manager in which the activation at `site` is passed through `change`, in calls of this thread.
 
-        After the hooks that are there, or `first`, before them. `reset_hooks` does not take it away.
+        `change` runs after existing hooks or, with `first`, before them. `reset_hooks` does not remove it.
         """
         point, firing = self.hook_points[self.site(site)], Fired()
 
@@ -392,7 +392,7 @@ class Lens(ABC):
         return found[0]
 
     def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
-        """The whole model."""
+        """Run the whole model and return its logits."""
         return cast(torch.Tensor, self.model(tokens, **options))
 
     @abstractmethod
@@ -435,7 +435,7 @@ class Lens(ABC):
 
 @contextmanager
 def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> Iterator[None]:
-    """Within this context the unembedding sees one position of every row, in calls of this thread."""
+    """Context manager in which only one position of each row is unembedded, in calls of this thread."""
 
     def pick(_module: Any, args: Any, kwargs: Any) -> Any:
         values = list(args) or list(kwargs.values())

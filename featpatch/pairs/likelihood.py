@@ -1,4 +1,4 @@
-"""How likely a model finds tokens, one prompt at a time: those of a prompt, and an answer of several that follows it."""
+"""Compute how likely a model finds the tokens of a prompt, or answers that follow it, one prompt at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Logits = Float[torch.Tensor, "pos d_vocab"]
 
 @dataclass(frozen=True)
 class Runs:
-    """Logits of prompts, one at a time."""
+    """Runs a model on one prompt at a time."""
 
     model: Callable[[torch.Tensor], Any]
 
@@ -28,10 +28,10 @@ class Runs:
             check_unedited(getattr(self.model, "_orig_mod", self.model))
 
     def logits(self, tokens: tuple[int, ...]) -> Logits:
-        """float32 at least.
+        """Return the logits of a prompt in float32 or wider.
 
         Raises:
-            FeatpatchError: the model can't take the tokens, gives no logits, or ones that are not finite.
+            FeatpatchError: the model fails on the tokens, gives no logits, or gives logits that are not finite.
         """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         try:
@@ -42,7 +42,7 @@ class Runs:
             raise FeatpatchError(
                 f"the model fails on {len(tokens)} tokens with ids from {min(tokens)} to {max(tokens)} "
                 f"({type(error).__name__}: {short(error)}): expected ids of the model's own tokenizer, "
-                "and no more of them than its context"
+                "no more than its context"
             ) from error
         logits = getattr(made, "logits", made)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():

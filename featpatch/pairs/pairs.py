@@ -38,8 +38,8 @@ class Pairs(Sequence[Pair]):
     def __post_init__(self) -> None:
         if not isinstance(self.pairs, tuple) or not all(isinstance(pair, Pair) for pair in self.pairs):
             raise FeatpatchError(
-                f"the pairs are of type {type(self.pairs).__name__}: expected a tuple of Pair, e.g. Pairs((pair,)); see also "
-                "Pairs.from_tokens and Pairs.from_prompts"
+                f"the pairs are of type {type(self.pairs).__name__}: expected a tuple of Pair, e.g. Pairs((pair,)); or use "
+                "Pairs.from_tokens or Pairs.from_prompts"
             )
         if not self.pairs:
             raise FeatpatchError("there are no pairs: expected at least one clean and one corrupted prompt")
@@ -60,7 +60,7 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Pairs":
-        """Pairs from texts, or from the token ids of prompts one by one.
+        """Make pairs from prompts, each given as a text or as token ids.
 
         Args:
             tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
@@ -109,7 +109,7 @@ class Pairs(Sequence[Pair]):
         attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Pairs from tensors of token ids, or lists of equally long lists.
+        """Make pairs from tensors of token ids, or from lists of equally long lists.
 
         Args:
             correct, wrong: ids of the answers; without `wrong`, or where it is empty, only metrics of the correct answers can
@@ -392,7 +392,7 @@ def _integers(name: str, value: Any) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
     whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
-    whole = whole or not table.numel()  # which torch takes for floats
+    whole = whole or not table.numel()  # torch makes floats of empty lists
     axes = {"correct": (1, 2), "wrong": (1, 2), "attention_mask": range(1, 3)}.get(name, (2,))
     if not whole or table.ndim not in axes:
         shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"

@@ -1,4 +1,4 @@
-"""The SAEs and transcoders of sae-lens as codecs; the user's objects are left alone, a codec works on views of their weights.
+"""Codecs for the SAEs and transcoders of sae-lens. A codec works on views of the weights and does not change the user's object.
 
 An SAE in half precision encodes in its own type, so that its features are the user's; what is decoded, and subtracted from
 other decoded activations, is float32, because the rounding of a whole activation would hide what one feature adds.
@@ -41,11 +41,11 @@ SIZES = (
     "bottleneck_factor",
     "max_iterations",
 )
-"""Settings that count something."""
+"""Settings that are counts and must be 1 or more."""
 
 
 def check_sizes(settings: Mapping[str, Any]) -> None:
-    """Refuses a configuration in which nothing, or less, is counted.
+    """Check that every count in a configuration is positive, and that `k` is not larger than `d_sae`.
 
     Raises:
         FeatpatchError: a size is below 1, or more features are kept than there are.
@@ -146,7 +146,7 @@ class SaeCodec(Codec):
 
 
 def _flat(sae: Any) -> Any:
-    """The SAE made to take flat activations; a copy, on which it keeps its statistics."""
+    """Change an SAE, which must be a copy, to take flat activations and keep its own statistics; return it."""
     for name in NORMS:
         sae.__dict__.pop(name, None)
     sae._setup_activation_normalization()  # its functions keep statistics on the object they were made for
@@ -156,7 +156,7 @@ def _flat(sae: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within this context sae-lens does not warn of what we add."""
+    """Context manager that silences sae-lens' warnings about what we add."""
     log = logging.getLogger("sae_lens")
     log.addFilter(_silence)
     try:

@@ -209,9 +209,9 @@ def test_flipped_bits_of_a_stream(streamed: fp.Stored) -> None:
     ("kind", "change", "message"),
     [
         ("effects", lambda frame: frame.assign(**{"denoised of prob": np.nan}), "not finite"),
-        ("effects", lambda frame: pd.concat([frame, frame[:1]]), "twice"),
-        ("effects", lambda frame: frame.assign(pair=frame["pair"] - 2), "of other pairs"),
-        ("effects", lambda frame: frame.assign(pair=99), "of other pairs"),
+        ("effects", lambda frame: pd.concat([frame, frame[:1]]), "duplicates"),
+        ("effects", lambda frame: frame.assign(pair=frame["pair"] - 2), "of pairs of other blocks"),
+        ("effects", lambda frame: frame.assign(pair=99), "of pairs of other blocks"),
         ("effects", lambda frame: frame.assign(**{"denoised of prob": "x"}), "expected numbers"),
         ("effects", lambda frame: frame.assign(site=1.5), "expected texts"),
         ("effects", lambda frame: frame.assign(position="{"), "can't be read"),

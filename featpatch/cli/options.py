@@ -99,7 +99,7 @@ def executor(name: str, address: str | None, workers: int | None) -> Any:
 
 
 def of_sequences(metric: list[str]) -> bool:
-    """Whether answers are taken whole."""
+    """Whether the metrics read answers of several tokens."""
     return all(name.startswith("sequence_") for name in metric)
 
 

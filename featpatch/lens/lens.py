@@ -45,7 +45,7 @@ class Differentiated:
 
 @dataclass
 class Fired:
-    """How often an edit was made; a patch that never fires is an error."""
+    """The number of times that an edit was applied; a patch that never fires is an error."""
 
     count: int = 0
 
@@ -100,7 +100,7 @@ class Lens(ABC):
 
     @cached_property
     def causal(self) -> bool:
-        """Whether a position sees earlier ones only: found out by changing the last token of a prompt."""
+        """Whether a position sees only earlier ones; tested by changing the last token of a prompt."""
         last = sites.resid_post(self.n_layers - 1)
         if last not in self.hook_points:
             return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
@@ -110,14 +110,14 @@ class Lens(ABC):
 
     @property
     def attention_only(self) -> bool:
-        """Whether blocks have no MLP."""
+        """Whether the blocks have no MLPs."""
         return bool(getattr(self.model.cfg, "attn_only", False))
 
     @cached_property
     def parallel(self) -> bool:
-        """Whether MLPs read what enters their block, without what attention adds.
+        """Whether MLPs read the input of their block, without the output of attention.
 
-        Blocks with a stream between the two don't; of others it is found out by changing what attention adds.
+        They do not if there is a hook point between the two; otherwise this is tested by changing the output of attention.
         """
         if self.attention_only or sites.component(0, "resid_mid") in self.hook_points:
             return False
@@ -137,24 +137,28 @@ class Lens(ABC):
         return any(handle not in ours for point in self.hook_points.values() for handle in point.fwd_hooks)
 
     def check_unhooked(self) -> None:
-        """Raises FeatpatchError where hooks of the user are attached, for what runs blocks one by one."""
+        """Refuse a model with hooks of the user, for functions that run blocks one by one.
+
+        Raises:
+            FeatpatchError: hooks are attached.
+        """
         if self.hooked:
             raise FeatpatchError("hooks are attached to the model: expected none here; call model.reset_hooks()")
 
     def heads(self, site: str) -> int:
-        """How many heads an activation inside attention has: fewer for keys and values that are shared."""
+        """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
         if site not in self._heads:
             self._heads[site] = int(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2])
         return self._heads[site]
 
     @cached_property
     def device(self) -> torch.device:
-        """Where tokens go in."""
+        """The device of the embedding, on which tokens must be."""
         return next(self.model.parameters()).device
 
     @cached_property
     def devices(self) -> set[torch.device]:
-        """Those that its weights are on."""
+        """All devices that hold weights of the model."""
         return {parameter.device for parameter in self.model.parameters()}
 
     @cached_property
@@ -203,7 +207,7 @@ class Lens(ABC):
 
     @contextmanager
     def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Within this context the activations at some hooks have these values."""
+        """Context manager in which the activations at some hooks are replaced by given values, in calls of this thread."""
 
         def becomes(value: torch.Tensor) -> Edit:
             return lambda activation: value.to(activation.device).reshape(activation.shape)
@@ -217,7 +221,7 @@ class Lens(ABC):
     def read(
         self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], mask: Int[torch.Tensor, "batch pos"] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The activations `[batch, pos, ...]` at some hooks; blocks above the last of them are not run.
+        """Read the activations `[batch, pos, ...]` at some hooks, without running the blocks above the last of them.
 
         Args:
             mask: the attention mask of padded prompts: 1 for tokens, 0 for padding.
@@ -269,9 +273,9 @@ class Lens(ABC):
         reads: Sequence[str] = (),
         stopped: Sequence[str] = (),
     ) -> Differentiated:
-        """What `measure` makes of the logits at each prompt's answer, and its gradients `[batch, pos, ...]` at some hooks.
+        """Apply `measure` to the logits at each prompt's answer, and compute its gradients `[batch, pos, ...]` at some hooks.
 
-        At the hook where a change of the activation is to be added (see `carrier`). The model's own gradients stay as they are.
+        Gradients are taken where a change of the activation would be added (see `carrier`). Those of weights are not changed.
 
         Args:
             reads: hooks whose activations are kept too.
@@ -380,7 +384,7 @@ class Lens(ABC):
     def differentiable_through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
-        """As `through`, with its gradient."""
+        """Run one block up to a hook, see `through`, and keep the gradient."""
         found: list[torch.Tensor] = []
 
         def keep(activation: torch.Tensor) -> None:
@@ -397,11 +401,11 @@ class Lens(ABC):
 
     @abstractmethod
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """Runs one block on the stream that enters it."""
+        """Run one block on the residual stream that enters it."""
 
     @abstractmethod
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """Runs the blocks up to `layer`, and the rest of the model only where that is its last block."""
+        """Run the blocks up to `layer`, and the rest of the model only if that is the last block."""
 
     @abstractmethod
     def stack(self, shortest: int, longest: int) -> Stack:
@@ -429,7 +433,7 @@ class Lens(ABC):
         return digest(self.model)
 
     def state(self) -> object:
-        """What its runs depend on, to be compared: weights, and hooks that are attached."""
+        """Return everything that runs depend on, for comparison: the digest of the weights and the attached hooks."""
         return self.digest(), {name: [*point.fwd_hooks] for name, point in self.hook_points.items() if point.fwd_hooks}
 
 
@@ -450,7 +454,7 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
 
 
 def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
-    """Refuses hooks that did not fire and values that are not finite."""
+    """Refuse hooks that did not fire and values that are not finite."""
     for name in hooks:
         if name not in activations:
             raise FeatpatchError(
@@ -464,7 +468,7 @@ def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    """Whether a module in training mode drops out activations at random."""
+    """Whether a module is in training mode and has dropout."""
     if isinstance(module, torch.nn.Dropout):
         return module.p > 0
     return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

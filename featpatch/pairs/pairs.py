@@ -181,7 +181,7 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Iterator[Pairs]":
-        """As `from_jsonl`, so many pairs at a time, read as they are asked for; for `fp.stream_features`.
+        """Read a JSON-lines file block by block, for `fp.stream_features`; see `from_jsonl`.
 
         Raises:
             FeatpatchError: as for `from_jsonl`; a size below 1, a file without pairs.
@@ -379,14 +379,18 @@ class Pairs(Sequence[Pair]):
 
 
 def check_pairs(pairs: Any) -> Pairs:
-    """The pairs, if they are; raises FeatpatchError for anything else."""
+    """Return the argument after checking that it is `Pairs`.
+
+    Raises:
+        FeatpatchError: it is not.
+    """
     if not isinstance(pairs, Pairs):
         raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     return pairs
 
 
 def _integers(name: str, value: Any) -> torch.Tensor:
-    """A table of integers, from a tensor or anything that torch makes one of; a single column where it has no second axis."""
+    """Convert a tensor or nested lists to a table of integers; a single axis becomes one column."""
     try:
         table = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -96,7 +96,7 @@ class SaeCodec(Codec):
 
     @staticmethod
     def hooks(source: Any) -> tuple[str, str] | None:
-        """As its metadata say."""
+        """Return the hook points in the SAE's metadata; None for any other object."""
         if not isinstance(source, SAE):
             return None
         metadata = source.cfg.metadata
@@ -110,7 +110,7 @@ class SaeCodec(Codec):
         return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
     def encode(self, x: torch.Tensor) -> Code:
-        """Features (a temporal SAE's novel codes) and, as the state, norms and means, skip path, predicted codes."""
+        """Return the features (a temporal SAE's novel codes) and, as the state, norms, means, skip path and predicted codes."""
         sae, wide = self._encoder, self._decoder.dtype
         scaled = x.to(device=sae.device, dtype=sae.dtype) * self.scale
         state = {}
@@ -125,7 +125,7 @@ class SaeCodec(Codec):
         return Code(features.to(wide), {name: value.to(wide) for name, value in state.items()})
 
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
-        """The full reconstruction: sae-lens' own, with what its `decode` leaves out."""
+        """Return the full reconstruction, including what sae-lens' `decode` leaves out."""
         decoder = self._decoder
         decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
         with _quiet():
@@ -133,14 +133,14 @@ class SaeCodec(Codec):
         return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
 
     def rows(self, features: torch.Tensor) -> torch.Tensor | None:
-        """Of the decoder's weights."""
+        """Return rows of the decoder's weights; None if it has no matrix of the expected shape."""
         weights = getattr(self._decoder, "W_dec", None)
         if not isinstance(weights, torch.Tensor) or weights.shape != (self.d_sae, self.d_out):
             return None
         return weights[features.to(weights.device)] / self.scale
 
     def digest(self) -> str:
-        """Of the weights and of the configuration."""
+        """Return a digest of the weights and the configuration."""
         settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
         return sha256(f"{digest(self.sae)} {settings}".encode())
 

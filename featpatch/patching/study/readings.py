@@ -44,11 +44,11 @@ class AtAnswer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that are measured."""
+        """The names of the metrics."""
         return self.measures.names
 
     def readings(self, pair: Pair) -> list[Reading]:
-        """One."""
+        """Return a single reading, at the answer position."""
         need = [part.name for part in self.measures.parts if part.needs != "clean"]
         if need and not pair.correct:
             raise FeatpatchError(
@@ -58,7 +58,7 @@ class AtAnswer:
         return [Reading((), pair.correct, pair.wrong)]
 
     def combine(self, pair: Pair, values: ByReading) -> Combined:
-        """As they are."""
+        """Return the values of the single reading unchanged."""
         return values[0]
 
 
@@ -74,7 +74,7 @@ class OfSequences:
         return together("log_prob")
 
     def readings(self, pair: Pair) -> list[Reading]:
-        """One before each token of each answer."""
+        """Return one reading for each token of each answer."""
         return [
             Reading(answer[:token], (answer[token],), ())
             for answers in self._sides(pair)
@@ -137,7 +137,7 @@ def leading(metric: Metrics) -> str | Metric:
 
 
 def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
-    """How to read a metric, or several together.
+    """Return how to read one metric or several together.
 
     Args:
         refused, use: as in `metrics.find`.

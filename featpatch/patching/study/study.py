@@ -52,7 +52,7 @@ Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked, checked.
+    """A validated patching experiment.
 
     Attributes:
         parts: what is patched.
@@ -132,7 +132,7 @@ class Study:
         return self._swept(survey, journal, executor, progress=progress)
 
     def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
-        """As `run`, for pairs that are a block of others, which may have no gap by themselves."""
+        """Run a block of a larger set of pairs, which may have no gap by itself; see `run`."""
         return self._swept(self._survey(), journal, executor, progress=progress)
 
     def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
@@ -174,7 +174,7 @@ class Study:
         return effects
 
     def work(self) -> Iterator[tuple[list[Swaps], list[Block]]]:
-        """All swaps, and the patches that they are, part by part of the pairs that run together."""
+        """Yield the swaps and their patches, for each part of each group of pairs that run together."""
         for some in chunks(self.pairs):
             runs = self.runs(tuple(some))
             for part in self.parts:
@@ -183,11 +183,11 @@ class Study:
 
     @property
     def fast(self) -> bool:
-        """Whether our own forward pass is taken."""
+        """Whether the fast forward pass of featpatch is used instead of the model's own."""
         return isinstance(self.path, SuffixPath)
 
     def _run_elsewhere(self, executor: Executor, book: Book, patches: int, *, progress: bool) -> Book:
-        """All batches into the book, from which the sweep then takes them; after Ctrl-C those that are there."""
+        """Run all batches with an executor and return the book of their values; after Ctrl-C, of those that are finished."""
         shards = len(list(chunks(self.pairs))) * len(self.parts)
         total = patches * len(self.directions)
         with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
@@ -200,17 +200,17 @@ class Study:
         return book
 
     def blocks(self, some: list[int], part: Part) -> list[Block]:
-        """Every patch of a part in some pairs that run together."""
+        """Return all patches of a part for some pairs that run together."""
         runs = self.runs(tuple(some))
         return self._blocks(runs, part.swaps(runs))
 
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
-        """Direction by direction, pair by pair, reading by reading, swap by swap."""
+        """List the patches by direction, then by pair, reading and swap."""
         each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
         return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
 
     def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
-        """Every patch of a part in some pairs; what an interruption leaves out stays NaN."""
+        """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
         runs = self.runs(tuple(some))
         swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
@@ -281,7 +281,7 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
 def _metadata(
     lens: Lens, about: Mapping[str, Any], runner: Runner, read: Readout, directions: Sequence[Direction], positions: Positions
 ) -> dict[str, Any]:
-    """What the results depend on, and where they come from."""
+    """Return everything that the results depend on, and their provenance."""
     return {
         "metric": read.names[0],
         "metrics": list(read.names),

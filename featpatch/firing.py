@@ -1,4 +1,4 @@
-"""What a feature fires on, measured over all words of a text rather than guessed from a few examples.
+"""Describe what a feature fires on, measured over all words of a text rather than guessed from a few examples.
 
 A feature is compared with simple labels of every position: "the word is w" and "the next word is w". The label with the
 best F1 (harmonic mean of precision and recall of `activation > 0` as a detector of the label) describes it; a low F1 says
@@ -90,14 +90,14 @@ def describe(
 
 @dataclass(frozen=True)
 class _Words:
-    """Documents of one length; usable are the words that are not special, followed those of them that are not last."""
+    """Documents of equal length, with a mask of the words that are not special tokens."""
 
     tokens: Int[torch.Tensor, "docs pos"]
     usable: Bool[torch.Tensor, "docs pos"]
 
     @property
     def followed(self) -> Bool[torch.Tensor, " words"]:
-        """Of the usable words, in their order."""
+        """Whether each usable word is followed by another token, in order."""
         return (torch.arange(self.tokens.shape[1]) < self.tokens.shape[1] - 1).expand_as(self.usable)[self.usable]
 
     @classmethod

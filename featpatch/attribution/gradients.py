@@ -188,7 +188,7 @@ class _Batch:
             self.ends[direction].update(taken.ends)
 
     def _taken(self, direction: Direction, run: Runs, sites: list[str]) -> Taken:
-        """Compute the gradients of a method that needs further runs; for attribution patching, only return the source's metric."""
+        """Compute gradients by a method that needs further runs; for attribution patching, only return the source's metric."""
         base, source = self.activations[direction], self.activations[SOURCE[direction]]
         changes = {site: source[site] - base[site] for site in (*sites, INPUT)}
         if self.of.method == "ig":

@@ -326,13 +326,13 @@ def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tens
     rows = torch.stack([row, row.flip(0), row.roll(1)])
     alone = [value, *(_single(call(other[None, None]), name, other) for other in rows[1:])]
     for n in (2, 3):
-        each, beside = torch.stack(alone[:n]).double(), call(rows[:n, None])
-        if isinstance(beside, torch.Tensor) and beside.is_complex():
-            raise FeatpatchError(f"metric {name!r} gave {beside.dtype} for {n} prompts: expected {FORMS}")
-        found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
-        expected = [each] if len(found) == n else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
-        room = ROUNDING * float(each.abs().max())
-        if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
+        each, batched = torch.stack(alone[:n]).double(), call(rows[:n, None])
+        if isinstance(batched, torch.Tensor) and batched.is_complex():
+            raise FeatpatchError(f"metric {name!r} gave {batched.dtype} for {n} prompts: expected {FORMS}")
+        found = torch.as_tensor(batched).to(each).flatten() if isinstance(batched, (int, float, torch.Tensor)) else each[:0]
+        accepted = {n: [each], 1: [each.mean()[None], each.sum()[None], each[:1]]}.get(len(found), [])
+        tolerance = ROUNDING * float(each.abs().max())
+        if not any(torch.allclose(found, values, rtol=0, atol=tolerance, equal_nan=True) for values in accepted):
             raise FeatpatchError(
                 f"metric {name!r} gives {each.tolist()} for {n} prompts alone and {found.tolist()} for them together: expected "
                 f"{FORMS}; 'neg_kl' is the divergence from the clean run"

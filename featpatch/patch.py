@@ -72,7 +72,8 @@ class Node:
             )
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
-        check_numbers(0, index=self.index or 0, position=max(0, self.position) if isinstance(self.position, int) else 0)
+        position = self.position if isinstance(self.position, int) else 0
+        check_numbers(0, index=self.index or 0, position=max(0, position))  # neither may exceed what arrays can hold
 
     def __str__(self) -> str:
         name = self.kind if self.index is None else f"{self.kind} {self.index}"

@@ -69,7 +69,7 @@ def study(
 def alone(
     model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
 ) -> dict[str, Any]:
-    """The same without a check of the SAEs, of which there may be none."""
+    """Return the same arguments as `study`, without a check of the SAEs, of which there may be none."""
     loaded = fp.load(model, sae, device=device, check=False)
     return {
         "model": loaded.model,
@@ -82,12 +82,16 @@ def alone(
 
 
 def ways(direction: str) -> Any:
-    """Directions as the library takes them."""
+    """Convert the option for directions to the argument of the library."""
     return ("denoising", "noising") if direction == "both" else (direction,)
 
 
 def executor(name: str, address: str | None, workers: int | None) -> Any:
-    """As the library takes it; raises FeatpatchError for options of another one."""
+    """Make the executor of a name with its options.
+
+    Raises:
+        FeatpatchError: an option belongs to another executor.
+    """
     from featpatch.execution import EXECUTORS, executor_of
 
     given = {option: value for option, value in (("address", address), ("workers", workers)) if value is not None}
@@ -112,5 +116,11 @@ def spans(text: str) -> str | list[int | str]:
         if '"' in plain:
             raise FeatpatchError(f"--positions {text}: expected a comma or the end after a label in double quotes")
         if quoted or plain:
-            found.append(quoted.replace('""', '"') or (int(plain) if plain.isdecimal() and len(plain) < DIGITS else plain))
+            number = integer(plain)
+            found.append(quoted.replace('""', '"') or (plain if number is None else number))
     return found
+
+
+def integer(text: str) -> int | None:
+    """Parse digits as an integer; None for other text and for numbers that are too long to be a position or a layer."""
+    return int(text) if text.isdecimal() and len(text) < DIGITS else None

@@ -359,7 +359,11 @@ def _named(
 
 
 def _check_stated(weights: Weights, **stated: Any) -> None:
-    """Refuses widths that a configuration states, if it does, and that are not those of the weights."""
+    """Check that the widths in a configuration, if it states any, are those of the weights.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
     d_in, d_sae = weights.tensors["W_enc"].shape
     for name, size in stated.items():
         actual = d_in if name in ("d_in", "activation_dim") else d_sae

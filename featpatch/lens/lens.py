@@ -74,7 +74,7 @@ class Lens(ABC):
         object.__setattr__(self, "hook_points", self._points())
 
     def _points(self) -> Mapping[str, HookPoint]:
-        """Every hook point by its name, aliases included."""
+        """Return every hook point by name, including aliases."""
         return cast(Mapping[str, HookPoint], self.model.hook_dict)
 
     @property
@@ -239,9 +239,9 @@ class Lens(ABC):
         layers: Sequence[int],
         mask: Int[torch.Tensor, "batch pos"] | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-        """As `read`, and the stream `[batch, pos, d_model]` at the entry of some blocks, before any hooks there act on it.
+        """Read activations, see `read`, and the residual stream `[batch, pos, d_model]` that enters some blocks.
 
-        That is what a block must be given to be resumed: its hooks act then.
+        It is read before the hooks there act on it, because they act again when a run is resumed at the block.
         """
         activations: dict[str, torch.Tensor] = {}
         entering: dict[int, torch.Tensor] = {}
@@ -342,7 +342,7 @@ class Lens(ABC):
         hook: str,
         put: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, `ROWS` positions at a time.
+        """Run one block up to a hook, `ROWS` positions at a time, and return the activation `[rows, pos, ...]` there.
 
         Args:
             resid: the stream that enters, of each row or of all.

@@ -120,7 +120,7 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where to find an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
+    """The place of an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
 
     Attributes:
         loader: sae-lens' name of the loader; None for its own format.
@@ -185,7 +185,7 @@ def _of_other_library(place: Place) -> Weights | None:
 
 
 def _held(repository: str, folder: str) -> list[str]:
-    """The dictionaries in a folder of a repository; none if the hub can't be asked."""
+    """List the dictionaries in a folder of a repository; none if the hub can't be reached."""
     try:
         files = list_repo_files(repository)
     except Exception:

@@ -1,4 +1,4 @@
-"""One HTML file from sections of tables, figures and texts: templates by jinja2, figures by plotly, tables by itables."""
+"""Make an HTML file from sections of tables, figures and texts, with jinja2 templates, plotly figures and itables tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where metrics are read in a run, and how the values of several readings become one.
+"""Readings: the positions at which metrics are read in a run, and how several values become one.
 
 Most metrics are read once, at the answer position. The log-probability of an answer of several tokens is read before each of
 them, teacher-forced: the tokens before it stand behind the prompt, in the clean and in the corrupted run alike.
@@ -24,7 +24,7 @@ Combined = Float[torch.Tensor, "patches metrics"]
 
 @dataclass(frozen=True)
 class Reading:
-    """One place where logits are read.
+    """One position at which logits are read.
 
     Attributes:
         continuation: tokens that stand behind the prompt; the logits after the last of them are read.

@@ -79,7 +79,7 @@ def test_answers_are_the_tokens_behind_the_prompt(
     ("tokenizer", "prompt", "answer", "expected", "warning"),
     [
         (byte_level, "drink to", "Mary", "Mary", r"answer 'Mary' follows 'drink to' without a space.*' Mary' is \['ĠMary'\]"),
-        (byte_level, "is:", "Paris", "Paris", r"answer 'Paris' follows 'is:' without a space"),
+        (byte_level, "is:", "Rome", "Rome", r"answer 'Rome' follows 'is:' without a space"),
         (byte_level, "drink to ", "Mary", "Mary", r"the tokens of 'drink to ' change when 'Mary' follows.*final space"),
         (sentence_piece, "is", "Paris", "Paris", r"answer 'Paris' follows 'is' without a space.*' Paris' is \['▁Paris'\]"),
     ],

@@ -1,4 +1,4 @@
-"""Read files of others safely, and write files so that they are complete or absent."""
+"""Read untrusted files safely, and write files completely or not at all."""
 
 import hashlib
 import json

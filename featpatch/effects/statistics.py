@@ -1,4 +1,4 @@
-"""Pooled effects with their uncertainty, and what stands beside them.
+"""Pooled effects, their uncertainty and related statistics.
 
 Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
 (Efron & Tibshirani 1993, percentile method, from scipy). A ratio is taken of single pairs only where their gap can carry it.

@@ -26,7 +26,7 @@ ROWS = 4096
 
 
 class _Reached(Exception):  # noqa: N818
-    """Ends a forward pass at a hook: what comes behind it is not needed."""
+    """Ends a forward pass at a hook, because nothing after it is needed."""
 
 
 @dataclass(frozen=True)

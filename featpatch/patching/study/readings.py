@@ -1,7 +1,7 @@
 """Readings: the positions at which metrics are read in a run, and how several values become one.
 
 Most metrics are read once, at the answer position. The log-probability of an answer of several tokens is read before each of
-them, teacher-forced: the tokens before it stand behind the prompt, in the clean and in the corrupted run alike.
+them, teacher-forced: the tokens before it follow the prompt, in the clean and in the corrupted run alike.
 
     log p(a | prompt) = sum_i log p(a_i | prompt, a_1 ... a_(i-1))
 """
@@ -27,7 +27,7 @@ class Reading:
     """One position at which logits are read.
 
     Attributes:
-        continuation: tokens that stand behind the prompt; the logits after the last of them are read.
+        continuation: tokens that follow the prompt; the logits after the last of them are read.
         correct, wrong: ids of the answers there.
     """
 
@@ -120,11 +120,11 @@ def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Readi
             would follow the prompt of a model that attends in both directions.
     """
     readings = dict(enumerate(each(read.readings, list(pairs))))
-    behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
-    check_tokens(pairs, lens, behind)
-    if any(any(of_pair) for of_pair in behind.values()) and not lens.causal:
+    continuations = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
+    check_tokens(pairs, lens, continuations)
+    if any(any(of_pair) for of_pair in continuations.values()) and not lens.causal:
         raise FeatpatchError(
-            f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
+            f"metric {', '.join(read.names)} puts answers after the prompt, and {lens.model.cfg.model_name!r} attends in "
             "both directions: expected a causal model, or answers of one token"
         )
     return readings

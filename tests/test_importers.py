@@ -193,7 +193,7 @@ def test_places_are_token_positions(bytewise: Any, words: Any) -> None:
         ({"labels": {"S2": True}}, r"label 'S2': True is not a valid label"),
         ({"labels": {"S2": 12}}, r"label 'S2' is at position 12: expected 0 to 11"),
         ({"spans": {"S2": [4, 46]}}, r"label 'S2': the characters \[4, 46\] are outside 'When .*: expected 0 <= start < end <= 45"),
-        ({"spans": {"S2": [4, 4]}}, r"label 'S2': the characters \[4, 4\] are outside .* or none"),
+        ({"spans": {"S2": [4, 4]}}, r"label 'S2': the characters \[4, 4\] are outside .* or empty"),
         ({"spans": {"S2": [4, 5]}}, r"label 'S2': character 4 of 'When .* is in no token"),
         ({"spans": {"S2": [4, 5, 6]}}, r"label 'S2': \[4, 5, 6\] is not a valid label"),
         ({"spans": {"S2": 7}}, r"spans holds \{'S2': 7\}: expected the first character and the one after the last"),

@@ -177,7 +177,7 @@ def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
     long = fp.Pairs.from_prompts(model, clean=[f"{prompt}Mary"], corrupted=[f"{prompt}John"], correct=["to"], wrong=["Mary"])
     assert len(long[0]) > model.cfg.n_ctx == 16
     for use in (lambda: fp.rank_components(model, long, progress=False), lambda: long.check(model)):
-        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|no more of them than its context"):
+        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|no more than its context"):
             use()
 
 

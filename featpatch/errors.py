@@ -16,6 +16,13 @@ class FeatpatchError(ValueError):
         return visible(super().__str__())
 
 
+class FeatpatchWarning(UserWarning):
+    """A warning of featpatch, whose text may hold names from foreign files."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
 def check_numbers(least: int, /, **given: object) -> None:
     """Check that each argument is an integer from `least` to `MAX_INTEGER`.
 

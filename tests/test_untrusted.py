@@ -87,7 +87,7 @@ def test_results_say_how_they_were_made_and_not_by_whom(tmp_path: Path, inputs: 
     [
         (["/home/u/bin/featpatch", "rank", "--sae", "gpt2-small-res-jb/blocks.8.hook_resid_pre", "--pairs", "../u/p.jsonl"],
          "featpatch rank --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs p.jsonl"),
-        (["/u/featpatch/cli/__main__.py", "rank", "--model=C:\\u\\m", "--out=/u/a=/u/b", "--address", "ray://u:secret@h:1"],
+        (["/u/featpatch/__main__.py", "rank", "--model=C:\\u\\m", "--out=/u/a=/u/b", "--address", "ray://u:secret@h:1"],
          "featpatch rank '--model=m' --out=b --address ..."),
         (["featpatch", "rank", "--address=ray://u:secret@h:1", "--json", "--workers", "2"],
          "featpatch rank --address=... --json --workers 2"),

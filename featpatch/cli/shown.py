@@ -65,7 +65,7 @@ def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions:
         console.print(site_summary(effects))
     if effects.value == "estimate":
         console.print(_residuals(effects.metadata), highlight=False)
-    if "screening" in effects.metadata:
+    if "screening" in effects.metadata and effects.finished:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
 
 
@@ -85,6 +85,6 @@ def in_json(effects: "fp.Effects", top: int) -> str:
     tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": effects.about()}
-    if "screening" in effects.metadata:
+    if "screening" in effects.metadata and effects.finished:
         content["audit"] = asdict(effects.audit(top=min(top, effects.metadata["screening"]["k"])))
     return json.dumps(content, indent=1)

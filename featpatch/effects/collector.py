@@ -69,7 +69,7 @@ def _command() -> str:
     Folders and the address of a cluster are removed. Arguments of other programs may hold passwords and tokens.
     """
     program = Path(sys.argv[0])
-    if program.stem != "featpatch" and program.parts[-3:] != ("featpatch", "cli", "__main__.py"):
+    if program.stem != "featpatch" and program.parts[-2:] != ("featpatch", "__main__.py"):
         return program.name
     kept: list[str] = []
     for argument in sys.argv[1:]:

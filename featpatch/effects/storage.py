@@ -35,6 +35,11 @@ def save(effects: "Effects", path: Path) -> Path:
     it. An audit needs all rows and is no longer possible.
     """
     metadata = {**effects.metadata, "metrics": effects.metrics}
+    try:
+        for table in (effects, *effects.others.values()):
+            check_columns({**vars(table), "metadata": metadata}, len(effects.nodes))
+    except FeatpatchError as error:
+        raise FeatpatchError(f"these effects can't be saved, since they could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
         metadata.pop("screening", None)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from threading import local
+from functools import cache, cached_property
+from threading import get_ident
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -58,21 +59,11 @@ class BridgeLens(Lens):
             return super().run(tokens, **options)
         with exclusively(self.model):
             kind = type(module)
-            module.__class__ = self._threaded_positions
+            module.__class__ = _threaded(kind)
             try:
                 return super().run(tokens, **options)
             finally:
                 module.__class__ = kind
-
-    @cached_property
-    def _threaded_positions(self) -> Any:
-        """A subclass of the learned positions' class in which every thread has its own batch size.
-
-        TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9).
-        """
-        rows, kind = local(), type(self.model.pos_embed)
-        found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
-        return type(kind.__name__, (kind,), {"_current_batch_size": found})
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Blocks above `layer` return their input."""
@@ -160,6 +151,26 @@ class BridgeLens(Lens):
             if cos is None or sin is None
             else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
         )
+
+
+_rows: "WeakKeyDictionary[Any, dict[int, Any]]" = WeakKeyDictionary()
+"""By module of learned positions and thread, the batch size of the current call."""
+
+
+@cache
+def _threaded(kind: type) -> Any:
+    """Return a subclass of learned positions in which every thread has its own batch size.
+
+    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9).
+    """
+
+    def read(module: Any) -> Any:
+        return _rows.get(module, {}).get(get_ident())
+
+    def write(module: Any, rows: Any) -> None:
+        _rows.setdefault(module, {})[get_ident()] = rows
+
+    return type(kind.__name__, (kind,), {"_current_batch_size": property(read, write)})
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.files import read_json
 from featpatch.lens.sources import numerically
 
@@ -45,7 +45,7 @@ class Checkpoint:
                 weights are not in safetensors files inside the folder.
         """
         path = _file(source, config)
-        shards = _shards(path) if path is not None and path.suffix == ".json" else None
+        shards = _shards(path) if path is not None and path.suffix == ".json" else set()
         kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
         with _without_report():
             model, found = kind.from_pretrained(
@@ -93,38 +93,31 @@ def _strays(file: object) -> bool:
     return not paths or any(path.suffix != ".safetensors" or path.anchor or ".." in path.parts for path in paths)
 
 
-def _shards(path: Path) -> dict[str, set[str]]:
-    """Read an index and return the names of the tensors in each file.
+def _shards(path: Path) -> set[str]:
+    """Read an index and return the files that it names; what each holds is judged by what the model receives.
 
     Raises:
         FeatpatchError: the file is not an index, or names anything but safetensors files inside its folder.
     """
     try:
         index = read_json(path.read_text(encoding="utf-8"))
-        files, _ = index["weight_map"].items(), index["metadata"].items()
+        files, _ = [*index["weight_map"].values()], index["metadata"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FeatpatchError(
             f"{str(path)!r} can't be read ({type(error).__name__}: {error}): expected an index with metadata and weight_map; "
             "download or save the model again"
         ) from error
-    if strays := [repr(file) for _, file in files if _strays(file)]:
+    if strays := [repr(file) for file in files if _strays(file)]:
         raise FeatpatchError(f"{str(path)!r} names the weights {_listed(set(strays))}: {_INSIDE}")
-    return {file: {name for name, where in files if where == file} for _, file in files}
+    return set(files)
 
 
-def _stored(path: Path, shards: Mapping[str, set[str]] | None) -> set[str]:
-    """Return the names of all tensors in a file, or in all files of an index.
-
-    Raises:
-        FeatpatchError: a file holds more or fewer tensors than the index says.
-    """
-    stored = set()
-    for file in [path.name] if shards is None else shards:
+def _stored(path: Path, shards: Collection[str]) -> set[str]:
+    """Return the names of all tensors in a file, or in all files of an index."""
+    stored = set[str]()
+    for file in shards or [path.name]:
         with safe_open(path.parent / file, framework="pt") as opened:
-            names = set(opened.keys())
-        if wrong := set() if shards is None else names ^ shards[file]:
-            raise FeatpatchError(f"only one of {str(path)!r} and {file} has {_listed(wrong)}: {EXPECTED}")
-        stored |= names
+            stored.update(opened.keys())
     return stored
 
 
@@ -150,6 +143,7 @@ def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Col
         warnings.warn(
             f"{len(surplus)} of the weights in {source!r} belong to no part of the {type(model).__name__} and are left out: "
             f"{_listed(surplus)}",
+            FeatpatchWarning,
             stacklevel=8,
         )
 

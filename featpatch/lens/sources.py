@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
 from featpatch.files import as_path
 from featpatch.untrusted import short
 
@@ -87,6 +87,7 @@ def installing_nothing() -> Iterator[None]:
             "the model also reads images and is loaded without the processor for them, which needs torchvision; text needs "
             "none. TransformerLens would have installed it now, and perhaps replaced torch: if you want it, install the "
             f"torchvision that belongs to your torch {torch.__version__} yourself",
+            FeatpatchWarning,
             stacklevel=5,
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.pairs.pair import plain_integers
 
 Tokenizer = Callable[..., Any]
@@ -24,7 +24,7 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER"
 """How the Unicode names of letters begin in scripts that are written without spaces between words."""
 
 
-class PairsWarning(UserWarning):
+class PairsWarning(FeatpatchWarning):
     """A warning about prompts or answers that can be used, but are probably not what was meant."""
 
 

@@ -37,8 +37,8 @@ def write(effects: Effects, folder: Path, block: int, first: int) -> None:
     """
     tables = {name: effects.metric(name) for name in effects.metrics}
     rows = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in FIELDS})
-    rows["index"] = rows["index"].astype("Int64")
     rows["position"] = [json.dumps(position) for position in rows["position"]]
+    rows = rows.astype({name: "Int64" if name == "index" else "string" for name in FIELDS})
     entries = rows.iloc[effects.row].reset_index(drop=True)
     entries["pair"] = effects.pair + first
     pairs = pd.DataFrame({"pair": range(first, first + len(effects.clean))})

@@ -27,7 +27,7 @@ from featpatch.engine import (
     row_budget,
     row_bytes,
 )
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.execution import Executor, executor_of
 from featpatch.files import as_path
 from featpatch.lens import Lens, provenance
@@ -274,6 +274,7 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
             warnings.warn(
                 f"nothing differs at {label!r} of any pair, so that it has no rows: pair 0 has it at {places[0]} and differs "
                 f"from {pairs[0].first_difference} on; positions count from 0, with the BOS token",
+                FeatpatchWarning,
                 stacklevel=5,
             )
 

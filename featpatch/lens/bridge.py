@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from threading import local
 from typing import Any, cast
 
@@ -57,22 +57,12 @@ class BridgeLens(Lens):
         if not isinstance(module, PosEmbedBridge):
             return super().run(tokens, **options)
         with exclusively(self.model):
-            kind = type(module)
-            module.__class__ = self._threaded_positions
+            kind: Any = type(module)
+            module.__class__ = _threaded(kind)
             try:
                 return super().run(tokens, **options)
             finally:
                 module.__class__ = kind
-
-    @cached_property
-    def _threaded_positions(self) -> Any:
-        """A subclass of the learned positions' class in which every thread has its own batch size.
-
-        TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9).
-        """
-        rows, kind = local(), type(self.model.pos_embed)
-        found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
-        return type(kind.__name__, (kind,), {"_current_batch_size": found})
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Blocks above `layer` return their input."""
@@ -160,6 +150,20 @@ class BridgeLens(Lens):
             if cos is None or sin is None
             else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
         )
+
+
+@cache
+def _threaded(kind: type) -> type:
+    """Make a subclass of the learned positions' class in which every thread has its own batch size.
+
+    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is kept here and
+    not on the lens, which must be picklable for workers.
+    """
+    rows = local()
+    size = property(
+        lambda module: getattr(rows, str(id(module)), None), lambda module, count: setattr(rows, str(id(module)), count)
+    )
+    return type(kind.__name__, (kind,), {"_current_batch_size": size})
 
 
 @contextmanager

@@ -83,7 +83,10 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert about["method"] == "ig"
     shown = run("attribute", *model, *sae, "--method", "ig", folder=folder)
     said = " ".join(shown.stdout.split())
-    assert f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; that of a whole site" in said
+    assert (
+        f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; the estimate for a whole site"
+        in said
+    )
     assert f"differs from its patched run by up to {about['whole_residual']:.2g} of the mean gap" in said
     full = run("rank", *model, *sae, "--out", "full", folder=folder)
     assert full.returncode == 0, full.stderr

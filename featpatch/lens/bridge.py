@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from threading import get_ident
+from threading import local
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -58,7 +57,7 @@ class BridgeLens(Lens):
         if not isinstance(module, PosEmbedBridge):
             return super().run(tokens, **options)
         with exclusively(self.model):
-            kind = type(module)
+            kind: Any = type(module)
             module.__class__ = _threaded(kind)
             try:
                 return super().run(tokens, **options)
@@ -153,24 +152,18 @@ class BridgeLens(Lens):
         )
 
 
-_rows: "WeakKeyDictionary[Any, dict[int, Any]]" = WeakKeyDictionary()
-"""By module of learned positions and thread, the batch size of the current call."""
-
-
 @cache
-def _threaded(kind: type) -> Any:
-    """Return a subclass of learned positions in which every thread has its own batch size.
+def _threaded(kind: type) -> type:
+    """Make a subclass of the learned positions' class in which every thread has its own batch size.
 
-    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9).
+    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is kept here and
+    not on the lens, which must be picklable for workers.
     """
-
-    def read(module: Any) -> Any:
-        return _rows.get(module, {}).get(get_ident())
-
-    def write(module: Any, rows: Any) -> None:
-        _rows.setdefault(module, {})[get_ident()] = rows
-
-    return type(kind.__name__, (kind,), {"_current_batch_size": property(read, write)})
+    rows = local()
+    size = property(
+        lambda module: getattr(rows, str(id(module)), None), lambda module, count: setattr(rows, str(id(module)), count)
+    )
+    return type(kind.__name__, (kind,), {"_current_batch_size": size})
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Text of users and of foreign files: what it may do to a terminal, a spreadsheet and a figure, and what results say of a user."""
 
+import ast
 import csv
 import json
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from commands import run
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 
 FORMULA = "=HYPERLINK(0)"
 
@@ -260,3 +262,13 @@ def test_links_go_to_neuronpedia_alone(name: Any) -> None:
     assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("https", "www.neuronpedia.org", "", "")
     assert not set(link) & set("\"'<> ")
     assert link.endswith("/3")
+
+
+def test_warnings_do_not_steer_either() -> None:
+    """All of ours are of a class that shows control characters escaped."""
+    assert str(FeatpatchWarning("a\x1b[31mb")) == "a\\x1b[31mb"
+    assert issubclass(fp.SlowPathWarning, FeatpatchWarning)
+    for path in Path(fp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                assert ast.unparse(node.args[1]) in ("FeatpatchWarning", "PairsWarning", "SlowPathWarning"), path

@@ -2,10 +2,14 @@
 
 A call of the model in another thread, during a sweep or within `fp.do`, returns what it would return on its own. Forward passes
 that replace a block wait for one another, because only one replacement can be in place at a time.
+
+TransformerLens' own hooks act in every thread. `Watch` refuses a measurement in which another thread attached or removed some.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter, is_not
 from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +19,9 @@ from featpatch.errors import FeatpatchError
 _locks: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 _editing: "WeakKeyDictionary[Any, list[tuple[int, Any]]]" = WeakKeyDictionary()
 _guard = RLock()
+
+KINDS = "fwd_hooks", "bwd_hooks"
+"""Where hook points keep the handles of their hooks."""
 
 
 @contextmanager
@@ -37,20 +44,89 @@ def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lam
 
 
 @contextmanager
-def editing(model: Any, handle: Any) -> Iterator[None]:
-    """Context manager that records that this thread edits activations of the model through the hook of `handle`."""
+def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) -> Iterator[None]:
+    """Context manager in which a hook point of the model calls `hook` in this thread.
+
+    The hook is recorded in the same moment, so that no thread takes it for one of the user. `reset_hooks` does not remove it.
+    """
+    call = in_this_thread(hook)
     with _guard:
+        handles = point.fwd_hooks
+        point.add_hook(call, is_permanent=True, prepend=first)
+        # another thread may have added a hook, or replaced the list, at the same moment
+        handle = next(each for each in (*point.fwd_hooks, *handles) if each.user_hook is call)
         edits, edit = _editing.setdefault(model, []), (get_ident(), handle)
         edits.append(edit)
     try:
         yield
     finally:
-        edits.remove(edit)
+        with _guard:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+            edits[:] = [other for other in edits if other is not edit]
 
 
-def edit_handles(model: Any) -> list[Any]:
-    """Return the handles of the hooks through which any thread currently edits the model."""
-    return [handle for _, handle in _editing.get(model, ())]
+class Watch:
+    """The hooks that the user attached to a model, and a check that they stay the same while it is measured.
+
+    TransformerLens replaces the list of a hook point's hooks when it removes some, so hooks that come and go within one pass
+    are noticed too.
+
+    Args:
+        points: the hook points.
+    """
+
+    def __init__(self, model: Any, points: Iterable[Any]) -> None:
+        self.model, self.points = model, tuple(dict.fromkeys(points))
+        self.begin()
+
+    def begin(self) -> None:
+        """Expect the hooks that are attached now."""
+        self._expected: list[Any] | None = self.attached()
+
+    def attached(self, kinds: Sequence[str] = KINDS) -> list[Any]:
+        """Return the handles of all hooks but those of `editing`."""
+        with _guard:
+            ours = {id(handle) for _, handle in _editing.get(self.model, ())}
+            handles = chain.from_iterable(self._lists(kinds))
+            return [each for each in handles if id(each) not in ours and each.hook.id in (each.hook.hooks_dict_ref() or ())]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Context manager for a forward pass, which refuses it if another thread changed the hooks.
+
+        Raises:
+            FeatpatchError: see `check`; this error replaces any other, which those hooks may have caused.
+        """
+        before = self._lists()
+        try:
+            yield
+        except Exception:
+            self.check(before)
+            raise
+        self.check(before)
+
+    def check(self, before: list[Any] | None = None) -> None:
+        """Refuse to continue once the hooks have changed since `begin`.
+
+        Args:
+            before: what `_lists` returned at the beginning of the pass.
+
+        Raises:
+            FeatpatchError: they have, now or at an earlier check.
+        """
+        expected, found = self._expected, self.attached()
+        replaced = before is not None and any(map(is_not, before, self._lists()))
+        if expected is None or replaced or len(found) != len(expected) or any(map(is_not, found, expected)):
+            self._expected = None  # a caller that handles this error must not continue with wrong values
+            raise FeatpatchError(
+                "hooks were attached to the model or removed while it was being measured, by another thread (run_with_hooks, "
+                "run_with_cache, add_hook or reset_hooks): expected the same hooks throughout; make those calls before or "
+                "after, or on a copy of the model"
+            )
+
+    def _lists(self, kinds: Sequence[str] = KINDS) -> list[Any]:
+        return [handles for kind in kinds for handles in map(attrgetter(kind), self.points)]
 
 
 def check_unedited(model: Any) -> None:
@@ -59,7 +135,7 @@ def check_unedited(model: Any) -> None:
     Raises:
         FeatpatchError: the call is within `fp.do` on the same model.
     """
-    if any(thread == get_ident() for thread, _ in _editing.get(model, ())):
+    if any(thread == get_ident() for thread, _ in [*_editing.get(model, ())]):
         raise FeatpatchError(
             "the model is patched already: expected an unpatched model, outside every `with fp.do(...)` block; end that block "
             "first, or put the nodes of both into one Patch"

@@ -41,7 +41,6 @@ def measurements(small: Small) -> list[Callable[[], fp.Effects]]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
 def test_threads_that_measure_one_model_do_not_disturb_each_other(small: Small) -> None:
     """Nor a plain call beside them; the oracle is the same calls one after another."""
     alone = [measure() for measure in measurements(small)]

@@ -134,7 +134,7 @@ HELD: WeakValueDictionary[tuple[int, int, int, int], Lock] = WeakValueDictionary
 
 
 def lock(path: Path) -> Lock | None:
-    """Lock a file or folder against other processes and threads for as long as the result exists; None if files can't be locked here.
+    """Lock a file or folder against other processes and threads for as long as the result exists; None without locks here.
 
     Raises:
         BlockingIOError: another process or thread holds the lock.

@@ -20,8 +20,8 @@ _locks: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 _editing: "WeakKeyDictionary[Any, list[tuple[int, Any]]]" = WeakKeyDictionary()
 _guard = RLock()
 
-KINDS = "fwd_hooks", "bwd_hooks"
-"""Where hook points keep the handles of their hooks."""
+HOOKS, LISTS = ("_forward_hooks", "_backward_hooks"), ("fwd_hooks", "bwd_hooks")
+"""Where torch keeps the hooks of a hook point, and where the hook point keeps their handles."""
 
 
 @contextmanager
@@ -69,8 +69,7 @@ def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) ->
 class Watch:
     """The hooks that the user attached to a model, and a check that they stay the same while it is measured.
 
-    TransformerLens replaces the list of a hook point's hooks when it removes some, so hooks that come and go within one pass
-    are noticed too.
+    A hook that comes and goes within one pass is noticed because TransformerLens replaces the list of handles on removal.
 
     Args:
         points: the hook points.
@@ -78,18 +77,17 @@ class Watch:
 
     def __init__(self, model: Any, points: Iterable[Any]) -> None:
         self.model, self.points = model, tuple(dict.fromkeys(points))
+        self.forward, self.backward = [[getattr(point, kind) for point in self.points] for kind in HOOKS]
         self.begin()
 
     def begin(self) -> None:
         """Expect the hooks that are attached now."""
-        self._expected: list[Any] | None = self.attached()
+        self._expected: list[int] | None = self._known(self._lists())
 
-    def attached(self, kinds: Sequence[str] = KINDS) -> list[Any]:
-        """Return the handles of all hooks but those of `editing`."""
+    def attached(self, *, backward: bool = True) -> list[int]:
+        """Return torch's ids of all hooks but those of `editing`."""
         with _guard:
-            ours = {id(handle) for _, handle in _editing.get(self.model, ())}
-            handles = chain.from_iterable(self._lists(kinds))
-            return [each for each in handles if id(each) not in ours and each.hook.id in (each.hook.hooks_dict_ref() or ())]
+            return self._foreign(chain(*self.forward, *(self.backward if backward else ())))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -106,18 +104,17 @@ class Watch:
             raise
         self.check(before)
 
-    def check(self, before: list[Any] | None = None) -> None:
+    def check(self, before: Sequence[Any] = ()) -> None:
         """Refuse to continue once the hooks have changed since `begin`.
 
         Args:
-            before: what `_lists` returned at the beginning of the pass.
+            before: the lists of handles at the beginning of the pass.
 
         Raises:
             FeatpatchError: they have, now or at an earlier check.
         """
-        expected, found = self._expected, self.attached()
-        replaced = before is not None and any(map(is_not, before, self._lists()))
-        if expected is None or replaced or len(found) != len(expected) or any(map(is_not, found, expected)):
+        now = self._lists()
+        if any(map(is_not, before, now)) or self._expected is None or self._known(now) != self._expected:
             self._expected = None  # a caller that handles this error must not continue with wrong values
             raise FeatpatchError(
                 "hooks were attached to the model or removed while it was being measured, by another thread (run_with_hooks, "
@@ -125,8 +122,18 @@ class Watch:
                 "after, or on a copy of the model"
             )
 
-    def _lists(self, kinds: Sequence[str] = KINDS) -> list[Any]:
-        return [handles for kind in kinds for handles in map(attrgetter(kind), self.points)]
+    def _known(self, lists: list[Any]) -> list[int]:
+        """The hooks that are attached, and those in the lists: another thread may be between the two."""
+        with _guard:
+            return self.attached() + self._foreign(handle.hook.id for handle in chain.from_iterable(lists))
+
+    def _foreign(self, hooks: Iterable[int]) -> list[int]:
+        found = [*hooks]
+        ours = {handle.hook.id for _, handle in _editing.get(self.model, ())} if found else ()
+        return [each for each in found if each not in ours]
+
+    def _lists(self) -> list[Any]:
+        return [handles for kind in LISTS for handles in map(attrgetter(kind), self.points)]
 
 
 def check_unedited(model: Any) -> None:

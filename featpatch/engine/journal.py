@@ -104,7 +104,8 @@ class Journal(Book):
             rows: the row budget of a new journal.
 
         Raises:
-            FeatpatchError: the file is not a journal, belongs to another sweep, is open in another process or thread, or can't be written.
+            FeatpatchError: the file is not a journal, belongs to another sweep, is open in another process or thread, or can't
+                be written.
         """
         if os.path.isdir(path):
             raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
@@ -202,7 +203,8 @@ def _locked(path: Path) -> Lock | None:
         return lock(path)
     except BlockingIOError as error:
         raise FeatpatchError(
-            f"the journal {str(path)!r} is open in another process or thread: expected one at a time; wait for it, or give another path"
+            f"the journal {str(path)!r} is open in another process or thread: expected one at a time; wait for it, or give "
+            "another path"
         ) from error
 
 

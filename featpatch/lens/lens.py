@@ -135,7 +135,7 @@ class Lens(ABC):
     @property
     def hooked(self) -> bool:
         """Whether hooks of the user are attached at TransformerLens' hook points, which our own forward pass would not call."""
-        return bool(self.watch.attached(["fwd_hooks"]))
+        return bool(self.watch.attached(backward=False))
 
     def check_unhooked(self) -> None:
         """Refuse a model with hooks of the user, for functions that run blocks one by one.

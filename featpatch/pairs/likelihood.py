@@ -35,8 +35,8 @@ class Runs:
         """Return the logits of a prompt in float32 or wider.
 
         Raises:
-            FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread attaches
-                hooks to it.
+            FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread
+                attaches hooks to it.
         """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         try:

@@ -129,15 +129,15 @@ class Lock:
         os.close(self.file)
 
 
-HELD: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
-"""The locks of this process, by process id (a forked process holds none), device and inode."""
+HELD: WeakValueDictionary[tuple[int, int, int, int], Lock] = WeakValueDictionary()
+"""The locks of this process, by process id (a forked process holds none), thread, device and inode."""
 
 
 def lock(path: Path) -> Lock | None:
-    """Lock a file or folder against other processes for as long as the result exists; None if files can't be locked here.
+    """Lock a file or folder against other processes and threads for as long as the result exists; None without locks here.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process or thread holds the lock.
         OSError: the file does not exist.
     """
     if fcntl is None:
@@ -145,7 +145,7 @@ def lock(path: Path) -> Lock | None:
     found = Lock(os.open(path, os.O_RDONLY))
     status = os.fstat(found.file)
     try:
-        found = HELD.setdefault((os.getpid(), status.st_dev, status.st_ino), found)
+        found = HELD.setdefault((os.getpid(), get_ident(), status.st_dev, status.st_ino), found)
         fcntl.flock(found.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise

@@ -138,6 +138,7 @@ class Gradients:
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
         """Yield each pair with its activations at `reads` and `sites` and its gradients at `sites`, grouped by length."""
+        self.lens.watch.begin()
         state = self.lens.state() if self._keep else None
         if state != self._state:
             self._kept.clear()

@@ -81,7 +81,7 @@ class ClosedBook(Book):
 
 @dataclass(frozen=True)
 class Journal(Book):
-    """A book that is also kept on disk, open in one process at a time.
+    """A book that is also kept on disk, open in one thread of one process at a time.
 
     Attributes:
         path: the file.
@@ -104,7 +104,8 @@ class Journal(Book):
             rows: the row budget of a new journal.
 
         Raises:
-            FeatpatchError: the file is not a journal, belongs to another sweep, is open in another process or can't be written.
+            FeatpatchError: the file is not a journal, belongs to another sweep, is open in another process or thread, or can't
+                be written.
         """
         if os.path.isdir(path):
             raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
@@ -142,6 +143,10 @@ class Journal(Book):
             self._rewrite()
         self._append(_batch(key, content))
         super().put(key, values)
+
+    def close(self) -> None:
+        """Let other threads and processes open the file, even while an exception still refers to this journal."""
+        object.__setattr__(self, "lock", None)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with _writing(self.path), self.path.open("ab") as file:
@@ -198,7 +203,8 @@ def _locked(path: Path) -> Lock | None:
         return lock(path)
     except BlockingIOError as error:
         raise FeatpatchError(
-            f"the journal {str(path)!r} is open in another process: expected one at a time; wait for it, or give another path"
+            f"the journal {str(path)!r} is open in another process or thread: expected one at a time; wait for it, or give "
+            "another path"
         ) from error
 
 

@@ -87,6 +87,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         reason = str(unsupported)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+    lens.watch.check()
     warnings.warn(
         f"{type(lens.model).__name__} {lens.model.cfg.model_name!r} runs through its own forward pass instead of the fast one "
         f"({reason}): results are the same, a sweep takes longer",

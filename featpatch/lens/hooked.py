@@ -44,15 +44,15 @@ class HookedLens(Lens):
     ) -> Float[torch.Tensor, "rows d_vocab"]:
         """`start_at_layer` of HookedTransformer; the token ids are not needed."""
         with answering(self.model.unembed, answers):
-            return self.model(resid, start_at_layer=layer)[:, 0]
+            return self._call(resid, start_at_layer=layer)[:, 0]
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """`stop_at_layer` of HookedTransformer."""
-        self.model(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
+        self._call(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
         """`start_at_layer` and `stop_at_layer` of HookedTransformer."""
-        self.model(resid, start_at_layer=layer, stop_at_layer=layer + 1)
+        self._call(resid, start_at_layer=layer, stop_at_layer=layer + 1)
 
     def stack(self, shortest: int, longest: int) -> Stack:
         """Weights from the model's blocks."""

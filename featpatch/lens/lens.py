@@ -16,7 +16,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import digest
 from featpatch.lens.layer import Stack
-from featpatch.threads import check_unedited, edit_handles, editing, exclusively, in_this_thread
+from featpatch.threads import Watch, check_unedited, editing, in_this_thread
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
@@ -60,6 +60,7 @@ class Lens(ABC):
 
     model: Any
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
+    watch: Watch = field(init=False, repr=False, compare=False)
     _heads: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class Lens(ABC):
             )
         check_unedited(self.model)
         object.__setattr__(self, "hook_points", self._points())
+        object.__setattr__(self, "watch", Watch(self.model, self.hook_points.values()))
 
     def _points(self) -> Mapping[str, HookPoint]:
         """Return every hook point by name, including aliases."""
@@ -133,8 +135,7 @@ class Lens(ABC):
     @property
     def hooked(self) -> bool:
         """Whether hooks of the user are attached at TransformerLens' hook points, which our own forward pass would not call."""
-        ours = edit_handles(self.model)
-        return any(handle not in ours for point in self.hook_points.values() for handle in point.fwd_hooks)
+        return bool(self.watch.attached(backward=False))
 
     def check_unhooked(self) -> None:
         """Refuse a model with hooks of the user, for functions that run blocks one by one.
@@ -194,16 +195,8 @@ class Lens(ABC):
             firing.count += changed is not None
             return changed
 
-        with exclusively(self.model):
-            point.add_hook(in_this_thread(hook), is_permanent=True, prepend=first)
-            handle = point.fwd_hooks[0 if first else -1]
-        try:
-            with editing(self.model, handle):
-                yield firing
-        finally:
-            with exclusively(self.model):
-                handle.hook.remove()
-                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+        with editing(self.model, point, hook, first=first):
+            yield firing
 
     @contextmanager
     def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -397,7 +390,16 @@ class Lens(ABC):
 
     def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
         """Run the whole model and return its logits."""
-        return cast(torch.Tensor, self.model(tokens, **options))
+        return self._call(tokens, **options)
+
+    def _call(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Call the model; every pass goes through here.
+
+        Raises:
+            FeatpatchError: another thread attached hooks to the model, or removed some.
+        """
+        with self.watch.unchanged():
+            return cast(torch.Tensor, self.model(x, **options))
 
     @abstractmethod
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
@@ -434,7 +436,7 @@ class Lens(ABC):
 
     def state(self) -> object:
         """Return everything that runs depend on, for comparison: the digest of the weights and the attached hooks."""
-        return self.digest(), {name: [*point.fwd_hooks] for name, point in self.hook_points.items() if point.fwd_hooks}
+        return self.digest(), self.watch.attached()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Compute how likely a model finds the tokens of a prompt, or answers that follow it, one prompt at a time."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pair import Sequences
-from featpatch.threads import check_unedited
+from featpatch.threads import Watch, check_unedited
 from featpatch.untrusted import short
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
@@ -20,22 +21,27 @@ class Runs:
     """Runs a model on one prompt at a time."""
 
     model: Callable[[torch.Tensor], Any]
+    _watch: Watch | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise FeatpatchError(f"the model is a {type(self.model).__name__}: expected a function from tokens to logits")
         if isinstance(self.model, torch.nn.Module):
-            check_unedited(getattr(self.model, "_orig_mod", self.model))
+            model = getattr(self.model, "_orig_mod", self.model)
+            check_unedited(model)
+            object.__setattr__(self, "_watch", Watch(model, getattr(model, "hook_dict", {}).values()))
 
     def logits(self, tokens: tuple[int, ...]) -> Logits:
         """Return the logits of a prompt in float32 or wider.
 
         Raises:
-            FeatpatchError: the model fails on the tokens, gives no logits, or gives logits that are not finite.
+            FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread
+                attaches hooks to it.
         """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         try:
-            made = self.model(torch.tensor([tokens], device=device))
+            with self._watch.unchanged() if self._watch else nullcontext():
+                made = self.model(torch.tensor([tokens], device=device))
         except FeatpatchError:
             raise
         except Exception as error:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -143,8 +144,14 @@ class Study:
         if journal is not None:
             subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
             book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
-        if elsewhere is not None and book is not None:
-            book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
+        with closing(book) if isinstance(book, Journal) else nullcontext():
+            if elsewhere is not None and book is not None:
+                book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
+            return self._collected(survey, metadata, book, progress=progress)
+
+    def _collected(self, survey: "Survey", metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
+        """Run the batches that the book lacks and collect the values of all; after Ctrl-C, of those that are finished."""
+        clean, corrupted, patches = survey
         collector = Collector(self.readout.names)
         finished: list[int] = []
         begun: list[int] = []

@@ -213,11 +213,12 @@ def test_plan_and_journal_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> 
     again = run("rank", *options, "--journal", "journal", folder=tmp_path)
     assert again.stdout == first.stdout
     assert (tmp_path / "journal").stat().st_size == size
-    screened = run("rank", *options, "--exact", "screened", "--k", "10", "--audit", "5", "--target", "0.01", folder=tmp_path)
+    screened = run("rank", *options, "--exact", "screened", "--k", "10", "--audit", "5", "--target", "0.01", "--out", "screened",
+                   folder=tmp_path)  # fmt: skip
     assert screened.returncode == 0, screened.stderr
     assert "With 95% confidence each: at least" in screened.stdout.replace("\n", " ")
     assert "features" in planned.stdout.split("estimates, then 200 + 100 of")[1]
-    other = run("rank", *options, "--journal", "journal", "--direction", "noising", folder=tmp_path)
+    other = run("rank", *options, "--journal", "journal", "--direction", "noising", "--out", "other", folder=tmp_path)
     assert other.returncode == 2
     assert "belongs to another sweep: directions differ" in other.stderr.replace("\n", " ")
 

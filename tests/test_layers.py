@@ -15,7 +15,7 @@ LAYERS = [
     for line in re.findall(r"```text\nrooms .*?\n(.*?)```", README, re.DOTALL)[0].splitlines()
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__") or path.parent != PACKAGE)
 
 
 def room(path: Path) -> str:

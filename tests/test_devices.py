@@ -220,12 +220,12 @@ def by_hand(small: Small) -> Any:
     patch = fp.Patch(
         (feature(SHARED[3], 2), fp.Node(SHARED[3], "error"), fp.Node("blocks.1.hook_mlp_out", "activation", None, 3))
     )
-    made = []
+    made, device = [], wrap(small.model).device
     tokens = {"source": small.clean, "base": small.corrupted}
     for options in ({**tokens, "how": "add"}, {"source": small.clean, "how": "set"}):
         saes = [sae for sae in small.saes if sae.cfg.metadata.hook_name == SHARED[3]]
         with torch.no_grad(), fp.do(small.model, patch, saes=saes, **options):
-            made.append(small.model(small.corrupted.to(wrap(small.model).device)).cpu())
+            made.append(small.model(small.corrupted.to(device)).cpu())
     return torch.stack(made)
 
 

@@ -57,7 +57,7 @@ FAULTS = {
 """Each with what a process may say that ends by it."""
 WARM = 20
 """Sweeps in this process before its memory is watched."""
-LONGER = 15
+LONGER = 8
 """Minutes that it goes on for faults that have not been met."""
 now = time.perf_counter
 

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +64,13 @@ def test_help(tmp_path: Path) -> None:
     for command in COMMANDS:
         assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
     assert {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} == set(COMMANDS)
+
+
+def test_the_program_starts_without_the_models_libraries() -> None:
+    """Help and refused options need none of them; they take seconds to import."""
+    script = "import sys, featpatch.cli; print(sorted({'torch', 'transformer_lens', 'sae_lens', 'pandas', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_components_features_and_estimates(folder: Path, model: list[str], sae: list[str]) -> None:

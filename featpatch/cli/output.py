@@ -12,7 +12,6 @@ from typing import Any
 import featpatch as fp
 from featpatch.errors import FeatpatchError
 from featpatch.files import Lock, as_path, check_writable, lock, write_csv
-from featpatch.lens import dictionaries, provenance, wrap
 
 FILES = EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
 
@@ -66,6 +65,8 @@ class Output:
         """
         if not (self.folder / EFFECTS).exists():
             return
+        from featpatch.lens import dictionaries, provenance, wrap
+
         there = fp.Effects.load(self.folder / EFFECTS)
         lens, metric, positions = wrap(study["model"]), study["metric"], study["positions"]
         expected = {

@@ -10,7 +10,6 @@ from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.cli.output import Output
 from featpatch.cli.shown import show
-from featpatch.ranking.screen import Screen
 
 
 @app.command()
@@ -51,6 +50,8 @@ def rank(
         screen = console(json=as_json)
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
+        from featpatch.ranking.screen import Screen
+
         options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
         screen_of = Screen(**{name: value for name, value in options.items() if value is not None})
         screening = None if exact == "all" else {name: getattr(screen_of, name) for name in options}

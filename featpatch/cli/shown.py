@@ -65,8 +65,15 @@ def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions:
         console.print(site_summary(effects))
     if effects.value == "estimate":
         console.print(_residuals(effects.metadata), highlight=False)
-    if "screening" in effects.metadata and effects.finished:
-        console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
+    if (audit := _audit(effects, top)) is not None:
+        console.print(repr(audit), highlight=False)
+
+
+def _audit(effects: "fp.Effects", top: int) -> Any:
+    """Return the audit of a finished screening; None for any other table."""
+    if "screening" not in effects.metadata or not effects.finished:
+        return None
+    return effects.audit(top=min(top, effects.metadata["screening"]["k"]))
 
 
 def _residuals(metadata: Mapping[str, Any]) -> str:
@@ -85,6 +92,6 @@ def in_json(effects: "fp.Effects", top: int) -> str:
     tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": effects.about()}
-    if "screening" in effects.metadata and effects.finished:
-        content["audit"] = asdict(effects.audit(top=min(top, effects.metadata["screening"]["k"])))
+    if (audit := _audit(effects, top)) is not None:
+        content["audit"] = asdict(audit)
     return json.dumps(content, indent=1)

@@ -41,8 +41,8 @@ class Checkpoint:
         """Load the model as TransformerLens would, with the same class and options, and check that its weights are complete.
 
         Raises:
-            FeatpatchError: tensors are missing, surplus or of another shape, an index does not agree with its files, or the
-                weights are not in safetensors files inside the folder.
+            FeatpatchError: tensors are missing, surplus or of another shape, or the weights are not in safetensors files inside
+                the folder.
         """
         path = _file(source, config)
         shards = _shards(path) if path is not None and path.suffix == ".json" else set()

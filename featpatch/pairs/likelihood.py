@@ -1,8 +1,8 @@
-"""How likely a model finds tokens, one prompt at a time: those of a prompt, and an answer of several that follows it."""
+"""How likely a model finds the tokens of prompts, and answers of several tokens that follow them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,20 @@ from featpatch.threads import check_unedited
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
 
+Taken = TypeVar("Taken")
+
+
+TOKENS = 1024
+"""Tokens of equally long prompts that run together."""
+
 
 @dataclass(frozen=True)
 class Runs:
-    """Logits of prompts, one at a time."""
+    """A model, and how prompts are run through it.
+
+    Raises:
+        FeatpatchError: it is no function, or `fp.do` patches it.
+    """
 
     model: Callable[[torch.Tensor], Any]
 
@@ -26,43 +36,66 @@ class Runs:
         if isinstance(self.model, torch.nn.Module):
             check_unedited(getattr(self.model, "_orig_mod", self.model))
 
-    def logits(self, tokens: tuple[int, ...]) -> Logits:
-        """float32 at least.
+    def each(self, prompts: Sequence[tuple[int, ...]], take: Callable[[int, Logits], Taken]) -> list[Taken]:
+        """Run the prompts, equally long ones together, and keep what `take` makes of the index and the logits of each.
 
         Raises:
-            FeatpatchError: the model can't take the tokens, gives no logits, or ones that are not finite.
+            FeatpatchError: the model can't take the tokens, or does not give finite logits.
         """
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(index)
+        taken: dict[int, Taken] = {}
+        for length, indices in by_length.items():
+            size = max(1, TOKENS // length)
+            for some in (indices[start : start + size] for start in range(0, len(indices), size)):
+                for index, logits in zip(some, self._logits([prompts[index] for index in some]), strict=True):
+                    taken[index] = take(index, logits)
+        return [taken[index] for index in range(len(prompts))]
+
+    def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:
+        """The logits of prompts of one length, in float32 at least."""
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
+        tokens = torch.tensor(prompts, device=device)
         try:
-            made = self.model(torch.tensor([tokens], device=device))
+            made = self.model(tokens)
         except FeatpatchError:
             raise
         except Exception as error:
             raise FeatpatchError(
-                f"the model fails on {len(tokens)} tokens with ids from {min(tokens)} to {max(tokens)} "
+                f"the model fails on {tokens.shape[1]} tokens with ids from {tokens.min()} to {tokens.max()} "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): expected ids of the model's own tokenizer, "
                 "and no more of them than its context"
             ) from error
         logits = getattr(made, "logits", made)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
+        sound = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape
+        if not sound or not torch.isfinite(logits).all():
             raise FeatpatchError(
-                f"the model gives {type(logits).__name__} for tokens [1, {len(tokens)}]: expected finite logits "
+                f"the model gives {type(logits).__name__} for tokens {list(tokens.shape)}: expected finite logits "
                 "[batch, pos, d_vocab], or an object with them as .logits"
             )
-        return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def preference(self, prompt: tuple[int, ...], right: Sequences, wrong: Sequences) -> float:
-        """Log probability that one of the right answers follows the prompt, minus that of the wrong ones if any, in nats."""
-        found = self._log_prob(prompt, right)
-        return float(found - self._log_prob(prompt, wrong) if wrong else found)
+    def preferences(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[Sequences, Sequences]]) -> list[float]:
+        """Log probability that a right answer follows each prompt, minus that of a wrong one if there are any, in nats.
 
-    def _log_prob(self, prompt: tuple[int, ...], answers: Sequences) -> Float[torch.Tensor, ""]:
-        """logsumexp over the answers; each token of an answer is predicted from the prompt and the tokens before it."""
-        begin, each = len(prompt), []
-        for answer in answers:
-            logits = self.logits(prompt + answer[:-1])
-            each.append(log_probs(logits, prompt + answer, range(begin, begin + len(answer))).sum())
-        return torch.stack(each).logsumexp(0)
+        The probability of several answers is the sum of theirs; each token of an answer is predicted from the prompt and the
+        tokens before it.
+        """
+        asked = [(n, side, answer) for n, sides in enumerate(answers) for side in (0, 1) for answer in sides[side]]
+
+        def log_prob(index: int, logits: Logits) -> torch.Tensor:
+            n, _, answer = asked[index]
+            begin = len(prompts[n])
+            return log_probs(logits, prompts[n] + answer, range(begin, begin + len(answer))).sum()
+
+        found: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for (n, side, _), value in zip(
+            asked, self.each([prompts[n] + answer[:-1] for n, _, answer in asked], log_prob), strict=True
+        ):
+            found.setdefault((n, side), []).append(value)
+        sums = {key: float(torch.stack(values).logsumexp(0)) for key, values in found.items()}
+        return [sums[n, 0] - sums.get((n, 1), 0.0) for n in range(len(prompts))]
 
 
 def log_probs(logits: Logits, tokens: Sequence[int], positions: Sequence[int]) -> Float[torch.Tensor, " positions"]:

@@ -4,13 +4,13 @@ They lie in `checkpoints/` as ordinary Hugging Face and sae-lens folders, beside
 it once installed from a wheel.
 """
 
-import hashlib
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from featpatch.errors import FeatpatchError
+from featpatch.files import sha256
 from featpatch.loading import Loaded, load
 from featpatch.pairs import Pairs
 
@@ -80,7 +80,7 @@ def verify(root: Path) -> None:
             raise FeatpatchError(
                 f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)"
             )
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = sha256(path.read_bytes())
         if found != expected:
             raise FeatpatchError(
                 f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; it is damaged, "

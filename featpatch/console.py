@@ -1,4 +1,4 @@
-"""The one way to a terminal: what is printed is text, not markup."""
+"""The console through which everything is printed, as plain text instead of markup."""
 
 import sys
 from typing import Any
@@ -10,16 +10,16 @@ from featpatch.untrusted import visible
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is: brackets mean nothing, and characters that would steer the terminal are visible.
+    """A console that shows text literally: brackets are not markup, and control characters are escaped.
 
     Args:
-        stderr: whether it prints to standard error.
-        width: of the lines where standard output is no terminal.
+        stderr: whether to print to standard error.
+        width: the line width if standard output is not a terminal.
     """
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(width=None if sys.stdout.isatty() else width, stderr=stderr, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich does for whatever it is given as a string, cells and titles of tables too."""
+        """Render a string, including cells and titles of tables, with control characters escaped."""
         return super().render_str(visible(text), **options)

@@ -1,32 +1,47 @@
-"""The one error class of the package, and checks of arguments that many functions share.
+"""The package's one error class, and argument checks that many functions share.
 
-Every message names the value that was met, what was expected, and what to do next.
+Every message names the value that was given, what was expected, and what to do next.
 """
 
 from featpatch.untrusted import visible
 
-LARGEST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 """The largest integer that arrays and files can hold."""
 
 
 class FeatpatchError(ValueError):
-    """Input that featpatch refuses; the message says value, expectation and next action."""
+    """Error for unusable input; its message names the value, what was expected and what to do next."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
+class FeatpatchWarning(UserWarning):
+    """A warning of featpatch, whose text may hold names from foreign files."""
 
     def __str__(self) -> str:
         return visible(super().__str__())
 
 
 def check_numbers(least: int, /, **given: object) -> None:
-    """Raises FeatpatchError for what is no integer of at least so much, or too large an integer."""
+    """Check that each argument is an integer from `least` to `MAX_INTEGER`.
+
+    Raises:
+        FeatpatchError: an argument is not.
+    """
     for name, value in given.items():
         if type(value) is not int or value < least:
             raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")
-        if value > LARGEST:
-            raise FeatpatchError(f"{name} is an integer of {value.bit_length()} bits: expected at most {LARGEST}")
+        if value > MAX_INTEGER:
+            raise FeatpatchError(f"{name} is an integer of {value.bit_length()} bits: expected at most {MAX_INTEGER}")
 
 
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:
-    """Raises FeatpatchError for arguments that are not of a class, or of one of several."""
+    """Check that each argument is an instance of a class, or of one of several.
+
+    Raises:
+        FeatpatchError: an argument is not.
+    """
     for name, value in given.items():
         if not isinstance(value, kind):
             names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)) if each is not type(None)]

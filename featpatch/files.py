@@ -1,4 +1,4 @@
-"""Files: what others wrote is checked as it is read, and what we write is there whole or not at all."""
+"""Read untrusted files safely, and write files completely or not at all."""
 
 import hashlib
 import json
@@ -10,28 +10,32 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from featpatch.errors import FeatpatchError
+from featpatch.untrusted import for_spreadsheets
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LEVELS = 20
-"""Lists and objects within one another, at most; nothing that is read here needs as many."""
+MAX_DEPTH = 20
+"""The deepest nesting of JSON that is read; more than any file of ours needs."""
 
 
 def as_path(path: object) -> Path:
-    """A path that the file system can look at, whether or not something is there.
+    """Convert an argument to a `Path` that the file system accepts, whether or not it exists.
 
     Raises:
-        FeatpatchError: it is no path, too long, or behind a folder that can't be entered.
+        FeatpatchError: the argument is not a path, is too long, or is in a folder that can't be entered.
     """
     if not isinstance(path, (str, PathLike)):
-        raise FeatpatchError(f"the path is of type {type(path).__name__}: expected a text or a pathlib.Path")
+        raise FeatpatchError(f"the path is of type {type(path).__name__}: expected a str or a pathlib.Path")
     try:
         Path(path).stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -47,13 +51,13 @@ def as_path(path: object) -> Path:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes the place of `path` once the block has ended without an exception.
+    """Context manager that yields a temporary file, which replaces `path` if the block ends without an exception.
 
-    Whatever happens, whoever reads `path` finds the old file or the new one. A link is followed; a device or a pipe, such as
-    /dev/stdout, is written to directly.
+    At any moment `path` holds either the old file or the complete new one. Symbolic links are followed. A device or a pipe,
+    such as /dev/stdout, is written to directly.
 
     Raises:
-        FeatpatchError: the path is a folder, or nothing can be written there; what was there before is left as it was.
+        FeatpatchError: the path is a folder or can't be written to; an old file is left unchanged.
     """
     with _beside(as_path(path)) as (target, beside):
         mode = beside.stat().st_mode
@@ -65,11 +69,21 @@ def writing(path: str | Path) -> Iterator[Path]:
             os.replace(beside, target)
 
 
-def check_writable(path: str | Path) -> None:
-    """Find out before a long computation whether its result can be written, by writing a byte beside it.
+def write_csv(path: str | Path, frame: "pd.DataFrame") -> None:
+    """Write a table as CSV, whole or not at all, with no cell that a spreadsheet takes for a formula.
 
     Raises:
-        FeatpatchError: it can't.
+        FeatpatchError: the path is a folder, or nothing can be written there.
+    """
+    with writing(path) as file:
+        for_spreadsheets(frame).to_csv(file, index=False)
+
+
+def check_writable(path: str | Path) -> None:
+    """Check before a long computation that its result can be written, by writing one byte to a temporary file beside it.
+
+    Raises:
+        FeatpatchError: the path is a folder or can't be written to.
     """
     with _beside(as_path(path)) as (target, beside):
         if beside != target:
@@ -78,7 +92,10 @@ def check_writable(path: str | Path) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Where a file belongs, and an empty one in the same folder with its permissions, which is gone in the end."""
+    """Yield the file to write, and an empty temporary file beside it with the same permissions, deleted on exit.
+
+    Both are the same for a device or a pipe.
+    """
     try:
         if path.is_dir():
             raise FeatpatchError(f"{str(path)!r} is a folder: expected the path of a file")
@@ -97,14 +114,14 @@ def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise FeatpatchError(
-            f"{str(path)[:200]!r} can't be written ({error.strerror or error}): expected a path in a folder that can be "
-            "written to, on a disk with room; what was there before is left as it was; make room, or give another path"
+            f"{str(path)[:200]!r} can't be written ({error.strerror or error}): expected a folder with write permission and "
+            "room on the disk; an old file is left unchanged; make room, or give another path"
         ) from error
 
 
 @dataclass(eq=False)
 class Lock:
-    """An open file that is closed, and so unlocked, with the last object that refers to it."""
+    """A locked file; the lock is released when this object is deleted."""
 
     file: int
 
@@ -112,23 +129,23 @@ class Lock:
         os.close(self.file)
 
 
-HELD: WeakValueDictionary[tuple[int, int, int], Lock] = WeakValueDictionary()
-"""By process (a fork has none), device and inode."""
+HELD: WeakValueDictionary[tuple[int, int, int, int], Lock] = WeakValueDictionary()
+"""The locks of this process, by process id (a forked process holds none), thread, device and inode."""
 
 
 def lock(path: Path) -> Lock | None:
-    """Keep other processes off a file or folder for as long as the result lives; None where files can't be locked.
+    """Lock a file or folder against other processes and threads for as long as the result exists; None without locks here.
 
     Raises:
-        BlockingIOError: another process holds it.
-        OSError: there is no such file.
+        BlockingIOError: another process or thread holds the lock.
+        OSError: the file does not exist.
     """
     if fcntl is None:
         return None
     found = Lock(os.open(path, os.O_RDONLY))
     status = os.fstat(found.file)
     try:
-        found = HELD.setdefault((os.getpid(), status.st_dev, status.st_ino), found)
+        found = HELD.setdefault((os.getpid(), get_ident(), status.st_dev, status.st_ino), found)
         fcntl.flock(found.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
@@ -138,29 +155,29 @@ def lock(path: Path) -> Lock | None:
 
 
 def sha256(content: bytes) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of some bytes in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse JSON that somebody else may have written.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or holds half a character (a lone surrogate), which no file can hold.
+        ValueError: the text is not JSON, is nested too deeply, or holds a lone surrogate, which can't be written to a file.
     """
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"more than {LEVELS} lists and objects within one another") from error
-    _check(value, LEVELS)
+        raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep") from error
+    _check(value, MAX_DEPTH)
     return value
 
 
-def _check(value: Any, levels: int) -> None:
-    if not levels:
-        raise ValueError(f"more than {LEVELS} lists and objects within one another")
+def _check(value: Any, depth: int) -> None:
+    if not depth:
+        raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         value.encode()
     elif isinstance(value, (list, dict)):
         for part in value if isinstance(value, list) else (*value, *value.values()):
-            _check(part, levels - 1)
+            _check(part, depth - 1)

@@ -1,4 +1,4 @@
-"""What a feature fires on, measured over all words of a text rather than guessed from a few examples.
+"""Describe what a feature fires on, measured over all words of a text rather than guessed from a few examples.
 
 A feature is compared with simple labels of every position: "the word is w" and "the next word is w". The label with the
 best F1 (harmonic mean of precision and recall of `activation > 0` as a detector of the label) describes it; a low F1 says
@@ -59,7 +59,7 @@ def describe(
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
         saes: the sae-lens objects that the nodes name.
-        texts: documents; one that is longer than the model's context is cut off there, with a PairsWarning.
+        texts: documents; one that exceeds the model's context is truncated, with a PairsWarning.
         contexts: how many examples to keep.
 
     Raises:
@@ -88,14 +88,14 @@ def describe(
 
 @dataclass(frozen=True)
 class _Document:
-    """The tokens of a text, and which of them are not special."""
+    """The tokens of a text, with a mask of the words that are not special tokens."""
 
     tokens: Int[torch.Tensor, " pos"]
     usable: Bool[torch.Tensor, " pos"]
 
     @property
     def followed(self) -> Bool[torch.Tensor, " words"]:
-        """Which of the usable words have a next one."""
+        """Whether each usable word is followed by another token, in order."""
         return (torch.arange(len(self.tokens)) < len(self.tokens) - 1)[self.usable]
 
     @classmethod
@@ -106,13 +106,13 @@ class _Document:
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[tuple[int, ...]]:
-    """Token ids of the texts, cut off at the model's context."""
+    """Return the token ids of the texts, truncated to the model's context."""
     every = [prompt_ids(tokenizer, text) for text in texts]
     longer = sum(context is not None and len(ids) > context for ids in every)
     if longer:
         warnings.warn(
-            f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens: the rest of them is not "
-            "read; split them",
+            f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens and are truncated to it; "
+            "split them to use all of their words",
             PairsWarning,
             stacklevel=3,
         )
@@ -120,7 +120,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> lis
 
 
 def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
-    """The indices of documents that run together: of similar lengths in a causal model, else of equal ones."""
+    """Group the indices of documents that run together: of similar lengths in a causal model, else of equal lengths."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         longest = lengths[groups[-1][0]] if groups else 0
@@ -135,7 +135,10 @@ def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
 def _activations(
     lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[_Document]
 ) -> Float[torch.Tensor, "words features"]:
-    """The features on the usable words of all documents; in a causal model, tokens after a document's end change nothing."""
+    """Return the features on the usable words of all documents.
+
+    In a causal model, documents are filled up to the longest of their group: what follows a word does not change its features.
+    """
     named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
     hooks = sorted({hook for name in named for hook in (found[name].reads, found[name].writes)})
     values: dict[int, torch.Tensor] = {}

@@ -1,6 +1,6 @@
-"""What to measure: a metric sees logits only and returns one value per row, without a mean over rows.
+"""Metrics: functions of the logits that return one value per row, without a mean over rows.
 
-Sign convention: larger means closer to the clean behaviour. So distances and ranks are negative.
+Larger values mean closer to the clean behaviour, so distances and ranks are negative.
 """
 
 import inspect
@@ -26,20 +26,20 @@ and returns one value.
 """
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
-"""`metric(logits, clean)`: with the logits of the pair's clean run."""
+"""`metric(logits, clean)`, a metric that compares with the logits of the pair's clean run."""
 
 Needs = Literal["answers", "vocabulary", "clean"]
 """Which logits a metric reads: those of the answers, all, or all and those of the clean run."""
 
 FORMS = (
-    "metric(logits [rows, d_vocab], correct, wrong) -> [rows], of the logits at the answer position and the answers' ids; "
-    "or metric(logits [1, 1, d_vocab]) -> one value, in which [batch, pos] are one prompt and its answer position, and which "
-    "holds no answers or clean logits of a batch"
+    "metric(logits [rows, d_vocab], correct, wrong) -> [rows], given the logits at the answer position and the answers' ids; "
+    "or metric(logits [1, 1, d_vocab]) -> one value, given one prompt's logits at its answer position, without answers or "
+    "clean logits of a batch stored in it"
 )
 """The forms of a metric function, for error messages."""
 
 ROUNDING = 1e-2
-"""Share of its size by which rounding may change the metric of one prompt when another prompt is in the batch."""
+"""How much rounding may change the metric of a prompt when other prompts are in the batch, relative to its size."""
 
 
 def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
@@ -64,12 +64,12 @@ def log_prob(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Va
 
 
 def neg_rank(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """Minus the number of tokens with a larger logit than the best correct answer; 0 where that one comes first."""
+    """Minus the number of tokens with a larger logit than the best correct answer; 0 if the best correct answer comes first."""
     return -(logits > logits[:, list(correct)].amax(-1, keepdim=True)).sum(-1).double()
 
 
 def accuracy(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """1 where no token has a larger logit than the best correct answer, else 0."""
+    """1 if no token has a larger logit than the best correct answer, else 0."""
     return (neg_rank(logits, correct, wrong) == 0).double()
 
 
@@ -84,7 +84,7 @@ class Measure:
     """A metric with its name.
 
     Attributes:
-        needs: which logits it reads; those that it doesn't need are not computed.
+        needs: which logits it reads; other logits are not computed.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Measure:
     needs: Needs
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Ids whose logits are needed; None for the whole vocabulary.
+        """Return the ids whose logits are needed; None for the whole vocabulary.
 
         Raises:
             FeatpatchError: the metric compares right answers with wrong ones, and there are no wrong ones.
@@ -100,7 +100,7 @@ class Measure:
         if self.metric in (logit_diff, prob_diff) and not wrong:
             raise FeatpatchError(
                 f"metric {self.name!r} compares the correct answers with wrong ones, and a pair has no wrong ones: give "
-                "wrong=..., or a metric of the correct answers, such as 'log_prob', 'prob', 'neg_rank' or 'accuracy'"
+                "wrong=..., or use a metric of the correct answers, such as 'log_prob', 'prob', 'neg_rank' or 'accuracy'"
             )
         return (*correct, *wrong) if self.needs == "answers" else None
 
@@ -111,10 +111,10 @@ class Measure:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> torch.Tensor:
-        """The metric of logits at the answer position, `[rows]`, on their device, with its gradient.
+        """Compute the metric of logits at the answer position, `[rows]`, on their device, with its gradient.
 
         Raises:
-            FeatpatchError: the metric fails, or doesn't give one finite real number per row.
+            FeatpatchError: the metric fails or does not give one finite real number per row.
         """
         if self.needs == "clean":
             assert clean is not None
@@ -146,7 +146,7 @@ class Measure:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, " rows"]:
-        """The metric of logits at the answer position, float64 on the CPU.
+        """Compute the metric of logits at the answer position, float64 on the CPU.
 
         Raises:
             FeatpatchError: see `of`.
@@ -156,7 +156,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Measures:
-    """Metrics that are taken of the same logits, one column each."""
+    """Several metrics of the same logits, one column each."""
 
     parts: tuple[Measure, ...]
 
@@ -171,7 +171,7 @@ class Measures:
         return any(part.needs == "clean" for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Ids whose logits are needed by all together; None for the whole vocabulary.
+        """Return the ids whose logits any of the metrics needs; None for the whole vocabulary.
 
         Raises:
             FeatpatchError: see `Measure.columns`.
@@ -186,10 +186,10 @@ class Measures:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, "rows metrics"]:
-        """Every metric of logits at the answer position, float64 on the CPU.
+        """Compute every metric of logits at the answer position, float64 on the CPU.
 
         Raises:
-            FeatpatchError: a metric doesn't give one finite value per row.
+            FeatpatchError: a metric does not give one finite value per row.
         """
         answers = logits if self.columns(correct, wrong) is not None else logits[:, [*correct, *wrong]]
         values = [part(answers if part.needs == "answers" else logits, correct, wrong, clean) for part in self.parts]
@@ -197,8 +197,8 @@ class Measures:
 
 
 SEQUENCES = ("sequence_log_prob", "sequence_log_prob_diff")
-"""Metrics of whole answers, read at several places: log-probability of all right answers together, and that minus the
-log-probability of all wrong ones together."""
+"""Metrics of answers of several tokens, read at several positions: the log-probability of all correct answers together, and the
+same minus the log-probability of all wrong answers together."""
 
 MEASURES = {
     measure.name: measure
@@ -255,20 +255,23 @@ def together(
 
 
 def _name(metric: Metric) -> str:
-    """The name of a function, the same in every process, because journals and tables hold it."""
+    """Return the name of a function, which must be the same in every process because journals and tables hold it."""
     inner = metric.func if isinstance(metric, partial) else metric
     return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _reads_one_prompt(metric: Metric, name: str) -> bool:
-    """Whether a function takes logits alone, as in TransformerLens, rather than logits, correct and wrong; by its signature.
+    """Tell by its signature whether a function takes only logits, as in TransformerLens, or also correct and wrong answers.
 
     Optional arguments keep their defaults, unless they are named `correct` and `wrong`.
+
+    Raises:
+        FeatpatchError: the signature is unknown, or that of neither form.
     """
     try:
         signature = inspect.signature(metric.forward if isinstance(metric, torch.nn.Module) else metric)
     except (TypeError, ValueError) as error:
-        raise FeatpatchError(f"metric {name!r} does not tell its arguments ({error}): expected a function {FORMS}") from error
+        raise FeatpatchError(f"metric {name!r} has no readable signature ({error}): expected a function {FORMS}") from error
     parameters = list(signature.parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
@@ -285,7 +288,7 @@ def _reads_one_prompt(metric: Metric, name: str) -> bool:
 def _called(
     metric: Callable[..., Any], name: str, one_prompt: bool, logits: torch.Tensor, correct: Sequence[int], wrong: Sequence[int]
 ) -> Any:
-    """Call a user's function on logits `[rows, d_vocab]`, prompt by prompt if it takes logits alone."""
+    """Call a user's function on logits `[rows, d_vocab]`, prompt by prompt if it takes only logits."""
 
     def call(given: torch.Tensor, *answers: Sequence[int]) -> Any:
         try:
@@ -305,7 +308,7 @@ def _called(
 
 
 def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
-    """The value of one prompt as a tensor without axes."""
+    """Convert the value of one prompt to a tensor without axes."""
     found = torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
     if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
         what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
@@ -314,22 +317,22 @@ def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
 
 
 def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tensor, value: torch.Tensor) -> None:
-    """Refuse a function that holds the answers or the clean logits of a batch, to which one prompt would be broadcast.
+    """Refuse a function that stores the answers or clean logits of a whole batch, to which one prompt would be broadcast.
 
-    Told by more prompts, with the same logits in another order: the function must give each its own value, or their mean, their
-    sum, or the first. And by more positions, which what it holds must not keep it from taking. Two and three of each, because
-    what it holds may be for as many as one of these.
+    The function is called on two and three prompts, made by reordering the logits, and must return the value of each prompt, or
+    their mean, their sum, or the first. It is also called on two and three positions, which must not fail on a shape. Both
+    numbers are tried because the stored batch may have the size of one of them.
     """
     rows = torch.stack([row, row.flip(0), row.roll(1)])
     alone = [value, *(_single(call(other[None, None]), name, other) for other in rows[1:])]
     for n in (2, 3):
-        each, beside = torch.stack(alone[:n]).double(), call(rows[:n, None])
-        if isinstance(beside, torch.Tensor) and beside.is_complex():
-            raise FeatpatchError(f"metric {name!r} gave {beside.dtype} for {n} prompts: expected {FORMS}")
-        found = torch.as_tensor(beside).to(each).flatten() if isinstance(beside, (int, float, torch.Tensor)) else each[:0]
-        expected = [each] if len(found) == n else [each.mean()[None], each.sum()[None], each[:1]] if len(found) == 1 else []
-        room = ROUNDING * float(each.abs().max())
-        if not any(torch.allclose(found, one, rtol=0, atol=room, equal_nan=True) for one in expected):
+        each, batched = torch.stack(alone[:n]).double(), call(rows[:n, None])
+        if isinstance(batched, torch.Tensor) and batched.is_complex():
+            raise FeatpatchError(f"metric {name!r} gave {batched.dtype} for {n} prompts: expected {FORMS}")
+        found = torch.as_tensor(batched).to(each).flatten() if isinstance(batched, (int, float, torch.Tensor)) else each[:0]
+        accepted = {n: [each], 1: [each.mean()[None], each.sum()[None], each[:1]]}.get(len(found), [])
+        tolerance = ROUNDING * float(each.abs().max())
+        if not any(torch.allclose(found, values, rtol=0, atol=tolerance, equal_nan=True) for values in accepted):
             raise FeatpatchError(
                 f"metric {name!r} gives {each.tolist()} for {n} prompts alone and {found.tolist()} for them together: expected "
                 f"{FORMS}; 'neg_kl' is the divergence from the clean run"

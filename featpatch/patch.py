@@ -1,4 +1,4 @@
-"""What to swap, as plain hashable data: nodes and patches hold no tensors, so that plans can be saved and compared.
+"""Nodes, edges and patches: plain hashable data without tensors, so that plans can be saved and compared.
 
 A *node* is something at a hook site whose value can be taken from another run. A *patch* is a set of nodes that are
 swapped together.
@@ -72,7 +72,8 @@ class Node:
             )
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
-        check_numbers(0, index=self.index or 0, position=max(0, self.position) if isinstance(self.position, int) else 0)
+        position = self.position if isinstance(self.position, int) else 0
+        check_numbers(0, index=self.index or 0, position=max(0, position))  # neither may exceed what arrays can hold
 
     def __str__(self) -> str:
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
@@ -86,7 +87,7 @@ LOGITS = Node("logits", "activation")
 
 @dataclass(frozen=True)
 class Edge(Node):
-    """What a sender does through a receiver, which it reaches without a detour: of kind `edge`."""
+    """A direct edge from a sender to a receiver."""
 
     sender: Node = LOGITS
     receiver: Node = LOGITS
@@ -97,7 +98,7 @@ class Edge(Node):
 
     @classmethod
     def of(cls, sender: Node, receiver: Node) -> "Edge":
-        """At the site of the receiver."""
+        """Make the edge, at the site of its receiver."""
         return cls(receiver.site, "edge", None, receiver.position, receiver.sae, sender, receiver)
 
     def __str__(self) -> str:

@@ -111,7 +111,11 @@ def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
 
 @torch.no_grad()
 def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, Portrait]:
-    """Of the first features of each effect."""
+    """Describe the features with the largest effects.
+
+    Raises:
+        FeatpatchError: the SAEs are not those of the effects.
+    """
     by_name = {dictionary.name: dictionary for dictionary in found}
     known = effects.metadata.get("saes", {})
     if any(known.get(name) != dictionary.digest() for name, dictionary in by_name.items()):
@@ -121,7 +125,7 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
 
     @cache
     def features(name: str, tokens: tuple[int, ...]) -> torch.Tensor:
-        """Of all tokens of a prompt, `[pos, d_sae]`; many portraits are of few prompts."""
+        """Return the features `[pos, d_sae]` of a prompt, cached because many portraits show the same prompts."""
         dictionary = by_name[name]
         read = lens.read(torch.tensor([tokens]), sorted({dictionary.reads, dictionary.writes}))
         return dictionary.split(read[dictionary.reads], read[dictionary.writes]).features[0]
@@ -156,12 +160,12 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
 
 
 def _comparable(effects: Effects, components: Effects) -> bool:
-    """Whether it can be said which components write which features: all were ranked, at the same positions."""
+    """Whether writers of features can be shown: all features and components were ranked at the same positions."""
     return "screening" not in effects.metadata and effects.metadata.get("positions") == components.metadata.get("positions")
 
 
 def _written(portrait: Portrait, node: Node, writers: "pd.DataFrame") -> Portrait:
-    """With the components that write the feature, as far as they are known."""
+    """Add the components that write the feature, if they are known."""
     own = writers[(writers["sae"] == node.sae) & (writers["feature"] == node.index) & (writers["position"] == node.position)]
     names = [
         " ".join([row["site"], row["kind"], *([] if pd.isna(row["index"]) else [str(row["index"])]), f"({row['share']:.0%})"])

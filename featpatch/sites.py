@@ -53,7 +53,11 @@ ROUTES = ("direct", "through_mlps")
 
 
 def check_route(route: str) -> None:
-    """Raises FeatpatchError for anything but a route."""
+    """Check that a route is one of `ROUTES`.
+
+    Raises:
+        FeatpatchError: it is not.
+    """
     if route not in ROUTES:
         raise FeatpatchError(f"route={route!r}: expected one of {', '.join(ROUTES)}")
 
@@ -235,7 +239,7 @@ def read_by_mlp(layer: int) -> str:
 
 
 def switch(hook: str) -> str:
-    """How to switch on a hook point that does not fire, for an error message."""
+    """Say how to switch on a hook point that does not fire, for an error."""
     if is_mlp_in(hook):
         return (
             "model.set_use_hook_mlp_in(True) switches on a copy of the residual stream before the norm; what the MLP reads is "
@@ -257,7 +261,7 @@ BESIDE = (
 
 
 def beside(site: str) -> list[str]:
-    """The hook points of `BESIDE` in the same block, without this one; none for a hook point outside the blocks."""
+    """Return the other hook points of `BESIDE` in the same block; none for a hook point outside the blocks."""
     match = re.match(r"blocks\.[0-9]{1,6}\.", site)
     return [] if match is None else [match.group() + name for name in BESIDE if match.group() + name != site]
 
@@ -278,17 +282,17 @@ def layer_of(site: str) -> int:
 
 
 def highest(hooks: Iterable[str], n_layers: int) -> int:
-    """The highest block that holds one of the hooks; the last one where a hook is outside the blocks."""
+    """Return the highest block that holds one of the hooks, or the last block if a hook is outside the blocks."""
     inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
     return max((int(match.group(1)) if match else n_layers - 1 for match in inside), default=0)
 
 
 OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
-"""Outputs of modules, and the hook points of a block that hold the same in a model that has no norm behind the modules."""
+"""Output hook points of modules, and the block's hook points that hold the same values if no norm follows the modules."""
 
 
 def of_output(name: str) -> str | None:
-    """What the residual stream gets from a module, given the hook point of the module's output; None for other names."""
+    """Map the hook point of a module's output to that of what the module adds to the residual stream; None for other names."""
     block, _, module = name.partition(".")[2].partition(".")
     return f"blocks.{block}.{OUTPUTS[module]}" if name.startswith("blocks.") and module in OUTPUTS else None
 

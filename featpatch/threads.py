@@ -1,11 +1,15 @@
-"""One model in several threads: what featpatch changes in a model for a time acts only in the thread that changed it.
+"""Share a model between threads: a temporary change to a model acts only in the thread that made it.
 
-So a call of the model in another thread, beside a sweep or within `fp.do`, returns what it always returns. Passes that put
-something in the place of a block wait for one another, since only one of them at a time can.
+A call of the model in another thread, during a sweep or within `fp.do`, returns what it would return on its own. Forward passes
+that replace a block wait for one another, because only one replacement can be in place at a time.
+
+TransformerLens' own hooks act in every thread. `Watch` refuses a measurement in which another thread attached or removed some.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter, is_not
 from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,51 +20,130 @@ _locks: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 _editing: "WeakKeyDictionary[Any, list[tuple[int, Any]]]" = WeakKeyDictionary()
 _guard = RLock()
 
+HOOKS, LISTS = ("_forward_hooks", "_backward_hooks"), ("fwd_hooks", "bwd_hooks")
+"""Where torch keeps the hooks of a hook point, and where the hook point keeps their handles."""
+
 
 @contextmanager
-def alone(model: Any) -> Iterator[None]:
-    """Make other threads wait that enter this context with the same model."""
+def exclusively(model: Any) -> Iterator[None]:
+    """Context manager that only one thread at a time can be in with the same model; others wait."""
     with _guard:
         lock = _locks.setdefault(model, RLock())
     with lock:
         yield
 
 
-def own(hook: Callable[..., Any], otherwise: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
-    """A hook that acts in this thread; in every other one it is `otherwise`, by default a hook that changes nothing."""
+def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
+    """Restrict a function to the thread that calls this; in other threads `otherwise` is called, by default doing nothing."""
     ours = get_ident()
 
-    def act(*args: Any, **options: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         return (hook if get_ident() == ours else otherwise)(*args, **options)
 
-    return act
+    return call
 
 
 @contextmanager
-def editing(model: Any, handle: Any) -> Iterator[None]:
-    """Note that this thread edits activations of the model, by the hook of this handle."""
+def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) -> Iterator[None]:
+    """Context manager in which a hook point of the model calls `hook` in this thread.
+
+    The hook is recorded in the same moment, so that no thread takes it for one of the user. `reset_hooks` does not remove it.
+    """
+    call = in_this_thread(hook)
     with _guard:
+        handles = point.fwd_hooks
+        point.add_hook(call, is_permanent=True, prepend=first)
+        # another thread may have added a hook, or replaced the list, at the same moment
+        handle = next(each for each in (*point.fwd_hooks, *handles) if each.user_hook is call)
         edits, edit = _editing.setdefault(model, []), (get_ident(), handle)
         edits.append(edit)
     try:
         yield
     finally:
-        edits.remove(edit)
+        with _guard:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+            edits[:] = [other for other in edits if other is not edit]
 
 
-def handles(model: Any) -> list[Any]:
-    """The handles of the hooks by which threads edit the model now."""
-    return [handle for _, handle in _editing.get(model, ())]
+class Watch:
+    """The hooks that the user attached to a model, and a check that they stay the same while it is measured.
+
+    A hook that comes and goes within one pass is noticed because TransformerLens replaces the list of handles on removal.
+
+    Args:
+        points: the hook points.
+    """
+
+    def __init__(self, model: Any, points: Iterable[Any]) -> None:
+        self.model, self.points = model, tuple(dict.fromkeys(points))
+        self.forward, self.backward = [[getattr(point, kind) for point in self.points] for kind in HOOKS]
+        self.begin()
+
+    def begin(self) -> None:
+        """Expect the hooks that are attached now."""
+        self._expected: list[int] | None = self._known(self._lists())
+
+    def attached(self, *, backward: bool = True) -> list[int]:
+        """Return torch's ids of all hooks but those of `editing`."""
+        with _guard:
+            return self._foreign(chain(*self.forward, *(self.backward if backward else ())))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Context manager for a forward pass, which refuses it if another thread changed the hooks.
+
+        Raises:
+            FeatpatchError: see `check`; this error replaces any other, which those hooks may have caused.
+        """
+        before = self._lists()
+        try:
+            yield
+        except Exception:
+            self.check(before)
+            raise
+        self.check(before)
+
+    def check(self, before: Sequence[Any] = ()) -> None:
+        """Refuse to continue once the hooks have changed since `begin`.
+
+        Args:
+            before: the lists of handles at the beginning of the pass.
+
+        Raises:
+            FeatpatchError: they have, now or at an earlier check.
+        """
+        now = self._lists()
+        if any(map(is_not, before, now)) or self._expected is None or self._known(now) != self._expected:
+            self._expected = None  # a caller that handles this error must not continue with wrong values
+            raise FeatpatchError(
+                "hooks were attached to the model or removed while it was being measured, by another thread (run_with_hooks, "
+                "run_with_cache, add_hook or reset_hooks): expected the same hooks throughout; make those calls before or "
+                "after, or on a copy of the model"
+            )
+
+    def _known(self, lists: list[Any]) -> list[int]:
+        """The hooks that are attached, and those in the lists: another thread may be between the two."""
+        with _guard:
+            return self.attached() + self._foreign(handle.hook.id for handle in chain.from_iterable(lists))
+
+    def _foreign(self, hooks: Iterable[int]) -> list[int]:
+        found = [*hooks]
+        ours = {handle.hook.id for _, handle in _editing.get(self.model, ())} if found else ()
+        return [each for each in found if each not in ours]
+
+    def _lists(self) -> list[Any]:
+        return [handles for kind in LISTS for handles in map(attrgetter(kind), self.points)]
 
 
 def check_unedited(model: Any) -> None:
-    """Refuse a model that this thread edits: what is measured would be that of another model.
+    """Refuse to measure a model while this thread edits it, because the values would be those of the edited model.
 
     Raises:
-        FeatpatchError: this is called within `fp.do` on the same model.
+        FeatpatchError: the call is within `fp.do` on the same model.
     """
-    if any(thread == get_ident() for thread, _ in _editing.get(model, ())):
+    if any(thread == get_ident() for thread, _ in [*_editing.get(model, ())]):
         raise FeatpatchError(
-            "the model is patched already: expected it as it is, outside of every `with fp.do(...)`; end that block first, or "
-            "put the nodes of both into one Patch"
+            "the model is patched already: expected an unpatched model, outside every `with fp.do(...)` block; end that block "
+            "first, or put the nodes of both into one Patch"
         )

@@ -1,5 +1,6 @@
-"""Text of users and of foreign files, made harmless for the place where it is shown."""
+"""Make text from users, files and other libraries safe to show in a terminal, figure, spreadsheet or error message."""
 
+import re
 from html import escape
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -8,38 +9,46 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n")
-"""What a formula of a spreadsheet can begin with, also in full-width form."""
+"""The characters that a spreadsheet formula can begin with, also in full-width form."""
+
+UNSAFE_ADVICE = re.compile(
+    "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
+    "|trust the source|trusted source|arbitrary code|two options"
+)
+"""Found in sentences by which other libraries advise to run code from a file or to ignore what is wrong with it."""
 
 
 def visible(text: str) -> str:
-    r"""For a terminal: characters that steer it, reorder text or can't be seen as `repr` writes them, such as `\x1b`.
-
-    Line ends stay as they are.
-    """
+    r"""Escape characters that control a terminal, reorder text or are invisible, as `repr` does (`\x1b`); keep line ends."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def in_figure(text: str) -> str:
-    """For Plotly, which takes tags such as links in names, labels and texts for HTML."""
+    """Escape HTML in text for a Plotly figure, which would otherwise render tags such as links."""
     return escape(text, quote=False)
 
 
-def cell(value: object) -> object:
-    """For a spreadsheet: text that it would take for a formula gets an apostrophe in front; anything else is as it was."""
+def for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A copy of a table for a spreadsheet: texts that it would take for formulas begin with an apostrophe."""
+    texts = frame.select_dtypes(exclude=["number", "bool"])
+    return frame.assign(**{name: texts[name].map(_cell) for name in texts}).rename(columns=_cell)
+
+
+def _cell(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
 
 
-def for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """A table none of whose texts a spreadsheet takes for a formula."""
-    texts = frame.select_dtypes(exclude=["number", "bool"])
-    return frame.assign(**{name: texts[name].map(cell) for name in texts}).rename(columns=cell)
-
-
 def without_folder(name: str) -> str:
-    """For files that are passed on: of a path in somebody's folders its last part; names on the hub are as they were."""
+    """Reduce a local path to its last part, for files that are passed on; keep a name on the hub."""
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.anchor or {"..", "~"} & set(path.parts):
             return path.name
     return name
+
+
+def short(error: Exception) -> str:
+    """The message of another library's exception on one line of at most 300 characters, without unsafe advice."""
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
+    return " ".join(each for each in sentences if not UNSAFE_ADVICE.search(each))[:300]

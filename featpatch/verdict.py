@@ -12,7 +12,7 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one dictionary fits the model, measured on the prompts of a check.
+    """The fit of one dictionary to the model, measured on the prompts of a check.
 
     Attributes:
         dictionary: its name.
@@ -51,7 +51,7 @@ class Fit:
 
     @property
     def ok(self) -> bool:
-        """Whether it fits, and explains as much as its configuration claims, if anything."""
+        """Whether it fits, and explains as much as its configuration claims if it claims anything."""
         return not (self.misfit or self.short)
 
 

@@ -18,12 +18,12 @@ from featpatch.patching import Asked, Study, component_study, feature_study, pat
 from featpatch.untrusted import visible
 
 TOLERANCE = 1e-4
-"""By so much of gap or size a value may differ: what batches of another size and rounding explain, in float32."""
+"""The accepted difference relative to gap or size, which covers rounding and other batch sizes in float32."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What came out.
+    """The result of `verify`.
 
     Attributes:
         nodes: the rows that were measured again.
@@ -40,11 +40,11 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is as it was."""
+        """Whether every row has its old values, up to the tolerance."""
         return all(difference <= self.tolerance for difference in self.differences)
 
     def table(self) -> pd.DataFrame:
-        """One row per row that was measured again, the worst first."""
+        """Return one row per row that was measured again, the largest difference first."""
         table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)
 
@@ -129,7 +129,7 @@ def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[No
 
 
 def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:
-    """By node, of all pairs and directions, as a share of the metric's size; infinite where entries are missing on one side."""
+    """Return the largest difference of each node relative to the metric's size; infinite if one table lacks an entry."""
     tables = []
     for table in (effects, again):
         number = {node: row for row, node in enumerate(table.nodes)}

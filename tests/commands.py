@@ -28,5 +28,5 @@ def run(*arguments: str | Path, folder: Path) -> "CompletedProcess[str]":
 
 def started(*arguments: str | Path, folder: Path) -> "CompletedProcess[str]":
     """The same as a user starts it."""
-    command = [sys.executable, "-m", "featpatch.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "featpatch", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)

@@ -83,8 +83,11 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert about["method"] == "ig"
     shown = run("attribute", *model, *sae, "--method", "ig", folder=folder)
     said = " ".join(shown.stdout.split())
-    assert f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; that of a whole site" in said
-    assert f"is up to {about['whole_residual']:.2g} of the mean gap off its patched run" in said
+    assert (
+        f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; the estimate for a whole site"
+        in said
+    )
+    assert f"differs from its patched run by up to {about['whole_residual']:.2g} of the mean gap" in said
     full = run("rank", *model, *sae, "--out", "full", folder=folder)
     assert full.returncode == 0, full.stderr
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)
@@ -254,32 +257,74 @@ def test_the_folder_of_results_is_tried_out_first(command: str, tmp_path: Path) 
         os.waitpid(child, 0)
 
 
-def test_results_that_cannot_be_written_in_the_end_are_put_elsewhere(
-    folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("full", "inside"), [("report.html", 2), ("effects.safetensors", 0), ("everywhere", 0)])
+def test_results_that_cannot_be_written_in_the_end(
+    full: str, inside: int, folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """All three files, after the table is printed; the folder is left as it was."""
-    from featpatch.cli import output
+    """What fits stays in the folder; without the effects, all files are put elsewhere; the error says which are where."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save, report = fp.Effects.save, fp.report
 
-    written = output._write
-
-    def full(place: Path, *args: Any) -> None:
-        if place.resolve().is_relative_to(folder):
-            (place / "effects.safetensors").touch()
+    def refuse(path: Path, name: str) -> None:
+        if (Path(path).is_relative_to(out) and name == full) or full == "everywhere":
             raise OSError(28, "No space left on device")
-        written(place, *args)
 
-    monkeypatch.setattr(output, "_write", full)
-    monkeypatch.setattr(output.tempfile, "tempdir", str(tmp_path))
-    done = run("rank", *model, *sae, "--out", "full-disk", folder=folder)
+    def saved(self: fp.Effects, path: Path) -> Path:
+        refuse(path, "effects.safetensors")
+        return save(self, path)
+
+    def reported(effects: fp.Effects, path: Path, **options: Any) -> Path:
+        refuse(path, "report.html")
+        return report(effects, path, **options)
+
+    monkeypatch.setattr(fp.Effects, "save", saved)
+    monkeypatch.setattr(fp, "report", reported)
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    done = run("rank", *model, *sae, "--out", out, folder=folder)
     assert done.returncode == 2
     assert "exact effects of" in done.stdout
     said = done.stderr.replace("\n", "")
     assert "No space left on device" in said
-    (place,) = tmp_path.iterdir()
+    assert len(list(out.iterdir())) == inside
+    if full == "everywhere":
+        assert "none is saved" in said
+        return
+    place = out if inside else next(elsewhere.iterdir())
     assert str(place) in said
     assert len(fp.Effects.load(place / "effects.safetensors")) > 0
-    assert {path.name for path in place.iterdir()} == {"effects.safetensors", "effects.csv", "report.html"}
-    assert list((folder / "full-disk").iterdir()) == []
+    assert {path.name for path in place.iterdir()} >= {"effects.safetensors", "effects.csv"}
+    assert (place / "report.html").exists() == (full != "report.html")
+
+
+def test_an_interrupted_screening(folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shown without an audit, which needs all of it; a second one is put beside the first."""
+    ranking = fp.rank_features
+
+    def cut_short(*args: Any, **options: Any) -> fp.Effects:
+        effects = ranking(*args, **options)
+        return replace(effects.take(range(len(effects) - 2)), taken_from=None, metadata={**effects.metadata, "finished": False})
+
+    monkeypatch.setattr(fp, "rank_features", cut_short)
+    for name, options in (("unfinished", []), ("unfinished-2", ["--json"])):
+        done = run(
+            "rank", *model, *sae, "--exact", "screened", "--k", "5", "--audit", "3", "--out", "cut", *options, folder=folder
+        )
+        assert done.returncode == 130, done.stderr
+        assert len(list((folder / "cut" / name).iterdir())) == 3
+    assert [path.name for path in sorted((folder / "cut").iterdir())] == ["unfinished", "unfinished-2"]
+
+
+def test_the_same_screening_alone_replaces_it(folder: Path, model: list[str], sae: list[str]) -> None:
+    """Other numbers of features are another study; repeated positions are the same one."""
+    command = ["rank", *model[:4], *sae, "--exact", "screened", "--out", "screened", "--direction", "denoising"]
+    for options, code in ((["--k", "5", "--audit", "3", "--positions", "end"], 0), (["--k", "5", "--audit", "3", "--positions", "end,end"], 0),
+                          (["--k", "4", "--audit", "3", "--positions", "end"], 2), (["--k", "5", "--audit", "2", "--positions", "end"], 2)):  # fmt: skip
+        done = run(*command, *options, folder=folder)
+        assert done.returncode == code, (options, done.stderr)
+        assert code == 0 or "differ" in done.stderr
+    refused = run("rank", *model, *sae, "--out", "j", "--journal", "j/effects.safetensors", folder=folder)
+    assert (refused.returncode, "is where the results go" in " ".join(refused.stderr.split())) == (2, True)
 
 
 def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: list[str]) -> None:

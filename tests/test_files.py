@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,9 @@ from test_sets import pairs_of
 from test_streaming import OPTIONS, blocks, many
 
 import featpatch as fp
+from featpatch.effects import storage
 from featpatch.engine import SuffixPath
+from featpatch.errors import FeatpatchWarning
 from featpatch.files import check_writable, writing
 
 SITE = "blocks.1.hook_resid_pre"
@@ -168,14 +171,49 @@ def test_flipped_bits_of_effects(effects: fp.Effects, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_missing_in_a_finished_table(value: float, effects: fp.Effects, tmp_path: Path) -> None:
+def test_values_that_are_missing_in_a_finished_table(
+    value: float, effects: fp.Effects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are refused, also where the SHA-256 is right; in an unfinished table they may be missing."""
     damaged = replace(effects, denoised=np.where(np.arange(len(effects.denoised)) == 5, value, effects.denoised))
+    with pytest.raises(fp.FeatpatchError, match="can't be saved.*: 1 of .* values of denoising are not finite"):
+        damaged.save(tmp_path / "effects")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "check_columns", lambda *_: None)
+        path = damaged.save(tmp_path / "effects")
     with pytest.raises(fp.FeatpatchError, match="1 of .* values of denoising are not finite"):
-        fp.Effects.load(damaged.save(tmp_path / "effects"))
+        fp.Effects.load(path)
     if np.isnan(value):
         unfinished = replace(damaged, metadata={**damaged.metadata, "finished": False})
         assert np.isnan(fp.Effects.load(unfinished.save(tmp_path / "effects")).denoised).sum() == 1
+
+
+def test_a_selection_without_a_gap_is_not_saved(effects: fp.Effects, tmp_path: Path) -> None:
+    """It could not be loaded again; the file that is there stays."""
+    path = effects.save(tmp_path / "effects")
+    with pytest.raises(fp.FeatpatchError, match="can't be saved, since they could not be loaded again: .* in 0 pairs"):
+        effects.of_pairs([]).save(path)
+    assert len(fp.Effects.load(path)) == len(effects)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0)])
+def test_a_block_in_which_nothing_differs(order: tuple[int, int], bridge: Small, tmp_path: Path) -> None:
+    """It is read back as it is, first, last, or alone; the label stands before what differs."""
+    both = blocks(many(bridge, 4), 2)
+    labelled = [fp.Pairs(tuple(replace(pair, labels={"a": pair.first_difference - 1 + k}) for pair in both[k])) for k in (0, 1)]
+    some = [labelled[k] for k in dict.fromkeys(order)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FeatpatchWarning)  # that nothing differs there
+        stored = fp.stream_features(bridge.model, bridge.saes[:1], some, tmp_path, positions=["a"], progress=False)
+        whole = fp.rank_features(
+            bridge.model,
+            bridge.saes[:1],
+            fp.Pairs(tuple(pair for block in some for pair in block)),
+            positions=["a"],
+            progress=False,
+        )
+    assert set(stored.load().nodes) == set(whole.nodes)
+    assert len(stored.top(3)) == min(3, int(whole.ranked.sum()))
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +247,9 @@ def test_flipped_bits_of_a_stream(streamed: fp.Stored) -> None:
     ("kind", "change", "message"),
     [
         ("effects", lambda frame: frame.assign(**{"denoised of prob": np.nan}), "not finite"),
-        ("effects", lambda frame: pd.concat([frame, frame[:1]]), "twice"),
-        ("effects", lambda frame: frame.assign(pair=frame["pair"] - 2), "of other pairs"),
-        ("effects", lambda frame: frame.assign(pair=99), "of other pairs"),
+        ("effects", lambda frame: pd.concat([frame, frame[:1]]), "duplicates"),
+        ("effects", lambda frame: frame.assign(pair=frame["pair"] - 2), "of pairs of other blocks"),
+        ("effects", lambda frame: frame.assign(pair=99), "of pairs of other blocks"),
         ("effects", lambda frame: frame.assign(**{"denoised of prob": "x"}), "expected numbers"),
         ("effects", lambda frame: frame.assign(site=1.5), "expected texts"),
         ("effects", lambda frame: frame.assign(position="{"), "can't be read"),

@@ -1,5 +1,6 @@
 """Text of users and of foreign files: what it may do to a terminal, a spreadsheet and a figure, and what results say of a user."""
 
+import ast
 import csv
 import json
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from commands import run
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 
 FORMULA = "=HYPERLINK(0)"
 
@@ -87,7 +89,7 @@ def test_results_say_how_they_were_made_and_not_by_whom(tmp_path: Path, inputs: 
     [
         (["/home/u/bin/featpatch", "rank", "--sae", "gpt2-small-res-jb/blocks.8.hook_resid_pre", "--pairs", "../u/p.jsonl"],
          "featpatch rank --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs p.jsonl"),
-        (["/u/featpatch/cli/__main__.py", "rank", "--model=C:\\u\\m", "--out=/u/a=/u/b", "--address", "ray://u:secret@h:1"],
+        (["/u/featpatch/__main__.py", "rank", "--model=C:\\u\\m", "--out=/u/a=/u/b", "--address", "ray://u:secret@h:1"],
          "featpatch rank '--model=m' --out=b --address ..."),
         (["featpatch", "rank", "--address=ray://u:secret@h:1", "--json", "--workers", "2"],
          "featpatch rank --address=... --json --workers 2"),
@@ -260,3 +262,13 @@ def test_links_go_to_neuronpedia_alone(name: Any) -> None:
     assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("https", "www.neuronpedia.org", "", "")
     assert not set(link) & set("\"'<> ")
     assert link.endswith("/3")
+
+
+def test_warnings_do_not_steer_either() -> None:
+    """All of ours are of a class that shows control characters escaped."""
+    assert str(FeatpatchWarning("a\x1b[31mb")) == "a\\x1b[31mb"
+    assert issubclass(fp.SlowPathWarning, FeatpatchWarning)
+    for path in Path(fp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                assert ast.unparse(node.args[1]) in ("FeatpatchWarning", "PairsWarning", "SlowPathWarning"), path

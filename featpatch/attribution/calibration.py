@@ -1,4 +1,4 @@
-"""How far estimates can be trusted: against exact effects of the same pairs, overall and site by site."""
+"""Compare estimates with exact effects of the same pairs, overall and site by site, to see how far to trust them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class Calibration:
     signed: bool = True
 
     def table(self, k: int = 20) -> pd.DataFrame:
-        """One row for all sites and one per site.
+        """Return one row for all sites and one per site.
 
         `pearson`, `spearman`; `recall`: share of the k largest |exact| that are among the k largest |estimate| (NaN with no
         more than k rows); `signs`: share of rows with the same sign; `slope`: exact over estimate, least squares through 0.

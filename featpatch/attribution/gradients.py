@@ -31,10 +31,10 @@ SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "den
 
 @dataclass(frozen=True, eq=False)
 class PairGradients:
-    """One pair.
+    """Activations and gradients of one pair.
 
     Attributes:
-        index: which.
+        index: the index of the pair.
         first: the first position at which its runs can differ.
         values, activations, gradients, ends: by the direction that patches a run: its metric, its activations, the gradients
             `[variants, pos, ...]` at its sites, and its metric with a whole site taken from the other run, where known.
@@ -50,17 +50,17 @@ class PairGradients:
     _splits: dict[str, dict[Direction, Split]] = field(default_factory=dict, init=False)
 
     def tokens(self, direction: Direction) -> tuple[int, ...]:
-        """Of the run that the direction patches."""
+        """Return the tokens of the run that the direction patches."""
         return self.pair.corrupted if direction == "denoising" else self.pair.clean
 
     def change(self, site: str, direction: Direction) -> torch.Tensor:
-        """Source minus base, `[pos, ...]` or, of patterns, `[head, pos, source]`; exactly 0 before `first`."""
+        """Return source minus base, `[pos, ...]` or, for patterns, `[head, pos, source]`; exactly 0 before `first`."""
         change = self.activations[SOURCE[direction]][site] - self.activations[direction][site]
         (change if hooks.by_position(site) else change.transpose(0, 1))[: self.first] = 0
         return change
 
     def split(self, dictionary: Dictionary) -> Mapping[Direction, Split]:
-        """Both runs at a dictionary, a batch of one each."""
+        """Split both runs by a dictionary, as batches of one."""
         if dictionary.name not in self._splits:
             self._splits[dictionary.name] = {
                 direction: dictionary.split(of_run[dictionary.reads][None], of_run[dictionary.writes][None])
@@ -137,7 +137,8 @@ class Gradients:
         return ways
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
-        """Every pair with the activations at `reads` and `sites`, and the gradients at `sites`; equally long ones together."""
+        """Yield each pair with its activations at `reads` and `sites` and its gradients at `sites`, grouped by length."""
+        self.lens.watch.begin()
         state = self.lens.state() if self._keep else None
         if state != self._state:
             self._kept.clear()
@@ -163,7 +164,7 @@ class _Batch:
     clean: Sequence[torch.Tensor] = ()
 
     def take(self, reads: Sequence[str], sites: Sequence[str]) -> None:
-        """What is not there yet."""
+        """Compute the activations and gradients that are not there yet."""
         method, known = self.of.method, self.activations["noising"]
         wanted = sites if method in ("ig", "grad_drop") else [INPUT, *sites]
         missing = [site for site in dict.fromkeys(wanted) if site not in self.gradients["noising"]]
@@ -188,7 +189,7 @@ class _Batch:
             self.ends[direction].update(taken.ends)
 
     def _taken(self, direction: Direction, run: Runs, sites: list[str]) -> Taken:
-        """By the method; attribution patching has taken its gradients, and knows where the whole stream of the source ends."""
+        """Compute gradients by a method that needs further runs; for attribution patching, only return the source's metric."""
         base, source = self.activations[direction], self.activations[SOURCE[direction]]
         changes = {site: source[site] - base[site] for site in (*sites, INPUT)}
         if self.of.method == "ig":

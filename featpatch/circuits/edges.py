@@ -63,7 +63,7 @@ class _Run:
 
 @dataclass(eq=False)
 class EdgeGraph(Graph):
-    """All edges of a model's components, and of what stands in between.
+    """The graph of all edges between a model's components and mediators.
 
     Attributes:
         cuts: dictionaries whose features and errors are senders and receivers.
@@ -80,7 +80,7 @@ class EdgeGraph(Graph):
         self.items = tuple(self._edges)
 
     def check(self) -> None:
-        """As `Graph.check`, and check that the model's parts add up to the model.
+        """Check the pairs as in `Graph.check`, and that the model's parts add up to the model.
 
         Raises:
             FeatpatchError: they do not, because of a norm after heads or MLPs, a block of another form or quantised weights.
@@ -100,15 +100,15 @@ class EdgeGraph(Graph):
             )
 
     def receivers(self) -> list[Node]:
-        """In the order of the forward pass."""
+        """Return the receivers in the order of the forward pass."""
         return list(self._layout)
 
     def senders(self, receiver: Node) -> list[Node]:
-        """In the order of the forward pass, those that a receiver sees."""
+        """Return the senders that a receiver sees, in the order of the forward pass."""
         return list(self._layout[receiver])
 
     def _lay_out(self) -> dict[Node, tuple[Node, ...]]:
-        """Each receiver with the senders that it sees."""
+        """Map each receiver to the senders that it sees."""
         found: dict[Node, tuple[Node, ...]] = {}
 
         def through(place: Place, sent: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -139,21 +139,21 @@ class EdgeGraph(Graph):
         return cut.nodes if cut else (Node(sites.component(layer, "mlp_out"), "activation"),)
 
     def rows_of_one(self) -> int:
-        """One for each head of a block, and one that none adds to; or for each node of a dictionary."""
+        """Return the largest number of runs that are needed at once: one per head of a block plus one, or one per mediator."""
         heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
         return max([*heads, *(len(cut.nodes) for cut in self.cuts.values())])
 
     def about(self) -> Mapping[str, Any]:
-        """That these are edges, and the dictionaries."""
+        """Return what to store with the results: that the items are edges, and the dictionaries."""
         return {"over": "edges", "saes": {cut.dictionary.name: cut.dictionary.digest() for cut in self.cuts.values()}}
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """One run of all circuits and pairs together, block by block."""
+        """Measure all circuits and pairs in one run, block by block."""
         return self._run(kept.to(self._type), some)
 
     def estimates(self) -> NDArray[np.float64]:
-        """What the mean metric loses with each edge, estimated by its gradient in the whole model, `[items]`."""
+        """Estimate what the mean metric loses without each edge, by its gradient in the whole model, `[items]`."""
         if self.reads_clean:
             raise FeatpatchError(
                 f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
@@ -218,7 +218,7 @@ class EdgeGraph(Graph):
         return rows[0]
 
     def _cut(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
-        """What passes a place, and who sends it from there on."""
+        """Return the residual stream after a place, and the senders from there on."""
         if place not in self.cuts:
             return passing, sent
         rows, which = self._inputs(self.cuts[place].nodes, passing, sent, run)
@@ -226,7 +226,7 @@ class EdgeGraph(Graph):
         return torch.stack(list(shares.values())).sum(0), shares
 
     def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> tuple[Written, torch.Tensor]:
-        """What each head adds to the stream, of its own query, key and value, and what attention adds without any."""
+        """Compute the output of each head from its own query, key and value inputs, and the bias of attention."""
         inside = {}
         for name in INSIDE:
             hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
@@ -238,7 +238,7 @@ class EdgeGraph(Graph):
         return run.note(heads), bias
 
     def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
-        """What an MLP writes, or the nodes of its dictionary."""
+        """Compute the output of an MLP, or of the nodes of its dictionary."""
         nodes, cut = self._mlp(layer), self.cuts.get((layer, "mlp"))
         rows, which = self._inputs(nodes, stream, sent, run)
         outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
@@ -250,7 +250,7 @@ class EdgeGraph(Graph):
         return run.note(cut.shares(read, outputs, which, run.where[layer, "mlp"]))
 
     def _mlp_activation(self, layer: int, rows: torch.Tensor, tokens: torch.Tensor, hook: str) -> torch.Tensor:
-        """At a hook of an MLP, of the streams `[..., pos, d_model]` that it reads."""
+        """Compute the activation at a hook of an MLP from its inputs `[..., pos, d_model]`."""
         stream = rows.flatten(0, -3)
         put = {sites.component(layer, "attn_out"): torch.zeros_like(stream)}
         return self._through(layer, stream, tokens, hook, put).unflatten(0, rows.shape[:-2])
@@ -258,7 +258,7 @@ class EdgeGraph(Graph):
     def _inputs(
         self, receivers: Sequence[Node], passing: torch.Tensor, sent: Written, run: "_Run"
     ) -> tuple[torch.Tensor, list[int]]:
-        """What receivers read, and the row of each: what passes, but for its ablated edges; those that have none share a row.
+        """Compute the inputs of receivers, with their ablated edges changed; receivers without ablated edges share a row.
 
         Returns:
             `[rows, circuits, pairs, pos, d_model]`, and a number for each receiver.
@@ -276,14 +276,14 @@ class EdgeGraph(Graph):
         return torch.stack(rows), which
 
     def _change(self, column: int, sent: Written, run: "_Run") -> torch.Tensor:
-        """What an edge brings less of, or more, by being ablated."""
+        """Compute by how much ablating an edge changes the receiver's input."""
         assert run.ablated is not None
         sender = self._edges[column].sender
         weight = run.ablated[:, column, None, None, None].to(sent[sender])
         return weight * (run.outside[sender].to(sent[sender]) - sent[sender])
 
     def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
-        """What each head adds to the stream, and what attention adds without any."""
+        """Split the output of attention into the outputs of its heads and the bias."""
         count, hook = z.shape[2], sites.component(layer, "z")
         alone = torch.cat(
             [torch.zeros_like(z)[None], z * torch.eye(count, dtype=z.dtype, device=z.device)[:, None, None, :, None]]
@@ -301,7 +301,7 @@ class EdgeGraph(Graph):
             return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook).to(resid.device)
 
     def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
-        """What senders write in plain runs, `[prompts, pos, d_model]`, and what attention always adds, up to each `depth`."""
+        """Compute senders' outputs in unpatched runs, `[prompts, pos, d_model]`, and attention's summed biases by `depth`."""
         run = _Run(tokens, {})
         self._pass(run)
         always: dict[tuple[int, str], torch.Tensor] = {}
@@ -329,7 +329,7 @@ class EdgeGraph(Graph):
         return [Node(sites.component(layer, "z"), "head", head) for head in range(first * shared, (first + 1) * shared)]
 
     def head_output(self, layer: int, head: int, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        """What a head writes, of the streams `[prompts, pos, d_model]` that its query, key and value read."""
+        """Compute the output of a head from the inputs `[prompts, pos, d_model]` of its query, key and value."""
         put = {hook: self._through(layer, inputs[name], tokens, hook)
                for name in INSIDE for hook in [sites.component(layer, name)]}  # fmt: skip
         stream = inputs["q"]
@@ -338,7 +338,7 @@ class EdgeGraph(Graph):
         return heads[Node(sites.component(layer, "z"), "head", head)][0]
 
     def mlp_output(self, layer: int, stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What an MLP writes, of the stream `[prompts, pos, d_model]` that it reads."""
+        """Compute the output of an MLP from its input `[prompts, pos, d_model]`."""
         return self._mlp_activation(layer, stream, tokens, sites.component(layer, "mlp_out"))
 
     def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
@@ -352,5 +352,5 @@ class EdgeGraph(Graph):
         return next(self.lens.model.parameters()).dtype
 
     def heads(self, layer: int, name: str) -> int:
-        """Of a block, at a hook of its attention."""
+        """Return the number of heads at a hook of a block's attention."""
         return self.lens.heads(sites.component(layer, name))

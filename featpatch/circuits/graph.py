@@ -45,7 +45,11 @@ class Graph(ABC):
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
-        """Raises FeatpatchError for pairs that a circuit can't be found for."""
+        """Check that circuits can be found for these pairs.
+
+        Raises:
+            FeatpatchError: the complement can't be ablated in this way, or hooks are attached to the model.
+        """
         check_outside(self.to, self.pairs)
         if self.to != "corrupted" and any(reading.continuation for _, reading in self.readings):
             raise FeatpatchError(
@@ -70,7 +74,7 @@ class Graph(ABC):
         return np.array([self._known[mask.tobytes()] for mask in masks])
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
-        """Which items are kept, `[items]`."""
+        """Return a mask of the items that are kept, `[items]`."""
         chosen = list(kept)
         strange = next((item for item in chosen if item not in self._numbers), None)
         if strange is not None:
@@ -147,12 +151,16 @@ class Graph(ABC):
         return result
 
     def check_gap(self) -> None:
-        """Raises FeatpatchError where ablating everything leaves the metric about as it is."""
+        """Check that ablating everything changes the metric.
+
+        Raises:
+            FeatpatchError: it hardly does.
+        """
         check_gap(self.name, self.whole, self.empty)
 
     @abstractmethod
     def rows_of_one(self) -> int:
-        """How many runs of a prompt one choice of items takes."""
+        """Return how many rows one choice of items needs for each prompt."""
 
     @abstractmethod
     def measured(self, kept: Bool[torch.Tensor, "circuits items"], some: Sequence[int]) -> Float[torch.Tensor, "circuits runs"]:
@@ -164,10 +172,10 @@ class Graph(ABC):
 
     @abstractmethod
     def about(self) -> Mapping[str, Any]:
-        """What to note of it with the results."""
+        """Return metadata to store with the results."""
 
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """Of logits `[circuits, runs, d_vocab]`, `[circuits, runs]`, with its gradient."""
+        """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""
         (measure,) = self.read.measures.parts
         if self.reads_clean and some[0] not in self._clean:
             self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))

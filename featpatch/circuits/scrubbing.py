@@ -24,12 +24,12 @@ from featpatch.patch import LOGITS, Node
 from featpatch.patching.study.readings import readout
 
 Label = Callable[[Pair], Hashable]
-"""What of a clean prompt a node is said to depend on."""
+"""The property of a clean prompt on which a node is said to depend."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Which senders a receiver reads, and on what of the prompt each of them depends.
+    """A hypothesis: the senders that each receiver reads, and the property of the prompt on which each sender depends.
 
     Attributes:
         parents: for a receiver (`fp.LOGITS`, an MLP, a head at `hook_q`, `hook_k` or `hook_v`) its important senders (heads at
@@ -42,7 +42,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Scrubbed:
-    """What is left of the behaviour.
+    """The result of `scrub`: how much of the behaviour is left.
 
     Attributes:
         values: the metric of each prompt in the scrubbed runs, the mean over draws; whole: unpatched; chance: with every sender
@@ -67,7 +67,7 @@ class Scrubbed:
 def scrub(
     model: Any, pairs: Pairs, hypothesis: Hypothesis, *, metric: str | Metric = "logit_diff", draws: int = 10, seed: int = 0
 ) -> Scrubbed:
-    """How much of the behaviour on the clean prompts a hypothesis keeps.
+    """Measure how much of the behaviour on the clean prompts a hypothesis preserves.
 
     Args:
         model: a TransformerBridge or a HookedTransformer, without hooks of yours and without norms behind heads and MLPs.
@@ -160,12 +160,12 @@ class _Run:
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
-        """Of the prompts, `[rows, d_vocab]`, with the final stream put together."""
+        """Compute the logits of prompts, `[rows, d_vocab]`, from a residual stream that is put together by the hypothesis."""
         answers = torch.tensor([pair.answer_position + len(self.continuation) for pair in self.graph.pairs])
         return self.graph.unembedded(self._input(LOGITS, rows, parents), self.tokens, answers)
 
     def _input(self, receiver: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
-        """What reaches a receiver when its output is to be that of the prompts `rows`."""
+        """Compute the input of a receiver whose output should be that of the prompts `rows`."""
         important = parents.get(receiver, {})
         total = torch.zeros_like(self.written[EMBEDDING])
         for sender in self.graph.senders(receiver):
@@ -176,7 +176,7 @@ class _Run:
         return total + self.always[self.graph.depth(receiver)]
 
     def _output(self, sender: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
-        """What a sender writes: as in those prompts, or, if something is said of its parents, from their outputs."""
+        """Return the output of a sender in those prompts, or compute it from its parents if the hypothesis names them."""
         if not self._channels(sender) & set(parents):
             return self.written[sender][torch.from_numpy(rows)]
         if sender.kind == "head":
@@ -199,7 +199,7 @@ class _Run:
         return total + self.always[self.graph.depth(receiver)]
 
     def _agreeing(self, label: Label, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each prompt another one, drawn at random, or itself, with the same label."""
+        """Draw for each prompt a random one with the same label, possibly itself."""
         if label not in self._alike:
             groups: dict[Hashable, list[int]] = {}
             try:

@@ -1,4 +1,4 @@
-"""The program, its console and its errors. Exit codes: 0 done, 1 a check failed, 2 unusable input, 130 interrupted."""
+"""The command-line program, its console and its errors. Exit codes: 0 done, 1 check failed, 2 bad input, 130 interrupted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,32 +13,33 @@ from featpatch.untrusted import visible
 
 
 class Program(TyperGroup):
-    """The commands; what Typer says of options that it refuses is shown as all other text is."""
+    """The group of all commands, which escapes control characters in Typer's own error messages too."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Options of the program itself are read here."""
+        """Parse the options of the program itself."""
         with _visible_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Options of a command are read here."""
+        """Parse the options of a command and run it."""
         with _visible_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
 def _visible_errors() -> Iterator[None]:
+    """Context manager that escapes control characters in the messages of Typer's exceptions."""
     try:
         yield
     except Exception as error:
         if hasattr(error, "format_message"):
-            said = visible(error.format_message())
-            error.format_message = lambda: said
+            message = visible(error.format_message())
+            error.format_message = lambda: message
         raise
 
 
 INTERRUPTED = 130
-"""The exit code of a command that was ended by Ctrl-C, as shells have it."""
+"""The exit code of a command that was interrupted by Ctrl-C, the same as in shells."""
 
 app = typer.Typer(
     name="featpatch", cls=Program, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -47,13 +48,13 @@ app = typer.Typer(
 
 
 def console(*, json: bool = False) -> PlainConsole:
-    """Where tables go; notes beside JSON go to standard error."""
+    """Return the console for tables, or for notes on standard error if JSON goes to standard output."""
     return PlainConsole(stderr=json, width=176)
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """A FeatpatchError becomes one line and exit code 2, an interruption exit code 130."""
+    """Context manager that turns a FeatpatchError into one line and exit code 2, and an interruption into exit code 130."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -8,8 +8,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
-from featpatch.files import check_writable, writing
-from featpatch.untrusted import for_spreadsheets
+from featpatch.files import check_writable, write_csv
 
 
 @app.command()
@@ -54,7 +53,6 @@ def check(
             if fits is not None:
                 screen.print(checked(fits))
         if out is not None:
-            with writing(out) as file:
-                for_spreadsheets(found.to_pandas()).to_csv(file, index=False)
+            write_csv(out, found.to_pandas())
         if not (found.ok and (fits is None or fits.ok)):
             raise typer.Exit(1)

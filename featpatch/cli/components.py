@@ -35,7 +35,7 @@ def components(
     Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
     """
     with clear_errors():
-        results = Output.open(out)
+        results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         work = of.alone(model, [], pairs, positions, direction, metric, device)

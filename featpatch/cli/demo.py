@@ -12,7 +12,7 @@ from featpatch.cli.output import Output
 from featpatch.cli.shown import show
 
 FOLDER = Path("featpatch-demo")
-"""Where the results go by default; those of an earlier demo are replaced there, whatever they are of."""
+"""The default folder for the results, in which those of an earlier demo are always replaced."""
 
 
 @app.command()

@@ -17,8 +17,8 @@ Top = Annotated[int, typer.Option(min=1, help="How many features or components t
 Positions = Annotated[
     str,
     typer.Option(
-        help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'; a label "
-        """that is a number or holds a comma in double quotes, such as '"3","a,b",end'."""
+        help="'all' (each feature at all positions at once), 'each', or labels and indices such as 'S2,end,3'. Quote "
+        """a label that is a number or contains a comma: '"3","a,b",end'."""
     ),
 ]
 Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
@@ -32,7 +32,7 @@ MetricNames = Annotated[
     list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")
 ]
 DIGITS = 19
-"""A number of so many digits is no position, and Python may refuse to read it."""
+"""From this many digits a number can't be a position, and Python may refuse to convert it."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
     Literal["atp", "ig", "eap_ig_inputs", "grad_drop"], typer.Option(help="How gradients are taken; see estimate_features.")
@@ -69,7 +69,7 @@ def study(
 def alone(
     model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
 ) -> dict[str, Any]:
-    """The same without a check of the SAEs, of which there may be none."""
+    """Return the same arguments as `study`, without a check of the SAEs, of which there may be none."""
     loaded = fp.load(model, sae, device=device, check=False)
     return {
         "model": loaded.model,
@@ -82,12 +82,16 @@ def alone(
 
 
 def ways(direction: str) -> Any:
-    """Directions as the library takes them."""
+    """Convert the option for directions to the argument of the library."""
     return ("denoising", "noising") if direction == "both" else (direction,)
 
 
 def executor(name: str, address: str | None, workers: int | None) -> Any:
-    """As the library takes it; raises FeatpatchError for options of another one."""
+    """Make the executor of a name with its options.
+
+    Raises:
+        FeatpatchError: an option belongs to another executor.
+    """
     from featpatch.execution import EXECUTORS, executor_of
 
     given = {option: value for option, value in (("address", address), ("workers", workers)) if value is not None}
@@ -99,18 +103,24 @@ def executor(name: str, address: str | None, workers: int | None) -> Any:
 
 
 def of_sequences(metric: list[str]) -> bool:
-    """Whether answers are taken whole."""
+    """Whether the metrics read answers of several tokens."""
     return all(name.startswith("sequence_") for name in metric)
 
 
 def spans(text: str) -> str | list[int | str]:
-    """Positions as the library takes them; what stands in quotes is a label."""
+    """Parse positions for the library; quoted text is always a label."""
     if text in ("all", "each"):
         return text
     found: list[int | str] = []
     for quoted, plain in re.findall(r'\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(?:,|$)', text):
         if '"' in plain:
-            raise FeatpatchError(f"--positions {text}: expected a label in double quotes to end with them, before a comma")
+            raise FeatpatchError(f"--positions {text}: expected a comma or the end after a label in double quotes")
         if quoted or plain:
-            found.append(quoted.replace('""', '"') or (int(plain) if plain.isdecimal() and len(plain) < DIGITS else plain))
+            number = integer(plain)
+            found.append(quoted.replace('""', '"') or (plain if number is None else number))
     return found
+
+
+def integer(text: str) -> int | None:
+    """Parse digits as an integer; None for other text and for numbers that are too long to be a position or a layer."""
+    return int(text) if text.isdecimal() and len(text) < DIGITS else None

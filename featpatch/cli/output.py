@@ -1,58 +1,68 @@
-"""The folder of a command's results: tried out and held before anything is computed, then written all at once."""
+"""The output folder of a command, which is checked and locked before anything is computed."""
 
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import featpatch as fp
 from featpatch.errors import FeatpatchError
-from featpatch.files import Lock, check_writable, lock, writing
+from featpatch.files import Lock, as_path, check_writable, lock, write_csv
 from featpatch.lens import dictionaries, provenance, wrap
-from featpatch.untrusted import for_spreadsheets
 
-EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
+FILES = EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
 
 UNFINISHED = "unfinished"
-"""The folder, within that of the results, for those of an interrupted sweep."""
+"""The subfolder for the results of an interrupted sweep; of further ones `unfinished-2` and so on."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """A folder that can be written to, and that no other command writes to as long as this object lives."""
+    """A writable folder that is locked against other commands for as long as this object exists."""
 
     folder: Path
     lock: Lock | None
 
     @classmethod
-    def open(cls, folder: Path) -> "Output":
-        """Make the folder where it is missing, and try it out.
+    def open(cls, folder: Path, journal: Path | None = None) -> "Output":
+        """Create the folder if it is missing, check that it can be written to, and lock it.
+
+        Args:
+            folder: for the results.
+            journal: a file that must be none of the results.
 
         Raises:
-            FeatpatchError: it is a file, can't be written to, or another command is writing to it.
+            FeatpatchError: the path is a file, can't be written to, or is in use by another command.
         """
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise FeatpatchError(f"--out {str(folder)!r} is a file: expected a folder for the results, new or existing")
         check_writable(folder / EFFECTS)
+        if journal is not None and as_path(journal).resolve() in [(folder / name).resolve() for name in FILES]:
+            raise FeatpatchError(
+                f"--journal {str(journal)!r} is where the results go: expected another file; give it another name"
+            )
         try:
             return cls(folder, lock(folder))
         except BlockingIOError as error:
             raise FeatpatchError(
-                f"--out {str(folder)!r} is in use by another command: expected a folder for each; wait for the other one, or "
-                "give another --out"
+                f"--out {str(folder)!r} is in use by another command: expected a folder of its own; wait for the "
+                "other command, or give another --out"
             ) from error
 
-    def check_same(self, study: Mapping[str, Any], *, kind: str) -> None:
+    def check_same(self, study: Mapping[str, Any], *, kind: str, screening: Mapping[str, Any] | None = None) -> None:
         """Refuse to replace the results of other models, SAEs, pairs or options.
 
         Args:
             study: the arguments of the ranking.
-            kind: of results, see `_kind`.
+            kind: the kind of results, see `_kind`.
+            screening: the options of a screened ranking.
 
         Raises:
-            FeatpatchError: there are such results, or results that can't be read.
+            FeatpatchError: the folder holds such results, or results that can't be read.
         """
         if not (self.folder / EFFECTS).exists():
             return
@@ -62,13 +72,17 @@ class Output:
             **{name: value for name, value in provenance(lens, study["pairs"]).items() if name in ("pairs", "model")},
             "directions": sorted(study["directions"]),
             "metrics": [metric] if isinstance(metric, str) else list(metric),
-            "positions": positions,
+            "positions": positions if isinstance(positions, str) else list(dict.fromkeys(positions)),
         }
         if "saes" in study:
             expected["saes"] = {each.name: each.digest() for each in dictionaries(lens, study["saes"])}
         if "sites" in study:
             expected["components"] = study["sites"]
         differing = [name for name, value in expected.items() if there.metadata.get(name) != value]
+        if screening is not None and "screening" in there.metadata:
+            known = there.metadata["screening"]
+            asked = {**screening, "k": min(screening["k"], known["candidates"])}
+            differing += [name for name, value in asked.items() if known.get(name) != value]
         if differing or _kind(there) != kind:
             what = f"{', '.join(differing)} differ" if differing else f"{_kind(there)}, not {kind}"
             raise FeatpatchError(
@@ -77,50 +91,65 @@ class Output:
             )
 
     def write(self, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> Path:
-        """Write all files or none; those of an interrupted sweep into a folder of their own, so that they replace nothing.
+        """Write all files. Those of an interrupted sweep go to a subfolder of their own, so that they replace nothing.
+
+        Args:
+            effects: the results.
+            top: how many rows the report shows.
+            study: the arguments of the ranking.
 
         Returns:
-            The folder that they are in.
+            The folder that holds the files.
 
         Raises:
-            FeatpatchError: they can't be written there; says where they are instead.
+            FeatpatchError: not all can be written there; the message says which are where.
         """
-        folder = self.folder if effects.finished else self.folder / UNFINISHED
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".featpatch-", dir=folder) as made:
-                try:
-                    _write(Path(made), effects, top, study)
-                except KeyboardInterrupt:
-                    _move(Path(made), folder)
-                    raise
-                _move(Path(made), folder)
-        except (OSError, FeatpatchError) as error:
-            elsewhere = Path(tempfile.mkdtemp(prefix="featpatch-"))
-            _write(elsewhere, effects, top, study)
-            raise FeatpatchError(
-                f"the results can't be written to {str(folder)!r} ({error}): expected room there, and permission; they are in "
-                f"{str(elsewhere)!r} instead"
-            ) from error
-        return folder
+        folder = self.folder if effects.finished else _unused(self.folder / UNFINISHED)
+        written, error = _write(folder, effects, top, study)
+        if error is None:
+            return folder
+        place = folder
+        if EFFECTS not in written:
+            with suppress(OSError):
+                place = Path(tempfile.mkdtemp(prefix="featpatch-"))
+                written, _ = _write(place, effects, top, study)
+        said = f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} in {str(place)!r}" if written else "none is saved"
+        raise FeatpatchError(
+            f"not all results can be written to {str(folder)!r} ({error}): expected write permission and room on the disk; "
+            f"{said}"
+        )
 
 
-def _write(folder: Path, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> None:
-    effects.save(folder / EFFECTS)
-    with writing(folder / CSV) as file:
-        for_spreadsheets(effects.to_pandas()).to_csv(file, index=False)
-    fp.report(effects, folder / REPORT, top=top, **{name: study[name] for name in ("model", "saes", "pairs") if name in study})
+def _unused(folder: Path) -> Path:
+    """Return a path that does not exist yet, with a number at its end if necessary."""
+    return next(path for n in count(1) if not (path := folder.with_name(folder.name + f"-{n}" * (n > 1))).exists())
 
 
-def _move(made: Path, folder: Path) -> None:
-    """What is there of the files, from one folder to another of the same disk."""
-    for name in (EFFECTS, CSV, REPORT):
-        if (made / name).exists():
-            os.replace(made / name, folder / name)
+def _write(
+    folder: Path, effects: "fp.Effects", top: int, study: Mapping[str, Any]
+) -> tuple[list[str], FeatpatchError | OSError | None]:
+    """Write what can be written, all at once in the end; return the names of the files, and why others are missing."""
+    written: list[str] = []
+    known = {name: study[name] for name in ("model", "saes", "pairs") if name in study}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".featpatch-", dir=folder) as made:
+            try:
+                effects.save(Path(made) / EFFECTS)
+                write_csv(Path(made) / CSV, effects.to_pandas())
+                fp.report(effects, Path(made) / REPORT, top=top, **known)
+            finally:
+                for name in FILES:
+                    if (Path(made) / name).exists():
+                        os.replace(Path(made) / name, folder / name)
+                        written.append(name)
+    except (OSError, FeatpatchError) as error:
+        return written, error
+    return written, None
 
 
 def _kind(effects: "fp.Effects") -> str:
-    """What sort of results a table holds."""
+    """Name the kind of results that a table holds."""
     if effects.value == "estimate":
         return f"estimates by {effects.metadata['method']}"
     if "components" in effects.metadata:

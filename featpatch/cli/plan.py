@@ -50,18 +50,16 @@ def predict(
     workers: Annotated[int, typer.Option(help="How many of them.")] = 1,
     as_json: of.Json = False,
 ) -> None:
-    """Predict what `rank` will take, before there is a model, from sizes alone.
+    """Predict the time and memory of `rank` from sizes alone, without a model.
 
     Example: featpatch predict gemma-2-9b --features 131072 --pairs 10000 --device h100 --workers 8
     """
     with clear_errors():
         from featpatch.terminal import predicted
 
-        chosen = (
-            None
-            if layers is None
-            else [int(layer) if layer.isdecimal() and len(layer) < of.DIGITS else -1 for layer in layers.split(",")]
-        )
+        chosen = None
+        if layers is not None:
+            chosen = [-1 if (number := of.integer(layer)) is None else number for layer in layers.split(",")]
         found = fp.predict(
             shape, features=features, pairs=pairs, active=active, tokens=tokens, changed=changed, layers=chosen,
             directions=len(of.ways(direction)), device=device, workers=workers,

@@ -1,7 +1,7 @@
 """featpatch rank."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.cli.output import Output
 from featpatch.cli.shown import show
+from featpatch.ranking.screen import Screen
 
 
 @app.command()
@@ -45,11 +46,14 @@ def rank(
     Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with clear_errors():
-        results = Output.open(out)
+        results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
-        results.check_same(work, kind="features" if exact == "all" else "screened features")
+        options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
+        screen_of = Screen(**{name: value for name, value in options.items() if value is not None})
+        screening = None if exact == "all" else {name: getattr(screen_of, name) for name in options}
+        results.check_same(work, kind="features" if screening is None else "screened features", screening=screening)
         effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere)
         show(screen, effects, top, results, work, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Effects on the terminal, as JSON, and as files."""
+"""Show effects on the terminal or as JSON, and write them to files."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def show(
         study: the arguments of the ranking; the report shows its model, SAEs and pairs.
 
     Raises:
-        FeatpatchError: the files can't be written; after all has been printed.
+        FeatpatchError: the files can't be written; raised after everything has been printed.
         typer.Exit: the sweep was interrupted.
     """
     failed, folder = None, out.folder
@@ -65,26 +65,26 @@ def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions:
         console.print(site_summary(effects))
     if effects.value == "estimate":
         console.print(_residuals(effects.metadata), highlight=False)
-    if "screening" in effects.metadata:
+    if "screening" in effects.metadata and effects.finished:
         console.print(repr(effects.audit(top=min(top, effects.metadata["screening"]["k"]))), highlight=False)
 
 
 def _residuals(metadata: Mapping[str, Any]) -> str:
-    """How far they are from adding up, and from patched runs."""
+    """Say how far the estimates are from adding up to the whole site, and how far that is from a patched run."""
     sums = (
         f"estimates: features and error add up to the whole site within {metadata['completeness_residual']:.1g} of the mean gap"
     )
     if (off := metadata["whole_residual"]) is None:
         return sums
-    what = "a whole site" if metadata["method"] == "ig" else "the stream that enters the first block"
-    return f"{sums}; that of {what} is up to {off:.2g} of the mean gap off its patched run"
+    what = "a whole site" if metadata["method"] == "ig" else "the residual stream that enters the first block"
+    return f"{sums}; the estimate for {what} differs from its patched run by up to {off:.2g} of the mean gap"
 
 
 def in_json(effects: "fp.Effects", top: int) -> str:
-    """The first rows, the sites and where they come from; NaN is null."""
+    """Return the first rows, the sites and the metadata as JSON, with NaN as null."""
     tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": effects.about()}
-    if "screening" in effects.metadata:
+    if "screening" in effects.metadata and effects.finished:
         content["audit"] = asdict(effects.audit(top=min(top, effects.metadata["screening"]["k"])))
     return json.dumps(content, indent=1)

@@ -25,7 +25,7 @@ SLACK = 0.05
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
         features, components: the tables that were compared.
@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def through(self) -> pd.DataFrame:
-        """For each of the top heads and MLPs the features through which it acts; columns as in `written.Written`.
+        """Return, for each of the top heads and MLPs, the features through which it acts; columns as in `written.Written`.
 
         Raises:
             FeatpatchError: the comparison was made without a model.
@@ -51,7 +51,7 @@ class Comparison:
 
     @property
     def writers(self) -> pd.DataFrame:
-        """For each of the top features the heads and MLPs that write it, and the stream that enters block 0.
+        """Return, for each of the top features, the heads and MLPs that write it, and the residual stream that enters block 0.
 
         Raises:
             FeatpatchError: the comparison was made without a model.
@@ -71,7 +71,7 @@ class Comparison:
         return self.written
 
     def _sections(self) -> dict[str, pd.DataFrame]:
-        """What is shown, by title."""
+        """Return the tables to show, by title."""
         effects = list(self.agreement)
         agreed = [(effect, found.correlation, found.points) for effect, found in self.agreement.items()]
         sections = {

@@ -1,4 +1,4 @@
-"""What a sweep over features will take, before there is a model: from sizes alone.
+"""Predict the cost of a sweep over features from sizes alone, without a model.
 
     entries = 1.25 L0 c          differing features, position by position, of a pair that differs over c positions
     D(c)    = 2.25 L0 c^0.52     distinct ones of them, patches to each direction; D(j) - D(j - 1) begin at the j-th position
@@ -63,7 +63,7 @@ def predict(
     workers: int = 1,
     utilisation: float = UTILISATION,
 ) -> Prediction:
-    """Of `rank_features` at all positions at once, with a dictionary of the stream before each of some blocks.
+    """Predict the cost of `rank_features` at all positions at once, with a residual-stream dictionary before some blocks.
 
     Args:
         shape: `"gpt2-small"`, `"pythia-1.4b"`, `"gemma-2-2b"`, `"gemma-2-9b"`, `"gemma-2-27b"`, `"llama-3-8b"`, or a `Shape`.
@@ -127,7 +127,7 @@ def predict(
 
 
 def _of_position(shape: Shape, layer: int, patches: float, changed: float, length: int, tokens: int, columns: int) -> float:
-    """Of the patches of one pair and direction that begin at the same position."""
+    """Return the operations for the patches of one pair and direction that begin at the same position."""
     one = pass_flops(
         [shape.block] * shape.layers, layer, "pre", patches=1000, changed=round(1000 * changed), length=length,
         answer=tokens - 1, logits=columns * shape.width,
@@ -136,7 +136,7 @@ def _of_position(shape: Shape, layer: int, patches: float, changed: float, lengt
 
 
 def _of_pair(shape: Shape, features: int, distinct: int, tokens: int, changed: int, dictionaries: int) -> float:
-    """Of a pair's two runs, and of its dictionaries: encoding, decoding, checking directions; in survey and sweep."""
+    """Return the operations for a pair's two runs, and for encoding, decoding and checking directions, in survey and sweep."""
     runs = 2 * 2 * tokens * (shape.parameters - shape.vocabulary * shape.width)
     product = 2 * features * shape.width
     coded = (2 + 2 + 2) * changed * product

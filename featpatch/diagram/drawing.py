@@ -95,7 +95,7 @@ def _nodes(drawn: Any, said: Content, places: Layout) -> None:
 
 
 def symbol(kind: str) -> str:
-    """Of a kind of nodes; a circle for those that have none of their own."""
+    """Return the symbol for a kind of nodes; a circle by default."""
     return SYMBOLS.get(kind, "circle")
 
 

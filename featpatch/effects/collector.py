@@ -64,12 +64,12 @@ class Collector:
 
 
 def _command() -> str:
-    """The program; of featpatch's own with its options, without the folders in them.
+    """Return the command that is running: featpatch's own with its options, of other programs only the name.
 
-    Arguments of other programs are left out: they may hold passwords and tokens. So is the address of a cluster.
+    Folders and the address of a cluster are removed. Arguments of other programs may hold passwords and tokens.
     """
     program = Path(sys.argv[0])
-    if program.stem != "featpatch" and program.parts[-3:] != ("featpatch", "cli", "__main__.py"):
+    if program.stem != "featpatch" and program.parts[-2:] != ("featpatch", "__main__.py"):
         return program.name
     kept: list[str] = []
     for argument in sys.argv[1:]:

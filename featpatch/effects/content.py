@@ -1,4 +1,4 @@
-"""Whether what a file holds is a table of effects: all of it is checked before anything is computed of it."""
+"""Check that the content of a file is a valid table of effects, before anything is computed from it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,29 +8,32 @@ import numpy as np
 from featpatch.errors import FeatpatchError
 from featpatch.patch import DIRECTIONS, Edge, Node
 
-LARGEST, SMALLEST = 1e100, 1e-100
-"""Metrics are no larger and mean gaps no smaller, so that no ratio of them overflows."""
+MAX_METRIC, MIN_GAP = 1e100, 1e-100
+"""Bounds on metric values and on the mean gap, so that no ratio of them overflows."""
 
 
 def nodes_of(content: Any) -> tuple[Node, ...]:
-    """The nodes, each once.
+    """Parse a list of nodes.
 
     Raises:
-        FeatpatchError: one is none, or there twice.
+        FeatpatchError: an entry is not a node, or a node occurs twice.
     """
     if not isinstance(content, list):
         raise FeatpatchError(f"nodes are {_short(content)}: expected a list")
     nodes = tuple(map(_node, content))
     if len(set(nodes)) < len(nodes):
-        raise FeatpatchError(f"of {len(nodes)} nodes {len(nodes) - len(set(nodes))} are there again: expected each once")
+        raise FeatpatchError(f"{len(nodes) - len(set(nodes))} of {len(nodes)} nodes are duplicates: expected each node once")
     return nodes
 
 
 def check_metadata(metadata: Any, rows: int) -> None:
-    """Whether each entry that is read anywhere is what it should be; others are only shown.
+    """Check the type and value of every metadata entry that is used in computations; other entries are only shown.
+
+    Args:
+        rows: the number of nodes.
 
     Raises:
-        FeatpatchError: one is not, or a needed one is missing.
+        FeatpatchError: an entry is not valid, or a required one is missing.
     """
     if not isinstance(metadata, dict):
         raise FeatpatchError(f"metadata is {_short(metadata)}: expected an object")
@@ -45,10 +48,13 @@ def check_metadata(metadata: Any, rows: int) -> None:
 
 
 def check_columns(table: Mapping[str, Any], rows: int) -> None:
-    """Whether the columns are values of these rows, and the rest has as many pairs as they.
+    """Check that the columns have the right types, shapes and ranges, and that the metadata fits the number of pairs.
+
+    Args:
+        rows: the number of nodes.
 
     Raises:
-        FeatpatchError: they are not.
+        FeatpatchError: a column is not valid, an entry occurs twice, or a value that should be finite is not.
     """
     metadata, pairs = table["metadata"], table["clean"].size
     for names, size in ((("clean", "corrupted"), pairs), (("row", "pair", "denoised", "noised"), table["row"].size)):
@@ -61,7 +67,7 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
         if table[name].size and not 0 <= table[name].min() <= table[name].max() < below:
             raise FeatpatchError(f"{name} goes from {table[name].min()} to {table[name].max()}: expected 0 to {below - 1}")
     if len(np.unique(table["row"] * pairs + table["pair"])) < table["row"].size:
-        raise FeatpatchError("there are several entries of one row and pair: expected one")
+        raise FeatpatchError("there are several entries for one row and pair: expected one")
     runs = {"denoising": table["denoised"], "noising": table["noised"]}
     for direction, column in runs.items():
         run = direction in metadata["directions"]
@@ -73,9 +79,10 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
             )
     known = [column[~np.isnan(column)] for column in runs.values()]
     size = np.abs(np.concatenate([table["clean"], table["corrupted"], *known])).max(initial=0)
-    if not size <= LARGEST or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < SMALLEST:
+    if not size <= MAX_METRIC or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < MIN_GAP:
         raise FeatpatchError(
-            f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}: expected finite ones, and a gap"
+            f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}: expected finite values and a "
+            "mean gap that is not zero"
         )
     for name in ("tags", "of_pairs"):
         if name in metadata and len(metadata[name]) != pairs:
@@ -83,7 +90,7 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
 
 
 def _node(values: Any) -> Node:
-    """From its fields; those of an edge end with the fields of two nodes."""
+    """Parse a node from its 5 fields, or an edge from 7, of which the last two are the fields of its ends."""
     if not isinstance(values, list) or len(values) not in (5, 7):
         raise FeatpatchError(f"a node is {_short(values)}: expected its 5 fields, or the 7 of an edge")
     site, kind, index, position, sae, *ends = values
@@ -98,7 +105,7 @@ def _text(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    """Exact as a float, so that nothing overflows."""
+    """Whether a value is an integer that a float represents exactly, so that nothing overflows."""
     return type(value) is int and 0 <= value < 2**53
 
 
@@ -123,7 +130,7 @@ def _model(value: Any) -> bool:
 
 
 def _screening(value: Any) -> bool:
-    """What an audit and the summary of sites need."""
+    """Whether a value holds what an audit and the summary of sites read."""
     if not isinstance(value, dict) or not all(_count(value.get(name)) for name in ("k", "sampled", "candidates", "looks")):
         return False
     changed, estimates = value.get("changed_features"), value.get("estimates", {})
@@ -136,7 +143,7 @@ def _screening(value: Any) -> bool:
         )
         and isinstance(estimates, dict)
         and set(estimates) <= {"recovery", "degradation"}
-        and all(_list(lambda one: type(one) is float and abs(one) < LARGEST)(column) for column in estimates.values())
+        and all(_list(lambda one: type(one) is float and abs(one) < MAX_METRIC)(column) for column in estimates.values())
     )
 
 
@@ -159,7 +166,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "finished": (lambda value: isinstance(value, bool), "true or false"),
     "screening": (_screening, "what rank_features(exact='screened') notes"),
 }
-"""What each entry must be."""
+"""For each metadata entry, the test that it must pass and what to expect, in words."""
 
 
 def _short(value: Any) -> str:

@@ -116,11 +116,11 @@ class Effects:
 
     @property
     def with_gap(self) -> NDArray[np.bool_]:
-        """Which pairs have a gap of their own that is not near zero, `[pairs]`; the others are in no per-pair ratio."""
+        """Which pairs have a gap that is not near zero, `[pairs]`; other pairs have no per-pair ratio."""
         return statistics.with_gap(self.clean, self.corrupted)
 
     def median(self, effect: Effect) -> Array:
-        """Median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN where none has.
+        """Median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.
 
         A pair in which the node does not change counts as exactly 0, so that the median of a node that changes in fewer
         than half of the pairs is 0.
@@ -140,12 +140,12 @@ class Effects:
 
     @property
     def indices(self) -> NDArray[np.int64]:
-        """Of features, heads and so on, `[rows]`; -1 for kinds without."""
+        """Index of the feature, head or neuron, `[rows]`; -1 for kinds without an index."""
         return np.array([-1 if node.index is None else node.index for node in self.nodes], dtype=np.int64)
 
     @property
     def changed_pairs(self) -> NDArray[np.int64]:
-        """In how many pairs the node differs between the runs, `[rows]`."""
+        """Number of pairs in which the node differs between the runs, `[rows]`."""
         return np.bincount(self.row, minlength=len(self))
 
     def interval(self, effect: Effect) -> Array:
@@ -204,7 +204,7 @@ class Effects:
         return self if self.taken_from is None else self.taken_from
 
     def rows_in_whole(self) -> NDArray[np.int64]:
-        """For each row which one it is in `whole`, `[rows]`."""
+        """Index of each row in `whole`, `[rows]`."""
         if self.taken_from is None:
             return np.arange(len(self))
         at = {node: row for row, node in enumerate(self.taken_from.nodes)}
@@ -212,7 +212,7 @@ class Effects:
 
     @property
     def rows_ranked(self) -> int:
-        """How many ranked rows `whole` has, or had before its rows were saved and loaded."""
+        """Number of ranked rows of `whole`, also if only some of its rows were saved and loaded."""
         return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
     def audit(
@@ -263,7 +263,7 @@ class Effects:
         return result
 
     def stability(self, effect: Effect, *, splits: int = SPLITS, top: int = TOP, seed: int = 0) -> Stability:
-        """How far the ranking of the features in one half of the pairs is that in the other half.
+        """Measure how well the rankings of the features in two halves of the pairs agree.
 
         Raises:
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
@@ -282,7 +282,7 @@ class Effects:
         return breakdown.by_tag(self, tag, effect)
 
     def take(self, rows: Sequence[int] | NDArray[Any]) -> "Effects":
-        """These rows, in this order: indices, none twice, or a mask of all rows.
+        """Select rows in the given order, by indices without duplicates or by a mask of all rows.
 
         Raises:
             FeatpatchError: a row is named twice or does not exist.
@@ -314,7 +314,7 @@ class Effects:
         return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
 
     def of_pairs(self, pairs: Sequence[int] | NDArray[Any]) -> "Effects":
-        """These pairs alone, in the order of the table; nodes that differ in none of them are left out.
+        """Select pairs, in the order of the table; nodes that differ in none of them are left out.
 
         Raises:
             FeatpatchError: a pair is named twice or does not exist.
@@ -368,7 +368,7 @@ class Effects:
         return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.
+        """Return one row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.
 
         Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
         `quadrant` is there where both directions were run, and `_estimate` where features were screened.
@@ -385,7 +385,7 @@ class Effects:
         return frames.by_site(self)
 
     def about(self) -> dict[str, Any]:
-        """Where the table comes from: its metadata, without what is as long as the pairs or the features."""
+        """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
         about = {name: value for name, value in self.metadata.items() if name != "tags"}
         if "screening" in about:
             about["screening"] = {
@@ -399,7 +399,7 @@ class Effects:
         return Plots(self)
 
     def report(self, path: str | Path, *, material: Material | None = None, components: "Effects | None" = None) -> Path:
-        """Writes one HTML file, self-contained: the ranking to sort and search, figures, provenance.
+        """Write a self-contained HTML file with the ranking to sort and search, figures and provenance.
 
         `fp.report` adds prompts and features.
 
@@ -413,7 +413,7 @@ class Effects:
         return write(path, report(self, material or Material(), components))
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file, with metadata as JSON in its header."""
+        """Write a safetensors file, with metadata as JSON in its header."""
         return storage.save(self, as_path(path))
 
     @classmethod
@@ -437,7 +437,7 @@ class Effects:
 
 
 def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
-    """Indices that exist, none twice, from indices or a mask."""
+    """Convert indices or a mask to valid indices without duplicates."""
     given = np.asarray(wanted)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
         raise FeatpatchError(f"{what}s {wanted!r}: expected a list of indices, or a mask")

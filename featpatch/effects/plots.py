@@ -19,7 +19,7 @@ WORDS = {"activation": "whole activation", "all_features": "all features", "erro
 
 @dataclass(frozen=True)
 class Plots:
-    """Of one table; each returns a `plotly.graph_objects.Figure`."""
+    """Figures of one table; each method returns a `plotly.graph_objects.Figure`."""
 
     effects: "Effects"
 

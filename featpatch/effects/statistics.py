@@ -1,4 +1,4 @@
-"""Pooled effects with their uncertainty, and what stands beside them.
+"""Pooled effects, their uncertainty and related statistics.
 
 Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
 (Efron & Tibshirani 1993, percentile method, from scipy). A ratio is taken of single pairs only where their gap can carry it.
@@ -22,22 +22,22 @@ CONFIDENCE = 0.95
 CHUNK = 256
 
 _one_at_a_time = Lock()
-"""Held where warnings are silenced, which is done for all threads: two that overlap would leave them silenced."""
+"""Held while warnings are silenced, because that affects all threads: two overlapping uses would leave them silenced."""
 
 
 def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
-    """How large the metric is, in its own unit: the mean of its absolute values, of the larger side."""
+    """Return the size of the metric: the mean of its absolute values in the clean or corrupted runs, the larger one."""
     return float(max(np.abs(clean).mean(), np.abs(corrupted).mean()))
 
 
 def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which pairs have a gap of their own that a ratio can stand on, `[pairs]`."""
+    """Return which pairs have a gap that is large enough for a ratio, `[pairs]`."""
     result: NDArray[np.bool_] = np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
     return result
 
 
 def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
-    """Refuses a gap on which no ratio can stand.
+    """Refuse a gap that is too small for a ratio.
 
     Raises:
         FeatpatchError: the mean of `clean - corrupted` is near zero.

@@ -1,6 +1,6 @@
-"""Effects on disk: columns as tensors of one safetensors file, the rest as JSON in its header. Never a pickle.
+"""Save effects to a safetensors file, never a pickle: columns are tensors, and the header holds everything else as JSON.
 
-The header holds a SHA-256 of all of it, so that a damaged file is never read as other results.
+The header also holds a SHA-256 of the content, so that a damaged file is refused instead of read as other results.
 """
 
 import hashlib
@@ -25,16 +25,21 @@ if TYPE_CHECKING:
 FORMAT = "featpatch effects 2"
 COLUMNS = ("clean", "corrupted", "row", "pair", "denoised", "noised")
 VALUES = ("clean", "corrupted", "denoised", "noised")
-"""The columns that each further metric has, as `clean of prob`."""
+"""The columns that are stored again for each further metric, under names such as `clean of prob`."""
 
 
 def save(effects: "Effects", path: Path) -> Path:
-    """Writes the file, whole or not at all; the folder is made where it is missing.
+    """Write the file completely or not at all, and create its folder if it is missing.
 
-    Of rows that were taken from a larger table the number of ranked rows there is noted, so that q-values still count them; an
-    audit needs all rows, and is no longer possible.
+    For rows that were taken from a larger table, the number of ranked rows in that table is stored, because q-values depend on
+    it. An audit needs all rows and is no longer possible.
     """
     metadata = {**effects.metadata, "metrics": effects.metrics}
+    try:
+        for table in (effects, *effects.others.values()):
+            check_columns({**vars(table), "metadata": metadata}, len(effects.nodes))
+    except FeatpatchError as error:
+        raise FeatpatchError(f"these effects can't be saved, since they could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
         metadata.pop("screening", None)
@@ -57,7 +62,7 @@ def save(effects: "Effects", path: Path) -> Path:
 
 
 def _digest(header: Mapping[str, str], columns: Mapping[str, Any]) -> str:
-    """SHA-256 of the header's texts, and of names, types, shapes and bytes of the columns."""
+    """Return the SHA-256 of the header and of the names, types, shapes and bytes of the columns."""
     total = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name, column in sorted(columns.items()):
         total.update(f"{name} {column.dtype} {column.shape}".encode())
@@ -66,7 +71,7 @@ def _digest(header: Mapping[str, str], columns: Mapping[str, Any]) -> str:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The fields of the `Effects` of each metric.
+    """Read a file and return the fields of one `Effects` per metric.
 
     Raises:
         FeatpatchError: the file is missing, damaged or not a table of effects.
@@ -80,7 +85,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         if header.get("format") != FORMAT:
             raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
         if header.pop("sha256", None) != _digest(header, columns):
-            raise ValueError("its content does not have its SHA-256")
+            raise ValueError("its content does not match its SHA-256")
         nodes, metadata = nodes_of(read_json(header["nodes"])), read_json(header["metadata"])
         check_metadata(metadata, len(nodes))
         others = metadata["metrics"][1:]

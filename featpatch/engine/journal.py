@@ -1,14 +1,15 @@
-"""What is finished, on disk: an append-only file of checksummed lines from which an interrupted sweep goes on.
+"""Journals: append-only files of finished batches, from which an interrupted sweep resumes.
 
-    {"format": ..., what the sweep is about ..., "baselines": [...], "rows": ...} sha256-prefix       what it belongs to
-    {"batch": key, "values": base64 of float64} sha256-prefix                                          a forward pass each
+The first line says which sweep the journal belongs to, and each further line holds the values of one batch:
 
-A line counts only if its checksum is right and it holds what it should: a checksum tells what is torn, not what is true. What
-follows the last good line, such as one torn by a crash, is cut off; a bad line in between is left out.
+    {"format": ..., digests and options of the sweep ..., "baselines": [...], "rows": ...} sha256-prefix
+    {"batch": key, "values": base64 of float64} sha256-prefix
+
+A line is used only if its checksum matches and its content is valid, because a checksum detects damage but not wrong content.
+Everything after the last good line, such as a line cut short by a crash, is removed; a bad line before it is skipped.
 """
 
 import base64
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,31 +23,31 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import Lock, check_writable, lock, read_json, writing
+from featpatch.files import Lock, check_writable, lock, read_json, sha256, writing
 
 FORMAT = "featpatch journal 1"
 
 
 @dataclass(frozen=True)
 class Book:
-    """What is finished, in memory.
+    """The finished batches of a sweep, in memory.
 
     Attributes:
-        rows: the budget of rows of the run that began it; going on with the same one repeats its batches bit by bit.
-        finished: values by batch.
+        rows: the row budget of the run that began it; resuming with the same budget reproduces its batches bit by bit.
+        finished: the values of each batch, as the bytes of little-endian float64.
     """
 
     rows: int
     finished: dict[str, bytes] = field(default_factory=dict)
 
     def get(self, key: str, count: int | None = None) -> Float[torch.Tensor, " values"] | None:
-        """The values of a batch, if it is finished.
+        """Return the values of a batch, or None if it is not finished.
 
         Args:
-            count: how many there must be.
+            count: the number of values expected; not checked by default.
 
         Raises:
-            FeatpatchError: there are more or fewer.
+            FeatpatchError: the number of values is another one.
         """
         values = self.finished.get(key)
         if values is None:
@@ -59,15 +60,19 @@ class Book:
         return found
 
     def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
-        """Notes a finished batch."""
+        """Store the values of a finished batch."""
         self.finished[key] = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
 
 
 class ClosedBook(Book):
-    """Of an interrupted run: nothing is added."""
+    """The batches that an interrupted run finished; asking for any other batch raises KeyboardInterrupt again."""
 
     def get(self, key: str, count: int | None = None) -> Float[torch.Tensor, " values"] | None:
-        """The values of a batch; where they are not there, the interruption goes on."""
+        """Return the values of a finished batch.
+
+        Raises:
+            KeyboardInterrupt: the batch is not finished.
+        """
         values = super().get(key, count)
         if values is None:
             raise KeyboardInterrupt
@@ -76,10 +81,12 @@ class ClosedBook(Book):
 
 @dataclass(frozen=True)
 class Journal(Book):
-    """A book on disk, of one process at a time.
+    """A book that is also kept on disk, open in one thread of one process at a time.
 
     Attributes:
-        header: its first line, with which it is written anew where the file was deleted or replaced while it is in use.
+        path: the file.
+        header: the first line, needed to write the file again if it is deleted during the run.
+        lock: the lock on the file; None where files can't be locked.
     """
 
     path: Path = Path()
@@ -88,16 +95,17 @@ class Journal(Book):
 
     @classmethod
     def open(cls, path: Path, subject: Mapping[str, Any], baselines: Sequence[float], rows: int) -> "Journal":
-        """Begins a journal, or goes on with the one that is there.
+        """Begin a journal, or resume from an existing one.
 
         Args:
             subject: what the results depend on: digests of model, SAEs and pairs, metric, positions, directions.
-            baselines: the metric of the unpatched runs, which tells apart what digests can't: another metric of the same
-                name, hooks of the user, a model whose configuration was changed. Compared up to rounding.
-            rows: budget of rows, if the journal is new.
+            baselines: the metric of the unpatched runs, which differs in cases that the digests miss: another metric of the
+                same name, hooks of the user, a model whose configuration was changed. Compared up to rounding.
+            rows: the row budget of a new journal.
 
         Raises:
-            FeatpatchError: the file is no journal, or that of another sweep, or open in another process, or the disk is full.
+            FeatpatchError: the file is not a journal, belongs to another sweep, is open in another process or thread, or can't
+                be written.
         """
         if os.path.isdir(path):
             raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
@@ -125,16 +133,20 @@ class Journal(Book):
         return cls(lines[0]["rows"], finished, path, lines[0], held)
 
     def put(self, key: str, values: Float[torch.Tensor, " values"]) -> None:
-        """Writes down a finished batch, to the disk itself.
+        """Append a finished batch to the file and flush it to the disk.
 
         Raises:
-            FeatpatchError: the disk is full, or another file has taken the journal's place.
+            FeatpatchError: the file can't be written, or another file has replaced the journal.
         """
         content = np.ascontiguousarray(values.numpy(), "<f8").tobytes()
-        if not self._there():
-            self._write_anew()
+        if not self._in_place():
+            self._rewrite()
         self._append(_batch(key, content))
         super().put(key, values)
+
+    def close(self) -> None:
+        """Let other threads and processes open the file, even while an exception still refers to this journal."""
+        object.__setattr__(self, "lock", None)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with _writing(self.path), self.path.open("ab") as file:
@@ -142,22 +154,26 @@ class Journal(Book):
             file.flush()
             os.fsync(file.fileno())
 
-    def _there(self) -> bool:
-        """Whether the journal's file is still the one that was opened."""
+    def _in_place(self) -> bool:
+        """Whether the file at `path` is still the one that was opened."""
         try:
             status = self.path.stat()
         except OSError:
             return False
         return status.st_size > 0 and (self.lock is None or os.path.samestat(status, os.fstat(self.lock.file)))
 
-    def _write_anew(self) -> None:
-        """Everything that is finished, where the file was deleted, emptied or replaced by a copy while it was in use."""
+    def _rewrite(self) -> None:
+        """Write all finished batches again, after the file was deleted, emptied or replaced by a copy during the run.
+
+        Raises:
+            FeatpatchError: it was replaced by something else.
+        """
         if self.path.is_file() and self.path.stat().st_size:
             _locked(self.path)
             if not self.path.read_bytes().startswith(_encoded(self.header)):
                 raise FeatpatchError(
-                    f"another file has taken the place of the journal {str(self.path)!r} while it was in use: expected it to "
-                    "be left alone; run the same again with another path"
+                    f"another file has taken the place of the journal {str(self.path)!r} while it was in use: expected the "
+                    "journal to be left alone; run the same again with another path"
                 )
         with writing(self.path) as file:
             lines = [self.header, *(_batch(key, values) for key, values in self.finished.items())]
@@ -166,19 +182,19 @@ class Journal(Book):
 
 
 def batch_key(names: Iterable[str]) -> str:
-    """A short name of a batch, made of the names of what it computes."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+    """Return a short name for a batch, computed from the names of its patches."""
+    return sha256("\n".join(names).encode())[:32]
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Says what to do when a journal can't be written."""
+    """Context manager that turns an OSError into a FeatpatchError that says what to do."""
     try:
         yield
     except OSError as error:
         raise FeatpatchError(
-            f"the journal {str(path)!r} can't be written ({error.strerror}): expected a folder to write in with room on the "
-            "disk; what is finished stays in it; make room, and run the same again to go on"
+            f"the journal {str(path)!r} can't be written ({error.strerror}): expected a folder with write permission and room "
+            "on the disk; finished batches stay in it; make room, and run the same again to resume"
         ) from error
 
 
@@ -187,27 +203,28 @@ def _locked(path: Path) -> Lock | None:
         return lock(path)
     except BlockingIOError as error:
         raise FeatpatchError(
-            f"the journal {str(path)!r} is open in another process: expected one at a time; wait for it, or give another path"
+            f"the journal {str(path)!r} is open in another process or thread: expected one at a time; wait for it, or give "
+            "another path"
         ) from error
 
 
 def _batch(key: str, values: bytes) -> dict[str, str]:
-    """The line of a batch."""
+    """The line that stores a batch."""
     return {"batch": key, "values": base64.b64encode(values).decode()}
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
-    """A line as it stands in the file, with its checksum."""
+    """Encode a line as it is written to the file, with its checksum."""
     text = json.dumps(line)
     return f"{text} {_checksum(text)}\n".encode()
 
 
 def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text.encode())[:16]
 
 
 def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines that are whole, and where the last of them ends; none where the first is not."""
+    """The intact lines, and the offset at which the last of them ends; no lines if the first is damaged."""
     lines, end, intact = [], 0, 0
     for raw in content.split(b"\n")[:-1]:
         end += len(raw) + 1
@@ -221,7 +238,7 @@ def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def _line(raw: bytes) -> dict[str, Any] | None:
-    """The object of a line; None where the checksum is wrong, or it is none."""
+    """Parse a line; None if its checksum is wrong or it is not a JSON object."""
     text, _, checksum = raw.decode(errors="replace").rpartition(" ")
     try:
         content = read_json(text) if checksum == _checksum(text) else None
@@ -231,7 +248,7 @@ def _line(raw: bytes) -> dict[str, Any] | None:
 
 
 def _values(line: Mapping[str, Any]) -> bytes | None:
-    """The values of a batch; None where the line is no batch, or holds other than finite float64."""
+    """Decode the values of a batch; None if the line is not a batch or its values are not finite float64."""
     try:
         values = base64.b64decode(line["values"], validate=True)
         sound = isinstance(line["batch"], str) and np.isfinite(np.frombuffer(values, "<f8")).all()
@@ -241,12 +258,16 @@ def _values(line: Mapping[str, Any]) -> bytes | None:
 
 
 def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
-    """Refuses to begin anew on what is not the torn beginning of this very journal; it may differ in the budget of rows."""
+    """Refuse to overwrite a file unless it is the torn first line of this journal; the row budget may differ.
+
+    Raises:
+        FeatpatchError: the file holds something else.
+    """
     expected = json.dumps({**header, "rows": None}).encode().removesuffix(b"null}")
     if b"\n" in content or not (expected.startswith(content) or content.startswith(expected)):
         raise FeatpatchError(
-            f"{str(path)!r} is not a journal of this sweep, or its first line is damaged: expected a new path or such a "
-            "journal; give another path, or delete the file to begin anew"
+            f"{str(path)!r} is not a journal of this sweep, or its first line is damaged: expected a new path or a "
+            "journal of the same sweep; give another path, or delete the file to begin anew"
         )
 
 
@@ -256,7 +277,7 @@ def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, An
     if not differing and not _close(found.get("baselines"), header["baselines"]):
         differing = ["the metric of the unpatched runs"]
     if not differing and not (type(found.get("rows")) is int and 0 < found["rows"] < 2**63):
-        differing = ["the budget of rows"]
+        differing = ["the row budget"]
     if differing:
         raise FeatpatchError(
             f"the journal {str(path)!r} belongs to another sweep: {', '.join(differing)} differ; "
@@ -265,6 +286,6 @@ def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, An
 
 
 def _close(found: object, expected: Sequence[float]) -> bool:
-    """Whether these are the same numbers, up to rounding."""
+    """Whether a list holds the expected numbers, up to rounding."""
     numbers = isinstance(found, list) and len(found) == len(expected) and all(type(value) is float for value in found)
     return numbers and np.allclose(found, expected, rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]

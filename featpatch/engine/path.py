@@ -16,6 +16,7 @@ from featpatch.engine.deltas import Deltas
 from featpatch.engine.plain import PlainPath
 from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.work import BaseRun, Block, Unit
+from featpatch.errors import FeatpatchWarning
 from featpatch.lens import Lens, UnsupportedError
 
 PROBES = 2
@@ -56,7 +57,7 @@ class PatchPath(Protocol):
         ...
 
 
-class SlowPathWarning(UserWarning):
+class SlowPathWarning(FeatpatchWarning):
     """The model runs through its own forward pass: right, and slower than it could be."""
 
 
@@ -86,6 +87,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         reason = str(unsupported)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+    lens.watch.check()
     warnings.warn(
         f"{type(lens.model).__name__} {lens.model.cfg.model_name!r} runs through its own forward pass instead of the fast one "
         f"({reason}): results are the same, a sweep takes longer",

@@ -1,10 +1,11 @@
-"""Where the forward passes of a sweep run: here, or on the workers of a distributed engine. Knows no model.
+"""Run the forward passes of a sweep in this process or on the workers of a distributed engine, without knowing the model.
 
-On one machine `executor="ray"` is all there is to do: a Ray with as many workers as there are processors is started and ends
-with the sweep. Worth it where a sweep takes minutes: a worker takes about five seconds to start. Processors that torch uses
-already by its threads are not gained twice; each worker has one thread per processor that it is given (`fp.Ray(cpus=...)`).
-A Ray that is started here sends no usage statistics to its makers, whatever its own settings say. A cluster that is joined, or
-a Ray that this process is connected to already, does as whoever started it wanted: `ray disable-usage-stats` turns them off.
+On one machine, `executor="ray"` is enough: it starts a Ray with as many workers as there are processors, which ends with the
+sweep. It pays off if a sweep takes minutes, because a worker takes about five seconds to start. Processors that torch's threads
+already use are not gained twice; each worker has one thread per processor that it is given (`fp.Ray(cpus=...)`).
+
+A Ray that featpatch starts sends no usage statistics to Ray's makers, whatever its own settings are. For a cluster, or a Ray
+that this process is already connected to, whoever started it decides: `ray disable-usage-stats` turns them off.
 
 On several machines, with the same Python, featpatch, torch and sae-lens on each:
 

@@ -31,7 +31,7 @@ class _Affine(torch.nn.Module):
 
 
 def identity(model: Any, hook: str) -> Adapted:
-    """Every coordinate of the activation at a hook is a feature: the neuron basis there. Its error is 0.
+    """Make a dictionary in which every coordinate of the activation at a hook is a feature; its error is 0.
 
     Raises:
         FeatpatchError: the model has no such hook.
@@ -42,7 +42,7 @@ def identity(model: Any, hook: str) -> Adapted:
 
 
 def neurons(model: Any, layer: int) -> Adapted:
-    """Every neuron of an MLP is a feature: read after the nonlinearity, written at `hook_mlp_out` through `W_out`.
+    """Make a dictionary of an MLP's neurons, read after the nonlinearity and written at `hook_mlp_out` through `W_out`.
 
     Raises:
         FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),

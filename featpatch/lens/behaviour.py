@@ -1,4 +1,4 @@
-"""What a codec does, found out on random activations rather than believed from its name."""
+"""Find out what a codec does from random activations, rather than from its name."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ CHANGED = 2**14
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How a codec treats positions and features.
+    """The behaviour of a codec: how it treats positions and features.
 
     Attributes:
         rowwise: a position is encoded alone, not with earlier ones.
@@ -30,7 +30,7 @@ class Behaviour:
 
     @classmethod
     def of(cls, codec: Codec, name: str) -> "Behaviour":
-        """From a few random activations of different sizes.
+        """Find out the behaviour of a codec on a few random activations of different sizes.
 
         Raises:
             FeatpatchError: values that are not finite; a position is encoded together with other prompts or with later
@@ -80,7 +80,7 @@ def reference(codec: Codec) -> Code:
 
 
 def gain(codec: Codec, state: State) -> torch.Tensor:
-    """How much a unit of any feature adds at each position, `[batch, pos, 1]`, as a share of what it adds at the reference.
+    """Return how much a unit of any feature adds at each position, `[batch, pos, 1]`, relative to the reference.
 
     Measured with a fixed change of the features in each position's own state; meaningful where the codec is linear.
     """
@@ -105,7 +105,7 @@ def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
 
 
 def _change(codec: Codec, code: Code, seed: int) -> torch.Tensor:
-    """Of all features, or of so many that rounding does not hide what their sum says."""
+    """Return a random change of all features, or of few enough that rounding does not hide their sum."""
     generator = torch.Generator().manual_seed(seed)
     change = torch.rand(codec.d_sae, generator=generator)
     if codec.d_sae > CHANGED:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from threading import local
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from featpatch import sites
 from featpatch.lens.layer import Rotation, Stack, UnsupportedError
 from featpatch.lens.lens import Edit, Fired, Lens, answering
 from featpatch.lens.stack import Attention, build
-from featpatch.threads import alone, own
+from featpatch.threads import exclusively, in_this_thread
 
 
 @dataclass(frozen=True)
@@ -42,37 +42,27 @@ class BridgeLens(Lens):
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
-        """As on every lens; what is found out by a run of its own is found out before."""
-        _ = self._wraps
+        """Edit an activation, see `Lens.edit`."""
+        _ = self._wraps  # needs a run of its own, which must not be edited
         with super().edit(site, change, first=first) as fired:
             yield fired
 
     def _points(self) -> Mapping[str, HookPoint]:
-        """As TransformerBridge tells them: SAETransformerBridge leaves the aliases out."""
+        """Return the hook points of TransformerBridge with their aliases, which SAETransformerBridge leaves out."""
         return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
 
     def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
-        """Apart from calls in other threads, where learned positions would take the number of rows from one another."""
+        """Run the model, protected from calls in other threads that would change the batch size of learned positions."""
         module = getattr(self.model, "pos_embed", None)
         if not isinstance(module, PosEmbedBridge):
             return super().run(tokens, **options)
-        with alone(self.model):
-            kind = type(module)
-            module.__class__ = self._apart
+        with exclusively(self.model):
+            kind: Any = type(module)
+            module.__class__ = _threaded(kind)
             try:
                 return super().run(tokens, **options)
             finally:
                 module.__class__ = kind
-
-    @cached_property
-    def _apart(self) -> Any:
-        """The class of learned positions with an attribute of each thread's own for the rows of the call in progress.
-
-        TransformerBridge leaves their number on the module for it to find (transformer-lens 3.9).
-        """
-        rows, kind = local(), type(self.model.pos_embed)
-        found = property(lambda _: getattr(rows, "count", None), lambda _, count: setattr(rows, "count", count))
-        return type(kind.__name__, (kind,), {"_current_batch_size": found})
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Blocks above `layer` return their input."""
@@ -114,7 +104,7 @@ class BridgeLens(Lens):
         def look(_block: Any, _args: Any, output: Any) -> None:
             found.append(isinstance(output, tuple))
 
-        handle = self.model.blocks[0].register_forward_hook(own(look))
+        handle = self.model.blocks[0].register_forward_hook(in_this_thread(look))
         try:
             with torch.no_grad():
                 self.run(torch.zeros(1, 1, dtype=torch.long, device=self.device))
@@ -124,7 +114,7 @@ class BridgeLens(Lens):
 
     @contextmanager
     def _skipping(self, blocks: Any) -> Iterator[None]:
-        """Within this context these blocks return their input in calls of this thread, on their own device."""
+        """Context manager in which some blocks return their input, on their own device, in calls of this thread."""
         wraps = self._wraps
 
         def unchanged(block: Any) -> Any:
@@ -134,9 +124,9 @@ class BridgeLens(Lens):
                 stream = (args[0] if args else kwargs["hidden_states"]).to(device)
                 return (stream,) if wraps else stream
 
-            return own(forward, block.forward)
+            return in_this_thread(forward, block.forward)
 
-        with alone(self.model):
+        with exclusively(self.model):
             before = [block.__dict__.get("forward") for block in blocks]
             try:
                 for block in blocks:
@@ -162,14 +152,28 @@ class BridgeLens(Lens):
         )
 
 
+@cache
+def _threaded(kind: type) -> type:
+    """Make a subclass of the learned positions' class in which every thread has its own batch size.
+
+    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is kept here and
+    not on the lens, which must be picklable for workers.
+    """
+    rows = local()
+    size = property(
+        lambda module: getattr(rows, str(id(module)), None), lambda module, count: setattr(rows, str(id(module)), count)
+    )
+    return type(kind.__name__, (kind,), {"_current_batch_size": size})
+
+
 @contextmanager
 def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
-    """Within this context the block is given `resid`, in calls of this thread."""
+    """Context manager in which the block receives `resid` as its input, in calls of this thread."""
 
     def enter(_block: Any, args: Any, kwargs: Any) -> Any:
         return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})
 
-    handle = block.register_forward_pre_hook(own(enter), with_kwargs=True)
+    handle = block.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True)
     try:
         yield
     finally:

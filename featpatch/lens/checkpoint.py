@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face model, read from safetensors files alone, and either all of them or none.
+"""Load the weights of a Hugging Face model completely or not at all, from safetensors files only.
 
-transformers gives random values to every tensor that its files lack, drops every tensor that the model has no place for, and
-reads a pickle where an index names one; it says so in a log at most.
+transformers by itself fills missing tensors with random values, drops tensors that the model has no place for, and reads a
+pickle if an index names one. At most it logs that it did.
 """
 
 import logging
@@ -23,28 +23,29 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.files import read_json
+from featpatch.lens.sources import numerically
 
-OTHERWISE = (
+EXPECTED = (
     "expected the configuration and the weights of one model, saved together; download or save the model again, or load it "
     "with transformers yourself and pass the model and its tokenizer"
 )
 
 
 class Checkpoint:
-    """Takes the place of the Hugging Face class by which TransformerLens loads a model (its `model_class`)."""
+    """A replacement for the Hugging Face class with which TransformerLens loads a model (its `model_class`)."""
 
     @classmethod
     def from_pretrained(cls, source: str, *, config: Any, **options: Any) -> Any:
-        """The model of the class that TransformerLens would have taken, with the same options.
+        """Load the model as TransformerLens would, with the same class and options, and check that its weights are complete.
 
         Raises:
-            FeatpatchError: tensors are missing, have another shape or are left over, an index does not agree with its files,
-                or the weights are not in safetensors files of the folder.
+            FeatpatchError: tensors are missing, surplus or of another shape, an index does not agree with its files, or the
+                weights are not in safetensors files inside the folder.
         """
         path = _file(source, config)
-        shards = _shards(path) if path is not None and path.suffix == ".json" else None
+        shards = _shards(path) if path is not None and path.suffix == ".json" else set()
         kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
         with _without_report():
             model, found = kind.from_pretrained(
@@ -55,10 +56,10 @@ class Checkpoint:
 
 
 def _file(source: str, config: Any) -> Path | None:
-    """The file of the weights, or the index of several; None where the hub does not answer, which transformers reports.
+    """Find the file of the weights or the index of several files; None if the hub can't be reached, which transformers reports.
 
     Raises:
-        FeatpatchError: there is none of safetensors.
+        FeatpatchError: there are no safetensors files.
     """
     named = getattr(config, "transformers_weights", None)
     if named is not None and _strays(named.removesuffix(".index.json") if isinstance(named, str) else named):
@@ -87,73 +88,78 @@ _INSIDE = "expected .safetensors files inside its folder alone; download or save
 
 
 def _strays(file: object) -> bool:
-    """Whether a name is none of a safetensors file in a folder or below it."""
+    """Whether a name is not that of a safetensors file inside the folder."""
     paths = [kind(file) for kind in (PurePosixPath, PureWindowsPath)] if isinstance(file, str) else []
     return not paths or any(path.suffix != ".safetensors" or path.anchor or ".." in path.parts for path in paths)
 
 
-def _shards(path: Path) -> dict[str, set[str]]:
-    """The files that an index names, each with its tensors.
+def _shards(path: Path) -> set[str]:
+    """Read an index and return the files that it names; what each holds is judged by what the model receives.
 
     Raises:
-        FeatpatchError: it is no index, or names something else than safetensors files of its folder.
+        FeatpatchError: the file is not an index, or names anything but safetensors files inside its folder.
     """
     try:
         index = read_json(path.read_text(encoding="utf-8"))
-        files, _ = index["weight_map"].items(), index["metadata"].items()
+        files, _ = [*index["weight_map"].values()], index["metadata"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FeatpatchError(
             f"{str(path)!r} can't be read ({type(error).__name__}: {error}): expected an index with metadata and weight_map; "
             "download or save the model again"
         ) from error
-    if strays := [repr(file) for _, file in files if _strays(file)]:
+    if strays := [repr(file) for file in files if _strays(file)]:
         raise FeatpatchError(f"{str(path)!r} names the weights {_listed(set(strays))}: {_INSIDE}")
-    return {file: {name for name, where in files if where == file} for _, file in files}
+    return set(files)
 
 
-def _stored(path: Path, shards: Mapping[str, set[str]] | None) -> set[str]:
-    """The names of all tensors in a file, or in the files of an index.
-
-    Raises:
-        FeatpatchError: a file holds more or fewer than the index says.
-    """
-    stored = set()
-    for file in [path.name] if shards is None else shards:
+def _stored(path: Path, shards: Collection[str]) -> set[str]:
+    """Return the names of all tensors in a file, or in all files of an index."""
+    stored = set[str]()
+    for file in shards or [path.name]:
         with safe_open(path.parent / file, framework="pt") as opened:
-            names = set(opened.keys())
-        if wrong := set() if shards is None else names ^ shards[file]:
-            raise FeatpatchError(f"only one of {str(path)!r} and {file} has {_listed(wrong)}: {OTHERWISE}")
-        stored |= names
+            stored.update(opened.keys())
     return stored
 
 
 def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Collection[str]) -> None:
+    """Check that a model received all of its weights, and warn of weights that belong to no part of it.
+
+    Args:
+        found: the loading info of transformers.
+        stored: the names of all tensors in the files.
+
+    Raises:
+        FeatpatchError: weights are missing, of another shape, or surplus.
+    """
     surplus, ignored = set(found["unexpected_keys"]), model._keys_to_ignore_on_load_unexpected or ()
-    untold = {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
-    misplaced = _misplaced(model, surplus, untold)
+    dropped = {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
+    misplaced = _misplaced(model, surplus, dropped)
     reshaped = [f"{name} {list(there)} instead of {list(here)}" for name, there, here in found["mismatched_keys"]]
     kinds = (("missing", found["missing_keys"]), ("of another shape", reshaped), ("left over", misplaced))
     wrong = [f"{len(names)} tensor{'s'[: len(names) - 1]} {how} ({_listed(names)})" for how, names in kinds if names]
     if wrong:
-        raise FeatpatchError(f"the weights in {source!r} are not those of its config.json, {', '.join(wrong)}: {OTHERWISE}")
+        raise FeatpatchError(f"the weights in {source!r} are not those of its config.json, {', '.join(wrong)}: {EXPECTED}")
     if surplus:
         warnings.warn(
             f"{len(surplus)} of the weights in {source!r} belong to no part of the {type(model).__name__} and are left out: "
             f"{_listed(surplus)}",
+            FeatpatchWarning,
             stacklevel=8,
         )
 
 
-def _misplaced(model: Any, surplus: Collection[str], untold: Collection[str]) -> set[str]:
-    """The tensors that a complete model would compute with: beside the weights of one of its modules, or of a further layer.
+def _misplaced(model: Any, surplus: Collection[str], dropped: Collection[str]) -> set[str]:
+    """Find the tensors that the right model would use: those that belong to one of its modules, or to a further layer.
 
     Args:
-        untold: tensors that transformers drops without saying so. GPT-2's pattern for old masks, "attn.bias", fits
-            `attn.c_attn.bias_2` too; a pattern for a whole layer that is no part of the model is right.
+        surplus: tensors that transformers reports as unexpected.
+        dropped: tensors that transformers drops without a report, because their names match a pattern. A pattern can match too
+            much: GPT-2's pattern for old masks, "attn.bias", also matches `attn.c_attn.bias_2`. A whole layer that matches a
+            pattern is dropped rightly.
     """
     own, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
     base, found = f"{model.base_model_prefix}.", set()
-    for name in (*surplus, *untold):
+    for name in (*surplus, *dropped):
         full = (name, base + name, name.removeprefix(base))  # files are written with and without the prefix
         if any(each in own for each in full):
             continue
@@ -170,14 +176,14 @@ def _misplaced(model: Any, surplus: Collection[str], untold: Collection[str]) ->
 
 
 def _listed(names: Collection[str]) -> str:
-    """The first few names, in the order of their numbers."""
-    ordered = sorted(names, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
+    """List the first few names in numerical order."""
+    ordered = numerically(names)
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Within this context transformers does not log the table of missing and surplus tensors, which is judged here."""
+    """Context manager that keeps transformers from logging its report of missing and surplus tensors, which is checked here."""
     ours, log = get_ident(), logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:

@@ -78,11 +78,11 @@ class Dictionary:
 
     @property
     def training(self) -> Training:
-        """What its configuration says of its training."""
+        """What the configuration says about the training."""
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
-        """The same codec at its hook points in the other layers, and at the other hook points of its block."""
+        """Return the same codec at its hook points in other layers, and at other hook points of its block."""
         hooks = [
             (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
             for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
@@ -97,7 +97,7 @@ class Dictionary:
 
     @property
     def place(self) -> str:
-        """Its hooks, in words."""
+        """The hook points that it reads and writes, for messages."""
         return repr(self.writes) if self.reads == self.writes else f"{self.reads!r} -> {self.writes!r}"
 
     @property
@@ -107,7 +107,7 @@ class Dictionary:
 
     @torch.no_grad()
     def split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
-        """Features of the activation at `reads` and the error at `writes`, both `[batch, pos, ...]`.
+        """Split the activation at `reads` into features, and compute the error at `writes`, both `[batch, pos, ...]`.
 
         The error is in the wider of the types of model and dictionary.
         """
@@ -126,10 +126,10 @@ class Dictionary:
 
     @torch.no_grad()
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
-        """What one unit of a feature adds to the activation: what `decode` says, whatever `W_dec` holds.
+        """Compute what one unit of each feature adds to the activation, according to `decode` rather than `W_dec`.
 
-        Rows of the weights are taken where `decode`, given random sums of features, makes the same sums of them up to a common
-        factor; elsewhere each feature is decoded by itself. Only where the behaviour is `linear`: then it adds that in every
+        Rows of the weights are used if `decode` maps random sums of features to the same sums of rows, up to a common factor;
+        otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this in every
         state, times the gain of the state.
         """
         features, back = features.unique(return_inverse=True)
@@ -137,7 +137,7 @@ class Dictionary:
         return found[back.to(found.device)]
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
-        """Of features that are named once."""
+        """Compute the directions of features that are all different."""
         off = reference(self.codec)
         rows = self.codec.rows(features)
         if rows is not None and len(features):
@@ -148,7 +148,7 @@ class Dictionary:
         return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
 
     def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
-        """The rows times their factor, or None where they are not what decoding adds."""
+        """Return the rows times their common factor, or None if decoding adds something else."""
         signs = torch.randint(0, 2, (len(features),), generator=torch.Generator().manual_seed(0)).to(rows) * 2 - 1
         units = off.features.clone()
         units[0, 0, features.to(units.device)] = signs.to(units)
@@ -166,16 +166,16 @@ class Dictionary:
 
     @torch.no_grad()
     def gains(self, split: Split) -> Float[torch.Tensor, " pos"]:
-        """How much a unit of a feature adds at each position of the only prompt; only where the behaviour is `scaled`."""
+        """Return the factor on features' directions at each position of a single prompt, if the behaviour is `scaled`."""
         return gain(self.codec, split.state)[0, :, 0]
 
     @torch.no_grad()
     def moved(
         self, base: Split, source: Split, position: Int[torch.Tensor, " n"], feature: Int[torch.Tensor, " n"]
     ) -> Float[torch.Tensor, "n d_out"]:
-        """How the activation of the base's only prompt changes when one feature at one position takes the source's value.
+        """Compute the change of a single prompt's activation when one feature at one position takes the source's value.
 
-        By the definition, decode(f_b with one of f_s) - decode(f_b), in the base's state.
+        This is the definition, decode(f_b with one value of f_s) - decode(f_b), in the base's state.
         """
         before = self.codec.decode(base.features, base.state)[0]
         changes = [before.new_zeros(0, self.codec.d_out)]
@@ -230,12 +230,12 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
 
 
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
-    """As `dictionaries`; an empty list for None and for an empty tuple."""
+    """Return the dictionaries, see `dictionaries`; an empty list for None or an empty tuple."""
     return [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
 
 
 def several(saes: Any) -> list[Any]:
-    """One dictionary, or several, as a list; a name is one, and so are an SAE, which sae-lens lets iterate, and a mapping."""
+    """Return one or several dictionaries as a list; a name, a mapping and an SAE (iterable in sae-lens) count as one."""
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
 
 

@@ -1,4 +1,4 @@
-"""What is found out about all of a module's weights, such as their SHA-256, once as long as they stay as they are."""
+"""Compute properties of all of a module's weights, such as their SHA-256, and keep the results until the weights change."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,22 +8,22 @@ from weakref import WeakKeyDictionary
 import torch
 
 SAMPLE = 64
-"""Numbers of each tensor that are compared before a result is used again."""
+"""How many numbers of each tensor are compared before a stored result is used again."""
 
 Found = TypeVar("Found")
 _known: "WeakKeyDictionary[torch.nn.Module, tuple[object, dict[Callable[[torch.nn.Module], Any], Any]]]" = WeakKeyDictionary()
 
 
 def digest(module: torch.nn.Module) -> str:
-    """Names, types, shapes and bytes of the state, hashed, which takes about half a second per gigabyte."""
+    """Hash the names, types, shapes and bytes of a module's state, which takes about half a second per gigabyte."""
     return once(_hashed, module)
 
 
 def once(find: Callable[[torch.nn.Module], Found], module: torch.nn.Module) -> Found:
-    """What a function finds in a module's weights.
+    """Call a function on a module, or return its earlier result if the module's weights have not changed.
 
-    It is not called again for a module seen before while every tensor lies where it lay, counts as many in-place changes
-    (torch counts them) and holds the same numbers at `SAMPLE` places.
+    Weights count as unchanged if every tensor is at the same address, has the same number of in-place changes (torch counts
+    them) and holds the same numbers at `SAMPLE` places.
     """
     tensors = sorted(module.state_dict().items())
     marks = [(name, t.dtype, t.shape, t.data_ptr(), t._version, _sample(t)) for name, t in tensors]

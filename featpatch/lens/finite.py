@@ -1,7 +1,7 @@
-"""Whether all weights are finite numbers.
+"""Check that all weights are finite.
 
-A NaN does not always show in what a module computes: a feature whose threshold is NaN never fires, a token whose embedding is
-NaN may never occur.
+NaN in a weight does not always show in a module's output: a feature whose threshold is NaN never fires, and a token whose
+embedding is NaN may never occur.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,15 +13,16 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import once
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that weights of dictionaries may have."""
 
 
 def check_finite(what: str, source: Any) -> None:
-    """Refuses an object whose weights are not all finite.
+    """Refuse an object whose weights are not all finite.
 
     Args:
-        what: the object in words.
-        source: a module, looked through once as long as it stays as it is, or any other object, of which tensors and modules
-            among its attributes (or values, of a mapping) are found. Buffers of modules may be infinite, as masks are.
+        what: what the object is, for the error.
+        source: a module, which is checked again only after it has changed; or any other object or mapping, whose attributes or
+            values are checked if they are tensors or modules. Buffers of modules may be infinite, as masks are.
 
     Raises:
         FeatpatchError: a weight holds NaN or an infinite value, or a buffer NaN.
@@ -40,7 +41,7 @@ def check_finite(what: str, source: Any) -> None:
         )
     if (first := next(parts, None)) is not None:
         raise FeatpatchError(
-            f"{what}: {first}{', and there are more' if next(parts, None) else ''}: expected finite weights; download or "
+            f"{what}: {first}{', among others' if next(parts, None) else ''}: expected finite weights; download or "
             "save it again, or cast it to a type with a wider range than float16"
         )
 
@@ -53,7 +54,7 @@ def _damaged(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _bad(name: str, tensor: torch.Tensor, infinite: bool) -> str:
-    """How many values are NaN, or infinite too, in words; empty if none is."""
+    """Say how many values of a tensor are NaN or, with `infinite`, infinite; empty if none are."""
     if tensor.dtype not in TYPES or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return ""
     extreme = torch.stack(torch.aminmax(tensor.detach()))  # in one pass and without a copy; NaN if there is one

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
 from featpatch.lens.finite import TYPES, check_finite
-from featpatch.lens.sources import short
+from featpatch.lens.sources import numerically
+from featpatch.untrusted import short
 
 UNSUPPORTED_CLT = (
     "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
@@ -281,7 +282,7 @@ def holding(names: Iterable[str]) -> list[str]:
             found.add(str(name.parent))
         elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
             found.add(str(name.with_suffix("")))
-    return sorted(found, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
+    return numerically(found)
 
 
 def patterns(folder: str) -> list[str]:
@@ -358,7 +359,11 @@ def _named(
 
 
 def _check_stated(weights: Weights, **stated: Any) -> None:
-    """Refuses widths that a configuration states, if it does, and that are not those of the weights."""
+    """Check that the widths in a configuration, if it states any, are those of the weights.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
     d_in, d_sae = weights.tensors["W_enc"].shape
     for name, size in stated.items():
         actual = d_in if name in ("d_in", "activation_dim") else d_sae

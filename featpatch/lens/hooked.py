@@ -18,10 +18,12 @@ class HookedLens(Lens):
     """A `transformer_lens.HookedTransformer`."""
 
     def site(self, name: str) -> str:
-        """As `Lens.site`; what a module puts out, which has no hook point of its own here, is what the residual stream gets.
+        """Resolve a hook name, see `Lens.site`. The output of a module is read where it is added to the residual stream.
+
+        HookedTransformer has no hook point of its own for it.
 
         Raises:
-            FeatpatchError: the model has no such hook, or has a norm behind the module.
+            FeatpatchError: the model has no such hook, or has a norm after the module.
         """
         added = sites.of_output(name)
         if added is None or name in self.hook_points or added not in self.hook_points:
@@ -42,15 +44,15 @@ class HookedLens(Lens):
     ) -> Float[torch.Tensor, "rows d_vocab"]:
         """`start_at_layer` of HookedTransformer; the token ids are not needed."""
         with answering(self.model.unembed, answers):
-            return self.model(resid, start_at_layer=layer)[:, 0]
+            return self._call(resid, start_at_layer=layer)[:, 0]
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """`stop_at_layer` of HookedTransformer."""
-        self.model(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
+        self._call(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
         """`start_at_layer` and `stop_at_layer` of HookedTransformer."""
-        self.model(resid, start_at_layer=layer, stop_at_layer=layer + 1)
+        self._call(resid, start_at_layer=layer, stop_at_layer=layer + 1)
 
     def stack(self, shortest: int, longest: int) -> Stack:
         """Weights from the model's blocks."""

@@ -16,7 +16,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import digest
 from featpatch.lens.layer import Stack
-from featpatch.threads import alone, check_unedited, editing, handles, own
+from featpatch.threads import Watch, check_unedited, editing, in_this_thread
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None where it stays as it is."""
@@ -26,7 +26,7 @@ ROWS = 4096
 
 
 class _Reached(Exception):  # noqa: N818
-    """Ends a forward pass at a hook: what comes behind it is not needed."""
+    """Ends a forward pass at a hook, because nothing after it is needed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Differentiated:
 
 @dataclass
 class Fired:
-    """How often an edit was made; a patch that never fires is an error."""
+    """The number of times that an edit was applied; a patch that never fires is an error."""
 
     count: int = 0
 
@@ -60,6 +60,7 @@ class Lens(ABC):
 
     model: Any
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
+    watch: Watch = field(init=False, repr=False, compare=False)
     _heads: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,9 +73,10 @@ class Lens(ABC):
             )
         check_unedited(self.model)
         object.__setattr__(self, "hook_points", self._points())
+        object.__setattr__(self, "watch", Watch(self.model, self.hook_points.values()))
 
     def _points(self) -> Mapping[str, HookPoint]:
-        """Every hook point by its name, aliases included."""
+        """Return every hook point by name, including aliases."""
         return cast(Mapping[str, HookPoint], self.model.hook_dict)
 
     @property
@@ -100,7 +102,7 @@ class Lens(ABC):
 
     @cached_property
     def causal(self) -> bool:
-        """Whether a position sees earlier ones only: found out by changing the last token of a prompt."""
+        """Whether a position sees only earlier ones; tested by changing the last token of a prompt."""
         last = sites.resid_post(self.n_layers - 1)
         if last not in self.hook_points:
             return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
@@ -110,14 +112,14 @@ class Lens(ABC):
 
     @property
     def attention_only(self) -> bool:
-        """Whether blocks have no MLP."""
+        """Whether the blocks have no MLPs."""
         return bool(getattr(self.model.cfg, "attn_only", False))
 
     @cached_property
     def parallel(self) -> bool:
-        """Whether MLPs read what enters their block, without what attention adds.
+        """Whether MLPs read the input of their block, without the output of attention.
 
-        Blocks with a stream between the two don't; of others it is found out by changing what attention adds.
+        They do not if there is a hook point between the two; otherwise this is tested by changing the output of attention.
         """
         if self.attention_only or sites.component(0, "resid_mid") in self.hook_points:
             return False
@@ -133,28 +135,31 @@ class Lens(ABC):
     @property
     def hooked(self) -> bool:
         """Whether hooks of the user are attached at TransformerLens' hook points, which our own forward pass would not call."""
-        ours = handles(self.model)
-        return any(handle not in ours for point in self.hook_points.values() for handle in point.fwd_hooks)
+        return bool(self.watch.attached(backward=False))
 
     def check_unhooked(self) -> None:
-        """Raises FeatpatchError where hooks of the user are attached, for what runs blocks one by one."""
+        """Refuse a model with hooks of the user, for functions that run blocks one by one.
+
+        Raises:
+            FeatpatchError: hooks are attached.
+        """
         if self.hooked:
             raise FeatpatchError("hooks are attached to the model: expected none here; call model.reset_hooks()")
 
     def heads(self, site: str) -> int:
-        """How many heads an activation inside attention has: fewer for keys and values that are shared."""
+        """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
         if site not in self._heads:
             self._heads[site] = int(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2])
         return self._heads[site]
 
     @cached_property
     def device(self) -> torch.device:
-        """Where tokens go in."""
+        """The device of the embedding, on which tokens must be."""
         return next(self.model.parameters()).device
 
     @cached_property
     def devices(self) -> set[torch.device]:
-        """Those that its weights are on."""
+        """All devices that hold weights of the model."""
         return {parameter.device for parameter in self.model.parameters()}
 
     @cached_property
@@ -179,9 +184,9 @@ class Lens(ABC):
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
-        """Within this context every call of the model in this thread passes the activation at `site` through `change`.
+        """Context manager in which the activation at `site` is passed through `change`, in calls of this thread.
 
-        After the hooks that are there, or `first`, before them. `reset_hooks` does not take it away.
+        `change` runs after existing hooks or, with `first`, before them. `reset_hooks` does not remove it.
         """
         point, firing = self.hook_points[self.site(site)], Fired()
 
@@ -190,20 +195,12 @@ class Lens(ABC):
             firing.count += changed is not None
             return changed
 
-        with alone(self.model):
-            point.add_hook(own(hook), is_permanent=True, prepend=first)
-            handle = point.fwd_hooks[0 if first else -1]
-        try:
-            with editing(self.model, handle):
-                yield firing
-        finally:
-            with alone(self.model):
-                handle.hook.remove()
-                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+        with editing(self.model, point, hook, first=first):
+            yield firing
 
     @contextmanager
     def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Within this context the activations at some hooks have these values."""
+        """Context manager in which the activations at some hooks are replaced by given values, in calls of this thread."""
 
         def becomes(value: torch.Tensor) -> Edit:
             return lambda activation: value.to(activation.device).reshape(activation.shape)
@@ -217,7 +214,7 @@ class Lens(ABC):
     def read(
         self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], mask: Int[torch.Tensor, "batch pos"] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The activations `[batch, pos, ...]` at some hooks; blocks above the last of them are not run.
+        """Read the activations `[batch, pos, ...]` at some hooks, without running the blocks above the last of them.
 
         Args:
             mask: the attention mask of padded prompts: 1 for tokens, 0 for padding.
@@ -235,9 +232,9 @@ class Lens(ABC):
         layers: Sequence[int],
         mask: Int[torch.Tensor, "batch pos"] | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-        """As `read`, and the stream `[batch, pos, d_model]` at the entry of some blocks, before any hooks there act on it.
+        """Read activations, see `read`, and the residual stream `[batch, pos, d_model]` that enters some blocks.
 
-        That is what a block must be given to be resumed: its hooks act then.
+        It is read before the hooks there act on it, because they act again when a run is resumed at the block.
         """
         activations: dict[str, torch.Tensor] = {}
         entering: dict[int, torch.Tensor] = {}
@@ -269,9 +266,9 @@ class Lens(ABC):
         reads: Sequence[str] = (),
         stopped: Sequence[str] = (),
     ) -> Differentiated:
-        """What `measure` makes of the logits at each prompt's answer, and its gradients `[batch, pos, ...]` at some hooks.
+        """Apply `measure` to the logits at each prompt's answer, and compute its gradients `[batch, pos, ...]` at some hooks.
 
-        At the hook where a change of the activation is to be added (see `carrier`). The model's own gradients stay as they are.
+        Gradients are taken where a change of the activation would be added (see `carrier`). Those of weights are not changed.
 
         Args:
             reads: hooks whose activations are kept too.
@@ -338,7 +335,7 @@ class Lens(ABC):
         hook: str,
         put: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The activation `[rows, pos, ...]` at a hook of a block, which is run alone, up to there, `ROWS` positions at a time.
+        """Run one block up to a hook, `ROWS` positions at a time, and return the activation `[rows, pos, ...]` there.
 
         Args:
             resid: the stream that enters, of each row or of all.
@@ -380,7 +377,7 @@ class Lens(ABC):
     def differentiable_through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
-        """As `through`, with its gradient."""
+        """Run one block up to a hook, see `through`, and keep the gradient."""
         found: list[torch.Tensor] = []
 
         def keep(activation: torch.Tensor) -> None:
@@ -392,16 +389,25 @@ class Lens(ABC):
         return found[0]
 
     def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
-        """The whole model."""
-        return cast(torch.Tensor, self.model(tokens, **options))
+        """Run the whole model and return its logits."""
+        return self._call(tokens, **options)
+
+    def _call(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Call the model; every pass goes through here.
+
+        Raises:
+            FeatpatchError: another thread attached hooks to the model, or removed some.
+        """
+        with self.watch.unchanged():
+            return cast(torch.Tensor, self.model(x, **options))
 
     @abstractmethod
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """Runs one block on the stream that enters it."""
+        """Run one block on the residual stream that enters it."""
 
     @abstractmethod
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """Runs the blocks up to `layer`, and the rest of the model only where that is its last block."""
+        """Run the blocks up to `layer`, and the rest of the model only if that is the last block."""
 
     @abstractmethod
     def stack(self, shortest: int, longest: int) -> Stack:
@@ -429,20 +435,20 @@ class Lens(ABC):
         return digest(self.model)
 
     def state(self) -> object:
-        """What its runs depend on, to be compared: weights, and hooks that are attached."""
-        return self.digest(), {name: [*point.fwd_hooks] for name, point in self.hook_points.items() if point.fwd_hooks}
+        """Return everything that runs depend on, for comparison: the digest of the weights and the attached hooks."""
+        return self.digest(), self.watch.attached()
 
 
 @contextmanager
 def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> Iterator[None]:
-    """Within this context the unembedding sees one position of every row, in calls of this thread."""
+    """Context manager in which only one position of each row is unembedded, in calls of this thread."""
 
     def pick(_module: Any, args: Any, kwargs: Any) -> Any:
         values = list(args) or list(kwargs.values())
         values[0] = values[0][torch.arange(len(answers)), answers.to(values[0].device), None]
         return (tuple(values), kwargs) if args else (args, dict(zip(kwargs, values, strict=True)))
 
-    handle = unembed.register_forward_pre_hook(own(pick), with_kwargs=True)
+    handle = unembed.register_forward_pre_hook(in_this_thread(pick), with_kwargs=True)
     try:
         yield
     finally:
@@ -450,7 +456,7 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
 
 
 def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
-    """Refuses hooks that did not fire and values that are not finite."""
+    """Refuse hooks that did not fire and values that are not finite."""
     for name in hooks:
         if name not in activations:
             raise FeatpatchError(
@@ -464,7 +470,7 @@ def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    """Whether a module in training mode drops out activations at random."""
+    """Whether a module is in training mode and has dropout."""
     if isinstance(module, torch.nn.Dropout):
         return module.p > 0
     return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

@@ -15,10 +15,11 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens.bridge import BridgeLens
 from featpatch.lens.checkpoint import Checkpoint
 from featpatch.lens.finite import check_finite
-from featpatch.lens.sources import check_device, check_there, folder_with, installing_nothing, not_found, short
+from featpatch.lens.sources import check_device, check_there, folder_with, installing_nothing, not_found
 from featpatch.lens.training import PROCESSED
 from featpatch.lens.weights import processing as processed
 from featpatch.lens.wrap import MERGE, check_form, uncompiled
+from featpatch.untrusted import short
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""What results depend on, and where they come from, whichever way they were made."""
+"""Collect what results depend on and how they were made."""
 
 import hashlib
 from functools import cache

@@ -17,8 +17,9 @@ from featpatch.files import as_path, read_json
 from featpatch.lens.adapter import Adapted, placed
 from featpatch.lens.codecs.sae_lens import check_sizes
 from featpatch.lens.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
-from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found, short
+from featpatch.lens.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.lens.training import Training
+from featpatch.untrusted import short
 
 SUMMED = "mntss_clt_layer_transcoder"
 """The loader by which sae-lens reads cross-layer transcoders; it sums the decoders of all layers."""
@@ -119,7 +120,7 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where to find an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
+    """The place of an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
 
     Attributes:
         loader: sae-lens' name of the loader; None for its own format.
@@ -184,7 +185,7 @@ def _of_other_library(place: Place) -> Weights | None:
 
 
 def _held(repository: str, folder: str) -> list[str]:
-    """The dictionaries in a folder of a repository; none if the hub can't be asked."""
+    """List the dictionaries in a folder of a repository; none if the hub can't be reached."""
     try:
         files = list_repo_files(repository)
     except Exception:

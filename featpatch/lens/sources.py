@@ -1,9 +1,9 @@
-"""Checks and error messages that loading a model and loading an SAE share."""
+"""Checks and error messages for loading models and SAEs."""
 
 import re
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,20 +13,15 @@ from unittest.mock import patch
 
 import torch
 
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
 from featpatch.files import as_path
-
-ADVICE = re.compile(
-    "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
-    "|trust the source|trusted source|arbitrary code|two options"
-)
-"""What tells sentences of other libraries that advise to run or to ignore what is in a file."""
+from featpatch.untrusted import short
 
 _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that is not there.
+    """Refuse a device that is not available.
 
     Raises:
         FeatpatchError: torch can't put a tensor on it.
@@ -39,11 +34,16 @@ def check_device(device: str) -> None:
         raise FeatpatchError(f"device {device!r} can't be used ({reason}): expected e.g. cpu, cuda or cuda:1") from error
 
 
+def numerically(names: Iterable[str]) -> list[str]:
+    """Sort names so that the numbers in them are in order, `layer_2` before `layer_10`."""
+    return sorted(names, key=lambda name: [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)])
+
+
 def check_there(what: str, source: str | Path) -> None:
-    """Refuses a path that leads nowhere, before the hub is asked for it.
+    """Refuse a path that does not exist, before the hub is asked for it.
 
     Raises:
-        FeatpatchError: it starts as no name on the hub can.
+        FeatpatchError: there is nothing at a path that can't be a name on the hub.
     """
     path = as_path(source)
     if str(source).startswith((".", "/", "~")) and not path.exists():
@@ -53,22 +53,16 @@ def check_there(what: str, source: str | Path) -> None:
 
 
 def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
-    """The error that says what to do where a model or an SAE can't be loaded."""
+    """Return the error for a model or an SAE that can't be loaded, with what to do about it."""
     reason = short(error)
     if Path(source).exists():
-        return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a folder that was saved whole")
+        return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a complete folder; save it again")
     return FeatpatchError(
         f"the {what} {source!r} can't be loaded ({type(error).__name__}: {reason}): expected the name of one that can be "
         f"downloaded, or a folder{near_folder(source)}; without a network, download it where there is one "
         "(`hf download NAME --local-dir FOLDER`), copy the folder here and give its path; for a gated "
-        "model log in with `hf auth login`"
+        "model, log in with `hf auth login`"
     )
-
-
-def short(error: Exception) -> str:
-    """What another library says, on one line, not at length, and without advice to use options of its own that are unsafe."""
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
-    return " ".join(each for each in sentences if not ADVICE.search(each))[:300]
 
 
 @contextmanager
@@ -93,12 +87,13 @@ def installing_nothing() -> Iterator[None]:
             "the model also reads images and is loaded without the processor for them, which needs torchvision; text needs "
             "none. TransformerLens would have installed it now, and perhaps replaced torch: if you want it, install the "
             f"torchvision that belongs to your torch {torch.__version__} yourself",
+            FeatpatchWarning,
             stacklevel=5,
         )
 
 
 def near_folder(source: str | Path) -> str:
-    """A folder whose name is nearly this one, in words."""
+    """Suggest an existing folder with a similar name, for an error; empty if there is none."""
     try:
         path = Path(source).expanduser()
         names = [each.name for each in path.parent.iterdir() if each.is_dir()]
@@ -109,14 +104,14 @@ def near_folder(source: str | Path) -> str:
 
 
 def folder_with(path: str | Path, file: str) -> Path:
-    """The path of a folder that holds a file.
+    """Return the path of a folder after checking that it holds a file.
 
     Raises:
-        FeatpatchError: it does not.
+        FeatpatchError: the file is not there.
     """
     if not (Path(path) / file).is_file():
         raise FeatpatchError(
-            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a folder of that name "
-            "hides what has it on the hub)"
+            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a local folder hides a "
+            "model or SAE of the same name on the hub)"
         )
     return Path(path)

@@ -1,4 +1,4 @@
-"""What an SAE's configuration says about its training, and names of models in a comparable form."""
+"""Read what an SAE's configuration says about its training, and bring names of models into a comparable form."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,7 +11,7 @@ from featpatch.pairs import Pairs, PairsWarning
 from featpatch.pairs.tokens import first_token, is_padded
 
 Continuations = Mapping[int, Sequence[tuple[int, ...]]]
-"""By pair the tokens that are put behind its prompts."""
+"""The continuations of each pair's prompts, by the index of the pair."""
 
 NONE: Continuations = MappingProxyType({})
 
@@ -26,10 +26,10 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
     _check_ends(pairs, getattr(lens.model, "tokenizer", None))
     _compare_start(pairs, lens)
     for index, pair in enumerate(pairs):
-        behind = continuations.get(index, ())
+        following = continuations.get(index, ())
         answers = [token for side in pair.answers for answer in side for token in answer]
-        tokens = (*pair.clean, *pair.corrupted, *(token for continuation in behind for token in continuation))
-        length = len(pair) + max(map(len, behind), default=0)
+        tokens = (*pair.clean, *pair.corrupted, *(token for continuation in following for token in continuation))
+        length = len(pair) + max(map(len, following), default=0)
         if not 0 <= min(answers) <= max(answers) < lens.d_vocab:
             raise FeatpatchError(
                 f"pair {index}: answers {answers} are outside the model's vocabulary of {lens.d_vocab} "

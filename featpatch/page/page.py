@@ -1,4 +1,4 @@
-"""One HTML file from sections of tables, figures and texts: templates by jinja2, figures by plotly, tables by itables."""
+"""Make an HTML file from sections of tables, figures and texts, with jinja2 templates, plotly figures and itables tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def write(path: str | Path, content: str) -> Path:
-    """Writes a page, whole or not at all; the folder is made where it is missing.
+    """Write a page completely or not at all, and create its folder if it is missing.
 
     Raises:
-        FeatpatchError: the path is a folder, or can't be written.
+        FeatpatchError: the path is a folder or can't be written to.
     """
     with writing(path) as file:
         file.write_text(content, encoding="utf-8")

@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do about it; empty where it passed."""
+        """What to do about the finding; empty if the pair passed."""
         return "" if self.status == "pass" else RULES[self.rule]
 
 
@@ -80,7 +80,7 @@ class Checklist:
     corrupted: tuple[float, ...]
 
     def verdicts(self) -> list[Status]:
-        """The worst finding of every pair."""
+        """Return the worst status of every pair."""
         worst: list[Status] = ["pass"] * len(self.clean)
         for finding in self.findings:
             worst[finding.pair] = max(worst[finding.pair], finding.status, key=SEVERITY.__getitem__)
@@ -92,7 +92,7 @@ class Checklist:
         return "fail" not in self.verdicts()
 
     def counts(self) -> dict[str, dict[Status, int]]:
-        """By rule, how many pairs pass, warn and fail."""
+        """Count the pairs that pass, warn and fail for each rule."""
         seen = Counter((finding.rule, finding.status) for finding in self.findings)
         return {rule: {status: seen[rule, status] for status in SEVERITY} for rule in RULES}
 
@@ -104,7 +104,7 @@ class Checklist:
         return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *lines])
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per pair and rule: pair, rule, status, detail, advice."""
+        """Return one row per pair and rule: pair, rule, status, detail, advice."""
         columns = ("pair", "rule", "status", "detail", "advice")
         return pd.DataFrame([{name: getattr(finding, name) for name in columns} for finding in self.findings], columns=columns)
 
@@ -117,7 +117,7 @@ def check(
     tokenizer: Any = None,
     metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
 ) -> Checklist:
-    """Runs the checklist.
+    """Run the checklist.
 
     Args:
         model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object that holds them.

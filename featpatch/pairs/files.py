@@ -15,11 +15,11 @@ from featpatch.pairs.each import each
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file holds.
+    """The rows of a file.
 
     Attributes:
-        where: for each row what an error calls it, e.g. `'pairs.csv' line 3`.
-        values: for each row its fields.
+        where: the place of each row, for errors, e.g. `'pairs.csv' line 3`.
+        values: the fields of each row.
     """
 
     where: list[str]
@@ -59,7 +59,7 @@ def json_lines(path: str | Path, needed: Sequence[str]) -> Rows:
 
 
 def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> Iterator[Rows]:
-    """As `json_lines`, so many lines at a time, of a file that need not fit into memory."""
+    """Read `size` lines at a time, see `json_lines`, from a file that need not fit into memory."""
     path = as_path(path)
     if not path.is_file():
         raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
@@ -123,10 +123,10 @@ def parsed(text: str, expected: str) -> Any:
 
 
 def have_columns(name: str, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """Whether a table has what it needs.
+    """Check that a table has the required columns.
 
     Raises:
-        FeatpatchError: a column is missing or there twice.
+        FeatpatchError: a column is missing or occurs twice.
     """
     missing = [column for column in needed if column not in columns]
     if missing:

@@ -1,7 +1,8 @@
-"""How likely a model finds the tokens of prompts, and answers of several tokens that follow them."""
+"""Compute how likely a model finds the tokens of prompts, or answers that follow them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +10,8 @@ from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pair import Sequences
-from featpatch.threads import check_unedited
+from featpatch.threads import Watch, check_unedited
+from featpatch.untrusted import short
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
 
@@ -22,25 +24,29 @@ TOKENS = 1024
 
 @dataclass(frozen=True)
 class Runs:
-    """A model, and how prompts are run through it.
+    """Runs a model on prompts, those of equal length together.
 
     Raises:
-        FeatpatchError: it is no function, or `fp.do` patches it.
+        FeatpatchError: the model is not a function, or `fp.do` patches it.
     """
 
     model: Callable[[torch.Tensor], Any]
+    _watch: Watch | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise FeatpatchError(f"the model is a {type(self.model).__name__}: expected a function from tokens to logits")
         if isinstance(self.model, torch.nn.Module):
-            check_unedited(getattr(self.model, "_orig_mod", self.model))
+            model = getattr(self.model, "_orig_mod", self.model)
+            check_unedited(model)
+            object.__setattr__(self, "_watch", Watch(model, getattr(model, "hook_dict", {}).values()))
 
     def each(self, prompts: Sequence[tuple[int, ...]], take: Callable[[int, Logits], Taken]) -> list[Taken]:
-        """Run the prompts, equally long ones together, and keep what `take` makes of the index and the logits of each.
+        """Run all prompts, and return what `take` makes of the index and the logits of each, in float32 or wider.
 
         Raises:
-            FeatpatchError: the model can't take the tokens, or does not give finite logits.
+            FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread
+                attaches hooks to it.
         """
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
@@ -54,18 +60,19 @@ class Runs:
         return [taken[index] for index in range(len(prompts))]
 
     def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:
-        """The logits of prompts of one length, in float32 at least."""
+        """Run prompts of equal length and check the logits."""
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         tokens = torch.tensor(prompts, device=device)
         try:
-            made = self.model(tokens)
+            with self._watch.unchanged() if self._watch else nullcontext():
+                made = self.model(tokens)
         except FeatpatchError:
             raise
         except Exception as error:
             raise FeatpatchError(
                 f"the model fails on {tokens.shape[1]} tokens with ids from {tokens.min()} to {tokens.max()} "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): expected ids of the model's own tokenizer, "
-                "and no more of them than its context"
+                f"({type(error).__name__}: {short(error)}): expected ids of the model's own tokenizer, "
+                "no more than its context"
             ) from error
         logits = getattr(made, "logits", made)
         sound = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape
@@ -77,10 +84,10 @@ class Runs:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def preferences(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[Sequences, Sequences]]) -> list[float]:
-        """Log probability that a right answer follows each prompt, minus that of a wrong one if there are any, in nats.
+        """Return for each prompt the log probability that a right answer follows, minus that of a wrong one if there are any.
 
-        The probability of several answers is the sum of theirs; each token of an answer is predicted from the prompt and the
-        tokens before it.
+        In nats. Several answers have the sum of their probabilities; each token of an answer is predicted from the prompt and
+        the tokens before it.
         """
         asked = [(n, side, answer) for n, sides in enumerate(answers) for side in (0, 1) for answer in sides[side]]
 

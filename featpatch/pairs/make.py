@@ -1,4 +1,4 @@
-"""A pair made from its prompts, answers and labels."""
+"""Make a pair from its prompts, answers and labels."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -20,8 +20,8 @@ Answer = str | SupportsIndex
 Answers = Answer | Sequence[Answer] | torch.Tensor | np.ndarray | None
 """An answer, several, or none."""
 INSTEAD = ", or give long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) with metric='sequence_log_prob'"
-"""What else to do about an answer of several tokens."""
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""The advice for an answer of several tokens, at the end of an error."""
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def make(
@@ -31,23 +31,23 @@ def make(
     corrupted: Prompt,
     correct: Answers,
     wrong: Answers,
-    labels: Mapping[str, Any] = NOTHING,
-    corrupted_labels: Mapping[str, Any] = NOTHING,
-    tags: Mapping[str, str] = NOTHING,
+    labels: Mapping[str, Any] = EMPTY,
+    corrupted_labels: Mapping[str, Any] = EMPTY,
+    tags: Mapping[str, str] = EMPTY,
     filler: int | None = None,
     long_answers: bool = False,
     remarks: list[str] | None = None,
 ) -> Pair:
-    """Make a pair; labels of the corrupted prompt are those of the clean one where they are not given.
+    """Make a pair. The corrupted prompt has the labels of the clean prompt unless it has its own.
 
     Args:
-        filler: the id of the token that makes up for a difference in length, see `aligned`; None: lengths must be equal.
-        long_answers: makes a sequence of every answer, of one token or more; else each is one token.
+        filler: the id of the token that makes up for a difference in length, see `aligned`; None if lengths must be equal.
+        long_answers: whether answers are sequences of one token or more, instead of single tokens.
         remarks: a list to which the remarks about answers are added, see `AnswerTokens`.
 
     Raises:
         FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens) or is tokenized
-            differently after the corrupted prompt, or a label is nowhere or at two positions.
+            differently after the corrupted prompt, or a label is not found or at two positions.
     """
     ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
     answers = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
@@ -70,7 +70,7 @@ def make(
     for label, position in there.items():
         if label not in here:
             raise FeatpatchError(
-                f"label {label!r} is in corrupted_labels alone: expected it in labels too; labels has {sorted(here)}"
+                f"label {label!r} is only in corrupted_labels: expected it in labels too, which has {sorted(here)}"
             )
         if here[label] != position:
             raise FeatpatchError(
@@ -87,7 +87,7 @@ def _last_word(prompt: Prompt) -> Any:
 
 
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """Return the token ids of a prompt, which is a text or ids already.
+    """Return the token ids of a prompt that is given as a text or as token ids.
 
     Raises:
         FeatpatchError: it is neither.
@@ -120,6 +120,7 @@ def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answe
 
 
 def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
+    """Return the tokens of each answer; the answers are one, several or none."""
     given: Any = answers.tolist() if isinstance(answers, torch.Tensor | np.ndarray) else answers
     several = [] if given is None else list(given) if isinstance(given, list | tuple | range) else [given]
     found: list[tuple[int, ...]] = []

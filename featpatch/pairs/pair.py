@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
-from featpatch.errors import LARGEST, FeatpatchError, check_kinds
+from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds
 from featpatch.patch import Position
 
 Sequences = tuple[tuple[int, ...], ...]
@@ -143,16 +143,16 @@ class Pair:
 
 
 def _check_tokens(name: str, tokens: object) -> None:
-    """Refuse what is no tuple of integers that arrays can hold."""
+    """Refuse tokens that are not a tuple of integers small enough for arrays."""
     check_kinds(tuple, **{name: tokens})
     for token in tokens if isinstance(tokens, tuple) else ():
-        if type(token) is not int or abs(token) > LARGEST:
+        if type(token) is not int or abs(token) > MAX_INTEGER:
             what = type(token).__name__ if type(token) is not int else f"integer of {token.bit_length()} bits"
             raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
 
 
 def plain_integers(value: Any) -> int | tuple[int, ...] | None:
-    """Return an integer of any type, such as NumPy's, or a list or range of them, as plain ones; None for anything else."""
+    """Convert an integer of any type, such as NumPy's, or a list or range of integers to `int`; None for anything else."""
     if isinstance(value, list | tuple | range):
         every = [plain_integers(each) for each in value]
         plain = tuple(each for each in every if isinstance(each, int))

@@ -1,6 +1,5 @@
 """Many pairs: made from prompts, from token ids, or from files and tables."""
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.files import sha256
 from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.each import each, fitting
@@ -38,8 +38,8 @@ class Pairs(Sequence[Pair]):
     def __post_init__(self) -> None:
         if not isinstance(self.pairs, tuple) or not all(isinstance(pair, Pair) for pair in self.pairs):
             raise FeatpatchError(
-                f"the pairs are of type {type(self.pairs).__name__}: expected a tuple of Pair, e.g. Pairs((pair,)); see also "
-                "Pairs.from_tokens and Pairs.from_prompts"
+                f"the pairs are of type {type(self.pairs).__name__}: expected a tuple of Pair, e.g. Pairs((pair,)); or use "
+                "Pairs.from_tokens or Pairs.from_prompts"
             )
         if not self.pairs:
             raise FeatpatchError("there are no pairs: expected at least one clean and one corrupted prompt")
@@ -60,7 +60,7 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Pairs":
-        """Pairs from texts, or from the token ids of prompts one by one.
+        """Make pairs from prompts, each given as a text or as token ids.
 
         Args:
             tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
@@ -109,7 +109,7 @@ class Pairs(Sequence[Pair]):
         attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Pairs from tensors of token ids, or lists of equally long lists.
+        """Make pairs from tensors of token ids, or from lists of equally long lists.
 
         Args:
             correct, wrong: ids of the answers; without `wrong`, or where it is empty, only metrics of the correct answers can
@@ -181,7 +181,7 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Iterator[Pairs]":
-        """As `from_jsonl`, so many pairs at a time, read as they are asked for; for `fp.stream_features`.
+        """Read a JSON-lines file block by block, for `fp.stream_features`; see `from_jsonl`.
 
         Raises:
             FeatpatchError: as for `from_jsonl`; a size below 1, a file without pairs.
@@ -375,24 +375,28 @@ class Pairs(Sequence[Pair]):
     def digest(self) -> str:
         """SHA-256 of everything that decides a result: tokens, answers, labels, positions."""
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def check_pairs(pairs: Any) -> Pairs:
-    """The pairs, if they are; raises FeatpatchError for anything else."""
+    """Return the argument after checking that it is `Pairs`.
+
+    Raises:
+        FeatpatchError: it is not.
+    """
     if not isinstance(pairs, Pairs):
         raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     return pairs
 
 
 def _integers(name: str, value: Any) -> torch.Tensor:
-    """A table of integers, from a tensor or anything that torch makes one of; a single column where it has no second axis."""
+    """Convert a tensor or nested lists to a table of integers; a single axis becomes one column."""
     try:
         table = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
     whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
-    whole = whole or not table.numel()  # which torch takes for floats
+    whole = whole or not table.numel()  # torch makes floats of empty lists
     axes = {"correct": (1, 2), "wrong": (1, 2), "attention_mask": range(1, 3)}.get(name, (2,))
     if not whole or table.ndim not in axes:
         shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"

@@ -1,4 +1,4 @@
-"""Where in a prompt's tokens a character, a span of characters or a word is."""
+"""Find the token positions of characters, spans and words in a prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -8,17 +8,18 @@ from featpatch.pairs.pair import LabelPosition, plain_integers
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_tokenizer, prompt_ids, special_positions
 
 Label = SupportsIndex | range | str | Sequence[SupportsIndex] | Mapping[str, Any]
-"""Where a label is: a token position; a text that occurs once in the prompt, or its characters (start, end), either of which
-stands for its last token; or, for a span, a range of token positions or `{"span": text or characters}`, for all its tokens."""
+"""The place of a label: a token position; a text that occurs once in the prompt, or its characters (start, end), both of which
+stand for the last token; or a span, given as a range of token positions or as `{"span": text or characters}`."""
 
 
 def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = False) -> int:
-    """The position of the token that holds a character of the text.
+    """Return the position of the token that holds a character of the text.
 
-    By the offsets that a fast Hugging Face tokenizer gives; with any other, by the number of tokens of the text up to there.
+    A fast Hugging Face tokenizer gives the offsets of tokens. With any other tokenizer, the text up to the character is
+    tokenized, and its tokens are counted.
 
     Args:
-        first: of several tokens that hold the character, as the bytes of one can be, whether to take the first or the last.
+        first: whether to return the first or the last position if several tokens hold the character, such as its bytes.
 
     Raises:
         FeatpatchError: the character is outside the text, or in no token.
@@ -31,7 +32,7 @@ def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = F
     begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), last)
     if begin < 0 or ids[begin + 1 : begin + len(whole)] != whole[1:]:  # the first may change with BOS in front
         raise FeatpatchError(
-            f"the tokens of {text[:40]!r} are others with the special tokens around it: expected the same; give token positions"
+            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give token positions"
         )
     if getattr(plain, "is_fast", False):
         offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
@@ -51,11 +52,11 @@ def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = F
 def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, LabelPosition]:
     """Return the token position of each label, or its positions if the label is a span.
 
-    A text, or characters [start, end], stand for their last token; with `{"span": ...}` around them, for all their tokens.
-    Spaces at their ends do not count. A range of token positions is a span too.
+    A text, or characters [start, end], stands for its last token, and with `{"span": ...}` for all its tokens. Spaces at its
+    ends do not count. A range of token positions is a span too.
 
     Raises:
-        FeatpatchError: a label is no position, text or span, is not in the prompt, or is there several times.
+        FeatpatchError: a label is not a position, text or span, or its text does not occur exactly once in the prompt.
     """
     positions = {}
     for name, label in labels.items():
@@ -67,13 +68,14 @@ def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: M
 
 
 def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str, int]) -> dict[str, int]:
-    """Positions that were counted without the special tokens (BOS) that the prompt begins with, counted with them."""
+    """Shift positions that were counted without the special tokens (BOS) at the start of the prompt."""
     special = special_positions(tokenizer, ids)
     shift = next((position for position in range(len(ids)) if position not in special), 0)
     return {name: position + shift for name, position in labels.items()}
 
 
 def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> LabelPosition:
+    """Return the token position of one label, or the positions of a span."""
     plain = plain_integers(label)
     if plain is not None and (isinstance(plain, int) or isinstance(label, range) or not isinstance(prompt, str)):
         return plain
@@ -85,11 +87,11 @@ def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> 
             start += len(prompt[start:end]) - len(prompt[start:end].lstrip(" "))
         last = token_at(tokenizer, prompt, end - 1)
         return tuple(range(token_at(tokenizer, prompt, start, first=True), last + 1)) if whole else last
-    raise FeatpatchError(f"{label!r} is no place in token ids: expected a position or a range of positions")
+    raise FeatpatchError(f"{label!r} does not fit token ids: expected a position or a range of positions")
 
 
 def _characters(prompt: str, label: Any) -> tuple[int, int]:
-    """Where a text starts and ends in the prompt, given the text or its characters [start, end]."""
+    """Return where a text starts and ends in the prompt, given the text or its characters [start, end]."""
     if isinstance(label, str) and label:
         start = prompt.find(label)
         if start < 0 or prompt.find(label, start + 1) >= 0:
@@ -104,10 +106,10 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
         start, end = edges
         if not 0 <= start < end <= len(prompt):
             raise FeatpatchError(
-                f"the characters {list(label)} are outside {prompt[:60]!r} or none: expected 0 <= start < end <= {len(prompt)}"
+                f"the characters {list(label)} are outside {prompt[:60]!r} or empty: expected 0 <= start < end <= {len(prompt)}"
             )
         return start, end
     raise FeatpatchError(
-        f"{label!r} is no place in a prompt: expected a token position, a text that occurs once, characters [start, end], "
+        f"{label!r} is not a valid label: expected a token position, a text that occurs once, characters [start, end], "
         '{"span": a text or characters} for all its tokens, or a range of token positions'
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.pairs.pair import plain_integers
 
 Tokenizer = Callable[..., Any]
@@ -21,10 +21,10 @@ Ids = tuple[int, ...]
 
 
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-"""How Unicode's names of the letters begin that are written without spaces between words."""
+"""How the Unicode names of letters begin in scripts that are written without spaces between words."""
 
 
-class PairsWarning(UserWarning):
+class PairsWarning(FeatpatchWarning):
     """A warning about prompts or answers that can be used, but are probably not what was meant."""
 
 
@@ -122,7 +122,7 @@ class AnswerTokens:
         return ids
 
     def _any_ids(self, text: str) -> Ids:
-        """As `ids`, but the tokens may be unknown."""
+        """Return the tokens of an answer, including unknown ones."""
         following, space_missing = self._following(text), self._space_missing(text)
         if following is not None and not space_missing:
             return following
@@ -149,14 +149,14 @@ class AnswerTokens:
         return bare_ids(self.tokenizer, self.prompt or "")
 
     def _following(self, text: str) -> Ids | None:
-        """The ids that a text adds to the prompt; None if the prompt's own tokens change or there is no prompt."""
+        """Return the ids that a text adds to the prompt; None if the prompt's own tokens change or there is no prompt."""
         if self.prompt is None:
             return None
         before, longer = self._prompt_ids, bare_ids(self.tokenizer, self.prompt + text)
         return longer[len(before) :] or None if longer[: len(before)] == before else None
 
     def _spaced(self, text: str) -> Ids | None:
-        """The ids that a text adds to the prompt with a space in front; None if it begins with one already."""
+        """Return the ids that a text adds to the prompt with a space in front; None if it begins with one already."""
         return None if text[:1].isspace() else self._following(f" {text}")
 
     def _space_missing(self, text: str) -> bool:
@@ -207,7 +207,7 @@ def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = Fals
     """Whether one of the prompts begins or ends with padding.
 
     Args:
-        surely: whether a single token at an end does not count that may be BOS or EOS as well.
+        surely: whether to ignore a single token at an end if the padding token is also BOS or EOS.
     """
     pad, _bos, shared = _padding(tokenizer)
     if surely and shared:
@@ -219,7 +219,7 @@ def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = Fals
 
 
 def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
-    """Refuse rows of a batch that may be padded by one token, where that is BOS as well.
+    """Refuse a batch in which some rows may be padded by one token, because the padding token is also BOS.
 
     Raises:
         FeatpatchError: some rows begin with the padding token, which is also BOS, and others do not.
@@ -234,7 +234,7 @@ def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
 
 
 def _padding(tokenizer: Tokenizer) -> tuple[int | None, int | None, bool]:
-    """The ids of padding and of BOS, and whether padding is BOS or EOS as well."""
+    """Return the ids of the padding token and of BOS, and whether the padding token is also BOS or EOS."""
     pad, bos, eos = (getattr(plain_tokenizer(tokenizer), f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
     return pad, bos, pad is not None and pad in (bos, eos)
 
@@ -274,7 +274,7 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def _model(tokenizer: Any) -> Any:
-    """The tokenizer if it is a model, else None."""
+    """Return the argument if it is a model, else None."""
     return tokenizer if callable(getattr(tokenizer, "to_tokens", None)) and hasattr(tokenizer, "tokenizer") else None
 
 
@@ -291,7 +291,7 @@ def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
 
 
 def one_row(value: Any) -> Ids | None:
-    """Return token ids `[pos]` or `[1, pos]`, as a tensor, an array or lists, as plain integers; None for anything else."""
+    """Convert token ids `[pos]` or `[1, pos]`, given as a tensor, an array or lists, to a tuple; None for anything else."""
     rows = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(rows[0], list | tuple):
         rows = rows[0]

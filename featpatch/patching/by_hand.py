@@ -30,10 +30,10 @@ def do(
     attention_mask: Tokens | None = None,
     source_attention_mask: Tokens | None = None,
 ) -> Iterator[Fired]:
-    """Swaps the values of the patch's nodes in every call of the model, generation included.
+    """Context manager that patches nodes in every call of the model, including generation.
 
-    The patch acts in the thread that enters this context: calls of the model in other threads run as ever. Nothing else of
-    featpatch measures this model meanwhile in this thread.
+    The patch acts only in the thread that enters the context; calls of the model in other threads are not affected. Other
+    functions of featpatch refuse the model in this thread until the context ends.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
@@ -55,7 +55,7 @@ def do(
     Raises:
         FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, tokens that begin or end with
             padding and no mask, a mask that hides a position that is swapped, a first call that is shorter than the source,
-            another `do` on this model that is not at its end, or a patch that never fired.
+            another `do` on this model that has not ended, or a patch that never fired.
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
@@ -97,7 +97,7 @@ def do(
         silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
         if silent:
             raise FeatpatchError(
-                f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`, in its thread"
+                f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`, in the same thread"
             )
 
 

@@ -96,12 +96,12 @@ class RandomPart(DictionaryPart):
     seed: int
 
     def count(self, run: PairRuns) -> int:
-        """All, where the feature differs."""
+        """Return the number of directions if the feature differs between the runs, else 0."""
         difference = self.difference(run)
         return self.n * bool((difference.feature[difference.at(run.wanted[self.position])] == self.feature).any())
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """One for each pair in which the feature differs."""
+        """Return the swaps of each pair in which the feature differs, and none for other pairs."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         units = self._units(directions.values)

@@ -1,4 +1,4 @@
-"""How many features does it take? Effects of the top k together for growing k, and the fewest that reach a share."""
+"""Effects of the top k features together for growing k, and the fewest features that reach a share of the effect."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ class Curve:
     sizes: Mapping[Key, Sequence[int]]
 
     def table(self) -> pd.DataFrame:
-        """One row per dictionary, position and k.
+        """Return one row per dictionary, position and k.
 
         Both effects of the set with 95 % intervals, and each as a share of that of all features (NaN where that is 0).
         """

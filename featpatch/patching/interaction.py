@@ -1,4 +1,4 @@
-"""Do two features do more, or less, together than each alone?
+"""Measure whether two features have a larger or smaller effect together than the sum of their effects alone.
 
 interaction = effect(both) - effect(one) - effect(other)
 """

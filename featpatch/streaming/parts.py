@@ -1,7 +1,7 @@
-"""Effects of a block of pairs as two Parquet files: one row per node and pair, one row per pair.
+"""Store the effects of a block of pairs as two Parquet files, one with a row per node and pair, one with a row per pair.
 
-A third file, such as `000003.sha256`, holds the digests of both and of `about.json`, and is written last: a block is finished
-where it is there. `sha256sum -c *.sha256` in the folder checks all of them.
+A third file, such as `000003.sha256`, holds the digests of both and of `about.json`. It is written last, so a block is finished
+if this file exists. `sha256sum -c *.sha256` in the folder verifies all blocks.
 """
 
 import json
@@ -17,23 +17,28 @@ from featpatch.errors import FeatpatchError
 from featpatch.files import sha256, writing
 
 FIELDS = ("site", "kind", "index", "position", "sae")
-"""A node's columns; its position is JSON."""
+"""The columns that identify a node; the position is stored as JSON."""
 
 TYPES = {"integers": is_integer_dtype, "numbers": is_float_dtype, "texts": is_string_dtype}
+"""Tests of a column's type, by the name that errors use."""
 
 AGAIN = "expected a block of fp.stream_features; delete its .sha256 file and run it again"
+"""The end of every error about a damaged block."""
 
 
 def write(effects: Effects, folder: Path, block: int, first: int) -> None:
-    """All three files.
+    """Write the three files of a block.
 
     Args:
-        first: the number of the block's first pair among all pairs.
+        effects: the effects of the block's pairs.
+        folder: the folder of the whole stream, with `about.json`.
+        block: the number of the block.
+        first: the index of the block's first pair among all pairs.
     """
     tables = {name: effects.metric(name) for name in effects.metrics}
     rows = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in FIELDS})
-    rows["index"] = rows["index"].astype("Int64")
     rows["position"] = [json.dumps(position) for position in rows["position"]]
+    rows = rows.astype({name: "Int64" if name == "index" else "string" for name in FIELDS})
     entries = rows.iloc[effects.row].reset_index(drop=True)
     entries["pair"] = effects.pair + first
     pairs = pd.DataFrame({"pair": range(first, first + len(effects.clean))})
@@ -51,20 +56,20 @@ def write(effects: Effects, folder: Path, block: int, first: int) -> None:
 
 
 def name_of(kind: str, block: int) -> str:
-    """One of a block's Parquet files, within the folder."""
+    """Return the path of a block's Parquet file of a kind, `effects` or `pairs`, relative to the folder."""
     return f"{kind}/{block:06d}.parquet"
 
 
 def digests_of(block: int) -> str:
-    """The file that says that a block is finished, within the folder."""
+    """Return the name of the file of digests, whose presence marks a block as finished."""
     return f"{block:06d}.sha256"
 
 
 def read(folder: Path, block: int, name: str) -> bytes:
-    """The content of a file that a finished block's digests name.
+    """Read a file of a finished block and verify its digest.
 
     Raises:
-        FeatpatchError: it is missing or damaged.
+        FeatpatchError: the file is missing or damaged.
     """
     path = folder / name
     try:
@@ -73,15 +78,18 @@ def read(folder: Path, block: int, name: str) -> bytes:
     except (OSError, ValueError) as error:
         raise FeatpatchError(f"{str(path)!r} can't be read ({error}): {AGAIN}") from error
     if f"{sha256(content)}  {name}" not in lines:
-        raise FeatpatchError(f"{str(path)!r} does not have the SHA-256 that {digests_of(block)} says: {AGAIN}")
+        raise FeatpatchError(f"{str(path)!r} does not match its SHA-256 in {digests_of(block)}: {AGAIN}")
     return content
 
 
 def table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of a block's `effects` or `pairs`.
+    """Read some columns of a block's Parquet file.
+
+    Args:
+        kind: `effects` or `pairs`.
 
     Raises:
-        FeatpatchError: the file is missing or damaged, or holds values of other types.
+        FeatpatchError: the file is missing or damaged, or a column has another type.
     """
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Effects in a folder: as many pairs as the disk holds; what is read of them is a ranking, or the rows that are asked for."""
+"""Effects of many pairs in a folder, read block by block, so that only a ranking or the requested rows are in memory."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from featpatch.effects import Effects, check_gap
+from featpatch.effects import EFFECTS, Effects, check_gap
 from featpatch.effects.content import check_columns, check_metadata, nodes_of
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.files import as_path, read_json, sha256
@@ -23,11 +23,11 @@ FORMAT = "featpatch stored effects 1"
 
 @dataclass(frozen=True)
 class Stored:
-    """What `stream_features` wrote.
+    """The effects that `stream_features` wrote to a folder.
 
     Attributes:
-        folder: with `about.json`, of each block a Parquet file in `effects` and in `pairs`, and their digests.
-        metric: which one is meant, of those that were measured; the first by default.
+        folder: holds `about.json` and, for each block, a Parquet file in `effects`, one in `pairs`, and their digests.
+        metric: one of the metrics that were measured; the first by default.
     """
 
     folder: Path
@@ -42,7 +42,11 @@ class Stored:
 
     @cached_property
     def about(self) -> Mapping[str, Any]:
-        """Where the effects come from; as `Effects.metadata`, without what is each block's own."""
+        """The provenance of the effects, like `Effects.metadata` without the entries that differ between blocks.
+
+        Raises:
+            FeatpatchError: `about.json` is missing or damaged.
+        """
         path = self.folder / "about.json"
         try:
             about = read_json(path.read_text(encoding="utf-8"))
@@ -55,10 +59,10 @@ class Stored:
 
     @cached_property
     def blocks(self) -> int:
-        """How many blocks were finished when this was first asked.
+        """The number of finished blocks, counted on first access.
 
         Raises:
-            FeatpatchError: one in between is missing, or `about.json` is not the one that they were written with.
+            FeatpatchError: a block in between is missing, or `about.json` has changed since the blocks were written.
         """
         names = sorted(path.name for path in self.folder.glob("*.sha256"))
         expected = [parts.digests_of(block) for block in range(len(names))]
@@ -71,7 +75,7 @@ class Stored:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """One row per pair: `clean`, `corrupted`, `tags`, and number and digest of its block.
+        """The pairs, one row each, with `clean`, `corrupted`, `tags`, and the number and digest of their block.
 
         Raises:
             FeatpatchError: no block is finished, or a file is missing or damaged.
@@ -89,10 +93,11 @@ class Stored:
         return table.set_index("pair")
 
     def pooled(self) -> pd.DataFrame:
-        """Every node with its effects over all pairs and the number of pairs in which it changes; block by block.
+        """Compute the pooled effects of every node over all pairs, block by block.
 
         Returns:
-            One row per node, the largest effect first; without intervals, which `top` has. Positions are JSON.
+            One row per node, the largest effect first, with the number of pairs in which the node changes. Positions are JSON.
+            There are no intervals; `top` has them.
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -106,7 +111,7 @@ class Stored:
             found = grouped.sum(min_count=1)
             total = found if total is None else total.add(found, fill_value=0)
         assert total is not None
-        run = [e for e, way in (("recovery", "denoising"), ("degradation", "noising")) if way in self.about["directions"]]
+        run = [effect for effect, direction in EFFECTS.items() if direction in self.about["directions"]]
         table = total.reset_index()
         table[run] /= gap
         table["changed_pairs"] = table["changed_pairs"].astype(int)
@@ -114,16 +119,17 @@ class Stored:
         return table[[*FIELDS, *run, "changed_pairs"]].iloc[order].reset_index(drop=True)
 
     def top(self, n: int = 20, *, by: str | None = None) -> Effects:
-        """The ranked nodes with the largest effect, largest first, as a table in memory, with all that it can do.
+        """Load the ranked nodes with the largest effects, largest first, as an `Effects` table.
 
         Args:
+            n: the number of nodes.
             by: `"recovery"` or `"degradation"`; by default the first that was run.
 
         Raises:
-            FeatpatchError: an effect that was not run.
+            FeatpatchError: `by` was not run.
         """
         table = self.pooled()
-        run = [name for name in ("recovery", "degradation") if name in table]
+        run = [effect for effect in EFFECTS if effect in table]
         if by is not None and by not in run:
             raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(run)}")
         check_numbers(1, n=n)
@@ -133,7 +139,7 @@ class Stored:
         return self._effects(chosen, len(ranked))
 
     def load(self) -> Effects:
-        """All of it in memory."""
+        """Load all nodes as an `Effects` table in memory."""
         table = self.pooled()
         return self._effects(table, int(table["kind"].isin(RANKED).sum()))
 
@@ -158,7 +164,11 @@ class Stored:
         return Effects(nodes=nodes, metadata=metadata, **columns)
 
     def _entries(self) -> Iterator[pd.DataFrame]:
-        """Block by block, one row per node and pair."""
+        """Yield the entries of each block, one row per node and pair.
+
+        Raises:
+            FeatpatchError: a block is damaged, holds entries of other pairs or duplicates, or values that are not finite.
+        """
         names = {f"{name} of {self.metric}": name for name in ("denoised", "noised")}
         columns = [*FIELDS, "pair", *names]
         for block in range(self.blocks):
@@ -167,16 +177,15 @@ class Stored:
             within = entries["pair"].between(pairs.min(), pairs.max()).all()
             if not within or entries.duplicated([*FIELDS, "pair"]).any():
                 raise FeatpatchError(
-                    f"the effects of block {block} in {str(self.folder)!r} are of other pairs than its own, or stand there "
-                    f"twice: {parts.AGAIN}"
+                    f"block {block} in {str(self.folder)!r} has effects of pairs of other blocks, or duplicates: {parts.AGAIN}"
                 )
-            run = [name for name, way in (("denoised", "denoising"), ("noised", "noising")) if way in self.about["directions"]]
+            run = [{"denoising": "denoised", "noising": "noised"}[direction] for direction in self.about["directions"]]
             if not np.isfinite(entries[run]).all(axis=None):
                 raise FeatpatchError(f"block {block} in {str(self.folder)!r} has values that are not finite: {parts.AGAIN}")
             yield entries
 
     def digest_of(self, block: int) -> str:
-        """That of the pairs of a finished block."""
+        """Return the digest of the pairs of a finished block."""
         return str(parts.table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:

@@ -95,7 +95,11 @@ def _run(study: Study, folder: Path, number: int, first: int, journal: Path, exe
 
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:
-    """Notes it, or refuses results of another kind than those that are there."""
+    """Write `about.json`, or compare with an existing one.
+
+    Raises:
+        FeatpatchError: the folder holds results of another study.
+    """
     if not path.exists():
         with writing(path) as file:
             file.write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -110,7 +114,11 @@ def _check_about(path: Path, about: dict[str, Any]) -> None:
 
 
 def _check_same(folder: Path, number: int, block: Pairs) -> None:
-    """Raises FeatpatchError where a finished block is of other pairs."""
+    """Check that a finished block has the same pairs.
+
+    Raises:
+        FeatpatchError: it has other pairs.
+    """
     if Stored(folder).digest_of(number) != block.digest():
         raise FeatpatchError(
             f"block {number} in {str(folder)!r} is of other pairs: expected the same blocks of the same size; give another "

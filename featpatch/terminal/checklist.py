@@ -11,7 +11,7 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
 def totals(check: Checklist) -> Table:
-    """By rule, how many pairs pass, and what to do about the others."""
+    """Tabulate how many pairs pass each rule, and what to do about the others."""
     table = Table(title=repr(check).splitlines()[0])
     table.add_column("rule", no_wrap=True)
     for status in SEVERITY:

@@ -18,7 +18,7 @@ TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradatio
 
 
 def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) -> Table:
-    """One line per row of the effects, with 95 % intervals, and its quadrant where both directions were run."""
+    """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run."""
     table = Table(
         title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"
     )
@@ -47,7 +47,7 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
 
 
 def site_summary(effects: Effects) -> Table:
-    """What the whole activation, all features and the error alone bring back, per site and position."""
+    """Tabulate the effects of the whole activation, all features and the error alone, per site and position."""
     table = Table(title=f"{effects.value} effects per site: whole activation = all features + error + their interaction")
     summary = effects.sites()
     for column in ("site", "position", "changed\nfeatures"):
@@ -64,7 +64,7 @@ def site_summary(effects: Effects) -> Table:
 
 
 def planned(plan: Plan) -> Table:
-    """What a sweep will take."""
+    """Tabulate the cost of a planned sweep."""
     return _facts("estimate of the sweep", [
         ("patches, each an exact run", f"{plan.patches:,}"),
         ("positions to compute", f"{plan.rows:,}"),
@@ -78,7 +78,7 @@ def planned(plan: Plan) -> Table:
 
 
 def predicted(found: Prediction) -> Table:
-    """What a sweep will take, from sizes alone."""
+    """Tabulate the predicted cost of a sweep, from sizes alone."""
     rows = [("patches, each an exact run", f"{found.patches:,}"), ("operations of patches", f"{found.flops:.3g}"),
             ("operations of runs and dictionaries", f"{found.other_flops:.3g}"),
             ("memory of a worker, float32", f"{found.memory / 1e9:,.1f} GB")]  # fmt: skip
@@ -107,7 +107,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
 
 
 def checked(check: Check) -> Table:
-    """How dictionaries fit a model, one line each, with what is wrong below."""
+    """Tabulate how dictionaries fit a model, one line each, with remarks below."""
     notes = [f"{fit.dictionary}: {note}" for fit in check.fits for note in (fit.misfit, *fit.remarks) if note]
     table = Table(
         title=f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
@@ -142,7 +142,7 @@ def _number(value: float) -> str:
 
 
 def stability_table(effects: Effects) -> Table:
-    """How far halves of the pairs agree on the ranking of the features, one line per effect.
+    """Tabulate how well halves of the pairs agree on the ranking of the features, one line per effect.
 
     Raises:
         FeatpatchError: fewer than 4 pairs or 2 features.

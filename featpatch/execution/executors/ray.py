@@ -1,4 +1,4 @@
-"""Ray: workers on this machine, or on those of a cluster."""
+"""Run sweeps on the workers of a Ray, on this machine or on a cluster."""
 
 import logging
 import os
@@ -17,24 +17,24 @@ from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution.executor import Batch, Book, Executor, Shards
 
 DEATHS = 3
-"""So many workers may die with the same task."""
+"""How many workers may die at the same task before the sweep gives up."""
 
 PATIENCE = 300
-"""Seconds within which workers must be there."""
+"""How many seconds to wait for the first worker."""
 
 
 @dataclass(frozen=True)
 class Ray(Executor):
-    """A Ray that is started here, or a cluster that is joined.
+    """Run sweeps on a local Ray that is started for them, or on a running cluster.
 
-    A worker that dies is replaced, and what it was doing is run again; a cluster that loses a node goes on with what is left.
-    Only what is finished reaches the book, so the rest of it outlives everything but the disk of this machine.
+    A worker that dies is replaced and its task is run again; a cluster that loses a node continues with the remaining ones.
+    Finished batches are kept on this machine, so they survive the loss of any worker or node.
 
     Args:
-        workers: how many processes; by default as many as there are processors (or GPUs, where `gpus` are asked for).
-        address: of a running cluster, such as `"auto"` or `"ray://head:10001"`; by default the one that this process is
-            connected to, or else one that is started here and ends with the sweep.
-        cpus, gpus: of each worker.
+        workers: the number of processes; by default as many as there is room for, by processors and GPUs.
+        address: the address of a running cluster, such as `"auto"` or `"ray://head:10001"`; by default the Ray that this
+            process is connected to, or else a local one that is started here and ends with the sweep.
+        cpus, gpus: how many processors and GPUs each worker takes.
     """
 
     workers: int | None = None
@@ -45,14 +45,14 @@ class Ray(Executor):
     def __post_init__(self) -> None:
         check_numbers(1, workers=1 if self.workers is None else self.workers)
         if self.address is not None and not isinstance(self.address, str):
-            raise FeatpatchError(f"address={self.address!r}: expected that of a cluster, such as 'auto', or None")
+            raise FeatpatchError(f"address={self.address!r}: expected the address of a cluster, such as 'auto', or None")
         for name in ("cpus", "gpus"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise FeatpatchError(f"{name}={value!r}: expected a number of them for each worker, 0 or more")
+                raise FeatpatchError(f"{name}={value!r}: expected a number for each worker, 0 or more")
 
     def run(self, make: Callable[[], Shards], shards: int, book: Book, done: Callable[[int], object]) -> None:
-        """As for every executor."""
+        """Run every batch that the book lacks, see `Executor.run`."""
         with self._connected() as ray:
             resources = ray.cluster_resources()
             fits = [int(resources.get(kind, 0) // each) for kind, each in (("CPU", self.cpus), ("GPU", self.gpus)) if each]
@@ -68,7 +68,7 @@ class Ray(Executor):
 
     @contextmanager
     def _connected(self) -> Iterator[Any]:
-        """The library, connected; what was started for this is ended."""
+        """Context manager that yields the ray module, connected; a Ray that was started here is shut down on exit."""
         try:
             import ray
         except ImportError as error:
@@ -76,8 +76,8 @@ class Ray(Executor):
         if ray.is_initialized():
             if self.address is not None:
                 raise FeatpatchError(
-                    f"address={self.address!r} where this process is connected to a Ray already: expected None, which takes "
-                    "that one, or ray.shutdown() before"
+                    f"address={self.address!r} where this process is connected to a Ray already: expected None, which uses "
+                    "that Ray, or ray.shutdown() before"
                 )
             yield ray
             return
@@ -91,8 +91,8 @@ class Ray(Executor):
         except Exception as error:
             where = "Ray can't be started here" if self.address is None else f"address={self.address!r}: no Ray there"
             raise FeatpatchError(
-                f"{where} ({type(error).__name__}: {error}): expected one that runs; see whether `ray start --head` does, or "
-                "leave out executor='ray'"
+                f"{where} ({type(error).__name__}: {error}): expected a Ray that runs; see whether `ray start --head` works, "
+                "or leave out executor='ray'"
             ) from error
         try:
             yield ray
@@ -102,10 +102,10 @@ class Ray(Executor):
 
 @contextmanager
 def _silent(services: Any) -> Iterator[None]:
-    """What is started within sends nothing to Ray's makers and does not ask which cloud it is in.
+    """Context manager in which a Ray that is started sends no usage statistics and does not ask which cloud it is in.
 
-    Ray asks in the process of its dashboard, which starts even without a dashboard and with statistics off, for the module of
-    these statistics alone. Ray goes on where that process can't be started, which `(None, None)` says.
+    Ray asks from the process of its dashboard, which it starts even without a dashboard and with statistics switched off.
+    `(None, None)` tells Ray that this process could not be started, and it continues without.
     """
     start, before = getattr(services, "start_api_server", None), os.environ.get("RAY_USAGE_STATS_ENABLED")
     services.start_api_server = lambda *_, **__: (None, None)
@@ -121,7 +121,11 @@ def _silent(services: Any) -> Iterator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Raises OSError where nobody listens, which Ray finds out after minutes; "auto" is what RAY_ADDRESS says, if anything."""
+    """Check that somebody listens at an address, which takes Ray minutes; "auto" stands for RAY_ADDRESS, if it is set.
+
+    Raises:
+        OSError: nobody does.
+    """
     meant = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
     host, _, port = meant.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
@@ -129,7 +133,7 @@ def _check_reachable(address: str | None) -> None:
 
 
 class _Worker:
-    """Shards in a process of their own."""
+    """The shards of a sweep in a process of their own."""
 
     def __init__(self, make: Callable[[], Shards]) -> None:
         self.shards = make()
@@ -138,7 +142,7 @@ class _Worker:
         return [(batch.key, batch.patches) for batch in self.shards.batches(shard)]
 
     def ready(self) -> None:
-        """Answers when the process is there."""
+        """Return once the process has started."""
 
     def run(self, shard: int, key: str) -> Any:
         values = self.shards.run(shard, key)
@@ -147,7 +151,7 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Task:
-    """A shard to be opened, or one of its batches."""
+    """One of a shard's batches to run, or a shard whose batches are to be listed."""
 
     shard: int
     batch: Batch | None = None
@@ -155,17 +159,18 @@ class _Task:
 
 @dataclass
 class _Driver:
-    """Hands out tasks: a worker goes on with its shard, then opens another one, then helps where most is left.
+    """Distributes tasks: a worker continues its shard, then opens another one, then helps the shard with the most tasks left.
 
     Attributes:
-        hire: starts a worker.
-        unopened: shards whose batches aren't known yet.
-        left: by open shard, the tasks that nobody has yet.
+        hire: a function that starts a worker.
+        unopened: the shards whose batches are not known yet.
+        left: the tasks of each open shard that no worker has yet.
         at: the shard that each worker is at.
-        running: by reference, the worker and its task.
-        hired, coming: all workers; by reference, those that aren't there yet.
-        again: tasks of workers that died.
-        deaths: how often a task was lost.
+        running: the worker and its task, by Ray's reference to the result.
+        hired: all workers.
+        coming: the workers that have not started yet, by Ray's reference.
+        again: the tasks of workers that died.
+        deaths: how many workers died at each task.
     """
 
     ray: Any
@@ -182,7 +187,7 @@ class _Driver:
     deaths: dict[_Task, int] = field(default_factory=dict)
 
     def run(self, workers: int) -> None:
-        """Until nothing is left; workers are ended in any case. Those that find no room are not waited for."""
+        """Run until no task is left, without waiting for workers that find no room, and end all workers."""
         idle: list[Any] = []
         try:
             for _ in range(workers):
@@ -205,7 +210,7 @@ class _Driver:
         self.coming[worker.ready.remote()] = worker
 
     def _some(self) -> list[Any]:
-        """References that are there; looks once a second, so that Ctrl-C is heard."""
+        """Wait for references that are ready, checking once a second so that Ctrl-C is noticed."""
         start = time.monotonic()
         while True:
             ready, _ = self.ray.wait([*self.running, *self.coming], timeout=1)
@@ -213,12 +218,12 @@ class _Driver:
                 return list(ready)
             if not self.running and time.monotonic() - start > PATIENCE:
                 raise FeatpatchError(
-                    f"no worker was there after {PATIENCE} seconds: expected processors that nobody else holds; wait for "
-                    "them, or ask for less by fp.Ray(workers=..., cpus=...)"
+                    f"no worker has started after {PATIENCE} seconds: expected free processors; wait for them, or ask for "
+                    "fewer with fp.Ray(workers=..., cpus=...)"
                 )
 
     def _arrived(self, reference: Any) -> Any:
-        """A worker that can be given something; None where it died, and another one is hired."""
+        """Return a worker that has started; None if it died, in which case another one is hired."""
         worker = self.coming.pop(reference)
         try:
             self.ray.get(reference)
@@ -228,22 +233,26 @@ class _Driver:
         return worker
 
     def _lost(self, task: _Task, error: Exception) -> None:
-        """Another worker in the place of one that died."""
+        """Replace a worker that died.
+
+        Raises:
+            FeatpatchError: workers can't be set up, or too many died at this task.
+        """
         if getattr(error, "actor_init_failed", False):
             raise FeatpatchError(
-                f"a worker can't be set up ({error}): expected the same packages there as here, also those that metrics are "
-                "defined in"
+                f"a worker can't be set up ({error}): expected the same packages there as here, including those in which "
+                "metrics are defined"
             ) from error
         self.deaths[task] = self.deaths.get(task, 0) + 1
         if self.deaths[task] == DEATHS:
             raise FeatpatchError(
-                f"{DEATHS} workers died one after another at the same batch ({error}): expected room for it; what is finished "
-                "is in the journal, if there is one; use fewer workers or a smaller batch_rows"
+                f"{DEATHS} workers died one after another at the same batch ({error}): expected enough memory for it; "
+                "finished batches are in the journal, if there is one; use fewer workers or a smaller batch_rows"
             ) from error
         self._hire()
 
     def _start(self, worker: Any) -> bool:
-        """Whether there was something to do for a worker."""
+        """Give a worker its next task; False if there is none."""
         task = self._next(worker)
         if task is None:
             return False
@@ -263,7 +272,7 @@ class _Driver:
         return self.left[shard].popleft() if self.left.get(shard) else None
 
     def _finish(self, reference: Any) -> Any:
-        """Notes what came of a task; the worker, or None where it died."""
+        """Record the result of a task and return its worker, or None if it died."""
         worker, task = self.running.pop(reference)
         try:
             found = self.ray.get(reference)
@@ -283,7 +292,7 @@ class _Driver:
         return worker
 
     def _open(self, shard: int, batches: Sequence[Batch]) -> None:
-        """Notes the batches of a shard; those that the book has are done."""
+        """Queue the batches of a shard that the book lacks, and count the others as done."""
         tasks = deque[_Task]()
         for batch in batches:
             if self.book.get(batch.key) is None:

@@ -1,11 +1,11 @@
 """Objects of the user's own as codecs."""
 
-import hashlib
 from typing import Any
 
 import torch
 
 from featpatch.errors import FeatpatchError
+from featpatch.files import sha256
 from featpatch.lens.adapter import Adapted
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.digest import digest
@@ -43,7 +43,7 @@ class AdaptedCodec(Codec):
 
     @staticmethod
     def hooks(source: Any) -> tuple[str, str] | None:
-        """As it was told."""
+        """Return the hook points that were passed to `adapt`; None for any other object."""
         return (source.hook, source.hook_out) if isinstance(source, Adapted) else None
 
     @torch.no_grad()
@@ -58,15 +58,15 @@ class AdaptedCodec(Codec):
         return decoded + state["skip"] if "skip" in state else decoded
 
     def digest(self) -> str:
-        """Of the weights, if it has any, and of what it makes of random activations, which settings beside them decide."""
+        """Return a digest of the weights, if any, and of results on random activations, which settings change too."""
         weights = digest(self.coder) if isinstance(self.coder, torch.nn.Module) else ""
         x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
         code = self.encode(x)
         made = torch.cat([code.features.flatten(), self.decode(code.features, code.state).flatten()]).double().cpu()
-        return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
+        return sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes())
 
     def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
-        """What the object makes of a copy, since it may work in place; dense and of the type that it was given."""
+        """Call a method on a copy, because it may work in place, and return a dense result of the input's dtype."""
         given = x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
         try:
             made = (self.skip if verb == "skip" and self.skip else getattr(self.coder, verb))(given)

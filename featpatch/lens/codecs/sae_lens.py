@@ -1,4 +1,4 @@
-"""The SAEs and transcoders of sae-lens as codecs; the user's objects are left alone, a codec works on views of their weights.
+"""Codecs for the SAEs and transcoders of sae-lens. A codec works on views of the weights and does not change the user's object.
 
 An SAE in half precision encodes in its own type, so that its features are the user's; what is decoded, and subtracted from
 other decoded activations, is float32, because the rounding of a whole activation would hide what one feature adds.
@@ -8,7 +8,6 @@ means), and reads the heads' width there; a skip transcoder's `decode` leaves th
 predicted codes; `expected_average_only_in` is folded into the weights by `from_pretrained`, not by `load_from_disk`.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ import torch
 from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE, Transcoder
 
 from featpatch.errors import FeatpatchError
+from featpatch.files import sha256
 from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.digest import digest
 from featpatch.lens.formats import UNSUPPORTED_CLT
@@ -41,11 +41,11 @@ SIZES = (
     "bottleneck_factor",
     "max_iterations",
 )
-"""Settings that count something."""
+"""Settings that are counts and must be 1 or more."""
 
 
 def check_sizes(settings: Mapping[str, Any]) -> None:
-    """Refuses a configuration in which nothing, or less, is counted.
+    """Check that every count in a configuration is positive, and that `k` is not larger than `d_sae`.
 
     Raises:
         FeatpatchError: a size is below 1, or more features are kept than there are.
@@ -96,7 +96,7 @@ class SaeCodec(Codec):
 
     @staticmethod
     def hooks(source: Any) -> tuple[str, str] | None:
-        """As its metadata say."""
+        """Return the hook points in the SAE's metadata; None for any other object."""
         if not isinstance(source, SAE):
             return None
         metadata = source.cfg.metadata
@@ -110,7 +110,7 @@ class SaeCodec(Codec):
         return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
     def encode(self, x: torch.Tensor) -> Code:
-        """Features (a temporal SAE's novel codes) and, as the state, norms and means, skip path, predicted codes."""
+        """Return the features (a temporal SAE's novel codes) and, as the state, norms, means, skip path and predicted codes."""
         sae, wide = self._encoder, self._decoder.dtype
         scaled = x.to(device=sae.device, dtype=sae.dtype) * self.scale
         state = {}
@@ -125,7 +125,7 @@ class SaeCodec(Codec):
         return Code(features.to(wide), {name: value.to(wide) for name, value in state.items()})
 
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
-        """The full reconstruction: sae-lens' own, with what its `decode` leaves out."""
+        """Return the full reconstruction, including what sae-lens' `decode` leaves out."""
         decoder = self._decoder
         decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
         with _quiet():
@@ -133,20 +133,20 @@ class SaeCodec(Codec):
         return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
 
     def rows(self, features: torch.Tensor) -> torch.Tensor | None:
-        """Of the decoder's weights."""
+        """Return rows of the decoder's weights; None if it has no matrix of the expected shape."""
         weights = getattr(self._decoder, "W_dec", None)
         if not isinstance(weights, torch.Tensor) or weights.shape != (self.d_sae, self.d_out):
             return None
         return weights[features.to(weights.device)] / self.scale
 
     def digest(self) -> str:
-        """Of the weights and of the configuration."""
+        """Return a digest of the weights and the configuration."""
         settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
-        return hashlib.sha256(f"{digest(self.sae)} {settings}".encode()).hexdigest()
+        return sha256(f"{digest(self.sae)} {settings}".encode())
 
 
 def _flat(sae: Any) -> Any:
-    """The SAE made to take flat activations; a copy, on which it keeps its statistics."""
+    """Change an SAE, which must be a copy, to take flat activations and keep its own statistics; return it."""
     for name in NORMS:
         sae.__dict__.pop(name, None)
     sae._setup_activation_normalization()  # its functions keep statistics on the object they were made for
@@ -156,7 +156,7 @@ def _flat(sae: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within this context sae-lens does not warn of what we add."""
+    """Context manager that silences sae-lens' warnings about what we add."""
     log = logging.getLogger("sae_lens")
     log.addFilter(_silence)
     try:

@@ -32,7 +32,7 @@ def path_study(
     asked: Asked,
     only: frozenset[Edge] | None = None,
 ) -> tuple[Study, EdgePart]:
-    """What `rank_paths` with these arguments does, checked, and the part with its edges; positions are those of the senders.
+    """Return the validated experiment of `rank_paths` and the part with its edges; positions are those of the senders.
 
     Args:
         only: the edges that are patched; None for all.

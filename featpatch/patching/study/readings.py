@@ -1,7 +1,7 @@
-"""Where metrics are read in a run, and how the values of several readings become one.
+"""Readings: the positions at which metrics are read in a run, and how several values become one.
 
 Most metrics are read once, at the answer position. The log-probability of an answer of several tokens is read before each of
-them, teacher-forced: the tokens before it stand behind the prompt, in the clean and in the corrupted run alike.
+them, teacher-forced: the tokens before it follow the prompt, in the clean and in the corrupted run alike.
 
     log p(a | prompt) = sum_i log p(a_i | prompt, a_1 ... a_(i-1))
 """
@@ -24,10 +24,10 @@ Combined = Float[torch.Tensor, "patches metrics"]
 
 @dataclass(frozen=True)
 class Reading:
-    """One place where logits are read.
+    """One position at which logits are read.
 
     Attributes:
-        continuation: tokens that stand behind the prompt; the logits after the last of them are read.
+        continuation: tokens that follow the prompt; the logits after the last of them are read.
         correct, wrong: ids of the answers there.
     """
 
@@ -44,11 +44,11 @@ class AtAnswer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that are measured."""
+        """The names of the metrics."""
         return self.measures.names
 
     def readings(self, pair: Pair) -> list[Reading]:
-        """One."""
+        """Return a single reading, at the answer position."""
         need = [part.name for part in self.measures.parts if part.needs != "clean"]
         if need and not pair.correct:
             raise FeatpatchError(
@@ -58,7 +58,7 @@ class AtAnswer:
         return [Reading((), pair.correct, pair.wrong)]
 
     def combine(self, pair: Pair, values: ByReading) -> Combined:
-        """As they are."""
+        """Return the values of the single reading unchanged."""
         return values[0]
 
 
@@ -74,7 +74,7 @@ class OfSequences:
         return together("log_prob")
 
     def readings(self, pair: Pair) -> list[Reading]:
-        """One before each token of each answer."""
+        """Return one reading for each token of each answer."""
         return [
             Reading(answer[:token], (answer[token],), ())
             for answers in self._sides(pair)
@@ -120,11 +120,11 @@ def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Readi
             would follow the prompt of a model that attends in both directions.
     """
     readings = dict(enumerate(each(read.readings, list(pairs))))
-    behind = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
-    check_tokens(pairs, lens, behind)
-    if any(any(of_pair) for of_pair in behind.values()) and not lens.causal:
+    continuations = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
+    check_tokens(pairs, lens, continuations)
+    if any(any(of_pair) for of_pair in continuations.values()) and not lens.causal:
         raise FeatpatchError(
-            f"metric {', '.join(read.names)} puts answers behind the prompt, and {lens.model.cfg.model_name!r} attends in "
+            f"metric {', '.join(read.names)} puts answers after the prompt, and {lens.model.cfg.model_name!r} attends in "
             "both directions: expected a causal model, or answers of one token"
         )
     return readings
@@ -137,7 +137,7 @@ def leading(metric: Metrics) -> str | Metric:
 
 
 def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
-    """How to read a metric, or several together.
+    """Return how to read one metric or several together.
 
     Args:
         refused, use: as in `metrics.find`.

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from featpatch.engine import (
     row_budget,
     row_bytes,
 )
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.execution import Executor, executor_of
 from featpatch.files import as_path
 from featpatch.lens import Lens, provenance
@@ -52,7 +53,7 @@ Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked, checked.
+    """A validated patching experiment.
 
     Attributes:
         parts: what is patched.
@@ -132,7 +133,7 @@ class Study:
         return self._swept(survey, journal, executor, progress=progress)
 
     def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
-        """As `run`, for pairs that are a block of others, which may have no gap by themselves."""
+        """Run a block of a larger set of pairs, which may have no gap by itself; see `run`."""
         return self._swept(self._survey(), journal, executor, progress=progress)
 
     def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
@@ -143,8 +144,14 @@ class Study:
         if journal is not None:
             subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
             book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
-        if elsewhere is not None and book is not None:
-            book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
+        with closing(book) if isinstance(book, Journal) else nullcontext():
+            if elsewhere is not None and book is not None:
+                book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
+            return self._collected(survey, metadata, book, progress=progress)
+
+    def _collected(self, survey: "Survey", metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
+        """Run the batches that the book lacks and collect the values of all; after Ctrl-C, of those that are finished."""
+        clean, corrupted, patches = survey
         collector = Collector(self.readout.names)
         finished: list[int] = []
         begun: list[int] = []
@@ -174,7 +181,7 @@ class Study:
         return effects
 
     def work(self) -> Iterator[tuple[list[Swaps], list[Block]]]:
-        """All swaps, and the patches that they are, part by part of the pairs that run together."""
+        """Yield the swaps and their patches, for each part of each group of pairs that run together."""
         for some in chunks(self.pairs):
             runs = self.runs(tuple(some))
             for part in self.parts:
@@ -183,11 +190,11 @@ class Study:
 
     @property
     def fast(self) -> bool:
-        """Whether our own forward pass is taken."""
+        """Whether the fast forward pass of featpatch is used instead of the model's own."""
         return isinstance(self.path, SuffixPath)
 
     def _run_elsewhere(self, executor: Executor, book: Book, patches: int, *, progress: bool) -> Book:
-        """All batches into the book, from which the sweep then takes them; after Ctrl-C those that are there."""
+        """Run all batches with an executor and return the book of their values; after Ctrl-C, of those that are finished."""
         shards = len(list(chunks(self.pairs))) * len(self.parts)
         total = patches * len(self.directions)
         with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
@@ -200,17 +207,17 @@ class Study:
         return book
 
     def blocks(self, some: list[int], part: Part) -> list[Block]:
-        """Every patch of a part in some pairs that run together."""
+        """Return all patches of a part for some pairs that run together."""
         runs = self.runs(tuple(some))
         return self._blocks(runs, part.swaps(runs))
 
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
-        """Direction by direction, pair by pair, reading by reading, swap by swap."""
+        """List the patches by direction, then by pair, reading and swap."""
         each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
         return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
 
     def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
-        """Every patch of a part in some pairs; what an interruption leaves out stays NaN."""
+        """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
         runs = self.runs(tuple(some))
         swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
@@ -274,6 +281,7 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
             warnings.warn(
                 f"nothing differs at {label!r} of any pair, so that it has no rows: pair 0 has it at {places[0]} and differs "
                 f"from {pairs[0].first_difference} on; positions count from 0, with the BOS token",
+                FeatpatchWarning,
                 stacklevel=5,
             )
 
@@ -281,7 +289,7 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
 def _metadata(
     lens: Lens, about: Mapping[str, Any], runner: Runner, read: Readout, directions: Sequence[Direction], positions: Positions
 ) -> dict[str, Any]:
-    """What the results depend on, and where they come from."""
+    """Return everything that the results depend on, and their provenance."""
     return {
         "metric": read.names[0],
         "metrics": list(read.names),

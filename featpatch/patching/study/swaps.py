@@ -1,6 +1,5 @@
 """From what differs between the runs of a pair to the deltas of its swaps."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch.engine import Deltas
+from featpatch.files import sha256
 from featpatch.lens import Dictionary
 from featpatch.pairs.spans import Wanted
 from featpatch.patch import Direction, Kind, Node, Position
@@ -46,7 +46,7 @@ class Swaps:
     @property
     def name(self) -> str:
         """A short name of the nodes, the same in every run."""
-        return hashlib.sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode()).hexdigest()[:24]
+        return sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode())[:24]
 
 
 Naming = Callable[[int, Position], Node]

@@ -1,5 +1,0 @@
-"""`python -m featpatch.cli` is `featpatch`."""
-
-from featpatch.cli import app
-
-app()

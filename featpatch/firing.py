@@ -6,12 +6,13 @@ that no such word does.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from torch.nn.utils.rnn import pad_sequence
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
@@ -21,6 +22,8 @@ from featpatch.patch import Node
 
 CONTEXT = 5
 """Words before the one on which a feature fires that are shown."""
+TOKENS = 1024
+"""Tokens of texts that run together."""
 MANY = 10
 """How many places are looked at for each context that is shown, so that the contexts differ."""
 
@@ -68,49 +71,42 @@ def describe(
     if not texts:
         raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
-    text = [_Words.of(model.tokenizer, rows) for rows in _by_length(model, texts, lens.n_ctx)]
+    text = [_Document.of(model.tokenizer, ids) for ids in _ids(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
         raise FeatpatchError(
             "the texts have no words: expected tokens that are not special, to look for what a feature fires on"
         )
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
-    described = {}
-    for name in dict.fromkeys(node.sae for node in features):
-        if name not in found:
-            raise FeatpatchError(
-                f"a node names dictionary {name!r}: expected one of {', '.join(found)}, the SAEs that you pass"
-            )
-        of_sae = [node for node in features if node.sae == name]
-        indices = torch.tensor([node.index for node in of_sae])
-        values = [_activations(lens, found[name], part.tokens, indices)[part.usable] for part in text]
-        for node, column in zip(of_sae, torch.cat(values).T, strict=True):
-            described[node] = _describe(model.tokenizer, text, column, contexts)
-    return described
+    unknown = [node.sae for node in features if node.sae not in found]
+    if unknown:
+        raise FeatpatchError(
+            f"a node names dictionary {unknown[0]!r}: expected one of {', '.join(found)}, the SAEs that you pass"
+        )
+    columns = _activations(lens, found, features, text)
+    return {node: _describe(model.tokenizer, text, column, contexts) for node, column in zip(features, columns.T, strict=True)}
 
 
 @dataclass(frozen=True)
-class _Words:
-    """Documents of equal length, with a mask of the words that are not special tokens."""
+class _Document:
+    """The tokens of a text, with a mask of the words that are not special tokens."""
 
-    tokens: Int[torch.Tensor, "docs pos"]
-    usable: Bool[torch.Tensor, "docs pos"]
+    tokens: Int[torch.Tensor, " pos"]
+    usable: Bool[torch.Tensor, " pos"]
 
     @property
     def followed(self) -> Bool[torch.Tensor, " words"]:
         """Whether each usable word is followed by another token, in order."""
-        return (torch.arange(self.tokens.shape[1]) < self.tokens.shape[1] - 1).expand_as(self.usable)[self.usable]
+        return (torch.arange(len(self.tokens)) < len(self.tokens) - 1)[self.usable]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, rows: list[tuple[int, ...]]) -> "_Words":
-        usable = torch.ones(len(rows), len(rows[0]), dtype=torch.bool)
-        for row, ids in zip(usable, rows, strict=True):
-            row[list(special_positions(tokenizer, ids))] = False
-        return cls(torch.tensor(rows), usable)
+    def of(cls, tokenizer: Tokenizer, ids: tuple[int, ...]) -> "_Document":
+        usable = torch.ones(len(ids), dtype=torch.bool)
+        usable[list(special_positions(tokenizer, ids))] = False
+        return cls(torch.tensor(ids), usable)
 
 
-def _by_length(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[list[tuple[int, ...]]]:
-    """Return the token ids of the texts, truncated to the model's context and grouped by length."""
-    groups: dict[int, list[tuple[int, ...]]] = {}
+def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[tuple[int, ...]]:
+    """Return the token ids of the texts, truncated to the model's context."""
     every = [prompt_ids(tokenizer, text) for text in texts]
     longer = sum(context is not None and len(ids) > context for ids in every)
     if longer:
@@ -120,26 +116,52 @@ def _by_length(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) 
             PairsWarning,
             stacklevel=3,
         )
-    for ids in every:
-        groups.setdefault(len(ids[:context]), []).append(ids[:context])
-    return list(groups.values())
+    return [ids[:context] for ids in every]
+
+
+def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
+    """Group the indices of documents that run together: of similar lengths in a causal model, else of equal lengths."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        longest = lengths[groups[-1][0]] if groups else 0
+        alike = 2 * lengths[index] > longest if causal else lengths[index] == longest
+        if groups and alike and (len(groups[-1]) + 1) * longest <= TOKENS:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _activations(
-    lens: Lens, dictionary: Dictionary, tokens: Int[torch.Tensor, "docs pos"], indices: Int[torch.Tensor, " n"]
-) -> Float[torch.Tensor, "docs pos n"]:
-    activations = lens.read(tokens, sorted({dictionary.reads, dictionary.writes}))
-    return dictionary.split(activations[dictionary.reads], activations[dictionary.writes]).features[..., indices].cpu()
+    lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[_Document]
+) -> Float[torch.Tensor, "words features"]:
+    """Return the features on the usable words of all documents.
+
+    In a causal model, documents are filled up to the longest of their group: what follows a word does not change its features.
+    """
+    named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
+    hooks = sorted({hook for name in named for hook in (found[name].reads, found[name].writes)})
+    values: dict[int, torch.Tensor] = {}
+    for group in _together([len(document.tokens) for document in text], causal=lens.causal):
+        tokens = pad_sequence([text[index].tokens for index in group], batch_first=True)
+        read = lens.read(tokens, hooks)
+        here = torch.zeros(*tokens.shape, len(features), dtype=torch.float64)
+        for name, columns in named.items():
+            split = found[name].split(read[found[name].reads], read[found[name].writes])
+            here[..., columns] = split.features[..., [features[n].index for n in columns]].to(here)
+        for index, of_document in zip(group, here, strict=True):
+            values[index] = of_document[: len(text[index].tokens)][text[index].usable]
+    return torch.cat([values[index] for index in range(len(text))])
 
 
-def _describe(tokenizer: Any, text: list[_Words], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
+def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
     fires = values > 0
     words = torch.cat([part.tokens[part.usable] for part in text])
-    following = torch.cat([part.tokens.roll(-1, 1)[part.usable] for part in text])
+    following = torch.cat([part.tokens.roll(-1)[part.usable] for part in text])
     followed = torch.cat([part.followed for part in text])
     on, before = _best_word(words, fires), _best_word(following[followed], fires[followed])
     f1, word, label = max((*on, "on"), (*before, "before"))
-    places = [(part.tokens[document], position) for part in text for document, position in part.usable.nonzero().tolist()]
+    places = [(part.tokens, position) for part in text for (position,) in part.usable.nonzero().tolist()]
     alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding would order what the same words give
     strongest = alike.masked_fill(~fires, -1).argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
     distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])

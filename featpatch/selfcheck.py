@@ -21,6 +21,8 @@ from featpatch.verdict import MARGIN, Check, Fit
 
 POSITIONS = 512
 """The largest number of positions on which the explained variance is measured."""
+TRIED = 128
+"""The number of positions on which other hook points are compared; the best of them is then measured on all."""
 GOOD = 0.95
 """Explained variance of a dictionary without a claim above which no other hook point is tried."""
 BETTER = 0.5
@@ -47,7 +49,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     lens = wrap(model)
     check_tokens(pairs, lens)
     found = dictionaries(lens, saes)
-    runs, done = Runs.of(lens, found, pairs), processing(lens)
+    runs, done = Runs.of(lens, {hook for each in found for hook in (each.reads, each.writes)}, pairs), processing(lens)
     if not runs.positions:
         raise FeatpatchError("every position of the prompts is special: expected words between the special tokens")
     fits = [_fit(lens, dictionary, runs, pairs, done) for dictionary in found]
@@ -71,7 +73,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Runs:
-    """Activations of some prompts at all hook points where the dictionaries are tried; one entry per prompt.
+    """Activations of some prompts at some hook points; one entry per prompt.
 
     Attributes:
         activations: by hook point, `[1, pos, d]` each.
@@ -82,13 +84,9 @@ class Runs:
     kept: list[Bool[torch.Tensor, " pos"]]
 
     @classmethod
-    def of(cls, lens: Lens, found: list[Dictionary], pairs: Pairs) -> "Runs":
-        """Run the first prompts, up to `POSITIONS` positions."""
-        own, others = (
-            sorted({hook for place in places for hook in (place.reads, place.writes)})
-            for places in (found, [place for dictionary in found for place in dictionary.elsewhere(lens)])
-        )
-        hooks = sorted({*own, *_readable(lens, pairs[0], others)})
+    def of(cls, lens: Lens, hooks: Iterable[str], pairs: Pairs, positions: int = POSITIONS) -> "Runs":
+        """Run the first prompts, until there are enough positions."""
+        hooks = sorted(hooks)
         runs = cls({hook: [] for hook in hooks}, [])
         for pair in pairs:
             kept = torch.zeros(len(pair), dtype=torch.bool)
@@ -97,7 +95,7 @@ class Runs:
             for hook, values in both.items():
                 runs.activations[hook].extend(values.flatten(2).split(1))
             runs.kept.extend([kept, kept])
-            if runs.positions >= POSITIONS:
+            if runs.positions >= positions:
                 break
         return runs
 
@@ -130,7 +128,7 @@ def _fit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Ite
     if max(here.identity, whole_site) > rounding:
         misfit = f"all features and the error are not the whole activation (off by {max(here.identity, whole_site):.0e}): a bug"
     else:
-        misfit = _misfit(lens, dictionary, runs, here.variance, done)
+        misfit = _misfit(lens, dictionary, runs, pairs, done, here.variance)
     fit = Fit(
         dictionary=dictionary.name,
         identity=here.identity,
@@ -171,17 +169,26 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
         return None
 
 
-def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: Iterable[str]) -> str:
+def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> list[tuple[float, str]]:
+    """The explained variance at the other hook point that explains most, with its name; empty if none can be read."""
+    places = dictionary.elsewhere(lens)
+    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
+    few = Runs.of(lens, hooks, pairs, TRIED)
+    tried = [(variance, place) for place in places if few.fit(place) and (variance := _tried(place, few)) is not None]
+    if not tried:
+        return []
+    _, best = max(tried, key=lambda found: found[0])
+    variance = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
+    return [] if variance is None else [(variance, f"at {best.place}")]
+
+
+def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Iterable[str], here: float) -> str:
     """Why the dictionary does not fit; empty if it does."""
     said = dictionary.training
     expected = said.explained_variance
     if here >= (GOOD if expected is None else expected - MARGIN):
         return ""
-    others = [
-        (variance, f"at {moved.place}")
-        for moved in dictionary.elsewhere(lens)
-        if runs.fit(moved) and (variance := _tried(moved, runs)) is not None
-    ]
+    others = _elsewhere(lens, dictionary, pairs)
     if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
         variance = _tried(dictionary, runs, centred=True)
         others += [] if variance is None else [(variance, "on weights processed by center_writing_weights")]
@@ -194,7 +201,8 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, here: float, done: I
         return f"explains {here:.2f} of the variance, and no other hook point fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
-            else "most likely trained on another model of this width, or scaled differently; check where it comes from"
+            else "trained too little, on another model of this width, or on activations of another scale; check where it "
+            "comes from and what its training reported"
         )
     return ""
 

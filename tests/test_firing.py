@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import featpatch as fp
-from featpatch.firing import _describe, _Words
+from featpatch.firing import _describe, _Document
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -82,7 +82,7 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
 
 def test_weak_places_are_not_taken_for_silent_ones() -> None:
     """1e-5 of the strongest value is as good as nothing, but it fires."""
-    text = [_Words.of(Numbers(), [(0, 1, 2, 3, 4)])]
+    text = [_Document.of(Numbers(), (0, 1, 2, 3, 4))]
     found = _describe(Numbers(), text, torch.tensor([1.0, 0.0, 0.0, 1e-5]), 3)
     assert found.contexts == ("w0 [w1] w2", "w0 w1 w2 w3 [w4]")
 

@@ -22,7 +22,7 @@ import torch
 
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import Measure, find
-from featpatch.pairs.likelihood import Runs, log_probs
+from featpatch.pairs.likelihood import Logits, Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
@@ -133,16 +133,21 @@ def check(
         raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
     measure, runs, first = find(metric), Runs(model), first_token(model)
     in_context = _in_context(pairs, tokenizer)
-    clean: list[float] = []
-    corrupted: list[float] = []
-    surprises: list[float] = []
-    for pair in pairs:
-        here, there = runs.logits(pair.clean), runs.logits(pair.corrupted)
-        for into, logits, tokens in ((clean, here, pair.clean), (corrupted, there, pair.corrupted)):
-            of_pair = measure if pair.wrong else find("log_prob")
-            into.append(_told(logits, pair, of_pair) if pair.correct else runs.preference(tokens, *pair.answers))
-        changed = _changed(pair)
-        surprises.append(_surprise(there, pair.corrupted, changed) - _surprise(here, pair.clean, changed))
+    prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
+
+    def read(index: int, logits: Logits) -> tuple[float, float]:
+        """The metric, if answers are single tokens, and the surprise at the changed tokens."""
+        pair = pairs[index // 2]
+        told = _told(logits, pair, measure if pair.wrong else find("log_prob")) if pair.correct else 0.0
+        return told, _surprise(logits, prompts[index], _changed(pair))
+
+    values, surprised = map(list, zip(*runs.each(prompts, read), strict=True))
+    whole = [index for index in range(len(prompts)) if not pairs[index // 2].correct]
+    told = runs.preferences([prompts[index] for index in whole], [pairs[index // 2].answers for index in whole])
+    for index, value in zip(whole, told, strict=True):
+        values[index] = value
+    clean, corrupted = values[::2], values[1::2]
+    surprises = [there - here for here, there in zip(surprised[::2], surprised[1::2], strict=True)]
     gaps = [one - other for one, other in zip(clean, corrupted, strict=True)]
     usual, seen = Counter(label for pair in pairs for label in pair.labels), dict[Any, int]()
     findings: list[Finding] = []

@@ -1,9 +1,9 @@
-"""Compute how likely a model finds the tokens of a prompt, or answers that follow it, one prompt at a time."""
+"""Compute how likely a model finds the tokens of prompts, or answers that follow them."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,20 @@ from featpatch.untrusted import short
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
 
+Taken = TypeVar("Taken")
+
+
+TOKENS = 1024
+"""Tokens of equally long prompts that run together."""
+
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs a model on one prompt at a time."""
+    """Runs a model on prompts, those of equal length together.
+
+    Raises:
+        FeatpatchError: the model is not a function, or `fp.do` patches it.
+    """
 
     model: Callable[[torch.Tensor], Any]
     _watch: Watch | None = field(default=None, init=False, repr=False)
@@ -31,45 +41,68 @@ class Runs:
             check_unedited(model)
             object.__setattr__(self, "_watch", Watch(model, getattr(model, "hook_dict", {}).values()))
 
-    def logits(self, tokens: tuple[int, ...]) -> Logits:
-        """Return the logits of a prompt in float32 or wider.
+    def each(self, prompts: Sequence[tuple[int, ...]], take: Callable[[int, Logits], Taken]) -> list[Taken]:
+        """Run all prompts, and return what `take` makes of the index and the logits of each, in float32 or wider.
 
         Raises:
             FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread
                 attaches hooks to it.
         """
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(index)
+        taken: dict[int, Taken] = {}
+        for length, indices in by_length.items():
+            size = max(1, TOKENS // length)
+            for some in (indices[start : start + size] for start in range(0, len(indices), size)):
+                for index, logits in zip(some, self._logits([prompts[index] for index in some]), strict=True):
+                    taken[index] = take(index, logits)
+        return [taken[index] for index in range(len(prompts))]
+
+    def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:
+        """Run prompts of equal length and check the logits."""
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
+        tokens = torch.tensor(prompts, device=device)
         try:
             with self._watch.unchanged() if self._watch else nullcontext():
-                made = self.model(torch.tensor([tokens], device=device))
+                made = self.model(tokens)
         except FeatpatchError:
             raise
         except Exception as error:
             raise FeatpatchError(
-                f"the model fails on {len(tokens)} tokens with ids from {min(tokens)} to {max(tokens)} "
+                f"the model fails on {tokens.shape[1]} tokens with ids from {tokens.min()} to {tokens.max()} "
                 f"({type(error).__name__}: {short(error)}): expected ids of the model's own tokenizer, "
                 "no more than its context"
             ) from error
         logits = getattr(made, "logits", made)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not torch.isfinite(logits).all():
+        sound = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape
+        if not sound or not torch.isfinite(logits).all():
             raise FeatpatchError(
-                f"the model gives {type(logits).__name__} for tokens [1, {len(tokens)}]: expected finite logits "
+                f"the model gives {type(logits).__name__} for tokens {list(tokens.shape)}: expected finite logits "
                 "[batch, pos, d_vocab], or an object with them as .logits"
             )
-        return logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def preference(self, prompt: tuple[int, ...], right: Sequences, wrong: Sequences) -> float:
-        """Log probability that one of the right answers follows the prompt, minus that of the wrong ones if any, in nats."""
-        found = self._log_prob(prompt, right)
-        return float(found - self._log_prob(prompt, wrong) if wrong else found)
+    def preferences(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[Sequences, Sequences]]) -> list[float]:
+        """Return for each prompt the log probability that a right answer follows, minus that of a wrong one if there are any.
 
-    def _log_prob(self, prompt: tuple[int, ...], answers: Sequences) -> Float[torch.Tensor, ""]:
-        """logsumexp over the answers; each token of an answer is predicted from the prompt and the tokens before it."""
-        begin, each = len(prompt), []
-        for answer in answers:
-            logits = self.logits(prompt + answer[:-1])
-            each.append(log_probs(logits, prompt + answer, range(begin, begin + len(answer))).sum())
-        return torch.stack(each).logsumexp(0)
+        In nats. Several answers have the sum of their probabilities; each token of an answer is predicted from the prompt and
+        the tokens before it.
+        """
+        asked = [(n, side, answer) for n, sides in enumerate(answers) for side in (0, 1) for answer in sides[side]]
+
+        def log_prob(index: int, logits: Logits) -> torch.Tensor:
+            n, _, answer = asked[index]
+            begin = len(prompts[n])
+            return log_probs(logits, prompts[n] + answer, range(begin, begin + len(answer))).sum()
+
+        found: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for (n, side, _), value in zip(
+            asked, self.each([prompts[n] + answer[:-1] for n, _, answer in asked], log_prob), strict=True
+        ):
+            found.setdefault((n, side), []).append(value)
+        sums = {key: float(torch.stack(values).logsumexp(0)) for key, values in found.items()}
+        return [sums[n, 0] - sums.get((n, 1), 0.0) for n in range(len(prompts))]
 
 
 def log_probs(logits: Logits, tokens: Sequence[int], positions: Sequence[int]) -> Float[torch.Tensor, " positions"]:

@@ -3,10 +3,10 @@
 python -m examples.reading
 """
 
+from collections import Counter
+
 import featpatch as fp
 from examples.places import listed, place
-
-COUNTS = ("none", "first", "first two", "first three", "first four", "first five", "first six", "first seven")
 
 
 def names(effects: fp.Effects, fires: dict[fp.Node, fp.Description]) -> str:
@@ -47,17 +47,19 @@ def main() -> None:
     of_other, context = table.iloc[other], fires[top.nodes[other]].contexts[0]
     before, word = context.split("[")[0].split()[-1], context.split("[")[1].split("]")[0]
     lost = "nothing" if abs(of_other["degradation"]) < 0.005 else f"{100 * of_other['degradation']:.0f} %"
-    open_rows = next(at for at, quadrant in enumerate(table["quadrant"]) if quadrant != "undecided")
-    assert set(table["quadrant"][open_rows:]) == {"irrelevant"}
+    labels = Counter(table["quadrant"])
     print(
         f"How to read it, for the first rows: after the last block, feature {first.index} fires on the word before a name that is "
         f'{fires[first].word} ("{fires[first].contexts[1]}"); taken alone from the clean run it brings back '
         f"{100 * row['recovery']:.0f} % of the behaviour, taken away it costs {100 * row['degradation']:.0f} %, over {row['pairs']} "
-        f"pairs of which {row['changed_pairs']} have a value of it that differs. Features {names(top, fires)}. Their low F1 says that "
+        f"pairs of which {row['changed_pairs']} have a value of it that differs; over these alone it brings back "
+        f"{100 * row['recovery_where_changed']:.0f} %. Features {names(top, fires)}. Their low F1 says that "
         "none of them is *the* feature of that name: they fire elsewhere too. "
         f'Feature {top.nodes[other].index} {place(top.nodes[other].site)} fires on names, most on {word} after "{before}"; it suffices '
-        f"for {100 * of_other['recovery']:.0f} % and {lost} is lost without it: something else does its job as well. The quadrants say "
-        f"what the intervals decide at 10 % of the behaviour: the {COUNTS[open_rows]} are open, the others lie below on both sides. "
+        f"for {100 * of_other['recovery']:.0f} % and {lost} is lost without it: something else does its job as well. Of the "
+        f"{len(table)} rows, {labels['both directions']} have an effect in both directions that is certainly above "
+        f"{100 * top.threshold:.0f} % of what their hook point carries, {labels['denoising only']} in denoising only, and "
+        f"{labels['undecided']} are undecided. "
         f"{everything(effects)}: there the model keeps the answer on words in between."
     )
 

@@ -36,6 +36,12 @@ Direction = Literal["denoising", "noising"]
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
+Effect = Literal["recovery", "degradation"]
+"""What is measured in a direction, as a share of the behaviour."""
+
+EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
+"""The direction that each effect is of."""
+
 
 def check_directions(directions: Any) -> tuple[Direction, ...]:
     """The directions that are asked for, denoising first; raises FeatpatchError for anything else."""

@@ -57,7 +57,7 @@ def test_pandas_has_a_row_per_node(table: fp.Effects) -> None:
     assert list(frame["changed_pairs"]) == [4, 2, 4, 1]
     assert (frame["recovery_low"] <= frame["recovery"]).all()
     assert (frame["recovery"] <= frame["recovery_high"]).all()
-    assert "0.571" in repr(table)
+    assert "0.57" in repr(table)
     assert "<table" in table._repr_html_()
 
 

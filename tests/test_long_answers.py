@@ -288,5 +288,5 @@ def test_models_that_are_none_on_the_longer_prompt() -> None:
     def model(tokens: torch.Tensor) -> torch.Tensor:
         return torch.full((*tokens.shape, 10), 0.0 if tokens.shape[1] == 2 else torch.nan)
 
-    with pytest.raises(fp.FeatpatchError, match=r"tokens \[1, 3\]: expected finite logits"):
+    with pytest.raises(fp.FeatpatchError, match=r"tokens \[2, 3\]: expected finite logits"):
         fp.Pairs((pair(),)).check(model)

@@ -452,16 +452,19 @@ def test_a_quadrant_is_decided_by_both_intervals(recovery: list[float], degradat
     def size(low: float, high: float) -> str:
         if low > threshold:
             return "high"
-        if -threshold < low <= high < threshold:
+        if -threshold <= low <= high <= threshold:
             return "low"
         return "opposing" if high < -threshold else "unknown"
 
     sizes = size(*recovery), size(*degradation)
     expected = {
-        ("high", "high"): "necessary and sufficient", ("high", "low"): "sufficient but redundant",
-        ("low", "high"): "necessary but not sufficient", ("low", "low"): "irrelevant",
+        ("high", "high"): "both directions", ("high", "low"): "denoising only",
+        ("low", "high"): "noising only", ("low", "low"): "below threshold",
     }.get(sizes, "undecided" if "unknown" in sizes else "opposing")  # fmt: skip
-    assert named(np.array([recovery]), np.array([degradation]), threshold) == [expected]
+    for carried in (1.0, -0.5):  # the hook point carries half as much, with the other sign: half the share
+        assert named([np.array([recovery]), np.array([degradation])], [np.full(1, carried)] * 2, threshold / abs(carried)) == [
+            expected
+        ]
 
 
 @share(0.03)
@@ -469,8 +472,9 @@ def test_a_quadrant_is_decided_by_both_intervals(recovery: list[float], degradat
 def test_quadrants_of_a_table(table: fp.Effects, threshold: float, run: set[str]) -> None:
     table = replace(table, metadata={**table.metadata, "directions": sorted(run)})
     both = [table.interval(effect) for effect in ("recovery", "degradation")]
-    expected = named(*both, threshold) if len(run) == 2 else ["undecided"] * len(table)
-    assert table.quadrants(threshold) == expected
+    carried = [np.ones(len(table))] * 2
+    expected = named(both, carried, threshold) if len(run) == 2 else ["undecided"] * len(table)
+    assert table.with_threshold(threshold).quadrants() == expected
 
 
 # Laws 5, 7 and 8.

@@ -1,6 +1,7 @@
 """Quadrants: of tables by hand, and of circuits that are AND gates, OR gates and backups because they were built so."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,28 +22,55 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.0, NAN])
 def test_a_threshold_that_decides_nothing_is_refused(threshold: float) -> None:
-    with pytest.raises(fp.FeatpatchError, match=f"threshold={threshold}: expected more than 0 and less than 1"):
-        made([[1.0, 1.0]], [1.0, 1.0]).quadrants(threshold)
+    with pytest.raises(fp.FeatpatchError, match=f"threshold={threshold}: expected a number between 0 and 1"):
+        made([[1.0, 1.0]], [1.0, 1.0]).with_threshold(threshold)
 
 
 def test_the_threshold_decides() -> None:
     """Both effects of the rows are exactly 0.5 and 0.05."""
     table = made([[2.0, 4.0], [0.2, 0.4]], [4.0, 8.0])
-    assert table.quadrants() == ["necessary and sufficient", "irrelevant"]
-    assert table.quadrants(0.6) == ["irrelevant", "irrelevant"]
-    assert table.quadrants(0.04) == ["necessary and sufficient", "necessary and sufficient"]
+    assert table.with_threshold(0.1).quadrants() == ["both directions", "below threshold"]
+    assert table.with_threshold(0.6).quadrants() == ["below threshold", "below threshold"]
+    assert table.quadrants() == table.with_threshold(0.04).quadrants() == ["both directions", "both directions"]
+    assert list(table.with_threshold(0.1).to_pandas()["quadrant"]) == ["both directions", "below threshold"]
+
+
+def hook_point(metric: str = "m", scale: float = 1.0) -> fp.Effects:
+    """Features with exactly 0.02 and 0.001 of the behaviour at a hook point that carries 0.5 of it, and the whole of it."""
+    table = made(scale * np.array([[0.04, 0.08], [0.002, 0.004], [1.0, 2.0]]), [2.0, 4.0], metric=metric)
+    return replace(table, nodes=(*table.nodes[:2], fp.Node(table.nodes[0].site, "activation", None, "all")))
+
+
+def test_the_threshold_is_a_share_of_what_the_hook_point_carries(tmp_path: Path) -> None:
+    table = hook_point()
+    assert list(table.carried("recovery")) == [0.5, 0.5, 1.0]
+    above, below = "both directions", "below threshold"
+    assert table.quadrants() == [above, below, above]  # at 1 % of 0.5
+    assert table.with_threshold(0.03).quadrants() == [above, below, above]
+    assert table.with_threshold(0.05).quadrants() == [below, below, above]
+    assert table.with_threshold(0.0015).quadrants() == [above, above, above]
+    # rows that were taken, and saved and loaded without the whole activation, keep it
+    features = replace(table, others={"prob": hook_point("prob", 0.5)}).with_threshold(0.03).take([1, 0])
+    assert features.quadrants() == [below, above]
+    loaded = fp.Effects.load(features.save(tmp_path / "few.safetensors"))
+    for name, carried in (("m", 0.5), ("prob", 0.25)):
+        assert loaded.metric(name).threshold == 0.03
+        assert list(loaded.metric(name).carried("recovery")) == [carried] * 2
+        assert loaded.metric(name).quadrants() == features.metric(name).quadrants()
+        assert loaded.metric(name).take([1]).quadrants() == [above]
+    assert loaded.metric("prob").to_pandas()["quadrant"][1] == above  # 0.01 of 0.25
 
 
 def test_directions_do_not_stand_for_each_other() -> None:
     """Recovery of the rows 1 and 0, degradation 0 and -1."""
     table = made([[4.0, 8.0], [0.5, 0.5]], [4.0, 8.0])
     table = replace(table, denoised=np.array([4.0, 8.0, 0.0, 0.0]), noised=np.array([4.0, 8.0, 8.0, 16.0]))
-    assert table.quadrants() == ["sufficient but redundant", "opposing"]
+    assert table.quadrants() == ["denoising only", "opposing"]
 
 
 def test_what_is_not_known_is_undecided() -> None:
-    both = made([[2.0, 2.0, 2.0], [0.0, 0.0, 0.1]], [2.0, 2.0, 2.0])
-    assert both.quadrants() == ["necessary and sufficient", "irrelevant"]
+    both = made([[2.0, 2.0, 2.0], [0.0, 0.0, 0.01]], [2.0, 2.0, 2.0])
+    assert both.quadrants() == ["both directions", "below threshold"]
     assert both.of_pairs([0]).quadrants() == ["undecided"]
     assert made([[0.0], [1.0]], [2.0]).quadrants() == ["undecided", "undecided"]
     for direction in ("denoising", "noising"):
@@ -59,8 +87,8 @@ def shown(table: Any) -> str:
 
 
 def test_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = made([[0.0, 0.1], [2.0, 2.0]], [2.0, 2.0], metric="prob")
-    effects = replace(made([[2.0, 2.0], [0.0, 0.1]], [2.0, 2.0]), others={"prob": other})
+    other = made([[0.0, 0.01], [2.0, 2.0]], [2.0, 2.0], metric="prob")
+    effects = replace(made([[2.0, 2.0], [0.0, 0.01]], [2.0, 2.0]), others={"prob": other})
     computed, interval = [], statistics.interval
 
     def counting(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -69,19 +97,22 @@ def test_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(statistics, "interval", counting)
     frame = effects.to_pandas()
-    assert len(computed) == 4  # metrics times directions
+    assert len(computed) == 8  # metrics times directions, over all pairs and over those in which a row differs
     columns = list(frame.columns)
     assert columns.index("quadrant") == columns.index("degradation_q") + 1 == columns.index("changed_pairs") - 1
-    assert list(frame["quadrant"]) == ["necessary and sufficient", "irrelevant"] == effects.quadrants()
-    assert list(frame["prob_quadrant"]) == ["irrelevant", "necessary and sufficient"]
+    assert list(frame["quadrant"]) == ["both directions", "below threshold"] == effects.quadrants()
+    assert list(frame["prob_quadrant"]) == ["below threshold", "both directions"]
 
 
 def test_the_report_shows_it() -> None:
-    table = made([[2.0, 2.0], [0.0, 0.1]], [2.0, 2.0])
+    table = made([[2.0, 2.0], [0.0, 0.01]], [2.0, 2.0])
     lines = shown(ranked(table)).splitlines()
     (first,), (second,) = ([line for line in lines if f"│ {feature} " in line] for feature in (0, 1))
-    assert "│ necessary and sufficient │   2/2 │" in first
-    assert "│ irrelevant               │   1/2 │" in second
+    assert "│ both directions │   2/2 │" in first
+    assert "│ below threshold │   1/2 │" in second
+    assert "in these pairs" in "".join(lines)
+    assert first.endswith("│ 1.00 [1.00, 1.00] │")  # over the pairs in which it differs
+    assert second.endswith("│            0.0050 │")
     assert any("quadrant" in line for line in lines)
     one = shown(ranked(replace(table, metadata={**table.metadata, "directions": ["noising"]})))
     assert "quadrant" not in one
@@ -102,9 +133,7 @@ def row(effects: fp.Effects, head: int) -> tuple[float, float, str]:
     return float(of_head.pooled("recovery")[0]), float(of_head.pooled("degradation")[0]), of_head.quadrants()[0]
 
 
-@pytest.mark.parametrize(
-    ("build", "expected"), [(and_gate, (0, 1, "necessary but not sufficient")), (or_gate, (1, 0, "sufficient but redundant"))]
-)
+@pytest.mark.parametrize(("build", "expected"), [(and_gate, (0, 1, "noising only")), (or_gate, (1, 0, "denoising only"))])
 def test_gates(build: Any, expected: tuple[float, float, str]) -> None:
     """Head 2 copies a flag, too, but nothing reads it; all heads together are the whole circuit."""
     built = build()
@@ -114,8 +143,8 @@ def test_gates(build: Any, expected: tuple[float, float, str]) -> None:
     assert np.unique(built.clean, axis=0).shape[0] == len(built.clean)
     for head in (0, 1):
         assert row(effects, head) == (pytest.approx(expected[0], abs=1e-12), pytest.approx(expected[1], abs=1e-12), expected[2])
-    assert row(effects, 2) == (0, 0, "irrelevant")
-    assert effects.where(kind="activation").quadrants() == ["necessary and sufficient"]
+    assert row(effects, 2) == (0, 0, "below threshold")
+    assert effects.where(kind="activation").quadrants() == ["both directions"]
 
 
 def test_a_head_with_a_backup_is_redundant() -> None:
@@ -124,7 +153,7 @@ def test_a_head_with_a_backup_is_redundant() -> None:
     effects = heads(built)
     assert effects.clean == pytest.approx(1, abs=1e-12)
     assert effects.corrupted == pytest.approx(0, abs=1e-12)
-    assert row(effects, 0) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-12), "sufficient but redundant")
+    assert row(effects, 0) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-12), "denoising only")
     assert not len(heads(built, 1))
 
 

@@ -257,7 +257,7 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
         (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs[:2]), "pairs are not those of the effects"),
         (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.identity(model, SITE)), "are not those"),
         (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),
-        (lambda: effects.plot.quadrants(3.0), "threshold"),
+        (lambda: effects.with_threshold(3.0), "threshold=3.0: expected a number between 0 and 1"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             call()

@@ -14,6 +14,7 @@ from small import Small
 
 import featpatch as fp
 from featpatch.effects import significance, statistics
+from featpatch.effects.frames import number
 from featpatch.terminal.tables import by_tag_table, stability_table
 
 SITE = "blocks.1.hook_resid_pre"
@@ -35,6 +36,81 @@ def tiny() -> fp.Effects:
     changes = [[2, 4, 6, 8, 1], [0, 0, 0, 4, 0], [-1, -3, 2, 0, 0], [1, -1, 0, 0, 0], [4, 4, 4, 4, 0]]
     table = made(changes, [4, 8, 8, 8, 0])
     return replace(table, nodes=(*table.nodes[:4], fp.Node(SITE, "error", None, "all", SITE)))
+
+
+def test_effects_over_the_pairs_in_which_a_row_differs(tiny: fp.Effects) -> None:
+    """Gaps 4, 8, 8, 8, 0: row 1 differs in the fourth pair alone, row 2 in the first three, row 3 in the first two."""
+    assert list(tiny.changed_pairs) == [5, 1, 3, 2, 4]
+    expected = [21 / 28, 4 / 8, -2 / 20, 0, 16 / 28]
+    for effect in ("recovery", "degradation"):
+        assert list(tiny.pooled(effect, over="changed")) == expected
+        for row, pairs in ((0, [0, 1, 2, 3, 4]), (2, [0, 1, 2]), (3, [0, 1]), (4, [0, 1, 2, 3])):
+            alone = statistics.interval(tiny.changes(effect).toarray()[row : row + 1, pairs], tiny.gap[pairs])
+            np.testing.assert_array_equal(tiny.interval(effect, over="changed")[row], alone[0])
+        assert np.isnan(tiny.interval(effect, over="changed")[1]).all()  # a single pair
+        np.testing.assert_array_equal(tiny.interval(effect, over="changed")[0], tiny.interval(effect)[0])
+    frame = tiny.to_pandas()
+    assert list(frame["recovery_where_changed"]) == expected
+    np.testing.assert_array_equal(frame[["degradation_where_changed_low", "degradation_where_changed_high"]],
+                                  tiny.interval("degradation", over="changed"))  # fmt: skip
+    none = made([[1.0, 0.0], [1.0, 1.0]], [0.0, 4.0])
+    assert np.isnan(none.pooled("recovery", over="changed")[0])  # its only pair has no gap
+    assert np.isnan(none.interval("recovery", over="changed")[0]).all()
+    assert none.pooled("recovery", over="changed")[1] == 0.5
+
+
+def test_rows_are_sorted_by_the_effect_over_their_own_pairs() -> None:
+    """Row 1 decides the three pairs in which it differs; row 2 has the largest ratio, in one pair."""
+    table = made([[2, 2, 2, 2, 2, 2], [4, 4, 4, 0, 0, 0], [0, 0, 0, 0, 0, 8]], [4.0] * 6)
+    assert [node.index for node in table.top().nodes] == [0, 1, 2]
+    by = "recovery_where_changed"
+    assert [node.index for node in table.top(by=by).nodes] == [1, 0]
+    assert [node.index for node in table.top(by=by, least_changed=1).nodes] == [2, 1, 0]
+    assert [node.index for node in table.top(least_changed=2).nodes] == [0, 1]
+    assert [node.index for node in table.top(1, by="degradation_where_changed").nodes] == [1]
+    with pytest.raises(fp.FeatpatchError, match="least_changed"):
+        table.top(least_changed=-1)
+    one = replace(table, metadata={**table.metadata, "directions": ["noising"]})
+    with pytest.raises(fp.FeatpatchError, match="expected one of the effects that were run, degradation, degradation_where_ch"):
+        one.top(by=by)
+
+
+@pytest.mark.parametrize("pairs", [8, 13, 14, 40])
+def test_the_smallest_p_value_that_the_changed_pairs_allow(pairs: int) -> None:
+    """It is reached where all changes have one sign, and no row is below it."""
+    table = made(np.tri(pairs), np.ones(pairs))
+    p, smallest = table.p_values("recovery"), table.smallest_p
+    if pairs <= 13:
+        np.testing.assert_allclose(p, smallest, rtol=1e-12)
+        np.testing.assert_allclose(smallest, 2.0 ** (1 - np.arange(1, pairs + 1)), rtol=1e-12)
+    else:
+        assert (p >= smallest / 2).all()  # signs are drawn
+        assert p.min() <= 2 * smallest.min()
+        assert smallest.min() == max(1e-5, 2.0 ** (1 - pairs))
+    assert np.isnan(made([[1.0]], [1.0]).smallest_p).all()
+    assert list(table.to_pandas()["smallest_p"]) == list(smallest)
+
+
+def test_rows_that_no_test_could_tell_from_chance_do_not_raise_the_q_values_of_others() -> None:
+    """100 rows differ in 5 pairs, for which p is never below 0.06; two of three others have the smallest p of 8 pairs."""
+    changes = np.zeros((103, 8))
+    changes[:100, :5] = 1
+    changes[100:102] = 1
+    changes[102] = [1, -1] * 4
+    table = made(changes, np.ones(8))
+    q = table.q_values("recovery")
+    assert np.isnan(q[:100]).all()
+    np.testing.assert_allclose(q[100:], [1.5 / 128, 1.5 / 128, 1.0])  # p = 2/256 of both, among three tests
+    np.testing.assert_array_equal(table.take([101, 0]).q_values("recovery"), q[[101, 0]])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1.0, "1.00"), (0.143, "0.14"), (-0.0534, "-0.053"), (0.00531, "0.0053"), (12.345, "12.35"), (0.999, "1.00"),
+     (4.4e-7, "4.4e-07"), (4.4e-6, "4.4e-06"), (4.4e-5, "0.000044"), (float("nan"), "nan"), (-1e-12, "-1.0e-12")],
+)  # fmt: skip
+def test_numbers_have_two_decimals_or_two_significant_digits(value: float, text: str) -> None:
+    assert number(value) == text
 
 
 def test_median_of_ratios_by_hand(tiny: fp.Effects) -> None:
@@ -69,10 +145,10 @@ def test_sign_consistency_counts_changed_pairs_only(tiny: fp.Effects) -> None:
 
 def test_unknown_values_are_unknown_everywhere() -> None:
     """An unfinished row is NaN, and is no test that the others would pay for."""
-    table = made([[1.0, 2.0, np.nan, 1.0], [1.0, 2.0, 3.0, 4.0]], [4.0] * 4)
+    table = made([[1.0, 2.0, np.nan, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], [4.0] * 6)
     for statistic in ("median", "sign_consistency", "p_values", "q_values"):
         assert np.isnan(getattr(table, statistic)("recovery")) == pytest.approx([True, False])
-    assert table.q_values("recovery")[1] == table.p_values("recovery")[1] == 2 / 16
+    assert table.q_values("recovery")[1] == table.p_values("recovery")[1] == 2 / 64
 
 
 def test_a_single_pair_has_a_ratio_but_no_p_value(bridge: Small) -> None:
@@ -91,7 +167,8 @@ def test_one_direction_has_one_set_of_columns(tiny: fp.Effects) -> None:
     statistics = ["", "_low", "_high", "_median", "_sign_consistency", "_p", "_q"]
     expected = [f"degradation{end}" for end in statistics]
     assert list(frame.columns) == [
-        "site", "kind", "index", "position", "sae", *expected, "changed_pairs", "pairs", "pairs_with_gap", "value",
+        "site", "kind", "index", "position", "sae", *expected, "changed_pairs", "smallest_p",
+        *(f"degradation_where_changed{end}" for end in ("", "_low", "_high")), "pairs", "pairs_with_gap", "value",
     ]  # fmt: skip
     for end, statistic in (
         ("_median", "median"),
@@ -363,11 +440,11 @@ def test_tables_show_stability_and_tags(tagged: fp.Effects) -> None:
     text = capture.get()
     found = noise.stability("recovery")
     assert found.low < found.high
-    assert f"{found.correlation:.2f} [{found.low:.2f}, {found.high:.2f}]" in text
+    assert f"{number(found.correlation)} [{number(found.low)}, {number(found.high)}]" in text
     assert f"{found.overlap * 20:.1f} of 20" in text
     lines = [line for line in text.splitlines() if SITE in line]
     assert ["yes" in line for line in lines] == [False, True, False]
-    assert "0.00 [0.00, 0.00] (3)" in lines[1]
+    assert "0 [0, 0] (3)" in lines[1]
 
 
 def test_rows_with_missing_values_have_no_interval() -> None:

@@ -23,6 +23,8 @@ def components(
     metric: of.MetricNames = of.LOGIT_DIFF,
     device: of.Device = "cpu",
     top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = of.SHARE,
     out: of.Out = Path("featpatch-components"),
     journal: of.JournalFile = None,
     executor: of.Executor = "serial",
@@ -37,10 +39,11 @@ def components(
     with clear_errors():
         results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
+        shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
         work = of.alone(model, [], pairs, positions, direction, metric, device)
         del work["saes"]
         work["sites"] = [name for name in sites.split(",") if name]
         results.check_same(work, kind="components")
         effects = fp.rank_components(**work, journal=journal, executor=elsewhere)
-        show(screen, effects, top, results, work, as_json=as_json)
+        show(screen, effects, shown, results, work, as_json=as_json)

@@ -52,4 +52,4 @@ def demo(
             results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")
         effects = fp.rank_features(**study)
         descriptions = fp.describe(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
-        show(screen, effects, top, results, study, descriptions, as_json=as_json)
+        show(screen, effects, of.Shown(top), results, study, descriptions, as_json=as_json)

@@ -20,6 +20,8 @@ def attribute(
     metric: of.MetricNames = of.LOGIT_DIFF,
     device: of.Device = "cpu",
     top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = of.SHARE,
     out: of.Out = Path("featpatch-estimates"),
     as_json: of.Json = False,
 ) -> None:
@@ -29,10 +31,11 @@ def attribute(
     """
     with clear_errors():
         results = Output.open(out)
+        shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
         if len(metric) > 1:
             raise fp.FeatpatchError(f"--metric {', '.join(metric)}: expected one to estimate with")
         results.check_same(work, kind=f"estimates by {method}")
         effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method)
-        show(screen, effects, top, results, work, as_json=as_json)
+        show(screen, effects, shown, results, work, as_json=as_json)

@@ -16,6 +16,8 @@ from featpatch.cli.shown import in_json
 def info(
     effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")],
     top: of.Top = 5,
+    by: of.By = None,
+    threshold: of.Threshold | None = None,
     as_json: of.Json = False,
 ) -> None:
     """Say what a table of effects holds and where it comes from.
@@ -24,11 +26,13 @@ def info(
     """
     with clear_errors():
         table = fp.Effects.load(effects)
+        shown = of.Shown(top, by, table.threshold if threshold is None else threshold)
+        table = shown.labelled(table)
         if as_json:
-            typer.echo(in_json(table, top))
+            typer.echo(in_json(table, shown))
             return
         screen = console()
         screen.print(f"{len(table)} rows of {table.value} effects, {table.rows_ranked} ranked, {len(table.clean)} pairs")
         for name, value in table.about().items():
             screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False)
-        screen.print(repr(table.top(top)), highlight=False)
+        screen.print(repr(shown.rows(table)), highlight=False)

@@ -1,6 +1,7 @@
 """Options that commands share, and what they mean for the library."""
 
 import re
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,17 @@ from featpatch.errors import FeatpatchError
 from featpatch.families import names
 
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
+By = Annotated[
+    Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,
+    typer.Option(
+        help="Sort by this effect, over all pairs or over those in which the node differs; by default recovery if it was run."
+    ),
+]
+Threshold = Annotated[
+    float, typer.Option(help="Quadrants: the share of what the whole hook point carries above which an effect counts.")
+]
+SHARE = 0.01
+"""The default threshold."""
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
 Positions = Annotated[
     str,
@@ -46,6 +58,45 @@ Executor = Annotated[
 Address = Annotated[str | None, typer.Option(help="Of a running cluster, such as ray://head:10001; started here without.")]
 Workers = Annotated[int | None, typer.Option(help="How many workers; by default as many as there are processors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How many rows are shown, what they are sorted by, and the threshold of their quadrants.
+
+    Raises:
+        FeatpatchError: the threshold is not a share.
+    """
+
+    top: int
+    by: Any = None
+    threshold: float = SHARE
+
+    def __post_init__(self) -> None:
+        from featpatch.effects.quadrants import check_threshold
+
+        check_threshold(self.threshold)
+
+    @classmethod
+    def of(cls, top: int, by: str | None, threshold: float, direction: str) -> "Shown":
+        """Check the options before anything is computed.
+
+        Raises:
+            FeatpatchError: the rows can't be sorted by an effect whose direction is not run; the threshold is not a share.
+        """
+        from featpatch.effects import EFFECTS
+        from featpatch.effects.effects import sorting
+
+        sorting(by, [effect for effect, way in EFFECTS.items() if way in ways(direction)])
+        return cls(top, by, threshold)
+
+    def labelled(self, effects: "fp.Effects") -> "fp.Effects":
+        """Return the effects with this threshold of their quadrants, if it is not the default."""
+        return effects if self.threshold == effects.threshold else effects.with_threshold(self.threshold)
+
+    def rows(self, effects: "fp.Effects") -> "fp.Effects":
+        """Select the rows that are shown."""
+        return effects.top(self.top, by=self.by)
 
 
 def study(

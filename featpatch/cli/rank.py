@@ -22,6 +22,8 @@ def rank(
     metric: of.MetricNames = of.LOGIT_DIFF,
     device: of.Device = "cpu",
     top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = of.SHARE,
     out: of.Out = Path("featpatch-out"),
     journal: of.JournalFile = None,
     exact: Annotated[
@@ -47,6 +49,7 @@ def rank(
     with clear_errors():
         results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
+        shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
@@ -57,4 +60,4 @@ def rank(
         screening = None if exact == "all" else {name: getattr(screen_of, name) for name in options}
         results.check_same(work, kind="features" if screening is None else "screened features", screening=screening)
         effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere)
-        show(screen, effects, top, results, work, as_json=as_json)
+        show(screen, effects, shown, results, work, as_json=as_json)

@@ -19,6 +19,7 @@ def report(
     effects: File,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
+    threshold: of.Threshold | None = None,
     as_json: of.Json = False,
 ) -> None:
     """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
@@ -28,7 +29,9 @@ def report(
     with clear_errors():
         check_writable(out)
         others = None if components is None else fp.Effects.load(components)
-        written = fp.Effects.load(effects).report(out, components=others)
+        table = fp.Effects.load(effects)
+        table = table if threshold is None else table.with_threshold(threshold)
+        written = table.report(out, components=others)
         if as_json:
             typer.echo(json.dumps({"written": str(written)}))
         else:

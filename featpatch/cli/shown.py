@@ -9,6 +9,7 @@ import typer
 
 import featpatch as fp
 from featpatch.cli.app import INTERRUPTED
+from featpatch.cli.options import Shown
 from featpatch.cli.output import Output
 from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
@@ -17,7 +18,7 @@ from featpatch.errors import FeatpatchError
 def show(
     console: PlainConsole,
     effects: "fp.Effects",
-    top: int,
+    shown: Shown,
     out: Output,
     study: Mapping[str, Any],
     descriptions: Mapping[Any, Any] | None = None,
@@ -27,21 +28,22 @@ def show(
     """Write the files, and print the first rows and the sites.
 
     Args:
+        shown: which rows are printed.
         study: the arguments of the ranking; the report shows its model, SAEs and pairs.
 
     Raises:
         FeatpatchError: the files can't be written; raised after everything has been printed.
         typer.Exit: the sweep was interrupted.
     """
-    failed, folder = None, out.folder
+    failed, folder, effects = None, out.folder, shown.labelled(effects)
     try:
-        folder = out.write(effects, top, study)
+        folder = out.write(effects, shown.top, study)
     except FeatpatchError as error:
         failed = error
     if as_json:
-        typer.echo(in_json(effects, top))
+        typer.echo(in_json(effects, shown))
     else:
-        _print(console, effects, top, descriptions)
+        _print(console, effects, shown, descriptions)
     if failed is not None:
         raise failed
     if not as_json:
@@ -50,7 +52,7 @@ def show(
         raise typer.Exit(INTERRUPTED)
 
 
-def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions: Mapping[Any, Any] | None) -> None:
+def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descriptions: Mapping[Any, Any] | None) -> None:
     from featpatch.terminal import ranked, site_summary
 
     for name in effects.metrics:
@@ -58,14 +60,14 @@ def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions:
         console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
     if not effects.finished:
         console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
-    console.print(ranked(effects.top(top), descriptions))
+    console.print(ranked(shown.rows(effects), shown.by))
     for node, description in (descriptions or {}).items():
-        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False)
+        console.print(f"{node} fires {description}: " + "; ".join(description.contexts), highlight=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":
         console.print(_residuals(effects.metadata), highlight=False)
-    if (audit := _audit(effects, top)) is not None:
+    if (audit := _audit(effects, shown.top)) is not None:
         console.print(repr(audit), highlight=False)
 
 
@@ -87,11 +89,11 @@ def _residuals(metadata: Mapping[str, Any]) -> str:
     return f"{sums}; the estimate for {what} differs from its patched run by up to {off:.2g} of the mean gap"
 
 
-def in_json(effects: "fp.Effects", top: int) -> str:
+def in_json(effects: "fp.Effects", shown: Shown) -> str:
     """Return the first rows, the sites and the metadata as JSON, with NaN as null."""
-    tables = {"effects": effects.top(top).to_pandas(), "sites": effects.sites()}
+    tables = {"effects": shown.rows(effects).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": effects.about()}
-    if (audit := _audit(effects, top)) is not None:
+    if (audit := _audit(effects, shown.top)) is not None:
         content["audit"] = asdict(audit)
     return json.dumps(content, indent=1)

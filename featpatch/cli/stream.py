@@ -22,6 +22,8 @@ def stream(
     device: of.Device = "cpu",
     block: Annotated[int, typer.Option(min=1, help="How many pairs are read and ranked at a time.")] = 1000,
     top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = of.SHARE,
     out: of.Out = Path("featpatch-stream"),
     executor: of.Executor = "serial",
     address: of.Address = None,
@@ -38,6 +40,7 @@ def stream(
 
         claimed = Output.open(out)
         elsewhere = of.executor(executor, address, workers)
+        shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
         loaded = fp.load(model, sae, device=device, check=False)
         stored = fp.stream_features(
@@ -50,9 +53,9 @@ def stream(
             metric=metric,
             executor=elsewhere,
         )
-        effects = stored.top(top)
+        effects = shown.labelled(stored.top(top, by=by))
         if as_json:
-            typer.echo(in_json(effects, top))
+            typer.echo(in_json(effects, shown))
         else:
-            screen.print(ranked(effects))
+            screen.print(ranked(effects, by))
             screen.print(repr(stored), highlight=False)

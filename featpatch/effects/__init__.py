@@ -2,14 +2,14 @@
 
 from featpatch.effects.audit import Audit, audited, sample_sizes, without_estimates
 from featpatch.effects.collector import Collector
-from featpatch.effects.effects import EFFECTS, Effect, Effects
+from featpatch.effects.effects import By, Effects
 from featpatch.effects.join import joined
 from featpatch.effects.material import Material, Portrait, Prompt
-from featpatch.effects.quadrants import THRESHOLD
 from featpatch.effects.stability import Stability
 from featpatch.effects.statistics import check_gap, interval
+from featpatch.patch import EFFECTS, Effect
 
 __all__ = [
-    "EFFECTS", "THRESHOLD", "Audit", "Collector", "Effect", "Effects", "Material", "Portrait", "Prompt", "Stability",
-    "audited", "check_gap", "interval", "joined", "sample_sizes", "without_estimates",
+    "EFFECTS", "Audit", "By", "Collector", "Effect", "Effects", "Material", "Portrait", "Prompt", "Stability", "audited",
+    "check_gap", "interval", "joined", "sample_sizes", "without_estimates",
 ]  # fmt: skip

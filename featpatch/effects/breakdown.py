@@ -13,7 +13,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
 
 if TYPE_CHECKING:
-    from featpatch.effects.effects import Effect, Effects
+    from featpatch.effects.effects import Effects
+    from featpatch.patch import Effect
 
 
 def pairs_by_value(effects: "Effects", tag: str) -> dict[str, NDArray[np.int64]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from featpatch.errors import FeatpatchError
-from featpatch.patch import DIRECTIONS, Edge, Node
+from featpatch.patch import DIRECTIONS, EFFECTS, Edge, Node
 
 MAX_METRIC, MIN_GAP = 1e100, 1e-100
 """Bounds on metric values and on the mean gap, so that no ratio of them overflows."""
@@ -42,9 +42,14 @@ def check_metadata(metadata: Any, rows: int) -> None:
             raise FeatpatchError(f"{name} is {_short(metadata.get(name))}: expected {expected}")
     if metadata["metrics"][0] != metadata["metric"]:
         raise FeatpatchError(f"metric is {metadata['metric']!r}: expected the first of {metadata['metrics']}")
-    for effect, values in metadata.get("screening", {}).get("estimates", {}).items():
+    carried = metadata.get("carried", {})
+    run = {effect for effect, direction in EFFECTS.items() if direction in metadata["directions"]}
+    if carried and (set(carried) != set(metadata["metrics"]) or any(set(of_metric) != run for of_metric in carried.values())):
+        raise FeatpatchError(f"carried is {_short(carried)}: expected {', '.join(sorted(run))} for each of the metrics")
+    columns = [*metadata.get("screening", {}).get("estimates", {}).items(), *(c for of in carried.values() for c in of.items())]
+    for effect, values in columns:
         if len(values) != rows:
-            raise FeatpatchError(f"there are {len(values)} estimates of {effect}: expected {rows}, one per row")
+            raise FeatpatchError(f"there are {len(values)} values of {effect} in metadata: expected {rows}, one per row")
 
 
 def check_columns(table: Mapping[str, Any], rows: int) -> None:
@@ -141,9 +146,16 @@ def _screening(value: Any) -> bool:
         and _list(lambda one: _list(_place, 4)(one) and len(one) == 4 and _text(one[0]) and _text(one[1]) and _count(one[3]))(
             changed
         )
-        and isinstance(estimates, dict)
-        and set(estimates) <= {"recovery", "degradation"}
-        and all(_list(lambda one: type(one) is float and abs(one) < MAX_METRIC)(column) for column in estimates.values())
+        and _columns(estimates)
+    )
+
+
+def _columns(value: Any) -> bool:
+    """Whether a value holds numbers by effect."""
+    return (
+        isinstance(value, dict)
+        and set(value) <= set(EFFECTS)
+        and all(_list(lambda one: type(one) is float and abs(one) < MAX_METRIC)(column) for column in value.values())
     )
 
 
@@ -163,6 +175,8 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tags": (_list(_texts), "an object of texts per pair"),
     "of_pairs": (_list(_count), "a list of indices"),
     "rows_ranked": (_count, "a number of rows"),
+    "threshold": (lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1"),
+    "carried": (lambda value: isinstance(value, dict) and all(map(_columns, value.values())), "numbers by metric and effect"),
     "finished": (lambda value: isinstance(value, bool), "true or false"),
     "screening": (_screening, "what rank_features(exact='screened') notes"),
 }

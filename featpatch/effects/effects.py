@@ -6,6 +6,10 @@
 Nothing is clipped: values below 0 and above 1 mean something. A node that has the same value in both runs of a pair has
 exactly no effect there; such entries are not stored.
 
+A feature that stands for one name differs in few pairs, and the pooled effect is diluted by the others. The effect over the
+pairs in which the node differs (`over="changed"`, columns `recovery_where_changed` and `degradation_where_changed`) divides the
+same changes by the gap of these pairs alone.
+
 Rows that are taken from a table remember it: q-values and ranks count every feature that was ranked, not only those looked at.
 """
 
@@ -21,6 +25,7 @@ from scipy.sparse import csr_array
 
 from featpatch.effects import breakdown, frames, significance, statistics, storage
 from featpatch.effects.audit import Audit, audited, without_estimates
+from featpatch.effects.frames import WHERE_CHANGED
 from featpatch.effects.material import Material
 from featpatch.effects.plots import Plots
 from featpatch.effects.quadrants import THRESHOLD, check_threshold, named
@@ -29,12 +34,15 @@ from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import as_path
 from featpatch.page import write
-from featpatch.patch import RANKED, Direction, Node
+from featpatch.patch import EFFECTS, RANKED, Effect, Node
 from featpatch.untrusted import visible
 
-Effect = Literal["recovery", "degradation"]
-EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
-"""The direction that each effect is of."""
+Over = Literal["all", "changed"]
+"""The pairs that an effect is pooled over: all of them, or those in which the node differs."""
+By = Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"]
+"""What rows can be sorted by."""
+LEAST_CHANGED = 3
+"""Pairs in which a row must differ to be sorted by its effect over them."""
 
 Array = NDArray[np.float64]
 
@@ -104,10 +112,27 @@ class Effects:
             raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
         return change[effect]
 
-    def pooled(self, effect: Effect) -> Array:
-        """Ratio of means of every row, `[rows]`; NaN in a direction that was not run."""
-        result: Array = self.changes(effect).sum(axis=1) / self.gap.sum()
+    def pooled(self, effect: Effect, *, over: Over = "all") -> Array:
+        """Ratio of means of every row, `[rows]`; NaN in a direction that was not run.
+
+        Args:
+            over: `"changed"` pools over the pairs in which the node differs; NaN where the mean gap of these is near zero.
+        """
+        gaps = self._gaps(over)
+        result: Array = self.changes(effect).sum(axis=1) / gaps
         return result
+
+    def _gaps(self, over: Over) -> Array:
+        """Sum of the gaps that every row's changes are a share of, `[rows]`; NaN where it is near zero."""
+        if over == "all":
+            return np.full(len(self), self.gap.sum())
+        if over != "changed":
+            raise FeatpatchError(f"over={over!r}: expected 'all' pairs, or those in which the node 'changed'")
+        gap, clean, corrupted = (
+            np.bincount(self.row, values[self.pair], minlength=len(self))
+            for values in (self.gap, np.abs(self.clean), np.abs(self.corrupted))
+        )
+        return np.where(np.abs(gap) > statistics.NEAR_ZERO * np.maximum(clean, corrupted), gap, np.nan)
 
     def per_pair(self, effect: Effect) -> Array:
         """Change over gap of every row and pair, `[rows, pairs]`; NaN in a pair whose own gap is near zero."""
@@ -148,28 +173,76 @@ class Effects:
         """Number of pairs in which the node differs between the runs, `[rows]`."""
         return np.bincount(self.row, minlength=len(self))
 
-    def interval(self, effect: Effect) -> Array:
-        """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair."""
-        return statistics.interval(self.changes(effect).toarray(), self.gap)
-
-    def quadrants(self, threshold: float = THRESHOLD) -> list[str]:
-        """What both directions say together of every row, decided with the 95 % intervals; see `effects/quadrants.py`.
-
-        `"necessary and sufficient"`, `"sufficient but redundant"`, `"necessary but not sufficient"`, `"irrelevant"`,
-        `"opposing"`, or `"undecided"`: an interval contains the threshold or minus it, or there is none, as with a single pair
-        and in a direction that was not run.
+    def interval(self, effect: Effect, *, over: Over = "all") -> Array:
+        """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair.
 
         Args:
-            threshold: an effect is high above it and low within plus and minus it.
+            over: `"changed"` draws from the pairs in which the node differs.
+        """
+        if over == "all":
+            return statistics.interval(self.changes(effect).toarray(), self.gap)
+        result, counts, known = np.full((len(self), 2), np.nan), self.changed_pairs, np.isfinite(self._gaps(over))
+        order = np.lexsort((self.pair, self.row))
+        changes, pairs, starts = self._entries(effect)[order], self.pair[order], np.cumsum(counts) - counts
+        for count in np.unique(counts[known & (counts > 1)]):
+            rows = np.flatnonzero(known & (counts == count))
+            entries = starts[rows, None] + np.arange(count)
+            result[rows] = statistics.interval(changes[entries], self.gap[pairs[entries]])
+        return result
+
+    @property
+    def threshold(self) -> float:
+        """The share of what its hook point carries above which an effect counts in `quadrants`."""
+        return float(self.metadata.get("threshold", THRESHOLD))
+
+    def with_threshold(self, threshold: float) -> "Effects":
+        """Return the same table with another threshold of its quadrants, for tables, files and reports made from it.
+
+        Args:
+            threshold: a share of what the whole activation carries at the node's hook point and position; 0.01 by default.
 
         Raises:
             FeatpatchError: the threshold is not between 0 and 1.
         """
         check_threshold(threshold)
+        others = {name: other.with_threshold(threshold) for name, other in self.others.items()}
+        return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
+
+    def quadrants(self) -> list[str]:
+        """Say for every row in which directions it has an effect, decided with the 95 % intervals; see `effects/quadrants.py`.
+
+        One of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
+        `"undecided"`: an interval contains the threshold or minus it, or there is none, as with a single pair and in a
+        direction that was not run. `with_threshold` sets the threshold.
+        """
         unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
-        effects: tuple[Effect, Effect] = ("recovery", "degradation")
-        recovery, degradation = (self.interval(effect) if effect in run else unknown for effect in effects)
-        return named(recovery, degradation, threshold)
+        intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
+        return named(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
+
+    def carried(self, effect: Effect) -> Array:
+        """Effect of the whole activation at the hook point and position of every row, `[rows]`.
+
+        It is 1, the whole behaviour, for whole activations themselves and where the table has no such row; NaN in a direction
+        that was not run.
+        """
+        whole = self.whole
+        if effect not in self.directions_run():
+            return np.full(len(self), np.nan)
+        if "carried" in whole.metadata:
+            return np.array(whole.metadata["carried"][whole.metadata["metric"]][effect])[self.rows_in_whole()]
+        of_site = {
+            (node.site, node.position): value
+            for node, value in zip(whole.nodes, whole.pooled(effect), strict=True)
+            if node.kind == "activation"
+        }
+        return np.array(
+            [1.0 if node.kind == "activation" else of_site.get((node.site, node.position), 1.0) for node in self.nodes]
+        )
+
+    @property
+    def smallest_p(self) -> Array:
+        """The smallest p-value that a row can have, given in how many pairs it differs, `[rows]`; NaN with a single pair."""
+        return significance.smallest(self.changed_pairs, len(self.clean))
 
     def p_values(self, effect: Effect) -> Array:
         """Sign-flip permutation p-values over pairs, two-sided, `[rows]`; see `significance.sign_flip` for how small they get.
@@ -182,14 +255,21 @@ class Effects:
         return self._p_values[effect].copy()
 
     def q_values(self, effect: Effect) -> Array:
-        """Benjamini-Hochberg q-values over all rows that are ranked, `[rows]`; NaN for others, see `ranked`.
+        """Benjamini-Hochberg q-values over the ranked rows that enough pairs change for a test, `[rows]`; NaN for others.
 
-        They are those of the table that the rows were taken from: looking at the top 20 does not make 20 tests of 20,000.
-        After `save` and `load` of taken rows the other rows are counted with a p-value of 1, which is never too small.
+        A row that differs in five pairs or fewer can't have a p-value of 0.05 (`smallest_p`), and testing it would only raise
+        the q-values of the others. Leaving it out is valid, because in how many pairs a node differs says nothing of the signs
+        that the test is about (independent filtering, Bourgon et al. 2010).
+
+        The q-values are those of the table that the rows were taken from: looking at the top 20 does not make 20 tests of
+        20,000. After `save` and `load` of taken rows the other rows are counted with a p-value of 1, which is never too small.
         """
-        q = np.full(len(self.whole), np.nan)
-        ranked = self.whole.ranked
-        q[ranked] = significance.false_discovery(self.whole.p_values(effect)[ranked], self.rows_ranked)
+        whole = self.whole
+        q, testable = np.full(len(whole), np.nan), whole.smallest_p <= significance.TESTABLE
+        tested = whole.ranked & testable
+        q[tested] = significance.false_discovery(
+            whole.p_values(effect)[tested], self.rows_ranked - int((whole.ranked & ~testable).sum())
+        )
         return q[self.rows_in_whole()]
 
     @property
@@ -349,19 +429,25 @@ class Effects:
             raise FeatpatchError(f"{sorted(unknown)} are no columns: expected some of {', '.join(Node.__dataclass_fields__)}")
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
 
-    def top(self, n: int = 20, *, by: Effect | None = None, kind: str | None = "ranked") -> "Effects":
+    def top(
+        self, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None
+    ) -> "Effects":
         """The `n` rows with the largest effect, largest first.
 
         Args:
-            by: `"recovery"` or `"degradation"`, whose direction must have been run; by default recovery if it was.
+            by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
+                `"degradation_where_changed"`, over the pairs in which the node differs. The direction must have been run; by
+                default recovery if it was.
             kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
+            least_changed: leave out rows that differ in fewer pairs; by default 0, and 3 for an effect `_where_changed`,
+                because one or two pairs say little.
         """
-        if by is not None and by not in self.directions_run():
-            raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(self.directions_run())}")
+        effect, over = sorting(by, self.directions_run())
+        least = least_to_sort(over, least_changed)
         check_numbers(0, n=n)
         rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
-        values = rows.pooled(by or self.directions_run()[0])
-        return rows.take(np.argsort(-values, kind="stable")[:n])
+        rows = rows.take(rows.changed_pairs >= least) if least else rows
+        return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
 
     def directions_run(self) -> list[Effect]:
         """The effects that this table holds."""
@@ -370,9 +456,11 @@ class Effects:
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per node: its fields, both effects with intervals and statistics, quadrant, pairs, value.
 
-        Columns of each effect: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`, `_p`, `_q`.
-        `quadrant` is there where both directions were run, and `_estimate` where features were screened.
-        Those of other metrics come last, with the metric before the name: `prob_recovery`.
+        Columns of each effect over all pairs: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`,
+        `_p`, `_q`; over the `changed_pairs` in which the node differs: `recovery_where_changed` with its `_low` and `_high`.
+        `smallest_p` is the smallest p-value that so many changed pairs allow. `quadrant` is there where both directions were
+        run, and `_estimate` where features were screened. Those of other metrics come last, with the metric before the name:
+        `prob_recovery`.
         """
         return frames.full(self)
 
@@ -386,7 +474,7 @@ class Effects:
 
     def about(self) -> dict[str, Any]:
         """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
-        about = {name: value for name, value in self.metadata.items() if name != "tags"}
+        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "carried")}
         if "screening" in about:
             about["screening"] = {
                 name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
@@ -429,11 +517,37 @@ class Effects:
     def __repr__(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).drop(columns=["sae"])
         more = f"\n... {len(self) - 20} more rows" if len(self) > 20 else ""
-        return visible(f"{shown.to_string(index=False, float_format='{:.3f}'.format)}{more}")
+        return visible(f"{shown.to_string(index=False, float_format=frames.number)}{more}")
 
     def _repr_html_(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)
         return f"{shown}<p>{len(self)} rows</p>"
+
+
+def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
+    """Split what rows are sorted by into the effect and the pairs that it is pooled over.
+
+    Raises:
+        FeatpatchError: the effect was not run.
+    """
+    known: dict[str, tuple[Effect, Over]] = {effect: (effect, "all") for effect in run}
+    known |= {f"{effect}{WHERE_CHANGED}": (effect, "changed") for effect in run}
+    if by is None:
+        return run[0], "all"
+    if by not in known:
+        raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(known)}")
+    return known[by]
+
+
+def least_to_sort(over: Over, asked: int | None) -> int:
+    """Return in how many pairs a row must differ to be among the top rows.
+
+    Raises:
+        FeatpatchError: what was asked for is not a number of pairs.
+    """
+    least = (LEAST_CHANGED if over == "changed" else 0) if asked is None else asked
+    check_numbers(0, least_changed=least)
+    return least
 
 
 def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:

@@ -12,6 +12,26 @@ from featpatch.patch import Edge, Node, Position
 if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
 
+MOST_DECIMALS = 6
+"""Smaller numbers are written with an exponent."""
+
+WHERE_CHANGED = "_where_changed"
+"""Ending of the names of effects over the pairs in which the node differs."""
+
+
+def number(value: float) -> str:
+    """Write a number with two decimals, or more where two significant digits need them: `1.00`, `0.14`, `0.0053`, `4e-07`."""
+    if not np.isfinite(value) or not value:
+        return "0" if value == 0 else str(value)
+    decimals = 1 - int(np.floor(np.log10(abs(value))))
+    return f"{value:.1e}" if decimals > MOST_DECIMALS else f"{value:.{max(2, decimals)}f}"
+
+
+def rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """Round the floats of a table to four significant digits, for showing."""
+    floats = frame.select_dtypes("float")
+    return frame.assign(**{name: [float(f"{value:.4g}") for value in floats[name]] for name in floats})
+
 
 def full(effects: "Effects") -> pd.DataFrame:
     """See `Effects.to_pandas`."""
@@ -29,6 +49,7 @@ def full(effects: "Effects") -> pd.DataFrame:
         for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):
             table.insert(offset, name, values)
     table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(effects.with_gap.sum()))
+    table.insert(int(table.columns.get_loc("changed_pairs")) + 1, "smallest_p", effects.smallest_p)
     for metric, other in effects.others.items():
         columns = other.to_pandas().filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap)$")
         table = table.join(columns.add_prefix(f"{metric}_"))
@@ -47,8 +68,13 @@ def brief(effects: "Effects") -> pd.DataFrame:
     for effect, interval in intervals.items():
         table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = effects.pooled(effect), interval.T
     if len(intervals) == 2:
-        table["quadrant"] = named(intervals["recovery"], intervals["degradation"])
+        carried = [effects.carried(effect) for effect in intervals]
+        table["quadrant"] = named(list(intervals.values()), carried, effects.threshold)
     table["changed_pairs"] = effects.changed_pairs
+    for effect in intervals:
+        name = f"{effect}{WHERE_CHANGED}"
+        table[name] = effects.pooled(effect, over="changed")
+        table[f"{name}_low"], table[f"{name}_high"] = effects.interval(effect, over="changed").T
     table["pairs"], table["value"] = len(effects.clean), effects.value
     return table
 

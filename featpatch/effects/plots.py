@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featpatch import sites as hooks
-from featpatch.effects.quadrants import THRESHOLD, check_threshold
 from featpatch.errors import FeatpatchError
 from featpatch.untrusted import in_figure
 
 if TYPE_CHECKING:
-    from featpatch.effects.effects import Effect, Effects
+    from featpatch.effects.effects import Effects
+    from featpatch.patch import Effect
 
 SHOWN = ("activation", "all_features", "error")
 WORDS = {"activation": "whole activation", "all_features": "all features", "error": "error term"}
@@ -23,15 +23,14 @@ class Plots:
 
     effects: "Effects"
 
-    def quadrants(self, threshold: float = THRESHOLD) -> Any:
-        """Degradation against recovery of the ranked rows, a colour per site; lines at the threshold.
+    def quadrants(self) -> Any:
+        """Degradation against recovery of the ranked rows, a colour per site.
 
         Raises:
-            FeatpatchError: one direction alone was run; the threshold is not between 0 and 1.
+            FeatpatchError: one direction alone was run.
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        check_threshold(threshold)
         if len(self.effects.directions_run()) < 2:
             raise FeatpatchError("one direction was run: expected both, recovery beside degradation; rank with both directions")
         rows = self.effects.take(self.effects.ranked)
@@ -45,8 +44,6 @@ class Plots:
             figure.add_trace(
                 go.Scattergl(x=x[at], y=y[at], text=[text[row] for row in at], mode="markers", name=name, marker={"size": 5})
             )
-        figure.add_vline(threshold, line={"dash": "dot", "width": 1})
-        figure.add_hline(threshold, line={"dash": "dot", "width": 1})
         return figure
 
     def sites(self, effect: "Effect | None" = None) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from featpatch.effects.frames import brief
+from featpatch.effects.frames import brief, rounded
 from featpatch.effects.material import Material
 from featpatch.effects.stability import TOP
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
@@ -77,9 +77,16 @@ def _ranking(effects: "Effects", material: Material) -> Section:
     columns = [name for name in frame.columns if name not in ("sae", "pairs", "value") and (opens or name != "opens")]
     first = effects.directions_run()[0]
     text = (
-        "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. High "
-        "recovery: sufficient. High degradation: necessary. Sort by the arrows of a column."
+        "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. "
+        "Recovery is what the node brings back (sufficient?), degradation what is lost without it (necessary?), pooled over "
+        "all pairs; where_changed: over the pairs in which the node differs between the runs, of which changed_pairs is the "
+        "number. Sort by the arrows of a column."
     )
+    if "quadrant" in frame:
+        text += (
+            f" Quadrant: the directions in which the interval lies above {100 * effects.threshold:.4g} % of what the whole "
+            "activation at the hook point carries (of the behaviour, where the table has no such row)."
+        )
     if opens:
         text += (
             " Click a row with \u25b8 to open it: its activation on every token of the pair in which it matters most "
@@ -89,7 +96,7 @@ def _ranking(effects: "Effects", material: Material) -> Section:
         text += f" These are the {len(rows):,} with the largest effects of {effects.ranked.sum():,} in the table."
     if "screening" in effects.metadata and effects.finished:
         text += f" Not all features were run. {effects.audit()}."
-    shown = frame[columns].round(4)
+    shown = rounded(frame[columns])
     blocks = [table(shown, order=columns.index(first))]
     return Section("ranking", "Ranked features", text, [*blocks, _portraits(material)] if opens else blocks)
 
@@ -122,8 +129,8 @@ def _quadrants(effects: "Effects") -> Section | None:
     if len(effects.directions_run()) < 2:
         return None
     text = (
-        "Right of the line: brings the behaviour back alone (sufficient). Above it: the behaviour is lost without it "
-        "(necessary). A low effect can hide a backup that wakes up only when the feature is gone."
+        "To the right: brings more of the behaviour back by itself (sufficient). Upwards: more is lost without it (necessary). "
+        "A low effect can hide a backup that wakes up only when the feature is gone."
     )
     return Section("quadrants", "Sufficient? Necessary?", text, [figure(_shown(effects).plot.quadrants())])
 
@@ -133,7 +140,7 @@ def _sites(effects: "Effects") -> Section | None:
         return None
     text = "What the error term brings back is what the SAE does not explain."
     blocks = [figure(effects.plot.sites(effect)) for effect in effects.directions_run()]
-    return Section("sites", "Whole site, features, error", text, [*blocks, table(effects.sites().round(4))])
+    return Section("sites", "Whole site, features, error", text, [*blocks, table(rounded(effects.sites()))])
 
 
 def _maps(effects: "Effects", components: "Effects | None") -> Section | None:
@@ -158,7 +165,7 @@ def _stability(effects: "Effects") -> Section | None:
     frames = [_by_tag(effects, tag) for tag in sorted(several)]
     text = "Effects of the first features by what the pairs were made by; `depends`: intervals that do not overlap."
     return (
-        Section("stability", "Under which prompts", text, [table(frame.round(4), rows=10) for frame in frames])
+        Section("stability", "Under which prompts", text, [table(rounded(frame), rows=10) for frame in frames])
         if frames
         else None
     )

@@ -61,7 +61,7 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
 
     Args:
         change: `[rows, pairs]`.
-        gap: `[pairs]`.
+        gap: `[pairs]`, or `[rows, pairs]` where the pairs of the rows are different ones.
 
     Returns:
         `[rows, 2]`, lower and upper end.
@@ -72,10 +72,11 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
         return result
     for some in (known[start : start + CHUNK] for start in range(0, len(known), CHUNK)):
         part = change[some]
+        part_gap = np.broadcast_to(gap if gap.ndim == 1 else gap[some], part.shape)
         with _one_at_a_time, np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DegenerateDataWarning)  # gaps that cancel can be all that is drawn: NaN
             found = bootstrap(
-                (part, np.broadcast_to(gap, part.shape)),
+                (part, part_gap),
                 ratio_of_means,
                 paired=True,
                 vectorized=True,

@@ -32,7 +32,7 @@ def save(effects: "Effects", path: Path) -> Path:
     """Write the file completely or not at all, and create its folder if it is missing.
 
     For rows that were taken from a larger table, the number of ranked rows in that table is stored, because q-values depend on
-    it. An audit needs all rows and is no longer possible.
+    it, and what the rows' hook points carry, on which quadrants depend. An audit needs all rows and is no longer possible.
     """
     metadata = {**effects.metadata, "metrics": effects.metrics}
     try:
@@ -42,6 +42,10 @@ def save(effects: "Effects", path: Path) -> Path:
         raise FeatpatchError(f"these effects can't be saved, since they could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
+        metadata["carried"] = {
+            metric: {effect: effects.metric(metric).carried(effect).tolist() for effect in effects.directions_run()}
+            for metric in effects.metrics
+        }
         metadata.pop("screening", None)
     header = {
         "format": FORMAT,

@@ -11,6 +11,9 @@ import pandas as pd
 
 from featpatch.effects import EFFECTS, Effects, check_gap
 from featpatch.effects.content import check_columns, check_metadata, nodes_of
+from featpatch.effects.effects import least_to_sort, sorting
+from featpatch.effects.frames import WHERE_CHANGED
+from featpatch.effects.statistics import NEAR_ZERO
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.files import as_path, read_json, sha256
 from featpatch.patch import RANKED
@@ -96,8 +99,8 @@ class Stored:
         """Compute the pooled effects of every node over all pairs, block by block.
 
         Returns:
-            One row per node, the largest effect first, with the number of pairs in which the node changes. Positions are JSON.
-            There are no intervals; `top` has them.
+            One row per node, the largest effect first, with the number of pairs in which the node changes and the effects
+            over these alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has them.
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -106,48 +109,58 @@ class Stored:
             of_pair = self.pairs.loc[entries["pair"]]
             entries["recovery"] = entries["denoised"].to_numpy() - of_pair["corrupted"].to_numpy()
             entries["degradation"] = of_pair["clean"].to_numpy() - entries["noised"].to_numpy()
-            entries["changed_pairs"] = 1
-            grouped = entries.groupby(list(FIELDS), dropna=False)[["recovery", "degradation", "changed_pairs"]]
-            found = grouped.sum(min_count=1)
+            entries["changed_pairs"], entries["gap"] = 1, (of_pair["clean"] - of_pair["corrupted"]).to_numpy()
+            entries["of_clean"], entries["of_corrupted"] = (of_pair[run].abs().to_numpy() for run in ("clean", "corrupted"))
+            summed = ["recovery", "degradation", "changed_pairs", "gap", "of_clean", "of_corrupted"]
+            found = entries.groupby(list(FIELDS), dropna=False)[summed].sum(min_count=1)
             total = found if total is None else total.add(found, fill_value=0)
         assert total is not None
         run = [effect for effect, direction in EFFECTS.items() if direction in self.about["directions"]]
         table = total.reset_index()
+        own = [f"{effect}{WHERE_CHANGED}" for effect in run]
+        stands = table["gap"].abs() > NEAR_ZERO * table[["of_clean", "of_corrupted"]].max(axis=1)
+        table[own] = table[run].div(table["gap"].where(stands), axis=0)
         table[run] /= gap
         table["changed_pairs"] = table["changed_pairs"].astype(int)
         order = np.argsort(-table[run].abs().max(axis=1).to_numpy(), kind="stable")
-        return table[[*FIELDS, *run, "changed_pairs"]].iloc[order].reset_index(drop=True)
+        return table[[*FIELDS, *run, "changed_pairs", *own]].iloc[order].reset_index(drop=True)
 
-    def top(self, n: int = 20, *, by: str | None = None) -> Effects:
+    def top(self, n: int = 20, *, by: str | None = None, least_changed: int | None = None) -> Effects:
         """Load the ranked nodes with the largest effects, largest first, as an `Effects` table.
 
         Args:
             n: the number of nodes.
-            by: `"recovery"` or `"degradation"`; by default the first that was run.
+            by, least_changed: as in `Effects.top`.
 
         Raises:
             FeatpatchError: `by` was not run.
         """
         table = self.pooled()
         run = [effect for effect in EFFECTS if effect in table]
-        if by is not None and by not in run:
-            raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(run)}")
+        effect, over = sorting(by, run)
+        least = least_to_sort(over, least_changed)
         check_numbers(1, n=n)
         ranked = table[table["kind"].isin(RANKED)]
         ranked = ranked if len(ranked) else table
-        chosen = ranked.iloc[np.argsort(-ranked[by or run[0]].to_numpy(), kind="stable")[:n]]
-        return self._effects(chosen, len(ranked))
+        values = ranked[by or effect].where(ranked["changed_pairs"] >= least).dropna()
+        chosen = ranked.loc[values.sort_values(ascending=False, kind="stable").index[:n]]
+        keys = ["site", "position"]
+        whole = table[table["kind"] == "activation"].set_index(keys)[run]
+        carried = whole.reindex(pd.MultiIndex.from_frame(chosen[keys])).fillna(1.0)
+        carried[(chosen["kind"] == "activation").to_numpy()] = 1.0
+        return self._effects(chosen, len(ranked), carried={self.metric: carried.to_dict("list")})
 
     def load(self) -> Effects:
         """Load all nodes as an `Effects` table in memory."""
         table = self.pooled()
         return self._effects(table, int(table["kind"].isin(RANKED).sum()))
 
-    def _effects(self, chosen: pd.DataFrame, ranked: int) -> Effects:
+    def _effects(self, chosen: pd.DataFrame, ranked: int, **about: Any) -> Effects:
         keys = chosen[list(FIELDS)].assign(row=np.arange(len(chosen)))
         entries = pd.concat([part.merge(keys, on=list(FIELDS)) for part in self._entries()], ignore_index=True)
         digest = sha256("".join(self.pairs["digest"]).encode())
         metadata = {**self.about, "metric": self.metric, "metrics": [self.metric], "pairs": digest, "rows_ranked": ranked}
+        metadata |= about
         columns = {name: self.pairs[name].to_numpy() for name in ("clean", "corrupted")}
         columns |= {name: entries[name].to_numpy() for name in ("row", "pair", "denoised", "noised")}
         try:

@@ -1,7 +1,6 @@
 """Effects, plans and checks as tables for a terminal."""
 
 import math
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -10,18 +9,23 @@ from rich.text import Text
 
 from featpatch.cost.plan import Plan
 from featpatch.cost.prediction import Prediction
-from featpatch.effects import THRESHOLD, Effect, Effects
+from featpatch.effects import By, Effect, Effects
+from featpatch.effects.effects import sorting
+from featpatch.effects.frames import WHERE_CHANGED, number
 from featpatch.patch import Node
 from featpatch.verdict import Check
 
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
 
 
-def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) -> Table:
-    """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run."""
-    table = Table(
-        title=f"{effects.value} effects of {len(effects)} nodes, pooled over {len(effects.clean)} pairs [95 % interval]"
-    )
+def ranked(effects: Effects, by: By | None = None) -> Table:
+    """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run.
+
+    Args:
+        by: what the rows are sorted by; its effect is also shown over the pairs in which the node differs.
+    """
+    pairs = len(effects.clean)
+    table = Table(title=f"{effects.value} effects of {len(effects)} nodes, pooled over {pairs} pairs [95 % interval]")
     for column in ("site", "feature" if "feature" in {node.kind for node in effects.nodes} else "component", "position"):
         table.add_column(column, no_wrap=True)
     columns: dict[str, str] = {effect: TITLES[effect] for effect in effects.directions_run()}
@@ -29,19 +33,25 @@ def ranked(effects: Effects, descriptions: Mapping[Node, object] | None = None) 
         f"{name}_{effect}": f"{name}\n{TITLES[effect]}" for name in effects.others for effect in effects.directions_run()
     }
     for title in columns.values():
-        table.add_column(title, justify="right")
-    both = len(effects.directions_run()) == 2
+        table.add_column(title, justify="right", no_wrap=True)
+    both, notes = len(effects.directions_run()) == 2, []
     if both:
-        table.add_column(f"quadrant\n(at {THRESHOLD})", no_wrap=True)
+        table.add_column("quadrant", no_wrap=True)
+        share = f"{100 * effects.threshold:.4g} %"
+        notes.append(f"quadrant: decided by both intervals at {share} of what the whole hook point carries")
     table.add_column("pairs", justify="right")
-    if descriptions:
-        table.add_column("fires")
+    own = f"{sorting(by, effects.directions_run())[0]}{WHERE_CHANGED}"
+    diluted = bool((effects.changed_pairs < pairs).any())
+    if diluted:
+        table.add_column(f"{own.split('_')[0]}\nin these pairs", justify="right", no_wrap=True)
+        notes.append("pairs: in how many the node differs between the runs; last column: pooled over these alone")
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
-        cells = [node.sae or node.site, _named(node), str(node.position), *(_value(row, column) for column in columns)]
+        cells = [(node.sae or node.site).replace(" -> ", " ->\n"), _named(node), str(node.position)]
+        cells += [_value(row, column) for column in columns]
         cells += [row["quadrant"]] if both else []
         cells.append(f"{row['changed_pairs']}/{row['pairs']}")
-        if descriptions:
-            cells.append(str(descriptions.get(node, "")))
+        cells += [_value(row, own)] if diluted else []
         table.add_row(*cells)
     return table
 
@@ -58,7 +68,7 @@ def site_summary(effects: Effects) -> Table:
     for _, row in summary.iterrows():
         cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
         for effect in effects.directions_run():
-            cells += [_number(row[f"{effect}_{kind}"]) for kind in ("activation", "all_features", "error", "interaction")]
+            cells += [number(row[f"{effect}_{kind}"]) for kind in ("activation", "all_features", "error", "interaction")]
         table.add_row(*cells)
     return table
 
@@ -118,10 +128,10 @@ def checked(check: Check) -> Table:
     for column in ("identity\noff by", "whole site\noff by", "explained\nvariance", "claimed", "L0", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
     for fit in check.fits:
-        claim = "" if fit.expected is None else _number(fit.expected)
+        claim = "" if fit.expected is None else number(fit.expected)
         verdict = Text(fit.verdict, "" if fit.ok else "red")
         deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
-        table.add_row(fit.dictionary, *deviations, _number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
+        table.add_row(fit.dictionary, *deviations, number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
     return table
 
 
@@ -132,13 +142,8 @@ def _named(node: Node) -> str:
 
 def _value(row: Any, effect: str) -> str:
     low, high = row[f"{effect}_low"], row[f"{effect}_high"]
-    interval = "" if low != low else f" [{_number(low)}, {_number(high)}]"
-    return f"{_number(row[effect])}{interval}"
-
-
-def _number(value: float) -> str:
-    """Two decimals, and no minus before a zero."""
-    return f"{round(value, 2) + 0.0:.2f}"
+    interval = "" if low != low else f" [{number(low)}, {number(high)}]"
+    return "" if row[effect] != row[effect] else f"{number(row[effect])}{interval}"
 
 
 def stability_table(effects: Effects) -> Table:
@@ -153,7 +158,7 @@ def stability_table(effects: Effects) -> Table:
         table.add_column(column, justify="right")
     for effect in effects.directions_run():
         found = effects.stability(effect)
-        spread = f"{_number(found.correlation)} [{_number(found.low)}, {_number(found.high)}]"
+        spread = f"{number(found.correlation)} [{number(found.low)}, {number(found.high)}]"
         shared = "" if math.isnan(found.overlap) else f"{found.overlap * found.top:.1f} of {found.top}"
         chance = "" if math.isnan(found.overlap) else f"{found.chance * found.top:.1f}"
         table.add_row(TITLES[effect], str(found.features), str(found.splits), spread, shared, chance)

@@ -61,6 +61,13 @@ def test_the_threshold_is_a_share_of_what_the_hook_point_carries(tmp_path: Path)
     assert loaded.metric("prob").to_pandas()["quadrant"][1] == above  # 0.01 of 0.25
 
 
+def test_a_hook_point_that_carries_nothing_decides_nothing() -> None:
+    """All of it would be above 1 % of itself; what is above 0.01 % of the behaviour still counts."""
+    table = made([[2e-9, 2e-9], [0.002, 0.002], [2e-9, 2e-9]], [2.0, 2.0])
+    table = replace(table, nodes=(*table.nodes[:2], fp.Node(table.nodes[0].site, "activation", None, "all")))
+    assert table.quadrants() == ["below threshold", "both directions", "below threshold"]
+
+
 def test_directions_do_not_stand_for_each_other() -> None:
     """Recovery of the rows 1 and 0, degradation 0 and -1."""
     table = made([[4.0, 8.0], [0.5, 0.5]], [4.0, 8.0])

@@ -54,10 +54,12 @@ def test_blocks_are_the_whole(small: Small, tmp_path: Path) -> None:
         table = found.pooled().set_index("kind").loc["feature"]
         assert len(table) == whole.where(kind="feature").nodes.__len__()
         expected = dict(zip(whole.nodes, whole.metric(metric).pooled("degradation"), strict=True))
+        own = dict(zip(whole.nodes, whole.metric(metric).pooled("degradation", over="changed"), strict=True))
         for row in found.pooled().to_dict("records"):
             index = None if pd.isna(row["index"]) else int(row["index"])
             node = fp.Node(row["site"], row["kind"], index, json.loads(row["position"]), row["sae"])
             assert row["degradation"] == pytest.approx(expected[node], abs=1e-9)
+            assert row["degradation_where_changed"] == pytest.approx(own[node], abs=1e-9, nan_ok=True)
     few, top = stored.top(5), whole.top(5)
     assert few.nodes == top.nodes
     saved = fp.Effects.load(top.save(tmp_path / "top.safetensors"))
@@ -65,6 +67,11 @@ def test_blocks_are_the_whole(small: Small, tmp_path: Path) -> None:
     np.testing.assert_allclose(few.to_pandas()["recovery_low"], top.to_pandas()["recovery_low"], atol=1e-9)
     assert few.metadata["tags"] == [dict(pair.tags) for pair in pairs]
     assert few.by_tag("kind", "recovery").shape[0] == 5
+    for by in ("recovery_where_changed", "degradation_where_changed"):
+        few, top = stored.top(5, by=by), whole.top(5, by=by)
+        assert few.nodes == top.nodes
+        assert few.quadrants() == top.quadrants()
+        np.testing.assert_allclose(few.carried("recovery"), top.carried("recovery"), atol=1e-9)
     assert "7 pairs in 3 blocks" in repr(stored)
 
 

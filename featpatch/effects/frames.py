@@ -12,19 +12,16 @@ from featpatch.patch import Edge, Node, Position
 if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
 
-MOST_DECIMALS = 6
-"""Smaller numbers are written with an exponent."""
-
 WHERE_CHANGED = "_where_changed"
 """Ending of the names of effects over the pairs in which the node differs."""
 
 
 def number(value: float) -> str:
-    """Write a number with two decimals, or more where two significant digits need them: `1.00`, `0.14`, `0.0053`, `4e-07`."""
+    """Write a number with two to four decimals, as two significant digits need them: `1.00`, `0.14`, `0.053`, `0.0053`."""
     if not np.isfinite(value) or not value:
         return "0" if value == 0 else str(value)
-    decimals = 1 - int(np.floor(np.log10(abs(value))))
-    return f"{value:.1e}" if decimals > MOST_DECIMALS else f"{value:.{max(2, decimals)}f}"
+    decimals = min(max(2, 1 - int(np.floor(np.log10(abs(value))))), 4)
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ directions" of a feature that carries 2 % says that these 2 % are certainly ther
 
 t is a share, 1 % by default, of what the whole activation at the node's hook point and position carries in that direction. It
 is a share of the behaviour for whole activations, and for nodes whose hook point has no such row in the table, such as heads.
+A hook point that carries less than 1 % of the behaviour counts as one that carries 1 %, so that rounding decides nothing.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from featpatch.errors import FeatpatchError
 
 THRESHOLD = 0.01
 """The share of what the hook point carries up to which an effect counts as small."""
+
+LEAST = 0.01
+"""The share of the behaviour that a hook point counts as carrying, at least."""
 
 UNDECIDED = "undecided"
 NAMES = {
@@ -55,7 +59,8 @@ def named(intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np
         carried: recovery and degradation of the whole hook point, `[rows]` each.
         threshold: the share of it above which an effect counts.
     """
-    sides = (_sides(interval, threshold * np.abs(whole)) for interval, whole in zip(intervals, carried, strict=True))
+    shares = [threshold * np.maximum(np.abs(whole), LEAST) for whole in carried]
+    sides = (_sides(interval, share) for interval, share in zip(intervals, shares, strict=True))
     return [UNDECIDED if UNDECIDED in both else NAMES.get(both, "opposing") for both in zip(*sides, strict=True)]
 
 

@@ -58,9 +58,10 @@ def _print(console: PlainConsole, effects: "fp.Effects", top: int, descriptions:
         console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
     if not effects.finished:
         console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
-    console.print(ranked(effects.top(top), descriptions))
-    for node, description in (descriptions or {}).items():
-        console.print(f"{node}: " + "; ".join(description.contexts), highlight=False)
+    described = descriptions or {}
+    console.print(ranked(effects.top(top), {node: description.best for node, description in described.items()}))
+    for node, description in described.items():
+        console.print(f"{node} {description.count}: " + "; ".join(description.contexts), highlight=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":

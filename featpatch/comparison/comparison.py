@@ -1,5 +1,6 @@
 """Features beside components of the same pairs: one table, how far they agree, and which component writes which feature."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -84,18 +85,22 @@ class Comparison:
         return sections
 
     def _notes(self) -> tuple[str, ...]:
-        return () if self.written is None else self.written.notes
+        without: dict[str, list[str]] = defaultdict(list)
+        for effect, found in self.agreement.items():
+            without[found.reason].append(effect)
+        reasons = [f"no Spearman correlation of {' and '.join(of)}: {reason}" for reason, of in without.items() if reason]
+        return (*reasons, *(() if self.written is None else self.written.notes))
 
     def __repr__(self) -> str:
         shown = [
-            f"{title}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}"
+            f"{title}\n{_filled(frame).to_string(index=False, float_format='{:.3f}'.format)}"
             for title, frame in self._sections().items()
         ]
         return visible("\n\n".join([*shown, *self._notes()]))
 
     def _repr_html_(self) -> str:
         shown = [
-            f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
+            f"<p>{escape(title)}</p>{_filled(frame).to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
             for title, frame in self._sections().items()
         ]
         return "".join([*shown, *(f"<p>{escape(note)}</p>" for note in self._notes())])
@@ -176,6 +181,11 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
             "all, to add up their effects; save and load the whole table"
         )
     return shared
+
+
+def _filled(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table to show, in which unknown values are empty cells."""
+    return frame.astype(object).where(frame.notna(), "")
 
 
 def _kinds(table: Effects) -> str:

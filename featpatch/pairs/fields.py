@@ -89,15 +89,18 @@ def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) 
     answer_position = row.get("answer_position", -1)
     if type(answer_position) is not int:
         raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
-    labels = {name: plain_integers(label) for name, label in row.get("labels", {}).items()}
+    labels: dict[str, Any] = {name: plain_integers(label) for name, label in row.get("labels", {}).items()}
     if None in labels.values():
         raise FeatpatchError(f"labels is {row['labels']!r} beside token ids: expected positions, for a span a list of them")
     clean, corrupted = tuple(row["clean"]), tuple(row["corrupted"])
-    sides = {name: tuple(tuple(answer) if isinstance(answer, list) else answer for answer in row[name]) for name in NEEDED[2:]}
-    if long_answers:
-        sides = {name: tuple(answer if isinstance(answer, tuple) else (answer,) for answer in of) for name, of in sides.items()}
-    if any(isinstance(answer, tuple) for of in sides.values() for answer in of):
-        sides = {"correct": (), "wrong": (), **{f"{name}_sequences": of for name, of in sides.items()}}
+    answers: dict[str, list[Any]] = {name: row[name] for name in ("correct", "wrong")}
+    if long_answers or any(isinstance(answer, list) for side in answers.values() for answer in side):
+        of = {
+            name: tuple(tuple(each) if isinstance(each, list) else (each,) for each in side) for name, side in answers.items()
+        }
+        sides: dict[str, Any] = {"correct": (), "wrong": (), **{f"{name}_sequences": side for name, side in of.items()}}
+    else:
+        sides = {name: tuple(side) for name, side in answers.items()}
     return Pair(
         clean,
         corrupted,

@@ -19,6 +19,7 @@ from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import PairsWarning
 from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
 from featpatch.patch import Node
+from featpatch.untrusted import visible
 
 CONTEXT = 5
 """Words before the one on which a feature fires that are shown."""
@@ -34,7 +35,7 @@ NAMED = 5
 """How many features a warning names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Description:
     """What a feature fires on in a text.
 
@@ -68,8 +69,8 @@ class Description:
         """How often the feature fires, in words."""
         return f"fires at {self.fired:,} of {self.positions:,} positions"
 
-    def __str__(self) -> str:
-        return f"{self.best}, {self.count}"
+    def __repr__(self) -> str:
+        return visible(f"{self.best}, {self.count}")
 
 
 @torch.no_grad()

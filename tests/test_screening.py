@@ -135,11 +135,8 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
     calls.clear()
     for given, message in (
         ({"audit": good - 1}, f"audit={good - 1} of the {candidates - 20} candidates .* audit={good} or more"),
-        (
-            {"audit": int(0.8 * candidates) - 19},
-            f"run at least {int(0.8 * candidates) + 1} of {candidates} candidates .*exact='all'",
-        ),
-        ({"k": 500}, f"k=500 and audit=100 run at least {candidates} of {candidates} candidates"),
+        ({"audit": int(0.8 * candidates) - 19}, f"run {int(0.8 * candidates) + 1} of {candidates} candidates, .*exact='all'"),
+        ({"k": 500}, f"k=500 and audit=100 run {candidates} of {candidates} candidates"),
         ({"audit": 3, "target": 1.0}, "target=1.0 takes at least .*exact='all'"),
     ):
         with pytest.raises(FeatpatchWarning, match=f"screening: .*{message}"):

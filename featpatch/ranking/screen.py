@@ -100,9 +100,11 @@ def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> N
     least = min(screen.audit, rest) if screen.target is None else needed(rest, screen.target, **about)
     run = candidates - rest + least
     if run > NEARLY_ALL * candidates:
-        sized = f"k={screen.k} and audit={screen.audit} run" if screen.target is None else f"target={screen.target} takes"
+        sized = (
+            f"k={screen.k} and audit={screen.audit} run" if screen.target is None else f"target={screen.target} takes at least"
+        )
         told = (
-            f"{sized} at least {run:,} of {candidates:,} candidates, beside the estimates: the full sweep costs hardly more "
+            f"{sized} {run:,} of {candidates:,} candidates, beside the estimates: the full sweep costs hardly more "
             f"and misses nothing; give exact='all', or a smaller {'k or audit' if screen.target is None else 'target'}"
         )
     elif screen.target is None and (best := provable(rest, least, **about)) < USEFUL:

@@ -93,7 +93,7 @@ def load(
 
 def _shown(sae: Any) -> str:
     """Say in a line what an SAE is."""
-    cfg = getattr(sae, "cfg", None)
+    cfg: Any = getattr(sae, "cfg", None)
     if not hasattr(cfg, "d_sae"):
         return repr(sae)
     metadata = cfg.metadata

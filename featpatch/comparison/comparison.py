@@ -14,6 +14,7 @@ from featpatch.comparison.cells import Agreement
 from featpatch.comparison.written import Written
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.page import Frame, text
 from featpatch.pairs import Pairs
 from featpatch.untrusted import visible
 
@@ -92,11 +93,8 @@ class Comparison:
         return (*reasons, *(() if self.written is None else self.written.notes))
 
     def __repr__(self) -> str:
-        shown = [
-            f"{title}\n{_filled(frame).to_string(index=False, float_format='{:.3f}'.format)}"
-            for title, frame in self._sections().items()
-        ]
-        return visible("\n\n".join([*shown, *self._notes()]))
+        shown = [f"{title}\n{text(frame.reset_index(drop=True))}" for title, frame in self._sections().items()]
+        return "\n\n".join([*shown, *map(visible, self._notes())])
 
     def _repr_html_(self) -> str:
         shown = [
@@ -138,7 +136,8 @@ def compare(
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
         raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them")
     written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
-    return Comparison(features, components, table, {effect: cells.agreement(table, effect) for effect in effects}, written)
+    agreement = {effect: cells.agreement(table, effect) for effect in effects}
+    return Comparison(features, components, Frame(table), agreement, written)
 
 
 def _shared_effects(features: Effects, components: Effects) -> list[Effect]:

@@ -34,7 +34,8 @@ class Plan:
         estimated = "no gradient" if self.estimate_seconds is None else f"estimated in {self.estimate_seconds:.1f} s"
         return (
             f"plan of {self.patches:,} patches: {self.seconds:.1f} s, {self.flops:.3g} operations, "
-            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.features:,} features, {estimated}"
+            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.features:,} features, "
+            f"{estimated}"
         )
 
     def screened_seconds(self, k: int, audit: int) -> float | None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.page import Frame
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
@@ -48,7 +49,7 @@ class Curve:
         """
         sets = self.sets
         keys = [(node.sae, node.position) for node in sets.nodes]
-        table = pd.DataFrame(keys, columns=["sae", "position"])
+        table = Frame(keys, columns=["sae", "position"])
         table["k"] = [self.sizes[key][node.index or 0] for key, node in zip(keys, sets.nodes, strict=True)]
         alone = self.single.where(kind="all_features")
         for effect in sets.directions_run():

@@ -17,7 +17,7 @@ from featpatch.pairs import Pairs
 TASKS = ("ioi", "capitals", "greater_than", "sentiment")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Demo(Loaded):
     """A small GPT-2 trained on indirect objects, facts, years and reviews, with its SAEs.
 

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
 from featpatch.pairs import PairsWarning
 from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
 from featpatch.patch import Node
+from featpatch.untrusted import visible
 
 CONTEXT = 5
 """Words before the one on which a feature fires that are shown."""
@@ -26,9 +27,15 @@ TOKENS = 1024
 """Tokens of texts that run together."""
 MANY = 10
 """How many places are looked at for each context that is shown, so that the contexts differ."""
+FIRINGS = 10
+"""Below so many firings the share of them that is on a word is uncertain by more than 0.3 (two standard errors)."""
+POSITIONS = 300
+"""In fewer positions most words occur once or twice, so that a feature seems to detect whichever word it happens to fire on."""
+NAMED = 5
+"""How many features a warning names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Description:
     """What a feature fires on in a text.
 
@@ -36,18 +43,34 @@ class Description:
         label: `"on"` for the word itself, `"before"` for the next word.
         word: the word of the best label; empty where the feature never fires.
         f1: how well the feature detects the label, 0 to 1.
-        share: share of all positions on which it fires.
+        fired, positions: at how many of how many positions of the text it fires, special tokens left out.
         contexts: where it fires most, strongest first, each text once, the word itself in brackets.
     """
 
     label: str
     word: str
     f1: float
-    share: float
+    fired: int
+    positions: int
     contexts: tuple[str, ...]
 
-    def __str__(self) -> str:
+    @property
+    def share(self) -> float:
+        """The share of all positions on which the feature fires."""
+        return self.fired / self.positions
+
+    @property
+    def best(self) -> str:
+        """The label and its F1, for a narrow column."""
         return f"{self.label} {self.word!r} (F1 {self.f1:.2f})" if self.word else "never fires in the text"
+
+    @property
+    def count(self) -> str:
+        """How often the feature fires, in words."""
+        return f"fires at {self.fired:,} of {self.positions:,} positions"
+
+    def __repr__(self) -> str:
+        return visible(f"{self.best}, {self.count}")
 
 
 @torch.no_grad()
@@ -55,6 +78,9 @@ def describe(
     model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3
 ) -> dict[Node, Description]:
     """A description of every feature among the nodes; its position plays no part.
+
+    Every description says at how many positions of the text the feature fires. A FeatpatchWarning names the features of which
+    the text is too little to describe them: those that fire fewer than 10 times, or all in a text of fewer than 300 positions.
 
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
@@ -83,7 +109,25 @@ def describe(
             f"a node names dictionary {unknown[0]!r}: expected one of {', '.join(found)}, the SAEs that you pass"
         )
     columns = _activations(lens, found, features, text)
-    return {node: _describe(model.tokenizer, text, column, contexts) for node, column in zip(features, columns.T, strict=True)}
+    described = zip(features, columns.T, strict=True)
+    descriptions = {node: _describe(model.tokenizer, text, column, contexts) for node, column in described}
+    _warn(descriptions, len(columns))
+    return descriptions
+
+
+def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
+    """Warn of descriptions that rest on too little text."""
+    few = [node for node, found in descriptions.items() if found.fired < FIRINGS or positions < POSITIONS]
+    if few:
+        named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
+        more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
+        warnings.warn(
+            f"the texts have {positions:,} positions, in which {len(few)} of {len(descriptions)} features fire too seldom to "
+            f"describe them: {named}{more}; expected at least {FIRINGS} firings in at least {POSITIONS} positions; give more "
+            "text, of the kind that the pairs are about",
+            FeatpatchWarning,
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +158,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> lis
             f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens and are truncated to it; "
             "split them to use all of their words",
             PairsWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return [ids[:context] for ids in every]
 
@@ -169,7 +213,8 @@ def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor,
         label=label,
         word=tokenizer.decode([word]).strip() if f1 else "",
         f1=f1,
-        share=float(fires.double().mean()),
+        fired=int(fires.sum()),
+        positions=len(fires),
         contexts=tuple(distinct)[:contexts],
     )
 

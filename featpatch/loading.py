@@ -11,6 +11,7 @@ from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.selfcheck import check as check_fit
 from featpatch.terminal import checked
+from featpatch.untrusted import visible
 
 CONTRASTS = (
     (
@@ -22,9 +23,11 @@ CONTRASTS = (
     ("She opened the window because the room was warm, and then", "He closed the door because the night was cold, and later"),
 )
 """Prompts for the check where the user gives none."""
+SHOWN = 16
+"""How many SAEs the text of a loaded model names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loaded:
     """A model and its SAEs: `model, saes = fp.load(...)`."""
 
@@ -33,6 +36,13 @@ class Loaded:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.saes))
+
+    def __repr__(self) -> str:
+        cfg = self.model.cfg
+        name = getattr(cfg, "model_name", None) or type(self.model).__name__
+        said = f"{name}: {cfg.n_layers} layers of width {cfg.d_model}, {len(self.saes)} SAEs"
+        more = [f"and {len(self.saes) - SHOWN} more"] if len(self.saes) > SHOWN else []
+        return visible("\n  ".join([said, *map(_shown, self.saes[:SHOWN]), *more]))
 
 
 def load(
@@ -79,6 +89,16 @@ def load(
         else:
             console.print(checked(check_fit(made, found, prompts)))
     return Loaded(made, found)
+
+
+def _shown(sae: Any) -> str:
+    """Say in a line what an SAE is."""
+    cfg: Any = getattr(sae, "cfg", None)
+    if not hasattr(cfg, "d_sae"):
+        return repr(sae)
+    metadata = cfg.metadata
+    hooks = dict.fromkeys(hook for hook in (metadata.hook_name, getattr(metadata, "hook_name_out", None)) if hook)
+    return f"{type(sae).__name__}, {cfg.d_sae} features, at {' -> '.join(hooks)}"
 
 
 def _prompts(model: Any) -> Pairs | None:

@@ -34,6 +34,7 @@ COMMANDS = (
     "info",
     "run",
     "stream",
+    "tasks",
     "verify",
 )
 
@@ -71,6 +72,38 @@ def test_the_program_starts_without_the_models_libraries() -> None:
     script = "import sys, featpatch.cli; print(sorted({'torch', 'transformer_lens', 'sae_lens', 'pandas', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_tasks(tmp_path: Path) -> None:
+    """The list names every label that a drawn pair has; pairs are the library's, shown, written and as JSON."""
+    demo = fp.load_demo()
+    listed = json.loads(run("tasks", "--json", folder=tmp_path).stdout)
+    assert [row["task"] for row in listed] == list(fp.tasks.TASKS)
+    text = run("tasks", folder=tmp_path).stdout
+    for row in listed:
+        assert f"{row['task']}: {row['about']}" in " ".join(text.split())
+        assert row["about"]
+        drawn = fp.tasks.TASKS[row["task"]](demo.model, 3, seed=4)
+        assert [label for label in drawn[0].labels if label not in row["labels"]] == []
+        assert row["labels"].startswith("Labels: ")
+        done = run("tasks", row["task"], "-n", "3", "--seed", "4", "--out", "pairs.jsonl", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "wrote 3 pairs to pairs.jsonl" in done.stdout
+        assert fp.Pairs.from_jsonl(demo.model, tmp_path / "pairs.jsonl") == drawn
+        assert demo.model.tokenizer.decode(drawn[2].corrupted, skip_special_tokens=True) in done.stdout
+        assert ", ".join(f"{label} {position}" for label, position in drawn[2].labels.items()) in done.stdout
+    given = run("tasks", "ioi", "--model", demo.folder / "model", "--json", folder=tmp_path)
+    expected = fp.tasks.ioi(demo.model, 5)
+    assert [row["labels"] for row in json.loads(given.stdout)] == [pair.labels for pair in expected]
+    assert [row["correct"] for row in json.loads(given.stdout)] == [[demo.model.tokenizer.decode(p.correct)] for p in expected]
+    for command, message in (
+        (("nonsense",), "task 'nonsense' is unknown: expected one of capitals"),
+        (("--out", "p"), "without a task"),
+        (("ioi", "--out", "."), "is a folder"),
+    ):
+        refused = run("tasks", *command, folder=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert message in " ".join(refused.stderr.split())
 
 
 def test_components_features_and_estimates(folder: Path, model: list[str], sae: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,32 @@ def test_only_shared_directions_are_compared() -> None:
     found = compare(features, noising)
     assert list(found.agreement) == ["degradation"]
     assert not [column for column in found.table.columns if "recovery" in column]
+
+
+def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
+    features = {fp.Node(PRE, "feature", index, position, "s"): index for index in (1, 2) for position in ("S2", "end")}
+    elsewhere = {fp.Node(MID, "activation", None, "S2"): 1, fp.Node(PRE, "head", 0, "S2"): 2}
+    apart = compare(table(features), table(elsewhere))
+    advice = "rank_components(model, pairs, sites=['resid_pre'], layers=[1], positions=['S2', 'end'])"
+    for text in (apart.agreement["recovery"].reason, repr(apart), unescape(apart._repr_html_())):
+        assert f"features are at {PRE} (S2, end), whole activations of components at {MID} (S2)" in text
+        assert advice in text
+    assert repr(apart).count(advice) == 1
+    heads = compare(table({fp.Node("blocks.1.attn.hook_z", "feature", 0, 3, "z"): 1}), table(elsewhere))
+    assert "rank features of SAEs at resid_pre" in repr(heads)
+    places = {fp.Node(PRE, "activation", None, position): 1 for position in ("S2", "end")}
+    constant = compare(table(features), table(places))
+    assert "effects of the components and of the summed features are the same in all 2 cells" in repr(constant)
+    single = compare(table(features), table(dict(list(places.items())[:1])))
+    unknown = compare(table({**features, fp.Node(PRE, "feature", 1, "end", "s"): np.nan}), table(places))
+    assert "1 hook point and position is in both tables" in repr(single)
+    assert "(1 more with unknown effects)" in repr(unknown)
+    for found in (apart, heads, constant, single, unknown):
+        assert not [word for word in ("NaN", "nan", "<NA>", "None") if word in repr(found)]
+        assert bool(found.agreement["recovery"].reason) == bool(np.isnan(found.agreement["recovery"].correlation))
+    fine = compare(*by_hand())
+    assert fine.agreement["recovery"].reason == ""
+    assert "no Spearman" not in repr(fine)
 
 
 @pytest.mark.parametrize(

@@ -61,14 +61,14 @@ def test_pandas_has_a_row_per_node(table: fp.Effects) -> None:
     assert "<table" in table._repr_html_()
 
 
-@pytest.mark.parametrize(("rows", "more"), [(1, ""), (20, ""), (21, "\n... 1 more rows"), (45, "\n... 25 more rows")])
-def test_twenty_rows_are_shown(rows: int, more: str) -> None:
+@pytest.mark.parametrize("rows", [1, 20, 21, 45])
+def test_twenty_rows_are_shown(rows: int) -> None:
     nodes, none = tuple(fp.Node(SITE, "feature", index) for index in range(rows)), np.zeros(0)
     entries = none.astype(np.int64)
     table = fp.Effects(nodes, np.ones(2), np.zeros(2), entries, entries, none, none, {"directions": ["noising"], "metric": "m"})
     assert table.finished
-    lines = repr(table).removesuffix(more).splitlines()
-    assert repr(table).endswith(more)
+    first, *lines = repr(table).splitlines()
+    assert first == f"exact effects over 2 pairs{', the first 20 of' if rows > 20 else ','} {rows} rows:"
     assert [line.split()[0] for line in lines] == ["site", *[SITE] * min(rows, 20)]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 from featpatch.firing import _describe, _Document
 
 SITE = "blocks.1.hook_resid_pre"
@@ -48,15 +49,20 @@ def test_descriptions_by_hand(demo: fp.Demo) -> None:
     texts = ["Tom", *(" ".join(text.split()[: 3 + n]) for n, text in enumerate(demo.text()[:30]))]
     activations, fired = read(demo, texts), 0
     nodes = [fp.Node(SITE, "feature", index, "all", SITE) for index in range(0, 900, 30)]
-    for node, found in fp.describe(demo.model, demo.saes, nodes, texts, contexts=4).items():
+    with pytest.warns(FeatpatchWarning, match="give more text"):
+        descriptions = fp.describe(demo.model, demo.saes, nodes, texts, contexts=4)
+    for node, found in descriptions.items():
         scores, share, shown = by_hand(demo.model.tokenizer.decode, activations, int(node.index or 0))
         assert found.share == pytest.approx(share)
+        assert (found.fired, found.positions) == (len(shown), sum(len(ids) - 1 for _, ids in activations))
+        count = f"fires at {len(shown)} of {found.positions} positions"
         if not share:
-            assert (found.word, found.contexts, str(found)) == ("", (), "never fires in the text")
+            assert (found.word, found.contexts, str(found)) == ("", (), f"never fires in the text, {count}")
             continue
         fired += 1
         assert found.f1 == pytest.approx(scores[found.label, found.word]) == pytest.approx(max(scores.values()))
-        assert str(found) == f"{found.label} {found.word!r} (F1 {found.f1:.2f})"
+        assert str(found) == f"{found.label} {found.word!r} (F1 {found.f1:.2f}), {count}"
+        assert found.best == f"{found.label} {found.word!r} (F1 {found.f1:.2f})"
         best: dict[str, float] = {}
         for value, context in shown:
             best[context] = max(value, best.get(context, 0.0))
@@ -74,10 +80,36 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
     ((values, ids),) = read(demo, [short])
     assert len(ids) == context < len(tokenizer(long)["input_ids"])
     node = fp.Node(SITE, "feature", int(values[1:].sum(0).argmax()), "all", SITE)
-    (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
-    with pytest.warns(fp.pairs.PairsWarning, match=f"1 of 2 texts are longer than the model's context of {context} tokens"):
+    with pytest.warns(FeatpatchWarning, match=f"the texts have {context - 1} positions"):
+        (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
+    with (
+        pytest.warns(FeatpatchWarning, match="give more text"),
+        pytest.warns(fp.pairs.PairsWarning, match=f"1 of 2 texts are longer than the model's context of {context} tokens"),
+    ):
         (found,) = fp.describe(demo.model, demo.saes, [node], [long, ""]).values()
     assert found == expected
+
+
+def test_too_little_text_is_told_once_with_the_features(demo: fp.Demo) -> None:
+    """Of enough text there is no warning but of features that fire fewer than 10 times, counted by hand."""
+    texts = demo.text()[:60]
+    activations = read(demo, texts)
+    counts = sum((values[1:] > 0).sum(0) for values, _ in activations)
+    often, seldom = [
+        [fp.Node(SITE, "feature", int(index), "all", SITE) for index in torch.nonzero(which).flatten()[:7]]
+        for which in (counts == 10, counts == 9)
+    ]
+    assert len(often) == len(seldom) == 7
+    fp.describe(demo.model, demo.saes, often, texts)
+    with pytest.warns(FeatpatchWarning) as told:
+        fp.describe(demo.model, demo.saes, [*often, *seldom], texts)
+    (warning,) = told
+    assert "7 of 14 features" in str(warning.message)
+    for node in seldom[:5]:
+        assert f"{SITE} feature {node.index} (9)" in str(warning.message)
+    assert "and 2 more" in str(warning.message)
+    with pytest.warns(FeatpatchWarning, match="2 of 2 features fire too seldom"):
+        fp.describe(demo.model, demo.saes, often[:2], texts[:3])
 
 
 def test_weak_places_are_not_taken_for_silent_ones() -> None:

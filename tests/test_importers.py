@@ -1,6 +1,7 @@
 """Pairs from files and tables, ours and those of three other projects; labels by character; alignment by labels."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -523,3 +524,78 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(words: Any, tmp_path: Pat
         read(words, write(longer, longer), skip=True)
     with pytest.raises(fp.FeatpatchError, match="expected a (text|prompt)"):
         read(words, write(CORRUPTED, 3 if importer != "from_eap_ig" else ""), skip=True)
+
+
+# Pairs as files.
+
+
+def test_pairs_are_written_as_texts_where_these_are_read_as_the_same(words: Any, bytewise: Any, tmp_path: Path) -> None:
+    """Words of a tokenizer with BOS, and of one with spaces in its tokens; labels, spans, several answers and none."""
+    for tokenizer, space in ((words, ""), (bytewise, " ")):
+        labels = [{"S2": 5, "start": {"span": "When John"}}]
+        made = fp.Pairs.from_prompts(
+            tokenizer, clean=[CLEAN], corrupted=[CORRUPTED], correct=[[f"{space}John"]], wrong=[[f"{space}Mary", f"{space}gave"]],
+            labels=labels, tags=[{"template": "=1+1"}],
+        )  # fmt: skip
+        path = made.to_jsonl(tmp_path / "pairs.jsonl", tokenizer=tokenizer)
+        (row,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        assert (row["clean"], row["corrupted"], row["tags"]) == (CLEAN, CORRUPTED, {"template": "=1+1"})
+        assert [text.strip() for text in (*row["correct"], *row["wrong"])] == ["John", "Mary", "gave"]
+        assert row["labels"] == {"S2": 5, "start": {"span": "When John"}}
+        assert fp.Pairs.from_jsonl(tokenizer, path) == made
+        table = pandas.read_csv(made.to_csv(tmp_path / "pairs.csv", tokenizer=tokenizer))
+        assert table["template"].tolist() == ["'=1+1"]
+        read = fp.Pairs.from_csv(tokenizer, tmp_path / "pairs.csv")
+        assert read == fp.Pairs((replace(made[0], tags={"template": "'=1+1"}),))
+    made.to_csv(tmp_path / "ids.csv")
+    assert json.loads(pandas.read_csv(tmp_path / "ids.csv")["clean"][0]) == list(made[0].clean)
+    twice = fp.Pairs((replace(made[0], tags={"clean": "x"}),)).to_csv(tmp_path / "twice.csv", tokenizer=bytewise)
+    assert list(pandas.read_csv(twice).columns) == ["clean", "corrupted", "correct", "wrong", "labels", "tag clean"]
+
+
+def test_pairs_that_texts_do_not_give_again_are_written_as_ids(words: Any, tmp_path: Path) -> None:
+    """Two prompts of which nothing is special here, and one read before the end; a reader may want sequences of all answers."""
+    plain = fp.Pair((5, 6, 7), (5, 8, 7), (9,), (10,), labels={"both": (0, 1)}, answer_position=1)
+    path = fp.Pairs((plain,)).to_jsonl(tmp_path / "pairs.jsonl", tokenizer=words)
+    row = json.loads(path.read_text())
+    assert (row["clean"], row["correct"], row["special"], row["answer_position"]) == ([5, 6, 7], [9], [], 1)
+    assert fp.Pairs.from_jsonl(words, path)[0] == plain
+    whole = fp.Pairs((replace(plain, answer_position=2),)).to_jsonl(path)
+    assert fp.Pairs.from_jsonl(words, whole, long_answers=True)[0].answers == (((9,),), ((10,),))
+    bos = words.bos_token_id
+    given = lines(path, {"clean": [bos, 5], "corrupted": [bos, 6], "correct": [7], "wrong": []})
+    assert fp.Pairs.from_jsonl(words, given)[0].special == {0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"corrupted": "When"}, "corrupted is 'When' beside token ids"),
+        ({"correct": ["John"]}, "correct is .*John.* beside token ids: expected a list of ids"),
+        ({"correct": 7}, "correct is '7' beside token ids"),
+        ({"wrong": [7, [8]]}, "wrong is .* beside token ids"),
+        ({"special": ["a"]}, "special is .* beside token ids"),
+        ({"spans": {"S2": [0, 1]}}, "spans in .*: expected, beside token ids, labels as an object of positions"),
+        ({"labels": [3]}, "labels or tags in"),
+        ({"labels": {"S2": "Mary"}}, "labels is .*Mary.* beside token ids: expected positions"),
+        ({"labels": {"S2": 9}}, "label 'S2' is at position 9: expected 0 to 1"),
+        ({"answer_position": "end"}, "answer_position is 'end'"),
+        ({"clean": []}, "the clean prompt has no tokens"),
+    ],
+)
+def test_lines_of_ids_that_are_refused(words: Any, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    row = {"clean": [5, 6], "corrupted": [5, 7], "correct": [8], "wrong": [9]}
+    with pytest.raises(fp.FeatpatchError, match=f"p.jsonl' line 1: {message}"):
+        fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", {**row, **fields}))
+
+
+def test_pairs_that_can_not_be_written(words: Any, tmp_path: Path) -> None:
+    pair = fp.Pair((5, 6), (5, 7), (8,), (9,))
+    with pytest.raises(fp.FeatpatchError, match="pair 1: labels .*expected valid Unicode"):
+        fp.Pairs((pair, replace(pair, tags={"a": "\ud800"}))).to_jsonl(tmp_path / "p.jsonl")
+    with pytest.raises(fp.FeatpatchError, match="is a folder"):
+        fp.Pairs((pair,)).to_jsonl(tmp_path)
+    for write in (fp.Pairs((pair,)).to_jsonl, fp.Pairs((pair,)).to_csv):
+        with pytest.raises(fp.FeatpatchError, match="no decode: .*leave it out"):
+            write(tmp_path / "p", tokenizer=lambda text: [1])
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import drawn
@@ -703,3 +704,52 @@ def test_integrated_gradients_reach_the_whole_site(data: Any) -> None:
         left.append(max(errors))
         assert effects.metadata["whole_residual"] == pytest.approx(left[-1] / abs(effects.gap.mean()), abs=EXACT)
     assert left[1] <= left[0] / 4 + 1e-9
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+SPANS = st.tuples(st.integers(0, 1), st.integers(0, 2)).map(lambda ends: tuple(range(ends[0], sum(ends) + 1)))
+
+
+@st.composite
+def written_pair(draw: Any) -> fp.Pair:
+    """A pair with all that it can have, of tokens that need not be words of a tokenizer that reads them again."""
+    plain = draw(pair())
+    labels = st.dictionaries(TEXTS.filter(lambda name: name not in ("all", "each")), st.integers(0, 1) | SPANS, max_size=2)
+    fields = {
+        "labels": {name: of for name, of in draw(labels).items() if isinstance(of, int) or max(of) < len(plain)},
+        "special": draw(st.frozensets(st.integers(0, 4), max_size=2)),
+        "tags": draw(st.dictionaries(TEXTS, TEXTS, max_size=2)),
+    }
+    if draw(st.booleans()):
+        return replace(plain, **fields)
+    sequences = draw(st.lists(st.lists(st.integers(0, VOCAB), min_size=1, max_size=3).map(tuple), min_size=1, unique=True))
+    some = draw(st.integers(1, len(sequences)))
+    return replace(
+        plain, correct=(), wrong=(), correct_sequences=tuple(sequences[:some]), wrong_sequences=tuple(sequences[some:]),
+        answer_position=-1, **fields,
+    )  # fmt: skip
+
+
+class Numbered:
+    """A tokenizer of numbered words, of which token 7 is special, and which can't write token 5."""
+
+    all_special_ids = (7,)
+
+    def __call__(self, text: str, **_: object) -> list[int]:
+        return [int(word[1:]) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join("w6" if token == 5 else f"w{token}" for token in ids)
+
+
+@share(1)
+@given(st.lists(written_pair(), min_size=1, max_size=3), st.booleans())
+def test_pairs_are_read_as_they_were_written(several: list[fp.Pair], with_texts: bool) -> None:
+    pairs, tokenizer = fp.Pairs(tuple(several)), Numbered()
+    with TemporaryDirectory() as folder:
+        path = pairs.to_jsonl(Path(folder) / "pairs.jsonl", tokenizer=tokenizer if with_texts else None)
+        read = fp.Pairs.from_jsonl(tokenizer, path)
+        again = read.to_jsonl(Path(folder) / "again.jsonl").read_bytes()
+        assert pairs.to_jsonl(path).read_bytes() == again
+    assert read == pairs
+    assert read.digest() == pairs.digest()

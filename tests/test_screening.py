@@ -14,8 +14,9 @@ from test_sets import SITE, dictionary, pairs_of
 
 import featpatch as fp
 from featpatch.attribution import estimation_time
-from featpatch.effects.audit import audited, most, sample_sizes
+from featpatch.effects.audit import audited, most, needed, provable, sample_sizes
 from featpatch.engine import SuffixPath
+from featpatch.errors import FeatpatchWarning
 from featpatch.patch import DIRECTIONS
 from featpatch.terminal import planned
 
@@ -112,6 +113,38 @@ def test_an_audit_by_hand() -> None:
     assert (everything.missed, everything.recall, everything.estimate) == (0, 1, 1)
     assert everything.size == 17
     assert audited(first, np.zeros(0), 10, **BOUND).recall == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_the_start(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the audit of a sample without an effect, at every size."""
+    first, rest, top = np.ones(20), 124, 5
+    for looks in (1, 3):
+        about: dict[str, Any] = {"top": top, "confidence": 0.95, "looks": looks}
+        bounds = [audited(first, np.zeros(n), 20 + rest, share=0.05, **about).recall for n in range(rest + 1)]
+        assert [provable(rest, n, **about) for n in range(rest + 1)] == bounds
+        for recall in (0.01, 0.5, 1.0):
+            assert needed(rest, recall, **about) == next(n for n, bound in enumerate(bounds) if bound >= recall)
+    assert needed(0, 1.0, top=5, confidence=0.95, looks=1) == 0
+    sae, calls = small.at(SITE), counting(monkeypatch)
+    candidates = int(fp.estimate_features(small.model, sae, pairs_of(small), positions="each", progress=False).ranked.sum())
+    good = needed(candidates - 20, 0.5, top=5, confidence=0.95, looks=1)
+    options: dict[str, Any] = {"positions": "each", "k": 20, "top": 5}
+    calls.clear()
+    for given, message in (
+        ({"audit": good - 1}, f"audit={good - 1} of the {candidates - 20} candidates .* audit={good} or more"),
+        ({"audit": int(0.8 * candidates) - 19}, f"run {int(0.8 * candidates) + 1} of {candidates} candidates, .*exact='all'"),
+        ({"k": 500}, f"k=500 and audit=100 run {candidates} of {candidates} candidates"),
+        ({"audit": 3, "target": 1.0}, "target=1.0 takes at least .*exact='all'"),
+    ):
+        with pytest.raises(FeatpatchWarning, match=f"screening: .*{message}"):
+            screened(small, sae, **{**options, **given})
+    assert not calls
+    assert screened(small, sae, **options, audit=good).audit(top=5).candidates == candidates
+    screened(small, sae, **options, audit=int(0.8 * candidates) - 20)
+    screened(small, sae, **options, audit=3, target=0.2)
 
 
 def test_sample_sizes() -> None:

@@ -120,6 +120,9 @@ class Gradients:
         self._keep, self._state = keep, None  # type: bool, object
         self._kept: dict[tuple[int, ...], _Batch] = {}
 
+    def __repr__(self) -> str:
+        return f"gradients of {self.measure.name} over {self.pairs!r}, by {self.method}; {len(self._kept)} batches kept"
+
     def check_directions(self, directions: Sequence[Direction]) -> tuple[Direction, ...]:
         """Return the directions after a check.
 

@@ -12,7 +12,7 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all items, those of the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FaithfulnessCurve:
     """The first items of a ranking, ever more of them.
 
@@ -43,6 +43,11 @@ class FaithfulnessCurve:
         return pd.DataFrame(
             {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
         )
+
+    def __repr__(self) -> str:
+        known = self.table().to_string(index=False, float_format="{:.3g}".format, na_rep="")
+        single = "" if np.isfinite(self.low).any() else "; no interval of a single pair"
+        return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
     def plot(self) -> Any:
         """Faithfulness against the share of items, a `plotly.graph_objects.Figure`."""

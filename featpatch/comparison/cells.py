@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from featpatch import sites
 from featpatch.effects import Effect, Effects
+
+LISTED = 4
+"""How many hook points and positions a reason names."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,12 @@ class Agreement:
     Attributes:
         correlation: Spearman's rank correlation over the cells; NaN with fewer than 2, or where one side is constant.
         points: the number of cells.
+        reason: why there is no correlation, and what to rank so that there is one; empty where there is one.
     """
 
     correlation: float
     points: int
+    reason: str = ""
 
 
 def joined(features: Effects, components: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
@@ -65,9 +71,55 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
 
 def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
     """Over the cells of `joined`; those with unknown values are left out."""
-    pairs = cells(table)[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
-    ordered = len(pairs) > 1 and bool(np.ptp(pairs, axis=0).all())
-    return Agreement(float(spearmanr(*pairs.T).statistic) if ordered else np.nan, len(pairs))
+    found = cells(table)
+    pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
+    reason = _reason(table, len(found), pairs)
+    return Agreement(np.nan if reason else float(spearmanr(*pairs.T).statistic), len(pairs), reason)
+
+
+def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
+    """Say why there is no rank correlation over `count` cells, of which `pairs` are known; empty where there is one."""
+    if not count:
+        return (
+            "no hook point and position is in both tables: the features are at "
+            f"{_places(table[table['sae'].notna()])}, whole activations of components at "
+            f"{_places(table[table['kind'] == 'activation'])}; {_advice(table[table['sae'].notna()])}"
+        )
+    if len(pairs) < 2:
+        unknown = f" ({count - len(pairs)} more with unknown effects)" if len(pairs) < count else ""
+        return (
+            f"{len(pairs)} hook point and position is in both tables with known effects{unknown}: a rank correlation takes at "
+            "least 2; rank both at more positions or hook points"
+        )
+    constant = [name for name, values in zip(("components", "summed features"), pairs.T, strict=True) if not np.ptp(values)]
+    if constant:
+        return f"the effects of the {' and of the '.join(constant)} are the same in all {len(pairs)} cells, which ranks nothing"
+    return ""
+
+
+def _places(rows: pd.DataFrame) -> str:
+    """The first hook points of some rows, with their positions."""
+    positions: dict[str, dict[str, None]] = defaultdict(dict)
+    for site, position in zip(rows["site"], rows["position"], strict=True):
+        positions[site][str(position)] = None
+    shown = [f"{site} ({_listed(list(of))})" for site, of in positions.items()]
+    return _listed(shown) if shown else "none"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _advice(features: pd.DataFrame) -> str:
+    """What to rank beside these features."""
+    names = {name: hook for name, hook in sites.WHOLE.items() if any(site.endswith(f".{hook}") for site in features["site"])}
+    if not names:
+        return f"rank features of SAEs at {', '.join(sites.WHOLE)}: components hold whole activations only there"
+    layers = sorted({sites.layer_of(site) for site in features["site"] if site.endswith(tuple(names.values()))})
+    positions = list(dict.fromkeys(features["position"]))
+    asked = "'each'" if set(map(type, positions)) == {int} else "'all'" if positions == ["all"] else repr(positions)
+    return f"call rank_components(model, pairs, sites={list(names)}, layers={layers}, positions={asked})"
 
 
 def _by_dictionary(features: Effects, effects: Sequence[Effect]) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Features beside components of the same pairs: one table, how far they agree, and which component writes which feature."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +14,7 @@ from featpatch.comparison.cells import Agreement
 from featpatch.comparison.written import Written
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.page import Frame, text
 from featpatch.pairs import Pairs
 from featpatch.untrusted import visible
 
@@ -84,18 +86,19 @@ class Comparison:
         return sections
 
     def _notes(self) -> tuple[str, ...]:
-        return () if self.written is None else self.written.notes
+        without: dict[str, list[str]] = defaultdict(list)
+        for effect, found in self.agreement.items():
+            without[found.reason].append(effect)
+        reasons = [f"no Spearman correlation of {' and '.join(of)}: {reason}" for reason, of in without.items() if reason]
+        return (*reasons, *(() if self.written is None else self.written.notes))
 
     def __repr__(self) -> str:
-        shown = [
-            f"{title}\n{frame.to_string(index=False, float_format='{:.3f}'.format)}"
-            for title, frame in self._sections().items()
-        ]
-        return visible("\n\n".join([*shown, *self._notes()]))
+        shown = [f"{title}\n{text(frame.reset_index(drop=True))}" for title, frame in self._sections().items()]
+        return "\n\n".join([*shown, *map(visible, self._notes())])
 
     def _repr_html_(self) -> str:
         shown = [
-            f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
+            f"<p>{escape(title)}</p>{_filled(frame).to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
             for title, frame in self._sections().items()
         ]
         return "".join([*shown, *(f"<p>{escape(note)}</p>" for note in self._notes())])
@@ -133,7 +136,8 @@ def compare(
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
         raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them")
     written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
-    return Comparison(features, components, table, {effect: cells.agreement(table, effect) for effect in effects}, written)
+    agreement = {effect: cells.agreement(table, effect) for effect in effects}
+    return Comparison(features, components, Frame(table), agreement, written)
 
 
 def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
@@ -176,6 +180,11 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
             "all, to add up their effects; save and load the whole table"
         )
     return shared
+
+
+def _filled(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table to show, in which unknown values are empty cells."""
+    return frame.astype(object).where(frame.notna(), "")
 
 
 def _kinds(table: Effects) -> str:

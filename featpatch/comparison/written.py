@@ -16,6 +16,7 @@ from featpatch.comparison.writers import Writer, Writers, on_stream
 from featpatch.effects import Effect, Effects
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, dictionaries, wrap
+from featpatch.page import Frame
 from featpatch.pairs import Pairs
 from featpatch.patch import Node, Position
 
@@ -192,7 +193,7 @@ class _Known:
 
     def frame(self, rows: list[Row]) -> pd.DataFrame:
         """The rows as a table."""
-        table = pd.DataFrame(
+        table = Frame(
             [(*astuple(row.writer), row.feature.position, row.feature.sae, row.feature.index, *row[2:]) for row in rows],
             columns=COLUMNS,
         ).astype({"index": "Int64", "position": object})

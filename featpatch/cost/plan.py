@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """An estimate of a sweep.
 
@@ -29,6 +29,14 @@ class Plan:
     fast: bool
     features: int
     estimate_seconds: float | None
+
+    def __repr__(self) -> str:
+        estimated = "no gradient" if self.estimate_seconds is None else f"estimated in {self.estimate_seconds:.1f} s"
+        return (
+            f"plan of {self.patches:,} patches: {self.seconds:.1f} s, {self.flops:.3g} operations, "
+            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.features:,} features, "
+            f"{estimated}"
+        )
 
     def screened_seconds(self, k: int, audit: int) -> float | None:
         """Time of `exact="screened"` with these numbers of features, estimated."""

@@ -26,7 +26,7 @@ ROWS, TOKENS_AT_ONCE, SUMMED = 16384, 512, 256
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """An estimate from sizes.
 
@@ -45,6 +45,14 @@ class Prediction:
     memory: float
     fits: bool | None
     hours: float | None
+
+    def __repr__(self) -> str:
+        fit = "" if self.fits is None else f", {'fits' if self.fits else 'does not fit'}"
+        time = "" if self.hours is None else f"; {self.hours:,.3g} hours"
+        return (
+            f"prediction of {self.patches:,} patches: {self.flops:.3g} operations and {self.other_flops:.3g} beside, "
+            f"{self.memory / 1e9:,.1f} GB per worker{fit}{time}"
+        )
 
 
 def predict(

@@ -1,6 +1,6 @@
 """What came out: the table of metric values, the effects derived from it, their intervals."""
 
-from featpatch.effects.audit import Audit, audited, sample_sizes, without_estimates
+from featpatch.effects.audit import Audit, audited, needed, provable, sample_sizes, without_estimates
 from featpatch.effects.collector import Collector
 from featpatch.effects.effects import By, Effects
 from featpatch.effects.join import joined
@@ -11,5 +11,5 @@ from featpatch.patch import EFFECTS, Effect
 
 __all__ = [
     "EFFECTS", "Audit", "By", "Collector", "Effect", "Effects", "Material", "Portrait", "Prompt", "Stability", "audited",
-    "check_gap", "interval", "joined", "sample_sizes", "without_estimates",
+    "check_gap", "interval", "joined", "needed", "provable", "sample_sizes", "without_estimates",
 ]  # fmt: skip

@@ -112,6 +112,20 @@ def most(population: int, drawn: int, found: int, alpha: float) -> int:
     return marked[bisect_left(marked, True, key=lambda m: bool(hypergeom.cdf(found, population, m, drawn) <= alpha)) - 1]
 
 
+def provable(rest: int, drawn: int, *, top: int, confidence: float, looks: int) -> float:
+    """The recall of the true `top` that a sample of `drawn` of `rest` proves at best: with none beyond the threshold."""
+    return max(0.0, 1 - most(rest, drawn, 0, (1 - confidence) / looks) / top)
+
+
+def needed(rest: int, recall: float, *, top: int, confidence: float, looks: int) -> int:
+    """The smallest sample of `rest` that can prove this recall, see `provable`."""
+
+    def proves(drawn: int) -> bool:
+        return provable(rest, drawn, top=top, confidence=confidence, looks=looks) >= recall
+
+    return bisect_left(range(rest), True, key=proves)
+
+
 def without_estimates(screening: Mapping[str, Any]) -> dict[str, Any]:
     """What is noted of a screening, for a table of another metric or of some pairs, which the estimates are not of."""
     return {name: value for name, value in screening.items() if name != "estimates"}

@@ -33,9 +33,8 @@ from featpatch.effects.report import report
 from featpatch.effects.stability import SPLITS, TOP, Stability, split_half
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import as_path
-from featpatch.page import write
+from featpatch.page import ROWS, Frame, text, write
 from featpatch.patch import EFFECTS, RANKED, Effect, Node
-from featpatch.untrusted import visible
 
 Over = Literal["all", "changed"]
 """The pairs that an effect is pooled over: all of them, or those in which the node differs."""
@@ -359,7 +358,7 @@ class Effects:
         Raises:
             FeatpatchError: no pair has this tag, or all have the same value of it.
         """
-        return breakdown.by_tag(self, tag, effect)
+        return Frame(breakdown.by_tag(self, tag, effect))
 
     def take(self, rows: Sequence[int] | NDArray[Any]) -> "Effects":
         """Select rows in the given order, by indices without duplicates or by a mask of all rows.
@@ -462,7 +461,7 @@ class Effects:
         run, and `_estimate` where features were screened. Those of other metrics come last, with the metric before the name:
         `prob_recovery`.
         """
-        return frames.full(self)
+        return Frame(frames.full(self))
 
     def sites(self) -> pd.DataFrame:
         """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone, and
@@ -470,7 +469,7 @@ class Effects:
 
         What has no row is the same in both runs and has exactly no effect.
         """
-        return frames.by_site(self)
+        return Frame(frames.by_site(self))
 
     def about(self) -> dict[str, Any]:
         """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
@@ -515,9 +514,10 @@ class Effects:
         return replace(first, others={other.metadata["metric"]: other for other in others})
 
     def __repr__(self) -> str:
-        shown = frames.brief(self.take(range(min(20, len(self))))).drop(columns=["sae"])
-        more = f"\n... {len(self) - 20} more rows" if len(self) > 20 else ""
-        return visible(f"{shown.to_string(index=False, float_format=frames.number)}{more}")
+        first = self.take(range(min(ROWS, len(self))))
+        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value"]))
+        more = f", the first {len(first)} of" if len(self) > len(first) else ","
+        return f"{self.value} effects over {len(self.clean)} pairs{more} {len(self)} rows:\n{shown}"
 
     def _repr_html_(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)

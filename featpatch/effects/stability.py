@@ -17,7 +17,7 @@ TOP = 20
 LEAST_PAIRS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stability:
     """How far two halves of the pairs agree on the ranking of the features.
 
@@ -39,6 +39,15 @@ class Stability:
     features: int
     pairs: int
     splits: int
+
+    def __repr__(self) -> str:
+        shared = f"the halves share {self.overlap:.0%} of their top {self.top}, {self.chance:.0%} by chance"
+        if np.isnan(self.overlap):
+            shared = f"a top {self.top} of {self.features} features says nothing"
+        return (
+            f"rank correlation {self.correlation:.2f} [{self.low:.2f}, {self.high:.2f}] between random halves of "
+            f"{self.pairs} pairs, {self.splits} splits; {shared}"
+        )
 
 
 def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: int, top: int, seed: int) -> Stability:

@@ -10,11 +10,12 @@ from sae_lens import SAE
 from featpatch.errors import FeatpatchError
 from featpatch.lens.finite import TYPES
 from featpatch.lens.formats import Coder, Weights, of_object
+from featpatch.untrusted import visible
 
 Skip = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapted:
     """A dictionary that is not of sae-lens, at its hooks; made by `adapt` and the baselines.
 
@@ -34,6 +35,11 @@ class Adapted:
     name: str = ""
     linear: bool = False
     skip: Skip | None = None
+
+    def __repr__(self) -> str:
+        hooks = " -> ".join(dict.fromkeys((self.hook, self.hook_out)))
+        named = f"{self.name} ({hooks})" if self.name and self.name != hooks else hooks
+        return visible(f"{type(self.coder).__name__} at {named}, width {self.d_in}{', with a skip path' if self.skip else ''}")
 
 
 def adapt(

@@ -22,6 +22,7 @@ import torch
 
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import Measure, find
+from featpatch.page import Frame
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
@@ -106,7 +107,7 @@ class Checklist:
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per pair and rule: pair, rule, status, detail, advice."""
         columns = ("pair", "rule", "status", "detail", "advice")
-        return pd.DataFrame([{name: getattr(finding, name) for name in columns} for finding in self.findings], columns=columns)
+        return Frame([{name: getattr(finding, name) for name in columns} for finding in self.findings], columns=columns)
 
 
 @torch.no_grad()

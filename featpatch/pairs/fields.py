@@ -1,10 +1,15 @@
-"""The fields of a pair as files and tables give them."""
+"""The fields of a pair as files and tables give them, and as they are written there."""
 
-from collections.abc import Mapping
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.files import parsed
+from featpatch.pairs.make import make
+from featpatch.pairs.pair import Pair, plain_integers, positions_of
+from featpatch.pairs.tokens import Tokenizer, plain_tokenizer, special_positions
 
 NEEDED = ("clean", "corrupted", "correct", "wrong")
 OBJECTS = ("labels", "corrupted_labels", "spans", "corrupted_spans")
@@ -57,6 +62,117 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
             except FeatpatchError as error:
                 raise FeatpatchError(f"{column}: {error}") from error
     return checked({**fields, "tags": {column: str(cell) for column, cell in filled.items()}})
+
+
+def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) -> Pair:
+    """The pair of a row whose prompts are token ids, as `written` writes it; it is taken as it is.
+
+    Answers are ids, or lists of ids for sequences, of which `long_answers` makes all. Special positions are by default those
+    of the tokenizer's special tokens.
+
+    Raises:
+        FeatpatchError: a field is not what it should be.
+    """
+    for name in (*NEEDED, "special"):
+        ids = row.get(name, [])
+        nested = name in ("correct", "wrong") and isinstance(ids, list) and all(isinstance(answer, list) for answer in ids)
+        if not all(isinstance(plain_integers(each), tuple) for each in (ids if nested else [ids])):
+            raise FeatpatchError(
+                f"{name} is {str(ids)[:60]!r} beside token ids: expected a list of ids, for sequences a list of lists"
+            )
+    other = [field for field in OBJECTS[1:] if field in row]
+    if other or not (_fits("labels", row.get("labels", {})) and _fits("tags", row.get("tags", {}))):
+        raise FeatpatchError(
+            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, beside token ids, labels as an "
+            "object of positions and tags as an object of texts"
+        )
+    answer_position = row.get("answer_position", -1)
+    if type(answer_position) is not int:
+        raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
+    labels: dict[str, Any] = {name: plain_integers(label) for name, label in row.get("labels", {}).items()}
+    if None in labels.values():
+        raise FeatpatchError(f"labels is {row['labels']!r} beside token ids: expected positions, for a span a list of them")
+    clean, corrupted = tuple(row["clean"]), tuple(row["corrupted"])
+    answers: dict[str, list[Any]] = {name: row[name] for name in ("correct", "wrong")}
+    if long_answers or any(isinstance(answer, list) for side in answers.values() for answer in side):
+        of = {
+            name: tuple(tuple(each) if isinstance(each, list) else (each,) for each in side) for name, side in answers.items()
+        }
+        sides: dict[str, Any] = {"correct": (), "wrong": (), **{f"{name}_sequences": side for name, side in of.items()}}
+    else:
+        sides = {name: tuple(side) for name, side in answers.items()}
+    return Pair(
+        clean,
+        corrupted,
+        **sides,
+        labels=labels,
+        special=frozenset(row["special"]) if "special" in row else special_positions(tokenizer, clean, corrupted),
+        tags=row.get("tags", {}),
+        answer_position=answer_position,
+    )
+
+
+def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The fields of a pair for a line of JSON, from which exactly this pair is read.
+
+    With a tokenizer the prompts and answers are texts if the tokenizer makes the same pair of them again, else they are ids.
+
+    Raises:
+        FeatpatchError: tags that JSON can't hold, or a tokenizer without `decode`.
+    """
+    texts = [*pair.labels, *pair.tags, *pair.tags.values()]
+    if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
+        raise FeatpatchError(
+            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode texts, to write them"
+        )
+    if tokenizer is not None and not pair.correct_sequences:
+        fields = _texts(pair, tokenizer)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if make(tokenizer, **checked(fields)) == pair:
+                    return fields
+        except FeatpatchError:
+            pass
+    fields = {"clean": pair.clean, "corrupted": pair.corrupted, "labels": dict(pair.labels), "special": sorted(pair.special)}
+    sides = {name: getattr(pair, f"{name}_sequences" if pair.correct_sequences else name) for name in ("correct", "wrong")}
+    return {**fields, **sides, "tags": dict(pair.tags), "answer_position": pair.answer_position}
+
+
+def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The fields of a pair for the cells of a table: JSON where one cell holds several things, a column for every tag."""
+    fields = written(pair, None) if tokenizer is None else _texts(pair, tokenizer)
+    tags = {f"tag {name}" if name in (*NEEDED, *OBJECTS) else name: tag for name, tag in fields["tags"].items()}
+    sides = {name: fields[name][0] if len(fields[name]) == 1 else fields[name] or "" for name in ("correct", "wrong")}
+    shown = {name: fields[name] for name in ("clean", "corrupted")} | sides | {"labels": fields["labels"] or ""}
+    return {
+        name: cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for name, cell in shown.items()
+    } | tags
+
+
+def _texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The prompts and answers of a pair as texts, without the special tokens at the start, and spans as texts too."""
+    decode = getattr(plain_tokenizer(tokenizer), "decode", None)
+    if decode is None:
+        raise FeatpatchError("the tokenizer has no decode: expected one, to write texts; leave it out to write token ids")
+    start = next((position for position in range(len(pair)) if position not in pair.special), len(pair))
+
+    def answer(ids: Sequence[int]) -> str:
+        before, after = decode(list(pair.clean[start:])), decode([*pair.clean[start:], *ids])
+        return str(after.removeprefix(before) if after.startswith(before) else decode(list(ids)))
+
+    def place(label: int | tuple[int, ...]) -> Any:
+        span = [pair.clean[position] for position in positions_of(label)]
+        return label if isinstance(label, int) else {"span": decode(span).strip()}
+
+    return {
+        "clean": decode(list(pair.clean[start:])),
+        "corrupted": decode(list(pair.corrupted[start:])),
+        "correct": [answer(ids) for ids in pair.answers[0]],
+        "wrong": [answer(ids) for ids in pair.answers[1]],
+        "labels": {name: place(label) for name, label in pair.labels.items()},
+        "tags": dict(pair.tags),
+    }
 
 
 def _blank(cell: Any) -> bool:

@@ -19,11 +19,11 @@ class Rows:
 
     Attributes:
         where: the place of each row, for errors, e.g. `'pairs.csv' line 3`.
-        values: the fields of each row.
+        values: the fields of each row, or the pair that it is.
     """
 
     where: list[str]
-    values: list[dict[str, Any]]
+    values: list[Any]
 
 
 def read(path: str | Path, kind: str, holding: str) -> str:

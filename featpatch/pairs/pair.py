@@ -7,15 +7,19 @@ from typing import Any
 
 from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds
 from featpatch.patch import Position
+from featpatch.untrusted import visible
 
 Sequences = tuple[tuple[int, ...], ...]
 """Answers, each as its token ids."""
+
+LONG = 150
+"""Characters after which a pair's text is cut."""
 
 LabelPosition = int | tuple[int, ...]
 """Where a label is: a token position, or the consecutive positions of a span, which are patched together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """A clean and a corrupted prompt as token ids.
 
@@ -89,6 +93,17 @@ class Pair:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def __repr__(self) -> str:
+        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=True))
+        right, wrong = map(_shown, self.answers)
+        labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
+        tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
+        said = (
+            f"pair of {len(self)} tokens, {differing} of them different, answer ids {right} (right) and {wrong} (wrong), "
+            f"labels {labels}{tags}"
+        )
+        return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
+
     @property
     def answers(self) -> tuple[Sequences, Sequences]:
         """The right and the wrong answers, each a sequence of one or more tokens."""
@@ -140,6 +155,12 @@ class Pair:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+
+
+def _shown(answers: Sequences) -> str:
+    """The first answers, each as its token ids."""
+    more = f" and {len(answers) - 3} more" if len(answers) > 3 else ""
+    return ", ".join(" ".join(map(str, ids)) for ids in answers[:3]) + more or "none"
 
 
 def _check_tokens(name: str, tokens: object) -> None:

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
-from featpatch.files import sha256
+from featpatch.files import sha256, write_csv, writing
 from featpatch.pairs.align import filler_id
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.each import each, fitting
-from featpatch.pairs.fields import NEEDED, checked, from_cells
+from featpatch.pairs.fields import NEEDED, checked, for_cells, from_cells, of_ids, written
 from featpatch.pairs.files import Rows, csv_rows, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.make import Answers, Prompt, make
@@ -165,6 +165,9 @@ class Pairs(Sequence[Pair]):
         (`{"S2": [34, 38]}`, characters), `"tags"` (an object of texts). `align`, `filler` and `long_answers` as in
         `from_prompts`.
 
+        Where both prompts are lists of token ids, the answers are ids too (`[52]`, or `[[5, 9]]` for a sequence) and labels are
+        positions; `"special"` and `"answer_position"` may be given beside. Such a pair is taken as it is, see `to_jsonl`.
+
         Raises:
             FeatpatchError: the file is missing, or a line is not JSON, lacks a field or gives no pair.
         """
@@ -196,7 +199,10 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def _of_lines(cls, tokenizer: Tokenizer, lines: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
-        rows = Rows(lines.where, list(each(checked, lines.values, where=lines.where)))
+        def read(line: dict[str, Any]) -> dict[str, Any] | Pair:
+            return of_ids(tokenizer, line, long_answers=long_answers) if isinstance(line["clean"], list) else checked(line)
+
+        rows = Rows(lines.where, list(each(read, lines.values, where=lines.where)))
         return cls._made(tokenizer, rows, align, filler, long_answers)
 
     @classmethod
@@ -300,7 +306,9 @@ class Pairs(Sequence[Pair]):
     def _made(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
         remarks: list[str] = []
         made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers, remarks=remarks)
-        return cls(fitting(lambda row: made(**row), rows.values, where=rows.where, remarks=remarks))
+        return cls(
+            fitting(lambda row: row if isinstance(row, Pair) else made(**row), rows.values, where=rows.where, remarks=remarks)
+        )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -357,6 +365,40 @@ class Pairs(Sequence[Pair]):
                 f"all {len(self)} pairs have verdict {verdicts!r}: expected some to keep; look at the findings"
             )
         return Pairs(left)
+
+    def to_jsonl(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
+        """Write a line of JSON per pair, from which `from_jsonl` reads exactly these pairs.
+
+        Args:
+            path: the file; an old one is replaced when the new one is complete.
+            tokenizer: the model or its tokenizer, to write a pair as texts where these are tokenized as exactly this pair
+                again; without one, and for other pairs, such as those with long answers, token ids are written.
+
+        Raises:
+            FeatpatchError: nothing can be written there, or the tokenizer can't decode.
+        """
+        rows = [json.dumps(row, ensure_ascii=False) for row in each(partial(written, tokenizer=tokenizer), self.pairs)]
+        with writing(path) as file:
+            file.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+        return Path(path)
+
+    def to_csv(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
+        """Write a table for a spreadsheet: prompts, answers, labels, and a column for every tag; see `from_csv`.
+
+        Texts that a spreadsheet would take for formulas begin with an apostrophe, and special tokens at the start are left
+        out: to read the same pairs again use `to_jsonl`.
+
+        Args:
+            path: the file.
+            tokenizer: the model or its tokenizer, to write texts; without one token ids are written.
+
+        Raises:
+            FeatpatchError: nothing can be written there, or the tokenizer can't decode.
+        """
+        import pandas
+
+        write_csv(path, pandas.DataFrame([for_cells(pair, tokenizer) for pair in self]))
+        return Path(path)
 
     def by_length(self) -> dict[int, list[int]]:
         """Indices of the pairs, grouped by the number of tokens."""

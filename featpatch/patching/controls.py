@@ -17,9 +17,10 @@ from featpatch.patching.study.difference import Difference
 from featpatch.patching.study.part import DictionaryPart
 from featpatch.patching.study.runs import PairRuns
 from featpatch.patching.study.swaps import Directions, Swaps, deltas_of
+from featpatch.untrusted import visible
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Controls:
     """A feature among random directions of the same norm.
 
@@ -35,13 +36,13 @@ class Controls:
         """The share of random directions whose pooled effect is as large as the feature's, or larger."""
         return float((self.random.pooled(effect) >= self.feature.pooled(effect)[0]).mean())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         parts = [
             f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm reach the "
             f"{self.feature.pooled(effect)[0]:.3f} of {self.feature.nodes[0]}"
             for effect in self.feature.directions_run()
         ]
-        return "; ".join(parts)
+        return visible("\n".join(parts))
 
 
 def random_controls(

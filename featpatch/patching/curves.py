@@ -9,19 +9,24 @@ import pandas as pd
 
 from featpatch.effects import EFFECTS, Effect, Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.page import Frame
 from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import feature_study
 from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Asked, Metrics, Noise
-from featpatch.untrusted import in_figure
+from featpatch.untrusted import in_figure, visible
 
 Key = tuple[str, Position]
 """The name of a dictionary, and a position."""
 
 
-@dataclass(frozen=True)
+SHOWN = 12
+"""How many dictionaries and positions a curve's text names."""
+
+
+@dataclass(frozen=True, repr=False)
 class Curve:
     """Effects of the top k features together, by dictionary and position.
 
@@ -44,7 +49,7 @@ class Curve:
         """
         sets = self.sets
         keys = [(node.sae, node.position) for node in sets.nodes]
-        table = pd.DataFrame(keys, columns=["sae", "position"])
+        table = Frame(keys, columns=["sae", "position"])
         table["k"] = [self.sizes[key][node.index or 0] for key, node in zip(keys, sets.nodes, strict=True)]
         alone = self.single.where(kind="all_features")
         for effect in sets.directions_run():
@@ -55,6 +60,16 @@ class Curve:
             table[f"{effect}_of_all_features"] = table[effect] / np.where(whole == 0, np.nan, whole)
         order = sorted(range(len(keys)), key=lambda row: (list(self.sizes).index(keys[row]), table["k"][row]))
         return table.iloc[order].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        effects = self.sets.directions_run()
+        shown = [f"effects of the first features together, of {len(self.features)} dictionaries and positions:"]
+        for (sae, position), rows in list(self.table().groupby(["sae", "position"], sort=False))[:SHOWN]:
+            last = rows.iloc[-1]
+            reached = ", ".join(f"{effect} {last[effect]:.2g}" for effect in effects)
+            shown.append(f"  {sae} @ {position}: {len(rows)} sets, {reached} with the first {last['k']}")
+        more = [f"  and {len(self.features) - SHOWN} more"] if len(self.features) > SHOWN else []
+        return visible("\n".join([*shown, *more]))
 
     def plot(self, effect: Effect | None = None) -> Any:
         """A `plotly.graph_objects.Figure`: effect by k, a line per dictionary and position, with its interval."""

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Lens, check_tokens, dictionaries, wrap
+from featpatch.page import Frame
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.each import each
 from featpatch.patch import DIRECTIONS, Direction, Node, Patch, check_directions
@@ -198,6 +199,6 @@ def _frame(nodes: Sequence[Node], swaps: Sequence[Chosen], seen: _Seen, pairs: i
             {**node, "direction": way, "changed_pairs": changed, "pairs": pairs}
             | {name: float(value) for name, value in numbers.items()}
         )
-    table = pd.DataFrame(rows)
+    table = Frame(rows)
     table["index"] = table["index"].astype("Int64")
     return table

@@ -13,6 +13,7 @@ import pandas as pd
 
 from featpatch.effects import interval
 from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.page import Frame
 from featpatch.pairs import Pairs
 from featpatch.patch import DIRECTIONS, Direction, Position
 from featpatch.patching.features import single_study
@@ -61,7 +62,7 @@ def interactions(
     two = list(combinations(range(len(features)), 2))
     sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
     effects = replace(study, parts=[SetPart(dictionary, {position: sets})]).complete(progress=progress)
-    table = pd.DataFrame({"one": [features[one] for one, _ in two], "other": [features[other] for _, other in two]})
+    table = Frame({"one": [features[one] for one, _ in two], "other": [features[other] for _, other in two]})
     for effect in effects.directions_run():
         change = np.zeros((len(sets), len(effects.clean)))
         change[effects.indices] = effects.changes(effect).toarray()

@@ -15,8 +15,11 @@ from featpatch.patching.features import single_study
 from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Asked, Metrics
 
+SHOWN = 16
+"""How many features a selection's text names."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Selection:
     """Features chosen one after the other, each the one that adds most to those before.
 
@@ -33,10 +36,11 @@ class Selection:
     target: float
     reached: bool
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         verb, value = "bring back" if self.effect == "recovery" else "cost", self.effects.pooled(self.effect)[-1]
         short = "" if self.reached else f", short of {self.target:.0%}"
-        return f"{len(self.features)} features {verb} {value:.0%}{short}: {', '.join(map(str, self.features))}"
+        more = f" and {len(self.features) - SHOWN} more" if len(self.features) > SHOWN else ""
+        return f"{len(self.features)} features {verb} {value:.0%}{short}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
 
 
 def select_features(

@@ -1,5 +1,6 @@
 """Gradients screen, patched runs decide: the first by estimate and a random sample of the others are run exactly."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from featpatch.effects import EFFECTS, Effects, joined, sample_sizes, without_estimates
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.effects import EFFECTS, Effects, joined, needed, provable, sample_sizes, without_estimates
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.patch import RANKED, Node
 from featpatch.patching import Study
 
 TOP = 20
 """The ranking that a target is about unless another is asked for."""
+NEARLY_ALL = 0.8
+"""Above this share of the candidates the full sweep costs hardly more than a screened one."""
+USEFUL = 0.5
+"""A sample that could not prove at best that so much of the true top was run is warned of."""
+CONFIDENCE = 0.95
+"""Of `Effects.audit` by default."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,10 @@ def screened(
     drawn = [rest[row] for row in np.random.default_rng(screen.seed).permutation(len(rest))]
     begin = [*first, *(node for node in estimate.nodes if node.kind not in RANKED)]
     sizes = sample_sizes(screen.audit, len(rest))[: None if screen.target is not None else 1]
+    looks = max(1, sum(size < len(rest) for size in sizes))
+    _warn(screen, len(nodes), len(rest), top, looks)
     changed = Counter((node.sae, node.site, node.position) for node in nodes)
-    about = {"k": len(first), "candidates": len(nodes), "looks": max(1, sum(size < len(rest) for size in sizes)),
+    about = {"k": len(first), "candidates": len(nodes), "looks": looks,
              "changed_features": [[*key, count] for key, count in changed.items()]}  # fmt: skip
     tables: list[Effects] = []
     done = 0
@@ -83,6 +92,30 @@ def screened(
         if screen.target is not None and table.audit(top=top).recall >= screen.target:
             break
     return table
+
+
+def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> None:
+    """Warn, before anything is run, of a screen that costs as much as the full sweep, or whose audit can prove little."""
+    about: dict[str, Any] = {"top": top, "confidence": CONFIDENCE, "looks": looks}
+    least = min(screen.audit, rest) if screen.target is None else needed(rest, screen.target, **about)
+    run = candidates - rest + least
+    if run > NEARLY_ALL * candidates:
+        sized = (
+            f"k={screen.k} and audit={screen.audit} run" if screen.target is None else f"target={screen.target} takes at least"
+        )
+        told = (
+            f"{sized} {run:,} of {candidates:,} candidates, beside the estimates: the full sweep costs hardly more "
+            f"and misses nothing; give exact='all', or a smaller {'k or audit' if screen.target is None else 'target'}"
+        )
+    elif screen.target is None and (best := provable(rest, least, **about)) < USEFUL:
+        told = (
+            f"audit={screen.audit} of the {rest:,} candidates that estimates put last can prove at best that {best:.0%} of the "
+            f"true top {top} were run, even if none of the sample is that large: expected one that can prove {USEFUL:.0%}, "
+            f"audit={needed(rest, USEFUL, **about)} or more; or rely on the estimates, with this audit as a rough check"
+        )
+    else:
+        return
+    warnings.warn(f"screening: {told}", FeatpatchWarning, stacklevel=4)
 
 
 def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict[str, Any]) -> Effects:

@@ -1,0 +1,81 @@
+"""featpatch tasks."""
+
+import json
+import re
+from inspect import getdoc, getmodule
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.errors import FeatpatchError
+from featpatch.files import check_writable
+
+ANSWERS = 4
+"""How many of the right and of the wrong answers are shown."""
+
+
+@app.command()
+def tasks(
+    task: Annotated[str | None, typer.Argument(help="Task of which to draw pairs; without one all tasks are listed.")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pairs.")] = 5,
+    model: Annotated[str | None, typer.Option(help="As for rank; the model that ships with featpatch by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed that draws the pairs.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File for the pairs as JSON lines, for --pairs of other commands.")] = None,
+    as_json: of.Json = False,
+) -> None:
+    """List the built-in tasks with their labels, or draw pairs of one of them for a model.
+
+    Example: featpatch tasks ioi -n 32 --model gpt2 --out pairs.jsonl
+    """
+    with clear_errors():
+        screen = console(json=as_json)
+        if task is None:
+            if model is not None or out is not None:
+                raise FeatpatchError(f"--model or --out without a task: expected one of {', '.join(fp.tasks.TASKS)} too")
+            known = {name: _about(make) for name, make in fp.tasks.TASKS.items()}
+            if as_json:
+                typer.echo(json.dumps([{"task": name, **about} for name, about in known.items()], indent=1))
+            for name, about in {} if as_json else known.items():
+                screen.print(f"{name}: {about['about']}\n  {about['labels']}", highlight=False)
+            return
+        if task not in fp.tasks.TASKS:
+            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
+        if out is not None:
+            check_writable(out)
+        loaded = fp.load_demo().model if model is None else fp.load(model, check=False).model
+        drawn = fp.tasks.TASKS[task](loaded, n, seed=seed)
+        if as_json:
+            typer.echo(json.dumps([_texts(pair, loaded.tokenizer) for pair in drawn], indent=1))
+        for pair in () if as_json else drawn:
+            for name, shown in _texts(pair, loaded.tokenizer).items():
+                screen.print(f"{name:<10}{_line(shown)}", highlight=False)
+            screen.print("")
+        if out is not None:
+            drawn.to_jsonl(out, tokenizer=loaded)
+            screen.print(f"wrote {len(drawn)} pairs to {out}")
+
+
+def _about(make: Any) -> dict[str, str]:
+    """Return what a task is about and the labels that it gives, in the words of its docstrings."""
+    module = getdoc(getmodule(make)) or ""
+    labels = re.search(r"Labels: [^.]*\.", getdoc(make) or "")
+    return {"about": " ".join(module.split("\n\n")[0].split()), "labels": " ".join(labels[0].split()) if labels else ""}
+
+
+def _texts(pair: "fp.Pair", tokenizer: Any) -> dict[str, Any]:
+    """Return prompts and answers as texts, and the positions of the labels."""
+    prompts = {name: tokenizer.decode(getattr(pair, name), skip_special_tokens=True) for name in ("clean", "corrupted")}
+    answers = {name: [tokenizer.decode([token]) for token in getattr(pair, name)] for name in ("correct", "wrong")}
+    return {**prompts, **answers, "labels": dict(pair.labels)}
+
+
+def _line(shown: Any) -> str:
+    """Put a field on a line."""
+    if isinstance(shown, dict):
+        return ", ".join(f"{label} {position}" for label, position in shown.items())
+    more = len(shown) - ANSWERS
+    return shown if isinstance(shown, str) else ", ".join(shown[:ANSWERS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,108 @@
+"""The text of every result: short enough to read in a terminal, without addresses, and with what it is about."""
+
+from math import ceil
+from typing import Any
+
+import pytest
+
+import featpatch as fp
+from featpatch.page import Frame
+
+LINES, WIDTH = 25, 160
+SEVERAL = ("Comparison", "apart")
+"""What shows several tables."""
+HOOKS = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of every class that `fp` returns one, and every table, of the shipped model."""
+    demo = fp.load_demo()
+    model, pairs = demo.model, demo.pairs("ioi", n=6)
+    saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in HOOKS]
+    last = saes[1]
+    options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
+    effects = fp.rank_features(model, saes, pairs, **options)
+    components = fp.rank_components(model, pairs, sites=["resid_pre", "mlp_out", "z"], **options)
+    estimate = fp.estimate_features(model, saes, pairs, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featpatch.ranking.screen.USEFUL", 0.0)
+        screened = fp.rank_features(model, saes, pairs, exact="screened", k=40, audit=40, **options)
+    comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs)
+    curve = fp.cumulative(model, last, pairs, most=4, **options)
+    fits = fp.check(model, saes, pairs)
+    checked = pairs.check(model)
+    nodes = effects.top(3).nodes
+    heads = [node for node in components.nodes if node.kind == "head" and node.position == "end"]
+    alike = fp.Pairs(tuple(pair for pair in demo.pairs("capitals", n=200) if len(pair) == 7))[:4]
+    circuit = fp.find_circuit(model, alike, nodes=heads[:4], size=2, progress=False)
+    return {
+        "Demo": demo, "Loaded": fp.load(model, saes, check=False), "Pairs": pairs, "Pair": pairs[0], "Effects": effects,
+        "components": components, "one pair": fp.rank_features(model, last, pairs[:1], **options), "estimate": estimate,
+        "screened": screened, "Audit": screened.audit(), "stability": effects.stability("recovery"), "Comparison": comparison,
+        "apart": fp.compare(effects, fp.rank_components(model, pairs, sites="z", **options)), "Curve": curve,
+        "Check": fits, "Fit": fits.fits[0], "Checklist": checked, "Finding": checked.findings[0],
+        "Plan": fp.plan(model, saes, pairs, positions="all"), "Prediction": fp.predict("gpt2-small", features=24576, pairs=32),
+        "Calibration": fp.calibrate(estimate, effects), "Gradients": fp.Gradients(model, pairs), "Node": nodes[0],
+        "Selection": fp.select_features(model, last, pairs, position="end", candidates=4, most=2, progress=False),
+        "Controls": fp.random_controls(model, last, pairs, position="end", n=5, progress=False), "Noise": fp.Noise(["S2"]),
+        "Patch": fp.Patch(nodes), "identity": fp.identity(model, HOOKS[0]), "neurons": fp.neurons(model, 1), "Ray": fp.Ray(),
+        "pca": fp.pca(model, HOOKS[0], pairs), "sites": effects.sites(), "to_pandas": effects.to_pandas(),
+        "by_tag": effects.by_tag("template", "recovery"), "table": comparison.table, "through": comparison.through,
+        "writers": comparison.writers, "curve": curve.table(), "findings": checked.to_pandas(),
+        "diagnose": fp.diagnose(model, saes, pairs, nodes),
+        "interactions": fp.interactions(model, last, pairs, features=[173, 740, 538], position="end", progress=False),
+        "Circuit": circuit, "Agreement": comparison.agreement["recovery"], "Edge": fp.Edge("s", "edge"),
+        "Description": next(iter(fp.describe(model, saes, nodes, demo.text()).values())),
+    }  # fmt: skip
+
+
+def test_every_text_is_short_and_says_no_address(results: dict[str, Any]) -> None:
+    """A sentence is broken by the terminal; the lines of a table would fall apart."""
+    wrong = []
+    for name, result in results.items():
+        for shown in (repr(result), str(result)):
+            lines = shown.splitlines()
+            tall = sum(ceil(len(line) / WIDTH) for line in lines) > (2 if name in SEVERAL else 1) * LINES
+            wide = max(map(len, lines)) > WIDTH and isinstance(result, (Frame, fp.Effects))
+            words = set(shown.translate(str.maketrans(",=[]()", "      ")).split())
+            if (
+                tall
+                or wide
+                or " at 0x" in shown
+                or (isinstance(result, Frame) and "..." in lines[0])
+                or words & {"nan", "NaN", "<NA>"}
+            ):
+                wrong.append(f"{name}: {len(lines)} lines of up to {max(map(len, lines))}\n{shown[:600]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_result_is_looked_at(results: dict[str, Any]) -> None:
+    """Every class that `fp` names, but for those that are no results, or are made by tests of their own."""
+    classes = {name for name in fp.__all__ if isinstance(getattr(fp, name), type)}
+    others = {"FeatpatchError", "SlowPathWarning", "FaithfulnessCurve", "Hypothesis", "Scrubbed", "Stored", "Verified"}
+    assert classes - {type(result).__name__ for result in results.values()} == others
+
+
+def test_a_table_shows_all_of_its_columns_and_loses_none(results: dict[str, Any]) -> None:
+    table = results["sites"]
+    shown = repr(table)
+    for column in table.columns:
+        assert column in shown
+    assert "..." not in shown
+    assert f"{table['degradation_interaction'][0]:.3g}" in shown
+    assert isinstance(table[table["position"] == "S2"], Frame)
+    assert table.to_csv().splitlines()[0].split(",")[1:] == list(table.columns)
+    wide = Frame({f"column_{n}": range(30) for n in range(40)})
+    assert all(f"column_{n}" in repr(wide) for n in range(40))
+    assert "more rows" in repr(wide)
+    assert repr(Frame({"x": [0.5, None], "x_low": [0.25, None], "x_high": [1.0, None]})).split() == ["x", "0.5", "[0.25,", "1]"]
+    assert repr(Frame({"a": []})) == "no rows; columns a"
+    assert repr(Frame({"a": ["\x1b[31m"]})).split() == ["a", "\\x1b[31m"]
+
+
+def test_a_loaded_model_is_told_in_a_few_lines(results: dict[str, Any]) -> None:
+    lines = repr(results["Loaded"]).splitlines()
+    assert len(lines) == 3
+    assert "4 layers of width 128, 2 SAEs" in lines[0]
+    assert lines[1].endswith(f"SAE, 1024 features, at {HOOKS[0]}")

@@ -35,7 +35,7 @@ def plan(
     with clear_errors():
         from featpatch.terminal import planned
 
-        work = of.alone(model, sae, pairs, positions, direction, metric, device)
+        work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=not as_json)
         asked = None if sites is None else [name for name in sites.split(",") if name]
         found = fp.plan(**{**work, "saes": work["saes"] or None}, sites=asked)
         _show(found, planned(found), as_json=as_json)

@@ -39,7 +39,7 @@ def stream(
         claimed = Output.open(out)
         elsewhere = of.executor(executor, address, workers)
         screen = console(json=as_json)
-        loaded = fp.load(model, sae, device=device, check=False)
+        loaded = fp.load(model, sae, device=device, check=False, progress=not as_json)
         stored = fp.stream_features(
             loaded.model,
             loaded.saes,
@@ -49,6 +49,7 @@ def stream(
             directions=of.ways(direction),
             metric=metric,
             executor=elsewhere,
+            progress=not as_json,
         )
         effects = stored.top(top)
         if as_json:

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from featpatch.patching import Asked, feature_study
 from featpatch.patching.controls import RandomPart
 from featpatch.patching.study.runs import Kept, PairRuns, held
 
+BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
 KILLS = 30
 """As the README has it."""
@@ -408,6 +410,45 @@ def test_every_pair_is_run_and_encoded_once(bridge: Small, monkeypatch: pytest.M
     assert twice == {"tokens": 10 * 7, "encoded": 12 * 4 + probed, "traced": 12}
     for name in ("denoised", "noised"):
         assert np.array_equal(getattr(kept, name), getattr(again, name), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["features", "components", "paths"])
+def test_a_long_sweep_is_announced_after_its_first_batch(
+    bridge: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Once, in seconds of a clock that stands still but for the batches; not of a short one, and not without bars."""
+    clock, run, pairs = [0.0], Sweep.run, pairs_of(bridge)
+    batches: list[int] = []
+
+    def timed(self: Sweep, batch: Any) -> torch.Tensor:
+        clock[0] += seconds
+        batches.append(sum(len(unit.patches) for unit in batch))
+        return run(self, batch)
+
+    def sweep(*, progress: bool) -> str:
+        options: dict[str, Any] = {"batch_rows": 40, "progress": progress}
+        batches.clear()
+        if kind == "features":
+            fp.rank_features(bridge.model, bridge.at(SITES[0]), pairs, **options)
+        elif kind == "components":
+            fp.rank_components(bridge.model, pairs, **options)
+        else:
+            senders = [fp.Node("blocks.0.attn.hook_z", "head", head) for head in range(4)]
+            fp.rank_paths(bridge.model, pairs, senders=senders, receivers=["logits", *BRIDGED], **options)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    monkeypatch.setattr(Sweep, "run", timed)
+    monkeypatch.setattr("featpatch.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    seconds = 100.0
+    said = sweep(progress=True)
+    assert said.count("to go, judging by the first batch") == 1
+    left = (sum(batches) - batches[0]) / batches[0] * 100
+    assert f"{sum(batches)} patches, about {timedelta(seconds=round(left))} to go" in said
+    assert "to go" not in sweep(progress=False)
+    seconds = 1.0
+    assert "to go" not in sweep(progress=True)
 
 
 def test_runs_are_kept_as_long_as_there_is_room(bridge: Small) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
+from featpatch.console import announcing
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.engine import (
     BaseRun,
@@ -161,7 +162,7 @@ class Study:
             with tqdm(
                 total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
             ) as bar:
-                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, bar.update)
+                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, announcing(bar))
                 for begun in chunks(self.pairs):
                     for part in self.parts:
                         self._patch(sweep, begun, part, collector)

@@ -88,8 +88,12 @@ def verify(root: Path) -> None:
             )
 
 
-def load_demo(*, device: str = "cpu") -> Demo:
+def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
     """The shipped model with its SAEs, offline and verified.
+
+    Args:
+        device: where it is loaded.
+        progress: show the bars of the libraries that load it.
 
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.
@@ -97,5 +101,5 @@ def load_demo(*, device: str = "cpu") -> Demo:
     root = folder()
     verify(root)
     saes = [path for path in sorted((root / "saes").iterdir()) if path.is_dir()]
-    loaded = load(root / "model", saes, device=device, check=False)
+    loaded = load(root / "model", saes, device=device, check=False, progress=progress)
     return Demo(loaded.model, loaded.saes, root)

@@ -1,12 +1,21 @@
-"""The console through which everything is printed, as plain text instead of markup."""
+"""The console that prints plain text instead of markup, and the notice that a sweep will be long."""
 
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+from tqdm.auto import tqdm
 
 from featpatch.untrusted import visible
+
+LONG = 60.0
+"""Seconds from which a sweep is announced."""
+READ = 0.01
+"""Seconds below which a batch was not run, but read from a journal."""
 
 
 class PlainConsole(Console):
@@ -23,3 +32,24 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Render a string, including cells and titles of tables, with control characters escaped."""
         return super().render_str(visible(text), **options)
+
+
+def announcing(bar: "tqdm[Any]") -> Callable[[int], None]:
+    """Update a progress bar batch by batch, and say once, above it, about how long a long sweep will take.
+
+    The estimate is made after the first batch that is run. The first call is for what needs no batch.
+    """
+    last, told = None, False
+
+    def done(items: int) -> None:
+        nonlocal last, told
+        now = time.monotonic()
+        bar.update(items)
+        if not told and last is not None and items and now - last > READ:
+            told, left = True, (bar.total - bar.n) / items * (now - last)
+            if left > LONG and not bar.disable:
+                about = timedelta(seconds=round(left))
+                bar.write(f"{bar.total:,} {bar.unit}es, about {about} to go, judging by the first batch", file=sys.stderr)
+        last = now
+
+    return done

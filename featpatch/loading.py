@@ -1,12 +1,13 @@
 """A model and its SAEs, by name, by folder or as they are, checked against each other."""
 
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featpatch.console import PlainConsole
-from featpatch.lens import load_model, load_sae, several, wanted_processing
+from featpatch.lens import load_model, load_sae, loading_quietly, several, wanted_processing
 from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.selfcheck import check as check_fit
@@ -55,6 +56,7 @@ def load(
     processing: Collection[str] | None = None,
     pairs: Pairs | None = None,
     check: bool = True,
+    progress: bool = True,
 ) -> Loaded:
     """Loads what is given by name or folder, and prints how each SAE fits the model.
 
@@ -73,21 +75,26 @@ def load(
             trained on, which for most is nothing.
         pairs: prompts for the check; by default a few sentences.
         check: whether to check and print.
+        progress: show the bars of the libraries that load, and print the check; if False, the check is
+            printed only if an SAE does not fit.
 
     Raises:
         FeatpatchError: something can't be found, downloaded or read, or SAEs were trained on differently processed weights.
     """
     given = [] if saes is None else several(saes)
-    found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in given]
-    wanted = wanted_processing(found) if processing is None else processing
-    made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
+    with nullcontext() if progress else loading_quietly():
+        found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in given]
+        wanted = wanted_processing(found) if processing is None else processing
+        made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
     if check and found:
         console = PlainConsole(width=160)
         prompts = pairs or _prompts(made)
         if prompts is None:
             console.print("no self-check: the built-in sentences don't suit this tokenizer or model; give pairs=...")
         else:
-            console.print(checked(check_fit(made, found, prompts)))
+            fit = check_fit(made, found, prompts)
+            if progress or not fit.ok:
+                console.print(checked(fit))
     return Loaded(made, found)
 
 

@@ -1,10 +1,10 @@
 """Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
-A dictionary that does not belong explains too little of the variance. It is then tried at the other layers, at the other hook
-points of its block and on centred activations, so that the reason can be named.
+A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other hook
+points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be named.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,15 +88,17 @@ class Runs:
         """Run the first prompts, until there are enough positions."""
         hooks = sorted(hooks)
         runs = cls({hook: [] for hook in hooks}, [])
+        kept = list[torch.Tensor]()
         for pair in pairs:
-            kept = torch.zeros(len(pair), dtype=torch.bool)
-            kept[pair.positions("all")] = True
-            both = lens.read(torch.tensor([pair.clean, pair.corrupted]), hooks)
-            for hook, values in both.items():
-                runs.activations[hook].extend(values.flatten(2).split(1))
-            runs.kept.extend([kept, kept])
-            if runs.positions >= positions:
+            kept.append(torch.zeros(len(pair), dtype=torch.bool))
+            kept[-1][pair.positions("all")] = True
+            if 2 * sum(int(of_pair.sum()) for of_pair in kept) >= positions:
                 break
+        for some in pairs[: len(kept)].chunks(positions):
+            tokens = torch.tensor([tokens for index in some for tokens in (pairs[index].clean, pairs[index].corrupted)])
+            for hook, values in lens.read(tokens, hooks).items():
+                runs.activations[hook].extend(values.flatten(2).split(1))
+            runs.kept.extend(kept[index] for index in some for _ in range(2))
         return runs
 
     def fit(self, dictionary: Dictionary) -> bool:
@@ -169,17 +171,29 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
         return None
 
 
-def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> list[tuple[float, str]]:
-    """The explained variance at the other hook point that explains most, with its name; empty if none can be read."""
-    places = dictionary.elsewhere(lens)
-    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
-    few = Runs.of(lens, hooks, pairs, TRIED)
-    tried = [(variance, place) for place in places if few.fit(place) and (variance := _tried(place, few)) is not None]
+def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs, here: float) -> list[tuple[float, str]]:
+    """The explained variance at the other hook point that explains most, with its name; empty if none can be read.
+
+    A dictionary that makes no claim and explains a fair share, more than at the hook points around, is where it belongs; other
+    layers are then not tried.
+    """
+    places, layer = dictionary.elsewhere(lens), sites.layer_of(dictionary.reads)
+    near = [place for place in places if abs(sites.layer_of(place.reads) - layer) <= 1]
+    tried = _compared(lens, near, pairs)
+    if dictionary.training.explained_variance is not None or here < MISFIT or any(variance > here for variance, _ in tried):
+        tried += _compared(lens, [place for place in places if place not in near], pairs)
     if not tried:
         return []
     _, best = max(tried, key=lambda found: found[0])
     variance = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
     return [] if variance is None else [(variance, f"at {best.place}")]
+
+
+def _compared(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> list[tuple[float, Dictionary]]:
+    """The explained variance on a few positions at those hook points that can be read."""
+    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
+    few = Runs.of(lens, hooks, pairs, TRIED)
+    return [(variance, place) for place in places if few.fit(place) and (variance := _tried(place, few)) is not None]
 
 
 def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Iterable[str], here: float) -> str:
@@ -188,7 +202,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: 
     expected = said.explained_variance
     if here >= (GOOD if expected is None else expected - MARGIN):
         return ""
-    others = _elsewhere(lens, dictionary, pairs)
+    others = _elsewhere(lens, dictionary, pairs, here)
     if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
         variance = _tried(dictionary, runs, centred=True)
         others += [] if variance is None else [(variance, "on weights processed by center_writing_weights")]
@@ -219,7 +233,7 @@ def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
 
 
 def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
-    pair = next((pair for pair in pairs if pair.clean != pair.corrupted), None)
+    pair = min((pair for pair in pairs if pair.clean != pair.corrupted), key=len, default=None)
     if pair is None:
         raise FeatpatchError("clean and corrupted are the same in every pair: expected prompts that differ, to swap between")
     clean, corrupted = torch.tensor([pair.clean]), torch.tensor([pair.corrupted])

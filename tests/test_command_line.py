@@ -162,6 +162,21 @@ def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> 
     assert "expected --executor ray" in refused.stderr.replace("\n", " ")
 
 
+def test_plans_of_components_and_json_without_bars(
+    folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts what the table has; with --json no bar is shown, and there is one without."""
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    planned = json.loads(run("plan", *model, "--sites", "z", "--json", folder=folder).stdout)
+    found = run("components", *model, "--sites", "z", "--json", "--out", "planned", folder=folder)
+    assert planned["features"] == len(fp.Effects.load(folder / "planned" / "effects.safetensors"))
+    assert found.stderr == ""
+    shown = run("components", *model, "--sites", "z", "--out", "planned", folder=folder)
+    assert "patching: 100%" in shown.stderr
+    refused = run("plan", *model, *sae, "--sites", "z", folder=folder)
+    assert "fp.plan with sites, saes: expected senders" in refused.stderr.replace("\n", " ")
+
+
 def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> None:
     planned = json.loads(run("plan", *model, *sae, "--json", folder=folder).stdout)
     checked = run("check", *model[:4], "--json", folder=folder)

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,9 @@ from featpatch.lens import wrap
 from featpatch.lens.digest import digest
 from featpatch.patching import Asked, feature_study
 from featpatch.patching.controls import RandomPart
+from featpatch.patching.study.runs import Kept, PairRuns, held
 
+BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
 KILLS = 30
 """As the README has it."""
@@ -368,6 +371,105 @@ def test_a_trial_is_timed_once_warm(bridge: Small, monkeypatch: pytest.MonkeyPat
     assert sweep.trial([]) == (0, 0)
 
 
+def test_every_pair_is_run_and_encoded_once(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the first block and in the encoder; without room for what is kept, values are the same bit by bit."""
+    sae, counted = bridge.at(SITES[0]), {"tokens": 0, "encoded": 0, "traced": 0}
+    encode = type(sae).encode
+
+    def count(name: str, tokens: int) -> None:
+        counted[name] += tokens
+
+    def encoded(self: Any, x: torch.Tensor) -> torch.Tensor:
+        count("encoded", x.shape[0] * x.shape[1])
+        return encode(self, x)
+
+    def sweep(room: int) -> tuple[fp.Effects, dict[str, int]]:
+        monkeypatch.setattr("featpatch.patching.study.study.KEPT", room)
+        monkeypatch.setattr(SuffixPath, "prepare", prepare_counted)
+        study, _ = feature_study(bridge.model, sae, pairs_of(bridge), Asked("each"))
+        counted.update(tokens=0, encoded=0, traced=0)
+        hook = bridge.model.blocks[0].register_forward_hook(lambda module, args, out: count("tokens", args[0].shape[1]))
+        try:
+            effects = study.run(None, progress=False)
+        finally:
+            hook.remove()
+        return effects, dict(counted)
+
+    prepare = SuffixPath.prepare
+
+    def prepare_counted(self: SuffixPath, runs: Any) -> None:
+        count("traced", sum(run not in self.traces for run in runs))
+        prepare(self, runs)
+
+    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(type(sae), "encode", encoded)
+    kept, once = sweep(2**30)
+    again, twice = sweep(0)
+    probed = 3  # tokens that the dictionary's behaviour is found with
+    assert once == {"tokens": 4 * 7, "encoded": 6 * 4 + probed, "traced": 6}, "one pair was run to choose the path"
+    assert twice == {"tokens": 10 * 7, "encoded": 12 * 4 + probed, "traced": 12}
+    for name in ("denoised", "noised"):
+        assert np.array_equal(getattr(kept, name), getattr(again, name), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["features", "components", "paths"])
+def test_a_long_sweep_is_announced_after_its_first_batch(
+    bridge: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Once, in seconds of a clock that stands still but for the batches; not of a short one, and not without bars."""
+    clock, run, pairs = [0.0], Sweep.run, pairs_of(bridge)
+    batches: list[int] = []
+
+    def timed(self: Sweep, batch: Any) -> torch.Tensor:
+        clock[0] += seconds
+        batches.append(sum(len(unit.patches) for unit in batch))
+        return run(self, batch)
+
+    def sweep(*, progress: bool) -> str:
+        options: dict[str, Any] = {"batch_rows": 40, "progress": progress}
+        batches.clear()
+        if kind == "features":
+            fp.rank_features(bridge.model, bridge.at(SITES[0]), pairs, **options)
+        elif kind == "components":
+            fp.rank_components(bridge.model, pairs, **options)
+        else:
+            senders = [fp.Node("blocks.0.attn.hook_z", "head", head) for head in range(4)]
+            fp.rank_paths(bridge.model, pairs, senders=senders, receivers=["logits", *BRIDGED], **options)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    monkeypatch.setattr(Sweep, "run", timed)
+    monkeypatch.setattr("featpatch.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    seconds = 100.0
+    said = sweep(progress=True)
+    assert said.count("to go, judging by the first batch") == 1
+    left = (sum(batches) - batches[0]) / batches[0] * 100
+    assert f"{sum(batches)} patches, about {timedelta(seconds=round(left))} to go" in said
+    assert "to go" not in sweep(progress=False)
+    seconds = 1.0
+    assert "to go" not in sweep(progress=True)
+
+
+def test_runs_are_kept_as_long_as_there_is_room(bridge: Small) -> None:
+    """Groups of 100 bytes, then of 300; the latest one is kept beside."""
+    ran: list[int] = []
+
+    def run(some: tuple[int, ...]) -> Any:
+        ran.extend(some)
+        made = PairRuns(pairs_of(bridge)[0], 0, {}, {}, {})
+        made.once("a part", lambda: torch.zeros(25 if some[0] < 2 else 75))
+        return [made]
+
+    kept = Kept(run, 0, 250)
+    for _ in range(2):
+        for group in range(5):
+            kept((group,))
+    assert ran == [0, 1, 2, 3, 4, 2, 3, 4]
+    assert kept.room == 50
+    assert held([torch.zeros(3), {"a": (torch.zeros(2, dtype=torch.float64), "text")}]) == 3 * 4 + 2 * 8
+
+
 def test_rows_of_a_pass_by_hand(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 16, 4 heads of 4, 32 hidden units, 8 bytes a number; prompts of 7 tokens, 40 logits."""
     lens = wrap(bridge.model)
@@ -411,14 +513,15 @@ def test_batches_are_full_and_fit(small: Small, room: int) -> None:
         assert following is None or used + following[0][0] > room
 
 
-def test_parts_travel_without_what_they_found(small: Small) -> None:
+def test_what_parts_find_stays_with_the_runs(small: Small) -> None:
+    """Parts travel to workers as they were made."""
     study, found = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",), batch_rows=40))
-    list(study.work())
     for part in (*study.parts, RandomPart(found[0], 0, "all", 3, 0)):
-        part.swaps(study.runs((0, 1, 2)))
+        before, runs = {**vars(part)}, study.runs((0, 1, 2))
+        part.swaps(runs)
+        assert vars(part) == before
+        assert all(part in run.found for run in runs)
         kind, given = part.__reduce__()
-        assert part._found
-        assert not kind(*given)._found
         assert kind(*given).hooks == part.hooks
 
 

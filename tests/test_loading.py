@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import transformers
 from commands import started
 from hub import Hub, serving
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from sae_lens import HookedSAETransformer, SAETransformerBridge, StandardSAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
@@ -27,6 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformer_lens import HookedEncoder, HookedEncoderDecoder, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 import featpatch as fp
 
@@ -706,3 +709,37 @@ def test_the_command_line_refuses_half_a_model_on_one_line(root: Path, tmp_path:
     done = started("rank", "--model", "model", "--sae", root / "saes" / HOOK, "--pairs", root / "pairs.jsonl", folder=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch("error: the weights in 'model' are not .*, 12 tensors missing .*", " ".join(done.stderr.split()))
+
+
+def test_loading_is_quiet_if_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bars of transformers are shown without; afterwards every setting is as it was, also after an error."""
+    folder, sae = fp.load_demo().folder, next((fp.load_demo().folder / "saes").iterdir())
+    shown: list[bool] = []
+    bar = transformers_logging.tqdm.__call__
+    monkeypatch.setattr(
+        "transformers.core_model_loading.tqdm",
+        lambda *args, **options: [
+            shown.append(transformers_logging.is_progress_bar_enabled()),
+            print("loading"),
+            bar(*args, **options),
+        ][2],
+    )
+    capsys.readouterr()
+    for hub, bars in product((True, False), repeat=2):
+        (enable_progress_bars if hub else disable_progress_bars)()
+        monkeypatch.setattr(transformers_logging, "_tqdm_active", bars)
+        for progress in (True, False):
+            shown.clear()
+            fp.load(folder / "model", sae, progress=progress, check=False)
+            assert shown == [bars and progress]
+            assert ("loading" in capsys.readouterr().out) == progress
+        with pytest.raises(fp.FeatpatchError):
+            fp.load(folder / "nowhere", progress=False)
+        assert (are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()) == (not hub, bars)
+    enable_progress_bars()
+    print("again")
+    assert capsys.readouterr().out == "again\n"
+    for fits, progress, printed in ((True, False, False), (False, False, True), (True, True, True)):
+        monkeypatch.setattr("featpatch.verdict.Check.ok", fits)
+        fp.load(folder / "model", sae, progress=progress)
+        assert ("self-check" in capsys.readouterr().out) == printed

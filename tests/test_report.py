@@ -118,6 +118,22 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
     assert errors(browser) == []
 
 
+@pytest.mark.parametrize("scripts", [True, False])
+def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: Any, tmp_path: Path, scripts: bool) -> None:
+    """What a reader is shown, by the browser's tree for screen readers."""
+    path = study["effects"].report(tmp_path / "effects.html")
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+    try:
+        browser.get(path.as_uri())
+        tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    shown = " ".join(" ".join(str(node.get("name", {}).get("value", "")) for node in tree["nodes"]).split())
+    for words in ("shown without JavaScript", "effects.csv", "allow scripts for this file"):
+        assert (words in shown) != scripts
+    assert "Which SAE features cause this?" in shown
+
+
 def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pair where a feature matters most, its activations there and its top logits, by sae-lens."""
     effects, model, pairs = study["effects"], study["model"], study["pairs"]

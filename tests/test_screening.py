@@ -324,6 +324,60 @@ def test_a_plan_says_which_is_quicker(small: Small) -> None:
     assert "the metric has no gradient" in console.export_text()
 
 
+def test_a_plan_of_components_and_of_paths(small: Small) -> None:
+    """Against the tables themselves: each has a value in both directions for every row and pair in which it differs."""
+    pairs, receivers = pairs_of(small), ["logits", fp.Node("blocks.2.hook_mlp_out", "activation")]
+    options: dict[str, Any] = {"sites": ["z", "mlp_out"], "layers": [1, 2], "positions": "each"}
+    plan = fp.plan(small.model, None, pairs, **options)
+    full = fp.rank_components(small.model, pairs, progress=False, **options)
+    assert (plan.patches, plan.features) == (2 * len(full.row), sum(node.kind == "head" for node in full.nodes))
+    assert (plan.screens, plan.estimate_seconds, plan.counted) == (False, None, 3)
+    assert fp.plan(small.model, None, pairs).patches == 2 * len(fp.rank_components(small.model, pairs, progress=False).row)
+    senders = [fp.Node("blocks.0.attn.hook_z", "head", 1), fp.Node("blocks.0.hook_mlp_out", "activation")]
+    nodes: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": "through_mlps"}
+    paths = fp.rank_paths(small.model, pairs, progress=False, **nodes)
+    found = fp.plan(small.model, None, pairs, **nodes)
+    assert (found.patches, found.features) == (2 * len(paths.row), len(paths))
+    console = Console(record=True, width=120)
+    console.print(planned(found))
+    text = console.export_text()
+    assert "patches, each an exact run" in text
+    assert "gradient" not in text
+    assert "screened" not in text
+    assert "counted" not in text
+    for arguments in (
+        {"sites": "z", "senders": senders, "receivers": receivers}, {"senders": senders}, {"route": "direct", "receivers": receivers},
+        {"route": "through_mlps"}, {"positions": "each", "senders": senders, "receivers": receivers},
+    ):  # fmt: skip
+        with pytest.raises(fp.FeatpatchError, match="expected senders and receivers with route for paths"):
+            fp.plan(small.model, None, pairs, **arguments)
+    with pytest.raises(fp.FeatpatchError, match="fp.plan with layers, saes: expected"):
+        fp.plan(small.model, small.at(SITE), pairs, layers=[1])
+
+
+def test_a_plan_counts_some_pairs_of_all_lengths(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pairs the shortest and the longest; the third is not run at all."""
+    long = pairs_of(bridge)
+    short = [
+        fp.Pair(p.clean[:n], p.corrupted[:n], correct=p.correct, wrong=p.wrong) for n, p in zip((5, 6), long, strict=False)
+    ]
+    pairs = fp.Pairs((short[1], long[2], short[0]))
+    monkeypatch.setattr("featpatch.ranking.planning.COUNTED", 2)
+    lengths: set[int] = set()
+    hook = bridge.model.blocks[0].register_forward_hook(lambda module, args, out: lengths.add(args[0].shape[1]))
+    try:
+        plan = fp.plan(bridge.model, bridge.at(SITE), pairs, metric="accuracy")
+    finally:
+        hook.remove()
+    some = fp.rank_features(bridge.model, bridge.at(SITE), pairs[1:], progress=False)
+    assert lengths >= {5, 7}
+    assert 6 not in lengths
+    assert (plan.patches, plan.counted, plan.pairs) == (round(2 * len(some.row) * 3 / 2), 2, 3)
+    console = Console(record=True, width=120)
+    console.print(planned(plan))
+    assert "2 of 3 pairs, and scaled up" in console.export_text()
+
+
 def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one warms up; both run as many pairs as the plan's share of them says."""
     clock = iter([1.0, 5.0, 7.0, 9.5])

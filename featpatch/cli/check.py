@@ -36,7 +36,7 @@ def check(
             check_writable(out)
         from featpatch.terminal import by_pair, checked, totals
 
-        loaded, saes = fp.load(model, sae, device=device, check=False)
+        loaded, saes = fp.load(model, sae, device=device, check=False, progress=not as_json)
         drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
         found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
         fits = fp.check(loaded, saes, drawn) if saes else None

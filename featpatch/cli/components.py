@@ -41,9 +41,9 @@ def components(
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
-        work = of.alone(model, [], pairs, positions, direction, metric, device)
+        work = of.alone(model, [], pairs, positions, direction, metric, device, progress=not as_json)
         del work["saes"]
         work["sites"] = [name for name in sites.split(",") if name]
         results.check_same(work, kind="components")
-        effects = fp.rank_components(**work, journal=journal, executor=elsewhere)
+        effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=not as_json)
         show(screen, effects, shown, results, work, as_json=as_json)

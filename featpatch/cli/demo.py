@@ -35,7 +35,7 @@ def demo(
         results = Output.open(out)
         screen = console(json=as_json)
         screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of {task} (seed {seed})")
-        shipped = fp.load_demo()
+        shipped = fp.load_demo(progress=not as_json)
         drawn = shipped.pairs(task, n=pairs, seed=seed)
         decode = shipped.model.tokenizer.decode
         for name, prompt in (("clean", drawn[0].clean), ("corrupted", drawn[0].corrupted)):
@@ -50,6 +50,6 @@ def demo(
         study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn, "positions": asked}
         if out != FOLDER:
             results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")
-        effects = fp.rank_features(**study)
+        effects = fp.rank_features(**study, progress=not as_json)
         descriptions = fp.describe(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
         show(screen, effects, of.Shown(top), results, study, descriptions, as_json=as_json)

@@ -33,9 +33,9 @@ def attribute(
         results = Output.open(out)
         shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
-        work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
+        work = of.study(screen, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
         if len(metric) > 1:
             raise fp.FeatpatchError(f"--metric {', '.join(metric)}: expected one to estimate with")
         results.check_same(work, kind=f"estimates by {method}")
-        effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method)
+        effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method, progress=not as_json)
         show(screen, effects, shown, results, work, as_json=as_json)

@@ -108,20 +108,22 @@ def study(
     direction: str,
     metric: list[str],
     device: str,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
     """The arguments of `rank_features` and `plan`; prints how the SAEs fit the model."""
     from featpatch.terminal import checked
 
-    work = alone(model, sae, pairs, positions, direction, metric, device)
+    work = alone(model, sae, pairs, positions, direction, metric, device, progress=progress)
     console.print(checked(fp.check(work["model"], work["saes"], work["pairs"])))
     return work
 
 
 def alone(
-    model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str
+    model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str, *, progress: bool
 ) -> dict[str, Any]:
     """Return the same arguments as `study`, without a check of the SAEs, of which there may be none."""
-    loaded = fp.load(model, sae, device=device, check=False)
+    loaded = fp.load(model, sae, device=device, check=False, progress=progress)
     return {
         "model": loaded.model,
         "saes": loaded.saes,

@@ -11,28 +11,33 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.cost import GPUS, SHAPES
+from featpatch.sites import COMPONENTS, SHOWN
 
 
 @app.command()
 def plan(
     model: of.Model,
-    sae: of.Saes,
     pairs: of.PairsFile,
+    sae: of.Saes = [],  # noqa: B006 - typer copies it
+    sites: Annotated[
+        str | None, typer.Option(help=f"Without --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default.")
+    ] = None,
     positions: of.Positions = "all",
     direction: of.Directions = "both",
     metric: of.MetricNames = of.LOGIT_DIFF,
     device: of.Device = "cpu",
     as_json: of.Json = False,
 ) -> None:
-    """Estimate what `rank` with the same options will take, from one batch run now: patches, operations, memory, time.
+    """Estimate what `rank`, or without --sae `components`, will take, from one batch run now: patches, memory, time.
 
     Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with clear_errors():
         from featpatch.terminal import planned
 
-        screen = console(json=as_json)
-        found = fp.plan(**of.study(screen, model, sae, pairs, positions, direction, metric, device))
+        work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=not as_json)
+        asked = None if sites is None else [name for name in sites.split(",") if name]
+        found = fp.plan(**{**work, "saes": work["saes"] or None}, sites=asked)
         _show(found, planned(found), as_json=as_json)
 
 

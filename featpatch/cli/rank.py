@@ -52,12 +52,14 @@ def rank(
         shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
         screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        work = of.study(screen, model, sae, pairs, positions, direction, metric, device)
+        work = of.study(screen, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
         from featpatch.ranking.screen import Screen
 
         options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
         screen_of = Screen(**{name: value for name, value in options.items() if value is not None})
         screening = None if exact == "all" else {name: getattr(screen_of, name) for name in options}
         results.check_same(work, kind="features" if screening is None else "screened features", screening=screening)
-        effects = fp.rank_features(**work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere)
+        effects = fp.rank_features(
+            **work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere, progress=not as_json
+        )
         show(screen, effects, shown, results, work, as_json=as_json)

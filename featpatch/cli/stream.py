@@ -42,7 +42,7 @@ def stream(
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
-        loaded = fp.load(model, sae, device=device, check=False)
+        loaded = fp.load(model, sae, device=device, check=False, progress=not as_json)
         stored = fp.stream_features(
             loaded.model,
             loaded.saes,
@@ -52,6 +52,7 @@ def stream(
             directions=of.ways(direction),
             metric=metric,
             executor=elsewhere,
+            progress=not as_json,
         )
         effects = shown.labelled(stored.top(top, by=by))
         if as_json:

@@ -28,8 +28,10 @@ def verify(
     """
     with clear_errors():
         table = fp.Effects.load(effects)
-        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device)
-        found = fp.verify(table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed)
+        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=not as_json)
+        found = fp.verify(
+            table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=not as_json
+        )
         if as_json:
             typer.echo(json.dumps({"ok": found.ok, "rows": found.table().to_dict("records"), "versions": found.versions}))
         else:

@@ -8,16 +8,19 @@ class Plan:
     """An estimate of a sweep.
 
     Attributes:
-        patches: exact runs, both directions counted; those without any effect cost nothing and are left out.
-        rows: positions of all patches that must be computed.
-        flops: floating-point operations of the matrix products, counted.
+        patches: exact runs, both directions counted; those without any effect cost nothing and are left out. An estimate where
+            fewer pairs were counted than there are.
+        rows: positions of all patches that must be computed; an estimate likewise.
+        flops: floating-point operations of the matrix products; an estimate likewise.
         batch_rows: rows that share a forward pass.
         memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
         seconds: estimated from the time of one batch, run here and now.
         fast: whether our own forward pass is taken.
-        features: features (and positions) that differ in some pair.
-        estimate_seconds: time of gradient estimates of all of them, from a few pairs, run here and now; None for a metric that
-            has no gradient.
+        features: features, heads, neurons or paths (and positions) that differ in some of the pairs that were counted.
+        estimate_seconds: time of gradient estimates of all features, from a few pairs, run here and now; None for a metric that
+            has no gradient, for components and for paths.
+        counted, pairs: how many pairs were counted, and how many there are.
+        screens: whether it is a sweep of features, which estimates can screen.
     """
 
     patches: int
@@ -29,6 +32,9 @@ class Plan:
     fast: bool
     features: int
     estimate_seconds: float | None
+    counted: int
+    pairs: int
+    screens: bool = True
 
     def __repr__(self) -> str:
         estimated = "no gradient" if self.estimate_seconds is None else f"estimated in {self.estimate_seconds:.1f} s"

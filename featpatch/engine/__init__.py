@@ -1,6 +1,6 @@
 """The exact sweep over patches."""
 
-from featpatch.engine.budget import row_budget, row_bytes
+from featpatch.engine.budget import free_memory, row_budget, row_bytes, trace_bytes
 from featpatch.engine.deltas import Deltas
 from featpatch.engine.journal import Book, ClosedBook, Journal
 from featpatch.engine.path import PatchPath, SlowPathWarning, choose_path
@@ -20,6 +20,8 @@ __all__ = [
     "SuffixPath",
     "Sweep",
     "choose_path",
+    "free_memory",
     "row_budget",
     "row_bytes",
+    "trace_bytes",
 ]

@@ -1,5 +1,7 @@
 """How many rows share a forward pass: enough to keep the processor busy, few enough for the memory at hand."""
 
+from collections.abc import Sequence
+
 import psutil
 import torch
 
@@ -29,6 +31,13 @@ def row_budget(lens: Lens, length: int, columns: int) -> int:
     busy = BUSY // (cfg.d_model * max(cfg.d_mlp or 0, cfg.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
     fits = int(SHARE * min(map(free_memory, lens.devices))) // row_bytes(lens, length, columns)
     return max(1, min(max(busy, LEAST), MOST, fits))
+
+
+def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:
+    """What is kept of each token of a base run that is patched at some blocks, at most: stream, z, queries, keys, values."""
+    cfg = lens.model.cfg
+    numbers = 3 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head
+    return int((lens.n_layers - min(layers, default=0)) * numbers * next(lens.model.parameters()).element_size())
 
 
 def free_memory(device: torch.device) -> int:

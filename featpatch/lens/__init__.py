@@ -10,6 +10,7 @@ from featpatch.lens.models import load_model
 from featpatch.lens.nodes import check_nodes
 from featpatch.lens.provenance import provenance
 from featpatch.lens.saes import load_sae, wanted_processing
+from featpatch.lens.sources import loading_quietly
 from featpatch.lens.training import Training, official_name
 from featpatch.lens.vocabulary import check_tokens
 from featpatch.lens.weights import processing
@@ -18,5 +19,6 @@ from featpatch.lens.wrap import wrap
 __all__ = [
     "Adapted", "Dictionary", "Differentiated", "Fired", "Layer", "Lens", "Split", "Stack", "Training", "UnsupportedError",
     "adapt", "added", "check_nodes", "check_tokens", "dictionaries", "dictionaries_if_any", "identity", "load_model",
-    "load_sae", "neurons", "official_name", "pca", "processing", "provenance", "several", "wanted_processing", "wrap",
+    "load_sae", "loading_quietly", "neurons", "official_name", "pca", "processing", "provenance", "several",
+    "wanted_processing", "wrap",
 ]  # fmt: skip

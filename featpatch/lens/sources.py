@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
 from featpatch.files import as_path
+from featpatch.threads import in_this_thread
 from featpatch.untrusted import short
 
 _one_at_a_time, _check_call = RLock(), subprocess.check_call
@@ -90,6 +94,25 @@ def installing_nothing() -> Iterator[None]:
             FeatpatchWarning,
             stacklevel=5,
         )
+
+
+@contextmanager
+def loading_quietly() -> Iterator[None]:
+    """Keep the libraries that load a model from showing bars, and from printing in this thread.
+
+    Their settings, which hold for all threads, are restored at the end.
+    """
+    with _one_at_a_time:
+        hub, bars = not are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
+        try:
+            with patch.object(sys.stdout, "write", in_this_thread(len, otherwise=sys.stdout.write)):
+                yield
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # those of the hub too
+            (enable_progress_bars if hub else disable_progress_bars)()
 
 
 def near_folder(source: str | Path) -> str:

@@ -1,8 +1,7 @@
 """SAE features, alone and together, error terms and whole sites."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 from featpatch.lens import Dictionary
 from featpatch.patch import Node, Position
@@ -23,7 +22,6 @@ class FeaturePart(Part):
 
     dictionaries: Sequence[Dictionary]
     only: frozenset[Node] | None = None
-    _found: "WeakKeyDictionary[PairRuns, dict[str, Difference]]" = field(default_factory=WeakKeyDictionary, init=False)
 
     @property
     def hooks(self) -> set[str]:
@@ -63,12 +61,13 @@ class FeaturePart(Part):
         ]
 
     def _differences(self, run: PairRuns) -> dict[str, Difference]:
-        if run not in self._found:
+        def find() -> dict[str, Difference]:
             found = {d.name: Difference.of(d, run.ways, run.first) for d in self.dictionaries}
-            if self.only is not None:
-                found = {name: difference.keep(self._features(name)) for name, difference in found.items()}
-            self._found[run] = found
-        return self._found[run]
+            if self.only is None:
+                return found
+            return {name: difference.keep(self._features(name)) for name, difference in found.items()}
+
+        return run.once(self, find)
 
     def _features(self, name: str) -> list[int]:
         """Those of a dictionary that are patched somewhere."""

@@ -1,5 +1,6 @@
 """Rank paths: what a sender does through a receiver, exactly; many of them are screened by gradients first."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ def rank_paths(
     chosen = Screen(**{"k": MANY, "audit": DRAWN, **given})
     if progress:
         how = f"screened by gradients, {chosen.k} and {chosen.audit} of them run" if screen else "all run"
-        tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}")
+        tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}", file=sys.stderr)
     if not screen:
         return study.run(journal, progress=progress, executor=executor)
     estimate = estimate_paths(

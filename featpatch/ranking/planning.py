@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from featpatch import sites as hooks
 from featpatch.attribution import estimation_time
 from featpatch.cost.plan import Plan
 from featpatch.engine import Sweep
-from featpatch.pairs import Pairs
+from featpatch.errors import FeatpatchError
+from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
 from featpatch.patch import DIRECTIONS, Direction, Node
-from featpatch.patching import Asked, Metrics, feature_study, leading
+from featpatch.patching import Asked, Metrics, Nodes, Route, component_study, feature_study, leading, path_study
+
+COUNTED = 8
+"""Pairs whose patches are counted, the shortest and the longest among them; their sums are scaled up to all pairs."""
 
 
 def plan(
@@ -17,28 +24,53 @@ def plan(
     saes: Any,
     pairs: Pairs,
     *,
+    sites: str | Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    senders: Nodes | None = None,
+    receivers: Nodes | None = None,
+    route: Route = "direct",
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
 ) -> Plan:
-    """What `rank_features` with the same arguments will take, in full and screened.
+    """Estimate what a sweep will take: patches, operations, memory and time.
 
-    One batch is run twice, and a few pairs are estimated twice; nothing is kept.
+    The arguments are those of the function that is planned, and say which it is: `rank_paths` with senders and receivers, else
+    `rank_features` (in full and screened), or `rank_components` where `saes` is None.
+
+    One batch is run, two pairs are estimated by gradients, and the patches of eight pairs are counted; with more pairs, counts
+    are estimates, scaled up from eight of them of all lengths.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        saes: those of the features; None for components.
+        pairs: clean and corrupted prompts with their answers.
+        sites, layers: of `rank_components`.
+        senders, receivers, route: of `rank_paths`.
+        positions, directions, metric, batch_rows: of the function that is planned; paths are patched at their nodes' positions.
 
     Raises:
-        FeatpatchError: unusable input.
+        FeatpatchError: unusable input, or arguments of different functions.
     """
-    study, _ = feature_study(model, saes, pairs, Asked(positions, directions, metric, batch_rows))
+    some, asked = _of_all_lengths(check_pairs(pairs)), Asked(positions, directions, metric, batch_rows)
+    _check_one_function(saes, sites, layers, senders, receivers, route, positions)
+    if senders is not None and receivers is not None:
+        study, _ = path_study(model, some, saes, senders, receivers, route, asked)
+    elif saes is None:
+        study = component_study(model, some, hooks.SHOWN if sites is None else sites, layers, asked)
+    else:
+        study, _ = feature_study(model, saes, some, asked)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
-    patches, rows, flops, tried, seconds = 0, 0, 0, 0, 0.0
+    counts, tried, seconds = np.zeros(3), 0, 0.0
     nodes: set[Node] = set()
     for swaps, blocks in study.work():
-        nodes.update(node for swap in swaps for node in swap.nodes if node.kind == "feature")
-        cost = sweep.cost(blocks)
-        patches, rows, flops = patches + cost[0], rows + cost[1], flops + cost[2]
+        nodes.update(node for swap in swaps for node in swap.nodes if node.kind in ("feature", "head", "neuron", "edge"))
+        counts += sweep.cost(blocks)
         if not tried:
             tried, seconds = sweep.trial(blocks)
+    patches, rows, flops = (round(count * len(pairs) / len(some)) for count in counts)
+    screens = saes is not None and senders is None
     return Plan(
         patches=patches,
         rows=rows,
@@ -48,5 +80,37 @@ def plan(
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
         features=len(nodes),
-        estimate_seconds=estimation_time(model, saes, pairs, positions, study.directions, leading(metric)),
+        estimate_seconds=estimation_time(model, saes, pairs, positions, study.directions, leading(metric)) if screens else None,
+        counted=len(some),
+        pairs=len(pairs),
+        screens=screens,
     )
+
+
+def _of_all_lengths(pairs: Pairs) -> Pairs:
+    """Return the pairs that are counted, in their order."""
+    by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index]))
+    chosen = {by_length[place] for place in np.linspace(0, len(pairs) - 1, min(COUNTED, len(pairs))).round().astype(int)}
+    return Pairs(tuple(pairs[index] for index in sorted(chosen)))
+
+
+def _check_one_function(
+    saes: Any, sites: Any, layers: Any, senders: Nodes | None, receivers: Nodes | None, route: Route, positions: Positions
+) -> None:
+    """Refuse arguments that no single function takes.
+
+    Raises:
+        FeatpatchError: there are some.
+    """
+    paths = senders is not None or receivers is not None
+    given = {"sites": sites, "layers": layers, "senders": senders, "receivers": receivers}
+    named = [name for name, value in given.items() if value is not None]
+    named += ["saes"] if saes is not None and not paths else []
+    named += ["route"] if route != "direct" and not paths else []
+    named += ["positions"] if positions != "all" and paths else []
+    allowed = {"senders", "receivers"} if paths else {"saes"} if saes is not None else {"sites", "layers"}
+    if not set(named) <= allowed or (paths and len(allowed & set(named)) < 2):
+        raise FeatpatchError(
+            f"fp.plan with {', '.join(named)}: expected senders and receivers with route for paths, saes for features, or "
+            "saes=None with sites and layers for components; plan one ranking at a time"
+        )

@@ -83,7 +83,8 @@ def planned(plan: Plan) -> Table:
         ("memory of a forward pass", f"{plan.memory / 2**20:,.0f} MiB"),
         ("time, from one batch run now", str(timedelta(seconds=math.ceil(plan.seconds)))),
         ("forward pass", "fast" if plan.fast else "the model's own"),
-        *_beside(plan),
+        *([] if plan.counted == plan.pairs else [("counted", f"{plan.counted} of {plan.pairs:,} pairs, and scaled up")]),
+        *(_beside(plan) if plan.screens else []),
     ])  # fmt: skip
 
 

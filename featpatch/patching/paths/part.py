@@ -1,9 +1,8 @@
 """Every path from some senders to some receivers, as a part of a study."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
@@ -33,7 +32,6 @@ class EdgePart(Part):
     receivers: Sequence[Receiver]
     route: Route
     only: frozenset[Edge] | None = None
-    _found: "WeakKeyDictionary[PairRuns, list[Swaps]]" = field(default_factory=WeakKeyDictionary, init=False)
 
     @property
     def hooks(self) -> set[str]:
@@ -51,10 +49,7 @@ class EdgePart(Part):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
         """Receiver by receiver."""
-        for run in runs:
-            if run not in self._found:
-                self._found[run] = self._of_pair(run)
-        return [self._found[run] for run in runs]
+        return [run.once(self, partial(self._of_pair, run)) for run in runs]
 
     def count(self, run: PairRuns) -> int:
         """As many as edges whose sender differs."""

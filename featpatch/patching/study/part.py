@@ -2,9 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from featpatch.lens import Dictionary
 from featpatch.pairs.spans import Wanted
@@ -49,13 +48,10 @@ class DictionaryPart(Part):
     """A part about one dictionary: it needs what the dictionary reads and writes, and patches what it writes."""
 
     dictionary: Dictionary
-    _found: "WeakKeyDictionary[PairRuns, Difference]" = field(default_factory=WeakKeyDictionary, init=False)
 
     def difference(self, run: PairRuns) -> Difference:
         """Between the runs of a pair, worked out once."""
-        if run not in self._found:
-            self._found[run] = Difference.of(self.dictionary, run.ways, run.first)
-        return self._found[run]
+        return run.once(self, lambda: Difference.of(self.dictionary, run.ways, run.first))
 
     @property
     def hooks(self) -> set[str]:

@@ -1,7 +1,8 @@
 """Runs of a few pairs of equal length: the activations of their prompts, and which values go from which run into which."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +20,12 @@ CLEAN_FIRST = DIRECTIONS[::-1]
 """What the lens finds out about the model at its first run is not to be found out in a noisy one."""
 
 TOKENS_AT_ONCE = 512
-"""Tokens whose activations are held in memory together."""
+"""Tokens that run together."""
+
+KEPT, KEPT_SHARE = 2**30, 1 / 8
+"""Bytes of runs that are kept to be used again, at most, and at most this share of the free memory."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +37,7 @@ class PairRuns:
         wanted: the positions to swap at.
         ways: from which run into which, by direction.
         bases: the run that is patched, by direction, for each reading.
+        found: what parts of the study have worked out from the runs, by part.
     """
 
     pair: Pair
@@ -38,6 +45,13 @@ class PairRuns:
     wanted: Wanted
     ways: Ways
     bases: Mapping[Direction, Sequence[BaseRun]]
+    found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, part: Any, find: Callable[[], Found]) -> Found:
+        """Return what a part works out from the runs, from an earlier call if there was one."""
+        if part not in self.found:
+            self.found[part] = find()
+        return self.found[part]
 
     def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
         """The swaps as work for the engine, in the same order, reading by reading."""
@@ -125,3 +139,51 @@ class Runner:
 
     def _prompt(self, direction: Direction, pair: Pair) -> tuple[int, ...]:
         return pair.corrupted if direction == "denoising" and self.noise is None else pair.clean
+
+
+@dataclass
+class Kept:
+    """Runs of pairs, made once as long as there is room for them, with all that is worked out from them.
+
+    The groups that come first are kept, because every sweep goes through all groups in the same order, and the latest one.
+
+    Attributes:
+        run: runs some pairs.
+        traced: bytes that the engine keeps of each token of a run, at most.
+        room: bytes that may be kept, besides the latest group.
+    """
+
+    run: Callable[[tuple[int, ...]], list[PairRuns]]
+    traced: int
+    room: int
+    _kept: dict[tuple[int, ...], list[PairRuns]] = field(default_factory=dict, init=False)
+    _latest: tuple[int, ...] | None = field(default=None, init=False)
+
+    def __call__(self, some: tuple[int, ...]) -> list[PairRuns]:
+        """Return the runs of some pairs."""
+        if some not in self._kept:
+            if self._latest is not None:
+                size = self._size(self._kept[self._latest])  # only now, with what was worked out from it
+                if size > self.room:
+                    del self._kept[self._latest]
+                else:
+                    self.room -= size
+            self._latest, self._kept[some] = some, self.run(some)
+        return self._kept[some]
+
+    def _size(self, runs: Sequence[PairRuns]) -> int:
+        tokens = sum(len(base.tokens) for run in runs for bases in run.bases.values() for base in bases)
+        return held(runs) + self.traced * tokens
+
+
+def held(what: Any) -> int:
+    """Return the bytes of all tensors in nested dataclasses and containers."""
+    if isinstance(what, torch.Tensor):
+        return what.nbytes
+    if isinstance(what, Mapping):
+        what = what.values()
+    elif is_dataclass(what):
+        what = vars(what).values()
+    elif not isinstance(what, (list, tuple)):
+        return 0
+    return sum(map(held, what))

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
+from featpatch.console import announcing
 from featpatch.effects import Collector, Effects, check_gap
 from featpatch.engine import (
     BaseRun,
@@ -25,8 +26,10 @@ from featpatch.engine import (
     SuffixPath,
     Sweep,
     choose_path,
+    free_memory,
     row_budget,
     row_bytes,
+    trace_bytes,
 )
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.execution import Executor, executor_of
@@ -41,7 +44,7 @@ from featpatch.patching.study.noise import Noise
 from featpatch.patching.study.part import Part
 from featpatch.patching.study.readings import Reading, Readout, readings_of, readout
 from featpatch.patching.study.run import Contrast, Swap
-from featpatch.patching.study.runs import PairRuns, Runner, chunks
+from featpatch.patching.study.runs import KEPT, KEPT_SHARE, Kept, PairRuns, Runner, chunks
 from featpatch.patching.study.shards import made
 from featpatch.patching.study.swaps import Swaps
 
@@ -63,7 +66,7 @@ class Study:
         rows: rows of one forward pass.
         memory: bytes that such a pass takes at its peak, estimated.
         runner: how pairs are run.
-        runs: both runs of some pairs; the latest are kept.
+        runs: both runs of some pairs; made once, as long as there is room for them.
         remade: what else it is made with again, elsewhere.
     """
 
@@ -77,7 +80,7 @@ class Study:
     rows: int
     memory: int
     runner: Runner
-    runs: Callable[[tuple[int, ...]], list[PairRuns]]
+    runs: Kept
     remade: Mapping[str, Any]
 
     @classmethod
@@ -102,7 +105,7 @@ class Study:
         changed = [site for part in parts for site in part.sites]
         layers = sorted({sites.layer_of(site) for site in changed})
         runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
-        runs = lru_cache(maxsize=1)(runner.run)
+        runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
         probes = _longest_and_shortest(pairs, readings, runs)
         path = choose_path(lens, probes, list(dict.fromkeys(changed)))
         columns = max(
@@ -159,7 +162,7 @@ class Study:
             with tqdm(
                 total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
             ) as bar:
-                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, bar.update)
+                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, announcing(bar))
                 for begun in chunks(self.pairs):
                     for part in self.parts:
                         self._patch(sweep, begun, part, collector)
@@ -218,7 +221,7 @@ class Study:
 
     def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
         """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
-        runs = self.runs(tuple(some))
+        runs = self._prepared(some)
         swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
         values = [torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for block in blocks]
@@ -242,6 +245,12 @@ class Study:
                         },
                     )
 
+    def _prepared(self, some: list[int]) -> list[PairRuns]:
+        """Run some pairs as the engine needs them, always together, so that rounding is the same each time."""
+        runs = self.runs(tuple(some))
+        self.path.prepare([base for direction in DIRECTIONS for run in runs for base in run.bases[direction]])
+        return runs
+
     def _combined(self, pair: int, values: torch.Tensor) -> NDArray[np.float64]:
         return self.readout.combine(self.pairs[pair], values).numpy()
 
@@ -252,7 +261,7 @@ class Study:
         base = {direction: np.zeros((len(self.pairs), len(self.readout.names))) for direction in DIRECTIONS}
         patches = 0
         for some in chunks(self.pairs):
-            together = self.runs(tuple(some))
+            together = self._prepared(some)
             for direction, values in base.items():
                 runs = [run.bases[direction] for run in together]
                 measured = sweep.baselines([run for of_pair in runs for run in of_pair]).split(
@@ -269,8 +278,10 @@ class Study:
 
 
 def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str, Any]) -> Study:
-    """The same study in another process."""
-    return Study.of(lens, parts, pairs=pairs, **remade)
+    """The same study in another process, which goes through the pairs once."""
+    study = Study.of(lens, parts, pairs=pairs, **remade)
+    study.runs.room = 0
+    return study
 
 
 def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:

@@ -58,8 +58,7 @@ def main() -> None:
         f'Feature {top.nodes[other].index} {place(top.nodes[other].site)} fires on names, most on {word} after "{before}"; it suffices '
         f"for {100 * of_other['recovery']:.0f} % and {lost} is lost without it: something else does its job as well. Of the "
         f"{len(table)} rows, {labels['both directions']} have an effect in both directions that is certainly above "
-        f"{100 * top.threshold:.0f} % of what their hook point carries, {labels['denoising only']} in denoising only, and "
-        f"{labels['undecided']} are undecided. "
+        f"{100 * top.threshold:.0f} % of what their hook point carries, and {labels['undecided']} are undecided. "
         f"{everything(effects)}: there the model keeps the answer on words in between."
     )
 

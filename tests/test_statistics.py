@@ -107,7 +107,7 @@ def test_rows_that_no_test_could_tell_from_chance_do_not_raise_the_q_values_of_o
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (1.0, "1.00"), (0.143, "0.14"), (-0.0534, "-0.053"), (0.00531, "0.0053"), (12.344, "12.34"), (0.999, "1.00"),
-     (0.000512, "0.0005"), (-4.4e-6, "0.0000"), (float("nan"), "nan")],
+     (0.000512, "0.0005"), (-4.4e-6, "0.00"), (float("nan"), "nan")],
 )  # fmt: skip
 def test_numbers_have_two_significant_digits_within_four_decimals(value: float, text: str) -> None:
     assert number(value) == text

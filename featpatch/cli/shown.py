@@ -62,7 +62,7 @@ def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descripti
         console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
     console.print(ranked(shown.rows(effects), shown.by))
     for node, description in (descriptions or {}).items():
-        console.print(f"{node} {description}: " + "; ".join(description.contexts), highlight=False)
+        console.print(f"{node}: {description}, e.g. " + "; ".join(description.contexts), highlight=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":

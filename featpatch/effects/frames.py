@@ -21,7 +21,8 @@ def number(value: float) -> str:
     if not np.isfinite(value) or not value:
         return "0" if value == 0 else str(value)
     decimals = min(max(2, 1 - int(np.floor(np.log10(abs(value))))), 4)
-    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+    short = round(value, decimals)
+    return f"{short:.{decimals}f}" if short else "0.00"
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:

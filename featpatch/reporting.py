@@ -146,7 +146,7 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
 
 def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:
     facts = {"shown": f"pair {index}, where it matters most", "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs"}
-    unembedding = lens.model.unembed.W_U
+    unembedding = lens.unembedding
     readable = dictionary.behaviour.linear and unembedding.dtype.is_floating_point
     if readable and sites.on_stream(dictionary.writes) and node.index is not None:
         direction = dictionary.directions(torch.tensor([node.index]))[0]
@@ -154,7 +154,7 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
         for name, sign in (("raises", 1), ("lowers", -1)):
             best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()
             facts[f"{name}, by the direct path without the final norm"] = ", ".join(
-                f"{lens.model.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
+                f"{lens.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
             )
     return facts
 

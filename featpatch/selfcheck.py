@@ -1,7 +1,8 @@
 """Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
 A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other
-hook points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be named.
+hook points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be
+named.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     if not runs.positions:
         raise FeatpatchError("every position of the prompts is special: expected words between the special tokens")
     fits = [_fit(lens, dictionary, runs, pairs, done) for dictionary in found]
-    return Check(str(lens.model.cfg.model_name), ", ".join(done) or "as they are", runs.positions, tuple(fits))
+    return Check(lens.name, ", ".join(done) or "as they are", runs.positions, tuple(fits))
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,6 @@ def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[st
             "explains less than its configuration claims: check that it was rebuilt as it was trained (JumpReLU threshold, k, "
             "normalisation), and try prompts more like those of its training"
         )
-    ours = official_name(str(lens.model.cfg.model_name))
+    ours = official_name(lens.name)
     if said.model and ours and ours != official_name(said.model):
         yield f"its configuration names the model {said.model!r}"

@@ -115,6 +115,11 @@ def component(layer: int, name: str) -> str:
     return f"blocks.{layer}.{COMPONENTS[name]}"
 
 
+def is_component(site: str, *names: str) -> bool:
+    """Whether a site is the hook of one of these components, in any block."""
+    return site.split(".", 2)[-1] in [COMPONENTS[name] for name in names]
+
+
 def check_components(names: Any, positions: Any) -> list[str]:
     """The names of components, checked.
 

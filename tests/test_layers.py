@@ -1,54 +1,100 @@
-"""The import layers, as the README shows them: rooms import only from rooms above them. What is handed on is frozen."""
+"""The structure that the code keeps: the order of imports, where hook names and foreign libraries appear, frozen dataclasses."""
 
 import ast
 import re
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 
-import pytest
+import featpatch
 
-PACKAGE = Path(__file__).parent.parent / "featpatch"
-README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-LAYERS = [
-    re.split(r"  +", line[:44].rstrip())
-    for line in re.findall(r"```text\nrooms .*?\n(.*?)```", README, re.DOTALL)[0].splitlines()
-]
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__") or path.parent != PACKAGE)
+PACKAGE = Path(featpatch.__file__).parent
+LAYERS = (
+    ("untrusted",),
+    ("errors", "console"),
+    ("families", "files", "threads", "verdict"),
+    ("cost", "page", "patch"),
+    ("sites", "metrics"),
+    ("pairs", "diagram"),
+    ("drafts", "effects", "lens"),
+    ("engine", "execution", "tasks", "terminal"),
+    ("patching", "attribution", "firing", "comparison"),
+    ("ranking", "selfcheck", "circuits", "verifying"),
+    ("reporting", "streaming"),
+    ("loading",),
+    ("checkpoints",),
+    ("cli",),
+)
+"""Packages and modules of featpatch, bottom-up: each imports only from lines above its own."""
+
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+TREES = {
+    path: ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem not in ("__init__", "__main__") or path.parent != PACKAGE
+}
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_up(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("featpatch"):
-            parts = node.module.split(".")[1:]
-            imported = parts[:1] or [alias.name for alias in node.names]
-            for other in imported:
-                assert other == room(path) or LEVEL[other] < LEVEL[room(path)], f"{path} imports {node.module}"
+def imports(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """Every import in a file, also within functions: the module, and the names taken from it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield node.module or "", [alias.name for alias in node.names]
 
 
-def test_the_readme_shows_every_room() -> None:
-    assert sorted(LEVEL) == sorted({room(path) for path in FILES})
-    assert len(LEVEL) == sum(map(len, LAYERS))
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Every string in a file that is not documentation: no string alone in a line of its own."""
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.value
 
 
-def test_foreign_libraries_stay_in_their_room() -> None:
-    for path in FILES:
-        text = path.read_text()
-        if room(path) != "lens":
-            assert "import sae_lens" not in text
-            assert "from sae_lens" not in text
-            assert "from transformer_lens" not in text
+def test_imports_go_up() -> None:
+    assert sorted(LEVEL) == sorted({package(path) for path in TREES})
+    for path, tree in TREES.items():
+        for module, names in imports(tree):
+            if module.split(".")[0] == "featpatch":
+                for other in module.split(".")[1:2] or names:
+                    same = other == package(path)
+                    assert same or LEVEL.get(other, -1) < LEVEL[package(path)], f"{path} imports {module} {names}"
+
+
+def test_only_lens_knows_the_libraries_of_models() -> None:
+    for path, tree in TREES.items():
+        if package(path) != "lens":
+            roots = {module.split(".")[0] for module, _ in imports(tree)}
+            assert not roots & {"sae_lens", "transformer_lens", "transformers"}, path
+
+
+def test_only_lens_looks_into_the_model() -> None:
+    """Others ask the lens: `lens.model` is handed on, but nothing of it is read."""
+    for path, tree in TREES.items():
+        if package(path) != "lens":
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute):
+                    assert not re.search(r"\blens\.model\.", ast.unparse(node)), f"{path}:{node.lineno}"
+
+
+def test_only_sites_spells_hook_names() -> None:
+    """Outside of `sites` and `lens`, hook names appear in sentences only, such as error messages."""
+    for path, tree in TREES.items():
+        if package(path) not in ("sites", "lens"):
+            names = [text for text in texts(tree) if re.search(r"hook_(?!name|dict)|\battn\.|blocks\.", text) and " " not in text]
+            assert names == [], path
 
 
 def test_dataclasses_are_frozen() -> None:
     """But for those that hold work in progress."""
-    names = [".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts) for path in FILES if path.stem != "__main__"]
+    names = [".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts) for path in TREES]
     found = [value for name in names for value in vars(import_module(name)).values() if isinstance(value, type)]
     own = [each for each in found if each.__module__.startswith("featpatch.") and is_dataclass(each)]
     thawed = {each.__name__ for each in own if not each.__dataclass_params__.frozen}

@@ -110,7 +110,7 @@ def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> 
         site = lens.site(node.site)
         if owner is not None and node.kind in ("feature", "error", "all_features"):
             parts["sae", owner.name] = FeaturePart(owner)
-        elif node.kind == "head" and site.endswith("hook_z"):
+        elif node.kind == "head" and sites.is_component(site, "z"):
             parts["heads", site] = ComponentPart(site, site, "z")
         elif node.kind == "activation" and sites.entry(site) is not None:
             parts["whole", site] = ComponentPart(site, site, "mlp_out")
@@ -140,7 +140,7 @@ class _Pulled:
             place = sites.comes_in(site)
             assert place is not None
             gradient = stream[place]
-            if site.endswith("hook_z"):
+            if sites.is_component(site, "z"):
                 layer = place[0]
                 z = self._rows(self._activation(site))
                 _, inner = self._pull(layer, sites.component(layer, "attn_out"), gradient, {site: z})

@@ -43,7 +43,7 @@ class Receiving:
             return cls(node, owner.reads, owner.writes, owner)
         site = lens.site(node.site)
         whole = node.kind == "activation" and sites.entry(site) is not None
-        head = node.kind == "head" and site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"))
+        head = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")
         if not whole and not head:
             raise FeatpatchError(
                 f"receiver {str(node)!r}: expected a feature of {sorted(d.name for d in found)} with a linear decoder, a head "

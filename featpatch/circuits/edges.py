@@ -349,7 +349,7 @@ class EdgeGraph(Graph):
 
     @property
     def _type(self) -> torch.dtype:
-        return next(self.lens.model.parameters()).dtype
+        return self.lens.first_weight.dtype
 
     def heads(self, layer: int, name: str) -> int:
         """Return the number of heads at a hook of a block's attention."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool
 
+from featpatch import sites
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.outside import prompts, settled
 from featpatch.errors import FeatpatchError
@@ -50,7 +51,7 @@ class NodeGraph(Graph):
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
         for node in self.items:
             of_sae = node.kind in ("feature", "error") and known.get(node.sae) == node.site
-            head = node.kind == "head" and node.site.endswith("hook_z")
+            head = node.kind == "head" and sites.is_component(node.site, "z")
             if not of_sae and not head and node.kind != "activation":
                 raise FeatpatchError(
                     f"node {str(node)!r}: expected a feature or an error of {sorted(known)}, a head at hook_z, or a whole "
@@ -150,7 +151,7 @@ class NodeGraph(Graph):
         return change
 
     def _parted(self, kept: torch.Tensor, some: Sequence[int], site: str, other: torch.Tensor) -> Any:
-        heads = site.endswith("hook_z")
+        heads = sites.is_component(site, "z")
         whole = self._ablated(kept, some, lambda node: node.site == site)
         of_heads = self._ablated(kept, some, lambda node: node.site == site, other.shape[2]) if heads else whole
         ablated = (whole & of_heads if heads else whole).flatten(0, 1).to(other.device)

@@ -44,13 +44,13 @@ class Writers:
         hooks = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
         runs = lens.read(torch.tensor([pair.corrupted, pair.clean]), [hook for both in hooks for hook in both])
         found: list[torch.Tensor | None] = []
-        for block, both in zip(lens.model.blocks, hooks, strict=True):
+        for layer, both in enumerate(hooks):
             z, out = (_wide(runs[hook]).flatten(2).flatten(0, 1) for hook in both)
-            try:
-                weight = _wide(block.attn.W_O)
-            except NotImplementedError:  # quantised: it can be run and not read
+            readable = lens.output_weight(layer)
+            if readable is None:
                 found.append(None)
                 continue
+            weight = _wide(readable)
             heads = z @ weight.flatten(0, 1)
             differ = ((heads - heads.mean(0)) - (out - out.mean(0))).abs().max()
             adds_up = bool(differ <= rounding(lens) * torch.maximum(heads.abs().max(), out.abs().max()))
@@ -65,7 +65,7 @@ class Writers:
                 found.append(Writer(sites.component(layer, "attn_out"), "activation"))
             else:
                 found += [Writer(sites.component(layer, "z"), "head", head) for head in range(len(weight))]
-            if getattr(self.lens.model.blocks[layer], "mlp", None) is not None:
+            if self.lens.has_mlp(layer):
                 found.append(Writer(sites.component(layer, "mlp_out"), "activation"))
         return [writer for writer in found if _place(writer.site) <= _place(reads)]
 
@@ -80,7 +80,7 @@ class Writers:
 
 def on_stream(hook: str) -> bool:
     """Whether a hook is the residual stream itself."""
-    return sites.entry(hook) is not None and ".hook_resid_" in hook
+    return sites.entry(hook) is not None and sites.is_stream(hook)
 
 
 def rounding(lens: Lens) -> float:

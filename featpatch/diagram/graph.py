@@ -5,6 +5,7 @@ from typing import Any
 
 import networkx as nx
 
+from featpatch import sites
 from featpatch.patch import Edge, Node
 
 
@@ -31,5 +32,5 @@ def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node
 
 def _head(node: Node) -> Node:
     """The head that a query, key or value belongs to, else the node itself."""
-    inside = node.site.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v"))
+    inside = sites.is_component(node.site, "q", "k", "v")
     return Node(node.site[:-1] + "z", "head", node.index, node.position) if inside else node

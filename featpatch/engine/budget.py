@@ -20,24 +20,20 @@ NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STA
 
 def row_bytes(lens: Lens, length: int, columns: int) -> int:
     """What one row takes at the peak, see `row_numbers`."""
-    cfg = lens.model.cfg
-    numbers = row_numbers(cfg.d_model, cfg.n_heads, cfg.d_head, cfg.d_mlp or 0, length, columns)
-    return int(numbers * next(lens.model.parameters()).element_size())
+    return int(row_numbers(lens.d_model, lens.n_heads, lens.d_head, lens.d_mlp, length, columns) * lens.itemsize)
 
 
 def row_budget(lens: Lens, length: int, columns: int) -> int:
     """Rows per pass, for prompts of up to `length` tokens and `columns` logits of each patch; the fullest device decides."""
-    cfg = lens.model.cfg
-    busy = BUSY // (cfg.d_model * max(cfg.d_mlp or 0, cfg.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
+    busy = BUSY // (lens.d_model * max(lens.d_mlp, lens.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
     fits = int(SHARE * min(map(free_memory, lens.devices))) // row_bytes(lens, length, columns)
     return max(1, min(max(busy, LEAST), MOST, fits))
 
 
 def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:
     """What is kept of each token of a base run that is patched at some blocks, at most: stream, z, queries, keys, values."""
-    cfg = lens.model.cfg
-    numbers = 3 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head
-    return int((lens.n_layers - min(layers, default=0)) * numbers * next(lens.model.parameters()).element_size())
+    numbers = 3 * lens.d_model + 3 * lens.n_heads * lens.d_head
+    return (lens.n_layers - min(layers, default=0)) * numbers * lens.itemsize
 
 
 def free_memory(device: torch.device) -> int:

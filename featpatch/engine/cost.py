@@ -22,17 +22,9 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
 
 
 def plain_flops(lens: Lens, unit: Unit) -> int:
-    """Of the model's own pass: every weight matrix of the blocks from the site on, for every position.
-
-    By the sizes of its configuration, as a bridge holds a joint matrix of queries, keys and values beside the three that it is
-    split into; not exact for mixtures whose experts have a size of their own.
-    """
-    cfg, layers = lens.model.cfg, lens.n_layers - sites.layer_of(unit.block.site)
-    attention = 2 * (cfg.n_heads + (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)) * cfg.d_model * cfg.d_head
-    experts = getattr(cfg, "experts_per_token", None) or 1
-    mlp = 0 if cfg.attn_only else (3 if cfg.gated_mlp else 2) * cfg.d_model * cfg.d_mlp * experts
-    weights = layers * (attention + mlp)
-    return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * int(cfg.d_model))
+    """Of the model's own pass: every weight matrix of the blocks from the site on, for every position."""
+    weights = (lens.n_layers - sites.layer_of(unit.block.site)) * lens.weights_per_block
+    return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * lens.d_model)
 
 
 def _size(layer: Layer) -> BlockSize:

@@ -90,7 +90,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         reason = f"{type(error).__name__}: {error}"
     lens.watch.check()
     warnings.warn(
-        f"{type(lens.model).__name__} {lens.model.cfg.model_name!r} runs through its own forward pass instead of the fast one "
+        f"{lens.kind} {lens.name!r} runs through its own forward pass instead of the fast one "
         f"({reason}): results are the same, a sweep takes longer",
         SlowPathWarning,
         stacklevel=5,
@@ -102,8 +102,8 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
 def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, site: str) -> float:
     """Largest difference of logits between the paths, in units of what rounding explains."""
     layer = sites.layer_of(site)
-    cfg = plain.lens.model.cfg
-    width = cfg.n_heads * cfg.d_head if sites.entry(site) == (layer, "z") else cfg.d_model
+    lens = plain.lens
+    width = lens.n_heads * lens.d_head if sites.entry(site) == (layer, "z") else lens.d_model
     generator = torch.Generator().manual_seed(0)
     size = run.resid[layer].float().std().item()
     values = (size * torch.randn(PROBES, width, generator=generator)).to(run.resid[layer])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.finite import TYPES
 from featpatch.lens.formats import Coder, Weights, of_object
@@ -121,7 +122,7 @@ def placed(weights: Weights, name: str = "") -> Adapted | SAE[Any]:
         "dtype": str(w.dtype).removeprefix("torch."),
         "device": "meta",
         "apply_b_dec_to_input": weights.centred,
-        "reshape_activations": "hook_z" if reads.endswith("hook_z") and reads == writes else "none",
+        "reshape_activations": "hook_z" if sites.is_component(reads, "z") and reads == writes else "none",
         "metadata": metadata | ({"model_name": weights.model} if weights.model else {}),
     }
     if weights.transcoder:

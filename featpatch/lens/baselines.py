@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.lens.adapter import Adapted
 from featpatch.lens.wrap import wrap
@@ -48,7 +49,7 @@ def neurons(model: Any, layer: int) -> Adapted:
         FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),
             or whose weights are quantised.
     """
-    reads, writes = f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out"
+    reads, writes = sites.component(layer, "neurons"), sites.component(layer, "mlp_out")
     tokens = torch.zeros(1, 1, dtype=torch.long)
     x, y = _activations(model, reads, tokens), _activations(model, writes, tokens)
     mlp = model.blocks[layer].mlp

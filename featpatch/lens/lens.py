@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.quantization import quantization_method, unreadable_weight_reason
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import digest
 from featpatch.lens.layer import Stack
+from featpatch.lens.model import Model
 from featpatch.threads import Watch, check_unedited, editing, in_this_thread
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
@@ -51,14 +51,13 @@ class Fired:
 
 
 @dataclass(frozen=True)
-class Lens(ABC):
+class Lens(Model, ABC):
     """A model with named hook points. `model` is left as it was found, also after an exception.
 
     Raises:
         FeatpatchError: the model drops out activations at random, SAEs are attached to it, or `fp.do` patches it.
     """
 
-    model: Any
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
     watch: Watch = field(init=False, repr=False, compare=False)
     _heads: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -79,27 +78,6 @@ class Lens(ABC):
         """Return every hook point by name, including aliases."""
         return cast(Mapping[str, HookPoint], self.model.hook_dict)
 
-    @property
-    def n_layers(self) -> int:
-        """The number of blocks."""
-        return int(self.model.cfg.n_layers)
-
-    @property
-    def d_vocab(self) -> int:
-        """The number of tokens that the model can answer with."""
-        return int(self.model.unembed.W_U.shape[-1])
-
-    @property
-    def d_vocab_in(self) -> int:
-        """The number of tokens that a prompt may hold."""
-        return int(self.model.cfg.d_vocab)
-
-    @property
-    def n_ctx(self) -> int | None:
-        """The longest prompt, where the model has learned positions that end there."""
-        cfg = self.model.cfg
-        return int(cfg.n_ctx) if cfg.positional_embedding_type in ("standard", "shortformer") else None
-
     @cached_property
     def causal(self) -> bool:
         """Whether a position sees only earlier ones; tested by changing the last token of a prompt."""
@@ -109,11 +87,6 @@ class Lens(ABC):
         before = self.read(torch.tensor([[0, 1, 0]]), [last])[last][0, :2]
         after = self.read(torch.tensor([[0, 1, 1]]), [last])[last][0, :2]
         return bool((before - after).abs().max() <= 8 * torch.finfo(before.dtype).eps * before.abs().max())
-
-    @property
-    def attention_only(self) -> bool:
-        """Whether the blocks have no MLPs."""
-        return bool(getattr(self.model.cfg, "attn_only", False))
 
     @cached_property
     def parallel(self) -> bool:
@@ -151,28 +124,6 @@ class Lens(ABC):
         if site not in self._heads:
             self._heads[site] = int(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2])
         return self._heads[site]
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device of the embedding, on which tokens must be."""
-        return next(self.model.parameters()).device
-
-    @cached_property
-    def devices(self) -> set[torch.device]:
-        """All devices that hold weights of the model."""
-        return {parameter.device for parameter in self.model.parameters()}
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its weights that are not quantised."""
-        return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
-
-    @cached_property
-    def quantised(self) -> str:
-        """How its weights are quantised, so that they can be run but not read; empty if they are not."""
-        parameters = self.model.parameters()
-        reason = next((reason for each in parameters if (reason := unreadable_weight_reason(each))), None)
-        return quantization_method(getattr(getattr(self.model, "original_model", None), "config", None)) or reason or ""
 
     def site(self, name: str) -> str:
         """The TransformerLens name of a hook; raises FeatpatchError where the model has no such hook."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens.dictionary import Dictionary
 from featpatch.lens.lens import Lens
@@ -31,7 +32,7 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
         if node.kind in COMPONENTS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
         site = lens.site(node.site) if owner is None else owner.writes
-        in_heads = node.kind == "head" and site.endswith(("hook_q", "hook_k", "hook_v", "hook_z"))
+        in_heads = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")
         count = owner.d_sae if owner is not None else lens.heads(site) if in_heads else None
         if node.index is not None and count is not None and node.index >= count:
             raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")

@@ -118,7 +118,7 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     Raises:
         FeatpatchError: there is padding and no mask, or the mask does not fit the prompts.
     """
-    tokenizer = getattr(lens.model, "tokenizer", None)
+    tokenizer = lens.tokenizer
     if given is None:
         if tokenizer is not None:
             check_starts(tokenizer, tokens.tolist())
@@ -169,7 +169,7 @@ def _check_settable(lens: Lens, group: Chosen) -> None:
         )
     if lens.carrier(site) != site:
         raise FeatpatchError(
-            f"site {site!r} of a {type(lens.model).__name__} is not the residual stream itself, so that it can't be set: "
+            f"site {site!r} of a {lens.kind} is not the residual stream itself, so that it can't be set: "
             "expected another site, how='add' with base tokens, or a HookedTransformer"
         )
 

@@ -16,8 +16,6 @@ from featpatch.lens import Dictionary, Lens
 from featpatch.patch import LOGITS, Node
 from featpatch.patching.paths.route import Place, Stream
 
-INSIDE = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
-
 
 @dataclass(frozen=True, eq=False)
 class Receiver(ABC):
@@ -138,7 +136,7 @@ def receiver(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver:
     z = sites.component(sites.layer_of(site), "z")
     if node.kind == "activation" and sites.entry(site) is not None:
         return WholeReceiver(node, (site,), site)
-    if node.kind == "head" and (site == z or site.endswith(INSIDE)) and node.index is not None:
+    if node.kind == "head" and (site == z or sites.is_component(site, "q", "k", "v")) and node.index is not None:
         return HeadReceiver(node, (site,), z, lens, node.index)
     raise FeatpatchError(
         f"receiver {str(node)!r}: expected a feature or error of {sorted(d.name for d in found)}, a head at hook_q, hook_k, "

@@ -47,7 +47,7 @@ class Senders:
                 parts["sae", node.sae] = FeaturePart([by_name[node.sae]], frozenset(n for n in nodes if n.sae == node.sae))
             elif node.kind == "activation":
                 parts["whole", site] = WholePart([site])
-            elif node.kind == "head" and site.endswith("hook_z"):
+            elif node.kind == "head" and sites.is_component(site, "z"):
                 parts["heads", site] = HeadPart(lens, sites.layer_of(site), "z")
             else:
                 raise FeatpatchError(
@@ -84,13 +84,13 @@ class Senders:
             tokens = run.bases[way][0].tokens
             changes = [self._on_stream(swap.site, dense(swap.deltas[way], len(tokens)), base, tokens) for swap in swaps]
             changes = [change.to(self.lens.device) for change in changes]
-            empty = torch.zeros(0, len(tokens), self.lens.model.cfg.d_model, device=self.lens.device)
+            empty = torch.zeros(0, len(tokens), self.lens.d_model, device=self.lens.device)
             streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes) if changes else empty)
         return nodes, streams
 
     def _on_stream(self, site: str, change: torch.Tensor, base: Run, tokens: torch.Tensor) -> torch.Tensor:
         """A change of heads' outputs as what their block's attention adds to the stream."""
-        if not site.endswith("hook_z"):
+        if not sites.is_component(site, "z"):
             return change
         layer, z = sites.layer_of(site), base.at(site)
         rows = torch.cat([torch.zeros_like(change[:1]), change])

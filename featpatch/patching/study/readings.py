@@ -124,7 +124,7 @@ def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Readi
     check_tokens(pairs, lens, continuations)
     if any(any(of_pair) for of_pair in continuations.values()) and not lens.causal:
         raise FeatpatchError(
-            f"metric {', '.join(read.names)} puts answers after the prompt, and {lens.model.cfg.model_name!r} attends in "
+            f"metric {', '.join(read.names)} puts answers after the prompt, and {lens.name!r} attends in "
             "both directions: expected a causal model, or answers of one token"
         )
     return readings

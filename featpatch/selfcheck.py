@@ -1,7 +1,8 @@
 """Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
 A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other
-hook points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be named.
+hook points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be
+named.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

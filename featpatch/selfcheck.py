@@ -1,8 +1,8 @@
 """Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
-A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other
-hook points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be
-named.
+A dictionary that does not belong explains too little of the variance. To find the reason, it is then tried on centred
+activations, at the other hook points of its own layer and the two adjacent ones, and also at all other layers if it makes a
+claim, explains little, or explains more at one of those hook points.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from featpatch.verdict import MARGIN, Check, Fit
 POSITIONS = 512
 """The largest number of positions on which the explained variance is measured."""
 TRIED = 128
-"""The number of positions on which other hook points are compared; the best of them is then measured on all."""
+"""The number of positions on which other hook points are compared; the best hook point is then measured on `POSITIONS`."""
 GOOD = 0.95
 """Explained variance of a dictionary without a claim above which no other hook point is tried."""
 BETTER = 0.5
@@ -86,7 +86,7 @@ class Runs:
 
     @classmethod
     def of(cls, lens: Lens, hooks: Iterable[str], pairs: Pairs, positions: int = POSITIONS) -> "Runs":
-        """Run the first prompts, until there are enough positions."""
+        """Run the first prompts, as many as are needed for this number of positions."""
         hooks = sorted(hooks)
         runs = cls({hook: [] for hook in hooks}, [])
         kept = list[torch.Tensor]()
@@ -173,10 +173,10 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
 
 
 def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs, here: float) -> list[tuple[float, str]]:
-    """The explained variance at the other hook point that explains most, with its name; empty if none can be read.
+    """The explained variance at the best other hook point, with its name; empty if no other hook point can be read.
 
-    A dictionary that makes no claim and explains a fair share, more than at the hook points around, is where it belongs; other
-    layers are then not tried.
+    A dictionary without a claim that explains a fair share here, and no more at any hook point of this layer and the adjacent
+    ones, is taken to be where it belongs; other layers are then not tried.
     """
     places, layer = dictionary.elsewhere(lens), sites.layer_of(dictionary.reads)
     near = [place for place in places if abs(sites.layer_of(place.reads) - layer) <= 1]
@@ -191,7 +191,7 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs, here: float) ->
 
 
 def _compared(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> list[tuple[float, Dictionary]]:
-    """The explained variance on a few positions at those hook points that can be read."""
+    """The explained variance at each hook point that can be read, on `TRIED` positions."""
     hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
     few = Runs.of(lens, hooks, pairs, TRIED)
     return [(variance, place) for place in places if few.fit(place) and (variance := _tried(place, few)) is not None]
@@ -216,8 +216,8 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: 
         return f"explains {here:.2f} of the variance, and no other hook point fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
-            else "trained too little, on another model of this width, or on activations of another scale; check where it "
-            "comes from and what its training reported"
+            else "it was probably trained too little, on another model of this width, or on activations of another scale; "
+            "check where it comes from and what its training reported"
         )
     return ""
 

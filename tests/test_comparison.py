@@ -165,7 +165,7 @@ def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
     assert "effects of the components and of the summed features are the same in all 2 cells" in repr(constant)
     single = compare(table(features), table(dict(list(places.items())[:1])))
     unknown = compare(table({**features, fp.Node(PRE, "feature", 1, "end", "s"): np.nan}), table(places))
-    assert "1 hook point and position is in both tables" in repr(single)
+    assert "hook points and positions with known effects in both tables: 1;" in repr(single)
     assert "(1 more with unknown effects)" in repr(unknown)
     for found in (apart, heads, constant, single, unknown):
         assert not [word for word in ("NaN", "nan", "<NA>", "None") if word in repr(found)]

@@ -80,7 +80,7 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
     ((values, ids),) = read(demo, [short])
     assert len(ids) == context < len(tokenizer(long)["input_ids"])
     node = fp.Node(SITE, "feature", int(values[1:].sum(0).argmax()), "all", SITE)
-    with pytest.warns(FeatpatchWarning, match=f"the texts have {context - 1} positions"):
+    with pytest.warns(FeatpatchWarning, match=f"{context - 1} positions, with"):
         (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
     with (
         pytest.warns(FeatpatchWarning, match="give more text"),
@@ -108,7 +108,7 @@ def test_too_little_text_is_told_once_with_the_features(demo: fp.Demo) -> None:
     for node in seldom[:5]:
         assert f"{SITE} feature {node.index} (9)" in str(warning.message)
     assert "and 2 more" in str(warning.message)
-    with pytest.warns(FeatpatchWarning, match="2 of 2 features fire too seldom"):
+    with pytest.warns(FeatpatchWarning, match="too little text to describe 2 of 2 features"):
         fp.describe(demo.model, demo.saes, often[:2], texts[:3])
 
 

@@ -117,7 +117,7 @@ def test_the_report_shows_it() -> None:
     (first,), (second,) = ([line for line in lines if f"│ {feature} " in line] for feature in (0, 1))
     assert "│ both directions │   2/2 │" in first
     assert "│ below threshold │   1/2 │" in second
-    assert "in these pairs" in "".join(lines)
+    assert "where changed" in "".join(lines)
     assert first.endswith("│ 1.00 [1.00, 1.00] │")  # over the pairs in which it differs
     assert second.endswith("│            0.0050 │")
     assert any("quadrant" in line for line in lines)

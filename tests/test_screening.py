@@ -135,9 +135,12 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
     calls.clear()
     for given, message in (
         ({"audit": good - 1}, f"audit={good - 1} of the {candidates - 20} candidates .* audit={good} or more"),
-        ({"audit": int(0.8 * candidates) - 19}, f"run {int(0.8 * candidates) + 1} of {candidates} candidates, .*exact='all'"),
-        ({"k": 500}, f"k=500 and audit=100 run {candidates} of {candidates} candidates"),
-        ({"audit": 3, "target": 1.0}, "target=1.0 takes at least .*exact='all'"),
+        (
+            {"audit": int(0.8 * candidates) - 19},
+            f"{int(0.8 * candidates) + 1} of {candidates} candidates are run, .*exact='all'",
+        ),
+        ({"k": 500}, f"k=500 and audit=100 mean that {candidates} of {candidates} candidates are run"),
+        ({"audit": 3, "target": 1.0}, "target=1.0 and k=20 mean that at least .*exact='all'"),
     ):
         with pytest.raises(FeatpatchWarning, match=f"screening: .*{message}"):
             screened(small, sae, **{**options, **given})
@@ -349,7 +352,9 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
         {"sites": "z", "senders": senders, "receivers": receivers}, {"senders": senders}, {"route": "direct", "receivers": receivers},
         {"route": "through_mlps"}, {"positions": "each", "senders": senders, "receivers": receivers},
     ):  # fmt: skip
-        with pytest.raises(fp.FeatpatchError, match="expected senders and receivers with route for paths"):
+        with pytest.raises(
+            fp.FeatpatchError, match="expected senders and receivers, with route but without positions, for paths"
+        ):
             fp.plan(small.model, None, pairs, **arguments)
     with pytest.raises(fp.FeatpatchError, match="fp.plan with layers, saes: expected"):
         fp.plan(small.model, small.at(SITE), pairs, layers=[1])
@@ -375,7 +380,7 @@ def test_a_plan_counts_some_pairs_of_all_lengths(bridge: Small, monkeypatch: pyt
     assert (plan.patches, plan.counted, plan.pairs) == (round(2 * len(some.row) * 3 / 2), 2, 3)
     console = Console(record=True, width=120)
     console.print(planned(plan))
-    assert "2 of 3 pairs, and scaled up" in console.export_text()
+    assert "2 of 3 pairs, scaled up to all" in console.export_text()
 
 
 def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

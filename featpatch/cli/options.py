@@ -17,11 +17,12 @@ Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects
 By = Annotated[
     Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,
     typer.Option(
-        help="Sort by this effect, over all pairs or over those in which the node differs; by default recovery if it was run."
+        help="Sort by this effect, pooled over all pairs, or (_where_changed) over those in which the node differs, if there "
+        "are at least 3; by default recovery if it was run."
     ),
 ]
 Threshold = Annotated[
-    float, typer.Option(help="Quadrants: the share of what the whole hook point carries above which an effect counts.")
+    float, typer.Option(help="For quadrants: the share of the whole activation's effect above which an effect counts.")
 ]
 SHARE = 0.01
 """The default threshold."""
@@ -62,7 +63,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 @dataclass(frozen=True)
 class Shown:
-    """How many rows are shown, what they are sorted by, and the threshold of their quadrants.
+    """How many rows are shown, what they are sorted by, and the threshold for their quadrants.
 
     Raises:
         FeatpatchError: the threshold is not a share.
@@ -91,7 +92,7 @@ class Shown:
         return cls(top, by, threshold)
 
     def labelled(self, effects: "fp.Effects") -> "fp.Effects":
-        """Return the effects with this threshold of their quadrants, if it is not the default."""
+        """Return the effects with this threshold for their quadrants."""
         return effects if self.threshold == effects.threshold else effects.with_threshold(self.threshold)
 
     def rows(self, effects: "fp.Effects") -> "fp.Effects":

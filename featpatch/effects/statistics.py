@@ -61,7 +61,7 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
 
     Args:
         change: `[rows, pairs]`.
-        gap: `[pairs]`, or `[rows, pairs]` where the pairs of the rows are different ones.
+        gap: `[pairs]`, or `[rows, pairs]` if the rows are about different pairs.
 
     Returns:
         `[rows, 2]`, lower and upper end.

@@ -31,8 +31,9 @@ VALUES = ("clean", "corrupted", "denoised", "noised")
 def save(effects: "Effects", path: Path) -> Path:
     """Write the file completely or not at all, and create its folder if it is missing.
 
-    For rows that were taken from a larger table, the number of ranked rows in that table is stored, because q-values depend on
-    it, and what the rows' hook points carry, on which quadrants depend. An audit needs all rows and is no longer possible.
+    For rows that were taken from a larger table, two things about that table are stored: the number of ranked rows, on which
+    q-values depend, and the effects of the whole activations, on which quadrants depend. An audit needs all rows and is no
+    longer possible.
     """
     metadata = {**effects.metadata, "metrics": effects.metrics}
     try:

@@ -34,7 +34,7 @@ def row_budget(lens: Lens, length: int, columns: int) -> int:
 
 
 def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:
-    """What is kept of each token of a base run that is patched at some blocks, at most: stream, z, queries, keys, values."""
+    """Bytes kept per token of a base run patched in some layers, at most: residual stream, z, queries, keys and values."""
     cfg = lens.model.cfg
     numbers = 3 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head
     return int((lens.n_layers - min(layers, default=0)) * numbers * next(lens.model.parameters()).element_size())

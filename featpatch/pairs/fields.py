@@ -1,4 +1,4 @@
-"""The fields of a pair as files and tables give them, and as they are written there."""
+"""The fields of a pair, as they are read from files and tables and written to them."""
 
 import json
 import warnings
@@ -65,25 +65,26 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) -> Pair:
-    """The pair of a row whose prompts are token ids, as `written` writes it; it is taken as it is.
+    """Make a pair from a row whose prompts are token ids, as `written` writes it; nothing is tokenized or aligned.
 
-    Answers are ids, or lists of ids for sequences, of which `long_answers` makes all. Special positions are by default those
-    of the tokenizer's special tokens.
+    Answers are ids, or lists of ids for sequences; with `long_answers`, all become sequences. Special positions are by default
+    those of the tokenizer's special tokens.
 
     Raises:
-        FeatpatchError: a field is not what it should be.
+        FeatpatchError: a field has the wrong type.
     """
     for name in (*NEEDED, "special"):
         ids = row.get(name, [])
         nested = name in ("correct", "wrong") and isinstance(ids, list) and all(isinstance(answer, list) for answer in ids)
         if not all(isinstance(plain_integers(each), tuple) for each in (ids if nested else [ids])):
             raise FeatpatchError(
-                f"{name} is {str(ids)[:60]!r} beside token ids: expected a list of ids, for sequences a list of lists"
+                f"{name} is {str(ids)[:60]!r} in a line with token ids: expected a list of ids, or for answer sequences a list "
+                "of lists"
             )
     other = [field for field in OBJECTS[1:] if field in row]
     if other or not (_fits("labels", row.get("labels", {})) and _fits("tags", row.get("tags", {}))):
         raise FeatpatchError(
-            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, beside token ids, labels as an "
+            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, with token ids, labels as an "
             "object of positions and tags as an object of texts"
         )
     answer_position = row.get("answer_position", -1)
@@ -91,7 +92,9 @@ def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) 
         raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
     labels: dict[str, Any] = {name: plain_integers(label) for name, label in row.get("labels", {}).items()}
     if None in labels.values():
-        raise FeatpatchError(f"labels is {row['labels']!r} beside token ids: expected positions, for a span a list of them")
+        raise FeatpatchError(
+            f"labels is {row['labels']!r} in a line with token ids: expected positions, or for a span a list of them"
+        )
     clean, corrupted = tuple(row["clean"]), tuple(row["corrupted"])
     answers: dict[str, list[Any]] = {name: row[name] for name in ("correct", "wrong")}
     if long_answers or any(isinstance(answer, list) for side in answers.values() for answer in side):
@@ -113,17 +116,17 @@ def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) 
 
 
 def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The fields of a pair for a line of JSON, from which exactly this pair is read.
+    """Return the fields of a pair for a line of JSON, from which exactly this pair can be read again.
 
-    With a tokenizer the prompts and answers are texts if the tokenizer makes the same pair of them again, else they are ids.
+    With a tokenizer, prompts and answers are texts if these give exactly the same pair again; else they are token ids.
 
     Raises:
-        FeatpatchError: tags that JSON can't hold, or a tokenizer without `decode`.
+        FeatpatchError: a label or tag that JSON can't hold, or a tokenizer without `decode`.
     """
     texts = [*pair.labels, *pair.tags, *pair.tags.values()]
     if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
         raise FeatpatchError(
-            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode texts, to write them"
+            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode strings, which JSON can hold"
         )
     if tokenizer is not None and not pair.correct_sequences:
         fields = _texts(pair, tokenizer)
@@ -140,7 +143,7 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The fields of a pair for the cells of a table: JSON where one cell holds several things, a column for every tag."""
+    """Return the fields of a pair as cells of a table, with a column for every tag; a cell with several values holds JSON."""
     fields = written(pair, None) if tokenizer is None else _texts(pair, tokenizer)
     tags = {f"tag {name}" if name in (*NEEDED, *OBJECTS) else name: tag for name, tag in fields["tags"].items()}
     sides = {name: fields[name][0] if len(fields[name]) == 1 else fields[name] or "" for name in ("correct", "wrong")}
@@ -151,10 +154,12 @@ def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The prompts and answers of a pair as texts, without the special tokens at the start, and spans as texts too."""
+    """Return the prompts, answers and labelled spans of a pair as texts, without the special tokens at the start."""
     decode = getattr(plain_tokenizer(tokenizer), "decode", None)
     if decode is None:
-        raise FeatpatchError("the tokenizer has no decode: expected one, to write texts; leave it out to write token ids")
+        raise FeatpatchError(
+            "the tokenizer has no decode: expected one that can turn ids into text; leave it out to write token ids"
+        )
     start = next((position for position in range(len(pair)) if position not in pair.special), len(pair))
 
     def answer(ids: Sequence[int]) -> str:

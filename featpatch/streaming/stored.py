@@ -99,8 +99,9 @@ class Stored:
         """Compute the pooled effects of every node over all pairs, block by block.
 
         Returns:
-            One row per node, the largest effect first, with the number of pairs in which the node changes and the effects
-            over these alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has them.
+            One row per node, the largest effect first, with the number of pairs in which the node differs and the effects
+            over these pairs alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has
+            them.
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())

@@ -1,7 +1,7 @@
 """Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
-A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other hook
-points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be named.
+A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other
+hook points of its block and of its neighbours, and where that is suspicious at all layers, so that the reason can be named.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,9 +184,11 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs, here: float) ->
         tried += _compared(lens, [place for place in places if place not in near], pairs)
     if not tried:
         return []
-    _, best = max(tried, key=lambda found: found[0])
-    variance = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
-    return [] if variance is None else [(variance, f"at {best.place}")]
+    variance, best = max(tried, key=lambda found: found[0])
+    if variance <= here:
+        return []
+    again = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
+    return [] if again is None else [(again, f"at {best.place}")]
 
 
 def _compared(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> list[tuple[float, Dictionary]]:

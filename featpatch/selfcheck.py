@@ -185,9 +185,11 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs, here: float) ->
         tried += _compared(lens, [place for place in places if place not in near], pairs)
     if not tried:
         return []
-    _, best = max(tried, key=lambda found: found[0])
-    variance = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
-    return [] if variance is None else [(variance, f"at {best.place}")]
+    variance, best = max(tried, key=lambda found: found[0])
+    if variance <= here:
+        return []
+    again = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
+    return [] if again is None else [(again, f"at {best.place}")]
 
 
 def _compared(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> list[tuple[float, Dictionary]]:

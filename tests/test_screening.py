@@ -313,9 +313,9 @@ def test_a_plan_says_which_is_quicker(small: Small) -> None:
     sae = standard(SITE, 3)
     plan = fp.plan(small.model, sae, pairs_of(small), positions="each")
     full = fp.rank_features(small.model, sae, pairs_of(small), positions="each", progress=False)
-    assert plan.features == full.ranked.sum()
+    assert plan.nodes == full.ranked.sum()
     assert plan.estimate_seconds is not None
-    assert plan.screened_seconds(10, 10) == pytest.approx(plan.estimate_seconds + plan.seconds * 20 / plan.features)
+    assert plan.screened_seconds(10, 10) == pytest.approx(plan.estimate_seconds + plan.seconds * 20 / plan.nodes)
     assert plan.screened_seconds(10**6, 1) == pytest.approx(plan.estimate_seconds + plan.seconds)
     console = Console(record=True, width=120)
     console.print(planned(plan))
@@ -333,14 +333,14 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
     options: dict[str, Any] = {"sites": ["z", "mlp_out"], "layers": [1, 2], "positions": "each"}
     plan = fp.plan(small.model, None, pairs, **options)
     full = fp.rank_components(small.model, pairs, progress=False, **options)
-    assert (plan.patches, plan.features) == (2 * len(full.row), sum(node.kind == "head" for node in full.nodes))
+    assert (plan.patches, plan.nodes) == (2 * len(full.row), sum(node.kind == "head" for node in full.nodes))
     assert (plan.screens, plan.estimate_seconds, plan.counted) == (False, None, 3)
     assert fp.plan(small.model, None, pairs).patches == 2 * len(fp.rank_components(small.model, pairs, progress=False).row)
     senders = [fp.Node("blocks.0.attn.hook_z", "head", 1), fp.Node("blocks.0.hook_mlp_out", "activation")]
     nodes: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": "through_mlps"}
     paths = fp.rank_paths(small.model, pairs, progress=False, **nodes)
     found = fp.plan(small.model, None, pairs, **nodes)
-    assert (found.patches, found.features) == (2 * len(paths.row), len(paths))
+    assert (found.patches, found.nodes) == (2 * len(paths.row), len(paths))
     console = Console(record=True, width=120)
     console.print(planned(found))
     text = console.export_text()

@@ -18,12 +18,14 @@ By = Annotated[
     Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,
     typer.Option(
         help="Sort by this effect, pooled over all pairs, or (_where_changed) over those in which the node differs, if there "
-        "are at least 3; by default recovery if it was run."
+        "are at least 5; by default recovery if it was run."
     ),
 ]
 Threshold = Annotated[
     float, typer.Option(help="For quadrants: the share of the whole activation's effect above which an effect counts.")
 ]
+OwnThreshold = Annotated[float | None, Threshold.__metadata__[0]]
+"""For a table that is loaded: by default the threshold that was saved with it."""
 SHARE = 0.01
 """The default threshold."""
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]

@@ -21,11 +21,11 @@ ANSWERS = 4
 @app.command()
 def tasks(
     task: Annotated[str | None, typer.Argument(help="Task to draw pairs from; without one, all tasks are listed.")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pairs to draw.")] = 5,
+    n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many pairs to draw; 5 by default.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Model to draw pairs for: name on the hub, or folder; by default the demo model.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed that draws the pairs.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed that draws the pairs; 0 by default.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON lines file to write the pairs to, for other commands' --pairs.")
     ] = None,
@@ -38,9 +38,12 @@ def tasks(
     with clear_errors():
         screen = console(json=as_json)
         if task is None:
-            if model is not None or out is not None:
+            given = [
+                name for name, value in {"-n": n, "--model": model, "--seed": seed, "--out": out}.items() if value is not None
+            ]
+            if given:
                 raise FeatpatchError(
-                    f"--model or --out without a task: expected also a task, one of {', '.join(fp.tasks.TASKS)}"
+                    f"{', '.join(given)} without a task: expected also a task, one of {', '.join(fp.tasks.TASKS)}"
                 )
             known = {name: _about(make) for name, make in fp.tasks.TASKS.items()}
             if as_json:
@@ -52,8 +55,9 @@ def tasks(
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
         if out is not None:
             check_writable(out)
-        loaded = fp.load_demo().model if model is None else fp.load(model, check=False).model
-        drawn = fp.tasks.TASKS[task](loaded, n, seed=seed)
+        progress = not as_json
+        loaded = (fp.load_demo(progress=progress) if model is None else fp.load(model, check=False, progress=progress)).model
+        drawn = fp.tasks.TASKS[task](loaded, 5 if n is None else n, seed=seed or 0)
         if as_json:
             typer.echo(json.dumps([_texts(pair, loaded.tokenizer) for pair in drawn], indent=1))
         for pair in () if as_json else drawn:

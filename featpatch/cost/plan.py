@@ -16,7 +16,7 @@ class Plan:
         memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
         seconds: estimated from the time of one batch, run here and now.
         fast: whether our own forward pass is taken.
-        features: number of features, heads, neurons or paths, each at each position, that differ in some counted pair.
+        nodes: number of features, heads, neurons or paths, each at each position, that differ in some counted pair.
         estimate_seconds: time to estimate all features by gradients, extrapolated from a few pairs run here and now; None for a
             metric that has no gradient, for components and for paths.
         counted, pairs: how many pairs were counted, and how many there are.
@@ -30,7 +30,7 @@ class Plan:
     memory: int
     seconds: float
     fast: bool
-    features: int
+    nodes: int
     estimate_seconds: float | None
     counted: int
     pairs: int
@@ -42,7 +42,7 @@ class Plan:
         )
         return (
             f"plan of {self.patches:,} patches: {self.seconds:.1f} s, {self.flops:.3g} operations, "
-            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.features:,} nodes, "
+            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.nodes:,} nodes, "
             f"{estimated}"
         )
 
@@ -50,4 +50,4 @@ class Plan:
         """Time of `exact="screened"` with these numbers of features, estimated."""
         if self.estimate_seconds is None:
             return None
-        return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.features))
+        return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.nodes))

@@ -40,7 +40,7 @@ Over = Literal["all", "changed"]
 """The pairs that an effect is pooled over: all of them, or those in which the node differs."""
 By = Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"]
 """The effects that rows can be sorted by."""
-LEAST_CHANGED = 3
+LEAST_CHANGED = 5
 """The number of pairs in which a row must differ, by default, to be ranked by its effect over these pairs."""
 
 Array = NDArray[np.float64]
@@ -442,8 +442,8 @@ class Effects:
                 `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
                 run; by default recovery if it was, else degradation.
             kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
-            least_changed: leave out rows that differ in fewer pairs than this; by default 0, or 3 if `by` ends in
-                `_where_changed`, because one or two pairs say little.
+            least_changed: leave out rows that differ in fewer pairs than this; by default 0, or 5 if `by` ends in
+                `_where_changed`, because an interval over fewer pairs is too narrow.
         """
         effect, over = sorting(by, self.directions_run())
         least = least_to_sort(over, least_changed)

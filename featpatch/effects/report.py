@@ -184,7 +184,9 @@ def _by_tag(effects: "Effects", tag: str) -> pd.DataFrame:
 
 def _provenance(effects: "Effects") -> Section:
     facts = [(name, _plain(value)) for name, value in effects.about().items()]
-    facts.append(("intervals", f"{CONFIDENCE:.0%}, percentile bootstrap over pairs, {RESAMPLES} resamples, seed {SEED}"))
+    facts.append(
+        ("intervals", f"{CONFIDENCE:.0%}, bootstrap over pairs, expanded percentiles, {RESAMPLES} resamples, seed {SEED}")
+    )
     facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return Section("provenance", "Where this comes from", "", [block("facts.html", facts=facts)])
 

@@ -80,7 +80,7 @@ def plan(
         memory=study.memory,
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
-        features=len(nodes),
+        nodes=len(nodes),
         estimate_seconds=estimation_time(model, saes, pairs, positions, study.directions, leading(metric)) if screens else None,
         counted=len(some),
         pairs=len(pairs),

@@ -117,7 +117,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     seconds = plan.screened_seconds(k, audit)
     if seconds is None:
         return [("screened sweep", "none: the metric has no gradient")]
-    share = f"estimates, then {k} + {audit} of {plan.features:,} features"
+    share = f"estimates, then {k} + {audit} of {plan.nodes:,} features"
     better = "the full sweep" if plan.seconds <= seconds else "exact='screened', with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 

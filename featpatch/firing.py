@@ -94,8 +94,10 @@ def describe(
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to read the texts with; pass it when the model is made")
-    if not texts:
-        raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise FeatpatchError(
+            f"texts={texts!r:.60}: expected a list of one document or more, to look for what a feature fires on"
+        )
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
     text = [_Document.of(model.tokenizer, ids) for ids in _ids(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
@@ -108,6 +110,9 @@ def describe(
         raise FeatpatchError(
             f"a node names dictionary {unknown[0]!r}: expected one of {', '.join(found)}, the SAEs that you pass"
         )
+    for node in features:
+        if node.index is None or not 0 <= node.index < (size := found[node.sae].codec.d_sae):
+            raise FeatpatchError(f"node {str(node)!r}: expected a feature of {node.sae!r}, from 0 to {size - 1}")
     columns = _activations(lens, found, features, text)
     described = zip(features, columns.T, strict=True)
     descriptions = {node: _describe(model.tokenizer, text, column, contexts) for node, column in described}

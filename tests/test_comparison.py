@@ -617,7 +617,7 @@ def test_shown_are_agreement_and_the_top_of_both(bridge: Small) -> None:
         assert "Spearman" in shown
         assert shown.index("blocks.2.attn.hook_z") > 0
         assert "through" not in shown
-    assert text.index("0.700") < text.index("0.500") < text.index("0.400")
+    assert text.index("  0.7 ") < text.index("  0.5 ") < text.index("  0.4 ")
     assert "&lt;b&gt;" in html
     assert "<b>" not in html
     sae, pairs = bridge.at(TOPK), pairs_of(bridge)

@@ -134,9 +134,13 @@ class Numbers:
 def test_what_is_refused(demo: fp.Demo) -> None:
     node = fp.Node(SITE, "feature", 0, "all", SITE)
     for saes, texts, message in (
-        (demo.saes, [], "there are no texts"),
+        (demo.saes, [], r"texts=\[\]: expected a list of one document"),
         (demo.saes, [""], "the texts have no words"),
         ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names dictionary '{SITE}'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.describe(demo.model, saes, [node], texts)
+    with pytest.raises(fp.FeatpatchError, match=r"expected a feature of 'blocks.*, from 0 to \d+"):
+        fp.describe(demo.model, demo.saes, [fp.Node(SITE, "feature", 10**6, "all", SITE)], ["Tom"])
+    with pytest.raises(fp.FeatpatchError, match="texts='Tom': expected a list"):
+        fp.describe(demo.model, demo.saes, [node], "Tom")

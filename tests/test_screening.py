@@ -1,5 +1,6 @@
 """Screening: exact values of what was chosen, and bounds on what was not, against enumeration and by simulation of full sweeps."""
 
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from featpatch.effects.audit import audited, most, needed, provable, sample_size
 from featpatch.engine import SuffixPath
 from featpatch.errors import FeatpatchWarning
 from featpatch.patch import DIRECTIONS
+from featpatch.ranking.planning import _in_all
 from featpatch.terminal import planned
 
 BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
@@ -381,6 +383,18 @@ def test_a_plan_counts_some_pairs_of_all_lengths(bridge: Small, monkeypatch: pyt
     console = Console(record=True, width=120)
     console.print(planned(plan))
     assert "2 of 3 pairs, scaled up to all" in console.export_text()
+
+
+def test_a_plan_estimates_how_many_features_differ_in_any_pair() -> None:
+    """Features that differ in any pair with chances of their own: from 8 of 100 pairs, at most and nearly the truth."""
+    random = np.random.default_rng(0)
+    differs = random.random((3000, 100)) < random.beta(0.5, 4, (3000, 1))
+    seen = Counter({fp.Node(SITE, "feature", row): int(count) for row, count in enumerate(differs[:, :8].sum(1)) if count})
+    true = int(differs.any(1).sum())
+    assert len(seen) < 0.6 * true
+    assert 0.75 * true < _in_all(seen, 8, 100) <= 1.05 * true
+    assert _in_all(seen, 8, 8) == len(seen)
+    assert _in_all(Counter(dict.fromkeys(seen, 8)), 8, 100) == len(seen)
 
 
 def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

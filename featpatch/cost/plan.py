@@ -16,7 +16,8 @@ class Plan:
         memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
         seconds: estimated from the time of one batch, run here and now.
         fast: whether our own forward pass is taken.
-        nodes: number of features, heads, neurons or paths, each at each position, that differ in some counted pair.
+        nodes: number of features, heads, neurons or paths, each at each position, that differ in some pair; likewise an
+            estimate.
         estimate_seconds: time to estimate all features by gradients, extrapolated from a few pairs run here and now; None for a
             metric that has no gradient, for components and for paths.
         counted, pairs: how many pairs were counted, and how many there are.

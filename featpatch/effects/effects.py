@@ -16,6 +16,7 @@ Rows that are taken from a table remember it: q-values and ranks count every fea
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
@@ -230,8 +231,6 @@ class Effects:
         whole = self.whole
         if effect not in self.directions_run():
             return np.full(len(self), np.nan)
-        if "carried" in whole.metadata:
-            return np.array(whole.metadata["carried"][whole.metadata["metric"]][effect])[self.rows_in_whole()]
         of_site = {
             (node.site, node.position): value
             for node, value in zip(whole.nodes, whole.pooled(effect), strict=True)
@@ -477,7 +476,7 @@ class Effects:
 
     def about(self) -> dict[str, Any]:
         """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
-        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "carried")}
+        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
         if "screening" in about:
             about["screening"] = {
                 name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
@@ -515,7 +514,8 @@ class Effects:
             FeatpatchError: the file is missing, damaged or not a table of effects.
         """
         first, *others = [cls(**fields) for fields in storage.load(as_path(path))]
-        return replace(first, others={other.metadata["metric"]: other for other in others})
+        table = replace(first, others={other.metadata["metric"]: other for other in others})
+        return table.take(range(table.metadata["shown_rows"])) if "shown_rows" in table.metadata else table
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
@@ -536,6 +536,7 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
     """
     known: dict[str, tuple[Effect, Over]] = {effect: (effect, "all") for effect in run}
     known |= {f"{effect}{WHERE_CHANGED}": (effect, "changed") for effect in run}
+    check_kinds((str, NoneType), by=by)
     if by is None:
         return run[0], "all"
     if by not in known:

@@ -62,6 +62,8 @@ def _question(effects: "Effects", material: Material) -> Section | None:
         f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} pairs. Tokens that differ are marked; the answers "
         "are those that the metric compares."
     )
+    if material.checks is not None:
+        text += " The checklist is about these pairs; `featpatch check` and `pairs.check(model)` check all."
     blocks = [block("prompts.html", prompts=prompts)]
     return Section(
         "question", "The question", text, blocks if material.checks is None else [*blocks, table(material.checks, rows=5)]

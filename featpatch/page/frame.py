@@ -29,6 +29,8 @@ def text(frame: pd.DataFrame) -> str:
     """
     if not len(frame):
         return f"no rows; columns {', '.join(map(str, frame.columns))}"
+    if not frame.columns.is_unique:
+        return visible(frame.head(ROWS).to_string(line_width=WIDTH))
     shown, names = frame.head(ROWS), [str(name) for name in frame.columns]
     cells = {name: [_cell(value) for value in shown.iloc[:, column]] for column, name in enumerate(names)}
     for name in [name for name in names if {f"{name}_low", f"{name}_high"} <= set(names)]:

@@ -1,6 +1,7 @@
 """The fields of a pair, as they are read from files and tables and written to them."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,11 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     if empty:
         raise FeatpatchError(
             f"{', '.join(empty)} is empty: expected a text in each of clean, corrupted and correct; fill or remove the row"
+        )
+    if any(re.fullmatch(r"\[[0-9, ]*\]", str(row[prompt])) for prompt in ("clean", "corrupted")):
+        raise FeatpatchError(
+            f"clean is {str(row['clean'])[:60]!r}, which looks like token ids: expected a text; write ids with Pairs.to_jsonl, "
+            "or texts with Pairs.to_csv(path, tokenizer=model)"
         )
     filled = {column: cell for column, cell in row.items() if not _blank(cell)}
     fields = {column: filled.pop(column) for column in (*NEEDED, *OBJECTS) if column in filled}
@@ -123,11 +129,7 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
     Raises:
         FeatpatchError: a label or tag that JSON can't hold, or a tokenizer without `decode`.
     """
-    texts = [*pair.labels, *pair.tags, *pair.tags.values()]
-    if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
-        raise FeatpatchError(
-            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode strings, which JSON can hold"
-        )
+    _check_unicode(pair)
     if tokenizer is not None and not pair.correct_sequences:
         fields = _texts(pair, tokenizer)
         try:
@@ -142,10 +144,28 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {**fields, **sides, "tags": dict(pair.tags), "answer_position": pair.answer_position}
 
 
+def _check_unicode(pair: Pair) -> None:
+    """Refuse labels and tags that a file can't hold.
+
+    Raises:
+        FeatpatchError: one is no text, or holds half of a character.
+    """
+    texts = [*pair.labels, *pair.tags, *pair.tags.values()]
+    if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
+        raise FeatpatchError(
+            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode strings, which a file can hold"
+        )
+
+
 def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the fields of a pair as cells of a table, with a column for every tag; a cell with several values holds JSON."""
+    _check_unicode(pair)
     fields = written(pair, None) if tokenizer is None else _texts(pair, tokenizer)
     tags = {f"tag {name}" if name in (*NEEDED, *OBJECTS) else name: tag for name, tag in fields["tags"].items()}
+    if len(tags) < len(fields["tags"]) or "" in tags:
+        raise FeatpatchError(
+            f"tags {list(fields['tags'])}: expected names that give a column each; rename one, or use to_jsonl"
+        )
     sides = {name: fields[name][0] if len(fields[name]) == 1 else fields[name] or "" for name in ("correct", "wrong")}
     shown = {name: fields[name] for name in ("clean", "corrupted")} | sides | {"labels": fields["labels"] or ""}
     return {

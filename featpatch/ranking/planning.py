@@ -1,5 +1,6 @@
 """What a sweep will take, before it starts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from featpatch.engine import Sweep
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction, Node
+from featpatch.patch import DIRECTIONS, RANKED, Direction, Node
 from featpatch.patching import Asked, Metrics, Nodes, Route, component_study, feature_study, leading, path_study
 
 COUNTED = 8
@@ -64,9 +65,9 @@ def plan(
         study, _ = feature_study(model, saes, some, asked)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     counts, tried, seconds = np.zeros(3), 0, 0.0
-    nodes: set[Node] = set()
+    nodes: Counter[Node] = Counter()
     for swaps, blocks in study.work():
-        nodes.update(node for swap in swaps for node in swap.nodes if node.kind in ("feature", "head", "neuron", "edge"))
+        nodes.update(node for swap in swaps for node in swap.nodes if node.kind in RANKED)
         counts += sweep.cost(blocks)
         if not tried:
             tried, seconds = sweep.trial(blocks)
@@ -80,12 +81,27 @@ def plan(
         memory=study.memory,
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
-        nodes=len(nodes),
+        nodes=_in_all(nodes, len(some), len(pairs)),
         estimate_seconds=estimation_time(model, saes, pairs, positions, study.directions, leading(metric)) if screens else None,
         counted=len(some),
         pairs=len(pairs),
         screens=screens,
     )
+
+
+def _in_all(counted: "Counter[Node]", some: int, pairs: int) -> int:
+    """Estimate how many nodes differ in any of all pairs, from the number of counted pairs in which each does.
+
+    The estimate that ecologists make of the species in more samples, from those seen in one and in two samples (Chao et al.
+    2014, Ecological Monographs 84:45, incidence data). Exact if all pairs were counted.
+    """
+    seen, once, twice = len(counted), *(sum(count == times for count in counted.values()) for times in (1, 2))
+    if some == pairs or not once:
+        return seen
+    unseen = (some - 1) / some * (once**2 / (2 * twice) if twice else once * (once - 1) / 2)
+    if not unseen:
+        return seen
+    return round(seen + unseen * (1 - (1 - once / (some * unseen + once)) ** (pairs - some)))
 
 
 def _of_all_lengths(pairs: Pairs) -> Pairs:

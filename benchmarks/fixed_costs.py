@@ -1,12 +1,13 @@
-"""What a study costs beside its sweep: loading, self-check, plan, the command line, checks of pairs, descriptions of features.
+"""What a study costs in addition to its sweep: loading, self-check, plan, command line, check of pairs, feature descriptions.
 
-    python benchmarks/fixed_costs.py                                    # 30 blocks of a Llama's shape, random weights
+    python benchmarks/fixed_costs.py                                    # 30 layers in Llama's shape, random weights
     python benchmarks/fixed_costs.py SmolLM2-135M-Instruct.Q4_1.gguf    # the real model; needs the package gguf
     python benchmarks/fixed_costs.py --pairs 8
 
-Two TopK dictionaries of principal directions, which explain less than 0.95 of the variance, as nearly every real one does. 32
-pairs of prompts. One thread, CPU time; the command line and the loading that it is compared with are processes of their own,
-imports included. What ran one by one before, `pairs.check` and `fp.describe`, stands beside a loop with one text per pass.
+The study has two TopK dictionaries of principal directions, which explain less than 0.95 of the variance, as nearly all real
+ones do, and 32 pairs of prompts. CPU time of one thread. The command line, and the loading that it is compared with, run in
+processes of their own, imports included. `pairs.check` and `fp.describe`, which run prompts in batches, are compared with a
+loop that runs one prompt per forward pass.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def seconds_of(run: Callable[[], T]) -> tuple[float, T]:
 
 
 def seconds_of_process(*command: str) -> float:
-    """CPU seconds of a process of its own."""
+    """CPU seconds of a command, run in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -57,7 +58,7 @@ def seconds_of_process(*command: str) -> float:
 
 
 def save_model(folder: Path, gguf: Path | None) -> None:
-    """A model and its tokenizer as a Hugging Face folder."""
+    """Save a model and its tokenizer as a Hugging Face folder."""
     if gguf is not None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -75,7 +76,7 @@ def save_model(folder: Path, gguf: Path | None) -> None:
 
 
 def save_sae(folder: Path, layer: int, activations: torch.Tensor) -> None:
-    """A TopK dictionary of the principal directions of some activations, both ways; it explains most of their variance."""
+    """Save a TopK dictionary whose directions are the principal ones of some activations, with both signs."""
     width = activations.shape[1]
     config = TopKSAEConfig(
         width, 2 * width, k=ACTIVE, rescale_acts_by_decoder_norm=False,
@@ -103,7 +104,7 @@ def check_one_by_one(model: Any, pairs: fp.Pairs) -> list[float]:
 
 
 def describe_one_by_one(model: Any, saes: list[Any], features: list[fp.Node], texts: list[str]) -> torch.Tensor:
-    """Activations of the features on every token, with one text per forward pass; what `fp.describe` reads its words off."""
+    """Activations of the features on every token, with one text per forward pass; from these `fp.describe` finds its words."""
     by_hook = {sae.cfg.metadata.hook_name: sae for sae in saes}
     rows = []
     for text in texts:
@@ -114,7 +115,7 @@ def describe_one_by_one(model: Any, saes: list[Any], features: list[fp.Node], te
 
 
 def main() -> None:
-    """Measures and prints; the last line is JSON."""
+    """Measure and print everything; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", nargs="?", type=Path)
     parser.add_argument("--pairs", type=int, default=32)
@@ -126,7 +127,7 @@ def main() -> None:
 
 
 def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
-    """All of it, printed line by line."""
+    """Measure everything and print it line by line."""
     save_model(place / "model", gguf)
     model = fp.load(place / "model").model
     demo = fp.load_demo()
@@ -165,7 +166,7 @@ def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
         "--out", str(place / "out"),
     )  # fmt: skip
     over = seconds - loading - sweep
-    tell("process: featpatch rank", seconds, f"{over:+.1f} s beside load and sweep, goal {GOALS['rank']:.0f} s")
+    tell("process: featpatch rank", seconds, f"{over:+.1f} s in addition to load and sweep, goal {GOALS['rank']:.0f} s")
 
     nodes = effects.top(DESCRIBED, kind="feature").nodes
     for name, at_once, one_by_one in (
@@ -184,7 +185,7 @@ def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
 
 
 def written(model: Any, pairs: fp.Pairs) -> list[dict[str, Any]]:
-    """Pairs as the lines of a file, without labels; BOS is added again when they are read."""
+    """Return pairs as the lines of a file, without labels; BOS is added again when they are read."""
     decode, lines = model.tokenizer.decode, []
     for pair in pairs:
         first = 1 if 0 in pair.special else 0

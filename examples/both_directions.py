@@ -26,8 +26,8 @@ components.plot.quadrants().write_html("featpatch-examples/both_directions.html"
 # %% The result
 counts = Counter(components.quadrants())
 print(
-    f"Of {len(components)} components, {counts['both directions']} restore more than 5 % of the behaviour and cost as much when they "
-    f"are corrupted, {counts['denoising only']} only restore it, {counts['noising only']} only cost it, and {counts['below threshold']} "
-    f"stay below 5 % in both directions; {len(pairs)} pairs leave {counts['undecided']} undecided. A low effect can still hide a "
+    f"Of {len(components)} components, {counts['both directions']} restore more than 5 % of the behaviour by themselves and also "
+    f"cost more than 5 % when corrupted, {counts['denoising only']} do only the former, {counts['noising only']} only the latter, and "
+    f"{counts['below threshold']} stay within 5 % in both directions; {len(pairs)} pairs leave {counts['undecided']} undecided. A low effect can still hide a "
     "backup: patch both together before calling anything unimportant."
 )

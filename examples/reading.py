@@ -57,8 +57,8 @@ def main() -> None:
         "none of them is *the* feature of that name: they fire elsewhere too. "
         f'Feature {top.nodes[other].index} {place(top.nodes[other].site)} fires on names, most on {word} after "{before}"; it suffices '
         f"for {100 * of_other['recovery']:.0f} % and {lost} is lost without it: something else does its job as well. Of the "
-        f"{len(table)} rows, {labels['both directions']} have an effect in both directions that is certainly above "
-        f"{100 * top.threshold:.0f} % of what their hook point carries, and {labels['undecided']} are undecided. "
+        f"{len(table)} rows, {labels['both directions']} have an effect whose 95 % interval lies above "
+        f"{100 * top.threshold:.0f} % of the whole activation's effect in both directions, and {labels['undecided']} are undecided. "
         f"{everything(effects)}: there the model keeps the answer on words in between."
     )
 

@@ -92,8 +92,8 @@ def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
     """The shipped model with its SAEs, offline and verified.
 
     Args:
-        device: where it is loaded.
-        progress: show the bars of the libraries that load it.
+        device: where to load the model and the SAEs.
+        progress: show the progress bars of the libraries that load them.
 
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.

@@ -1,4 +1,4 @@
-"""The console that prints plain text instead of markup, and the notice that a sweep will be long."""
+"""A console that prints text as it is, without markup, and the notice that a sweep will take long."""
 
 import sys
 import time
@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from featpatch.untrusted import visible
 
 LONG = 60.0
-"""Seconds from which a sweep is announced."""
+"""A sweep with more seconds left than this is announced."""
 READ = 0.01
-"""Seconds below which a batch was not run, but read from a journal."""
+"""A batch that takes fewer seconds than this was probably read from a journal, not run."""
 
 
 class PlainConsole(Console):
@@ -35,9 +35,9 @@ class PlainConsole(Console):
 
 
 def announcing(bar: "tqdm[Any]") -> Callable[[int], None]:
-    """Update a progress bar batch by batch, and say once, above it, about how long a long sweep will take.
+    """Return a function that updates a progress bar batch by batch and, for a long sweep, says once how much time is left.
 
-    The estimate is made after the first batch that is run. The first call is for what needs no batch.
+    The estimate is made after the first batch that is run. The first call is for patches that need no batch.
     """
     last, told = None, False
 
@@ -49,7 +49,9 @@ def announcing(bar: "tqdm[Any]") -> Callable[[int], None]:
             told, left = True, (bar.total - bar.n) / items * (now - last)
             if left > LONG and not bar.disable:
                 about = timedelta(seconds=round(left))
-                bar.write(f"{bar.total:,} {bar.unit}es, about {about} to go, judging by the first batch", file=sys.stderr)
+                bar.write(
+                    f"{bar.total:,} {bar.unit}es in all, about {about} to go, judging by the first batch", file=sys.stderr
+                )
         last = now
 
     return done

@@ -24,15 +24,15 @@ from featpatch.untrusted import visible
 CONTEXT = 5
 """Words before the one on which a feature fires that are shown."""
 TOKENS = 1024
-"""Tokens of texts that run together."""
+"""The largest number of tokens of several texts that share a forward pass."""
 MANY = 10
 """How many places are looked at for each context that is shown, so that the contexts differ."""
 FIRINGS = 10
-"""Below so many firings the share of them that is on a word is uncertain by more than 0.3 (two standard errors)."""
+"""With fewer firings, the share of them on a given word is uncertain by more than 0.3 (two standard errors)."""
 POSITIONS = 300
-"""In fewer positions most words occur once or twice, so that a feature seems to detect whichever word it happens to fire on."""
+"""In fewer positions, most words occur once or twice, so a feature seems to detect whichever word it happens to fire on."""
 NAMED = 5
-"""How many features a warning names."""
+"""The largest number of features that a warning names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class Description:
         label: `"on"` for the word itself, `"before"` for the next word.
         word: the word of the best label; empty where the feature never fires.
         f1: how well the feature detects the label, 0 to 1.
-        fired, positions: at how many of how many positions of the text it fires, special tokens left out.
+        fired, positions: the number of positions at which it fires, and of all positions of the text, without special tokens.
         contexts: where it fires most, strongest first, each text once, the word itself in brackets.
     """
 
@@ -79,8 +79,8 @@ def describe(
 ) -> dict[Node, Description]:
     """A description of every feature among the nodes; its position plays no part.
 
-    Every description says at how many positions of the text the feature fires. A FeatpatchWarning names the features of which
-    the text is too little to describe them: those that fire fewer than 10 times, or all in a text of fewer than 300 positions.
+    Every description says at how many positions of the text the feature fires. A FeatpatchWarning names the features for which
+    there is too little text: those that fire fewer than 10 times, or all of them if the text has fewer than 300 positions.
 
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
@@ -94,8 +94,10 @@ def describe(
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to read the texts with; pass it when the model is made")
-    if not texts:
-        raise FeatpatchError("there are no texts: expected documents to look for what a feature fires on")
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise FeatpatchError(
+            f"texts={texts!r:.60}: expected a list of one document or more, to look for what a feature fires on"
+        )
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
     text = [_Document.of(model.tokenizer, ids) for ids in _ids(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
@@ -108,6 +110,9 @@ def describe(
         raise FeatpatchError(
             f"a node names dictionary {unknown[0]!r}: expected one of {', '.join(found)}, the SAEs that you pass"
         )
+    for node in features:
+        if node.index is None or not 0 <= node.index < (size := found[node.sae].codec.d_sae):
+            raise FeatpatchError(f"node {str(node)!r}: expected a feature of {node.sae!r}, from 0 to {size - 1}")
     columns = _activations(lens, found, features, text)
     described = zip(features, columns.T, strict=True)
     descriptions = {node: _describe(model.tokenizer, text, column, contexts) for node, column in described}
@@ -116,15 +121,15 @@ def describe(
 
 
 def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
-    """Warn of descriptions that rest on too little text."""
+    """Warn of descriptions that are based on too little text."""
     few = [node for node, found in descriptions.items() if found.fired < FIRINGS or positions < POSITIONS]
     if few:
         named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
         more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
         warnings.warn(
-            f"the texts have {positions:,} positions, in which {len(few)} of {len(descriptions)} features fire too seldom to "
-            f"describe them: {named}{more}; expected at least {FIRINGS} firings in at least {POSITIONS} positions; give more "
-            "text, of the kind that the pairs are about",
+            f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: {positions:,} "
+            f"positions, with these numbers of firings: {named}{more}; expected at least {FIRINGS} firings in at least "
+            f"{POSITIONS} positions; give more text like that of the pairs",
             FeatpatchWarning,
             stacklevel=4,
         )
@@ -164,7 +169,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> lis
 
 
 def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
-    """Group the indices of documents that run together: of similar lengths in a causal model, else of equal lengths."""
+    """Group the indices of documents that share a forward pass: of similar length in a causal model, else of equal length."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         longest = lengths[groups[-1][0]] if groups else 0
@@ -179,9 +184,9 @@ def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
 def _activations(
     lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[_Document]
 ) -> Float[torch.Tensor, "words features"]:
-    """Return the features on the usable words of all documents.
+    """Return the activations of the features on the usable words of all documents.
 
-    In a causal model, documents are filled up to the longest of their group: what follows a word does not change its features.
+    In a causal model, documents are padded to the longest of their group: what follows a word does not change its features.
     """
     named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
     hooks = sorted({hook for name in named for hook in (found[name].reads, found[name].writes)})

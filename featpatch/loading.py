@@ -25,7 +25,7 @@ CONTRASTS = (
 )
 """Prompts for the check where the user gives none."""
 SHOWN = 16
-"""How many SAEs the text of a loaded model names."""
+"""The largest number of SAEs that the text form of a loaded model names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,8 +75,8 @@ def load(
             trained on, which for most is nothing.
         pairs: prompts for the check; by default a few sentences.
         check: whether to check and print.
-        progress: show the bars of the libraries that load, and print the check; if False, the check is
-            printed only if an SAE does not fit.
+        progress: show the progress bars of the libraries that load, and print the check; if False, the check is
+            printed only if an SAE does not fit, or explains less than its configuration claims.
 
     Raises:
         FeatpatchError: something can't be found, downloaded or read, or SAEs were trained on differently processed weights.
@@ -99,7 +99,7 @@ def load(
 
 
 def _shown(sae: Any) -> str:
-    """Say in a line what an SAE is."""
+    """Describe an SAE in one line."""
     cfg: Any = getattr(sae, "cfg", None)
     if not hasattr(cfg, "d_sae"):
         return repr(sae)

@@ -40,7 +40,7 @@ Effect = Literal["recovery", "degradation"]
 """What is measured in a direction, as a share of the behaviour."""
 
 EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
-"""The direction that each effect is of."""
+"""The direction in which each effect is measured."""
 
 
 def check_directions(directions: Any) -> tuple[Direction, ...]:

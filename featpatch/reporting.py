@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -17,6 +18,7 @@ from featpatch.circuits import Circuit
 from featpatch.comparison import compare
 from featpatch.diagram import sections
 from featpatch.effects import Effects, Material, Portrait, Prompt
+from featpatch.effects.report import PROMPTS
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import check_writable
 from featpatch.lens import Dictionary, Lens, dictionaries, wrap
@@ -27,6 +29,9 @@ from featpatch.patching import Curve
 
 WRITERS = 4
 """So many components that write a feature are named."""
+
+TOGETHER = 512
+"""Tokens of prompts that run together."""
 
 WRITES = 8
 """So many tokens that a feature raises, and lowers, are named."""
@@ -87,7 +92,7 @@ def report(
         features = {node: _written(portrait, node, writers) for node, portrait in features.items()}
     graph = () if circuit is None else sections(circuit.to_networkx())
     single_tokens = all(pair.correct for pair in pairs)
-    checks = pairs.check(model).to_pandas() if single_tokens else None
+    checks = pairs[:PROMPTS].check(model).to_pandas() if single_tokens else None
     material = Material(question, prompts, features, checks, figures, graph)
     return effects.report(path, material=material, components=components)
 
@@ -123,17 +128,27 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
     nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
     rows = {node: row for row, node in enumerate(effects.nodes)}
 
-    @cache
-    def features(name: str, tokens: tuple[int, ...]) -> torch.Tensor:
-        """Return the features `[pos, d_sae]` of a prompt, cached because many portraits show the same prompts."""
-        dictionary = by_name[name]
-        read = lens.read(torch.tensor([tokens]), sorted({dictionary.reads, dictionary.writes}))
-        return dictionary.split(read[dictionary.reads], read[dictionary.writes]).features[0]
-
-    portraits = {}
+    chosen = []
     for node in (node for node in nodes if node.sae in by_name):
         row = effects.take([rows[node]])
-        index = int(sum(abs(row.changes(effect).toarray()[0]) for effect in row.directions_run()).argmax())
+        change = sum(abs(row.changes(effect).toarray()[0]) for effect in row.directions_run())
+        chosen.append((node, row, int(np.argmax(change))))
+    shown = Pairs(tuple(pairs[index] for index in sorted({index for _, _, index in chosen})))
+    hooks = sorted({hook for node, _, _ in chosen for hook in (by_name[node.sae].reads, by_name[node.sae].writes)})
+    runs: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+    for some in shown.chunks(TOGETHER):
+        prompts = [prompt for index in some for prompt in (shown[index].clean, shown[index].corrupted)]
+        read = lens.read(torch.tensor(prompts), hooks)
+        runs |= {prompt: {hook: read[hook][row, None] for hook in hooks} for row, prompt in enumerate(prompts)}
+
+    @cache
+    def features(name: str, prompt: tuple[int, ...]) -> torch.Tensor:
+        """Return the features `[pos, d_sae]` of a prompt, cached because many portraits show the same prompts."""
+        dictionary = by_name[name]
+        return dictionary.split(runs[prompt][dictionary.reads], runs[prompt][dictionary.writes]).features[0]
+
+    portraits = {}
+    for node, row, index in chosen:
         clean, corrupted = (
             features(node.sae, tokens)[:, node.index].float().tolist()
             for tokens in (pairs[index].clean, pairs[index].corrupted)

@@ -1,8 +1,8 @@
 """Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
 
-A dictionary that does not belong explains too little of the variance. It is then tried on centred activations and at the other
-hook points of its block and of the two blocks around, and where that is suspicious at all layers, so that the reason can be
-named.
+A dictionary that does not belong explains too little of the variance. To find the reason, it is then tried on centred
+activations, at the other hook points of its own layer and the two adjacent ones, and also at all other layers if it makes a
+claim, explains little, or explains more at one of those hook points.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +20,12 @@ from featpatch.patch import Node, Patch
 from featpatch.patching import do
 from featpatch.verdict import MARGIN, Check, Fit
 
-POSITIONS = 512
+POSITIONS = 256
 """The largest number of positions on which the explained variance is measured."""
 TRIED = 128
-"""The number of positions on which other hook points are compared; the best of them is then measured on all."""
+"""The number of positions on which other hook points are compared; the best hook point is then measured on `POSITIONS`."""
+FIRST = 3
+"""The number of tokens on which it is tried whether hook points can be read, and whether the laws hold."""
 GOOD = 0.95
 """Explained variance of a dictionary without a claim above which no other hook point is tried."""
 BETTER = 0.5
@@ -53,7 +55,10 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     runs, done = Runs.of(lens, {hook for each in found for hook in (each.reads, each.writes)}, pairs), processing(lens)
     if not runs.positions:
         raise FeatpatchError("every position of the prompts is special: expected words between the special tokens")
-    fits = [_fit(lens, dictionary, runs, pairs, done) for dictionary in found]
+    here = [_explained(dictionary, runs) for dictionary in found]
+    suspects = [dictionary for dictionary, own in zip(found, here, strict=True) if _suspect(dictionary, own.variance)]
+    near = Few.of(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
+    fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(found, here, strict=True)]
     return Check(lens.name, ", ".join(done) or "as they are", runs.positions, tuple(fits))
 
 
@@ -86,7 +91,7 @@ class Runs:
 
     @classmethod
     def of(cls, lens: Lens, hooks: Iterable[str], pairs: Pairs, positions: int = POSITIONS) -> "Runs":
-        """Run the first prompts, until there are enough positions."""
+        """Run the first prompts, as many as are needed for this number of positions."""
         hooks = sorted(hooks)
         runs = cls({hook: [] for hook in hooks}, [])
         kept = list[torch.Tensor]()
@@ -114,24 +119,60 @@ class Runs:
         return sum(int(kept.sum()) for kept in self.kept)
 
 
+@dataclass(frozen=True)
+class Few:
+    """Activations of a few prompts at hook points that may be the right ones for a dictionary."""
+
+    runs: Runs
+
+    @classmethod
+    def of(cls, lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> "Few":
+        """Run the first prompts for `TRIED` positions, and read the hook points of these dictionaries that can be read."""
+        hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
+        return cls(Runs.of(lens, hooks, pairs, TRIED) if hooks else Runs({}, []))
+
+    def compared(self, places: Sequence[Dictionary]) -> list[tuple[float, Dictionary]]:
+        """The explained variance of a dictionary at each of these places that could be read."""
+        tried = [(_tried(place, self.runs), place) for place in places if self.runs.fit(place)]
+        return [(variance, place) for variance, place in tried if variance is not None]
+
+
 def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
-    """The hook points that fire and hold finite numbers, found by bisection."""
+    """The hook points that fire and hold finite numbers, found by bisection on the first tokens of a prompt."""
+    if not hooks:
+        return []
     try:
-        lens.read(torch.tensor([pair.clean, pair.corrupted]), hooks)
+        lens.read(torch.tensor([pair.clean[:FIRST], pair.corrupted[:FIRST]]), hooks)
     except FeatpatchError:
         half = len(hooks) // 2
         return [] if not half else [*_readable(lens, pair, hooks[:half]), *_readable(lens, pair, hooks[half:])]
     return hooks
 
 
-def _fit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
-    here, whole_site = _explained(dictionary, runs), _whole_site(lens, dictionary, pairs)
+def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
+    """The dictionary at the other hook points of its layer and of the two adjacent layers, and at its own hook point of all."""
+    layer, name = sites.layer_of(dictionary.reads), sites.within(dictionary.reads)
+    return [
+        place
+        for place in dictionary.elsewhere(lens)
+        if abs(sites.layer_of(place.reads) - layer) <= 1 or sites.within(place.reads) == name
+    ]
+
+
+def _suspect(dictionary: Dictionary, here: float) -> bool:
+    """Whether a dictionary explains so little that other hook points are tried."""
+    expected = dictionary.training.explained_variance
+    return here < (GOOD if expected is None else expected - MARGIN)
+
+
+def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: Few, pairs: Pairs, done: Iterable[str]) -> Fit:
+    whole_site = _whole_site(lens, dictionary, pairs)
     said = dictionary.training
     rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
     if max(here.identity, whole_site) > rounding:
         misfit = f"all features and the error are not the whole activation (off by {max(here.identity, whole_site):.0e}): a bug"
     else:
-        misfit = _misfit(lens, dictionary, runs, pairs, done, here.variance)
+        misfit = _misfit(lens, dictionary, runs, near, pairs, done, here.variance)
     fit = Fit(
         dictionary=dictionary.name,
         identity=here.identity,
@@ -172,38 +213,33 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
         return None
 
 
-def _elsewhere(lens: Lens, dictionary: Dictionary, pairs: Pairs, here: float) -> list[tuple[float, str]]:
-    """The explained variance at the other hook point that explains most, with its name; empty if none can be read.
+def _elsewhere(lens: Lens, dictionary: Dictionary, near: Few, pairs: Pairs, here: float) -> list[tuple[float, str]]:
+    """The explained variance at the best other hook point, with its name; empty if no other hook point can be read.
 
-    A dictionary that makes no claim and explains a fair share, more than at the hook points around, is where it belongs; other
-    layers are then not tried.
+    A dictionary without a claim that explains a fair share here, and no more at any hook point of this layer and the adjacent
+    ones, is taken to be where it belongs; other layers are then not tried.
     """
-    places, layer = dictionary.elsewhere(lens), sites.layer_of(dictionary.reads)
-    near = [place for place in places if abs(sites.layer_of(place.reads) - layer) <= 1]
-    tried = _compared(lens, near, pairs)
+    close = _near(lens, dictionary)
+    tried = near.compared(close)
     if dictionary.training.explained_variance is not None or here < MISFIT or any(variance > here for variance, _ in tried):
-        tried += _compared(lens, [place for place in places if place not in near], pairs)
+        far = [place for place in dictionary.elsewhere(lens) if place.place not in {place.place for place in close}]
+        tried += Few.of(lens, far, pairs).compared(far)
     if not tried:
         return []
-    _, best = max(tried, key=lambda found: found[0])
-    variance = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
-    return [] if variance is None else [(variance, f"at {best.place}")]
+    variance, best = max(tried, key=lambda found: found[0])
+    if variance <= here:
+        return []
+    again = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
+    return [] if again is None else [(again, f"at {best.place}")]
 
 
-def _compared(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> list[tuple[float, Dictionary]]:
-    """The explained variance on a few positions at those hook points that can be read."""
-    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
-    few = Runs.of(lens, hooks, pairs, TRIED)
-    return [(variance, place) for place in places if few.fit(place) and (variance := _tried(place, few)) is not None]
-
-
-def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: Iterable[str], here: float) -> str:
+def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Few, pairs: Pairs, done: Iterable[str], here: float) -> str:
     """Why the dictionary does not fit; empty if it does."""
     said = dictionary.training
     expected = said.explained_variance
-    if here >= (GOOD if expected is None else expected - MARGIN):
+    if not _suspect(dictionary, here):
         return ""
-    others = _elsewhere(lens, dictionary, pairs, here)
+    others = _elsewhere(lens, dictionary, near, pairs, here)
     if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
         variance = _tried(dictionary, runs, centred=True)
         others += [] if variance is None else [(variance, "on weights processed by center_writing_weights")]
@@ -216,8 +252,8 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, pairs: Pairs, done: 
         return f"explains {here:.2f} of the variance, and no other hook point fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
-            else "trained too little, on another model of this width, or on activations of another scale; check where it "
-            "comes from and what its training reported"
+            else "it was probably trained too little, on another model of this width, or on activations of another scale; "
+            "check where it comes from and what its training reported"
         )
     return ""
 
@@ -234,10 +270,16 @@ def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
 
 
 def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
-    pair = min((pair for pair in pairs if pair.clean != pair.corrupted), key=len, default=None)
+    """How far all features and the error are from the whole activation, as a share of the largest logit.
+
+    The law holds for any tokens, so the first of a prompt and those from the first difference on are enough.
+    """
+    pair = next((pair for pair in pairs if pair.clean != pair.corrupted), None)
     if pair is None:
         raise FeatpatchError("clean and corrupted are the same in every pair: expected prompts that differ, to swap between")
-    clean, corrupted = torch.tensor([pair.clean]), torch.tensor([pair.corrupted])
+    start = max(1, pair.first_difference)
+    few = ((*prompt[:1], *prompt[start : start + FIRST]) for prompt in (pair.clean, pair.corrupted))
+    clean, corrupted = (torch.tensor([tokens]) for tokens in few)
     site = dictionary.writes
     logits = []
     for kinds in (("all_features", "error"), ("activation",)):

@@ -286,6 +286,11 @@ def layer_of(site: str) -> int:
     return int(match.group(1))
 
 
+def within(site: str) -> str:
+    """The name of a hook point within its block, such as `attn.hook_z`."""
+    return site.split(".", 2)[-1]
+
+
 def highest(hooks: Iterable[str], n_layers: int) -> int:
     """Return the highest block that holds one of the hooks, or the last block if a hook is outside the blocks."""
     inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]

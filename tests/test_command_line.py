@@ -98,7 +98,8 @@ def test_tasks(tmp_path: Path) -> None:
     assert [row["correct"] for row in json.loads(given.stdout)] == [[demo.model.tokenizer.decode(p.correct)] for p in expected]
     for command, message in (
         (("nonsense",), "task 'nonsense' is unknown: expected one of capitals"),
-        (("--out", "p"), "without a task"),
+        (("--out", "p"), "--out without a task"),
+        (("-n", "3", "--seed", "7"), "-n, --seed without a task"),
         (("ioi", "--out", "."), "is a folder"),
     ):
         refused = run("tasks", *command, folder=tmp_path)
@@ -169,7 +170,7 @@ def test_plans_of_components_and_json_without_bars(
     monkeypatch.setenv("TQDM_DISABLE", "0")
     planned = json.loads(run("plan", *model, "--sites", "z", "--json", folder=folder).stdout)
     found = run("components", *model, "--sites", "z", "--json", "--out", "planned", folder=folder)
-    assert planned["features"] == len(fp.Effects.load(folder / "planned" / "effects.safetensors"))
+    assert planned["nodes"] == len(fp.Effects.load(folder / "planned" / "effects.safetensors"))
     assert found.stderr == ""
     shown = run("components", *model, "--sites", "z", "--out", "planned", folder=folder)
     assert "patching: 100%" in shown.stderr
@@ -185,7 +186,7 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     run("rank", *model, *sae, "--out", "for-info", folder=folder)
     told = run("info", "for-info/effects.safetensors", folder=folder)
     effects = fp.Effects.load(folder / "for-info" / "effects.safetensors")
-    assert f"{len(effects)} rows of exact effects, {planned['features']} ranked, 3 pairs" in told.stdout
+    assert f"{len(effects)} rows of exact effects, {planned['nodes']} ranked, 3 pairs" in told.stdout
     assert effects.metadata["model"]["sha256"] in told.stdout.replace("\n", "")
     in_json = json.loads(run("info", "for-info/effects.safetensors", "--json", "--top", "1", folder=folder).stdout)
     assert in_json["effects"][0]["index"] == effects.top(1).nodes[0].index

@@ -165,7 +165,7 @@ def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
     assert "effects of the components and of the summed features are the same in all 2 cells" in repr(constant)
     single = compare(table(features), table(dict(list(places.items())[:1])))
     unknown = compare(table({**features, fp.Node(PRE, "feature", 1, "end", "s"): np.nan}), table(places))
-    assert "1 hook point and position is in both tables" in repr(single)
+    assert "hook points and positions with known effects in both tables: 1;" in repr(single)
     assert "(1 more with unknown effects)" in repr(unknown)
     for found in (apart, heads, constant, single, unknown):
         assert not [word for word in ("NaN", "nan", "<NA>", "None") if word in repr(found)]
@@ -617,7 +617,7 @@ def test_shown_are_agreement_and_the_top_of_both(bridge: Small) -> None:
         assert "Spearman" in shown
         assert shown.index("blocks.2.attn.hook_z") > 0
         assert "through" not in shown
-    assert text.index("0.700") < text.index("0.500") < text.index("0.400")
+    assert text.index("  0.7 ") < text.index("  0.5 ") < text.index("  0.4 ")
     assert "&lt;b&gt;" in html
     assert "<b>" not in html
     sae, pairs = bridge.at(TOPK), pairs_of(bridge)

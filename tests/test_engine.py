@@ -445,7 +445,7 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
     said = sweep(progress=True)
     assert said.count("to go, judging by the first batch") == 1
     left = (sum(batches) - batches[0]) / batches[0] * 100
-    assert f"{sum(batches)} patches, about {timedelta(seconds=round(left))} to go" in said
+    assert f"{sum(batches)} patches in all, about {timedelta(seconds=round(left))} to go" in said
     assert "to go" not in sweep(progress=False)
     seconds = 1.0
     assert "to go" not in sweep(progress=True)

@@ -80,7 +80,7 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
     ((values, ids),) = read(demo, [short])
     assert len(ids) == context < len(tokenizer(long)["input_ids"])
     node = fp.Node(SITE, "feature", int(values[1:].sum(0).argmax()), "all", SITE)
-    with pytest.warns(FeatpatchWarning, match=f"the texts have {context - 1} positions"):
+    with pytest.warns(FeatpatchWarning, match=f"{context - 1} positions, with"):
         (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
     with (
         pytest.warns(FeatpatchWarning, match="give more text"),
@@ -108,7 +108,7 @@ def test_too_little_text_is_told_once_with_the_features(demo: fp.Demo) -> None:
     for node in seldom[:5]:
         assert f"{SITE} feature {node.index} (9)" in str(warning.message)
     assert "and 2 more" in str(warning.message)
-    with pytest.warns(FeatpatchWarning, match="2 of 2 features fire too seldom"):
+    with pytest.warns(FeatpatchWarning, match="too little text to describe 2 of 2 features"):
         fp.describe(demo.model, demo.saes, often[:2], texts[:3])
 
 
@@ -134,9 +134,13 @@ class Numbers:
 def test_what_is_refused(demo: fp.Demo) -> None:
     node = fp.Node(SITE, "feature", 0, "all", SITE)
     for saes, texts, message in (
-        (demo.saes, [], "there are no texts"),
+        (demo.saes, [], r"texts=\[\]: expected a list of one document"),
         (demo.saes, [""], "the texts have no words"),
         ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names dictionary '{SITE}'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.describe(demo.model, saes, [node], texts)
+    with pytest.raises(fp.FeatpatchError, match=r"expected a feature of 'blocks.*, from 0 to \d+"):
+        fp.describe(demo.model, demo.saes, [fp.Node(SITE, "feature", 10**6, "all", SITE)], ["Tom"])
+    with pytest.raises(fp.FeatpatchError, match="texts='Tom': expected a list"):
+        fp.describe(demo.model, demo.saes, [node], "Tom")

@@ -128,6 +128,10 @@ HEADER = "clean,corrupted,correct,wrong"
         (f"{HEADER},labels\nThe,The,a,b,7", r"p.csv' line 2: labels is 7 in .*: expected text.*for labels and spans an object"),
         (f"{HEADER}\nThe,The war,Tom,Anna", r"p.csv' line 2: clean has 2 tokens and corrupted has 3: expected equal lengths"),
         (f"{HEADER}\nThe,The,Tom,Xaver", r"p.csv' line 2: answer 'Xaver' is not in the tokenizer's vocabulary"),
+        (
+            f'{HEADER}\n"[1, 5]","[1, 6]",7,8',
+            r"p.csv' line 2: clean is '\[1, 5\]', which looks like token ids: expected a text",
+        ),
     ],
 )
 def test_csv_files_that_are_refused(words: Any, tmp_path: Path, content: str, message: str) -> None:
@@ -570,14 +574,14 @@ def test_pairs_that_texts_do_not_give_again_are_written_as_ids(words: Any, tmp_p
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"corrupted": "When"}, "corrupted is 'When' beside token ids"),
-        ({"correct": ["John"]}, "correct is .*John.* beside token ids: expected a list of ids"),
-        ({"correct": 7}, "correct is '7' beside token ids"),
-        ({"wrong": [7, [8]]}, "wrong is .* beside token ids"),
-        ({"special": ["a"]}, "special is .* beside token ids"),
-        ({"spans": {"S2": [0, 1]}}, "spans in .*: expected, beside token ids, labels as an object of positions"),
+        ({"corrupted": "When"}, "corrupted is 'When' in a line with token ids"),
+        ({"correct": ["John"]}, "correct is .*John.* in a line with token ids: expected a list of ids"),
+        ({"correct": 7}, "correct is '7' in a line with token ids"),
+        ({"wrong": [7, [8]]}, "wrong is .* in a line with token ids"),
+        ({"special": ["a"]}, "special is .* in a line with token ids"),
+        ({"spans": {"S2": [0, 1]}}, "spans in .*: expected, with token ids, labels as an object of positions"),
         ({"labels": [3]}, "labels or tags in"),
-        ({"labels": {"S2": "Mary"}}, "labels is .*Mary.* beside token ids: expected positions"),
+        ({"labels": {"S2": "Mary"}}, "labels is .*Mary.* in a line with token ids: expected positions"),
         ({"labels": {"S2": 9}}, "label 'S2' is at position 9: expected 0 to 1"),
         ({"answer_position": "end"}, "answer_position is 'end'"),
         ({"clean": []}, "the clean prompt has no tokens"),
@@ -595,6 +599,13 @@ def test_pairs_that_can_not_be_written(words: Any, tmp_path: Path) -> None:
         fp.Pairs((pair, replace(pair, tags={"a": "\ud800"}))).to_jsonl(tmp_path / "p.jsonl")
     with pytest.raises(fp.FeatpatchError, match="is a folder"):
         fp.Pairs((pair,)).to_jsonl(tmp_path)
+    for tags, message in (
+        ({"a": "\ud800"}, "Unicode"),
+        ({"": "x"}, "a column"),
+        ({"clean": "c", "tag clean": "d"}, "a column"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.Pairs((replace(pair, tags=tags),)).to_csv(tmp_path / "p.csv")
     for write in (fp.Pairs((pair,)).to_jsonl, fp.Pairs((pair,)).to_csv):
         with pytest.raises(fp.FeatpatchError, match="no decode: .*leave it out"):
             write(tmp_path / "p", tokenizer=lambda text: [1])

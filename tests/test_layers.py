@@ -88,7 +88,9 @@ def test_only_sites_spells_hook_names() -> None:
     """Outside of `sites` and `lens`, hook names appear in sentences only, such as error messages."""
     for path, tree in TREES.items():
         if package(path) not in ("sites", "lens"):
-            names = [text for text in texts(tree) if re.search(r"hook_(?!name|dict)|\battn\.|blocks\.", text) and " " not in text]
+            names = [
+                text for text in texts(tree) if re.search(r"hook_(?!name|dict)|\battn\.|blocks\.", text) and " " not in text
+            ]
             assert names == [], path
 
 

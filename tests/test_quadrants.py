@@ -59,6 +59,18 @@ def test_the_threshold_is_a_share_of_what_the_hook_point_carries(tmp_path: Path)
         assert loaded.metric(name).quadrants() == features.metric(name).quadrants()
         assert loaded.metric(name).take([1]).quadrants() == [above]
     assert loaded.metric("prob").to_pandas()["quadrant"][1] == above  # 0.01 of 0.25
+    assert loaded.nodes == features.nodes
+    assert len(loaded.to_pandas()) == 2
+    # and the share follows the pairs that are chosen
+    one = replace(table, denoised=table.denoised * [1, 1, 1, 1, 3, 1]).take([0])
+    again = fp.Effects.load(one.save(tmp_path / "one.safetensors"))
+    assert one.of_pairs([0]).carried("recovery") == again.of_pairs([0]).carried("recovery") == [1.5]
+    # also where the whole activation was not run before an interruption
+    cut = replace(
+        table, denoised=np.where(table.row == 2, np.nan, table.denoised), metadata={**table.metadata, "finished": False}
+    )
+    known = fp.Effects.load(cut.take([0, 1]).save(tmp_path / "cut.safetensors"))
+    assert known.quadrants() == ["undecided", "undecided"]
 
 
 def test_a_hook_point_that_carries_nothing_decides_nothing() -> None:
@@ -117,7 +129,7 @@ def test_the_report_shows_it() -> None:
     (first,), (second,) = ([line for line in lines if f"│ {feature} " in line] for feature in (0, 1))
     assert "│ both directions │   2/2 │" in first
     assert "│ below threshold │   1/2 │" in second
-    assert "in these pairs" in "".join(lines)
+    assert "where changed" in "".join(lines)
     assert first.endswith("│ 1.00 [1.00, 1.00] │")  # over the pairs in which it differs
     assert second.endswith("│            0.0050 │")
     assert any("quadrant" in line for line in lines)

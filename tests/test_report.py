@@ -253,7 +253,7 @@ def test_plots_say_what_the_table_says(study: dict[str, Any]) -> None:
 def test_figures_and_tables_as_files(study: dict[str, Any], browser: Any, tmp_path: Path) -> None:
     """PNG and SVG by kaleido and the browser; CSV, Parquet and LaTeX by pandas."""
     pytest.importorskip("kaleido")
-    figure, table = study["effects"].plot.quadrants(), study["effects"].top(5).to_pandas()
+    figure, table = study["effects"].plot.quadrants(), pd.DataFrame(study["effects"].top(5).to_pandas())
     for name, starts in (("q.png", b"\x89PNG"), ("q.svg", b"<svg")):
         figure.write_image(tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(starts)

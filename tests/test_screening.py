@@ -1,5 +1,6 @@
 """Screening: exact values of what was chosen, and bounds on what was not, against enumeration and by simulation of full sweeps."""
 
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from featpatch.effects.audit import audited, most, needed, provable, sample_size
 from featpatch.engine import SuffixPath
 from featpatch.errors import FeatpatchWarning
 from featpatch.patch import DIRECTIONS
+from featpatch.ranking.planning import _in_all
 from featpatch.terminal import planned
 
 BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
@@ -135,9 +137,12 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
     calls.clear()
     for given, message in (
         ({"audit": good - 1}, f"audit={good - 1} of the {candidates - 20} candidates .* audit={good} or more"),
-        ({"audit": int(0.8 * candidates) - 19}, f"run {int(0.8 * candidates) + 1} of {candidates} candidates, .*exact='all'"),
-        ({"k": 500}, f"k=500 and audit=100 run {candidates} of {candidates} candidates"),
-        ({"audit": 3, "target": 1.0}, "target=1.0 takes at least .*exact='all'"),
+        (
+            {"audit": int(0.8 * candidates) - 19},
+            f"{int(0.8 * candidates) + 1} of {candidates} candidates are run, .*exact='all'",
+        ),
+        ({"k": 500}, f"k=500 and audit=100 mean that {candidates} of {candidates} candidates are run"),
+        ({"audit": 3, "target": 1.0}, "target=1.0 and k=20 mean that at least .*exact='all'"),
     ):
         with pytest.raises(FeatpatchWarning, match=f"screening: .*{message}"):
             screened(small, sae, **{**options, **given})
@@ -310,9 +315,9 @@ def test_a_plan_says_which_is_quicker(small: Small) -> None:
     sae = standard(SITE, 3)
     plan = fp.plan(small.model, sae, pairs_of(small), positions="each")
     full = fp.rank_features(small.model, sae, pairs_of(small), positions="each", progress=False)
-    assert plan.features == full.ranked.sum()
+    assert plan.nodes == full.ranked.sum()
     assert plan.estimate_seconds is not None
-    assert plan.screened_seconds(10, 10) == pytest.approx(plan.estimate_seconds + plan.seconds * 20 / plan.features)
+    assert plan.screened_seconds(10, 10) == pytest.approx(plan.estimate_seconds + plan.seconds * 20 / plan.nodes)
     assert plan.screened_seconds(10**6, 1) == pytest.approx(plan.estimate_seconds + plan.seconds)
     console = Console(record=True, width=120)
     console.print(planned(plan))
@@ -330,14 +335,14 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
     options: dict[str, Any] = {"sites": ["z", "mlp_out"], "layers": [1, 2], "positions": "each"}
     plan = fp.plan(small.model, None, pairs, **options)
     full = fp.rank_components(small.model, pairs, progress=False, **options)
-    assert (plan.patches, plan.features) == (2 * len(full.row), sum(node.kind == "head" for node in full.nodes))
+    assert (plan.patches, plan.nodes) == (2 * len(full.row), sum(node.kind == "head" for node in full.nodes))
     assert (plan.screens, plan.estimate_seconds, plan.counted) == (False, None, 3)
     assert fp.plan(small.model, None, pairs).patches == 2 * len(fp.rank_components(small.model, pairs, progress=False).row)
     senders = [fp.Node("blocks.0.attn.hook_z", "head", 1), fp.Node("blocks.0.hook_mlp_out", "activation")]
     nodes: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": "through_mlps"}
     paths = fp.rank_paths(small.model, pairs, progress=False, **nodes)
     found = fp.plan(small.model, None, pairs, **nodes)
-    assert (found.patches, found.features) == (2 * len(paths.row), len(paths))
+    assert (found.patches, found.nodes) == (2 * len(paths.row), len(paths))
     console = Console(record=True, width=120)
     console.print(planned(found))
     text = console.export_text()
@@ -349,7 +354,9 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
         {"sites": "z", "senders": senders, "receivers": receivers}, {"senders": senders}, {"route": "direct", "receivers": receivers},
         {"route": "through_mlps"}, {"positions": "each", "senders": senders, "receivers": receivers},
     ):  # fmt: skip
-        with pytest.raises(fp.FeatpatchError, match="expected senders and receivers with route for paths"):
+        with pytest.raises(
+            fp.FeatpatchError, match="expected senders and receivers, with route but without positions, for paths"
+        ):
             fp.plan(small.model, None, pairs, **arguments)
     with pytest.raises(fp.FeatpatchError, match="fp.plan with layers, saes: expected"):
         fp.plan(small.model, small.at(SITE), pairs, layers=[1])
@@ -375,7 +382,19 @@ def test_a_plan_counts_some_pairs_of_all_lengths(bridge: Small, monkeypatch: pyt
     assert (plan.patches, plan.counted, plan.pairs) == (round(2 * len(some.row) * 3 / 2), 2, 3)
     console = Console(record=True, width=120)
     console.print(planned(plan))
-    assert "2 of 3 pairs, and scaled up" in console.export_text()
+    assert "2 of 3 pairs, scaled up to all" in console.export_text()
+
+
+def test_a_plan_estimates_how_many_features_differ_in_any_pair() -> None:
+    """Features that differ in any pair with chances of their own: from 8 of 100 pairs, at most and nearly the truth."""
+    random = np.random.default_rng(0)
+    differs = random.random((3000, 100)) < random.beta(0.5, 4, (3000, 1))
+    seen = Counter({fp.Node(SITE, "feature", row): int(count) for row, count in enumerate(differs[:, :8].sum(1)) if count})
+    true = int(differs.any(1).sum())
+    assert len(seen) < 0.6 * true
+    assert 0.75 * true < _in_all(seen, 8, 100) <= 1.05 * true
+    assert _in_all(seen, 8, 8) == len(seen)
+    assert _in_all(Counter(dict.fromkeys(seen, 8)), 8, 100) == len(seen)
 
 
 def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,21 @@ def test_a_dictionary_that_claims_nothing_is_not_accused(bridge: Small) -> None:
     assert (fit.verdict, fit.misfit) == ("explains little", "")
 
 
+def test_far_layers_are_tried_on_suspicion_only(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An undertrained dictionary that explains most where it belongs is tried two layers on at its own hook point only."""
+    read: set[str] = set()
+    of = selfcheck.Runs.of
+    monkeypatch.setattr(selfcheck.Runs, "of", lambda lens, hooks, *rest: read.update(hooks) or of(lens, hooks, *rest))
+    first, last = "blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre"
+    (fit,) = fp.check(bridge.model, fitted(bridge.model, first), prompts()).fits
+    assert 0.5 < fit.explained_variance < 0.95
+    assert (fit.misfit, last in read, "blocks.2.hook_mlp_out" in read) == ("", True, False)
+    moved = fitted(bridge.model, last)
+    moved.cfg.metadata.hook_name = first
+    (fit,) = fp.check(bridge.model, moved, prompts()).fits
+    assert f"at {last!r}" in fit.misfit
+
+
 @pytest.mark.parametrize(("claim", "expected"), [(0.93, 0.93), (93.0, 0.93), (0.2, 0.2), ("much", None), (-1.0, None)])
 def test_claims(bridge: Small, claim: Any, expected: float | None) -> None:
     """Also those in per cent; one that is met is no misfit, however low."""

@@ -3,6 +3,7 @@
 from math import ceil
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import featpatch as fp
@@ -97,6 +98,7 @@ def test_a_table_shows_all_of_its_columns_and_loses_none(results: dict[str, Any]
     assert all(f"column_{n}" in repr(wide) for n in range(40))
     assert "more rows" in repr(wide)
     assert repr(Frame({"x": [0.5, None], "x_low": [0.25, None], "x_high": [1.0, None]})).split() == ["x", "0.5", "[0.25,", "1]"]
+    assert repr(pd.concat([table, table], axis=1)).count("recovery_error") == 2
     assert repr(Frame({"a": []})) == "no rows; columns a"
     assert repr(Frame({"a": ["\x1b[31m"]})).split() == ["a", "\\x1b[31m"]
 

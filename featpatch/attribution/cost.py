@@ -16,13 +16,13 @@ from featpatch.pairs.spans import Positions, spans
 from featpatch.patch import Direction
 
 PAIRS = 2
-"""Of so many the time is taken."""
+"""The number of pairs that are timed."""
 
 
 def estimation_time(
     model: Any, saes: Any, pairs: Pairs, positions: Positions, directions: Sequence[Direction], metric: str | Metric
 ) -> float | None:
-    """Seconds that `estimate_features` will take, from a few pairs, after one to warm up.
+    """Seconds that `estimate_features` will take, extrapolated from a few pairs after a warm-up on one.
 
     None where the metric has no gradient, or one of zero.
     """

@@ -131,7 +131,7 @@ class Circuit:
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval
-        between = " (no interval of a single pair)" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+        between = " (a single pair gives no interval)" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         return (
             f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self.metadata['method']}), "
             f"outside {self.graph.to}: faithfulness {self.faithfulness:.2f}{between}, exact, over "

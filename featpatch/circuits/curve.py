@@ -46,7 +46,7 @@ class FaithfulnessCurve:
 
     def __repr__(self) -> str:
         known = self.table().to_string(index=False, float_format="{:.3g}".format, na_rep="")
-        single = "" if np.isfinite(self.low).any() else "; no interval of a single pair"
+        single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
     def plot(self) -> Any:

@@ -17,7 +17,7 @@ def info(
     effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")],
     top: of.Top = 5,
     by: of.By = None,
-    threshold: of.Threshold | None = None,
+    threshold: of.OwnThreshold = None,
     as_json: of.Json = False,
 ) -> None:
     """Say what a table of effects holds and where it comes from.

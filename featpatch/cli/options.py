@@ -17,12 +17,15 @@ Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects
 By = Annotated[
     Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,
     typer.Option(
-        help="Sort by this effect, over all pairs or over those in which the node differs; by default recovery if it was run."
+        help="Sort by this effect, pooled over all pairs, or (_where_changed) over those in which the node differs, if there "
+        "are at least 5; by default recovery if it was run."
     ),
 ]
 Threshold = Annotated[
-    float, typer.Option(help="Quadrants: the share of what the whole hook point carries above which an effect counts.")
+    float, typer.Option(help="For quadrants: the share of the whole activation's effect above which an effect counts.")
 ]
+OwnThreshold = Annotated[float | None, Threshold.__metadata__[0]]
+"""For a table that is loaded: by default the threshold that was saved with it."""
 SHARE = 0.01
 """The default threshold."""
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -62,7 +65,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 @dataclass(frozen=True)
 class Shown:
-    """How many rows are shown, what they are sorted by, and the threshold of their quadrants.
+    """How many rows are shown, what they are sorted by, and the threshold for their quadrants.
 
     Raises:
         FeatpatchError: the threshold is not a share.
@@ -91,7 +94,7 @@ class Shown:
         return cls(top, by, threshold)
 
     def labelled(self, effects: "fp.Effects") -> "fp.Effects":
-        """Return the effects with this threshold of their quadrants, if it is not the default."""
+        """Return the effects with this threshold for their quadrants."""
         return effects if self.threshold == effects.threshold else effects.with_threshold(self.threshold)
 
     def rows(self, effects: "fp.Effects") -> "fp.Effects":

@@ -20,7 +20,10 @@ def plan(
     pairs: of.PairsFile,
     sae: of.Saes = [],  # noqa: B006 - typer copies it
     sites: Annotated[
-        str | None, typer.Option(help=f"Without --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default.")
+        str | None,
+        typer.Option(
+            help=f"Components to plan for, without --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default."
+        ),
     ] = None,
     positions: of.Positions = "all",
     direction: of.Directions = "both",
@@ -28,7 +31,7 @@ def plan(
     device: of.Device = "cpu",
     as_json: of.Json = False,
 ) -> None:
-    """Estimate what `rank`, or without --sae `components`, will take, from one batch run now: patches, memory, time.
+    """Estimate what `rank`, or without --sae `components`, will take: patches, memory and time, from one batch run now.
 
     Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """

@@ -15,16 +15,20 @@ from featpatch.errors import FeatpatchError
 from featpatch.files import check_writable
 
 ANSWERS = 4
-"""How many of the right and of the wrong answers are shown."""
+"""The largest number of right, and of wrong, answers shown for a pair."""
 
 
 @app.command()
 def tasks(
-    task: Annotated[str | None, typer.Argument(help="Task of which to draw pairs; without one all tasks are listed.")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many pairs.")] = 5,
-    model: Annotated[str | None, typer.Option(help="As for rank; the model that ships with featpatch by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed that draws the pairs.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File for the pairs as JSON lines, for --pairs of other commands.")] = None,
+    task: Annotated[str | None, typer.Argument(help="Task to draw pairs from; without one, all tasks are listed.")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many pairs to draw; 5 by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to draw pairs for: name on the hub, or folder; by default the demo model.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that draws the pairs; 0 by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines file to write the pairs to, for other commands' --pairs.")
+    ] = None,
     as_json: of.Json = False,
 ) -> None:
     """List the built-in tasks with their labels, or draw pairs of one of them for a model.
@@ -34,8 +38,13 @@ def tasks(
     with clear_errors():
         screen = console(json=as_json)
         if task is None:
-            if model is not None or out is not None:
-                raise FeatpatchError(f"--model or --out without a task: expected one of {', '.join(fp.tasks.TASKS)} too")
+            given = [
+                name for name, value in {"-n": n, "--model": model, "--seed": seed, "--out": out}.items() if value is not None
+            ]
+            if given:
+                raise FeatpatchError(
+                    f"{', '.join(given)} without a task: expected also a task, one of {', '.join(fp.tasks.TASKS)}"
+                )
             known = {name: _about(make) for name, make in fp.tasks.TASKS.items()}
             if as_json:
                 typer.echo(json.dumps([{"task": name, **about} for name, about in known.items()], indent=1))
@@ -46,8 +55,9 @@ def tasks(
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
         if out is not None:
             check_writable(out)
-        loaded = fp.load_demo().model if model is None else fp.load(model, check=False).model
-        drawn = fp.tasks.TASKS[task](loaded, n, seed=seed)
+        progress = not as_json
+        loaded = (fp.load_demo(progress=progress) if model is None else fp.load(model, check=False, progress=progress)).model
+        drawn = fp.tasks.TASKS[task](loaded, 5 if n is None else n, seed=seed or 0)
         if as_json:
             typer.echo(json.dumps([_texts(pair, loaded.tokenizer) for pair in drawn], indent=1))
         for pair in () if as_json else drawn:
@@ -60,21 +70,21 @@ def tasks(
 
 
 def _about(make: Any) -> dict[str, str]:
-    """Return what a task is about and the labels that it gives, in the words of its docstrings."""
+    """Return what a task is about and its labels, in the words of its docstrings."""
     module = getdoc(getmodule(make)) or ""
     labels = re.search(r"Labels: [^.]*\.", getdoc(make) or "")
     return {"about": " ".join(module.split("\n\n")[0].split()), "labels": " ".join(labels[0].split()) if labels else ""}
 
 
 def _texts(pair: "fp.Pair", tokenizer: Any) -> dict[str, Any]:
-    """Return prompts and answers as texts, and the positions of the labels."""
+    """Return the prompts and answers of a pair as texts, and the positions of its labels."""
     prompts = {name: tokenizer.decode(getattr(pair, name), skip_special_tokens=True) for name in ("clean", "corrupted")}
     answers = {name: [tokenizer.decode([token]) for token in getattr(pair, name)] for name in ("correct", "wrong")}
     return {**prompts, **answers, "labels": dict(pair.labels)}
 
 
 def _line(shown: Any) -> str:
-    """Put a field on a line."""
+    """Format a field of a pair as one line."""
     if isinstance(shown, dict):
         return ", ".join(f"{label} {position}" for label, position in shown.items())
     more = len(shown) - ANSWERS

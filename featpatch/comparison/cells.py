@@ -17,7 +17,7 @@ from featpatch import sites
 from featpatch.effects import Effect, Effects
 
 LISTED = 4
-"""How many hook points and positions a reason names."""
+"""The largest number of hook points, and of positions of each, that a reason names."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Agreement:
     Attributes:
         correlation: Spearman's rank correlation over the cells; NaN with fewer than 2, or where one side is constant.
         points: the number of cells.
-        reason: why there is no correlation, and what to rank so that there is one; empty where there is one.
+        reason: why there is no correlation, and what to rank to get one; empty if there is one.
     """
 
     correlation: float
@@ -78,27 +78,29 @@ def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
 
 
 def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
-    """Say why there is no rank correlation over `count` cells, of which `pairs` are known; empty where there is one."""
+    """Say why there is no rank correlation over `count` cells, `pairs` of them with known effects; empty if there is one."""
     if not count:
         return (
-            "no hook point and position is in both tables: the features are at "
+            "the tables have no hook point and position in common: the features are at "
             f"{_places(table[table['sae'].notna()])}, whole activations of components at "
             f"{_places(table[table['kind'] == 'activation'])}; {_advice(table[table['sae'].notna()])}"
         )
     if len(pairs) < 2:
         unknown = f" ({count - len(pairs)} more with unknown effects)" if len(pairs) < count else ""
         return (
-            f"{len(pairs)} hook point and position is in both tables with known effects{unknown}: a rank correlation takes at "
-            "least 2; rank both at more positions or hook points"
+            f"number of hook points and positions with known effects in both tables: {len(pairs)}{unknown}; a rank correlation "
+            "needs at least 2; rank features and components at more positions or hook points"
         )
     constant = [name for name, values in zip(("components", "summed features"), pairs.T, strict=True) if not np.ptp(values)]
     if constant:
-        return f"the effects of the {' and of the '.join(constant)} are the same in all {len(pairs)} cells, which ranks nothing"
+        return (
+            f"the effects of the {' and of the '.join(constant)} are the same in all {len(pairs)} cells, which gives no order"
+        )
     return ""
 
 
 def _places(rows: pd.DataFrame) -> str:
-    """The first hook points of some rows, with their positions."""
+    """Name the first hook points of some rows, with their positions."""
     positions: dict[str, dict[str, None]] = defaultdict(dict)
     for site, position in zip(rows["site"], rows["position"], strict=True):
         positions[site][str(position)] = None
@@ -107,15 +109,15 @@ def _places(rows: pd.DataFrame) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """List the first names, and say how many more there are."""
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _advice(features: pd.DataFrame) -> str:
-    """What to rank beside these features."""
+    """Say which components to rank for a comparison with these features."""
     names = {name: hook for name, hook in sites.WHOLE.items() if any(site.endswith(f".{hook}") for site in features["site"])}
     if not names:
-        return f"rank features of SAEs at {', '.join(sites.WHOLE)}: components hold whole activations only there"
+        return f"rank features of SAEs at {', '.join(sites.WHOLE)}: only there does rank_components patch whole activations"
     layers = sorted({sites.layer_of(site) for site in features["site"] if site.endswith(tuple(names.values()))})
     positions = list(dict.fromkeys(features["position"]))
     asked = "'each'" if set(map(type, positions)) == {int} else "'all'" if positions == ["all"] else repr(positions)

@@ -89,7 +89,7 @@ class Comparison:
         without: dict[str, list[str]] = defaultdict(list)
         for effect, found in self.agreement.items():
             without[found.reason].append(effect)
-        reasons = [f"no Spearman correlation of {' and '.join(of)}: {reason}" for reason, of in without.items() if reason]
+        reasons = [f"no Spearman correlation for {' and '.join(of)}: {reason}" for reason, of in without.items() if reason]
         return (*reasons, *(() if self.written is None else self.written.notes))
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
 
 
 def _filled(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table to show, in which unknown values are empty cells."""
+    """Return a table for display, with empty cells for unknown values."""
     return frame.astype(object).where(frame.notna(), "")
 
 

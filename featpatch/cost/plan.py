@@ -8,19 +8,20 @@ class Plan:
     """An estimate of a sweep.
 
     Attributes:
-        patches: exact runs, both directions counted; those without any effect cost nothing and are left out. An estimate where
-            fewer pairs were counted than there are.
-        rows: positions of all patches that must be computed; an estimate likewise.
-        flops: floating-point operations of the matrix products; an estimate likewise.
+        patches: number of exact runs in both directions; patches that change nothing cost nothing and are left out. An estimate
+            if fewer pairs were counted than there are.
+        rows: number of positions to compute, over all patches; likewise an estimate.
+        flops: floating-point operations of the matrix products; likewise an estimate.
         batch_rows: rows that share a forward pass.
         memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
         seconds: estimated from the time of one batch, run here and now.
         fast: whether our own forward pass is taken.
-        features: features, heads, neurons or paths (and positions) that differ in some of the pairs that were counted.
-        estimate_seconds: time of gradient estimates of all features, from a few pairs, run here and now; None for a metric that
-            has no gradient, for components and for paths.
+        nodes: number of features, heads, neurons or paths, each at each position, that differ in some pair; likewise an
+            estimate.
+        estimate_seconds: time to estimate all features by gradients, extrapolated from a few pairs run here and now; None for a
+            metric that has no gradient, for components and for paths.
         counted, pairs: how many pairs were counted, and how many there are.
-        screens: whether it is a sweep of features, which estimates can screen.
+        screens: whether the sweep is over features, which estimates can screen.
     """
 
     patches: int
@@ -30,17 +31,19 @@ class Plan:
     memory: int
     seconds: float
     fast: bool
-    features: int
+    nodes: int
     estimate_seconds: float | None
     counted: int
     pairs: int
     screens: bool = True
 
     def __repr__(self) -> str:
-        estimated = "no gradient" if self.estimate_seconds is None else f"estimated in {self.estimate_seconds:.1f} s"
+        estimated = (
+            "no gradient estimates" if self.estimate_seconds is None else f"gradient estimates {self.estimate_seconds:.1f} s"
+        )
         return (
             f"plan of {self.patches:,} patches: {self.seconds:.1f} s, {self.flops:.3g} operations, "
-            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.features:,} features, "
+            f"{self.memory / 2**20:,.0f} MiB, {'fast' if self.fast else 'slow'} forward pass; {self.nodes:,} nodes, "
             f"{estimated}"
         )
 
@@ -48,4 +51,4 @@ class Plan:
         """Time of `exact="screened"` with these numbers of features, estimated."""
         if self.estimate_seconds is None:
             return None
-        return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.features))
+        return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.nodes))

@@ -50,7 +50,8 @@ class Prediction:
         fit = "" if self.fits is None else f", {'fits' if self.fits else 'does not fit'}"
         time = "" if self.hours is None else f"; {self.hours:,.3g} hours"
         return (
-            f"prediction of {self.patches:,} patches: {self.flops:.3g} operations and {self.other_flops:.3g} beside, "
+            f"prediction of {self.patches:,} patches: {self.flops:.3g} operations, and {self.other_flops:.3g} for runs and "
+            "dictionaries, "
             f"{self.memory / 1e9:,.1f} GB per worker{fit}{time}"
         )
 

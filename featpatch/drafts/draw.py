@@ -23,6 +23,7 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
         FeatpatchError: there are too few.
     """
     check_numbers(1, n=n)
+    check_numbers(0, seed=seed)
     random = Random(seed)
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], Pair] = {}
     for attempt in (make(random) for _ in range(TRIES * n)):

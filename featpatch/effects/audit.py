@@ -113,12 +113,12 @@ def most(population: int, drawn: int, found: int, alpha: float) -> int:
 
 
 def provable(rest: int, drawn: int, *, top: int, confidence: float, looks: int) -> float:
-    """The recall of the true `top` that a sample of `drawn` of `rest` proves at best: with none beyond the threshold."""
+    """The largest recall of the true `top` that a sample of `drawn` of `rest` can prove: with none beyond the threshold."""
     return max(0.0, 1 - most(rest, drawn, 0, (1 - confidence) / looks) / top)
 
 
 def needed(rest: int, recall: float, *, top: int, confidence: float, looks: int) -> int:
-    """The smallest sample of `rest` that can prove this recall, see `provable`."""
+    """The size of the smallest sample of `rest` that can prove this recall; see `provable`."""
 
     def proves(drawn: int) -> bool:
         return provable(rest, drawn, top=top, confidence=confidence, looks=looks) >= recall

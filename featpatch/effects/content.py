@@ -42,14 +42,11 @@ def check_metadata(metadata: Any, rows: int) -> None:
             raise FeatpatchError(f"{name} is {_short(metadata.get(name))}: expected {expected}")
     if metadata["metrics"][0] != metadata["metric"]:
         raise FeatpatchError(f"metric is {metadata['metric']!r}: expected the first of {metadata['metrics']}")
-    carried = metadata.get("carried", {})
-    run = {effect for effect, direction in EFFECTS.items() if direction in metadata["directions"]}
-    if carried and (set(carried) != set(metadata["metrics"]) or any(set(of_metric) != run for of_metric in carried.values())):
-        raise FeatpatchError(f"carried is {_short(carried)}: expected {', '.join(sorted(run))} for each of the metrics")
-    columns = [*metadata.get("screening", {}).get("estimates", {}).items(), *(c for of in carried.values() for c in of.items())]
-    for effect, values in columns:
+    for effect, values in metadata.get("screening", {}).get("estimates", {}).items():
         if len(values) != rows:
-            raise FeatpatchError(f"there are {len(values)} values of {effect} in metadata: expected {rows}, one per row")
+            raise FeatpatchError(f"there are {len(values)} estimates of {effect}: expected {rows}, one per row")
+    if metadata.get("shown_rows", 0) > rows:
+        raise FeatpatchError(f"shown_rows is {metadata['shown_rows']}: expected at most {rows}, the number of rows")
 
 
 def check_columns(table: Mapping[str, Any], rows: int) -> None:
@@ -176,7 +173,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "of_pairs": (_list(_count), "a list of indices"),
     "rows_ranked": (_count, "a number of rows"),
     "threshold": (lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1"),
-    "carried": (lambda value: isinstance(value, dict) and all(map(_columns, value.values())), "numbers by metric and effect"),
+    "shown_rows": (_count, "a number of rows"),
     "finished": (lambda value: isinstance(value, bool), "true or false"),
     "screening": (_screening, "what rank_features(exact='screened') notes"),
 }

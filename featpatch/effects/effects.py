@@ -6,7 +6,7 @@
 Nothing is clipped: values below 0 and above 1 mean something. A node that has the same value in both runs of a pair has
 exactly no effect there; such entries are not stored.
 
-A feature that stands for one name differs in few pairs, and the pooled effect is diluted by the others. The effect over the
+A feature that stands for a single name differs in few pairs, and the other pairs dilute its pooled effect. The effect over the
 pairs in which the node differs (`over="changed"`, columns `recovery_where_changed` and `degradation_where_changed`) divides the
 same changes by the gap of these pairs alone.
 
@@ -16,6 +16,7 @@ Rows that are taken from a table remember it: q-values and ranks count every fea
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
@@ -39,9 +40,9 @@ from featpatch.patch import EFFECTS, RANKED, Effect, Node
 Over = Literal["all", "changed"]
 """The pairs that an effect is pooled over: all of them, or those in which the node differs."""
 By = Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"]
-"""What rows can be sorted by."""
-LEAST_CHANGED = 3
-"""Pairs in which a row must differ to be sorted by its effect over them."""
+"""The effects that rows can be sorted by."""
+LEAST_CHANGED = 5
+"""The number of pairs in which a row must differ, by default, to be ranked by its effect over these pairs."""
 
 Array = NDArray[np.float64]
 
@@ -115,18 +116,20 @@ class Effects:
         """Ratio of means of every row, `[rows]`; NaN in a direction that was not run.
 
         Args:
-            over: `"changed"` pools over the pairs in which the node differs; NaN where the mean gap of these is near zero.
+            over: `"changed"` pools over the pairs in which the node differs; NaN where their mean gap is near zero.
         """
         gaps = self._gaps(over)
         result: Array = self.changes(effect).sum(axis=1) / gaps
         return result
 
     def _gaps(self, over: Over) -> Array:
-        """Sum of the gaps that every row's changes are a share of, `[rows]`; NaN where it is near zero."""
+        """Sum of the gaps by which each row's changes are divided, `[rows]`; NaN where it is near zero."""
         if over == "all":
             return np.full(len(self), self.gap.sum())
         if over != "changed":
-            raise FeatpatchError(f"over={over!r}: expected 'all' pairs, or those in which the node 'changed'")
+            raise FeatpatchError(
+                f"over={over!r}: expected 'all' (all pairs) or 'changed' (the pairs in which the node differs)"
+            )
         gap, clean, corrupted = (
             np.bincount(self.row, values[self.pair], minlength=len(self))
             for values in (self.gap, np.abs(self.clean), np.abs(self.corrupted))
@@ -176,7 +179,8 @@ class Effects:
         """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair.
 
         Args:
-            over: `"changed"` draws from the pairs in which the node differs.
+            over: `"changed"` draws only from the pairs in which the node differs. With fewer than about 10 of them the
+                interval tends to be too narrow.
         """
         if over == "all":
             return statistics.interval(self.changes(effect).toarray(), self.gap)
@@ -191,14 +195,14 @@ class Effects:
 
     @property
     def threshold(self) -> float:
-        """The share of what its hook point carries above which an effect counts in `quadrants`."""
+        """The share of the whole activation's effect above which an effect counts in `quadrants`."""
         return float(self.metadata.get("threshold", THRESHOLD))
 
     def with_threshold(self, threshold: float) -> "Effects":
-        """Return the same table with another threshold of its quadrants, for tables, files and reports made from it.
+        """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.
 
         Args:
-            threshold: a share of what the whole activation carries at the node's hook point and position; 0.01 by default.
+            threshold: a share of the effect of the whole activation at the node's hook point and position; 0.01 by default.
 
         Raises:
             FeatpatchError: the threshold is not between 0 and 1.
@@ -208,11 +212,11 @@ class Effects:
         return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
 
     def quadrants(self) -> list[str]:
-        """Say for every row in which directions it has an effect, decided with the 95 % intervals; see `effects/quadrants.py`.
+        """Say for every row in which directions its 95 % interval lies above the threshold; see `effects/quadrants.py`.
 
-        One of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
-        `"undecided"`: an interval contains the threshold or minus it, or there is none, as with a single pair and in a
-        direction that was not run. `with_threshold` sets the threshold.
+        Each label is one of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
+        `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
+        single pair or in a direction that was not run. `with_threshold` sets the threshold.
         """
         unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
         intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
@@ -221,14 +225,12 @@ class Effects:
     def carried(self, effect: Effect) -> Array:
         """Effect of the whole activation at the hook point and position of every row, `[rows]`.
 
-        It is 1, the whole behaviour, for whole activations themselves and where the table has no such row; NaN in a direction
-        that was not run.
+        It is 1, the whole behaviour, for whole activations themselves and for rows whose hook point and position have no whole
+        activation in the table; NaN in a direction that was not run.
         """
         whole = self.whole
         if effect not in self.directions_run():
             return np.full(len(self), np.nan)
-        if "carried" in whole.metadata:
-            return np.array(whole.metadata["carried"][whole.metadata["metric"]][effect])[self.rows_in_whole()]
         of_site = {
             (node.site, node.position): value
             for node, value in zip(whole.nodes, whole.pooled(effect), strict=True)
@@ -240,7 +242,7 @@ class Effects:
 
     @property
     def smallest_p(self) -> Array:
-        """The smallest p-value that a row can have, given in how many pairs it differs, `[rows]`; NaN with a single pair."""
+        """The smallest p-value possible with the number of pairs in which each row differs, `[rows]`; NaN with one pair."""
         return significance.smallest(self.changed_pairs, len(self.clean))
 
     def p_values(self, effect: Effect) -> Array:
@@ -254,14 +256,15 @@ class Effects:
         return self._p_values[effect].copy()
 
     def q_values(self, effect: Effect) -> Array:
-        """Benjamini-Hochberg q-values over the ranked rows that enough pairs change for a test, `[rows]`; NaN for others.
+        """Benjamini-Hochberg q-values over the ranked rows that differ in enough pairs for a test, `[rows]`; NaN for others.
 
-        A row that differs in five pairs or fewer can't have a p-value of 0.05 (`smallest_p`), and testing it would only raise
-        the q-values of the others. Leaving it out is valid, because in how many pairs a node differs says nothing of the signs
-        that the test is about (independent filtering, Bourgon et al. 2010).
+        A row that differs in five pairs or fewer can't reach a p-value of 0.05 (`smallest_p`), and testing it would only raise
+        the q-values of the others. Leaving it out is valid, because under the null hypothesis the number of pairs in which a
+        node differs is independent of the signs that are tested (independent filtering, Bourgon et al. 2010).
 
-        The q-values are those of the table that the rows were taken from: looking at the top 20 does not make 20 tests of
-        20,000. After `save` and `load` of taken rows the other rows are counted with a p-value of 1, which is never too small.
+        The q-values are those of the table that the rows were taken from: looking at the top 20 of 20,000 rows does not reduce
+        the number of tests to 20. After `save` and `load` of taken rows, the other rows are counted with a p-value of 1; the
+        q-values can then be too large, but never too small.
         """
         whole = self.whole
         q, testable = np.full(len(whole), np.nan), whole.smallest_p <= significance.TESTABLE
@@ -435,11 +438,11 @@ class Effects:
 
         Args:
             by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
-                `"degradation_where_changed"`, over the pairs in which the node differs. The direction must have been run; by
-                default recovery if it was.
+                `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
+                run; by default recovery if it was, else degradation.
             kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
-            least_changed: leave out rows that differ in fewer pairs; by default 0, and 3 for an effect `_where_changed`,
-                because one or two pairs say little.
+            least_changed: leave out rows that differ in fewer pairs than this; by default 0, or 5 if `by` ends in
+                `_where_changed`, because an interval over fewer pairs is too narrow.
         """
         effect, over = sorting(by, self.directions_run())
         least = least_to_sort(over, least_changed)
@@ -457,9 +460,9 @@ class Effects:
 
         Columns of each effect over all pairs: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`,
         `_p`, `_q`; over the `changed_pairs` in which the node differs: `recovery_where_changed` with its `_low` and `_high`.
-        `smallest_p` is the smallest p-value that so many changed pairs allow. `quadrant` is there where both directions were
-        run, and `_estimate` where features were screened. Those of other metrics come last, with the metric before the name:
-        `prob_recovery`.
+        `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
+        directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
+        metric's name: `prob_recovery`.
         """
         return Frame(frames.full(self))
 
@@ -473,7 +476,7 @@ class Effects:
 
     def about(self) -> dict[str, Any]:
         """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
-        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "carried")}
+        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
         if "screening" in about:
             about["screening"] = {
                 name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
@@ -511,7 +514,8 @@ class Effects:
             FeatpatchError: the file is missing, damaged or not a table of effects.
         """
         first, *others = [cls(**fields) for fields in storage.load(as_path(path))]
-        return replace(first, others={other.metadata["metric"]: other for other in others})
+        table = replace(first, others={other.metadata["metric"]: other for other in others})
+        return table.take(range(table.metadata["shown_rows"])) if "shown_rows" in table.metadata else table
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
@@ -532,6 +536,7 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
     """
     known: dict[str, tuple[Effect, Over]] = {effect: (effect, "all") for effect in run}
     known |= {f"{effect}{WHERE_CHANGED}": (effect, "changed") for effect in run}
+    check_kinds((str, NoneType), by=by)
     if by is None:
         return run[0], "all"
     if by not in known:
@@ -540,7 +545,7 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
 
 
 def least_to_sort(over: Over, asked: int | None) -> int:
-    """Return in how many pairs a row must differ to be among the top rows.
+    """Return the number of pairs in which a row must differ to be among the top rows.
 
     Raises:
         FeatpatchError: what was asked for is not a number of pairs.

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
 
 WHERE_CHANGED = "_where_changed"
-"""Ending of the names of effects over the pairs in which the node differs."""
+"""The suffix of effects that are pooled over the pairs in which the node differs."""
 
 
 def number(value: float) -> str:
-    """Write a number with two to four decimals, as two significant digits need them: `1.00`, `0.14`, `0.053`, `0.0053`."""
+    """Write a number with two significant digits, but two to four decimals: `1.00`, `0.14`, `0.053`, `0.0053`."""
     if not np.isfinite(value) or not value:
         return "0" if value == 0 else str(value)
     decimals = min(max(2, 1 - int(np.floor(np.log10(abs(value))))), 4)
@@ -26,7 +26,7 @@ def number(value: float) -> str:
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Round the floats of a table to four significant digits, for showing."""
+    """Round the floats of a table to four significant digits, for display."""
     floats = frame.select_dtypes("float")
     return frame.assign(**{name: [float(f"{value:.4g}") for value in floats[name]] for name in floats})
 

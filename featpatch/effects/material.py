@@ -55,7 +55,7 @@ class Material:
         question: in a sentence.
         prompts: of every pair.
         features: by node, those that are shown.
-        checks: the checklist's verdicts, one row per pair and item; None without one.
+        checks: the checklist's verdicts on the pairs that are shown, one row per pair and item; None without one.
         figures: further figures (`plotly.graph_objects.Figure`) with their titles.
         sections: further parts of the page.
     """

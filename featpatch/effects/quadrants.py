@@ -1,19 +1,21 @@
 """In which directions a node has an effect, decided with the intervals of both effects.
 
     denoising  noising   label              reading
-    above      above     both directions    restores the behaviour, and the behaviour depends on it
-    above      within    denoising only     restores it, but something else does the job as well (OR, backup)
-    within     above     noising only       needed, but not enough without something else (AND)
-    within     within    below threshold    smaller than the threshold in both directions, which is not the same as zero
-    below      any       opposing           the corrupted value serves the behaviour better (either direction)
+    above      above     both directions    restores part of the behaviour, and part of it is lost without the node
+    above      within    denoising only     restores part of it, but hardly any is lost: something else takes over (OR, backup)
+    within     above     noising only       part of it is lost, but the node alone hardly restores any (AND)
+    within     within    below threshold    at most the threshold in both directions, which need not be zero
+    below      any       opposing           the corrupted value serves the behaviour better (in either direction)
 
-An effect is above if its interval lies wholly above the threshold t, within if wholly in [-t, t], and below if wholly below -t.
-Otherwise, and without an interval, the node is undecided. The labels do not depend on the size of an effect beyond t: "both
-directions" of a feature that carries 2 % says that these 2 % are certainly there.
+With a threshold t, an effect is "above" if its 95 % interval lies entirely above t, "within" if it lies entirely in [-t, t],
+and "below" if it lies entirely below -t. If either effect is none of these, or has no interval, the node is "undecided". A
+label says nothing about how far an effect exceeds t: "both directions" can be a feature with an effect of 2 %. The intervals
+are those of single rows: among thousands of rows some labels are due to chance, see the q-values.
 
-t is a share, 1 % by default, of what the whole activation at the node's hook point and position carries in that direction. It
+t is a share, 1 % by default, of the effect of the whole activation at the node's hook point and position in that direction. It
 is a share of the behaviour for whole activations, and for nodes whose hook point has no such row in the table, such as heads.
-A hook point that carries less than 1 % of the behaviour counts as one that carries 1 %, so that rounding decides nothing.
+Where the effect of the whole activation is smaller than 1 % of the behaviour, t is a share of 1 %, so that rounding errors
+decide nothing.
 """
 
 from collections.abc import Sequence
@@ -24,10 +26,10 @@ from numpy.typing import NDArray
 from featpatch.errors import FeatpatchError
 
 THRESHOLD = 0.01
-"""The share of what the hook point carries up to which an effect counts as small."""
+"""The default threshold: a share of the effect of the whole activation at the hook point."""
 
 LEAST = 0.01
-"""The share of the behaviour that a hook point counts as carrying, at least."""
+"""The smallest effect of a whole activation, as a share of the behaviour, from which thresholds are computed."""
 
 UNDECIDED = "undecided"
 NAMES = {
@@ -46,8 +48,8 @@ def check_threshold(threshold: float) -> None:
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
         raise FeatpatchError(
-            f"threshold={threshold!r}: expected a number between 0 and 1, the share of what the hook point carries above which "
-            f"an effect counts, e.g. {THRESHOLD}"
+            f"threshold={threshold!r}: expected a number between 0 and 1, a share of the whole activation's effect above "
+            f"which an effect counts, e.g. {THRESHOLD}"
         )
 
 
@@ -56,8 +58,8 @@ def named(intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np
 
     Args:
         intervals: of recovery and of degradation, `[rows, 2]` each; NaN where there is none.
-        carried: recovery and degradation of the whole hook point, `[rows]` each.
-        threshold: the share of it above which an effect counts.
+        carried: recovery and degradation of the whole activation at the hook point, `[rows]` each.
+        threshold: the share of these above which an effect counts.
     """
     shares = [threshold * np.maximum(np.abs(whole), LEAST) for whole in carried]
     sides = (_sides(interval, share) for interval, share in zip(intervals, shares, strict=True))

@@ -62,6 +62,8 @@ def _question(effects: "Effects", material: Material) -> Section | None:
         f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} pairs. Tokens that differ are marked; the answers "
         "are those that the metric compares."
     )
+    if material.checks is not None:
+        text += " The checklist is about these pairs; `featpatch check` and `pairs.check(model)` check all."
     blocks = [block("prompts.html", prompts=prompts)]
     return Section(
         "question", "The question", text, blocks if material.checks is None else [*blocks, table(material.checks, rows=5)]
@@ -78,14 +80,16 @@ def _ranking(effects: "Effects", material: Material) -> Section:
     first = effects.directions_run()[0]
     text = (
         "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. "
-        "Recovery is what the node brings back (sufficient?), degradation what is lost without it (necessary?), pooled over "
-        "all pairs; where_changed: over the pairs in which the node differs between the runs, of which changed_pairs is the "
-        "number. Sort by the arrows of a column."
+        "Recovery is the share of the behaviour that the node brings back (sufficient?), degradation the share that is lost "
+        "without it (necessary?), both pooled over all pairs. Columns that end in _where_changed are pooled only over the "
+        "pairs in which the node differs between the runs; changed_pairs is their number. Click a column's arrows to "
+        "sort by it."
     )
     if "quadrant" in frame:
         text += (
-            f" Quadrant: the directions in which the interval lies above {100 * effects.threshold:.4g} % of what the whole "
-            "activation at the hook point carries (of the behaviour, where the table has no such row)."
+            f" The quadrant names the directions in which the interval lies above a threshold, {100 * effects.threshold:.4g} % "
+            "of the effect of the whole activation at the hook point and position (of the whole behaviour, for whole "
+            "activations and where the table has no such row). It is undecided if an interval extends across the threshold."
         )
     if opens:
         text += (
@@ -129,7 +133,8 @@ def _quadrants(effects: "Effects") -> Section | None:
     if len(effects.directions_run()) < 2:
         return None
     text = (
-        "To the right: brings more of the behaviour back by itself (sufficient). Upwards: more is lost without it (necessary). "
+        "Further right: brings back more of the behaviour by itself (sufficient?). Further up: more is lost without it "
+        "(necessary?). "
         "A low effect can hide a backup that wakes up only when the feature is gone."
     )
     return Section("quadrants", "Sufficient? Necessary?", text, [figure(_shown(effects).plot.quadrants())])
@@ -181,7 +186,9 @@ def _by_tag(effects: "Effects", tag: str) -> pd.DataFrame:
 
 def _provenance(effects: "Effects") -> Section:
     facts = [(name, _plain(value)) for name, value in effects.about().items()]
-    facts.append(("intervals", f"{CONFIDENCE:.0%}, percentile bootstrap over pairs, {RESAMPLES} resamples, seed {SEED}"))
+    facts.append(
+        ("intervals", f"{CONFIDENCE:.0%}, bootstrap over pairs, expanded percentiles, {RESAMPLES} resamples, seed {SEED}")
+    )
     facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return Section("provenance", "Where this comes from", "", [block("facts.html", facts=facts)])
 

@@ -20,7 +20,7 @@ MORE_FLIPS = 99_999
 """Draws for the rows of which fewer than `RARE` of the first draws were as large as what was seen."""
 
 TESTABLE = 0.05
-"""Rows whose smallest possible p-value is larger are not tested for false discoveries."""
+"""Rows whose smallest possible p-value is larger than this get no q-value."""
 
 RARE = 10
 SEED = 0
@@ -55,10 +55,10 @@ def sign_flip(change: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def smallest(changed: NDArray[np.int64], pairs: int) -> NDArray[np.float64]:
-    """Return the smallest p-value of `sign_flip` for rows that differ in so many pairs, `[rows]`; NaN with a single pair.
+    """Return the smallest possible p-value of `sign_flip`, given the number of changed pairs, `[rows]`; NaN with one pair.
 
-    It is 2^(1 - changed), since a pair without a change has no sign to flip. Where signs are drawn it is approximate, and at
-    least 1e-5.
+    It is 2^(1 - changed), since a pair without a change has no sign to flip. Where signs are drawn at random, it is approximate
+    and at least 1e-5.
     """
     least = 0.0 if 2**pairs <= FLIPS else 1 / (MORE_FLIPS + 1)
     return np.clip(2.0 ** (1.0 - changed), least, 1.0) if pairs > 1 else np.full(len(changed), np.nan)

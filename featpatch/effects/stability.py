@@ -43,7 +43,7 @@ class Stability:
     def __repr__(self) -> str:
         shared = f"the halves share {self.overlap:.0%} of their top {self.top}, {self.chance:.0%} by chance"
         if np.isnan(self.overlap):
-            shared = f"a top {self.top} of {self.features} features says nothing"
+            shared = f"sharing a top {self.top} of {self.features} features would mean nothing"
         return (
             f"rank correlation {self.correlation:.2f} [{self.low:.2f}, {self.high:.2f}] between random halves of "
             f"{self.pairs} pairs, {self.splits} splits; {shared}"

@@ -1,7 +1,8 @@
 """Pooled effects, their uncertainty and related statistics.
 
 Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
-(Efron & Tibshirani 1993, percentile method, from scipy). A ratio is taken of single pairs only where their gap can carry it.
+(Efron & Tibshirani 1993, from scipy; percentiles expanded for few pairs, Hesterberg 2015). A ratio is taken of single pairs
+only where their gap can carry it.
 """
 
 import warnings
@@ -9,7 +10,7 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap, norm, t
 
 from featpatch.errors import FeatpatchError
 
@@ -56,12 +57,25 @@ def ratio_of_means(change: NDArray[np.float64], gap: NDArray[np.float64], axis: 
     return result
 
 
+def expanded(pairs: int) -> float:
+    """Return the level at which percentiles are taken for a 95 % interval over so many pairs.
+
+    Percentiles of few pairs are too narrow. Hesterberg's expanded percentile interval makes up for it as Student's t does for
+    the normal distribution: tail alpha' = Phi(-sqrt(n / (n - 1)) t_{1 - alpha/2, n - 1}) (2015, The American Statistician
+    69:371).
+    """
+    tail = norm.cdf(-np.sqrt(pairs / (pairs - 1)) * t.ppf((1 + CONFIDENCE) / 2, pairs - 1))
+    return float(1 - 2 * tail)
+
+
 def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
     """95 % bootstrap interval of the ratio of means; NaN with a single pair, and where values are missing.
 
+    With fewer than 5 pairs it reaches at most from one extreme pair to the other, which covers less than 95 %: 75 % with 3.
+
     Args:
         change: `[rows, pairs]`.
-        gap: `[pairs]`, or `[rows, pairs]` where the pairs of the rows are different ones.
+        gap: `[pairs]`, or `[rows, pairs]` if the rows are about different pairs.
 
     Returns:
         `[rows, 2]`, lower and upper end.
@@ -82,7 +96,7 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
                 vectorized=True,
                 axis=-1,
                 n_resamples=RESAMPLES,
-                confidence_level=CONFIDENCE,
+                confidence_level=expanded(pairs),
                 method="percentile",
                 rng=np.random.default_rng(SEED),
             )

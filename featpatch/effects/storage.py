@@ -32,8 +32,12 @@ def save(effects: "Effects", path: Path) -> Path:
     """Write the file completely or not at all, and create its folder if it is missing.
 
     For rows that were taken from a larger table, the number of ranked rows in that table is stored, because q-values depend on
-    it, and what the rows' hook points carry, on which quadrants depend. An audit needs all rows and is no longer possible.
+    it, and after them the rows of their hook points' whole activations, on which quadrants depend and which `load` hides. An
+    audit needs all rows and is no longer possible.
     """
+    shown = len(effects)
+    if effects.taken_from is not None:
+        effects = _with_whole_activations(effects)
     metadata = {**effects.metadata, "metrics": effects.metrics}
     try:
         for table in (effects, *effects.others.values()):
@@ -42,10 +46,7 @@ def save(effects: "Effects", path: Path) -> Path:
         raise FeatpatchError(f"these effects can't be saved, since they could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
-        metadata["carried"] = {
-            metric: {effect: effects.metric(metric).carried(effect).tolist() for effect in effects.directions_run()}
-            for metric in effects.metrics
-        }
+        metadata["shown_rows"] = shown
         metadata.pop("screening", None)
     header = {
         "format": FORMAT,
@@ -63,6 +64,18 @@ def save(effects: "Effects", path: Path) -> Path:
         except SafetensorError as error:  # a full disk, for example
             raise OSError(str(error)) from error
     return path
+
+
+def _with_whole_activations(effects: "Effects") -> "Effects":
+    """Add the rows of the whole activations at the rows' hook points and positions, if they are not among the rows."""
+    places = {(node.site, node.position) for node in effects.nodes}
+    shown = effects.rows_in_whole().tolist()
+    more = [
+        row
+        for row, node in enumerate(effects.whole.nodes)
+        if node.kind == "activation" and (node.site, node.position) in places
+    ]
+    return effects.whole.take([*shown, *sorted(set(more) - set(shown))])
 
 
 def _digest(header: Mapping[str, str], columns: Mapping[str, Any]) -> str:

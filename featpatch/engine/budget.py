@@ -31,7 +31,7 @@ def row_budget(lens: Lens, length: int, columns: int) -> int:
 
 
 def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:
-    """What is kept of each token of a base run that is patched at some blocks, at most: stream, z, queries, keys, values."""
+    """Bytes kept per token of a base run patched in some layers, at most: residual stream, z, queries, keys and values."""
     numbers = 3 * lens.d_model + 3 * lens.n_heads * lens.d_head
     return (lens.n_layers - min(layers, default=0)) * numbers * lens.itemsize
 

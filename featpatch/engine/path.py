@@ -81,7 +81,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         fast = SuffixPath(lens, lens.stack(min(lengths), max(lengths)))
         worst = max(_disagreement(fast, plain, run, site) for run in runs for site in wanted)
         if worst <= 1:
-            fast.traces.clear()  # of single runs: those of a sweep are made together, which rounds differently
+            fast.traces.clear()  # of single runs; a sweep makes its traces together, which rounds differently
             return fast
         reason = f"the two differ by {worst:.2g} times the tolerance"
     except UnsupportedError as unsupported:

@@ -87,7 +87,7 @@ class Sweep:
 
     @torch.no_grad()
     def trial(self, blocks: Sequence[Block]) -> tuple[int, float]:
-        """Floating-point operations and seconds of the first batch, run once, after its first patch to warm up."""
+        """Floating-point operations and seconds of the first batch, run once, after a warm-up with its first patch."""
         batch = next(batches(self.path, self.units(blocks), self.rows), [])
         if not batch:
             return 0, 0.0

@@ -98,9 +98,9 @@ def installing_nothing() -> Iterator[None]:
 
 @contextmanager
 def loading_quietly() -> Iterator[None]:
-    """Keep the libraries that load a model from showing bars, and from printing in this thread.
+    """Stop the libraries that load a model from showing progress bars, and from printing in this thread.
 
-    Their settings, which hold for all threads, are restored at the end.
+    Their settings, which apply to all threads, are restored at the end.
     """
     with _one_at_a_time:
         hub, bars = not are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Plain data as one HTML file: self-contained, without network; tables as text. Knows nothing of models or effects."""
+"""Plain data as one self-contained HTML file that needs no network, and tables as text. Knows nothing of models or effects."""
 
 from featpatch.page.frame import ROWS, Frame, text
 from featpatch.page.page import Block, Section, block, figure, page, table, write

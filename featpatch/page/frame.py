@@ -8,11 +8,11 @@ import pandas as pd
 from featpatch.untrusted import visible
 
 WIDTH, LINES, ROWS = 160, 24, 20
-"""Characters in a line of a table that is printed, its lines, and its rows."""
+"""The largest numbers of characters per line, of lines and of rows of a printed table."""
 
 
 class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
-    """A pandas table that prints all of its columns, an interval beside its value; else as any other."""
+    """A pandas table that prints all of its columns, and intervals next to their values; otherwise like any other."""
 
     @property
     def _constructor(self) -> type["Frame"]:
@@ -23,12 +23,14 @@ class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
 
 
 def text(frame: pd.DataFrame) -> str:
-    """The first rows of a table with all columns, in several blocks where the lines would be too long.
+    """Format the first rows of a table with all columns, in several blocks if the lines would be too long.
 
-    `x`, `x_low` and `x_high` become one column; what is unknown, or does not apply to a row, is empty.
+    `x`, `x_low` and `x_high` become one column; a cell is empty if its value is unknown or does not apply to the row.
     """
     if not len(frame):
         return f"no rows; columns {', '.join(map(str, frame.columns))}"
+    if not frame.columns.is_unique:
+        return visible(frame.head(ROWS).to_string(line_width=WIDTH))
     shown, names = frame.head(ROWS), [str(name) for name in frame.columns]
     cells = {name: [_cell(value) for value in shown.iloc[:, column]] for column, name in enumerate(names)}
     for name in [name for name in names if {f"{name}_low", f"{name}_high"} <= set(names)]:

@@ -137,7 +137,7 @@ def check(
     prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
 
     def read(index: int, logits: Logits) -> tuple[float, float]:
-        """The metric, if answers are single tokens, and the surprise at the changed tokens."""
+        """Return the metric (0 for answers of several tokens) and the surprise at the changed tokens."""
         pair = pairs[index // 2]
         told = _told(logits, pair, measure if pair.wrong else find("log_prob")) if pair.correct else 0.0
         return told, _surprise(logits, prompts[index], _changed(pair))

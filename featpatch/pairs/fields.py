@@ -1,6 +1,7 @@
-"""The fields of a pair as files and tables give them, and as they are written there."""
+"""The fields of a pair, as they are read from files and tables and written to them."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +53,11 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
         raise FeatpatchError(
             f"{', '.join(empty)} is empty: expected a text in each of clean, corrupted and correct; fill or remove the row"
         )
+    if any(re.fullmatch(r"\[[0-9, ]*\]", str(row[prompt])) for prompt in ("clean", "corrupted")):
+        raise FeatpatchError(
+            f"clean is {str(row['clean'])[:60]!r}, which looks like token ids: expected a text; write ids with Pairs.to_jsonl, "
+            "or texts with Pairs.to_csv(path, tokenizer=model)"
+        )
     filled = {column: cell for column, cell in row.items() if not _blank(cell)}
     fields = {column: filled.pop(column) for column in (*NEEDED, *OBJECTS) if column in filled}
     for column, cell in fields.items():
@@ -65,25 +71,26 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) -> Pair:
-    """The pair of a row whose prompts are token ids, as `written` writes it; it is taken as it is.
+    """Make a pair from a row whose prompts are token ids, as `written` writes it; nothing is tokenized or aligned.
 
-    Answers are ids, or lists of ids for sequences, of which `long_answers` makes all. Special positions are by default those
-    of the tokenizer's special tokens.
+    Answers are ids, or lists of ids for sequences; with `long_answers`, all become sequences. Special positions are by default
+    those of the tokenizer's special tokens.
 
     Raises:
-        FeatpatchError: a field is not what it should be.
+        FeatpatchError: a field has the wrong type.
     """
     for name in (*NEEDED, "special"):
         ids = row.get(name, [])
         nested = name in ("correct", "wrong") and isinstance(ids, list) and all(isinstance(answer, list) for answer in ids)
         if not all(isinstance(plain_integers(each), tuple) for each in (ids if nested else [ids])):
             raise FeatpatchError(
-                f"{name} is {str(ids)[:60]!r} beside token ids: expected a list of ids, for sequences a list of lists"
+                f"{name} is {str(ids)[:60]!r} in a line with token ids: expected a list of ids, or for answer sequences a list "
+                "of lists"
             )
     other = [field for field in OBJECTS[1:] if field in row]
     if other or not (_fits("labels", row.get("labels", {})) and _fits("tags", row.get("tags", {}))):
         raise FeatpatchError(
-            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, beside token ids, labels as an "
+            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, with token ids, labels as an "
             "object of positions and tags as an object of texts"
         )
     answer_position = row.get("answer_position", -1)
@@ -91,7 +98,9 @@ def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) 
         raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
     labels: dict[str, Any] = {name: plain_integers(label) for name, label in row.get("labels", {}).items()}
     if None in labels.values():
-        raise FeatpatchError(f"labels is {row['labels']!r} beside token ids: expected positions, for a span a list of them")
+        raise FeatpatchError(
+            f"labels is {row['labels']!r} in a line with token ids: expected positions, or for a span a list of them"
+        )
     clean, corrupted = tuple(row["clean"]), tuple(row["corrupted"])
     answers: dict[str, list[Any]] = {name: row[name] for name in ("correct", "wrong")}
     if long_answers or any(isinstance(answer, list) for side in answers.values() for answer in side):
@@ -113,18 +122,14 @@ def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) 
 
 
 def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The fields of a pair for a line of JSON, from which exactly this pair is read.
+    """Return the fields of a pair for a line of JSON, from which exactly this pair can be read again.
 
-    With a tokenizer the prompts and answers are texts if the tokenizer makes the same pair of them again, else they are ids.
+    With a tokenizer, prompts and answers are texts if these give exactly the same pair again; else they are token ids.
 
     Raises:
-        FeatpatchError: tags that JSON can't hold, or a tokenizer without `decode`.
+        FeatpatchError: a label or tag that JSON can't hold, or a tokenizer without `decode`.
     """
-    texts = [*pair.labels, *pair.tags, *pair.tags.values()]
-    if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
-        raise FeatpatchError(
-            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode texts, to write them"
-        )
+    _check_unicode(pair)
     if tokenizer is not None and not pair.correct_sequences:
         fields = _texts(pair, tokenizer)
         try:
@@ -139,10 +144,28 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {**fields, **sides, "tags": dict(pair.tags), "answer_position": pair.answer_position}
 
 
+def _check_unicode(pair: Pair) -> None:
+    """Refuse labels and tags that a file can't hold.
+
+    Raises:
+        FeatpatchError: one is no text, or holds half of a character.
+    """
+    texts = [*pair.labels, *pair.tags, *pair.tags.values()]
+    if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
+        raise FeatpatchError(
+            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode strings, which a file can hold"
+        )
+
+
 def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The fields of a pair for the cells of a table: JSON where one cell holds several things, a column for every tag."""
+    """Return the fields of a pair as cells of a table, with a column for every tag; a cell with several values holds JSON."""
+    _check_unicode(pair)
     fields = written(pair, None) if tokenizer is None else _texts(pair, tokenizer)
     tags = {f"tag {name}" if name in (*NEEDED, *OBJECTS) else name: tag for name, tag in fields["tags"].items()}
+    if len(tags) < len(fields["tags"]) or "" in tags:
+        raise FeatpatchError(
+            f"tags {list(fields['tags'])}: expected names that give a column each; rename one, or use to_jsonl"
+        )
     sides = {name: fields[name][0] if len(fields[name]) == 1 else fields[name] or "" for name in ("correct", "wrong")}
     shown = {name: fields[name] for name in ("clean", "corrupted")} | sides | {"labels": fields["labels"] or ""}
     return {
@@ -151,10 +174,12 @@ def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The prompts and answers of a pair as texts, without the special tokens at the start, and spans as texts too."""
+    """Return the prompts, answers and labelled spans of a pair as texts, without the special tokens at the start."""
     decode = getattr(plain_tokenizer(tokenizer), "decode", None)
     if decode is None:
-        raise FeatpatchError("the tokenizer has no decode: expected one, to write texts; leave it out to write token ids")
+        raise FeatpatchError(
+            "the tokenizer has no decode: expected one that can turn ids into text; leave it out to write token ids"
+        )
     start = next((position for position in range(len(pair)) if position not in pair.special), len(pair))
 
     def answer(ids: Sequence[int]) -> str:

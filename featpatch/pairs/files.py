@@ -19,7 +19,7 @@ class Rows:
 
     Attributes:
         where: the place of each row, for errors, e.g. `'pairs.csv' line 3`.
-        values: the fields of each row, or the pair that it is.
+        values: the fields of each row, or the pair made from them.
     """
 
     where: list[str]

@@ -19,12 +19,12 @@ Taken = TypeVar("Taken")
 
 
 TOKENS = 1024
-"""Tokens of equally long prompts that run together."""
+"""The largest number of tokens of several prompts that share a forward pass."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs a model on prompts, those of equal length together.
+    """Runs a model on prompts, batching those of equal length.
 
     Raises:
         FeatpatchError: the model is not a function, or `fp.do` patches it.
@@ -42,7 +42,7 @@ class Runs:
             object.__setattr__(self, "_watch", Watch(model, getattr(model, "hook_dict", {}).values()))
 
     def each(self, prompts: Sequence[tuple[int, ...]], take: Callable[[int, Logits], Taken]) -> list[Taken]:
-        """Run all prompts, and return what `take` makes of the index and the logits of each, in float32 or wider.
+        """Run all prompts, and return `take(index, logits)` for each, with logits in float32 or wider.
 
         Raises:
             FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread
@@ -84,10 +84,10 @@ class Runs:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def preferences(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[Sequences, Sequences]]) -> list[float]:
-        """Return for each prompt the log probability that a right answer follows, minus that of a wrong one if there are any.
+        """Return the log probability in nats that a right answer follows each prompt, minus that of a wrong one, if any.
 
-        In nats. Several answers have the sum of their probabilities; each token of an answer is predicted from the prompt and
-        the tokens before it.
+        The probabilities of several answers are summed; each token of an answer is predicted from the prompt and the tokens
+        before it.
         """
         asked = [(n, side, answer) for n, sides in enumerate(answers) for side in (0, 1) for answer in sides[side]]
 

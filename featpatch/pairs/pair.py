@@ -13,7 +13,7 @@ Sequences = tuple[tuple[int, ...], ...]
 """Answers, each as its token ids."""
 
 LONG = 150
-"""Characters after which a pair's text is cut."""
+"""The number of characters after which the text form of a pair is truncated."""
 
 LabelPosition = int | tuple[int, ...]
 """Where a label is: a token position, or the consecutive positions of a span, which are patched together."""

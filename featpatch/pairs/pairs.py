@@ -165,8 +165,8 @@ class Pairs(Sequence[Pair]):
         (`{"S2": [34, 38]}`, characters), `"tags"` (an object of texts). `align`, `filler` and `long_answers` as in
         `from_prompts`.
 
-        Where both prompts are lists of token ids, the answers are ids too (`[52]`, or `[[5, 9]]` for a sequence) and labels are
-        positions; `"special"` and `"answer_position"` may be given beside. Such a pair is taken as it is, see `to_jsonl`.
+        If both prompts are lists of token ids, the answers are ids too (`[52]`, or `[[5, 9]]` for a sequence) and labels are
+        positions; `"special"` and `"answer_position"` are optional. Such a pair is taken as it is; see `to_jsonl`.
 
         Raises:
             FeatpatchError: the file is missing, or a line is not JSON, lacks a field or gives no pair.
@@ -367,15 +367,15 @@ class Pairs(Sequence[Pair]):
         return Pairs(left)
 
     def to_jsonl(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
-        """Write a line of JSON per pair, from which `from_jsonl` reads exactly these pairs.
+        """Write one line of JSON per pair, from which `from_jsonl` reads exactly these pairs again.
 
         Args:
-            path: the file; an old one is replaced when the new one is complete.
-            tokenizer: the model or its tokenizer, to write a pair as texts where these are tokenized as exactly this pair
-                again; without one, and for other pairs, such as those with long answers, token ids are written.
+            path: the file; an existing one is replaced once the new one is complete.
+            tokenizer: the model or its tokenizer. With it, a pair is written as texts if these give exactly the same pair
+                again. Without it, and for other pairs, such as those with long answers, token ids are written.
 
         Raises:
-            FeatpatchError: nothing can be written there, or the tokenizer can't decode.
+            FeatpatchError: the file can't be written, a label or tag is not valid Unicode, or the tokenizer can't decode.
         """
         rows = [json.dumps(row, ensure_ascii=False) for row in each(partial(written, tokenizer=tokenizer), self.pairs)]
         with writing(path) as file:
@@ -385,15 +385,15 @@ class Pairs(Sequence[Pair]):
     def to_csv(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
         """Write a table for a spreadsheet: prompts, answers, labels, and a column for every tag; see `from_csv`.
 
-        Texts that a spreadsheet would take for formulas begin with an apostrophe, and special tokens at the start are left
-        out: to read the same pairs again use `to_jsonl`.
+        Texts that a spreadsheet would take for formulas get an apostrophe in front, and special tokens at the start are left
+        out. To read exactly the same pairs again, use `to_jsonl`.
 
         Args:
             path: the file.
-            tokenizer: the model or its tokenizer, to write texts; without one token ids are written.
+            tokenizer: the model or its tokenizer, to write texts; without it, token ids are written.
 
         Raises:
-            FeatpatchError: nothing can be written there, or the tokenizer can't decode.
+            FeatpatchError: the file can't be written, or the tokenizer can't decode.
         """
         import pandas
 

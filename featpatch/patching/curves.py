@@ -23,7 +23,7 @@ Key = tuple[str, Position]
 
 
 SHOWN = 12
-"""How many dictionaries and positions a curve's text names."""
+"""The largest number of dictionaries and positions that the text form of a curve names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,11 +63,11 @@ class Curve:
 
     def __repr__(self) -> str:
         effects = self.sets.directions_run()
-        shown = [f"effects of the first features together, of {len(self.features)} dictionaries and positions:"]
+        shown = [f"effects of the top k features together, at {len(self.features)} dictionaries and positions:"]
         for (sae, position), rows in list(self.table().groupby(["sae", "position"], sort=False))[:SHOWN]:
             last = rows.iloc[-1]
             reached = ", ".join(f"{effect} {last[effect]:.2g}" for effect in effects)
-            shown.append(f"  {sae} @ {position}: {len(rows)} sets, {reached} with the first {last['k']}")
+            shown.append(f"  {sae} @ {position}: {len(rows)} sets, {reached} with the top {last['k']}")
         more = [f"  and {len(self.features) - SHOWN} more"] if len(self.features) > SHOWN else []
         return visible("\n".join([*shown, *more]))
 

@@ -1,5 +1,6 @@
 """What a sweep will take, before it starts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ from featpatch.engine import Sweep
 from featpatch.errors import FeatpatchError
 from featpatch.pairs import Pairs, check_pairs
 from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction, Node
+from featpatch.patch import DIRECTIONS, RANKED, Direction, Node
 from featpatch.patching import Asked, Metrics, Nodes, Route, component_study, feature_study, leading, path_study
 
 COUNTED = 8
-"""Pairs whose patches are counted, the shortest and the longest among them; their sums are scaled up to all pairs."""
+"""The number of pairs whose patches are counted, including the shortest and the longest; sums are scaled up to all pairs."""
 
 
 def plan(
@@ -36,19 +37,20 @@ def plan(
 ) -> Plan:
     """Estimate what a sweep will take: patches, operations, memory and time.
 
-    The arguments are those of the function that is planned, and say which it is: `rank_paths` with senders and receivers, else
-    `rank_features` (in full and screened), or `rank_components` where `saes` is None.
+    The arguments are those of the function to plan, and determine which it is: `rank_paths` if senders and receivers are given,
+    else `rank_components` if `saes` is None, else `rank_features` (in full and screened).
 
-    One batch is run, two pairs are estimated by gradients, and the patches of eight pairs are counted; with more pairs, counts
-    are estimates, scaled up from eight of them of all lengths.
+    One batch is run, gradient estimates on two pairs are timed, and the patches of at most eight pairs are counted;
+    with more pairs than that, the counts are estimates, scaled up from eight pairs of different lengths.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        saes: those of the features; None for components.
+        saes: the SAEs whose features are planned for; None for components.
         pairs: clean and corrupted prompts with their answers.
-        sites, layers: of `rank_components`.
-        senders, receivers, route: of `rank_paths`.
-        positions, directions, metric, batch_rows: of the function that is planned; paths are patched at their nodes' positions.
+        sites, layers: as in `rank_components`.
+        senders, receivers, route: as in `rank_paths`.
+        positions, directions, metric, batch_rows: as in the function to plan; not `positions` for paths, whose nodes have their
+            own.
 
     Raises:
         FeatpatchError: unusable input, or arguments of different functions.
@@ -63,9 +65,9 @@ def plan(
         study, _ = feature_study(model, saes, some, asked)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     counts, tried, seconds = np.zeros(3), 0, 0.0
-    nodes: set[Node] = set()
+    nodes: Counter[Node] = Counter()
     for swaps, blocks in study.work():
-        nodes.update(node for swap in swaps for node in swap.nodes if node.kind in ("feature", "head", "neuron", "edge"))
+        nodes.update(node for swap in swaps for node in swap.nodes if node.kind in RANKED)
         counts += sweep.cost(blocks)
         if not tried:
             tried, seconds = sweep.trial(blocks)
@@ -79,7 +81,7 @@ def plan(
         memory=study.memory,
         seconds=seconds * flops / tried if tried else 0.0,
         fast=study.fast,
-        features=len(nodes),
+        nodes=_in_all(nodes, len(some), len(pairs)),
         estimate_seconds=estimation_time(model, saes, pairs, positions, study.directions, leading(metric)) if screens else None,
         counted=len(some),
         pairs=len(pairs),
@@ -87,8 +89,23 @@ def plan(
     )
 
 
+def _in_all(counted: "Counter[Node]", some: int, pairs: int) -> int:
+    """Estimate how many nodes differ in any of all pairs, from the number of counted pairs in which each does.
+
+    The estimate that ecologists make of the species in more samples, from those seen in one and in two samples (Chao et al.
+    2014, Ecological Monographs 84:45, incidence data). Exact if all pairs were counted.
+    """
+    seen, once, twice = len(counted), *(sum(count == times for count in counted.values()) for times in (1, 2))
+    if some == pairs or not once:
+        return seen
+    unseen = (some - 1) / some * (once**2 / (2 * twice) if twice else once * (once - 1) / 2)
+    if not unseen:
+        return seen
+    return round(seen + unseen * (1 - (1 - once / (some * unseen + once)) ** (pairs - some)))
+
+
 def _of_all_lengths(pairs: Pairs) -> Pairs:
-    """Return the pairs that are counted, in their order."""
+    """Return the pairs to count, in their original order."""
     by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index]))
     chosen = {by_length[place] for place in np.linspace(0, len(pairs) - 1, min(COUNTED, len(pairs))).round().astype(int)}
     return Pairs(tuple(pairs[index] for index in sorted(chosen)))
@@ -100,7 +117,7 @@ def _check_one_function(
     """Refuse arguments that no single function takes.
 
     Raises:
-        FeatpatchError: there are some.
+        FeatpatchError: the arguments belong to different functions.
     """
     paths = senders is not None or receivers is not None
     given = {"sites": sites, "layers": layers, "senders": senders, "receivers": receivers}
@@ -111,6 +128,6 @@ def _check_one_function(
     allowed = {"senders", "receivers"} if paths else {"saes"} if saes is not None else {"sites", "layers"}
     if not set(named) <= allowed or (paths and len(allowed & set(named)) < 2):
         raise FeatpatchError(
-            f"fp.plan with {', '.join(named)}: expected senders and receivers with route for paths, saes for features, or "
-            "saes=None with sites and layers for components; plan one ranking at a time"
+            f"fp.plan with {', '.join(named)}: expected senders and receivers, with route but without positions, for paths; "
+            "saes for features; or saes=None, with sites and layers, for components; plan one ranking at a time"
         )

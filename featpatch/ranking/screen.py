@@ -16,11 +16,11 @@ from featpatch.patching import Study
 TOP = 20
 """The ranking that a target is about unless another is asked for."""
 NEARLY_ALL = 0.8
-"""Above this share of the candidates the full sweep costs hardly more than a screened one."""
+"""The share of the candidates above which the full sweep costs hardly more than a screened one."""
 USEFUL = 0.5
-"""A sample that could not prove at best that so much of the true top was run is warned of."""
+"""The share of the true top that a sample must be able to prove was run; with a smaller sample there is a warning."""
 CONFIDENCE = 0.95
-"""Of `Effects.audit` by default."""
+"""The default confidence of `Effects.audit`."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +95,24 @@ def screened(
 
 
 def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> None:
-    """Warn, before anything is run, of a screen that costs as much as the full sweep, or whose audit can prove little."""
+    """Warn, before any patch is run, of a screen that costs as much as the full sweep, or whose audit can prove little."""
     about: dict[str, Any] = {"top": top, "confidence": CONFIDENCE, "looks": looks}
     least = min(screen.audit, rest) if screen.target is None else needed(rest, screen.target, **about)
     run = candidates - rest + least
     if run > NEARLY_ALL * candidates:
         sized = (
-            f"k={screen.k} and audit={screen.audit} run" if screen.target is None else f"target={screen.target} takes at least"
+            f"k={screen.k} and audit={screen.audit}" if screen.target is None else f"target={screen.target} and k={screen.k}"
         )
         told = (
-            f"{sized} {run:,} of {candidates:,} candidates, beside the estimates: the full sweep costs hardly more "
-            f"and misses nothing; give exact='all', or a smaller {'k or audit' if screen.target is None else 'target'}"
+            f"{sized} mean that {'' if screen.target is None else 'at least '}{run:,} of {candidates:,} candidates are run, in "
+            "addition to the estimates: the full sweep costs hardly more and misses nothing; give exact='all', or a smaller "
+            f"{'k or audit' if screen.target is None else 'target or k'}"
         )
     elif screen.target is None and (best := provable(rest, least, **about)) < USEFUL:
         told = (
-            f"audit={screen.audit} of the {rest:,} candidates that estimates put last can prove at best that {best:.0%} of the "
-            f"true top {top} were run, even if none of the sample is that large: expected one that can prove {USEFUL:.0%}, "
-            f"audit={needed(rest, USEFUL, **about)} or more; or rely on the estimates, with this audit as a rough check"
+            f"audit={screen.audit} of the {rest:,} candidates with the smaller estimates can prove at best that {best:.0%} of "
+            f"the true top {top} were run, even if no effect in the sample is large enough for the top {top}: expected "
+            f"audit={needed(rest, USEFUL, **about)} or more, which can prove {USEFUL:.0%}; or take this audit as a rough check"
         )
     else:
         return

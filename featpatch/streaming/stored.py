@@ -99,8 +99,9 @@ class Stored:
         """Compute the pooled effects of every node over all pairs, block by block.
 
         Returns:
-            One row per node, the largest effect first, with the number of pairs in which the node changes and the effects
-            over these alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has them.
+            One row per node, the largest effect first, with the number of pairs in which the node differs and the effects
+            over these pairs alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has
+            them.
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -144,23 +145,21 @@ class Stored:
         ranked = ranked if len(ranked) else table
         values = ranked[by or effect].where(ranked["changed_pairs"] >= least).dropna()
         chosen = ranked.loc[values.sort_values(ascending=False, kind="stable").index[:n]]
-        keys = ["site", "position"]
-        whole = table[table["kind"] == "activation"].set_index(keys)[run]
-        carried = whole.reindex(pd.MultiIndex.from_frame(chosen[keys])).fillna(1.0)
-        carried[(chosen["kind"] == "activation").to_numpy()] = 1.0
-        return self._effects(chosen, len(ranked), carried={self.metric: carried.to_dict("list")})
+        places = ["site", "position"]
+        whole = table[(table["kind"] == "activation") & ~table.index.isin(chosen.index)]
+        whole = whole.merge(chosen[places].drop_duplicates(), on=places)
+        return self._effects(pd.concat([chosen, whole]), len(ranked)).take(range(len(chosen)))
 
     def load(self) -> Effects:
         """Load all nodes as an `Effects` table in memory."""
         table = self.pooled()
         return self._effects(table, int(table["kind"].isin(RANKED).sum()))
 
-    def _effects(self, chosen: pd.DataFrame, ranked: int, **about: Any) -> Effects:
+    def _effects(self, chosen: pd.DataFrame, ranked: int) -> Effects:
         keys = chosen[list(FIELDS)].assign(row=np.arange(len(chosen)))
         entries = pd.concat([part.merge(keys, on=list(FIELDS)) for part in self._entries()], ignore_index=True)
         digest = sha256("".join(self.pairs["digest"]).encode())
         metadata = {**self.about, "metric": self.metric, "metrics": [self.metric], "pairs": digest, "rows_ranked": ranked}
-        metadata |= about
         columns = {name: self.pairs[name].to_numpy() for name in ("clean", "corrupted")}
         columns |= {name: entries[name].to_numpy() for name in ("row", "pair", "denoised", "noised")}
         try:

@@ -1,4 +1,4 @@
-"""Facts of countries: what is the capital of, the language of?"""
+"""Facts about countries: what is the capital, or the language, of a country?"""
 
 from collections.abc import Sequence
 from random import Random

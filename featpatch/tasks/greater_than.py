@@ -1,4 +1,4 @@
-"""Greater-than (Hanna et al. 2023, arXiv 2305.00586): a later year than the one that was named."""
+"""Greater-than (Hanna et al. 2023, arXiv 2305.00586): completing a year later than the one mentioned."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): who of two people receives?"""
+"""Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): which of two people is given something?"""
 
 from collections.abc import Sequence
 from random import Random

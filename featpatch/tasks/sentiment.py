@@ -1,4 +1,4 @@
-"""Sentiment: is what was said of a work praise or blame?"""
+"""Sentiment: is a review of a work positive or negative?"""
 
 from collections.abc import Sequence
 from random import Random

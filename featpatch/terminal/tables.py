@@ -22,7 +22,7 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
     """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run.
 
     Args:
-        by: what the rows are sorted by; its effect is also shown over the pairs in which the node differs.
+        by: what the rows are sorted by; this effect is also shown over the pairs in which the node differs.
     """
     pairs = len(effects.clean)
     table = Table(title=f"{effects.value} effects of {len(effects)} nodes, pooled over {pairs} pairs [95 % interval]")
@@ -38,13 +38,18 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
     if both:
         table.add_column("quadrant", no_wrap=True)
         share = f"{100 * effects.threshold:.4g} %"
-        notes.append(f"quadrant: decided by both intervals at {share} of what the whole hook point carries")
+        notes.append(
+            f"quadrant: directions in which the interval lies above {share} of the effect of the whole activation there (of "
+            "the behaviour, for whole activations and where that has no row); undecided if an interval extends across it"
+        )
     table.add_column("pairs", justify="right")
     own = f"{sorting(by, effects.directions_run())[0]}{WHERE_CHANGED}"
     diluted = bool((effects.changed_pairs < pairs).any())
     if diluted:
-        table.add_column(f"{own.split('_')[0]}\nin these pairs", justify="right", no_wrap=True)
-        notes.append("pairs: in how many the node differs between the runs; last column: pooled over these alone")
+        table.add_column(f"{own.split('_')[0]}\nwhere changed", justify="right", no_wrap=True)
+        notes.append(
+            "pairs: in how many of them the node differs between the runs; where changed: pooled over these pairs alone"
+        )
     table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
         cells = [(node.sae or node.site).replace(" -> ", " ->\n"), _named(node), str(node.position)]
@@ -83,7 +88,7 @@ def planned(plan: Plan) -> Table:
         ("memory of a forward pass", f"{plan.memory / 2**20:,.0f} MiB"),
         ("time, from one batch run now", str(timedelta(seconds=math.ceil(plan.seconds)))),
         ("forward pass", "fast" if plan.fast else "the model's own"),
-        *([] if plan.counted == plan.pairs else [("counted", f"{plan.counted} of {plan.pairs:,} pairs, and scaled up")]),
+        *([] if plan.counted == plan.pairs else [("counted", f"{plan.counted} of {plan.pairs:,} pairs, scaled up to all")]),
         *(_beside(plan) if plan.screens else []),
     ])  # fmt: skip
 
@@ -112,7 +117,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     seconds = plan.screened_seconds(k, audit)
     if seconds is None:
         return [("screened sweep", "none: the metric has no gradient")]
-    share = f"estimates, then {k} + {audit} of {plan.features:,} features"
+    share = f"estimates, then {k} + {audit} of {plan.nodes:,} features"
     better = "the full sweep" if plan.seconds <= seconds else "exact='screened', with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 

@@ -50,7 +50,7 @@ class DictionaryPart(Part):
     dictionary: Dictionary
 
     def difference(self, run: PairRuns) -> Difference:
-        """Between the runs of a pair, worked out once."""
+        """Return the difference between the runs of a pair, computed once."""
         return run.once(self, lambda: Difference.of(self.dictionary, run.ways, run.first))
 
     @property

@@ -20,10 +20,10 @@ CLEAN_FIRST = DIRECTIONS[::-1]
 """What the lens finds out about the model at its first run is not to be found out in a noisy one."""
 
 TOKENS_AT_ONCE = 512
-"""Tokens that run together."""
+"""The largest number of tokens of several pairs that share a forward pass."""
 
 KEPT, KEPT_SHARE = 2**30, 1 / 8
-"""Bytes of runs that are kept to be used again, at most, and at most this share of the free memory."""
+"""The largest number of bytes of runs kept for reuse, and the largest share of the free memory."""
 
 Found = TypeVar("Found")
 
@@ -37,7 +37,7 @@ class PairRuns:
         wanted: the positions to swap at.
         ways: from which run into which, by direction.
         bases: the run that is patched, by direction, for each reading.
-        found: what parts of the study have worked out from the runs, by part.
+        found: what the parts of the study have computed from the runs, by part.
     """
 
     pair: Pair
@@ -48,7 +48,7 @@ class PairRuns:
     found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, part: Any, find: Callable[[], Found]) -> Found:
-        """Return what a part works out from the runs, from an earlier call if there was one."""
+        """Return what a part computes from the runs; `find` is called only the first time."""
         if part not in self.found:
             self.found[part] = find()
         return self.found[part]
@@ -143,13 +143,13 @@ class Runner:
 
 @dataclass
 class Kept:
-    """Runs of pairs, made once as long as there is room for them, with all that is worked out from them.
+    """Runs of pairs, with all that is computed from them, kept for reuse as long as there is room.
 
-    The groups that come first are kept, because every sweep goes through all groups in the same order, and the latest one.
+    The first groups are kept, because every sweep goes through all groups in the same order, and so is the latest one.
 
     Attributes:
         run: runs some pairs.
-        traced: bytes that the engine keeps of each token of a run, at most.
+        traced: bytes that the engine keeps per token of a run, at most.
         room: bytes that may be kept, besides the latest group.
     """
 
@@ -163,7 +163,7 @@ class Kept:
         """Return the runs of some pairs."""
         if some not in self._kept:
             if self._latest is not None:
-                size = self._size(self._kept[self._latest])  # only now, with what was worked out from it
+                size = self._size(self._kept[self._latest])  # only now, including what was computed from it
                 if size > self.room:
                     del self._kept[self._latest]
                 else:

@@ -66,7 +66,7 @@ class Study:
         rows: rows of one forward pass.
         memory: bytes that such a pass takes at its peak, estimated.
         runner: how pairs are run.
-        runs: both runs of some pairs; made once, as long as there is room for them.
+        runs: both runs of some pairs, kept for reuse as long as there is room.
         remade: what else it is made with again, elsewhere.
     """
 
@@ -246,7 +246,7 @@ class Study:
                     )
 
     def _prepared(self, some: list[int]) -> list[PairRuns]:
-        """Run some pairs as the engine needs them, always together, so that rounding is the same each time."""
+        """Run some pairs and prepare them for the engine, always together, so that rounding is the same each time."""
         runs = self.runs(tuple(some))
         self.path.prepare([base for direction in DIRECTIONS for run in runs for base in run.bases[direction]])
         return runs
@@ -278,7 +278,7 @@ class Study:
 
 
 def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str, Any]) -> Study:
-    """The same study in another process, which goes through the pairs once."""
+    """Make the same study in another process, which needs each pair only once and keeps no runs."""
     study = Study.of(lens, parts, pairs=pairs, **remade)
     study.runs.room = 0
     return study

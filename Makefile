@@ -1,4 +1,4 @@
-.PHONY: check format lint types test coverage mutants demo docs claims
+.PHONY: check format lint types test extended coverage mutants demo docs claims
 
 check: format lint types test
 
@@ -13,6 +13,9 @@ types:
 
 test:
 	pytest
+
+extended:
+	pytest -m "extended or not extended"
 
 coverage:
 	pytest --cov=featpatch --cov-report=term:skip-covered

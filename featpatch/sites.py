@@ -117,7 +117,7 @@ def component(layer: int, name: str) -> str:
 
 def is_component(site: str, *names: str) -> bool:
     """Whether a site is the hook of one of these components, in any block."""
-    return site.split(".", 2)[-1] in [COMPONENTS[name] for name in names]
+    return within(site) in [COMPONENTS[name] for name in names]
 
 
 def check_components(names: Any, positions: Any) -> list[str]:

@@ -1,4 +1,8 @@
-"""Shapes in annotations are checked while the tests run; all models here are small, random and float64."""
+"""Shapes in annotations are checked while the tests run; all models here are small, random and float64.
+
+There are two tiers. `pytest` runs of every test that is parametrized over several things a diagonal, in which every value of each
+occurs; `pytest -m extended` runs the other combinations, and the tests marked so because they are slow.
+"""
 
 import os
 import shutil
@@ -20,6 +24,35 @@ import torch.nn.functional as F
 from small import Small, small_bridge, small_hooked
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is not on the diagonal of its test as extended."""
+    of_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in of_test.values():
+        kept = diagonal([values(item) for item in cases])
+        for number, item in enumerate(cases):
+            if number not in kept:
+                item.add_marker("extended")
+
+
+def values(item: pytest.Item) -> set[tuple[str, int]]:
+    """What a test is parametrized with: the names of its parameters and the identities of their values."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {"": None}
+    return {(name, id(value)) for name, value in parameters.items()}
+
+
+def diagonal(cases: list[set[tuple[str, int]]]) -> set[int]:
+    """Numbers of a few cases in which every value occurs: always the case that adds the most values, the first of equals."""
+    missing, kept = set().union(*cases), set[int]()
+    while missing:
+        best = max(range(len(cases)), key=lambda number: (len(missing & cases[number]), -number))
+        kept.add(best)
+        missing -= cases[best]
+    return kept
 
 
 @pytest.fixture(scope="session", params=["bridge", "hooked"])

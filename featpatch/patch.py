@@ -13,14 +13,10 @@ from featpatch.untrusted import visible
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
 """The kind of a node. `feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`:
-every
-feature, with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one attention
-head
-of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several features together, by their
-number
-in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through another, see
-`Edge`.
-`rest`: the complement of the named nodes of a dictionary in the activation."""
+every feature, with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one
+attention head of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several features together,
+by their number in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through
+another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation."""
 
 RANKED = ("feature", "head", "neuron", "edge")
 """The kinds of nodes that are ranked among one another."""

@@ -35,8 +35,7 @@ class Shards(Protocol):
         """Run a batch of a shard, and return its values, flat, float64.
 
         Returns None if this process divides the shard into other batches: rounding may decide whether a feature differs at all,
-        and so
-        how patches are packed.
+        and so how patches are packed.
         """
 
 

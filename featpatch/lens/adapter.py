@@ -78,8 +78,7 @@ def adapt(
 
     Raises:
         FeatpatchError: the object has no `encode` or no `decode`, is a class or a sae-lens object, or a hook point, the width
-            or
-            the skip path is not valid.
+            or the skip path is not valid.
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an object of it")

@@ -21,8 +21,7 @@ class Behaviour:
     Attributes:
         rowwise: whether each position is encoded on its own, without earlier ones.
         linear: whether a unit of a feature adds to the activation along one fixed direction, whatever the other features and
-            the
-            state are.
+            the state are.
         scaled: whether the amount that it adds depends on the state, in the same proportion for all features.
     """
 

@@ -34,8 +34,7 @@ class BridgeLens(Lens):
         """Resume a run at `layer`, see `Lens.resume`.
 
         The bridge has no `start_at_layer`, so the layers below `layer` return their input, and `layer` receives `resid`. Run
-        this
-        way, Hugging Face itself computes masks, rotary embeddings, soft-caps and the final norm.
+        this way, Hugging Face itself computes masks, rotary embeddings, soft-caps and the final norm.
         """
         blocks = self.model.blocks
         with self._skipping(blocks[:layer]), _entering(blocks[layer], resid), answering(self.model.unembed, answers):

@@ -133,8 +133,7 @@ class Dictionary:
 
         Rows of the weights are used if `decode` maps random sums of features to the same sums of rows, up to a common factor;
         otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this direction
-        in
-        every state, times the gain of the state.
+        in every state, times the gain of the state.
         """
         features, back = features.unique(return_inverse=True)
         found = self._directions(features)

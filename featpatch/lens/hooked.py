@@ -21,8 +21,7 @@ class HookedLens(Lens):
         """Resolve the name of a hook point, see `Lens.site`.
 
         The output of a module is read where it is added to the residual stream, because HookedTransformer has no separate hook
-        point
-        for it.
+        point for it.
 
         Raises:
             FeatpatchError: the model has no such hook point, or has a norm after the module.

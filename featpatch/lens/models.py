@@ -29,13 +29,11 @@ def load_model(
 
     Args:
         source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a TransformerLens model. A compiled model
-            is
-            replaced by the module that was passed to torch.compile.
+            is replaced by the module that was passed to torch.compile.
         tokenizer: the tokenizer of a Hugging Face model in memory, or of a model that comes without one.
         device, dtype: the device and the dtype of a model that is loaded by name or from a folder.
         processing: the weight processing of a TransformerBridge that is made here, from `training.PROCESSED`; none by default.
-            A
-            model in memory is copied first.
+            A model in memory is copied first.
 
     Raises:
         FeatpatchError: there is no such model, it can't be loaded, or it can't be patched.

@@ -12,8 +12,7 @@ def packed(thing: Any) -> bytes:
     """Pickle an object, so that `unpacked` restores it in a process with the same libraries.
 
     Hugging Face's models hold hooks that refer to a context variable of their module; every process has its own, so the
-    variable
-    is pickled as a reference.
+    variable is pickled as a reference.
 
     Raises:
         FeatpatchError: something can't be pickled.

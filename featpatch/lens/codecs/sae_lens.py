@@ -63,8 +63,7 @@ class SaeCodec(Codec):
 
     Raises:
         FeatpatchError: the object is a layer of a cross-layer transcoder, a size is below 1, a normalisation is neither folded
-            in
-            nor known, or the weights have another dtype than the SAE's own `dtype`.
+            in nor known, or the weights have another dtype than the SAE's own `dtype`.
     """
 
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
@@ -179,9 +178,8 @@ def _is_summed(sae: Any) -> bool:
     """Return whether a transcoder is one layer of a cross-layer transcoder, with the decoders of all layers summed.
 
     sae-lens has no field that says so. It can be recognised by the name on Neuronpedia, by weights that still have a layer
-    axis,
-    or by the metadata that sae-lens' loader for these transcoders leaves: in the form before version 6 and without the training
-    prompts, which all others have.
+    axis, or by the metadata that sae-lens' loader for these transcoders leaves: in the form before version 6 and without the
+    training prompts, which all others have.
     """
     said = sae.cfg.metadata
     if re.search(r"\bclts?\b", f"{said.neuronpedia_id} {said.model_name} {said.hook_name} {said.hook_name_out}".lower()):

@@ -48,8 +48,7 @@ def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lam
 def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) -> Iterator[None]:
     """Make a hook point of the model call `hook` in this thread, until the context ends.
 
-    The hook is recorded at the same moment, so that no thread mistakes it for a hook of the user. `reset_hooks` does not remove
-    it.
+    The hook is recorded at once, so that no thread mistakes it for a hook of the user. `reset_hooks` does not remove it.
     """
     call = in_this_thread(hook)
     with _guard:

@@ -57,7 +57,7 @@ def attend(
 def _hidden(layer: Layer, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
     """Return which keys `[queries, keys]` are hidden from the queries; None if all are seen.
 
-    Hidden are later keys, and those outside the attention window.
+    Later keys are hidden, and so are keys beyond the attention window.
     """
     if queries == 1 and (layer.window is None or keys <= layer.window):
         return None

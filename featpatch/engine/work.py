@@ -33,7 +33,7 @@ class BaseRun:
 
 @dataclass(frozen=True)
 class Block:
-    """Patches of one base run at one hook point.
+    """A block of patches, all of one base run at one hook point (not a transformer layer).
 
     Attributes:
         name: a description of the patches that is unique within the base run.

@@ -20,8 +20,8 @@ class HookedLens(Lens):
     def site(self, name: str) -> str:
         """Resolve the name of a hook point, see `Lens.site`.
 
-        The output of a module is read where it is added to the residual stream, because HookedTransformer has no separate hook
-        point for it.
+        The output of a module is read where it is added to the residual stream, because HookedTransformer has no hook point for
+        it.
 
         Raises:
             FeatpatchError: the model has no such hook point, or has a norm after the module.

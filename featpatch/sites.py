@@ -28,7 +28,9 @@ STANDARD = re.compile(rf"blocks\.([0-9]{{1,6}})\.({'|'.join(map(re.escape, ENTRI
 
 
 def entry(site: str) -> tuple[int, str] | None:
-    """Return the layer and the place in it (see `ENTRIES`) where a change enters; None inside attention or the MLP."""
+    """Return the layer and the place in it (see `ENTRIES`) where a change enters; None for hook points that are not listed
+    there.
+    """
     match = STANDARD.fullmatch(site)
     if match is None:
         return None
@@ -70,7 +72,10 @@ def order(place: tuple[int, str]) -> tuple[int, bool]:
 
 
 def comes_in(site: str) -> tuple[int, str] | None:
-    """Return the place at which the output of a hook point is in the residual stream; None inside attention or the MLP."""
+    """Return the layer and the place at which the output of a hook point has been added to the residual stream.
+
+    Returns None for hook points that are not in `ENTRIES`.
+    """
     found = entry(site)
     return found and (found[0], "mid" if found[1] == "z" else found[1])
 

@@ -48,7 +48,7 @@ class Plan:
         )
 
     def screened_seconds(self, k: int, audit: int) -> float | None:
-        """Estimate the seconds that `exact="screened"` takes with these numbers of features; None without gradient estimates."""
+        """Estimate the seconds that `exact="screened"` takes with these numbers of features; None without gradients."""
         if self.estimate_seconds is None:
             return None
         return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.nodes))

@@ -28,9 +28,7 @@ STANDARD = re.compile(rf"blocks\.([0-9]{{1,6}})\.({'|'.join(map(re.escape, ENTRI
 
 
 def entry(site: str) -> tuple[int, str] | None:
-    """Return the layer and the place in it (see `ENTRIES`) where a change enters; None for hook points that are not listed
-    there.
-    """
+    """Return the layer and the place in it (see `ENTRIES`) where a change enters; None for other hook points."""
     match = STANDARD.fullmatch(site)
     if match is None:
         return None

@@ -17,7 +17,7 @@ class FeatpatchError(ValueError):
 
 
 class FeatpatchWarning(UserWarning):
-    """A warning of featpatch, whose text may hold names from foreign files."""
+    """Warning of featpatch, whose text may hold names from untrusted files."""
 
     def __str__(self) -> str:
         return visible(super().__str__())
@@ -27,7 +27,7 @@ def check_numbers(least: int, /, **given: object) -> None:
     """Check that each argument is an integer from `least` to `MAX_INTEGER`.
 
     Raises:
-        FeatpatchError: an argument is not.
+        FeatpatchError: an argument is not such an integer.
     """
     for name, value in given.items():
         if type(value) is not int or value < least:
@@ -40,7 +40,7 @@ def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:
     """Check that each argument is an instance of a class, or of one of several.
 
     Raises:
-        FeatpatchError: an argument is not.
+        FeatpatchError: an argument is of another type.
     """
     for name, value in given.items():
         if not isinstance(value, kind):

@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_DEPTH = 20
-"""The deepest nesting of JSON that is read; more than any file of ours needs."""
+"""The deepest nesting of JSON that is read; more than any file of featpatch needs."""
 
 
 def as_path(path: object) -> Path:
@@ -51,7 +51,7 @@ def as_path(path: object) -> Path:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Context manager that yields a temporary file, which replaces `path` if the block ends without an exception.
+    """Yield a temporary file, which replaces `path` if the context ends without an exception.
 
     At any moment `path` holds either the old file or the complete new one. Symbolic links are followed. A device or a pipe,
     such as /dev/stdout, is written to directly.
@@ -70,10 +70,10 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 def write_csv(path: str | Path, frame: "pd.DataFrame") -> None:
-    """Write a table as CSV, whole or not at all, with no cell that a spreadsheet takes for a formula.
+    """Write a table as CSV, completely or not at all, without cells that a spreadsheet would run as formulas.
 
     Raises:
-        FeatpatchError: the path is a folder, or nothing can be written there.
+        FeatpatchError: the path is a folder or can't be written to.
     """
     with writing(path) as file:
         for_spreadsheets(frame).to_csv(file, index=False)
@@ -94,7 +94,10 @@ def check_writable(path: str | Path) -> None:
 def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the file to write, and an empty temporary file beside it with the same permissions, deleted on exit.
 
-    Both are the same for a device or a pipe.
+    For a device or a pipe, both are the path itself.
+
+    Raises:
+        FeatpatchError: the path is a folder or can't be written to.
     """
     try:
         if path.is_dir():
@@ -134,7 +137,10 @@ HELD: WeakValueDictionary[tuple[int, int, int, int], Lock] = WeakValueDictionary
 
 
 def lock(path: Path) -> Lock | None:
-    """Lock a file or folder against other processes and threads for as long as the result exists; None without locks here.
+    """Lock a file or folder against other processes and threads for as long as the result exists.
+
+    Returns:
+        The lock; None if the platform or the file system has no locks.
 
     Raises:
         BlockingIOError: another process or thread holds the lock.
@@ -160,7 +166,7 @@ def sha256(content: bytes) -> str:
 
 
 def read_json(text: str) -> Any:
-    """Parse JSON that somebody else may have written.
+    """Parse JSON from an untrusted source.
 
     Raises:
         ValueError: the text is not JSON, is nested too deeply, or holds a lone surrogate, which can't be written to a file.

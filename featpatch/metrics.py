@@ -19,62 +19,65 @@ Logits = Float[torch.Tensor, "rows d_vocab"]
 Values = Float[torch.Tensor, " rows"]
 
 Metric = Callable[[Logits, Sequence[int], Sequence[int]], Values]
-"""`metric(logits, correct, wrong)`: logits at the answer position, ids of the right and of the wrong answers.
+"""A metric `metric(logits, correct, wrong)`, given the logits at the answer position and the ids of correct and wrong answers.
 
 A function with one required argument is called as in TransformerLens instead: prompt by prompt, with logits `[1, 1, d_vocab]`,
-and returns one value.
-"""
+and returns one value."""
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
-"""`metric(logits, clean)`, a metric that compares with the logits of the pair's clean run."""
+"""A metric `metric(logits, clean)` that compares logits with those of the pair's clean run."""
 
 Needs = Literal["answers", "vocabulary", "clean"]
-"""Which logits a metric reads: those of the answers, all, or all and those of the clean run."""
+"""The logits that a metric reads: those of the answers, those of the vocabulary, or those of the vocabulary and of the clean
+run."""
 
 FORMS = (
     "metric(logits [rows, d_vocab], correct, wrong) -> [rows], given the logits at the answer position and the answers' ids; "
     "or metric(logits [1, 1, d_vocab]) -> one value, given one prompt's logits at its answer position, without answers or "
     "clean logits of a batch stored in it"
 )
-"""The forms of a metric function, for error messages."""
+"""The accepted forms of a metric function, for error messages."""
 
 ROUNDING = 1e-2
-"""How much rounding may change the metric of a prompt when other prompts are in the batch, relative to its size."""
+"""Tolerated change of a prompt's metric by rounding when other prompts are in the batch, relative to its size."""
 
 
 def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """Mean logit of the correct answers minus mean logit of the wrong ones (Wang et al. 2022, arXiv 2211.00593)."""
+    """Return the mean logit of the correct answers minus that of the wrong ones (Wang et al. 2022, arXiv 2211.00593)."""
     return logits[:, list(correct)].mean(-1) - logits[:, list(wrong)].mean(-1)
 
 
 def prob_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """Probability of all correct answers together minus that of all wrong ones (Hanna et al. 2023, arXiv 2305.00586)."""
+    """Return the probability of all correct answers minus that of all wrong ones (Hanna et al. 2023, arXiv 2305.00586)."""
     p = _log_softmax(logits).exp()
     return p[:, list(correct)].sum(-1) - p[:, list(wrong)].sum(-1)
 
 
 def prob(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """Probability of all correct answers together."""
+    """Return the total probability of the correct answers."""
     return log_prob(logits, correct, wrong).exp()
 
 
 def log_prob(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """Natural logarithm of the probability of all correct answers together."""
+    """Return the natural logarithm of the total probability of the correct answers."""
     return _log_softmax(logits)[:, list(correct)].logsumexp(-1)
 
 
 def neg_rank(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """Minus the number of tokens with a larger logit than the best correct answer; 0 if the best correct answer comes first."""
+    """Return minus the number of tokens with a larger logit than the best correct answer.
+
+    It is 0 if the best correct answer comes first.
+    """
     return -(logits > logits[:, list(correct)].amax(-1, keepdim=True)).sum(-1).double()
 
 
 def accuracy(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
-    """1 if no token has a larger logit than the best correct answer, else 0."""
+    """Return 1 if no token has a larger logit than the best correct answer, else 0."""
     return (neg_rank(logits, correct, wrong) == 0).double()
 
 
 def neg_kl(logits: Logits, clean: Float[torch.Tensor, "1 d_vocab"]) -> Values:
-    """-KL(clean || patched) over the vocabulary, in nats: 0 for the clean run. Its gradient is zero there."""
+    """Return -KL(clean || patched) over the vocabulary, in nats: 0 for the clean run, where its gradient is zero."""
     p, q = _log_softmax(clean), _log_softmax(logits)
     return (p.exp() * (q - p)).sum(-1)
 
@@ -84,7 +87,9 @@ class Measure:
     """A metric with its name.
 
     Attributes:
-        needs: which logits it reads; other logits are not computed.
+        name: the name of the metric.
+        metric: the function.
+        needs: the logits that it reads; other logits are not computed.
     """
 
     name: str
@@ -92,10 +97,10 @@ class Measure:
     needs: Needs
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the ids whose logits are needed; None for the whole vocabulary.
+        """Return the token ids whose logits are needed; None for the whole vocabulary.
 
         Raises:
-            FeatpatchError: the metric compares right answers with wrong ones, and there are no wrong ones.
+            FeatpatchError: the metric compares correct answers with wrong ones, and there are no wrong ones.
         """
         if self.metric in (logit_diff, prob_diff) and not wrong:
             raise FeatpatchError(
@@ -114,7 +119,7 @@ class Measure:
         """Compute the metric of logits at the answer position, `[rows]`, on their device, with its gradient.
 
         Raises:
-            FeatpatchError: the metric fails or does not give one finite real number per row.
+            FeatpatchError: the metric fails or does not return one finite real number per row.
         """
         if self.needs == "clean":
             assert clean is not None
@@ -146,7 +151,7 @@ class Measure:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, " rows"]:
-        """Compute the metric of logits at the answer position, float64 on the CPU.
+        """Compute the metric of logits at the answer position, as float64 on the CPU.
 
         Raises:
             FeatpatchError: see `of`.
@@ -167,11 +172,11 @@ class Measures:
 
     @property
     def reads_clean(self) -> bool:
-        """Whether one of them reads the logits of the clean run."""
+        """Whether any of the metrics reads the logits of the clean run."""
         return any(part.needs == "clean" for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the ids whose logits any of the metrics needs; None for the whole vocabulary.
+        """Return the token ids whose logits any of the metrics needs; None for the whole vocabulary.
 
         Raises:
             FeatpatchError: see `Measure.columns`.
@@ -186,10 +191,10 @@ class Measures:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, "rows metrics"]:
-        """Compute every metric of logits at the answer position, float64 on the CPU.
+        """Compute every metric of logits at the answer position, as float64 on the CPU.
 
         Raises:
-            FeatpatchError: a metric does not give one finite value per row.
+            FeatpatchError: a metric does not return one finite value per row.
         """
         answers = logits if self.columns(correct, wrong) is not None else logits[:, [*correct, *wrong]]
         values = [part(answers if part.needs == "answers" else logits, correct, wrong, clean) for part in self.parts]
@@ -215,9 +220,10 @@ MEASURES = {
 
 
 def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = "here") -> Measure:
-    """Return the metric of a name, or a function as a metric.
+    """Return the metric with a given name, or a metric function as a `Measure`.
 
     Args:
+        metric: a name, or a function.
         refused: names of metrics that the caller does not support.
         use: where they are not supported, and why, for the error.
 
@@ -238,13 +244,14 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
 def together(
     metric: "str | Metric | Sequence[str | Metric]", refused: Collection[str] = SEQUENCES, use: str = "here"
 ) -> Measures:
-    """Return one metric or several, to be read from the same logits.
+    """Return one or several metrics that are read from the same logits.
 
     Args:
+        metric: a name or function, or several.
         refused, use: as in `find`.
 
     Raises:
-        FeatpatchError: no metric, one that `find` refuses, or two of the same name.
+        FeatpatchError: there is no metric, `find` rejects one, or two have the same name.
     """
     several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
     parts = tuple(find(one, refused, use) for one in several)
@@ -261,12 +268,13 @@ def _name(metric: Metric) -> str:
 
 
 def _reads_one_prompt(metric: Metric, name: str) -> bool:
-    """Tell by its signature whether a function takes only logits, as in TransformerLens, or also correct and wrong answers.
+    """Return whether a function takes only logits, as in TransformerLens, judging by its signature.
 
-    Optional arguments keep their defaults, unless they are named `correct` and `wrong`.
+    Otherwise it takes correct and wrong answers too. Optional arguments keep their defaults, unless they are named `correct`
+    and `wrong`.
 
     Raises:
-        FeatpatchError: the signature is unknown, or that of neither form.
+        FeatpatchError: the signature is unknown, or matches neither form.
     """
     try:
         signature = inspect.signature(metric.forward if isinstance(metric, torch.nn.Module) else metric)
@@ -308,7 +316,11 @@ def _called(
 
 
 def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
-    """Convert the value of one prompt to a tensor without axes."""
+    """Convert the value of one prompt to a tensor without axes.
+
+    Raises:
+        FeatpatchError: the value is not a single real number.
+    """
     found = torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
     if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
         what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
@@ -317,11 +329,14 @@ def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
 
 
 def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tensor, value: torch.Tensor) -> None:
-    """Refuse a function that stores the answers or clean logits of a whole batch, to which one prompt would be broadcast.
+    """Check that a function does not store the answers or clean logits of a whole batch.
 
-    The function is called on two and three prompts, made by reordering the logits, and must return the value of each prompt, or
-    their mean, their sum, or the first. It is also called on two and three positions, which must not fail on a shape. Both
-    numbers are tried because the stored batch may have the size of one of them.
+    One prompt would be broadcast to them. The function is called on two and three prompts, made by reordering the logits, and
+    must return the value of each prompt, or their mean, their sum, or the first. It is also called on two and three positions,
+    which must not fail on a shape. Both numbers are tried because the stored batch may have the size of one of them.
+
+    Raises:
+        FeatpatchError: the function returns something else, or fails on a shape.
     """
     rows = torch.stack([row, row.flip(0), row.roll(1)])
     alone = [value, *(_single(call(other[None, None]), name, other) for other in rows[1:])]
@@ -345,5 +360,5 @@ def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tens
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Log-softmax over the vocabulary, in float32 at least."""
+    """Return the log-softmax over the vocabulary, in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

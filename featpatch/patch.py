@@ -1,6 +1,6 @@
 """Nodes, edges and patches: plain hashable data without tensors, so that plans can be saved and compared.
 
-A *node* is something at a hook site whose value can be taken from another run. A *patch* is a set of nodes that are
+A *node* is something at a hook point whose value can be taken from another run. A *patch* is a set of nodes that are
 swapped together.
 """
 
@@ -12,39 +12,43 @@ from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.untrusted import visible
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
-"""`feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`: every feature
-with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one attention head of
-the activation at a hook of attention. `neuron`: one neuron of an MLP. `set`: several features together, by their number in the
-call that names them. `random`: a random direction, a control. `edge`: what one node does through
-another, see `Edge`. `rest`: what the named nodes of a dictionary leave of the activation."""
+"""The kind of a node. `feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`:
+every feature, with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one
+attention head of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several features together,
+by their number in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through
+another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation."""
 
 RANKED = ("feature", "head", "neuron", "edge")
-"""The kinds that are ranked among one another."""
+"""The kinds of nodes that are ranked among one another."""
 
 INDEXED = ("feature", "head", "neuron", "set", "random")
-"""The kinds of which a site has many, by index."""
+"""The kinds of nodes of which a hook point has many, told apart by an index."""
 
 COMPONENTS = ("activation", "head", "neuron")
-"""The kinds that belong to no dictionary."""
+"""The kinds of nodes that belong to no dictionary."""
 
 Position = int | str
 """A token index, `"all"` (every position at once), or a label of the pairs such as `"S2"`."""
 
 Direction = Literal["denoising", "noising"]
-"""`denoising`: clean values into the corrupted run (sufficient?). `noising`: corrupted values into the clean run
+"""`denoising`: patch clean values into the corrupted run (sufficient?). `noising`: patch corrupted values into the clean run
 (necessary?)."""
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 Effect = Literal["recovery", "degradation"]
-"""What is measured in a direction, as a share of the behaviour."""
+"""The effect that is measured in a direction, as a fraction of the behaviour."""
 
 EFFECTS: dict[Effect, Direction] = {"recovery": "denoising", "degradation": "noising"}
 """The direction in which each effect is measured."""
 
 
 def check_directions(directions: Any) -> tuple[Direction, ...]:
-    """The directions that are asked for, denoising first; raises FeatpatchError for anything else."""
+    """Return the directions that are asked for, denoising first.
+
+    Raises:
+        FeatpatchError: `directions` is anything but a list of one or both directions.
+    """
     if not isinstance(directions, Sequence) or not directions or not set(directions) <= set(DIRECTIONS):
         raise FeatpatchError(f"directions={directions!r}: expected 'denoising', 'noising' or both, in a list")
     return tuple(direction for direction in DIRECTIONS if direction in directions)
@@ -52,9 +56,9 @@ def check_directions(directions: Any) -> tuple[Direction, ...]:
 
 @dataclass(frozen=True)
 class Node:
-    """One swappable value: `kind` (and `index`, for a feature) of dictionary `sae` at hook `site` and `position`.
+    """A value that can be patched: `kind` (and `index`, for a feature) of dictionary `sae` at hook point `site` and `position`.
 
-    `sae` is the name of the dictionary; it may be empty where only one dictionary writes to the site.
+    `sae` is the name of the dictionary; it may be empty if only one dictionary writes to the hook point.
     """
 
     site: str
@@ -88,7 +92,7 @@ class Node:
 
 
 LOGITS = Node("logits", "activation")
-"""What receives everything that reaches the unembedding."""
+"""The node that receives everything that reaches the unembedding."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Edge(Node):
 
     @classmethod
     def of(cls, sender: Node, receiver: Node) -> "Edge":
-        """Make the edge, at the site of its receiver."""
+        """Make an edge at the hook point of its receiver."""
         return cls(receiver.site, "edge", None, receiver.position, receiver.sae, sender, receiver)
 
     def __str__(self) -> str:
@@ -113,7 +117,7 @@ class Edge(Node):
 
 @dataclass(frozen=True)
 class Patch:
-    """Nodes that are swapped together, at one site or at several."""
+    """Nodes that are swapped together, at one hook point or several."""
 
     nodes: tuple[Node, ...]
 

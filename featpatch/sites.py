@@ -1,7 +1,7 @@
-"""Hook sites: the only file that spells TransformerLens hook names.
+"""Names of hook points: the only module that spells them out.
 
-A site is the full hook name, e.g. `blocks.3.hook_resid_pre`. Names are always those of TransformerLens; the aliases of
-TransformerBridge (`blocks.3.hook_in`) are turned into them by `canonical`.
+A `site` is the full name of a hook point, e.g. `blocks.3.hook_resid_pre`. Names are always those of TransformerLens;
+`canonical` converts the aliases of TransformerBridge (`blocks.3.hook_in`) to them.
 """
 
 import re
@@ -19,14 +19,16 @@ ENTRIES = {
     "hook_mlp_out": (1, "pre"),
     "hook_resid_post": (1, "pre"),
 }
-"""Where a change at a site comes into the stream: at the entry of a block, in its attention before W_O, or between its
-attention (after the norm of what attention adds, if there is one) and its MLP. Behind the MLP the next block begins."""
+"""Where a change at a hook point enters the residual stream: in the same layer (0) or the next (1), and at which place there.
+
+The places are the input of the layer ("pre"), its attention before W_O ("z"), and the residual stream between attention and the
+MLP ("mid"), after the norm of attention's output if there is one. The next layer begins after the MLP."""
 
 STANDARD = re.compile(rf"blocks\.([0-9]{{1,6}})\.({'|'.join(map(re.escape, ENTRIES))})")
 
 
 def entry(site: str) -> tuple[int, str] | None:
-    """The block and the place in it (see `ENTRIES`) where a change comes into the stream; None inside attention or MLP."""
+    """Return the layer and the place in it (see `ENTRIES`) where a change enters; None for other hook points."""
     match = STANDARD.fullmatch(site)
     if match is None:
         return None
@@ -35,7 +37,7 @@ def entry(site: str) -> tuple[int, str] | None:
 
 
 def seen_at(hook: str) -> tuple[int, str]:
-    """The last place in the stream (see `ENTRIES`) that an activation of a block depends on."""
+    """Return the last place in the residual stream (see `ENTRIES`) that an activation inside a layer depends on."""
     layer, name = layer_of(hook), hook.split(".", 2)[2]
     if name == "hook_resid_post":
         return layer + 1, "pre"
@@ -49,7 +51,7 @@ def seen_at(hook: str) -> tuple[int, str]:
 
 
 ROUTES = ("direct", "through_mlps")
-"""Ways from a sender to a receiver: along the residual stream alone, or with the MLPs on the way recomputed too."""
+"""Routes from a sender to a receiver: along the residual stream alone, or with the MLPs on the way recomputed too."""
 
 
 def check_route(route: str) -> None:
@@ -63,24 +65,27 @@ def check_route(route: str) -> None:
 
 
 def order(place: tuple[int, str]) -> tuple[int, bool]:
-    """Places in the stream in the order in which it passes them."""
+    """Return a key that sorts places in the order in which the residual stream passes them."""
     return place[0], place[1] == "mid"
 
 
 def comes_in(site: str) -> tuple[int, str] | None:
-    """The place at which what a site adds is in the stream; None inside attention or MLP."""
+    """Return the layer and the place at which the output of a hook point has been added to the residual stream.
+
+    Returns None for hook points that are not in `ENTRIES`.
+    """
     found = entry(site)
     return found and (found[0], "mid" if found[1] == "z" else found[1])
 
 
 def reaches(site: str, hook: str) -> bool:
-    """Whether what is written at a site is seen at a hook, by the stream alone."""
+    """Return whether what is written at one hook point is read at another through the residual stream alone."""
     start = comes_in(site)
     return start is not None and order(start) <= order(seen_at(hook))
 
 
 def is_stream(hook: str) -> bool:
-    """Whether an activation is the residual stream itself."""
+    """Return whether the activation at a hook point is the residual stream itself."""
     return hook.endswith(("hook_resid_pre", "hook_resid_mid", "hook_resid_post"))
 
 
@@ -91,7 +96,7 @@ WHOLE = {
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
 }
-"""Components that are whole activations, by name, and the hook of a block at which each is."""
+"""Components that are whole activations, by name, and the hook point in a layer that holds each."""
 
 COMPONENTS = {
     **WHOLE,
@@ -104,27 +109,28 @@ COMPONENTS = {
     "pattern_entry": "attn.hook_pattern",
     "neurons": "mlp.hook_post",
 }
-"""These and parts of activations, by the names that TransformerLens' patching functions use."""
+"""Whole activations and parts of activations, by the names that TransformerLens' patching functions use."""
 
 SHOWN = ("resid_pre", "attn_out", "mlp_out", "z")
-"""Those that are looked at unless others are asked for."""
+"""The components that are used by default."""
 
 
 def component(layer: int, name: str) -> str:
-    """The hook of a component in a block."""
+    """Return the hook point of a component in a layer."""
     return f"blocks.{layer}.{COMPONENTS[name]}"
 
 
 def is_component(site: str, *names: str) -> bool:
-    """Whether a site is the hook of one of these components, in any block."""
+    """Return whether a hook point is that of one of these components, in any layer."""
     return within(site) in [COMPONENTS[name] for name in names]
 
 
 def check_components(names: Any, positions: Any) -> list[str]:
-    """The names of components, checked.
+    """Return the names of components as a list, after checking them.
 
     Raises:
-        FeatpatchError: an unknown one, none, or entries of the pattern at several positions together.
+        FeatpatchError: a name is unknown or appears twice, there are none, or pattern entries are asked for at several
+            positions together.
     """
     chosen = [names] if isinstance(names, str) or not isinstance(names, Sequence) else list(names)
     unknown = [name for name in chosen if not isinstance(name, str) or name not in COMPONENTS]
@@ -139,7 +145,11 @@ def check_components(names: Any, positions: Any) -> list[str]:
 
 
 def check_layers(layers: Any, n_layers: int) -> list[int]:
-    """The layers that are asked for, all for None; raises FeatpatchError for any that is not there."""
+    """Return layers as a list, after checking that the model has them; None means all.
+
+    Raises:
+        FeatpatchError: a layer does not exist or appears twice, or there are none.
+    """
     every = list(range(n_layers))
     chosen = every if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
     if not chosen or not all(type(layer) is int and layer in every for layer in chosen) or len(set(chosen)) < len(chosen):
@@ -148,62 +158,62 @@ def check_layers(layers: Any, n_layers: int) -> list[int]:
 
 
 EMBEDDING = "hook_embed"
-"""The hook of the embedded tokens, before positions are added."""
+"""The hook point of the embedded tokens, before positions are added."""
 
 
 def resid_pre(layer: int) -> str:
-    """The hook at the entry of a block."""
+    """Return the hook point of the residual stream that enters a layer."""
     return f"blocks.{layer}.hook_resid_pre"
 
 
 def carrier(site: str) -> str:
-    """On a TransformerBridge, the hook at which a change reaches the residual stream.
+    """Return the hook point at which a change reaches the residual stream on a TransformerBridge.
 
-    Its `hook_resid_mid` is the input of the MLP's norm: what is changed there is not added to the stream. What attention
-    adds to the stream is, so a change of `hook_resid_mid` is made at `hook_attn_out`.
+    Its `hook_resid_mid` is the input of the MLP's norm, so a change there is not added to the residual stream. The output of
+    attention is, so a change of `hook_resid_mid` is made at `hook_attn_out`.
     """
     return site.replace("hook_resid_mid", "hook_attn_out") if STANDARD.fullmatch(site) else site
 
 
 def rotary(layer: int) -> tuple[str, str]:
-    """The hooks of TransformerBridge that carry the cosines and sines of rotary positions."""
+    """Return the hook points of TransformerBridge that carry the cosines and sines of rotary positions."""
     return f"blocks.{layer}.attn.hook_cos", f"blocks.{layer}.attn.hook_sin"
 
 
 def resid_post(layer: int) -> str:
-    """The hook at the exit of a block."""
+    """Return the hook point of the residual stream that leaves a layer."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def by_position(site: str) -> bool:
-    """Whether an activation is `[batch, pos, ...]`; patterns and scores are `[batch, head, query, key]`."""
+    """Return whether an activation is `[batch, pos, ...]`; patterns and scores are `[batch, head, query, key]`."""
     return not site.endswith(("hook_pattern", "hook_attn_scores"))
 
 
 def on_stream(site: str) -> bool:
-    """Whether an activation is the residual stream or what is added to it, so that it is another where these are centred."""
+    """Return whether an activation is the residual stream or is added to it, so that centring the weights changes it."""
     return bool(STANDARD.fullmatch(site)) and not site.endswith("hook_z")
 
 
 WEIGHTED = {"attn.hook_in": "ln1", "ln1.hook_out": "ln1", "mlp.hook_in": "ln2", "ln2.hook_out": "ln2"}
-"""Hook points after the weight of a norm, and the norm. Folding removes the weight, and a bias, from what they hold; the norm's
-`hook_normalized` comes before the weight and stays the same."""
+"""Hook points after the weight of a norm, and the name of the norm. Folding removes the weight, and a bias, from what they
+hold; the norm's `hook_normalized` comes before the weight and stays the same."""
 
 
 def after_norm(site: str) -> bool:
-    """Whether an activation is the output of a norm, which changes when the norm's weight is folded."""
+    """Return whether an activation is the output of a norm, which changes when the norm's weight is folded."""
     return site.split(".", 2)[-1] in WEIGHTED
 
 
 def weighted(site: str) -> str | None:
-    """The hook point that holds what a norm's `hook_normalized` holds, times the norm's weight; None for other hook points."""
+    """Return the hook point that holds a norm's `hook_normalized` times the norm's weight; None for other hook points."""
     layer, _, name = site.rpartition(".ln")
     found = next((hook for hook, norm in WEIGHTED.items() if f"ln{name}" == f"{norm}.hook_normalized"), None)
     return found and f"{layer}.{found}"
 
 
 def normalized(site: str) -> str:
-    """The hook point that always holds what a hook point after a norm holds once the norm's weight is folded."""
+    """Return the hook point whose value is that of a hook point after a norm once the norm's weight is folded."""
     return f"blocks.{layer_of(site)}.{WEIGHTED[site.split('.', 2)[2]]}.hook_normalized"
 
 
@@ -215,11 +225,11 @@ MODULES = {
     "pre_feedforward_layernorm.output": "mlp.hook_in",
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }
-"""Inputs and outputs of the modules of a Hugging Face layer, and the hook point of a block that holds the same."""
+"""Inputs and outputs of the modules of a Hugging Face layer, and the hook point in a layer that holds the same."""
 
 
 def of_module(path: str) -> str | None:
-    """The hook point that holds the input or output of a Hugging Face module; None if it is not known.
+    """Return the hook point that holds the input or output of a Hugging Face module; None if it is not known.
 
     Args:
         path: such as `model.layers.3.pre_feedforward_layernorm.output`.
@@ -230,7 +240,7 @@ def of_module(path: str) -> str | None:
 
 
 def is_mlp_in(site: str) -> bool:
-    """Whether a name is `hook_mlp_in`, by which TransformerLens and sae-lens mean different activations.
+    """Return whether a name is `hook_mlp_in`, by which TransformerLens and sae-lens mean different activations.
 
     In TransformerLens it is a copy of the residual stream before the norm. sae-lens uses it for the transcoders of Gemma
     Scope 2, which read the output of the norm.
@@ -239,12 +249,12 @@ def is_mlp_in(site: str) -> bool:
 
 
 def read_by_mlp(layer: int) -> str:
-    """The hook point of what an MLP reads: the output of its norm."""
+    """Return the hook point of the input of an MLP, which is the output of its norm."""
     return f"blocks.{layer}.mlp.hook_in"
 
 
 def switch(hook: str) -> str:
-    """Say how to switch on a hook point that does not fire, for an error."""
+    """Return advice on how to switch on a hook point that does not fire, for an error."""
     if is_mlp_in(hook):
         return (
             "model.set_use_hook_mlp_in(True) switches on a copy of the residual stream before the norm; what the MLP reads is "
@@ -262,20 +272,20 @@ BESIDE = (
     "hook_resid_pre", "ln1.hook_normalized", "attn.hook_in", "attn.hook_z", "attn.hook_out", "hook_attn_out", "hook_resid_mid",
     "ln2.hook_normalized", "mlp.hook_in", "mlp.hook_post", "mlp.hook_out", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
-"""The hook points of a block that are mistaken for one another."""
+"""The hook points of a layer that are mistaken for one another."""
 
 
 def beside(site: str) -> list[str]:
-    """Return the other hook points of `BESIDE` in the same block; none for a hook point outside the blocks."""
+    """Return the other hook points of `BESIDE` in the same layer; none for a hook point outside the layers."""
     match = re.match(r"blocks\.[0-9]{1,6}\.", site)
     return [] if match is None else [match.group() + name for name in BESIDE if match.group() + name != site]
 
 
 def layer_of(site: str) -> int:
-    """The block that a site belongs to.
+    """Return the layer that a hook point belongs to.
 
     Raises:
-        FeatpatchError: the site is outside the blocks, where no run can be resumed.
+        FeatpatchError: the hook point is outside the layers, where no run can be resumed.
     """
     match = re.match(r"blocks\.([0-9]{1,6})\.", site)
     if match is None:
@@ -287,35 +297,35 @@ def layer_of(site: str) -> int:
 
 
 def within(site: str) -> str:
-    """The name of a hook point within its block, such as `attn.hook_z`."""
+    """Return the name of a hook point within its layer, such as `attn.hook_z`."""
     return site.split(".", 2)[-1]
 
 
 def highest(hooks: Iterable[str], n_layers: int) -> int:
-    """Return the highest block that holds one of the hooks, or the last block if a hook is outside the blocks."""
+    """Return the highest layer that holds one of the hook points, or the last layer if one is outside the layers."""
     inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
     return max((int(match.group(1)) if match else n_layers - 1 for match in inside), default=0)
 
 
 OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
-"""Output hook points of modules, and the block's hook points that hold the same values if no norm follows the modules."""
+"""Output hook points of modules, and the layer's hook points that hold the same values if no norm follows the modules."""
 
 
 def of_output(name: str) -> str | None:
-    """Map the hook point of a module's output to that of what the module adds to the residual stream; None for other names."""
+    """Return the hook point of what a module adds to the residual stream, given that of its output; None for other names."""
     block, _, module = name.partition(".")[2].partition(".")
     return f"blocks.{block}.{OUTPUTS[module]}" if name.startswith("blocks.") and module in OUTPUTS else None
 
 
 def canonical(name: str, hook_points: Mapping[str, object]) -> str:
-    """The TransformerLens name of a hook, after a check that the model has it.
+    """Return the TransformerLens name of a hook point, after checking that the model has it.
 
     Args:
-        name: a hook name, possibly an alias.
+        name: the name of a hook point, possibly an alias.
         hook_points: the model's own table of names, in which aliases share one object.
 
     Raises:
-        FeatpatchError: the model has no such hook.
+        FeatpatchError: the model has no such hook point.
     """
     check_kinds(str, hook=name)
     point = hook_points.get(name)

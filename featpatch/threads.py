@@ -1,9 +1,10 @@
-"""Share a model between threads: a temporary change to a model acts only in the thread that made it.
+"""Share a model between threads: a temporary change to a model takes effect only in the thread that made it.
 
 A call of the model in another thread, during a sweep or within `fp.do`, returns what it would return on its own. Forward passes
-that replace a block wait for one another, because only one replacement can be in place at a time.
+that replace a layer wait for one another, because only one replacement can be in place at a time.
 
-TransformerLens' own hooks act in every thread. `Watch` refuses a measurement in which another thread attached or removed some.
+TransformerLens' own hooks act in every thread. `Watch` rejects a measurement during which another thread attached or removed
+some.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,12 @@ _editing: "WeakKeyDictionary[Any, list[tuple[int, Any]]]" = WeakKeyDictionary()
 _guard = RLock()
 
 HOOKS, LISTS = ("_forward_hooks", "_backward_hooks"), ("fwd_hooks", "bwd_hooks")
-"""Where torch keeps the hooks of a hook point, and where the hook point keeps their handles."""
+"""The attributes in which torch keeps the hooks of a hook point, and in which the hook point keeps their handles."""
 
 
 @contextmanager
 def exclusively(model: Any) -> Iterator[None]:
-    """Context manager that only one thread at a time can be in with the same model; others wait."""
+    """Let only one thread at a time work with a model until the context ends; other threads wait."""
     with _guard:
         lock = _locks.setdefault(model, RLock())
     with lock:
@@ -34,7 +35,7 @@ def exclusively(model: Any) -> Iterator[None]:
 
 
 def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
-    """Restrict a function to the thread that calls this; in other threads `otherwise` is called, by default doing nothing."""
+    """Restrict a function to the thread that calls this one; other threads call `otherwise`, which does nothing by default."""
     ours = get_ident()
 
     def call(*args: Any, **options: Any) -> Any:
@@ -45,9 +46,9 @@ def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lam
 
 @contextmanager
 def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) -> Iterator[None]:
-    """Context manager in which a hook point of the model calls `hook` in this thread.
+    """Make a hook point of the model call `hook` in this thread, until the context ends.
 
-    The hook is recorded in the same moment, so that no thread takes it for one of the user. `reset_hooks` does not remove it.
+    The hook is recorded at once, so that no thread mistakes it for a hook of the user. `reset_hooks` does not remove it.
     """
     call = in_this_thread(hook)
     with _guard:
@@ -69,10 +70,12 @@ def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) ->
 class Watch:
     """The hooks that the user attached to a model, and a check that they stay the same while it is measured.
 
-    A hook that comes and goes within one pass is noticed because TransformerLens replaces the list of handles on removal.
+    A hook that comes and goes within one forward pass is noticed because TransformerLens replaces the list of handles on
+    removal.
 
     Args:
-        points: the hook points.
+        model: the model.
+        points: its hook points.
     """
 
     def __init__(self, model: Any, points: Iterable[Any]) -> None:
@@ -81,17 +84,17 @@ class Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Expect the hooks that are attached now."""
+        """Record the hooks that are attached now as the expected ones."""
         self._expected: list[int] | None = self._known(self._lists())
 
     def attached(self, *, backward: bool = True) -> list[int]:
-        """Return torch's ids of all hooks but those of `editing`."""
+        """Return torch's ids of all attached hooks except those of `editing`."""
         with _guard:
             return self._foreign(chain(*self.forward, *(self.backward if backward else ())))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Context manager for a forward pass, which refuses it if another thread changed the hooks.
+        """Run a forward pass in this context, and raise if another thread changed the hooks in the meantime.
 
         Raises:
             FeatpatchError: see `check`; this error replaces any other, which those hooks may have caused.
@@ -105,13 +108,13 @@ class Watch:
         self.check(before)
 
     def check(self, before: Sequence[Any] = ()) -> None:
-        """Refuse to continue once the hooks have changed since `begin`.
+        """Check that the hooks have not changed since `begin`.
 
         Args:
-            before: the lists of handles at the beginning of the pass.
+            before: the lists of handles at the beginning of the forward pass.
 
         Raises:
-            FeatpatchError: they have, now or at an earlier check.
+            FeatpatchError: the hooks have changed, now or at an earlier check.
         """
         now = self._lists()
         if any(map(is_not, before, now)) or self._expected is None or self._known(now) != self._expected:
@@ -123,7 +126,7 @@ class Watch:
             )
 
     def _known(self, lists: list[Any]) -> list[int]:
-        """The hooks that are attached, and those in the lists: another thread may be between the two."""
+        """Return the hooks that are attached and those in the lists, because another thread may be between the two steps."""
         with _guard:
             return self.attached() + self._foreign(handle.hook.id for handle in chain.from_iterable(lists))
 
@@ -137,7 +140,7 @@ class Watch:
 
 
 def check_unedited(model: Any) -> None:
-    """Refuse to measure a model while this thread edits it, because the values would be those of the edited model.
+    """Check that this thread is not editing the model, because measured values would be those of the edited model.
 
     Raises:
         FeatpatchError: the call is within `fp.do` on the same model.

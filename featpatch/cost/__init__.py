@@ -1,4 +1,4 @@
-"""What a sweep takes: floating-point operations, and predictions of time and memory from sizes alone. Knows no model."""
+"""Cost of a sweep: floating-point operations, and predictions of time and memory from sizes alone, without a model."""
 
 from featpatch.cost.flops import BlockSize, pass_flops, row_numbers
 from featpatch.cost.known import GPUS, SHAPES, Device, Shape

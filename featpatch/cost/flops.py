@@ -1,4 +1,4 @@
-"""How many floating-point operations patches need: two per multiply-add of the matrix products, attention included.
+"""Count the floating-point operations of patches: two per multiply-add of the matrix products, including attention.
 
 Norms, activation functions and additions are left out, as in torch's own counter.
 """
@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockSize:
-    """Multiply-adds of a block for each row, by matrix; `queries`, the width of all heads together; parallel blocks say so."""
+    """The size of a layer in multiply-adds per row.
+
+    Attributes:
+        query, key, value, out: the multiply-adds of each projection of attention.
+        mlp: the multiply-adds of all matrices of the MLP.
+        queries: the width of all heads together.
+        parallel: whether attention and the MLP read the same residual stream.
+    """
 
     query: int
     key: int
@@ -21,20 +28,28 @@ class BlockSize:
 
 
 def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, columns: int) -> int:
-    """That a row takes at the peak, in copies: stream, heads, MLP, scores over `length` tokens, `columns` logits of one row."""
+    """Return how many numbers one row takes at the peak of memory use.
+
+    They are copies of the residual stream, the heads, the MLP, the scores over `length` tokens, and `columns` logits of one
+    row.
+    """
     return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns
 
 
 def pass_flops(
     blocks: Sequence[BlockSize], start: int, kind: str, *, patches: int, changed: int, length: int, answer: int, logits: int
 ) -> int:
-    """Of patches that come in at block `start` at the place `kind` (see `sites.ENTRIES`) and change the same positions.
+    """Return the floating-point operations of patches that change the same positions.
 
     Args:
-        changed: rows that are changed where the patches come in.
-        length: positions from the first changed one to the answer.
-        answer: its position.
-        logits: multiply-adds of the logits of one patch.
+        blocks: the sizes of the model's layers.
+        start: the layer at which the patches enter.
+        kind: the place in that layer at which they enter, see `sites.ENTRIES`.
+        patches: the number of patches.
+        changed: the number of rows that are changed where the patches enter.
+        length: the number of positions from the first changed one to the answer.
+        answer: the answer position.
+        logits: the multiply-adds of the logits of one patch.
     """
     adds = patches * logits
     if kind in ("mid", "z"):

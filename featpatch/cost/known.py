@@ -1,4 +1,4 @@
-"""Sizes of models and devices that a sweep can be predicted for, from their public configurations and data sheets."""
+"""Sizes of models and devices for which a sweep can be predicted, from their public configurations and data sheets."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,18 @@ from featpatch.cost.flops import BlockSize
 
 @dataclass(frozen=True)
 class Shape:
-    """A model.
+    """The sizes of a model.
 
     Attributes:
-        width, heads, shared, d_head: of the stream; of attention, with keys and values of `shared` heads.
-        hidden: neurons of an MLP, `gated` by as many more.
-        parallel: whether attention and MLP read the same stream.
+        layers: the number of layers.
+        width: the width of the residual stream.
+        heads: the number of attention heads.
+        shared: the number of heads of keys and values.
+        d_head: the width of a head.
+        hidden: the number of neurons of an MLP.
+        vocabulary: the number of tokens in the vocabulary.
+        gated: whether an MLP has a gate, with as many neurons again.
+        parallel: whether attention and the MLP read the same residual stream.
     """
 
     layers: int
@@ -27,21 +33,26 @@ class Shape:
 
     @property
     def block(self) -> BlockSize:
-        """Each of its blocks."""
+        """The size of each of its layers."""
         queries, keys = self.width * self.heads * self.d_head, self.width * self.shared * self.d_head
         mlp = (3 if self.gated else 2) * self.width * self.hidden
         return BlockSize(queries, keys, keys, queries, mlp, self.heads * self.d_head, self.parallel)
 
     @property
     def parameters(self) -> int:
-        """Of blocks and embedding."""
+        """The number of parameters of the layers and the embedding."""
         block = self.block
         return self.layers * (block.query + block.key + block.value + block.out + block.mlp) + self.vocabulary * self.width
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peak floating-point operations per second of dense matrix products by type, and bytes of memory."""
+    """A device for which a sweep can be predicted.
+
+    Attributes:
+        peak: peak floating-point operations per second of dense matrix products, by dtype.
+        memory: memory in bytes.
+    """
 
     peak: dict[str, float]
     memory: float

@@ -1,11 +1,11 @@
 """Predict the cost of a sweep over features from sizes alone, without a model.
 
     entries = 1.25 L0 c          differing features, position by position, of a pair that differs over c positions
-    D(c)    = 2.25 L0 c^0.52     distinct ones of them, patches to each direction; D(j) - D(j - 1) begin at the j-th position
+    D(c)    = 2.25 L0 c^0.52     distinct ones of them, patches in each direction; D(j) - D(j - 1) begin at the j-th position
 
-L0 is the number of active features of a position, c that of positions from the first differing token to the answer. The numbers
-are fitted to the shipped model's dictionaries above the embedding, on indirect objects (c about 5) and sentiment (c about 14);
-`python benchmarks/prediction.py` prints how far they are off, there and on other tasks.
+L0 is the number of active features per position, c the number of positions from the first differing token to the answer. The
+numbers are fitted to the shipped model's dictionaries above the embedding, on indirect objects (c about 5) and sentiment (c
+about 14); `python benchmarks/prediction.py` prints their errors, there and on other tasks.
 """
 
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from featpatch.cost.known import GPUS, SHAPES, Device, Shape
 from featpatch.errors import FeatpatchError, check_numbers
 
 DIFFERING, DISTINCT, POWER = 1.25, 2.25, 0.52
-"""See above."""
+"""The fitted constants of the formulas in the module docstring."""
 
 UTILISATION = 0.4
-"""Share of a GPU's peak that is reckoned with: an assumption, no GPU was at hand."""
+"""Fraction of a GPU's peak performance that is assumed to be reached; not yet benchmarked on a GPU."""
 
 ROWS, TOKENS_AT_ONCE, SUMMED = 16384, 512, 256
-"""Rows of a forward pass on a GPU, tokens that are run together, features whose directions are checked together."""
+"""Rows of a forward pass on a GPU, tokens that are run together, and features whose directions are checked together."""
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, repr=False)
 class Prediction:
-    """An estimate from sizes.
+    """An estimate of the cost of a sweep from sizes.
 
     Attributes:
-        patches: exact runs of all pairs, dictionaries and directions.
-        flops: of the patches.
-        other_flops: of runs of pairs, encoding and decoding.
-        memory: bytes on each worker: weights, dictionaries, one forward pass.
-        fits: whether a device has as much.
-        hours: on all workers together; None without a device.
+        patches: the number of exact runs, over all pairs, dictionaries and directions.
+        flops: floating-point operations of the patches.
+        other_flops: floating-point operations of runs of pairs, encoding and decoding.
+        memory: bytes on each worker: weights, dictionaries and one forward pass.
+        fits: whether the device has that much memory; None without a device.
+        hours: duration on all workers together; None without a device.
     """
 
     patches: int
@@ -72,23 +72,25 @@ def predict(
     workers: int = 1,
     utilisation: float = UTILISATION,
 ) -> Prediction:
-    """Predict the cost of `rank_features` at all positions at once, with a residual-stream dictionary before some blocks.
+    """Predict the cost of `rank_features` at all positions at once, with a residual-stream dictionary before some layers.
 
     Args:
         shape: `"gpt2-small"`, `"pythia-1.4b"`, `"gemma-2-2b"`, `"gemma-2-9b"`, `"gemma-2-27b"`, `"llama-3-8b"`, or a `Shape`.
-        features: of a dictionary.
-        active: L0, active features of a position.
-        tokens: of a prompt, whose answer is at its end.
-        changed: positions from the first differing token to the answer.
-        layers: blocks with a dictionary; the middle one by default.
-        columns: logits that the metric reads.
+        features: number of features of a dictionary.
+        pairs: number of pairs.
+        active: L0, the number of active features per position.
+        tokens: number of tokens of a prompt, whose answer position is the last.
+        changed: number of positions from the first differing token to the answer.
+        layers: layers with a dictionary; the middle one by default.
+        directions: 1 for denoising or noising, 2 for both.
+        columns: number of logits that the metric reads.
         dtype: `"float32"` or `"bfloat16"`; the latter is for screening only.
         device: `"l4"`, `"rtx-4090"`, `"a100"`, `"h100"`, `"h200"`, or a `Device`.
-        workers: devices among which batches are shared.
-        utilisation: share of a device's peak that is reached.
+        workers: number of devices that share the batches.
+        utilisation: fraction of a device's peak performance that is reached.
 
     Raises:
-        FeatpatchError: an unknown name, or a number out of range.
+        FeatpatchError: a name is unknown, or a number is out of range.
     """
     known = SHAPES.get(shape) if isinstance(shape, str) else shape
     if not isinstance(known, Shape):

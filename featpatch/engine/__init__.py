@@ -1,4 +1,4 @@
-"""The exact sweep over patches."""
+"""The exact sweep: run every patch and measure the metric."""
 
 from featpatch.engine.budget import free_memory, row_budget, row_bytes, trace_bytes
 from featpatch.engine.deltas import Deltas

@@ -2,7 +2,7 @@
 
     scores = [q . k_base(0..p-1) | q . k_own(p..a)] * scale,  soft-capped, masked;   z = softmax(scores) [v_base | v_own]
 
-The base run's part is one matrix product per head for all patches; nothing of it is copied.
+The base run's part is one matrix product per head for all patches; none of it is copied.
 """
 
 import torch
@@ -21,10 +21,15 @@ def attend(
     base_k: BaseHeads,
     base_v: BaseHeads,
 ) -> Float[torch.Tensor, "patches queries width"]:
-    """Attention output before W_O, heads side by side.
+    """Return the output of attention before W_O, with heads side by side.
 
-    The queries stand at the last `queries` positions of the own part. Heads that share keys (grouped-query attention)
-    are treated as more queries of one key head.
+    The queries are those of the last `queries` positions of each patch's own part. Heads that share keys (grouped-query
+    attention) are treated as more queries of one key head.
+
+    Args:
+        layer: the layer.
+        q, k, v: the queries, keys and values of the patched positions.
+        base_k, base_v: the keys and values of the base run at the positions before.
     """
     patches, queries, heads, width = q.shape
     own, kv_heads, prefix = k.shape[1], k.shape[2], base_k.shape[0]
@@ -50,7 +55,10 @@ def attend(
 
 
 def _hidden(layer: Layer, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
-    """Which keys `[queries, keys]` the queries don't see: later ones, and those outside the window; None where all are seen."""
+    """Return which keys `[queries, keys]` are hidden from the queries; None if all are seen.
+
+    Later keys are hidden, and so are keys beyond the attention window.
+    """
     if queries == 1 and (layer.window is None or keys <= layer.window):
         return None
     back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)

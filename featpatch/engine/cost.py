@@ -1,4 +1,4 @@
-"""How many floating-point operations a unit needs, by our own pass and by the model's."""
+"""Count the floating-point operations that a unit of patches needs, in the fast and the plain forward pass."""
 
 from featpatch import sites
 from featpatch.cost.flops import BlockSize, pass_flops
@@ -7,7 +7,13 @@ from featpatch.lens import Layer, Lens, Stack
 
 
 def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) -> int:
-    """Of our own pass, for a unit that comes in at block `start` at the place `kind` (see `sites.ENTRIES`)."""
+    """Return the operations of the fast pass for a unit of patches.
+
+    Args:
+        start: the layer at which the unit enters.
+        kind: the place in that layer at which it enters, see `sites.ENTRIES`.
+        columns: the number of logits that are read.
+    """
     answer = unit.block.run.answer
     return pass_flops(
         [_size(layer) for layer in stack.layers],
@@ -22,7 +28,10 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
 
 
 def plain_flops(lens: Lens, unit: Unit) -> int:
-    """Of the model's own pass: every weight matrix of the blocks from the site on, for every position."""
+    """Return the operations of the model's own forward pass for a unit.
+
+    Every weight matrix counts from the layer of the hook point on, at every position.
+    """
     weights = (lens.n_layers - sites.layer_of(unit.block.site)) * lens.weights_per_block
     return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * lens.d_model)
 

@@ -1,4 +1,4 @@
-"""Changes of an activation, one per patch, kept sparse: only rows that differ are stored."""
+"""Changes of an activation, one per patch, stored sparsely: only rows that differ are kept."""
 
 from dataclasses import dataclass, replace
 
@@ -11,12 +11,12 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Deltas:
-    """Row r changes position `position[r]` of patch `patch[r]` by `coefficient[r] * directions[direction[r]]`.
+    """Changes of an activation: row r adds `coefficient[r] * directions[direction[r]]` at `position[r]` in patch `patch[r]`.
 
     Attributes:
-        patches: how many patches there are, those that change nothing included.
-        patch, position, direction: indices, on the CPU; patch ascends.
-        coefficient, directions: in the SAE's type, on its device.
+        patches: the number of patches, including those that change nothing.
+        patch, position, direction: indices, on the CPU; `patch` is in ascending order.
+        coefficient, directions: values in the SAE's dtype, on its device.
     """
 
     patches: int
@@ -34,16 +34,16 @@ class Deltas:
 
     @classmethod
     def explicit(cls, patch: torch.Tensor, position: torch.Tensor, values: torch.Tensor, patches: int) -> "Deltas":
-        """Changes that are written out, `values` `[rows, d]`."""
+        """Make changes from their values `[rows, d]`."""
         ones = torch.ones(len(values), dtype=values.dtype, device=values.device)
         return cls(patches, patch, position, torch.arange(len(values)), ones, values)
 
     def first(self) -> Int[torch.Tensor, " patches"]:
-        """The first position that each patch changes, or NEVER."""
+        """Return the first position that each patch changes, or NEVER."""
         return torch.full((self.patches,), NEVER).scatter_reduce(0, self.patch, self.position, "amin")
 
     def select(self, patches: Int[torch.Tensor, " some"]) -> "Deltas":
-        """These patches, ascending, numbered from 0."""
+        """Return the changes of some patches, given in ascending order, renumbered from 0."""
         if len(patches) == self.patches:
             return self
         number = torch.full((self.patches,), -1)
@@ -51,13 +51,13 @@ class Deltas:
         return self._keep((number[self.patch] >= 0).nonzero()[:, 0], len(patches), number)
 
     def upto(self, position: int) -> "Deltas":
-        """Without what changes later positions."""
+        """Return the changes at positions up to `position`."""
         if bool((self.position <= position).all()):
             return self
         return self._keep((self.position <= position).nonzero()[:, 0], self.patches, torch.arange(self.patches))
 
     def values(self) -> Float[torch.Tensor, "rows d"]:
-        """The change that each row makes."""
+        """Return the change that each row makes."""
         return self.coefficient[:, None] * self.directions[self.direction.to(self.directions.device)]
 
     def _keep(self, rows: torch.Tensor, patches: int, number: torch.Tensor) -> "Deltas":

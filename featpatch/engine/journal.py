@@ -47,7 +47,7 @@ class Book:
             count: the number of values expected; not checked by default.
 
         Raises:
-            FeatpatchError: the number of values is another one.
+            FeatpatchError: the batch has another number of values.
         """
         values = self.finished.get(key)
         if values is None:
@@ -86,7 +86,7 @@ class Journal(Book):
     Attributes:
         path: the file.
         header: the first line, needed to write the file again if it is deleted during the run.
-        lock: the lock on the file; None where files can't be locked.
+        lock: the lock on the file; None if files can't be locked.
     """
 
     path: Path = Path()
@@ -155,7 +155,7 @@ class Journal(Book):
             os.fsync(file.fileno())
 
     def _in_place(self) -> bool:
-        """Whether the file at `path` is still the one that was opened."""
+        """Return whether the file at `path` is still the one that was opened."""
         try:
             status = self.path.stat()
         except OSError:
@@ -166,7 +166,7 @@ class Journal(Book):
         """Write all finished batches again, after the file was deleted, emptied or replaced by a copy during the run.
 
         Raises:
-            FeatpatchError: it was replaced by something else.
+            FeatpatchError: the file was replaced by something else.
         """
         if self.path.is_file() and self.path.stat().st_size:
             _locked(self.path)
@@ -188,7 +188,7 @@ def batch_key(names: Iterable[str]) -> str:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Context manager that turns an OSError into a FeatpatchError that says what to do."""
+    """Turn an OSError in this context into a FeatpatchError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -209,7 +209,7 @@ def _locked(path: Path) -> Lock | None:
 
 
 def _batch(key: str, values: bytes) -> dict[str, str]:
-    """The line that stores a batch."""
+    """Return the line that stores a batch."""
     return {"batch": key, "values": base64.b64encode(values).decode()}
 
 
@@ -224,7 +224,7 @@ def _checksum(text: str) -> str:
 
 
 def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The intact lines, and the offset at which the last of them ends; no lines if the first is damaged."""
+    """Return the intact lines, and the offset at which the last of them ends; no lines if the first is damaged."""
     lines, end, intact = [], 0, 0
     for raw in content.split(b"\n")[:-1]:
         end += len(raw) + 1
@@ -258,7 +258,7 @@ def _values(line: Mapping[str, Any]) -> bytes | None:
 
 
 def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
-    """Refuse to overwrite a file unless it is the torn first line of this journal; the row budget may differ.
+    """Check that a file may be overwritten: it is the torn first line of this journal, up to the row budget.
 
     Raises:
         FeatpatchError: the file holds something else.
@@ -286,6 +286,6 @@ def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, An
 
 
 def _close(found: object, expected: Sequence[float]) -> bool:
-    """Whether a list holds the expected numbers, up to rounding."""
+    """Return whether a list holds the expected numbers, up to rounding."""
     numbers = isinstance(found, list) and len(found) == len(expected) and all(type(value) is float for value in found)
     return numbers and np.allclose(found, expected, rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]

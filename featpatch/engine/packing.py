@@ -1,4 +1,4 @@
-"""Blocks of patches into batches.
+"""Pack blocks of patches into batches.
 
 Patches of a block that change nothing before the same position form a unit; units fill a budget of rows.
 """
@@ -12,10 +12,10 @@ from featpatch.engine.work import Block, Unit
 
 
 def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
-    """Every patch that can have an effect, by block and first changed position.
+    """Return every patch that can have an effect, in units by block and first changed position.
 
-    A patch that changes nothing is left out, and in a causal model one that changes only what lies after the answer: it
-    has exactly no effect.
+    A patch that changes nothing is left out, and in a causal model also one that changes only positions after the answer: they
+    have exactly no effect.
     """
     units = []
     for index, block in enumerate(blocks):
@@ -27,7 +27,7 @@ def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
 
 
 def batches(path: PatchPath, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
-    """Units of one group, packed up to the budget; a unit larger than the room is cut."""
+    """Yield batches of units of one group, packed up to the row budget; a unit that exceeds the remaining budget is split."""
     key = {id(unit): path.group(unit.block) for unit in units}
     order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.block.run.name, unit.first, unit.index))
     for _, group in groupby(order, key=lambda unit: key[id(unit)]):

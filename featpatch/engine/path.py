@@ -1,7 +1,8 @@
-"""Two ways to run patches, with the same verbs, and the choice between them by measurement.
+"""Two ways to run patches, with the same interface, and the choice between them by measurement.
 
-Our own pass is fast and written for one form of block; the model's own pass is right by definition. Before a sweep a few
-random patches go through both; where they disagree, or the model has another form, the plain path is taken, with a warning.
+Featpatch's own forward pass is fast and written for one form of layer; the model's own pass is right by definition. Before a
+sweep, a few random patches go through both; if they disagree, or the model has another form, the plain path is used, with a
+warning.
 """
 
 import warnings
@@ -20,7 +21,7 @@ from featpatch.errors import FeatpatchWarning
 from featpatch.lens import Lens, UnsupportedError
 
 PROBES = 2
-"""Random patches per site that go through both paths."""
+"""Number of random patches per hook point that go through both paths."""
 
 
 @runtime_checkable
@@ -33,40 +34,40 @@ class PatchPath(Protocol):
         ...
 
     def group(self, block: Block) -> Hashable:
-        """Blocks of one group may share a pass."""
+        """Return the group of a block; blocks of one group may share a forward pass."""
         ...
 
     def rows(self, unit: Unit) -> int:
-        """Rows that one patch takes."""
+        """Return the number of rows that one patch of a unit takes."""
         ...
 
     def flops(self, unit: Unit, columns: int) -> int:
-        """Floating-point operations of the unit's matrix products; `columns` logits are read."""
+        """Return the floating-point operations of the unit's matrix products, if `columns` logits are read."""
         ...
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
-        """Makes ready what the patches of these runs share."""
+        """Compute what the patches of these base runs share."""
         ...
 
     def baseline(self, run: BaseRun, columns: Sequence[int] | None) -> Float[torch.Tensor, "1 columns"]:
-        """Logits of the base run at its answer position."""
+        """Return the logits of the base run at its answer position."""
         ...
 
     def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
-        """Logits of every patch at its answer position; all units are of one group."""
+        """Return the logits of every patch at its answer position; all units must be of one group."""
         ...
 
 
 class SlowPathWarning(FeatpatchWarning):
-    """The model runs through its own forward pass: right, and slower than it could be."""
+    """Warning that a model runs through its own forward pass, which is right but slower than the fast one."""
 
 
 def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> PatchPath:
-    """The fast path where it is right for every site, else the plain one.
+    """Return the fast path if it is right for every hook point, else the plain one.
 
     Args:
-        runs: base runs to check with, those of the shortest and of the longest pair.
-        wanted: the sites that will be patched.
+        runs: base runs to check with, those of the shortest and the longest pair.
+        wanted: the hook points that will be patched.
     """
     plain = PlainPath(lens)
     try:
@@ -81,7 +82,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         fast = SuffixPath(lens, lens.stack(min(lengths), max(lengths)))
         worst = max(_disagreement(fast, plain, run, site) for run in runs for site in wanted)
         if worst <= 1:
-            fast.traces.clear()  # of single runs; a sweep makes its traces together, which rounds differently
+            fast.traces.clear()  # made one run at a time; a sweep makes traces together, which rounds differently
             return fast
         reason = f"the two differ by {worst:.2g} times the tolerance"
     except UnsupportedError as unsupported:
@@ -100,7 +101,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
 
 @torch.no_grad()
 def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, site: str) -> float:
-    """Largest difference of logits between the paths, in units of what rounding explains."""
+    """Return the largest difference of logits between the paths, in units of what rounding explains."""
     layer = sites.layer_of(site)
     lens = plain.lens
     width = lens.n_heads * lens.d_head if sites.entry(site) == (layer, "z") else lens.d_model

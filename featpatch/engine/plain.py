@@ -1,6 +1,6 @@
-"""The model's own forward pass, resumed at the site's block, with the delta added by a hook: slower, right for every model.
+"""The model's own forward pass, resumed at the patched layer, with the delta added by a hook: slow, but right for every model.
 
-It reuses no position, so it also serves models that attend in both directions, and sites inside a block.
+It reuses no position, so it also serves models with bidirectional attention, and hook points inside a layer.
 """
 
 from collections.abc import Sequence
@@ -18,35 +18,35 @@ from featpatch.lens import Lens, added
 
 @dataclass(frozen=True)
 class PlainPath:
-    """The plain hooked forward pass."""
+    """The model's own forward pass as a way to run patches, see `PatchPath`."""
 
     lens: Lens
 
     def group(self, block: Block) -> tuple[str, int]:
-        """Blocks of one group may share a pass."""
+        """Return the group of a block; blocks of one group may share a forward pass."""
         return block.site, len(block.run.tokens)
 
     def rows(self, unit: Unit) -> int:
-        """Rows that one patch takes."""
+        """Return the number of rows that one patch of a unit takes."""
         return len(unit.block.run.tokens)
 
     def flops(self, unit: Unit, columns: int) -> int:
-        """Floating-point operations of the unit's matrix products; all logits are made, whatever is read."""
+        """Return the floating-point operations of the unit's matrix products; all logits are computed, whatever is read."""
         return plain_flops(self.lens, unit)
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
-        """Nothing is kept of the base runs."""
+        """Do nothing, because this path keeps nothing of the base runs."""
 
     @torch.no_grad()
     def baseline(self, run: BaseRun, columns: Sequence[int] | None) -> Float[torch.Tensor, "1 columns"]:
-        """Logits of the base run at its answer position."""
+        """Return the logits of the base run at its answer position."""
         layer = min(run.resid)
         tokens, answers = run.tokens[None].to(self.lens.device), torch.tensor([run.answer], device=self.lens.device)
         return _columns(self.lens.resume(layer, run.resid[layer][None].clone(), tokens, answers), columns)
 
     @torch.no_grad()
     def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
-        """Logits of every patch at its answer position; all units are of one group."""
+        """Return the logits of every patch at its answer position; all units must be of one group."""
         site, length = self.group(units[0].block)
         layer, sizes = sites.layer_of(site), torch.tensor([len(unit.patches) for unit in units], device=self.lens.device)
         resid = torch.stack([unit.block.run.resid[layer] for unit in units])

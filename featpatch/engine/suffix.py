@@ -1,13 +1,13 @@
-"""Our own forward pass over what a patch can change: later layers, later positions, and the answer alone at the end.
+"""Featpatch's own forward pass over what a patch can change: later layers, later positions, and only the answer at the end.
 
-A patch at position p of block l leaves the blocks below l and the positions before p as they are in the base run
+A patch at position p of layer l leaves the layers below l and the positions before p as they are in the base run
 (the model is causal). So a unit of N patches has N * (a - p + 1) rows, a being the answer position, and
 
-    the first block with attention   computes queries, keys and values of the patched rows alone
-    the blocks between               compute all rows
-    the last block                   computes keys and values of all rows, and everything else of the answer row alone
+    the first layer with attention   computes queries, keys and values of the patched rows alone
+    the layers between               compute all rows
+    the last layer                   computes keys and values of all rows, and everything else of the answer row alone
 
-Rows of all units lie in one matrix `[rows, d_model]`; attention alone works unit by unit.
+Rows of all units lie in one matrix `[rows, d_model]`; only attention works unit by unit.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,16 +26,18 @@ from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.lens import Lens, Stack, added
 
 Columns = Sequence[int] | None
-"""Ids of the vocabulary whose logits are wanted, or None for all."""
+"""Token ids whose logits are needed, or None for the whole vocabulary."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A base run through our own pass, by block.
+    """The activations of a base run in featpatch's own forward pass, by layer.
 
     Attributes:
-        pre: the stream at the entry of each block and at the end `[pos, d_model]`; mid: after attention.
-        z: `[pos, width]`; query, key, value: `[pos, heads, d_head]`.
+        pre: the residual stream at the input of each layer and after the last, `[pos, d_model]`.
+        mid: the residual stream after attention, `[pos, d_model]`.
+        z: the output of attention before W_O, `[pos, width]`.
+        query, key, value: the queries, keys and values, `[pos, heads, d_head]`.
     """
 
     pre: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of one base run: `patches` times the positions `first` to `answer` of a base run."""
+    """Rows of one base run: `patches` copies of its positions `first` to `answer`."""
 
     trace: Trace
     patches: int
@@ -57,23 +59,23 @@ class Span:
 
     @property
     def length(self) -> int:
-        """Positions of one patch."""
+        """The number of positions of one patch."""
         return self.answer - self.first + 1
 
     @property
     def rows(self) -> int:
-        """Rows of all patches."""
+        """The number of rows of all patches."""
         return self.patches * self.length
 
     def base(self, values: torch.Tensor) -> torch.Tensor:
-        """The base run's values at the span's positions, for every patch, as a copy to write into."""
+        """Return the base run's values at the span's positions for every patch, as a copy that can be written to."""
         part = values[self.first : self.answer + 1]
         return part.expand(self.patches, *part.shape).clone()
 
 
 @dataclass(frozen=True)
 class Changed:
-    """Rows that differ from the base run while nothing but the patch has acted: `values[r]` at `patch[r]`, `position[r]`."""
+    """Rows that the patch itself changes, where it enters: `values[r]` in patch `patch[r]` at `position[r]`."""
 
     patch: torch.Tensor
     position: torch.Tensor
@@ -81,38 +83,38 @@ class Changed:
 
 
 BaseRows = Callable[[str, int], torch.Tensor]
-"""From a field of `Trace` and a block to the base run's values in the rows that are changed."""
+"""A function from a field of `Trace` and a layer to the base run's values in the changed rows."""
 
 
 @dataclass(frozen=True)
 class SuffixPath:
-    """Our own forward pass."""
+    """Featpatch's own, fast forward pass as a way to run patches, see `PatchPath`."""
 
     lens: Lens
     stack: Stack
     traces: "WeakKeyDictionary[BaseRun, Trace]" = field(default_factory=WeakKeyDictionary)
 
     def group(self, block: Block) -> tuple[int, str]:
-        """Blocks of one group may share a pass."""
+        """Return the group of a block; blocks of one group may share a forward pass."""
         entry = sites.entry(block.site)
         assert entry is not None
         return entry
 
     def rows(self, unit: Unit) -> int:
-        """Rows that one patch takes."""
+        """Return the number of rows that one patch of a unit takes."""
         return unit.block.run.answer - unit.first + 1
 
     def flops(self, unit: Unit, columns: int) -> int:
-        """Floating-point operations of the unit's matrix products; `columns` logits are read."""
+        """Return the floating-point operations of the unit's matrix products, if `columns` logits are read."""
         return suffix_flops(self.stack, *self.group(unit.block), unit, columns)
 
     def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
-        """Logits of the base run at its answer position."""
+        """Return the logits of the base run at its answer position."""
         trace = self._trace(run)
         return self.stack.head(trace.pre[len(self.stack.layers)][run.answer, None], self._ids(columns))
 
     def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
-        """Logits of every patch at its answer position; all units are of one group."""
+        """Return the logits of every patch at its answer position; all units must be of one group."""
         spans = [Span(self._trace(u.block.run), len(u.patches), u.first, u.block.run.answer) for u in units]
         layer, changed = self._enter(units, spans)
         spans, changed = _join(spans, changed)
@@ -125,7 +127,7 @@ class SuffixPath:
         return found
 
     def prepare(self, runs: Sequence[BaseRun]) -> None:
-        """Runs the base runs together, from the lowest block at which patches come in."""
+        """Run the base runs together, from the lowest layer at which patches enter, and keep their traces."""
         groups: dict[int, list[BaseRun]] = {}
         for run in runs:
             if run not in self.traces:
@@ -162,7 +164,7 @@ class SuffixPath:
         return self.traces[run]
 
     def _enter(self, units: Sequence[Unit], spans: Sequence[Span]) -> tuple[int, list[Changed]]:
-        """From deltas at the site to changed rows of the stream at the entry of a block; the block's index."""
+        """Add deltas at the hook point, and return the index of a layer and the changed rows of its input."""
         index, kind = self.group(units[0].block)
         moved = [unit.block.deltas.select(unit.patches).upto(unit.block.run.answer) for unit in units]
         sizes = [len(deltas.patch) for deltas in moved]
@@ -186,7 +188,7 @@ class SuffixPath:
         ]
 
     def _after_attention(self, index: int, kind: str, delta: torch.Tensor, base: BaseRows) -> torch.Tensor:
-        """The stream after a block whose attention output is changed."""
+        """Return the residual stream after a layer whose attention output is changed."""
         layer = self.stack.layers[index]
         if kind == "z":
             mid = base("pre", index) + layer.attention_output(added(base("z", index), delta))
@@ -197,7 +199,7 @@ class SuffixPath:
         return mid + layer.mlp_output(mid)
 
     def _run(self, start: int, spans: Sequence[Span], changed: Sequence[Changed]) -> torch.Tensor:
-        """The final stream `[patches of all spans, d_model]` at the answer."""
+        """Return the final residual stream `[patches of all spans, d_model]` at the answer position."""
         last = len(self.stack.layers) - 1
         x, heads = self._first(start, spans, changed, answer_only=start == last)
         for index in range(start, last + 1):
@@ -215,7 +217,7 @@ class SuffixPath:
     def _first(
         self, index: int, spans: Sequence[Span], changed: Sequence[Changed], *, answer_only: bool
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """Stream, queries, keys and values: those of the base run with the changed rows put in."""
+        """Return the residual stream, queries, keys and values of the base run with the changed rows inserted."""
         layer, sizes = self.stack.layers[index], [len(rows.patch) for rows in changed]
         y = layer.attention_input(torch.cat([rows.values for rows in changed]))
         positions = torch.cat([rows.position for rows in changed])
@@ -240,7 +242,10 @@ class SuffixPath:
     def _next(
         self, index: int, spans: Sequence[Span], x: torch.Tensor, *, answer_only: bool
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """Stream, queries, keys and values of all rows; stream and queries of the answer rows alone if so wanted."""
+        """Return the residual stream, queries, keys and values of all rows.
+
+        With `answer_only`, the residual stream and queries are those of the answer rows alone.
+        """
         layer, sizes = self.stack.layers[index], [span.rows for span in spans]
         x = x.to(layer.device)
         positions = torch.cat([torch.arange(s.first, s.answer + 1).repeat(s.patches) for s in spans]).to(x.device)
@@ -256,7 +261,7 @@ class SuffixPath:
         return x, [tuple(part.unflatten(0, (span.patches, -1)) for part in parts) for span, *parts in each]
 
     def _at_answer(self, spans: Sequence[Span], changed: Sequence[Changed]) -> torch.Tensor:
-        """The final stream at the answer where the patch comes in after the last block."""
+        """Return the final residual stream at the answer position of patches that enter after the last layer."""
         final = []
         for span, rows in zip(spans, changed, strict=True):
             x = span.base(span.trace.pre[len(self.stack.layers)])
@@ -265,7 +270,7 @@ class SuffixPath:
 
 
 def _join(spans: Sequence[Span], changed: Sequence[Changed]) -> tuple[list[Span], list[Changed]]:
-    """Neighbours of one base run and one first position as one span, so that they share attention too."""
+    """Join adjacent spans of the same base run and first position into one, so that they also share attention."""
     joined: list[tuple[Span, list[Changed]]] = []
     for span, rows in zip(spans, changed, strict=True):
         if joined and joined[-1][0].trace is span.trace and joined[-1][0].first == span.first:

@@ -1,6 +1,6 @@
-"""The exact sweep: add deltas at sites, run what they can change, measure. It knows nothing of SAEs.
+"""The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
 
-Interrupted at any point, it has filled in what is finished. When memory runs out, it halves the batch and goes on.
+When it is interrupted, everything that is finished has been filled in. When memory runs out, it halves the batch and continues.
 """
 
 import time
@@ -25,14 +25,16 @@ Values = Float[torch.Tensor, "_ metrics"]
 
 @dataclass
 class Sweep:
-    """A way to run patches, with what is learnt on the way.
+    """A sweep over patches, with what it learns about memory and clean runs on the way.
 
     Attributes:
-        rows: budget of rows per forward pass.
-        book: where finished batches are written down and looked up.
-        done: called with the number of patches that each batch finished.
-        limit: rows that memory allows for, known once it has run out.
-        clean: logits of clean runs, where the metric reads them.
+        path: the way to run patches.
+        measures: the metrics.
+        rows: the maximum number of rows per forward pass.
+        book: the store of finished batches; None to keep none.
+        done: a function that is called with the number of patches of each finished batch.
+        limit: the number of rows that memory allows for, known once memory has run out.
+        clean: the logits of clean runs, if a metric reads them.
     """
 
     path: PatchPath
@@ -45,7 +47,7 @@ class Sweep:
 
     @torch.no_grad()
     def baselines(self, runs: Sequence[BaseRun]) -> Float[torch.Tensor, "runs metrics"]:
-        """The metrics of the base runs, through the same path as the patches."""
+        """Return the metrics of the base runs, computed through the same path as the patches."""
         wanted = [*runs, *map(self._clean_run, runs)] if self.measures.reads_clean else runs
         self.path.prepare(list(dict.fromkeys(wanted)))
         values = [self._measured(self.path.baseline(run, self._columns(run)), run) for run in runs]
@@ -53,9 +55,9 @@ class Sweep:
 
     @torch.no_grad()
     def fill(self, blocks: Sequence[Block], values: Sequence[Values]) -> None:
-        """Puts the exact metrics of every patch into `values`, one float64 tensor per block, batch by batch.
+        """Write the exact metrics of every patch into `values`, one float64 tensor per block, batch by batch.
 
-        What no patch can change is the metric of the base run, without a forward pass.
+        A patch that can't change anything gets the metric of the base run, without a forward pass.
         """
         runs = list(dict.fromkeys(block.run for block in blocks))
         base = dict(zip(runs, self.baselines(runs), strict=True))
@@ -75,19 +77,19 @@ class Sweep:
 
     @torch.no_grad()
     def batches(self, blocks: Sequence[Block]) -> dict[str, list[Unit]]:
-        """The forward passes that `fill` would make, by the key under which each is written down; ready to `run`."""
+        """Return the forward passes that `fill` would make, by the key under which each is stored; ready to `run`."""
         self.baselines(list(dict.fromkeys(block.run for block in blocks)))
         made = batches(self.path, self.units(blocks), self.rows)
         return {batch_key(unit.name for unit in batch): batch for batch in made}
 
     def cost(self, blocks: Sequence[Block]) -> tuple[int, int, int]:
-        """Patches that need a forward pass, their rows, and their floating-point operations."""
+        """Return the number of patches that need a forward pass, of their rows, and of their floating-point operations."""
         units = self.units(blocks)
         return sum(len(u.patches) for u in units), sum(self.path.rows(u) * len(u.patches) for u in units), self._flops(units)
 
     @torch.no_grad()
     def trial(self, blocks: Sequence[Block]) -> tuple[int, float]:
-        """Floating-point operations and seconds of the first batch, run once, after a warm-up with its first patch."""
+        """Run the first batch once, after a warm-up with its first patch; return its floating-point operations and seconds."""
         batch = next(batches(self.path, self.units(blocks), self.rows), [])
         if not batch:
             return 0, 0.0
@@ -98,7 +100,7 @@ class Sweep:
         return self._flops(batch), seconds
 
     def units(self, blocks: Sequence[Block]) -> list[Unit]:
-        """The patches of the blocks that can have an effect."""
+        """Return the patches of the blocks that can have an effect, in units."""
         return units_of(blocks, causal=self.path.lens.causal)
 
     def _flops(self, units: Sequence[Unit]) -> int:
@@ -107,7 +109,7 @@ class Sweep:
         return sum(self.path.flops(u, vocabulary if c is None else len(c)) for u, c in zip(units, columns, strict=True))
 
     def _finished(self, batch: list[Unit]) -> Values:
-        """The values of a batch, from the book or from a forward pass."""
+        """Return the values of a batch, from the book or from a forward pass."""
         if self.book is None:
             return self.run(batch)
         key = batch_key(unit.name for unit in batch)
@@ -120,7 +122,11 @@ class Sweep:
 
     @torch.no_grad()
     def run(self, batch: list[Unit]) -> Values:
-        """One forward pass, or several where memory is short."""
+        """Run a batch in one forward pass, or in several if memory is short, and return its values.
+
+        Raises:
+            FeatpatchError: there is not enough memory for a single patch.
+        """
         patches, rows = sum(len(unit.patches) for unit in batch), sum(self.path.rows(u) * len(u.patches) for u in batch)
         if rows <= self.limit or patches == 1:
             try:
@@ -158,12 +164,15 @@ class Sweep:
         return self.clean[clean]
 
     def _alike(self, run: BaseRun) -> Hashable:
-        """What neighbours that are measured together share: the answers, and the clean run where a metric reads it."""
+        """Return a key that is equal for runs that can be measured together.
+
+        It holds the answers, and the clean run if a metric reads it.
+        """
         return tuple(run.correct), tuple(run.wrong), id(self._clean_run(run)) if self.measures.reads_clean else None
 
 
 def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:
-    """The patches of a batch in two parts, in the same order."""
+    """Split the patches of a batch into two halves, in the same order."""
     half = sum(len(unit.patches) for unit in batch) // 2
     left: list[Unit] = []
     right: list[Unit] = []

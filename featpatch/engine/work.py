@@ -1,4 +1,4 @@
-"""What the engine is asked to do: base runs, blocks of patches, and the units that share a forward pass."""
+"""The work that the engine is given: base runs, blocks of patches, and the units that share a forward pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from featpatch.engine.deltas import Deltas
 
 @dataclass(frozen=True, eq=False)
 class BaseRun:
-    """A run that patches are made in.
+    """A run that patches are applied to.
 
     Attributes:
-        name: what it is, unique within a sweep, e.g. `"pair 3 denoising"`.
-        tokens: `[pos]`.
-        resid: the residual stream `[pos, d_model]` at the entry of the blocks at which patches come in, by block.
-        answer: where the metric is read.
-        correct, wrong: ids of the answers there.
-        clean: the clean run of the pair, None where this is it.
+        name: a description that is unique within a sweep, e.g. `"pair 3 denoising"`.
+        tokens: the token ids, `[pos]`.
+        resid: the residual stream `[pos, d_model]` at the input of the layers at which patches enter, by layer.
+        answer: the position where the metric is read.
+        correct, wrong: the token ids of the answers there.
+        clean: the clean run of the pair; None if this run is the clean run.
     """
 
     name: str
@@ -33,12 +33,13 @@ class BaseRun:
 
 @dataclass(frozen=True)
 class Block:
-    """Patches of one base run at one site.
+    """A block of patches, all of one base run at one hook point (not a transformer layer).
 
     Attributes:
-        name: what they are, unique within the base run.
-        site: where the deltas are added.
-        deltas: one change per patch, as wide as the activation when flat.
+        name: a description of the patches that is unique within the base run.
+        run: the base run.
+        site: the hook point where the deltas are added.
+        deltas: one change per patch, as wide as the flat activation.
     """
 
     name: str
@@ -52,8 +53,9 @@ class Unit:
     """Patches of one block that change nothing before the same position.
 
     Attributes:
-        block: the block, and its index.
-        patches: indices of the patches within the block, ascending.
+        index: the index of the block.
+        block: the block.
+        patches: indices of the patches within the block, in ascending order.
         first: the first position that any of them changes.
     """
 
@@ -63,10 +65,10 @@ class Unit:
     first: int
 
     def part(self, start: int, stop: int) -> "Unit":
-        """Some of the patches."""
+        """Return the unit with the patches from `start` to `stop` alone."""
         return Unit(self.index, self.block, self.patches[start:stop], self.first)
 
     @property
     def name(self) -> str:
-        """What it computes, unique within a sweep."""
+        """A description of what the unit computes, unique within a sweep."""
         return f"{self.block.run.name}|{self.block.name}|{self.patches.tolist()}"

@@ -1,4 +1,4 @@
-"""Executors by name."""
+"""Find executors by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,16 @@ EXECUTORS: dict[str, Callable[..., Executor]] = classes("execution/executors", E
 
 
 def executor_of(executor: Any) -> Executor | None:
-    """From the argument of that name: None or `"serial"` for none, one of `EXECUTORS` by its name, or an object of one.
+    """Return the executor that the `executor` argument names.
+
+    Args:
+        executor: None or `"serial"` for no executor, a name in `EXECUTORS`, or an executor object.
+
+    Returns:
+        The executor, or None to run in this process.
 
     Raises:
-        FeatpatchError: anything else.
+        FeatpatchError: `executor` is anything else.
     """
     if executor is None or executor == "serial":
         return None

@@ -1,4 +1,4 @@
-"""What an executor is asked to do: the batches of all shards, each once, into a book."""
+"""The interface of executors, which run every batch of every shard once and store the results in a book."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass.
+    """A forward pass.
 
     Attributes:
-        key: names what it computes, the same wherever it is worked out.
-        patches: how many.
+        key: a name for what it computes, the same in every process.
+        patches: the number of patches in it.
     """
 
     key: str
@@ -23,43 +23,49 @@ class Batch:
 
 @runtime_checkable
 class Shards(Protocol):
-    """A sweep in shards of a few batches; every worker holds one, and works out from it what a shard is."""
+    """A sweep divided into shards of a few batches; every worker holds one, and computes the content of a shard from it."""
 
     def __len__(self) -> int:
-        """The number of shards."""
+        """Return the number of shards."""
 
     def batches(self, shard: int) -> list[Batch]:
-        """Those of a shard, always in the same order."""
+        """Return the batches of a shard, always in the same order."""
 
     def run(self, shard: int, key: str) -> torch.Tensor | None:
-        """The values of a batch of a shard, flat, float64; None where this process makes other batches of the shard.
+        """Run a batch of a shard, and return its values, flat, float64.
 
-        Rounding may decide whether a feature differs at all, and so how patches are packed.
+        Returns None if this process divides the shard into other batches: rounding may decide whether a feature differs at all,
+        and so how patches are packed.
         """
 
 
 @runtime_checkable
 class Book(Protocol):
-    """Where finished batches are written down and looked up."""
+    """A store of finished batches."""
 
     def get(self, key: str) -> torch.Tensor | None:
-        """The values of a batch, if it is finished."""
+        """Return the values of a batch; None if it is not finished."""
 
     def put(self, key: str, values: torch.Tensor) -> None:
-        """Writes down a finished batch."""
+        """Store the values of a finished batch."""
 
 
 class Executor(ABC):
-    """Runs shards elsewhere."""
+    """A way to run shards in other processes."""
 
     @abstractmethod
     def run(self, make: Callable[[], Shards], shards: int, book: Book, done: Callable[[int], object]) -> None:
-        """Runs every batch that the book lacks, and writes it down as soon as it is there; the caller runs what is left out.
+        """Run every batch that the book lacks, and store it as soon as it is finished.
+
+        The caller runs batches that are left out.
 
         Args:
-            make: makes the shards of a worker; it is taken there once.
-            done: called with the number of patches of each batch, also of those that the book has.
+            make: a function that makes the shards of a worker; it is sent to each worker once.
+            shards: the number of shards.
+            book: the store of finished batches.
+            done: a function that is called with the number of patches of each batch, including batches that the book has
+                already.
 
         Raises:
-            FeatpatchError: workers can't be started, or die again and again; whatever a batch raises.
+            FeatpatchError: workers can't be started, or die again and again; or the error that a batch raises.
         """

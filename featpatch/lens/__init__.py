@@ -1,4 +1,4 @@
-"""The only room that touches TransformerLens and sae-lens."""
+"""Access to models and SAEs: the only package that uses TransformerLens and sae-lens."""
 
 from featpatch.lens.adapter import Adapted, adapt
 from featpatch.lens.added import added

@@ -1,4 +1,4 @@
-"""Any other dictionary: an object with `encode` and `decode`, told at which hook it belongs."""
+"""Adapt any object with `encode` and `decode` as a dictionary at a hook point."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ Skip = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, repr=False)
 class Adapted:
-    """A dictionary that is not of sae-lens, at its hooks; made by `adapt` and the baselines.
+    """A dictionary that is not a sae-lens object, with its hook points; made by `adapt` and the baselines.
 
     Attributes:
         coder: an object with `encode` and `decode`.
-        hook, hook_out: hook names that it reads and writes.
-        d_in: width of what it reads.
-        name: a name for tables; empty for the name of the hook.
-        linear: whether `decode` is known to be a fixed linear map, plus a constant.
+        hook, hook_out: names of the hook points that it reads and writes.
+        d_in: width of the activation that it reads.
+        name: a name for tables; if empty, the name of the hook point is used.
+        linear: whether `decode` is known to be a fixed linear map plus a constant.
         skip: the skip path, a function of the activation that is read, whose value is added to that of `decode`; or None.
     """
 
@@ -53,29 +53,32 @@ def adapt(
     linear: bool = False,
     skip: Any = None,
 ) -> Adapted | SAE[Any]:
-    """Make a dictionary of an object of your own, to pass wherever SAEs are expected.
+    """Wrap an object of your own as a dictionary that can be passed wherever SAEs are expected.
 
-    An SAE or transcoder of dictionary_learning, sparsify or circuit-tracer needs only the hook (and `hook_out`): its weights
-    are copied into a sae-lens object that computes the same, if there is one.
+    For an SAE or transcoder of dictionary_learning, sparsify or circuit-tracer, only the hook point (and `hook_out`) is needed:
+    its weights are copied into a sae-lens object that computes the same, if there is one.
 
     Args:
         coder: an object (a `torch.nn.Module` or not) with `encode(x)`, from activations `[batch, pos, d_in]` (heads of
             `hook_z` side by side) to features `[batch, pos, d_sae]`, and `decode(features)` to `[batch, pos, d_out]`.
-            `decode` may be nonlinear, but sees nothing of the activation besides its features (see `skip`); `encode` may
+            `decode` may be nonlinear, but receives only the features, not the activation (see `skip`); `encode` may
             look at earlier positions.
-        hook: the hook that it reads.
-        d_in: width of an activation there; known for objects of the libraries named above. An object of a subclass is adapted
-            by its `encode` and `decode`, and needs it.
-        hook_out: the hook that it writes, for a transcoder.
-        name: a name for tables; by default that of the hook.
-        linear: whether `decode` is a fixed linear map plus a constant, as that of nearly every SAE is. Then what a feature adds
-            is worked out once; otherwise every patch decodes, which is right for any decoder and slower.
+        hook: the hook point that it reads.
+        d_in: width of the activation there; known for objects of the libraries named above. An object of a subclass is adapted
+            through its `encode` and `decode`, and needs `d_in`.
+        hook_out: the hook point that it writes, for a transcoder.
+        name: a name for tables; by default the name of the hook point.
+        linear: whether `decode` is a fixed linear map plus a constant, as in nearly every SAE. If so, the direction that a
+            feature adds is computed once; otherwise every patch is decoded, which is correct for any decoder but slower.
         skip: the skip path of a transcoder, a matrix `[d_out, d_in]` or a function from `[batch, pos, d_in]` to
             `[batch, pos, d_out]`, position by position: the error is x_out - decode(f) - skip(x).
 
+    Returns:
+        A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`.
+
     Raises:
-        FeatpatchError: the object has no `encode` or no `decode`, is a class or of sae-lens, or a hook, the width or the skip
-            path is not valid.
+        FeatpatchError: the object has no `encode` or no `decode`, is a class or a sae-lens object, or a hook point, the width
+            or the skip path is not valid.
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an object of it")
@@ -108,7 +111,7 @@ def adapt(
 
 
 def placed(weights: Weights, name: str = "") -> Adapted | SAE[Any]:
-    """Make the dictionary of some weights at their hook points, a sae-lens object if one computes the same."""
+    """Make a dictionary from weights and their hook points: a sae-lens object if one computes the same, else an `Adapted`."""
     reads, writes, w = weights.reads or "", weights.writes or "", weights.tensors["W_enc"]
     if weights.architecture is None:
         coder = Coder(weights)
@@ -139,7 +142,11 @@ def placed(weights: Weights, name: str = "") -> Adapted | SAE[Any]:
 
 
 def _skip(skip: Any, d_in: int) -> Skip | None:
-    """The skip path as a function."""
+    """Return the skip path as a function, or None if there is none.
+
+    Raises:
+        FeatpatchError: the matrix has the wrong shape, dtype or values, or `skip` is neither a matrix nor a function.
+    """
     if isinstance(skip, torch.Tensor):
         if skip.ndim != 2 or skip.shape[1] != d_in or skip.dtype not in TYPES or not torch.isfinite(skip).all():
             raise FeatpatchError(

@@ -1,4 +1,4 @@
-"""Dictionaries that need no training, to measure SAEs against: coordinates, MLP neurons, principal components."""
+"""Dictionaries that need no training, as baselines for SAEs: coordinates, MLP neurons and principal components."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from featpatch.pairs import Pairs, check_pairs
 
 
 class _Affine(torch.nn.Module):
-    """`encode(x) = (x - mean) @ into`, `decode(f) = f @ out + bias`."""
+    """An affine encoder and decoder: `encode(x) = (x - mean) @ into`, `decode(f) = f @ out + bias`."""
 
     mean: torch.Tensor
     into: torch.Tensor | None
@@ -32,10 +32,10 @@ class _Affine(torch.nn.Module):
 
 
 def identity(model: Any, hook: str) -> Adapted:
-    """Make a dictionary in which every coordinate of the activation at a hook is a feature; its error is 0.
+    """Make a dictionary in which every coordinate of the activation at a hook point is a feature; its error is 0.
 
     Raises:
-        FeatpatchError: the model has no such hook.
+        FeatpatchError: the model has no such hook point.
     """
     x = _activations(model, hook, torch.zeros(1, 1, dtype=torch.long))
     zero = x.new_zeros(x.shape[1])
@@ -73,13 +73,15 @@ def neurons(model: Any, layer: int) -> Adapted:
 
 
 def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -> Adapted:
-    """The principal components of the activations at a hook, over all prompts of the pairs, special tokens left out.
+    """Make a dictionary of principal components of the activations at a hook point.
+
+    They are computed over all prompts of the pairs, without special tokens.
 
     Args:
-        components: how many, those of the largest variance first; all by default. What the others hold is the error.
+        components: how many components to keep, largest variance first; all by default. The remaining ones make up the error.
 
     Raises:
-        FeatpatchError: the model has no such hook, or it has fewer coordinates than components are asked for.
+        FeatpatchError: the model has no such hook point, or it has fewer coordinates than the components asked for.
     """
     rows = []
     check_numbers(1, components=1 if components is None else components)
@@ -99,6 +101,6 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
 
 
 def _activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:
-    """`[pos, d]` of one prompt."""
+    """Return the activations `[pos, d]` of one prompt at a hook point."""
     lens = wrap(model)
     return lens.read(tokens, [lens.site(hook)])[lens.site(hook)].flatten(2)[0]

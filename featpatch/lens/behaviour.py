@@ -1,4 +1,4 @@
-"""Find out what a codec does from random activations, rather than from its name."""
+"""Tests of how a codec behaves, on random activations rather than by its name."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,21 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens.codec import Code, Codec, State
 
 LENGTH = 8
-"""Positions of the random prompts."""
+"""Number of positions in the random prompts."""
 
 CHANGED = 2**14
-"""Features that are changed together, at most."""
+"""Maximum number of features that are changed together."""
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """The behaviour of a codec: how it treats positions and features.
+    """How a codec treats positions and features.
 
     Attributes:
-        rowwise: a position is encoded alone, not with earlier ones.
-        linear: what a unit of a feature adds to the activation has one direction, whatever the other features and the state.
-        scaled: how much it adds depends on the state, for all features in proportion.
+        rowwise: whether each position is encoded on its own, without earlier ones.
+        linear: whether a unit of a feature adds to the activation along one fixed direction, whatever the other features and
+            the state are.
+        scaled: whether the amount that it adds depends on the state, in the same proportion for all features.
     """
 
     rowwise: bool
@@ -30,11 +31,11 @@ class Behaviour:
 
     @classmethod
     def of(cls, codec: Codec, name: str) -> "Behaviour":
-        """Find out the behaviour of a codec on a few random activations of different sizes.
+        """Determine the behaviour of a codec from a few random activations of different sizes.
 
         Raises:
-            FeatpatchError: values that are not finite; a position is encoded together with other prompts or with later
-                positions, or decoded together with others: then its features have no values of their own.
+            FeatpatchError: values are not finite; or a position is encoded together with other prompts or later positions, or
+                decoded together with other positions, so that its features have no values of their own.
         """
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, LENGTH, codec.d_in, generator=generator) * torch.arange(1.0, LENGTH + 1)[:, None]
@@ -69,12 +70,15 @@ class Behaviour:
 
 
 def _parts(code: Code) -> list[torch.Tensor]:
-    """The features and every part of the state, `[batch, pos, n]` each."""
+    """Return the features and every part of the state, each `[batch, pos, n]`."""
     return [code.features, *code.state.values()]
 
 
 def reference(codec: Codec) -> Code:
-    """No features, in the state of a fixed random activation: where directions are probed, and the gain is 1."""
+    """Return a code with all features off, in the state of a fixed random activation.
+
+    Directions are measured from this code, and the gain is 1 in its state.
+    """
     code = codec.encode(torch.randn(1, 1, codec.d_in, generator=torch.Generator().manual_seed(3)))
     return Code(torch.zeros_like(code.features), code.state)
 
@@ -82,7 +86,7 @@ def reference(codec: Codec) -> Code:
 def gain(codec: Codec, state: State) -> torch.Tensor:
     """Return how much a unit of any feature adds at each position, `[batch, pos, 1]`, relative to the reference.
 
-    Measured with a fixed change of the features in each position's own state; meaningful where the codec is linear.
+    It is measured with a fixed change of the features in each position's own state, and is meaningful if the codec is linear.
     """
     there = reference(codec)
     if not state:
@@ -95,7 +99,7 @@ def gain(codec: Codec, state: State) -> torch.Tensor:
 
 
 def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
-    """Whether the same change of the features changes the activation alike, up to the gain, whatever the features are."""
+    """Return whether a change of the features adds the same to the activation, up to the gain, whatever the features are."""
     change = _change(codec, code, seed=1)
     once, twice = (_adds(codec, code, times * change) for times in (1, 2))
     expected = scale * _adds(codec, reference(codec), change)
@@ -122,12 +126,12 @@ def _at(state: State, position: int) -> State:
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two results differ by rounding alone."""
+    """Return whether two results differ by rounding alone."""
     tolerance = 256 * torch.finfo(one.dtype).eps
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(one.abs().max()))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether few values differ: rounding may turn a feature at its threshold on or off."""
+    """Return whether only a few values differ: rounding may turn a feature at its threshold on or off."""
     differs = (one - other).abs() > 1e-2 * float(one.abs().max())
     return int(differs.sum()) <= 2 + 0.05 * int((one != 0).sum())

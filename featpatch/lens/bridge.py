@@ -1,4 +1,4 @@
-"""TransformerBridge: Hugging Face models behind TransformerLens hooks."""
+"""The lens for TransformerBridge: Hugging Face models with TransformerLens hook points."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from featpatch.threads import exclusively, in_this_thread
 
 @dataclass(frozen=True)
 class BridgeLens(Lens):
-    """A `transformer_lens.model_bridge.TransformerBridge`."""
+    """A lens for a `transformer_lens.model_bridge.TransformerBridge`."""
 
     def resume(
         self,
@@ -31,10 +31,10 @@ class BridgeLens(Lens):
         tokens: Int[torch.Tensor, "rows pos"],
         answers: Int[torch.Tensor, " rows"],
     ) -> Float[torch.Tensor, "rows d_vocab"]:
-        """Blocks below `layer` return their input and block `layer` is given `resid`.
+        """Resume a run at `layer`, see `Lens.resume`.
 
-        The bridge has no `start_at_layer`. Run this way, Hugging Face itself does masks, rotary embeddings, soft-caps
-        and the final norm.
+        The bridge has no `start_at_layer`, so the layers below `layer` return their input, and `layer` receives `resid`. Run
+        this way, Hugging Face itself computes masks, rotary embeddings, soft-caps and the final norm.
         """
         blocks = self.model.blocks
         with self._skipping(blocks[:layer]), _entering(blocks[layer], resid), answering(self.model.unembed, answers):
@@ -43,7 +43,7 @@ class BridgeLens(Lens):
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
         """Edit an activation, see `Lens.edit`."""
-        _ = self._wraps  # needs a run of its own, which must not be edited
+        _ = self._wraps  # computing it runs the model, which must not be edited yet
         with super().edit(site, change, first=first) as fired:
             yield fired
 
@@ -65,28 +65,31 @@ class BridgeLens(Lens):
                 module.__class__ = kind
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """Blocks above `layer` return their input."""
+        """Run the model while the layers above `layer` return their input."""
         self._run_without(self.model.blocks[layer + 1 :], tokens, **options)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """The other blocks return their input."""
+        """Run the model while all other layers return their input."""
         blocks = self.model.blocks
         with _entering(blocks[layer], resid):
             self._run_without([*blocks[:layer], *blocks[layer + 1 :]], tokens)
 
     def _run_without(self, blocks: Any, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """The unembedding sees one position."""
+        """Run the model while some layers return their input, and unembed a single position."""
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         with self._skipping(blocks), answering(self.model.unembed, first):
             self.run(tokens, **options)
 
     def carrier(self, site: str) -> str:
-        """`hook_attn_out` for `hook_resid_mid`, which is not the stream itself here."""
+        """Return `hook_attn_out` for `hook_resid_mid`, which is not the residual stream itself on a TransformerBridge."""
         return sites.carrier(site)
 
     @torch.no_grad()
     def stack(self, shortest: int, longest: int) -> Stack:
-        """Weights from the bridge's blocks; rotations as Hugging Face computes them, read at their hooks."""
+        """Return the model as row-wise functions, see `Lens.stack`.
+
+        The weights are those of the bridge's layers; rotations are read at their hook points, as Hugging Face computes them.
+        """
         hooks = [hook for layer in range(self.n_layers) for hook in sites.rotary(layer) if hook in self.hook_points]
         turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
         if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
@@ -98,7 +101,7 @@ class BridgeLens(Lens):
 
     @cached_property
     def _wraps(self) -> bool:
-        """Whether Hugging Face's blocks return a tuple."""
+        """Whether Hugging Face's layers return a tuple."""
         found: list[bool] = []
 
         def look(_block: Any, _args: Any, output: Any) -> None:
@@ -114,7 +117,7 @@ class BridgeLens(Lens):
 
     @contextmanager
     def _skipping(self, blocks: Any) -> Iterator[None]:
-        """Context manager in which some blocks return their input, on their own device, in calls of this thread."""
+        """Make some layers return their input, on their own device, in calls of this thread, until the context ends."""
         wraps = self._wraps
 
         def unchanged(block: Any) -> Any:
@@ -154,9 +157,10 @@ class BridgeLens(Lens):
 
 @cache
 def _threaded(kind: type) -> type:
-    """Make a subclass of the learned positions' class in which every thread has its own batch size.
+    """Make a subclass of a class of learned positions in which every thread has its own batch size.
 
-    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is kept here and
+    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is cached here
+    and
     not on the lens, which must be picklable for workers.
     """
     rows = local()
@@ -168,7 +172,7 @@ def _threaded(kind: type) -> type:
 
 @contextmanager
 def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
-    """Context manager in which the block receives `resid` as its input, in calls of this thread."""
+    """Make a layer receive `resid` as its input, in calls of this thread, until the context ends."""
 
     def enter(_block: Any, args: Any, kwargs: Any) -> Any:
         return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})

@@ -1,7 +1,7 @@
 """Load the weights of a Hugging Face model completely or not at all, from safetensors files only.
 
-transformers by itself fills missing tensors with random values, drops tensors that the model has no place for, and reads a
-pickle if an index names one. At most it logs that it did.
+By itself, transformers fills missing tensors with random values, drops tensors that the model has no place for, and reads a
+pickle if an index names one. At most it logs a message.
 """
 
 import logging
@@ -56,7 +56,7 @@ class Checkpoint:
 
 
 def _file(source: str, config: Any) -> Path | None:
-    """Find the file of the weights or the index of several files; None if the hub can't be reached, which transformers reports.
+    """Find the weights file or the index of several; None if the hub can't be reached, which transformers reports.
 
     Raises:
         FeatpatchError: there are no safetensors files.
@@ -88,13 +88,13 @@ _INSIDE = "expected .safetensors files inside its folder alone; download or save
 
 
 def _strays(file: object) -> bool:
-    """Whether a name is not that of a safetensors file inside the folder."""
+    """Return whether a name is anything but that of a safetensors file inside the folder."""
     paths = [kind(file) for kind in (PurePosixPath, PureWindowsPath)] if isinstance(file, str) else []
     return not paths or any(path.suffix != ".safetensors" or path.anchor or ".." in path.parts for path in paths)
 
 
 def _shards(path: Path) -> set[str]:
-    """Read an index and return the files that it names; what each holds is judged by what the model receives.
+    """Read an index and return the files that it names; which tensors each holds is checked later, on the loaded model.
 
     Raises:
         FeatpatchError: the file is not an index, or names anything but safetensors files inside its folder.
@@ -122,14 +122,14 @@ def _stored(path: Path, shards: Collection[str]) -> set[str]:
 
 
 def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Collection[str]) -> None:
-    """Check that a model received all of its weights, and warn of weights that belong to no part of it.
+    """Check that a model received all of its weights, and warn about weights that belong to no part of it.
 
     Args:
         found: the loading info of transformers.
         stored: the names of all tensors in the files.
 
     Raises:
-        FeatpatchError: weights are missing, of another shape, or surplus.
+        FeatpatchError: weights are missing, of another shape, or left over.
     """
     surplus, ignored = set(found["unexpected_keys"]), model._keys_to_ignore_on_load_unexpected or ()
     dropped = {name for name in stored if any(re.search(pattern, name) for pattern in ignored)}
@@ -149,7 +149,7 @@ def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Col
 
 
 def _misplaced(model: Any, surplus: Collection[str], dropped: Collection[str]) -> set[str]:
-    """Find the tensors that the right model would use: those that belong to one of its modules, or to a further layer.
+    """Find left-over tensors that the right model would use: those that belong to one of its modules, or to a further layer.
 
     Args:
         surplus: tensors that transformers reports as unexpected.
@@ -183,7 +183,7 @@ def _listed(names: Collection[str]) -> str:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Context manager that keeps transformers from logging its report of missing and surplus tensors, which is checked here."""
+    """Keep transformers from logging its report of missing and surplus tensors, which are checked here instead."""
     ours, log = get_ident(), logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:

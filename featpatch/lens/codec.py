@@ -1,8 +1,8 @@
-"""A dictionary of features as arithmetic alone: an activation comes in, its features and the rest go out, and back again.
+"""Interface of an SAE or transcoder as pure arithmetic: encode an activation into features and a state, and decode it.
 
     x = decode(features, state) + error
 
-The state is whatever else of the activation decoding needs, position by position: the scale and mean of an SAE that
+The state is whatever else decoding needs of the activation, position by position: the scale and mean of an SAE that
 normalises each token, the skip path of a skip transcoder, the predicted codes of a temporal SAE. Most have none.
 """
 
@@ -15,29 +15,29 @@ import torch
 from jaxtyping import Float, Int
 
 State = Mapping[str, torch.Tensor]
-"""Tensors `[batch, pos, n]`, by name."""
+"""The parts of a state by name, tensors `[batch, pos, n]`."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a dictionary makes of an activation: `features` `[batch, pos, d_sae]` and the state."""
+    """An encoded activation: `features` `[batch, pos, d_sae]` and the state."""
 
     features: torch.Tensor
     state: State = field(default_factory=dict)
 
 
 class Codec(ABC):
-    """A pair of functions between activations `[batch, pos, d]` and codes, made from what the user gives as `saes`.
+    """A pair of functions between activations `[batch, pos, d]` and codes, made from an object that the user passes as `saes`.
 
     Args:
-        source: an object of this kind.
-        like: a tensor of the model, whose type and device an object without tensors gets.
+        source: an object of the type that the codec supports.
+        like: a tensor of the model, whose dtype and device are used for an object without tensors.
 
     Attributes:
-        kind: what it is, for messages.
-        d_in, d_out, d_sae: widths of what it reads, of what it writes, and the number of features.
-        dtype: the type in which it encodes.
-        may_be_linear: whether the decoder is of a kind that can be linear in the features; whether it is, is then found out.
+        kind: the name of the object's type, for messages.
+        d_in, d_out, d_sae: the widths of the activations that it reads and writes, and the number of features.
+        dtype: the dtype in which it encodes.
+        may_be_linear: whether the decoder is of a type that can be linear in the features; whether it is, is then tested.
     """
 
     kind: str
@@ -53,20 +53,23 @@ class Codec(ABC):
     @staticmethod
     @abstractmethod
     def hooks(source: Any) -> tuple[str, str] | None:
-        """The names of the hooks that an object of this kind reads and writes; None for an object of another kind."""
+        """Return the names of the hook points that an object reads and writes; None for an object of another type."""
 
     @abstractmethod
     def encode(self, x: Float[torch.Tensor, "batch pos d_in"]) -> Code:
-        """The code of an activation of any type and device, in those of the dictionary."""
+        """Encode an activation of any dtype and device, in the dtype and on the device of the dictionary."""
 
     @abstractmethod
     def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d_out"]:
-        """The reconstruction."""
+        """Return the reconstruction."""
 
     def rows(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"] | None:
-        """What the weights say that a unit of each feature adds, if they do; to be checked against `decode`."""
+        """Return what a unit of each feature adds according to the weights; None if the weights do not tell.
+
+        It is always checked against `decode`.
+        """
         return None
 
     @abstractmethod
     def digest(self) -> str:
-        """SHA-256 of everything that decides what it computes."""
+        """Return the SHA-256 of everything that determines what the codec computes."""

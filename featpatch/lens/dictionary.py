@@ -1,9 +1,9 @@
-"""Dictionaries of features at the hooks of a model.
+"""Dictionaries of features at the hook points of a model.
 
     x = decode(f) + e,   f = encode(x)        features f [d_sae] and error e always travel together
 
-A dictionary reads at one hook and writes at another; for an autoencoder both are the same, for a transcoder they are
-not. Activations are taken flat: `[batch, pos, d]`, with the heads of `hook_z` side by side.
+A dictionary reads at one hook point and writes at another; for an autoencoder both are the same, for a transcoder they are
+not. Activations are flat: `[batch, pos, d]`, with the heads of `hook_z` side by side.
 """
 
 import re
@@ -27,23 +27,23 @@ from featpatch.lens.training import Training
 from featpatch.lens.weights import folded, trivial_norms
 
 PROBED = 2**23
-"""Feature values that are decoded together."""
+"""Maximum number of feature values that are decoded together."""
 
 SUMMED = 256
-"""Features whose rows of the weights are checked together."""
+"""Number of features whose rows of the weights are checked together."""
 
 ROUNDING = 64
-"""Units of rounding that may lie between what decoding adds and the sum of the rows."""
+"""Tolerated difference between the decoded change and the sum of the rows, in units of rounding."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Activations of one site, split by a dictionary.
+    """An activation at a hook point, split by a dictionary.
 
     Attributes:
-        features: `[batch, pos, d_sae]`.
-        state: what decoding needs besides (see `codec`), each `[batch, pos, n]`.
-        error: `[batch, pos, d_out]`, what the dictionary does not reconstruct.
+        features: the features, `[batch, pos, d_sae]`.
+        state: the parts of the activation that decoding needs besides the features (see `codec`), each `[batch, pos, n]`.
+        error: the part that the dictionary does not reconstruct, `[batch, pos, d_out]`.
     """
 
     features: torch.Tensor
@@ -51,20 +51,20 @@ class Split:
     error: torch.Tensor
 
     def since(self, position: int) -> "Split":
-        """Without the positions before this one."""
+        """Return the split without the positions before `position`."""
         state = {name: value[:, position:] for name, value in self.state.items()}
         return Split(self.features[:, position:], state, self.error[:, position:])
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """A codec at its hooks.
+    """A codec at its hook points in a model.
 
     Attributes:
-        name: unique among the dictionaries of a call.
-        reads, writes: hook names in TransformerLens' spelling.
-        shape: shape of one activation at `writes`, e.g. `(n_heads, d_head)` for `hook_z`.
-        behaviour: what the codec was found to do.
+        name: a name that is unique among the dictionaries of a call.
+        reads, writes: names of hook points in TransformerLens' spelling.
+        shape: the shape of one activation at `writes`, e.g. `(n_heads, d_head)` for `hook_z`.
+        behaviour: the tested behaviour of the codec.
         source: the object that the user gave.
     """
 
@@ -82,7 +82,7 @@ class Dictionary:
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
-        """Return the same codec at its hook points in other layers, and at other hook points of its block."""
+        """Return the same codec at its hook points in other layers, and at other hook points of its layer."""
         hooks = [
             (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
             for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
@@ -107,9 +107,12 @@ class Dictionary:
 
     @torch.no_grad()
     def split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
-        """Split the activation at `reads` into features, and compute the error at `writes`, both `[batch, pos, ...]`.
+        """Split the activation at `reads` into features, and compute the error at `writes`.
 
-        The error is in the wider of the types of model and dictionary.
+        Both activations are `[batch, pos, ...]`. The error has the wider of the dtypes of the model and the dictionary.
+
+        Raises:
+            FeatpatchError: features or errors are not finite.
         """
         code = self.codec.encode(read.flatten(2))
         error = written.flatten(2).to(code.features.device) - self.codec.decode(code.features, code.state)
@@ -121,7 +124,7 @@ class Dictionary:
 
     @torch.no_grad()
     def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d"]:
-        """The reconstruction, flat."""
+        """Return the reconstruction, flat."""
         return self.codec.decode(features, state)
 
     @torch.no_grad()
@@ -129,15 +132,15 @@ class Dictionary:
         """Compute what one unit of each feature adds to the activation, according to `decode` rather than `W_dec`.
 
         Rows of the weights are used if `decode` maps random sums of features to the same sums of rows, up to a common factor;
-        otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this in every
-        state, times the gain of the state.
+        otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this direction
+        in every state, times the gain of the state.
         """
         features, back = features.unique(return_inverse=True)
         found = self._directions(features)
         return found[back.to(found.device)]
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
-        """Compute the directions of features that are all different."""
+        """Compute the directions of features without duplicates."""
         off = reference(self.codec)
         rows = self.codec.rows(features)
         if rows is not None and len(features):
@@ -148,7 +151,7 @@ class Dictionary:
         return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
 
     def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
-        """Return the rows times their common factor, or None if decoding adds something else."""
+        """Return the rows times their common factor, or None if `decode` adds something else."""
         signs = torch.randint(0, 2, (len(features),), generator=torch.Generator().manual_seed(0)).to(rows) * 2 - 1
         units = off.features.clone()
         units[0, 0, features.to(units.device)] = signs.to(units)
@@ -166,7 +169,7 @@ class Dictionary:
 
     @torch.no_grad()
     def gains(self, split: Split) -> Float[torch.Tensor, " pos"]:
-        """Return the factor on features' directions at each position of a single prompt, if the behaviour is `scaled`."""
+        """Return the factor on the features' directions at each position of a single prompt, if the behaviour is `scaled`."""
         return gain(self.codec, split.state)[0, :, 0]
 
     @torch.no_grad()
@@ -175,7 +178,7 @@ class Dictionary:
     ) -> Float[torch.Tensor, "n d_out"]:
         """Compute the change of a single prompt's activation when one feature at one position takes the source's value.
 
-        This is the definition, decode(f_b with one value of f_s) - decode(f_b), in the base's state.
+        This is the definition, decode(f_b with one value of f_s) - decode(f_b), in the state of the base run.
         """
         before = self.codec.decode(base.features, base.state)[0]
         changes = [before.new_zeros(0, self.codec.d_out)]
@@ -188,20 +191,22 @@ class Dictionary:
         return torch.cat(changes)
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides what the codec computes."""
+        """Return the SHA-256 of everything that determines what the codec computes."""
         return self.codec.digest()
 
 
 @torch.no_grad()
 def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
-    """Dictionaries of a model, checked against it.
+    """Make the dictionaries of a model from SAEs, and check that each fits the model.
 
     Args:
-        saes: one object of a kind in `codecs/`, or several; several may share a hook. A dictionary is taken as it is.
+        saes: one object of a type in `codecs/`, or several; several may share a hook point. A `Dictionary` is returned
+            unchanged.
 
     Raises:
         FeatpatchError: an SAE names no hook point, or one that the model lacks or that does not hold what the SAE was trained
-            on; has another width than the activation there, or codes a position together with what it must not see.
+            on; its width differs from that of the activation there; or it encodes a position together with later positions or
+            other prompts.
     """
     if isinstance(saes, Dictionary):
         return [saes]
@@ -240,13 +245,13 @@ def several(saes: Any) -> list[Any]:
 
 
 def _hook(lens: Lens, said: Training, name: str) -> str:
-    """The hook point of the model that holds what a dictionary was trained on.
+    """Return the hook point of the model that holds what a dictionary was trained on.
 
     Args:
         name: the hook point that the dictionary's configuration names.
 
     Raises:
-        FeatpatchError: no hook point does, or the name is ambiguous.
+        FeatpatchError: there is no such hook point, or the name is ambiguous.
     """
     if said.known and sites.is_mlp_in(name):
         if said.module is None:
@@ -273,10 +278,10 @@ def _hook(lens: Lens, said: Training, name: str) -> str:
 
 
 def _embedding(lens: Lens) -> str:
-    """The entry of the first block, if it holds the embedding.
+    """Return the hook point at the input of the first layer, if it holds the embedding.
 
     Raises:
-        FeatpatchError: the model changes the embedding before the first block.
+        FeatpatchError: the model changes the embedding before the first layer.
     """
     entry = sites.resid_pre(0)
     both = lens.read(torch.tensor([[0, 1, 2]]), [sites.EMBEDDING, entry])
@@ -289,10 +294,10 @@ def _embedding(lens: Lens) -> str:
 
 
 def _after_norm(lens: Lens, said: Training, name: str) -> str:
-    """The hook point for a dictionary of a norm's output, which holds the norm's weight unless that is folded.
+    """Return the hook point for a dictionary of a norm's output, which includes the norm's weight unless that is folded.
 
     Raises:
-        FeatpatchError: the weight was folded in the training and is not here, or the other way round.
+        FeatpatchError: the weight was folded in the training but is not in this model, or the other way round.
     """
     is_folded = folded(lens)
     was_folded = is_folded if said.folded is None else said.folded

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 SAMPLE = 64
-"""How many numbers of each tensor are compared before a stored result is used again."""
+"""Number of values of each tensor that are compared before a stored result is used again."""
 
 Found = TypeVar("Found")
 _known: "WeakKeyDictionary[torch.nn.Module, tuple[object, dict[Callable[[torch.nn.Module], Any], Any]]]" = WeakKeyDictionary()

@@ -1,6 +1,6 @@
 """Check that all weights are finite.
 
-NaN in a weight does not always show in a module's output: a feature whose threshold is NaN never fires, and a token whose
+NaN in a weight does not always show in a module's output: a feature whose threshold is NaN is never active, and a token whose
 embedding is NaN may never occur.
 """
 
@@ -13,19 +13,19 @@ from featpatch.errors import FeatpatchError
 from featpatch.lens.digest import once
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that weights of dictionaries may have."""
+"""The dtypes that the weights of dictionaries may have."""
 
 
 def check_finite(what: str, source: Any) -> None:
-    """Refuse an object whose weights are not all finite.
+    """Check that all weights of an object are finite.
 
     Args:
-        what: what the object is, for the error.
+        what: a description of the object, for the error.
         source: a module, which is checked again only after it has changed; or any other object or mapping, whose attributes or
             values are checked if they are tensors or modules. Buffers of modules may be infinite, as masks are.
 
     Raises:
-        FeatpatchError: a weight holds NaN or an infinite value, or a buffer NaN.
+        FeatpatchError: a weight holds NaN or an infinite value, or a buffer holds NaN.
     """
     if isinstance(source, torch.nn.Module):
         parts: Iterator[str] = iter(once(_damaged, source))
@@ -54,10 +54,10 @@ def _damaged(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 def _bad(name: str, tensor: torch.Tensor, infinite: bool) -> str:
-    """Say how many values of a tensor are NaN or, with `infinite`, infinite; empty if none are."""
+    """Describe how many values of a tensor are NaN or, with `infinite`, infinite; empty if none are."""
     if tensor.dtype not in TYPES or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return ""
-    extreme = torch.stack(torch.aminmax(tensor.detach()))  # in one pass and without a copy; NaN if there is one
+    extreme = torch.stack(torch.aminmax(tensor.detach()))  # one pass without a copy; NaN if any value is
     if torch.isfinite(extreme).all() or not (infinite or torch.isnan(extreme).any()):
         return ""
     bad = ~torch.isfinite(tensor) if infinite else torch.isnan(tensor)

@@ -1,4 +1,4 @@
-"""Dictionaries of other libraries, read from their folders or from their objects in memory and brought into one layout.
+"""Read dictionaries of other libraries, from their folders or from objects in memory, and convert them to one layout.
 
 | library | files | objects |
 |---|---|---|
@@ -35,7 +35,7 @@ UNSUPPORTED_CLT = (
 )
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
-"""Libraries by the name of their module, with the name that messages use."""
+"""Names of libraries for messages, by the name of their Python package."""
 
 ARCHITECTURES = {
     ("relu", False, False): "standard",
@@ -55,15 +55,15 @@ class Weights:
     """The weights of a dictionary in the layout of sae-lens: f = activation(x W_enc + b_enc), y = f W_dec + b_dec + W_skip x.
 
     Attributes:
-        origin: where it comes from, for messages.
+        origin: a description of where the weights come from, for messages.
         tensors: `W_enc` `[d_in, d_sae]`, `W_dec` `[d_sae, d_out]`, `b_dec` and `b_enc`; for the activations "jumprelu" and
             "jump" also `threshold`; for "gated" `b_gate`, `b_mag` and `r_mag` instead of `b_enc`; for a dictionary with a skip
             path `W_skip` `[d_out, d_in]`.
         activation: a key of `ACTIVATIONS`, or "gated".
-        k: how many features "topk", "signed_topk" and "groupmax" keep.
+        k: the number of features that "topk", "signed_topk" and "groupmax" keep.
         centred: whether `b_dec` is subtracted from the input.
-        transcoder: whether it predicts an activation other than the one it reads.
-        reads, writes: TransformerLens' hook points, if known.
+        transcoder: whether it predicts an activation other than the one that it reads.
+        reads, writes: names of hook points in TransformerLens' spelling, if known.
         model: the model's name, if known.
 
     Raises:
@@ -112,7 +112,7 @@ class Weights:
         return ARCHITECTURES.get((self.activation, self.transcoder, "W_skip" in self.tensors))
 
     def at(self, hook: str | None, hook_out: str | None) -> "Weights":
-        """The same weights at the hook points that the user names, or at the known ones.
+        """Return the same weights with the hook points that the user names, or else with the known ones.
 
         Raises:
             FeatpatchError: a hook point is neither named nor known.
@@ -132,10 +132,10 @@ class Weights:
         return replace(self, reads=reads, writes=writes or reads)
 
     def to(self, dtype: str | None, device: str) -> "Weights":
-        """The same weights on another device and in another dtype; None keeps their own.
+        """Return the same weights on another device and in another dtype; None keeps their own dtype.
 
         Raises:
-            FeatpatchError: an unknown dtype.
+            FeatpatchError: the dtype is unknown.
         """
         wanted = None if dtype is None else getattr(torch, dtype, None)
         if dtype is not None and wanted not in TYPES:
@@ -163,11 +163,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
     "signed_topk": lambda pre, k, threshold: _keep(pre, k),
     "groupmax": lambda pre, k, threshold: _groupmax(pre.relu(), k),
 }
-"""Nonlinearities of encoders, as functions of `(pre-activation, k, threshold)`."""
+"""Activation functions of encoders, as functions of `(pre-activation, k, threshold)`."""
 
 
 class Coder(torch.nn.Module):
-    """A dictionary that sae-lens has no class for: any activation, with or without a skip path.
+    """A dictionary for which sae-lens has no class: any activation function, with or without a skip path.
 
     It encodes in the dtype of its weights and decodes in float32 at least.
     """
@@ -191,21 +191,24 @@ class Coder(torch.nn.Module):
             self.register_buffer("threshold", torch.zeros_like(self.b_enc))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """The features, in the dtype of the encoder."""
+        """Return the features, in the dtype of the encoder."""
         centred = x - self.b_dec.to(x) if self.centred else x
         return ACTIVATIONS[self.activation](centred @ self.W_enc + self.b_enc, self.k, self.threshold)
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
-        """The reconstruction without the skip path."""
+        """Return the reconstruction without the skip path."""
         return features.to(self.W_dec) @ self.W_dec + self.b_dec
 
     def skip(self, x: torch.Tensor) -> torch.Tensor:
-        """The skip path, which is added to the decoded features."""
+        """Return the value of the skip path, which is added to the decoded features."""
         return x.to(self.W_skip) @ self.W_skip.T
 
 
 def library_of(source: Any) -> str | None:
-    """The name of the library of `LIBRARIES` whose object this is; a subclass from elsewhere may compute something else."""
+    """Return the name of the library in `LIBRARIES` that defines an object's class; None if none does.
+
+    A subclass that is defined elsewhere is not recognised, because it may compute something else.
+    """
     modules = type(source).__module__.split(".")
     return next((name for module, name in LIBRARIES.items() if module in modules), None)
 
@@ -214,7 +217,7 @@ def of_object(source: Any) -> Weights | None:
     """Copy the weights of an object of one of the libraries; None for any other object.
 
     Raises:
-        FeatpatchError: the object is of one of the libraries, but its kind is not supported.
+        FeatpatchError: the object is of one of the libraries, but its class is not supported.
     """
     library, kind = library_of(source), type(source).__name__
     if library is None or (library == "dictionary_learning" and kind not in CLASSES):
@@ -247,7 +250,7 @@ def read(path: Path) -> Weights | None:
     """Read the weights in a folder or file of one of the libraries; None if it is of none of them.
 
     Raises:
-        FeatpatchError: the file is damaged, or its kind is not supported.
+        FeatpatchError: the file is damaged, or its type is not supported.
     """
     if path.suffix == ".safetensors" and path.name not in READERS:
         return _circuit_tracer_file(path) if path.is_file() else None
@@ -259,23 +262,23 @@ def read(path: Path) -> Weights | None:
         if (folder / file).is_file():
             return reader(folder)
     if (folder / "config.yaml").is_file():
-        _circuit_tracer_config(folder)  # says what is wrong with a folder that has no layers
+        _circuit_tracer_config(folder)  # raises if the configuration explains why there are no layers
     return None
 
 
 def inside(folder: Path) -> list[str]:
-    """The dictionaries in the subfolders of a folder, as `holding` names them."""
+    """List the dictionaries in the subfolders of a folder, as `holding` names them."""
     return holding(each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern))
 
 
 def several(name: str, found: Collection[str]) -> str:
-    """The error message for a folder or repository that holds several dictionaries."""
+    """Return the error message for a folder or repository that holds several dictionaries."""
     listed = ", ".join(list(found)[:40]) + (", ..." if len(found) > 40 else "")
     return f"{name!r} holds the dictionaries {listed}: expected one, such as {f'{name}/{next(iter(found))}'!r}"
 
 
 def holding(names: Iterable[str]) -> list[str]:
-    """The dictionaries that `read` or sae-lens can load, given file names, sorted by the numbers in their names."""
+    """List the dictionaries that `read` or sae-lens can load, given file names, sorted by the numbers in their names."""
     found = set()
     for name in map(PurePosixPath, names):
         if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
@@ -286,7 +289,7 @@ def holding(names: Iterable[str]) -> list[str]:
 
 
 def patterns(folder: str) -> list[str]:
-    """The files of a repository that `read` needs for one of its folders."""
+    """List the files of a repository that `read` needs for one of its folders."""
     up = str(PurePosixPath(folder).parent)
     above = "" if up == "." else f"{up}/"
     inside = [f"{folder}/{file}" for file in (*READERS, "config.json", "cfg.json", "config.yaml")]
@@ -294,11 +297,15 @@ def patterns(folder: str) -> list[str]:
 
 
 COMPILED = "_orig_mod."
-"""What torch.compile puts before the names of weights."""
+"""The prefix that torch.compile puts before the names of weights."""
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a file by name; no code in it is run."""
+    """Read the tensors in a file, by name; no code in it is run.
+
+    Raises:
+        FeatpatchError: the file can't be read, or holds something else.
+    """
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -321,7 +328,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
-    """The settings in a configuration file."""
+    """Read the settings in a configuration file.
+
+    Raises:
+        FeatpatchError: the file can't be read, or holds something else.
+    """
     try:
         value = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -337,11 +348,15 @@ def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, 
 def _named(
     origin: str, state: Mapping[str, torch.Tensor], names: Mapping[str, str], ignored: Collection[str] = (), skip: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Rename a library's tensors.
+    """Rename a library's tensors to our names.
 
     Args:
-        names: the library's names and ours; `.T` after ours says that the library holds the transpose.
+        names: the library's names and ours; `.T` after ours means that the library stores the transpose.
+        ignored: tensors that are not needed.
         skip: the library's name of the skip path, a key of `names` that may be missing from the state.
+
+    Raises:
+        FeatpatchError: a tensor is missing, or there is an unknown one.
     """
     there = {name: ours for name, ours in names.items() if name != skip or name in state}
     if missing := [name for name in there if name not in state]:
@@ -362,7 +377,7 @@ def _check_stated(weights: Weights, **stated: Any) -> None:
     """Check that the widths in a configuration, if it states any, are those of the weights.
 
     Raises:
-        FeatpatchError: they are not.
+        FeatpatchError: a width differs.
     """
     d_in, d_sae = weights.tensors["W_enc"].shape
     for name, size in stated.items():
@@ -389,8 +404,8 @@ CLASSES: dict[str, tuple[str, Mapping[str, str]]] = {
     "BatchTopKSAE": ("jumprelu", {**LINEAR, "b_dec": "b_dec", "threshold": "threshold"}),
     "MatryoshkaBatchTopKSAE": ("jumprelu", {**PLAIN, "threshold": "threshold"}),
 }  # fmt: skip
-"""Classes of dictionary_learning: their activation and the names of their tensors. At inference BatchTopK is a JumpReLU with
-one threshold for all features."""
+"""Activation function and tensor names of each class of dictionary_learning. At inference, BatchTopK is a JumpReLU with one
+threshold for all features."""
 
 
 def _dictionary_learning(
@@ -425,7 +440,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
         )
     weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
     _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})
-    if kind == "AutoEncoder":  # whose from_pretrained scales every feature to a decoder of norm 1
+    if kind == "AutoEncoder":  # its from_pretrained scales every decoder row to norm 1
         norms = weights.tensors["W_dec"].norm(dim=1)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
         scaled = {"W_enc": weights.tensors["W_enc"] * norms, "b_enc": weights.tensors["b_enc"] * norms}
@@ -441,10 +456,11 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
 
 
 def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, Any], hookpoint: str | None) -> Weights:
-    """Bring sparsify's weights into our layout.
+    """Convert sparsify's weights to our layout.
 
     Args:
-        hookpoint: a module of the Hugging Face model; an SAE reads its output, a transcoder its input and predicts its output.
+        hookpoint: a module of the Hugging Face model; an SAE reads its output, a transcoder reads its input and predicts its
+            output.
     """
     activation, k, transcoder = cfg.get("activation", "topk"), cfg.get("k"), cfg.get("transcode", False)
     if activation not in ("topk", "groupmax") or type(k) is not int or type(transcoder) is not bool or cfg.get("signed"):
@@ -460,7 +476,7 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
             f"weights are {', '.join(f'{name} {list(each.shape)}' for name, each in tensors.items())}: expected both to agree"
         )
     weights = Weights(origin, tensors, activation, k, centred=not transcoder, transcoder=transcoder)
-    _check_stated(weights, num_latents=cfg.get("num_latents") or None)  # 0 stands for d_in * expansion_factor
+    _check_stated(weights, num_latents=cfg.get("num_latents") or None)  # 0 means d_in * expansion_factor
     found = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", hookpoint or "")
     if found is None:
         hook = "hook_embed" if hookpoint in ("embed_tokens", "embed_in", "wte") and not transcoder else None
@@ -481,7 +497,7 @@ def _sparsify_folder(folder: Path) -> Weights:
 
 
 def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: Any = None) -> Weights:
-    """Bring circuit-tracer's weights into our layout, without hook points.
+    """Convert circuit-tracer's weights to our layout, without hook points.
 
     Args:
         function: the activation function of an object; by default JumpReLU if there is a threshold, else ReLU.
@@ -497,12 +513,12 @@ def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: An
         raise FeatpatchError(f"{origin} has the activation function {name}: expected relu, JumpReLU or TopK with a number k")
     tensors = _named(origin, state, names, skip="W_skip")
     if activation == "jumprelu" and bool((tensors["threshold"] < 0).any()):
-        activation = "jump"  # negative values above a negative threshold stay
+        activation = "jump"  # negative values above a negative threshold are kept
     return Weights(origin, tensors, activation, k if activation == "signed_topk" else None, transcoder=True)
 
 
 def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a set of transcoders.
+    """Read the configuration of a set of transcoders.
 
     Raises:
         FeatpatchError: the set is a cross-layer transcoder, or its files are elsewhere.
@@ -531,7 +547,7 @@ def _circuit_tracer_file(path: Path) -> Weights:
 
 
 def _gemma_scope(folder: Path) -> Weights:
-    """Read a dictionary of Gemma 2; the names of the repository and the folder tell its hook point."""
+    """Read a dictionary for Gemma 2, whose hook point follows from the names of the repository and the folder."""
     path = folder.resolve().as_posix()
     tensors = _named(str(folder), _tensors(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
     said = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
@@ -547,7 +563,7 @@ def _gemma_scope(folder: Path) -> Weights:
 
 
 def _gemma_scope_2(folder: Path) -> Weights:
-    """Read a dictionary of Gemma 3; its configuration names the modules that it reads and writes."""
+    """Read a dictionary for Gemma 3, whose configuration names the modules that it reads and writes."""
     settings = _settings(folder / "config.json") if (folder / "config.json").is_file() else {}
     names = {name.lower(): ours for name, ours in PLAIN.items()}
     names |= {"threshold": "threshold", "affine_skip_connection": "W_skip.T"}
@@ -581,4 +597,4 @@ READERS: dict[str, Callable[[Path], Weights]] = {
     "params.npz": _gemma_scope,
     "params.safetensors": _gemma_scope_2,
 }
-"""Readers of folders, by the file by which a library's folder is recognised."""
+"""Functions that read a library's folder, by the file that identifies it."""

@@ -1,4 +1,4 @@
-"""HookedTransformer: TransformerLens' own models."""
+"""The lens for HookedTransformer, the model class of TransformerLens itself."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,16 @@ from featpatch.lens.stack import Attention, build
 
 @dataclass(frozen=True)
 class HookedLens(Lens):
-    """A `transformer_lens.HookedTransformer`."""
+    """A lens for a `transformer_lens.HookedTransformer`."""
 
     def site(self, name: str) -> str:
-        """Resolve a hook name, see `Lens.site`. The output of a module is read where it is added to the residual stream.
+        """Resolve the name of a hook point, see `Lens.site`.
 
-        HookedTransformer has no hook point of its own for it.
+        The output of a module is read where it is added to the residual stream, because HookedTransformer has no hook point for
+        it.
 
         Raises:
-            FeatpatchError: the model has no such hook, or has a norm after the module.
+            FeatpatchError: the model has no such hook point, or has a norm after the module.
         """
         added = sites.of_output(name)
         if added is None or name in self.hook_points or added not in self.hook_points:
@@ -42,20 +43,20 @@ class HookedLens(Lens):
         tokens: Int[torch.Tensor, "rows pos"],
         answers: Int[torch.Tensor, " rows"],
     ) -> Float[torch.Tensor, "rows d_vocab"]:
-        """`start_at_layer` of HookedTransformer; the token ids are not needed."""
+        """Resume a run with `start_at_layer`, see `Lens.resume`; the token ids are not needed."""
         with answering(self.model.unembed, answers):
             return self._call(resid, start_at_layer=layer)[:, 0]
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """`stop_at_layer` of HookedTransformer."""
+        """Run the model with `stop_at_layer`."""
         self._call(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """`start_at_layer` and `stop_at_layer` of HookedTransformer."""
+        """Run one layer with `start_at_layer` and `stop_at_layer`."""
         self._call(resid, start_at_layer=layer, stop_at_layer=layer + 1)
 
     def stack(self, shortest: int, longest: int) -> Stack:
-        """Weights from the model's blocks."""
+        """Return the model as row-wise functions, see `Lens.stack`."""
         if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):
             raise UnsupportedError("rotary positions that depend on the length of the prompt")
         return build(self.model, [self._attention(block.attn, longest) for block in self.model.blocks])

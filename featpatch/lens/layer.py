@@ -1,8 +1,8 @@
-"""A transformer block as row-wise functions, so that rows of different prompts can share every matrix product.
+"""A transformer layer as row-wise functions, so that rows of different prompts can share every matrix product.
 
-    y = norm1(x);   q, k, v = y W + b          queries and keys then pass their norm and are rotated by their position
-    x_mid  = x + post1(z W_O + b_O)            z from attention, the only step in which rows meet
-    x_post = x_mid + post2(mlp(norm2(x_mid)))  in a parallel block the MLP reads x instead of x_mid
+    y = norm1(x);   q, k, v = y W + b          queries and keys are then normed and rotated by their position
+    x_mid  = x + post1(z W_O + b_O)            z from attention, the only step that combines rows
+    x_post = x_mid + post2(mlp(norm2(x_mid)))  in a parallel layer the MLP reads x instead of x_mid
 
 A row is one position of one prompt, `[rows, d_model]`. The weights are the model's own tensors, not copies, wherever
 their layout allows it.
@@ -26,16 +26,16 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-"""By the names that TransformerLens and Hugging Face use."""
+"""Activation functions by the names that TransformerLens and Hugging Face use."""
 
 
 class UnsupportedError(Exception):
-    """A block that is not of the form above; such a model runs through its own forward pass instead."""
+    """Error for a model whose layers do not have the form above; such a model runs through its own forward pass instead."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm, or RMSNorm where `centred` is False; both in float32 at least."""
+    """LayerNorm, or RMSNorm if `centred` is False; both in float32 at least."""
 
     centred: bool
     weight: torch.Tensor | None
@@ -43,7 +43,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The normed rows, on the device of the weight."""
+        """Normalise rows, on the device of the weight."""
         x = x if self.weight is None else x.to(self.weight.device)
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -54,19 +54,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """`x W + b` with W `[d_in, d_out]`."""
+    """The linear map `x W + b` with W `[d_in, d_out]`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The mapped rows."""
+        """Apply the map to rows."""
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """`act(x W_in + b_in) W_out + b_out`, or gated: `(act(x W_gate) * (x W_in) + b_in) W_out + b_out`."""
+    """An MLP: `act(x W_in + b_in) W_out + b_out`, or gated `(act(x W_gate) * (x W_in) + b_in) W_out + b_out`."""
 
     activation: Callable[[torch.Tensor], torch.Tensor]
     gate: Linear | None
@@ -74,7 +74,7 @@ class Mlp:
     out: Linear
 
     def __call__(self, x: Rows) -> Rows:
-        """The output rows."""
+        """Apply the MLP to rows."""
         if self.gate is None:
             return self.out(self.activation(self.into(x)))
         hidden = self.activation(self.gate(x)) * (x @ self.into.weight)
@@ -86,8 +86,8 @@ class Rotation:
     """Rotary position embedding of the first `cos.shape[1]` dimensions of a head (Su et al. 2021, arXiv 2104.09864).
 
     Attributes:
-        cos, sin: `[pos, dims]`.
-        adjacent: whether neighbours form a pair, rather than the two halves.
+        cos, sin: cosines and sines, `[pos, dims]`.
+        adjacent: whether adjacent dimensions form a pair, rather than dimensions of the two halves.
     """
 
     cos: torch.Tensor
@@ -95,7 +95,7 @@ class Rotation:
     adjacent: bool
 
     def __call__(self, x: Heads, positions: Int[torch.Tensor, " rows"]) -> Heads:
-        """The rotated heads."""
+        """Rotate heads by the positions of their rows."""
         dims = self.cos.shape[1]
         turned = x[..., :dims]
         if self.adjacent:
@@ -108,14 +108,20 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block.
+    """A transformer layer.
 
     Attributes:
-        query, key, value, out: projections; heads lie side by side.
-        query_norm, key_norm: over one head, where the model has them.
-        scale: factor of the attention scores; softcap: `c tanh(scores / c)`; window: how far back a query sees.
-        mlp: None in attention-only models.
-        parallel: whether attention and MLP read the same stream.
+        norm1, post1: the norms before and after attention; None if there is none.
+        query, key, value, out: the projections of attention; heads lie side by side.
+        query_norm, key_norm: the norms of queries and keys over one head; None if there are none.
+        rotation: the rotary position embedding; None if there is none.
+        d_head: the width of a head.
+        scale: the factor on the attention scores.
+        softcap: c in the soft-capped scores `c tanh(scores / c)`; None for no soft-cap.
+        window: how many positions back a query sees; None for all.
+        norm2, post2: the norms before and after the MLP; None if there is none.
+        mlp: the MLP; None in attention-only models.
+        parallel: whether attention and the MLP read the same residual stream.
     """
 
     norm1: Norm | None
@@ -138,28 +144,28 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        """Where its rows are."""
+        """The device that the layer runs on."""
         return self.query.weight.device
 
     def attention_input(self, x: Rows) -> Rows:
-        """The normed stream, which the next two functions read."""
+        """Return the normed residual stream, which `queries` and `keys_values` read."""
         return x if self.norm1 is None else self.norm1(x)
 
     def queries(self, y: Rows, positions: Int[torch.Tensor, " rows"]) -> Heads:
-        """Queries by head, normed and rotated."""
+        """Return the queries of each head, normed and rotated."""
         return self._placed(self._split(self.query(y)), self.query_norm, positions)
 
     def keys_values(self, y: Rows, positions: Int[torch.Tensor, " rows"]) -> tuple[Heads, Heads]:
-        """Keys, normed and rotated, and values."""
+        """Return the keys of each head, normed and rotated, and the values."""
         return self._placed(self._split(self.key(y)), self.key_norm, positions), self._split(self.value(y))
 
     def attention_output(self, z: Float[torch.Tensor, "rows width"]) -> Rows:
-        """What attention adds to the stream; z holds the heads side by side."""
+        """Return what attention adds to the residual stream; z holds the heads side by side."""
         out = self.out(z)
         return out if self.post1 is None else self.post1(out)
 
     def mlp_output(self, x: Rows) -> Rows:
-        """What the MLP adds to the stream that it reads."""
+        """Return what the MLP adds to the residual stream that it reads."""
         if self.mlp is None:
             return torch.zeros_like(x)
         out = self.mlp(x if self.norm2 is None else self.norm2(x))
@@ -175,7 +181,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Head:
-    """From the final stream to logits: final norm, unembedding, soft-cap."""
+    """The map from the final residual stream to logits: final norm, unembedding and soft-cap."""
 
     norm: Norm | None
     weight: Float[torch.Tensor, "d_model d_vocab"]
@@ -183,7 +189,7 @@ class Head:
     softcap: float | None
 
     def __call__(self, x: Rows, columns: Int[torch.Tensor, " columns"] | None) -> Float[torch.Tensor, "rows columns"]:
-        """Logits of some columns of the vocabulary, or of all."""
+        """Return the logits of some columns of the vocabulary, or of all for None."""
         weight = self.weight if columns is None else self.weight[:, columns]
         bias = self.bias if columns is None or self.bias is None else self.bias[columns]
         logits = Linear(weight, bias)((x if self.norm is None else self.norm(x)).to(weight.device))
@@ -192,7 +198,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Stack:
-    """A model as blocks and a head."""
+    """A model as layers and the map to logits."""
 
     layers: tuple[Layer, ...]
     head: Head

@@ -1,4 +1,4 @@
-"""The verbs that featpatch needs of a model, the same for every foreign library: read, edit, resume."""
+"""The operations that featpatch needs on a model, the same for every model class: read, edit and resume."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,23 +19,23 @@ from featpatch.lens.model import Model
 from featpatch.threads import Watch, check_unedited, editing, in_this_thread
 
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
-"""A function from an activation to its new value, or to None where it stays as it is."""
+"""A function from an activation to its new value, or to None if it stays as it is."""
 
 ROWS = 4096
-"""Positions that go through one block together."""
+"""Maximum number of positions that go through one layer together."""
 
 
 class _Reached(Exception):  # noqa: N818
-    """Ends a forward pass at a hook, because nothing after it is needed."""
+    """Exception that ends a forward pass at a hook point, because nothing after it is needed."""
 
 
 @dataclass(frozen=True)
 class Differentiated:
-    """A run with the gradients of a metric.
+    """The result of a run with the gradients of a metric.
 
     Attributes:
         values: the metric of each prompt, `[batch]`.
-        gradients, activations: `[batch, pos, ...]` by hook.
+        gradients, activations: gradients and activations `[batch, pos, ...]` by hook point.
     """
 
     values: torch.Tensor
@@ -52,10 +52,10 @@ class Fired:
 
 @dataclass(frozen=True)
 class Lens(Model, ABC):
-    """A model with named hook points. `model` is left as it was found, also after an exception.
+    """A model with named hook points. `model` is left as it was found, even after an exception.
 
     Raises:
-        FeatpatchError: the model drops out activations at random, SAEs are attached to it, or `fp.do` patches it.
+        FeatpatchError: the model has dropout in training mode, SAEs are attached to it, or `fp.do` patches it.
     """
 
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
@@ -80,7 +80,7 @@ class Lens(Model, ABC):
 
     @cached_property
     def causal(self) -> bool:
-        """Whether a position sees only earlier ones; tested by changing the last token of a prompt."""
+        """Whether a position sees only earlier positions; tested by changing the last token of a prompt."""
         last = sites.resid_post(self.n_layers - 1)
         if last not in self.hook_points:
             return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
@@ -90,7 +90,7 @@ class Lens(Model, ABC):
 
     @cached_property
     def parallel(self) -> bool:
-        """Whether MLPs read the input of their block, without the output of attention.
+        """Whether MLPs read the input of their layer, without the output of attention.
 
         They do not if there is a hook point between the two; otherwise this is tested by changing the output of attention.
         """
@@ -107,11 +107,11 @@ class Lens(Model, ABC):
 
     @property
     def hooked(self) -> bool:
-        """Whether hooks of the user are attached at TransformerLens' hook points, which our own forward pass would not call."""
+        """Whether the user has attached hooks to TransformerLens' hook points, which our own forward pass would not call."""
         return bool(self.watch.attached(backward=False))
 
     def check_unhooked(self) -> None:
-        """Refuse a model with hooks of the user, for functions that run blocks one by one.
+        """Check that the user has attached no hooks to the model, for functions that run layers one by one.
 
         Raises:
             FeatpatchError: hooks are attached.
@@ -126,16 +126,20 @@ class Lens(Model, ABC):
         return self._heads[site]
 
     def site(self, name: str) -> str:
-        """The TransformerLens name of a hook; raises FeatpatchError where the model has no such hook."""
+        """Return the TransformerLens name of a hook point.
+
+        Raises:
+            FeatpatchError: the model has no such hook point.
+        """
         return sites.canonical(name, self.hook_points)
 
     def carrier(self, site: str) -> str:
-        """The hook at which a change of the activation at `site` is to be added."""
+        """Return the hook point at which a change of the activation at `site` has to be added."""
         return site
 
     @contextmanager
     def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
-        """Context manager in which the activation at `site` is passed through `change`, in calls of this thread.
+        """Pass the activation at `site` through `change` in calls of this thread, until the context ends.
 
         `change` runs after existing hooks or, with `first`, before them. `reset_hooks` does not remove it.
         """
@@ -151,7 +155,7 @@ class Lens(Model, ABC):
 
     @contextmanager
     def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Context manager in which the activations at some hooks are replaced by given values, in calls of this thread."""
+        """Replace the activations at some hook points by given values in calls of this thread, until the context ends."""
 
         def becomes(value: torch.Tensor) -> Edit:
             return lambda activation: value.to(activation.device).reshape(activation.shape)
@@ -165,13 +169,13 @@ class Lens(Model, ABC):
     def read(
         self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], mask: Int[torch.Tensor, "batch pos"] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Read the activations `[batch, pos, ...]` at some hooks, without running the blocks above the last of them.
+        """Read the activations `[batch, pos, ...]` at some hook points, without running the layers above the last of them.
 
         Args:
             mask: the attention mask of padded prompts: 1 for tokens, 0 for padding.
 
         Raises:
-            FeatpatchError: a hook does not exist, is switched off, or holds values that are not finite.
+            FeatpatchError: a hook point does not exist, is switched off, or holds values that are not finite.
         """
         return self.read_entering(tokens, hooks, [], mask)[0]
 
@@ -183,9 +187,9 @@ class Lens(Model, ABC):
         layers: Sequence[int],
         mask: Int[torch.Tensor, "batch pos"] | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-        """Read activations, see `read`, and the residual stream `[batch, pos, d_model]` that enters some blocks.
+        """Read activations, see `read`, and the residual stream `[batch, pos, d_model]` that enters some layers.
 
-        It is read before the hooks there act on it, because they act again when a run is resumed at the block.
+        The residual stream is read before the hooks there act on it, because they act again when a run is resumed at the layer.
         """
         activations: dict[str, torch.Tensor] = {}
         entering: dict[int, torch.Tensor] = {}
@@ -217,13 +221,16 @@ class Lens(Model, ABC):
         reads: Sequence[str] = (),
         stopped: Sequence[str] = (),
     ) -> Differentiated:
-        """Apply `measure` to the logits at each prompt's answer, and compute its gradients `[batch, pos, ...]` at some hooks.
+        """Apply `measure` to the logits at each prompt's answer, and compute its gradients at some hook points.
 
-        Gradients are taken where a change of the activation would be added (see `carrier`). Those of weights are not changed.
+        Gradients are taken where a change of the activation would be added (see `carrier`). The stored gradients of the weights
+        (`grad`) are not changed.
 
         Args:
-            reads: hooks whose activations are kept too.
-            stopped: hooks whose activations pass no gradient on.
+            answers: the answer position of each prompt.
+            measure: a differentiable function from logits to one value per prompt.
+            reads: hook points whose activations are returned too.
+            stopped: hook points whose activations pass no gradient on.
 
         Raises:
             FeatpatchError: a hook did not fire, or the measure has no gradient.
@@ -273,7 +280,7 @@ class Lens(Model, ABC):
 
     @torch.no_grad()
     def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
-        """Logits `[rows, d_vocab]` of a whole run at one position of each prompt."""
+        """Run the whole model, and return the logits `[rows, d_vocab]` at one position of each prompt."""
         with answering(self.model.unembed, answers.to(self.device)):
             return self.run(tokens.to(self.device))[:, 0]
 
@@ -286,12 +293,12 @@ class Lens(Model, ABC):
         hook: str,
         put: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Run one block up to a hook, `ROWS` positions at a time, and return the activation `[rows, pos, ...]` there.
+        """Run one layer up to a hook point, `ROWS` positions at a time, and return the activation `[rows, pos, ...]` there.
 
         Args:
-            resid: the stream that enters, of each row or of all.
-            tokens: of all rows.
-            put: by hook, the values `[rows, pos, ...]` that activations inside the block are given.
+            resid: the residual stream that enters the layer, for each row or the same for all.
+            tokens: the tokens of all rows.
+            put: the values `[rows, pos, ...]` that replace activations inside the layer, by hook point.
         """
         values = put or {}
         rows, size = max(map(len, (resid, *values.values()))), max(1, ROWS // resid.shape[1])
@@ -311,10 +318,13 @@ class Lens(Model, ABC):
         weights: torch.Tensor,
         put: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The gradient of `(weights * activation at the hook).sum()` with respect to `resid`, and to values inside the block.
+        """Compute the gradient of `(weights * activation at the hook point).sum()` for `resid` and for values inside the layer.
 
         Args:
-            put: by hook, the values that activations inside the block are given.
+            put: the values that replace activations inside the layer, by hook point.
+
+        Returns:
+            The gradient with respect to `resid`, and the gradients with respect to the values in `put`.
         """
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [value.detach().clone().requires_grad_() for value in (resid, *put.values())]
@@ -328,7 +338,7 @@ class Lens(Model, ABC):
     def differentiable_through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
-        """Run one block up to a hook, see `through`, and keep the gradient."""
+        """Run one layer up to a hook point, see `through`, and keep the gradient."""
         found: list[torch.Tensor] = []
 
         def keep(activation: torch.Tensor) -> None:
@@ -344,7 +354,7 @@ class Lens(Model, ABC):
         return self._call(tokens, **options)
 
     def _call(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Call the model; every pass goes through here.
+        """Call the model; every forward pass goes through here.
 
         Raises:
             FeatpatchError: another thread attached hooks to the model, or removed some.
@@ -354,18 +364,18 @@ class Lens(Model, ABC):
 
     @abstractmethod
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """Run one block on the residual stream that enters it."""
+        """Run one layer on the residual stream that enters it."""
 
     @abstractmethod
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """Run the blocks up to `layer`, and the rest of the model only if that is the last block."""
+        """Run the layers up to `layer`, and the rest of the model only if that is the last layer."""
 
     @abstractmethod
     def stack(self, shortest: int, longest: int) -> Stack:
-        """The model as row-wise functions, for prompts of these lengths.
+        """Return the model as row-wise functions, for prompts of these lengths.
 
         Raises:
-            UnsupportedError: the model has another form.
+            UnsupportedError: the model does not have the form described in `layer`.
         """
 
     @abstractmethod
@@ -376,13 +386,13 @@ class Lens(Model, ABC):
         tokens: Int[torch.Tensor, "rows pos"],
         answers: Int[torch.Tensor, " rows"],
     ) -> Float[torch.Tensor, "rows d_vocab"]:
-        """Logits at the answer positions of a run that enters block `layer` with the stream `resid`, with their gradient.
+        """Return the logits at the answer positions of a run that enters layer `layer` with the residual stream `resid`.
 
-        The blocks below are skipped; positions other than the answers' are not unembedded.
+        Gradients are kept. The layers below are skipped, and only the answer positions are unembedded.
         """
 
     def digest(self) -> str:
-        """SHA-256 of the model's weights."""
+        """Return the SHA-256 of the model's weights."""
         return digest(self.model)
 
     def state(self) -> object:
@@ -392,7 +402,7 @@ class Lens(Model, ABC):
 
 @contextmanager
 def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> Iterator[None]:
-    """Context manager in which only one position of each row is unembedded, in calls of this thread."""
+    """Unembed only one position of each row, in calls of this thread, until the context ends."""
 
     def pick(_module: Any, args: Any, kwargs: Any) -> Any:
         values = list(args) or list(kwargs.values())
@@ -407,7 +417,11 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
 
 
 def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
-    """Refuse hooks that did not fire and values that are not finite."""
+    """Check that all hook points were reached and that the values there are finite.
+
+    Raises:
+        FeatpatchError: a hook did not fire, or a value is not finite.
+    """
     for name in hooks:
         if name not in activations:
             raise FeatpatchError(
@@ -421,7 +435,7 @@ def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    """Whether a module is in training mode and has dropout."""
+    """Return whether a module is in training mode and has dropout."""
     if isinstance(module, torch.nn.Dropout):
         return module.p > 0
     return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

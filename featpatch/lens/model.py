@@ -1,4 +1,4 @@
-"""What there is to know about a TransformerLens model without running it: its name, sizes, types and weights."""
+"""Properties of a TransformerLens model that are known without running it: its name, sizes, dtypes and weights."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ class Model:
 
     @property
     def n_layers(self) -> int:
-        """The number of blocks."""
+        """The number of layers."""
         return int(self.model.cfg.n_layers)
 
     @property
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def n_ctx(self) -> int | None:
-        """The longest prompt, where the model has learned positions that end there."""
+        """The maximum length of a prompt; None unless the model has learned positions, which end there."""
         cfg = self.model.cfg
         return int(cfg.n_ctx) if cfg.positional_embedding_type in ("standard", "shortformer") else None
 
@@ -63,7 +63,7 @@ class Model:
 
     @property
     def n_heads(self) -> int:
-        """The number of attention heads of a block."""
+        """The number of attention heads of a layer."""
         return int(self.model.cfg.n_heads)
 
     @property
@@ -73,10 +73,10 @@ class Model:
 
     @property
     def weights_per_block(self) -> int:
-        """The number of weights that a position is multiplied by in a block, by the configuration.
+        """The number of weights that a position is multiplied by in one layer, according to the configuration.
 
-        A bridge may hold a joint matrix of queries, keys and values beside the three that it is split into, so that counting
-        parameters would be wrong. Not exact for mixtures whose experts have a size of their own.
+        A bridge may hold a joint matrix of queries, keys and values as well as the three that it is split into, so counting
+        parameters would be wrong. Not exact for mixtures of experts whose experts have a size of their own.
         """
         cfg = self.model.cfg
         keys = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
@@ -86,7 +86,7 @@ class Model:
 
     @property
     def attention_only(self) -> bool:
-        """Whether the blocks have no MLPs."""
+        """Whether the layers have no MLPs."""
         return bool(getattr(self.model.cfg, "attn_only", False))
 
     @cached_property
@@ -101,24 +101,24 @@ class Model:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of its weights that are not quantised."""
+        """The dtype of the weights that are not quantised."""
         return next(parameter.dtype for parameter in self.model.parameters() if parameter.dtype.is_floating_point)
 
     @cached_property
     def quantised(self) -> str:
-        """How its weights are quantised, so that they can be run but not read; empty if they are not."""
+        """How the weights are quantised, so that they can be run but not read; empty if they are not."""
         parameters = self.model.parameters()
         reason = next((reason for each in parameters if (reason := unreadable_weight_reason(each))), None)
         return quantization_method(getattr(getattr(self.model, "original_model", None), "config", None)) or reason or ""
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in its first weight."""
+        """The number of bytes of a number in the first weight."""
         return int(self.first_weight.element_size())
 
     @property
     def first_weight(self) -> torch.Tensor:
-        """The first weight, whose dtype and device activations have at the start of the model."""
+        """The first weight, whose dtype and device are those of activations at the start of the model."""
         weight: torch.Tensor = next(self.model.parameters())
         return weight
 
@@ -129,11 +129,11 @@ class Model:
         return weight
 
     def has_mlp(self, layer: int) -> bool:
-        """Whether a block has an MLP."""
+        """Return whether a layer has an MLP."""
         return getattr(self.model.blocks[layer], "mlp", None) is not None
 
     def output_weight(self, layer: int) -> torch.Tensor | None:
-        """W_O of a block, `[head, d_head, d_model]`; None if it is quantised, so that it can be run and not read."""
+        """Return W_O of a layer, `[head, d_head, d_model]`; None if it is quantised, so that it can be run but not read."""
         try:
             weight: torch.Tensor = self.model.blocks[layer].attn.W_O
         except NotImplementedError:

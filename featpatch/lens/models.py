@@ -28,12 +28,12 @@ def load_model(
     """Load a model as a TransformerBridge; a TransformerLens model is returned as it is.
 
     Args:
-        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a TransformerLens model. Of a compiled
-            model, the module that torch.compile was given is taken.
-        tokenizer: for a Hugging Face model in memory, or a model that comes without one.
-        device, dtype: for a model that is loaded here.
-        processing: the weight processing of a bridge that is made here, of `training.PROCESSED`; none by default. A model in
-            memory is copied first.
+        source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a TransformerLens model. A compiled model
+            is replaced by the module that was passed to torch.compile.
+        tokenizer: the tokenizer of a Hugging Face model in memory, or of a model that comes without one.
+        device, dtype: the device and the dtype of a model that is loaded by name or from a folder.
+        processing: the weight processing of a TransformerBridge that is made here, from `training.PROCESSED`; none by default.
+            A model in memory is copied first.
 
     Raises:
         FeatpatchError: there is no such model, it can't be loaded, or it can't be patched.
@@ -127,7 +127,7 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
 
 
 def _as_it_is(tokenizer: Any) -> Any:
-    """A copy that is marked as adding BOS, because TransformerLens reloads other tokenizers from disk or the hub."""
+    """Copy a tokenizer and mark it as adding BOS, because TransformerLens reloads other tokenizers from disk or the hub."""
     given = copy(tokenizer)
     given.init_kwargs = {"name_or_path": "", **tokenizer.init_kwargs, "add_bos_token": True}
     return given

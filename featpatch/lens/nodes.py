@@ -1,4 +1,4 @@
-"""Nodes that a call is about, checked against the model and its dictionaries."""
+"""Check the nodes that the user passes against the model and its dictionaries."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,15 @@ from featpatch.patch import COMPONENTS, LOGITS, Node
 
 
 def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) -> list[Node]:
-    """The nodes, of a list or of a table whose rows they are; `"logits"` stands for `LOGITS`.
+    """Return nodes as a list, after checking that the model and the dictionaries have them.
 
     Args:
-        name: of the argument.
+        nodes: a list of nodes, in which `"logits"` stands for `LOGITS`, or a table of effects whose rows are the nodes.
+        found: the dictionaries.
+        name: the name of the argument, for errors.
 
     Raises:
-        FeatpatchError: no nodes, one twice, or one that the model and the dictionaries don't have.
+        FeatpatchError: there are no nodes, one appears twice, or the model and the dictionaries lack one.
     """
     given = getattr(nodes, "nodes", nodes)
     chosen = [LOGITS if node == "logits" else node for node in given] if isinstance(given, (list, tuple)) else []

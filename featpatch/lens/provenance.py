@@ -13,7 +13,11 @@ from featpatch.untrusted import without_folder
 
 
 def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
-    """Digests of the pairs, of the model's weights and of this library's code, tags of the pairs if they have any, versions."""
+    """Return what results depend on, as plain data.
+
+    These are digests of the pairs, of the model's weights and of this library's code, the tags of pairs if there are any, and
+    versions of packages.
+    """
     tags = {"tags": [dict(pair.tags) for pair in pairs]} if any(pair.tags for pair in pairs) else {}
     versions = {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")}
     return {
@@ -26,7 +30,7 @@ def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of the package's modules, with their names."""
+    """Return the SHA-256 of the modules of this package, with their names."""
     package, total = Path(featpatch.__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         total.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())

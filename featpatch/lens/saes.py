@@ -22,7 +22,7 @@ from featpatch.lens.training import Training
 from featpatch.untrusted import short
 
 SUMMED = "mntss_clt_layer_transcoder"
-"""The loader by which sae-lens reads cross-layer transcoders; it sums the decoders of all layers."""
+"""The loader with which sae-lens reads cross-layer transcoders; it sums the decoders of all layers."""
 
 
 def load_sae(
@@ -41,10 +41,11 @@ def load_sae(
             `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
             `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope).
             From a circuit-tracer set, name one layer: `folder/layer_3`.
-        dtype: by default that of the weights, or float32 for downloads through sae-lens.
+        device: the device to load it on.
+        dtype: the dtype to load it in; by default that of the weights, or float32 for downloads through sae-lens.
         norm_scaling_factor: the scale of an `expected_average_only_in` SAE, if neither its folder (activation_scaler.json, or
             norm_scaling_factor in cfg.json's metadata) nor the registry has it.
-        hook, hook_out: the hook points that it reads and writes, if its files do not name them or name others.
+        hook, hook_out: the hook points that it reads and writes, if its files name none or other ones.
 
     Returns:
         A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`, as from `adapt`.
@@ -79,7 +80,11 @@ def load_sae(
 
 
 def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:
-    """Load from the registry or a repository in sae-lens' format, or the weights from a repository in another format."""
+    """Load an SAE from the registry or a repository in sae-lens' format, or weights from a repository in another format.
+
+    Raises:
+        FeatpatchError: the SAE can't be loaded, or is one layer of a cross-layer transcoder.
+    """
     place = Place.of(source)
     if place.loader == SUMMED:
         raise FeatpatchError(
@@ -103,10 +108,10 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
 
 
 def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
-    """The weight processing of the model that the SAEs were trained on, according to their configurations.
+    """Return the weight processing of the model that the SAEs were trained on, according to their configurations.
 
     Raises:
-        FeatpatchError: they were trained on different weights.
+        FeatpatchError: they were trained on differently processed weights.
     """
     said = [(sae.cfg.metadata.hook_name, Training.of(sae).processing) for sae in saes if isinstance(sae, SAE)]
     ways = {processing for _, processing in said}
@@ -120,12 +125,15 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
+    """The location of an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
 
     Attributes:
+        release: the release, or `owner/repository`.
+        sae_id: the id of the SAE in the release, or the folder in the repository.
         loader: sae-lens' name of the loader; None for its own format.
-        explained_variance, model_options: what the registry says about the training. sae-lens itself drops the latter if the
-            repository's configuration is in its newer format.
+        explained_variance: the explained variance according to the registry; None if unknown.
+        model_options: the options with which the model was loaded for training, according to the registry. sae-lens drops them
+            if the repository's configuration is in its newer format.
     """
 
     release: str
@@ -195,7 +203,11 @@ def _held(repository: str, folder: str) -> list[str]:
 
 
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:
-    """Load from disk and fold in the statistics of the training, as `from_pretrained` does."""
+    """Load an SAE from disk and fold in the statistics of its training, as `from_pretrained` does.
+
+    Raises:
+        FeatpatchError: the SAE can't be loaded.
+    """
     try:
         settings = read_json((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
         check_sizes(settings if isinstance(settings, dict) else {})
@@ -221,7 +233,11 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
 
 
 def _check_types(cfg: Any) -> None:
-    """Check the types of a configuration against those that its class declares, which sae-lens does not."""
+    """Check the types of a configuration against those that its class declares, which sae-lens does not check.
+
+    Raises:
+        FeatpatchError: a setting has another type.
+    """
     kinds: dict[Any, tuple[type, ...]] = {bool: (bool,), str: (str,), int: (int, float), float: (int, float)}
     for name, kind in get_type_hints(type(cfg)).items():
         value = getattr(cfg, name)

@@ -25,7 +25,7 @@ _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not available.
+    """Check that a device is available.
 
     Raises:
         FeatpatchError: torch can't put a tensor on it.
@@ -44,7 +44,7 @@ def numerically(names: Iterable[str]) -> list[str]:
 
 
 def check_there(what: str, source: str | Path) -> None:
-    """Refuse a path that does not exist, before the hub is asked for it.
+    """Check that a path exists, before the hub is asked for it.
 
     Raises:
         FeatpatchError: there is nothing at a path that can't be a name on the hub.
@@ -71,7 +71,7 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
 
 @contextmanager
 def installing_nothing() -> Iterator[None]:
-    """Keep the libraries that load a model from installing packages.
+    """Keep the libraries that load a model from installing packages, until the context ends.
 
     For the image processor of a multimodal model, TransformerLens runs pip if torchvision is missing or broken, which may
     replace torch. It continues without the processor if pip fails, and text needs none.
@@ -100,7 +100,7 @@ def installing_nothing() -> Iterator[None]:
 def loading_quietly() -> Iterator[None]:
     """Stop the libraries that load a model from showing progress bars, and from printing in this thread.
 
-    Their settings, which apply to all threads, are restored at the end.
+    Their settings, which apply to all threads, are restored when the context ends.
     """
     with _one_at_a_time:
         hub, bars = not are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
@@ -111,7 +111,7 @@ def loading_quietly() -> Iterator[None]:
                 yield
         finally:
             if bars:
-                transformers_logging.enable_progress_bar()  # those of the hub too
+                transformers_logging.enable_progress_bar()  # this also enables the hub's bars
             (enable_progress_bars if hub else disable_progress_bars)()
 
 

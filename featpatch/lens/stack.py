@@ -1,4 +1,4 @@
-"""From a TransformerLens model to its blocks as row-wise functions: both classes spell their weights the same way."""
+"""Convert a TransformerLens model to row-wise functions; both of its model classes use the same names for weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,13 @@ from featpatch.lens.layer import ACTIVATIONS, Head, Layer, Linear, Mlp, Norm, Ro
 
 @dataclass(frozen=True)
 class Attention:
-    """What the two classes keep in different places.
+    """Attention settings that TransformerBridge and HookedTransformer keep in different places.
 
     Attributes:
-        scale: factor of the scores.
-        softcap, window: of the scores and of the sight, where there are any.
-        rotation: where positions are rotary.
+        scale: the factor on the attention scores.
+        softcap: the soft-cap of the scores; None or 0 for none.
+        window: how many positions back a query sees; None for all.
+        rotation: the rotary position embedding; None if positions are not rotary.
     """
 
     scale: float
@@ -25,10 +26,13 @@ class Attention:
 
 
 def build(model: Any, attentions: list[Attention]) -> Stack:
-    """The blocks of a model.
+    """Return a model as row-wise functions.
+
+    Args:
+        attentions: the attention settings of each layer.
 
     Raises:
-        UnsupportedError: a block is of another form.
+        UnsupportedError: a layer does not have the form described in `layer`.
     """
     cfg = model.cfg
     if cfg.positional_embedding_type not in ("standard", "rotary"):
@@ -91,7 +95,10 @@ def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
 
 
 def norm_of(module: Any, cfg: Any) -> Norm | None:
-    """The norm of a module; TransformerLens' own hold `w` and `b`, those of the bridge wrap a module of Hugging Face."""
+    """Convert a norm module; None if there is no norm.
+
+    Norms of HookedTransformer hold `w` and `b`; those of a TransformerBridge wrap a Hugging Face module.
+    """
     if module is None or isinstance(module, torch.nn.Identity):
         return None
     original = getattr(module, "original_component", None)
@@ -105,7 +112,7 @@ def norm_of(module: Any, cfg: Any) -> Norm | None:
 
 
 def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """`[heads, d_model, d_head]` as `[d_model, heads * d_head]`."""
+    """Convert a projection of weights `[heads, d_model, d_head]` to a map to `[heads * d_head]`."""
     return Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())
 
 

@@ -1,4 +1,4 @@
-"""Read what an SAE's configuration says about its training, and bring names of models into a comparable form."""
+"""Read what an SAE's configuration says about its training, and make names of models comparable."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ class Training:
     Attributes:
         known: whether the SAE has a configuration, as sae-lens objects have.
         model: the model's name.
-        processing: the processing of the model's weights, of `PROCESSED`.
-        explained_variance: as the configuration or the registry claims.
-        folded: whether the weights of norms were folded: as the configuration says, or not folded if it names a model or a
-            module without saying so, because sae-lens takes weights as they are.
+        processing: the processing of the model's weights, from `PROCESSED`.
+        explained_variance: the explained variance that the configuration or the registry claims.
+        folded: whether the weights of norms were folded. This is what the configuration says; if it does not say, but names a
+            model or a module, they count as not folded, because sae-lens leaves weights as they are.
         module: the hook point that holds the input or output of the Hugging Face module that the configuration names.
-        context_size: tokens per training prompt.
+        context_size: the number of tokens of a training prompt.
         prepend_bos: whether training prompts began with BOS.
     """
 
@@ -40,7 +40,7 @@ class Training:
 
     @classmethod
     def of(cls, sae: Any) -> "Training":
-        """Read the metadata of a sae-lens object; nothing is known about any other."""
+        """Read the metadata of a sae-lens object; nothing is known about any other object."""
         if not isinstance(sae, SAE):
             return cls()
         said = sae.cfg.metadata
@@ -60,7 +60,7 @@ class Training:
 
 
 def _share(claim: object) -> float | None:
-    """A claimed explained variance as a share, also if it is given in per cent; None if it is not a valid one."""
+    """Return a claimed explained variance as a fraction, even if it is given in per cent; None if the claim is not valid."""
     if not isinstance(claim, (int, float)) or not 0 < claim <= 100:
         return None
     return float(claim) if claim <= 1 else claim / 100

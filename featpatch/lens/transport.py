@@ -1,4 +1,4 @@
-"""A model with all that refers to it as bytes, for other processes of the same run. Never for a file: see `storage`."""
+"""Pickle a model and objects that refer to it, for other processes of the same run. Never used for files: see `storage`."""
 
 import io
 from typing import Any
@@ -9,12 +9,13 @@ from featpatch.errors import FeatpatchError
 
 
 def packed(thing: Any) -> bytes:
-    """What `unpacked` makes the same of, where the same libraries are installed.
+    """Pickle an object, so that `unpacked` restores it in a process with the same libraries.
 
-    Hugging Face's models hold hooks that refer to a context variable of their module, which every process has of its own.
+    Hugging Face's models hold hooks that refer to a context variable of their module; every process has its own, so the
+    variable is pickled as a reference.
 
     Raises:
-        FeatpatchError: something can't be packed.
+        FeatpatchError: something can't be pickled.
     """
     try:
         import cloudpickle
@@ -39,7 +40,7 @@ def packed(thing: Any) -> bytes:
 
 
 def unpacked(content: bytes) -> Any:
-    """What was packed."""
+    """Restore an object from the bytes that `packed` returned."""
     import cloudpickle
 
     return cloudpickle.loads(content)

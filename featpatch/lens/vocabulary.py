@@ -1,4 +1,4 @@
-"""Check that pairs fit a model: tokens and answers in its vocabulary, prompts that begin and end right and are short enough."""
+"""Check that pairs fit a model: known tokens and answers, prompts that begin and end correctly and are not too long."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ NONE: Continuations = MappingProxyType({})
 
 
 def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) -> None:
-    """Check that a model can take some pairs, and warn if prompts lack the BOS that it puts before a text.
+    """Check that a model accepts the tokens of pairs, and warn if prompts lack the BOS that it puts before a text.
 
     Raises:
         FeatpatchError: the model does not know a token or an answer, or a prompt is padded, begins with two BOS or is too long.
@@ -48,7 +48,11 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
 
 
 def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
-    """Refuse prompts that begin or end with padding or begin with two BOS; warn where padding may be BOS or EOS as well."""
+    """Check that prompts do not begin or end with padding or begin with two BOS; warn if padding may also be BOS or EOS.
+
+    Raises:
+        FeatpatchError: a prompt begins with two BOS, or certainly begins or ends with padding.
+    """
     if tokenizer is None:
         return
     bos = getattr(tokenizer, "bos_token_id", None)

@@ -1,4 +1,4 @@
-"""Which processing of TransformerLens a model's weights have gone through, measured on the model itself."""
+"""Determine by measurement which of TransformerLens' processing steps a model's weights have gone through."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from featpatch.lens.lens import Lens
 from featpatch.lens.stack import norm_of
 
 CENTRED = 1e-3
-"""Mean of a centred residual stream over its coordinates, at most, as a share of its root mean square."""
+"""Maximum mean over coordinates of a residual stream that counts as centred, as a fraction of its root mean square."""
 
 
 def processing(lens: Lens) -> Sequence[str]:
-    """`fold_ln`, `center_writing_weights`, both or neither."""
+    """Return the processing steps that the weights have gone through: `fold_ln`, `center_writing_weights`, both or neither."""
     done = []
     if trivial_norms(lens):
         done.append("fold_ln")
@@ -26,13 +26,16 @@ def processing(lens: Lens) -> Sequence[str]:
 
 
 def trivial_norms(lens: Lens) -> bool:
-    """Whether the norms before attention and MLP have no weight other than 1, because it is folded or was never trained."""
+    """Return whether the norms before attention and MLP have no weight other than 1.
+
+    The weight may be folded, or was never trained.
+    """
     norms = _norms(lens)
     return bool(norms) and all(norm.weight is None or bool((norm.weight == 1).all()) for norm in norms)
 
 
 def folded(lens: Lens) -> bool:
-    """Whether the weights of these norms have been folded into the weights that read them."""
+    """Return whether the weights of the norms before attention and MLP are folded into the weights that read their output."""
     gone = all(norm.weight is None for norm in _norms(lens)) or getattr(lens.model, "_weights_processed", False)
     return trivial_norms(lens) and bool(gone)
 

@@ -1,4 +1,4 @@
-"""Choose the lens for a model by its class, and refuse models that can't be patched."""
+"""Choose the lens for a model by its class, and reject models that can't be patched."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +12,11 @@ from featpatch.lens.hooked import HookedLens
 from featpatch.lens.lens import Lens
 
 MERGE = "merge it first: PeftModel.from_pretrained(base_model, adapter).merge_and_unload() gives the whole model"
-"""What to do about an adapter that is not merged into the model, for error messages."""
+"""The advice for an adapter that is not merged into the model, for error messages."""
 
 
 def wrap(model: Any) -> Lens:
-    """Return the lens of a model; of a compiled model, that of the module that torch.compile was given.
+    """Return the lens of a model; for a compiled model, that of the module that was passed to torch.compile.
 
     Raises:
         FeatpatchError: the model is neither a TransformerBridge nor a HookedTransformer, or it can't be patched.
@@ -34,12 +34,12 @@ def wrap(model: Any) -> Lens:
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the module that torch.compile was given; anything else as it is."""
+    """Return the module that was passed to torch.compile, or any other object as it is."""
     return getattr(model, "_orig_mod", model)
 
 
 def check_form(model: Any) -> None:
-    """Refuse models whose blocks or weights are not where they seem to be.
+    """Check that a model is a decoder with all of its own weights in place.
 
     Raises:
         FeatpatchError: the model has an encoder, an adapter that is not merged, or offloaded weights.

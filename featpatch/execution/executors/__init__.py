@@ -1,1 +1,1 @@
-"""Ways to run elsewhere: each file holds the executor of its name."""
+"""Executors: each module holds the executor of its name."""

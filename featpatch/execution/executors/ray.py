@@ -1,4 +1,4 @@
-"""Run sweeps on the workers of a Ray, on this machine or on a cluster."""
+"""An executor that runs sweeps on Ray workers, on this machine or on a cluster."""
 
 import logging
 import os
@@ -17,24 +17,25 @@ from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.execution.executor import Batch, Book, Executor, Shards
 
 DEATHS = 3
-"""How many workers may die at the same task before the sweep gives up."""
+"""Number of workers that may die at the same task before the sweep gives up."""
 
 PATIENCE = 300
-"""How many seconds to wait for the first worker."""
+"""Maximum number of seconds to wait for the first worker."""
 
 
 @dataclass(frozen=True)
 class Ray(Executor):
-    """Run sweeps on a local Ray that is started for them, or on a running cluster.
+    """An executor that runs sweeps on a local Ray instance that is started for them, or on a running cluster.
 
     A worker that dies is replaced and its task is run again; a cluster that loses a node continues with the remaining ones.
     Finished batches are kept on this machine, so they survive the loss of any worker or node.
 
     Args:
-        workers: the number of processes; by default as many as there is room for, by processors and GPUs.
-        address: the address of a running cluster, such as `"auto"` or `"ray://head:10001"`; by default the Ray that this
+        workers: the number of processes; by default as many as the processors and GPUs allow.
+        address: the address of a running cluster, such as `"auto"` or `"ray://head:10001"`; by default the Ray instance that
+            this
             process is connected to, or else a local one that is started here and ends with the sweep.
-        cpus, gpus: how many processors and GPUs each worker takes.
+        cpus, gpus: the number of processors and GPUs that each worker takes.
     """
 
     workers: int | None = None
@@ -68,7 +69,12 @@ class Ray(Executor):
 
     @contextmanager
     def _connected(self) -> Iterator[Any]:
-        """Context manager that yields the ray module, connected; a Ray that was started here is shut down on exit."""
+        """Connect to Ray and yield its module; an instance that was started here is shut down on exit.
+
+        Raises:
+            FeatpatchError: Ray is not installed, can't be started or reached, or is connected already although an address is
+                given.
+        """
         try:
             import ray
         except ImportError as error:
@@ -102,10 +108,10 @@ class Ray(Executor):
 
 @contextmanager
 def _silent(services: Any) -> Iterator[None]:
-    """Context manager in which a Ray that is started sends no usage statistics and does not ask which cloud it is in.
+    """Keep a Ray instance that is started in this context from sending usage statistics and from asking which cloud it is in.
 
     Ray asks from the process of its dashboard, which it starts even without a dashboard and with statistics switched off.
-    `(None, None)` tells Ray that this process could not be started, and it continues without.
+    `(None, None)` tells Ray that this process could not be started, and it continues without it.
     """
     start, before = getattr(services, "start_api_server", None), os.environ.get("RAY_USAGE_STATS_ENABLED")
     services.start_api_server = lambda *_, **__: (None, None)
@@ -121,10 +127,12 @@ def _silent(services: Any) -> Iterator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Check that somebody listens at an address, which takes Ray minutes; "auto" stands for RAY_ADDRESS, if it is set.
+    """Check that something listens at an address, because Ray takes minutes to find out that nothing does.
+
+    `"auto"` stands for the environment variable RAY_ADDRESS, if it is set.
 
     Raises:
-        OSError: nobody does.
+        OSError: nothing listens there.
     """
     meant = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
     host, _, port = meant.rpartition("://")[2].rpartition(":")
@@ -133,7 +141,7 @@ def _check_reachable(address: str | None) -> None:
 
 
 class _Worker:
-    """The shards of a sweep in a process of their own."""
+    """The shards of a sweep in a separate process."""
 
     def __init__(self, make: Callable[[], Shards]) -> None:
         self.shards = make()
@@ -151,7 +159,7 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Task:
-    """One of a shard's batches to run, or a shard whose batches are to be listed."""
+    """A batch of a shard to run, or, without a batch, a shard whose batches are to be listed."""
 
     shard: int
     batch: Batch | None = None
@@ -159,18 +167,23 @@ class _Task:
 
 @dataclass
 class _Driver:
-    """Distributes tasks: a worker continues its shard, then opens another one, then helps the shard with the most tasks left.
+    """The distribution of tasks to workers.
+
+    A worker finishes its shard, then opens another one, then helps with the shard that has the most tasks left.
 
     Attributes:
+        ray: the ray module.
         hire: a function that starts a worker.
+        book: the store of finished batches.
+        done: a function that is called with the number of patches of each finished batch.
         unopened: the shards whose batches are not known yet.
         left: the tasks of each open shard that no worker has yet.
-        at: the shard that each worker is at.
+        at: the shard that each worker is working on.
         running: the worker and its task, by Ray's reference to the result.
         hired: all workers.
         coming: the workers that have not started yet, by Ray's reference.
-        again: the tasks of workers that died.
-        deaths: how many workers died at each task.
+        again: the tasks of workers that died, to be run again.
+        deaths: the number of workers that died at each task.
     """
 
     ray: Any
@@ -187,7 +200,7 @@ class _Driver:
     deaths: dict[_Task, int] = field(default_factory=dict)
 
     def run(self, workers: int) -> None:
-        """Run until no task is left, without waiting for workers that find no room, and end all workers."""
+        """Run until no task is left, without waiting for workers that find no free resources, and then end all workers."""
         idle: list[Any] = []
         try:
             for _ in range(workers):
@@ -223,7 +236,7 @@ class _Driver:
                 )
 
     def _arrived(self, reference: Any) -> Any:
-        """Return a worker that has started; None if it died, in which case another one is hired."""
+        """Return a worker that has started; None if it died, in which case another one is started."""
         worker = self.coming.pop(reference)
         try:
             self.ray.get(reference)
@@ -252,7 +265,7 @@ class _Driver:
         self._hire()
 
     def _start(self, worker: Any) -> bool:
-        """Give a worker its next task; False if there is none."""
+        """Give a worker its next task; return False if there is none."""
         task = self._next(worker)
         if task is None:
             return False

@@ -1,4 +1,4 @@
-"""Kinds of dictionaries: each file holds the codec of one, and says which objects are of that kind."""
+"""Types of dictionaries: each module holds one codec, which recognises the objects of its type."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ CODECS: dict[str, type[Codec]] = classes("lens/codecs", Codec)
 
 
 def kind_of(source: Any) -> tuple[type[Codec], str, str]:
-    """The codec for an object, and the hooks that it reads and writes.
+    """Find the codec for an object, and return it with the hook points that the object reads and writes.
 
     Raises:
-        FeatpatchError: the object is of no kind.
+        FeatpatchError: no codec supports the object.
     """
     for codec in CODECS.values():
         hooks = codec.hooks(source)

@@ -1,4 +1,4 @@
-"""Objects of the user's own as codecs."""
+"""The codec for objects of the user's own."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from featpatch.lens.codec import Code, Codec, State
 from featpatch.lens.digest import digest
 
 PROBES = 16
-"""Random activations by which a dictionary without weights of its own is told from others."""
+"""Number of random activations in the digest, which tell apart dictionaries that hold no weights."""
 
 
 class AdaptedCodec(Codec):
-    """The object behind an `Adapted`, fed in the type and on the device of its first tensor.
+    """A codec for the object in an `Adapted`, which is called in the dtype and on the device of its first tensor.
 
     Raises:
-        FeatpatchError: it fails, or returns something else than a tensor of the right shape.
+        FeatpatchError: the object fails, or returns something other than a tensor of the right shape.
     """
 
     def __init__(self, adapted: Adapted, like: torch.Tensor) -> None:
@@ -48,17 +48,17 @@ class AdaptedCodec(Codec):
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> Code:
-        """The features; if there is a skip path, its value is the state."""
+        """Return the features and, if there is a skip path, its value as the state."""
         return Code(self._call("encode", x), {} if self.skip is None else {"skip": self._call("skip", x)})
 
     @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
-        """The object's own reconstruction plus the skip path."""
+        """Return the object's own reconstruction plus the skip path."""
         decoded = self._call("decode", features)
         return decoded + state["skip"] if "skip" in state else decoded
 
     def digest(self) -> str:
-        """Return a digest of the weights, if any, and of results on random activations, which settings change too."""
+        """Return a digest of the weights, if any, and of results on random activations, which also depend on the settings."""
         weights = digest(self.coder) if isinstance(self.coder, torch.nn.Module) else ""
         x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
         code = self.encode(x)
@@ -66,7 +66,7 @@ class AdaptedCodec(Codec):
         return sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes())
 
     def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
-        """Call a method on a copy, because it may work in place, and return a dense result of the input's dtype."""
+        """Call a method on a copy, because it may work in place, and return a dense floating-point result."""
         given = x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
         try:
             made = (self.skip if verb == "skip" and self.skip else getattr(self.coder, verb))(given)

@@ -1,9 +1,9 @@
-"""Codecs for the SAEs and transcoders of sae-lens. A codec works on views of the weights and does not change the user's object.
+"""Codecs for the SAEs and transcoders of sae-lens. A codec uses views of the weights and does not change the user's object.
 
-An SAE in half precision encodes in its own type, so that its features are the user's; what is decoded, and subtracted from
-other decoded activations, is float32, because the rounding of a whole activation would hide what one feature adds.
+An SAE in half precision encodes in its own dtype, so that its features are the user's. Activations are decoded, and
+subtracted from one another, in float32, because the rounding of a whole activation would hide what one feature adds.
 
-Facts about sae-lens 6.54 that this file stands on: `decode` consumes what the last `encode` left on the object (norms,
+Facts about sae-lens 6.54 that this module relies on: `decode` consumes what the last `encode` left on the object (norms,
 means), and reads the heads' width there; a skip transcoder's `decode` leaves the skip path out, and a temporal SAE's the
 predicted codes; `expected_average_only_in` is folded into the weights by `from_pretrained`, not by `load_from_disk`.
 """
@@ -59,11 +59,11 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
 
 
 class SaeCodec(Codec):
-    """A sae-lens object; normalisation, skip paths and predicted codes included.
+    """The codec for a sae-lens object, including normalisation, skip paths and predicted codes.
 
     Raises:
-        FeatpatchError: a layer of a cross-layer transcoder, a size below 1, a normalisation that is neither folded in nor
-            known, or weights of another type than the SAE says.
+        FeatpatchError: the object is a layer of a cross-layer transcoder, a size is below 1, a normalisation is neither folded
+            in nor known, or the weights have another dtype than the SAE's own `dtype`.
     """
 
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
@@ -96,7 +96,11 @@ class SaeCodec(Codec):
 
     @staticmethod
     def hooks(source: Any) -> tuple[str, str] | None:
-        """Return the hook points in the SAE's metadata; None for any other object."""
+        """Return the hook points in the SAE's metadata; None for any other object.
+
+        Raises:
+            FeatpatchError: the metadata names no hook point, or a single head.
+        """
         if not isinstance(source, SAE):
             return None
         metadata = source.cfg.metadata
@@ -125,7 +129,7 @@ class SaeCodec(Codec):
         return Code(features.to(wide), {name: value.to(wide) for name, value in state.items()})
 
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
-        """Return the full reconstruction, including what sae-lens' `decode` leaves out."""
+        """Return the full reconstruction, including the skip path and predicted codes that sae-lens' `decode` leaves out."""
         decoder = self._decoder
         decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
         with _quiet():
@@ -133,7 +137,7 @@ class SaeCodec(Codec):
         return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
 
     def rows(self, features: torch.Tensor) -> torch.Tensor | None:
-        """Return rows of the decoder's weights; None if it has no matrix of the expected shape."""
+        """Return rows of the decoder's weights; None if there is no matrix of the expected shape."""
         weights = getattr(self._decoder, "W_dec", None)
         if not isinstance(weights, torch.Tensor) or weights.shape != (self.d_sae, self.d_out):
             return None
@@ -146,7 +150,7 @@ class SaeCodec(Codec):
 
 
 def _flat(sae: Any) -> Any:
-    """Change an SAE, which must be a copy, to take flat activations and keep its own statistics; return it."""
+    """Make an SAE, which must be a copy, take flat activations and keep its own statistics; return it."""
     for name in NORMS:
         sae.__dict__.pop(name, None)
     sae._setup_activation_normalization()  # its functions keep statistics on the object they were made for
@@ -156,7 +160,7 @@ def _flat(sae: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager that silences sae-lens' warnings about what we add."""
+    """Silence the warning of sae-lens about predicted codes, which are added here, until the context ends."""
     log = logging.getLogger("sae_lens")
     log.addFilter(_silence)
     try:
@@ -166,16 +170,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _silence(record: logging.LogRecord) -> bool:
-    """Drops the warning that a temporal SAE's `decode` leaves the predicted codes out: we add them."""
+    """Return False for the warning that a temporal SAE's `decode` leaves the predicted codes out; they are added here."""
     return "only decodes x_novel" not in record.getMessage()
 
 
 def _is_summed(sae: Any) -> bool:
-    """Whether a transcoder is one layer of a cross-layer transcoder, with the decoders of all layers summed.
+    """Return whether a transcoder is one layer of a cross-layer transcoder, with the decoders of all layers summed.
 
-    sae-lens has no field that says so. It shows in the name on Neuronpedia, in weights that still have a layer axis, or in the
-    metadata that sae-lens' loader for these leaves: in the form before version 6 and without the training prompts, which all
-    others have.
+    sae-lens has no field that says so. It can be recognised by the name on Neuronpedia, by weights that still have a layer
+    axis, or by the metadata that sae-lens' loader for these transcoders leaves: in the form before version 6 and without the
+    training prompts, which all others have.
     """
     said = sae.cfg.metadata
     if re.search(r"\bclts?\b", f"{said.neuronpedia_id} {said.model_name} {said.hook_name} {said.hook_name_out}".lower()):
@@ -187,7 +191,11 @@ def _is_summed(sae: Any) -> bool:
 
 
 def _scale(sae: Any) -> float:
-    """The factor on activations that the weights do not contain."""
+    """Return the factor on activations that is not folded into the weights.
+
+    Raises:
+        FeatpatchError: the factor is not known, or whitening is not folded in.
+    """
     normalisation = sae.cfg.normalize_activations
     if normalisation == "covariance_whitening":
         raise FeatpatchError(

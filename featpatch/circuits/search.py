@@ -30,7 +30,7 @@ def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
 
 
 def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float | None, size: int | None) -> list[Node]:
-    """Return the items whose |score| is at least the threshold, or the `size` items with the largest, largest first."""
+    """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
     order = np.argsort(-np.abs(scores), kind="stable")
     count = size if size is not None else int((np.abs(scores) >= (threshold or 0.0)).sum())
     return [graph.items[number] for number in order[:count]]

@@ -19,7 +19,7 @@ from featpatch.lens import Dictionary, Lens
 from featpatch.patch import COMPONENTS, Node, Patch
 
 Values = Mapping[str, torch.Tensor]
-"""Activations `[batch, pos, ...]` by hook name."""
+"""Activations `[batch, pos, ...]` by hook point."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ Key = tuple[str, Position]
 
 
 SHOWN = 12
-"""The largest number of dictionaries and positions that the text form of a curve names."""
+"""The largest number of dictionaries and positions that the `repr` of a curve names."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,7 +16,7 @@ from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Asked, Metrics
 
 SHOWN = 16
-"""The largest number of features that the text form of a selection names."""
+"""The largest number of features that the `repr` of a selection names."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -77,9 +77,9 @@ def rank_features(
         progress: whether to show a progress bar.
 
     Returns:
-        One row per feature (and position) that differs in at least one pair, and three rows per dictionary and position:
-        `all_features`, `error` and `activation`. With screening, the features that were patched because of their estimates come
-        first, then those drawn at random.
+        One row per feature (and position) that differs in at least one pair; for each position also rows for `all_features` and
+        `error` of each dictionary, and for the whole `activation` at each hook point. With screening, the features that were
+        patched because of their estimates come first, then those drawn at random.
 
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.

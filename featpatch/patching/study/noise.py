@@ -19,7 +19,7 @@ from featpatch.patch import Position
 class Noise:
     """Noise on the embeddings of some tokens of the clean prompt, which then serves as the corrupted run.
 
-    The corrupted prompts of the pairs are not run; the wrong answers are still those of the pairs.
+    The corrupted prompts of the pairs are not run; the answers are still those of the pairs.
 
     Attributes:
         positions: labels or indices of the tokens that get noise.

@@ -19,7 +19,10 @@ from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.each import each
 
 ByReading = Float[torch.Tensor, "readings patches engine_metrics"]
+"""The values of the engine's metrics at each reading, for each patch."""
+
 Combined = Float[torch.Tensor, "patches metrics"]
+"""The values of the requested metrics for each patch, combined over readings."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ Metrics = str | Metric | Sequence[str | Metric]
 """A metric, by name or as a function, or several metrics."""
 
 Readout = AtAnswer | OfSequences
+"""A way to read one or several metrics."""
 
 
 def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
@@ -152,6 +156,7 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
     """Return how to read one metric or several together.
 
     Args:
+        metric: the metric or metrics.
         refused, use: as in `metrics.find`.
         single: whether only one metric is accepted.
 

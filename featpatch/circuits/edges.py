@@ -224,7 +224,7 @@ class EdgeGraph(Graph):
         return rows[0]
 
     def _cut(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
-        """Return the residual stream after a place, and the senders from there on."""
+        """Return the activation that passes a place (the sum of its mediators, if there are any) and the senders after it."""
         if place not in self.cuts:
             return passing, sent
         rows, which = self._inputs(self.cuts[place].nodes, passing, sent, run)
@@ -348,7 +348,7 @@ class EdgeGraph(Graph):
         return self._mlp_activation(layer, stream, tokens, sites.component(layer, "mlp_out"))
 
     def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """Return the logits `[prompts, d_vocab]` at the answer positions, from the final residual stream."""
+        """Return the logits `[prompts, d_vocab]` at the answers, from the final residual stream `[prompts, pos, d_model]`."""
         last, device = self.lens.n_layers - 1, self.lens.device
         with self.lens.put({sites.resid_post(last): stream}):
             return self.lens.resume(last, stream, tokens.to(device), answers.to(device))

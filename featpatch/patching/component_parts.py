@@ -142,7 +142,7 @@ class HeadPart(Part):
                         yield Exchange(Node(site, "head", head, name), at, head, source)
 
     def _places(self, run: PairRuns, position: Position, span: list[int]) -> Iterator[tuple[Position, int | None, list[int]]]:
-        """Yield the name, attended position and token positions of a requested position; of each of its pattern entries."""
+        """Yield the name, attended position (None if not a pattern entry) and token positions of each node at a position."""
         if self.name != "pattern_entry":
             yield position, None, span
             return
@@ -151,7 +151,7 @@ class HeadPart(Part):
                 yield f"{position} <- {name}", source, span
 
     def _differing(self, run: PairRuns) -> Bool[torch.Tensor, "pos heads ..."]:
-        """Return a mask of where base and source differ in any coordinate; for pattern entries, at which attended position."""
+        """Return a mask `[pos, heads]` of where base and source differ; for pattern entries `[pos, heads, attended pos]`."""
         base, source = next(iter(run.ways.values()))
         differs = self._by_position(source) != self._by_position(base)
         differs[: run.first] = False

@@ -1,4 +1,7 @@
-"""Gradient estimates of patches, and how far they can be trusted. Never imports `patching`: each is the other's check."""
+"""Gradient estimates of the effects of patches, and their calibration against exact effects.
+
+This package never imports `patching`, so that each is an independent check of the other.
+"""
 
 from featpatch.attribution.calibration import Calibration, calibrate
 from featpatch.attribution.components import estimate_components

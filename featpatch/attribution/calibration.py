@@ -1,4 +1,4 @@
-"""Compare estimates with exact effects of the same pairs, overall and site by site, to see how far to trust them."""
+"""Compare estimates with exact effects of the same pairs, overall and by hook point, to see how far to trust them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,14 @@ from featpatch.untrusted import in_figure, visible
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """Estimates beside exact effects.
+    """Estimated and exact effects of the same nodes.
 
     Attributes:
-        nodes: the ranked rows that either table holds; where one has no row its effect is 0. Of a screened table its own.
-        estimate, exact: pooled effects, `[nodes]`.
-        effect: which.
-        signed: whether estimates have a sign; if not, exact effects are without theirs.
+        nodes: the ranked nodes of either table, where a missing row is an effect of 0; if the exact table was screened or is a
+            selection of rows, only its own.
+        estimate, exact: the pooled effects, `[nodes]`.
+        effect: the effect that is compared.
+        signed: whether estimates have a sign; if not, `exact` holds absolute values.
     """
 
     nodes: tuple[Node, ...]
@@ -32,25 +33,26 @@ class Calibration:
     signed: bool = True
 
     def table(self, k: int = 20) -> pd.DataFrame:
-        """Return one row for all sites and one per site.
+        """Return one row for all nodes and one per SAE or, for other nodes, per hook point.
 
-        `pearson`, `spearman`; `recall`: share of the k largest |exact| that are among the k largest |estimate| (NaN with no
-        more than k rows); `signs`: share of rows with the same sign; `slope`: exact over estimate, least squares through 0.
-        Estimates without sign (`"grad_drop"`) are compared with |exact|, and `signs` is NaN.
+        The columns are `rows`: the number of nodes; `pearson` and `spearman`; `recall`: the share of the k largest |exact| that
+        are among the k largest |estimate| (NaN with no more than k rows); `signs`: the share of rows with the same sign;
+        `slope`: exact over estimate, by least squares through 0. Estimates without sign (`"grad_drop"`) are compared with
+        |exact|, and `signs` is NaN.
         """
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
         return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
     def misses(self, n: int = 10) -> pd.DataFrame:
-        """The rows in which the estimate is farthest from the exact effect, farthest first."""
+        """Return the n rows in which the estimate is farthest from the exact effect, farthest first."""
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
         return pd.DataFrame(
             {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
         )
 
     def plot(self) -> Any:
-        """A `plotly.graph_objects.Figure`: exact against estimate, a colour per site, and the diagonal."""
+        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
@@ -82,13 +84,16 @@ class Calibration:
 
 
 def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None) -> Calibration:
-    """Estimates beside exact effects of the same pairs, metric and positions.
+    """Compare estimates with exact effects of the same pairs, metric and positions.
 
     Args:
-        effect: by default recovery if both have it.
+        estimate: a table of estimates.
+        exact: a table of exact effects.
+        effect: the effect to compare; by default recovery if both tables have it.
 
     Raises:
-        FeatpatchError: tables of other kinds, or of different pairs or metrics, or an effect that one does not have.
+        FeatpatchError: if the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions,
+            model or SAEs, hold nodes of different kinds, or do not both have the effect.
     """
     check_kinds(Effects, estimate=estimate, exact=exact)
     if estimate.value != "estimate" or exact.value != "exact":

@@ -1,7 +1,8 @@
-"""Estimates of the effect of components: change times gradient at their hook, added up over what belongs to each.
+"""Gradient estimates of the effect of components: change times gradient at their hook point, summed over each component.
 
 Queries and keys act through a softmax, which is flat where attention is all or nothing. With the QK fix of AtP* (Kramar et al.
-2024, arXiv 2403.00745) what they change of their heads' output is worked out exactly, and first order begins behind it.
+2024, arXiv 2403.00745), their effect on the output of their heads is computed exactly, and only what lies downstream of it is
+estimated to first order.
 """
 
 from collections.abc import Sequence
@@ -38,21 +39,21 @@ def estimate_components(
     metric: str | Metric = "logit_diff",
     progress: bool = True,
 ) -> Effects:
-    """Gradient estimates of what `rank_components` measures: the same rows and columns, marked `estimate`.
+    """Estimate by gradients what `rank_components` measures: the same rows and columns, marked `estimate`.
 
     `method="grad_drop"` with the QK fix is AtP* (Kramar et al. 2024, arXiv 2403.00745).
 
     Args:
-        qk_fix: whether what queries and keys change of their head's output is worked out exactly, in a pass of their block
+        qk_fix: whether to compute the effect of queries and keys on their head's output exactly, in a pass of their layer
             alone (one for all queries of a prompt, one for the keys of each requested position).
         model, pairs, sites, layers, positions, directions, metric, progress: as in `rank_components`.
         method, steps, gradients: as in `estimate_features`.
 
     Returns:
-        Estimates; for `metadata["whole_residual"]` see `estimate_features`.
+        A table of estimates; for `metadata["whole_residual"]` see `estimate_features`.
 
     Raises:
-        FeatpatchError: unusable input.
+        FeatpatchError: if the input is unusable.
     """
     lens = wrap(model)
     names, chosen = hooks.check_components(sites, positions), hooks.check_layers(layers, lens.n_layers)
@@ -66,11 +67,11 @@ def estimate_components(
 
 @dataclass(frozen=True)
 class ComponentPart(Part):
-    """What a block holds at one hook: as a whole, or by head or neuron.
+    """The activation at one hook point of a layer, as a whole or by head or neuron.
 
     Attributes:
-        hook: at which change and gradient meet; for `"result"`, which is z through W_O, that of z.
-        site: the hook by which its nodes are called.
+        hook: the hook point at which change and gradient are multiplied; that of z for `"result"`, which is z times W_O.
+        site: the hook point in the names of the nodes.
         name: one of `sites.COMPONENTS`.
     """
 
@@ -80,22 +81,26 @@ class ComponentPart(Part):
 
     @classmethod
     def of(cls, lens: Lens, layer: int, name: str) -> "ComponentPart":
-        """Of a block; raises FeatpatchError where the model has no such component."""
+        """Return the part for a component of a layer.
+
+        Raises:
+            FeatpatchError: if the model has no such component.
+        """
         hook = lens.site(hooks.component(layer, "z" if name == "result" else name))
         return cls(hook, hook if name in hooks.WHOLE else hooks.component(layer, name), name)
 
     @property
     def reads(self) -> list[str]:
-        """None but its hook."""
+        """No further hook points."""
         return []
 
     @property
     def sites(self) -> list[str]:
-        """Its hook."""
+        """The hook point of the component."""
         return [self.hook]
 
     def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
-        """Position by position."""
+        """Estimate the effect of the component, or of each of its heads or neurons, at every requested position."""
         change = of_pair.change(self.hook, direction)
         values, differs = product(change, of_pair.gradients[direction][self.hook]), change != 0
         if not hooks.by_position(self.hook):
@@ -113,7 +118,7 @@ class ComponentPart(Part):
         return Found.of(changes)
 
     def _entries(self, values: torch.Tensor, differs: torch.Tensor, wanted: Wanted) -> Found:
-        """What one position attends of another; values `[variants, pos, heads, source]`."""
+        """Estimate the effect of single entries of the attention pattern, from values `[variants, pos, heads, source]`."""
         changes = []
         for position, span in wanted.items():
             for name, sources in wanted.items():

@@ -1,4 +1,4 @@
-"""How long estimates take, before they are made."""
+"""Predict how long gradient estimates take."""
 
 import time
 from collections import deque
@@ -22,9 +22,9 @@ PAIRS = 2
 def estimation_time(
     model: Any, saes: Any, pairs: Pairs, positions: Positions, directions: Sequence[Direction], metric: str | Metric
 ) -> float | None:
-    """Seconds that `estimate_features` will take, extrapolated from a few pairs after a warm-up on one.
+    """Return the seconds that `estimate_features` will take, extrapolated from a few pairs after a warm-up on one pair.
 
-    None where the metric has no gradient, or one of zero.
+    The result is None if the metric has no gradient or a gradient of zero.
     """
     parts = [FeaturePart(dictionary) for dictionary in dictionaries(wrap(model), saes)]
     seconds = 0.0

@@ -1,4 +1,4 @@
-"""From the gradients of every pair to the table of estimates."""
+"""Turn the gradients of every pair into a table of estimates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -29,10 +29,17 @@ def estimated(
     *,
     progress: bool,
 ) -> Effects:
-    """The estimates of all parts.
+    """Return a table with the estimates of all parts.
+
+    Args:
+        gradients: the gradients of the model on the pairs.
+        model, pairs, positions, directions, progress: as in `estimate_features`.
+        parts: the nodes whose effects are estimated.
+        about: metadata about the parts, to store with the results.
 
     Raises:
-        FeatpatchError: gradients of another model or of other pairs; unknown positions or directions; a gap near zero.
+        FeatpatchError: if the gradients are of another model or other pairs, a position or direction is unknown, or the gap is
+            near zero.
     """
     if not isinstance(gradients, Gradients) or gradients.model is not model or gradients.pairs != pairs:
         raise FeatpatchError(
@@ -80,7 +87,15 @@ def collected(
     *,
     unsigned: bool,
 ) -> Effects:
-    """The table of estimated changes, by pair, direction and node; baselines are `[pairs, 1]`."""
+    """Return a table of effects from estimated changes of the metric.
+
+    Args:
+        metric: the name of the metric.
+        clean, corrupted: the metric of the unpatched runs, `[pairs, 1]`.
+        found: the estimated changes, by pair, direction and node.
+        metadata: metadata of the table.
+        unsigned: whether the changes have no sign.
+    """
     collector, gap = Collector((metric,)), float((clean - corrupted).mean())
     for index, of_way in sorted(found.items()):
         nodes = list(dict.fromkeys(node for changes in of_way.values() for node in changes))
@@ -92,14 +107,14 @@ def collected(
 def by_pair(
     gradients: Gradients, parts: Sequence[Part], wanted: Sequence[Wanted], ways: Sequence[Direction]
 ) -> Iterator[tuple[PairGradients, dict[Direction, list[Found]]]]:
-    """What each part finds in each pair, equally long ones one after the other."""
+    """Yield the gradients of each pair with the estimates of each part by direction, grouped by length of prompt."""
     reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
     for of_pair in gradients.of(reads, sites):
         yield of_pair, {way: [part.found(of_pair, way, wanted[of_pair.index]) for part in parts] for way in ways}
 
 
 def _combined(of_parts: Sequence[Found], blocks: int | None) -> dict[Node, float]:
-    """One value per node; of dropped gradients the absolute values, averaged over all blocks but one."""
+    """Return one value per node; with GradDrop, the sum of absolute values divided by the number of layers minus one."""
     combined: dict[Node, float] = {}
     for found in of_parts:
         changes = found.changes[0] if blocks is None else found.changes.abs().sum(0) / (blocks - 1)
@@ -116,7 +131,7 @@ def _patched(
     gap: float,
     unsigned: bool,
 ) -> NDArray[np.float64]:
-    """The metric that a patched run would have, `[nodes, 1]`; sizes without sign count as towards the source."""
+    """Return the metric that patched runs would have, `[nodes, 1]`; unsigned changes are counted as towards the source."""
     values = np.array([changes.get(node, 0.0) for node in nodes])[:, None]
     if unsigned:
         values = values * (np.sign(gap) if way == "denoising" else -np.sign(gap))
@@ -124,7 +139,7 @@ def _patched(
 
 
 def _beside_runs(of_pair: PairGradients, way: Direction, wanted: set[str]) -> list[float]:
-    """|estimate - patched run| of those of the wanted whole sites that were run."""
+    """Return |estimate - patched run| of the whole activations at the wanted hook points that were patched."""
     left = []
     for site in of_pair.ends[way].keys() & wanted:
         estimate = float(product(of_pair.change(site, way), of_pair.gradients[way][site]).sum())

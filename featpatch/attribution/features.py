@@ -1,9 +1,9 @@
-"""Estimates of the effect of every feature, error term and site from a few gradients.
+"""Estimate the effect of every feature, error term and whole activation from a few gradients.
 
-    IE_i = (f_s - f_b)_i (d_i . g),   IE_error = (e_s - e_b) . g,   g = dm/dx at the site in the unmodified model
+    IE_i = (f_s - f_b)_i (d_i . g),   IE_error = (e_s - e_b) . g,   g = dm/dx at the hook point in the unmodified model
 
-Summed over all features and the error they are (x_s - x_b) . g, exactly: what is left of that is noted as the completeness
-residual. Denoising takes the gradient of the corrupted run, noising that of the clean one.
+Their sum over all features and the error is exactly (x_s - x_b) . g; the deviation is stored as the completeness residual.
+Denoising uses the gradient of the corrupted run, noising that of the clean run.
 """
 
 from collections.abc import Sequence
@@ -37,30 +37,33 @@ def estimate_features(
     metric: str | Metric = "logit_diff",
     progress: bool = True,
 ) -> Effects:
-    """Gradient estimates of what `rank_features` measures: the same rows and columns, marked `estimate`.
+    """Estimate by gradients what `rank_features` measures: the same rows and columns, marked `estimate`.
 
-    Attribution patching costs a forward and a backward pass per run, whatever the number of SAEs and features. How far its
-    estimates can be trusted is for `fp.calibrate` to tell, against exact effects.
+    Attribution patching costs a forward and a backward pass per run, whatever the number of SAEs and features. Use
+    `fp.calibrate` to compare the estimates with exact effects and find out how far they can be trusted.
 
     Args:
-        method: `"atp"`: attribution patching. `"ig"`: integrated gradients at each site, `steps` forward and backward passes
-            per site. `"eap_ig_inputs"`: gradients averaged along the line between the prompts' embeddings, `steps` passes for
-            all sites. `"grad_drop"`: a pass per block of the model, a size without sign (`metadata["unsigned"]`).
-        steps: points of the midpoint rule.
-        gradients: what an `fp.Gradients` of this model and these pairs has kept; metric, method and steps are then its own.
-        metric: a differentiable one. The gradient of `"neg_kl"` is zero at the clean run, where `"atp"` and `"grad_drop"` take
-            it for noising: use them for denoising alone, or `"ig"` or `"eap_ig_inputs"`.
+        method: `"atp"`: attribution patching. `"ig"`: integrated gradients at each hook point, with `steps` forward and
+            backward passes per hook point. `"eap_ig_inputs"`: gradients averaged along the line between the prompts'
+            embeddings, with `steps` passes for all hook points. `"grad_drop"`: one pass per layer of the model; the estimates
+            have no sign (`metadata["unsigned"]`).
+        steps: the number of points of the midpoint rule.
+        gradients: an `fp.Gradients` of this model and these pairs, to reuse what it has kept; its metric, method and steps
+            are used.
+        metric: a differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which `"atp"` and `"grad_drop"`
+            use for noising: with these methods use it only for denoising, or choose `"ig"` or `"eap_ig_inputs"`.
         model, saes, pairs, positions, directions, progress: as in `rank_features`.
 
     Returns:
-        Estimates. `metadata["completeness_residual"]`: the largest |sum of features and error - whole site| of any site,
-        position and pair, as a share of the mean gap: rounding, unless what features add depends on one another or on a state
-        (a token's norm), which belongs to neither. `metadata["whole_residual"]`: the largest |estimate - patched run| over
-        pairs, as such a share, of the whole stream that enters the first block (how far from linear the model is), with
-        `"ig"` of any whole site (what the steps leave); None for `"grad_drop"`.
+        A table of estimates. `metadata["completeness_residual"]` is the largest |sum of features and error - whole activation|
+        of any hook point, position and pair, as a share of the mean gap. It is due to rounding, unless what features add
+        depends on other features or on state (a token's norm), which belongs to neither features nor error.
+        `metadata["whole_residual"]` is the largest |estimate - patched run| over pairs, also as a share of the mean gap: for
+        the residual stream that enters the first layer (how far from linear the model is) or, with `"ig"`, for any whole
+        activation (the error left by the number of steps). It is None for `"grad_drop"`.
 
     Raises:
-        FeatpatchError: unusable input.
+        FeatpatchError: if the input is unusable.
     """
     found = dictionaries(wrap(model), saes)
     about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
@@ -70,22 +73,26 @@ def estimate_features(
 
 @dataclass(frozen=True)
 class FeaturePart(Part):
-    """The features and the error of a dictionary, and the site that it writes to."""
+    """The features and the error of a dictionary, and the whole activation that it writes.
+
+    Attributes:
+        dictionary: the dictionary.
+    """
 
     dictionary: Dictionary
 
     @property
     def reads(self) -> list[str]:
-        """What it encodes."""
+        """The hook point that the dictionary reads."""
         return [self.dictionary.reads]
 
     @property
     def sites(self) -> list[str]:
-        """What it decodes to."""
+        """The hook point that the dictionary writes."""
         return [self.dictionary.writes]
 
     def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
-        """Features first."""
+        """Estimate the effects of features, all features, error and whole activation at every requested position."""
         dictionary, site = self.dictionary, self.dictionary.writes
         split = of_pair.split(dictionary)
         b, s = split[direction], split[SOURCE[direction]]
@@ -126,7 +133,7 @@ def _along(
     feature: Int[torch.Tensor, " entries"],
     g: Float[torch.Tensor, "variants pos d"],
 ) -> Float[torch.Tensor, "variants entries"]:
-    """(f_s - f_b)_i (d_i . g); by the change that each makes alone where features have no direction."""
+    """Return (f_s - f_b)_i (d_i . g) or, if features have no fixed direction, the change that each makes alone times g."""
     if not dictionary.behaviour.linear:
         moved = dictionary.moved(base, source, position, feature)
         return (moved.to(g) * g[:, position]).sum(2)
@@ -139,7 +146,7 @@ def _along(
 
 
 def _error(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    """What the error, and the state that decoding needs, change, `[pos, d]`."""
+    """Return the change that patching the error, with the state that decoding needs, makes, `[pos, d]`."""
     change = (source.error - base.error)[0]
     if not base.state:
         return change

@@ -1,4 +1,4 @@
-"""Activations and gradients of both runs of every pair, each taken once."""
+"""Activations and gradients of both runs of every pair, each computed once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ from featpatch.pairs import Pair, Pairs, check_pairs
 from featpatch.patch import DIRECTIONS, Direction, check_directions
 
 TOKENS_AT_ONCE = 1024
-"""Tokens that go through the model together."""
+"""The largest number of tokens that go through the model together."""
 
 Activations = Mapping[str, torch.Tensor]
-"""`[pos, ...]` by hook."""
+"""Activations or gradients of one prompt, `[pos, ...]` by hook point."""
 
 WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
 """Metrics without a gradient at the answer position."""
@@ -26,7 +26,7 @@ WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
 USE = "in estimates, which take a gradient, of the logits at one token (rank_features and its like measure any metric exactly)"
 
 SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
-"""A run is called by the direction that patches it; the source of one direction is the base of the other."""
+"""The source run of each direction. A run is named by the direction that patches it, so the source is named by the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,12 @@ class PairGradients:
 
     Attributes:
         index: the index of the pair.
+        pair: the pair.
         first: the first position at which its runs can differ.
-        values, activations, gradients, ends: by the direction that patches a run: its metric, its activations, the gradients
-            `[variants, pos, ...]` at its sites, and its metric with a whole site taken from the other run, where known.
+        values: the metric of each run, by the direction that patches the run.
+        activations: the activations of each run, by direction.
+        gradients: the gradients `[variants, pos, ...]` of each run at hook points, by direction.
+        ends: the metric of each run with a whole activation patched from the other run, by direction and hook point, if known.
     """
 
     index: int
@@ -70,24 +73,27 @@ class PairGradients:
 
 
 class Gradients:
-    """Activations and gradients of both runs of every pair, taken when they are first asked for, and kept.
+    """Activations and gradients of both runs of every pair, computed when they are first needed, and kept.
 
-    What is kept is taken anew once the model's weights or hooks are others.
+    They are computed again if the model's weights or hooks have changed.
 
-    With it, estimates for another dictionary at the same hooks, or at other positions, cost no run of the model:
+    With the same `Gradients`, estimates for another dictionary at the same hook points, or at other positions, need no further
+    runs of the model:
 
         gradients = fp.Gradients(model, pairs)
         fp.estimate_features(model, one_sae, pairs, gradients=gradients)
         fp.estimate_features(model, another_sae, pairs, gradients=gradients)
 
     Args:
-        metric: a differentiable one; see `estimate_features` for `"neg_kl"`.
+        model: a TransformerBridge or a HookedTransformer.
+        pairs: clean and corrupted prompts with their answers.
+        metric: a differentiable metric; see `estimate_features` for `"neg_kl"`.
         method: `"atp"`, `"ig"`, `"eap_ig_inputs"` or `"grad_drop"`; see `estimate_features`.
-        steps: points of the midpoint rule, of `"ig"` and `"eap_ig_inputs"`.
-        keep: whether what was taken stays in memory, on the model's device.
+        steps: the number of points of the midpoint rule, for `"ig"` and `"eap_ig_inputs"`.
+        keep: whether to keep activations and gradients in memory, on the model's device.
 
     Raises:
-        FeatpatchError: unusable input.
+        FeatpatchError: if the input is unusable.
     """
 
     def __init__(
@@ -124,10 +130,10 @@ class Gradients:
         return f"gradients of {self.measure.name} over {self.pairs!r}, by {self.method}; {len(self._kept)} batches kept"
 
     def check_directions(self, directions: Sequence[Direction]) -> tuple[Direction, ...]:
-        """Return the directions after a check.
+        """Check directions and return them.
 
         Raises:
-            FeatpatchError: a direction is unknown, or noising would take the gradient of `"neg_kl"` at the clean run, where it
+            FeatpatchError: if a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which
                 is zero.
         """
         ways = check_directions(directions)
@@ -156,7 +162,14 @@ class Gradients:
 
 @dataclass(eq=False)
 class _Batch:
-    """Some equally long pairs; tensors are `[pairs, ...]`, gradients `[variants, pairs, ...]`."""
+    """Activations `[pairs, ...]` and gradients `[variants, pairs, ...]` of some equally long pairs.
+
+    Attributes:
+        of: the `Gradients` that the batch belongs to.
+        some: the indices of the pairs.
+        values, activations, gradients, ends: as in `PairGradients`, for all pairs together.
+        clean: the logits of the clean runs, if the metric needs them.
+    """
 
     of: Gradients
     some: tuple[int, ...]
@@ -167,7 +180,11 @@ class _Batch:
     clean: Sequence[torch.Tensor] = ()
 
     def take(self, reads: Sequence[str], sites: Sequence[str]) -> None:
-        """Compute the activations and gradients that are not there yet."""
+        """Compute the activations and gradients that have not been computed yet.
+
+        Raises:
+            FeatpatchError: if a gradient is NaN or infinite.
+        """
         method, known = self.of.method, self.activations["noising"]
         wanted = sites if method in ("ig", "grad_drop") else [INPUT, *sites]
         missing = [site for site in dict.fromkeys(wanted) if site not in self.gradients["noising"]]
@@ -211,7 +228,7 @@ class _Batch:
         clean = self._clean() if self.of.measure.needs == "clean" else [None] * len(pairs)
 
         def measure(logits: torch.Tensor) -> torch.Tensor:
-            """Each row's metric, of its own answers or clean run."""
+            """Return the metric of each row, with the answers or the clean run of its pair."""
             values = []
             for row, pair, of_clean in zip(logits, pairs, clean, strict=True):
                 columns = self.of.measure.columns(pair.correct, pair.wrong)
@@ -222,7 +239,7 @@ class _Batch:
         return Runs(self.of.lens, tokens, answers, measure)
 
     def _clean(self) -> Sequence[torch.Tensor]:
-        """The logits of the clean runs, `[1, d_vocab]` each."""
+        """Return the logits of the clean runs, `[1, d_vocab]` each."""
         if not self.clean:
             pairs = [self.of.pairs[index] for index in self.some]
             answers = torch.tensor([pair.answer_position for pair in pairs])

@@ -1,4 +1,4 @@
-"""A part of an estimation: which nodes, and what first order says of each."""
+"""Parts of an estimation: nodes, and the first-order estimates of their effects."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ class Found:
     """Estimated changes of the metric in one pair.
 
     Attributes:
-        nodes: those that differ between the runs.
-        changes: `[variants, nodes]`, float64 on the CPU; one variant for each gradient.
-        residual: the largest difference between the sum of features and error and the whole site; 0 for other parts.
+        nodes: the nodes that differ between the runs.
+        changes: the estimated changes `[variants, nodes]`, float64 on the CPU; one variant for each gradient.
+        residual: the largest difference between the sum of features and error and the whole activation; 0 for other parts.
     """
 
     nodes: Sequence[Node]
@@ -28,30 +28,30 @@ class Found:
 
     @classmethod
     def of(cls, changes: Sequence[tuple[Node, torch.Tensor]], residual: float = 0.0) -> "Found":
-        """From nodes with `[variants]` each."""
+        """Collect nodes and their estimated changes, `[variants]` each."""
         values = [change.detach().to("cpu", torch.float64) for _, change in changes]
         return cls([node for node, _ in changes], torch.stack(values, 1) if values else torch.zeros(1, 0), residual)
 
 
 class Part(ABC):
-    """Some nodes."""
+    """Nodes whose effects are estimated together."""
 
     @property
     @abstractmethod
     def reads(self) -> list[str]:
-        """Hooks whose activations it needs, beside those of its sites."""
+        """The hook points whose activations the part needs, in addition to `sites`."""
 
     @property
     @abstractmethod
     def sites(self) -> list[str]:
-        """Hooks at which it needs gradients."""
+        """The hook points whose activations and gradients the part needs."""
 
     @abstractmethod
     def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
-        """What swapping each of its nodes would change, to first order."""
+        """Return first-order estimates of how patching each node would change the metric in one pair."""
 
 
 def product(change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Change `[pos, ...]` times gradients `[variants, pos, ...]`, element by element, in float32 at least."""
+    """Return change `[pos, ...]` times gradients `[variants, pos, ...]`, element by element, in at least float32."""
     kind = torch.promote_types(torch.promote_types(change.dtype, gradient.dtype), torch.float32)
     return change.to(kind) * gradient.to(change.device, kind).reshape(len(gradient), *change.shape)

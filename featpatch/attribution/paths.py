@@ -1,9 +1,9 @@
-"""Estimates of paths: the receiver's gradient times what the sender's change makes of it, what lies between being frozen.
+"""Estimate the effects of paths: the gradient at the receiver times how the sender's change affects the receiver.
 
     estimate(S -> R) = (dm/dR in the model) . (dR/dS, attention frozen, MLPs frozen or not) . (S_source - S_base)
 
-(Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348.) Where the path is the residual stream alone, dR/dS is
-that of the receiver's own norm and weights. One backward pass through a block per receiver serves all senders.
+(Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348.) If the path is the residual stream alone, dR/dS is
+the derivative of the receiver's own norm and weights. One backward pass through a layer per receiver serves all senders.
 """
 
 from collections.abc import Sequence
@@ -43,18 +43,19 @@ def estimate_paths(
     metric: str | Metric = "logit_diff",
     progress: bool = True,
 ) -> Effects:
-    """Gradient estimates of what `rank_paths` measures: the same rows, marked `estimate`.
+    """Estimate by gradients what `rank_paths` measures: the same rows, marked `estimate`.
 
-    They cost two forward and backward passes per pair, and a backward pass of one block per receiver; senders cost nothing.
-    A receiver that is off in the base run has no gradient, and is estimated at 0.
+    The cost is two forward and backward passes per pair, and a backward pass of one layer per receiver; additional senders
+    cost nothing. A receiver that is inactive in the base run has no gradient, so its paths are estimated as 0.
 
     Args:
-        gradients: what an `fp.Gradients` of this model and these pairs, of method `"atp"`, has kept.
-        model, pairs, saes, senders, receivers, route, directions, progress: as in `rank_paths`; no error terms as receivers.
-        metric: a differentiable one; `"neg_kl"` for denoising alone.
+        gradients: an `fp.Gradients` of this model and these pairs, with method `"atp"`, to reuse what it has kept.
+        model, pairs, saes, senders, receivers, route, directions, progress: as in `rank_paths`, except that error terms can't
+            be receivers.
+        metric: a differentiable metric; `"neg_kl"` only for denoising.
 
     Raises:
-        FeatpatchError: unusable input.
+        FeatpatchError: if the input is unusable.
     """
     lens = wrap(model)
     found = dictionaries_if_any(lens, saes)
@@ -103,7 +104,11 @@ def estimate_paths(
 
 
 def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:
-    """Of the senders' sites."""
+    """Return the parts of an estimation that cover the senders.
+
+    Raises:
+        FeatpatchError: if a node can't be a sender.
+    """
     parts: dict[tuple[str, str], Part] = {}
     for node in senders:
         owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
@@ -124,7 +129,15 @@ def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> 
 
 @dataclass(frozen=True)
 class _Pulled:
-    """The receivers' gradients with respect to the stream below them, in one run."""
+    """Gradients of the metric through each receiver with respect to the residual stream upstream, in one run.
+
+    Attributes:
+        lens: the model.
+        of_pair: activations and gradients of the pair.
+        way: the direction that patches the run.
+        receiving: the receivers.
+        route: which components are frozen.
+    """
 
     lens: Lens
     of_pair: PairGradients
@@ -133,7 +146,7 @@ class _Pulled:
     route: str
 
     def at(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`[receivers, pos, ...]` at sites that write to the stream."""
+        """Return the gradients `[receivers, pos, ...]` at hook points that write to the residual stream."""
         stream = self._by_place()
         found = {}
         for site in wanted:
@@ -149,7 +162,7 @@ class _Pulled:
         return found
 
     def _by_place(self) -> dict[tuple[int, str], torch.Tensor]:
-        """From the last place down, all on the device where the stream begins."""
+        """Return the gradients at every place in the residual stream, all on the device of the first layer's input."""
         zero = torch.zeros_like(self._rows(self._activation(sites.resid_pre(0))))
         stream: dict[tuple[int, str], torch.Tensor] = {}
         now = zero
@@ -169,7 +182,7 @@ class _Pulled:
         return stream
 
     def _read_at(self, place: tuple[int, str]) -> dict[str, torch.Tensor]:
-        """By hook the weights of the receivers that read there, one row each; rows of others are 0."""
+        """Return the weights of the receivers that read at a place, by hook point; rows of other receivers are 0."""
         found: dict[str, torch.Tensor] = {}
         for row, receiver in enumerate(self.receiving):
             if sites.seen_at(receiver.reads) == place:
@@ -180,7 +193,10 @@ class _Pulled:
         return found
 
     def _behind(self, layer: int, hook: str, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a hook behind attention, which is frozen: with respect to what enters the block, and to what attention adds."""
+        """Return gradients with respect to a layer's input and to its attention output, for a hook point after attention.
+
+        Attention is frozen.
+        """
         name = sites.component(layer, "attn_out")
         gradient, inner = self._pull(layer, hook, weights, {name: self._rows(self._activation(name))})
         return gradient, inner[name]

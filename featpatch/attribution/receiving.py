@@ -1,7 +1,8 @@
-"""How a receiver's value depends on the stream, to first order: where it is read, and its gradient there.
+"""First-order dependence of receivers on the residual stream: the hook point that each reads, and a gradient there.
 
-With g = dm/dy at what the receiver writes, weights are given to what it reads so that their product with a change of the
-reading is the change of the metric: g for a whole activation, g of one head, (d_j . g) for a feature.
+With g = dm/dy at the activation that a receiver writes, the weights of the activation that it reads are chosen so that their
+product with a change of that activation is the change of the metric. They derive from g for a whole activation, from g of one
+head for a head, and from (d_j . g) for a feature.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,13 @@ from featpatch.patch import LOGITS, Direction, Node
 
 @dataclass(frozen=True)
 class Receiving:
-    """A receiver.
+    """A receiver of paths whose effects are estimated.
 
     Attributes:
-        reads: the hook where it sees the stream.
-        writes: the hook at which the metric's gradient is needed.
-        dictionary: that of a feature, else None.
+        node: the node.
+        reads: the hook point that the receiver reads.
+        writes: the hook point at which the gradient of the metric is needed.
+        dictionary: the dictionary of a feature; None for other nodes.
     """
 
     node: Node
@@ -34,7 +36,11 @@ class Receiving:
 
     @classmethod
     def of(cls, lens: Lens, node: Node, found: Sequence[Dictionary]) -> "Receiving":
-        """Raises FeatpatchError for a node that estimates know no rule for."""
+        """Return the receiver for a node.
+
+        Raises:
+            FeatpatchError: if paths into the node can't be estimated.
+        """
         if node == LOGITS:
             last = sites.resid_post(lens.n_layers - 1)
             return cls(node, last, last)
@@ -52,7 +58,7 @@ class Receiving:
         return cls(node, site, site)
 
     def weights(self, of_pair: PairGradients, direction: Direction) -> torch.Tensor:
-        """Of the activation at `reads`, `[pos, ...]`; 0 where the receiver isn't patched."""
+        """Return the weights of the activation at `reads`, `[pos, ...]`; 0 at positions where the receiver isn't patched."""
         gradient = of_pair.gradients[direction][self.writes][0]
         position = self.node.position
         if self.node != LOGITS and position != "all":
@@ -66,7 +72,7 @@ class Receiving:
         return gradient if self.dictionary is None else self._of_feature(of_pair, direction, gradient)
 
     def _of_feature(self, of_pair: PairGradients, direction: Direction, gradient: torch.Tensor) -> torch.Tensor:
-        """Through the encoder."""
+        """Backpropagate the gradient through the feature's direction and the SAE's encoder."""
         dictionary, read = self.dictionary, of_pair.activations[direction][self.reads]
         assert dictionary is not None
         assert self.node.index is not None

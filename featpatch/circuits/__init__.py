@@ -1,4 +1,4 @@
-"""Circuits: which nodes or edges together are the behaviour, and how far a hypothesis about them holds."""
+"""Circuits: find the nodes or edges that together produce a behaviour, and test hypotheses about them by causal scrubbing."""
 
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.curve import FaithfulnessCurve

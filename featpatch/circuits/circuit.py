@@ -1,4 +1,4 @@
-"""A circuit, and what can be said of it: is it faithful, complete, minimal, and the same for other pairs?"""
+"""A circuit, with its faithfulness, completeness, minimality and stability over pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +23,15 @@ from featpatch.patch import Node
 
 @dataclass(frozen=True)
 class Circuit:
-    """Some items of a graph.
+    """A circuit: the items (nodes or edges) of a graph that are kept while all others are ablated.
 
     Attributes:
-        graph: in which everything else can be ablated.
-        items: what is kept, the most important first where the search ranks.
-        scores: of every item of the graph, by which it was ranked: exact or estimated, see `metadata`; empty if there are none.
-        metadata: how it was found, and where it comes from.
-        again: finds a circuit in the same way for other pairs.
+        graph: the graph, in which the complement can be ablated.
+        items: the items of the circuit, the most important first if the search ranks.
+        scores: the scores of all items of the graph by which they were ranked, exact or estimated (see `metadata`); empty if
+            the search ranks nothing.
+        metadata: how the circuit was found, and its provenance.
+        again: a function that finds a circuit in the same way for other pairs.
     """
 
     graph: Graph
@@ -44,25 +45,29 @@ class Circuit:
 
     @cached_property
     def faithfulness(self) -> float:
-        """(m(circuit) - m(nothing)) / (m(model) - m(nothing)): the share of the behaviour that the circuit alone has, exact."""
+        """The exact share of the behaviour that the circuit alone has: (m(circuit) - m(nothing)) / (m(model) - m(nothing))."""
         return float(self.graph.faithfulness(self.graph.values([self.items]))[0])
 
     @property
     def faithfulness_interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval over pairs."""
+        """The 95 % bootstrap interval of faithfulness over pairs."""
         low, high = self._interval(self.graph.values([self.items]))[0]
         return float(low), float(high)
 
     def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
-        """Is anything outside doing the same? Faithfulness of circuit and of model without the same random part of the circuit.
+        """Test completeness: compare the faithfulness of circuit and model without the same random subsets of the circuit.
 
-        A complete circuit and the model lose the same (Wang et al. 2022, section 4: incompleteness is the difference).
+        If the circuit is complete, it loses as much as the model; if its complement does the same work, the model loses less
+        (Wang et al. 2022, section 4: incompleteness is the difference).
 
         Args:
-            subsets: how many; each item is in one with probability `share`.
+            subsets: the number of random subsets.
+            share: the probability with which each item is in a subset.
+            seed: the seed for the subsets.
 
         Returns:
-            One row per subset: `removed` (how many), `circuit`, `model` (faithfulness without them), `incompleteness`.
+            One row per subset: `removed` (the number of items), `circuit` and `model` (faithfulness without them), and
+            `incompleteness`.
         """
         check_numbers(1, subsets=subsets)
         check_numbers(0, seed=seed)
@@ -78,7 +83,7 @@ class Circuit:
                              "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
     def minimality(self) -> pd.DataFrame:
-        """Is everything inside needed? What faithfulness loses when one item leaves the circuit, exact, the least first."""
+        """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first."""
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
         without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
@@ -87,10 +92,13 @@ class Circuit:
         return pd.DataFrame({"item": [str(self.items[n]) for n in order], "loss": loss[order]})
 
     def curve(self, shares: Sequence[float] = SHARES) -> FaithfulnessCurve:
-        """Faithfulness of the items with the largest |score|, over how many of all they are, with its integrals CPR and CMD.
+        """Measure the faithfulness of the items with the largest |score|, for growing shares of all items, with CPR and CMD.
+
+        Args:
+            shares: ascending shares of all items, between 0 and 1.
 
         Raises:
-            FeatpatchError: the search ranked nothing, or a share outside of 0 to 1.
+            FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
         """
         if not len(self.scores):
             raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
@@ -104,10 +112,15 @@ class Circuit:
         return FaithfulnessCurve(tuple(shares), sizes, self.graph.faithfulness(values), low, high)
 
     def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
-        """Is it the same circuit for other pairs? Found again for pairs drawn with replacement, among those of each length.
+        """Test stability: find the circuit again for pairs drawn with replacement, within each length.
+
+        Args:
+            resamples: the number of drawings.
+            seed: the seed for the drawings.
 
         Returns:
-            One row per drawing: `size`, `jaccard` (shared items over all items of both), `faithfulness`, on the pairs drawn.
+            One row per drawing: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
+            on the pairs drawn.
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
@@ -121,12 +134,12 @@ class Circuit:
         return pd.DataFrame(rows)
 
     def to_networkx(self) -> Any:
-        """A `networkx.DiGraph` with the attribute `effect`: the score of each item, 1 where the search ranked nothing."""
+        """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing."""
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
         return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
-        """Writes the graph as one HTML file, in which a click on a node shows its numbers, as `Effects.report` does."""
+        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`."""
         return write(path, interactive(self.to_networkx(), title or repr(self)))
 
     def __repr__(self) -> str:
@@ -139,7 +152,7 @@ class Circuit:
         )
 
     def _drawn(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
-        """Pairs of one length, with replacement; not all the same where values come from other pairs."""
+        """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""
         while True:
             drawn = generator.choice(group, len(group))
             if self.graph.to == "corrupted" or len(set(drawn.tolist())) > 1:

@@ -1,4 +1,4 @@
-"""Faithfulness over sizes of a circuit, and its integrals."""
+"""Faithfulness as a function of the size of a circuit, and its integrals CPR and CMD."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares of all items, those of the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
+"""The default shares of all items, as in the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
 
 
 @dataclass(frozen=True, repr=False)
 class FaithfulnessCurve:
-    """The first items of a ranking, ever more of them.
+    """The faithfulness of circuits of growing size, made of the first items of a ranking.
 
     Attributes:
-        shares: of all items; sizes: how many they are.
-        faithfulness: of the circuit of each size, exact.
-        low, high: 95 % bootstrap interval over pairs; NaN with one pair.
+        shares: the shares of all items.
+        sizes: the numbers of items.
+        faithfulness: the exact faithfulness of the circuit of each size.
+        low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
     """
 
     shares: tuple[float, ...]
@@ -30,16 +31,16 @@ class FaithfulnessCurve:
 
     @property
     def cpr(self) -> float:
-        """Integrated circuit performance ratio: the area under faithfulness over shares; the higher, the better."""
+        """The integrated circuit performance ratio: the area under faithfulness over shares; higher is better."""
         return float(np.trapezoid(self.faithfulness, self.shares))
 
     @property
     def cmd(self) -> float:
-        """Integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
+        """The integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
         return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
 
     def table(self) -> pd.DataFrame:
-        """One row per size."""
+        """Return a table with one row per size."""
         return pd.DataFrame(
             {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
         )
@@ -50,7 +51,7 @@ class FaithfulnessCurve:
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
     def plot(self) -> Any:
-        """Faithfulness against the share of items, a `plotly.graph_objects.Figure`."""
+        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "share of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
@@ -66,5 +67,5 @@ class FaithfulnessCurve:
 
 
 def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """How many of all items each share is; at least none, at most all."""
+    """Return the number of items that each share of all items is."""
     return tuple(round(share * total) for share in shares)

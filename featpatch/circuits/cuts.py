@@ -1,9 +1,10 @@
-"""Where what passes from sender to receiver goes through a dictionary: there its named nodes stand in between, and the rest.
+"""Mediators: the nodes of a dictionary through which senders act on receivers at one place in the model.
 
     x = sum_j f_j d_j  [+ e, where the error is named]  + rest        f_j = enc(x_j), e = x_e - dec(enc(x_e))
 
-Each node sees an input of its own, `x_j`, put together from its own edges. The rest is what the named nodes leave of the input
-of the rest: features that aren't named, the decoder's bias, and the error unless it is named.
+The mediators are the named features and error of the dictionary, and a node for the rest. Each has an input of its own, `x_j`,
+put together from its own edges. The rest is what remains of its own input without the named nodes: the features that aren't
+named, the decoder's bias, and the error unless it is named.
 """
 
 from collections.abc import Sequence
@@ -22,17 +23,19 @@ from featpatch.pairs.spans import spans
 from featpatch.patch import Node
 
 Place = tuple[int, Literal["pre", "attn", "mid", "mlp"]]
-"""A block, and what is cut there: the stream at its entry or before its MLP, what its attention or its MLP adds."""
+"""A layer, and where mediators are: in the residual stream that enters the layer (`"pre"`) or its MLP (`"mid"`), or in what its
+attention (`"attn"`) or its MLP (`"mlp"`) adds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A dictionary and the nodes that are named of it.
+    """A dictionary whose nodes are mediators.
 
     Attributes:
-        named: features, and the error if it stands by itself.
-        rest: what they leave.
-        directions: what a unit of each feature adds, in the order of `named`, `[features, d_model]`.
+        dictionary: the dictionary.
+        named: the named nodes: features, and the error if it is a node of its own.
+        rest: the node for everything that the named nodes leave.
+        directions: the directions of the named features, in the order of `named`, `[features, d_model]`.
     """
 
     dictionary: Dictionary
@@ -42,7 +45,11 @@ class Cut:
 
     @classmethod
     def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Cut":
-        """Raises FeatpatchError where features have no directions of their own."""
+        """Make mediators of the named nodes of a dictionary.
+
+        Raises:
+            FeatpatchError: if the dictionary's decoder is not linear, so that features have no fixed directions.
+        """
         if not dictionary.behaviour.linear:
             raise FeatpatchError(
                 f"{dictionary.name} ({dictionary.codec.kind}): expected a dictionary whose decoder is linear, for edges"
@@ -53,12 +60,16 @@ class Cut:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The named ones, then the rest."""
+        """The named nodes, then the rest."""
         return *self.named, self.rest
 
     @property
     def place(self) -> Place:
-        """Raises FeatpatchError where a dictionary reads or writes elsewhere."""
+        """The place of the mediators.
+
+        Raises:
+            FeatpatchError: if the dictionary's hook points are not those of such a place.
+        """
         reads, writes = self.dictionary.reads, self.dictionary.writes
         layer = sites.layer_of(writes)
         of_mlp = writes == sites.component(layer, "mlp_out") and sites.seen_at(reads) == (layer, "mid")
@@ -81,13 +92,13 @@ class Cut:
         which: Sequence[int],
         where: Bool[torch.Tensor, "named pairs pos"],
     ) -> dict[Node, torch.Tensor]:
-        """What each node writes, `[*shape, pos, d_model]`, of its own input; with its gradient.
+        """Return the output of each node for its own input, `[*shape, pos, d_model]`, with its gradient.
 
         Args:
-            read: what the dictionary reads.
-            passing: what it would write without error.
+            read: the activations that the dictionary reads, one row per different input.
+            passing: the activations that features, error and rest add up to, one row per different input.
             which: the row of each node's input.
-            where: the positions of the named nodes.
+            where: mask of the positions of the named nodes.
         """
         found: dict[Node, torch.Tensor] = {}
         for row, (x, y) in enumerate(zip(read, passing, strict=True)):
@@ -100,7 +111,11 @@ class Cut:
     def _parts(
         self, nodes: Sequence[Node], read: torch.Tensor, passing: torch.Tensor, where: torch.Tensor
     ) -> dict[Node, torch.Tensor]:
-        """What some named nodes write of the same input."""
+        """Return the outputs of some named nodes that have the same input.
+
+        Raises:
+            FeatpatchError: if a gradient is needed and the dictionary's encoder has none.
+        """
         codec = self.dictionary.codec
         code = codec.encode(read.flatten(0, -3))
         if read.requires_grad and not code.features.requires_grad:
@@ -121,10 +136,10 @@ class Cut:
         return found
 
     def where(self, pairs: Pairs, some: Sequence[int]) -> Bool[torch.Tensor, "named pairs pos"]:
-        """The positions of the named nodes in some equally long pairs.
+        """Return a mask of the positions of the named nodes in some equally long pairs.
 
         Raises:
-            FeatpatchError: two nodes are the same feature or the error, at the same position.
+            FeatpatchError: if two nodes are the same feature, or both the error, at the same position.
         """
         found = torch.zeros(len(self.named), len(some), len(pairs[some[0]]), dtype=torch.bool)
         for n, node in enumerate(self.named):
@@ -140,10 +155,11 @@ class Cut:
 
 
 def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Cut]:
-    """The cuts that some features and error terms need, by place.
+    """Return the mediators for some features and error terms, by place.
 
     Raises:
-        FeatpatchError: a node that is none of a dictionary, a dictionary that can't stand in between, or two at one place.
+        FeatpatchError: if a node is not a feature or error of a dictionary, a dictionary can't provide mediators, or two
+            dictionaries are at the same place.
     """
     by_name = {dictionary.name: dictionary for dictionary in found}
     for node in nodes:

@@ -1,10 +1,10 @@
-"""Edges between the components of a model: every receiver's input put together sender by sender.
+"""The graph of edges between the components of a model, in which each receiver's input is the sum of its senders' outputs.
 
-Senders are the embedding, heads and MLPs; receivers a head's query, key or value, MLPs and the logits; where a dictionary
-stands in between (see `cuts`), its named features and error and the rest are both. An edge that is kept
-brings what its sender writes in this run, which ablations below may have moved, an ablated one what it writes in the outside
-(Conmy et al. 2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable in how far edges
-are kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
+Senders are the embedding, heads and MLPs; receivers are a head's query, key or value, MLPs and the logits. Mediators (see
+`cuts`), which are named features, errors and the rest of a dictionary, are both. An edge that is kept carries the sender's
+output in this run, which upstream ablations may have changed; an ablated edge carries the sender's ablation value (Conmy et al.
+2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable with respect to how far each edge
+is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 """
 
 from collections import defaultdict
@@ -24,28 +24,30 @@ from featpatch.errors import FeatpatchError
 from featpatch.patch import LOGITS, Edge, Node
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
-"""What enters the first block: tokens and, where they are added, positions."""
+"""The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
 
 INSIDE = ("q", "k", "v")
+"""The inputs of an attention head that are receivers."""
 
 Written = dict[Node, torch.Tensor]
-"""What each sender writes, `[circuits, pairs, pos, d_model]`."""
+"""The output of each sender, `[circuits, pairs, pos, d_model]`."""
 
 TOLERANCE = 1e-3
-"""Share of the metric's size by which the run that is put together may differ from the model's own in float32."""
+"""The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
+It allows for rounding in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A forward pass that is put together.
+    """A forward pass in which the inputs of receivers are put together from the outputs of senders.
 
     Attributes:
-        tokens: `[pairs, pos]`.
-        where: by place, the positions of the named nodes.
-        ablated: how far each edge is, `[circuits, items]`; None for a plain run.
-        outside: what senders are set to.
-        active: by receiver, the edges into it that are ablated anywhere.
-        written: what senders write.
+        tokens: token ids, `[pairs, pos]`.
+        where: masks of the positions of the named nodes of mediators, by place.
+        ablated: how far each edge is ablated, 0 to 1, `[circuits, items]`; None for an unpatched run.
+        outside: the ablation values of senders.
+        active: by receiver, the edges into it that any circuit ablates.
+        written: the outputs of senders in this run.
     """
 
     tokens: torch.Tensor
@@ -56,7 +58,7 @@ class _Run:
     written: Written = field(default_factory=dict)
 
     def note(self, written: Written) -> Written:
-        """The same, noted."""
+        """Store outputs of senders in the run and return them."""
         self.written.update(written)
         return written
 
@@ -66,7 +68,7 @@ class EdgeGraph(Graph):
     """The graph of all edges between a model's components and mediators.
 
     Attributes:
-        cuts: dictionaries whose features and errors are senders and receivers.
+        cuts: the mediators, by place.
     """
 
     cuts: Mapping[Place, Cut] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class EdgeGraph(Graph):
         """Check the pairs as in `Graph.check`, and that the model's parts add up to the model.
 
         Raises:
-            FeatpatchError: they do not, because of a norm after heads or MLPs, a block of another form or quantised weights.
+            FeatpatchError: if they do not, because of a norm after heads or MLPs, an unusual layer or quantised weights.
         """
         super().check()
         found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
@@ -139,7 +141,7 @@ class EdgeGraph(Graph):
         return cut.nodes if cut else (Node(sites.component(layer, "mlp_out"), "activation"),)
 
     def rows_of_one(self) -> int:
-        """Return the largest number of runs that are needed at once: one per head of a block plus one, or one per mediator."""
+        """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""
         heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
         return max([*heads, *(len(cut.nodes) for cut in self.cuts.values())])
 
@@ -149,11 +151,15 @@ class EdgeGraph(Graph):
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """Measure all circuits and pairs in one run, block by block."""
+        """Measure the metric of all circuits and pairs in one run, layer by layer."""
         return self._run(kept.to(self._type), some)
 
     def estimates(self) -> NDArray[np.float64]:
-        """Estimate what the mean metric loses without each edge, by its gradient in the whole model, `[items]`."""
+        """Estimate by gradients of the whole model how much the mean metric loses without each edge, `[items]`.
+
+        Raises:
+            FeatpatchError: if the metric has no gradient, or a gradient of zero in the unpatched run.
+        """
         if self.reads_clean:
             raise FeatpatchError(
                 f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
@@ -191,14 +197,14 @@ class EdgeGraph(Graph):
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 
     def _active(self, kept: torch.Tensor) -> dict[Node, list[int]]:
-        """The edges into each receiver that some circuit ablates, or that a gradient is asked for."""
+        """Return, by receiver, the edges that any circuit ablates, or all edges if a gradient is needed."""
         found: dict[Node, list[int]] = defaultdict(list)
         for column in range(len(self.items)) if kept.requires_grad else (kept != 1).any(0).nonzero()[:, 0].tolist():
             found[self._edges[column].receiver].append(column)
         return found
 
     def _pass(self, run: "_Run") -> torch.Tensor:
-        """The input of the logits, `[circuits, pairs, pos, d_model]`; what senders write is noted in the run."""
+        """Return the input of the logits, `[circuits, pairs, pos, d_model]`, and store the outputs of senders in the run."""
         entry = self.lens.read(run.tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
         stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
         sent = run.note({EMBEDDING: stream})
@@ -218,7 +224,7 @@ class EdgeGraph(Graph):
         return rows[0]
 
     def _cut(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
-        """Return the residual stream after a place, and the senders from there on."""
+        """Return the activation that passes a place (the sum of its mediators, if there are any) and the senders after it."""
         if place not in self.cuts:
             return passing, sent
         rows, which = self._inputs(self.cuts[place].nodes, passing, sent, run)
@@ -250,7 +256,7 @@ class EdgeGraph(Graph):
         return run.note(cut.shares(read, outputs, which, run.where[layer, "mlp"]))
 
     def _mlp_activation(self, layer: int, rows: torch.Tensor, tokens: torch.Tensor, hook: str) -> torch.Tensor:
-        """Compute the activation at a hook of an MLP from its inputs `[..., pos, d_model]`."""
+        """Compute the activation at a hook point of an MLP from the MLP's inputs `[..., pos, d_model]`."""
         stream = rows.flatten(0, -3)
         put = {sites.component(layer, "attn_out"): torch.zeros_like(stream)}
         return self._through(layer, stream, tokens, hook, put).unflatten(0, rows.shape[:-2])
@@ -261,7 +267,7 @@ class EdgeGraph(Graph):
         """Compute the inputs of receivers, with their ablated edges changed; receivers without ablated edges share a row.
 
         Returns:
-            `[rows, circuits, pairs, pos, d_model]`, and a number for each receiver.
+            The different inputs, `[rows, circuits, pairs, pos, d_model]`, and the row of each receiver.
         """
         rows: list[torch.Tensor] = []
         known: dict[Node | None, int] = {}
@@ -301,7 +307,7 @@ class EdgeGraph(Graph):
             return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook).to(resid.device)
 
     def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
-        """Compute senders' outputs in unpatched runs, `[prompts, pos, d_model]`, and attention's summed biases by `depth`."""
+        """Compute senders' outputs in unpatched runs, `[prompts, pos, d_model]`, and summed biases of attention by place."""
         run = _Run(tokens, {})
         self._pass(run)
         always: dict[tuple[int, str], torch.Tensor] = {}
@@ -314,14 +320,14 @@ class EdgeGraph(Graph):
         return {node: values[0] for node, values in run.written.items()}, always
 
     def depth(self, receiver: Node) -> tuple[int, str]:
-        """The place in the stream that a receiver reads."""
+        """Return the place in the residual stream that a receiver reads."""
         if receiver == LOGITS:
             return self.lens.n_layers, "pre"
         layer, place = sites.seen_at(receiver.site)
         return layer, "pre" if self.lens.parallel else place
 
     def users(self, receiver: Node) -> list[Node]:
-        """The heads that use a query, key or value: several where keys and values are shared."""
+        """Return the heads that use a query, key or value (several if keys and values are shared), or the receiver itself."""
         if receiver.kind != "head":
             return [receiver]
         layer, name = sites.layer_of(receiver.site), receiver.site[-1]
@@ -342,7 +348,7 @@ class EdgeGraph(Graph):
         return self._mlp_activation(layer, stream, tokens, sites.component(layer, "mlp_out"))
 
     def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """Logits `[prompts, d_vocab]` at the answers, of the final stream `[prompts, pos, d_model]`."""
+        """Return the logits `[prompts, d_vocab]` at the answers, from the final residual stream `[prompts, pos, d_model]`."""
         last, device = self.lens.n_layers - 1, self.lens.device
         with self.lens.put({sites.resid_post(last): stream}):
             return self.lens.resume(last, stream, tokens.to(device), answers.to(device))
@@ -352,5 +358,5 @@ class EdgeGraph(Graph):
         return self.lens.first_weight.dtype
 
     def heads(self, layer: int, name: str) -> int:
-        """Return the number of heads at a hook of a block's attention."""
+        """Return the number of heads at a hook point of a layer's attention."""
         return self.lens.heads(sites.component(layer, name))

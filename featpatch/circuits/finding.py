@@ -1,4 +1,4 @@
-"""Find a circuit over nodes or edges."""
+"""Find a circuit over nodes or over edges."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from featpatch.patch import Node
 from featpatch.patching.study.readings import readout
 
 Method = Literal["threshold", "greedy", "acdc"]
+"""The name of a search method; see `find_circuit`."""
 
 
 def find_circuit(
@@ -40,36 +41,41 @@ def find_circuit(
     metric: str | Metric = "logit_diff",
     progress: bool = True,
 ) -> Circuit:
-    """The part of the model that has the behaviour by itself, in the clean runs, everything else ablated.
+    """Find the part of the model that produces the behaviour by itself in the clean runs, with its complement ablated.
 
     Args:
-        model: a TransformerBridge or a HookedTransformer, without hooks of yours.
-        saes: that features and error terms among the nodes are of.
-        over: `"nodes"`, the candidates given; or `"edges"` between embedding, heads (by query, key, value), MLPs and logits,
-            and, where features or errors are given, between these and what they leave of their activation (`rest`).
-        nodes: candidates: features, error terms, heads at `hook_z`, whole activations; or a table of effects whose rows they
-            are. At their sites everything else is ablated. For edges: features and errors of dictionaries of the stream, of
-            `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
-        method: `"threshold"`: the items with the largest score. `"greedy"`: until faithfulness reaches `target`, from nothing
-            on, the node that brings it closest to 1, or, from the logits down, the edge with the largest score.
-            `"acdc"`: from the output down, what changes faithfulness by less than `threshold` goes (Conmy et al. 2023).
-        scores: what faithfulness loses with the item alone ablated (`"exact"`), or, for edges, its
-            estimate by gradient (`"estimate"`, edge attribution patching).
+        model: a TransformerBridge or a HookedTransformer, without hooks of your own.
+        pairs: clean and corrupted prompts with their answers.
+        saes: the SAEs of the features and error terms among the nodes.
+        over: `"nodes"`: the candidates are `nodes`. `"edges"`: the candidates are the edges between embedding, heads (by query,
+            key and value), MLPs and logits and, if features or errors are given, these as mediators, with the rest of their
+            activation as a mediator too (`rest`).
+        nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
+            At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
+            residual stream, of `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
+        method: `"threshold"`: keep the items with the largest score. `"greedy"`: until faithfulness reaches `target`, add the
+            node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
+            logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
+            al. 2023).
+        scores: `"exact"`: an item's score is the loss of faithfulness with only that item ablated. `"estimate"` (only for
+            edges): the score is an estimate of that loss by gradient (edge attribution patching).
         threshold: a share of the behaviour; 0.01 by default.
-        size: how many items, in the place of threshold or target.
-        to: what the outside is set to: `"corrupted"`, `"mean"` or `"resample"` (of the clean runs of equally long pairs).
-        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or nodes like others (`"nodes"`). For edges `"in"`
-            means in the rest.
+        size: the number of items to keep, instead of `threshold` or `target`.
+        target: the faithfulness at which `"greedy"` stops.
+        to: the ablation values of the complement: `"corrupted"`, `"mean"` or `"resample"` (the latter two from the clean runs
+            of equally long pairs).
+        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or candidates like other nodes (`"nodes"`). For edges
+            `"in"` means that errors are a part of the rest.
         metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
             model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
-            outside is ablated at their tokens too.
+            complement is ablated at their tokens too.
         progress: whether to show a progress bar.
 
     Returns:
         The circuit with its faithfulness, which is exact whatever the scores are.
 
     Raises:
-        FeatpatchError: unusable input, or ablating everything leaves the metric about as it is.
+        FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
     """
     check_pairs(pairs)
     for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),

@@ -1,4 +1,4 @@
-"""A model of which some nodes or edges can be ablated together."""
+"""The base class of graphs: a model in which any choice of nodes or edges can be ablated together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,17 +23,19 @@ from featpatch.patching.study.readings import Reading, Readout, readings_of
 Array = NDArray[np.float64]
 
 TOKENS_AT_ONCE = 4096
-"""Tokens that go through the model together."""
+"""The largest number of tokens that go through the model together."""
 
 
 @dataclass(eq=False)
 class Graph(ABC):
-    """The clean runs of some pairs, in which what is not kept has other values.
+    """The clean runs of some pairs, in which the items that are not kept are ablated.
 
     Attributes:
-        to: what the outside is set to.
-        read: what is measured, one metric.
-        items: nodes, or edges.
+        lens: the model.
+        pairs: the clean and corrupted prompts.
+        to: the source of the ablation values.
+        read: the metric that is measured.
+        items: all nodes, or all edges, that can be ablated.
     """
 
     lens: Lens
@@ -48,7 +50,7 @@ class Graph(ABC):
         """Check that circuits can be found for these pairs.
 
         Raises:
-            FeatpatchError: the complement can't be ablated in this way, or hooks are attached to the model.
+            FeatpatchError: if the complement can't be ablated in this way, or hooks are attached to the model.
         """
         check_outside(self.to, self.pairs)
         if self.to != "corrupted" and any(reading.continuation for _, reading in self.readings):
@@ -59,7 +61,7 @@ class Graph(ABC):
         self.lens.check_unhooked()
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
-        """The metric of each pair with these items kept and the others ablated, for several choices of items, each run once."""
+        """Measure the metric of each pair for several choices of items that are kept; a choice is run only the first time."""
         masks = [self.mask(items) for items in kept]
         missing = [mask for mask in {mask.tobytes(): mask for mask in masks}.values() if mask.tobytes() not in self._known]
         found = {mask.tobytes(): np.full(len(self.runs), np.nan) for mask in missing}
@@ -74,7 +76,11 @@ class Graph(ABC):
         return np.array([self._known[mask.tobytes()] for mask in masks])
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
-        """Return a mask of the items that are kept, `[items]`."""
+        """Return a mask `[items]` of the items that are kept.
+
+        Raises:
+            FeatpatchError: if an item is not in the graph.
+        """
         chosen = list(kept)
         strange = next((item for item in chosen if item not in self._numbers), None)
         if strange is not None:
@@ -94,18 +100,18 @@ class Graph(ABC):
 
     @property
     def reads_clean(self) -> bool:
-        """Whether the metric compares with the clean run; its gradient is zero there."""
+        """Whether the metric compares with the clean run, so that its gradient is zero there."""
         return self.read.measures.reads_clean
 
     @cached_property
     def readings(self) -> list[tuple[int, Reading]]:
-        """The index of the pair and the reading, for every reading, in the order of the pairs."""
+        """All readings, each with the index of its pair, in the order of the pairs."""
         readings = readings_of(self.read, self.pairs, self.lens)
         return [(index, reading) for index, of_pair in readings.items() for reading in of_pair]
 
     @cached_property
     def runs(self) -> Pairs:
-        """The pair of each reading, with the reading's continuation after both prompts; labels stay where they were."""
+        """The pair of each reading, with the reading's continuation after both prompts; labels keep their positions."""
         read = [(self.pairs[index], reading.continuation) for index, reading in self.readings]
         return Pairs(
             tuple(
@@ -120,14 +126,14 @@ class Graph(ABC):
         )
 
     def combined(self, values: Float[torch.Tensor, " runs"]) -> Float[torch.Tensor, " pairs"]:
-        """Combine the values of the runs into one per pair, with its gradient."""
+        """Combine the values of the runs into one value per pair, with its gradient."""
         counts = np.bincount([index for index, _ in self.readings]).tolist()
         each = zip(self.pairs, values.split(counts), strict=True)
         return torch.stack([self.read.combine(pair, of_pair[:, None, None])[0, 0] for pair, of_pair in each])
 
     @cached_property
     def whole_runs(self) -> Float[torch.Tensor, " runs"]:
-        """The metric of each run, unpatched."""
+        """The metric of each unpatched clean run."""
         values = torch.zeros(len(self.runs), dtype=torch.float64)
         for group in self._groups():
             values[group] = self.metric_of(self._answers(group)[None], group)[0].cpu()
@@ -141,11 +147,11 @@ class Graph(ABC):
 
     @property
     def empty(self) -> Array:
-        """The metric of each pair with everything ablated that can be."""
+        """The metric of each pair with all items ablated."""
         return self.values([[]])[0]
 
     def faithfulness(self, values: NDArray[Any]) -> Array:
-        """(m - m(empty)) / (m(whole) - m(empty)) of metrics `[..., pairs]`, the ratio of means over pairs."""
+        """Return the faithfulness of metrics `[..., pairs]`, a ratio of means: (m - m(empty)) / (m(whole) - m(empty))."""
         whole, empty = self.whole.mean(), self.empty.mean()
         result: Array = (values.mean(-1) - empty) / (whole - empty)
         return result
@@ -154,20 +160,20 @@ class Graph(ABC):
         """Check that ablating everything changes the metric.
 
         Raises:
-            FeatpatchError: it hardly does.
+            FeatpatchError: if it hardly does.
         """
         check_gap(self.name, self.whole, self.empty)
 
     @abstractmethod
     def rows_of_one(self) -> int:
-        """Return how many rows one choice of items needs for each prompt."""
+        """Return the number of rows that one choice of items needs for each prompt."""
 
     @abstractmethod
     def measured(self, kept: Bool[torch.Tensor, "circuits items"], some: Sequence[int]) -> Float[torch.Tensor, "circuits runs"]:
-        """The metric of some equally long runs."""
+        """Measure the metric of some equally long runs, for several circuits."""
 
     def users(self, receiver: Node) -> list[Node]:
-        """The nodes that read through a receiver: the heads of a query, key or value, else the node itself."""
+        """Return the nodes that read through a receiver: the heads of a query, key or value, otherwise the node itself."""
         return [receiver]
 
     @abstractmethod
@@ -188,10 +194,10 @@ class Graph(ABC):
         return torch.stack(values, 1).double()
 
     def _answers(self, some: Sequence[int]) -> torch.Tensor:
-        """The logits of some equally long runs, unpatched, `[runs, d_vocab]`."""
+        """Return the logits `[runs, d_vocab]` of some equally long unpatched runs."""
         answers = torch.tensor([self.runs[index].answer_position for index in some])
         return self.lens.answer(torch.tensor([self.runs[index].clean for index in some]), answers)
 
     def _groups(self) -> list[list[int]]:
-        """Indices of the runs by length: those of a length run together, which some outsides need."""
+        """Return the indices of the runs by length; equally long runs stay together, as some ablation values require."""
         return list(self.runs.by_length().values())

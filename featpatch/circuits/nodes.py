@@ -1,9 +1,10 @@
-"""Nodes of the model's own graph: features, error terms, heads, whole activations, each kept or ablated.
+"""The graph of nodes (features, error terms, heads and whole activations), each of which is kept or ablated.
 
-At every site of a candidate all that is not kept is ablated, candidates or not; other sites run as they are. Kept nodes have
-the values of this run, which ablations below may have moved (Marks et al. 2024, arXiv 2403.19647):
+At every hook point of a candidate, everything that is not kept is ablated, whether or not it is a candidate; other hook points
+are left alone. Kept nodes have their values in this run, which upstream ablations may have changed (Marks et al. 2024, arXiv
+2403.19647). With f_a and e_a the ablation values:
 
-    x' = x + dec(f with the ablated features from the outside) - dec(f)  [+ e_outside - e, where the error is ablated]
+    x' = x + dec(f with the ablated features from f_a) - dec(f)  [+ e_a - e, where the error is ablated]
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +24,19 @@ from featpatch.pairs.spans import spans
 from featpatch.patch import Node
 
 Errors = Literal["in", "out", "nodes"]
-"""Error terms are always kept, always ablated, or nodes like others."""
+"""How error terms are treated: always kept, always ablated, or candidates like other nodes."""
 
 Mask = Bool[torch.Tensor, "circuits pairs pos _"]
+"""A mask of what is ablated; the last dimension is features, heads, or 1."""
 
 
 @dataclass(eq=False)
 class NodeGraph(Graph):
-    """Candidates and their sites.
+    """The graph of candidate nodes.
 
     Attributes:
-        dictionaries: those that features and errors are of.
-        errors: what becomes of error terms.
+        dictionaries: the dictionaries of the features and errors.
+        errors: how error terms are treated.
     """
 
     dictionaries: Sequence[Dictionary] = ()
@@ -42,10 +44,11 @@ class NodeGraph(Graph):
     _others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
-        """As for every graph, and that every node can be ablated.
+        """Check the pairs as in `Graph.check`, and that every node can be ablated.
 
         Raises:
-            FeatpatchError: a node of another kind, or of a dictionary that isn't there.
+            FeatpatchError: if a node has another kind, its dictionary is not among those given, its activation can't be set, or
+                a hook point has both features and whole parts among the nodes.
         """
         super().check()
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
@@ -66,16 +69,16 @@ class NodeGraph(Graph):
             raise FeatpatchError(f"{sorted(both)[0]!r} has features and whole parts among the nodes: expected one or the other")
 
     def rows_of_one(self) -> int:
-        """One run."""
+        """Return 1, because one choice of items needs one row."""
         return 1
 
     def about(self) -> Mapping[str, Any]:
-        """Dictionaries and errors."""
+        """Return what to store with the results: that the items are nodes, the dictionaries, and how errors are treated."""
         return {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """One run of all circuits and pairs together."""
+        """Measure the metric of all circuits and pairs in one run."""
         circuits, tokens = len(kept), torch.tensor([self.runs[index].clean for index in some])
         answers = torch.tensor([self.runs[index].answer_position for index in some])
         others = self._outside(some)
@@ -102,7 +105,7 @@ class NodeGraph(Graph):
         return list(dict.fromkeys(node.site for node in self.items if not node.sae))
 
     def _outside(self, some: Sequence[int]) -> dict[str, Any]:
-        """By dictionary its split, by other site the activation, of what the outside is set to; made once."""
+        """Return the ablation values, computed once: a split by dictionary, and an activation by hook point of other nodes."""
         if some[0] not in self._others:
             used = self._used()
             hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *self._plain()]
@@ -116,7 +119,14 @@ class NodeGraph(Graph):
         return self._others[some[0]]
 
     def _ablated(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool], count: int | None = None) -> Mask:
-        """What is ablated of a site: all but what is kept, of its `count` features or heads, or of what has no index."""
+        """Return a mask of what is ablated at a hook point: everything that is not kept.
+
+        Args:
+            kept: mask of the items that each circuit keeps.
+            some: the indices of the runs.
+            own: selects the nodes at the hook point.
+            count: the number of features or heads; None for nodes without an index.
+        """
         ablated = torch.ones(len(kept), len(some), len(self.runs[some[0]]), count or 1, dtype=torch.bool)
         for number, node in enumerate(self.items):
             if own(node) and (node.index is None) == (count is None):

@@ -1,8 +1,9 @@
-"""Causal scrubbing: does a node depend on no more than a hypothesis says?
+"""Causal scrubbing: test whether nodes depend only on what a hypothesis says.
 
-Each node of a hypothesis is resampled from prompts that agree with the one at hand on what it is said to depend on, its parents
-in turn relative to that prompt; senders that the hypothesis leaves out come from prompts drawn at random, each on its own. If
-the hypothesis is right, the behaviour stays (Chan et al. 2022, "Causal scrubbing", algorithm 1, with the tree unrolled).
+Each node of a hypothesis is resampled from prompts that agree with the original prompt on the property that the node is said to
+depend on; its parents are then resampled relative to that prompt. Senders that the hypothesis leaves out are taken from prompts
+drawn at random, independently for each sender. If the hypothesis is right, the behaviour is preserved (Chan et al. 2022,
+"Causal scrubbing", algorithm 1, with the tree unrolled).
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -24,7 +25,7 @@ from featpatch.patch import LOGITS, Node
 from featpatch.patching.study.readings import readout
 
 Label = Callable[[Pair], Hashable]
-"""The property of a clean prompt on which a node is said to depend."""
+"""A function that returns the property of a pair's clean prompt on which a node is said to depend."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Hypothesis:
     """A hypothesis: the senders that each receiver reads, and the property of the prompt on which each sender depends.
 
     Attributes:
-        parents: for a receiver (`fp.LOGITS`, an MLP, a head at `hook_q`, `hook_k` or `hook_v`) its important senders (heads at
-            `hook_z`, MLPs, the embedding `Node("hook_embed", "activation")`), each with its label: two prompts with the same
-            label are interchangeable for it. A sender with no parents of its own is taken whole from a prompt with its label.
+        parents: for each receiver (`fp.LOGITS`, an MLP, a head at `hook_q`, `hook_k` or `hook_v`), its important senders (heads
+            at `hook_z`, MLPs, the embedding `Node("hook_embed", "activation")`), each with its label: two prompts with the same
+            label are interchangeable for the sender. The output of a sender without parents of its own is taken whole from a
+            prompt with the same label.
     """
 
     parents: Mapping[Node, Mapping[Node, Label]]
@@ -42,12 +44,14 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Scrubbed:
-    """The result of `scrub`: how much of the behaviour is left.
+    """The result of `scrub`: how much of the behaviour is preserved.
 
     Attributes:
-        values: the metric of each prompt in the scrubbed runs, the mean over draws; whole: unpatched; chance: with every sender
-            from a random prompt.
-        recovered: (scrubbed - chance) / (whole - chance), the ratio of means; low, high: 95 % bootstrap interval over prompts.
+        values: the metric of each prompt in the scrubbed runs, averaged over draws.
+        whole: the metric of each prompt in the unpatched run.
+        chance: the metric of each prompt with every sender taken from a random prompt, averaged over draws.
+        recovered: (scrubbed - chance) / (whole - chance), a ratio of means.
+        low, high: the 95 % bootstrap interval of `recovered` over prompts.
     """
 
     values: NDArray[np.float64]
@@ -67,17 +71,18 @@ class Scrubbed:
 def scrub(
     model: Any, pairs: Pairs, hypothesis: Hypothesis, *, metric: str | Metric = "logit_diff", draws: int = 10, seed: int = 0
 ) -> Scrubbed:
-    """Measure how much of the behaviour on the clean prompts a hypothesis preserves.
+    """Measure how much of the behaviour on the clean prompts is preserved when a hypothesis is scrubbed.
 
     Args:
-        model: a TransformerBridge or a HookedTransformer, without hooks of yours and without norms behind heads and MLPs.
-        pairs: whose clean prompts are resampled from, all equally long; many, so that labels are shared.
-        hypothesis: what reads what, and what it depends on.
+        model: a TransformerBridge or a HookedTransformer, without hooks of your own and without norms after heads and MLPs.
+        pairs: pairs whose clean prompts are resampled, all equally long; give many, so that prompts share labels.
+        hypothesis: the senders that each receiver reads, and the property that each sender depends on.
         metric: one metric. An answer of several tokens follows all prompts from which the run of its pair is put together.
-        draws: how often everything is drawn anew.
+        draws: the number of times that everything is resampled.
+        seed: the seed for resampling.
 
     Raises:
-        FeatpatchError: unusable input, prompts of unequal length, or a node that the model or its graph doesn't have.
+        FeatpatchError: if the input is unusable, the prompts have unequal lengths, or the model's graph lacks a node.
     """
     check_pairs(pairs)
     if not isinstance(hypothesis, Hypothesis) or not isinstance(hypothesis.parents, Mapping):
@@ -103,7 +108,7 @@ def scrub(
 def _measured(
     graph: EdgeGraph, runs: "Mapping[tuple[int, ...], _Run]", parents: Mapping[Node, Mapping[Node, Label]]
 ) -> NDArray[np.float64]:
-    """The metric of each prompt in a scrubbed run; the same prompts are drawn whatever follows them."""
+    """Measure the metric of each prompt in a scrubbed run; the prompts drawn do not depend on the tokens that follow them."""
     values = torch.zeros(len(graph.readings), dtype=torch.float64)
     for tokens, run in runs.items():
         logits = run.logits(np.arange(len(graph.pairs)), parents)
@@ -115,9 +120,12 @@ def _measured(
 
 @dataclass(eq=False)
 class _Run:
-    """Runs that are put together from those of several prompts.
+    """Runs that are put together from the runs of several prompts.
 
     Attributes:
+        graph: the graph of the model's edges.
+        hypothesis: the hypothesis.
+        generator: the random generator for resampling.
         continuation: tokens that follow all prompts.
     """
 
@@ -189,17 +197,21 @@ class _Run:
         return self.graph.mlp_output(sites.layer_of(sender.site), self._input(sender, rows, parents), self.tokens)
 
     def _channels(self, sender: Node) -> set[Node]:
-        """The receivers that a sender's output is made of: a head's query, key and value, or an MLP itself."""
+        """Return the receivers from which a sender's output is computed: a head's query, key and value, or the MLP itself."""
         return {receiver for receiver in self.graph.receivers() if sender in self.graph.users(receiver)}
 
     def _natural(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
-        """A receiver's input in some prompts."""
+        """Return the input of a receiver in the unpatched runs of some prompts."""
         chosen = torch.from_numpy(rows)
         total = sum((self.written[sender][chosen] for sender in self.graph.senders(receiver)), torch.zeros(()))
         return total + self.always[self.graph.depth(receiver)]
 
     def _agreeing(self, label: Label, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Draw for each prompt a random one with the same label, possibly itself."""
+        """Draw, for each prompt, a random prompt with the same label, possibly itself.
+
+        Raises:
+            FeatpatchError: if a label raises an exception or returns an unhashable value.
+        """
         if label not in self._alike:
             groups: dict[Hashable, list[int]] = {}
             try:

@@ -1,4 +1,4 @@
-"""Three ways to a circuit: by threshold, greedily, and by pruning from the output down (ACDC)."""
+"""Three methods of circuit search: by threshold, greedily, and by pruning from the output down (ACDC)."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,17 @@ from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.patch import LOGITS, Edge, Node
 
 METHODS = ("threshold", "greedy", "acdc")
+"""The names of the search methods."""
 
 ROUNDING = 1e-6
-"""By so much a target may be missed."""
+"""The tolerance with which a target counts as reached."""
 
 AHEAD = 16
-"""Steps of pruning that are run together at most."""
+"""The largest number of pruning steps that are run together."""
 
 
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
-    """How much faithfulness the whole model loses with each item alone ablated, exact, `[items]`."""
+    """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
     everything = graph.items
     without = [[other for other in everything if other != item] for item in everything]
     whole = graph.faithfulness(graph.values([everything]))[0]
@@ -29,17 +30,17 @@ def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
 
 
 def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float | None, size: int | None) -> list[Node]:
-    """The items whose |score| is at least the threshold, or the `size` largest; in the order of their scores."""
+    """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
     order = np.argsort(-np.abs(scores), kind="stable")
     count = size if size is not None else int((np.abs(scores) >= (threshold or 0.0)).sum())
     return [graph.items[number] for number in order[:count]]
 
 
 def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> list[Node]:
-    """From nothing on, the item that brings faithfulness closest to 1, until the target is reached; in that order.
+    """Add items, starting from none, that bring faithfulness closest to 1, until the target is reached; return them in order.
 
-    Where no item alone helps, as where two are needed together, the one that hurts least is added. Every step runs each item
-    that is left.
+    If no single item helps, for example because two are needed together, the item that does least harm is added. Every step
+    runs each of the remaining items.
     """
     chosen: list[Node] = []
     rest = list(graph.items)
@@ -53,9 +54,9 @@ def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = 
 
 
 def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: int | None) -> list[Node]:
-    """From the logits down, the edge with the largest |score| that leads into what is there, until the target is reached.
+    """Add edges, starting from the logits: the largest |score| among edges into nodes already reached, until the target is met.
 
-    The greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
+    This is the greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
     """
     edges = [item for item in graph.items if isinstance(item, Edge)]
     rest = [edges[number] for number in np.argsort(-np.abs(scores), kind="stable")]
@@ -73,10 +74,11 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
 
 
 def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: bool = False) -> list[Node]:
-    """Item by item from the output down, what changes faithfulness by less than the threshold when it goes too, goes.
+    """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
 
-    Algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness in the place of the divergence. Most
-    items go, so several steps are run together as if all did; those behind an item that stays are run again.
+    This is algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness instead of the divergence. Most
+    items are removed, so several steps are run together as if all of their items were; the steps after an item that stays are
+    run again.
     """
     stays, rest, ahead = list[Node](), list(order), 1
     now = float(graph.faithfulness(graph.values([rest]))[0])
@@ -94,7 +96,11 @@ def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: boo
 
 
 def check_search(method: str, over: str, scores: str, threshold: float | None, size: int | None, target: float) -> None:
-    """Raises FeatpatchError for options that don't fit together."""
+    """Check that the options of a search are valid and fit together.
+
+    Raises:
+        FeatpatchError: if they are not.
+    """
     if method not in METHODS:
         raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):

@@ -1,4 +1,4 @@
-"""Exact patching: features, components and sets of them, ablations, and the operator by hand."""
+"""Exact patching of features, components and sets of nodes, ablation, and `do` for patching by hand."""
 
 from featpatch.patching.ablation import ablate
 from featpatch.patching.by_hand import do

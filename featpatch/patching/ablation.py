@@ -1,4 +1,4 @@
-"""Ablate features, error terms and components: what is lost when a value says nothing of its prompt?"""
+"""Ablate features, error terms and components, to measure what is lost without the information that they carry."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from featpatch.patching.study import Asked, Metrics, Part, Study
 from featpatch.patching.study.run import Contrast, Run, Ways
 
 To = str | float
-"""The name of one of `FILLINGS`, or a number."""
+"""How ablation values are chosen: the name of one of `FILLINGS`, or a number to use as the value."""
 
 
 def ablate(
@@ -39,29 +39,30 @@ def ablate(
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Exact effect of ablating features, error terms and components one by one in the clean run.
+    """Measure the exact effect of ablating features, error terms and components, one at a time, in the clean run.
 
     degradation = mean(m_clean - m_ablated) / mean(m_clean - m_corrupted)
 
-    1 where as much is lost as by the corrupted prompt. A zero or a pooled mean can take an activation off the model's
-    distribution; "zero" of an error term leaves the SAE's reconstruction, and of all features its bias, so that features and
-    error are not the whole activation here, and what `sites` calls their interaction holds the bias too.
+    A degradation of 1 means that as much is lost as by the corrupted prompt. Zeros and pooled means can move an activation off
+    the model's distribution. With the error term at zero the SAE's reconstruction remains, and with all features at zero the
+    SAE's bias remains. So features and error do not add up to the whole activation here, and their interaction in
+    `Effects.sites` also contains the bias.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        pairs: the clean prompts are ablated; the corrupted ones give the gap.
-        saes: as in `rank_features`: features, all features, error and whole site of each.
+        pairs: pairs whose clean prompts are ablated; the corrupted prompts give the gap.
+        saes: SAEs as in `rank_features`; for each, its features, all features, its error and the whole activation are ablated.
         sites, layers: components as in `rank_components`.
-        to: `"zero"`, or another number; `"mean"` over all positions of the `reference` prompts but special ones;
-            `"mean_by_position"`: by token index, over those of the same length; `"resample"`: the values in another one of
-            these prompts (it may be the pair's own corrupted one), of the same length, drawn for each pair. State that an SAE
-            needs to decode (norms, skip paths) stays the base run's.
-        reference: whose clean and corrupted prompts means are taken over and resampled from; `pairs` by default.
-        seed: of the draws.
+        to: the ablation values. `"zero"` or another number; `"mean"`: the mean over all positions of the `reference` prompts
+            except special tokens; `"mean_by_position"`: the mean at each token index, over `reference` prompts of the same
+            length; `"resample"`: the values in another `reference` prompt of the same length, drawn for each pair (it may be
+            the pair's own corrupted prompt). State that an SAE needs to decode (norms, skip paths) is kept from the base run.
+        reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default.
+        seed: the seed for resampling.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Raises:
-        FeatpatchError: unusable input; nothing to ablate; no prompt to take a mean over or to draw.
+        FeatpatchError: if the input is unusable, there is nothing to ablate, or there is no prompt to average or resample.
     """
     check_pairs(pairs)
     lens = wrap(model)
@@ -93,7 +94,7 @@ def ablate(
 
 @dataclass(frozen=True, eq=False)
 class Ablation(Contrast):
-    """Values of the clean run are replaced."""
+    """A contrast in which ablation values replace those of the clean run."""
 
     everywhere: ClassVar[bool] = True
 
@@ -101,11 +102,11 @@ class Ablation(Contrast):
     to: To
 
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """The clean run, and the one with the replacements."""
+        """Return the clean run as the base and the run with ablation values as the source, under `"noising"`."""
         return {"noising": (clean, self.filling.run(index, clean))}
 
     def about(self) -> dict[str, Any]:
-        """What the values are replaced by."""
+        """Return metadata that says which ablation values were used."""
         return {"ablation": {"to": self.to, **self.filling.noted}}
 
 

@@ -1,4 +1,4 @@
-"""The operator by hand: within `do`, every call of the model runs with chosen values swapped."""
+"""Patch by hand: within `do`, every call of the model runs with the chosen nodes patched."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,29 +33,29 @@ def do(
     """Context manager that patches nodes in every call of the model, including generation.
 
     The patch acts only in the thread that enters the context; calls of the model in other threads are not affected. Other
-    functions of featpatch refuse the model in this thread until the context ends.
+    featpatch functions refuse the model in this thread until the context ends.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        patch: what to swap; positions are token indices, or `"all"` for every position of the source.
-        source: tokens of the run that the values come from.
-        base: tokens of the run that is patched, in the shape of source; needed by `how="add"`, not taken by `how="set"`.
+        patch: the nodes to patch; their positions are token indices, or `"all"` for every position of the source.
+        source: tokens of the run that values are taken from.
+        base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`.
         saes: the sae-lens objects that the patch's feature and error nodes belong to.
         how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
-            whatever activation arrives and sets the nodes to the source's values. The two are the same for one site in the
-            base run; they differ once a patch at an earlier site has moved the activation.
-        attention_mask: for padded prompts, 1 for tokens and 0 for padding, in the shape of source. Positions are counted in
+            whatever activation arrives and sets the nodes to the source's values. The two are the same for a patch at one hook
+            point in the base run; they differ once a patch at an earlier hook point has changed the activation.
+        attention_mask: for padded prompts, 1 for tokens and 0 for padding, with the shape of `source`. Positions are counted in
             the padded rows; padding is not patched. Pass the same mask to the calls of the model.
         source_attention_mask: the mask of the source if it differs; `attention_mask` by default.
 
     Yields:
-        The count of how often the patch fired: once for each site and call of the model. A call fires when it covers the
-        source's positions; the tokens that continue a cached generation pass unchanged.
+        A counter of how often the patch was applied: once for each hook point and call of the model. The patch is applied in
+        calls that cover the source's positions; the tokens that continue a cached generation are left unchanged.
 
     Raises:
-        FeatpatchError: an unknown site, a feature index out of range, prompts of unequal length, tokens that begin or end with
-            padding and no mask, a mask that hides a position that is swapped, a first call that is shorter than the source,
-            another `do` on this model that has not ended, or a patch that never fired.
+        FeatpatchError: if a hook point is unknown, a feature index is out of range, the prompts have unequal lengths, tokens
+            begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
+            source, another `do` on this model has not ended, or the patch was never applied.
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
@@ -102,7 +102,11 @@ def do(
 
 
 def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
-    """Token ids or a mask as a table of integers, one row per prompt."""
+    """Return token ids or a mask as a table of integers, one row per prompt.
+
+    Raises:
+        FeatpatchError: if they are not a tensor of integers `[batch, pos]` or `[pos]`.
+    """
     if not isinstance(tokens, torch.Tensor):
         raise FeatpatchError(f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)")
     if tokens.is_floating_point() or tokens.is_complex() or not 0 < tokens.ndim <= 2 or not tokens.numel():
@@ -113,10 +117,10 @@ def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
 
 
 def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> Int[torch.Tensor, "batch pos"] | None:
-    """The attention mask of some prompts; None if none is given and there is no padding.
+    """Return the attention mask of some prompts, or None if none is given and there is no padding.
 
     Raises:
-        FeatpatchError: there is padding and no mask, or the mask does not fit the prompts.
+        FeatpatchError: if there is padding but no mask, or the mask does not fit the prompts.
     """
     tokenizer = lens.tokenizer
     if given is None:
@@ -138,10 +142,10 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
 
 
 def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]) -> Bool[torch.Tensor, "batch pos 1"] | None:
-    """Where all runs have tokens; None without masks, when that is everywhere.
+    """Return a mask of the positions at which every run has a token, or None if no run has a mask.
 
     Raises:
-        FeatpatchError: a node is at a position that is padding in one of the runs.
+        FeatpatchError: if a node is at a position that is padding in one of the runs.
     """
     if all(mask is None for mask in masks):
         return None
@@ -161,6 +165,11 @@ def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]
 
 
 def _check_settable(lens: Lens, group: Chosen) -> None:
+    """Check that `how="set"` is possible at a hook point.
+
+    Raises:
+        FeatpatchError: if the dictionary reads after it writes, or the activation is not the residual stream itself.
+    """
     site = group.site
     if sites.highest(group.hooks - {site}, lens.n_layers) > sites.layer_of(site):
         raise FeatpatchError(
@@ -175,7 +184,7 @@ def _check_settable(lens: Lens, group: Chosen) -> None:
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-"""From the live activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
+"""A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
 
 
 def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:

@@ -1,9 +1,9 @@
-"""The nodes of a patch that share a site and a dictionary, as masks over positions and features.
+"""The nodes of a patch that share a hook point and a dictionary, as masks over positions and features.
 
 delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
-The error node stands for all of the activation that is not features: with it goes the state that decoding needs (the token's
-norm, a skip path, predicted codes), so that all features and the error are the whole activation.
+The error node is everything in the activation except the features. It includes the state that decoding needs (the token's norm,
+a skip path, predicted codes), so that all features together with the error make up the whole activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,18 @@ from featpatch.lens import Dictionary, Lens
 from featpatch.patch import COMPONENTS, Node, Patch
 
 Values = Mapping[str, torch.Tensor]
-"""Activations `[batch, pos, ...]` by hook name."""
+"""Activations `[batch, pos, ...]` by hook point."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What to swap at one site.
+    """The features, coordinates or error that are patched at one hook point.
 
     Attributes:
-        dictionary: None where the whole activation is swapped.
-        columns: which features, or, without a dictionary, which coordinates of the flat activation, at which positions.
-        rest: at which positions the error is swapped, or the whole activation where there is no dictionary.
+        site: the hook point that is patched.
+        dictionary: the dictionary of the features; None if the activation itself or coordinates of it are patched.
+        columns: mask of the patched features or, without a dictionary, of the coordinates of the flat activation.
+        rest: mask of the positions at which the error or, without a dictionary, the whole activation is patched.
     """
 
     site: str
@@ -39,11 +40,11 @@ class Chosen:
 
     @property
     def hooks(self) -> set[str]:
-        """The hooks whose values `delta` needs."""
+        """The hook points whose activations `delta` needs."""
         return {self.site} if self.dictionary is None else {self.site, self.dictionary.reads}
 
     def delta(self, base: Values, source: Values) -> Float[torch.Tensor, "batch pos d"]:
-        """Change of the activation at the site, flat, when the chosen values go from source into base."""
+        """Return how patching the chosen values from source into base changes the flat activation at the hook point."""
         if self.dictionary is None:
             difference = (source[self.site] - base[self.site]).flatten(2)
             return difference * (self.columns | self.rest[:, None]).to(difference)
@@ -56,10 +57,11 @@ class Chosen:
 
 
 def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -> list[Chosen]:
-    """The patch by site and dictionary, for prompts of `length` tokens.
+    """Group the nodes of a patch by hook point and dictionary, for prompts of `length` tokens.
 
     Raises:
-        FeatpatchError: an unknown site, no or several dictionaries for a node, an index or a position out of range.
+        FeatpatchError: if a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out
+            of range, or nodes overlap.
     """
     masks: dict[tuple[str, str], Chosen] = {}
     for node in patch.nodes:
@@ -83,10 +85,11 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
 
 
 def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
-    """The features or coordinates that a node stands for.
+    """Return the slice of features or coordinates that a node stands for.
 
     Raises:
-        FeatpatchError: an index out of range, a site without heads, or a kind that names no values by itself.
+        FeatpatchError: if the index is out of range, a head is named where the activation has no heads, or nodes of this kind
+            name no values by themselves.
     """
     if node.kind == "all_features":
         return slice(None)
@@ -106,12 +109,17 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
 
 
 def _shape(lens: Lens, site: str) -> tuple[int, ...]:
-    """Of one position's activation."""
+    """Return the shape of the activation at one position."""
     return tuple(lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2:])
 
 
 def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
-    """Refuses a whole activation beside parts of it, and parts of two kinds, which would be swapped twice."""
+    """Check that no value would be patched twice.
+
+    Raises:
+        FeatpatchError: if a node overlaps others at the same hook point: a whole activation and a part of it, or SAE nodes and
+            components.
+    """
     for (other, _), part in masks.items():
         mixed = (part.dictionary is None) != (node.kind in COMPONENTS)
         whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
@@ -122,6 +130,11 @@ def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str,
 
 
 def _dictionary(node: Node, site: str, found: Sequence[Dictionary]) -> Dictionary:
+    """Return the dictionary that a node belongs to.
+
+    Raises:
+        FeatpatchError: if there is not exactly one.
+    """
     fitting = [d for d in found if d.writes == site and node.sae in ("", d.name)]
     if len(fitting) != 1:
         raise FeatpatchError(
@@ -132,6 +145,11 @@ def _dictionary(node: Node, site: str, found: Sequence[Dictionary]) -> Dictionar
 
 
 def _positions(node: Node, length: int) -> list[int]:
+    """Return the token indices of a node in a prompt of `length` tokens.
+
+    Raises:
+        FeatpatchError: if the position is a label or out of range.
+    """
     if node.position == "all":
         return list(range(length))
     if isinstance(node.position, str):

@@ -1,8 +1,8 @@
-"""Components as parts of a study: whole sites, heads, what is inside attention, neurons.
+"""Components as parts of a study: whole activations, heads, queries, keys, values, attention patterns and neurons.
 
-A head's z adds to the stream through W_O, so that a change of it is a change at `hook_z`. A query, a key, a value or a row of
-the pattern acts through its head's z alone: the block is run by itself with the value exchanged, and what comes out at `hook_z`
-is patched there (the same patch, at a site from which the rest of the model is run fast).
+A head's output z is added to the residual stream through W_O, so it is patched at `hook_z`. A query, key, value or row of the
+attention pattern acts only through z. Its layer is therefore run alone with the value exchanged, and the resulting change is
+patched at `hook_z`: the effect is the same, and the rest of the model can be resumed quickly from there.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,35 +26,46 @@ from featpatch.patching.study.swaps import Directions, Swaps, feature_swaps, who
 
 @dataclass(frozen=True, eq=False)
 class WholePart(Part):
-    """Whole activations."""
+    """The whole activations at some hook points.
+
+    Attributes:
+        whole: the hook points.
+    """
 
     whole: Sequence[str]
 
     @property
     def hooks(self) -> set[str]:
-        """The sites themselves."""
+        """The hook points that are patched."""
         return set(self.whole)
 
     @property
     def sites(self) -> list[str]:
-        """The sites themselves."""
+        """The hook points that are patched."""
         return list(self.whole)
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """Site by site."""
+        """Return the swaps of each pair, one per hook point."""
         return [
             [whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.whole]
             for run in runs
         ]
 
     def count(self, run: PairRuns) -> int:
-        """As many as sites and positions that differ."""
+        """Return the number of hook points and positions at which the runs differ."""
         return sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.whole)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One value inside attention that is exchanged: those of a head at some positions."""
+    """A value of one attention head that is exchanged at some positions.
+
+    Attributes:
+        node: the node that names the value.
+        span: the positions at which it is exchanged.
+        head: the index of the head.
+        source: for an entry of the attention pattern, the attended position; otherwise None.
+    """
 
     node: Node
     span: Sequence[int]
@@ -64,10 +75,12 @@ class Exchange:
 
 @dataclass(frozen=True, eq=False)
 class HeadPart(Part):
-    """What attention heads hold at one hook of a block, head by head.
+    """The attention heads of one layer at one hook point.
 
     Attributes:
-        name: one of `sites.COMPONENTS` inside attention.
+        lens: the model.
+        layer: the layer.
+        name: the hook point, as one of `sites.COMPONENTS` inside attention.
     """
 
     lens: Lens
@@ -76,20 +89,20 @@ class HeadPart(Part):
 
     @property
     def hooks(self) -> set[str]:
-        """Its own, and `hook_z`, at which its changes are added."""
+        """The hook point of the values, and `hook_z`, at which the changes are added."""
         return {self._z, self._read}
 
     @property
     def sites(self) -> list[str]:
-        """`hook_z` alone."""
+        """The hook point that is patched, `hook_z`."""
         return [self._z]
 
     def count(self, run: PairRuns) -> int:
-        """As many as heads and positions that differ."""
+        """Return the number of heads and positions at which the runs differ."""
         return len(list(self._exchanges(run)))
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """One for each pair."""
+        """Return the swaps of each pair."""
         return [self._of_pair(run) for run in runs]
 
     def _of_pair(self, run: PairRuns) -> list[Swaps]:
@@ -110,7 +123,7 @@ class HeadPart(Part):
 
     @property
     def _read(self) -> str:
-        """`hook_result` is z through W_O, so that it is enough to read z."""
+        """The hook point that is read; z for `hook_result`, which is z times W_O."""
         return self._z if self.name == "result" else sites.component(self.layer, self.name)
 
     @property
@@ -118,7 +131,7 @@ class HeadPart(Part):
         return self._read != self._z
 
     def _exchanges(self, run: PairRuns) -> Iterator[Exchange]:
-        """Every head and requested position at which something differs."""
+        """Yield an exchange for every head and requested position at which the runs differ."""
         differs = self._differing(run)
         site = sites.component(self.layer, self.name)
         for head in range(differs.shape[1]):
@@ -129,7 +142,7 @@ class HeadPart(Part):
                         yield Exchange(Node(site, "head", head, name), at, head, source)
 
     def _places(self, run: PairRuns, position: Position, span: list[int]) -> Iterator[tuple[Position, int | None, list[int]]]:
-        """The position itself, or, for entries of the pattern, itself with every source position."""
+        """Yield the name, attended position (None if not a pattern entry) and token positions of each node at a position."""
         if self.name != "pattern_entry":
             yield position, None, span
             return
@@ -138,19 +151,19 @@ class HeadPart(Part):
                 yield f"{position} <- {name}", source, span
 
     def _differing(self, run: PairRuns) -> Bool[torch.Tensor, "pos heads ..."]:
-        """Where base and source differ; for patterns by source position too, else in any coordinate."""
+        """Return a mask `[pos, heads]` of where base and source differ; for pattern entries `[pos, heads, attended pos]`."""
         base, source = next(iter(run.ways.values()))
         differs = self._by_position(source) != self._by_position(base)
         differs[: run.first] = False
         return (differs if self.name == "pattern_entry" else differs.any(-1)).cpu()
 
     def _by_position(self, run: Run) -> torch.Tensor:
-        """`[pos, heads, ...]`; a pattern has its heads first."""
+        """Return the values of a run as `[pos, heads, ...]`; patterns, whose heads come first, are transposed."""
         values = run.at(self._read)
         return values.transpose(0, 1) if self.name.startswith("pattern") else values
 
     def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int) -> Deltas:
-        """How `hook_z` changes with each exchange in a reading's prompt."""
+        """Return how each exchange changes `hook_z` in the prompt of a reading."""
         size = max(1, ROWS // len(run.bases[way][reading].tokens))
         patch, position, values = [], [], []
         for start in range(0, len(exchanges), size):
@@ -164,7 +177,7 @@ class HeadPart(Part):
     def _changes(
         self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int
     ) -> Float[torch.Tensor, "rows pos width"]:
-        """Of `hook_z`, flat: where an exchange can change it, and exactly 0 elsewhere."""
+        """Return how each exchange changes `hook_z`, flat; exactly 0 where the exchange cannot change it."""
         base, source = run.ways[way]
         if not self._inside:
             before, after = base.at(self._z), source.at(self._z)[None]
@@ -184,7 +197,7 @@ class HeadPart(Part):
         return ((after - before) * reach[..., None]).flatten(2)
 
     def _z_with(self, run: PairRuns, way: Direction, reading: int, values: torch.Tensor) -> torch.Tensor:
-        """`hook_z` `[rows, pos, heads, d_head]` of a base run's block with these values of the prompt at the hook inside it."""
+        """Run a layer of a base run with these values of the prompt in its attention; return z `[rows, pos, heads, d_head]`."""
         base = run.bases[way][reading]
         resid = base.resid[self.layer].expand(len(values), -1, -1)
 
@@ -197,7 +210,7 @@ class HeadPart(Part):
             return self.lens.through(self.layer, resid, base.tokens, self._z)
 
     def _exchanged(self, base: Run, source: Run, exchanges: list[Exchange]) -> torch.Tensor:
-        """The base run's activation with the values of each exchange, one row each."""
+        """Return the base run's activation with the values of each exchange, one row per exchange."""
         old, new = (self._by_position(run) for run in (base, source))
         single = exchanges[0].source is not None
         places = (
@@ -212,31 +225,31 @@ class HeadPart(Part):
 
     @property
     def _seen_later(self) -> bool:
-        """Whether other positions use the values: keys and values, not queries and patterns."""
+        """Whether other positions use the values, which is so for keys and values but not for queries and patterns."""
         return self.name in ("k", "v")
 
     def _reach(self, exchange: Exchange, length: int) -> Sequence[int]:
-        """Where z can change: at the positions themselves, or at all that see them."""
+        """Return the positions at which z can change: those of the exchange or, for keys and values, all that see them."""
         if not self._seen_later:
             return exchange.span
         return range(min(exchange.span) if self.lens.causal else 0, length)
 
     def _readers(self, head: int) -> list[int]:
-        """The heads that use a head of this hook: several where keys and values are shared."""
+        """Return the heads that use a query, key or value: several if keys and values are shared."""
         return list(range(head * self._shared, (head + 1) * self._shared)) if self._seen_later else [head]
 
     @property
     def _shared(self) -> int:
-        """Heads that share one key and value."""
+        """The number of heads that share one key and value."""
         return self.lens.heads(self._z) // self.lens.heads(self._read)
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronPart(DictionaryPart):
-    """Every neuron of an MLP alone, by a dictionary whose features they are."""
+    """Each neuron of an MLP, as a feature of a dictionary of neurons."""
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """Position by position."""
+        """Return the swaps of each pair, one per requested position."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         return [
@@ -245,7 +258,7 @@ class NeuronPart(DictionaryPart):
         ]
 
     def count(self, run: PairRuns) -> int:
-        """As many as neurons and positions that differ."""
+        """Return the number of neurons and requested positions at which the runs differ."""
         base, source = (both.at(self.dictionary.reads) for both in next(iter(run.ways.values())))
         differs = base != source
         differs[: run.first] = False
@@ -256,6 +269,6 @@ class NeuronPart(DictionaryPart):
 
 
 def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ...]]) -> Bool[torch.Tensor, "..."]:
-    """True at these places."""
+    """Return the mask with these places set to True."""
     mask[tuple(torch.tensor(list(places)).T.to(mask.device))] = True
     return mask

@@ -1,4 +1,4 @@
-"""Rank components by causal recovery: heads, what is inside them, MLPs, neurons, the stream; same pairs, metric and table."""
+"""Rank heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream by causal recovery."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,31 +30,32 @@ def rank_components(
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Exact causal effect of components, in the same table as that of features.
+    """Measure the exact causal effect of components, in the same kind of table as for features.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
         pairs: clean and corrupted prompts with their answers.
-        sites: which components, of every layer: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, `"attn_out"`, `"mlp_out"`
-            (whole activations); by head `"z"` (the head's output; `"result"` is the same after W_O), `"q"`, `"k"`, `"v"`
-            (before rotation; keys and values by the heads that they are shared by), `"pattern"` (a row: all that a position
-            attends to) and `"pattern_entry"` (position `"end <- S2"`: what one attends of another); `"neurons"` of the MLPs.
-        layers: which layers; all by default.
+        sites: the components. Whole activations: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, `"attn_out"`, `"mlp_out"`. By
+            head: `"z"` (the head's output; `"result"` is the same after W_O), `"q"`, `"k"`, `"v"` (before rotation; one row per
+            key or value head, which several query heads may share), `"pattern"` (one row of the pattern: the attention from a
+            position to all others) and `"pattern_entry"` (position `"end <- S2"`: the attention from one position to another).
+            `"neurons"`: the neurons of the MLPs.
+        layers: the layers; all by default.
         positions, directions, metric, batch_rows, noise, journal, executor, progress: as in `rank_features`. For keys
             and values the position is that of the key or value.
 
     Returns:
-        One row per component (and position) that differs in at least one pair: of kind `activation`, `head` or `neuron`.
+        One row per component (and position) that differs in at least one pair, of kind `activation`, `head` or `neuron`.
 
     Raises:
-        FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
+        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
     """
     study = component_study(model, pairs, sites, layers, Asked(positions, directions, metric, batch_rows, noise))
     return study.run(journal, progress=progress, executor=executor)
 
 
 def component_study(model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, asked: Asked) -> Study:
-    """What `rank_components` with these arguments does, checked."""
+    """Return the validated experiment that `rank_components` runs with these arguments."""
     check_pairs(pairs)
     lens = wrap(model)
     return Study.of(lens, *component_parts(lens, sites, layers, asked.positions), pairs, asked)
@@ -63,10 +64,10 @@ def component_study(model: Any, pairs: Pairs, sites: str | Sequence[str], layers
 def component_parts(
     lens: Lens, sites: str | Sequence[str], layers: Sequence[int] | None, positions: Positions
 ) -> tuple[list[Part], dict[str, Any]]:
-    """The parts that hold these components, and what to note of them with the results.
+    """Return the parts of a study that cover these components, and the metadata to store with the results.
 
     Raises:
-        FeatpatchError: an unknown component or layer, or one that the model doesn't have; entries of the pattern at several
+        FeatpatchError: if a component or layer is unknown or absent from the model, or pattern entries are asked for at several
             positions together.
     """
     names, chosen = hooks.check_components(sites, positions), hooks.check_layers(layers, lens.n_layers)
@@ -83,7 +84,7 @@ def component_parts(
 
 
 def _neurons(lens: Lens, layer: int) -> Any:
-    """Neurons through W_out where the MLP's output is that, else as coordinates at their hook, which is slower."""
+    """Return a dictionary of neurons with W_out as its decoder or, if the MLP's output is not that, of coordinates (slower)."""
     try:
         return neurons(lens.model, layer)
     except FeatpatchError:

@@ -1,4 +1,4 @@
-"""Random directions as controls: does the top feature do more than any push of the same size?"""
+"""Random directions as controls, to test whether a feature does more than any change of the same size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,18 +22,18 @@ from featpatch.untrusted import visible
 
 @dataclass(frozen=True, repr=False)
 class Controls:
-    """A feature among random directions of the same norm.
+    """The effects of a feature and of random directions of the same norm.
 
     Attributes:
-        feature: the feature's row.
-        random: a row for each direction.
+        feature: a table with the feature's row.
+        random: a table with one row per random direction.
     """
 
     feature: Effects
     random: Effects
 
     def share(self, effect: Effect = "recovery") -> float:
-        """The share of random directions whose pooled effect is as large as the feature's, or larger."""
+        """Return the share of random directions whose pooled effect is at least as large as the feature's."""
         return float((self.random.pooled(effect) >= self.feature.pooled(effect)[0]).mean())
 
     def __repr__(self) -> str:
@@ -59,18 +59,19 @@ def random_controls(
     batch_rows: int | None = None,
     progress: bool = True,
 ) -> Controls:
-    """Exact effects of a feature and of random directions in its place.
+    """Measure the exact effects of a feature and of random directions in its place.
 
-    Where the feature's swap adds a vector to the activation, each control adds one as long, with the feature's sign, along a
-    random unit vector, the same one in every pair and at every position.
+    Where patching the feature adds a vector to the activation, each control adds a vector of the same norm, with the feature's
+    sign, along a random unit vector. A control uses the same unit vector in every pair and at every position.
 
     Args:
-        feature: which; by default the one with the largest effect at that position.
-        n: how many random directions, drawn from `seed`.
+        feature: the index of the feature; by default that of the largest effect at the position.
+        n: the number of random directions.
+        seed: the seed for the random directions.
         model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
 
     Raises:
-        FeatpatchError: unusable input, several dictionaries, or a feature that differs in no pair.
+        FeatpatchError: if the input is unusable, there are several dictionaries, or the feature differs in no pair.
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
@@ -89,7 +90,14 @@ def random_controls(
 
 @dataclass(frozen=True, eq=False)
 class RandomPart(DictionaryPart):
-    """Random directions in the place of a feature's."""
+    """Random directions in the place of a feature's direction.
+
+    Attributes:
+        feature: the index of the feature.
+        position: where the feature is patched.
+        n: the number of random directions.
+        seed: the seed for the random directions.
+    """
 
     feature: int
     position: Position
@@ -130,6 +138,6 @@ class RandomPart(DictionaryPart):
         return [Swaps(site, nodes, deltas)]
 
     def _units(self, like: torch.Tensor) -> torch.Tensor:
-        """Unit vectors `[n, d]`."""
+        """Draw the random unit vectors, `[n, d]`, with the type and device of `like`."""
         drawn = torch.randn(self.n, self.dictionary.codec.d_out, generator=torch.Generator().manual_seed(self.seed))
         return (drawn / drawn.norm(dim=1, keepdim=True)).to(like)

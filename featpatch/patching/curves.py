@@ -1,4 +1,4 @@
-"""Effects of the top k features together for growing k, and the fewest features that reach a share of the effect."""
+"""Measure the effects of the top k features together, for growing k."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +19,22 @@ from featpatch.patching.study import Asked, Metrics, Noise
 from featpatch.untrusted import in_figure, visible
 
 Key = tuple[str, Position]
-"""The name of a dictionary, and a position."""
+"""The name of a dictionary and a position."""
 
 
 SHOWN = 12
-"""The largest number of dictionaries and positions that the text form of a curve names."""
+"""The largest number of dictionaries and positions that the `repr` of a curve names."""
 
 
 @dataclass(frozen=True, repr=False)
 class Curve:
-    """Effects of the top k features together, by dictionary and position.
+    """The effects of the top k features together, by dictionary and position.
 
     Attributes:
-        features: of each dictionary and position, ordered by the effect of each alone.
-        single: the table in which they were ranked.
-        sets: the sets, rows of kind `set`; number n is the first `sizes[n]` features.
-        sizes: k of each set, by dictionary and position.
+        features: the features of each dictionary and position, ordered by the effect of each alone.
+        single: the effects of single features, on the same pairs as the sets.
+        sets: the effects of the sets, in rows of kind `set`; set n holds the first `sizes[n]` features.
+        sizes: the number k of features in each set, by dictionary and position.
     """
 
     features: Mapping[Key, Sequence[int]]
@@ -45,7 +45,8 @@ class Curve:
     def table(self) -> pd.DataFrame:
         """Return one row per dictionary, position and k.
 
-        Both effects of the set with 95 % intervals, and each as a share of that of all features (NaN where that is 0).
+        The columns are both effects of the set with 95 % intervals, and each effect as a share of the effect of all features
+        (NaN if that is 0).
         """
         sets = self.sets
         keys = [(node.sae, node.position) for node in sets.nodes]
@@ -72,7 +73,7 @@ class Curve:
         return visible("\n".join([*shown, *more]))
 
     def plot(self, effect: Effect | None = None) -> Any:
-        """A `plotly.graph_objects.Figure`: effect by k, a line per dictionary and position, with its interval."""
+        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         chosen, table = effect or self.sets.directions_run()[0], self.table()
@@ -100,19 +101,19 @@ def cumulative(
     noise: Noise | None = None,
     progress: bool = True,
 ) -> Curve:
-    """Exact effects of the top k features together, k = 1, 2, ..., in both directions, for each dictionary and position.
+    """Measure the exact effects of the top k features together, k = 1, 2, ..., for each dictionary and position.
 
-    For controls with the same number of features pass other dictionaries of the same site beside the SAE:
-    `fp.identity(model, site)` (its coordinates), `fp.pca(model, site, pairs)`.
+    For controls with the same number of features, pass other dictionaries at the same hook point along with the SAE:
+    `fp.identity(model, site)` (coordinates) or `fp.pca(model, site, pairs)`.
 
     Args:
-        by: the effect that ranks.
-        most: features of the largest set; k grows by a sixth from 12 on.
-        rank_on: pairs on which the features are ranked, each alone; by default the same, which flatters the curve.
+        by: the effect by which features are ranked.
+        most: the number of features in the largest set; k grows by a sixth from 12 on.
+        rank_on: pairs on which single features are ranked; `pairs` by default, which makes the curve look better than it is.
         model, saes, pairs, positions, directions, metric, batch_rows, noise, progress: as in `rank_features`.
 
     Raises:
-        FeatpatchError: unusable input.
+        FeatpatchError: if the input is unusable.
     """
     check_numbers(1, most=most)
     check_kinds(str, by=by)
@@ -141,7 +142,7 @@ def cumulative(
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 3, ... and ever fewer of the larger ones, up to the largest."""
+    """Return the sizes of the sets: 1, 2, 3, ... and then growing by a sixth, up to the largest."""
     sizes = [1]
     while sizes[-1] < most:
         sizes.append(min(most, sizes[-1] + max(1, sizes[-1] // 6)))

@@ -1,16 +1,16 @@
-"""How far a patch takes the activation to where neither the model nor the dictionary has been, read again by the dictionary.
+"""Diagnose how far patches move activations off the model's distribution, and what the dictionary then reads there.
 
 With x' = x_b + delta the patched activation and f' = enc(x') its features, summed over the places (pair and position) at which
 the node's value differs between the runs:
 
-    arrived      sum sign(f_s - f_b) (f' - f_b) / sum |f_s - f_b|   over the swapped features
+    arrived      sum sign(f_s - f_b) (f' - f_b) / sum |f_s - f_b|   over the patched features
     leakage      sum |f' - f_b| / sum |f_s - f_b|                   over the other features
-    moved        how many of the other features change by more than rounding, mean
+    moved        mean number of other features that change by more than rounding
     norm_ratio   sum |x'| / sum |x_b|
-    outside      share of places at which |x'| is beyond every |x| of both runs of all pairs, special tokens left out
+    outside      share of places at which |x'| is outside the range of |x| in both runs of all pairs, without special tokens
 
-Features that are swapped alone need not arrive: directions of an overcomplete dictionary overlap, so that the encoder reads a
-unit of one feature in others, too, and thresholds and TopK decide anew.
+A feature that is patched alone need not arrive: the directions of an overcomplete dictionary overlap, so the encoder reads a
+unit of one feature in other features too, and thresholds and TopK are applied anew.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,47 +31,48 @@ from featpatch.patching.chosen import Chosen, Values, choose
 from featpatch.patching.study.runs import chunks
 
 ROUNDING = 64
-"""Changes up to this many units in the last place of the largest value are rounding."""
+"""The largest change that counts as rounding, in units in the last place of the largest value."""
 
 KINDS = ("feature", "error", "all_features", "activation")
-"""What can be looked at: a whole activation, and what a dictionary makes of it."""
+"""The kinds of nodes that can be diagnosed."""
 
 SUMS = ("along", "intended", "leaked", "whole", "moved", "before", "after")
-"""What is summed over places: the parts of the ratios above, and the norms."""
+"""The terms that are summed over places: numerators and denominators of the ratios above, and the norms."""
 
 
 @torch.no_grad()
 def diagnose(
     model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node], *, directions: Sequence[Direction] = DIRECTIONS
 ) -> pd.DataFrame:
-    """What patches of single nodes do to the activation, and to the features that are read from it afterwards.
+    """Diagnose what patching single nodes does to the activation, and to the features that are read from it afterwards.
 
-    The model is run for its activations alone. No pair in which the node has the same value in both runs counts.
+    The model is run only for its activations, without patches. Pairs in which a node has the same value in both runs are left
+    out of that node's numbers.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        saes: what `rank_features` takes.
-        pairs: clean and corrupted prompts; their answers play no part.
-        nodes: what to look at, e.g. `effects.top(20).nodes`, of any kind, at `"all"`, a label or an index.
+        saes: SAEs as in `rank_features`.
+        pairs: clean and corrupted prompts; their answers are not used.
+        nodes: the nodes to diagnose, e.g. `effects.top(20).nodes`, of a kind in `KINDS`, at `"all"`, a label or an index.
         directions: `"denoising"`, `"noising"` or both.
 
     Returns:
         One row per node and direction: the node's fields, `direction`, `changed_pairs` and `pairs`, and
 
-        * `arrived`: how much of the intended change of the swapped features the encoder finds in the patched activation; 1 is
-          all. NaN for an error, which has none.
-        * `leakage`: how much the other features change, as a share of what they change between the runs; 0 is nothing. NaN
-          for all features, beside which there are no others.
+        * `arrived`: the share of the intended change of the patched features that the encoder finds in the patched activation;
+          1 is all of it. NaN for an error, which has no features.
+        * `leakage`: how much the other features change, as a share of their change between the runs; 0 is none. NaN for all
+          features, because there are no others.
         * `moved`: how many other features change, on average over places.
-        * `norm_ratio`: mean norm of the patched activation over that of the run that is patched.
-        * `outside`: share of places at which that norm is smaller or larger than any in the clean and corrupted runs.
+        * `norm_ratio`: the mean norm of the patched activation divided by that of the base run's activation.
+        * `outside`: the share of places at which that norm is smaller or larger than any in the clean and corrupted runs.
 
-        `arrived`, `leakage` and `moved` are NaN where nothing can be read again: for whole activations, which belong to no
-        dictionary, and for dictionaries that read at another hook than they write (transcoders). All five are NaN for a node
-        that differs in no pair.
+        `arrived`, `leakage` and `moved` are NaN if the patched activation can't be encoded again: for whole activations, which
+        belong to no dictionary, and for dictionaries that read and write at different hook points (transcoders). All five are
+        NaN for a node that differs in no pair.
 
     Raises:
-        FeatpatchError: unusable input: no nodes, an unknown site, dictionary, feature, position or direction.
+        FeatpatchError: if there are no nodes, or a hook point, dictionary, feature, position or direction is unknown.
     """
     check_pairs(pairs)
     ways = check_directions(directions)
@@ -93,11 +94,11 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was seen of all pairs.
+    """The measurements of all pairs.
 
     Attributes:
-        places: by node and direction, for each pair what is summed over its places, `[places, sums]`.
-        norms: the smallest and the largest norm in the unpatched runs, by site.
+        places: by node and direction, for each pair the terms of `SUMS` at its places, `[places, sums]`.
+        norms: the smallest and the largest norm in the unpatched runs, by hook point.
     """
 
     places: Mapping[tuple[int, Direction], list[torch.Tensor]]
@@ -127,7 +128,7 @@ def _seen(
 
 
 def _places(swap: Chosen, base: Values, source: Values, where: list[int]) -> Float[torch.Tensor, "places sums"]:
-    """The terms of `SUMS` at each of these positions of the only prompt at which the node's value differs."""
+    """Return the terms of `SUMS` in a batch of one prompt, at those of the positions at which the node's value differs."""
     dictionary = swap.dictionary
     if dictionary is None or dictionary.behaviour.rowwise:
         base, source = ({hook: values[:, where] for hook, values in run.items()} for run in (base, source))
@@ -156,7 +157,7 @@ def _features(
     swapped: Bool[torch.Tensor, "pos d_sae"],
     eps: float,
 ) -> Float[torch.Tensor, "pos 5"]:
-    """The terms that are about features."""
+    """Return the five terms of `SUMS` that are about features, at every position."""
     before, wanted, found = (features.cpu().double() for features in (before, wanted, found))
     intended, actual = wanted - before, found - before
     rounding = ROUNDING * eps * torch.maximum(before.abs(), wanted.abs()).amax(1, keepdim=True)
@@ -171,12 +172,12 @@ def _features(
 
 
 def _norms(x: Float[torch.Tensor, "1 pos d"]) -> Float[torch.Tensor, " pos"]:
-    """Norms at the positions of the only prompt."""
+    """Return the norm at each position of a batch of one prompt."""
     return x[0].cpu().double().norm(dim=1)
 
 
 def _range(norms: Float[torch.Tensor, " n"], rounding: float) -> tuple[float, float]:
-    """The smallest and the largest, with room for rounding; nothing lies within it where every position is special."""
+    """Return the smallest and the largest norm, with a tolerance for rounding; an empty range if every position is special."""
     return (float(norms.min()) * (1 - rounding), float(norms.max()) * (1 + rounding)) if len(norms) else (torch.inf, -torch.inf)
 
 

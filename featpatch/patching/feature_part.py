@@ -1,4 +1,4 @@
-"""SAE features, alone and together, error terms and whole sites."""
+"""SAE features, singly and all together, error terms and whole activations, as a part of a study."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from featpatch.patching.study.swaps import Directions, Naming, Swaps, feature_sw
 
 @dataclass(frozen=True, eq=False)
 class FeaturePart(Part):
-    """Every feature of some dictionaries alone, all features and the error of each, and the sites that they write to.
+    """Each feature of some dictionaries, all features and the error of each dictionary, and the whole activations.
 
     Attributes:
+        dictionaries: the dictionaries.
         only: the nodes that are patched; None for all.
     """
 
@@ -25,22 +26,22 @@ class FeaturePart(Part):
 
     @property
     def hooks(self) -> set[str]:
-        """Those that dictionaries read and write."""
+        """The hook points that the dictionaries read and write."""
         return {hook for dictionary in self.dictionaries for hook in (dictionary.reads, dictionary.writes)}
 
     @property
     def sites(self) -> list[str]:
-        """Those that they write."""
+        """The hook points that are patched."""
         return list(dict.fromkeys(dictionary.writes for dictionary in self.dictionaries))
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """Features, all features and error of each dictionary, then each whole site."""
+        """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
         probed = {d.name: Directions.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
         each = [self._of_pair(run, probed) for run in runs]
         return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
 
     def count(self, run: PairRuns) -> int:
-        """As many as the nodes of `swaps`."""
+        """Return the number of patches per direction."""
         if self.only is not None:
             return sum(len(swap.nodes) for swap in self.swaps([run])[0])
         total = sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.sites)
@@ -70,7 +71,7 @@ class FeaturePart(Part):
         return run.once(self, find)
 
     def _features(self, name: str) -> list[int]:
-        """Those of a dictionary that are patched somewhere."""
+        """Return the features of a dictionary that are among the nodes of `only`."""
         return [node.index for node in self.only or () if node.sae == name and node.index is not None]
 
 

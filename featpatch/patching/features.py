@@ -1,4 +1,4 @@
-"""Studies of SAE features: every one that differs, alone; or those of one dictionary at one position."""
+"""Set up studies of SAE features: of all features that differ, or of one dictionary at one position."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,9 +15,11 @@ from featpatch.patching.study import Asked, Study
 def feature_study(
     model: Any, saes: Any, pairs: Pairs, asked: Asked, only: frozenset[Node] | None = None
 ) -> tuple[Study, list[Dictionary]]:
-    """What `rank_features` with these arguments does, checked, and the dictionaries in it.
+    """Return the validated experiment that `rank_features` runs with these arguments, and its dictionaries.
 
     Args:
+        model, saes, pairs: as in `rank_features`.
+        asked: the other arguments of `rank_features`.
         only: the nodes that are patched; None for all.
     """
     check_pairs(pairs)
@@ -28,10 +30,14 @@ def feature_study(
 
 
 def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, asked: Asked) -> tuple[Study, Dictionary]:
-    """As `feature_study`, of one dictionary at one position, which replaces what is asked.
+    """Return a validated experiment with the features of one dictionary at one position, and the dictionary.
+
+    Args:
+        position: replaces the positions of `asked`.
+        model, sae, pairs, asked: as in `feature_study`.
 
     Raises:
-        FeatpatchError: several dictionaries; unusable input.
+        FeatpatchError: if there are several dictionaries, or the input is unusable.
     """
     positions: Positions = "all" if position == "all" else [position]
     study, found = feature_study(model, sae, pairs, replace(asked, positions=positions))

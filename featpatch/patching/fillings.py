@@ -1,4 +1,4 @@
-"""What ablated values are replaced by: a constant, a statistic over prompts, or the values in another prompt."""
+"""Ablation values: a constant, a statistic over prompts, or the values in another prompt."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,17 @@ from featpatch.pairs import Pairs
 from featpatch.patching.study.run import Run
 
 Values = tuple[torch.Tensor, ...]
-"""Tensors `[pos, ...]`."""
+"""Several activations, or parts of one, each `[pos, ...]`."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the positions that pooled statistics leave out."""
+    """A prompt.
+
+    Attributes:
+        tokens: the token ids.
+        special: the positions that pooled statistics leave out.
+    """
 
     tokens: tuple[int, ...]
     special: frozenset[int] = frozenset()
@@ -29,12 +34,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Others:
-    """What values may be taken from.
+    """The prompts that ablation values may be taken from.
 
     Attributes:
-        pairs: those that are ablated.
-        prompts: whose activations there are.
-        seed: of draws.
+        lens: the model.
+        pairs: the pairs that are ablated.
+        prompts: the prompts whose activations give the ablation values.
+        seed: the seed for resampling.
     """
 
     lens: Lens
@@ -43,56 +49,64 @@ class Others:
     seed: int
 
     def digest(self) -> str:
-        """Of the prompts."""
+        """Return a digest of the prompts."""
         return sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in self.prompts]).encode()).hexdigest()
 
     def run(self, tokens: Sequence[int], hooks: Sequence[str]) -> Run:
-        """The activations of a prompt."""
+        """Run the model on a prompt and return its activations at some hook points."""
         read = self.lens.read(torch.tensor([tokens]), sorted(set(hooks)))
         return Run({hook: values[0] for hook, values in read.items()})
 
 
 class Filling(ABC):
-    """A way to ablate.
+    """A way to choose ablation values.
 
     Attributes:
-        noted: what to note of it with the results, besides its name.
+        noted: metadata to store with the results, in addition to the name.
     """
 
     noted: Mapping[str, Any] = {}
 
     @abstractmethod
     def run(self, index: int, clean: Run) -> Run:
-        """The run that values go from into the clean run of the pair with this index."""
+        """Return the run whose values replace those of the clean run of the pair with this index."""
 
 
 class Everywhere(Filling):
-    """The same values in every prompt."""
+    """Ablation values that are the same in every prompt."""
 
     def run(self, index: int, clean: Run) -> Run:
-        """The clean run, filled."""
+        """Return the clean run with every value replaced by its ablation value."""
         return Filled(clean.activations, self)
 
     @abstractmethod
     def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
-        """In the place of what `parts` makes of a run, the same for the same name, in a prompt of some length."""
+        """Return the ablation values.
+
+        Args:
+            name: names the values; the same name gives the same ablation values.
+            hooks: the hook points whose activations `parts` needs.
+            parts: takes the values to replace from a run.
+            like: the values to replace.
+            length: the number of tokens of the prompt.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class Filled(Run):
-    """A run whose values are replaced, whichever are asked for; what else decoding needs stays as it is."""
+    """A run in which any value that is read is an ablation value; state that decoding needs is that of the original run."""
 
     filling: Everywhere
 
     def at(self, hook: str) -> torch.Tensor:
-        """The replacement, at every position."""
+        """Return the ablation value of the activation at a hook point, at every position."""
         like = self.activations[hook]
         length = like.shape[0 if sites.by_position(hook) else -1]
         (value,) = self.filling.values(hook, [hook], lambda run: (run.at(hook),), (like,), length)
         return value.to(like).expand_as(like)
 
     def split(self, dictionary: Dictionary, start: int) -> Split:
-        """The replacements, beside the state of the run."""
+        """Return ablation values of features and error from position `start` on, with the state of the original run."""
         like = Run(self.activations).split(dictionary, start)
         name, hooks = f"features of {dictionary.name}", [dictionary.reads, dictionary.writes]
 
@@ -108,24 +122,26 @@ class Filled(Run):
 
 @dataclass(frozen=True)
 class Constant(Everywhere):
-    """The same number everywhere."""
+    """One number as the ablation value everywhere."""
 
     value: float
 
     def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
-        """Full of it."""
+        """Return tensors filled with the number."""
         return tuple(torch.full_like(each, self.value) for each in like)
 
 
 class Statistic(Everywhere):
-    """A statistic over prompts, worked out once.
+    """A statistic over prompts as the ablation value, computed once.
 
     Args:
-        of: from values `[n, ...]` to theirs `[...]`.
-        by_position: one for every token index, over the prompts of the same length; else one over all positions.
+        others: the prompts.
+        of: computes the statistic `[...]` of values `[n, ...]`.
+        by_position: whether to compute a statistic for every token index, over the prompts of the same length, rather than one
+            over all positions.
 
     Raises:
-        FeatpatchError: there is nothing to take it over.
+        FeatpatchError: if the prompts have only special tokens.
     """
 
     def __init__(self, others: Others, of: Callable[[torch.Tensor], torch.Tensor], *, by_position: bool = False) -> None:
@@ -135,7 +151,12 @@ class Statistic(Everywhere):
         self._found: dict[tuple[str, int], Values] = {}
 
     def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
-        """`[pos, ...]` each by position, else one row; an attention pattern has none over all positions."""
+        """Return the statistics, `[pos, ...]` each if by position, otherwise without a position dimension.
+
+        Raises:
+            FeatpatchError: if a statistic over all positions is asked for attention patterns, or one by position and no prompt
+                has this length.
+        """
         if not self.by_position and not all(map(sites.by_position, hooks)):
             raise FeatpatchError(
                 f"the mean of {name!r} over all positions is no pattern: expected to='mean_by_position', 'zero' or 'resample'"
@@ -153,7 +174,7 @@ class Statistic(Everywhere):
         return self._found[key]
 
     def _joined(self, prompts: Sequence[Prompt], values: Values) -> torch.Tensor:
-        """Prompt by prompt where they are by position, else row by row without the special ones."""
+        """Stack the values of the prompts if by position; otherwise concatenate them without special tokens."""
         if self.by_position:
             return torch.stack(values)
         kept = [[at for at in range(len(prompt.tokens)) if at not in prompt.special] for prompt in prompts]
@@ -161,10 +182,10 @@ class Statistic(Everywhere):
 
 
 class Resampled(Filling):
-    """The values in another prompt of the same length, drawn for each pair.
+    """The values in another prompt of the same length, drawn for each pair, as ablation values.
 
     Raises:
-        FeatpatchError: the seed is none, or a pair has no other prompt.
+        FeatpatchError: if the seed is not an integer, or there is no other prompt of a pair's length.
     """
 
     def __init__(self, others: Others) -> None:
@@ -174,10 +195,11 @@ class Resampled(Filling):
         self.partners = [self._partner(index, pair.clean) for index, pair in enumerate(others.pairs)]
 
     def run(self, index: int, clean: Run) -> Run:
-        """The partner's."""
+        """Return the activations of the resampled prompt."""
         return self.others.run(self.partners[index], list(clean.activations))
 
     def _partner(self, index: int, clean: tuple[int, ...]) -> tuple[int, ...]:
+        """Draw another prompt as long as the clean one."""
         prompts = [prompt.tokens for prompt in self.others.prompts]
         fitting = [tokens for tokens in prompts if len(tokens) == len(clean) and tokens != clean]
         if not fitting:
@@ -189,7 +211,7 @@ class Resampled(Filling):
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """Over the first dimension."""
+    """Return the mean over the first dimension."""
     return values.mean(0)
 
 
@@ -199,4 +221,4 @@ FILLINGS: dict[str, Callable[[Others], Filling]] = {
     "mean_by_position": lambda others: Statistic(others, mean, by_position=True),
     "resample": Resampled,
 }
-"""By name."""
+"""The ways to choose ablation values, by name."""

@@ -34,20 +34,21 @@ def interactions(
     batch_rows: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Exact pairwise interactions of features of one dictionary, largest first.
+    """Measure the exact pairwise interactions of features of one dictionary, and sort them by size, largest first.
 
-    Below 0 where either is enough (an OR), above 0 where both are needed (an AND), in the direction of the effect.
+    For a positive effect, the interaction is below 0 if either feature is enough (an OR), above 0 if both are needed (an AND).
 
     Args:
-        features: which; by default the `top` with the largest effect alone.
+        features: indices of the features; by default the `top` features with the largest effect alone.
+        top: how many features to take if `features` is not given.
         model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
 
     Returns:
-        One row per two features: `one`, `other`, and for each effect that of both together (`recovery`), the
-        `recovery_interaction` and its 95 % bootstrap interval over pairs (`_low`, `_high`).
+        One row per combination of two features: `one`, `other` and, for each effect, the effect of both together (`recovery`),
+        the `recovery_interaction` and its 95 % bootstrap interval over pairs (`_low`, `_high`).
 
     Raises:
-        FeatpatchError: unusable input, several dictionaries, or fewer than two features.
+        FeatpatchError: if the input is unusable, or there are several dictionaries or fewer than two features.
     """
     study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     if features is None:

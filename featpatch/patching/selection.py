@@ -1,4 +1,4 @@
-"""The fewest features that reach a share of the behaviour together, by greedy forward selection."""
+"""Select a small set of features that together reach a share of the effect, by greedy forward selection."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,18 +16,18 @@ from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Asked, Metrics
 
 SHOWN = 16
-"""The largest number of features that the text form of a selection names."""
+"""The largest number of features that the `repr` of a selection names."""
 
 
 @dataclass(frozen=True, repr=False)
 class Selection:
-    """Features chosen one after the other, each the one that adds most to those before.
+    """The result of `select_features`: features chosen one by one, each adding most to those chosen before.
 
     Attributes:
-        features: in the order in which they were chosen.
-        effects: the growing sets, in both directions: row n (kind `set`) is the first n + 1 features.
-        effect, target: what was to be reached.
-        reached: whether it was.
+        features: the features in the order in which they were chosen.
+        effects: the effects of the growing sets in both directions; row n (kind `set`) is the first n + 1 features.
+        effect, target: the effect and the share of the gap that were to be reached.
+        reached: whether the target was reached.
     """
 
     features: Sequence[int]
@@ -57,22 +57,23 @@ def select_features(
     batch_rows: int | None = None,
     progress: bool = True,
 ) -> Selection:
-    """Greedy forward selection among the features of one dictionary, until they reach a share of the gap together.
+    """Select features of one dictionary by greedy forward selection, until together they reach a share of the gap.
 
-    Every step runs each candidate together with those chosen before, exactly, and takes the best; it ends where none adds
-    anything. Greedy is not optimal, and selecting on the same pairs flatters: measure what is chosen on others.
+    Every step patches each candidate together with the features chosen before, exactly, and takes the best; the selection ends
+    when no candidate adds anything. Greedy selection is not optimal, and the effect on the pairs used for selection is too
+    optimistic: measure the selected features on other pairs.
 
     Args:
-        effect: what to reach, `"recovery"` or `"degradation"`.
-        target: how much of it, 0.9 = 90 % of the gap.
-        candidates: how many of the features with the largest effect alone take part. Of an AND none has any effect alone; then
-            take more.
-        most: features after which it ends.
-        position: where they are swapped: `"all"`, a label or an index.
+        effect: the effect to reach, `"recovery"` or `"degradation"`.
+        target: the share of the gap to reach; 0.9 is 90 %.
+        candidates: how many features take part, those with the largest effect alone. Features that are only needed together (an
+            AND) have no effect alone; increase this to include them.
+        most: the largest number of features to select.
+        position: where the features are patched: `"all"`, a label or an index.
         model, sae, pairs, metric, batch_rows, progress: as in `rank_features`, for one dictionary.
 
     Raises:
-        FeatpatchError: unusable input, several dictionaries, or no feature that differs.
+        FeatpatchError: if the input is unusable, there are several dictionaries, or no feature differs.
     """
     check_kinds(str, effect=effect)
     if effect not in EFFECTS or not _fits(target, candidates, most):

@@ -1,4 +1,4 @@
-"""Several features of a dictionary swapped together."""
+"""Sets of features that are patched together, as a part of a study."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,24 +14,28 @@ from featpatch.patching.study.runs import PairRuns
 from featpatch.patching.study.swaps import Directions, Swaps
 
 MOST = 64
-"""Features in the largest set, by default."""
+"""The default number of features in the largest set."""
 
 Sets = Mapping[Position, Sequence[Sequence[int]]]
-"""Indices of features, for each position."""
+"""The sets of feature indices at each position."""
 
 
 @dataclass(frozen=True, eq=False)
 class SetPart(DictionaryPart):
-    """Sets of features of one dictionary, at one position or several; the error and the other features are kept."""
+    """Sets of features of one dictionary, at one position or several; the error and the other features are kept.
+
+    Attributes:
+        sets: the sets.
+    """
 
     sets: Sets
 
     def count(self, run: PairRuns) -> int:
-        """All, also those in which nothing differs."""
+        """Return the number of sets, including those in which nothing differs."""
         return sum(len(sets) for position, sets in self.sets.items() if run.wanted.get(position))
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """Position by position."""
+        """Return the swaps of each pair, one per position."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         return [
@@ -52,7 +56,7 @@ class SetPart(DictionaryPart):
     def _along(
         self, difference: Difference, directions: Directions, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
     ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
-        """Sums of multiples of directions."""
+        """Return the change that each set makes, as a sum of multiples of feature directions."""
         entries = difference.at(span.tolist())
         feature, place = difference.feature[entries], torch.searchsorted(span, difference.position[entries])
         rows = directions.values[directions.rows(feature).to(directions.values.device)]
@@ -70,7 +74,7 @@ class SetPart(DictionaryPart):
     def _by_definition(
         self, run: PairRuns, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
     ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
-        """dec(f_b with f_s in S) - dec(f_b), set by set."""
+        """Return the change that each set S makes, by the definition dec(f_b with f_s in S) - dec(f_b)."""
         changes = {}
         for way, (base, source) in split_ways(self.dictionary, run.ways, 0).items():
             before, parts = self.dictionary.decode(base.features, base.state), []
@@ -84,6 +88,6 @@ class SetPart(DictionaryPart):
 
 
 def _deltas(changes: Float[torch.Tensor, "sets span d"], span: Int[torch.Tensor, " span"]) -> Deltas:
-    """One patch for each set, of the positions at which it changes anything."""
+    """Return one patch per set, covering the positions at which the set changes anything."""
     patch, place = (changes != 0).any(2).nonzero(as_tuple=True)
     return Deltas.explicit(patch.cpu(), span[place.cpu()], changes[patch, place], len(changes))

@@ -1,4 +1,4 @@
-"""Ranking features: all of them by patched runs, or those that estimates put first, with an audit of the others."""
+"""Rank features and paths exactly, either all of them or those with the largest estimates, with an audit of the others."""
 
 from featpatch.ranking.features import rank_features
 from featpatch.ranking.paths import rank_paths

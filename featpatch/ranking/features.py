@@ -1,4 +1,4 @@
-"""Rank SAE features by causal recovery: every feature that differs is swapped alone, exactly, in both directions."""
+"""Rank SAE features by causal recovery: every feature that differs is patched alone, exactly, in both directions."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -36,51 +36,53 @@ def rank_features(
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Exact causal effect of every SAE feature, of the error terms and of the whole sites.
+    """Measure the exact causal effect of every SAE feature, of the error terms and of the whole activations.
 
-    A feature's value is taken from the clean run into the corrupted one (denoising) and the other way round (noising);
-    the SAE's reconstruction error and all other features stay as they are in the run that is patched. A feature with the
-    same value in both runs has exactly no effect and costs no forward pass.
+    Each feature is patched from the clean run into the corrupted run (denoising) and the other way round (noising); the SAE's
+    reconstruction error and all other features keep their values in the run that is patched. A feature with the same value in
+    both runs has exactly no effect and needs no forward pass.
 
-    Ctrl-C returns what is finished: the pairs that are done, or, within the first ones, NaN where nothing is known
-    (`effects.finished` is False). With a journal the next call goes on from there.
+    Ctrl-C returns what is finished: the pairs that are done or, during the first pairs, the features that are done
+    (`effects.finished` is False). With a journal, the next call resumes from there.
 
-    With `exact="screened"` all features are estimated from gradients and only some are run: the first `k` by |estimate|, and
-    `audit` of the others, drawn at random. Every value of the table is exact; `effects.audit()` bounds what was missed, and
-    `effects.to_pandas()` shows the estimates beside. `fp.plan` says whether that is quicker than the full sweep.
+    With `exact="screened"`, all features are estimated from gradients and only some are patched: the first `k` by |estimate|,
+    and `audit` of the others, drawn at random. Every value of the table is exact; `effects.audit()` bounds what was missed, and
+    `effects.to_pandas()` also shows the estimates. `fp.plan` tells whether this is faster than the full sweep.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        saes: a sae-lens SAE or transcoder, or several, also at the same hook.
+        saes: a sae-lens SAE or transcoder, or several, which may share a hook point.
         pairs: clean and corrupted prompts with their answers.
-        positions: `"all"`: one row per feature, swapped at every position at once; `"each"`: one row per feature and
-            token index; a list of labels and indices: one row per feature and entry. Special tokens are never swapped by
-            `"all"` and `"each"`.
+        positions: `"all"`: one row per feature, patched at every position at once; `"each"`: one row per feature and
+            token index; a list of labels and indices: one row per feature and entry. `"all"` and `"each"` leave out special
+            tokens.
         directions: `"denoising"`, `"noising"` or both.
-        metric: name of a metric or a function of `(logits, correct, wrong)`, or several, all from the same patched runs;
-            the table is that of the first, `effects.metric(name)` that of another. For answers of several tokens
-            `"sequence_log_prob"` or `"sequence_log_prob_diff"`, teacher-forced, at one forward pass for each token.
-        exact: `"all"` features, or those `"screened"`; what follows is for these.
-        k: how many are run for their estimates; 200 by default.
-        audit: how many of the others are run, drawn at random; 100 by default.
-        target: share of the true `top` that is to be among those run, with 95 % confidence: the sample is doubled until the
-            bound says so.
-        top: length of the ranking that the target is about; 20 by default.
-        method: how the estimates are taken, see `estimate_features`; `"atp"` by default.
-        seed: draws the sample; 0 by default.
-        batch_rows: rows (patches x positions) of one forward pass; by default from the model's size and the free memory.
-        noise: corrupts the clean prompts' embeddings, in the place of the corrupted prompts (causal tracing).
-        journal: a file in which every finished batch is written down, and from which an interrupted call goes on.
-        executor: `"ray"` or `fp.Ray(...)` runs the forward passes on several processes or machines; here by default.
-        progress: show a bar.
+        metric: the name of a metric or a function of `(logits, correct, wrong)`, or several, all measured in the same patched
+            runs; the table is for the first, and `effects.metric(name)` is the table for another. For answers of several tokens
+            use `"sequence_log_prob"` or `"sequence_log_prob_diff"`, which are teacher-forced and take one forward pass per
+            token.
+        exact: `"all"` to patch all features, or `"screened"`. The next six arguments are only for `"screened"`.
+        k: how many features are patched because of their estimates; 200 by default.
+        audit: how many of the other features are patched, drawn at random; 100 by default.
+        target: the share of the true `top` that should be among the patched features, with 95 % confidence: the sample is
+            doubled until the bound reaches it.
+        top: the length of the ranking that `target` refers to; 20 by default.
+        method: the method of estimation, see `estimate_features`; `"atp"` by default.
+        seed: the seed of the random sample; 0 by default.
+        batch_rows: rows (patches x positions) of one forward pass; by default chosen from the model's size and the free memory.
+        noise: noise on the clean prompts' embeddings, which replaces the corrupted prompts (causal tracing).
+        journal: a file to which every finished batch is written, and from which an interrupted call resumes.
+        executor: `"ray"` or `fp.Ray(...)` to run the forward passes on several processes or machines; by default they run in
+            this process.
+        progress: whether to show a progress bar.
 
     Returns:
-        One row per feature (and position) that differs in at least one pair, and three rows per site and position:
-        `all_features`, `error` and `activation`. Where features were screened, first those that were run for their estimates,
-        then the random ones.
+        One row per feature (and position) that differs in at least one pair; for each position also rows for `all_features` and
+        `error` of each dictionary, and for the whole `activation` at each hook point. With screening, the features that were
+        patched because of their estimates come first, then those drawn at random.
 
     Raises:
-        FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
+        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
     """
     options: dict[str, Any] = {"k": k, "audit": audit, "target": target, "top": top, "method": method, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Rank paths: what a sender does through a receiver, exactly; many of them are screened by gradients first."""
+"""Rank paths by the exact effect of a sender through a receiver; if there are many paths, gradients screen them first."""
 
 import sys
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from featpatch.patching import Asked, Metrics, Nodes, Route, Study, leading, pat
 from featpatch.ranking.screen import Screen, screened
 
 BUDGET = 20_000
-"""So many paths are run unless something else is asked for; more are screened."""
+"""The largest number of paths that are all patched by default; more paths are screened."""
 
 MANY, DRAWN = 2000, 500
-"""So many are then run for their estimates, and so many others."""
+"""When paths are screened, how many are patched because of their estimates, and how many of the others."""
 
 
 def rank_paths(
@@ -42,32 +42,35 @@ def rank_paths(
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Exact causal effect of paths from senders to receivers, by path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023).
+    """Measure the exact causal effect of paths from senders to receivers.
 
-    The sender takes its value from the source run while all other components keep theirs from the base run; what the receiver
-    then takes on is recorded; then the receiver alone is set to that in the base run, and everything above it is recomputed.
-    Norms are recomputed. The effect is that of the receiver's change alone, on the scale of `rank_features`.
+    This is path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023). In a first pass the sender takes its value from the
+    source run while all other components keep their values from the base run, and the receiver's new value is recorded. In a
+    second pass the receiver alone is set to that value in the base run, and everything downstream of it is recomputed. Norms
+    are recomputed. The effect is that of the receiver's change alone, on the scale of `rank_features`.
 
-    The cost grows with senders times receivers, and is said before the start. Above 20,000 paths gradient estimates screen,
-    unless `exact="all"`: see `rank_features`.
+    The cost grows with senders times receivers; the number of paths is printed before the start. More than 20,000 paths are
+    screened by gradient estimates, unless `exact="all"`: see `rank_features`.
 
     Args:
-        model: a TransformerBridge or a HookedTransformer, without hooks of yours.
-        saes: whose features and errors senders and receivers are, if any are.
+        model: a TransformerBridge or a HookedTransformer, without hooks of your own.
+        pairs: clean and corrupted prompts with their answers.
+        saes: the SAEs whose features and errors are among the senders and receivers, if any.
         senders: features, errors, heads at `hook_z`, whole activations (`Node("blocks.1.hook_mlp_out", "activation")`); or a
-            table of effects whose rows they are.
+            table of effects whose rows are the senders.
         receivers: features and errors of SAEs; heads at `hook_q`, `hook_k`, `hook_v`, or `hook_z` for the three together; whole
-            activations; `"logits"`. A receiver's position says where its change is patched; `"all"` is everywhere.
-        route: `"direct"` freezes attention and MLPs between sender and receiver, `"through_mlps"` attention alone.
-        exact: run `"all"`, or those `"screened"`: the first `k` (2000) by |estimate| and `audit` (500) of the others, drawn by
-            `seed` (0); `"auto"` screens above 20,000 paths.
+            activations; `"logits"`. A receiver's change is patched at the receiver's position; `"all"` is everywhere.
+        route: `"direct"` freezes attention and MLPs between sender and receiver, `"through_mlps"` only attention.
+        exact: `"all"` to patch all paths, or `"screened"` to patch the first `k` (2000) by |estimate| and `audit` (500) of the
+            others, drawn with `seed` (0); `"auto"` screens if there are more than 20,000 paths.
+        k, audit, seed: see `exact`.
         directions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Returns:
-        One row per path whose sender differs in at least one pair, of kind `edge`.
+        One row of kind `edge` per path whose sender differs in at least one pair.
 
     Raises:
-        FeatpatchError: unusable input; the message says which value, what was expected and what to do next.
+        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
     """
     if exact not in ("auto", "all", "screened"):
         raise FeatpatchError(f"exact={exact!r}: expected 'auto', 'all' or 'screened'")

@@ -1,4 +1,4 @@
-"""What a sweep will take, before it starts."""
+"""Estimate the cost of a sweep before it starts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from featpatch.patch import DIRECTIONS, RANKED, Direction, Node
 from featpatch.patching import Asked, Metrics, Nodes, Route, component_study, feature_study, leading, path_study
 
 COUNTED = 8
-"""The number of pairs whose patches are counted, including the shortest and the longest; sums are scaled up to all pairs."""
+"""The largest number of pairs whose patches are counted, including the shortest and longest; sums are scaled to all pairs."""
 
 
 def plan(
@@ -37,11 +37,11 @@ def plan(
 ) -> Plan:
     """Estimate what a sweep will take: patches, operations, memory and time.
 
-    The arguments are those of the function to plan, and determine which it is: `rank_paths` if senders and receivers are given,
-    else `rank_components` if `saes` is None, else `rank_features` (in full and screened).
+    The arguments are those of the function to plan, and determine which function that is: `rank_paths` if senders and receivers
+    are given, otherwise `rank_components` if `saes` is None, otherwise `rank_features` (both in full and screened).
 
-    One batch is run, gradient estimates on two pairs are timed, and the patches of at most eight pairs are counted;
-    with more pairs than that, the counts are estimates, scaled up from eight pairs of different lengths.
+    One batch is run, gradient estimates on two pairs are timed, and the patches of at most eight pairs are counted. With more
+    than eight pairs, the counts are estimates, scaled up from eight pairs of different lengths.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
@@ -49,11 +49,11 @@ def plan(
         pairs: clean and corrupted prompts with their answers.
         sites, layers: as in `rank_components`.
         senders, receivers, route: as in `rank_paths`.
-        positions, directions, metric, batch_rows: as in the function to plan; not `positions` for paths, whose nodes have their
-            own.
+        positions: as in the function to plan; not for paths, whose nodes have positions of their own.
+        directions, metric, batch_rows: as in the function to plan.
 
     Raises:
-        FeatpatchError: unusable input, or arguments of different functions.
+        FeatpatchError: if the input is unusable, or the arguments belong to different functions.
     """
     some, asked = _of_all_lengths(check_pairs(pairs)), Asked(positions, directions, metric, batch_rows)
     _check_one_function(saes, sites, layers, senders, receivers, route, positions)
@@ -92,8 +92,8 @@ def plan(
 def _in_all(counted: "Counter[Node]", some: int, pairs: int) -> int:
     """Estimate how many nodes differ in any of all pairs, from the number of counted pairs in which each does.
 
-    The estimate that ecologists make of the species in more samples, from those seen in one and in two samples (Chao et al.
-    2014, Ecological Monographs 84:45, incidence data). Exact if all pairs were counted.
+    This is the estimate that ecologists use for the number of species in further samples, from the numbers of species seen in
+    one and in two samples (Chao et al. 2014, Ecological Monographs 84:45, incidence data). Exact if all pairs were counted.
     """
     seen, once, twice = len(counted), *(sum(count == times for count in counted.values()) for times in (1, 2))
     if some == pairs or not once:
@@ -117,7 +117,7 @@ def _check_one_function(
     """Refuse arguments that no single function takes.
 
     Raises:
-        FeatpatchError: the arguments belong to different functions.
+        FeatpatchError: if the arguments belong to different functions.
     """
     paths = senders is not None or receivers is not None
     given = {"sites": sites, "layers": layers, "senders": senders, "receivers": receivers}

@@ -1,4 +1,4 @@
-"""Gradients screen, patched runs decide: the first by estimate and a random sample of the others are run exactly."""
+"""Screening: patch, exactly, only the nodes with the largest gradient estimates and a random sample of the others."""
 
 import warnings
 from collections import Counter
@@ -14,21 +14,21 @@ from featpatch.patch import RANKED, Node
 from featpatch.patching import Study
 
 TOP = 20
-"""The ranking that a target is about unless another is asked for."""
+"""The default length of the ranking that a target refers to."""
 NEARLY_ALL = 0.8
 """The share of the candidates above which the full sweep costs hardly more than a screened one."""
 USEFUL = 0.5
-"""The share of the true top that a sample must be able to prove was run; with a smaller sample there is a warning."""
+"""A warning is given if the sample can't prove, even at best, that this share of the true top was patched."""
 CONFIDENCE = 0.95
 """The default confidence of `Effects.audit`."""
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What is run; see `rank_features`.
+    """The settings of screening; see the arguments of the same names of `rank_features`.
 
     Raises:
-        FeatpatchError: a number out of range.
+        FeatpatchError: if a number is out of range.
     """
 
     k: int = 200
@@ -48,14 +48,16 @@ class Screen:
 def screened(
     screen: Screen, estimate: Effects, study_of: Callable[[frozenset[Node]], Study], run: Callable[[Study], Effects]
 ) -> Effects:
-    """The exact effects of what the screen chooses.
+    """Measure the exact effects of the nodes that screening chooses.
 
     Args:
-        study_of: the sweep over some nodes.
-        run: runs it.
+        screen: the settings.
+        estimate: the estimates of all nodes.
+        study_of: makes a study of some nodes.
+        run: runs a study.
 
     Raises:
-        FeatpatchError: unusable input; a ranking longer than the features that there are.
+        FeatpatchError: if the input is unusable, or `top` exceeds the number of nodes patched because of their estimates.
     """
     features = estimate.take(estimate.ranked)
     nodes = [features.nodes[row] for row in np.argsort(-features.sizes(), kind="stable")]
@@ -95,7 +97,7 @@ def screened(
 
 
 def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> None:
-    """Warn, before any patch is run, of a screen that costs as much as the full sweep, or whose audit can prove little."""
+    """Warn, before any patch is run, if screening costs as much as the full sweep, or its audit can prove little."""
     about: dict[str, Any] = {"top": top, "confidence": CONFIDENCE, "looks": looks}
     least = min(screen.audit, rest) if screen.target is None else needed(rest, screen.target, **about)
     run = candidates - rest + least
@@ -120,7 +122,7 @@ def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> N
 
 
 def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict[str, Any]) -> Effects:
-    """The features in this order, then the other rows, with what was screened and the estimates beside."""
+    """Return the table with these nodes first, in this order, then the other rows; add screening and estimates as metadata."""
     row = {node: number for number, node in enumerate(table.nodes)}
     features = [row[node] for node in order]
     rows = [*features, *sorted(set(range(len(table))) - set(features))]
@@ -133,7 +135,7 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
 
 
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:
-    """A table of its own, with these notes, also for its other metrics."""
+    """Return the table with new metadata, for its other metrics too, and independent of any table it was taken from."""
     without = without_estimates(metadata["screening"])
     others = {
         name: _replaced(other, {**metadata, "metric": name, "screening": without}) for name, other in table.others.items()

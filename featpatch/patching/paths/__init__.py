@@ -1,4 +1,4 @@
-"""Path patching: what a sender does through a receiver, and nothing on the way."""
+"""Path patching: measure the effect of a sender through a receiver, with the components in between frozen."""
 
 from featpatch.patching.paths.route import Route
 from featpatch.patching.paths.study import Nodes, path_study

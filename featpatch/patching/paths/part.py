@@ -1,4 +1,4 @@
-"""Every path from some senders to some receivers, as a part of a study."""
+"""All paths from some senders to some receivers, as a part of a study."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,13 @@ from featpatch.patching.study.swaps import Swaps
 
 @dataclass(frozen=True, eq=False)
 class EdgePart(Part):
-    """Senders and receivers; a receiver below its sender is no path.
+    """The paths from senders to the receivers downstream of them.
 
     Attributes:
+        lens: the model.
+        senders: the senders.
+        receivers: the receivers.
+        route: which components between sender and receiver are frozen.
         only: the edges that are patched; None for all.
     """
 
@@ -35,7 +39,7 @@ class EdgePart(Part):
 
     @property
     def hooks(self) -> set[str]:
-        """What senders and receivers need, and all that is frozen on the way."""
+        """The hook points that senders and receivers need, and those of the components that are frozen between them."""
         highest = max(receiver.place[0] for receiver in self.receivers)
         names = ("resid_pre", "attn_out")
         blocks = range(self.senders.lowest, min(highest, self.lens.n_layers - 1) + 1)
@@ -44,21 +48,21 @@ class EdgePart(Part):
 
     @property
     def sites(self) -> list[str]:
-        """Those of the receivers."""
+        """The hook points that are patched, which are those of the receivers."""
         return list(dict.fromkeys(receiver.writes for receiver in self.receivers))
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """Receiver by receiver."""
+        """Return the swaps of each pair, one per receiver."""
         return [run.once(self, partial(self._of_pair, run)) for run in runs]
 
     def count(self, run: PairRuns) -> int:
-        """As many as edges whose sender differs."""
+        """Return the number of edges whose sender differs between the runs."""
         differing = {node for swap in self.senders.swaps(run) for node in swap.nodes}
         return sum(sender in differing for of_receiver in self.edges.values() for sender in of_receiver)
 
     @cached_property
     def edges(self) -> dict[Node, dict[Node, Edge]]:
-        """All that there can be, by receiver and sender."""
+        """All edges that are patched if their sender differs, by receiver and sender."""
         edges: dict[Node, dict[Node, Edge]] = {receiver.node: {} for receiver in self.receivers}
         for receiver in self.receivers:
             sees = {site for site in {node.site for node in self.senders.nodes} if receiver.sees(site)}
@@ -82,14 +86,14 @@ class EdgePart(Part):
         return swaps
 
     def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:
-        """The positions at which the receiver is patched, `[pos]`."""
+        """Return a mask `[pos]` of the positions at which the receiver is patched."""
         position, where = receiver.node.position, torch.zeros(len(run.pair), dtype=torch.bool)
         where[slice(None) if position == "all" else spans(run.pair, [position])[position]] = True
         return where
 
 
 def _deltas(change: torch.Tensor, first: int) -> Deltas:
-    """One patch for each row; what comes before the first difference is 0."""
+    """Return one patch per row, after setting changes before position `first` to 0."""
     change[:, :first] = 0
     patch, position = (change != 0).any(2).nonzero(as_tuple=True)
     return Deltas.explicit(patch.cpu(), position.cpu(), change[patch, position], len(change))

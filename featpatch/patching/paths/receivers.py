@@ -1,7 +1,7 @@
-"""Where a path ends: nodes that read the stream, and how they change when it does.
+"""Receivers of paths: nodes that read the residual stream, and how they change with it.
 
-What a receiver takes on is recorded in the first pass and put into the base run in the second; so receivers that are off in the
-base run count as well. A query, key or value acts through its head's z, as in `component_parts`.
+A receiver's new value is recorded in the first pass and patched into the base run in the second, so features that are inactive
+in the base run can be receivers too. A query, key or value acts through its head's z, as in `component_parts`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,11 +19,12 @@ from featpatch.patching.paths.route import Place, Stream
 
 @dataclass(frozen=True, eq=False)
 class Receiver(ABC):
-    """A node that reads the stream.
+    """A node that reads the residual stream.
 
     Attributes:
-        reads: the hooks where its change is read.
-        writes: the site at which its change is patched.
+        node: the node.
+        reads: the hook points from which the receiver's new value is computed.
+        writes: the hook point at which the receiver's change is patched.
     """
 
     node: Node
@@ -32,46 +33,47 @@ class Receiver(ABC):
 
     @property
     def place(self) -> Place:
-        """The last place in the stream that it depends on."""
+        """The last place in the residual stream that the receiver depends on."""
         return max((sites.seen_at(hook) for hook in self.reads), key=sites.order)
 
     def sees(self, site: str) -> bool:
-        """Whether what is written at a site reaches it."""
+        """Return whether the receiver reads what is written at a hook point."""
         return any(sites.reaches(site, hook) for hook in self.reads)
 
     @property
     def hooks(self) -> set[str]:
-        """Those whose values in the base run it needs."""
+        """The hook points whose activations in the base run the receiver needs."""
         blocks = {sites.layer_of(hook) for hook in self.reads if not sites.is_stream(hook)}
         return {*self.reads, self.writes, *map(sites.resid_pre, blocks)}
 
     @abstractmethod
     def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Of the activation at `writes`, flat, for some rows of the stream, `[rows, pos, d]`.
+        """Return the change of the flat activation at `writes` for some changes of the residual stream, `[rows, pos, d]`.
 
         Args:
-            rows: which; 0 is the base run.
-            where: the positions at which the receiver takes its new value, `[pos]`.
+            stream: the changes of the residual stream.
+            rows: the rows of `stream.read` to use; row 0 is the base run.
+            where: mask `[pos]` of the positions at which the receiver takes its new value.
         """
 
 
 class WholeReceiver(Receiver):
-    """A whole activation: an MLP, the attention of a block, the stream; that behind the last block is what the logits see."""
+    """A whole activation: an MLP's output, a layer's attention output, the residual stream or, after the last layer, logits."""
 
     def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Of the activation."""
+        """Return the change of the activation."""
         values = stream.read(self.writes).flatten(2)
         return (values[rows] - values[0]) * where[:, None].to(values)
 
 
 @dataclass(frozen=True, eq=False)
 class CodeReceiver(Receiver):
-    """A feature of a dictionary, or its error term."""
+    """A feature of a dictionary, or the dictionary's error term."""
 
     dictionary: Dictionary
 
     def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """What the feature's new value adds along its direction; or how the error changes."""
+        """Return what the feature's new value adds along its direction, or how the error changes."""
         read = stream.read(self.dictionary.reads)
         if self.node.index is None:
             error = self.dictionary.split(read, stream.read(self.writes)).error
@@ -87,13 +89,13 @@ class CodeReceiver(Receiver):
 
 @dataclass(frozen=True, eq=False)
 class HeadReceiver(Receiver):
-    """A head: its query, its key (at `hook_k`), its value, or at `hook_z` all three together."""
+    """An attention head: its query, key or value or, at `hook_z`, all three together."""
 
     lens: Lens
     head: int
 
     def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Of the outputs of the heads that use it: of a key or value at one position, those of all that see it."""
+        """Return the change of z of the heads that use the value; for a key or value, at all positions that attend to it."""
         (hook,) = self.reads
         values = torch.cat([stream.read(hook)[:1], stream.read(hook)[rows]])
         changed = values[:1].repeat(len(values), *[1] * (values.dim() - 1))
@@ -112,16 +114,16 @@ class HeadReceiver(Receiver):
 
     @property
     def _users(self) -> list[int]:
-        """The heads that read it: several where keys and values are shared."""
+        """The heads that use the query, key or value: several if keys and values are shared."""
         shared = self.lens.heads(self.writes) // self.lens.heads(self.reads[0])
         return list(range(self.head * shared, (self.head + 1) * shared))
 
 
 def receiver(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver:
-    """Of a node.
+    """Return the receiver for a node.
 
     Raises:
-        FeatpatchError: a node that no path can end at, or of a dictionary that isn't there.
+        FeatpatchError: if no path can end at the node, or its dictionary is not among those given.
     """
     if node == LOGITS:
         last = sites.resid_post(lens.n_layers - 1)

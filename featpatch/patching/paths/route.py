@@ -1,8 +1,8 @@
-"""What a change of the stream makes of it further up, while attention stays as it is in the base run.
+"""Propagate changes of the residual stream downstream, with attention frozen at its values in the base run.
 
-The first pass of path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): a sender is changed, every component between it
-and the receiver is frozen at its value in the base run, or only attention is and MLPs are recomputed; what then reaches the
-receiver is read. Norms are recomputed.
+This is the first pass of path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): a sender is changed, all components
+between it and the receiver are frozen at their values in the base run (or only attention is, and MLPs are recomputed), and what
+then reaches the receiver is read. Norms are recomputed.
 """
 
 from dataclasses import dataclass, field
@@ -16,21 +16,23 @@ from featpatch.lens import Lens, added
 from featpatch.patching.study.run import Run
 
 Route = Literal["direct", "through_mlps"]
-"""See `sites.ROUTES`."""
+"""The way from a sender to a receiver; see `sites.ROUTES`."""
 
 Place = tuple[int, str]
-"""A block, and `"pre"` or `"mid"`: before its attention, or between attention and MLP."""
+"""A place in the residual stream: a layer, and `"pre"` (before its attention) or `"mid"` (between attention and MLP)."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Changes of the stream of one base run, one row each, as they go up.
+    """Changes of the residual stream of one base run, one row per change, as they propagate downstream.
 
     Attributes:
-        base: activations of the run at every `resid_pre` and `attn_out` on the way.
-        tokens: `[pos]`.
-        entering: where each row's change comes in.
-        changes: what comes in there, `[rows, pos, d_model]`, all on one device.
+        lens: the model.
+        base: activations of the base run at every `resid_pre` and `attn_out` that the changes pass.
+        tokens: token ids of the base run, `[pos]`.
+        route: which components are frozen.
+        entering: the place at which each change enters the residual stream.
+        changes: the changes `[rows, pos, d_model]` where they enter, all on one device.
     """
 
     lens: Lens
@@ -43,11 +45,11 @@ class Stream:
     _read: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
     def reached(self, place: Place) -> Bool[torch.Tensor, " rows"]:
-        """Whose changes come in at the place or before it."""
+        """Return a mask of the changes that enter at the place or before it."""
         return torch.tensor([sites.order(entry) <= sites.order(place) for entry in self.entering])
 
     def at(self, place: Place) -> Float[torch.Tensor, "rows pos d"]:
-        """How much each row has changed the stream there; 0 where it comes in later."""
+        """Return how much each row changes the residual stream at a place; 0 for rows that enter later."""
         if self.route == "direct":
             return self.changes * self.reached(place).to(self.changes)[:, None, None]
         if place not in self._at:
@@ -55,10 +57,10 @@ class Stream:
         return self._at[place]
 
     def read(self, hook: str) -> Float[torch.Tensor, "rows_and_base pos ..."]:
-        """An activation that sees the changed stream: that of the base run first, then of each row.
+        """Return the activation at a hook point that reads the changed residual stream: first the base run's, then each row's.
 
-        Attention of the hook's own block is frozen too where the hook lies behind it. The last hook's values are kept, as
-        receivers often share one.
+        Attention in the hook point's own layer is frozen too if the hook point comes after it. The values of the last call are
+        kept, because receivers often share a hook point.
         """
         if hook not in self._read:
             values = self._run_upto(hook)
@@ -81,7 +83,7 @@ class Stream:
         return torch.tensor([entry == place for entry in self.entering])
 
     def _below(self, place: Place) -> torch.Tensor:
-        """What comes from the place before, through the MLP in between if there is one."""
+        """Return the change that arrives from the place before, through the MLP in between if there is one."""
         layer, where = place
         if where == "mid":
             return self.at((layer, "pre"))

@@ -1,4 +1,4 @@
-"""What changes at the start of a path: nodes that write to the stream, each with the change that it makes there."""
+"""Senders of paths: nodes that write to the residual stream, and the changes that they make there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,13 @@ from featpatch.patching.study.swaps import Swaps
 
 @dataclass(frozen=True, eq=False)
 class Senders:
-    """The parts of a study that hold some nodes."""
+    """Nodes that write to the residual stream.
+
+    Attributes:
+        lens: the model.
+        nodes: the nodes.
+        parts: the parts of a study that cover the nodes.
+    """
 
     lens: Lens
     nodes: Sequence[Node]
@@ -29,10 +35,10 @@ class Senders:
 
     @classmethod
     def of(cls, lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> "Senders":
-        """Features and error terms of these dictionaries, heads (at `hook_z`) and whole activations.
+        """Make senders of nodes: features and errors of these dictionaries, heads (at `hook_z`) and whole activations.
 
         Raises:
-            FeatpatchError: a node of another kind, at another hook, or of a dictionary that isn't there.
+            FeatpatchError: if a node has another kind or hook point, or its dictionary is not among those given.
         """
         by_name = {dictionary.name: dictionary for dictionary in found}
         parts: dict[tuple[str, str], Part] = {}
@@ -58,22 +64,22 @@ class Senders:
 
     @property
     def hooks(self) -> set[str]:
-        """Those that their parts need."""
+        """The hook points whose activations the senders need."""
         return {hook for part in self.parts for hook in part.hooks}
 
     @property
     def lowest(self) -> int:
-        """The first block that a change of theirs enters."""
+        """The first layer that a change of a sender enters."""
         return min(place[0] for site in {node.site for node in self.nodes} if (place := sites.entry(site)))
 
     def swaps(self, run: PairRuns) -> list[Swaps]:
-        """Of those that differ between the runs of a pair."""
+        """Return the swaps of the senders that differ between the runs of a pair."""
         wanted = frozenset(self.nodes)
         swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]
         return [swap for swap in swaps if swap.nodes]
 
     def streams(self, run: PairRuns, route: Route) -> tuple[list[Node], dict[Direction, Stream]]:
-        """Those that differ between the runs of a pair, and their changes of the stream by direction, in the same order."""
+        """Return the senders that differ between the runs of a pair, and their changes of the residual stream by direction."""
         swaps = self.swaps(run)
         nodes = [node for swap in swaps for node in swap.nodes]
         entering: list[Place] = []
@@ -89,7 +95,7 @@ class Senders:
         return nodes, streams
 
     def _on_stream(self, site: str, change: torch.Tensor, base: Run, tokens: torch.Tensor) -> torch.Tensor:
-        """A change of heads' outputs as what their block's attention adds to the stream."""
+        """Turn a change of heads' z into the change of what attention adds to the residual stream; return others unchanged."""
         if not sites.is_component(site, "z"):
             return change
         layer, z = sites.layer_of(site), base.at(site)
@@ -100,7 +106,7 @@ class Senders:
 
 
 def dense(deltas: Deltas, length: int) -> torch.Tensor:
-    """`[patches, pos, d]`."""
+    """Return the changes of all patches as one dense tensor `[patches, pos, d]`."""
     values = deltas.values()
     result = values.new_zeros(len(deltas), length, values.shape[-1])
     result[deltas.patch.to(values.device), deltas.position.to(values.device)] = values

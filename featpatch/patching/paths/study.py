@@ -1,4 +1,4 @@
-"""Studies of paths: what senders do through receivers."""
+"""Set up studies of paths from senders to receivers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from featpatch.patching.study import Asked, Study
 from featpatch.patching.study.readings import readout
 
 Nodes = Effects | Sequence[Node | str]
-"""Nodes, or a table whose rows they are; of the receivers `"logits"` is one too."""
+"""Nodes, or a table of effects whose rows are the nodes; receivers may include `"logits"`."""
 
 
 def path_study(

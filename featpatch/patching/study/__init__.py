@@ -1,4 +1,4 @@
-"""A study from the checked question to the table: both runs of every pair, what differs, what is swapped, what is read."""
+"""Patching experiments, from validated arguments through the runs of every pair and their differences to a table of effects."""
 
 from featpatch.patching.study.asked import Asked
 from featpatch.patching.study.noise import Noise

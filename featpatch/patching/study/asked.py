@@ -1,4 +1,4 @@
-"""What every study is asked: where, which way, by which metric."""
+"""The arguments that all patching experiments share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from featpatch.patching.study.readings import Metrics
 
 @dataclass(frozen=True)
 class Asked:
-    """Arguments that all rankings share, see `rank_features`; `Study.of` checks them."""
+    """The arguments that all rankings share, as in `rank_features`; `Study.of` checks them."""
 
     positions: Positions = "all"
     directions: Sequence[Direction] = DIRECTIONS

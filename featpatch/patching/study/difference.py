@@ -1,10 +1,11 @@
-"""What differs between the runs of one pair: at a dictionary, feature by feature, and at a whole site.
+"""Differences between the runs of one pair, feature by feature for a dictionary or for a whole activation.
 
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
-With `b` corrupted and `s` clean this is denoising, the other way round noising. Where a unit of a feature always adds the same
-direction (see `Behaviour.linear`), the deltas of single features are multiples of it, times the gain of the base run's state if
-that matters; elsewhere each is worked out by the definition. The error node carries the state of the decoder (see `chosen`).
+With `b` corrupted and `s` clean this is denoising, the other way round noising. If a unit of a feature always adds the same
+direction (see `Behaviour.linear`), the deltas of single features are multiples of that direction, times the gain of the base
+run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node includes the state of
+the decoder (see `chosen`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,21 +19,22 @@ from featpatch.patch import Direction
 from featpatch.patching.study.run import Run, Ways
 
 Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]
-"""How the activations of the patched run change, by direction."""
+"""The change of the flat activation of the patched run, by direction of patching."""
 
 Splits = Mapping[Direction, tuple[Split, Split]]
-"""Base and source of each direction, split."""
+"""Base and source run of each direction, split into features and error."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs at one dictionary between the runs of one pair.
+    """The features of one dictionary that differ between the runs of one pair, and the changes that they make.
 
     Attributes:
-        position, feature: where features differ; one entry each, by feature, then by position.
-        value: how much each entry adds of its feature's direction.
-        moved: what each entry changes alone, `[entries, d_out]`, where features have no direction, else None.
-        features, error: what all features, and what the error, change; 0 before the first differing token.
+        position, feature: the positions and features that differ, one entry each, sorted by feature, then by position.
+        value: how much of its feature's direction each entry adds.
+        moved: the change that each entry makes alone, `[entries, d_out]`, if features have no fixed direction; otherwise None.
+        features, error: the change that all features make, and the change that the error makes; 0 before the first differing
+            token.
     """
 
     position: Int[torch.Tensor, " entries"]
@@ -44,7 +46,7 @@ class Difference:
 
     @classmethod
     def of(cls, dictionary: Dictionary, ways: Ways, first: int) -> "Difference":
-        """Between base and source of each direction; nothing differs before position `first`."""
+        """Compute the difference between base and source of each direction; nothing differs before position `first`."""
         splits = split_ways(dictionary, ways, first)
         changes = {way: (source.features - base.features)[0] for way, (base, source) in splits.items()}
         feature, position = next(iter(changes.values())).T.nonzero(as_tuple=True)
@@ -62,7 +64,7 @@ class Difference:
         )
 
     def keep(self, features: Sequence[int]) -> "Difference":
-        """These features alone; what all features change stays."""
+        """Return the difference with only the entries of these features; the change by all features stays the same."""
         kept = torch.isin(self.feature, torch.tensor(features, dtype=torch.long)).nonzero()[:, 0]
         return replace(
             self,
@@ -73,12 +75,12 @@ class Difference:
         )
 
     def at(self, span: list[int]) -> torch.Tensor:
-        """Indices of the entries at these positions."""
+        """Return the indices of the entries at these positions."""
         return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
 
 
 def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction, tuple[Split, Split]]:
-    """Base and source of each direction, split from position `first` on."""
+    """Return base and source of each direction, split into features and error from position `first` on."""
     start = first if dictionary.behaviour.rowwise else 0
     runs: list[Run] = list(dict.fromkeys(run for both in ways.values() for run in both))
     split = {run: run.split(dictionary, start).since(first - start) for run in runs}
@@ -86,7 +88,7 @@ def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction
 
 
 def whole_change(site: str, ways: Ways, first: int) -> Change:
-    """How the whole activation changes, flat; exactly 0 before position `first`."""
+    """Return how the whole flat activation changes in each direction; exactly 0 before position `first`."""
     changes: dict[Direction, torch.Tensor] = {}
     for way, (base, source) in ways.items():
         changes[way] = (source.at(site) - base.at(site)).flatten(1)
@@ -97,9 +99,9 @@ def whole_change(site: str, ways: Ways, first: int) -> Change:
 def _each_way(
     first: int, dictionary: Dictionary, splits: Splits, change: Callable[[Dictionary, Split, Split], torch.Tensor]
 ) -> dict[Direction, torch.Tensor]:
-    """A change in each direction, with zeros before `first`.
+    """Return a change in each direction, with zeros before position `first`.
 
-    Without a state, one of two directions is minus the other, and worked out once.
+    Without decoder state, the change in one direction is minus that in the other and is computed only once.
     """
     changes: dict[Direction, torch.Tensor] = {}
     for way, (base, source) in splits.items():
@@ -112,11 +114,13 @@ def _each_way(
 
 
 def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
+    """Return the change that patching all features makes, `[pos, d]`."""
     after, before = (dictionary.decode(features, base.state) for features in (source.features, base.features))
     return (after.to(base.error) - before.to(base.error))[0]
 
 
 def _all_else(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
+    """Return the change that patching the error, with the decoder's state, makes, `[pos, d]`."""
     change = (source.error - base.error)[0]
     if not base.state:
         return change

@@ -17,14 +17,15 @@ from featpatch.patch import Position
 
 @dataclass(frozen=True)
 class Noise:
-    """The corrupted run is the clean prompt with noise on the embeddings of some tokens; the pairs' own corrupted prompts,
-    of which the answers stay, are not run.
+    """Noise on the embeddings of some tokens of the clean prompt, which then serves as the corrupted run.
+
+    The corrupted prompts of the pairs are not run; the answers are still those of the pairs.
 
     Attributes:
-        positions: labels or token indices of the tokens.
-        scale: standard deviation of the noise, in standard deviations of the embeddings of the
-            prompt's tokens, over all their coordinates.
-        seed: of the draws; one for each pair.
+        positions: labels or indices of the tokens that get noise.
+        scale: standard deviation of the noise, as a multiple of the standard deviation of the embeddings of the prompt's
+            tokens over all coordinates.
+        seed: the seed of the noise, which is drawn anew for each pair.
     """
 
     positions: Sequence[Position]
@@ -41,16 +42,20 @@ class Noise:
         object.__setattr__(self, "positions", tuple(self.positions))
 
     def at(self, pair: Pair) -> list[int]:
-        """The token positions in a pair; raises FeatpatchError where it has no such label or index."""
+        """Return the token positions that get noise in a pair.
+
+        Raises:
+            FeatpatchError: if the pair has no such label or index.
+        """
         return sorted({p for position in self.positions for p in pair.positions(position)})
 
     def about(self) -> dict[str, Any]:
-        """What to note of it with the results."""
+        """Return metadata to store with the results."""
         return {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
 
     @contextmanager
     def added(self, lens: Lens, pairs: Sequence[Pair]) -> Iterator[None]:
-        """Within this context a call of the model with one prompt of each pair has their noise."""
+        """Context manager in which a call of the model with one prompt of each pair gets the noise of these pairs."""
 
         def add(embedded: torch.Tensor) -> torch.Tensor:
             noisy = embedded.clone()
@@ -65,6 +70,6 @@ class Noise:
             yield
 
     def _generator(self, pair: Pair) -> torch.Generator:
-        """The same for a pair, whichever others are there."""
+        """Return the random generator of a pair, which does not depend on the other pairs."""
         digest = sha256(repr((self.seed, pair.clean)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

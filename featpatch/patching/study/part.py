@@ -1,4 +1,4 @@
-"""A part of a study: nodes that are swapped one by one, and how."""
+"""Parts of a study: nodes that are patched one at a time, and how they are patched."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from featpatch.patching.study.swaps import Swaps, differing
 
 
 class Part(ABC):
-    """What is patched, at which sites, from which activations; a dataclass, that goes to workers without what it has found."""
+    """Nodes that are patched, as a dataclass; results that it caches are not pickled for workers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)  # type: ignore[arg-type]
@@ -21,31 +21,35 @@ class Part(ABC):
     @property
     @abstractmethod
     def hooks(self) -> set[str]:
-        """The hooks whose activations it needs."""
+        """The hook points whose activations the part needs."""
 
     @property
     @abstractmethod
     def sites(self) -> list[str]:
-        """The sites at which its changes are added."""
+        """The hook points at which the changes are added."""
 
     @abstractmethod
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
-        """The swaps of some pairs that run together, pair by pair."""
+        """Return the swaps of each of some pairs that run together."""
 
     @abstractmethod
     def count(self, run: PairRuns) -> int:
-        """How many patches to one direction the swaps of a pair are."""
+        """Return the number of patches per direction in the swaps of a pair."""
 
 
 def count_whole(change: Change, wanted: Wanted) -> int:
-    """How many patches `whole_swaps` makes."""
+    """Return the number of patches that `whole_swaps` makes."""
     differs = differing(change)
     return sum(bool(differs[span].any()) for span in wanted.values())
 
 
 @dataclass(frozen=True, eq=False)
 class DictionaryPart(Part):
-    """A part about one dictionary: it needs what the dictionary reads and writes, and patches what it writes."""
+    """A part that patches nodes of one dictionary.
+
+    Attributes:
+        dictionary: the dictionary.
+    """
 
     dictionary: Dictionary
 
@@ -55,10 +59,10 @@ class DictionaryPart(Part):
 
     @property
     def hooks(self) -> set[str]:
-        """Those that the dictionary reads and writes."""
+        """The hook points that the dictionary reads and writes."""
         return {self.dictionary.reads, self.dictionary.writes}
 
     @property
     def sites(self) -> list[str]:
-        """The one that it writes."""
+        """The hook point that the dictionary writes."""
         return [self.dictionary.writes]

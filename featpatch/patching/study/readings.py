@@ -1,7 +1,7 @@
-"""Readings: the positions at which metrics are read in a run, and how several values become one.
+"""Readings: the positions at which metrics are read in a run, and how several values are combined into one.
 
 Most metrics are read once, at the answer position. The log-probability of an answer of several tokens is read before each of
-them, teacher-forced: the tokens before it follow the prompt, in the clean and in the corrupted run alike.
+its tokens, teacher-forced: the earlier tokens of the answer follow the prompt, in both the clean and the corrupted run.
 
     log p(a | prompt) = sum_i log p(a_i | prompt, a_1 ... a_(i-1))
 """
@@ -19,7 +19,10 @@ from featpatch.pairs import Pair, Pairs
 from featpatch.pairs.each import each
 
 ByReading = Float[torch.Tensor, "readings patches engine_metrics"]
+"""The values of the engine's metrics at each reading, for each patch."""
+
 Combined = Float[torch.Tensor, "patches metrics"]
+"""The values of the requested metrics for each patch, combined over readings."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Reading:
 
     Attributes:
         continuation: tokens that follow the prompt; the logits after the last of them are read.
-        correct, wrong: ids of the answers there.
+        correct, wrong: token ids of the answers at that position.
     """
 
     continuation: tuple[int, ...]
@@ -38,7 +41,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class AtAnswer:
-    """Metrics of the logits at the answer position."""
+    """Metrics that are read once, from the logits at the answer position.
+
+    Attributes:
+        measures: the metrics.
+    """
 
     measures: Measures
 
@@ -48,7 +55,11 @@ class AtAnswer:
         return self.measures.names
 
     def readings(self, pair: Pair) -> list[Reading]:
-        """Return a single reading, at the answer position."""
+        """Return a single reading, at the answer position.
+
+        Raises:
+            FeatpatchError: if a metric reads one token and the pair's answers have several.
+        """
         need = [part.name for part in self.measures.parts if part.needs != "clean"]
         if need and not pair.correct:
             raise FeatpatchError(
@@ -64,13 +75,17 @@ class AtAnswer:
 
 @dataclass(frozen=True)
 class OfSequences:
-    """Teacher-forced log-probabilities of whole answers; one forward pass for each of their tokens."""
+    """Teacher-forced log-probabilities of whole answers, which take one forward pass for each token of the answers.
+
+    Attributes:
+        names: the names of the metrics.
+    """
 
     names: tuple[str, ...]
 
     @property
     def measures(self) -> Measures:
-        """The log-probability of one token."""
+        """The metric of a single reading, the log-probability of one token."""
         return together("log_prob")
 
     def readings(self, pair: Pair) -> list[Reading]:
@@ -83,7 +98,7 @@ class OfSequences:
         ]
 
     def combine(self, pair: Pair, values: ByReading) -> Combined:
-        """Sums over tokens, then the logarithm of the sum of probabilities over answers."""
+        """Sum the values over tokens, then return the logarithm of the sum of probabilities over answers."""
         left, sides = values[..., 0], []
         for answers in self._sides(pair):
             tokens = [len(answer) for answer in answers]
@@ -93,10 +108,10 @@ class OfSequences:
         return torch.stack([found[name] for name in self.names], dim=1)
 
     def _sides(self, pair: Pair) -> tuple[Sequence[tuple[int, ...]], ...]:
-        """The right answers, and the wrong ones where they are needed.
+        """Return the correct answers and, if a metric needs them, the wrong answers.
 
         Raises:
-            FeatpatchError: they are needed and there are none.
+            FeatpatchError: if wrong answers are needed and there are none.
         """
         if "sequence_log_prob_diff" in self.names and not pair.answers[1]:
             raise FeatpatchError(
@@ -107,16 +122,17 @@ class OfSequences:
 
 
 Metrics = str | Metric | Sequence[str | Metric]
-"""A metric by name or as a function, or several."""
+"""A metric, by name or as a function, or several metrics."""
 
 Readout = AtAnswer | OfSequences
+"""A way to read one or several metrics."""
 
 
 def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
-    """Return the readings of every pair, after a check that the model can take its tokens.
+    """Return the readings of every pair, after checking that the model accepts its tokens.
 
     Raises:
-        FeatpatchError: the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
+        FeatpatchError: if the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
             would follow the prompt of a model that attends in both directions.
     """
     readings = dict(enumerate(each(read.readings, list(pairs))))
@@ -131,7 +147,7 @@ def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Readi
 
 
 def leading(metric: Metrics) -> str | Metric:
-    """The first of several metrics, whose table comes first."""
+    """Return the first of several metrics, whose table is the main one."""
     readout(metric)
     return metric if isinstance(metric, str) or callable(metric) else metric[0]
 
@@ -140,11 +156,12 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
     """Return how to read one metric or several together.
 
     Args:
+        metric: the metric or metrics.
         refused, use: as in `metrics.find`.
         single: whether only one metric is accepted.
 
     Raises:
-        FeatpatchError: an unknown metric, none, two of one name, or sequence metrics beside others.
+        FeatpatchError: if a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
     """
     if single and not isinstance(metric, str) and not callable(metric):
         raise FeatpatchError(f"metric={metric!r}: expected one name or function")

@@ -1,4 +1,4 @@
-"""One prompt's activations, and from which run values go into which."""
+"""Activations of one prompt, and contrasts, which say which run is patched with values of which other run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,44 +13,48 @@ from featpatch.patch import Direction
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One prompt's activations `[pos, ...]` by hook."""
+    """The activations of one prompt.
+
+    Attributes:
+        activations: the activations `[pos, ...]`, by hook point.
+    """
 
     activations: Mapping[str, torch.Tensor]
 
     def at(self, hook: str) -> torch.Tensor:
-        """The activation `[pos, ...]`."""
+        """Return the activation `[pos, ...]` at a hook point."""
         return self.activations[hook]
 
     def split(self, dictionary: Dictionary, start: int) -> Split:
-        """Features and error from position `start` on, in a batch of one."""
+        """Return features and error from position `start` on, as a batch of one."""
         return dictionary.split(self.at(dictionary.reads)[None, start:], self.at(dictionary.writes)[None, start:])
 
 
 Ways = Mapping[Direction, tuple[Run, Run]]
-"""By direction the run that is patched, and the one that values are taken from."""
+"""By direction, the run that is patched (base) and the run that values are taken from (source)."""
 
 
 class Contrast(ABC):
-    """From which run values go into which.
+    """A choice of base and source runs for each direction.
 
     Attributes:
-        everywhere: whether runs can differ before the prompts do.
+        everywhere: whether base and source can differ at positions before the first differing token.
     """
 
     everywhere: ClassVar[bool] = False
 
     @abstractmethod
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """Of the pair with this index, from its runs."""
+        """Return base and source by direction for the pair with this index, given its clean and corrupted runs."""
 
     def about(self) -> dict[str, Any]:
-        """What to note of it with the results."""
+        """Return metadata to store with the results."""
         return {}
 
 
 class Swap(Contrast):
-    """Values go from one run of the pair into the other."""
+    """A contrast in which each run of a pair is patched with values of the other."""
 
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """Clean into corrupted, and corrupted into clean."""
+        """Return corrupted and clean as base and source of denoising, and the reverse for noising."""
         return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}

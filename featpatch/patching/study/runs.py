@@ -1,4 +1,4 @@
-"""Runs of a few pairs of equal length: the activations of their prompts, and which values go from which run into which."""
+"""Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -17,10 +17,10 @@ from featpatch.patching.study.run import Contrast, Run, Ways
 from featpatch.patching.study.swaps import Swaps
 
 CLEAN_FIRST = DIRECTIONS[::-1]
-"""What the lens finds out about the model at its first run is not to be found out in a noisy one."""
+"""The order of runs: clean first, because what the lens learns from the first run of a model must not come from a noisy run."""
 
 TOKENS_AT_ONCE = 512
-"""The largest number of tokens of several pairs that share a forward pass."""
+"""The largest number of tokens in a forward pass that several pairs share."""
 
 KEPT, KEPT_SHARE = 2**30, 1 / 8
 """The largest number of bytes of runs kept for reuse, and the largest share of the free memory."""
@@ -33,11 +33,12 @@ class PairRuns:
     """Both runs of one pair.
 
     Attributes:
-        first: the first position at which they can differ.
-        wanted: the positions to swap at.
-        ways: from which run into which, by direction.
-        bases: the run that is patched, by direction, for each reading.
-        found: what the parts of the study have computed from the runs, by part.
+        pair: the pair.
+        first: the first position at which the runs can differ.
+        wanted: the positions at which nodes are patched.
+        ways: base and source by direction.
+        bases: the base run for the engine, by direction, for each reading.
+        found: results that the parts of the study have computed from the runs, by part.
     """
 
     pair: Pair
@@ -48,13 +49,13 @@ class PairRuns:
     found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, part: Any, find: Callable[[], Found]) -> Found:
-        """Return what a part computes from the runs; `find` is called only the first time."""
+        """Return the result that a part computes from the runs; `find` is called only the first time."""
         if part not in self.found:
             self.found[part] = find()
         return self.found[part]
 
     def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
-        """The swaps as work for the engine, in the same order, reading by reading."""
+        """Return the swaps as blocks of patches for the engine, in the same order, for one reading after the other."""
         return [
             Block(name=swap.name, run=base, site=swap.site, deltas=swap.at(direction, number))
             for number, base in enumerate(self.bases[direction])
@@ -63,20 +64,23 @@ class PairRuns:
 
 
 def chunks(pairs: Pairs) -> Iterator[list[int]]:
-    """Indices of pairs that run together."""
+    """Yield the indices of pairs that run together."""
     return pairs.chunks(TOKENS_AT_ONCE)
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs pairs.
+    """The settings with which pairs are run.
 
     Attributes:
-        hooks: what is kept of each run.
-        layers: blocks at which patches come in.
-        wanted, readings: positions to swap at and places to read, by pair.
-        contrast: from which run values go into which.
-        noise: what corrupts the embeddings of the clean prompts, in the place of the corrupted prompts.
+        lens: the model.
+        pairs: all pairs of the study.
+        hooks: the hook points whose activations are kept.
+        layers: the layers in which patches are made.
+        wanted: the positions at which nodes are patched, by pair.
+        readings: the readings of the metric, by pair.
+        contrast: the choice of base and source runs.
+        noise: the noise on the embeddings of the clean prompts that replaces the corrupted prompts, if any.
     """
 
     lens: Lens
@@ -90,7 +94,7 @@ class Runner:
 
     @torch.no_grad()
     def run(self, some: tuple[int, ...]) -> list[PairRuns]:
-        """The clean and the corrupted runs of some equally long pairs."""
+        """Run the clean and the corrupted prompts of some equally long pairs."""
         read = {direction: self._read(direction, some, (), self.hooks) for direction in CLEAN_FIRST}
         return [
             self._pair(
@@ -130,7 +134,7 @@ class Runner:
     def _read(
         self, direction: Direction, some: tuple[int, ...], continuation: tuple[int, ...], hooks: Sequence[str]
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-        """Activations `[pairs, pos, ...]` by hook, and block entries by layer, of the runs that a direction patches."""
+        """Run a direction's base prompts; return activations `[pairs, pos, ...]` by hook point, and layer inputs by layer."""
         tokens = torch.tensor([self._prompt(direction, self.pairs[index]) + continuation for index in some])
         if direction == "noising" or self.noise is None:
             return self.lens.read_entering(tokens, hooks, self.layers)
@@ -143,14 +147,15 @@ class Runner:
 
 @dataclass
 class Kept:
-    """Runs of pairs, with all that is computed from them, kept for reuse as long as there is room.
+    """A cache of runs and of everything computed from them, limited by memory.
 
-    The first groups are kept, because every sweep goes through all groups in the same order, and so is the latest one.
+    The first groups of pairs are kept, because every sweep goes through all groups in the same order; the latest group is kept
+    too.
 
     Attributes:
-        run: runs some pairs.
-        traced: bytes that the engine keeps per token of a run, at most.
-        room: bytes that may be kept, besides the latest group.
+        run: a function that runs some pairs.
+        traced: the largest number of bytes that the engine keeps per token of a run.
+        room: the number of bytes that may still be kept, in addition to the latest group.
     """
 
     run: Callable[[tuple[int, ...]], list[PairRuns]]
@@ -160,10 +165,10 @@ class Kept:
     _latest: tuple[int, ...] | None = field(default=None, init=False)
 
     def __call__(self, some: tuple[int, ...]) -> list[PairRuns]:
-        """Return the runs of some pairs."""
+        """Return the runs of some pairs, from the cache if they are there."""
         if some not in self._kept:
             if self._latest is not None:
-                size = self._size(self._kept[self._latest])  # only now, including what was computed from it
+                size = self._size(self._kept[self._latest])  # measured now, because results computed from the runs count too
                 if size > self.room:
                     del self._kept[self._latest]
                 else:

@@ -1,4 +1,4 @@
-"""A study in shards, for workers: the pairs that run together, part by part."""
+"""Split a study into shards for workers: each shard is one part of the study for one group of pairs that run together."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class StudyShards:
-    """What a worker holds: the study, and the batches of the shard that it is at."""
+    """A worker's copy of the study, with the batches of the shard that it is working on.
+
+    Attributes:
+        study: the study.
+    """
 
     study: "Study"
     _open: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
@@ -30,15 +34,16 @@ class StudyShards:
         return len(self._shards)
 
     def batches(self, shard: int) -> list[Batch]:
-        """Each with the number of its patches."""
+        """Return the batches of a shard, each with the number of its patches."""
         return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard).items()]
 
     def run(self, shard: int, key: str) -> torch.Tensor | None:
-        """One forward pass, or several where memory is short."""
+        """Run a batch in one forward pass, or in several if memory is short; return None if the shard has no such batch."""
         batch = self._batches(shard).get(key)
         return None if batch is None else self._sweep.run(batch).flatten()
 
     def _batches(self, shard: int) -> dict[str, list[Unit]]:
+        """Return the batches of a shard by key; those of the latest shard are kept."""
         if self._open[0] != shard:
             some, part = self._shards[shard]
             self._open = shard, self._sweep.batches(self.study.blocks(some, part))
@@ -46,5 +51,5 @@ class StudyShards:
 
 
 def made(study: bytes) -> StudyShards:
-    """From what makes the study, packed."""
+    """Make a study and its shards from a pickled function that makes the study."""
     return StudyShards(unpacked(study)())

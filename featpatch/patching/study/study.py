@@ -1,4 +1,4 @@
-"""A sweep over features from the checked input to the table of effects."""
+"""A patching experiment, from validated arguments to the table of effects."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,9 +49,10 @@ from featpatch.patching.study.shards import made
 from featpatch.patching.study.swaps import Swaps
 
 SWAP = Swap()
+"""The default contrast: clean into corrupted, and corrupted into clean."""
 
 Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
-"""The metrics of clean and of corrupted runs, `[pairs, metrics]` each, and the number of patches to one direction."""
+"""The metrics of clean runs and of corrupted runs, `[pairs, metrics]` each, and the number of patches per direction."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,18 @@ class Study:
     """A validated patching experiment.
 
     Attributes:
-        parts: what is patched.
-        readout: what is measured.
-        metadata: what the results depend on, and where they come from.
-        path: the way to run patches, chosen and checked.
-        rows: rows of one forward pass.
-        memory: bytes that such a pass takes at its peak, estimated.
-        runner: how pairs are run.
-        runs: both runs of some pairs, kept for reuse as long as there is room.
-        remade: what else it is made with again, elsewhere.
+        lens: the model.
+        parts: the nodes that are patched.
+        pairs: the clean and corrupted prompts.
+        directions: the directions of patching.
+        readout: the metrics that are measured.
+        metadata: everything that the results depend on, and their provenance.
+        path: the kind of forward pass that runs patches, chosen and checked.
+        rows: the number of rows in one forward pass.
+        memory: the estimated peak memory of such a pass, in bytes.
+        runner: the settings with which pairs are run.
+        runs: a cache of the runs of pairs.
+        remade: the other arguments of `of`, with which workers make the same study.
     """
 
     lens: Lens
@@ -87,10 +91,18 @@ class Study:
     def of(
         cls, lens: Lens, parts: Sequence[Part], about: Mapping[str, Any], pairs: Pairs, asked: Asked, contrast: Contrast = SWAP
     ) -> "Study":
-        """Checks everything that can be checked without a sweep.
+        """Make a study, after checking everything that can be checked without a sweep.
+
+        Args:
+            lens: the model.
+            parts: the nodes that are patched.
+            about: metadata about the parts, to store with the results.
+            pairs: the clean and corrupted prompts.
+            asked: the other arguments of the ranking.
+            contrast: the choice of base and source runs.
 
         Raises:
-            FeatpatchError: unusable input.
+            FeatpatchError: if the input is unusable.
         """
         read, noise, batch_rows = readout(asked.metric), asked.noise, asked.batch_rows
         chosen = check_directions(asked.directions)
@@ -121,14 +133,15 @@ class Study:
         return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, remade)
 
     def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
-        """The sweep over all pairs; after Ctrl-C what is finished.
+        """Run the sweep over all pairs and return the effects; after Ctrl-C, those that are finished.
 
         Args:
-            journal: where finished batches are written down.
-            executor: where forward passes run, see `executor_of`; here by default.
+            journal: a file to which finished batches are written.
+            progress: whether to show a progress bar.
+            executor: where forward passes run, see `executor_of`; in this process by default.
 
         Raises:
-            FeatpatchError: a gap near zero, NaN on the way, a journal of another sweep.
+            FeatpatchError: if the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
         """
         survey = self._survey()
         for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
@@ -136,7 +149,7 @@ class Study:
         return self._swept(survey, journal, executor, progress=progress)
 
     def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
-        """Run a block of a larger set of pairs, which may have no gap by itself; see `run`."""
+        """Run one block of a larger set of pairs, without checking that it has a gap; see `run`."""
         return self._swept(self._survey(), journal, executor, progress=progress)
 
     def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
@@ -177,7 +190,7 @@ class Study:
         return collector.effects(clean, corrupted, metadata)
 
     def complete(self, *, progress: bool) -> Effects:
-        """The sweep over all pairs; Ctrl-C is passed on, for what needs all of them."""
+        """Run the sweep over all pairs for a caller that needs all of them; Ctrl-C raises KeyboardInterrupt."""
         effects = self.run(None, progress=progress)
         if not effects.finished:
             raise KeyboardInterrupt
@@ -193,7 +206,7 @@ class Study:
 
     @property
     def fast(self) -> bool:
-        """Whether the fast forward pass of featpatch is used instead of the model's own."""
+        """Whether featpatch's own fast forward pass is used instead of the model's."""
         return isinstance(self.path, SuffixPath)
 
     def _run_elsewhere(self, executor: Executor, book: Book, patches: int, *, progress: bool) -> Book:
@@ -255,7 +268,7 @@ class Study:
         return self.readout.combine(self.pairs[pair], values).numpy()
 
     def _survey(self) -> "Survey":
-        """The metrics of clean and of corrupted runs, `[pairs, metrics]` each, and the number of patches to one direction."""
+        """Measure the metrics of clean and of corrupted runs, and count the patches; see `Survey`."""
         sweep = Sweep(self.path, self.readout.measures, self.rows)
         base: dict[Direction, NDArray[np.float64]]
         base = {direction: np.zeros((len(self.pairs), len(self.readout.names))) for direction in DIRECTIONS}
@@ -285,7 +298,7 @@ def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str,
 
 
 def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
-    """Says which labels have no rows, because they stand before the first token that differs in every pair."""
+    """Warn of labels that have no rows because they are before the first differing token in every pair."""
     for label in (position for position in wanted[0] if isinstance(position, str) and position != "all"):
         places = [max(span[label]) for span in wanted]
         if all(place < pair.first_difference for place, pair in zip(places, pairs, strict=True)):
@@ -317,7 +330,7 @@ def _metadata(
 def _longest_and_shortest(
     pairs: Pairs, readings: Mapping[int, Sequence[Reading]], runs: Callable[[tuple[int, ...]], list[PairRuns]]
 ) -> list[BaseRun]:
-    """The base runs with the most and with the fewest tokens, one where these are equally many."""
+    """Return the base runs with the most and with the fewest tokens, or a single one if the numbers are equal."""
     together = list(chunks(pairs))
     behind = [max((len(reading.continuation) for reading in readings[index]), default=0) for index in range(len(pairs))]
     longest = max(together, key=lambda some: max(len(pairs[index]) + behind[index] for index in some))

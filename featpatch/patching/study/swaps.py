@@ -1,4 +1,4 @@
-"""From what differs between the runs of a pair to the deltas of its swaps."""
+"""Turn the differences between the runs of a pair into deltas of patches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,13 @@ from featpatch.patching.study.difference import Change, Difference
 
 @dataclass(frozen=True)
 class Swaps:
-    """Nodes of one site that differ between the runs of one pair, with the deltas of both directions.
+    """Nodes at one hook point that differ between the runs of one pair, with the deltas of each direction.
 
     Attributes:
-        longer: by direction the deltas of each reading, where they are not the same because the prompt is continued.
+        site: the hook point.
+        nodes: the nodes, one patch each.
+        deltas: the deltas of the patches, by direction.
+        longer: by direction, the deltas for each reading, if they depend on the tokens that follow the prompt; otherwise empty.
     """
 
     site: str
@@ -29,11 +32,11 @@ class Swaps:
     longer: Mapping[Direction, Sequence[Deltas]] = field(default_factory=dict)
 
     def at(self, direction: Direction, reading: int) -> Deltas:
-        """The deltas of a reading."""
+        """Return the deltas for a reading."""
         return self.longer[direction][reading] if self.longer else self.deltas[direction]
 
     def keep(self, nodes: frozenset[Node]) -> "Swaps":
-        """Those of these nodes."""
+        """Return the swaps of only these nodes."""
         kept = [patch for patch, node in enumerate(self.nodes) if node in nodes]
         some = torch.tensor(kept, dtype=torch.long)
         return Swaps(
@@ -45,16 +48,16 @@ class Swaps:
 
     @property
     def name(self) -> str:
-        """A short name of the nodes, the same in every run."""
+        """A short name derived from the nodes, the same every time."""
         return sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode())[:24]
 
 
 Naming = Callable[[int, Position], Node]
-"""The node of a feature at a requested position."""
+"""A function that returns the node of a feature at a requested position."""
 
 
 def feature_swaps(difference: Difference, wanted: Wanted, directions: "Directions", site: str, naming: Naming) -> list[Swaps]:
-    """Every feature that differs, alone; at each requested position."""
+    """Return one `Swaps` per requested position, in which each feature that differs there is patched alone."""
     swaps = []
     for position, span in wanted.items():
         entries = difference.at(span)
@@ -67,7 +70,15 @@ def feature_swaps(difference: Difference, wanted: Wanted, directions: "Direction
 def deltas_of(
     difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
 ) -> dict[Direction, Deltas]:
-    """The changes that entries make, each in its patch; patch ascends."""
+    """Return the deltas that entries of a difference make.
+
+    Args:
+        difference: the difference.
+        entries: indices of entries of the difference.
+        patch: the number of the patch that each entry belongs to, ascending.
+        directions: the directions of the features.
+        patches: the number of patches.
+    """
     if difference.moved is None:
         return _along(difference, entries, patch, directions, patches)
     where = difference.position[entries]
@@ -79,7 +90,7 @@ def deltas_of(
 def _along(
     difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
 ) -> dict[Direction, Deltas]:
-    """Multiples of the features' directions."""
+    """Return the deltas as multiples of the features' directions."""
     moving = directions.moving[directions.rows(difference.feature[entries])]
     entries = entries[moving]
     return {
@@ -97,7 +108,13 @@ def _along(
 
 @dataclass(frozen=True)
 class Directions:
-    """Decoder directions of some features, probed once for all pairs that are run together; moving are those that aren't 0."""
+    """Decoder directions of some features, computed once for all pairs that run together.
+
+    Attributes:
+        features: the features, ascending.
+        values: the direction of each feature.
+        moving: mask of the features whose direction is not 0.
+    """
 
     features: Int[torch.Tensor, " n"]
     values: Float[torch.Tensor, "n d_out"]
@@ -105,19 +122,27 @@ class Directions:
 
     @classmethod
     def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "Directions":
-        """Of every feature that differs somewhere."""
+        """Compute the directions of all features that differ in any of the differences."""
         along = [difference.feature for difference in differences if difference.moved is None]
         features = torch.cat([torch.zeros(0, dtype=torch.long), *along]).unique()
         values = dictionary.directions(features)
         return cls(features, values, (values != 0).any(1).cpu())
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """Where the directions of these features are."""
+        """Return the rows of `values` that hold the directions of these features."""
         return torch.searchsorted(self.features, features)
 
 
 def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swaps:
-    """One swap per requested position of everything that differs there."""
+    """Return one patch per requested position, which makes the whole change there.
+
+    Args:
+        site: the hook point that is patched.
+        kind: the kind of the nodes.
+        change: the change of the activation, by direction.
+        wanted: the requested positions.
+        sae: the name of the dictionary, if the nodes belong to one.
+    """
     differs = differing(change)
     nodes: list[Node] = []
     patch: list[int] = []
@@ -135,5 +160,5 @@ def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str =
 
 
 def differing(change: Change) -> Bool[torch.Tensor, " pos"]:
-    """Where something changes, in one direction at least."""
+    """Return a mask of the positions that change in at least one direction."""
     return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)

@@ -65,9 +65,9 @@ class Runs:
     def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:
         """Run prompts of equal length, check the logits and return them in float32 or wider.
 
-    Raises:
-        FeatpatchError: the model fails on the tokens, or gives no logits or logits that are not finite.
-    """
+        Raises:
+            FeatpatchError: the model fails on the tokens, or gives no logits or logits that are not finite.
+        """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         tokens = torch.tensor(prompts, device=device)
         try:

@@ -1,4 +1,4 @@
-"""Checks every number and table in the README: the command that produced it is run again and its output compared.
+"""A check of every number, table and picture in the README: the command that made it is run again and its output compared.
 
     make claims
     python benchmarks/claims.py [--only TEXT] [--write] [--resume] [--long]

@@ -79,7 +79,10 @@ def _audit(effects: "fp.Effects", top: int) -> Any:
 
 
 def _residuals(metadata: Mapping[str, Any]) -> str:
-    """Return a text on the deviation of summed estimates from that of the whole activation, and of that from a patched run."""
+    """Return a sentence on the residuals of the estimates.
+
+    These are the deviation of summed estimates from the estimate of the whole activation, and of the latter from a patched run.
+    """
     sums = (
         f"estimates: features and error add up to the whole site within {metadata['completeness_residual']:.1g} of the mean gap"
     )

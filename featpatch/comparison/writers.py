@@ -63,7 +63,7 @@ class Writers:
         return cls(lens, tuple(found))
 
     def before(self, reads: str) -> list[Writer]:
-        """Return the writers upstream of a hook point of the residual stream, starting with the stream that enters layer 0."""
+        """Return the writers upstream of a hook point of the residual stream; the first is the stream's initial value."""
         found = [Writer(sites.resid_pre(0), "activation")]
         for layer, weight in enumerate(self.weights):
             if weight is None:

@@ -26,7 +26,7 @@ class Stability:
             rankings.
         low, high: the range that holds 95 % of the splits' correlations, which is not a confidence interval of the mean.
         overlap: the share of one half's `top` largest features that are also among the other's, mean over the splits; NaN if
-            there are no more than `top` features, because it would always be 1.
+            there are no more than `top` features, because it would not depend on the rankings.
         chance: the expected overlap of unrelated rankings, `top / features`.
         top: the number of largest features whose overlap is measured.
         features: the number of features that were ranked.

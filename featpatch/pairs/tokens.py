@@ -161,7 +161,7 @@ class AnswerTokens:
         return None if text[:1].isspace() else self._following(f" {text}")
 
     def _space_missing(self, text: str) -> bool:
-        """Whether the answer joins the last word of the prompt without a space; digits may continue a number."""
+        """Return whether the answer probably lacks a space after the last word of the prompt; digits may continue a number."""
         last, first = (self.prompt or "")[-1:], text[:1]
         if any(unicodedata.name(letter, "").startswith(UNSPACED) for letter in (last, first) if letter):
             return False

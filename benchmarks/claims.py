@@ -1,16 +1,17 @@
-"""Proves the README again: every number, table and picture in it is printed anew and compared.
+"""A check of every number, table and picture in the README: the command that made it is run again and its output compared.
 
     make claims
     python benchmarks/claims.py [--only TEXT] [--write] [--resume] [--long]
 
-What was measured stands in the `PAGES` between two comments, the first of which names the command that prints it:
+In the `PAGES`, measured results stand between two comments, the first of which names the command that prints them:
 
     <!-- claim: python -m examples.estimates --> ... <!-- /claim -->
     <!-- claim 1.5x: python benchmarks/sweep.py --> ... <!-- /claim -->
 
-The passage must stand in the command's output, once, word for word; only line breaks and spaces don't count. Numbers must be
-the same. Where the comment has a factor, those followed by a unit of `UNITS`, and rounding errors (1e-7), may differ by it,
-since clocks and machines do; counts may not. Passages marked `long` are run with --long only. Ends with 1 if one does not hold.
+The passage must occur exactly once in the command's output, word for word except for line breaks and spaces, and with the same
+numbers. If the comment has a factor, numbers followed by a unit of `UNITS` and rounding errors (1e-7) may differ by it, because
+they depend on the machine; counts may not. Passages marked `long` are run with --long only. The exit code is 1 if a passage
+does not hold.
 """
 
 import argparse
@@ -34,12 +35,20 @@ TOKEN = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?|[^\W\d]+|[^\w\s
 FENCE = re.compile(r"^```.*$", re.MULTILINE)
 UNITS = {"x", "s", "ms", "us", "MB", "%", "studies", "sweeps", "million"}
 LIMIT = "3h"
-"""For one command."""
+"""The time limit of one command."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A passage and what prints it."""
+    """A passage with the command that prints it.
+
+    Attributes:
+        page: the file that holds the passage.
+        text: the passage.
+        command: the command that prints it.
+        factor: the factor by which numbers that depend on the machine may differ.
+        long: whether the command is run with --long only.
+    """
 
     page: str
     text: str
@@ -53,14 +62,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a passage, and the numbers that were printed if its words were."""
+    """The result of comparing a passage with the output of its command.
+
+    Attributes:
+        wrong: descriptions of the differences; empty if the passage holds.
+        numbers: the printed numbers, if the words of the passage were printed.
+    """
 
     wrong: Sequence[str] = ()
     numbers: Sequence[str] = ()
 
 
 def claims_of(page: str, content: str) -> list[Claim]:
-    """All passages of a page."""
+    """Return all passages of a page."""
     return [
         Claim(page, found["text"], found["command"], float(found["factor"] or 1), bool(found["long"]))
         for found in PASSAGE.finditer(content)
@@ -68,12 +82,12 @@ def claims_of(page: str, content: str) -> list[Claim]:
 
 
 def is_number(token: str) -> bool:
-    """A number rather than a word."""
+    """Return whether a token is a number and not a word."""
     return token[-1].isdecimal()
 
 
 def compare(claim: Claim, output: str) -> Verdict:
-    """The passage beside what its command printed."""
+    """Compare a passage with the output of its command."""
     said, printed = TOKEN.findall(FENCE.sub("", claim.text)), TOKEN.findall(output)
     words, printed_words = (["0" if is_number(token) else token for token in tokens] for tokens in (said, printed))
     starts = [at for at in range(len(printed)) if printed_words[at : at + len(said)] == words]
@@ -94,13 +108,13 @@ def compare(claim: Claim, output: str) -> Verdict:
 
 
 def near(ours: str, theirs: str, factor: float) -> bool:
-    """Whether two numbers that are not the same are within a factor."""
+    """Return whether two different numbers differ by at most a factor."""
     one, other = (float(number.replace(",", "")) for number in (ours, theirs))
     return factor > 1 and one * other > 0 and max(one / other, other / one) <= factor
 
 
 def write(claim: Claim, numbers: Sequence[str]) -> None:
-    """Puts these numbers into the passage."""
+    """Replace the numbers of a passage in its file."""
     new, path = iter(numbers), ROOT / claim.page
     text = TOKEN.sub(lambda token: next(new) if is_number(token[0]) else token[0], claim.text)
     old, new_passage = (f" {claim.command} -->{each}<!-- /claim -->" for each in (claim.text, text))
@@ -108,7 +122,12 @@ def write(claim: Claim, numbers: Sequence[str]) -> None:
 
 
 def output_of(command: str, resume: bool) -> tuple[str, str]:
-    """What a command prints, and what went wrong; with `resume`, what an earlier call of this script kept."""
+    """Run a command and return its output and a description of its failure, if any.
+
+    Args:
+        command: the command.
+        resume: whether to return the output that an earlier call of this script stored, if there is one.
+    """
     kept = OUTPUTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', command)}.txt"
     if resume and kept.is_file():
         return kept.read_text(encoding="utf-8"), ""
@@ -123,7 +142,7 @@ def output_of(command: str, resume: bool) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Runs each command once, says of each of its passages whether it holds."""
+    """Run each command once and print for each of its passages whether it holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="passages in whose command or text this stands")
     parser.add_argument("--write", action="store_true", help="numbers that no longer hold are replaced by the new ones")

@@ -1,9 +1,10 @@
-"""Cost of one exact component patch: featpatch beside TransformerLens' own patching functions, in one run, results compared.
+"""Cost of one exact component patch: featpatch against TransformerLens' own patching functions, with the results compared.
 
     python benchmarks/components.py [--shape demo] [--tokens 20]
 
-One pair whose prompts differ in one token. featpatch runs every patch of a component, by position, in both directions, checks
-and base runs included; TransformerLens' function runs some of them, denoising, at one forward pass each. One thread, CPU time.
+There is one pair whose prompts differ in one token. featpatch runs every patch of a component, by position, in both directions,
+including checks and base runs; TransformerLens' function runs some of them in the denoising direction, with one forward pass
+each. Times are CPU times of one thread.
 """
 
 import argparse
@@ -36,7 +37,7 @@ THEIRS: dict[str, Any] = {
 def by_transformer_lens(
     model: Any, name: str, nodes: list[fp.Node], clean: torch.Tensor, corrupted: torch.Tensor
 ) -> tuple[float, list[float]]:
-    """CPU seconds per patch, and the metric, of these nodes."""
+    """Patch nodes with TransformerLens, and return the CPU seconds per patch and the metric of each node."""
     _, cache = model.run_with_cache(clean)
     rows = [(int(node.site.split(".")[1]), int(node.position), node.index) for node in nodes]
     order = [(layer, head, position) if name == "pattern" else (layer, position, head) for layer, position, head in rows]
@@ -48,7 +49,7 @@ def by_transformer_lens(
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure all components and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)

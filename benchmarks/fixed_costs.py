@@ -1,13 +1,13 @@
-"""What a study costs in addition to its sweep: loading, self-check, plan, command line, check of pairs, feature descriptions.
+"""Costs of a study in addition to its sweep: loading, self-check, plan, command line, check of pairs, feature descriptions.
 
     python benchmarks/fixed_costs.py                                    # 30 layers in Llama's shape, random weights
     python benchmarks/fixed_costs.py SmolLM2-135M-Instruct.Q4_1.gguf    # the real model; needs the package gguf
     python benchmarks/fixed_costs.py --pairs 8
 
 The study has two TopK dictionaries of principal directions, which explain less than 0.95 of the variance, as nearly all real
-ones do, and 32 pairs of prompts. CPU time of one thread. The command line, and the loading that it is compared with, run in
-processes of their own, imports included. `pairs.check` and `fp.describe`, which run prompts in batches, are compared with a
-loop that runs one prompt per forward pass.
+dictionaries do, and 32 pairs of prompts. Times are CPU times of one thread. The command line, and the loading with which it is
+compared, run in separate processes, including imports. `pairs.check` and `fp.describe`, which run prompts in batches, are
+compared with a loop that runs one prompt per forward pass.
 """
 
 import argparse
@@ -43,14 +43,14 @@ GOALS = {"plan": 1 / 5, "self-check": 3.0, "rank": 5.0, "at once": 5.0}
 
 
 def seconds_of(run: Callable[[], T]) -> tuple[float, T]:
-    """CPU seconds of a call, and what it returns."""
+    """Return the CPU seconds of a call, and its result."""
     start = time.process_time()
     result = run()
     return time.process_time() - start, result
 
 
 def seconds_of_process(*command: str) -> float:
-    """CPU seconds of a command, run in a process of its own."""
+    """Return the CPU seconds of a command that is run in a separate process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -76,7 +76,7 @@ def save_model(folder: Path, gguf: Path | None) -> None:
 
 
 def save_sae(folder: Path, layer: int, activations: torch.Tensor) -> None:
-    """Save a TopK dictionary whose directions are the principal ones of some activations, with both signs."""
+    """Save a TopK dictionary whose directions are the principal directions of some activations, with both signs."""
     width = activations.shape[1]
     config = TopKSAEConfig(
         width, 2 * width, k=ACTIVE, rescale_acts_by_decoder_norm=False,
@@ -92,7 +92,7 @@ def save_sae(folder: Path, layer: int, activations: torch.Tensor) -> None:
 
 
 def check_one_by_one(model: Any, pairs: fp.Pairs) -> list[float]:
-    """The preferences that `pairs.check` reports, with one prompt per forward pass."""
+    """Compute the preferences that `pairs.check` reports, with one prompt per forward pass."""
     found = []
     for pair in pairs:
         for prompt in (pair.clean, pair.corrupted):
@@ -104,7 +104,7 @@ def check_one_by_one(model: Any, pairs: fp.Pairs) -> list[float]:
 
 
 def describe_one_by_one(model: Any, saes: list[Any], features: list[fp.Node], texts: list[str]) -> torch.Tensor:
-    """Activations of the features on every token, with one text per forward pass; from these `fp.describe` finds its words."""
+    """Return the activations on every token from which `fp.describe` finds its words, with one text per forward pass."""
     by_hook = {sae.cfg.metadata.hook_name: sae for sae in saes}
     rows = []
     for text in texts:
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
-    """Measure everything and print it line by line."""
+    """Measure all costs, print them line by line and return them in seconds."""
     save_model(place / "model", gguf)
     model = fp.load(place / "model").model
     demo = fp.load_demo()
@@ -185,7 +185,7 @@ def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
 
 
 def written(model: Any, pairs: fp.Pairs) -> list[dict[str, Any]]:
-    """Return pairs as the lines of a file, without labels; BOS is added again when they are read."""
+    """Return pairs as the lines of a JSON-lines file without labels; BOS is left out, because reading adds it again."""
     decode, lines = model.tokenizer.decode, []
     for pair in pairs:
         first = 1 if 0 in pair.special else 0

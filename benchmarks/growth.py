@@ -1,9 +1,9 @@
-"""How the cost of a sweep grows: with features, positions, blocks to run and pairs; a table and a plot.
+"""Growth of the cost of a sweep with features, positions, layers to run and pairs, as a table and a plot.
 
     python benchmarks/growth.py [--out build/growth.svg]
 
-GPT-2-small's width with six blocks, random weights; one thread, CPU time. One quantity grows, the others stay. "Extra MB"
-is how far the peak of the sweep lies above the memory in use when it began.
+The model has the width of GPT-2 small, six layers and random weights. Times are CPU times of one thread. One quantity varies
+while the others are constant. "Extra MB" is the peak memory of the sweep minus the memory in use when it began.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def sweep(shape: Shape, tokens: int, pairs: int) -> tuple[int, int, float, float]:
-    """Patches, rows, CPU seconds and extra memory in MB of one sweep after a warm-up."""
+    """Return the patches, rows, CPU seconds and extra memory in MB of one sweep after a warm-up."""
     model, sae = models(shape, 128, "cpu")["TransformerBridge"], dictionary(shape, "cpu")
     clean = torch.randint(3, shape.vocab, (pairs, tokens), generator=torch.Generator().manual_seed(0))
     corrupted = clean.clone()
@@ -46,7 +46,7 @@ def sweep(shape: Shape, tokens: int, pairs: int) -> tuple[int, int, float, float
 
 
 def main() -> None:
-    """Measures, prints the table and writes the plot."""
+    """Measure all sweeps, print the table and write the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", default="build/growth.svg", help="plot: .html, or .svg and .png where plotly's exporter is there"

@@ -1,4 +1,4 @@
-"""Peak memory of a call, by Linux' own high-water mark of the process."""
+"""Peak memory of a call, from the high-water mark that Linux keeps for the process."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def peak_of(run: Callable[[], T]) -> tuple[T, float]:
-    """What a call returns, and how many MB its peak lay above the memory in use when it began."""
+    """Return the result of a call, and its peak memory in MB above the memory in use when it began."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = run()

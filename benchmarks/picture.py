@@ -1,8 +1,8 @@
-"""The README's picture, taken again in Chromium: three parts of the report of the quickstart's question.
+"""A screenshot for the README, taken in Chromium: three parts of the report on the question of the quickstart.
 
     python benchmarks/picture.py [--write]
 
-Ends with 1 if examples/report.png is another picture; --write replaces it.
+The exit code is 1 if examples/report.png is a different picture; --write replaces it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import featpatch as fp
 
 PICTURE = Path("examples/report.png")
 TOLERANCE = 2.0
-"""Of 255: mean difference of two pictures that are the same but for the rendering of letters."""
+"""The largest mean difference, of 255, between two pictures that are the same except for the rendering of letters."""
 READY = "return Boolean(document.querySelector('#ranking tr.opens') && document.querySelector('#quadrants .main-svg'))"
 PARTS = """
 const keep = ["question", "ranking", "quadrants"];
@@ -51,7 +51,7 @@ Promise.all([pixels(one), pixels(other)]).then(([a, b]) => done(
 
 
 def taken(browser: webdriver.Chrome, page: Path) -> bytes:
-    """The parts, one below the other."""
+    """Return a screenshot of the chosen parts of the page, one below the other, as PNG."""
     browser.get(page.resolve().as_uri())
     WebDriverWait(browser, 60).until(lambda browser: browser.execute_script(READY))
     browser.execute_script(PARTS)
@@ -59,7 +59,7 @@ def taken(browser: webdriver.Chrome, page: Path) -> bytes:
 
 
 def main() -> None:
-    """Takes it, compares it, and prints the README's line."""
+    """Take the screenshot, compare it with the stored one, and print the README's line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     write = parser.parse_args().write

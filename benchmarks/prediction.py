@@ -1,10 +1,10 @@
-"""How far `fp.predict` is from measured runs, and its table for models and devices that are not here.
+"""Accuracy of `fp.predict` against measured runs, and its predictions for models and devices that could not be measured.
 
     python benchmarks/prediction.py [--quick]
 
-First the number of patches, on the shipped model's dictionaries and its four tasks. Then operations and CPU seconds of models
-of other shapes with random weights, one thread: this processor's peak is measured as a matrix product of the model's own size.
-Last the table: predictions only, no GPU was at hand.
+First, the number of patches is compared for the shipped model's dictionaries and its four tasks. Then, operations and CPU
+seconds of one thread are compared for models of other shapes with random weights; the processor's rate is measured with a
+matrix product of the model's own size. Last comes the table of predictions, which have not been benchmarked on a GPU.
 """
 
 import time
@@ -29,7 +29,7 @@ from featpatch.cost.prediction import predict
 
 console = Console(width=128)
 UTILISATION = 0.7
-"""Share of a matrix product's rate that sweeps reach on this processor, the same for all shapes below."""
+"""The share of a matrix product's rate that sweeps reach on this processor, the same for all shapes below."""
 
 TOKENS, CHANGED, ACTIVE, FEATURES = 20, 8, 32, 16384
 HERE = {
@@ -46,7 +46,7 @@ CONFIGS = {
 
 
 def patches() -> float:
-    """On real dictionaries and real pairs; how far off the farthest is."""
+    """Compare predicted numbers of patches with those of trained dictionaries, and return the largest relative error."""
     demo = fp.load_demo()
     table = Table(
         "task", "pairs", "patches", "predicted", "off by", title="patches, shipped model, dictionaries above the embedding"
@@ -70,7 +70,7 @@ def patches() -> float:
 
 @torch.no_grad()
 def _active(model: object, sae: object, pairs: fp.Pairs) -> float:
-    """L0 where the prompts differ."""
+    """Return the mean L0 at the positions from the first difference of the prompts on."""
     counts = []
     for pair in pairs:
         cache = model.run_with_cache(torch.tensor([pair.clean]))[1]
@@ -79,7 +79,7 @@ def _active(model: object, sae: object, pairs: fp.Pairs) -> float:
 
 
 def built(name: str, shape: Shape) -> object:
-    """A bridge with random weights."""
+    """Return a TransformerBridge with random weights."""
     torch.manual_seed(0)
     common = {"vocab_size": shape.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
     own = {
@@ -96,7 +96,7 @@ def built(name: str, shape: Shape) -> object:
 
 
 def rate(shape: Shape) -> float:
-    """Floating-point operations per second of a product of the model's own size."""
+    """Measure the floating-point operations per second of a matrix product of the model's own size."""
     x, weight = torch.randn(2048, shape.width), torch.randn(shape.width, shape.hidden)
     seconds = []
     for _ in range(7):
@@ -107,7 +107,7 @@ def rate(shape: Shape) -> float:
 
 
 def runs() -> float:
-    """Of models that are here; how far off the seconds of the farthest are."""
+    """Compare predicted costs with measured runs, and return the largest relative error in seconds."""
     worst = 0.0
     table = Table(
         "shape", "patches", "GFLOP/patch", "predicted", "off by", "seconds", "predicted", "off by", title="runs, one thread"
@@ -148,7 +148,7 @@ def runs() -> float:
 
 
 def predictions() -> None:
-    """Of models and devices that are not."""
+    """Print predictions for known models and devices as a Markdown table."""
     print("| model | features | pairs | patches | PFLOP | memory | A100, h | H100, h | 8 H100, h |\n" + "|---" * 9 + "|")
     for name in SHAPES:
         for features, pairs in ((2**14, 100), (2**17, 10_000), (2**20, 1_000_000)):

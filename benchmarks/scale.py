@@ -1,9 +1,9 @@
-"""How memory and time grow: dictionaries of up to a million features, tables of up to a million rows.
+"""Growth of memory and time for dictionaries of up to a million features and tables of up to a million rows.
 
 python benchmarks/scale.py [--features 16384 131072 1048576] [--rows 10000 100000 1000000]
 
-Each is measured in a process of its own, whose peak of memory is its own: a small model, a TopK dictionary with 64 active
-features at 20 tokens, 4 pairs that differ in half of them. Kept are the differences of features that differ.
+Each size is measured in a separate process, so that peak memory is not shared. There is a small model, a TopK dictionary with
+64 active features, and 4 pairs of 20 tokens that differ in half of them. Only features that differ between the runs are stored.
 """
 
 import json
@@ -28,7 +28,7 @@ WIDTH, ACTIVE, TOKENS, PAIRS, SITE = 64, 64, 20, 4, "blocks.1.hook_resid_pre"
 
 
 def one_dictionary(features: int) -> dict[str, float]:
-    """Ranks its features; bytes and CPU seconds."""
+    """Rank the features of a dictionary; return the sizes in MiB, the CPU seconds and the numbers of rows and entries."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=200, n_positions=32, n_embd=WIDTH, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
@@ -46,7 +46,7 @@ def one_dictionary(features: int) -> dict[str, float]:
 
 
 def one_table(rows: int) -> dict[str, float]:
-    """Makes a table, sorts it, writes it, reads it, reports it; CPU seconds."""
+    """Sort, write, read and report a table of random effects; return the CPU seconds and the bytes of the report."""
     random, nodes = np.random.default_rng(0), tuple(fp.Node(SITE, "feature", index, "all", SITE) for index in range(rows))
     pair, change = random.integers(0, PAIRS, rows), random.normal(size=(2, rows)) / 100
     metadata = {
@@ -78,7 +78,7 @@ def one_table(rows: int) -> dict[str, float]:
 
 
 def main(features: list[int], rows: list[int]) -> None:
-    """Prints both tables in Markdown, and the README's sentence about the last row of the second."""
+    """Print both tables in Markdown, and the README's sentence about the last row of the second."""
     print("| features | weights | extra peak | rows | kept differences | CPU time |\n" + "|---" * 6 + "|")
     for size in features:
         found = alone(__file__, "--alone", "one_dictionary", str(size))

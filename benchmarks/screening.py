@@ -1,10 +1,11 @@
 """Cost of screening: estimates, the screened sweep and the full exact sweep in one run, and what screening missed.
 
-    python benchmarks/screening.py              # the README's table, each of `RUNS` in a process of its own
-    python benchmarks/screening.py --shipped    # one of them
+    python benchmarks/screening.py              # the README's table, each of `RUNS` in a separate process
+    python benchmarks/screening.py --shipped    # one of the runs
 
-Random weights, pairs whose prompts differ in one token, a dictionary at the entry of each of some blocks, every feature that
-differs at every position, both directions; or the shipped model on indirect objects. One thread, CPU time.
+A run has either a model with random weights, pairs whose prompts differ in one token and a dictionary at hook_resid_pre of some
+layers, or the shipped model with pairs of indirect objects. Every feature that differs is patched at every position, in both
+directions. Times are CPU times of one thread.
 """
 
 import argparse
@@ -27,14 +28,14 @@ RUNS = ("--shipped", "--shape demo --layers 0 1 2 3 --pairs 32", "--shape gpt2-s
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds, and what comes of it."""
+    """Return the CPU seconds of a call, and its result."""
     start = time.process_time()
     result = run()
     return time.process_time() - start, result
 
 
 def drawn(vocabulary: int, length: int, pairs: int) -> fp.Pairs:
-    """Pairs that differ in one token, a third of the way."""
+    """Draw pairs of random prompts that differ in one token, at a third of their length."""
     clean = torch.randint(3, vocabulary, (pairs, length), generator=torch.Generator().manual_seed(1))
     corrupted = clean.clone()
     corrupted[:, length // 3] = 3 + (clean[:, length // 3] - 2) % (vocabulary - 3)
@@ -42,7 +43,7 @@ def drawn(vocabulary: int, length: int, pairs: int) -> fp.Pairs:
 
 
 def report(model: Any, saes: list[Any], pairs: fp.Pairs, positions: Any, k: int, audit: int) -> None:
-    """Times and what the screened sweep found, side by side."""
+    """Measure and print the times of all three sweeps, and what the screened sweep found."""
     options: dict[str, Any] = {"positions": positions, "progress": False}
     fp.rank_features(model, saes, pairs[:1], exact="screened", k=TOP, audit=1, **options)
     estimating, estimate = timed(lambda: fp.estimate_features(model, saes, pairs, **options))
@@ -68,7 +69,7 @@ def report(model: Any, saes: list[Any], pairs: fp.Pairs, positions: Any, k: int,
 
 
 def table() -> None:
-    """All of `RUNS`: a Markdown table, and how much faster estimates are in the last one."""
+    """Run all of `RUNS`; print a Markdown table and how much faster estimates are in the last run."""
     found = [alone(__file__, *options.split()) for options in RUNS]
     counts = f"{found[0]['k']} + {found[0]['audit']}"
     print(f"| options | full exact sweep | estimates | screened, {counts} | of the true top {TOP} run |\n" + "|---" * 5 + "|")
@@ -80,7 +81,7 @@ def table() -> None:
 
 
 def main() -> None:
-    """Measures and prints; the last line is for `table`."""
+    """Measure one run and print the results, with a last line that `table` reads; without options, print the table."""
     if len(sys.argv) == 1:
         table()
         return

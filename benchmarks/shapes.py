@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, and a TopK dictionary; TransformerLens' two classes hold the same weights."""
+"""Models of known shapes with random weights, in both of TransformerLens' model classes, and a random TopK dictionary."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a GPT-2-like model and of a dictionary at the entry of block `layer`."""
+    """The sizes of a GPT-2-like model and of a dictionary at hook_resid_pre of `layer`."""
 
     width: int
     layers: int
@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def models(shape: Shape, context: int, device: str) -> dict[str, Any]:
-    """One set of random weights as a TransformerBridge and as a HookedSAETransformer."""
+    """Return a TransformerBridge and a HookedSAETransformer with the same random weights."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=shape.vocab, n_positions=context, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
@@ -51,7 +51,7 @@ def models(shape: Shape, context: int, device: str) -> dict[str, Any]:
 
 
 def copy_weights(source: Any, target: Any, shape: Shape) -> None:
-    """Hugging Face's GPT-2 weights into a HookedTransformer."""
+    """Copy the weights of a Hugging Face GPT-2 into a HookedTransformer."""
     d_head = shape.width // shape.heads
     target.embed.W_E.copy_(source.transformer.wte.weight)
     target.pos_embed.W_pos.copy_(source.transformer.wpe.weight)
@@ -77,7 +77,7 @@ def copy_weights(source: Any, target: Any, shape: Shape) -> None:
 
 
 def dictionary(shape: Shape, device: str) -> TopKSAE:
-    """A random TopK dictionary."""
+    """Return a random TopK dictionary."""
     torch.manual_seed(1)
     metadata = SAEMetadata(hook_name=f"blocks.{shape.layer}.hook_resid_pre")
     config = TopKSAEConfig(

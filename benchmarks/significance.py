@@ -1,4 +1,4 @@
-"""Sign flips as a product of matrices, beside scipy's permutation test: python benchmarks/significance.py."""
+"""Sign flips as a matrix product against scipy's permutation test: python benchmarks/significance.py."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ ROWS, PAIRS = 200, 32
 
 
 def main() -> None:
-    """The same question for the rows of a table; CPU seconds of both, the better of three tries each."""
+    """Compute the p-values of the rows of a table in both ways, and print the CPU seconds, the best of three runs each."""
     change = np.random.default_rng(0).normal(size=(ROWS, PAIRS))
     ours, own_seconds = best(lambda: sign_flip(change))
     theirs, scipy_seconds = best(
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def best(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the CPU seconds of the quickest try."""
+    """Return the result of a call, and the CPU seconds of the fastest run."""
     seconds = []
     for _ in range(3):
         start = time.process_time()

@@ -1,12 +1,12 @@
-"""A soak: small random sweeps again and again while everything around them fails; nothing may be lost, differ or grow.
+"""A soak test: small random sweeps with injected faults; no result may be lost or differ, and memory must not grow.
 
     python benchmarks/soak.py [--minutes 30] [--seed 0] [--folder DIR]
 
-Each study runs once undisturbed. Then it runs with a journal in processes of its own, forks of this one, to which one to
-three faults happen on the way, until a last one finishes it. Its table must be that of the undisturbed run: the same nodes
-and values, bit by bit; within `TOLERANCE` where memory ran out, which makes smaller batches, or where Ray ran it. What a
-process has written down must be in the journal ever after, by this script's own reading of it. Meanwhile this process
-itself runs sweeps with faults in them, and watches its memory. It goes on until every fault has been met.
+Each study first runs without faults. Then it runs with a journal in child processes, forks of this one, with one to three
+faults injected, until a last process finishes it. Its table must equal that of the run without faults: the same nodes, and
+values that are bit-identical, or within `TOLERANCE` if memory ran out, which leads to smaller batches, or if it ran on Ray. A
+batch that a process has written must stay in the journal, which this script reads with code of its own. Meanwhile this process
+also runs sweeps with faults, and its memory is measured. The test continues until every fault has occurred.
 """
 
 import argparse
@@ -48,23 +48,24 @@ from featpatch.engine import Journal, SuffixPath, Sweep
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
-"""Of the largest value of a table, at least 1; of a model of width 16, and in proportion to it: rounding adds up."""
+"""The accepted difference as a share of the largest value of a table (of 1 if that is larger), by dtype, for a model of width
+16; it grows in proportion to the width, because rounding errors add up."""
 FAULTS = {
     "memory refused": "", "memory limited": "single patch", "killed": "", "Ctrl-C": "KeyboardInterrupt", "NaN": "NaN",
     "disk full": "can't be written", "file too large": "can't be written", "truncated": "", "written twice": "",
     "a byte flipped": "first line is damaged", "clock jumps": "", "two at once": "open in another process",
 }  # fmt: skip
-"""Each with what a process may say that ends by it."""
+"""The faults, each with a pattern for the error message with which a process may end because of it."""
 WARM = 20
-"""Sweeps in this process before its memory is watched."""
+"""The number of sweeps in this process after which its memory is measured."""
 LONGER = 8
-"""Minutes that it goes on for faults that have not been met."""
+"""The number of minutes by which the test is extended if some faults have not occurred."""
 now = time.perf_counter
 
 
 @dataclass(frozen=True)
 class Model:
-    """A random transformer with a dictionary at each site."""
+    """A random transformer with a dictionary at each of `SITES`, and batch sizes to choose from."""
 
     model: Any
     saes: list[Any]
@@ -72,7 +73,7 @@ class Model:
 
     @classmethod
     def of(cls, width: int, kind: str, rows: list[int]) -> "Model":
-        """Of this width and type; `rows` are budgets to choose from."""
+        """Make a model of this width and dtype; `rows` are values of `batch_rows` to choose from."""
         generator = torch.Generator().manual_seed(width)
         config = HookedTransformerConfig(
             n_layers=3, d_model=width, n_ctx=16, d_head=width // 4, n_heads=4, d_mlp=4 * width, d_vocab=40, act_fn="gelu",
@@ -86,17 +87,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Study:
-    """A question at random."""
+    """A random ranking of features or components."""
 
     model: Model
     options: dict[str, Any]
 
     @classmethod
     def draw(cls, models: list[Model], random: Random, rows: int | None = None) -> "Study":
-        """Features or components of one of the models; the question has an answer."""
+        """Draw a study of one of the models whose sweep succeeds."""
         while True:
             study = cls._draw(models, random, rows)
-            with suppress(fp.FeatpatchError):  # no gap between the runs
+            with suppress(fp.FeatpatchError):  # the gap between the runs may be near zero
                 study.run(progress=False)
                 return study
 
@@ -118,19 +119,19 @@ class Study:
         return cls(model, {**options, **what})
 
     def run(self, **options: Any) -> fp.Effects:
-        """The sweep."""
+        """Run the sweep and return its effects."""
         ranked = fp.rank_features if "saes" in self.options else fp.rank_components
         return ranked(self.model.model, **self.options, **options)
 
     @property
     def tolerance(self) -> float:
-        """Of values that were not made by the very same batches."""
+        """The accepted difference of values that were computed in different batches."""
         config = self.model.model.cfg
         return TOLERANCE[str(config.dtype).removeprefix("torch.")] * config.d_model / 16
 
 
 def entries(effects: fp.Effects) -> dict[Any, tuple[float, float]]:
-    """Both values of each metric, node and pair."""
+    """Return the denoised and noised value of each metric, node and pair."""
     pairs = effects.metadata.get("of_pairs", range(len(effects.clean)))
     found: dict[Any, tuple[float, float]] = {}
     for name in effects.metrics:
@@ -141,9 +142,11 @@ def entries(effects: fp.Effects) -> dict[Any, tuple[float, float]]:
 
 
 def compare(found: fp.Effects, expected: fp.Effects, tolerance: float) -> tuple[int, int, float]:
-    """Entries that are lost, those that differ or are too many, and the largest difference as a share of the largest value.
+    """Compare two tables of effects; in an unfinished table, only the known values must be right.
 
-    Of an unfinished table what is known must be right.
+    Returns:
+        The number of lost entries, the number of entries that differ or should not exist, and the largest difference as a share
+        of the largest value.
     """
     ours, theirs = entries(found), entries(expected)
     lost = len(theirs.keys() - ours.keys()) if found.finished else 0
@@ -155,7 +158,7 @@ def compare(found: fp.Effects, expected: fp.Effects, tolerance: float) -> tuple[
 
 
 def keys_of(journal: Path) -> set[str]:
-    """The batches whose lines are intact."""
+    """Return the batches of a journal whose lines are intact."""
     lines = [line.rpartition(b" ") for line in (journal.read_bytes() if journal.exists() else b"").split(b"\n")[:-1]]
     intact = [text for text, _, checksum in lines if hashlib.sha256(text).hexdigest()[:16].encode() == checksum]
     return {content["batch"] for content in map(json.loads, intact) if "batch" in content}
@@ -163,7 +166,7 @@ def keys_of(journal: Path) -> set[str]:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How many batches have begun, which the passes of the self-check at the beginning are not."""
+    """Count the batches that have begun; the forward passes of the initial self-check are not counted."""
     original, calls = Sweep.run, Counter[str]()
 
     def run(sweep: Any, batch: Any) -> Any:
@@ -176,7 +179,10 @@ def counted() -> Iterator[Counter[str]]:
 
 @contextmanager
 def no_memory(number: int, met: Callable[[], object], limited: bool) -> Iterator[None]:
-    """Passes from a number on need more memory than there is: twice so they say, or all by a limit to the address space."""
+    """Make batches from a number on run out of memory.
+
+    Two of them raise an error for this, or, if `limited`, all are run with a limit on the address space.
+    """
     original = SuffixPath.logits
 
     def logits(path: Any, units: Any, columns: Any) -> Any:
@@ -207,7 +213,7 @@ def no_memory(number: int, met: Callable[[], object], limited: bool) -> Iterator
 
 @contextmanager
 def poisoned(number: int, met: Callable[[], object]) -> Iterator[None]:
-    """An activation of a pass is NaN where the patch comes in."""
+    """Set an activation of one batch to NaN at the patched hook point."""
     original = SuffixPath._enter
 
     def enter(path: Any, *arguments: Any) -> Any:
@@ -224,7 +230,7 @@ def poisoned(number: int, met: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def jumping(random: Random, met: Callable[[], object]) -> Iterator[None]:
-    """All clocks jump by hours, backwards and forwards; for the progress bar and the table's date too."""
+    """Make all clocks jump by hours in both directions, including those of the progress bar and of the table's date."""
 
     def jumps(clock: Callable[[], float]) -> Callable[[], float]:
         return lambda: (met(), clock() + random.choice([0, 1, -1]) * random.uniform(0, 1e5))[1]
@@ -241,7 +247,7 @@ def jumping(random: Random, met: Callable[[], object]) -> Iterator[None]:
 
 
 def fault(name: str, random: Random, number: int, met: Callable[[], object]) -> Any:
-    """What happens within a process."""
+    """Return a context manager that injects a fault into this process; faults from outside need none."""
     faults = {
         "memory refused": lambda: no_memory(number, met, limited=False),
         "memory limited": lambda: no_memory(number, met, limited=True),
@@ -252,7 +258,7 @@ def fault(name: str, random: Random, number: int, met: Callable[[], object]) -> 
 
 
 def die(number: int) -> None:
-    """SIGKILL to this process, as the line of a batch is to reach the disk."""
+    """Make this process kill itself when it is about to write the line of a batch to disk."""
     sync, calls = os.fsync, Counter[str]()
 
     def synced(file: int) -> None:
@@ -265,7 +271,7 @@ def die(number: int) -> None:
 
 
 def kill_a_worker(folder: Path) -> None:
-    """SIGKILL to one of Ray's workers once a batch has come back."""
+    """Kill one of Ray's workers once a batch has returned."""
     while not (folder / "met").exists():
         with suppress(psutil.NoSuchProcess):
             workers = [
@@ -278,7 +284,11 @@ def kill_a_worker(folder: Path) -> None:
 
 
 def child(study: Study, journal: Path, folder: Path, name: str, random: Random, number: int, delay: float) -> None:
-    """One run in this fork: `noted` are the batches that were put, `table` or `error` the end, `met` says that a fault came."""
+    """Run a study with a fault in this child process and write the outcome to files in a folder.
+
+    `noted` lists the batches that were written to the journal, `table` or `error` holds the result, and `met` exists if the
+    fault occurred.
+    """
     put = Journal.put
 
     def noting(book: Any, key: str, values: Any) -> None:
@@ -311,11 +321,18 @@ def child(study: Study, journal: Path, folder: Path, name: str, random: Random, 
 
 @dataclass
 class Trial:
-    """A study on its way through faults.
+    """A study that is run with faults.
 
     Attributes:
-        lines: of its whole journal. size: its bytes. seconds: that it takes undisturbed.
-        written: batches that the journal must hold.
+        study: the study.
+        folder: the folder for its files.
+        expected: the effects of the run without faults.
+        lines: the number of batches in its complete journal.
+        size: the size of its complete journal in bytes.
+        seconds: the duration of the run without faults.
+        exact: whether the result must be bit-identical.
+        written: the batches that the journal must hold.
+        runs: the number of processes that were started.
     """
 
     study: Study
@@ -330,7 +347,7 @@ class Trial:
 
     @classmethod
     def of(cls, study: Study, folder: Path) -> "Trial":
-        """Runs it undisturbed."""
+        """Run a study without faults."""
         (folder / "disk").mkdir(parents=True)
         start, whole = now(), folder / "whole"
         expected = study.run(journal=whole, progress=False)
@@ -338,11 +355,11 @@ class Trial:
 
     @property
     def journal(self) -> Path:
-        """That outlives the faults."""
+        """The journal that is kept from process to process."""
         return self.folder / "disk" / "journal"
 
     def start(self, name: str, random: Random) -> tuple[Any, Path]:
-        """A fork that meets a fault, and its folder."""
+        """Start a child process with a fault; return the process and its folder."""
         number = random.randint(1, max(1, self.lines - len(self.written)))
         if name == "file too large":
             number = (self.size + (self.journal.stat().st_size if self.journal.exists() else 0)) // 2
@@ -355,17 +372,17 @@ class Trial:
         return process, folder
 
     def mount(self, *options: str) -> bool:
-        """A small disk for the journal, where root may make one."""
+        """Mount a small disk for the journal; return whether that is permitted."""
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "soak", str(self.folder / "disk")]
         return subprocess.run(command, capture_output=True).returncode == 0
 
     def half_full(self) -> int:
-        """Bytes of a disk on which half of what is missing has room."""
+        """Return the size in bytes of a disk on which half of the missing part of the journal fits."""
         used = self.journal.stat().st_size if self.journal.exists() else 0
         return 4096 * max(-(-used // 4096), (used + self.size) // 8192, 1)
 
     def damage(self, name: str, random: Random) -> None:
-        """Cuts the journal, flips a bit in it or repeats what is in it."""
+        """Damage the journal: truncate it, flip a bit in it or duplicate its content."""
         content = bytearray(self.journal.read_bytes())
         if name == "truncated":
             del content[random.randrange(len(content)) :]
@@ -378,11 +395,13 @@ class Trial:
 
 
 class Soak:
-    """What has come of it so far.
+    """The state of the soak test.
 
     Attributes:
-        met: faults by name. counts: what else is counted. problems: what should not be.
-        memory: sweeps in this process, and its bytes.
+        met: how often each fault has occurred.
+        counts: other counts, by name.
+        problems: descriptions of unexpected events.
+        memory: the memory of this process in bytes, after some numbers of sweeps in it.
     """
 
     def __init__(self, folder: Path, seed: int, ray: bool = True) -> None:
@@ -400,7 +419,7 @@ class Soak:
         self.ray: tuple[Trial, Any] | None = None
 
     def check(self, trial: Trial, found: fp.Effects, exact: bool) -> None:
-        """Compares a table with that of the undisturbed run."""
+        """Compare a table with that of the run without faults, and count the differences."""
         tolerance = 0 if exact else trial.study.tolerance
         lost, differ, most = compare(found, trial.expected, tolerance)
         self.counts.update({"rows lost": lost, "rows that differ": differ})
@@ -412,7 +431,7 @@ class Soak:
             self.counts["patches"] += len(found.row) * len(found.directions_run())
 
     def sweep(self) -> None:
-        """One in this process, with a fault or none."""
+        """Run one sweep in this process, with a fault or without."""
         self.counts["sweeps here"] += 1
         trial = self.inside[self.counts["sweeps here"] % len(self.inside)]
         name = self.random.choice(["memory refused", "NaN", "clock jumps", "truncated", "none"])
@@ -432,11 +451,11 @@ class Soak:
         self.met.update([f"{each} (here)" for each in met])
         self.check(trial, found, exact=name != "memory refused")
         if self.counts["sweeps here"] % 10 == 0:
-            ctypes.CDLL(None).malloc_trim(0)  # what is free but kept is no growth
+            ctypes.CDLL(None).malloc_trim(0)  # else memory that is free but not returned would count as growth
             self.memory.append((self.counts["sweeps here"], psutil.Process().memory_info().rss))
 
     def end(self, trial: Trial, process: Any, folder: Path, name: str) -> tuple[bool, bool]:
-        """Judges what a fork left: whether its fault came, and whether the table is there."""
+        """Check the files of a child process; return whether its fault occurred, and whether its table is finished."""
         process.join()
         noted, error, table = (folder / each for each in ("noted", "error", "table"))
         trial.written |= {*noted.read_text().split()} if noted.exists() else set()
@@ -458,7 +477,7 @@ class Soak:
         return True, False
 
     def attempt(self, trial: Trial, name: str) -> bool:
-        """Runs a trial with a fault; whether it is finished."""
+        """Run a trial with a fault, and return whether it is finished."""
         trial.exact &= not name.startswith("memory")
         if name == "disk full":
             trial.mount("remount", f"size={trial.half_full()}")
@@ -470,7 +489,7 @@ class Soak:
             trial.mount("remount", "size=4m")
         if name in ("truncated", "a byte flipped", "written twice") and not any(done for _, done in ends):
             trial.damage(name, self.random)
-            if name == "a byte flipped":  # it is found out by the next one
+            if name == "a byte flipped":  # the next process must notice it
                 ends = [self.end(trial, *trial.start("none", self.random), name)]
                 ends[0] = True, ends[0][1]
         met = any(came for came, _ in ends)
@@ -480,7 +499,7 @@ class Soak:
         return any(done for _, done in ends)
 
     def study(self) -> None:
-        """One study through one to three faults."""
+        """Run one study with one to three faults."""
         self.counts["studies"] += 1
         if not self.deck:
             self.deck = self.random.sample([*FAULTS], len(FAULTS))
@@ -502,7 +521,7 @@ class Soak:
         shutil.rmtree(trial.folder)
 
     def on_ray(self, last: bool) -> None:
-        """Beside all this, a study on Ray with a worker that is killed; the next one when it is done."""
+        """Run studies on Ray in which a worker is killed, one after another, concurrently with the other studies."""
         if "worker killed" not in self.names:
             return
         if self.ray is None and not last:
@@ -518,13 +537,13 @@ class Soak:
             self.ray = None
 
     def growth(self) -> tuple[float, float, float]:
-        """Bytes after the warm-up and at the end, and how many more there are after 1,000 sweeps."""
+        """Return the memory in bytes after the warm-up and at the end, and its growth per 1,000 sweeps."""
         sweeps, size = np.array([each for each in self.memory if each[0] >= WARM] or self.memory[-1:], float).T
         slope = np.polyfit(sweeps, size, 1)[0] if len(size) > 2 else 0.0
         return float(size[:5].mean()), float(size[-5:].mean()), 1000 * slope
 
     def told(self) -> str:
-        """The README's sentence; true of a run in which all was well."""
+        """Return the README's sentence, which is true only if no problem occurred."""
         before, after, _ = (each / 2**20 for each in self.growth())
         middle = self.memory[len(self.memory) // 2][1] / 2**20
         return (
@@ -536,11 +555,11 @@ class Soak:
         )
 
     def unmet(self) -> list[str]:
-        """Faults that have not come yet; memory is watched for a while too."""
+        """Return the faults that have not occurred yet, and "sweeps here" as long as too few sweeps measured the memory."""
         return [name for name in self.names if not self.met[name]] + ["sweeps here"] * (self.counts["sweeps here"] < 2 * WARM)
 
     def report(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         before, after, slope = (each / 2**20 for each in self.growth())
         keys = ("studies", "on Ray", "restarts", "patches", "sweeps here", "batches lost", "rows lost", "rows that differ")
         numbers = ", ".join(f"{key} {self.counts[key]:,}" for key in keys)
@@ -550,7 +569,15 @@ class Soak:
 
 
 def soak(minutes: float, seed: int, folder: Path, growth: float, ray: bool) -> bool:
-    """Whether all was well."""
+    """Run the soak test, print its progress, and return whether it found no problem.
+
+    Args:
+        minutes: the duration.
+        seed: the seed of the random studies and faults.
+        folder: the folder for journals.
+        growth: the accepted growth of this process in MB.
+        ray: whether to run studies on Ray too.
+    """
     started = said = now()
     run = Soak(folder, seed, ray)
     while now() - started < 60 * minutes or (run.unmet() and now() - started < 60 * (minutes + LONGER)):
@@ -571,7 +598,7 @@ def soak(minutes: float, seed: int, folder: Path, growth: float, ray: bool) -> b
 
 
 def main() -> None:
-    """Ends with 1 if anything was lost, differs, was said that should not be, or if memory grew."""
+    """Run the soak test; the exit code is 1 if a result was lost or differs, an unexpected error occurred, or memory grew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)

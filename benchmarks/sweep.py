@@ -1,18 +1,18 @@
-"""Cost of one exact patch: featpatch beside the loops that users write, in one run, with the results compared.
+"""Cost of one exact patch: featpatch against the loops that users write, in one run, with the results compared.
 
-    python benchmarks/sweep.py                                    # the README's table, each of `RUNS` in a process of its own
-    python benchmarks/sweep.py --shape gpt2-small --tokens 20     # one of them
+    python benchmarks/sweep.py                                    # the README's table, each of `RUNS` in a separate process
+    python benchmarks/sweep.py --shape gpt2-small --tokens 20     # one of the runs
 
-Pairs whose prompts differ in one token, every feature that differs at every position (with --every at some), both
-directions. One thread, CPU time
-(wall time on a GPU). The loops are timed on patches drawn at random, between the repeats of featpatch, and their results
-are compared with featpatch's for the same patches; medians over the repeats.
+The prompts of a pair differ in one token. Every feature that differs is patched at every position (with --every, at some of
+them), in both directions. Times are CPU times of one thread (wall times on a GPU). The loops are timed on patches drawn at
+random, between the repeats of featpatch, and their results are compared with featpatch's for the same patches. Reported are
+medians over the repeats.
 
     (a) SAELens: HookedSAETransformer, use_error_term, the feature set by a hook on hook_sae_acts_post, one forward per patch
     (b) TransformerLens: the feature's change added by a hook, one forward per patch
     (c) the same in batches of 32
-    limit: the matrix products that the patches need (positions from the patched one on, blocks from the site on, keys and
-           values alone of all rows in the last block), at the rate that a matrix product of 1024 rows reaches here
+    limit: the matrix products that the patches need (positions from the patched one on, layers from the hook point on, only
+           keys and values of all rows in the last layer), at the rate that a matrix product of 1024 rows reaches here
 """
 
 import argparse
@@ -43,7 +43,7 @@ RUNS = (
 
 
 def clock(device: str) -> float:
-    """Seconds: CPU time of this process, or wall time once the GPU is done."""
+    """Return the current time in seconds: the CPU time of this process, or the wall time after the GPU has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -51,20 +51,20 @@ def clock(device: str) -> float:
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds that a call takes, and what it returns."""
+    """Return the seconds that a call takes, and its result."""
     start = clock(device)
     result = run()
     return clock(device) - start, result
 
 
 def read(logits: torch.Tensor) -> torch.Tensor:
-    """The metric, at the last token."""
+    """Return the metric at the last token."""
     return logits[:, -1, CORRECT] - logits[:, -1, WRONG]
 
 
 @torch.no_grad()
 def saelens_loop(model: Any, sae: SAE, tokens: torch.Tensor, patches: list[tuple[int, int, float]]) -> list[float]:
-    """(a): for each (feature, position, value) one forward pass with the SAE and its error term attached."""
+    """Run loop (a): one forward pass with the SAE and its error term attached for each (feature, position, value)."""
     found = []
     sae.use_error_term = True
     for feature, position, value in patches:
@@ -82,7 +82,7 @@ def saelens_loop(model: Any, sae: SAE, tokens: torch.Tensor, patches: list[tuple
 
 @torch.no_grad()
 def hook_loop(model: Any, hook: str, tokens: torch.Tensor, patches: list[tuple[int, torch.Tensor]], batch: int) -> list[float]:
-    """(b) and (c): for each (position, change) a row; `batch` rows per forward pass."""
+    """Run loop (b) or (c): one row for each (position, change), with `batch` rows per forward pass."""
     found: list[float] = []
     for start in range(0, len(patches), batch):
         part = patches[start : start + batch]
@@ -99,10 +99,10 @@ def hook_loop(model: Any, hook: str, tokens: torch.Tensor, patches: list[tuple[i
 
 
 def products(shape: Shape, rows: int, patches: int, changed: int) -> float:
-    """Floating-point operations of the matrix products that must be done; attention's own are left out.
+    """Return the floating-point operations of the matrix products that are needed, without those within attention.
 
-    Per block and row: queries, keys, values and output 4 d^2, MLP 8 d^2 multiply-adds. The first block needs queries, keys
-    and values of the changed rows alone, the last one everything but keys and values for the answer rows alone.
+    Per layer and row, queries, keys, values and output take 4 d^2 multiply-adds, the MLP 8 d^2. The first layer needs queries,
+    keys and values of the changed rows only; the last layer needs all but keys and values for the answer rows only.
     """
     blocks, d = shape.layers - shape.layer, shape.width
     first = 3 * changed + 9 * rows
@@ -112,7 +112,7 @@ def products(shape: Shape, rows: int, patches: int, changed: int) -> float:
 
 
 def matrix_rate(width: int, device: str) -> float:
-    """Floating-point operations per second of a matrix product of 1024 rows of the MLP's shape."""
+    """Measure the floating-point operations per second of a matrix product of 1024 rows with the shape of the MLP."""
     a, w = torch.randn(1024, width, device=device), torch.randn(width, 4 * width, device=device)
     repeats = 1 + int(5e10 // (2 * 1024 * 4 * width * width))
     rates = []
@@ -123,7 +123,7 @@ def matrix_rate(width: int, device: str) -> float:
 
 
 def table() -> None:
-    """All of `RUNS`: a Markdown table, and the README's sentences about it."""
+    """Run all of `RUNS`; print a Markdown table and the README's sentences about it."""
     found = [alone(__file__, *options.split()) for options in RUNS]
     print("| options | model class | per patch | of the limit | faster than (a) | than (b) | than (c) |\n" + "|---" * 7 + "|")
     for options, of in zip(RUNS, found, strict=True):
@@ -142,7 +142,7 @@ def table() -> None:
 
 
 def main() -> None:
-    """Measures and prints; the last line is for `table`."""
+    """Measure one run and print the results, with a last line that `table` reads; without options, print the table."""
     if len(sys.argv) == 1:
         table()
         return

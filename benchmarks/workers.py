@@ -1,4 +1,4 @@
-"""How far values of a sweep on Ray's workers are from those of a serial one: python benchmarks/workers.py."""
+"""Differences in values between a sweep on Ray workers and a serial sweep: python benchmarks/workers.py."""
 
 from math import ceil, log10
 
@@ -9,7 +9,7 @@ import featpatch as fp
 
 
 def main() -> None:
-    """On the shipped model; two threads here, one in a worker."""
+    """Compare both sweeps on the shipped model, with two threads in this process and one in a worker."""
     torch.set_num_threads(2)
     demo = fp.load_demo()
     pairs = demo.pairs("ioi", n=8)

@@ -1,6 +1,6 @@
-"""The circuit of indirect objects in the shipped model: edges, their paths, how faithful they are, and what is left out.
+"""Circuits for indirect objects in the shipped model: edges, paths and features, with their faithfulness.
 
-python -m examples.circuits [--pairs 16] [--out featpatch-examples]
+Run with `python -m examples.circuits [--pairs 16] [--out featpatch-examples]`.
 """
 
 from argparse import ArgumentParser
@@ -20,7 +20,7 @@ def head(layer: int, index: int, position: str = "all", hook: str = "z") -> fp.N
 
 
 def name(node: fp.Node) -> str:
-    """head 1.3, the value of head 1.3, feature 853, the MLP of block 0, the logits."""
+    """Return the name of a node in words: head 1.3, the value of head 1.3, feature 853, the MLP of block 0, the logits."""
     if node.site == "logits":
         return "the logits"
     layer, hook = node.site.split(".")[1], node.site.rsplit("_", 1)[1]
@@ -30,7 +30,7 @@ def name(node: fp.Node) -> str:
 
 
 def kept(circuit: fp.Circuit) -> str:
-    """Its faithfulness with the interval."""
+    """Return the faithfulness of a circuit with its interval as text."""
     return "{:.2f} [{:.2f}, {:.2f}]".format(circuit.faithfulness, *circuit.faithfulness_interval)
 
 

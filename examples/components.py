@@ -1,6 +1,6 @@
-"""Which heads and which features carry a behaviour of the shipped model, where they agree, and what is in the error term.
+"""Heads and features that carry a behaviour of the shipped model, how far they agree, and what is in the error term.
 
-python -m examples.components
+Run with `python -m examples.components`.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from featpatch.terminal import ranked, site_summary
 TASKS = {"ioi": ["S2", "end"], "capitals": ["subject", "end"]}
 WHERE = {"end": "at the last word", "subject": "at the subject", "S2": "at the second name"}
 FEW = 12
-"""Features, or principal components, at which a dictionary is compared with them."""
+"""The number of features, and of principal components, at which the two are compared."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found about one behaviour."""
+    """The results for one behaviour."""
 
     components: fp.Effects
     features: fp.Effects
@@ -30,43 +30,43 @@ class Found:
     curve: pd.DataFrame
 
     def heads(self, n: int) -> list[fp.Node]:
-        """Those that bring back most."""
+        """Return the heads with the largest recovery."""
         return list(self.components.top(n, kind="head").nodes)
 
     def carried(self, n: int) -> str:
-        """By which heads."""
+        """Return the heads with the largest recovery, and their recovery, in words."""
         nodes, values = self.heads(n), self.components.top(n, kind="head").pooled("recovery")
         names = [f"{node.site.split('.')[1]}.{node.index}" for node in nodes]
         first, *more = [f"{name} {value:.2f}" for name, value in zip(names, values, strict=True)]
         return ", ".join([first.replace(" ", " brings back "), *more])
 
     def blocks(self, n: int) -> str:
-        """In which blocks they are."""
+        """Return the layers of the heads with the largest recovery, in words."""
         return listed(sorted({node.site.split(".")[1] for node in self.heads(n)}))
 
     def errors(self) -> pd.Series:
-        """The largest effect of the error term of each dictionary, largest first."""
+        """Return the largest recovery of the error term of each dictionary, largest first."""
         return self.features.sites().groupby("sae")["recovery_error"].max().sort_values(ascending=False)
 
     def written(self, n: int) -> str:
-        """How much of the change of the top feature the first heads write."""
+        """Return, in words, the shares of the top feature's change that the first heads write."""
         node, table = self.features.top(1).nodes[0], self.both.writers
         of_node = table[(table["sae"] == node.sae) & (table["feature"] == node.index)].set_index(["site", "index"])["share"]
         return listed([f"{of_node[head.site, head.index].max():.0%}".replace("%", " %") for head in self.heads(n)])
 
     def against_principal_components(self) -> list[float]:
-        """What as many of them and of the SAE's features bring back."""
+        """Return the recovery of `FEW` principal components, and of as many features of the SAE."""
         at = self.curve[self.curve["k"] == FEW].set_index("sae")["recovery"]
         site = self.few.effects.nodes[0].site
         return [at[f"principal components of {site}"], at[site]]
 
     def reached(self) -> int:
-        """Random directions that reach the top feature."""
+        """Return the number of random directions with an effect at least as large as the top feature's."""
         return round(self.controls.share() * len(self.controls.random))
 
 
 def main(pairs: int = 32) -> None:
-    """For each task: heads, features, both side by side, how many features it takes, and controls; then the result in prose."""
+    """Rank, compare and control heads and features for each task, and print the result in prose."""
     demo, console = fp.load_demo(), Console(width=170)
     found = {}
     for task, positions in TASKS.items():
@@ -99,7 +99,7 @@ def main(pairs: int = 32) -> None:
 
 
 def told(ioi: Found, capitals: Found, pairs: int) -> str:
-    """The result, as the README has it."""
+    """Return the result in the words of the README."""
     top, few, errors = capitals.features.top(1).nodes[0], ioi.few.effects.nodes[0], capitals.errors()
     place_of, agreed = place(errors.index[0]), [found.both.agreement["recovery"].correlation for found in (ioi, capitals)]
     reached = ioi.reached() + capitals.reached()

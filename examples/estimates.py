@@ -1,6 +1,6 @@
-"""Where gradient estimates can be trusted on the shipped model: features and components, method by method, against patched runs.
+"""Accuracy of gradient estimates on the shipped model, for features and components, method by method, against patched runs.
 
-python -m examples.estimates
+Run with `python -m examples.estimates`.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ METHODS = {
 
 
 def main(pairs: int = 32) -> None:
-    """Estimates and patched runs of the same nodes, their agreement, the worst misses, and a screened ranking with its audit."""
+    """Compare estimates with patched runs of the same nodes, and audit a screened ranking."""
     demo, console = fp.load_demo(), Console(width=140)
     drawn = demo.pairs("ioi", n=pairs)
     options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
@@ -57,14 +57,14 @@ def main(pairs: int = 32) -> None:
 
 
 def agreement(estimates: dict[str, fp.Effects], exact: fp.Effects) -> pd.DataFrame:
-    """Recovery, estimated and exact, of all rows; a line per method."""
+    """Return the agreement of estimated and exact recovery over all rows, with a line per method."""
     return pd.DataFrame(
         {name: fp.calibrate(estimate, exact).table(20).iloc[0].drop("site") for name, estimate in estimates.items()}
     ).T.astype(float)
 
 
 def told(atp: fp.Calibration, features: pd.DataFrame, heads: pd.DataFrame, pairs: int) -> str:
-    """The result, as the README has it."""
+    """Return the result in the words of the README."""
     sites, last = atp.table().set_index("site"), ("blocks.3.hook_resid_pre", "blocks.3.hook_resid_post")
     early = [site for site in sites.index if site.startswith("blocks.0.") or site == "blocks.1.hook_resid_pre"]
     most = max((value, row) for row, value in enumerate(atp.exact) if atp.nodes[row].sae in early)[1]

@@ -1,9 +1,9 @@
-"""Features against heads on indirect objects: the same pairs, the same metric, one scale.
+"""Features and heads compared on indirect objects, with the same pairs, the same metric and on the same scale.
 
-python examples/features_and_heads.py, or cell by cell.
+Run with `python examples/features_and_heads.py`, or cell by cell.
 """
 
-# %% Both rankings
+# %% Rank features, heads and MLPs
 import featpatch as fp
 
 demo = fp.load_demo()
@@ -11,16 +11,16 @@ pairs = demo.pairs("ioi", n=16, seed=0)
 features = fp.rank_features(demo.model, demo.saes, pairs, positions=["S2", "end"], progress=False)
 components = fp.rank_components(demo.model, pairs, sites=["z", "mlp_out"], positions=["S2", "end"], progress=False)
 
-# %% The largest of each
+# %% Print the largest effects of both rankings
 print(features.top(5))
 print(components.top(5))
 
-# %% Which head writes which feature
+# %% Measure which head writes which feature
 both = fp.compare(features, components, model=demo.model, saes=demo.saes, pairs=pairs)
 writers = both.writers
 print(writers[["site", "kind", "index", "sae", "feature", "share"]].head(8).round(2).to_string(index=False))
 
-# %% The result
+# %% Print the result
 head, feature = components.top(1, kind="head"), features.top(1)
 of_feature = writers[(writers["sae"] == feature.nodes[0].sae) & (writers["feature"] == feature.nodes[0].index)].iloc[0]
 print(

@@ -1,9 +1,9 @@
-"""A Hugging Face model from a local folder, with its SAEs from folders: what you get without a network.
+"""A ranking without a network: a Hugging Face model and its SAE are loaded from local folders.
 
-python examples/local_folder.py, or cell by cell.
+Run with `python examples/local_folder.py`, or cell by cell.
 """
 
-# %% Folders as save_pretrained and save_model write them
+# %% Load folders in the formats of save_pretrained (Hugging Face) and save_model (sae-lens)
 from pathlib import Path
 
 import featpatch as fp
@@ -11,17 +11,17 @@ import featpatch as fp
 folder = Path(__file__).parent.parent / "checkpoints"
 model, saes = fp.load(folder / "model", saes=[folder / "saes" / "blocks.2.hook_resid_pre"])
 
-# %% Pairs from JSON lines, and the checklist
+# %% Read pairs from a JSON-lines file and run the checklist
 pairs = fp.Pairs.from_jsonl(model, folder / "pairs" / "capitals.jsonl")[:12]
 checked = pairs.check(model)
 print(checked)
 
-# %% Features at the subject
+# %% Rank features at the subject and at the last word
 effects = fp.rank_features(model, saes, pairs, positions=["subject", "end"], progress=False)
 best = effects.top(1)
 print(effects.top(3))
 
-# %% The result
+# %% Print the result
 print(
     f"{'Every pair passes' if checked.ok else 'Not every pair passes'} the checklist. {best.nodes[0]} brings back "
     f"{best.pooled('recovery')[0]:.0%} of the difference between the two capitals, and {best.pooled('degradation')[0]:.0%} is lost "

@@ -1,4 +1,4 @@
-"""Sites, lists and bounds in words, for the sentences at the end of examples."""
+"""Hook points, lists and bounds in words, for the sentences that the examples print."""
 
 from math import ceil
 
@@ -6,16 +6,16 @@ WORDS = {"hook_resid_pre": "before block", "hook_resid_post": "after block"}
 
 
 def place(site: str) -> str:
-    """blocks.1.hook_resid_pre is before block 1; what is no residual stream keeps its name."""
+    """Return a hook point in words, such as "before block 1"; hook points other than the residual stream keep their names."""
     _, layer, hook = site.split(".", 2)
     return f"{WORDS[hook]} {layer}" if hook in WORDS else site
 
 
 def listed(parts: list[str], last: str = "and") -> str:
-    """a, b and c."""
+    """Join names as in "a, b and c"."""
     return f" {last} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def at_most(value: float, digits: int) -> str:
-    """The number rounded up: 0.02 for 0.0104."""
+    """Return a number rounded up, as text: 0.02 for 0.0104."""
     return f"{ceil(value * 10**digits) / 10**digits:.{digits}f}"

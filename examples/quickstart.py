@@ -1,9 +1,9 @@
 """Quickstart: which features make the shipped model give things to the right person?
 
-python examples/quickstart.py, or cell by cell in an editor that knows `# %%`.
+Run with `python examples/quickstart.py`, or cell by cell in an editor that supports `# %%`.
 """
 
-# %% A model, its SAEs, and pairs of prompts that differ in one name
+# %% Load a model, its SAEs, and pairs of prompts that differ in one name
 import featpatch as fp
 
 demo = fp.load_demo()
@@ -11,19 +11,19 @@ pairs = demo.pairs("ioi", n=16, seed=0)
 print(demo.model.tokenizer.decode(pairs[0].clean))
 print(demo.model.tokenizer.decode(pairs[0].corrupted))
 
-# %% Every feature that differs is swapped alone, in both directions, at the second name and at the last word
+# %% Patch every feature that differs, one at a time, in both directions, at the second name and at the last word
 effects = fp.rank_features(demo.model, demo.saes, pairs, positions=["S2", "end"], progress=False)
 print(effects.top(5))
 
-# %% What the first features fire on
+# %% Describe the words on which the first features are active
 best = effects.top(3)
 for node, description in fp.describe(demo.model, demo.saes, best.nodes, demo.text()).items():
     print(node, "fires", description)
 
-# %% All of it as one HTML file
+# %% Write everything to one HTML file
 fp.report(effects, "featpatch-examples/quickstart.html", model=demo.model, saes=demo.saes, pairs=pairs)
 
-# %% The result
+# %% Print the result
 sites = effects.sites().set_index(["sae", "position"])
 early, late = (
     sites.loc[key, "recovery_all_features"] for key in (("blocks.1.hook_resid_pre", "S2"), ("blocks.3.hook_resid_post", "end"))

@@ -1,6 +1,6 @@
-"""What `featpatch demo` prints, read: its first rows and its sites in sentences, for the README.
+"""An explanation, for the README, of the first rows and the summary of hook points that `featpatch demo` prints.
 
-python -m examples.reading
+Run with `python -m examples.reading`.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from examples.places import listed, place
 
 
 def names(effects: fp.Effects, fires: dict[fp.Node, fp.Description]) -> str:
-    """The features that stand for one name each as the first one does, then those that share a name."""
+    """Return, in words, the features that detect one name each as the first feature does, then those that share a name."""
     words: dict[str, list[str]] = {}
     for node in effects.nodes[1:]:
         if (node.site, fires[node].label) == (effects.nodes[0].site, fires[effects.nodes[0]].label):
@@ -21,7 +21,7 @@ def names(effects: fp.Effects, fires: dict[fp.Node, fp.Description]) -> str:
 
 
 def everything(effects: fp.Effects) -> str:
-    """Where all features of the stream bring back everything, and where next to nothing."""
+    """Return, in words, where all features of the residual stream together recover everything, and where almost nothing."""
     table = effects.sites()
     stream = table[table["site"].str.contains("resid")].pivot(index="site", columns="position", values="recovery_all_features")
     full, none = stream >= 0.995, (stream.fillna(0) < 0.1).all(axis=1)

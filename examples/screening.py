@@ -1,9 +1,9 @@
-"""Attribution, screened and audited: gradients choose what is run, patched runs decide, a sample bounds what was missed.
+"""A screened ranking: estimates choose the features that are patched, and a random sample bounds how many were missed.
 
-python examples/screening.py, or cell by cell.
+Run with `python examples/screening.py`, or cell by cell.
 """
 
-# %% Estimates of all features from one forward and backward pass per run
+# %% Estimate the effects of all features from one forward and backward pass per run
 import featpatch as fp
 
 demo = fp.load_demo()
@@ -12,19 +12,19 @@ where = {"positions": ["S2", "end"], "progress": False}
 estimate = fp.estimate_features(demo.model, demo.saes, pairs, **where)
 print(estimate.top(3))
 
-# %% Exact runs of the first 150 and of 300 others, drawn at random
+# %% Patch the 150 features with the largest estimates and 300 others, drawn at random
 screened = fp.rank_features(demo.model, demo.saes, pairs, exact="screened", k=150, audit=300, **where)
 print(screened.top(5))
 audit = screened.audit()
 print(audit)
 
-# %% What the full sweep says, which is affordable here
+# %% Compare with the full sweep, which is affordable here
 full = fp.rank_features(demo.model, demo.saes, pairs, **where)
 truth = set(full.take(full.ranked).take((-full.take(full.ranked).sizes()).argsort()[:20]).nodes)
 found = len(truth & set(screened.nodes))
 agreement = fp.calibrate(estimate, full).table().set_index("site")["pearson"]
 
-# %% The result
+# %% Print the result
 print(
     f"{found} of the true top 20 were run; the audit promised at least {audit.recall:.0%}. The estimates correlate with the exact "
     f"effects at {agreement['all']:.2f} over all sites, at {agreement['blocks.3.hook_resid_post']:.2f} after the last block and at "

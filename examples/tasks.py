@@ -1,6 +1,6 @@
-"""The four tasks on the shipped model: is every pair a clean contrast, and would other pairs give the same ranking?
+"""The four tasks on the shipped model: does every pair pass the checklist, and would other pairs give the same ranking?
 
-python -m examples.tasks
+Run with `python -m examples.tasks`.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ METRICS = {"capitals": "logit_diff", "greater_than": "prob_diff", "ioi": "logit_
 
 
 def main(pairs: int = 32) -> None:
-    """Draws pairs with every corruption, drops what fails the checklist, ranks the features of two sites."""
+    """Draw pairs with every corruption, drop those that fail the checklist, and rank the features at two hook points."""
     demo, console = fp.load_demo(), Console(width=140)
     saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in SITES]
     for task, metric in METRICS.items():

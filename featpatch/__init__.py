@@ -1,6 +1,6 @@
 """featpatch: which SAE features cause this behaviour?
 
-Its names stand in `__init__.pyi`, each once; they are imported when they are first used, so that `import featpatch` is fast.
+The public names are listed in `__init__.pyi` and imported when they are first used, so that `import featpatch` is fast.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""What `featpatch` offers, by room. lazy_loader imports a name from here when it is first used."""
+"""The public names of `featpatch`, by package; lazy_loader imports a name from here when it is first used."""
 
 # fmt: off
 from . import diagram as diagram

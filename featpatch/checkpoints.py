@@ -1,7 +1,7 @@
-"""The trained model, SAEs and prompt pairs that ship with the package, verified by their digests.
+"""The trained model, SAEs and prompt pairs that are shipped with the package, verified by their digests.
 
-They lie in `checkpoints/` as ordinary Hugging Face and sae-lens folders, beside the package in the repository and inside
-it once installed from a wheel.
+They are ordinary Hugging Face and sae-lens folders, in `checkpoints/` next to the package in the repository, and inside the
+package after installation from a wheel.
 """
 
 import json
@@ -22,23 +22,26 @@ class Demo(Loaded):
     """A small GPT-2 trained on indirect objects, facts, years and reviews, with its SAEs.
 
     Attributes:
-        model: a TransformerBridge.
-        saes: sae-lens objects, in the order of the sites.
-        folder: where all of it lies.
+        model: the model, a TransformerBridge.
+        saes: the SAEs as sae-lens objects, in the order of their hook points.
+        folder: the folder of the checkpoints.
     """
 
     folder: Path
 
     def pairs(self, task: str = "ioi", *, n: int = 32, seed: int = 0) -> Pairs:
-        """`n` pairs of a task, drawn without repetition from the shipped ones, none of which was trained on.
+        """Draw `n` pairs of a task without repetition from the shipped pairs, none of which the model was trained on.
 
-        Their tags say what they were made by: task, template, corruption; for ioi gift and order too, for sentiment verdict.
+        Their tags say how they were made: task, template and corruption; for ioi also gift and order, for sentiment also
+        verdict.
 
         Args:
             task: `"ioi"`, `"capitals"`, `"greater_than"` or `"sentiment"`.
+            n: the number of pairs.
+            seed: the seed of the random draw.
 
         Raises:
-            FeatpatchError: an unknown task, or more pairs than there are.
+            FeatpatchError: the task is unknown, or there are fewer than `n` pairs.
         """
         if task not in TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
@@ -48,12 +51,12 @@ class Demo(Loaded):
         return Pairs(tuple(random.Random(seed).sample(list(pairs), n)))
 
     def text(self) -> list[str]:
-        """Documents that were not trained on, to see what a feature fires on."""
+        """Return documents that the model was not trained on, for example to describe features with `fp.describe`."""
         return (self.folder / "text" / "held_out.txt").read_text(encoding="utf-8").splitlines()
 
 
 def folder() -> Path:
-    """The folder of the shipped checkpoints.
+    """Return the folder of the shipped checkpoints.
 
     Raises:
         FeatpatchError: there is none.
@@ -69,7 +72,7 @@ def folder() -> Path:
 
 
 def verify(root: Path) -> None:
-    """Compares every file with the digest that was taken when it was made.
+    """Check that every file has the digest that was recorded when it was made.
 
     Raises:
         FeatpatchError: a file is missing or differs.
@@ -89,11 +92,11 @@ def verify(root: Path) -> None:
 
 
 def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
-    """The shipped model with its SAEs, offline and verified.
+    """Load the shipped model with its SAEs, offline and after verifying their digests.
 
     Args:
-        device: where to load the model and the SAEs.
-        progress: show the progress bars of the libraries that load them.
+        device: the device of the model and the SAEs.
+        progress: whether to show the progress bars of the libraries that load them.
 
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.

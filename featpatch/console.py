@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from featpatch.untrusted import visible
 
 LONG = 60.0
-"""A sweep with more seconds left than this is announced."""
+"""The number of remaining seconds from which a sweep is announced."""
 READ = 0.01
-"""A batch that takes fewer seconds than this was probably read from a journal, not run."""
+"""The number of seconds below which a batch was probably read from a journal and not run."""
 
 
 class PlainConsole(Console):

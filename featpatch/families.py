@@ -1,6 +1,6 @@
-"""Families of interchangeable parts: a folder each, in which every file is a member, called by the file's name.
+"""Registries of interchangeable modules: every module in a folder is a member, under the name of its file.
 
-A new member is a new file: nothing lists them but the folder.
+To add a member, add a file; there is no other list of members.
 """
 
 from abc import ABCMeta
@@ -12,17 +12,17 @@ from typing import Any
 
 
 def names(folder: str) -> list[str]:
-    """Of the members, in alphabetical order; none is imported."""
+    """Return the names of the modules in a folder of the package, in alphabetical order, without importing them."""
     return [name for _, name, _ in iter_modules([str(Path(__file__).parent / folder)])]
 
 
 def modules(folder: str) -> dict[str, ModuleType]:
-    """The members by name."""
+    """Import the modules in a folder of the package and return them by name."""
     return {name: import_module(f"featpatch.{folder.replace('/', '.')}.{name}") for name in names(folder)}
 
 
 def classes(folder: str, base: ABCMeta) -> dict[str, Any]:
-    """By name the one class of each member that is derived from `base`."""
+    """Return, by name, the only class derived from `base` in each module of a folder of the package."""
     return {name: _derived(module, base) for name, module in modules(folder).items()}
 
 

@@ -1,8 +1,8 @@
-"""Describe what a feature fires on, measured over all words of a text rather than guessed from a few examples.
+"""Descriptions of features: the word that a feature detects, measured over all words of a text, and max-activating examples.
 
 A feature is compared with simple labels of every position: "the word is w" and "the next word is w". The label with the
-best F1 (harmonic mean of precision and recall of `activation > 0` as a detector of the label) describes it; a low F1 says
-that no such word does.
+best F1 (harmonic mean of precision and recall of `activation > 0` as a detector of the label) describes it; a low F1 means
+that no single word describes it.
 """
 
 import warnings
@@ -22,29 +22,31 @@ from featpatch.patch import Node
 from featpatch.untrusted import visible
 
 CONTEXT = 5
-"""Words before the one on which a feature fires that are shown."""
+"""The number of tokens shown before the one on which a feature is active."""
 TOKENS = 1024
 """The largest number of tokens of several texts that share a forward pass."""
 MANY = 10
-"""How many places are looked at for each context that is shown, so that the contexts differ."""
+"""The number of positions considered for each max-activating example, so that the examples differ."""
 FIRINGS = 10
-"""With fewer firings, the share of them on a given word is uncertain by more than 0.3 (two standard errors)."""
+"""The number of active positions below which a warning is given: the share of them on a given word is then uncertain by more
+than 0.3 (two standard errors)."""
 POSITIONS = 300
-"""In fewer positions, most words occur once or twice, so a feature seems to detect whichever word it happens to fire on."""
+"""The number of positions below which a warning is given: most words then occur once or twice, so a feature seems to detect
+whichever word it happens to be active on."""
 NAMED = 5
 """The largest number of features that a warning names."""
 
 
 @dataclass(frozen=True, repr=False)
 class Description:
-    """What a feature fires on in a text.
+    """A description of the positions of a text at which a feature is active.
 
     Attributes:
-        label: `"on"` for the word itself, `"before"` for the next word.
-        word: the word of the best label; empty where the feature never fires.
-        f1: how well the feature detects the label, 0 to 1.
-        fired, positions: the number of positions at which it fires, and of all positions of the text, without special tokens.
-        contexts: where it fires most, strongest first, each text once, the word itself in brackets.
+        label: the kind of label that fits best: `"on"` for the word itself, `"before"` for the next word.
+        word: the word of the best label; empty if the feature is never active.
+        f1: how well the feature detects the label, from 0 to 1.
+        fired, positions: the number of positions at which the feature is active, and of all positions, without special tokens.
+        contexts: max-activating examples, strongest first and without duplicates, with the active token in brackets.
     """
 
     label: str
@@ -56,7 +58,7 @@ class Description:
 
     @property
     def share(self) -> float:
-        """The share of all positions on which the feature fires."""
+        """The share of all positions at which the feature is active."""
         return self.fired / self.positions
 
     @property
@@ -66,7 +68,7 @@ class Description:
 
     @property
     def count(self) -> str:
-        """How often the feature fires, in words."""
+        """The number of positions at which the feature is active, as a phrase."""
         return f"fires at {self.fired:,} of {self.positions:,} positions"
 
     def __repr__(self) -> str:
@@ -77,19 +79,22 @@ class Description:
 def describe(
     model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3
 ) -> dict[Node, Description]:
-    """A description of every feature among the nodes; its position plays no part.
+    """Describe every feature among the nodes by the word that it detects and its max-activating examples.
 
-    Every description says at how many positions of the text the feature fires. A FeatpatchWarning names the features for which
-    there is too little text: those that fire fewer than 10 times, or all of them if the text has fewer than 300 positions.
+    Every description says at how many positions of the text the feature is active. A FeatpatchWarning names the features for
+    which there is too little text: those that are active at fewer than 10 positions, or all of them if the text has fewer than
+    300 positions.
 
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
-        saes: the sae-lens objects that the nodes name.
+        saes: the SAEs that the nodes name.
+        nodes: nodes, such as `effects.top().nodes`; those that are not features are skipped, and their positions are ignored.
         texts: documents; one that exceeds the model's context is truncated, with a PairsWarning.
-        contexts: how many examples to keep.
+        contexts: the number of max-activating examples per feature.
 
     Raises:
-        FeatpatchError: no tokenizer, no texts, none with a word, or a node of a dictionary that is not among the SAEs.
+        FeatpatchError: the model has no tokenizer, there are no texts or none with a word, or a node names a feature or an SAE
+            that does not exist.
     """
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
@@ -121,7 +126,7 @@ def describe(
 
 
 def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
-    """Warn of descriptions that are based on too little text."""
+    """Issue a warning if descriptions are based on too little text."""
     few = [node for node, found in descriptions.items() if found.fired < FIRINGS or positions < POSITIONS]
     if few:
         named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
@@ -137,14 +142,19 @@ def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
 
 @dataclass(frozen=True)
 class _Document:
-    """The tokens of a text, with a mask of the words that are not special tokens."""
+    """The tokens of a text.
+
+    Attributes:
+        tokens: the token ids, `[pos]`.
+        usable: a mask of the tokens that are not special, `[pos]`.
+    """
 
     tokens: Int[torch.Tensor, " pos"]
     usable: Bool[torch.Tensor, " pos"]
 
     @property
     def followed(self) -> Bool[torch.Tensor, " words"]:
-        """Whether each usable word is followed by another token, in order."""
+        """A mask of the usable tokens that are followed by another token, `[words]`."""
         return (torch.arange(len(self.tokens)) < len(self.tokens) - 1)[self.usable]
 
     @classmethod
@@ -169,7 +179,10 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> lis
 
 
 def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
-    """Group the indices of documents that share a forward pass: of similar length in a causal model, else of equal length."""
+    """Group the indices of documents that share a forward pass.
+
+    They have similar lengths in a causal model, in which padding at the end changes nothing before it, else equal lengths.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         longest = lengths[groups[-1][0]] if groups else 0
@@ -184,9 +197,9 @@ def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
 def _activations(
     lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[_Document]
 ) -> Float[torch.Tensor, "words features"]:
-    """Return the activations of the features on the usable words of all documents.
+    """Return the activations of the features on the usable tokens of all documents.
 
-    In a causal model, documents are padded to the longest of their group: what follows a word does not change its features.
+    In a causal model, documents are padded to the longest of their group; padding does not change the features before it.
     """
     named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
     hooks = sorted({hook for name in named for hook in (found[name].reads, found[name].writes)})
@@ -211,7 +224,7 @@ def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor,
     on, before = _best_word(words, fires), _best_word(following[followed], fires[followed])
     f1, word, label = max((*on, "on"), (*before, "before"))
     places = [(part.tokens, position) for part in text for (position,) in part.usable.nonzero().tolist()]
-    alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding would order what the same words give
+    alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding errors would order equal activations
     strongest = alike.masked_fill(~fires, -1).argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
     distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])
     return Description(
@@ -225,7 +238,7 @@ def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor,
 
 
 def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
-    count = torch.bincount(words, minlength=1)  # of no words: texts of one word have no next one
+    count = torch.bincount(words, minlength=1)  # there may be no words, because a text of one word has no next word
     hits = torch.bincount(words[fires], minlength=len(count))
     f1 = 2 * hits / (count + fires.sum()).clamp(min=1)
     return float(f1.max()), int(f1.argmax())

@@ -1,4 +1,4 @@
-"""A model and its SAEs, by name, by folder or as they are, checked against each other."""
+"""Loading of a model and its SAEs from names, folders or objects, with a check of how well they fit together."""
 
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
@@ -23,14 +23,14 @@ CONTRASTS = (
     ("The war lasted from the year 1732 to the year 1751 and it", "The film was the best that I had seen in many years and I"),
     ("She opened the window because the room was warm, and then", "He closed the door because the night was cold, and later"),
 )
-"""Prompts for the check where the user gives none."""
+"""The prompts for the check if the user gives none."""
 SHOWN = 16
 """The largest number of SAEs that the text form of a loaded model names."""
 
 
 @dataclass(frozen=True, repr=False)
 class Loaded:
-    """A model and its SAEs: `model, saes = fp.load(...)`."""
+    """A model and its SAEs, which can be unpacked: `model, saes = fp.load(...)`."""
 
     model: Any
     saes: list[Any]
@@ -58,28 +58,29 @@ def load(
     check: bool = True,
     progress: bool = True,
 ) -> Loaded:
-    """Loads what is given by name or folder, and prints how each SAE fits the model.
+    """Load a model and its SAEs, and print how well each SAE fits the model.
 
     Args:
         model: a hub name (`"gpt2"`), a Hugging Face folder, a Hugging Face model in memory (which becomes part of the bridge:
-            TransformerLens puts its own modules into it and sets it to eval mode), or a TransformerBridge,
-            SAETransformerBridge, HookedTransformer or HookedSAETransformer, which is taken as it is.
-        saes: one or several of: `"release/id"` of sae-lens' registry (`"gpt2-small-res-jb/blocks.8.hook_resid_pre"`),
-            `"owner/repository/folder"` on the hub, a sae-lens folder, a sae-lens object, what `fp.adapt` gives.
-        tokenizer: for a Hugging Face model in memory, or one that comes without; used as it is. Texts that the model
-            tokenizes (`model.to_tokens`, `Pairs.from_prompts(model, ...)`) begin with BOS, whether or not the tokenizer adds
-            it, unless `model.cfg.default_prepend_bos` is False.
-        device, dtype: where, and in which type, the model is loaded; SAEs go to the device, in their own type.
-        processing: what to do to the weights of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
-            `"center_unembed"`, `"fold_value_biases"`); by default what the SAEs' configurations say that they were
-            trained on, which for most is nothing.
-        pairs: prompts for the check; by default a few sentences.
-        check: whether to check and print.
-        progress: show the progress bars of the libraries that load, and print the check; if False, the check is
-            printed only if an SAE does not fit, or explains less than its configuration claims.
+            TransformerLens inserts its own modules into it and sets it to eval mode), or a TransformerBridge,
+            SAETransformerBridge, HookedTransformer or HookedSAETransformer, which is used as it is.
+        saes: one or several of these: `"release/id"` in the registry of sae-lens
+            (`"gpt2-small-res-jb/blocks.8.hook_resid_pre"`), `"owner/repository/folder"` on the hub, a sae-lens folder, a
+            sae-lens object, or the result of `fp.adapt`.
+        tokenizer: a tokenizer for a Hugging Face model in memory or a model without one; it is used as it is. Texts that the
+            model tokenizes (`model.to_tokens`, `Pairs.from_prompts(model, ...)`) begin with BOS, whether or not the tokenizer
+            adds it, unless `model.cfg.default_prepend_bos` is False.
+        device, dtype: the device and dtype of the model; SAEs are moved to the device and keep their own dtype.
+        processing: the weight processing of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
+            `"center_unembed"`, `"fold_value_biases"`); by default the processing with which the SAEs were trained according to
+            their configurations, which for most is none.
+        pairs: the prompts for the check; by default a few built-in sentences.
+        check: whether to check the SAEs and print the result.
+        progress: whether to show the progress bars of the libraries that load, and always print the check; if False, the check
+            is printed only if an SAE does not fit, or explains less than its configuration claims.
 
     Raises:
-        FeatpatchError: something can't be found, downloaded or read, or SAEs were trained on differently processed weights.
+        FeatpatchError: something can't be found, downloaded or read, or the SAEs were trained on differently processed weights.
     """
     given = [] if saes is None else several(saes)
     with nullcontext() if progress else loading_quietly():
@@ -99,7 +100,7 @@ def load(
 
 
 def _shown(sae: Any) -> str:
-    """Describe an SAE in one line."""
+    """Return a description of an SAE in one line."""
     cfg: Any = getattr(sae, "cfg", None)
     if not hasattr(cfg, "d_sae"):
         return repr(sae)
@@ -109,7 +110,10 @@ def _shown(sae: Any) -> str:
 
 
 def _prompts(model: Any) -> Pairs | None:
-    """Built-in prompts, the longer of each two cut; None where the model has no tokenizer or they can't be told apart."""
+    """Return pairs of the built-in prompts, truncated to the shorter prompt of each pair.
+
+    It returns None if the model has no tokenizer, or no pair is usable with it.
+    """
     tokenizer, room = getattr(model, "tokenizer", None), int(getattr(model.cfg, "n_ctx", 0) or 0)
     if tokenizer is None:
         return None

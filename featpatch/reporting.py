@@ -1,4 +1,4 @@
-"""The report of a study: the table of effects with its prompts and features, as one HTML file."""
+"""The HTML report of a study: the table of effects with its prompts and feature cards."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,13 +28,13 @@ from featpatch.patch import Node
 from featpatch.patching import Curve
 
 WRITERS = 4
-"""So many components that write a feature are named."""
+"""The largest number of components that a feature card names as writers of the feature."""
 
 TOGETHER = 512
-"""Tokens of prompts that run together."""
+"""The largest number of tokens of several prompts that share a forward pass."""
 
 WRITES = 8
-"""So many tokens that a feature raises, and lowers, are named."""
+"""The number of tokens that a feature card names whose logits the feature raises most, and lowers most."""
 
 
 def report(
@@ -51,22 +51,24 @@ def report(
     question: str = "",
     top: int = 20,
 ) -> Path:
-    """Writes `effects.report(path)` with prompts, checklist, portraits of the first features, and what else there is.
+    """Write a report of effects as one HTML file, with prompts, checklist, and cards of the features with the largest effects.
 
     Args:
-        model: with a tokenizer.
-        pairs: those that the effects are of.
-        saes: whose features are shown; none without.
-        components: of `rank_components`, for the maps beside those of features, and the components that write each feature
-            where both were ranked at the same positions.
-        estimate: of `estimate_features`, set against the exact effects.
-        curve: of `fp.cumulative`.
-        circuit: of `fp.find_circuit`, as a graph whose nodes show their numbers.
-        question: the title; made of metric and model by default.
-        top: so many features of each effect are shown.
+        effects: the table of effects.
+        path: the HTML file.
+        model: the model with its tokenizer.
+        pairs: the pairs of the effects.
+        saes: the SAEs whose features get feature cards; without SAEs there are no cards.
+        components: a table of `rank_components`, for heatmaps next to those of features, and for the components that write each
+            feature if both were ranked at the same positions.
+        estimate: a table of `estimate_features`, to be compared with the exact effects.
+        curve: a curve of `fp.cumulative`.
+        circuit: a circuit of `fp.find_circuit`, shown as a graph whose nodes show their numbers when they are clicked.
+        question: the title of the report; by default made of metric and model.
+        top: the number of features per effect that get feature cards.
 
     Raises:
-        FeatpatchError: pairs or SAEs that the effects are not of; a model without a tokenizer.
+        FeatpatchError: the pairs or SAEs are not those of the effects, or the model has no tokenizer.
     """
     check_kinds(Effects, effects=effects)
     check_kinds((Effects, NoneType), components=components, estimate=estimate)
@@ -116,7 +118,7 @@ def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
 
 @torch.no_grad()
 def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, Portrait]:
-    """Describe the features with the largest effects.
+    """Return feature cards of the features with the largest effects.
 
     Raises:
         FeatpatchError: the SAEs are not those of the effects.
@@ -143,7 +145,7 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
 
     @cache
     def features(name: str, prompt: tuple[int, ...]) -> torch.Tensor:
-        """Return the features `[pos, d_sae]` of a prompt, cached because many portraits show the same prompts."""
+        """Return the features `[pos, d_sae]` of a prompt, cached because many feature cards show the same prompts."""
         dictionary = by_name[name]
         return dictionary.split(runs[prompt][dictionary.reads], runs[prompt][dictionary.writes]).features[0]
 
@@ -175,12 +177,15 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
 
 
 def _comparable(effects: Effects, components: Effects) -> bool:
-    """Whether writers of features can be shown: all features and components were ranked at the same positions."""
+    """Return whether writers of features can be shown, because all features and components were ranked at the same positions.
+
+    A screened table does not hold all features.
+    """
     return "screening" not in effects.metadata and effects.metadata.get("positions") == components.metadata.get("positions")
 
 
 def _written(portrait: Portrait, node: Node, writers: "pd.DataFrame") -> Portrait:
-    """Add the components that write the feature, if they are known."""
+    """Return a feature card with the components that write the feature added, if they are known."""
     own = writers[(writers["sae"] == node.sae) & (writers["feature"] == node.index) & (writers["position"] == node.position)]
     names = [
         " ".join([row["site"], row["kind"], *([] if pd.isna(row["index"]) else [str(row["index"])]), f"({row['share']:.0%})"])

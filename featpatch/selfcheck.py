@@ -1,8 +1,8 @@
-"""Does a dictionary belong to this hook point of this model? Measured on the user's prompts, before anything is ranked.
+"""A check, on the user's prompts, whether a dictionary belongs to its hook point of this model.
 
-A dictionary that does not belong explains too little of the variance. To find the reason, it is then tried on centred
-activations, at the other hook points of its own layer and the two adjacent ones, and also at all other layers if it makes a
-claim, explains little, or explains more at one of those hook points.
+A dictionary that does not belong there explains too little of the variance. To find the reason, it is then tried on centred
+activations and at the other hook points of its own layer and the two adjacent ones. All other layers are tried too if its
+configuration claims an explained variance, if it explains little, or if it explains more at one of those hook points.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,28 +25,31 @@ POSITIONS = 256
 TRIED = 128
 """The number of positions on which other hook points are compared; the best hook point is then measured on `POSITIONS`."""
 FIRST = 3
-"""The number of tokens on which it is tried whether hook points can be read, and whether the laws hold."""
+"""The number of tokens on which it is tested whether hook points can be read, and whether patching all features and the error
+equals patching the whole activation."""
 GOOD = 0.95
-"""Explained variance of a dictionary without a claim above which no other hook point is tried."""
+"""The explained variance from which no other hook point is tried for a dictionary whose configuration claims none."""
 BETTER = 0.5
-"""Share of the variance left unexplained here that another hook point may leave unexplained, at most, to be named."""
+"""Another hook point is suggested if it leaves at most this share of the variance unexplained that is unexplained here."""
 MISFIT = 0.5
-"""Explained variance below which, or distance below the claim from which, a dictionary is a misfit wherever it is tried."""
+"""The explained variance below which a dictionary is a misfit even if no other hook point fits; also the shortfall from the
+claimed explained variance above which it is."""
 ROUNDING = 1e-4
-"""Deviation allowed of the identity and of the whole-site law, as a share of the largest value."""
+"""The largest accepted deviation, as a share of the largest value, of reconstruction + error from the activation, and of
+patching all features and the error from patching the whole activation."""
 
 
 @torch.no_grad()
 def check(model: Any, saes: Any, pairs: Pairs) -> Check:
-    """Measure on some prompts whether dictionaries fit the model.
+    """Check on some prompts whether dictionaries fit the model.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        saes: what `rank_features` takes.
-        pairs: prompts; their answers play no part.
+        saes: the SAEs, as in `rank_features`.
+        pairs: the prompts; their answers are not used.
 
     Raises:
-        FeatpatchError: the input is unusable, or no clean prompt differs from its corrupted one.
+        FeatpatchError: the input is not valid, or every corrupted prompt is the same as its clean prompt.
     """
     check_pairs(pairs)
     lens = wrap(model)
@@ -68,8 +71,9 @@ class Explained:
 
     Attributes:
         variance: the explained variance.
-        l0: active features per position.
-        identity: largest deviation of reconstruction + error from the activation, as a share of its largest value.
+        l0: the mean number of active features per position.
+        identity: the largest deviation of reconstruction + error from the activation, as a share of the activation's largest
+            value.
     """
 
     variance: float
@@ -79,11 +83,11 @@ class Explained:
 
 @dataclass(frozen=True)
 class Runs:
-    """Activations of some prompts at some hook points; one entry per prompt.
+    """Activations of some prompts at some hook points.
 
     Attributes:
-        activations: by hook point, `[1, pos, d]` each.
-        kept: which positions are not special, `[pos]`.
+        activations: for each hook point, the activations `[1, pos, d]` of each prompt.
+        kept: for each prompt, a mask of the positions that are not special, `[pos]`.
     """
 
     activations: Mapping[str, list[torch.Tensor]]
@@ -91,7 +95,7 @@ class Runs:
 
     @classmethod
     def of(cls, lens: Lens, hooks: Iterable[str], pairs: Pairs, positions: int = POSITIONS) -> "Runs":
-        """Run the first prompts, as many as are needed for this number of positions."""
+        """Run the first pairs, as many as are needed for this number of positions."""
         hooks = sorted(hooks)
         runs = cls({hook: [] for hook in hooks}, [])
         kept = list[torch.Tensor]()
@@ -108,37 +112,37 @@ class Runs:
         return runs
 
     def fit(self, dictionary: Dictionary) -> bool:
-        """Whether the dictionary's hook points could be read and have its width."""
+        """Return whether the dictionary's hook points could be read and have the dictionary's width."""
         hooks = (dictionary.reads, dictionary.writes)
         widths = [self.activations[hook][0].shape[2] for hook in hooks if hook in self.activations]
         return widths == [dictionary.codec.d_in, dictionary.codec.d_out]
 
     @property
     def positions(self) -> int:
-        """How many positions are not special."""
+        """The number of positions that are not special."""
         return sum(int(kept.sum()) for kept in self.kept)
 
 
 @dataclass(frozen=True)
 class Few:
-    """Activations of a few prompts at hook points that may be the right ones for a dictionary."""
+    """Activations of a few prompts at candidate hook points of a dictionary."""
 
     runs: Runs
 
     @classmethod
     def of(cls, lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> "Few":
-        """Run the first prompts for `TRIED` positions, and read the hook points of these dictionaries that can be read."""
+        """Run the first prompts for `TRIED` positions, and read those hook points of these dictionaries that can be read."""
         hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
         return cls(Runs.of(lens, hooks, pairs, TRIED) if hooks else Runs({}, []))
 
     def compared(self, places: Sequence[Dictionary]) -> list[tuple[float, Dictionary]]:
-        """The explained variance of a dictionary at each of these places that could be read."""
+        """Return the explained variance of a dictionary at each of these places that could be read."""
         tried = [(_tried(place, self.runs), place) for place in places if self.runs.fit(place)]
         return [(variance, place) for variance, place in tried if variance is not None]
 
 
 def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
-    """The hook points that fire and hold finite numbers, found by bisection on the first tokens of a prompt."""
+    """Return the hook points that can be read and hold finite numbers, found by bisection on the first tokens of a pair."""
     if not hooks:
         return []
     try:
@@ -150,7 +154,10 @@ def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
 
 
 def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
-    """The dictionary at the other hook points of its layer and of the two adjacent layers, and at its own hook point of all."""
+    """Return copies of a dictionary at other hook points.
+
+    These are all hook points of its own layer and the two adjacent ones, and the same hook point of all other layers.
+    """
     layer, name = sites.layer_of(dictionary.reads), sites.within(dictionary.reads)
     return [
         place
@@ -160,7 +167,7 @@ def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
 
 
 def _suspect(dictionary: Dictionary, here: float) -> bool:
-    """Whether a dictionary explains so little that other hook points are tried."""
+    """Return whether a dictionary explains so little that other hook points are tried."""
     expected = dictionary.training.explained_variance
     return here < (GOOD if expected is None else expected - MARGIN)
 
@@ -206,7 +213,7 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
 
 
 def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> float | None:
-    """The explained variance at hook points that may be wrong; None if the dictionary gives no finite numbers there."""
+    """Return the explained variance at candidate hook points, or None if the dictionary gives no finite numbers there."""
     try:
         return _explained(dictionary, runs, centred=centred).variance
     except FeatpatchError:
@@ -214,10 +221,10 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
 
 
 def _elsewhere(lens: Lens, dictionary: Dictionary, near: Few, pairs: Pairs, here: float) -> list[tuple[float, str]]:
-    """The explained variance at the best other hook point, with its name; empty if no other hook point can be read.
+    """Return the explained variance at the best other hook point, with its name; empty if none explains more than `here`.
 
-    A dictionary without a claim that explains a fair share here, and no more at any hook point of this layer and the adjacent
-    ones, is taken to be where it belongs; other layers are then not tried.
+    A dictionary whose configuration claims no explained variance, that explains a fair share here and no more at any hook point
+    of this layer and the adjacent ones, is assumed to be at the right hook point; other layers are then not tried.
     """
     close = _near(lens, dictionary)
     tried = near.compared(close)
@@ -234,7 +241,7 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, near: Few, pairs: Pairs, here
 
 
 def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Few, pairs: Pairs, done: Iterable[str], here: float) -> str:
-    """Why the dictionary does not fit; empty if it does."""
+    """Return why the dictionary does not fit, or an empty text if it does."""
     said = dictionary.training
     expected = said.explained_variance
     if not _suspect(dictionary, here):
@@ -259,7 +266,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Few, pairs: Pa
 
 
 def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
-    """How the weights of the training were processed differently, as far as it changes the dictionary's hook points."""
+    """Return how weights were processed differently in training, as far as it affects the dictionary's hook points."""
     said = dictionary.training
     seen = {"fold_ln"} if sites.after_norm(dictionary.reads) else set()
     seen |= {"center_writing_weights"} if sites.on_stream(dictionary.writes) else set()
@@ -270,9 +277,13 @@ def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
 
 
 def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
-    """How far all features and the error are from the whole activation, as a share of the largest logit.
+    """Return the largest difference in logits between patching all features with the error and patching the whole activation.
 
-    The law holds for any tokens, so the first of a prompt and those from the first difference on are enough.
+    It is a share of the largest logit. The two patches are equal for any tokens, so the first token of a prompt and a few from
+    the first difference on are enough.
+
+    Raises:
+        FeatpatchError: the clean and corrupted prompts are the same in every pair.
     """
     pair = next((pair for pair in pairs if pair.clean != pair.corrupted), None)
     if pair is None:

@@ -1,4 +1,4 @@
-"""Make text from users, files and other libraries safe to show in a terminal, figure, spreadsheet or error message."""
+"""Functions that make text from users, files and other libraries safe for terminals, figures, spreadsheets and errors."""
 
 import re
 from html import escape
@@ -15,7 +15,7 @@ UNSAFE_ADVICE = re.compile(
     "weights_only|trust_remote_code|ignore_mismatched_sizes|use_safetensors|allow_pickle=True|safe_globals"
     "|trust the source|trusted source|arbitrary code|two options"
 )
-"""Found in sentences by which other libraries advise to run code from a file or to ignore what is wrong with it."""
+"""A pattern for sentences in which other libraries advise to run code from a file or to ignore what is wrong with it."""
 
 
 def visible(text: str) -> str:
@@ -31,7 +31,7 @@ def in_figure(text: str) -> str:
 
 
 def for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """A copy of a table for a spreadsheet: texts that it would take for formulas begin with an apostrophe."""
+    """Return a copy of a table in which texts that a spreadsheet would take for formulas begin with an apostrophe."""
     texts = frame.select_dtypes(exclude=["number", "bool"])
     return frame.assign(**{name: texts[name].map(_cell) for name in texts}).rename(columns=_cell)
 
@@ -49,6 +49,6 @@ def without_folder(name: str) -> str:
 
 
 def short(error: Exception) -> str:
-    """The message of another library's exception on one line of at most 300 characters, without unsafe advice."""
+    """Return the message of another library's exception on one line of at most 300 characters, without unsafe advice."""
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
     return " ".join(each for each in sentences if not UNSAFE_ADVICE.search(each))[:300]

@@ -1,13 +1,13 @@
-"""The result of a check: whether dictionaries fit a model."""
+"""The result of `fp.check`: whether dictionaries fit a model."""
 
 from dataclasses import dataclass
 
 from featpatch.untrusted import visible
 
 LITTLE = 0.5
-"""Explained variance below which a dictionary is not said to fit."""
+"""The explained variance below which a dictionary is not reported as fitting."""
 MARGIN = 0.05
-"""How far the explained variance may lie below what the dictionary's configuration claims."""
+"""The largest accepted shortfall of the explained variance from the value that the dictionary's configuration claims."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,16 @@ class Fit:
     """The fit of one dictionary to the model, measured on the prompts of a check.
 
     Attributes:
-        dictionary: its name.
-        identity: largest deviation of reconstruction + error from the activation, as a share of its largest value.
-        whole_site: largest deviation of the logits with all features and the error swapped from those with the whole
-            activation swapped, as a share of the largest logit.
-        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, special tokens left out.
+        dictionary: the name of the dictionary.
+        identity: the largest deviation of reconstruction + error from the activation, as a share of the activation's largest
+            value.
+        whole_site: the largest deviation of the logits with all features and the error patched from those with the whole
+            activation patched, as a share of the largest logit.
+        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, without special tokens.
         expected: the explained variance that the dictionary's configuration or the registry claims, if any.
-        l0: features that are not 0, per position.
-        misfit: why it does not fit; empty if it does.
-        remarks: other things to know, e.g. prompts longer than those of its training.
+        l0: the mean number of nonzero features per position.
+        misfit: the reason why the dictionary does not fit; empty if it does.
+        remarks: further remarks, for example that prompts are longer than those of its training.
     """
 
     dictionary: str
@@ -37,7 +38,7 @@ class Fit:
 
     @property
     def verdict(self) -> str:
-        """The outcome in a few words."""
+        """The result of the check in a few words."""
         if self.misfit:
             return "does not fit"
         if self.short:
@@ -46,12 +47,12 @@ class Fit:
 
     @property
     def short(self) -> bool:
-        """Whether it explains less than its configuration claims, by more than `MARGIN`."""
+        """Whether the dictionary explains less than its configuration claims, by more than `MARGIN`."""
         return self.expected is not None and self.explained_variance < self.expected - MARGIN
 
     @property
     def ok(self) -> bool:
-        """Whether it fits, and explains as much as its configuration claims if it claims anything."""
+        """Whether the dictionary fits, and explains as much as its configuration claims if it claims anything."""
         return not (self.misfit or self.short)
 
 
@@ -60,9 +61,9 @@ class Check:
     """The outcome of `fp.check`.
 
     Attributes:
-        model, weights: the model's name and how its weights were processed.
-        positions: how many positions the explained variance is measured on.
-        fits: one entry per dictionary.
+        model, weights: the name of the model, and how its weights were processed.
+        positions: the number of positions on which the explained variance was measured.
+        fits: the fit of each dictionary.
     """
 
     model: str
@@ -81,5 +82,5 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether every dictionary is ok."""
+        """Whether every dictionary fits and explains as much as its configuration claims."""
         return all(fit.ok for fit in self.fits)

@@ -1,4 +1,4 @@
-"""Measure a random sample of a table's rows again, and compare."""
+"""Verification of a table of effects: a random sample of its rows is measured again and compared."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from featpatch.patching import Asked, Study, component_study, feature_study, pat
 from featpatch.untrusted import visible
 
 TOLERANCE = 1e-4
-"""The accepted difference relative to gap or size, which covers rounding and other batch sizes in float32."""
+"""The accepted difference as a share of gap or size, which covers rounding and other batch sizes in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Verified:
     """The result of `verify`.
 
     Attributes:
-        nodes: the rows that were measured again.
-        differences: by row the largest difference of any pair and direction, as a share of the mean gap, or of the metric's
-            size where that is larger: rounding goes with the size.
-        tolerance: what is accepted.
-        versions: of libraries that are not those of the table, as `name: then -> now`.
+        nodes: the nodes whose rows were measured again.
+        differences: for each row, the largest difference over pairs and directions, as a share of the mean gap, or of the
+            metric's size if that is larger, because rounding errors are proportional to the size.
+        tolerance: the largest accepted difference.
+        versions: the libraries whose version differs from that of the table, as `name: then -> now`.
     """
 
     nodes: tuple[Node, ...]
@@ -40,11 +40,11 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        """Whether every row has its old values, up to the tolerance."""
+        """Whether every row has the same values as before, up to the tolerance."""
         return all(difference <= self.tolerance for difference in self.differences)
 
     def table(self) -> pd.DataFrame:
-        """Return one row per row that was measured again, the largest difference first."""
+        """Return the rows that were measured again with their differences, the largest first."""
         table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)
 
@@ -68,17 +68,19 @@ def verify(
     tolerance: float = TOLERANCE,
     progress: bool = True,
 ) -> Verified:
-    """Whether a table's values come out again: a random sample of its rows is patched anew and compared.
+    """Verify that a table's values can be reproduced, by measuring a random sample of its rows again.
 
     Args:
-        effects: exact ones, of `rank_features`, `rank_components` or `rank_paths`.
-        model, pairs, saes: those that it is of; their digests are compared first.
-        rows: how many, at most.
-        seed: draws them.
-        tolerance: accepted difference, as a share of the mean gap or of the metric's size, whichever is larger.
+        effects: a table of exact effects of `rank_features`, `rank_components` or `rank_paths`.
+        model, pairs, saes: the model, pairs and SAEs of the table; their digests are compared first.
+        rows: the largest number of rows to measure again.
+        seed: the seed of the random sample.
+        tolerance: the accepted difference, as a share of the mean gap or of the metric's size, whichever is larger.
+        progress: whether to show a progress bar.
 
     Raises:
-        FeatpatchError: another model, other pairs or SAEs; a table of another kind, of estimates, of noise or of a function.
+        FeatpatchError: the model, pairs or SAEs are not those of the table; or the table holds estimates, ablations, effects of
+            prompts corrupted by noise, or a metric that is a function.
     """
     check_kinds(Effects, effects=effects)
     about = effects.metadata

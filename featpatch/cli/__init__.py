@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line, which parses options, calls the library and prints the results."""
 
 from featpatch.cli import check, components, demo, estimate, info, plan, rank, report, stream, study, tasks, verify
 from featpatch.cli.app import app

@@ -1,4 +1,7 @@
-"""The command-line program, its console and its errors. Exit codes: 0 done, 1 check failed, 2 bad input, 130 interrupted."""
+"""The command-line program, its console and its error handling.
+
+Exit codes are 0 for success, 1 for a failed check, 2 for bad input and 130 for an interruption.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +24,14 @@ class Program(TyperGroup):
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Parse the options of a command and run it."""
+        """Parse the options of a command, and run it."""
         with _visible_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
 def _visible_errors() -> Iterator[None]:
-    """Context manager that escapes control characters in the messages of Typer's exceptions."""
+    """Escape control characters in the messages of Typer's exceptions that are raised within the context."""
     try:
         yield
     except Exception as error:
@@ -54,7 +57,7 @@ def console(*, json: bool = False) -> PlainConsole:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Context manager that turns a FeatpatchError into one line and exit code 2, and an interruption into exit code 130."""
+    """Turn a FeatpatchError within the context into one line and exit code 2, and an interruption into exit code 130."""
     try:
         yield
     except KeyboardInterrupt as error:

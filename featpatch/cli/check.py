@@ -1,4 +1,4 @@
-"""featpatch check."""
+"""The command `featpatch check`."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""featpatch components."""
+"""The command `featpatch components`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""featpatch demo."""
+"""The command `featpatch demo`."""
 
 from pathlib import Path
 from typing import Annotated, Literal

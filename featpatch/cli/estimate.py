@@ -1,4 +1,4 @@
-"""featpatch attribute."""
+"""The command `featpatch attribute`."""
 
 from pathlib import Path
 

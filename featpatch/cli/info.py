@@ -1,4 +1,4 @@
-"""featpatch info."""
+"""The command `featpatch info`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Options that commands share, and what they mean for the library."""
+"""Options that several commands share, and their conversion to arguments of the library."""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Threshold = Annotated[
     float, typer.Option(help="For quadrants: the share of the whole activation's effect above which an effect counts.")
 ]
 OwnThreshold = Annotated[float | None, Threshold.__metadata__[0]]
-"""For a table that is loaded: by default the threshold that was saved with it."""
+"""The option for the threshold of a table that is loaded; by default the threshold that was saved with it."""
 SHARE = 0.01
 """The default threshold."""
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -65,7 +65,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 @dataclass(frozen=True)
 class Shown:
-    """How many rows are shown, what they are sorted by, and the threshold for their quadrants.
+    """The options that determine which rows are shown.
+
+    Attributes:
+        top: the number of rows.
+        by: the effect by which rows are sorted.
+        threshold: the threshold for quadrants.
 
     Raises:
         FeatpatchError: the threshold is not a share.
@@ -85,7 +90,7 @@ class Shown:
         """Check the options before anything is computed.
 
         Raises:
-            FeatpatchError: the rows can't be sorted by an effect whose direction is not run; the threshold is not a share.
+            FeatpatchError: the rows are to be sorted by an effect whose direction is not run, or the threshold is not a share.
         """
         from featpatch.effects import EFFECTS
         from featpatch.effects.effects import sorting
@@ -114,7 +119,7 @@ def study(
     *,
     progress: bool,
 ) -> dict[str, Any]:
-    """The arguments of `rank_features` and `plan`; prints how the SAEs fit the model."""
+    """Return the arguments of `rank_features` and `plan` after printing how well the SAEs fit the model."""
     from featpatch.terminal import checked
 
     work = alone(model, sae, pairs, positions, direction, metric, device, progress=progress)
@@ -125,7 +130,7 @@ def study(
 def alone(
     model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str, *, progress: bool
 ) -> dict[str, Any]:
-    """Return the same arguments as `study`, without a check of the SAEs, of which there may be none."""
+    """Return the same arguments as `study` without checking the SAEs, of which there may be none."""
     loaded = fp.load(model, sae, device=device, check=False, progress=progress)
     return {
         "model": loaded.model,
@@ -143,7 +148,7 @@ def ways(direction: str) -> Any:
 
 
 def executor(name: str, address: str | None, workers: int | None) -> Any:
-    """Make the executor of a name with its options.
+    """Make the executor with this name and its options.
 
     Raises:
         FeatpatchError: an option belongs to another executor.
@@ -159,12 +164,12 @@ def executor(name: str, address: str | None, workers: int | None) -> Any:
 
 
 def of_sequences(metric: list[str]) -> bool:
-    """Whether the metrics read answers of several tokens."""
+    """Return whether the metrics need answers that are sequences of tokens."""
     return all(name.startswith("sequence_") for name in metric)
 
 
 def spans(text: str) -> str | list[int | str]:
-    """Parse positions for the library; quoted text is always a label."""
+    """Parse the option for positions; quoted text is always a label."""
     if text in ("all", "each"):
         return text
     found: list[int | str] = []
@@ -178,5 +183,5 @@ def spans(text: str) -> str | list[int | str]:
 
 
 def integer(text: str) -> int | None:
-    """Parse digits as an integer; None for other text and for numbers that are too long to be a position or a layer."""
+    """Parse digits as an integer; return None for other text and for numbers that are too long for a position or a layer."""
     return int(text) if text.isdecimal() and len(text) < DIGITS else None

@@ -16,7 +16,7 @@ from featpatch.files import Lock, as_path, check_writable, lock, write_csv
 FILES = EFFECTS, CSV, REPORT = "effects.safetensors", "effects.csv", "report.html"
 
 UNFINISHED = "unfinished"
-"""The subfolder for the results of an interrupted sweep; of further ones `unfinished-2` and so on."""
+"""The subfolder for the results of an interrupted sweep; those of further ones are `unfinished-2` and so on."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Output:
         """Create the folder if it is missing, check that it can be written to, and lock it.
 
         Args:
-            folder: for the results.
-            journal: a file that must be none of the results.
+            folder: the folder for the results.
+            journal: the journal of the sweep, which must not be one of the result files.
 
         Raises:
             FeatpatchError: the path is a file, can't be written to, or is in use by another command.
@@ -53,7 +53,7 @@ class Output:
             ) from error
 
     def check_same(self, study: Mapping[str, Any], *, kind: str, screening: Mapping[str, Any] | None = None) -> None:
-        """Refuse to replace the results of other models, SAEs, pairs or options.
+        """Check that no results of other models, SAEs, pairs or options would be replaced.
 
         Args:
             study: the arguments of the ranking.
@@ -92,18 +92,18 @@ class Output:
             )
 
     def write(self, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> Path:
-        """Write all files. Those of an interrupted sweep go to a subfolder of their own, so that they replace nothing.
+        """Write all files; those of an interrupted sweep go to a subfolder of their own, so that they replace nothing.
 
         Args:
             effects: the results.
-            top: how many rows the report shows.
+            top: the number of rows that the report shows.
             study: the arguments of the ranking.
 
         Returns:
             The folder that holds the files.
 
         Raises:
-            FeatpatchError: not all can be written there; the message says which are where.
+            FeatpatchError: not all files can be written there; the message says where each was written.
         """
         folder = self.folder if effects.finished else _unused(self.folder / UNFINISHED)
         written, error = _write(folder, effects, top, study)
@@ -129,7 +129,11 @@ def _unused(folder: Path) -> Path:
 def _write(
     folder: Path, effects: "fp.Effects", top: int, study: Mapping[str, Any]
 ) -> tuple[list[str], FeatpatchError | OSError | None]:
-    """Write what can be written, all at once in the end; return the names of the files, and why others are missing."""
+    """Write the files and move them into the folder together at the end, also if some of them can't be made.
+
+    Returns:
+        The names of the files that were written, and the error that prevented others, if any.
+    """
     written: list[str] = []
     known = {name: study[name] for name in ("model", "saes", "pairs") if name in study}
     try:
@@ -150,7 +154,7 @@ def _write(
 
 
 def _kind(effects: "fp.Effects") -> str:
-    """Name the kind of results that a table holds."""
+    """Return the name of the kind of results that a table holds."""
     if effects.value == "estimate":
         return f"estimates by {effects.metadata['method']}"
     if "components" in effects.metadata:

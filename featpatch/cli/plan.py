@@ -1,4 +1,4 @@
-"""featpatch plan, featpatch predict."""
+"""The commands `featpatch plan` and `featpatch predict`."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""featpatch rank."""
+"""The command `featpatch rank`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

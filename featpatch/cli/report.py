@@ -1,4 +1,4 @@
-"""featpatch report, featpatch compare."""
+"""The commands `featpatch report` and `featpatch compare`."""
 
 import json
 from pathlib import Path

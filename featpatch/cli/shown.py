@@ -1,4 +1,4 @@
-"""Show effects on the terminal or as JSON, and write them to files."""
+"""Output of effects on the terminal, as JSON and as files."""
 
 import json
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ def show(
     *,
     as_json: bool = False,
 ) -> None:
-    """Write the files, and print the first rows and the sites.
+    """Write the files, and print the first rows and the summary of hook points.
 
     Args:
-        shown: which rows are printed.
+        shown: the options that determine which rows are printed.
         study: the arguments of the ranking; the report shows its model, SAEs and pairs.
 
     Raises:
@@ -79,7 +79,10 @@ def _audit(effects: "fp.Effects", top: int) -> Any:
 
 
 def _residuals(metadata: Mapping[str, Any]) -> str:
-    """Say how far the estimates are from adding up to the whole site, and how far that is from a patched run."""
+    """Return a sentence on the residuals of the estimates.
+
+    These are the deviation of summed estimates from the estimate of the whole activation, and of the latter from a patched run.
+    """
     sums = (
         f"estimates: features and error add up to the whole site within {metadata['completeness_residual']:.1g} of the mean gap"
     )
@@ -90,7 +93,7 @@ def _residuals(metadata: Mapping[str, Any]) -> str:
 
 
 def in_json(effects: "fp.Effects", shown: Shown) -> str:
-    """Return the first rows, the sites and the metadata as JSON, with NaN as null."""
+    """Return the first rows, the summary of hook points and the metadata as JSON, with NaN as null."""
     tables = {"effects": shown.rows(effects).to_pandas(), "sites": effects.sites()}
     rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     content = {"value": effects.value, "pairs": len(effects.clean), **rows, "metadata": effects.about()}

@@ -1,4 +1,4 @@
-"""featpatch stream."""
+"""The command `featpatch stream`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""featpatch run: a study that is written down."""
+"""The command `featpatch run`, which reads the options of another command from a file."""
 
 import re
 import sys
@@ -30,10 +30,10 @@ def run(study: Annotated[Path, typer.Argument(help="A TOML file: command = 'rank
 
 
 def read(study: Path) -> list[str]:
-    """The command line that the file stands for.
+    """Convert a study file to the arguments of a command line.
 
     Raises:
-        FeatpatchError: no such file, no TOML, no command, or a value that is no option.
+        FeatpatchError: the file can't be read, is not TOML or names no command, or a value can't be an option.
     """
     try:
         content: dict[str, Any] = tomllib.loads(study.read_text(encoding="utf-8-sig"))

@@ -1,4 +1,4 @@
-"""featpatch tasks."""
+"""The command `featpatch tasks`."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def tasks(
 
 
 def _about(make: Any) -> dict[str, str]:
-    """Return what a task is about and its labels, in the words of its docstrings."""
+    """Return a description of a task and its labels, taken from its docstrings."""
     module = getdoc(getmodule(make)) or ""
     labels = re.search(r"Labels: [^.]*\.", getdoc(make) or "")
     return {"about": " ".join(module.split("\n\n")[0].split()), "labels": " ".join(labels[0].split()) if labels else ""}

@@ -1,4 +1,4 @@
-"""featpatch verify."""
+"""The command `featpatch verify`."""
 
 import json
 from pathlib import Path

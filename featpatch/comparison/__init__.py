@@ -1,4 +1,4 @@
-"""Features beside components: where the two rankings agree, and which component writes which feature."""
+"""Comparison of features with components: how far the two rankings agree, and which component writes which feature."""
 
 from featpatch.comparison.cells import Agreement
 from featpatch.comparison.comparison import Comparison, compare

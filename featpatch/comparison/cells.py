@@ -1,6 +1,6 @@
-"""Components beside the features of the dictionaries at the same place, and how far the two rank places alike.
+"""Comparison of components with the features of dictionaries at the same hook point and position.
 
-A *cell* is a site and a position at which both were ranked: the component is the whole activation there, beside it stands the
+A *cell* is a hook point and a position at which both were ranked. It compares the effect of the whole activation there with the
 sum of the effects of all single features of a dictionary.
 """
 
@@ -22,7 +22,7 @@ LISTED = 4
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far components and features rank the cells alike.
+    """The agreement of components and features on the ranking of the cells.
 
     Attributes:
         correlation: Spearman's rank correlation over the cells; NaN with fewer than 2, or where one side is constant.
@@ -36,11 +36,13 @@ class Agreement:
 
 
 def joined(features: Effects, components: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
-    """One row per component and dictionary at its site and position; what one table lacks is NaN in its columns.
+    """Return one row per component and dictionary at the same hook point and position.
 
-    Columns: `site`, `position`, `layer`; `kind`, `index` and each effect, e.g. `recovery`, of the component; `sae`,
-    `changed_features`, and of each effect `recovery_features` (sum over single features), `recovery_all_features`,
-    `recovery_error`, `recovery_activation`, `recovery_best` and `recovery_best_feature` (the largest of a single feature).
+    Columns are `site`, `position` and `layer`; `kind`, `index` and each effect, such as `recovery`, of the component; and for
+    the dictionary `sae`, `changed_features` and for each effect `recovery_features` (sum over single features),
+    `recovery_all_features`, `recovery_error`, `recovery_activation`, `recovery_best` (the largest effect of a single feature)
+    and `recovery_best_feature` (its index). If only one of the tables has the hook point and position, the columns of the other
+    are NaN.
     """
     right = _by_dictionary(features, effects)
     left = named(components, effects).drop(columns="sae")
@@ -57,7 +59,7 @@ def joined(features: Effects, components: Effects, effects: Sequence[Effect]) ->
 
 
 def named(table: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
-    """The nodes of a table with their pooled effects."""
+    """Return the fields of the nodes of a table with their pooled effects."""
     fields = ("site", "kind", "index", "position", "sae")
     frame = pd.DataFrame({name: pd.Series([getattr(node, name) for node in table.nodes], dtype=object) for name in fields})
     frame["index"] = frame["index"].astype("Int64")
@@ -65,12 +67,12 @@ def named(table: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
 
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `joined` in which whole activations stand beside features."""
+    """Return the rows of `joined` that are cells: whole activations that have features at the same place."""
     return table[(table["kind"] == "activation") & table["sae"].notna()]
 
 
 def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
-    """Over the cells of `joined`; those with unknown values are left out."""
+    """Measure the rank agreement over the cells of `joined`; cells with unknown values are left out."""
     found = cells(table)
     pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
     reason = _reason(table, len(found), pairs)
@@ -78,7 +80,13 @@ def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
 
 
 def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
-    """Say why there is no rank correlation over `count` cells, `pairs` of them with known effects; empty if there is one."""
+    """Return why there is no rank correlation over `count` cells, or an empty text if there is one.
+
+    Args:
+        table: the table of `joined`.
+        count: the number of cells.
+        pairs: the known effects of components and of summed features, `[cells, 2]`.
+    """
     if not count:
         return (
             "the tables have no hook point and position in common: the features are at "
@@ -100,7 +108,7 @@ def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
 
 
 def _places(rows: pd.DataFrame) -> str:
-    """Name the first hook points of some rows, with their positions."""
+    """Return the names of the first hook points of some rows, with their positions."""
     positions: dict[str, dict[str, None]] = defaultdict(dict)
     for site, position in zip(rows["site"], rows["position"], strict=True):
         positions[site][str(position)] = None
@@ -109,12 +117,12 @@ def _places(rows: pd.DataFrame) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """List the first names, and say how many more there are."""
+    """Return the first names as a list in words, with the number of further names."""
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _advice(features: pd.DataFrame) -> str:
-    """Say which components to rank for a comparison with these features."""
+    """Return advice on which components to rank for a comparison with these features."""
     names = {name: hook for name, hook in sites.WHOLE.items() if any(site.endswith(f".{hook}") for site in features["site"])}
     if not names:
         return f"rank features of SAEs at {', '.join(sites.WHOLE)}: only there does rank_components patch whole activations"
@@ -125,7 +133,7 @@ def _advice(features: pd.DataFrame) -> str:
 
 
 def _by_dictionary(features: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
-    """One row per dictionary, site and position of the table: sums and best features over all that were ranked there."""
+    """Return one row per dictionary, hook point and position, with the sum and the best of all features ranked there."""
     whole, shown = features.whole, {(node.site, node.position) for node in features.nodes}
     rows = defaultdict(list)
     for row, node in enumerate(whole.nodes):

@@ -1,4 +1,4 @@
-"""Features beside components of the same pairs: one table, how far they agree, and which component writes which feature."""
+"""The comparison of features with components over the same pairs."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from featpatch.untrusted import visible
 
 SHOWN = 5
 SAME = ("pairs", "of_pairs", "metric", "noise", "ablation")
-"""Metadata in which the tables must agree."""
+"""The metadata entries in which the tables must agree."""
 SLACK = 0.05
-"""By how much the metric of an unpatched run may differ between the tables, as a share of its size."""
+"""The largest accepted difference between the tables in the metric of an unpatched run, as a share of the metric's size."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,9 +31,9 @@ class Comparison:
 
     Attributes:
         features, components: the tables that were compared.
-        table: one row per component and dictionary at its site and position, see `cells.joined`.
-        agreement: for each effect how far components and features rank the places alike.
-        written: which component writes which feature; None without a model.
+        table: one row per component and dictionary at the same hook point and position, see `cells.joined`.
+        agreement: for each effect, the agreement of components and features on the ranking of hook points and positions.
+        written: the contributions of components to features; None if no model was given.
     """
 
     features: Effects
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def through(self) -> pd.DataFrame:
-        """Return, for each of the top heads and MLPs, the features through which it acts; columns as in `written.Written`.
+        """For each of the top heads and MLPs, the features through which it acts; columns as in `written.Written`.
 
         Raises:
             FeatpatchError: the comparison was made without a model.
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def writers(self) -> pd.DataFrame:
-        """Return, for each of the top features, the heads and MLPs that write it, and the residual stream that enters block 0.
+        """For each of the top features, its writers: heads, MLPs and the residual stream that enters layer 0.
 
         Raises:
             FeatpatchError: the comparison was made without a model.
@@ -61,7 +61,7 @@ class Comparison:
         return self._written().writers
 
     def plot(self) -> Any:
-        """A `plotly.graph_objects.Figure`: the effect of each place's component against the sum over its features."""
+        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`."""
         return plot.scatter(self.table, list(self.agreement))
 
     def _written(self) -> Written:
@@ -107,25 +107,25 @@ class Comparison:
 def compare(
     features: Effects, components: Effects, *, model: Any = None, saes: Any = None, pairs: Pairs | None = None, top: int = 20
 ) -> Comparison:
-    """Features beside components, by the same metric on the same pairs.
+    """Compare features with components, by the same metric on the same pairs.
 
-    Rows that were taken from a table (`effects.top(20)`) choose what is shown; sums run over all features that were ranked.
+    If rows were taken from a table (`effects.top(20)`), only these are shown; sums run over all features that were ranked.
 
-    With model, SAEs and pairs it is measured which component writes which feature, by encoding the stream with and without the
-    change of what the component writes, clean minus corrupted, as in denoising; in noising contributions have the other sign
-    and the same shares. The definition is in `contributions`.
+    With model, SAEs and pairs, the contribution of each component to each feature is measured: the residual stream is encoded
+    with and without the change in what the component writes, clean minus corrupted, as in denoising. In noising, contributions
+    have the opposite sign and the same shares. The definition is in `contributions`.
 
     Args:
-        features: from `rank_features`.
-        components: from `rank_components`.
-        model, saes, pairs: those that were ranked, for `through` and `writers`; all three or none. SAEs that do not read the
-            residual stream are left out.
-        top: how many components and features to take apart, by recovery, or degradation where recovery was not run; and how
-            many features to tell of each component.
+        features: the table of `rank_features`.
+        components: the table of `rank_components`.
+        model, saes, pairs: the model, SAEs and pairs that were ranked, for `through` and `writers`; all three or none. SAEs
+            that do not read the residual stream are left out.
+        top: the number of components and of features to analyse, by recovery, or by degradation if recovery was not run; and
+            the number of features to list for each component.
 
     Raises:
-        FeatpatchError: tables of different pairs, metrics or models, or that share no direction; a table of other rows; a
-            model without SAEs and pairs, or others than those that were ranked.
+        FeatpatchError: the tables are of different pairs, metrics or models, share no direction, or are not tables of features
+            and of components; a model is given without SAEs and pairs; or these are not those that were ranked.
     """
     check_kinds(Effects, features=features, components=components)
     check_numbers(1, top=top)
@@ -141,7 +141,11 @@ def compare(
 
 
 def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
-    """The effects that both tables hold, after a check that they are of the same thing."""
+    """Return the effects that both tables hold, after checking that the tables can be compared.
+
+    Raises:
+        FeatpatchError: they can't, see `compare`.
+    """
     if not any(node.sae for node in features.nodes) or any(node.sae for node in components.nodes) or not len(components):
         raise FeatpatchError(
             f"features holds {_kinds(features)} and components {_kinds(components)}: expected rows of SAEs in the first table "

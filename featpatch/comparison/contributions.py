@@ -1,10 +1,11 @@
-"""How much of a feature's change a writer writes: by encoding with and without it, which is right for any encoder.
+"""Contributions of writers to the change of a feature, measured by encoding with and without a writer's change.
 
     contribution = 1/2 [ f(x_b + d) - f(x_b)  +  f(x_s) - f(x_s - d) ]        d: change of what the writer writes
 
-Base b is the corrupted run and source s the clean one, as in denoising; for noising both it and the feature's change turn their
-sign, and the share stays. The contribution is `d . w_enc` where the encoder is linear, or the feature is on in all four places,
-and then the shares of all writers add up to 1. Elsewhere (thresholds, TopK, norms) they need not.
+This definition holds for any encoder. Base b is the corrupted run and source s the clean run, as in denoising; in noising both
+the contribution and the feature's change have the opposite sign, so that the share is the same. If the encoder is linear, or
+the feature is active at all four points, the contribution is `d . w_enc` and the shares of all writers add up to 1. Otherwise
+(thresholds, TopK, norms) they need not.
 """
 
 from collections.abc import Sequence
@@ -22,14 +23,19 @@ from featpatch.pairs import Pair, Pairs
 from featpatch.patch import Position
 
 VALUES = 2**23
-"""Feature values that are encoded together."""
+"""The largest number of feature values that are encoded together."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Features `[features]` of a dictionary that reads the stream at a position, and writers before it.
+    """A request for the contributions of some writers to some features.
 
-    `complete` says that the writers are all that there are.
+    Attributes:
+        dictionary: the dictionary of the features, which reads the residual stream.
+        position: the position at which it is read.
+        writers: writers upstream of the dictionary.
+        features: the indices of the features, `[features]`.
+        complete: whether these are all writers to the residual stream upstream of the dictionary.
     """
 
     dictionary: Dictionary
@@ -41,15 +47,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Contributions:
-    """In units of a feature's activation, summed over the position's tokens, means over pairs.
+    """Contributions of writers to features, in units of the feature's activation, summed over tokens and averaged over pairs.
 
-    A feature may rise in one pair and fall in another; in each, a contribution counts as positive where it has the sign of the
-    feature's own change.
+    A feature may rise in one pair and fall in another; in each pair, a contribution counts as positive if it has the sign of
+    the feature's own change.
 
     Attributes:
-        contribution: `[writers, features]`.
-        change: size of the features' own change, `[features]`.
-        changed: which writers change in some pair, `[writers]`.
+        contribution: the contribution of each writer to each feature, `[writers, features]`.
+        change: the absolute change of each feature, `[features]`.
+        changed: a mask of the writers that change in some pair, `[writers]`.
     """
 
     contribution: NDArray[np.float64]
@@ -58,16 +64,16 @@ class Contributions:
 
     @property
     def share(self) -> NDArray[np.float64]:
-        """Contribution over change, `[writers, features]`; NaN where the change is 0."""
+        """The contribution divided by the change of the feature, `[writers, features]`; NaN if the change is 0."""
         return self.contribution / np.where(self.change == 0, np.nan, self.change)
 
 
 @torch.no_grad()
 def measure(writers: Writers, pairs: Pairs, questions: Sequence[Question]) -> list[Contributions]:
-    """Contributions by question; both prompts of every pair are run once.
+    """Measure the contributions for each question, with one run of both prompts of every pair.
 
     Raises:
-        FeatpatchError: the writers' changes do not add up to that of the stream.
+        FeatpatchError: the changes of all writers do not add up to the change of the residual stream.
     """
     lens = writers.lens
     hooks = sorted({hook for q in questions for hook in (q.dictionary.reads, *(writer.site for writer in q.writers))})
@@ -101,9 +107,16 @@ def contributions(
     where: list[int],
     features: Int[torch.Tensor, " features"],
 ) -> tuple[Float[torch.Tensor, "writers features"], Float[torch.Tensor, " features"]]:
-    """The contributions of writers to features, and the features' own change, in one pair, summed over the positions `where`.
+    """Return the contributions of writers to features and the features' own change in one pair, summed over `where`.
 
-    An encoder that looks at earlier positions sees them as they are in the run.
+    An encoder that also reads earlier positions gets their activations unchanged from the run.
+
+    Args:
+        dictionary: the dictionary of the features.
+        stream: the residual stream in the corrupted and the clean run.
+        delta: the change in what each writer writes at the positions `where`.
+        where: the token positions.
+        features: the indices of the features.
     """
     base, source = stream.to(delta.dtype)
     if dictionary.behaviour.rowwise:
@@ -123,7 +136,7 @@ def contributions(
 
 
 def _where(pair: Pair, position: Position, *, causal: bool) -> list[int]:
-    """The tokens that a position stands for and that can differ; none where a shorter pair has no such index."""
+    """Return the tokens that a position stands for and that can differ; none if the pair is too short for the index."""
     if isinstance(position, int) and position >= len(pair):
         return []
     return [token for token in pair.positions(position) if token >= pair.first_difference or not causal]

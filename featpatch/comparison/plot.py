@@ -1,4 +1,4 @@
-"""The effect of each place's component against the sum over the single features there."""
+"""A scatter plot of the effects of components against the summed effects of features at the same place."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from featpatch.untrusted import in_figure
 
 
 def scatter(table: pd.DataFrame, effects: Sequence[Effect]) -> go.Figure:
-    """A point per cell and effect, with the diagonal on which both are equal; names show under the pointer."""
+    """Plot one point per cell and effect, with names as tooltips and the diagonal on which both effects are equal."""
     found, figure = cells(table), go.Figure()
     names = [
         in_figure(f"{row['site']} @ {row['position']}" + (f" ({row['sae']})" if row["sae"] != row["site"] else ""))

@@ -1,7 +1,8 @@
-"""What writes to the residual stream: the stream that enters block 0, heads through W_O, and MLPs.
+"""Writers to the residual stream: its initial value before layer 0, attention heads through W_O, and MLPs.
 
-Where something between W_O and the stream is not linear (a norm of what attention adds, as in Gemma 2), heads do not add up
-one by one; then the attention of that block is one writer. Whether it is so is found out, not read off the architecture.
+If a nonlinear step follows W_O (a norm of the attention output, as in Gemma 2), the outputs of the heads do not add up to what
+the layer's attention writes; the attention of that layer is then a single writer. This is measured, not derived from the
+architecture.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,12 @@ from featpatch.lens import Lens
 from featpatch.pairs import Pair
 
 ROUNDING = 8
-"""In units of the model's precision: how far what a block writes may be off, as a share of the largest value."""
+"""The rounding error allowed in what a layer writes, as a share of the largest value, in units of the model's precision."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Something that writes to the stream, named as in a `Node`: an activation that is added to it, or a head."""
+    """A writer to the residual stream, with fields as in `Node`: an activation that is added to it, or a head."""
 
     site: str
     kind: str
@@ -29,10 +30,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class Writers:
-    """The writers of a model.
+    """The writers to the residual stream of a model.
 
     Attributes:
-        weights: W_O `[heads, d_head, d_model]` of each block; None where heads do not add up one by one, or it is quantised.
+        lens: the model.
+        weights: W_O `[heads, d_head, d_model]` of each layer; None if the heads do not add up or the weights are quantised.
     """
 
     lens: Lens
@@ -40,7 +42,10 @@ class Writers:
 
     @classmethod
     def of(cls, lens: Lens, pair: Pair) -> "Writers":
-        """Found out on the prompts of one pair, by comparing heads through W_O with what attention adds, less the means."""
+        """Find the writers by running the prompts of one pair.
+
+        The sum of the heads through W_O is compared with what attention adds, both without their means, which differ by a bias.
+        """
         hooks = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
         runs = lens.read(torch.tensor([pair.corrupted, pair.clean]), [hook for both in hooks for hook in both])
         found: list[torch.Tensor | None] = []
@@ -58,7 +63,7 @@ class Writers:
         return cls(lens, tuple(found))
 
     def before(self, reads: str) -> list[Writer]:
-        """All that write to the stream before the hook `reads` of it; first the stream that enters block 0."""
+        """Return the writers upstream of a hook point of the residual stream; the first is the stream's initial value."""
         found = [Writer(sites.resid_pre(0), "activation")]
         for layer, weight in enumerate(self.weights):
             if weight is None:
@@ -70,7 +75,7 @@ class Writers:
         return [writer for writer in found if _place(writer.site) <= _place(reads)]
 
     def output(self, writer: Writer, change: Mapping[str, torch.Tensor]) -> Float[torch.Tensor, "pos d_model"]:
-        """How what it writes changes, from the changes `[pos, ...]` of the activations."""
+        """Return the change in what a writer writes, given the changes `[pos, ...]` of the activations by hook point."""
         whole = change[writer.site]
         weight = self.weights[sites.layer_of(writer.site)]
         if writer.kind != "head" or weight is None:
@@ -79,22 +84,22 @@ class Writers:
 
 
 def on_stream(hook: str) -> bool:
-    """Whether a hook is the residual stream itself."""
+    """Return whether a hook point is the residual stream itself."""
     return sites.entry(hook) is not None and sites.is_stream(hook)
 
 
 def rounding(lens: Lens) -> float:
-    """How far what one block writes may be off, as a share of the largest value."""
+    """Return the rounding error allowed in what a layer writes, as a share of the largest value."""
     return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
 
 
 def changes(runs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """From the corrupted to the clean run `[2, pos, ...]`, at least in float32."""
+    """Return the change from the corrupted to the clean run of activations `[2, pos, ...]`, in float32 or wider."""
     return {hook: _wide(values[1]) - _wide(values[0]) for hook, values in runs.items()}
 
 
 def _place(hook: str) -> tuple[int, bool]:
-    """Where a hook is along the stream: the block, and whether behind its attention."""
+    """Return the place of a hook point along the residual stream: its layer, and whether it comes after the attention."""
     layer, place = sites.entry(hook) or (sites.layer_of(hook), "pre")
     return layer, place != "pre"
 

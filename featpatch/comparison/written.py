@@ -1,4 +1,4 @@
-"""Which component writes which feature, read both ways: the features a component acts through, the writers of a feature."""
+"""Contributions of components to features as two tables: the features a component acts through, and a feature's writers."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -24,7 +24,7 @@ COLUMNS = ["site", "kind", "index", "position", "sae", "feature", "contribution"
 
 
 class Row(NamedTuple):
-    """One writer of one feature, at the feature's position."""
+    """The contribution of one writer to one feature at the feature's position."""
 
     writer: Writer
     feature: Node
@@ -35,17 +35,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """Contributions of components to features, defined in `contributions`; one row per component and feature.
+    """Tables of contributions of components to features, as defined in `contributions`, one row per component and feature.
 
-    Columns: `site`, `kind`, `index` and `position` of the component, `sae` and `feature`, `contribution` and `change` in units
-    of the feature's activation (positive where it has the sign of the feature's change, pair by pair), their ratio `share`, and
-    the effects of both, e.g. `recovery` and `feature_recovery`, NaN where they were not measured.
+    Columns are `site`, `kind`, `index` and `position` of the component, `sae` and `feature`, `contribution` and `change` in
+    units of the feature's activation (in each pair positive if it has the sign of the feature's change), their ratio `share`,
+    and the effects of both, such as `recovery` and `feature_recovery`, NaN if they were not measured.
 
     Attributes:
-        through: for each of the top heads and MLPs that some SAE reads behind, the features to which it contributes most,
-            largest first; those with exactly no effect are left out.
-        writers: for each of the top features everything that writes it and changes, largest share first.
-        notes: what could not be told apart.
+        through: for each of the top heads and MLPs upstream of some SAE, the features to which it contributes most, largest
+            first; features with exactly no effect are left out.
+        writers: for each of the top features, every writer that changes, largest share first.
+        notes: remarks on writers that could not be separated.
     """
 
     through: pd.DataFrame
@@ -56,10 +56,16 @@ class Written:
     def of(
         cls, features: Effects, components: Effects, effects: Sequence[Effect], model: Any, saes: Any, pairs: Pairs, top: int
     ) -> "Written":
-        """Both tables, from one run of every prompt.
+        """Make both tables from one run of every prompt.
+
+        Args:
+            features, components: the tables of effects.
+            effects: the effects that both tables hold.
+            model, saes, pairs: those that were ranked.
+            top: the number of components, of features, and of features per component.
 
         Raises:
-            FeatpatchError: another model, other SAEs or pairs than those of the tables; none of the SAEs reads the stream.
+            FeatpatchError: the model, SAEs or pairs are not those of the tables, or no SAE reads the residual stream.
         """
         lens = wrap(model)
         found = dictionaries(lens, saes)
@@ -87,7 +93,11 @@ class Written:
 
 
 def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:
-    """Whether the table was made of these."""
+    """Check that a table was made with this model, these SAEs and these pairs, by swapping values.
+
+    Raises:
+        FeatpatchError: it was not.
+    """
     if pairs.digest() != features.metadata.get("pairs"):
         raise FeatpatchError(
             f"the {len(pairs)} pairs given are not those of the tables: expected the same ones in the same order; pass the "
@@ -116,14 +126,14 @@ def _ranked(table: Effects, effect: Effect) -> tuple[Node, ...]:
 
 
 def _writer(node: Node) -> Writer:
-    """What the node names; a head's result is its z through W_O."""
+    """Return the writer that a node names; a head's `result` is its `z` through W_O, so both name the same writer."""
     layer = sites.layer_of(node.site)
     is_result = node.site == sites.component(layer, "result")
     return Writer(sites.component(layer, "z") if is_result else node.site, node.kind, node.index)
 
 
 def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary], known: "_Known") -> list[Question]:
-    """The features of what reads the stream behind the components, position by position, but those without effect."""
+    """Ask for the contributions of components to all features with an effect that are downstream, for each position."""
     questions = []
     for position in dict.fromkeys(node.position for node in sources):
         here = [_writer(node) for node in sources if node.position == position]
@@ -134,7 +144,7 @@ def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary]
 
 
 def _into(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) -> list[Question]:
-    """The features, each with everything that writes to the stream before it."""
+    """Ask for the contributions of all upstream writers to each of the features."""
     groups: dict[tuple[str, Position], list[int]] = {}
     for node in targets:
         groups.setdefault((node.sae, node.position), []).append(node.index or 0)
@@ -145,7 +155,13 @@ def _into(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) 
 
 
 def _rows(question: Question, answer: Contributions, top: int | None) -> list[Row]:
-    """One per feature and writer that changes in some pair; of each writer the `top` features to which it contributes most."""
+    """Return one row per feature and writer that changes in some pair.
+
+    Args:
+        question: the writers and features.
+        answer: their contributions.
+        top: the number of features per writer to which it contributes most; None for all.
+    """
     dictionary, rows = question.dictionary, []
     for writer, of_writer, share, changed in zip(
         question.writers, answer.contribution, answer.share, answer.changed, strict=True
@@ -158,22 +174,25 @@ def _rows(question: Question, answer: Contributions, top: int | None) -> list[Ro
 
 
 def _of_component(rows: list[Row], node: Node) -> list[Row]:
-    """Those to which it contributes, largest first."""
+    """Return the rows of the features to which a component contributes, largest contribution first."""
     own = [row for row in rows if row.writer == _writer(node) and row.feature.position == node.position and row.contribution]
     return sorted(own, key=lambda row: -abs(row.contribution))
 
 
 def _of_feature(rows: list[Row], node: Node) -> list[Row]:
-    """Its writers, the largest share first."""
+    """Return the rows of the writers of a feature, largest contribution first."""
     return sorted((row for row in rows if row.feature == node), key=lambda row: -row.contribution)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Effects that were measured, of components by writer and position, and of features by node.
+    """Measured effects of components and features.
 
     Attributes:
-        ranked: the dictionaries and positions of which something was ranked; there a feature without a row has no effect.
+        effects: the names of the effects.
+        components: the effects `[effects]` of each writer at each position.
+        features: the effects `[effects]` of each feature.
+        ranked: the dictionaries and positions that were ranked, where a feature without a row has no effect.
     """
 
     effects: Sequence[Effect]
@@ -192,7 +211,7 @@ class _Known:
         )
 
     def frame(self, rows: list[Row]) -> pd.DataFrame:
-        """The rows as a table."""
+        """Return the rows as a table with the effects of components and features."""
         table = Frame(
             [(*astuple(row.writer), row.feature.position, row.feature.sae, row.feature.index, *row[2:]) for row in rows],
             columns=COLUMNS,
@@ -206,7 +225,7 @@ class _Known:
         return table
 
     def acting(self, dictionary: Dictionary, position: Position) -> Int[torch.Tensor, " features"]:
-        """The features that have an effect; all where none was ranked."""
+        """Return the indices of the features with an effect; all features if none was ranked at this position."""
         if (dictionary.name, position) not in self.ranked:
             return torch.arange(dictionary.d_sae)
         here = {

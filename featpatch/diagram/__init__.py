@@ -1,4 +1,4 @@
-"""A circuit, a graph of nodes and effects, as DOT, as a figure, as a page and as the JSON of attribution-graph viewers."""
+"""Graphs of nodes and effects, such as circuits, as DOT, figures, HTML pages and the JSON of attribution-graph viewers."""
 
 from featpatch.diagram.browsing import interactive, sections
 from featpatch.diagram.drawing import figure

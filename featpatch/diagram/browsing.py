@@ -1,4 +1,4 @@
-"""A graph as one HTML file: the figure, the numbers of the node that is clicked, and all edges as a table."""
+"""A graph as an HTML page with a figure, the numbers of the node that is clicked, and a table of all edges."""
 
 from typing import Any
 
@@ -12,24 +12,24 @@ from featpatch.page import figure as shown
 
 
 def interactive(graph: Any, title: str) -> str:
-    """The graph as a page: one file without network. A click on a node shows its effect and those of its edges.
+    """Return a graph as one HTML file that needs no network; a click on a node shows its effect and those of its edges.
 
     Args:
         graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
-        title: of the page; plain text.
+        title: the title of the page as plain text.
 
     Returns:
-        The file's content.
+        The content of the file.
 
     Raises:
-        FeatpatchError: the graph is none of these, or an effect is not a finite number.
+        FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
     """
     said = content(graph)
     return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections(graph))
 
 
 def sections(graph: Any) -> list[Section]:
-    """The figure with the panel of numbers, and the table of all edges, as parts of a page."""
+    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges."""
     said = content(graph)
     names = [label(node) for node in said.nodes]
     edges = pd.DataFrame(
@@ -53,7 +53,7 @@ def _largest_first(said: Content) -> list[Any]:
 
 
 def _numbers(said: Content, names: list[str]) -> list[dict[str, Any]]:
-    """What the page shows of each node, in their order."""
+    """Return the name, effect and edges that the page shows for each node, in the order of the nodes."""
     about: list[dict[str, Any]] = [
         {"name": name, "effect": digits(effect), "arriving": [], "leaving": []}
         for name, effect in zip(names, said.effects, strict=True)

@@ -1,4 +1,4 @@
-"""What a graph says: its nodes and edges with their effects, checked once for every form that it is shown in."""
+"""The checked content of a graph, its nodes and edges with their effects, which all output formats share."""
 
 import math
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
 
 POSITIVE, NEGATIVE = "#2166ac", "#c0392b"
-"""Colours of effects by sign: blue raises, red lowers."""
+"""The colours of positive and negative effects: blue and red."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """From `source` to `target`, both by their number among the nodes."""
+    """An edge with its effect; `source` and `target` are indices of nodes."""
 
     source: int
     target: int
@@ -23,29 +23,35 @@ class Edge:
 
     @property
     def colour(self) -> str:
-        """By sign."""
+        """The colour for the sign of the effect."""
         return NEGATIVE if self.effect < 0 else POSITIVE
 
 
 @dataclass(frozen=True)
 class Content:
-    """The nodes in the order of the graph, the effect of each (None where there is none), and the edges."""
+    """The content of a graph.
+
+    Attributes:
+        nodes: the nodes in the order of the graph.
+        effects: the effect of each node; None if it is unknown.
+        edges: the edges.
+    """
 
     nodes: tuple[Node, ...]
     effects: tuple[float | None, ...]
     edges: tuple[Edge, ...]
 
     def width(self, edge: Edge, widest: float) -> float:
-        """Of the line of an edge: proportional to the size of its effect; the largest gets `widest`."""
+        """Return the line width of an edge, proportional to the size of its effect; the largest effect gets `widest`."""
         largest = max(abs(other.effect) for other in self.edges)
         return widest * abs(edge.effect) / largest if largest else 0.0
 
 
 def content(graph: Any) -> Content:
-    """The content of a `networkx.DiGraph`.
+    """Check a graph and return its content.
 
     Args:
-        graph: nodes are `featpatch.Node`, with an `effect` or none; every edge has an `effect`.
+        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
 
     Raises:
         FeatpatchError: it is another kind of graph, it is empty, or an effect is missing or not a finite number.
@@ -66,12 +72,16 @@ def content(graph: Any) -> Content:
 
 
 def digits(value: float | None) -> str:
-    """An effect as text, to six digits."""
+    """Return an effect as text with six digits."""
     return "none" if value is None else f"{value:+.6g}"
 
 
 def _finite(value: Any, where: str) -> float:
-    """The number; raises FeatpatchError if it is none."""
+    """Convert an effect to a float.
+
+    Raises:
+        FeatpatchError: it is not a finite number.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where edges bend, so that they pass beside other nodes and not through them, and can be pointed at one by one."""
+"""Curves of edges, bent so that edges do not pass through other nodes and their middles can be pointed at one by one."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,21 @@ import numpy as np
 Point = tuple[float, float]
 
 BENDS = (0.0, 0.35, -0.35, 0.7, -0.7, 1.05, -1.05, 1.4, -1.4)
-"""How far the middle of a curve may be aside of the straight line. The first is taken that meets the fewest other middles,
-and of those the fewest nodes."""
+"""Candidate distances of the middle of a curve from the straight line. The chosen one comes near the fewest middles of other
+edges and, among those, the fewest nodes; the first of several equal ones."""
 
 NEAR_NODE, NEAR_MIDDLE = 0.3, 0.15
-"""How close a curve comes to a node that it meets, and its middle to that of another edge."""
+"""The distances below which a curve counts as near a node, and its middle as near the middle of another edge."""
 
 ALONG = np.linspace(0.08, 0.92, 25)[:, None]
 
 
 def middles(edges: Sequence[tuple[int, int]], points: Sequence[Point]) -> list[Point]:
-    """The middle of the curve of each edge.
+    """Return the middle point of the curve of each edge.
 
     Args:
-        edges: the numbers of the two points of each.
+        edges: the indices of the start and end point of each edge.
+        points: the coordinates of the nodes.
     """
     chosen: list[Point] = []
     for source, target in edges:
@@ -39,12 +40,12 @@ def middles(edges: Sequence[tuple[int, int]], points: Sequence[Point]) -> list[P
 
 
 def _curve(start: np.ndarray, middle: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Points on the parabola through the three."""
+    """Return points on the parabola through a start, a middle and an end."""
     control = 2 * middle - (start + end) / 2
     return (1 - ALONG) ** 2 * start + 2 * ALONG * (1 - ALONG) * control + ALONG**2 * end
 
 
 def _close(curve: np.ndarray, points: np.ndarray, near: float) -> int:
-    """How many of the points a curve comes near to."""
+    """Count the points that are closer to a curve than `near`."""
     distances = np.linalg.norm(curve[:, None] - points[None], axis=-1)
     return int((distances.min(axis=0) < near).sum())

@@ -1,4 +1,4 @@
-"""A graph as a plotly figure: hooks upwards, positions across."""
+"""A graph as a plotly figure, with hook points from bottom to top and positions from left to right."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ SYMBOLS = {"feature": "circle", "error": "diamond", "head": "square", "activatio
 
 
 def figure(graph: Any) -> Any:
-    """The graph as a `plotly.graph_objects.Figure`.
+    """Draw a graph as a `plotly.graph_objects.Figure`.
 
-    Rows are the hooks of the model from the embedding up to the logits, columns are positions. Lines are as wide as effects
-    are large, blue where they are positive and red where they are negative. The numbers, to six digits, are in the texts that
-    show at nodes and at the middle of edges.
+    Rows are the hook points of the model from the embedding up to the logits, columns are positions. The width of a line is
+    proportional to the size of the effect, its colour is blue for positive and red for negative effects. Tooltips at nodes and
+    at the middle of edges show the numbers with six digits.
 
     Args:
         graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
 
     Raises:
-        FeatpatchError: the graph is none of these, or an effect is not a finite number.
+        FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
     """
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
@@ -37,7 +37,7 @@ def figure(graph: Any) -> Any:
 
 
 def _edges(drawn: Any, said: Content, places: Layout) -> None:
-    """A curve for each edge, the widest on top, and a point in its middle that shows its effect."""
+    """Add a curve for each edge, the widest on top, with an invisible point in its middle whose tooltip shows its effect."""
     points = [(x, float(y)) for x, y in zip(places.x, places.y, strict=True)]
     edges = sorted(said.edges, key=lambda edge: abs(edge.effect))
     middle = middles([(edge.source, edge.target) for edge in edges], points)
@@ -63,7 +63,7 @@ def _edges(drawn: Any, said: Content, places: Layout) -> None:
 
 
 def _nodes(drawn: Any, said: Content, places: Layout) -> None:
-    """A marker for each node, of the shape of its kind, in the colour of its effect; its number is its customdata."""
+    """Add a marker for each node, with a shape for its kind, a colour for its effect, and its index as customdata."""
     known = [effect for effect in said.effects if effect is not None]
     if known:
         largest = max(map(abs, known)) or 1.0
@@ -95,19 +95,19 @@ def _nodes(drawn: Any, said: Content, places: Layout) -> None:
 
 
 def symbol(kind: str) -> str:
-    """Return the symbol for a kind of nodes; a circle by default."""
+    """Return the marker symbol for a kind of node; a circle by default."""
     return SYMBOLS.get(kind, "circle")
 
 
 def _about(said: Content, n: int) -> str:
-    """The text that shows at a node."""
+    """Return the tooltip of a node."""
     arriving, leaving = (sum(getattr(edge, end) == n for edge in said.edges) for end in ("target", "source"))
     name = in_figure(label(said.nodes[n]))
     return f"{name}<br>effect {digits(said.effects[n])}<br>edges: {arriving} in, {leaving} out"
 
 
 def _axes(drawn: Any, places: Layout) -> None:
-    """The names of rows and columns, and lines between columns."""
+    """Add the names of rows and columns, bands for layers, and lines between columns."""
     left, right = places.borders[0], max(places.borders[-1], 1.0)
     for low, high in places.bands:
         drawn.add_hrect(low - 0.5, high + 0.5, fillcolor="#eef3f7", line_width=0, layer="below")

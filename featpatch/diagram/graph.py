@@ -1,4 +1,4 @@
-"""From nodes or edges with their effects to a graph."""
+"""Conversion of nodes or edges with their effects to a graph."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +10,16 @@ from featpatch.patch import Edge, Node
 
 
 def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node], Sequence[Node]] | None = None) -> Any:
-    """A `networkx.DiGraph` of nodes, or of edges between them, with attribute `effect`.
+    """Make a `networkx.DiGraph` of nodes, or of edges between them, with the attribute `effect`.
 
-    A query, key or value is part of its head, and edges into several of these are added up. So rows of a table become a graph:
-    `fp.diagram.graph(effects.nodes, effects.pooled("recovery"))`.
+    A query, key or value is drawn as part of its head, and the effects of edges into several of these are added up. For
+    example, `fp.diagram.graph(effects.nodes, effects.pooled("recovery"))` makes a graph of the rows of a table.
 
     Args:
-        users: the heads that a receiver is part of, where several share a key and value; each of them gets the edge.
+        items: nodes or edges.
+        effects: the effect of each.
+        users: a function that returns the heads that a receiver is part of, for models in which several heads share a key and
+            value; each of these heads gets the edge.
     """
     made = nx.DiGraph()
     for item, effect in zip(items, effects, strict=True):
@@ -31,6 +34,6 @@ def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node
 
 
 def _head(node: Node) -> Node:
-    """The head that a query, key or value belongs to, else the node itself."""
+    """Return the head that a query, key or value belongs to, or the node itself if it is none of these."""
     inside = sites.is_component(node.site, "q", "k", "v")
     return Node(node.site[:-1] + "z", "head", node.index, node.position) if inside else node

@@ -1,4 +1,4 @@
-"""A graph in Graphviz's DOT language, through the bridge of networkx to pydot."""
+"""A graph in the DOT language of Graphviz, written with networkx and pydot."""
 
 from collections import defaultdict
 from typing import Any
@@ -12,16 +12,16 @@ WIDEST = 5.0
 
 
 def dot(graph: Any) -> str:
-    """The graph as DOT: `featpatch.diagram.dot(graph)` into a file, then `dot -Tsvg file`.
+    """Return a graph in the DOT language, to be written to a file and drawn with `dot -Tsvg file`.
 
-    Lines are as wide as effects are large, blue where they are positive and red where they are negative; nodes at the same
-    hook of a block are side by side, and inputs are below what they act on.
+    The width of a line is proportional to the size of the effect, its colour is blue for positive and red for negative effects.
+    Nodes at the same hook point are side by side, and senders are below their receivers.
 
     Args:
         graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
 
     Raises:
-        FeatpatchError: the graph is none of these, or an effect is not a finite number.
+        FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
     """
     import pydot
 
@@ -44,6 +44,6 @@ def dot(graph: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string of DOT that shows this text."""
+    """Return a text as a quoted string of the DOT language."""
     lines = text.replace("\\", "\\\\").replace('"', '\\"').splitlines()
     return '"' + "\\n".join(lines) + '"'

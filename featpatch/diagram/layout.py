@@ -1,4 +1,4 @@
-"""Where nodes are drawn: a row for each hook, upwards; a column for each position; side by side within a cell."""
+"""The layout of nodes: a row for each hook point from bottom to top, a column for each position, side by side in a cell."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from featpatch.diagram.naming import height, is_end, row
 from featpatch.patch import Node, Position
 
 Cell = tuple[Position, int]
-"""The position and the row of nodes that share a place."""
+"""A position and a row, which several nodes may share."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the nodes of a graph; one unit across is the room of one node.
+    """The coordinates of the nodes of a graph; one horizontal unit is the width of one node.
 
     Attributes:
-        x: of each node.
-        y: of each node; rows are counted from 0, the lowest.
-        rows: their names.
-        columns: middle and name of each; the ends of the model at "all" positions are in the middle of all of them.
-        borders: between columns, from the left edge to the right one.
+        x: the horizontal coordinate of each node; embedding and logits at "all" positions are centred over all columns.
+        y: the row of each node, counted from 0, the lowest.
+        rows: the names of the rows.
+        columns: the middle and the name of each column.
+        borders: the borders between columns, including the left and the right edge.
         bands: the lowest and the highest row of every other layer.
     """
 
@@ -32,7 +32,7 @@ class Layout:
 
 
 def layout(nodes: tuple[Node, ...]) -> Layout:
-    """The places of nodes: token indices in their order, labels in the order in which they appear."""
+    """Lay out nodes, with columns for token indices in ascending order and then for labels in order of appearance."""
     heights = sorted({height(node) for node in nodes})
     y = [heights.index(height(node)) for node in nodes]
     names = {height(node): row(node) for node in nodes}
@@ -56,13 +56,13 @@ def layout(nodes: tuple[Node, ...]) -> Layout:
 
 
 def _bands(layers: list[float]) -> list[tuple[int, int]]:
-    """The first and the last place of every other layer of the blocks."""
+    """Return the first and the last row of every other layer, given the layer of each row."""
     blocks = [layer for layer in dict.fromkeys(layers) if 0 <= layer < float("inf")]
     return [(layers.index(layer), layers.index(layer) + layers.count(layer) - 1) for layer in blocks[::2]]
 
 
 def _ordered(positions: list[Position]) -> list[Position]:
-    """Each once."""
+    """Return each position once: token indices in ascending order, then labels in order of appearance."""
     seen = list(dict.fromkeys(positions))
     indices = sorted(position for position in seen if isinstance(position, int))
     return [*indices, *(position for position in seen if not isinstance(position, int))]

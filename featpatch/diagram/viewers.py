@@ -1,4 +1,4 @@
-"""A graph as the JSON that the attribution-graph viewers of circuit-tracer and Neuronpedia read."""
+"""A graph as JSON for the attribution-graph viewers of circuit-tracer and Neuronpedia."""
 
 import re
 from collections.abc import Sequence
@@ -11,40 +11,40 @@ from featpatch.errors import FeatpatchError
 from featpatch.patch import Node
 
 SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
-"""What circuit-tracer writes for white space in a token."""
+"""The symbols that circuit-tracer writes for white space in a token."""
 
 
 def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: str) -> dict[str, Any]:
-    r"""The graph as a dictionary for `json.dump`, into a file `{slug}.json`.
+    r"""Convert a graph to a dictionary that `json.dump` can write to a file `{slug}.json`.
 
     The fields are those of circuit-tracer at d797c82 (`frontend/graph_models.py`, and what its `frontend/assets` read) and of
-    Neuronpedia's `graph-schema.json` at b8efe84. Neuronpedia takes the file as an upload; circuit-tracer's server wants it in
-    the folder of its data, and `metadata` in the list `graphs` of `graph-metadata.json` beside it.
+    Neuronpedia's `graph-schema.json` at b8efe84. Neuronpedia accepts the file as an upload. For circuit-tracer's server, put
+    the file into its data folder, and `metadata` into the list `graphs` of the file `graph-metadata.json` there.
 
-    - `weight` of a link is the effect of the edge. The effect of a node, if it is known, is an `effect` of its own, which no
+    - The `weight` of a link is the effect of the edge. The effect of a node, if it is known, is stored as `effect`, which no
       viewer interprets.
-    - `feature` is Cantor's number of layer and index, `(l + i) (l + i + 1) / 2 + i`, said by `schema_version` 1; what is not
-      of the first dictionary of a layer has indices behind those in use, as viewers take equal numbers for the same thing,
-      and errors count down from -1.
-    - A viewer with feature pages of its own for `model` shows those for the features here. Where they are not of the same
-      dictionaries, give `model` another name.
-    - Empty, as a circuit has none: `influence` (a share of a pruned graph; so there is no `node_threshold` either),
-      `activation`, `transcoder_list`, `pinnedIds`, `supernodes`, `clickedId`, `sg_pos`; `token_prob` is 0 and the probability
-      in the text of the output a question mark, as the output is a metric and no token. `run_idx` and `reverse_ctx_idx` are
-      0, as circuit-tracer writes them.
-    - Viewers put `clerp`, the text of a node, into the page as HTML: of `<` the full-width form is written.
-    - Neuronpedia refuses graphs with no node above layer 0, and circuit-tracer shows none for a prompt of one token.
+    - `feature` is the Cantor pairing of layer and index, `(l + i) (l + i + 1) / 2 + i`, as `schema_version` 1 requires. Viewers
+      treat equal numbers as the same feature, so nodes that are not of the first dictionary of a layer get indices after those
+      in use, and errors count down from -1.
+    - A viewer that has feature pages for `model` shows these for the features of the graph. If they are of other dictionaries,
+      give `model` another name.
+    - Fields that do not apply to a circuit are empty: `influence` (a share of a pruned graph; so there is no `node_threshold`
+      either), `activation`, `transcoder_list`, `pinnedIds`, `supernodes`, `clickedId`, `sg_pos`. `token_prob` is 0, and the
+      probability in the text of the output is a question mark, because the output is a metric and not a token. `run_idx` and
+      `reverse_ctx_idx` are 0, as circuit-tracer writes them.
+    - Viewers insert `clerp`, the text of a node, into the page as HTML, so `<` is replaced by its full-width form.
+    - Neuronpedia refuses graphs with no node above layer 0, and circuit-tracer shows no graph for a prompt of one token.
 
     Args:
         graph: a `networkx.DiGraph` of `featpatch.Node` at token indices, with the attribute `effect` on edges and, if known,
-            on nodes. The output may be at `"all"`, and is put at the last token; the embedding too, at the first one.
-        tokens: the prompt, which the indices count.
-        slug: the name of the file and of the graph in a viewer's address.
-        model: what viewers call the scan, such as `"gpt2-small"`.
+            on nodes. The output and the embedding may be at `"all"` and are then placed at the last and the first token.
+        tokens: the tokens of the prompt to which the indices refer.
+        slug: the name of the file, and of the graph in a viewer's address.
+        model: the name that viewers call the scan, such as `"gpt2-small"`.
 
     Raises:
-        FeatpatchError: a position is no token index, the slug does not fit into an address, there is more than one output,
-            or the graph is none that can be shown.
+        FeatpatchError: a position is not a token index, the slug does not fit into an address, there is more than one output,
+            or the graph can't be shown.
     """
     said = content(graph)
     if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
@@ -95,7 +95,11 @@ def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: st
 
 
 def _position(node: Node, n_tokens: int) -> int:
-    """The token index of a node; raises FeatpatchError if it has none."""
+    """Return the token index of a node.
+
+    Raises:
+        FeatpatchError: its position is not a token index of the prompt.
+    """
     if is_end(node) and node.kind == "activation" and node.position == "all":
         return n_tokens - 1 if node.site == LOGITS else 0
     if type(node.position) is not int or not 0 <= node.position < n_tokens:
@@ -107,7 +111,7 @@ def _position(node: Node, n_tokens: int) -> int:
 
 
 def _layers(said: Content) -> list[str]:
-    """The layer of each node as it is written: E of the embedding, two more than the highest block of the output."""
+    """Return the layer of each node as text: E for the embedding, and for the output two more than the highest layer."""
     blocks = [None if is_end(node) else sites.layer_of(node.site) for node in said.nodes]
     above = max((block for block in blocks if block is not None), default=-1) + 2
     ends = {sites.EMBEDDING: "E", LOGITS: str(above)}
@@ -115,7 +119,10 @@ def _layers(said: Content) -> list[str]:
 
 
 def _numbers(said: Content) -> list[int]:
-    """A number for each node, no two the same at one layer and position; of a layer's first dictionary the index."""
+    """Return a number for each node that is unique within its layer and position.
+
+    Features of the first dictionary of a layer keep their index.
+    """
     power = 10 ** len(str(max(node.index or 0 for node in said.nodes)))
     places: dict[tuple[str, bool], dict[tuple[str, ...], int]] = {}
     numbers = [0] * len(said.nodes)
@@ -129,12 +136,12 @@ def _numbers(said: Content) -> list[int]:
 
 
 def _cantor(layer: int, index: int) -> int:
-    """The two as one number."""
+    """Return the Cantor pairing of a layer and an index."""
     return (layer + index) * (layer + index + 1) // 2 + index
 
 
 def _type(node: Node) -> str:
-    """What viewers choose marks, texts and details by; the words for what they know no type of are drawn as circles."""
+    """Return the type of a node, by which viewers choose its marker and text; unknown types are drawn as circles."""
     if node.site == LOGITS:
         return "logit"
     if node.kind == "feature":
@@ -148,5 +155,5 @@ def _type(node: Node) -> str:
 
 
 def _text(node: Node) -> str:
-    """The text of a node; of the output in the form that viewers take apart."""
+    """Return the text of a node; for the output, in the format that viewers parse."""
     return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else label(node).replace("<", "\uff1c")

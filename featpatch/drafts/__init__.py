@@ -1,4 +1,4 @@
-"""Pairs as words, and what a tokenizer makes of them: what tasks are written with."""
+"""Pairs written as words, and their conversion to token ids, for the built-in tasks."""
 
 from featpatch.drafts.draft import Draft, draft, fill
 from featpatch.drafts.draw import chosen, draw, pair_of, usable

@@ -1,4 +1,4 @@
-"""From drafts to pairs: kept is what a tokenizer makes one clean contrast of."""
+"""Conversion of drafts to pairs, which keeps those that a tokenizer turns into valid pairs."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -10,17 +10,23 @@ from featpatch.pairs.positions import token_at
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer, plain_tokenizer, prompt_ids, special_positions
 
 TRIES = 200
-"""Drafts that are made for each pair that is wanted, at most."""
+"""The largest number of drafts that are made per requested pair."""
 
 
 def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed: int) -> Pairs:
-    """`n` different pairs, the same for the same seed and tokenizer.
+    """Draw `n` different pairs, the same for the same seed and tokenizer.
 
-    A draft is dropped where its prompts have different numbers of tokens or a token that the tokenizer does not know, where
-    an answer is not exactly one token, or where a label's word is at different positions in the two prompts.
+    A draft is dropped if its prompts have different numbers of tokens or a token that the tokenizer does not know, if an
+    answer is not exactly one token, or if a label's word is at different positions in the two prompts.
+
+    Args:
+        tokenizer: the model or its tokenizer.
+        make: a function that makes one random draft.
+        n: the number of pairs.
+        seed: the seed of the random numbers.
 
     Raises:
-        FeatpatchError: there are too few.
+        FeatpatchError: fewer than `n` pairs were found.
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
@@ -39,7 +45,7 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
 
 
 def pair_of(tokenizer: Tokenizer, draft: Draft) -> Pair | None:
-    """The pair, or None where the tokenizer makes none of it."""
+    """Convert a draft to a pair, or return None if the tokenizer does not make a valid pair of it."""
     clean, corrupted = prompt_ids(tokenizer, draft.clean), prompt_ids(tokenizer, draft.corrupted)
     unknown = getattr(plain_tokenizer(tokenizer), "unk_token_id", None)
     if len(clean) != len(corrupted) or clean == corrupted or unknown in clean or unknown in corrupted:
@@ -68,7 +74,7 @@ def pair_of(tokenizer: Tokenizer, draft: Draft) -> Pair | None:
 
 
 def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
-    """The words that are one known token in the middle of a sentence.
+    """Return the words that are one known token in the middle of a sentence.
 
     Raises:
         FeatpatchError: there are fewer than `least`.
@@ -83,10 +89,15 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
 
 
 def chosen(wanted: str | Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """Names that exist.
+    """Return the requested names as a list after checking that they are known.
+
+    Args:
+        wanted: one name or several.
+        known: the names that exist.
+        what: what the names are called in the error message.
 
     Raises:
-        FeatpatchError: one does not.
+        FeatpatchError: a name is unknown, or none is given.
     """
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in known]

@@ -1,4 +1,4 @@
-"""What came out: the table of metric values, the effects derived from it, their intervals."""
+"""The table of metric values of patched runs, with the effects and intervals derived from it."""
 
 from featpatch.effects.audit import Audit, audited, needed, provable, sample_sizes, without_estimates
 from featpatch.effects.collector import Collector

@@ -1,11 +1,11 @@
-"""What was missed where only some features were run: from a random sample of those that estimates put last.
+"""Bounds on what a screened ranking missed, from a random sample of the features that estimates ranked last.
 
-The k features with the largest estimates are run, and n of the other m are drawn at random and run too. Of those n, x lie
-beyond a threshold that does not depend on the draw; so the number M of all m that do is at most the largest one under which x
-or fewer would still be drawn with a probability above 1 - confidence (one-sided and exact: Clopper & Pearson 1934, here
-hypergeometric, for a finite population). Where the sample was enlarged until a target was met, each look has its share of
-1 - confidence (Bonferroni). A random sample says little about the rarest: to prove that none of 1000 is beyond, nearly all of
-them must be run.
+The k features with the largest estimates are run, and n of the other m are drawn at random and run too. Of those n, x exceed a
+threshold that does not depend on the draw. Let M be the number of all m that exceed it. M is at most the largest value under
+which x or fewer would still be drawn with a probability above 1 - confidence (one-sided and exact: Clopper & Pearson 1934, here
+hypergeometric, for a finite population). If the sample was enlarged until a target was met, each interim analysis has an equal
+share of 1 - confidence (Bonferroni). A random sample says little about rare features: to prove that none of 1000 exceeds the
+threshold, nearly all of them must be run.
 """
 
 from bisect import bisect_left
@@ -27,17 +27,17 @@ class Audit:
     """Bounds on what a screened ranking missed, each one-sided at the same confidence.
 
     Attributes:
-        top: the ranking that is asked about: the `top` largest |effects| of all candidates.
-        confidence: of each bound.
-        candidates: features that could be run.
-        screened: how many were run for their estimates.
-        sampled: how many of the others were run, drawn at random.
-        threshold: the smallest |effect| of the `top` largest among the screened ones.
-        beyond: how many of the sampled ones lie beyond it (these are found, not missed).
-        missed: how many of those that were not run lie beyond it, at most.
-        estimate, recall: share of the true `top` that is among what was run, as the sample has it, and at least.
-        share, size: at most this share of those that estimates put last has an |effect| above `size`; infinite where the
-            sample is too small to say.
+        top: the number of largest features that the bounds are about: the `top` largest |effects| of all candidates.
+        confidence: the confidence of each bound.
+        candidates: the number of features that could be run.
+        screened: the number of features that were run because of their estimates.
+        sampled: the number of other features that were drawn at random and run.
+        threshold: the smallest |effect| of the `top` largest among the screened features.
+        beyond: the number of sampled features whose |effect| exceeds the threshold (these are found, not missed).
+        missed: the largest possible number of features that were not run whose |effect| exceeds the threshold.
+        estimate, recall: the share of the true `top` that was run: estimated from the sample, and its lower bound.
+        share, size: at most this share of the features that estimates ranked last has an |effect| above `size`, which is
+            infinite if the sample is too small to say.
     """
 
     top: int
@@ -69,13 +69,16 @@ class Audit:
 def audited(
     screened: Array, sampled: Array, candidates: int, *, top: int, confidence: float, share: float, looks: int
 ) -> Audit:
-    """The bounds from |effects| of the screened and of the sampled features, `[k]` and `[n]`.
+    """Compute the bounds of an `Audit`.
 
     Args:
-        looks: at how many sample sizes it could have been decided to stop.
+        screened, sampled: |effects| of the screened features, `[k]`, and of the sampled features, `[n]`.
+        candidates: the number of features that could be run.
+        top, confidence, share: the attributes of `Audit`.
+        looks: the number of sample sizes at which sampling could have stopped.
 
     Raises:
-        FeatpatchError: a ranking longer than what was screened; confidence or share not between 0 and 1.
+        FeatpatchError: `top` exceeds the number of screened features, or `confidence` or `share` is not between 0 and 1.
     """
     shares = all(isinstance(value, float) and 0 < value < 1 for value in (confidence, share))
     if type(top) is not int or not 1 <= top <= len(screened) or not shares:
@@ -105,7 +108,11 @@ def audited(
 
 
 def most(population: int, drawn: int, found: int, alpha: float) -> int:
-    """The largest number of marked ones in a population of which `found` or fewer are drawn with a probability above alpha."""
+    """Return an upper confidence bound on the number of marked members of a population.
+
+    It is the largest number under which a draw of `drawn` members holds `found` or fewer marked ones with a probability above
+    `alpha`.
+    """
     if drawn == population:
         return found
     marked = range(found, population - drawn + found + 1)
@@ -113,12 +120,15 @@ def most(population: int, drawn: int, found: int, alpha: float) -> int:
 
 
 def provable(rest: int, drawn: int, *, top: int, confidence: float, looks: int) -> float:
-    """The largest recall of the true `top` that a sample of `drawn` of `rest` can prove: with none beyond the threshold."""
+    """Return the largest recall of the true `top` that a sample of `drawn` out of `rest` features can prove.
+
+    It is reached if no sampled feature exceeds the threshold.
+    """
     return max(0.0, 1 - most(rest, drawn, 0, (1 - confidence) / looks) / top)
 
 
 def needed(rest: int, recall: float, *, top: int, confidence: float, looks: int) -> int:
-    """The size of the smallest sample of `rest` that can prove this recall; see `provable`."""
+    """Return the size of the smallest sample out of `rest` features that can prove this recall; see `provable`."""
 
     def proves(drawn: int) -> bool:
         return provable(rest, drawn, top=top, confidence=confidence, looks=looks) >= recall
@@ -127,12 +137,15 @@ def needed(rest: int, recall: float, *, top: int, confidence: float, looks: int)
 
 
 def without_estimates(screening: Mapping[str, Any]) -> dict[str, Any]:
-    """What is noted of a screening, for a table of another metric or of some pairs, which the estimates are not of."""
+    """Return the metadata of a screening without its estimates, for a table to which these do not apply.
+
+    Estimates are those of one metric over all pairs.
+    """
     return {name: value for name, value in screening.items() if name != "estimates"}
 
 
 def sample_sizes(first: int, rest: int) -> list[int]:
-    """The sample sizes at which it is decided whether to go on: twice as many each time, all in the end."""
+    """Return the sample sizes at which sampling may stop: `first`, then doubled each time up to all of `rest`."""
     sizes = [min(first, rest)]
     while sizes[-1] < rest:
         sizes.append(min(2 * sizes[-1], rest))
@@ -140,7 +153,10 @@ def sample_sizes(first: int, rest: int) -> list[int]:
 
 
 def _exceeded(sampled: Array, rest: int, most_above: int, alpha: float) -> float:
-    """The smallest sampled value that, at the confidence, no more than `most_above` of the population exceed."""
+    """Return the smallest sampled value that at most `most_above` of the `rest` features exceed, with confidence 1 - alpha.
+
+    It is infinite if the sample is too small to prove this for any value.
+    """
     if not rest:
         return 0.0
     above = np.arange(len(sampled))

@@ -1,4 +1,4 @@
-"""Effects by a tag of the pairs: does a feature matter under every template and every corruption, or under some only?"""
+"""Effects for each value of a tag of the pairs, to see whether a feature matters under every template and corruption."""
 
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pairs_by_value(effects: "Effects", tag: str) -> dict[str, NDArray[np.int64]]:
-    """The pairs with each value of a tag, in order of appearance; pairs without it are in none.
+    """Return the indices of the pairs with each value of a tag, in order of appearance; pairs without the tag are left out.
 
     Raises:
         FeatpatchError: no pair has the tag, or all have the same value of it.
@@ -41,14 +41,14 @@ def pairs_by_value(effects: "Effects", tag: str) -> dict[str, NDArray[np.int64]]
 
 
 def by_tag(effects: "Effects", tag: str, effect: "Effect") -> pd.DataFrame:
-    """The pooled effect under each value of a tag, one row per node.
+    """Return the pooled effect for each value of a tag, one row per node.
 
-    Columns of each value, e.g. `swap_s2` of `recovery`: `recovery_swap_s2`, `recovery_swap_s2_low` and `_high` (95 % bootstrap
-    interval over these pairs), `recovery_swap_s2_rank` (1 is the largest of all features that were ranked). All are NaN for a
-    value whose pairs have a mean gap near zero, the interval for a value of a single pair.
+    The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and `_high`
+    (95 % bootstrap interval over these pairs) and `recovery_swap_s2_rank` (1 is the largest of all features that were ranked).
+    All are NaN for a value whose pairs have a mean gap near zero; the interval is also NaN for a value with a single pair.
 
-    `depends` is True for a feature whose intervals under two values do not overlap. It is no test with a controlled error:
-    intervals over a few pairs are too narrow, and among thousands of features some don't overlap by chance.
+    `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled error
+    rate: intervals over a few pairs are too narrow, and among thousands of features some intervals do not overlap by chance.
 
     Raises:
         FeatpatchError: no pair has the tag, or all have the same value of it.
@@ -71,7 +71,10 @@ def by_tag(effects: "Effects", tag: str, effect: "Effect") -> pd.DataFrame:
 
 
 def _apart(intervals: list[NDArray[Any]]) -> NDArray[np.bool_]:
-    """Rows of which two intervals `[rows, 2]` do not overlap; touching is overlapping, NaN overlaps everything."""
+    """Return a mask of the rows in which some two of the intervals `[rows, 2]` do not overlap.
+
+    Intervals that touch overlap, and NaN overlaps everything.
+    """
     apart = [(one[:, 0] > other[:, 1]) | (other[:, 0] > one[:, 1]) for one, other in combinations(intervals, 2)]
     result: NDArray[np.bool_] = np.any(apart, axis=0)
     return result

@@ -1,4 +1,4 @@
-"""Effects while they come in, patch by patch; one row per node, in order of appearance."""
+"""Collection of metric values from patched runs into a table of effects, with one row per node in order of appearance."""
 
 import shlex
 import sys
@@ -18,10 +18,13 @@ from featpatch.untrusted import without_folder
 
 @dataclass(frozen=True)
 class Collector:
-    """Gathers the metric values of patched runs.
+    """A collector of the metric values of patched runs.
 
     Attributes:
-        metrics: their names, in the order of the columns.
+        metrics: the names of the metrics, in the order of the columns.
+        rows: the row of each node.
+        row, pair: the row and the pair of each entry.
+        values: for each direction, arrays `[nodes, metrics]` in the order in which they were added.
     """
 
     metrics: tuple[str, ...]
@@ -31,7 +34,7 @@ class Collector:
     values: dict[Direction, list[NDArray[np.float64]]] = field(default_factory=lambda: {d: [] for d in DIRECTIONS})
 
     def add(self, pair: int, nodes: Sequence[Node], values: Mapping[Direction, NDArray[np.float64]]) -> None:
-        """The values `[nodes, metrics]` of some nodes in one pair, for the directions that were run."""
+        """Add the values `[nodes, metrics]` of some nodes in one pair, for the directions that were run."""
         self.row.extend(self.rows.setdefault(node, len(self.rows)) for node in nodes)
         self.pair.extend([pair] * len(nodes))
         for direction, column in self.values.items():
@@ -40,7 +43,13 @@ class Collector:
     def effects(
         self, clean: NDArray[np.float64], corrupted: NDArray[np.float64], metadata: Mapping[str, Any], value: str = "exact"
     ) -> Effects:
-        """The first metric's table, with command and time; the others are in it. Clean and corrupted are `[pairs, metrics]`."""
+        """Return the table of the first metric, which holds those of the other metrics, with command and time as metadata.
+
+        Args:
+            clean, corrupted: the metrics of the unpatched runs, `[pairs, metrics]`.
+            metadata: further metadata of the table.
+            value: `"exact"` or `"estimate"`.
+        """
         nodes, row, pair = tuple(self.rows), np.array(self.row, dtype=np.int64), np.array(self.pair, dtype=np.int64)
         none = np.zeros((0, len(self.metrics)))
         denoised, noised = (np.concatenate([none, *self.values[direction]]) for direction in DIRECTIONS)
@@ -64,9 +73,10 @@ class Collector:
 
 
 def _command() -> str:
-    """Return the command that is running: featpatch's own with its options, of other programs only the name.
+    """Return the command that is running: with options if it is featpatch, else only the name of the program.
 
-    Folders and the address of a cluster are removed. Arguments of other programs may hold passwords and tokens.
+    Folders and the address of a cluster are removed. The options of other programs are left out, because they may hold
+    passwords and tokens.
     """
     program = Path(sys.argv[0])
     if program.stem != "featpatch" and program.parts[-2:] != ("featpatch", "__main__.py"):

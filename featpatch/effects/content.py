@@ -1,4 +1,4 @@
-"""Check that the content of a file is a valid table of effects, before anything is computed from it."""
+"""Checks that the content of a file is a valid table of effects, before anything is computed from it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,7 +92,11 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
 
 
 def _node(values: Any) -> Node:
-    """Parse a node from its 5 fields, or an edge from 7, of which the last two are the fields of its ends."""
+    """Parse a node from its 5 fields, or an edge from 7, of which the last two hold the fields of its sender and receiver.
+
+    Raises:
+        FeatpatchError: the fields are not those of a node or an edge.
+    """
     if not isinstance(values, list) or len(values) not in (5, 7):
         raise FeatpatchError(f"a node is {_short(values)}: expected its 5 fields, or the 7 of an edge")
     site, kind, index, position, sae, *ends = values
@@ -107,7 +111,7 @@ def _text(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    """Whether a value is an integer that a float represents exactly, so that nothing overflows."""
+    """Return whether a value is a non-negative integer that a float represents exactly, so that nothing overflows."""
     return type(value) is int and 0 <= value < 2**53
 
 
@@ -132,7 +136,7 @@ def _model(value: Any) -> bool:
 
 
 def _screening(value: Any) -> bool:
-    """Whether a value holds what an audit and the summary of sites read."""
+    """Return whether a value holds the entries that an audit and the summary of hook points read."""
     if not isinstance(value, dict) or not all(_count(value.get(name)) for name in ("k", "sampled", "candidates", "looks")):
         return False
     changed, estimates = value.get("changed_features"), value.get("estimates", {})
@@ -148,7 +152,7 @@ def _screening(value: Any) -> bool:
 
 
 def _columns(value: Any) -> bool:
-    """Whether a value holds numbers by effect."""
+    """Return whether a value is an object that holds a list of numbers for each effect."""
     return (
         isinstance(value, dict)
         and set(value) <= set(EFFECTS)

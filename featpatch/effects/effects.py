@@ -1,16 +1,17 @@
-"""The one table of results: raw metric values per patch and pair, from which effects and intervals are derived.
+"""The table of results: raw metric values per patch and pair, from which effects and intervals are derived.
 
     recovery    = mean(m_denoised - m_corrupted) / mean(m_clean - m_corrupted)     sufficient?
     degradation = mean(m_clean - m_noised) / mean(m_clean - m_corrupted)           necessary?
 
-Nothing is clipped: values below 0 and above 1 mean something. A node that has the same value in both runs of a pair has
+Effects are never clipped: values below 0 and above 1 are meaningful. A node that has the same value in both runs of a pair has
 exactly no effect there; such entries are not stored.
 
 A feature that stands for a single name differs in few pairs, and the other pairs dilute its pooled effect. The effect over the
 pairs in which the node differs (`over="changed"`, columns `recovery_where_changed` and `degradation_where_changed`) divides the
 same changes by the gap of these pairs alone.
 
-Rows that are taken from a table remember it: q-values and ranks count every feature that was ranked, not only those looked at.
+Rows that are taken from a table keep a reference to it: q-values and ranks count every feature that was ranked, not only the
+selected rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,14 +53,14 @@ class Effects:
     """Effects of patches, one row per node.
 
     Attributes:
-        nodes: what each row swapped.
-        clean, corrupted: metric of the unpatched runs, `[pairs]`.
-        row, pair: for each stored entry its row and its pair, `[entries]`.
-        denoised, noised: metric of the patched runs, `[entries]`; NaN in a direction that was not run.
+        nodes: the node that each row patches.
+        clean, corrupted: the metric of the unpatched runs, `[pairs]`.
+        row, pair: the row and the pair of each stored entry, `[entries]`.
+        denoised, noised: the metric of the patched runs, `[entries]`; NaN in a direction that was not run.
         metadata: versions, digests of model, SAEs and pairs, tags of the pairs, metric, directions and options.
-        value: `"exact"` for patched runs; estimates say `"estimate"`.
+        value: `"exact"` for patched runs, `"estimate"` for estimates.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
-        others: the same patches by other metrics, by name; see `metric`.
+        others: tables of the same patches for further metrics, by the metric's name; see `metric`.
     """
 
     nodes: tuple[Node, ...]
@@ -77,7 +78,7 @@ class Effects:
 
     @property
     def gap(self) -> Array:
-        """`m_clean - m_corrupted` of each pair."""
+        """The gap `m_clean - m_corrupted` of each pair, `[pairs]`."""
         return self.clean - self.corrupted
 
     def __len__(self) -> int:
@@ -85,11 +86,11 @@ class Effects:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that were measured, this table's first."""
+        """The names of the metrics that were measured, starting with this table's metric."""
         return [self.metadata["metric"], *self.others]
 
     def metric(self, name: str) -> "Effects":
-        """The same rows by another metric of the same patched runs.
+        """Return the table of the same patched runs for another metric.
 
         Raises:
             FeatpatchError: this metric was not measured.
@@ -101,11 +102,15 @@ class Effects:
         return self.others.get(name, self)
 
     def changes(self, effect: Effect) -> "csr_array[Any]":
-        """Change of the metric by row and pair `[rows, pairs]`, sparse: what is not stored is exactly 0."""
+        """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0."""
         return csr_array((self._entries(effect), (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
 
     def _entries(self, effect: Effect) -> Array:
-        """Change of the metric of each stored entry, `[entries]`."""
+        """Return the change of the metric of each stored entry, `[entries]`.
+
+        Raises:
+            FeatpatchError: the effect is unknown.
+        """
         check_kinds(str, effect=effect)
         change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
         if effect not in change:
@@ -113,17 +118,23 @@ class Effects:
         return change[effect]
 
     def pooled(self, effect: Effect, *, over: Over = "all") -> Array:
-        """Ratio of means of every row, `[rows]`; NaN in a direction that was not run.
+        """Return the pooled effect of every row, mean change over mean gap, `[rows]`; NaN in a direction that was not run.
 
         Args:
-            over: `"changed"` pools over the pairs in which the node differs; NaN where their mean gap is near zero.
+            effect: `"recovery"` or `"degradation"`.
+            over: `"all"` pools over all pairs, `"changed"` over those in which the node differs, with NaN if their mean gap is
+                near zero.
         """
         gaps = self._gaps(over)
         result: Array = self.changes(effect).sum(axis=1) / gaps
         return result
 
     def _gaps(self, over: Over) -> Array:
-        """Sum of the gaps by which each row's changes are divided, `[rows]`; NaN where it is near zero."""
+        """Return the sum of gaps by which the changes of each row are divided, `[rows]`; NaN if it is near zero.
+
+        Raises:
+            FeatpatchError: `over` is neither `"all"` nor `"changed"`.
+        """
         if over == "all":
             return np.full(len(self), self.gap.sum())
         if over != "changed":
@@ -137,17 +148,17 @@ class Effects:
         return np.where(np.abs(gap) > statistics.NEAR_ZERO * np.maximum(clean, corrupted), gap, np.nan)
 
     def per_pair(self, effect: Effect) -> Array:
-        """Change over gap of every row and pair, `[rows, pairs]`; NaN in a pair whose own gap is near zero."""
+        """Return the effect in each pair, change over gap, `[rows, pairs]`; NaN in pairs whose own gap is near zero."""
         result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.gap, np.nan)
         return result
 
     @property
     def with_gap(self) -> NDArray[np.bool_]:
-        """Which pairs have a gap that is not near zero, `[pairs]`; other pairs have no per-pair ratio."""
+        """A mask of the pairs whose gap is not near zero, `[pairs]`; other pairs have no per-pair ratio."""
         return statistics.with_gap(self.clean, self.corrupted)
 
     def median(self, effect: Effect) -> Array:
-        """Median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.
+        """Return the median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.
 
         A pair in which the node does not change counts as exactly 0, so that the median of a node that changes in fewer
         than half of the pairs is 0.
@@ -156,9 +167,10 @@ class Effects:
         return np.median(ratios, axis=1) if ratios.size else np.full(len(self), np.nan)
 
     def sign_consistency(self, effect: Effect) -> Array:
-        """Share of the changed pairs whose change has the sign of the pooled one, `[rows]`.
+        """Return the share of the changed pairs whose change has the same sign as the pooled effect, `[rows]`.
 
-        NaN where there is no sign: the node changes in no pair, or its changes add up to 0 or are not all known.
+        It is NaN if the pooled effect has no sign, because the node changes in no pair, or its changes add up to 0 or are not
+        all known.
         """
         change, total = self._entries(effect), self.changes(effect).sum(axis=1)
         agree = np.bincount(self.row, np.sign(change) == np.sign(total)[self.row], minlength=len(self))
@@ -167,20 +179,21 @@ class Effects:
 
     @property
     def indices(self) -> NDArray[np.int64]:
-        """Index of the feature, head or neuron, `[rows]`; -1 for kinds without an index."""
+        """The index of the feature, head or neuron, `[rows]`; -1 for kinds without an index."""
         return np.array([-1 if node.index is None else node.index for node in self.nodes], dtype=np.int64)
 
     @property
     def changed_pairs(self) -> NDArray[np.int64]:
-        """Number of pairs in which the node differs between the runs, `[rows]`."""
+        """The number of pairs in which the node differs between the runs, `[rows]`."""
         return np.bincount(self.row, minlength=len(self))
 
     def interval(self, effect: Effect, *, over: Over = "all") -> Array:
-        """95 % bootstrap interval over pairs, `[rows, 2]`; NaN with a single pair.
+        """Return the 95 % bootstrap interval of the pooled effect over pairs, `[rows, 2]`; NaN with a single pair.
 
         Args:
-            over: `"changed"` draws only from the pairs in which the node differs. With fewer than about 10 of them the
-                interval tends to be too narrow.
+            effect: `"recovery"` or `"degradation"`.
+            over: `"all"` resamples all pairs, `"changed"` only those in which the node differs. With fewer than about 10 of
+                these the interval tends to be too narrow.
         """
         if over == "all":
             return statistics.interval(self.changes(effect).toarray(), self.gap)
@@ -212,18 +225,19 @@ class Effects:
         return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
 
     def quadrants(self) -> list[str]:
-        """Say for every row in which directions its 95 % interval lies above the threshold; see `effects/quadrants.py`.
+        """Return a label for every row that says in which directions its 95 % interval lies above the threshold.
 
         Each label is one of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
         `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
-        single pair or in a direction that was not run. `with_threshold` sets the threshold.
+        single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
+        `effects/quadrants.py`.
         """
         unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
         intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
         return named(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
 
     def carried(self, effect: Effect) -> Array:
-        """Effect of the whole activation at the hook point and position of every row, `[rows]`.
+        """Return the effect of the whole activation at the hook point and position of every row, `[rows]`.
 
         It is 1, the whole behaviour, for whole activations themselves and for rows whose hook point and position have no whole
         activation in the table; NaN in a direction that was not run.
@@ -246,9 +260,9 @@ class Effects:
         return significance.smallest(self.changed_pairs, len(self.clean))
 
     def p_values(self, effect: Effect) -> Array:
-        """Sign-flip permutation p-values over pairs, two-sided, `[rows]`; see `significance.sign_flip` for how small they get.
+        """Return two-sided p-values of a sign-flip permutation test over pairs, `[rows]`; see `significance.sign_flip`.
 
-        NaN with a single pair, for a node that changes in no pair, and where values are missing.
+        They are NaN with a single pair, for a node that changes in no pair, and if values are missing.
         """
         if effect not in self._p_values:
             p = significance.sign_flip(self.changes(effect).toarray())
@@ -256,7 +270,7 @@ class Effects:
         return self._p_values[effect].copy()
 
     def q_values(self, effect: Effect) -> Array:
-        """Benjamini-Hochberg q-values over the ranked rows that differ in enough pairs for a test, `[rows]`; NaN for others.
+        """Return Benjamini-Hochberg q-values of the ranked rows that differ in enough pairs for a test, `[rows]`; else NaN.
 
         A row that differs in five pairs or fewer can't reach a p-value of 0.05 (`smallest_p`), and testing it would only raise
         the q-values of the others. Leaving it out is valid, because under the null hypothesis the number of pairs in which a
@@ -276,17 +290,17 @@ class Effects:
 
     @property
     def ranked(self) -> NDArray[np.bool_]:
-        """Which rows are features, heads or neurons, `[rows]`; all rows of a table in which none is."""
+        """A mask of the rows that are features, heads or neurons, `[rows]`; all rows if the table has none of these."""
         kinds = np.array([node.kind in RANKED for node in self.whole.nodes], dtype=bool)
         return (kinds if kinds.any() else ~kinds)[self.rows_in_whole()]
 
     @property
     def whole(self) -> "Effects":
-        """The table that the rows were taken from, or this one."""
+        """The table that the rows were taken from, or this table itself."""
         return self if self.taken_from is None else self.taken_from
 
     def rows_in_whole(self) -> NDArray[np.int64]:
-        """Index of each row in `whole`, `[rows]`."""
+        """Return the index in `whole` of each row, `[rows]`."""
         if self.taken_from is None:
             return np.arange(len(self))
         at = {node: row for row, node in enumerate(self.taken_from.nodes)}
@@ -294,22 +308,25 @@ class Effects:
 
     @property
     def rows_ranked(self) -> int:
-        """Number of ranked rows of `whole`, also if only some of its rows were saved and loaded."""
+        """The number of ranked rows of `whole`, also if only some of its rows were saved and loaded."""
         return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
     def audit(
         self, effect: Effect | None = None, *, top: int | None = None, confidence: float = 0.95, share: float = 0.05
     ) -> Audit:
-        """What a screened ranking may have missed: bounds from the features that were run at random; see `effects/audit.py`.
+        """Bound how much a screened ranking may have missed, from the features that were run at random.
+
+        See `effects/audit.py` for the statistics.
 
         Args:
-            effect: whose size is meant; by default the larger of the effects that were run.
-            top: the ranking that is asked about; by default the first 20, or all that were screened where these are fewer.
-            confidence: of each bound.
-            share: the share of the features that estimates put last, of which `Audit.size` tells the size.
+            effect: the effect by whose size features are compared; by default the larger one of those that were run.
+            top: the number of largest features to make a statement about; by default 20, or the number of screened features
+                if that is smaller.
+            confidence: the confidence of each bound, between 0 and 1.
+            share: the share of the features that estimates ranked last that may have a larger effect than `Audit.size`.
 
         Raises:
-            FeatpatchError: nothing was screened, the sweep was interrupted, or rows were taken before the table was saved.
+            FeatpatchError: the ranking was not screened, the sweep was interrupted, or only some rows of the table were saved.
         """
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:
@@ -334,10 +351,10 @@ class Effects:
         )
 
     def sizes(self, effects: Sequence[Effect] | None = None) -> Array:
-        """|effect| of every row, the larger one of several, `[rows]`; by default of the effects that were run.
+        """Return |effect| of every row, `[rows]`: the largest over the given effects, by default over all that were run.
 
         Raises:
-            FeatpatchError: an effect that was not run.
+            FeatpatchError: an effect was not run.
         """
         if effects is not None and not set(effects) <= set(self.directions_run()):
             raise FeatpatchError(f"effects={effects}: expected some of those that were run, {', '.join(self.directions_run())}")
@@ -345,7 +362,13 @@ class Effects:
         return result
 
     def stability(self, effect: Effect, *, splits: int = SPLITS, top: int = TOP, seed: int = 0) -> Stability:
-        """Measure how well the rankings of the features in two halves of the pairs agree.
+        """Measure how well the rankings of the features in two random halves of the pairs agree.
+
+        Args:
+            effect: the effect to rank by.
+            splits: the number of random splits.
+            top: the number of largest features whose overlap is measured.
+            seed: the seed of the random splits.
 
         Raises:
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
@@ -353,10 +376,10 @@ class Effects:
         return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
 
     def by_tag(self, tag: str, effect: Effect) -> pd.DataFrame:
-        """The pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
+        """Return the pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
 
-        For example `by_tag("corruption", "recovery")`. `depends` says that a feature's intervals under two values do not
-        overlap; see `breakdown.by_tag`.
+        For example `by_tag("corruption", "recovery")`. The column `depends` is True for a feature whose intervals under two
+        values do not overlap; see `breakdown.by_tag`.
 
         Raises:
             FeatpatchError: no pair has this tag, or all have the same value of it.
@@ -367,7 +390,7 @@ class Effects:
         """Select rows in the given order, by indices without duplicates or by a mask of all rows.
 
         Raises:
-            FeatpatchError: a row is named twice or does not exist.
+            FeatpatchError: a row is given twice or does not exist.
         """
         order = _indices(rows, len(self), "row")
         new = np.full(len(self.nodes), -1)
@@ -386,11 +409,11 @@ class Effects:
 
     @property
     def finished(self) -> bool:
-        """False where the sweep was interrupted: some pairs are missing, or values are NaN."""
+        """Whether the sweep ran to its end; after an interruption some pairs are missing or some values are NaN."""
         return bool(self.metadata.get("finished", True))
 
     def known(self) -> "Effects":
-        """The rows whose values are all known: after an interruption, those that were finished in every pair."""
+        """Return the rows whose values are all known; after an interruption, those that were finished in every pair."""
         runs = {"recovery": self.denoised, "degradation": self.noised}
         missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
         return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
@@ -399,7 +422,7 @@ class Effects:
         """Select pairs, in the order of the table; nodes that differ in none of them are left out.
 
         Raises:
-            FeatpatchError: a pair is named twice or does not exist.
+            FeatpatchError: a pair is given twice or does not exist.
         """
         pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
         kept = np.isin(self.pair, pairs)
@@ -425,7 +448,11 @@ class Effects:
         return replace(part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part, others=others)
 
     def where(self, **wanted: Any) -> "Effects":
-        """The rows whose node has these values, e.g. `where(kind="feature", position="S2")`."""
+        """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
+
+        Raises:
+            FeatpatchError: a node has no such field.
+        """
         unknown = set(wanted) - set(Node.__dataclass_fields__)
         if unknown:
             raise FeatpatchError(f"{sorted(unknown)} are no columns: expected some of {', '.join(Node.__dataclass_fields__)}")
@@ -434,15 +461,19 @@ class Effects:
     def top(
         self, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None
     ) -> "Effects":
-        """The `n` rows with the largest effect, largest first.
+        """Return the `n` rows with the largest effect, largest first.
 
         Args:
+            n: the number of rows.
             by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
                 `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
                 run; by default recovery if it was, else degradation.
             kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
-            least_changed: leave out rows that differ in fewer pairs than this; by default 0, or 5 if `by` ends in
+            least_changed: the number of pairs in which a row must differ to be included; by default 0, or 5 if `by` ends in
                 `_where_changed`, because an interval over fewer pairs is too narrow.
+
+        Raises:
+            FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
         """
         effect, over = sorting(by, self.directions_run())
         least = least_to_sort(over, least_changed)
@@ -452,7 +483,7 @@ class Effects:
         return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
 
     def directions_run(self) -> list[Effect]:
-        """The effects that this table holds."""
+        """Return the effects that were run, recovery first."""
         return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
 
     def to_pandas(self) -> pd.DataFrame:
@@ -467,10 +498,11 @@ class Effects:
         return Frame(frames.full(self))
 
     def sites(self) -> pd.DataFrame:
-        """Each site's summary: effect of the whole activation, of all features with the error kept, of the error alone, and
-        the interaction that is left, whole - features - error.
+        """Summarise each hook point, one row per SAE and position.
 
-        What has no row is the same in both runs and has exactly no effect.
+        The columns hold the effect of the whole activation, of all features with the error kept, of the error alone, and of
+        their interaction, whole - features - error. A node without a row in the table is the same in both runs and has exactly
+        no effect.
         """
         return Frame(frames.by_site(self))
 
@@ -485,17 +517,18 @@ class Effects:
 
     @property
     def plot(self) -> Plots:
-        """Figures of this table: `plot.quadrants()`, `plot.sites()`, `plot.heatmap()`."""
+        """The plotly figures of this table: `plot.quadrants()`, `plot.sites()`, `plot.heatmap()`."""
         return Plots(self)
 
     def report(self, path: str | Path, *, material: Material | None = None, components: "Effects | None" = None) -> Path:
-        """Write a self-contained HTML file with the ranking to sort and search, figures and provenance.
+        """Write a self-contained HTML file with a sortable, searchable ranking, figures and provenance.
 
-        `fp.report` adds prompts and features.
+        `fp.report` adds prompts and feature cards.
 
         Args:
-            material: what is shown beside.
-            components: of `rank_components`, for the maps.
+            path: the HTML file.
+            material: prompts, feature cards and figures to show with the effects.
+            components: the table of `rank_components`, for the maps.
 
         Raises:
             FeatpatchError: the path is a folder.
@@ -503,12 +536,12 @@ class Effects:
         return write(path, report(self, material or Material(), components))
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, with metadata as JSON in its header."""
+        """Write the table to a safetensors file, with metadata as JSON in its header."""
         return storage.save(self, as_path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":
-        """Reads what `save` wrote.
+        """Load a table from a file that `save` wrote.
 
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
@@ -529,7 +562,7 @@ class Effects:
 
 
 def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
-    """Split what rows are sorted by into the effect and the pairs that it is pooled over.
+    """Split the name of a sort key, such as `"recovery_where_changed"`, into the effect and the pairs that it is pooled over.
 
     Raises:
         FeatpatchError: the effect was not run.
@@ -548,7 +581,7 @@ def least_to_sort(over: Over, asked: int | None) -> int:
     """Return the number of pairs in which a row must differ to be among the top rows.
 
     Raises:
-        FeatpatchError: what was asked for is not a number of pairs.
+        FeatpatchError: `asked` is not a number of pairs.
     """
     least = (LEAST_CHANGED if over == "changed" else 0) if asked is None else asked
     check_numbers(0, least_changed=least)
@@ -556,7 +589,11 @@ def least_to_sort(over: Over, asked: int | None) -> int:
 
 
 def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
-    """Convert indices or a mask to valid indices without duplicates."""
+    """Convert indices or a mask to an array of valid indices without duplicates.
+
+    Raises:
+        FeatpatchError: an index is out of range or given twice, or the mask has the wrong length.
+    """
     given = np.asarray(wanted)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
         raise FeatpatchError(f"{what}s {wanted!r}: expected a list of indices, or a mask")

@@ -1,4 +1,4 @@
-"""Effects as tables of pandas: all there is, what is quick to know, and site by site."""
+"""Effects as pandas tables: all columns, those that are fast to compute, and a summary by hook point."""
 
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ def rounded(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def full(effects: "Effects") -> pd.DataFrame:
-    """See `Effects.to_pandas`."""
+    """Return the table of `Effects.to_pandas`."""
     table = brief(effects)
     for effect in effects.directions_run():
         columns = {
@@ -55,7 +55,7 @@ def full(effects: "Effects") -> pd.DataFrame:
 
 
 def brief(effects: "Effects") -> pd.DataFrame:
-    """One row per node with what is quick to know, for showing."""
+    """Return one row per node with the columns that are fast to compute, for display."""
     table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
     table["index"] = table["index"].astype("Int64")
     if any(isinstance(node, Edge) for node in effects.nodes):
@@ -78,7 +78,7 @@ def brief(effects: "Effects") -> pd.DataFrame:
 
 
 def by_site(effects: "Effects") -> pd.DataFrame:
-    """See `Effects.sites`."""
+    """Return the table of `Effects.sites`."""
     features = Counter((node.sae, node.site, node.position) for node in effects.nodes if node.kind == "feature")
     if "screening" in effects.metadata:
         features = Counter({tuple(key): count for *key, count in effects.metadata["screening"]["changed_features"]})

@@ -1,4 +1,4 @@
-"""Rows that were measured one after the other, in one table."""
+"""Concatenation of tables of effects."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def joined(tables: "Sequence[Effects]") -> "Effects":
-    """The rows of all tables, in their order; tables of the same pairs and metrics, that have no row in common."""
+    """Concatenate the rows of tables that are about the same pairs and metrics and have no row in common."""
     first = tables[0]
     starts = np.cumsum([0, *(len(table) for table in tables[:-1])])
     return replace(

@@ -1,4 +1,7 @@
-"""What a report shows beside the effects: prompts and features as text and numbers, made by whoever knows the model."""
+"""Prompts, feature cards and figures that a report shows with the effects, as plain text and numbers.
+
+They are made by code that knows the model, so that a report can be written without it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +15,13 @@ from featpatch.patch import Node
 
 @dataclass(frozen=True)
 class Prompt:
-    """One pair as text.
+    """A pair as text.
 
     Attributes:
-        clean, corrupted: each token's text.
-        differs: whether the two differ, by token.
-        titles: what is said of each token's position: its index and labels.
-        correct, wrong: answers.
+        clean, corrupted: the text of each token.
+        differs: for each token, whether the prompts differ there.
+        titles: for each token, a tooltip with its position and labels.
+        correct, wrong: the texts of the right and wrong answers.
     """
 
     clean: Sequence[str]
@@ -31,13 +34,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Portrait:
-    """A feature.
+    """A feature card: the activations of a feature in one pair, with further facts.
 
     Attributes:
-        pair: the pair whose activations are shown, one in which the feature differs.
-        clean, corrupted: its activation on each token of that pair.
-        facts: what else is known, by name.
-        link: its page on Neuronpedia; empty if there is none.
+        pair: the index of the pair whose activations are shown, one in which the feature differs.
+        clean, corrupted: the activation on each token of that pair.
+        facts: further facts about the feature, by name.
+        link: the address of the feature's page on Neuronpedia; empty if there is none.
     """
 
     pair: int
@@ -49,15 +52,15 @@ class Portrait:
 
 @dataclass(frozen=True)
 class Material:
-    """Of one study.
+    """The content of a report other than the effects.
 
     Attributes:
-        question: in a sentence.
-        prompts: of every pair.
-        features: by node, those that are shown.
-        checks: the checklist's verdicts on the pairs that are shown, one row per pair and item; None without one.
-        figures: further figures (`plotly.graph_objects.Figure`) with their titles.
-        sections: further parts of the page.
+        question: the question that the report answers, in a sentence.
+        prompts: the text of every pair.
+        features: the cards of the features that are shown, by node.
+        checks: the outcome of the checklist for the pairs that are shown, one row per pair and rule; None without one.
+        figures: further figures (`plotly.graph_objects.Figure`), by title.
+        sections: further sections of the page.
     """
 
     question: str = ""

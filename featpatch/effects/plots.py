@@ -1,4 +1,4 @@
-"""Effects as plotly figures: `effects.plot.quadrants()` and so on. Save one by `figure.write_html`, or `write_image`."""
+"""Plotly figures of effects, such as `effects.plot.quadrants()`; save one with `figure.write_html` or `write_image`."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,15 @@ WORDS = {"activation": "whole activation", "all_features": "all features", "erro
 
 @dataclass(frozen=True)
 class Plots:
-    """Figures of one table; each method returns a `plotly.graph_objects.Figure`."""
+    """The figures of one table; each method returns a `plotly.graph_objects.Figure`."""
 
     effects: "Effects"
 
     def quadrants(self) -> Any:
-        """Degradation against recovery of the ranked rows, a colour per site.
+        """Plot degradation against recovery of the ranked rows, with a colour per SAE or hook point.
 
         Raises:
-            FeatpatchError: one direction alone was run.
+            FeatpatchError: only one direction was run.
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
@@ -47,7 +47,11 @@ class Plots:
         return figure
 
     def sites(self, effect: "Effect | None" = None) -> Any:
-        """Whole activation, all features and error term of each site and position, as bars; recovery if it was run."""
+        """Plot the effects of the whole activation, all features and the error term at each hook point and position as bars.
+
+        Args:
+            effect: the effect to plot; by default recovery if it was run, else degradation.
+        """
         import plotly.graph_objects as go
 
         chosen, table = effect or self.effects.directions_run()[0], self.effects.sites()
@@ -59,10 +63,14 @@ class Plots:
         return figure
 
     def heatmap(self, effect: "Effect | None" = None, *, kind: str = "activation") -> Any:
-        """Layer by position, a map for each component of a block: the effect of rows of a kind, added up within a cell.
+        """Plot effects by layer and position, with a heatmap for each hook point of a layer.
+
+        A cell holds the sum of the effects of all rows of one kind that are at the same hook point and position, for example of
+        features that were patched one at a time.
 
         Args:
-            kind: such as `"activation"`, `"head"` or `"feature"`; of features the sum of those patched alone.
+            effect: the effect to plot; by default recovery if it was run, else degradation.
+            kind: the kind of node, such as `"activation"`, `"head"` or `"feature"`.
 
         Raises:
             FeatpatchError: the table has no row of this kind.

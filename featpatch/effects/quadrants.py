@@ -1,4 +1,4 @@
-"""In which directions a node has an effect, decided with the intervals of both effects.
+"""Labels that say in which directions a node has an effect, based on the intervals of both effects.
 
     denoising  noising   label              reading
     above      above     both directions    restores part of the behaviour, and part of it is lost without the node
@@ -41,10 +41,10 @@ NAMES = {
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a threshold that is not a share.
+    """Check that a threshold is a share.
 
     Raises:
-        FeatpatchError: it is not between 0 and 1.
+        FeatpatchError: it is not a number between 0 and 1.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
         raise FeatpatchError(
@@ -54,7 +54,7 @@ def check_threshold(threshold: float) -> None:
 
 
 def named(intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np.float64]], threshold: float) -> list[str]:
-    """Label each row.
+    """Return the quadrant label of each row.
 
     Args:
         intervals: of recovery and of degradation, `[rows, 2]` each; NaN where there is none.
@@ -67,7 +67,7 @@ def named(intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np
 
 
 def _sides(interval: NDArray[np.float64], threshold: NDArray[np.float64]) -> list[str]:
-    """Say on which side of its threshold `[rows]` each effect is: above, within, below or undecided."""
+    """Return for each effect on which side of its threshold `[rows]` it is: above, within, below or undecided."""
     low, high = interval.T
     cases = {"above": low > threshold, "within": (low >= -threshold) & (high <= threshold), "below": high < -threshold}
     found: list[str] = np.select(list(cases.values()), list(cases), UNDECIDED).tolist()

@@ -1,4 +1,4 @@
-"""A table of effects as one HTML file."""
+"""The HTML report of a table of effects."""
 
 import json
 from datetime import datetime, timezone
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from featpatch.effects.effects import Effects
 
 VALUES = 8
-"""Tags with more values are left out."""
+"""The largest number of values of a tag for which effects are broken down by the tag."""
 
 PROMPTS = 8
-"""So many pairs are shown."""
+"""The number of pairs that are shown."""
 
 ROWS = 20_000
-"""So many features or heads are shown, those with the largest effects."""
+"""The largest number of features or heads that are shown, those with the largest effects."""
 
 
 def report(effects: "Effects", material: Material, components: "Effects | None") -> str:
-    """The file's content."""
+    """Return the report as the content of an HTML file."""
     metadata = effects.metadata
     sections = [
         _question(effects, material),
@@ -106,7 +106,7 @@ def _ranking(effects: "Effects", material: Material) -> Section:
 
 
 def _shown(effects: "Effects") -> "Effects":
-    """The ranked rows, at most `ROWS` of them, in the order of the table."""
+    """Return the ranked rows in the order of the table, at most the `ROWS` with the largest effects."""
     rows = np.flatnonzero(effects.ranked)
     return effects.take(rows if len(rows) <= ROWS else rows[np.sort(np.argsort(-effects.sizes()[rows], kind="stable")[:ROWS])])
 

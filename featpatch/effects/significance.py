@@ -1,6 +1,7 @@
-"""Could a row's effect be chance? Sign flips over pairs, and the false discoveries among all rows.
+"""Significance of effects: sign-flip tests over pairs, and the control of false discoveries among all rows.
 
-Null hypothesis of a row: the change of a pair is symmetric around 0, so that its sign is a coin toss. With signs s drawn anew
+The null hypothesis for a row is that the change in a pair is symmetric around 0, so that its sign is random. With random signs
+s,
 
     p = share of the draws with |sum_p s_p change_p| >= |sum_p change_p|
 
@@ -17,7 +18,7 @@ from scipy.stats import false_discovery_control
 
 FLIPS = 9_999
 MORE_FLIPS = 99_999
-"""Draws for the rows of which fewer than `RARE` of the first draws were as large as what was seen."""
+"""Random draws for the rows of which fewer than `RARE` of the first draws gave a sum as large as the observed one."""
 
 TESTABLE = 0.05
 """Rows whose smallest possible p-value is larger than this get no q-value."""
@@ -27,18 +28,20 @@ SEED = 0
 CHUNK = 256
 DRAWS = 10_000
 ROUNDING = 1e-12
-"""Sums that differ by less than this share of the row's absolute changes are equal: the same terms in another order."""
+"""Sums that differ by less than this share of the row's absolute changes count as equal, because they can be sums of the same
+terms in another order."""
 
 
 def sign_flip(change: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Two-sided p-values of the mean change of every row, `[rows]`; NaN with a single pair and where values are missing.
+    """Return two-sided p-values of the mean change of every row, `[rows]`; NaN with a single pair or if values are missing.
 
-    Exact over all 2^n signs for up to 13 pairs, of which the smallest possible p is 2^(1-n): 8 pairs can't get below 0.008.
-    With more pairs the signs are drawn, seeded, and p = (draws as large + 1) / (draws + 1) is never below 1e-5. Rare rows
-    are drawn anew, more often, and keep the second p alone; that leaves p valid, P(p <= t) <= t under the null.
+    With up to 13 pairs the test is exact over all 2^n signs, and the smallest possible p is 2^(1-n): 8 pairs can't get below
+    0.008. With more pairs the signs are drawn with a fixed seed, and p = (draws as large + 1) / (draws + 1) is never below
+    1e-5. Rows with a small p are drawn again, more often, and only the second p is kept; p stays valid, P(p <= t) <= t under
+    the null hypothesis.
 
     Args:
-        change: `[rows, pairs]`; 0 where a pair does not change, which counts for nothing.
+        change: the changes, `[rows, pairs]`; pairs that do not change have 0 and do not affect the p-value.
     """
     rows, pairs = change.shape
     if pairs < 2:
@@ -65,11 +68,13 @@ def smallest(changed: NDArray[np.int64], pairs: int) -> NDArray[np.float64]:
 
 
 def false_discovery(p: NDArray[np.float64], tests: int) -> NDArray[np.float64]:
-    """Benjamini-Hochberg q-values, `[rows]`: the share of false discoveries to expect when this row is the last one believed.
+    """Return Benjamini-Hochberg q-values, `[rows]`.
+
+    The q-value of a row is the expected share of false discoveries if all rows with a p-value up to this one are accepted.
 
     Args:
-        p: p-values; NaN is no test and stays NaN.
-        tests: how many tests were made; those whose p-value is not given count with p = 1.
+        p: the p-values, `[rows]`; rows with NaN are not tested and stay NaN.
+        tests: the number of tests that were made; those whose p-value is not given count with p = 1.
     """
     q, tested = np.full(len(p), np.nan), ~np.isnan(p)
     if tested.any():
@@ -79,7 +84,7 @@ def false_discovery(p: NDArray[np.float64], tests: int) -> NDArray[np.float64]:
 
 
 def _as_large_of(change: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.int64]:
-    """As `_as_large`, of that many signs drawn at random; a part of them in memory at a time."""
+    """Return `_as_large` for `draws` rows of random signs, of which at most `DRAWS` are in memory at a time."""
     rng, result = np.random.default_rng(seed), np.zeros(len(change), dtype=np.int64)
     for start in range(0, draws if len(change) else 0, DRAWS):
         signs = rng.choice(np.array([-1.0, 1.0]), (min(DRAWS, draws - start), change.shape[1]))
@@ -88,7 +93,7 @@ def _as_large_of(change: NDArray[np.float64], draws: int, seed: int) -> NDArray[
 
 
 def _as_large(change: NDArray[np.float64], signs: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Under how many of the signs `[draws, pairs]` a row's sum is as far from 0 as it is, `[rows]`."""
+    """Count for how many of the signs `[draws, pairs]` the absolute sum of a row is at least the observed one, `[rows]`."""
     least = np.abs(change.sum(axis=1)) - ROUNDING * np.abs(change).sum(axis=1)
     counts = [
         np.count_nonzero(np.abs(change[start : start + CHUNK] @ signs.T) >= least[start : start + CHUNK, None], axis=1)

@@ -1,7 +1,7 @@
-"""Would other pairs give the same ranking? Split-half stability: pairs are halved at random, each half ranks the features.
+"""Split-half stability of a ranking: do two random halves of the pairs rank the features alike?
 
-The rank correlation is Spearman's (1904), from scipy. It is that of two rankings over half of the pairs each; the ranking over
-all pairs is more stable than that.
+The rank correlation is Spearman's (1904), from scipy. Each of the two rankings uses half of the pairs; the ranking over all
+pairs is more stable than that.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,19 @@ LEAST_PAIRS = 4
 
 @dataclass(frozen=True, repr=False)
 class Stability:
-    """How far two halves of the pairs agree on the ranking of the features.
+    """The agreement of two halves of the pairs on the ranking of the features.
 
     Attributes:
-        correlation: Spearman's between the halves, mean over the splits; 1 the same order, 0 unrelated.
-        low, high: 95 % of the splits lie between them; a range, not an interval of the mean.
-        overlap: share of one half's `top` largest that are among the other's, mean over the splits; NaN with no more
-            features than that, where it says nothing.
-        chance: the overlap to expect of unrelated rankings, `top / features`.
-        top, features, pairs, splits: how many of each.
+        correlation: Spearman's rank correlation between the halves, mean over the splits; 1 for the same order, 0 for unrelated
+            rankings.
+        low, high: the range that holds 95 % of the splits' correlations, which is not a confidence interval of the mean.
+        overlap: the share of one half's `top` largest features that are also among the other's, mean over the splits; NaN if
+            there are no more than `top` features, because it would not depend on the rankings.
+        chance: the expected overlap of unrelated rankings, `top / features`.
+        top: the number of largest features whose overlap is measured.
+        features: the number of features that were ranked.
+        pairs: the number of pairs.
+        splits: the number of random splits.
     """
 
     correlation: float
@@ -51,14 +55,17 @@ class Stability:
 
 
 def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: int, top: int, seed: int) -> Stability:
-    """Halves the pairs at random `splits` times and compares the rankings by pooled effect.
+    """Split the pairs into random halves `splits` times and compare the rankings of features by pooled effect.
 
-    A half's gap is common to all features and changes no rank; so only the sign of the whole gap is taken. A half that gives
-    all features the same effect ranks nothing, and counts as correlation 0.
+    The gap of a half is the same for all features and does not change their order, so only the sign of the total gap is used. A
+    half in which all features have the same effect gives no order and counts as correlation 0.
 
     Args:
-        change: `[features, pairs]`; features with missing values are left out.
-        gap: `[pairs]`.
+        change: the changes, `[features, pairs]`; features with missing values are left out.
+        gap: the gaps, `[pairs]`.
+        splits: the number of splits.
+        top: the number of largest features whose overlap is measured.
+        seed: the seed of the random splits.
 
     Raises:
         FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
@@ -98,5 +105,5 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
 
 
 def _spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Rank correlation; 0 where one of them is constant."""
+    """Return the rank correlation, or 0 if one side is constant."""
     return float(spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else 0.0

@@ -1,8 +1,8 @@
 """Pooled effects, their uncertainty and related statistics.
 
 Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
-(Efron & Tibshirani 1993, from scipy; percentiles expanded for few pairs, Hesterberg 2015). A ratio is taken of single pairs
-only where their gap can carry it.
+(Efron & Tibshirani 1993, from scipy; percentiles expanded for few pairs, Hesterberg 2015). The ratio of a single pair is
+computed only if its gap is not near zero.
 """
 
 import warnings
@@ -32,13 +32,13 @@ def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
 
 
 def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which pairs have a gap that is large enough for a ratio, `[pairs]`."""
+    """Return a mask of the pairs whose gap is large enough for a ratio, `[pairs]`."""
     result: NDArray[np.bool_] = np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
     return result
 
 
 def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
-    """Refuse a gap that is too small for a ratio.
+    """Check that the mean gap is large enough for a ratio.
 
     Raises:
         FeatpatchError: the mean of `clean - corrupted` is near zero.
@@ -52,33 +52,33 @@ def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.flo
 
 
 def ratio_of_means(change: NDArray[np.float64], gap: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    """Mean change over mean gap, along the pairs."""
+    """Return the mean change over the mean gap along the axis of the pairs."""
     result: NDArray[np.float64] = change.mean(axis) / gap.mean(axis)
     return result
 
 
 def expanded(pairs: int) -> float:
-    """Return the level at which percentiles are taken for a 95 % interval over so many pairs.
+    """Return the confidence level to pass to the percentile bootstrap for a 95 % interval over this many pairs.
 
-    Percentiles of few pairs are too narrow. Hesterberg's expanded percentile interval makes up for it as Student's t does for
-    the normal distribution: tail alpha' = Phi(-sqrt(n / (n - 1)) t_{1 - alpha/2, n - 1}) (2015, The American Statistician
-    69:371).
+    The percentile interval of few pairs is too narrow. Hesterberg's expanded percentile interval corrects this as Student's t
+    does for the normal distribution: tail alpha' = Phi(-sqrt(n / (n - 1)) t_{1 - alpha/2, n - 1}) (2015, The American
+    Statistician 69:371).
     """
     tail = norm.cdf(-np.sqrt(pairs / (pairs - 1)) * t.ppf((1 + CONFIDENCE) / 2, pairs - 1))
     return float(1 - 2 * tail)
 
 
 def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
-    """95 % bootstrap interval of the ratio of means; NaN with a single pair, and where values are missing.
+    """Return the 95 % bootstrap interval of the ratio of means; NaN with a single pair or if values are missing.
 
-    With fewer than 5 pairs it reaches at most from one extreme pair to the other, which covers less than 95 %: 75 % with 3.
+    With fewer than 5 pairs it extends at most from one extreme pair to the other, which covers less than 95 %: 75 % with 3.
 
     Args:
-        change: `[rows, pairs]`.
-        gap: `[pairs]`, or `[rows, pairs]` if the rows are about different pairs.
+        change: the changes, `[rows, pairs]`.
+        gap: the gaps, `[pairs]`, or `[rows, pairs]` if the rows are about different pairs.
 
     Returns:
-        `[rows, 2]`, lower and upper end.
+        The lower and upper end of each row's interval, `[rows, 2]`.
     """
     rows, pairs = change.shape
     result, known = np.full((rows, 2), np.nan), np.flatnonzero(~np.isnan(change).any(axis=1))
@@ -88,7 +88,7 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
         part = change[some]
         part_gap = np.broadcast_to(gap if gap.ndim == 1 else gap[some], part.shape)
         with _one_at_a_time, np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DegenerateDataWarning)  # gaps that cancel can be all that is drawn: NaN
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # a resample may hold only gaps that cancel, which gives NaN
             found = bootstrap(
                 (part, part_gap),
                 ratio_of_means,

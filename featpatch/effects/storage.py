@@ -1,6 +1,6 @@
-"""Save effects to a safetensors file, never a pickle: columns are tensors, and the header holds everything else as JSON.
+"""Storage of effects in safetensors files, never pickles: columns are tensors, and the header holds everything else as JSON.
 
-The header also holds a SHA-256 of the content, so that a damaged file is refused instead of read as other results.
+The header also holds a SHA-256 of the content, so that a damaged file is refused instead of being read as different results.
 """
 
 import hashlib
@@ -31,9 +31,12 @@ VALUES = ("clean", "corrupted", "denoised", "noised")
 def save(effects: "Effects", path: Path) -> Path:
     """Write the file completely or not at all, and create its folder if it is missing.
 
-    For rows that were taken from a larger table, the number of ranked rows in that table is stored, because q-values depend on
-    it, and after them the rows of their hook points' whole activations, on which quadrants depend and which `load` hides. An
-    audit needs all rows and is no longer possible.
+    For rows that were taken from a larger table, two things are stored in addition: the number of ranked rows in that table, on
+    which q-values depend, and after the rows themselves those of the whole activations at their hook points, on which quadrants
+    depend and which `load` hides. An audit needs all rows, so it is not possible after loading taken rows.
+
+    Raises:
+        FeatpatchError: the effects could not be loaded again, or the file can't be written.
     """
     shown = len(effects)
     if effects.taken_from is not None:

@@ -1,4 +1,4 @@
-"""Plain data as one self-contained HTML file that needs no network, and tables as text. Knows nothing of models or effects."""
+"""Self-contained HTML pages that need no network, and tables as text, from plain data without models or effects."""
 
 from featpatch.page.frame import ROWS, Frame, text
 from featpatch.page.page import Block, Section, block, figure, page, table, write

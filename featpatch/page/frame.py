@@ -1,4 +1,4 @@
-"""Tables as text for a terminal, with all of their columns."""
+"""Pandas tables that print all of their columns."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ WIDTH, LINES, ROWS = 160, 24, 20
 
 
 class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
-    """A pandas table that prints all of its columns, and intervals next to their values; otherwise like any other."""
+    """A pandas DataFrame that prints all of its columns, with intervals next to their values."""
 
     @property
     def _constructor(self) -> type["Frame"]:

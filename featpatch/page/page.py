@@ -1,4 +1,4 @@
-"""Make an HTML file from sections of tables, figures and texts, with jinja2 templates, plotly figures and itables tables."""
+"""HTML files made of sections with tables, figures and texts, from jinja2 templates, plotly figures and itables tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +21,13 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A section of a page.
 
     Attributes:
-        name: of its anchor.
-        text: what it shows, in a sentence or two; plain text.
+        name: the name of its anchor.
+        title: the heading.
+        text: an introduction in a sentence or two, as plain text.
+        blocks: the pieces of HTML below the text.
     """
 
     name: str
@@ -35,7 +37,7 @@ class Section:
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The file's content."""
+    """Return a page as the content of an HTML file."""
     import plotly.offline  # type: ignore[import-untyped]
     from itables.javascript import generate_init_offline_itables_html
     from itables.options import dt_bundle
@@ -57,12 +59,12 @@ def write(path: str | Path, content: str) -> Path:
 
 
 def block(template: str, **values: Any) -> Block:
-    """A template of this folder, filled in."""
+    """Return the HTML of a template in the folder `templates`, filled with values."""
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 
 def figure(chart: Any) -> Block:
-    """A `plotly.graph_objects.Figure`, as wide as the page."""
+    """Return the HTML of a `plotly.graph_objects.Figure` that is as wide as the page."""
     chart.update_layout(
         template="plotly_white", margin={"l": 60, "r": 20, "t": 80 if chart.layout.title.text else 40, "b": 60}, autosize=True
     )
@@ -70,11 +72,12 @@ def figure(chart: Any) -> Block:
 
 
 def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> Block:
-    """A table that can be sorted and searched; text is shown as text.
+    """Return the HTML of a table that can be sorted and searched; HTML in its cells is escaped.
 
     Args:
-        rows: on one page of it.
-        order: the column by which it is sorted at first, largest first.
+        frame: the table.
+        rows: the number of rows per page of the table.
+        order: the index of the column by which the table is sorted initially, largest value first.
     """
     from itables import to_html_datatable
 

@@ -1,4 +1,4 @@
-"""What to run: pairs of a clean and a corrupted prompt, their answers and their labelled positions."""
+"""Pairs of a clean and a corrupted prompt, with their answers and labelled positions."""
 
 from featpatch.pairs.align import changed_span
 from featpatch.pairs.pair import Pair

@@ -1,8 +1,8 @@
-"""Prompts of different lengths, made comparable at their labels; and what differs between two prompts.
+"""Alignment of prompts of different lengths by their labels, and a view of the tokens that differ between two prompts.
 
-With labels that end at positions p_1 <= ... <= p_k in each prompt, the regions are the tokens up to p_1, from there to p_2,
-..., and after p_k. Where one region differs in length, the prompt in which it is shorter gets filler tokens directly after the
-label in front of it: all labels and both ends then stand at the same positions.
+If the labels end at positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there
+to p_2, ..., and after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter,
+directly after the label that precedes the region. All labels and the ends of both prompts are then at the same positions.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ Ids = tuple[int, ...]
 
 
 def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> int | None:
-    """The id of the filler where alignment is asked for.
+    """Return the token id of the filler, or None if prompts are not to be aligned.
 
     Raises:
-        FeatpatchError: one of the two without the other, another alignment than "labels", a filler that is not one token.
+        FeatpatchError: only one of `align` and `filler` is given, `align` is not "labels", or the filler is not one token.
     """
     if align not in (None, "labels"):
         raise FeatpatchError(f"align={align!r}: expected 'labels', or None to refuse prompts of unequal length")
@@ -39,10 +39,15 @@ def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> in
 def aligned(
     clean: Ids, corrupted: Ids, here: Mapping[str, LabelPosition], there: Mapping[str, LabelPosition], filler: int
 ) -> tuple[Ids, Ids, dict[str, LabelPosition], dict[str, LabelPosition]]:
-    """Both prompts and their labels, with filler where one region between labels is shorter in one of them.
+    """Return both prompts and their labels after adding filler tokens to the region that is shorter in one of the prompts.
+
+    Args:
+        clean, corrupted: the token ids of both prompts.
+        here, there: the labels of the clean and of the corrupted prompt.
+        filler: the token id of the filler.
 
     Raises:
-        FeatpatchError: the labels are not the same in the same order, or it is not clear where filler would go.
+        FeatpatchError: the labels are not the same in the same order, or it is not clear where filler tokens belong.
     """
     order, order_there = (sorted(labels, key=lambda name: (_end(labels[name]), name)) for labels in (here, there))
     if order != order_there or not order:
@@ -79,7 +84,7 @@ def aligned(
 
 
 def changed_span(pair: Pair, tokenizer: Tokenizer) -> str:
-    """Both prompts as text, with what lies between the first and the last token that differ in brackets.
+    """Return both prompts as text, with brackets around the span from the first to the last token that differs.
 
     Raises:
         FeatpatchError: the tokenizer can't turn ids into text.
@@ -103,7 +108,7 @@ def _end(label: LabelPosition) -> int:
 
 
 def _sizes(ids: Ids, labels: Mapping[str, LabelPosition]) -> list[int]:
-    """How many tokens lie up to the end of the first label, from each end to the next, and after the last."""
+    """Return the number of tokens in each region: up to the end of the first label, between ends, and after the last one."""
     ends = [-1, *sorted(map(_end, labels.values())), len(ids) - 1]
     return [end - begin for begin, end in pairwise(ends)]
 

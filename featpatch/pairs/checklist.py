@@ -1,13 +1,13 @@
-"""The checklist of good contrasts, pair by pair: what to look at before anything is patched.
+"""A checklist for the quality of pairs, to be run before patching.
 
-A contrast should change one thing and turn the answer: few tokens differ, they are of one kind and about equally surprising,
-the model prefers the right answer on the clean prompt and the wrong one on the corrupted, and no pair is there twice
-(Heimersheim & Nanda 2024, arXiv 2404.15255; Zhang & Nanda 2024, arXiv 2309.16042).
+A good pair changes one thing and thereby the answer: few tokens differ, the differing tokens are of the same kind and about
+equally surprising, the model prefers the right answer on the clean prompt and the wrong one on the corrupted prompt, and no
+pair is a duplicate (Heimersheim & Nanda 2024, arXiv 2404.15255; Zhang & Nanda 2024, arXiv 2309.16042).
 
-Which answer the model prefers is told by a metric of the logits where answers are tokens. Where they are sequences it is told
-by log p(right) - log p(wrong), whatever the metric: p is the sum over answers of the product of their tokens' probabilities,
-each given the prompt and the tokens before it. For pairs without wrong answers it is log p(right), which must be larger on the
-clean prompt.
+If answers are single tokens, a metric of the logits says which answer the model prefers. If they are sequences, it is
+log p(right) - log p(wrong), whatever the metric: p is the sum over answers of the product of their tokens' probabilities, each
+given the prompt and the tokens before it. For pairs without wrong answers it is log p(right), which must be larger on the clean
+prompt.
 """
 
 from collections import Counter
@@ -31,11 +31,12 @@ Status = Literal["pass", "warn", "fail"]
 SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 
 MANY = 3
-"""Differing tokens above which a pair is no minimal contrast."""
+"""The largest number of differing tokens that passes as a minimal contrast."""
 SURPRISING, ABSURD = 3.0, 8.0
-"""Nats by which the changed tokens may be more surprising in one prompt than in the other: a warning, a failure."""
+"""Differences, in nats, between the mean surprise of the changed tokens in the two prompts above which a pair gets a warning
+or fails."""
 SMALL = 0.2
-"""A gap below this share of the median gap hardly weighs in the pooled effects."""
+"""The share of the median gap below which a pair gets a warning, because it hardly counts in pooled effects."""
 
 RULES = {
     "start": "give the model instead of a tokenizer when the pairs are made, so that prompts begin as model(text) begins them",
@@ -48,12 +49,19 @@ RULES = {
     "duplicate": "drop all but one",
     "gap": "drop it, or accept that it hardly counts in the mean",
 }
-"""What is checked, and what to do where it does not pass."""
+"""The rules of the checklist, each with advice for pairs that do not pass it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one rule for one pair."""
+    """The outcome of one rule for one pair.
+
+    Attributes:
+        pair: the index of the pair.
+        rule: the name of the rule, a key of `RULES`.
+        status: `"pass"`, `"warn"` or `"fail"`.
+        detail: what was found.
+    """
 
     pair: int
     rule: str
@@ -71,9 +79,9 @@ class Checklist:
     """The outcome of `Pairs.check`.
 
     Attributes:
-        findings: one per pair and rule.
-        clean, corrupted: the metric on both prompts, by pair; log p(right) - log p(wrong) if answers are sequences, and
-            log p(right) if there are no wrong ones.
+        findings: the outcomes, one per pair and rule.
+        clean, corrupted: the metric on each clean and each corrupted prompt; log p(right) - log p(wrong) if answers are
+            sequences, and log p(right) if there are no wrong ones.
     """
 
     findings: tuple[Finding, ...]
@@ -118,16 +126,17 @@ def check(
     tokenizer: Any = None,
     metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
 ) -> Checklist:
-    """Run the checklist.
+    """Run the checklist on pairs.
 
     Args:
-        model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object that holds them.
-        tokenizer: to show words and compare their kinds; by default `model.tokenizer`, if there is one.
-        metric: what tells one-token answers apart; positive where the right ones are preferred. Answers that are sequences
-            are told apart by the difference of their log probabilities.
+        pairs: the pairs to check.
+        model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object with them as `.logits`.
+        tokenizer: a tokenizer to show words and compare their kinds; by default `model.tokenizer`, if there is one.
+        metric: the metric that compares one-token answers; it is positive if the right ones are preferred. Answers that are
+            sequences are compared by their log probabilities.
 
     Raises:
-        FeatpatchError: the model gives no logits, or ones that are not finite; another metric.
+        FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
     """
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if metric not in ("logit_diff", "prob_diff"):
@@ -172,7 +181,7 @@ Outcome = tuple[Status, str]
 
 
 def _told(logits: torch.Tensor, pair: Pair, measure: Measure) -> float:
-    """The metric of one-token answers, from a prompt's logits."""
+    """Return the metric of a pair with one-token answers, from the logits of one of its prompts."""
     row, columns = logits[None, pair.answer_position], measure.columns(pair.correct, pair.wrong)
     return float(measure(row if columns is None else row[:, list(columns)], pair.correct, pair.wrong))
 
@@ -182,7 +191,10 @@ def _changed(pair: Pair) -> list[int]:
 
 
 def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence[int]) -> float:
-    """Mean -log p of the tokens at these positions, given what is before them; the first token is not predicted."""
+    """Return the mean of -log p, in nats, of the tokens at these positions given all tokens before them; 0 for none.
+
+    Position 0 is left out, because nothing predicts the first token.
+    """
     predicted = [p for p in positions if p > 0]
     if not predicted:
         return 0.0
@@ -264,7 +276,7 @@ def _answers(pair: Pair, tokenizer: Any, in_context: Set[int]) -> Outcome:
 
 
 def _in_context(pairs: Sequence[Pair], tokenizer: Any) -> set[int]:
-    """The answer tokens whose text is tokenized differently without a prompt in front."""
+    """Return the answer tokens whose text would be tokenized differently without a prompt in front."""
     every = {token for pair in pairs for side in pair.answers for answer in side for token in answer}
     alone = {} if tokenizer is None else {token: by_itself(tokenizer, token) for token in every}
     return {token for token, ids in alone.items() if ids not in (None, (token,))}
@@ -296,10 +308,10 @@ def _word(token: int, tokenizer: Any) -> str:
 
 
 def kept(verdicts: Sequence[Status], dropped: str | Sequence[str]) -> Iterator[int]:
-    """Indices of the pairs whose verdict is not among the dropped ones.
+    """Return the indices of the pairs whose worst status is not among the dropped ones.
 
     Raises:
-        FeatpatchError: an unknown verdict.
+        FeatpatchError: a status is unknown.
     """
     check_kinds((str, Sequence), verdicts=dropped)
     names = [dropped] if isinstance(dropped, str) else list(dropped)

@@ -1,4 +1,4 @@
-"""One thing made of every row, where an error says which row it is about."""
+"""Functions that process rows one by one and name the row in error messages."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] | None = None) -> tuple[T, ...]:
-    """`make` for every row.
+    """Return `make(*row)` for every row of the columns.
 
     Args:
-        where: what an error calls each row; "pair 0", "pair 1", ... by default.
+        where: the name of each row in error messages; "pair 0", "pair 1", ... by default.
 
     Raises:
-        FeatpatchError: what `make` raises, after the name of the row.
+        FeatpatchError: `make` raises one; the name of the row is put in front of its message.
     """
     made = []
     for index, row in enumerate(zip(*columns, strict=True)):
@@ -31,13 +31,15 @@ def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] |
 def fitting(
     make: Callable[[T], Any], rows: Sequence[T], *, where: Sequence[str], skip: bool = False, remarks: Sequence[str] = ()
 ) -> tuple[Any, ...]:
-    """`make` for every row; with `skip`, for those rows for which it raises no error, and a warning that counts the others.
+    """Return `make(row)` for every row, or only for the rows that fit the tokenizer.
 
     Args:
-        remarks: a list that `make` adds messages to; they become one warning.
+        where: the name of each row in error messages.
+        skip: whether to leave out rows for which `make` raises a FeatpatchError, with a warning that counts them.
+        remarks: a list to which `make` adds messages, which are reported as one warning.
 
     Raises:
-        FeatpatchError: a row that can't be made, or, with `skip`, no row that can.
+        FeatpatchError: `make` fails for a row or, with `skip`, for all of them.
     """
     made, refused = [], []
     for row, name in zip(rows, where, strict=True):

@@ -1,4 +1,4 @@
-"""The fields of a pair, as they are read from files and tables and written to them."""
+"""Conversion between pairs and the fields that files and tables store."""
 
 import json
 import re
@@ -17,10 +17,10 @@ OBJECTS = ("labels", "corrupted_labels", "spans", "corrupted_spans")
 
 
 def checked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of one pair, spans put among the labels.
+    """Check the types of the fields of one pair and return them, with spans added to the labels.
 
     Raises:
-        FeatpatchError: a field is not what it should be.
+        FeatpatchError: a field has the wrong type, or a name is both a label and a span.
     """
     expected = "expected text, for answers a list of texts too, for labels and spans an object, for tags an object of texts"
     for field in (*NEEDED, *OBJECTS, "tags"):
@@ -42,10 +42,12 @@ def checked(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of one pair out of the cells of a table: JSON where one cell holds several things, other columns as tags.
+    """Return the fields of one pair from the cells of a table row.
+
+    A cell with several values holds JSON. Columns that are not fields of a pair become tags.
 
     Raises:
-        FeatpatchError: a cell is empty or not what it should be.
+        FeatpatchError: a required cell is empty, or a cell does not have the expected format.
     """
     row = {**row, "wrong": []} if _blank(row["wrong"]) else row
     empty = [column for column in NEEDED if _blank(row[column])]
@@ -145,10 +147,10 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _check_unicode(pair: Pair) -> None:
-    """Refuse labels and tags that a file can't hold.
+    """Check that labels and tags can be written to a file.
 
     Raises:
-        FeatpatchError: one is no text, or holds half of a character.
+        FeatpatchError: one is not a string, or contains a surrogate (half of a character).
     """
     texts = [*pair.labels, *pair.tags, *pair.tags.values()]
     if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
@@ -158,7 +160,12 @@ def _check_unicode(pair: Pair) -> None:
 
 
 def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the fields of a pair as cells of a table, with a column for every tag; a cell with several values holds JSON."""
+    """Return the fields of a pair as the cells of a table, with one column per tag; a cell with several values holds JSON.
+
+    Raises:
+        FeatpatchError: a label or tag that a file can't hold, tags that do not give one column each, or a tokenizer without
+            `decode`.
+    """
     _check_unicode(pair)
     fields = written(pair, None) if tokenizer is None else _texts(pair, tokenizer)
     tags = {f"tag {name}" if name in (*NEEDED, *OBJECTS) else name: tag for name, tag in fields["tags"].items()}
@@ -174,7 +181,11 @@ def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the prompts, answers and labelled spans of a pair as texts, without the special tokens at the start."""
+    """Return the prompts, answers and labelled spans of a pair as texts, without the special tokens at the start.
+
+    Raises:
+        FeatpatchError: the tokenizer has no `decode`.
+    """
     decode = getattr(plain_tokenizer(tokenizer), "decode", None)
     if decode is None:
         raise FeatpatchError(

@@ -1,4 +1,4 @@
-"""Rows of a text file, each with the name of its place: JSON lines and CSV."""
+"""Readers of JSON-lines and CSV files that remember the line of each row for error messages."""
 
 import csv
 import io
@@ -15,10 +15,10 @@ from featpatch.pairs.each import each
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file.
+    """Rows of a file with their places in it.
 
     Attributes:
-        where: the place of each row, for errors, e.g. `'pairs.csv' line 3`.
+        where: the place of each row for error messages, e.g. `'pairs.csv' line 3`.
         values: the fields of each row, or the pair made from them.
     """
 
@@ -27,10 +27,12 @@ class Rows:
 
 
 def read(path: str | Path, kind: str, holding: str) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Args:
-        kind, holding: what the file should be and hold, for the errors: "a CSV file", "a header and a row per pair".
+        path: the file.
+        kind, holding: what the file should be and what it should hold, for error messages, e.g. "a CSV file" and "a header
+            and a row per pair".
 
     Raises:
         FeatpatchError: the file is missing, not UTF-8 or empty.
@@ -49,17 +51,17 @@ def read(path: str | Path, kind: str, holding: str) -> str:
 
 
 def json_lines(path: str | Path, needed: Sequence[str]) -> Rows:
-    """The objects of a file with one JSON object per line; blank lines are passed over.
+    """Read a file with one JSON object per line; blank lines are skipped.
 
     Raises:
-        FeatpatchError: the file can't be read, or a line is not a JSON object with the fields that are needed.
+        FeatpatchError: the file can't be read, or a line is not a JSON object with the needed fields.
     """
     text = read(path, "a JSON-lines file", "one JSON object per line")
     return _objects(dict(_numbered(path, text.split("\n"))), needed)
 
 
 def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> Iterator[Rows]:
-    """Read `size` lines at a time, see `json_lines`, from a file that need not fit into memory."""
+    """Read a JSON-lines file `size` lines at a time, so that it need not fit into memory; see `json_lines`."""
     path = as_path(path)
     if not path.is_file():
         raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
@@ -73,7 +75,7 @@ def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> 
 
 
 def _numbered(path: str | Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, each with what an error calls it."""
+    """Return the lines that are not blank, each after its name in error messages."""
     return ((f"{str(path)!r} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip())
 
 
@@ -89,10 +91,10 @@ def _objects(lines: Mapping[str, str], needed: Sequence[str]) -> Rows:
 
 
 def csv_rows(path: str | Path) -> tuple[list[str], Rows]:
-    """The columns and the rows of a CSV file with a header; columns without a name (row numbers) are left out.
+    """Read the columns and rows of a CSV file with a header; columns without a name (row numbers) are left out.
 
     Raises:
-        FeatpatchError: the file can't be read, has no rows, or a row with more or fewer cells than the header.
+        FeatpatchError: the file can't be read or has no rows, or a row has more or fewer cells than the header.
     """
     reader = csv.reader(io.StringIO(read(path, "a CSV file", "a header and a row per pair"), newline=""), strict=True)
     lines = dict(_lines(reader, str(path)))
@@ -111,10 +113,14 @@ def csv_rows(path: str | Path) -> tuple[list[str], Rows]:
 
 
 def parsed(text: str, expected: str) -> Any:
-    """The JSON value of a text.
+    """Parse a text as JSON.
+
+    Args:
+        text: the text.
+        expected: what the text should be, for the error message.
 
     Raises:
-        FeatpatchError: it is not JSON.
+        FeatpatchError: the text is not JSON.
     """
     try:
         return read_json(text)
@@ -140,7 +146,7 @@ def have_columns(name: str, columns: Sequence[str], needed: Sequence[str]) -> No
 
 
 def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows that are not blank, each with the line that it begins on."""
+    """Yield the rows that are not blank, each after the file and line at which it begins."""
     begin = 1
     try:
         for cells in reader:

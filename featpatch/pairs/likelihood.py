@@ -24,10 +24,13 @@ TOKENS = 1024
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs a model on prompts, batching those of equal length.
+    """A runner that batches prompts of equal length into forward passes of one model.
+
+    Attributes:
+        model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`.
 
     Raises:
-        FeatpatchError: the model is not a function, or `fp.do` patches it.
+        FeatpatchError: the model is not a function, or `fp.do` is patching it.
     """
 
     model: Callable[[torch.Tensor], Any]
@@ -60,7 +63,11 @@ class Runs:
         return [taken[index] for index in range(len(prompts))]
 
     def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:
-        """Run prompts of equal length and check the logits."""
+        """Run prompts of equal length, check the logits and return them in float32 or wider.
+
+        Raises:
+            FeatpatchError: the model fails on the tokens, or gives no logits or logits that are not finite.
+        """
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         tokens = torch.tensor(prompts, device=device)
         try:
@@ -106,6 +113,6 @@ class Runs:
 
 
 def log_probs(logits: Logits, tokens: Sequence[int], positions: Sequence[int]) -> Float[torch.Tensor, " positions"]:
-    """log p of the tokens at these positions, given what is before them; the first token is not predicted."""
+    """Return log p, in nats, of the tokens at these positions given all tokens before them; position 0 has no prediction."""
     before = logits[[p - 1 for p in positions]].log_softmax(-1)
     return before.gather(1, torch.tensor([[tokens[p]] for p in positions], device=logits.device))[:, 0]

@@ -1,4 +1,4 @@
-"""Make a pair from its prompts, answers and labels."""
+"""Construction of a pair from its prompts, answers and labels."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -18,7 +18,7 @@ Prompt = str | Sequence[int] | torch.Tensor | np.ndarray
 Answer = str | SupportsIndex
 """A text, or the id of a one-token answer."""
 Answers = Answer | Sequence[Answer] | torch.Tensor | np.ndarray | None
-"""An answer, several, or none."""
+"""One answer, several answers, or none."""
 INSTEAD = ", or give long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) with metric='sequence_log_prob'"
 """The advice for an answer of several tokens, at the end of an error."""
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -38,7 +38,7 @@ def make(
     long_answers: bool = False,
     remarks: list[str] | None = None,
 ) -> Pair:
-    """Make a pair. The corrupted prompt has the labels of the clean prompt unless it has its own.
+    """Make a pair; the corrupted prompt has the labels of the clean prompt unless it has its own.
 
     Args:
         filler: the id of the token that makes up for a difference in length, see `aligned`; None if lengths must be equal.
@@ -47,7 +47,7 @@ def make(
 
     Raises:
         FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens) or is tokenized
-            differently after the corrupted prompt, or a label is not found or at two positions.
+            differently after the corrupted prompt, a label is not found, or it is at different positions in the two prompts.
     """
     ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
     answers = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
@@ -82,7 +82,7 @@ def make(
 
 
 def _last_word(prompt: Prompt) -> Any:
-    """The end of a prompt, the only part that can change how an answer is tokenized."""
+    """Return the last word of a prompt, the only part that can change how an answer is tokenized; None for token ids."""
     return prompt[len(prompt.rstrip().rpartition(" ")[0]) :] if isinstance(prompt, str) else None
 
 
@@ -99,10 +99,15 @@ def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
 
 
 def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
-    """The fields of a pair that hold its answers.
+    """Return the fields of a pair that hold its answers.
 
     Args:
-        after: tokenizes answers after the clean and after the corrupted prompt; one entry if the prompts end alike.
+        after: tokenizers of answers after the clean and after the corrupted prompt; a single one if both prompts end alike.
+        correct, wrong: the answers as given.
+        long_answers: whether answers are sequences of tokens.
+
+    Raises:
+        FeatpatchError: an answer is tokenized differently after the two prompts, or is not valid, see `_ids`.
     """
     sides = []
     for answers in (correct, wrong):
@@ -120,7 +125,11 @@ def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answe
 
 
 def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
-    """Return the tokens of each answer; the answers are one, several or none."""
+    """Return the tokens of each answer, given one answer, several or none.
+
+    Raises:
+        FeatpatchError: an answer is neither a text nor a token id, or does not have the right number of tokens.
+    """
     given: Any = answers.tolist() if isinstance(answers, torch.Tensor | np.ndarray) else answers
     several = [] if given is None else list(given) if isinstance(given, list | tuple | range) else [given]
     found: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""One contrast: a clean and a corrupted prompt of equal length, with the answers that tell them apart."""
+"""A pair of a clean and a corrupted prompt of equal length, with their answers."""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -10,31 +10,31 @@ from featpatch.patch import Position
 from featpatch.untrusted import visible
 
 Sequences = tuple[tuple[int, ...], ...]
-"""Answers, each as its token ids."""
+"""Several answers, each given by its token ids."""
 
 LONG = 150
 """The number of characters after which the text form of a pair is truncated."""
 
 LabelPosition = int | tuple[int, ...]
-"""Where a label is: a token position, or the consecutive positions of a span, which are patched together."""
+"""The place of a label: a token position, or the consecutive positions of a span, which are patched together."""
 
 
 @dataclass(frozen=True, repr=False)
 class Pair:
     """A clean and a corrupted prompt as token ids.
 
-    Answers are either tokens, side by side, or sequences of tokens that follow the prompt, for the metrics
+    Answers are either single tokens, which are alternatives, or sequences of tokens that follow the prompt, for the metrics
     `sequence_log_prob` and `sequence_log_prob_diff`.
 
     Attributes:
-        clean, corrupted: token ids, equally many.
-        correct, wrong: ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may be left
-            out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences.
+        clean, corrupted: the token ids of both prompts, which have the same length.
+        correct, wrong: the token ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may
+            be left out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences.
         labels: names of token positions, e.g. `{"S2": 12}`, or of spans, e.g. `{"subject": (3, 4)}`.
-        answer_position: where the metric is read; the last token by default.
-        special: positions of BOS and other special tokens, which no swap touches.
-        tags: what the pair was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
-        correct_sequences, wrong_sequences: the ids of each answer that is right and wrong, e.g. `((5, 9), (7,))`.
+        answer_position: the position at which the metric is read; the last token by default.
+        special: the positions of BOS and other special tokens, which are never patched by default.
+        tags: a description of how the pair was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
+        correct_sequences, wrong_sequences: the token ids of each right and each wrong answer, e.g. `((5, 9), (7,))`.
     """
 
     clean: tuple[int, ...]
@@ -106,19 +106,19 @@ class Pair:
 
     @property
     def answers(self) -> tuple[Sequences, Sequences]:
-        """The right and the wrong answers, each a sequence of one or more tokens."""
+        """The right and the wrong answers, each answer given as a tuple of one or more token ids."""
         if self.correct_sequences:
             return self.correct_sequences, self.wrong_sequences
         return tuple((token,) for token in self.correct), tuple((token,) for token in self.wrong)
 
     @property
     def first_difference(self) -> int:
-        """The first position at which the prompts differ; the length where they don't."""
+        """The first position at which the prompts differ; the number of tokens if they are equal."""
         differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=True)) if one != other)
         return next(differing, len(self))
 
     def positions(self, position: Position) -> list[int]:
-        """The token positions that `"all"`, an index or a label stands for; special tokens are left out of `"all"`.
+        """Return the token positions that `"all"`, an index or a label stands for; `"all"` leaves out special tokens.
 
         Raises:
             FeatpatchError: the pair has no such position or label.
@@ -158,13 +158,17 @@ class Pair:
 
 
 def _shown(answers: Sequences) -> str:
-    """The first answers, each as its token ids."""
+    """Return the token ids of the first three answers as text."""
     more = f" and {len(answers) - 3} more" if len(answers) > 3 else ""
     return ", ".join(" ".join(map(str, ids)) for ids in answers[:3]) + more or "none"
 
 
 def _check_tokens(name: str, tokens: object) -> None:
-    """Refuse tokens that are not a tuple of integers small enough for arrays."""
+    """Check that tokens are a tuple of integers small enough for arrays.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
     check_kinds(tuple, **{name: tokens})
     for token in tokens if isinstance(tokens, tuple) else ():
         if type(token) is not int or abs(token) > MAX_INTEGER:

@@ -1,4 +1,4 @@
-"""Many pairs: made from prompts, from token ids, or from files and tables."""
+"""A collection of pairs, made from prompts, token ids, files or tables."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ Table = Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
-    """A sequence of pairs; lengths may differ from pair to pair, never within one."""
+    """A sequence of pairs; different pairs may have different lengths, the two prompts of a pair may not."""
 
     pairs: tuple[Pair, ...]
 
@@ -66,22 +66,22 @@ class Pairs(Sequence[Pair]):
             tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
                 function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
                 left out of swaps.
-            clean, corrupted: prompts, equally many; a text, or token ids such as `model.to_tokens(text)`.
-            correct, wrong: for each prompt, an answer that is one token, or several such answers; longer ones with
-                `long_answers`. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
+            clean, corrupted: equally many prompts, each a text or token ids such as `model.to_tokens(text)`.
+            correct, wrong: for each pair, an answer that is one token, or several such answers; with `long_answers`, answers
+                may be longer. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
                 separate word; an integer is the id of a token. Without `wrong`, or where it is empty or None, only metrics
                 of the correct answers, such as `"log_prob"`, can be used.
-            labels: for each clean prompt, names of positions. A position is a token index, `{"S2": 12}`, or a text that occurs
-                once in the prompt, `{"S2": "Mary"}`, or its characters, `{"S2": (34, 38)}`; the last token of these is meant.
+            labels: for each clean prompt, names of positions. A position is a token index, `{"S2": 12}`, a text that occurs
+                once in the prompt, `{"S2": "Mary"}`, or its characters, `{"S2": (34, 38)}`; a text stands for its last token.
                 A label may also name a span, which is patched as one position: all tokens of a text,
                 `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of indices.
             corrupted_labels: the same for each corrupted prompt; by default the positions of the clean prompt.
-            tags: for each pair, what it was made by, e.g. `{"template": "3", "corruption": "swap_s2"}`.
-            align: `"labels"` makes up for prompts of unequal length: where the prompts differ in length between two labels,
-                the shorter one gets copies of the filler after the first of these; see `changed_span`. Positions among the
-                labels are those in the prompts as they are given.
+            tags: for each pair, a description of how it was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
+            align: `"labels"` to accept prompts of unequal length: if the prompts differ in length between two labels, copies
+                of the filler are added to the shorter one after the first of these labels; see `changed_span`. Positions
+                given as labels are those in the prompts as given, before alignment.
             filler: a word that is one token, e.g. `" the"`.
-            long_answers: makes a sequence of every answer, of one token or more, for the metric `"sequence_log_prob"`.
+            long_answers: whether every answer is a sequence of one or more tokens, for the metric `"sequence_log_prob"`.
 
         Raises:
             FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label is
@@ -112,14 +112,15 @@ class Pairs(Sequence[Pair]):
         """Make pairs from tensors of token ids, or from lists of equally long lists.
 
         Args:
-            correct, wrong: ids of the answers; without `wrong`, or where it is empty, only metrics of the correct answers can
-                be used.
+            clean, corrupted: the token ids of the prompts, one row per pair.
+            correct, wrong: the token ids of the answers; without `wrong`, or if it is empty, only metrics of the correct
+                answers can be used.
             labels: for each pair, names of positions, or of spans as ranges or lists of positions, counted in the padded clean
                 row.
-            attention_mask: 1 for tokens and 0 for padding at either end, the same for both prompts of a pair. Padding is cut
-                off and takes no part in anything.
-            tokenizer: its special tokens (BOS) are left out of swaps; without a tokenizer no position counts as special.
-                Without `attention_mask`, its padding tokens at either end are cut off with a PairsWarning.
+            attention_mask: 1 for tokens and 0 for padding at either end, the same for both prompts of a pair. Padding is
+                removed.
+            tokenizer: a tokenizer whose special tokens (BOS) are left out of swaps; without one, no position counts as special.
+                Without `attention_mask`, its padding tokens at either end are removed with a PairsWarning.
 
         Raises:
             FeatpatchError: a table does not hold integers, lengths are unequal, there are no pairs, a label is outside the
@@ -159,17 +160,17 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Pairs":
-        """Pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}`.
+        """Read pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}`.
 
-        Optional fields: `"labels"` and `"corrupted_labels"` as in `from_prompts`, `"spans"` and `"corrupted_spans"`
-        (`{"S2": [34, 38]}`, characters), `"tags"` (an object of texts). `align`, `filler` and `long_answers` as in
-        `from_prompts`.
+        Optional fields are `"labels"` and `"corrupted_labels"` as in `from_prompts`, `"spans"` and `"corrupted_spans"`
+        (`{"S2": [34, 38]}`, in characters), and `"tags"` (an object of texts). `align`, `filler` and `long_answers` are those
+        of `from_prompts`.
 
         If both prompts are lists of token ids, the answers are ids too (`[52]`, or `[[5, 9]]` for a sequence) and labels are
-        positions; `"special"` and `"answer_position"` are optional. Such a pair is taken as it is; see `to_jsonl`.
+        positions; `"special"` and `"answer_position"` are optional. Such a pair is used unchanged; see `to_jsonl`.
 
         Raises:
-            FeatpatchError: the file is missing, or a line is not JSON, lacks a field or gives no pair.
+            FeatpatchError: the file is missing, or a line is not JSON, lacks a field or does not make a valid pair.
         """
         return cls._of_lines(tokenizer, json_lines(path, NEEDED), align, filler, long_answers)
 
@@ -184,10 +185,10 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Iterator[Pairs]":
-        """Read a JSON-lines file block by block, for `fp.stream_features`; see `from_jsonl`.
+        """Read a JSON-lines file `size` pairs at a time, for `fp.stream_features`; see `from_jsonl`.
 
         Raises:
-            FeatpatchError: as for `from_jsonl`; a size below 1, a file without pairs.
+            FeatpatchError: `size` is below 1, the file has no pairs, or it can't be read, see `from_jsonl`.
         """
         check_numbers(1, size=size)
         empty = True
@@ -215,13 +216,13 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Pairs":
-        """Pairs from a CSV file with the columns clean, corrupted, correct and wrong.
+        """Read pairs from a CSV file with the columns clean, corrupted, correct and wrong.
 
         The columns labels, corrupted_labels, spans and corrupted_spans hold JSON (`{"S2": 12}`), as does a cell with several
-        answers (`["a", "b"]`); other columns become tags. `align`, `filler` and `long_answers` as in `from_prompts`.
+        answers (`["a", "b"]`); other columns become tags. `align`, `filler` and `long_answers` are those of `from_prompts`.
 
         Raises:
-            FeatpatchError: the file is missing, lacks a column, or a line gives no pair.
+            FeatpatchError: the file is missing or lacks a column, or a line does not make a valid pair.
         """
         columns, rows = csv_rows(path)
         have_columns(repr(str(path)), columns, NEEDED)
@@ -237,10 +238,10 @@ class Pairs(Sequence[Pair]):
         filler: str | None = None,
         long_answers: bool = False,
     ) -> "Pairs":
-        """Pairs from a pandas table with the columns of `from_csv`; cells may hold lists and dictionaries themselves.
+        """Make pairs from a pandas DataFrame with the columns of `from_csv`; cells may also hold lists and dictionaries.
 
         Raises:
-            FeatpatchError: it is no table, lacks a column, or a row gives no pair.
+            FeatpatchError: it is not a DataFrame or lacks a column, or a row does not make a valid pair.
         """
         import pandas
 
@@ -260,13 +261,15 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def from_feature_circuits(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
-        """Pairs from a file of the project feature-circuits, see `featpatch.pairs.importers.feature_circuits`.
+        """Read pairs from a file of the project feature-circuits, see `featpatch.pairs.importers.feature_circuits`.
 
         Args:
-            skip: leaves out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
+            tokenizer: the model or its tokenizer.
+            path: the JSON-lines file.
+            skip: whether to leave out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
 
         Raises:
-            FeatpatchError: the file is not in that format, or (a pair does not | with `skip`, no pair does) fit the tokenizer.
+            FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
         """
         return cls(feature_circuits(tokenizer, path, skip=skip))
 
@@ -274,26 +277,30 @@ class Pairs(Sequence[Pair]):
     def from_eap_ig(
         cls, tokenizer: Tokenizer, path: str | Path, *, corrupted: str = "corrupted", skip: bool = False
     ) -> "Pairs":
-        """Pairs from a CSV file of the project EAP-IG, see `featpatch.pairs.importers.eap_ig`.
+        """Read pairs from a CSV file of the project EAP-IG, see `featpatch.pairs.importers.eap_ig`.
 
         Args:
+            tokenizer: the model or its tokenizer.
+            path: the CSV file.
             corrupted: the column of the corrupted prompts; some files have a `"corrupted_hard"` too.
-            skip: as in `from_feature_circuits`.
+            skip: whether to leave out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
 
         Raises:
-            FeatpatchError: as there.
+            FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
         """
         return cls(eap_ig(tokenizer, path, corrupted=corrupted, skip=skip))
 
     @classmethod
     def from_auto_circuit(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
-        """Pairs from a JSON file of the project auto-circuit, see `featpatch.pairs.importers.auto_circuit`.
+        """Read pairs from a JSON file of the project auto-circuit, see `featpatch.pairs.importers.auto_circuit`.
 
         Args:
-            skip: as in `from_feature_circuits`.
+            tokenizer: the model or its tokenizer.
+            path: the JSON file.
+            skip: whether to leave out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
 
         Raises:
-            FeatpatchError: as there.
+            FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
         """
         return cls(auto_circuit(tokenizer, path, skip=skip))
 
@@ -335,24 +342,28 @@ class Pairs(Sequence[Pair]):
         tokenizer: Any = None,
         metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
     ) -> Checklist:
-        """Is each pair one clean contrast for this model? See `featpatch.pairs.checklist`.
+        """Check each pair for common problems with this model, see `featpatch.pairs.checklist`.
 
         Args:
             model: a function from tokens `[batch, pos]` to logits, such as a TransformerBridge or a HookedTransformer.
-            tokenizer: to show words and compare their kinds; by default `model.tokenizer`, if there is one.
-            metric: what tells one-token answers apart; positive where the right ones are preferred. Answers that are
-                sequences are told apart by the difference of their log probabilities.
+            tokenizer: a tokenizer to show words and compare their kinds; by default `model.tokenizer`, if there is one.
+            metric: the metric that compares one-token answers; it is positive if the right ones are preferred. Answers that
+                are sequences are compared by their log probabilities.
 
         Raises:
-            FeatpatchError: the model gives no logits, or ones that are not finite; another metric.
+            FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
         """
         return check(self, model, tokenizer=tokenizer, metric=metric)
 
     def drop(self, found: Checklist, verdicts: Status | Sequence[Status] = "fail") -> "Pairs":
-        """The pairs without those of these verdicts.
+        """Return the pairs whose worst status in a checklist is not among `verdicts`.
+
+        Args:
+            found: the checklist of these pairs, from `check`.
+            verdicts: one status or several: `"pass"`, `"warn"`, `"fail"`.
 
         Raises:
-            FeatpatchError: an unknown verdict, the checklist of other pairs, or no pair is left.
+            FeatpatchError: a status is unknown, the checklist is of other pairs, or no pair is left.
         """
         check_kinds(Checklist, found=found)
         if len(found.clean) != len(self):
@@ -372,7 +383,7 @@ class Pairs(Sequence[Pair]):
         Args:
             path: the file; an existing one is replaced once the new one is complete.
             tokenizer: the model or its tokenizer. With it, a pair is written as texts if these give exactly the same pair
-                again. Without it, and for other pairs, such as those with long answers, token ids are written.
+                when read again. Without it, and for other pairs, such as those with long answers, token ids are written.
 
         Raises:
             FeatpatchError: the file can't be written, a label or tag is not valid Unicode, or the tokenizer can't decode.
@@ -383,13 +394,13 @@ class Pairs(Sequence[Pair]):
         return Path(path)
 
     def to_csv(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
-        """Write a table for a spreadsheet: prompts, answers, labels, and a column for every tag; see `from_csv`.
+        """Write a CSV table for a spreadsheet, with prompts, answers, labels and a column for every tag; see `from_csv`.
 
         Texts that a spreadsheet would take for formulas get an apostrophe in front, and special tokens at the start are left
         out. To read exactly the same pairs again, use `to_jsonl`.
 
         Args:
-            path: the file.
+            path: the CSV file.
             tokenizer: the model or its tokenizer, to write texts; without it, token ids are written.
 
         Raises:
@@ -401,27 +412,27 @@ class Pairs(Sequence[Pair]):
         return Path(path)
 
     def by_length(self) -> dict[int, list[int]]:
-        """Indices of the pairs, grouped by the number of tokens."""
+        """Return the indices of the pairs, grouped by the number of tokens."""
         groups: dict[int, list[int]] = {}
         for index, pair in enumerate(self.pairs):
             groups.setdefault(len(pair), []).append(index)
         return groups
 
     def chunks(self, tokens: int) -> Iterator[list[int]]:
-        """Indices of pairs that can run together: equally long, and with no more than so many tokens, but one pair at least."""
+        """Yield the indices of equally long pairs to run in one batch, of at most `tokens` tokens but at least one pair."""
         for length, group in self.by_length().items():
             size = max(1, tokens // length)
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides a result: tokens, answers, labels, positions."""
+        """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags."""
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]
         return sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def check_pairs(pairs: Any) -> Pairs:
-    """Return the argument after checking that it is `Pairs`.
+    """Check that the argument is a `Pairs` object and return it.
 
     Raises:
         FeatpatchError: it is not.
@@ -432,7 +443,11 @@ def check_pairs(pairs: Any) -> Pairs:
 
 
 def _integers(name: str, value: Any) -> torch.Tensor:
-    """Convert a tensor or nested lists to a table of integers; a single axis becomes one column."""
+    """Convert a tensor or nested lists to a table of integers; a single axis becomes one column.
+
+    Raises:
+        FeatpatchError: it does not hold integers, or has the wrong number of axes.
+    """
     try:
         table = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -449,7 +464,11 @@ def _integers(name: str, value: Any) -> torch.Tensor:
 
 
 def _mask(value: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-    """The attention mask of both tables of prompts."""
+    """Return the attention mask as a tensor after checking that it has the shape of both tables of prompts.
+
+    Raises:
+        FeatpatchError: the shapes differ.
+    """
     mask = _integers("attention_mask", value)
     if not mask.shape == clean.shape == corrupted.shape:
         raise FeatpatchError(
@@ -468,7 +487,7 @@ def _pair_of_row(
     labels: Mapping[str, Any],
     mask: list[int] | None,
 ) -> Pair:
-    """The pair of one row of token ids, without its padding."""
+    """Make a pair from one row of token ids, without its padding."""
     kept, kept_corrupted = (0, len(clean)), (0, len(corrupted))
     if mask is not None:
         kept = kept_corrupted = unmasked(mask)
@@ -486,7 +505,7 @@ def _pair_of_row(
 
 
 def _moved(position: Any, start: int) -> Any:
-    """A label's position in a row whose first `start` tokens are cut off."""
+    """Return the position of a label after the first `start` tokens of its row are removed."""
     plain = plain_integers(position)
     if plain is None:
         return position

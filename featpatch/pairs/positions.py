@@ -1,4 +1,4 @@
-"""Find the token positions of characters, spans and words in a prompt."""
+"""Token positions of characters, spans and words in a prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -68,7 +68,7 @@ def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: M
 
 
 def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str, int]) -> dict[str, int]:
-    """Shift positions that were counted without the special tokens (BOS) at the start of the prompt."""
+    """Convert positions that do not count the special tokens (BOS) at the start of the prompt to positions that do."""
     special = special_positions(tokenizer, ids)
     shift = next((position for position in range(len(ids)) if position not in special), 0)
     return {name: position + shift for name, position in labels.items()}

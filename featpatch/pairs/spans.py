@@ -1,4 +1,4 @@
-"""Which token positions of a pair a request such as `"all"`, `"each"` or `["S2", 0]` stands for."""
+"""Token positions of a pair that a request such as `"all"`, `"each"` or `["S2", 0]` stands for."""
 
 from collections.abc import Mapping, Sequence
 from operator import index
@@ -16,10 +16,10 @@ Wanted = Mapping[Position, list[int]]
 
 
 def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
-    """What each requested position stands for in a pair: a name or index, and the token positions.
+    """Return the token positions of a pair that each requested label or index stands for.
 
     Raises:
-        FeatpatchError: the pair has no such position, or the request is not one.
+        FeatpatchError: the pair has no such position, or the request is not valid.
     """
     if positions not in ("all", "each") if isinstance(positions, str) else not isinstance(positions, Sequence):
         raise FeatpatchError(
@@ -34,7 +34,11 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
 
 
 def _plain(entry: object) -> Position:
-    """A label, or an index as a plain int."""
+    """Return a label unchanged, or an index as a plain int.
+
+    Raises:
+        FeatpatchError: the entry is neither.
+    """
     try:
         return entry if isinstance(entry, str) else index(cast(SupportsIndex, entry))
     except TypeError as error:

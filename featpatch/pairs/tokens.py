@@ -1,4 +1,4 @@
-"""Token ids of prompts and of the answers that follow them.
+"""Tokenization of prompts and of the answers that follow them.
 
 A tokenizer is a Hugging Face tokenizer, a function from a text to ids, or a TransformerLens model. Given a model, prompts get
 the ids that `model(text)` would use, including BOS if the model prepends it; a tokenizer is called as it is.
@@ -65,10 +65,10 @@ def first_token(model: Any) -> int | None:
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """Tokenizes answers as continuations of a prompt.
+    """A tokenizer of answers as continuations of one prompt.
 
     Attributes:
-        tokenizer: see `Tokenizer`.
+        tokenizer: a Hugging Face tokenizer, a function from a text to ids, or a model, see `Tokenizer`.
         prompt: the text that the answers follow; None if only its ids are known.
         remarks: messages about answers that are probably not what was meant, collected as answers are tokenized.
     """
@@ -78,7 +78,7 @@ class AnswerTokens:
     remarks: list[str] = field(default_factory=list)
 
     def ids(self, text: str) -> Ids:
-        """Return the tokens of an answer, one or more.
+        """Return the token ids of an answer, one or more.
 
         These are the tokens that the answer adds to the prompt. If adding it changes the prompt's own tokens, the answer is
         tokenized by itself.
@@ -89,9 +89,10 @@ class AnswerTokens:
         return self._known(text, self._any_ids(text))
 
     def one(self, text: str, *, instead: str = "") -> int:
-        """Return the token of an answer that is exactly one token.
+        """Return the token id of an answer that is exactly one token.
 
         Args:
+            text: the answer.
             instead: what the error suggests for an answer of several tokens, besides a shorter answer.
 
         Raises:
@@ -160,7 +161,7 @@ class AnswerTokens:
         return None if text[:1].isspace() else self._following(f" {text}")
 
     def _space_missing(self, text: str) -> bool:
-        """Whether prompt and answer run together as separate words never do; digits may continue a number."""
+        """Return whether the answer probably lacks a space after the last word of the prompt; digits may continue a number."""
         last, first = (self.prompt or "")[-1:], text[:1]
         if any(unicodedata.name(letter, "").startswith(UNSPACED) for letter in (last, first) if letter):
             return False
@@ -177,7 +178,7 @@ class AnswerTokens:
 
 
 def by_itself(tokenizer: Tokenizer, token: int) -> Ids | None:
-    """Tokenize the text of a token without a prompt in front; None if the tokenizer can't turn ids into text."""
+    """Tokenize the text of a token without a prompt in front; return None if the tokenizer can't turn ids into text."""
     decode = getattr(plain_tokenizer(tokenizer), "decode", None)
     return None if decode is None else bare_ids(tokenizer, str(decode([token])))
 
@@ -186,7 +187,7 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
     """Find where the tokens of a row of ids start and stop within padding, by the tokenizer's padding token.
 
     Raises:
-        FeatpatchError: padding can't be told from BOS or EOS, or the row is nothing but padding.
+        FeatpatchError: padding can't be distinguished from BOS or EOS, or the row consists of padding only.
     """
     plain = plain_tokenizer(tokenizer)
     pad, bos, shared = _padding(tokenizer)
@@ -204,9 +205,11 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
 
 
 def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = False) -> bool:
-    """Whether one of the prompts begins or ends with padding.
+    """Return whether one of the prompts begins or ends with padding.
 
     Args:
+        tokenizer: the tokenizer that defines the padding token.
+        prompts: the token ids of each prompt.
         surely: whether to ignore a single token at an end if the padding token is also BOS or EOS.
     """
     pad, _bos, shared = _padding(tokenizer)
@@ -219,7 +222,7 @@ def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = Fals
 
 
 def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
-    """Refuse a batch in which some rows may be padded by one token, because the padding token is also BOS.
+    """Check that no row of a batch may be padded by one token where the padding token is also BOS.
 
     Raises:
         FeatpatchError: some rows begin with the padding token, which is also BOS, and others do not.
@@ -291,7 +294,7 @@ def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
 
 
 def one_row(value: Any) -> Ids | None:
-    """Convert token ids `[pos]` or `[1, pos]`, given as a tensor, an array or lists, to a tuple; None for anything else."""
+    """Convert token ids `[pos]` or `[1, pos]`, from a tensor, an array or lists, to a tuple; return None for anything else."""
     rows = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(rows, list | tuple) and len(rows) == 1 and isinstance(rows[0], list | tuple):
         rows = rows[0]

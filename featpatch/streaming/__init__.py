@@ -1,4 +1,4 @@
-"""Many pairs: block by block from disk, effects to partitioned Parquet, read back lazily."""
+"""Ranking over more pairs than fit into memory: pairs are read block by block, and effects stored as Parquet files."""
 
 from featpatch.streaming.stored import Stored
 from featpatch.streaming.stream import stream_features

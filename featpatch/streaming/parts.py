@@ -1,4 +1,4 @@
-"""Store the effects of a block of pairs as two Parquet files, one with a row per node and pair, one with a row per pair.
+"""Storage of the effects of a block of pairs as two Parquet files, one with a row per node and pair, one with a row per pair.
 
 A third file, such as `000003.sha256`, holds the digests of both and of `about.json`. It is written last, so a block is finished
 if this file exists. `sha256sum -c *.sha256` in the folder verifies all blocks.
@@ -20,7 +20,7 @@ FIELDS = ("site", "kind", "index", "position", "sae")
 """The columns that identify a node; the position is stored as JSON."""
 
 TYPES = {"integers": is_integer_dtype, "numbers": is_float_dtype, "texts": is_string_dtype}
-"""Tests of a column's type, by the name that errors use."""
+"""The tests of a column's type, by the name of the type in error messages."""
 
 AGAIN = "expected a block of fp.stream_features; delete its .sha256 file and run it again"
 """The end of every error about a damaged block."""
@@ -86,10 +86,13 @@ def table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.Dat
     """Read some columns of a block's Parquet file.
 
     Args:
+        folder: the folder of the whole stream.
+        block: the number of the block.
         kind: `effects` or `pairs`.
+        columns: the names of the columns.
 
     Raises:
-        FeatpatchError: the file is missing or damaged, or a column has another type.
+        FeatpatchError: the file is missing or damaged, or a column has the wrong type.
     """
     import pyarrow as pa
 

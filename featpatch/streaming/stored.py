@@ -1,4 +1,4 @@
-"""Effects of many pairs in a folder, read block by block, so that only a ranking or the requested rows are in memory."""
+"""Effects of many pairs stored in a folder, read block by block so that only a ranking or the requested rows are in memory."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,8 +29,9 @@ class Stored:
     """The effects that `stream_features` wrote to a folder.
 
     Attributes:
-        folder: holds `about.json` and, for each block, a Parquet file in `effects`, one in `pairs`, and their digests.
-        metric: one of the metrics that were measured; the first by default.
+        folder: the folder with `about.json` and, for each block, a Parquet file in `effects`, one in `pairs`, and their
+            digests.
+        metric: the metric whose effects are read; by default the first of those that were measured.
     """
 
     folder: Path
@@ -78,7 +79,7 @@ class Stored:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """The pairs, one row each, with `clean`, `corrupted`, `tags`, and the number and digest of their block.
+        """A table of all pairs, one row each, with `clean`, `corrupted`, `tags`, and the number and digest of their block.
 
         Raises:
             FeatpatchError: no block is finished, or a file is missing or damaged.

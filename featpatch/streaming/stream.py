@@ -1,4 +1,4 @@
-"""Rank features over more pairs than memory holds."""
+"""Ranking of features over more pairs than fit into memory."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from featpatch.streaming import parts
 from featpatch.streaming.stored import FORMAT, Stored
 
 OWN = ("pairs", "tags", "finished", "finished_at", "command", "metric")
-"""What of a table's metadata is a block's own."""
+"""The metadata entries of a table that differ between blocks."""
 
 
 def stream_features(
@@ -34,21 +34,26 @@ def stream_features(
     executor: Any = None,
     progress: bool = True,
 ) -> Stored:
-    """`rank_features` over blocks of pairs, each written to disk before the next is read; a run that is cut short goes on.
+    """Rank features over blocks of pairs, writing each block to disk before the next is read; resumes after an interruption.
 
-    Finished blocks are not run again; the one that was being run goes on from its journal. Ctrl-C stops after what is on disk.
+    A second call with the same arguments skips finished blocks and continues an unfinished one from its journal. After Ctrl-C,
+    everything that was written to disk is kept. Unlike in `rank_features`, the gap of a single block may be near zero; only the
+    gap of all pairs together must not be, when effects are read.
 
     Args:
-        model, saes: as in `rank_features`.
-        blocks: of pairs, read one after another, such as `Pairs.blocks_from_jsonl(tokenizer, path)`; the same in every call.
-        folder: for `about.json`, the Parquet files of `effects` and `pairs`, and their digests.
-        positions, directions, metric, batch_rows, executor: as in `rank_features`.
-        progress: show a bar that counts pairs.
+        model, saes: the model and SAEs, as in `rank_features`.
+        blocks: blocks of pairs, read one after another, such as `Pairs.blocks_from_jsonl(tokenizer, path)`; they must be the
+            same in every call.
+        folder: the folder for `about.json`, the Parquet files of `effects` and `pairs`, and their digests.
+        positions, directions, metric, batch_rows, executor: options of `rank_features`.
+        progress: whether to show a progress bar that counts pairs.
 
-    Unlike there, a block may have no gap by itself; all pairs together must, when they are read.
+    Returns:
+        The stored effects, which are read from the folder on demand.
 
     Raises:
-        FeatpatchError: unusable input; a folder with results of other models, SAEs, options or pairs; names the block.
+        FeatpatchError: the input is not valid, or the folder holds results of another model, other SAEs, options or pairs; the
+            message names the block.
     """
     if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
         raise FeatpatchError(
@@ -95,7 +100,7 @@ def _run(study: Study, folder: Path, number: int, first: int, journal: Path, exe
 
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:
-    """Write `about.json`, or compare with an existing one.
+    """Write `about.json`, or check that an existing one is the same.
 
     Raises:
         FeatpatchError: the folder holds results of another study.

@@ -1,4 +1,4 @@
-"""The checklist of pairs as tables for a terminal."""
+"""Tables of the checklist of pairs for a terminal."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
 def totals(check: Checklist) -> Table:
-    """Tabulate how many pairs pass each rule, and what to do about the others."""
+    """Tabulate how many pairs pass each rule, with advice for the others."""
     table = Table(title=repr(check).splitlines()[0])
     table.add_column("rule", no_wrap=True)
     for status in SEVERITY:
@@ -24,11 +24,12 @@ def totals(check: Checklist) -> Table:
 
 
 def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Table:
-    """The pairs with the worst findings first, each with what was found.
+    """Tabulate the pairs that do not pass with their findings, the worst first.
 
     Args:
-        text: the clean prompt of a pair, to show.
-        most: how many pairs to show.
+        check: the checklist.
+        text: a function that returns the clean prompt of a pair as text, given the index of the pair.
+        most: the largest number of pairs to show.
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])

@@ -1,4 +1,4 @@
-"""Effects, plans and checks as tables for a terminal."""
+"""Tables of effects, plans and checks for a terminal."""
 
 import math
 from datetime import timedelta
@@ -22,7 +22,8 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
     """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run.
 
     Args:
-        by: what the rows are sorted by; this effect is also shown over the pairs in which the node differs.
+        effects: the rows to show.
+        by: the effect by which the rows are sorted; it is also shown over the pairs in which the node differs.
     """
     pairs = len(effects.clean)
     table = Table(title=f"{effects.value} effects of {len(effects)} nodes, pooled over {pairs} pairs [95 % interval]")
@@ -62,7 +63,7 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
 
 
 def site_summary(effects: Effects) -> Table:
-    """Tabulate the effects of the whole activation, all features and the error alone, per site and position."""
+    """Tabulate the effects of the whole activation, all features and the error alone, per hook point and position."""
     table = Table(title=f"{effects.value} effects per site: whole activation = all features + error + their interaction")
     summary = effects.sites()
     for column in ("site", "position", "changed\nfeatures"):
@@ -94,7 +95,7 @@ def planned(plan: Plan) -> Table:
 
 
 def predicted(found: Prediction) -> Table:
-    """Tabulate the predicted cost of a sweep, from sizes alone."""
+    """Tabulate the cost of a sweep that was predicted from sizes alone."""
     rows = [("patches, each an exact run", f"{found.patches:,}"), ("operations of patches", f"{found.flops:.3g}"),
             ("operations of runs and dictionaries", f"{found.other_flops:.3g}"),
             ("memory of a worker, float32", f"{found.memory / 1e9:,.1f} GB")]  # fmt: skip
@@ -104,7 +105,7 @@ def predicted(found: Prediction) -> Table:
 
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
-    """Names on the left, values on the right."""
+    """Return a table with names on the left and values on the right."""
     table = Table("", Column("", justify="right"), title=title)
     for row in rows:
         table.add_row(*row)
@@ -112,7 +113,7 @@ def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def _beside(plan: Plan) -> list[tuple[str, str]]:
-    """The screened sweep, and which of the two to take."""
+    """Return table rows with the time of a screened sweep, and which of the two sweeps is faster."""
     k, audit = 200, 100
     seconds = plan.screened_seconds(k, audit)
     if seconds is None:
@@ -142,7 +143,7 @@ def checked(check: Check) -> Table:
 
 
 def _named(node: Node) -> str:
-    """A feature by its number, others by their kind too."""
+    """Return the name of a node for a table: the index of a feature, and the kind and index of other nodes."""
     return node.kind if node.index is None else str(node.index) if node.kind == "feature" else f"{node.kind} {node.index}"
 
 
@@ -172,9 +173,9 @@ def stability_table(effects: Effects) -> Table:
 
 
 def by_tag_table(effects: Effects, tag: str, effect: Effect) -> Table:
-    """The pooled effect under each value of a tag of the pairs with its rank, one line per row of the effects.
+    """Tabulate the pooled effect for each value of a tag of the pairs with its rank, one line per row of the effects.
 
-    Ranks are among all features that were ranked; where a feature depends on the tag, its line says so.
+    Ranks are among all features that were ranked. The last column says whether a feature's effect depends on the tag.
 
     Raises:
         FeatpatchError: no pair has the tag, or all have the same value of it.

@@ -1,4 +1,4 @@
-"""Pair files of other projects: one file for each, all with the same arguments and result."""
+"""Importers of the pair files of other projects, one module per project with the same signature."""
 
 from featpatch.pairs.importers.auto_circuit import auto_circuit
 from featpatch.pairs.importers.eap_ig import eap_ig

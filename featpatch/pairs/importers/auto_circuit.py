@@ -1,7 +1,8 @@
-"""Pair files of auto-circuit (Miller et al. 2024, arXiv 2407.08734; github.com/UFO-101/auto-circuit, datasets/*.json).
+"""Importer for auto-circuit (Miller et al. 2024, arXiv 2407.08734; github.com/UFO-101/auto-circuit, datasets/*.json).
 
-One JSON object `{"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}, ...], "word_idxs": {"A_def": 10, ...}}`: prompts
-and answers are texts or token ids; word_idxs, if there, are token positions counted without BOS, the same in every prompt.
+A file holds one JSON object `{"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}, ...], "word_idxs": {"A_def": 10,
+...}}`. Prompts and answers are texts or token ids. The optional word_idxs are token positions counted without BOS, the same in
+every prompt.
 """
 
 from pathlib import Path
@@ -17,7 +18,12 @@ from featpatch.pairs.tokens import Tokenizer
 
 
 def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> tuple[Pair, ...]:
-    """The pairs of the file; `word_idxs` become labels.
+    """Read the pairs of an auto-circuit file; `word_idxs` become labels.
+
+    Args:
+        tokenizer: the model or its tokenizer.
+        path: the JSON file.
+        skip: whether to leave out pairs that do not fit the tokenizer, with a warning that counts them.
 
     Raises:
         FeatpatchError: the file is not in the format, or a pair does not fit the tokenizer (with `skip`: none does).

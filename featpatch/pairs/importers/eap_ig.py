@@ -1,7 +1,8 @@
-"""Pair files of EAP-IG (Hanna et al. 2024, arXiv 2403.17806; github.com/hannamw/EAP-IG).
+"""Importer for EAP-IG (Hanna et al. 2024, arXiv 2403.17806; github.com/hannamw/EAP-IG).
 
-CSV with the columns clean, corrupted and, by task, two columns of token ids of the answers to the clean and to the corrupted
-prompt (one id, or a list such as "[12, 34]"), or for greater-than the two digits of the year that answers must exceed.
+A file is a CSV table with the columns clean and corrupted and, depending on the task, either two columns with the token ids of
+the answers to the clean and to the corrupted prompt (one id, or a list such as "[12, 34]"), or for greater-than the two digits
+of the year that answers must exceed.
 """
 
 from pathlib import Path
@@ -23,7 +24,13 @@ YEAR = ("label",)
 
 
 def eap_ig(tokenizer: Tokenizer, path: str | Path, *, corrupted: str = "corrupted", skip: bool = False) -> tuple[Pair, ...]:
-    """The pairs of the file, of the task that the columns tell; further columns are not read.
+    """Read the pairs of an EAP-IG file; the columns determine the task, and other columns are not read.
+
+    Args:
+        tokenizer: the model or its tokenizer.
+        path: the CSV file.
+        corrupted: the column of the corrupted prompts.
+        skip: whether to leave out pairs that do not fit the tokenizer, with a warning that counts them.
 
     Raises:
         FeatpatchError: unknown columns, a cell that is not in the format, or a pair that does not fit the tokenizer (with
@@ -55,7 +62,11 @@ def _read(row: dict[str, str], prompts: tuple[str, str], task: tuple[str, ...]) 
 
 
 def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
-    """The token ids of a cell, or the year."""
+    """Return the token ids that a cell holds, or the year as a list of one number.
+
+    Raises:
+        FeatpatchError: the cell does not have the expected format.
+    """
     expected = (
         "a token id or a list of them, e.g. 12 or [12, 34]" if task != YEAR else "the last two digits of a year, e.g. 52 or 4"
     )
@@ -70,7 +81,11 @@ def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
 
 
 def _years(tokenizer: Tokenizer, clean: str, year: int) -> tuple[list[int], list[int]]:
-    """Ids of the two digits of the later years of the century, and of the other ones."""
+    """Return the token ids of the last two digits of all later years of the century, and of all other years.
+
+    Raises:
+        FeatpatchError: the two digits of some year are not one token after the prompt.
+    """
     after = AnswerTokens(tokenizer, clean)
     tokens = [after.next_token(f"{number:02}") for number in range(100)]
     if None in tokens:

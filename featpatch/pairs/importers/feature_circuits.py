@@ -1,8 +1,8 @@
-"""Pair files of feature-circuits (Marks et al. 2024, arXiv 2403.19647; github.com/saprmarks/feature-circuits, data/*.json).
+"""Importer for feature-circuits (Marks et al. 2024, arXiv 2403.19647; github.com/saprmarks/feature-circuits, data/*.json).
 
-JSON lines `{"clean_prefix", "patch_prefix", "clean_answer", "patch_answer", "case", ...}`. Other texts become tags.
-Numbers named position, pos or *_pos are token positions counted without BOS, and become labels; of spans [first, last] the last
-token counts.
+A file holds JSON lines `{"clean_prefix", "patch_prefix", "clean_answer", "patch_answer", "case", ...}`. Other text fields
+become tags. Numbers in the fields position, pos or *_pos are token positions counted without BOS and become labels; a span
+[first, last] stands for its last token.
 """
 
 from pathlib import Path
@@ -20,7 +20,12 @@ FIELDS = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
 
 
 def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> tuple[Pair, ...]:
-    """The pairs of the file; `clean_answer` is correct, `patch_answer` wrong.
+    """Read the pairs of a feature-circuits file; `clean_answer` is correct, `patch_answer` wrong.
+
+    Args:
+        tokenizer: the model or its tokenizer.
+        path: the JSON-lines file.
+        skip: whether to leave out pairs that do not fit the tokenizer, with a warning that counts them.
 
     Raises:
         FeatpatchError: a line is not in the format, or a pair does not fit the tokenizer (with `skip`: none does).

@@ -307,6 +307,7 @@ def child(study: Study, journal: Path, folder: Path, name: str, random: Random, 
         threading.Thread(target=kill_a_worker, args=(folder,), daemon=True).start()
     try:
         if name in ("killed", "Ctrl-C"):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             sent = signal.SIGKILL if name == "killed" else signal.SIGINT
             threading.Timer(delay, os.kill, (os.getpid(), sent)).start()
         with patch.object(Journal, "put", noting), fault(name, random, number, (folder / "met").touch):

@@ -135,6 +135,8 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
         row = effects.take([rows[node]])
         change = sum(abs(row.changes(effect).toarray()[0]) for effect in row.directions_run())
         chosen.append((node, row, int(np.argmax(change))))
+    if not chosen:
+        return {}
     shown = Pairs(tuple(pairs[index] for index in sorted({index for _, _, index in chosen})))
     hooks = sorted({hook for node, _, _ in chosen for hook in (by_name[node.sae].reads, by_name[node.sae].writes)})
     runs: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}

@@ -190,12 +190,13 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     assert effects.metadata["model"]["sha256"] in told.stdout.replace("\n", "")
     in_json = json.loads(run("info", "for-info/effects.safetensors", "--json", "--top", "1", folder=folder).stdout)
     assert in_json["effects"][0]["index"] == effects.top(1).nodes[0].index
-    options = ("--by", "degradation_where_changed", "--threshold", "0.5")
+    options = ("--by", "degradation", "--threshold", "0.5")
     sorted_by = json.loads(run("info", "for-info/effects.safetensors", "--json", *options, folder=folder).stdout)["effects"]
-    expected = effects.with_threshold(0.5).top(5, by="degradation_where_changed")
+    expected = effects.with_threshold(0.5).top(5, by="degradation")
     assert [(row["index"], row["quadrant"]) for row in sorted_by] == [
         (node.index, label) for node, label in zip(expected.nodes, expected.quadrants(), strict=True)
     ]
+    assert len(expected) == 5
     assert expected.quadrants() != effects.take(expected.rows_in_whole()).quadrants()
     for wrong, said in ((("--threshold", "2"), "threshold=2.0: expected a number between 0 and 1"),
                         (("--by", "recovery", "--direction", "noising"), "by='recovery': expected one of the effects")):  # fmt: skip

@@ -208,6 +208,7 @@ AREAS = {
 """Areas under the ROC curve by model and method, as the README has them."""
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", AREAS)
 def test_areas_under_the_roc_curve(name: str) -> None:
     assert [round(area(name, method), 2) for method in METHODS] == pytest.approx(AREAS[name], abs=0.006)

@@ -225,6 +225,7 @@ def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.Monkey
     assert first > calls[0] - first
 
 
+@pytest.mark.extended
 def test_killed_at_random_points_it_resumes_to_the_same_bits(bridge: Small, tmp_path: Path) -> None:
     """A child process is killed with SIGKILL in the middle of its sweep; the parent goes on from what it left."""
     torch.set_num_threads(1)

@@ -121,6 +121,7 @@ def test_other_sweeps_are_the_same() -> None:
         same(run(), run(executor=fp.Ray(workers=1)))
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_is_killed(tmp_path: Path) -> None:
     """SIGKILL within a batch: another worker runs that one again, and nothing else twice."""
@@ -136,6 +137,7 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
     assert len(workers) >= 2
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("cluster")
 def test_workers_that_always_die(tmp_path: Path) -> None:
     small, pairs = small_hooked(), pairs_of(small_hooked())
@@ -177,6 +179,7 @@ fp.rank_features(small.model, small.saes[1], pairs_of(small), metric=metric, jou
 """
 
 
+@pytest.mark.extended
 def test_the_driver_is_killed(tmp_path: Path) -> None:
     """What reached the journal stays; the same call, here or there, runs the rest only."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -221,6 +224,7 @@ def test_ctrl_c_is_heard_while_workers_run(tmp_path: Path) -> None:
     same(resumed, fp.rank_features(small.model, small.saes[1], pairs, **options))
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("cluster")
 def test_workers_that_find_no_room_are_not_waited_for() -> None:
     """One of two processors is held by somebody else."""

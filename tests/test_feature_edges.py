@@ -96,6 +96,7 @@ def coordinates(model: Any, site: str, which: list[int]) -> StandardSAE:
     return sae
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("method", ["threshold", "acdc"])
 def test_two_hops_by_hand(method: str) -> None:
     """From the embedding to single bridges, from the head to single answers; no edge of any other feature or the rest."""

@@ -175,6 +175,7 @@ def test_without_a_network(hub: Hub, tmp_path: Path) -> None:
     assert sae.startswith(f"the SAE '{RELEASE}/{HOOK}' can't be loaded (LocalEntryNotFoundError: ")
 
 
+@pytest.mark.extended
 def test_with_a_hub_that_does_not_answer(hub: Hub, tmp_path: Path) -> None:
     environment = {**hub.environment(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     (sae,) = refusals(environment, f"{RELEASE}/{HOOK}")

@@ -256,7 +256,7 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("featpatch.ranking.paths.BUDGET", 50)
     automatic = fp.rank_paths(small.model, pairs_of(small), k=20, audit=10, **{**run, "progress": True})
     assert automatic.nodes == some.nodes
-    assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().out
+    assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().err
     with pytest.raises(fp.FeatpatchError, match="exact='some'"):
         fp.rank_paths(small.model, pairs_of(small), exact="some", **run)
 

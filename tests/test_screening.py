@@ -261,6 +261,7 @@ def test_a_screened_table_is_a_table(small: Small, tmp_path: Path) -> None:
         one.audit("degradation", top=3)
 
 
+@pytest.mark.extended
 def test_interrupted_and_gone_on(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal holds all looks; Ctrl-C in a later one keeps what the earlier ones say."""
     options: dict[str, Any] = {"positions": "each", "k": 20, "top": 5, "audit": 4, "target": 1.0, "batch_rows": 40}

@@ -25,6 +25,7 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(sys.platform != "linux", reason="the faults are made by Linux")
 def test_a_short_soak(folder: Path) -> None:
     """It says what was met and lost by its own count, and ends with 0 only if all was well."""

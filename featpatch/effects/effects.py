@@ -470,13 +470,13 @@ class Effects:
                 run; by default recovery if it was, else degradation.
             kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
             least_changed: the number of pairs in which a row must differ to be included; by default 0, or 5 if `by` ends in
-                `_where_changed`, because an interval over fewer pairs is too narrow.
+                `_where_changed` (all pairs if there are fewer), because an interval over fewer pairs is too narrow.
 
         Raises:
             FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
         """
         effect, over = sorting(by, self.directions_run())
-        least = least_to_sort(over, least_changed)
+        least = least_to_sort(over, least_changed, len(self.clean))
         check_numbers(0, n=n)
         rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
         rows = rows.take(rows.changed_pairs >= least) if least else rows
@@ -577,13 +577,13 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
     return known[by]
 
 
-def least_to_sort(over: Over, asked: int | None) -> int:
-    """Return the number of pairs in which a row must differ to be among the top rows.
+def least_to_sort(over: Over, asked: int | None, pairs: int) -> int:
+    """Return the number of pairs in which a row must differ to be among the top rows, given the number of all pairs.
 
     Raises:
         FeatpatchError: `asked` is not a number of pairs.
     """
-    least = (LEAST_CHANGED if over == "changed" else 0) if asked is None else asked
+    least = (min(LEAST_CHANGED, pairs) if over == "changed" else 0) if asked is None else asked
     check_numbers(0, least_changed=least)
     return least
 

@@ -140,7 +140,7 @@ class Stored:
         table = self.pooled()
         run = [effect for effect in EFFECTS if effect in table]
         effect, over = sorting(by, run)
-        least = least_to_sort(over, least_changed)
+        least = least_to_sort(over, least_changed, len(self.pairs))
         check_numbers(1, n=n)
         ranked = table[table["kind"].isin(RANKED)]
         ranked = ranked if len(ranked) else table

@@ -117,7 +117,7 @@ def test_an_audit_by_hand() -> None:
     assert audited(first, np.zeros(0), 10, **BOUND).recall == 1
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::featpatch.errors.FeatpatchWarning")
 def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_the_start(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ def components(
     device: of.Device = "cpu",
     top: of.Top = 20,
     by: of.By = None,
-    threshold: of.Threshold = of.SHARE,
+    threshold: of.Threshold = None,
     out: of.Out = Path("featpatch-components"),
     journal: of.JournalFile = None,
     executor: of.Executor = "serial",

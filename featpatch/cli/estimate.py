@@ -21,7 +21,7 @@ def attribute(
     device: of.Device = "cpu",
     top: of.Top = 20,
     by: of.By = None,
-    threshold: of.Threshold = of.SHARE,
+    threshold: of.Threshold = None,
     out: of.Out = Path("featpatch-estimates"),
     as_json: of.Json = False,
 ) -> None:

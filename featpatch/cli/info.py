@@ -17,7 +17,7 @@ def info(
     effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")],
     top: of.Top = 5,
     by: of.By = None,
-    threshold: of.OwnThreshold = None,
+    threshold: of.Threshold = None,
     as_json: of.Json = False,
 ) -> None:
     """Say what a table of effects holds and where it comes from.
@@ -26,7 +26,7 @@ def info(
     """
     with clear_errors():
         table = fp.Effects.load(effects)
-        shown = of.Shown(top, by, table.threshold if threshold is None else threshold)
+        shown = of.Shown(top, by, threshold)
         table = shown.labelled(table)
         if as_json:
             typer.echo(in_json(table, shown))

@@ -22,12 +22,12 @@ By = Annotated[
     ),
 ]
 Threshold = Annotated[
-    float, typer.Option(help="For quadrants: the share of the whole activation's effect above which an effect counts.")
+    float | None,
+    typer.Option(
+        help="For quadrants: the share of the whole activation's effect above which an effect counts; by default the saved one, "
+        "or 0.01."
+    ),
 ]
-OwnThreshold = Annotated[float | None, Threshold.__metadata__[0]]
-"""The option for the threshold of a table that is loaded; by default the threshold that was saved with it."""
-SHARE = 0.01
-"""The default threshold."""
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
 Positions = Annotated[
     str,
@@ -70,7 +70,7 @@ class Shown:
     Attributes:
         top: the number of rows.
         by: the effect by which rows are sorted.
-        threshold: the threshold for quadrants.
+        threshold: the threshold for quadrants; None for that of the effects.
 
     Raises:
         FeatpatchError: the threshold is not a share.
@@ -78,15 +78,16 @@ class Shown:
 
     top: int
     by: Any = None
-    threshold: float = SHARE
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         from featpatch.effects.quadrants import check_threshold
 
-        check_threshold(self.threshold)
+        if self.threshold is not None:
+            check_threshold(self.threshold)
 
     @classmethod
-    def of(cls, top: int, by: str | None, threshold: float, direction: str) -> "Shown":
+    def of(cls, top: int, by: str | None, threshold: float | None, direction: str) -> "Shown":
         """Check the options before anything is computed.
 
         Raises:
@@ -99,8 +100,8 @@ class Shown:
         return cls(top, by, threshold)
 
     def labelled(self, effects: "fp.Effects") -> "fp.Effects":
-        """Return the effects with this threshold for their quadrants."""
-        return effects if self.threshold == effects.threshold else effects.with_threshold(self.threshold)
+        """Return the effects with this threshold for their quadrants, if there is one."""
+        return effects if self.threshold is None else effects.with_threshold(self.threshold)
 
     def rows(self, effects: "fp.Effects") -> "fp.Effects":
         """Select the rows that are shown."""

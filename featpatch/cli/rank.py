@@ -23,7 +23,7 @@ def rank(
     device: of.Device = "cpu",
     top: of.Top = 20,
     by: of.By = None,
-    threshold: of.Threshold = of.SHARE,
+    threshold: of.Threshold = None,
     out: of.Out = Path("featpatch-out"),
     journal: of.JournalFile = None,
     exact: Annotated[

@@ -19,7 +19,7 @@ def report(
     effects: File,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
-    threshold: of.OwnThreshold = None,
+    threshold: of.Threshold = None,
     as_json: of.Json = False,
 ) -> None:
     """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.

@@ -23,7 +23,7 @@ def stream(
     block: Annotated[int, typer.Option(min=1, help="How many pairs are read and ranked at a time.")] = 1000,
     top: of.Top = 20,
     by: of.By = None,
-    threshold: of.Threshold = of.SHARE,
+    threshold: of.Threshold = None,
     out: of.Out = Path("featpatch-stream"),
     executor: of.Executor = "serial",
     address: of.Address = None,

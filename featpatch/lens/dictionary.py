@@ -218,7 +218,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
     ]
     shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
-    like = next(lens.model.parameters())
+    like = lens.first_weight
     made: list[Dictionary] = []
     for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
         name = getattr(sae, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")

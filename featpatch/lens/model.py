@@ -92,7 +92,7 @@ class Model:
     @cached_property
     def device(self) -> torch.device:
         """The device of the embedding, on which tokens must be."""
-        return next(self.model.parameters()).device
+        return self.first_weight.device
 
     @cached_property
     def devices(self) -> set[torch.device]:

@@ -24,8 +24,8 @@ By = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="For quadrants: the share of the whole activation's effect above which an effect counts; by default the saved one, "
-        "or 0.01."
+        help="For quadrants: the share of the whole activation's effect above which an effect counts; by default the saved "
+        "one, or 0.01."
     ),
 ]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]

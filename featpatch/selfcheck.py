@@ -60,7 +60,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         raise FeatpatchError("every position of the prompts is special: expected words between the special tokens")
     here = [_explained(dictionary, runs) for dictionary in found]
     suspects = [dictionary for dictionary, own in zip(found, here, strict=True) if _suspect(dictionary, own.variance)]
-    near = Few.of(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
+    near = _few(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
     fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(found, here, strict=True)]
     return Check(lens.name, ", ".join(done) or "as they are", runs.positions, tuple(fits))
 
@@ -123,22 +123,16 @@ class Runs:
         return sum(int(kept.sum()) for kept in self.kept)
 
 
-@dataclass(frozen=True)
-class Few:
-    """Activations of a few prompts at candidate hook points of a dictionary."""
+def _few(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> Runs:
+    """Run the first prompts for `TRIED` positions, and read the hook points of these dictionaries that can be read."""
+    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
+    return Runs.of(lens, hooks, pairs, TRIED) if hooks else Runs({}, [])
 
-    runs: Runs
 
-    @classmethod
-    def of(cls, lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> "Few":
-        """Run the first prompts for `TRIED` positions, and read those hook points of these dictionaries that can be read."""
-        hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
-        return cls(Runs.of(lens, hooks, pairs, TRIED) if hooks else Runs({}, []))
-
-    def compared(self, places: Sequence[Dictionary]) -> list[tuple[float, Dictionary]]:
-        """Return the explained variance of a dictionary at each of these places that could be read."""
-        tried = [(_tried(place, self.runs), place) for place in places if self.runs.fit(place)]
-        return [(variance, place) for variance, place in tried if variance is not None]
+def _compared(few: Runs, places: Sequence[Dictionary]) -> list[tuple[float, Dictionary]]:
+    """Return the explained variance of a dictionary at each of these places that could be read."""
+    tried = [(_tried(place, few), place) for place in places if few.fit(place)]
+    return [(variance, place) for variance, place in tried if variance is not None]
 
 
 def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
@@ -172,7 +166,7 @@ def _suspect(dictionary: Dictionary, here: float) -> bool:
     return here < (GOOD if expected is None else expected - MARGIN)
 
 
-def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: Few, pairs: Pairs, done: Iterable[str]) -> Fit:
+def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
     whole_site = _whole_site(lens, dictionary, pairs)
     said = dictionary.training
     rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
@@ -220,17 +214,17 @@ def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> floa
         return None
 
 
-def _elsewhere(lens: Lens, dictionary: Dictionary, near: Few, pairs: Pairs, here: float) -> list[tuple[float, str]]:
+def _elsewhere(lens: Lens, dictionary: Dictionary, near: Runs, pairs: Pairs, here: float) -> list[tuple[float, str]]:
     """Return the explained variance at the best other hook point, with its name; empty if none explains more than `here`.
 
     A dictionary whose configuration claims no explained variance, that explains a fair share here and no more at any hook point
     of this layer and the adjacent ones, is assumed to be at the right hook point; other layers are then not tried.
     """
     close = _near(lens, dictionary)
-    tried = near.compared(close)
+    tried = _compared(near, close)
     if dictionary.training.explained_variance is not None or here < MISFIT or any(variance > here for variance, _ in tried):
         far = [place for place in dictionary.elsewhere(lens) if place.place not in {place.place for place in close}]
-        tried += Few.of(lens, far, pairs).compared(far)
+        tried += _compared(_few(lens, far, pairs), far)
     if not tried:
         return []
     variance, best = max(tried, key=lambda found: found[0])
@@ -240,7 +234,7 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, near: Few, pairs: Pairs, here
     return [] if again is None else [(again, f"at {best.place}")]
 
 
-def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Few, pairs: Pairs, done: Iterable[str], here: float) -> str:
+def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: Pairs, done: Iterable[str], here: float) -> str:
     """Return why the dictionary does not fit, or an empty text if it does."""
     said = dictionary.training
     expected = said.explained_variance

@@ -60,7 +60,9 @@ def seconds_of_process(*command: str) -> float:
 def save_model(folder: Path, gguf: Path | None) -> None:
     """Save a model and its tokenizer as a Hugging Face folder."""
     if gguf is not None:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_config(read.config)  # a model that was read from GGUF can't be saved
+        model.load_state_dict(read.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     else:
         torch.manual_seed(0)

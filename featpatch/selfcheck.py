@@ -16,17 +16,15 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.lens import Dictionary, Lens, check_tokens, dictionaries, official_name, processing, wrap
 from featpatch.pairs import Pair, Pairs, check_pairs
-from featpatch.patch import Node, Patch
-from featpatch.patching import do
+from featpatch.patching.chosen import Chosen
 from featpatch.verdict import MARGIN, Check, Fit
 
 POSITIONS = 256
 """The largest number of positions on which the explained variance is measured."""
-TRIED = 128
+TRIED = 64
 """The number of positions on which other hook points are compared; the best hook point is then measured on `POSITIONS`."""
 FIRST = 3
-"""The number of tokens on which it is tested whether hook points can be read, and whether patching all features and the error
-equals patching the whole activation."""
+"""The number of tokens on which it is tested whether hook points can be read."""
 GOOD = 0.95
 """The explained variance from which no other hook point is tried for a dictionary whose configuration claims none."""
 BETTER = 0.5
@@ -49,7 +47,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         pairs: the prompts; their answers are not used.
 
     Raises:
-        FeatpatchError: the input is not valid, or every corrupted prompt is the same as its clean prompt.
+        FeatpatchError: the input is not valid, or every position of the prompts is special.
     """
     check_pairs(pairs)
     lens = wrap(model)
@@ -86,12 +84,13 @@ class Runs:
     """Activations of some prompts at some hook points.
 
     Attributes:
-        activations: for each hook point, the activations `[1, pos, d]` of each prompt.
-        kept: for each prompt, a mask of the positions that are not special, `[pos]`.
+        activations: for each hook point, the activations `[prompt, pos, d]` of each batch of prompts of equal length. The clean
+            prompts of a batch have even indices; each is followed by its corrupted prompt.
+        kept: for each batch, a mask of the positions that are not special, `[prompt, pos]`.
     """
 
     activations: Mapping[str, list[torch.Tensor]]
-    kept: list[Bool[torch.Tensor, " pos"]]
+    kept: list[Bool[torch.Tensor, "prompt pos"]]
 
     @classmethod
     def of(cls, lens: Lens, hooks: Iterable[str], pairs: Pairs, positions: int = POSITIONS) -> "Runs":
@@ -107,8 +106,8 @@ class Runs:
         for some in pairs[: len(kept)].chunks(positions):
             tokens = torch.tensor([tokens for index in some for tokens in (pairs[index].clean, pairs[index].corrupted)])
             for hook, values in lens.read(tokens, hooks).items():
-                runs.activations[hook].extend(values.flatten(2).split(1))
-            runs.kept.extend(kept[index] for index in some for _ in range(2))
+                runs.activations[hook].append(values.flatten(2))
+            runs.kept.append(torch.stack([kept[index] for index in some for _ in range(2)]))
         return runs
 
     def fit(self, dictionary: Dictionary) -> bool:
@@ -167,7 +166,7 @@ def _suspect(dictionary: Dictionary, here: float) -> bool:
 
 
 def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
-    whole_site = _whole_site(lens, dictionary, pairs)
+    whole_site = _whole_site(dictionary, runs)
     said = dictionary.training
     rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
     if max(here.identity, whole_site) > rounding:
@@ -197,10 +196,10 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
         y = y.to(split.error)
         rebuilt = dictionary.decode(split.features, split.state) + split.error
         where = kept.to(y.device)
-        squares += float(split.error[0, where].double().square().sum())
-        active += int((split.features[0, where] != 0).sum())
+        squares += float(split.error[where].double().square().sum())
+        active += int((split.features[where] != 0).sum())
         deviation, largest = max(deviation, float((rebuilt - y).abs().max())), max(largest, float(y.abs().max()))
-        written.append(y[0, where].double())
+        written.append(y[where].double())
     rows = torch.cat(written)
     variance = float((rows - rows.mean(0)).square().sum())
     return Explained(1 - squares / variance if variance else float("nan"), active / len(rows), deviation / (largest or 1.0))
@@ -270,28 +269,20 @@ def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
     return f"trained on weights processed by {trained or 'nothing'}, these are processed by {here or 'nothing'}"
 
 
-def _whole_site(lens: Lens, dictionary: Dictionary, pairs: Pairs) -> float:
-    """Return the largest difference in logits between patching all features with the error and patching the whole activation.
+def _whole_site(dictionary: Dictionary, runs: Runs) -> float:
+    """Return the largest difference between patching all features with the error and patching the whole activation.
 
-    It is a share of the largest logit. The two patches are equal for any tokens, so the first token of a prompt and a few from
-    the first difference on are enough.
-
-    Raises:
-        FeatpatchError: the clean and corrupted prompts are the same in every pair.
+    It is the difference between the two changes of the activation, as a share of the activation's largest value.
     """
-    pair = next((pair for pair in pairs if pair.clean != pair.corrupted), None)
-    if pair is None:
-        raise FeatpatchError("clean and corrupted are the same in every pair: expected prompts that differ, to swap between")
-    start = max(1, pair.first_difference)
-    few = ((*prompt[:1], *prompt[start : start + FIRST]) for prompt in (pair.clean, pair.corrupted))
-    clean, corrupted = (torch.tensor([tokens]) for tokens in few)
-    site = dictionary.writes
-    logits = []
-    for kinds in (("all_features", "error"), ("activation",)):
-        nodes = tuple(Node(site, kind) for kind in kinds)
-        with do(lens.model, Patch(nodes), source=clean, base=corrupted, saes=dictionary):
-            logits.append(lens.run(corrupted.to(lens.device)).float())
-    return float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
+    difference, largest = 0.0, 0.0
+    for kept, *values in zip(runs.kept, runs.activations[dictionary.reads], runs.activations[dictionary.writes], strict=True):
+        every = torch.ones(kept.shape[1], dtype=torch.bool)
+        clean, corrupted = (dict(zip((dictionary.reads, dictionary.writes), (x[n::2] for x in values), strict=True)) for n in (0, 1))
+        parts = Chosen(dictionary.writes, dictionary, every[:, None], every).delta(corrupted, clean)
+        whole = Chosen(dictionary.writes, None, ~every[:, None], every).delta(corrupted, clean)
+        difference = max(difference, float((parts - whole.to(parts)).abs().max()))
+        largest = max(largest, float(values[1].abs().max()))
+    return difference / (largest or 1.0)
 
 
 def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[str], *, short: bool) -> Iterable[str]:

@@ -18,8 +18,8 @@ class Fit:
         dictionary: the name of the dictionary.
         identity: the largest deviation of reconstruction + error from the activation, as a share of the activation's largest
             value.
-        whole_site: the largest deviation of the logits with all features and the error patched from those with the whole
-            activation patched, as a share of the largest logit.
+        whole_site: the largest deviation of the change by patching all features and the error from the change by patching the
+            whole activation, between clean and corrupted prompts, as a share of the activation's largest value.
         explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, without special tokens.
         expected: the explained variance that the dictionary's configuration or the registry claims, if any.
         l0: the mean number of nonzero features per position.

@@ -15,26 +15,23 @@ from featpatch.pairs import Pairs
 from featpatch.pairs.spans import Positions, spans
 from featpatch.patch import Direction
 
-PAIRS = 2
-"""The number of pairs that are timed."""
-
 
 def estimation_time(
     model: Any, saes: Any, pairs: Pairs, positions: Positions, directions: Sequence[Direction], metric: str | Metric
 ) -> float | None:
-    """Return the seconds that `estimate_features` will take, extrapolated from a few pairs after a warm-up on one pair.
+    """Return the seconds that `estimate_features` will take, extrapolated from one pair after a warm-up.
 
     The result is None if the metric has no gradient or a gradient of zero.
     """
     parts = [FeaturePart(dictionary) for dictionary in dictionaries(wrap(model), saes)]
     seconds = 0.0
     try:
-        for some in (pairs[:1], pairs[:PAIRS]):
+        for _ in ("warm-up", "timed"):
             start = time.perf_counter()
-            gradients = Gradients(model, some, metric=metric, keep=False)
+            gradients = Gradients(model, pairs[:1], metric=metric, keep=False)
             ways = gradients.check_directions(directions)
-            deque(by_pair(gradients, parts, [spans(pair, positions) for pair in some], ways), maxlen=0)
+            deque(by_pair(gradients, parts, [spans(pairs[0], positions)], ways), maxlen=0)
             seconds = time.perf_counter() - start
     except FeatpatchError:
         return None
-    return seconds * len(pairs) / len(some)
+    return seconds * len(pairs)

@@ -14,7 +14,7 @@ Rows that are taken from a table keep a reference to it: q-values and ranks coun
 selected rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -74,7 +74,7 @@ class Effects:
     value: str = "exact"
     taken_from: "Effects | None" = field(default=None, compare=False)
     others: "Mapping[str, Effects]" = field(default_factory=dict, compare=False)
-    _p_values: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
+    _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def gap(self) -> Array:
@@ -195,6 +195,16 @@ class Effects:
             over: `"all"` resamples all pairs, `"changed"` only those in which the node differs. With fewer than about 10 of
                 these the interval tends to be too narrow.
         """
+        return self._once(f"interval {effect} {over}", lambda: self._interval(effect, over))
+
+    def _once(self, key: str, compute: Callable[[], Array]) -> Array:
+        """Return a statistic that does not depend on the other rows, computed once for this table or for `whole`."""
+        if key not in self._computed:
+            known = self.whole._computed.get(key)
+            self._computed[key] = compute() if known is None else known[self.rows_in_whole()]
+        return self._computed[key].copy()
+
+    def _interval(self, effect: Effect, over: Over) -> Array:
         if over == "all":
             return statistics.interval(self.changes(effect).toarray(), self.gap)
         result, counts, known = np.full((len(self), 2), np.nan), self.changed_pairs, np.isfinite(self._gaps(over))
@@ -264,10 +274,12 @@ class Effects:
 
         They are NaN with a single pair, for a node that changes in no pair, and if values are missing.
         """
-        if effect not in self._p_values:
+
+        def compute() -> Array:
             p = significance.sign_flip(self.changes(effect).toarray())
-            self._p_values[effect] = np.where(self.changed_pairs > 0, p, np.nan)
-        return self._p_values[effect].copy()
+            return np.where(self.changed_pairs > 0, p, np.nan)
+
+        return self._once(f"p {effect}", compute)
 
     def q_values(self, effect: Effect) -> Array:
         """Return Benjamini-Hochberg q-values of the ranked rows that differ in enough pairs for a test, `[rows]`; else NaN.

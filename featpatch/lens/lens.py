@@ -84,8 +84,7 @@ class Lens(Model, ABC):
         last = sites.resid_post(self.n_layers - 1)
         if last not in self.hook_points:
             return bool(getattr(self.model.cfg, "attention_dir", "causal") == "causal")
-        before = self.read(torch.tensor([[0, 1, 0]]), [last])[last][0, :2]
-        after = self.read(torch.tensor([[0, 1, 1]]), [last])[last][0, :2]
+        before, after = self.read(torch.tensor([[0, 1, 0], [0, 1, 1]]), [last])[last][:, :2]
         return bool((before - after).abs().max() <= 8 * torch.finfo(before.dtype).eps * before.abs().max())
 
     @cached_property

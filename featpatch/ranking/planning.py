@@ -40,7 +40,7 @@ def plan(
     The arguments are those of the function to plan, and determine which function that is: `rank_paths` if senders and receivers
     are given, otherwise `rank_components` if `saes` is None, otherwise `rank_features` (both in full and screened).
 
-    One batch is run, gradient estimates on two pairs are timed, and the patches of at most eight pairs are counted. With more
+    One batch is run, gradient estimates on one pair are timed, and the patches of at most eight pairs are counted. With more
     than eight pairs, the counts are estimates, scaled up from eight pairs of different lengths.
 
     Args:

@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from sizes import SHAPES, Device, Shape, predict
+from sizes import UTILISATION as ASSUMED
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
-from featpatch.cost.known import SHAPES, Device, Shape
-from featpatch.cost.prediction import UTILISATION as ASSUMED
-from featpatch.cost.prediction import predict
 
 console = Console(width=128)
 UTILISATION = 0.7

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import featpatch as fp
-from featpatch.effects.report import ROWS
+from featpatch.reporting.sections import ROWS
 
 WIDTH, ACTIVE, TOKENS, PAIRS, SITE = 64, 64, 20, 4, "blocks.1.hook_resid_pre"
 
@@ -68,7 +68,7 @@ def one_table(rows: int) -> dict[str, float]:
             ("sort", lambda: effects.top(20).to_pandas()),
             ("write", lambda: effects.save(Path(folder) / "effects.safetensors")),
             ("read", lambda: fp.Effects.load(Path(folder) / "effects.safetensors")),
-            ("report", lambda: effects.report(Path(folder) / "report.html")),
+            ("report", lambda: fp.report(effects, Path(folder) / "report.html")),
         ):
             start = time.process_time()
             step()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import permutation_test
 
-from featpatch.effects.significance import FLIPS, sign_flip
+from featpatch.effects.statistics import FLIPS, sign_flip
 
 ROWS, PAIRS = 200, 32
 

@@ -44,7 +44,9 @@ from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import featpatch as fp
-from featpatch.engine import Journal, SuffixPath, Sweep
+from featpatch.engine.journal import Journal
+from featpatch.engine.suffix import SuffixPath
+from featpatch.engine.sweep import Sweep
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}

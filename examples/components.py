@@ -10,7 +10,7 @@ from rich.console import Console
 
 import featpatch as fp
 from examples.places import at_most, listed, place
-from featpatch.terminal import ranked, site_summary
+from featpatch.reporting.terminal import ranked, site_summary
 
 TASKS = {"ioi": ["S2", "end"], "capitals": ["subject", "end"]}
 WHERE = {"end": "at the last word", "subject": "at the subject", "S2": "at the second name"}

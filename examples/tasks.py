@@ -8,7 +8,7 @@ from importlib import import_module
 from rich.console import Console
 
 import featpatch as fp
-from featpatch.terminal import stability_table, totals
+from featpatch.reporting.terminal import stability_table, totals
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
 METRICS = {"capitals": "logit_diff", "greater_than": "prob_diff", "ioi": "logit_diff", "sentiment": "logit_diff"}

@@ -3,34 +3,41 @@
 # fmt: off
 from . import diagram as diagram
 from . import tasks as tasks
-from .attribution import (
-    Calibration as Calibration, Gradients as Gradients, calibrate as calibrate, estimate_components as estimate_components,
-    estimate_features as estimate_features, estimate_paths as estimate_paths
-)
+from .attribution.calibration import Calibration as Calibration, calibrate as calibrate
+from .attribution.components import estimate_components as estimate_components
+from .attribution.features import estimate_features as estimate_features
+from .attribution.gradients import Gradients as Gradients
+from .attribution.paths import estimate_paths as estimate_paths
 from .checkpoints import Demo as Demo, load_demo as load_demo
-from .circuits import (
-    Circuit as Circuit, FaithfulnessCurve as FaithfulnessCurve, Hypothesis as Hypothesis, Scrubbed as Scrubbed, find_circuit
-    as find_circuit, scrub as scrub
-)
-from .comparison import Comparison as Comparison, compare as compare
-from .cost import Plan as Plan, Prediction as Prediction, predict as predict
-from .effects import Audit as Audit, Effects as Effects
-from .engine import SlowPathWarning as SlowPathWarning
+from .circuits.circuit import Circuit as Circuit, FaithfulnessCurve as FaithfulnessCurve
+from .circuits.find import find_circuit as find_circuit
+from .circuits.scrubbing import Hypothesis as Hypothesis, Scrubbed as Scrubbed, scrub as scrub
+from .comparison.compare import Comparison as Comparison, compare as compare
+from .effects.audit import Audit as Audit
+from .effects.table import Effects as Effects
+from .engine.path import SlowPathWarning as SlowPathWarning
+from .engine.ray import Ray as Ray
 from .errors import FeatpatchError as FeatpatchError
-from .execution import Ray as Ray
 from .firing import Description as Description, describe as describe
-from .lens import adapt as adapt, identity as identity, load_sae as load_sae, neurons as neurons, pca as pca
 from .loading import Loaded as Loaded, load as load
-from .pairs import Pair as Pair, Pairs as Pairs
-from .patch import Edge as Edge, LOGITS as LOGITS, Node as Node, Patch as Patch
-from .patching import (
-    Controls as Controls, Curve as Curve, Noise as Noise, Selection as Selection, ablate as ablate, cumulative as cumulative,
-    diagnose as diagnose, do as do, interactions as interactions, random_controls as random_controls, rank_components as
-    rank_components, select_features as select_features
-)
-from .ranking import plan as plan, rank_features as rank_features, rank_paths as rank_paths
-from .reporting import report as report
-from .selfcheck import check as check
-from .streaming import Stored as Stored, stream_features as stream_features
-from .verdict import Check as Check
+from .nodes import Edge as Edge, LOGITS as LOGITS, Node as Node, Patch as Patch
+from .pairs.pair import Pair as Pair
+from .pairs.pairs import Pairs as Pairs
+from .patching.ablation import ablate as ablate
+from .patching.components import rank_components as rank_components
+from .patching.controls import Controls as Controls, random_controls as random_controls
+from .patching.curves import Curve as Curve, cumulative as cumulative
+from .patching.diagnostics import diagnose as diagnose
+from .patching.do import do as do
+from .patching.runs import Noise as Noise
+from .patching.sets import Selection as Selection, interactions as interactions, select_features as select_features
+from .ranking.plan import Plan as Plan, plan as plan
+from .ranking.rank import rank_features as rank_features, rank_paths as rank_paths
+from .reporting.report import report as report
+from .sae.adapted import adapt as adapt
+from .sae.baselines import identity as identity, neurons as neurons, pca as pca
+from .sae.loading import load_sae as load_sae
+from .selfcheck import Check as Check, check as check
+from .streaming.stored import Stored as Stored
+from .streaming.stream import stream_features as stream_features
 from .verifying import Verified as Verified, verify as verify

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line; Ctrl-C while the libraries are imported ends it as quietly as later."""
     try:
-        from featpatch.cli import app
+        from featpatch.cli.app import app
 
         app()
     except KeyboardInterrupt:

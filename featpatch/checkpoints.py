@@ -12,7 +12,7 @@ from pathlib import Path
 from featpatch.errors import FeatpatchError
 from featpatch.files import sha256
 from featpatch.loading import Loaded, load
-from featpatch.pairs import Pairs
+from featpatch.pairs.pairs import Pairs
 
 TASKS = ("ioi", "capitals", "greater_than", "sentiment")
 

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
 from featpatch.errors import FeatpatchError, FeatpatchWarning
-from featpatch.lens import Dictionary, Lens, dictionaries, wrap
-from featpatch.pairs import PairsWarning
-from featpatch.pairs.tokens import Tokenizer, prompt_ids, special_positions
-from featpatch.patch import Node
+from featpatch.model.lens import Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import Node
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
+from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import visible
 
 CONTEXT = 5

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.console import PlainConsole
-from featpatch.lens import load_model, load_sae, loading_quietly, several, wanted_processing
-from featpatch.pairs import Pair, Pairs
+from featpatch.model.loading import load_model
+from featpatch.model.sources import loading_quietly
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
+from featpatch.reporting.terminal import checked
+from featpatch.sae.dictionary import several
+from featpatch.sae.loading import load_sae, wanted_processing
 from featpatch.selfcheck import check as check_fit
-from featpatch.terminal import checked
 from featpatch.untrusted import visible
 
 CONTRASTS = (

@@ -7,14 +7,19 @@ import numpy as np
 import pandas as pd
 
 from featpatch import sites
-from featpatch.effects import Effects
 from featpatch.effects.statistics import size
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
-from featpatch.lens import dictionaries_if_any, provenance, wrap
 from featpatch.metrics import MEASURES, SEQUENCES
-from featpatch.pairs import Pairs, check_pairs
-from featpatch.patch import Edge, Node
-from featpatch.patching import Asked, Study, component_study, feature_study, path_study
+from featpatch.model.provenance import provenance
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import Edge, Node
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.patching.components import component_study
+from featpatch.patching.features import feature_study
+from featpatch.patching.paths import path_study
+from featpatch.patching.study import Asked, Study
+from featpatch.sae.dictionary import dictionaries_if_any
 from featpatch.untrusted import visible
 
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 
 from typer.testing import CliRunner
 
-from featpatch.cli import app
+from featpatch.cli.app import app
 
 
 def run(*arguments: str | Path, folder: Path) -> "CompletedProcess[str]":

@@ -12,7 +12,7 @@ import torch
 from small import Small
 
 import featpatch as fp
-from featpatch.patching.fillings import FILLINGS
+from featpatch.patching.ablation import FILLINGS
 
 SITE, Z, POST = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, OTHERS, VOCAB, WIDTH, bridge, hooked, quantised
+from featpatch.patching.study import Asked
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from small import randomised
@@ -20,11 +21,12 @@ import featpatch as fp
 from featpatch import sites
 from featpatch.engine import suffix
 from featpatch.engine.cost import plain_flops
-from featpatch.engine.plain import PlainPath
+from featpatch.engine.path import PlainPath
 from featpatch.engine.suffix import SuffixPath
-from featpatch.lens import UnsupportedError, wrap
-from featpatch.lens import dictionaries as dictionaries_of
-from featpatch.patching import Asked, feature_study
+from featpatch.model.layer import UnsupportedError
+from featpatch.model.transformer_lens import wrap
+from featpatch.patching.features import feature_study
+from featpatch.sae.dictionary import dictionaries as dictionaries_of
 
 EXACT = 1e-10
 HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_out", "hook_resid_post")

@@ -12,8 +12,7 @@ from small import Small
 from test_sets import dictionary
 
 import featpatch as fp
-from featpatch.attribution.estimation import collected
-from featpatch.attribution.part import Found
+from featpatch.attribution.estimates import Found, collected
 
 SITE = "blocks.1.hook_resid_pre"
 

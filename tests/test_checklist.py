@@ -11,7 +11,7 @@ from commands import run
 import featpatch as fp
 from featpatch.checkpoints import folder
 from featpatch.pairs.checklist import Checklist, check, kept
-from featpatch.terminal.checklist import by_pair, totals
+from featpatch.reporting.terminal import by_pair, totals
 
 
 @pytest.fixture(scope="module")

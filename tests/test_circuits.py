@@ -15,9 +15,10 @@ from test_sets import pairs_of
 from test_several_metrics import ANSWERS, long_pairs
 
 import featpatch as fp
-from featpatch.circuits import NodeGraph
-from featpatch.lens import dictionaries, wrap
-from featpatch.patching.study.readings import readout
+from featpatch.circuits.node_graph import NodeGraph
+from featpatch.model.transformer_lens import wrap
+from featpatch.patching.readings import readout
+from featpatch.sae.dictionary import dictionaries
 
 OPTIONS: dict[str, Any] = {"progress": False}
 SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.2.hook_resid_post"]

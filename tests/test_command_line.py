@@ -17,7 +17,7 @@ from commands import run, started
 from safetensors.torch import load_file, save_file
 
 import featpatch as fp
-from featpatch.cli import app
+from featpatch.cli.app import app
 from featpatch.cli.study import read
 
 SITE = "blocks.3.hook_resid_post"
@@ -28,7 +28,6 @@ COMMANDS = (
     "attribute",
     "check",
     "plan",
-    "predict",
     "compare",
     "report",
     "info",

@@ -15,7 +15,7 @@ from small import FEATURES, WIDTH, Small, small_hooked, standard
 import featpatch as fp
 from featpatch import compare
 from featpatch.comparison.writers import Writers
-from featpatch.lens import wrap
+from featpatch.model.transformer_lens import wrap
 
 PRE, MID, POST = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.2.hook_resid_post"
 TOPK, START = "blocks.2.hook_resid_pre", "blocks.0.hook_resid_pre"

@@ -15,10 +15,10 @@ from small import FEATURES, WIDTH, Small
 from test_execution import Noting, same
 
 import featpatch as fp
-from featpatch import families, metrics, sites
-from featpatch.execution import choosing
-from featpatch.lens import codecs
-from featpatch.patching import fillings
+from featpatch import metrics, sites
+from featpatch.engine.ray import EXECUTORS
+from featpatch.patching.ablation import FILLINGS
+from featpatch.sae import dictionary
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -68,8 +68,8 @@ def test_the_task() -> None:
 
 def test_the_kind(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against an object with encode and decode, bit by bit where both decode."""
-    codec = added("featpatch/lens/codecs/gained.py")["GainedCodec"]
-    monkeypatch.setitem(codecs.CODECS, "gained", codec)
+    codec = added("featpatch/sae/gained.py")["GainedCodec"]
+    monkeypatch.setattr(dictionary, "CODECS", (*dictionary.CODECS, codec))
     sizes = {
         "W_enc": (WIDTH, FEATURES),
         "b_enc": (FEATURES,),
@@ -96,8 +96,8 @@ def test_the_kind(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ablation(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((name, make),) = entry("featpatch/patching/fillings.py").items()
-    monkeypatch.setitem(fillings.FILLINGS, name, make)
+    ((name, make),) = entry("featpatch/patching/ablation.py").items()
+    monkeypatch.setitem(FILLINGS, name, make)
     pair = pairs_of(bridge)[:1]
     effects = fp.ablate(bridge.model, pair, sites="resid_pre", layers=[1], to="median", positions=[6], progress=False)
     runs = [oracle.activations(bridge.model, tokens[:1])[SITE][0] for tokens in (bridge.clean, bridge.corrupted)]
@@ -110,8 +110,8 @@ def test_the_ablation(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_executor(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = added("featpatch/execution/executors/threads.py")["Threads"]
-    monkeypatch.setitem(choosing.EXECUTORS, "threads", threads)
+    threads = added("featpatch/engine/threads.py")["Threads"]
+    monkeypatch.setitem(EXECUTORS, "threads", threads)
     noting = Noting(threads())
     same(ranked(bridge, executor=noting, batch_rows=20), ranked(bridge, batch_rows=20))
     assert 1 < len(noting.keys) == len(set(noting.keys))
@@ -129,11 +129,3 @@ def test_the_site(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
         inside = fp.rank_components(bridge.model, pairs_of(bridge), sites="mlp_pre", positions=[6], progress=False)
     outside = fp.rank_components(bridge.model, pairs_of(bridge), sites="mlp_out", positions=[6], progress=False)
     np.testing.assert_allclose(inside.denoised, outside.denoised, atol=1e-9)
-
-
-@pytest.mark.parametrize("folder", ["tasks", "lens/codecs", "execution/executors"])
-def test_members_of_a_family_do_not_know_each_other(folder: str) -> None:
-    """So that each is one file."""
-    package = "featpatch." + folder.replace("/", ".")
-    for name in families.names(folder):
-        assert f"{package}." not in (ROOT / "featpatch" / folder / f"{name}.py").read_text()

@@ -22,8 +22,8 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 import featpatch as fp
-from featpatch.engine import budget
-from featpatch.lens import wrap
+from featpatch.engine import sweep as budget
+from featpatch.model.transformer_lens import wrap
 
 EXACT = 1e-10
 GPUS = [torch.device("cuda", number) for number in range(min(2, torch.cuda.device_count()))]

@@ -11,7 +11,7 @@ import torch
 from small import FEATURES, Small, small_bridge
 
 import featpatch as fp
-from featpatch.lens import Lens
+from featpatch.model.lens import Lens
 
 STANDARD, TOPK, HEADS = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.1.attn.hook_z"
 NUMBERS = ["arrived", "leakage", "moved", "norm_ratio", "outside"]

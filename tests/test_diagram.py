@@ -16,7 +16,8 @@ import pytest
 
 import featpatch as fp
 from featpatch import Node
-from featpatch.diagram import attribution_graph, dot, figure, interactive
+from featpatch.diagram.draw import dot, figure
+from featpatch.diagram.viewers import attribution_graph, interactive
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 MARKUP = "<b>bold</b> &amp; <br>"

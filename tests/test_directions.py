@@ -8,10 +8,10 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from small import Small, at
 
 import featpatch as fp
-from featpatch.lens import Dictionary, dictionaries, wrap
-from featpatch.lens.behaviour import Behaviour
-from featpatch.lens.codecs.sae_lens import SaeCodec
-from featpatch.lens.dictionary import reference
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae.codec import Behaviour, reference
+from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.sae_lens import SaeCodec
 
 
 def found_in(small: Small) -> Dictionary:

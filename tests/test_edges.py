@@ -14,10 +14,10 @@ from small import Small, small_bridge, small_hooked
 from test_sets import pairs_of
 
 import featpatch as fp
-from featpatch.circuits import EdgeGraph
-from featpatch.circuits.search import along_edges
-from featpatch.lens import wrap
-from featpatch.patching.study.readings import readout
+from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.circuits.find import along_edges
+from featpatch.model.transformer_lens import wrap
+from featpatch.patching.readings import readout
 
 OPTIONS: dict[str, Any] = {"over": "edges", "progress": False}
 BY_HAND = {"induction, value": lambda: induction("value"), "induction, key": lambda: induction("key"), "and": lambda: gates("and"),

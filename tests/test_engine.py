@@ -18,14 +18,17 @@ from small import Small, standard
 from torch.utils.flop_counter import FlopCounterMode
 
 import featpatch as fp
-from featpatch.engine import Deltas, Journal, Sweep, budget
-from featpatch.engine.packing import batches
+from featpatch.engine import sweep as budget
+from featpatch.engine.journal import Journal
+from featpatch.engine.patches import Deltas
 from featpatch.engine.suffix import SuffixPath
-from featpatch.lens import wrap
-from featpatch.lens.digest import digest
-from featpatch.patching import Asked, feature_study
+from featpatch.engine.sweep import Sweep, batches
+from featpatch.model.digest import digest
+from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
-from featpatch.patching.study.runs import Kept, PairRuns, held
+from featpatch.patching.features import feature_study
+from featpatch.patching.runs import Kept, PairRuns, held
+from featpatch.patching.study import Asked
 
 BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
@@ -58,8 +61,8 @@ def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytes
         object.__setattr__(made.layers[2], "scale", 1.01 * made.layers[2].scale)
         return made
 
-    monkeypatch.setattr("featpatch.lens.bridge.BridgeLens.stack", broken)
-    monkeypatch.setattr("featpatch.lens.hooked.HookedLens.stack", broken)
+    monkeypatch.setattr("featpatch.model.transformer_lens.BridgeLens.stack", broken)
+    monkeypatch.setattr("featpatch.model.transformer_lens.HookedLens.stack", broken)
     with pytest.warns(fp.SlowPathWarning, match=r"the two differ by .* times the tolerance"):
         slow = rank(small)
     assert slow.nodes == right.nodes

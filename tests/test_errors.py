@@ -14,9 +14,8 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
-from featpatch.lens import wrap
-from featpatch.lens.bridge import BridgeLens
-from featpatch.pairs.spans import spans
+from featpatch.model.transformer_lens import BridgeLens, wrap
+from featpatch.pairs.positions import spans
 
 SITE = "blocks.1.hook_resid_pre"
 

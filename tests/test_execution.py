@@ -16,8 +16,9 @@ from small import small_bridge, small_hooked
 from test_sets import pairs_of
 
 import featpatch as fp
-from featpatch.engine import Sweep
-from featpatch.execution import EXECUTORS, Executor
+from featpatch.engine.executor import Executor
+from featpatch.engine.ray import EXECUTORS
+from featpatch.engine.sweep import Sweep
 
 ray = pytest.importorskip("ray")
 HERE = os.getpid()

@@ -15,10 +15,11 @@ from test_edges import OPTIONS, by_hand, compare_with_differences, difference, s
 from test_sets import pairs_of
 
 import featpatch as fp
-from featpatch.circuits import EdgeGraph
-from featpatch.circuits.cuts import cuts
-from featpatch.lens import dictionaries, wrap
-from featpatch.patching.study.readings import readout
+from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.circuits.mediators import cuts
+from featpatch.model.transformer_lens import wrap
+from featpatch.patching.readings import readout
+from featpatch.sae.dictionary import dictionaries
 
 TRANSCODER = "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out"
 SITES = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]

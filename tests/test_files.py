@@ -24,7 +24,7 @@ from test_streaming import OPTIONS, blocks, many
 
 import featpatch as fp
 from featpatch.effects import storage
-from featpatch.engine import SuffixPath
+from featpatch.engine.suffix import SuffixPath
 from featpatch.errors import FeatpatchWarning
 from featpatch.files import check_writable, writing
 
@@ -59,7 +59,7 @@ def writer(request: pytest.FixtureRequest, effects: fp.Effects) -> Writer:
 
     ways: dict[str, Writer] = {
         "effects": lambda path, which: tables[which].save(path),
-        "report": lambda path, which: tables[which].report(path),
+        "report": lambda path, which: fp.report(tables[which], path),
         "csv": csv,
     }
     if request.param == "circuit":

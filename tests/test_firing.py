@@ -9,6 +9,7 @@ import torch
 import featpatch as fp
 from featpatch.errors import FeatpatchWarning
 from featpatch.firing import _describe, _Document
+from featpatch.pairs.tokens import PairsWarning
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -84,7 +85,7 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
         (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
     with (
         pytest.warns(FeatpatchWarning, match="give more text"),
-        pytest.warns(fp.pairs.PairsWarning, match=f"1 of 2 texts are longer than the model's context of {context} tokens"),
+        pytest.warns(PairsWarning, match=f"1 of 2 texts are longer than the model's context of {context} tokens"),
     ):
         (found,) = fp.describe(demo.model, demo.saes, [node], [long, ""]).values()
     assert found == expected

@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from small import Small, at, small_hooked, standard
 
 import featpatch as fp
-from featpatch.lens import Adapted, dictionaries, wrap
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae.adapted import Adapted
+from featpatch.sae.dictionary import dictionaries
 
 EXACT = 1e-12
 STREAM, MLP_IN, MLP_OUT = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
@@ -534,7 +536,8 @@ DOWNLOAD = """
 import sys
 import torch
 import featpatch as fp
-from featpatch.lens import Adapted, dictionaries
+from featpatch.sae.adapted import Adapted
+from featpatch.sae.dictionary import dictionaries
 for name in sys.argv[1:]:
     try:
         sae = fp.load_sae(name)

@@ -32,11 +32,14 @@ from typer.testing import CliRunner
 
 import featpatch as fp
 from featpatch import Node
-from featpatch.cli import app
-from featpatch.diagram import attribution_graph, dot, interactive
-from featpatch.effects import Material, Portrait, Prompt
-from featpatch.engine import Journal
-from featpatch.pairs import PairsWarning
+from featpatch.cli.app import app
+from featpatch.diagram.draw import dot
+from featpatch.diagram.viewers import attribution_graph, interactive
+from featpatch.engine.journal import Journal
+from featpatch.page.page import write
+from featpatch.pairs.tokens import PairsWarning
+from featpatch.reporting import sections
+from featpatch.reporting.sections import Material, Portrait, Prompt
 
 MARKS = [
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
@@ -336,7 +339,7 @@ def shown(table: fp.Effects, path: Path, *, whole: bool) -> None:
     table.sites()
     if not whole:
         return
-    for call in (lambda: table.audit(top=1), lambda: table.report(path / "r.html"), lambda: table.save(path / "again")):
+    for call in (lambda: table.audit(top=1), lambda: fp.report(table, path / "r.html"), lambda: table.save(path / "again")):
         clean(call)
     done = CliRunner().invoke(app, ["info", str(path / "e"), "--json"])
     assert done.exit_code in (0, 2), done.exception
@@ -688,7 +691,7 @@ def page_of(tables: list[fp.Effects], text: str, path: Path) -> str:
     material = Material(text, [prompt] * len(table.clean), {nodes[0]: portrait})
     loaded = fp.Effects.load(replace(hostile, taken_from=None).save(path / "hostile"))
     assert loaded.nodes == hostile.nodes
-    report = hostile.report(path / "report.html", material=material).read_text(encoding="utf-8")
+    report = write(path / "report.html", sections.page_of(hostile, material, None)).read_text(encoding="utf-8")
     (path / "graph.html").write_text(interactive(graph_of(text), text), encoding="utf-8")
     return report
 

@@ -10,7 +10,8 @@ import pytest
 from test_tasks import byte_level
 
 import featpatch as fp
-from featpatch.pairs import PairsWarning, changed_span
+from featpatch.pairs.build import changed_span
+from featpatch.pairs.tokens import PairsWarning
 
 CLEAN = "When John and Mary left , Mary gave a book to"
 CORRUPTED = "When John and Mary left , John gave a book to"

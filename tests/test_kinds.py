@@ -13,7 +13,9 @@ from kinds import AUTOENCODERS, KINDS, READS, SITES, TRANSCODERS, Squared, built
 from small import FEATURES, Small, small_bridge, standard
 
 import featpatch as fp
-from featpatch.lens import behaviour, dictionaries, wrap
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae import codec as behaviour
+from featpatch.sae.dictionary import dictionaries
 
 EXACT = 1e-10
 UNTRAINED = [kind for kind in AUTOENCODERS if kind not in ("BatchTopK", "Matryoshka")]

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, tra
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import featpatch as fp
-from featpatch.pairs import PairsWarning
+from featpatch.pairs.tokens import PairsWarning
 
 SITE = "blocks.1.hook_resid_pre"
 WORDS = [

@@ -13,8 +13,8 @@ from small import LAYERS, Small, small_hooked, standard
 from test_sets import pairs_of
 
 import featpatch as fp
-from featpatch.patching import Asked
 from featpatch.patching.paths import path_study
+from featpatch.patching.study import Asked
 
 Z, MLP = "blocks.{}.attn.hook_z", "blocks.{}.hook_mlp_out"
 OPTIONS: dict[str, Any] = {"progress": False}
@@ -160,7 +160,7 @@ def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:
     assert effects.ranked.all()
     with pytest.raises(fp.FeatpatchError, match="belongs to another sweep"):
         fp.rank_paths(small.model, pairs_of(small), journal=tmp_path / "journal", route="through_mlps", **run)
-    assert "blocks.1.attn.hook_k" in effects.report(tmp_path / "paths.html").read_text()
+    assert "blocks.1.attn.hook_k" in fp.report(effects, tmp_path / "paths.html").read_text()
 
 
 def test_heads_into_inputs_as_transformer_lens_splits_them() -> None:

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from small import FEATURES
 
 import featpatch as fp
-from featpatch.effects import check_gap
-from featpatch.effects.quadrants import named
-from featpatch.lens import dictionaries, wrap
+from featpatch.effects.statistics import check_gap, named
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae.dictionary import dictionaries
 
 pytestmark = [
     pytest.mark.usefixtures("wide"),

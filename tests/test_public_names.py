@@ -14,8 +14,6 @@ ORDER = ("effects", "model", "saes", "sae", "pairs")
 """What comes first, in this order: a table, the model, SAEs without which there is nothing to do, pairs."""
 
 DIFFERENT = {
-    "device": "of `predict` a data sheet",
-    "directions": "of `predict` how many",
     "dtype": "of an SAE that of its folder",
     "effect": "which to compare, or to reach",
     "exact": "`rank_paths` screens where there are many",

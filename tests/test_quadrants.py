@@ -14,7 +14,7 @@ from test_statistics import made
 
 import featpatch as fp
 from featpatch.effects import statistics
-from featpatch.terminal.tables import ranked
+from featpatch.reporting.terminal import ranked
 
 HEADS = "blocks.0.attn.hook_z"
 NAN = float("nan")

@@ -15,8 +15,8 @@ from small import Small
 from test_sets import SITE, pairs_of
 
 import featpatch as fp
-from featpatch.effects import Material, Prompt
-from featpatch.effects.report import _shown
+from featpatch.page.page import write
+from featpatch.reporting.sections import Material, Prompt, _shown, page_of
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 
@@ -121,7 +121,7 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
 @pytest.mark.parametrize("scripts", [True, False])
 def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: Any, tmp_path: Path, scripts: bool) -> None:
     """What a reader is shown, by the browser's tree for screen readers."""
-    path = study["effects"].report(tmp_path / "effects.html")
+    path = fp.report(study["effects"], tmp_path / "effects.html")
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
     try:
         browser.get(path.as_uri())
@@ -188,7 +188,7 @@ def test_twenty_thousand_rows(small: Small, browser: Any, tmp_path: Path) -> Non
         base, nodes=tuple(replace(node, index=n) for n in range(rows)), row=np.arange(rows), pair=np.zeros(rows, dtype=np.int64),
         denoised=generator.standard_normal(rows), noised=generator.standard_normal(rows),
     )  # fmt: skip
-    path = large.report(tmp_path / "large.html")
+    path = fp.report(large, tmp_path / "large.html")
     opened(browser, path)
     assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith("of 20,000 entries")
     assert errors(browser) == []
@@ -198,7 +198,7 @@ def test_more_rows_than_are_shown(small: Small, tmp_path: Path, monkeypatch: pyt
     """The largest, in the order of the table; the page says so."""
     monkeypatch.setattr("featpatch.effects.report.ROWS", 3)
     effects = fp.rank_features(small.model, small.at(SITE), pairs_of(small), progress=False)
-    text = effects.report(tmp_path / "r.html").read_text()
+    text = fp.report(effects, tmp_path / "r.html").read_text()
     ranked = effects.take(effects.ranked)
     assert f"These are the 3 with the largest effects of {len(ranked)} in the table." in text
     shown = _shown(effects)
@@ -214,7 +214,7 @@ def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Pa
     metadata = {**effects.metadata, "note": EVIL, "tags": [{EVIL: str(n)} for n in range(len(effects.clean))]}
     hostile = replace(rows, nodes=nodes, metadata=metadata, taken_from=None)
     prompt = Prompt([EVIL], [EVIL], [True], [EVIL + '"'], [EVIL], [EVIL])
-    path = hostile.report(tmp_path / "hostile.html", material=Material(EVIL, [prompt]))
+    path = write(tmp_path / "hostile.html", page_of(hostile, Material(EVIL, [prompt]), None))
     opened(browser, path)
     time.sleep(0.5)
     assert browser.execute_script("return window.evil") is None
@@ -226,7 +226,7 @@ def test_the_report_of_a_screened_table(small: Small, tmp_path: Path) -> None:
     """Says so, and adds nothing up that was not run."""
     options: dict[str, Any] = {"positions": "each", "progress": False}
     table = fp.rank_features(small.model, small.at(SITE), pairs_of(small), exact="screened", k=8, audit=4, **options)
-    text = table.report(tmp_path / "screened.html").read_text()
+    text = fp.report(table, tmp_path / "screened.html").read_text()
     assert "Not all features were run. 8 of" in text
     assert 'id="maps"' not in text
     assert '"seed": 0' in text.replace("&#34;", '"')
@@ -269,7 +269,7 @@ def test_figures_and_tables_as_files(study: dict[str, Any], browser: Any, tmp_pa
 def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
     effects, model, pairs = study["effects"], study["model"], study["pairs"]
     for call, message in (
-        (lambda: effects.report(tmp_path), "is a folder: expected the path of a file"),
+        (lambda: fp.report(effects, tmp_path), "is a folder: expected the path of a file"),
         (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs[:2]), "pairs are not those of the effects"),
         (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.identity(model, SITE)), "are not those"),
         (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),

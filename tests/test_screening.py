@@ -14,13 +14,13 @@ from test_engine import SITES, interrupt_after
 from test_sets import SITE, dictionary, pairs_of
 
 import featpatch as fp
-from featpatch.attribution import estimation_time
+from featpatch.attribution.features import estimation_time
 from featpatch.effects.audit import audited, most, needed, provable, sample_sizes
-from featpatch.engine import SuffixPath
+from featpatch.engine.suffix import SuffixPath
 from featpatch.errors import FeatpatchWarning
-from featpatch.patch import DIRECTIONS
-from featpatch.ranking.planning import _in_all
-from featpatch.terminal import planned
+from featpatch.nodes import DIRECTIONS
+from featpatch.ranking.plan import _in_all
+from featpatch.reporting.terminal import planned
 
 BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
 
@@ -401,7 +401,7 @@ def test_a_plan_estimates_how_many_features_differ_in_any_pair() -> None:
 def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one warms up; both run as many pairs as the plan's share of them says."""
     clock = iter([1.0, 5.0, 7.0, 9.5])
-    monkeypatch.setattr("featpatch.attribution.cost.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("featpatch.attribution.features.time", SimpleNamespace(perf_counter=clock.__next__))
     monkeypatch.setattr("featpatch.attribution.cost.PAIRS", 2)
     assert estimation_time(small.model, small.at(SITE), pairs_of(small), "all", DIRECTIONS, "logit_diff") == 2.5 * 3 / 2
 

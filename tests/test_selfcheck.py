@@ -206,7 +206,7 @@ def test_special_tokens_are_left_out(bridge: Small) -> None:
 
 
 def test_a_decoder_that_breaks_the_law_is_called_a_bug(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featpatch.patching.chosen import Chosen
+    from featpatch.patching.do import Chosen
 
     right = Chosen.delta
     monkeypatch.setattr(Chosen, "delta", lambda self, base, source: 0.9 * right(self, base, source))
@@ -222,7 +222,7 @@ def test_a_decoder_that_breaks_the_law_is_called_a_bug(bridge: Small, monkeypatc
 def test_the_table(bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from featpatch.terminal import checked
+    from featpatch.reporting.terminal import checked
 
     sae = deepcopy(fitted(bridge.model, HOOKS[0]))
     sae.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"

@@ -12,8 +12,8 @@ from test_statistics import made
 
 import featpatch as fp
 from featpatch import Controls
-from featpatch.engine import SuffixPath
-from featpatch.engine.deltas import NEVER
+from featpatch.engine.patches import NEVER
+from featpatch.engine.suffix import SuffixPath
 from featpatch.patching import sets
 
 SITE = "blocks.1.hook_resid_pre"

@@ -13,9 +13,10 @@ from scipy.stats import binom, false_discovery_control, kstest, permutation_test
 from small import Small
 
 import featpatch as fp
-from featpatch.effects import significance, statistics
+from featpatch.effects import statistics
+from featpatch.effects import statistics as significance
 from featpatch.effects.frames import number
-from featpatch.terminal.tables import by_tag_table, stability_table
+from featpatch.reporting.terminal import by_tag_table, stability_table
 
 SITE = "blocks.1.hook_resid_pre"
 Array = NDArray[np.float64]

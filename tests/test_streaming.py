@@ -80,7 +80,7 @@ def test_goes_on_where_it_was_cut_short(small: Small, tmp_path: Path, monkeypatc
     pairs, options = many(small, 6), {**OPTIONS, "batch_rows": 20}
     stored = fp.stream_features(small.model, small.saes[1], blocks(pairs, 3), tmp_path / "whole", **options)
     calls: list[int] = []
-    from featpatch.engine import Sweep
+    from featpatch.engine.sweep import Sweep
 
     original = Sweep.run
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -9,11 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import featpatch as fp
-from featpatch.drafts import Draft, fill, pair_of
-from featpatch.families import modules
 from featpatch.pairs.positions import token_at
+from featpatch.tasks.template import Draft, fill, pair_of
 
-MODULES = modules("tasks")
+MODULES = {name: import_module(f"featpatch.tasks.{name}") for name in fp.tasks.TASKS}
 SHIPPED = ("capitals", "greater_than", "ioi", "sentiment")
 """Tasks whose words the shipped tokenizer knows."""
 

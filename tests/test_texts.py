@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import featpatch as fp
-from featpatch.page import Frame
+from featpatch.console import Frame
 
 LINES, WIDTH = 25, 160
 SEVERAL = ("Comparison", "apart")
@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "screened": screened, "Audit": screened.audit(), "stability": effects.stability("recovery"), "Comparison": comparison,
         "apart": fp.compare(effects, fp.rank_components(model, pairs, sites="z", **options)), "Curve": curve,
         "Check": fits, "Fit": fits.fits[0], "Checklist": checked, "Finding": checked.findings[0],
-        "Plan": fp.plan(model, saes, pairs, positions="all"), "Prediction": fp.predict("gpt2-small", features=24576, pairs=32),
+        "Plan": fp.plan(model, saes, pairs, positions="all"),
         "Calibration": fp.calibrate(estimate, effects), "Gradients": fp.Gradients(model, pairs), "Node": nodes[0],
         "Selection": fp.select_features(model, last, pairs, position="end", candidates=4, most=2, progress=False),
         "Controls": fp.random_controls(model, last, pairs, position="end", n=5, progress=False), "Noise": fp.Noise(["S2"]),

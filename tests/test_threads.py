@@ -15,7 +15,7 @@ import torch
 from small import Small, small_hooked
 
 import featpatch as fp
-from featpatch.lens.wrap import wrap
+from featpatch.model.transformer_lens import wrap
 
 SITE = "blocks.1.hook_resid_pre"
 WHOLE = fp.Patch((fp.Node(SITE, "activation"),))

@@ -13,6 +13,7 @@ from commands import run
 
 import featpatch as fp
 from featpatch.errors import FeatpatchWarning
+from featpatch.pairs.checklist import Finding
 
 FORMULA = "=HYPERLINK(0)"
 
@@ -48,7 +49,7 @@ def test_no_cell_of_a_csv_is_a_formula(tmp_path: Path, inputs: dict[str, Path], 
     options = ["--model", inputs["model"], "--pairs", "pairs.jsonl"]
     done = run("rank", *options, "--sae", inputs["sae"], "--positions", FORMULA, "--out", "r", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    detail = fp.pairs.checklist.Finding
+    detail = Finding
     monkeypatch.setattr("featpatch.pairs.checklist.Finding", lambda *given: detail(*given[:-1], "@SUM(1)"))
     run("check", *options, "--out", "found.csv", folder=tmp_path)
     for name, text in (("r/effects.csv", f"'{FORMULA}"), ("found.csv", "'@SUM(1)")):
@@ -195,7 +196,7 @@ def figures(effects: fp.Effects, components: fp.Effects, estimates: fp.Effects) 
     drawn = fp.diagram.graph(features.nodes[:2], features.pooled("recovery")[:2].tolist())
     key = (features.nodes[0].sae, features.nodes[0].position)
     sets = replace(features.take([0]), nodes=(replace(features.nodes[0], kind="set", index=0),), taken_from=None)
-    curve = fp.patching.curves.Curve({key: [0]}, effects, sets, {key: [1]})
+    curve = fp.Curve({key: [0]}, effects, sets, {key: [1]})
     return {
         "quadrants": effects.plot.quadrants(), "sites": effects.plot.sites(), "heatmap": effects.plot.heatmap(),
         "features": effects.plot.heatmap(kind="feature"), "comparison": fp.compare(effects, components).plot(),
@@ -230,7 +231,7 @@ def test_a_browser_shows_names_as_they_are(
 ) -> None:
     """No link but those of the page itself; the axis of the sites reads what the label says."""
     effects, components, _ = linked
-    path = effects.report(tmp_path / "links.html", components=components)
+    path = fp.report(effects, tmp_path / "links.html", components=components)
     browser.get(path.as_uri())
     ready = "return document.querySelectorAll('.js-plotly-plot .xtick').length > 0 && document.querySelectorAll('table.dataTable tbody tr').length > 0"
     for _ in range(600):
@@ -251,7 +252,7 @@ def test_links_go_to_neuronpedia_alone(name: Any) -> None:
     from types import SimpleNamespace
     from urllib.parse import urlsplit
 
-    from featpatch.reporting import _link
+    from featpatch.reporting.report import _link
 
     source = SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(neuronpedia_id=name)))
     link = _link(source, fp.Node("blocks.0.hook_resid_post", "feature", 3))

@@ -8,9 +8,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
-from featpatch.effects import Effect, Effects
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds
-from featpatch.patch import Node
+from featpatch.nodes import Effect, Node
 from featpatch.untrusted import in_figure, visible
 
 

@@ -4,8 +4,12 @@
 
 Their sum over all features and the error is exactly (x_s - x_b) . g; the deviation is stored as the completeness residual.
 Denoising uses the gradient of the corrupted run, noising that of the clean run.
+
+Predict how long gradient estimates take.
 """
 
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +17,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.attribution.estimation import estimated
+from featpatch.attribution.estimates import Found, Part, by_pair, estimated, product
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
-from featpatch.attribution.part import Found, Part, product
-from featpatch.effects import Effects
-from featpatch.lens import Dictionary, Split, dictionaries, wrap
+from featpatch.effects.table import Effects
+from featpatch.errors import FeatpatchError
 from featpatch.metrics import Metric
-from featpatch.pairs import Pairs
-from featpatch.pairs.spans import Positions, Wanted
-from featpatch.patch import DIRECTIONS, Direction, Kind, Node
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import DIRECTIONS, Direction, Kind, Node
+from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.positions import Positions, Wanted, spans
+from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 
 
 def estimate_features(
@@ -152,3 +157,24 @@ def _error(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
         return change
     after, before = (dictionary.decode(base.features, state) for state in (source.state, base.state))
     return change + (after - before)[0].to(change)
+
+
+def estimation_time(
+    model: Any, saes: Any, pairs: Pairs, positions: Positions, directions: Sequence[Direction], metric: str | Metric
+) -> float | None:
+    """Return the seconds that `estimate_features` will take, extrapolated from one pair after a warm-up.
+
+    The result is None if the metric has no gradient or a gradient of zero.
+    """
+    parts = [FeaturePart(dictionary) for dictionary in dictionaries(wrap(model), saes)]
+    seconds = 0.0
+    try:
+        for _ in ("warm-up", "timed"):
+            start = time.perf_counter()
+            gradients = Gradients(model, pairs[:1], metric=metric, keep=False)
+            ways = gradients.check_directions(directions)
+            deque(by_pair(gradients, parts, [spans(pairs[0], positions)], ways), maxlen=0)
+            seconds = time.perf_counter() - start
+    except FeatpatchError:
+        return None
+    return seconds * len(pairs)

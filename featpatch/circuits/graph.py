@@ -1,10 +1,13 @@
-"""The base class of graphs: a model in which any choice of nodes or edges can be ablated together."""
+"""Ablation values of the complement of a circuit, which are taken from other prompts.
+
+The base class of graphs: a model in which any choice of nodes or edges can be ablated together.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,13 +15,48 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch.circuits.outside import Outside, check_outside
-from featpatch.effects import check_gap
+from featpatch.effects.statistics import check_gap
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens
-from featpatch.pairs import Pairs
-from featpatch.patch import Node
-from featpatch.patching.study.readings import Reading, Readout, readings_of
+from featpatch.model.lens import Lens
+from featpatch.nodes import Node
+from featpatch.pairs.pairs import Pairs
+from featpatch.patching.readings import Reading, Readout, readings_of
+
+Outside = Literal["corrupted", "mean", "resample"]
+"""The source of ablation values. `corrupted`: the pair's corrupted run. `mean`: the mean at each position over the clean runs
+of equally long pairs. `resample`: the clean run of another equally long pair."""
+
+
+def check_outside(to: str, pairs: Pairs) -> None:
+    """Check that ablation values can be taken from a source.
+
+    Raises:
+        FeatpatchError: if the source is unknown, or needs other pairs of the same length and there are none.
+    """
+    if to not in get_args(Outside):
+        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(get_args(Outside))}")
+    alone = [group for group in pairs.by_length().values() if len(group) < 2]
+    if to != "corrupted" and alone:
+        raise FeatpatchError(
+            f"pair {alone[0][0]} is the only one with {len(pairs[alone[0][0]])} tokens, and to={to!r} takes values from other "
+            "pairs of the same length: expected two or more of each length, or to='corrupted'"
+        )
+
+
+def prompts(pairs: Pairs, some: Sequence[int], to: Outside) -> torch.Tensor:
+    """Return the token ids `[pairs, pos]` of the runs that ablation values are taken from."""
+    return torch.tensor([pairs[index].corrupted if to == "corrupted" else pairs[index].clean for index in some])
+
+
+def settled(values: torch.Tensor, to: Outside) -> torch.Tensor:
+    """Return the ablation values of each pair from the activations `[pairs, ...]` of `prompts`.
+
+    They are the pair's own row, the mean over all rows, or the row of the previous pair.
+    """
+    if to == "mean":
+        return values.mean(0, keepdim=True).expand_as(values)
+    return values.roll(1, 0) if to == "resample" else values
+
 
 Array = NDArray[np.float64]
 

@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.circuits.edges import EMBEDDING, EdgeGraph
-from featpatch.effects import check_gap, interval
+from featpatch.circuits.edge_graph import EMBEDDING, EdgeGraph
+from featpatch.effects.statistics import check_gap, interval
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.lens import wrap
 from featpatch.metrics import Metric
-from featpatch.pairs import Pair, Pairs, check_pairs
-from featpatch.patch import LOGITS, Node
-from featpatch.patching.study.readings import readout
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import LOGITS, Node
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.patching.readings import readout
 
 Label = Callable[[Pair], Hashable]
 """A function that returns the property of a pair's clean prompt on which a node is said to depend."""

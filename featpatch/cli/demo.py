@@ -8,8 +8,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
-from featpatch.cli.output import Output
-from featpatch.cli.shown import show
+from featpatch.cli.output import Output, show
 
 FOLDER = Path("featpatch-demo")
 """The default folder for the results, in which those of an earlier demo are always replaced."""

@@ -11,7 +11,6 @@ import typer
 import featpatch as fp
 from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
-from featpatch.families import names
 
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 By = Annotated[
@@ -54,10 +53,7 @@ Method = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 JournalFile = Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")]
-Executor = Annotated[
-    str,
-    typer.Option(help=f"Where forward passes run: serial (here), or on workers of {', '.join(names('execution/executors'))}."),
-]
+Executor = Annotated[str, typer.Option(help="Where forward passes run: serial (here), or on workers of ray.")]
 Address = Annotated[str | None, typer.Option(help="Of a running cluster, such as ray://head:10001; started here without.")]
 Workers = Annotated[int | None, typer.Option(help="How many workers; by default as many as there are processors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -81,7 +77,7 @@ class Shown:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        from featpatch.effects.quadrants import check_threshold
+        from featpatch.effects.statistics import check_threshold
 
         if self.threshold is not None:
             check_threshold(self.threshold)
@@ -93,8 +89,8 @@ class Shown:
         Raises:
             FeatpatchError: the rows are to be sorted by an effect whose direction is not run, or the threshold is not a share.
         """
-        from featpatch.effects import EFFECTS
-        from featpatch.effects.effects import sorting
+        from featpatch.effects.measured import sorting
+        from featpatch.nodes import EFFECTS
 
         sorting(by, [effect for effect, way in EFFECTS.items() if way in ways(direction)])
         return cls(top, by, threshold)
@@ -121,7 +117,7 @@ def study(
     progress: bool,
 ) -> dict[str, Any]:
     """Return the arguments of `rank_features` and `plan` after printing how well the SAEs fit the model."""
-    from featpatch.terminal import checked
+    from featpatch.reporting.terminal import checked
 
     work = alone(model, sae, pairs, positions, direction, metric, device, progress=progress)
     console.print(checked(fp.check(work["model"], work["saes"], work["pairs"])))
@@ -154,7 +150,7 @@ def executor(name: str, address: str | None, workers: int | None) -> Any:
     Raises:
         FeatpatchError: an option belongs to another executor.
     """
-    from featpatch.execution import EXECUTORS, executor_of
+    from featpatch.engine.ray import EXECUTORS, executor_of
 
     given = {option: value for option, value in (("address", address), ("workers", workers)) if value is not None}
     takers = {each: make for each, make in EXECUTORS.items() if given.keys() <= signature(make).parameters.keys()}

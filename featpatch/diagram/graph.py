@@ -1,12 +1,226 @@
-"""Conversion of nodes or edges with their effects to a graph."""
+"""Names of nodes in pictures, and their order in the model from the embedding up to the logits.
 
+The checked content of a graph, its nodes and edges with their effects, which all output formats share.
+
+The layout of nodes: a row for each hook point from bottom to top, a column for each position, side by side in a cell.
+
+Conversion of nodes or edges with their effects to a graph.
+"""
+
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 
 from featpatch import sites
-from featpatch.patch import Edge, Node
+from featpatch.errors import FeatpatchError
+from featpatch.nodes import Edge, Node, Position
+
+LOGITS = "logits"
+"""The `site` of the output node."""
+
+ORDER = (
+    "resid_pre", "q", "k", "v", "pattern", "z", "result", "attn_out", "resid_mid", "neurons", "mlp_out", "resid_post",
+)  # fmt: skip
+"""The components of a layer from bottom to top; other hook points are drawn below the MLP."""
+
+WORDS = {"attn_out": "attention", "mlp_out": "mlp"}
+"""The displayed names of components that are not shown under their own."""
+
+
+def is_end(node: Node) -> bool:
+    """Return whether a node is the embedding or the logits, which belong to no layer."""
+    return node.site in (sites.EMBEDDING, LOGITS)
+
+
+def component(node: Node) -> str:
+    """Return the component at the hook point of a node, or the end of the hook's name if it is none of `ORDER`."""
+    layer = sites.layer_of(node.site)
+    return next((name for name in ORDER if sites.component(layer, name) == node.site), node.site.split(".", 2)[-1])
+
+
+def height(node: Node) -> tuple[float, int, str]:
+    """Return a key that sorts nodes from bottom to top and is the same for all nodes of one row.
+
+    Raises:
+        FeatpatchError: the hook point belongs to no layer, and is neither the embedding nor the logits.
+    """
+    if is_end(node):
+        return (-1.0 if node.site == sites.EMBEDDING else float("inf")), 0, ""
+    name = component(node)
+    return float(sites.layer_of(node.site)), ORDER.index(name if name in ORDER else "resid_mid"), name
+
+
+def row(node: Node) -> str:
+    """Return the name of the row of a node, such as `L1 mlp`."""
+    if is_end(node):
+        return "embed" if node.site == sites.EMBEDDING else LOGITS
+    name = component(node)
+    return f"L{sites.layer_of(node.site)} {'heads' if name in ('z', 'result') else WORDS.get(name, name)}"
+
+
+def short(node: Node) -> str:
+    """Return the short name of a node within its row, such as `head 5`."""
+    if node.kind != "activation":
+        return node.kind.replace("_", " ") if node.index is None else f"{node.kind} {node.index}"
+    name = row(node)
+    return name if is_end(node) else name.split(" ", 1)[1]
+
+
+def label(node: Node) -> str:
+    """Return the full name of a node, such as `L3 head 5 @ end` or `L2 feature 121 of blocks.2.hook_resid_pre @ S2`."""
+    where = "" if is_end(node) else f"L{sites.layer_of(node.site)} "
+    inside = f"{component(node)} " if node.kind == "head" and row(node).endswith((" q", " k", " v", " pattern")) else ""
+    of = f" of {node.sae or node.site}" if node.kind not in ("activation", "head", "neuron") else ""
+    at = "" if is_end(node) and node.position == "all" else f" @ {node.position}"
+    return f"{where}{inside}{short(node)}{of}{at}"
+
+
+POSITIVE, NEGATIVE = "#2166ac", "#c0392b"
+"""The colours of positive and negative effects: blue and red."""
+
+
+@dataclass(frozen=True)
+class GraphEdge:
+    """An edge with its effect; `source` and `target` are indices of nodes."""
+
+    source: int
+    target: int
+    effect: float
+
+    @property
+    def colour(self) -> str:
+        """The colour for the sign of the effect."""
+        return NEGATIVE if self.effect < 0 else POSITIVE
+
+
+@dataclass(frozen=True)
+class Content:
+    """The content of a graph.
+
+    Attributes:
+        nodes: the nodes in the order of the graph.
+        effects: the effect of each node; None if it is unknown.
+        edges: the edges.
+    """
+
+    nodes: tuple[Node, ...]
+    effects: tuple[float | None, ...]
+    edges: tuple[GraphEdge, ...]
+
+    def width(self, edge: GraphEdge, widest: float) -> float:
+        """Return the line width of an edge, proportional to the size of its effect; the largest effect gets `widest`."""
+        largest = max(abs(other.effect) for other in self.edges)
+        return widest * abs(edge.effect) / largest if largest else 0.0
+
+
+def content(graph: Any) -> Content:
+    """Check a graph and return its content.
+
+    Args:
+        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+
+    Raises:
+        FeatpatchError: it is another kind of graph, it is empty, or an effect is missing or not a finite number.
+    """
+    if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
+        raise FeatpatchError(f"graph is a {type(graph).__name__}: expected a networkx.DiGraph whose nodes are featpatch.Node")
+    strange = next((node for node in graph if not isinstance(node, Node)), None)
+    if strange is not None or not len(graph):
+        got = "is empty" if strange is None else f"has a node {strange!r}"
+        raise FeatpatchError(f"graph {got}: expected nodes such as Node('blocks.0.hook_mlp_out', 'activation')")
+    number = {node: n for n, node in enumerate(graph)}
+    effects = tuple(None if value is None else _finite(value, str(node)) for node, value in graph.nodes(data="effect"))
+    edges = tuple(
+        GraphEdge(number[source], number[target], _finite(value, f"{source} -> {target}"))
+        for source, target, value in graph.edges(data="effect")
+    )
+    return Content(tuple(graph), effects, edges)
+
+
+def digits(value: float | None) -> str:
+    """Return an effect as text with six digits."""
+    return "none" if value is None else f"{value:+.6g}"
+
+
+def _finite(value: Any, where: str) -> float:
+    """Convert an effect to a float.
+
+    Raises:
+        FeatpatchError: it is not a finite number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise FeatpatchError(f"the effect of {where} is {value!r}: expected a finite number as the attribute `effect`")
+    return number
+
+
+Cell = tuple[Position, int]
+"""A position and a row, which several nodes may share."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The coordinates of the nodes of a graph; one horizontal unit is the width of one node.
+
+    Attributes:
+        x: the horizontal coordinate of each node; embedding and logits at "all" positions are centred over all columns.
+        y: the row of each node, counted from 0, the lowest.
+        rows: the names of the rows.
+        columns: the middle and the name of each column.
+        borders: the borders between columns, including the left and the right edge.
+        bands: the lowest and the highest row of every other layer.
+    """
+
+    x: list[float]
+    y: list[int]
+    rows: list[str]
+    columns: list[tuple[float, str]]
+    borders: list[float]
+    bands: list[tuple[int, int]]
+
+
+def layout(nodes: tuple[Node, ...]) -> Layout:
+    """Lay out nodes, with columns for token indices in ascending order and then for labels in order of appearance."""
+    heights = sorted({height(node) for node in nodes})
+    y = [heights.index(height(node)) for node in nodes]
+    names = {height(node): row(node) for node in nodes}
+    spread = [is_end(node) and node.position == "all" for node in nodes]
+    cells: dict[Cell, list[int]] = defaultdict(list)
+    for n, node in enumerate(nodes):
+        cells[("all" if spread[n] else node.position), y[n]].append(n)
+    positions = _ordered([node.position for node, everywhere in zip(nodes, spread, strict=True) if not everywhere])
+    borders, columns = [0.0], []
+    for position in positions:
+        wide = max(len(members) for (other, _), members in cells.items() if other == position)
+        columns.append((borders[-1] + wide / 2, str(position)))
+        borders.append(borders[-1] + wide)
+    middles = {position: middle for position, (middle, _) in zip(positions, columns, strict=True)}
+    x = [0.0] * len(nodes)
+    for (position, _), members in cells.items():
+        middle = borders[-1] / 2 if spread[members[0]] else middles[position]
+        for place, n in enumerate(members):
+            x[n] = middle + place - (len(members) - 1) / 2
+    return Layout(x, y, [names[level] for level in heights], columns, borders, _bands([level for level, _, _ in heights]))
+
+
+def _bands(layers: list[float]) -> list[tuple[int, int]]:
+    """Return the first and the last row of every other layer, given the layer of each row."""
+    blocks = [layer for layer in dict.fromkeys(layers) if 0 <= layer < float("inf")]
+    return [(layers.index(layer), layers.index(layer) + layers.count(layer) - 1) for layer in blocks[::2]]
+
+
+def _ordered(positions: list[Position]) -> list[Position]:
+    """Return each position once: token indices in ascending order, then labels in order of appearance."""
+    seen = list(dict.fromkeys(positions))
+    indices = sorted(position for position in seen if isinstance(position, int))
+    return [*indices, *(position for position in seen if not isinstance(position, int))]
 
 
 def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node], Sequence[Node]] | None = None) -> Any:

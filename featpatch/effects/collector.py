@@ -1,4 +1,7 @@
-"""Collection of metric values from patched runs into a table of effects, with one row per node in order of appearance."""
+"""Collection of metric values from patched runs into a table of effects, with one row per node in order of appearance.
+
+Concatenation of tables of effects.
+"""
 
 import shlex
 import sys
@@ -11,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpatch.effects.effects import Effects
-from featpatch.patch import DIRECTIONS, Direction, Node
+from featpatch.effects.table import Effects
+from featpatch.nodes import DIRECTIONS, Direction, Node
 from featpatch.untrusted import without_folder
 
 
@@ -87,3 +90,19 @@ def _command() -> str:
         hidden = "--address" in (option if equals else "", *kept[-1:])
         kept.append(option + equals + ("..." if hidden else without_folder(value)))
     return shlex.join(["featpatch", *kept])
+
+
+def joined(tables: "Sequence[Effects]") -> "Effects":
+    """Concatenate the rows of tables that are about the same pairs and metrics and have no row in common."""
+    first = tables[0]
+    starts = np.cumsum([0, *(len(table) for table in tables[:-1])])
+    return replace(
+        first,
+        nodes=tuple(node for table in tables for node in table.nodes),
+        row=np.concatenate([table.row + start for table, start in zip(tables, starts, strict=True)]),
+        pair=np.concatenate([table.pair for table in tables]),
+        denoised=np.concatenate([table.denoised for table in tables]),
+        noised=np.concatenate([table.noised for table in tables]),
+        taken_from=None,
+        others={name: joined([table.metric(name) for table in tables]) for name in first.others},
+    )

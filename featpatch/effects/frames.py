@@ -1,19 +1,28 @@
-"""Effects as pandas tables: all columns, those that are fast to compute, and a summary by hook point."""
+"""Measured as pandas tables: all columns, those that are fast to compute, and a summary by hook point.
+
+Effects for each value of a tag of the pairs, to see whether a feature matters under every template and corruption.
+
+Split-half stability of a ranking: do two random halves of the pairs rank the features alike?
+
+The rank correlation is Spearman's (1904), from scipy. Each of the two rankings uses half of the pairs; the ranking over all
+pairs is more stable than that.
+"""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import rankdata, spearmanr
 
-from featpatch.effects.quadrants import named
-from featpatch.patch import Edge, Node, Position
-
-if TYPE_CHECKING:
-    from featpatch.effects.effects import Effects
-
-WHERE_CHANGED = "_where_changed"
-"""The suffix of effects that are pooled over the pairs in which the node differs."""
+from featpatch.effects import statistics
+from featpatch.effects.measured import WHERE_CHANGED, Measured
+from featpatch.effects.statistics import named
+from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.nodes import Edge, Effect, Node, Position
 
 
 def number(value: float) -> str:
@@ -31,7 +40,7 @@ def rounded(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{name: [float(f"{value:.4g}") for value in floats[name]] for name in floats})
 
 
-def full(effects: "Effects") -> pd.DataFrame:
+def full(effects: Measured) -> pd.DataFrame:
     """Return the table of `Effects.to_pandas`."""
     table = brief(effects)
     for effect in effects.directions_run():
@@ -49,12 +58,12 @@ def full(effects: "Effects") -> pd.DataFrame:
     table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(effects.with_gap.sum()))
     table.insert(int(table.columns.get_loc("changed_pairs")) + 1, "smallest_p", effects.smallest_p)
     for metric, other in effects.others.items():
-        columns = other.to_pandas().filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap)$")
+        columns = full(other).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap)$")
         table = table.join(columns.add_prefix(f"{metric}_"))
     return table
 
 
-def brief(effects: "Effects") -> pd.DataFrame:
+def brief(effects: Measured) -> pd.DataFrame:
     """Return one row per node with the columns that are fast to compute, for display."""
     table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
     table["index"] = table["index"].astype("Int64")
@@ -77,7 +86,7 @@ def brief(effects: "Effects") -> pd.DataFrame:
     return table
 
 
-def by_site(effects: "Effects") -> pd.DataFrame:
+def by_site(effects: Measured) -> pd.DataFrame:
     """Return the table of `Effects.sites`."""
     features = Counter((node.sae, node.site, node.position) for node in effects.nodes if node.kind == "feature")
     if "screening" in effects.metadata:
@@ -99,3 +108,163 @@ def by_site(effects: "Effects") -> pd.DataFrame:
             row[f"{effect}_interaction"] = row[f"{effect}_activation"] - parts
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
+    """Return the indices of the pairs with each value of a tag, in order of appearance; pairs without the tag are left out.
+
+    Raises:
+        FeatpatchError: no pair has the tag, or all have the same value of it.
+    """
+    tags = effects.metadata.get("tags", [])
+    values = [of_pair.get(tag) for of_pair in tags]
+    found: list[str] = [value for value in dict.fromkeys(values) if value is not None]
+    if not found:
+        known = sorted({name for of_pair in tags for name in of_pair})
+        raise FeatpatchError(
+            f"no pair has a tag {tag!r}: expected one of {known or '(the pairs have no tags)'}; give the pairs tags "
+            "before they are ranked, e.g. by fp.tasks or Pair(tags={'corruption': ...})"
+        )
+    if len(found) < 2:
+        raise FeatpatchError(
+            f"tag {tag!r} is {found[0]!r} in all pairs that have it: expected at least 2 values to compare; rank pairs of "
+            "several together, or choose another tag"
+        )
+    return {value: np.flatnonzero([other == value for other in values]) for value in found}
+
+
+def by_tag(effects: Measured, tag: str, effect: "Effect") -> pd.DataFrame:
+    """Return the pooled effect for each value of a tag, one row per node.
+
+    The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and `_high`
+    (95 % bootstrap interval over these pairs) and `recovery_swap_s2_rank` (1 is the largest of all features that were ranked).
+    All are NaN for a value whose pairs have a mean gap near zero; the interval is also NaN for a value with a single pair.
+
+    `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled error
+    rate: intervals over a few pairs are too narrow, and among thousands of features some intervals do not overlap by chance.
+
+    Raises:
+        FeatpatchError: no pair has the tag, or all have the same value of it.
+    """
+    table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
+    table["index"] = table["index"].astype("Int64")
+    change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
+    intervals = []
+    for value, pairs in pairs_by_value(effects, tag).items():
+        name, gap = f"{effect}_{value}", effects.gap[pairs]
+        stands = abs(gap.mean()) > statistics.NEAR_ZERO * statistics.size(effects.clean[pairs], effects.corrupted[pairs])
+        part = change[:, pairs] if stands else np.full((len(change), len(pairs)), np.nan)
+        pooled, ranks = part.mean(axis=1) / gap.mean() if stands else part.mean(axis=1), np.full(len(change), np.nan)
+        ranks[ranked] = rankdata(-pooled[ranked], method="min", nan_policy="omit")
+        intervals.append(statistics.interval(part[rows], gap) if stands else np.full((len(rows), 2), np.nan))
+        table[name], (table[f"{name}_low"], table[f"{name}_high"]) = pooled[rows], intervals[-1].T
+        table[f"{name}_rank"] = pd.array(ranks[rows], dtype="Int64")
+    table["depends"] = effects.ranked & _apart(intervals)
+    return table
+
+
+def _apart(intervals: list[NDArray[Any]]) -> NDArray[np.bool_]:
+    """Return a mask of the rows in which some two of the intervals `[rows, 2]` do not overlap.
+
+    Intervals that touch overlap, and NaN overlaps everything.
+    """
+    apart = [(one[:, 0] > other[:, 1]) | (other[:, 0] > one[:, 1]) for one, other in combinations(intervals, 2)]
+    result: NDArray[np.bool_] = np.any(apart, axis=0)
+    return result
+
+
+SPLITS = 100
+TOP = 20
+LEAST_PAIRS = 4
+
+
+@dataclass(frozen=True, repr=False)
+class Stability:
+    """The agreement of two halves of the pairs on the ranking of the features.
+
+    Attributes:
+        correlation: Spearman's rank correlation between the halves, mean over the splits; 1 for the same order, 0 for unrelated
+            rankings.
+        low, high: the range that holds 95 % of the splits' correlations, which is not a confidence interval of the mean.
+        overlap: the share of one half's `top` largest features that are also among the other's, mean over the splits; NaN if
+            there are no more than `top` features, because it would not depend on the rankings.
+        chance: the expected overlap of unrelated rankings, `top / features`.
+        top: the number of largest features whose overlap is measured.
+        features: the number of features that were ranked.
+        pairs: the number of pairs.
+        splits: the number of random splits.
+    """
+
+    correlation: float
+    low: float
+    high: float
+    overlap: float
+    chance: float
+    top: int
+    features: int
+    pairs: int
+    splits: int
+
+    def __repr__(self) -> str:
+        shared = f"the halves share {self.overlap:.0%} of their top {self.top}, {self.chance:.0%} by chance"
+        if np.isnan(self.overlap):
+            shared = f"sharing a top {self.top} of {self.features} features would mean nothing"
+        return (
+            f"rank correlation {self.correlation:.2f} [{self.low:.2f}, {self.high:.2f}] between random halves of "
+            f"{self.pairs} pairs, {self.splits} splits; {shared}"
+        )
+
+
+def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: int, top: int, seed: int) -> Stability:
+    """Split the pairs into random halves `splits` times and compare the rankings of features by pooled effect.
+
+    The gap of a half is the same for all features and does not change their order, so only the sign of the total gap is used. A
+    half in which all features have the same effect gives no order and counts as correlation 0.
+
+    Args:
+        change: the changes, `[features, pairs]`; features with missing values are left out.
+        gap: the gaps, `[pairs]`.
+        splits: the number of splits.
+        top: the number of largest features whose overlap is measured.
+        seed: the seed of the random splits.
+
+    Raises:
+        FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+    """
+    change = change[~np.isnan(change).any(axis=1)] * np.sign(gap.sum())
+    features, pairs = change.shape
+    if pairs < LEAST_PAIRS:
+        raise FeatpatchError(f"stability of {pairs} pairs: expected at least {LEAST_PAIRS}, two for each half; rank over more")
+    if features < 2:
+        raise FeatpatchError(
+            f"stability of {features} features with known values: expected at least 2 that a ranking can order; choose an "
+            "effect that was run, and more positions or SAEs"
+        )
+    check_numbers(1, splits=splits, top=top)
+    rng = np.random.default_rng(seed)
+    order = rng.permuted(np.tile(np.arange(pairs), (splits, 1)), axis=1)
+    member = np.zeros((pairs, splits))
+    np.put_along_axis(member, order[:, : pairs // 2].T, 1, axis=0)
+    one, other = change @ member, change @ (1 - member)  # [features, splits]
+    correlations = [_spearman(a, b) for a, b in zip(one.T, other.T, strict=True)]
+    low, high = np.quantile(correlations, [0.025, 0.975])
+    overlap = np.nan
+    if features > top:
+        first = [np.argsort(-half, axis=0, kind="stable")[:top] for half in (one, other)]
+        overlap = float(np.mean([len(np.intersect1d(a, b)) / top for a, b in zip(first[0].T, first[1].T, strict=True)]))
+    return Stability(
+        correlation=float(np.mean(correlations)),
+        low=float(low),
+        high=float(high),
+        overlap=overlap,
+        chance=min(top / features, 1.0),
+        top=top,
+        features=features,
+        pairs=pairs,
+        splits=splits,
+    )
+
+
+def _spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Return the rank correlation, or 0 if one side is constant."""
+    return float(spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else 0.0

@@ -1,17 +1,16 @@
 """Plotly figures of effects, such as `effects.plot.quadrants()`; save one with `figure.write_html` or `write_image`."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from featpatch import sites as hooks
+from featpatch.effects.frames import by_site
+from featpatch.effects.measured import Measured
 from featpatch.errors import FeatpatchError
+from featpatch.nodes import Effect
 from featpatch.untrusted import in_figure
-
-if TYPE_CHECKING:
-    from featpatch.effects.effects import Effects
-    from featpatch.patch import Effect
 
 SHOWN = ("activation", "all_features", "error")
 WORDS = {"activation": "whole activation", "all_features": "all features", "error": "error term"}
@@ -21,7 +20,7 @@ WORDS = {"activation": "whole activation", "all_features": "all features", "erro
 class Plots:
     """The figures of one table; each method returns a `plotly.graph_objects.Figure`."""
 
-    effects: "Effects"
+    effects: Measured
 
     def quadrants(self) -> Any:
         """Plot degradation against recovery of the ranked rows, with a colour per SAE or hook point.
@@ -54,7 +53,7 @@ class Plots:
         """
         import plotly.graph_objects as go
 
-        chosen, table = effect or self.effects.directions_run()[0], self.effects.sites()
+        chosen, table = effect or self.effects.directions_run()[0], by_site(self.effects)
         figure = go.Figure(layout={"yaxis_title": chosen, "barmode": "group"})
         if len(table):
             names = [in_figure(f"{row['sae']} @ {row['position']}") for _, row in table.iterrows()]

@@ -1,24 +1,116 @@
-"""The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
+"""Choose how many rows share a forward pass: enough to keep the processor busy, few enough for the available memory.
+
+Pack blocks of patches into batches.
+
+Patches of a block that change nothing before the same position form a unit; units fill a budget of rows.
+
+The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
 
 When it is interrupted, everything that is finished has been filled in. When memory runs out, it halves the batch and continues.
 """
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 from jaxtyping import Float
 
-from featpatch.engine.budget import out_of_memory
+from featpatch.engine.cost import row_numbers
 from featpatch.engine.journal import Book, batch_key
-from featpatch.engine.packing import batches, units_of
+from featpatch.engine.patches import NEVER, BaseRun, Block, Unit
 from featpatch.engine.path import PatchPath
-from featpatch.engine.work import BaseRun, Block, Unit
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measures
+from featpatch.model.lens import Lens
+
+BUSY = 2**31
+"""Multiply-adds per weight matrix of one forward pass above which a CPU is busy; a GPU needs GPU_FACTOR times as many."""
+GPU_FACTOR = 16
+LEAST, MOST = 256, 16384
+SHARE = 0.25
+"""Fraction of the free memory that one forward pass may take."""
+NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"
+"""What the errors of PyTorch's allocator, oneDNN and cuBLAS say when memory runs out."""
+
+
+def row_bytes(lens: Lens, length: int, columns: int) -> int:
+    """Return the bytes that one row takes at the peak of memory use, see `row_numbers`."""
+    return int(row_numbers(lens.d_model, lens.n_heads, lens.d_head, lens.d_mlp, length, columns) * lens.itemsize)
+
+
+def row_budget(lens: Lens, length: int, columns: int) -> int:
+    """Return the number of rows per forward pass, limited by the device with the least free memory.
+
+    Args:
+        length: the maximum number of tokens of a prompt.
+        columns: the number of logits of each patch.
+    """
+    busy = BUSY // (lens.d_model * max(lens.d_mlp, lens.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
+    fits = int(SHARE * min(map(free_memory, lens.devices))) // row_bytes(lens, length, columns)
+    return max(1, min(max(busy, LEAST), MOST, fits))
+
+
+def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:
+    """Return the maximum number of bytes kept per token of a base run that is patched in some layers.
+
+    They hold the residual stream, z, queries, keys and values.
+    """
+    numbers = 3 * lens.d_model + 3 * lens.n_heads * lens.d_head
+    return (lens.n_layers - min(layers, default=0)) * numbers * lens.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the number of bytes that can still be allocated on a device."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, or its cause, says that memory ran out, on a GPU or on the CPU."""
+    return any(
+        isinstance(one, (torch.OutOfMemoryError, MemoryError)) or any(words in str(one) for words in NO_MEMORY)
+        for one in (error, error.__cause__)
+    )
+
+
+def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
+    """Return every patch that can have an effect, in units by block and first changed position.
+
+    A patch that changes nothing is left out, and in a causal model also one that changes only positions after the answer: they
+    have exactly no effect.
+    """
+    units = []
+    for index, block in enumerate(blocks):
+        first = block.deltas.first()
+        for position in first.unique().tolist():
+            if position != NEVER and (position <= block.run.answer or not causal):
+                units.append(Unit(index, block, (first == position).nonzero()[:, 0], position))
+    return units
+
+
+def batches(path: PatchPath, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
+    """Yield batches of units of one group, packed up to the row budget; a unit that exceeds the remaining budget is split."""
+    key = {id(unit): path.group(unit.block) for unit in units}
+    order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.block.run.name, unit.first, unit.index))
+    for _, group in groupby(order, key=lambda unit: key[id(unit)]):
+        batch: list[Unit] = []
+        room = budget
+        for unit in group:
+            rows, start = path.rows(unit), 0
+            while start < len(unit.patches):
+                if batch and room < rows:
+                    yield batch
+                    batch, room = [], budget
+                stop = min(len(unit.patches), start + max(1, room // rows))
+                batch.append(unit.part(start, stop))
+                room -= rows * (stop - start)
+                start = stop
+        if batch:
+            yield batch
+
 
 Values = Float[torch.Tensor, "_ metrics"]
 

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
+from featpatch.console import Frame
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import Measure, find
-from featpatch.page import Frame
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions

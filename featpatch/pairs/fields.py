@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featpatch.errors import FeatpatchError
+from featpatch.pairs.build import make
 from featpatch.pairs.files import parsed
-from featpatch.pairs.make import make
 from featpatch.pairs.pair import Pair, plain_integers, positions_of
 from featpatch.pairs.tokens import Tokenizer, plain_tokenizer, special_positions
 

@@ -1,16 +1,20 @@
-"""Readers of JSON-lines and CSV files that remember the line of each row for error messages."""
+"""Readers of JSON-lines and CSV files that remember the line of each row for error messages.
+
+Functions that process rows one by one and name the row in error messages.
+"""
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
-from featpatch.pairs.each import each
+from featpatch.pairs.tokens import PairsWarning
 
 
 @dataclass(frozen=True)
@@ -157,3 +161,56 @@ def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
         raise FeatpatchError(
             f"{path!r} line {begin} is not CSV ({error}): expected cells between commas, quoted ones with closing quotes"
         ) from error
+
+
+T = TypeVar("T")
+
+
+def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] | None = None) -> tuple[T, ...]:
+    """Return `make(*row)` for every row of the columns.
+
+    Args:
+        where: the name of each row in error messages; "pair 0", "pair 1", ... by default.
+
+    Raises:
+        FeatpatchError: `make` raises one; the name of the row is put in front of its message.
+    """
+    made = []
+    for index, row in enumerate(zip(*columns, strict=True)):
+        try:
+            made.append(make(*row))
+        except FeatpatchError as error:
+            raise FeatpatchError(f"{f'pair {index}' if where is None else where[index]}: {error}") from error
+    return tuple(made)
+
+
+def fitting(
+    make: Callable[[T], Any], rows: Sequence[T], *, where: Sequence[str], skip: bool = False, remarks: Sequence[str] = ()
+) -> tuple[Any, ...]:
+    """Return `make(row)` for every row, or only for the rows that fit the tokenizer.
+
+    Args:
+        where: the name of each row in error messages.
+        skip: whether to leave out rows for which `make` raises a FeatpatchError, with a warning that counts them.
+        remarks: a list to which `make` adds messages, which are reported as one warning.
+
+    Raises:
+        FeatpatchError: `make` fails for a row or, with `skip`, for all of them.
+    """
+    made, refused = [], []
+    for row, name in zip(rows, where, strict=True):
+        try:
+            made.append(make(row))
+        except FeatpatchError as error:
+            if not skip:
+                raise FeatpatchError(f"{name}: {error}") from error
+            refused.append(f"{name}: {error}")
+    if refused and not made:
+        raise FeatpatchError(f"none of {len(rows)} pairs fits this tokenizer: expected at least one; the first is {refused[0]}")
+    if refused:
+        message = f"left out {len(refused)} of {len(rows)} pairs that do not fit this tokenizer; the first is {refused[0]}"
+        warnings.warn(message, PairsWarning, stacklevel=4)
+    if remarks:
+        others = f" (and {len(remarks) - 1} similar remarks)" if len(remarks) > 1 else ""
+        warnings.warn(f"{remarks[0]}{others}", PairsWarning, stacklevel=4)
+    return tuple(made)

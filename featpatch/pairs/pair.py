@@ -6,7 +6,7 @@ from operator import index
 from typing import Any
 
 from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds
-from featpatch.patch import Position
+from featpatch.nodes import Position
 from featpatch.untrusted import visible
 
 Sequences = tuple[tuple[int, ...], ...]

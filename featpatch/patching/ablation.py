@@ -1,22 +1,244 @@
-"""Ablate features, error terms and components, to measure what is lost without the information that they carry."""
+"""Ablation values: a constant, a statistic over prompts, or the values in another prompt.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Ablate features, error terms and components, to measure what is lost without the information that they carry.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import isfinite
 from numbers import Real
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
-from featpatch.effects import Effects
+import torch
+
+from featpatch import sites
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens, check_tokens, dictionaries, wrap
-from featpatch.pairs import Pairs, check_pairs
-from featpatch.pairs.spans import Positions
+from featpatch.model.lens import Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.model.vocabulary import check_tokens
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.positions import Positions
+from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.components import component_parts
-from featpatch.patching.feature_part import FeaturePart
-from featpatch.patching.fillings import FILLINGS, Constant, Filling, Others, Prompt
-from featpatch.patching.study import Asked, Metrics, Part, Study
-from featpatch.patching.study.run import Contrast, Run, Ways
+from featpatch.patching.features import FeaturePart
+from featpatch.patching.parts import Part
+from featpatch.patching.readings import Metrics
+from featpatch.patching.study import Asked, Study
+from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+
+Values = tuple[torch.Tensor, ...]
+"""Several activations, or parts of one, each `[pos, ...]`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt.
+
+    Attributes:
+        tokens: the token ids.
+        special: the positions that pooled statistics leave out.
+    """
+
+    tokens: tuple[int, ...]
+    special: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Others:
+    """The prompts that ablation values may be taken from.
+
+    Attributes:
+        lens: the model.
+        pairs: the pairs that are ablated.
+        prompts: the prompts whose activations give the ablation values.
+        seed: the seed for resampling.
+    """
+
+    lens: Lens
+    pairs: Pairs
+    prompts: Sequence[Prompt]
+    seed: int
+
+    def digest(self) -> str:
+        """Return a digest of the prompts."""
+        return sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in self.prompts]).encode()).hexdigest()
+
+    def run(self, tokens: Sequence[int], hooks: Sequence[str]) -> Run:
+        """Run the model on a prompt and return its activations at some hook points."""
+        read = self.lens.read(torch.tensor([tokens]), sorted(set(hooks)))
+        return Run({hook: values[0] for hook, values in read.items()})
+
+
+class Filling(ABC):
+    """A way to choose ablation values.
+
+    Attributes:
+        noted: metadata to store with the results, in addition to the name.
+    """
+
+    noted: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def run(self, index: int, clean: Run) -> Run:
+        """Return the run whose values replace those of the clean run of the pair with this index."""
+
+
+class Everywhere(Filling):
+    """Ablation values that are the same in every prompt."""
+
+    def run(self, index: int, clean: Run) -> Run:
+        """Return the clean run with every value replaced by its ablation value."""
+        return Filled(clean.activations, self)
+
+    @abstractmethod
+    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+        """Return the ablation values.
+
+        Args:
+            name: names the values; the same name gives the same ablation values.
+            hooks: the hook points whose activations `parts` needs.
+            parts: takes the values to replace from a run.
+            like: the values to replace.
+            length: the number of tokens of the prompt.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Filled(Run):
+    """A run in which any value that is read is an ablation value; state that decoding needs is that of the original run."""
+
+    filling: Everywhere
+
+    def at(self, hook: str) -> torch.Tensor:
+        """Return the ablation value of the activation at a hook point, at every position."""
+        like = self.activations[hook]
+        length = like.shape[0 if sites.by_position(hook) else -1]
+        (value,) = self.filling.values(hook, [hook], lambda run: (run.at(hook),), (like,), length)
+        return value.to(like).expand_as(like)
+
+    def split(self, dictionary: Dictionary, start: int) -> Split:
+        """Return ablation values of features and error from position `start` on, with the state of the original run."""
+        like = Run(self.activations).split(dictionary, start)
+        name, hooks = f"features of {dictionary.name}", [dictionary.reads, dictionary.writes]
+
+        def parts(run: Run) -> Values:
+            split = run.split(dictionary, 0)
+            return split.features[0], split.error[0]
+
+        length = start + like.features.shape[1]
+        found = self.filling.values(name, hooks, parts, (like.features[0], like.error[0]), length)
+        features, error = (value[-(length - start) :] if value.ndim > 1 else value for value in found)
+        return replace(like, features=features.expand_as(like.features), error=error.expand_as(like.error))
+
+
+@dataclass(frozen=True)
+class Constant(Everywhere):
+    """One number as the ablation value everywhere."""
+
+    value: float
+
+    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+        """Return tensors filled with the number."""
+        return tuple(torch.full_like(each, self.value) for each in like)
+
+
+class Statistic(Everywhere):
+    """A statistic over prompts as the ablation value, computed once.
+
+    Args:
+        others: the prompts.
+        of: computes the statistic `[...]` of values `[n, ...]`.
+        by_position: whether to compute a statistic for every token index, over the prompts of the same length, rather than one
+            over all positions.
+
+    Raises:
+        FeatpatchError: if the prompts have only special tokens.
+    """
+
+    def __init__(self, others: Others, of: Callable[[torch.Tensor], torch.Tensor], *, by_position: bool = False) -> None:
+        if all(len(prompt.special) == len(prompt.tokens) for prompt in others.prompts):
+            raise FeatpatchError("all tokens of the prompts to take means over are special: expected others")
+        self.others, self.of, self.by_position, self.noted = others, of, by_position, {"reference": others.digest()}
+        self._found: dict[tuple[str, int], Values] = {}
+
+    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+        """Return the statistics, `[pos, ...]` each if by position, otherwise without a position dimension.
+
+        Raises:
+            FeatpatchError: if a statistic over all positions is asked for attention patterns, or one by position and no prompt
+                has this length.
+        """
+        if not self.by_position and not all(map(sites.by_position, hooks)):
+            raise FeatpatchError(
+                f"the mean of {name!r} over all positions is no pattern: expected to='mean_by_position', 'zero' or 'resample'"
+            )
+        key = name, length if self.by_position else 0
+        if key not in self._found:
+            prompts = [p for p in self.others.prompts if len(p.tokens) == length or not self.by_position]
+            if not prompts:
+                raise FeatpatchError(
+                    f"no prompt of {length} tokens to take a mean by position over: expected some in `reference`; "
+                    "give to='mean', or prompts of that length"
+                )
+            found = [parts(self.others.run(prompt.tokens, hooks)) for prompt in prompts]
+            self._found[key] = tuple(self.of(self._joined(prompts, values)) for values in zip(*found, strict=True))
+        return self._found[key]
+
+    def _joined(self, prompts: Sequence[Prompt], values: Values) -> torch.Tensor:
+        """Stack the values of the prompts if by position; otherwise concatenate them without special tokens."""
+        if self.by_position:
+            return torch.stack(values)
+        kept = [[at for at in range(len(prompt.tokens)) if at not in prompt.special] for prompt in prompts]
+        return torch.cat([value[rows] for value, rows in zip(values, kept, strict=True)])
+
+
+class Resampled(Filling):
+    """The values in another prompt of the same length, drawn for each pair, as ablation values.
+
+    Raises:
+        FeatpatchError: if the seed is not an integer, or there is no other prompt of a pair's length.
+    """
+
+    def __init__(self, others: Others) -> None:
+        if not isinstance(others.seed, int):
+            raise FeatpatchError(f"seed={others.seed!r}: expected an integer, so that the draws can be repeated")
+        self.others, self.noted = others, {"reference": others.digest(), "seed": others.seed}
+        self.partners = [self._partner(index, pair.clean) for index, pair in enumerate(others.pairs)]
+
+    def run(self, index: int, clean: Run) -> Run:
+        """Return the activations of the resampled prompt."""
+        return self.others.run(self.partners[index], list(clean.activations))
+
+    def _partner(self, index: int, clean: tuple[int, ...]) -> tuple[int, ...]:
+        """Draw another prompt as long as the clean one."""
+        prompts = [prompt.tokens for prompt in self.others.prompts]
+        fitting = [tokens for tokens in prompts if len(tokens) == len(clean) and tokens != clean]
+        if not fitting:
+            raise FeatpatchError(
+                f"pair {index} has {len(clean)} tokens and no other prompt has: expected one to resample from; give more "
+                "prompts as reference=..., or another `to`"
+            )
+        return Random(repr((self.others.seed, clean))).choice(fitting)
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the first dimension."""
+    return values.mean(0)
+
+
+FILLINGS: dict[str, Callable[[Others], Filling]] = {
+    "zero": lambda others: Constant(0.0),
+    "mean": lambda others: Statistic(others, mean),
+    "mean_by_position": lambda others: Statistic(others, mean, by_position=True),
+    "resample": Resampled,
+}
+"""The ways to choose ablation values, by name."""
+
 
 To = str | float
 """How ablation values are chosen: the name of one of `FILLINGS`, or a number to use as the value."""

@@ -1,18 +1,287 @@
-"""Rank heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream by causal recovery."""
+"""Components as parts of a study: whole activations, heads, queries, keys, values, attention patterns and neurons.
 
-from collections.abc import Sequence
+A head's output z is added to the residual stream through W_O, so it is patched at `hook_z`. A query, key, value or row of the
+attention pattern acts only through z. Its layer is therefore run alone with the value exchanged, and the resulting change is
+patched at `hook_z`: the effect is the same, and the rest of the model can be resumed quickly from there.
+
+Rank heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream by causal recovery.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
+
+from featpatch import sites
 from featpatch import sites as hooks
-from featpatch.effects import Effects
+from featpatch.effects.table import Effects
+from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens, dictionaries, identity, neurons, wrap
-from featpatch.pairs import Pairs, check_pairs
-from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching.component_parts import HeadPart, NeuronPart, WholePart
-from featpatch.patching.study import Asked, Metrics, Noise, Part, Study
+from featpatch.model.lens import ROWS, Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import DIRECTIONS, Direction, Node, Position
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.positions import Positions
+from featpatch.patching.changes import Directions, Run, Swaps, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.parts import DictionaryPart, Part, count_whole
+from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import Noise, PairRuns
+from featpatch.patching.study import Asked, Study
+from featpatch.sae.baselines import identity, neurons
+from featpatch.sae.dictionary import dictionaries
+
+
+@dataclass(frozen=True, eq=False)
+class WholePart(Part):
+    """The whole activations at some hook points.
+
+    Attributes:
+        whole: the hook points.
+    """
+
+    whole: Sequence[str]
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points that are patched."""
+        return set(self.whole)
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points that are patched."""
+        return list(self.whole)
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Return the swaps of each pair, one per hook point."""
+        return [
+            [whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.whole]
+            for run in runs
+        ]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of hook points and positions at which the runs differ."""
+        return sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.whole)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A value of one attention head that is exchanged at some positions.
+
+    Attributes:
+        node: the node that names the value.
+        span: the positions at which it is exchanged.
+        head: the index of the head.
+        source: for an entry of the attention pattern, the attended position; otherwise None.
+    """
+
+    node: Node
+    span: Sequence[int]
+    head: int
+    source: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPart(Part):
+    """The attention heads of one layer at one hook point.
+
+    Attributes:
+        lens: the model.
+        layer: the layer.
+        name: the hook point, as one of `sites.COMPONENTS` inside attention.
+    """
+
+    lens: Lens
+    layer: int
+    name: str
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook point of the values, and `hook_z`, at which the changes are added."""
+        return {self._z, self._read}
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook point that is patched, `hook_z`."""
+        return [self._z]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of heads and positions at which the runs differ."""
+        return len(list(self._exchanges(run)))
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Return the swaps of each pair."""
+        return [self._of_pair(run) for run in runs]
+
+    def _of_pair(self, run: PairRuns) -> list[Swaps]:
+        exchanges = list(self._exchanges(run))
+        if not exchanges:
+            return []
+        deltas = {way: self._deltas(run, exchanges, way, 0) for way in run.ways}
+        longer: dict[Direction, list[Deltas]] = {}
+        if self._seen_later and any(len(base.tokens) > len(run.pair) for base in run.bases["noising"]):
+            for way in run.ways:
+                others = range(1, len(run.bases[way]))
+                longer[way] = [deltas[way], *(self._deltas(run, exchanges, way, reading) for reading in others)]
+        return [Swaps(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer)]
+
+    @property
+    def _z(self) -> str:
+        return sites.component(self.layer, "z")
+
+    @property
+    def _read(self) -> str:
+        """The hook point that is read; z for `hook_result`, which is z times W_O."""
+        return self._z if self.name == "result" else sites.component(self.layer, self.name)
+
+    @property
+    def _inside(self) -> bool:
+        return self._read != self._z
+
+    def _exchanges(self, run: PairRuns) -> Iterator[Exchange]:
+        """Yield an exchange for every head and requested position at which the runs differ."""
+        differs = self._differing(run)
+        site = sites.component(self.layer, self.name)
+        for head in range(differs.shape[1]):
+            for position, span in run.wanted.items():
+                for name, source, at in self._places(run, position, span):
+                    rows = differs[at, head]
+                    if bool((rows if source is None else rows[:, source]).any()):
+                        yield Exchange(Node(site, "head", head, name), at, head, source)
+
+    def _places(self, run: PairRuns, position: Position, span: list[int]) -> Iterator[tuple[Position, int | None, list[int]]]:
+        """Yield the name, attended position (None if not a pattern entry) and token positions of each node at a position."""
+        if self.name != "pattern_entry":
+            yield position, None, span
+            return
+        for name, sources in run.wanted.items():
+            for source in sources:
+                yield f"{position} <- {name}", source, span
+
+    def _differing(self, run: PairRuns) -> Bool[torch.Tensor, "pos heads ..."]:
+        """Return a mask `[pos, heads]` of where base and source differ; for pattern entries `[pos, heads, attended pos]`."""
+        base, source = next(iter(run.ways.values()))
+        differs = self._by_position(source) != self._by_position(base)
+        differs[: run.first] = False
+        return (differs if self.name == "pattern_entry" else differs.any(-1)).cpu()
+
+    def _by_position(self, run: Run) -> torch.Tensor:
+        """Return the values of a run as `[pos, heads, ...]`; patterns, whose heads come first, are transposed."""
+        values = run.at(self._read)
+        return values.transpose(0, 1) if self.name.startswith("pattern") else values
+
+    def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int) -> Deltas:
+        """Return how each exchange changes `hook_z` in the prompt of a reading."""
+        size = max(1, ROWS // len(run.bases[way][reading].tokens))
+        patch, position, values = [], [], []
+        for start in range(0, len(exchanges), size):
+            change = self._changes(run, exchanges[start : start + size], way, reading)
+            rows, at = (change != 0).any(2).nonzero(as_tuple=True)
+            patch.append(start + rows.cpu())
+            position.append(at.cpu())
+            values.append(change[rows, at])
+        return Deltas.explicit(torch.cat(patch), torch.cat(position), torch.cat(values), len(exchanges))
+
+    def _changes(
+        self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int
+    ) -> Float[torch.Tensor, "rows pos width"]:
+        """Return how each exchange changes `hook_z`, flat; exactly 0 where the exchange cannot change it."""
+        base, source = run.ways[way]
+        if not self._inside:
+            before, after = base.at(self._z), source.at(self._z)[None]
+        else:
+            before = self._z_with(run, way, reading, base.at(self._read)[None])[0]
+            after = self._z_with(run, way, reading, self._exchanged(base, source, exchanges))
+        length = len(before)
+        reach = _mask(
+            torch.zeros(len(exchanges), *before.shape[:2], dtype=torch.bool, device=before.device),
+            (
+                (row, at, head)
+                for row, exchange in enumerate(exchanges)
+                for at in self._reach(exchange, length)
+                for head in self._readers(exchange.head)
+            ),
+        )
+        return ((after - before) * reach[..., None]).flatten(2)
+
+    def _z_with(self, run: PairRuns, way: Direction, reading: int, values: torch.Tensor) -> torch.Tensor:
+        """Run a layer of a base run with these values of the prompt in its attention; return z `[rows, pos, heads, d_head]`."""
+        base = run.bases[way][reading]
+        resid = base.resid[self.layer].expand(len(values), -1, -1)
+
+        def put(activation: torch.Tensor) -> torch.Tensor:
+            if activation.shape == values.shape:
+                return values
+            return torch.cat([values, activation[:, values.shape[1] :]], dim=1)
+
+        with self.lens.edit(self._read, put):
+            return self.lens.through(self.layer, resid, base.tokens, self._z)
+
+    def _exchanged(self, base: Run, source: Run, exchanges: list[Exchange]) -> torch.Tensor:
+        """Return the base run's activation with the values of each exchange, one row per exchange."""
+        old, new = (self._by_position(run) for run in (base, source))
+        single = exchanges[0].source is not None
+        places = (
+            (row, at, exchange.head) + ((exchange.source,) if single else ())
+            for row, exchange in enumerate(exchanges)
+            for at in exchange.span
+        )
+        shape = old.shape if single else old.shape[:2]
+        mask = _mask(torch.zeros(len(exchanges), *shape, dtype=torch.bool, device=old.device), places)
+        values = torch.where(mask if single else mask[..., None], new, old)
+        return values.transpose(1, 2) if self.name.startswith("pattern") else values
+
+    @property
+    def _seen_later(self) -> bool:
+        """Whether other positions use the values, which is so for keys and values but not for queries and patterns."""
+        return self.name in ("k", "v")
+
+    def _reach(self, exchange: Exchange, length: int) -> Sequence[int]:
+        """Return the positions at which z can change: those of the exchange or, for keys and values, all that see them."""
+        if not self._seen_later:
+            return exchange.span
+        return range(min(exchange.span) if self.lens.causal else 0, length)
+
+    def _readers(self, head: int) -> list[int]:
+        """Return the heads that use a query, key or value: several if keys and values are shared."""
+        return list(range(head * self._shared, (head + 1) * self._shared)) if self._seen_later else [head]
+
+    @property
+    def _shared(self) -> int:
+        """The number of heads that share one key and value."""
+        return self.lens.heads(self._z) // self.lens.heads(self._read)
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronPart(DictionaryPart):
+    """Each neuron of an MLP, as a feature of a dictionary of neurons."""
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Return the swaps of each pair, one per requested position."""
+        found = [self.difference(run) for run in runs]
+        directions = Directions.of(self.dictionary, found)
+        return [
+            feature_swaps(difference, run.wanted, directions, self.dictionary.writes, self._naming)
+            for run, difference in zip(runs, found, strict=True)
+        ]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of neurons and requested positions at which the runs differ."""
+        base, source = (both.at(self.dictionary.reads) for both in next(iter(run.ways.values())))
+        differs = base != source
+        differs[: run.first] = False
+        return sum(int(differs[span].any(0).sum()) for span in run.wanted.values())
+
+    def _naming(self, neuron: int, position: Position) -> Node:
+        return Node(self.dictionary.reads, "neuron", neuron, position)
+
+
+def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ...]]) -> Bool[torch.Tensor, "..."]:
+    """Return the mask with these places set to True."""
+    mask[tuple(torch.tensor(list(places)).T.to(mask.device))] = True
+    return mask
 
 
 def rank_components(

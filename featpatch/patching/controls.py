@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from featpatch.effects import Effect, Effects
-from featpatch.engine import Deltas
+from featpatch.effects.table import Effects
+from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.pairs import Pairs
-from featpatch.patch import DIRECTIONS, Direction, Node, Position
+from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
+from featpatch.pairs.pairs import Pairs
+from featpatch.patching.changes import Difference, Directions, Swaps, deltas_of
 from featpatch.patching.features import single_study
-from featpatch.patching.study import Asked, Metrics
-from featpatch.patching.study.difference import Difference
-from featpatch.patching.study.part import DictionaryPart
-from featpatch.patching.study.runs import PairRuns
-from featpatch.patching.study.swaps import Directions, Swaps, deltas_of
+from featpatch.patching.parts import DictionaryPart
+from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.study import Asked
 from featpatch.untrusted import visible
 
 

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from featpatch.effects import EFFECTS, Effect, Effects
+from featpatch.console import Frame
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
-from featpatch.page import Frame
-from featpatch.pairs import Pairs
-from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction, Position
+from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
+from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.positions import Positions
 from featpatch.patching.features import feature_study
+from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import Noise
 from featpatch.patching.sets import MOST, SetPart
-from featpatch.patching.study import Asked, Metrics, Noise
+from featpatch.patching.study import Asked
 from featpatch.untrusted import in_figure, visible
 
 Key = tuple[str, Position]

@@ -21,14 +21,17 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
+from featpatch.console import Frame
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Lens, check_tokens, dictionaries, wrap
-from featpatch.page import Frame
-from featpatch.pairs import Pairs, check_pairs
-from featpatch.pairs.each import each
-from featpatch.patch import DIRECTIONS, Direction, Node, Patch, check_directions
-from featpatch.patching.chosen import Chosen, Values, choose
-from featpatch.patching.study.runs import chunks
+from featpatch.model.lens import Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.model.vocabulary import check_tokens
+from featpatch.nodes import DIRECTIONS, Direction, Node, Patch, check_directions
+from featpatch.pairs.files import each
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.patching.do import Chosen, Values, choose
+from featpatch.patching.runs import chunks
+from featpatch.sae.dictionary import dictionaries
 
 ROUNDING = 64
 """The largest change that counts as rounding, in units in the last place of the largest value."""

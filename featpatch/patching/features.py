@@ -1,15 +1,92 @@
-"""Set up studies of SAE features: of all features that differ, or of one dictionary at one position."""
+"""SAE features, singly and all together, error terms and whole activations, as a part of a study.
 
-from dataclasses import replace
+Set up studies of SAE features: of all features that differ, or of one dictionary at one position.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from featpatch.errors import FeatpatchError
-from featpatch.lens import Dictionary, dictionaries, wrap
-from featpatch.pairs import Pairs, check_pairs
-from featpatch.pairs.spans import Positions
-from featpatch.patch import Node, Position
-from featpatch.patching.feature_part import FeaturePart
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import Node, Position
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.positions import Positions
+from featpatch.patching.changes import Difference, Directions, Naming, Swaps, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.parts import Part, count_whole
+from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Asked, Study
+from featpatch.sae.dictionary import Dictionary, dictionaries
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePart(Part):
+    """Each feature of some dictionaries, all features and the error of each dictionary, and the whole activations.
+
+    Attributes:
+        dictionaries: the dictionaries.
+        only: the nodes that are patched; None for all.
+    """
+
+    dictionaries: Sequence[Dictionary]
+    only: frozenset[Node] | None = None
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points that the dictionaries read and write."""
+        return {hook for dictionary in self.dictionaries for hook in (dictionary.reads, dictionary.writes)}
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points that are patched."""
+        return list(dict.fromkeys(dictionary.writes for dictionary in self.dictionaries))
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
+        probed = {d.name: Directions.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
+        each = [self._of_pair(run, probed) for run in runs]
+        return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of patches per direction."""
+        if self.only is not None:
+            return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+        total = sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.sites)
+        for difference in self._differences(run).values():
+            total += sum(len(difference.feature[difference.at(span)].unique()) for span in run.wanted.values())
+            total += sum(count_whole(change, run.wanted) for change in (difference.features, difference.error))
+        return total
+
+    def _of_pair(self, run: PairRuns, probed: dict[str, Directions]) -> list[Swaps]:
+        swaps: list[Swaps] = []
+        for dictionary in self.dictionaries:
+            site, name, found = dictionary.writes, dictionary.name, self._differences(run)[dictionary.name]
+            swaps += feature_swaps(found, run.wanted, probed[name], site, _naming(dictionary))
+            swaps.append(whole_swaps(site, "all_features", found.features, run.wanted, name))
+            swaps.append(whole_swaps(site, "error", found.error, run.wanted, name))
+        return swaps + [
+            whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.sites
+        ]
+
+    def _differences(self, run: PairRuns) -> dict[str, Difference]:
+        def find() -> dict[str, Difference]:
+            found = {d.name: Difference.of(d, run.ways, run.first) for d in self.dictionaries}
+            if self.only is None:
+                return found
+            return {name: difference.keep(self._features(name)) for name, difference in found.items()}
+
+        return run.once(self, find)
+
+    def _features(self, name: str) -> list[int]:
+        """Return the features of a dictionary that are among the nodes of `only`."""
+        return [node.index for node in self.only or () if node.sae == name and node.index is not None]
+
+
+def _naming(dictionary: Dictionary) -> Naming:
+    def name(feature: int, position: Position) -> Node:
+        return Node(dictionary.writes, "feature", feature, position, dictionary.name)
+
+    return name
 
 
 def feature_study(

@@ -1,17 +1,36 @@
-"""Sets of features that are patched together, as a part of a study."""
+"""Sets of features that are patched together, as a part of a study.
+
+Measure whether two features have a larger or smaller effect together than the sum of their effects alone.
+
+interaction = effect(both) - effect(one) - effect(other)
+
+Select a small set of features that together reach a share of the effect, by greedy forward selection.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from tqdm.auto import tqdm
 
-from featpatch.engine import Deltas
-from featpatch.patch import Direction, Node, Position
-from featpatch.patching.study.difference import Difference, split_ways
-from featpatch.patching.study.part import DictionaryPart
-from featpatch.patching.study.runs import PairRuns
-from featpatch.patching.study.swaps import Directions, Swaps
+from featpatch.console import Frame
+from featpatch.effects.statistics import interval
+from featpatch.effects.table import Effects
+from featpatch.engine.patches import Deltas
+from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
+from featpatch.pairs.pairs import Pairs
+from featpatch.patching.changes import Difference, Directions, Swaps, split_ways
+from featpatch.patching.features import single_study
+from featpatch.patching.parts import DictionaryPart
+from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.study import Asked
 
 MOST = 64
 """The default number of features in the largest set."""
@@ -91,3 +110,152 @@ def _deltas(changes: Float[torch.Tensor, "sets span d"], span: Int[torch.Tensor,
     """Return one patch per set, covering the positions at which the set changes anything."""
     patch, place = (changes != 0).any(2).nonzero(as_tuple=True)
     return Deltas.explicit(patch.cpu(), span[place.cpu()], changes[patch, place], len(changes))
+
+
+def interactions(
+    model: Any,
+    sae: Any,
+    pairs: Pairs,
+    *,
+    features: Sequence[int] | None = None,
+    top: int = 20,
+    position: Position = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measure the exact pairwise interactions of features of one dictionary, and sort them by size, largest first.
+
+    For a positive effect, the interaction is below 0 if either feature is enough (an OR), above 0 if both are needed (an AND).
+
+    Args:
+        features: indices of the features; by default the `top` features with the largest effect alone.
+        top: how many features to take if `features` is not given.
+        model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
+
+    Returns:
+        One row per combination of two features: `one`, `other` and, for each effect, the effect of both together (`recovery`),
+        the `recovery_interaction` and its 95 % bootstrap interval over pairs (`_low`, `_high`).
+
+    Raises:
+        FeatpatchError: if the input is unusable, or there are several dictionaries or fewer than two features.
+    """
+    study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
+    if features is None:
+        features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()
+    check_kinds(Sequence, features=features)
+    known = range(dictionary.d_sae)
+    if len(features) < 2 or not all(type(f) is int and f in known for f in features) or len(set(features)) < len(features):
+        raise FeatpatchError(
+            f"features={list(features)}: expected at least two different ones, from 0 to {len(known) - 1}, that differ between "
+            "the runs"
+        )
+    two = list(combinations(range(len(features)), 2))
+    sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
+    effects = replace(study, parts=[SetPart(dictionary, {position: sets})]).complete(progress=progress)
+    table = Frame({"one": [features[one] for one, _ in two], "other": [features[other] for _, other in two]})
+    for effect in effects.directions_run():
+        change = np.zeros((len(sets), len(effects.clean)))
+        change[effects.indices] = effects.changes(effect).toarray()
+        both = change[len(features) :]
+        left = both - change[[one for one, _ in two]] - change[[other for _, other in two]]
+        table[effect], table[f"{effect}_interaction"] = both.sum(1) / effects.gap.sum(), left.sum(1) / effects.gap.sum()
+        table[f"{effect}_interaction_low"], table[f"{effect}_interaction_high"] = interval(left, effects.gap).T
+    first = f"{effects.directions_run()[0]}_interaction"
+    return table.sort_values(first, key=abs, ascending=False, ignore_index=True)
+
+
+SHOWN = 16
+"""The largest number of features that the `repr` of a selection names."""
+
+
+@dataclass(frozen=True, repr=False)
+class Selection:
+    """The result of `select_features`: features chosen one by one, each adding most to those chosen before.
+
+    Attributes:
+        features: the features in the order in which they were chosen.
+        effects: the effects of the growing sets in both directions; row n (kind `set`) is the first n + 1 features.
+        effect, target: the effect and the share of the gap that were to be reached.
+        reached: whether the target was reached.
+    """
+
+    features: Sequence[int]
+    effects: Effects
+    effect: Effect
+    target: float
+    reached: bool
+
+    def __repr__(self) -> str:
+        verb, value = "bring back" if self.effect == "recovery" else "cost", self.effects.pooled(self.effect)[-1]
+        short = "" if self.reached else f", short of {self.target:.0%}"
+        more = f" and {len(self.features) - SHOWN} more" if len(self.features) > SHOWN else ""
+        return f"{len(self.features)} features {verb} {value:.0%}{short}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
+
+
+def select_features(
+    model: Any,
+    sae: Any,
+    pairs: Pairs,
+    *,
+    effect: Effect = "recovery",
+    target: float = 0.9,
+    candidates: int = 64,
+    most: int = MOST,
+    position: Position = "all",
+    metric: Metrics = "logit_diff",
+    batch_rows: int | None = None,
+    progress: bool = True,
+) -> Selection:
+    """Select features of one dictionary by greedy forward selection, until together they reach a share of the gap.
+
+    Every step patches each candidate together with the features chosen before, exactly, and takes the best; the selection ends
+    when no candidate adds anything. Greedy selection is not optimal, and the effect on the pairs used for selection is too
+    optimistic: measure the selected features on other pairs.
+
+    Args:
+        effect: the effect to reach, `"recovery"` or `"degradation"`.
+        target: the share of the gap to reach; 0.9 is 90 %.
+        candidates: how many features take part, those with the largest effect alone. Features that are only needed together (an
+            AND) have no effect alone; increase this to include them.
+        most: the largest number of features to select.
+        position: where the features are patched: `"all"`, a label or an index.
+        model, sae, pairs, metric, batch_rows, progress: as in `rank_features`, for one dictionary.
+
+    Raises:
+        FeatpatchError: if the input is unusable, there are several dictionaries, or no feature differs.
+    """
+    check_kinds(str, effect=effect)
+    if effect not in EFFECTS or not _fits(target, candidates, most):
+        raise FeatpatchError(
+            f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected 'recovery' or "
+            "'degradation', a target above 0 such as 0.8, and 1 or more of the others"
+        )
+    study, dictionary = single_study(model, sae, pairs, position, Asked(metric=metric, batch_rows=batch_rows))
+    one_way = replace(study, directions=(EFFECTS[effect],))
+    single = one_way.complete(progress=progress)
+    pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()
+    if not pool:
+        raise FeatpatchError(f"no feature of {dictionary.name!r} differs at {position!r}: expected some to choose among")
+    chosen: list[int] = []
+    reached = 0.0
+    with tqdm(total=most, unit="feature", desc="selecting", disable=not progress) as bar:
+        while pool and len(chosen) < most and (reached < target or not chosen):
+            sets = [[*chosen, feature] for feature in pool]
+            values = np.zeros(len(pool))
+            tried = replace(one_way, parts=[SetPart(dictionary, {position: sets})]).complete(progress=False)
+            values[tried.indices] = tried.pooled(effect)
+            best = int(values.argmax())
+            if chosen and values[best] <= reached:
+                break
+            reached = float(values[best])
+            chosen.append(pool.pop(best))
+            bar.update()
+    growing = [chosen[: size + 1] for size in range(len(chosen))]
+    effects = replace(study, parts=[SetPart(dictionary, {position: growing})]).complete(progress=False)
+    return Selection(chosen, effects, effect, target, reached >= target)
+
+
+def _fits(target: float, candidates: int, most: int) -> bool:
+    return isinstance(target, (int, float)) and target > 0 and all(isinstance(n, int) and n > 0 for n in (candidates, most))

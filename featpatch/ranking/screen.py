@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from featpatch.effects import EFFECTS, Effects, joined, needed, provable, sample_sizes, without_estimates
+from featpatch.effects.audit import needed, provable, sample_sizes, without_estimates
+from featpatch.effects.collector import joined
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
-from featpatch.patch import RANKED, Node
-from featpatch.patching import Study
+from featpatch.nodes import EFFECTS, RANKED, Node
+from featpatch.patching.study import Study
 
 TOP = 20
 """The default length of the ranking that a target refers to."""
@@ -137,7 +139,5 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:
     """Return the table with new metadata, for its other metrics too, and independent of any table it was taken from."""
     without = without_estimates(metadata["screening"])
-    others = {
-        name: _replaced(other, {**metadata, "metric": name, "screening": without}) for name, other in table.others.items()
-    }
+    others = {name: _replaced(table.metric(name), {**metadata, "metric": name, "screening": without}) for name in table.others}
     return replace(table, metadata=metadata, taken_from=None, others=others)

@@ -1,25 +1,123 @@
-"""Effects of many pairs stored in a folder, read block by block so that only a ranking or the requested rows are in memory."""
+"""Storage of the effects of a block of pairs as two Parquet files, one with a row per node and pair, one with a row per pair.
 
-from collections.abc import Iterator, Mapping
+A third file, such as `000003.sha256`, holds the digests of both and of `about.json`. It is written last, so a block is finished
+if this file exists. `sha256sum -c *.sha256` in the folder verifies all blocks.
+
+Effects of many pairs stored in a folder, read block by block so that only a ranking or the requested rows are in memory.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
-from featpatch.effects import EFFECTS, Effects, check_gap
-from featpatch.effects.content import check_columns, check_metadata, nodes_of
-from featpatch.effects.effects import least_to_sort, sorting
-from featpatch.effects.frames import WHERE_CHANGED
-from featpatch.effects.statistics import NEAR_ZERO
+from featpatch.effects.measured import WHERE_CHANGED, least_to_sort, sorting
+from featpatch.effects.statistics import NEAR_ZERO, check_gap
+from featpatch.effects.storage import check_columns, check_metadata, nodes_of
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.files import as_path, read_json, sha256
-from featpatch.patch import RANKED
-from featpatch.streaming import parts
-from featpatch.streaming.parts import FIELDS
+from featpatch.files import as_path, read_json, sha256, writing
+from featpatch.nodes import EFFECTS, RANKED
 from featpatch.untrusted import visible
+
+FIELDS = ("site", "kind", "index", "position", "sae")
+"""The columns that identify a node; the position is stored as JSON."""
+
+TYPES = {"integers": is_integer_dtype, "numbers": is_float_dtype, "texts": is_string_dtype}
+"""The tests of a column's type, by the name of the type in error messages."""
+
+AGAIN = "expected a block of fp.stream_features; delete its .sha256 file and run it again"
+"""The end of every error about a damaged block."""
+
+
+def write(effects: Effects, folder: Path, block: int, first: int) -> None:
+    """Write the three files of a block.
+
+    Args:
+        effects: the effects of the block's pairs.
+        folder: the folder of the whole stream, with `about.json`.
+        block: the number of the block.
+        first: the index of the block's first pair among all pairs.
+    """
+    tables = {name: effects.metric(name) for name in effects.metrics}
+    rows = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in FIELDS})
+    rows["position"] = [json.dumps(position) for position in rows["position"]]
+    rows = rows.astype({name: "Int64" if name == "index" else "string" for name in FIELDS})
+    entries = rows.iloc[effects.row].reset_index(drop=True)
+    entries["pair"] = effects.pair + first
+    pairs = pd.DataFrame({"pair": range(first, first + len(effects.clean))})
+    for metric, table in tables.items():
+        entries[f"denoised of {metric}"], entries[f"noised of {metric}"] = table.denoised, table.noised
+        pairs[f"clean of {metric}"], pairs[f"corrupted of {metric}"] = table.clean, table.corrupted
+    pairs["tags"] = [json.dumps(tags) for tags in effects.metadata.get("tags", [{}] * len(pairs))]
+    pairs["digest"] = effects.metadata["pairs"]
+    for kind, frame in (("effects", entries), ("pairs", pairs)):
+        with writing(folder / name_of(kind, block)) as file:
+            frame.to_parquet(file, index=False)
+    names = ("about.json", name_of("effects", block), name_of("pairs", block))
+    with writing(folder / digests_of(block)) as file:
+        file.write_text("".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in names))
+
+
+def name_of(kind: str, block: int) -> str:
+    """Return the path of a block's Parquet file of a kind, `effects` or `pairs`, relative to the folder."""
+    return f"{kind}/{block:06d}.parquet"
+
+
+def digests_of(block: int) -> str:
+    """Return the name of the file of digests, whose presence marks a block as finished."""
+    return f"{block:06d}.sha256"
+
+
+def read(folder: Path, block: int, name: str) -> bytes:
+    """Read a file of a finished block and verify its digest.
+
+    Raises:
+        FeatpatchError: the file is missing or damaged.
+    """
+    path = folder / name
+    try:
+        content = path.read_bytes()
+        lines = (folder / digests_of(block)).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise FeatpatchError(f"{str(path)!r} can't be read ({error}): {AGAIN}") from error
+    if f"{sha256(content)}  {name}" not in lines:
+        raise FeatpatchError(f"{str(path)!r} does not match its SHA-256 in {digests_of(block)}: {AGAIN}")
+    return content
+
+
+def table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Read some columns of a block's Parquet file.
+
+    Args:
+        folder: the folder of the whole stream.
+        block: the number of the block.
+        kind: `effects` or `pairs`.
+        columns: the names of the columns.
+
+    Raises:
+        FeatpatchError: the file is missing or damaged, or a column has the wrong type.
+    """
+    import pyarrow as pa
+
+    path, content = folder / name_of(kind, block), read(folder, block, name_of(kind, block))
+    try:
+        found = pd.read_parquet(BytesIO(content), columns=list(columns))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise FeatpatchError(f"{str(path)!r} can't be read ({error}): {AGAIN}") from error
+    for name in columns:
+        expected = "integers" if name in ("pair", "index") else "numbers" if " of " in name else "texts"
+        if not TYPES[expected](found[name]):
+            raise FeatpatchError(f"{name!r} in {str(path)!r} is of type {found[name].dtype}: expected {expected}; {AGAIN}")
+    return found
+
 
 FORMAT = "featpatch stored effects 1"
 
@@ -69,12 +167,12 @@ class Stored:
             FeatpatchError: a block in between is missing, or `about.json` has changed since the blocks were written.
         """
         names = sorted(path.name for path in self.folder.glob("*.sha256"))
-        expected = [parts.digests_of(block) for block in range(len(names))]
+        expected = [digests_of(block) for block in range(len(names))]
         if names != expected:
             missing = sorted({*expected} - {*names})
-            raise FeatpatchError(f"{str(self.folder)!r} lacks {missing[0]}: expected no gap before {names[-1]}; {parts.AGAIN}")
+            raise FeatpatchError(f"{str(self.folder)!r} lacks {missing[0]}: expected no gap before {names[-1]}; {AGAIN}")
         for block in range(len(names)):
-            parts.read(self.folder, block, "about.json")
+            read(self.folder, block, "about.json")
         return len(names)
 
     @cached_property
@@ -86,14 +184,12 @@ class Stored:
         """
         names = {f"{name} of {self.metric}": name for name in ("clean", "corrupted")}
         columns = ["pair", *names, "tags", "digest"]
-        found = [parts.table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
+        found = [table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
         if not found:
             raise FeatpatchError(f"{str(self.folder)!r} has no finished block yet: run fp.stream_features again")
         table = pd.concat(found, ignore_index=True).rename(columns=names)
         if not np.array_equal(table["pair"], np.arange(len(table))):
-            raise FeatpatchError(
-                f"the pairs in {str(self.folder)!r} are not numbered from 0 to {len(table) - 1}: {parts.AGAIN}"
-            )
+            raise FeatpatchError(f"the pairs in {str(self.folder)!r} are not numbered from 0 to {len(table) - 1}: {AGAIN}")
         return table.set_index("pair")
 
     def pooled(self) -> pd.DataFrame:
@@ -173,7 +269,7 @@ class Stored:
             check_metadata(metadata, len(nodes))
             check_columns({**columns, "metadata": metadata}, len(nodes))
         except ValueError as error:
-            raise FeatpatchError(f"the effects in {str(self.folder)!r} can't be read ({error}): {parts.AGAIN}") from error
+            raise FeatpatchError(f"the effects in {str(self.folder)!r} can't be read ({error}): {AGAIN}") from error
         return Effects(nodes=nodes, metadata=metadata, **columns)
 
     def _entries(self) -> Iterator[pd.DataFrame]:
@@ -185,21 +281,21 @@ class Stored:
         names = {f"{name} of {self.metric}": name for name in ("denoised", "noised")}
         columns = [*FIELDS, "pair", *names]
         for block in range(self.blocks):
-            entries = parts.table(self.folder, block, "effects", columns).rename(columns=names)
+            entries = table(self.folder, block, "effects", columns).rename(columns=names)
             pairs = self.pairs.index[self.pairs["block"] == block]
             within = entries["pair"].between(pairs.min(), pairs.max()).all()
             if not within or entries.duplicated([*FIELDS, "pair"]).any():
                 raise FeatpatchError(
-                    f"block {block} in {str(self.folder)!r} has effects of pairs of other blocks, or duplicates: {parts.AGAIN}"
+                    f"block {block} in {str(self.folder)!r} has effects of pairs of other blocks, or duplicates: {AGAIN}"
                 )
             run = [{"denoising": "denoised", "noising": "noised"}[direction] for direction in self.about["directions"]]
             if not np.isfinite(entries[run]).all(axis=None):
-                raise FeatpatchError(f"block {block} in {str(self.folder)!r} has values that are not finite: {parts.AGAIN}")
+                raise FeatpatchError(f"block {block} in {str(self.folder)!r} has values that are not finite: {AGAIN}")
             yield entries
 
     def digest_of(self, block: int) -> str:
         """Return the digest of the pairs of a finished block."""
-        return str(parts.table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
+        return str(table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:
         said = f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"

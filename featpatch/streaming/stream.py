@@ -7,14 +7,17 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from featpatch.engine.executor import Executor
+from featpatch.engine.ray import executor_of
 from featpatch.errors import FeatpatchError
-from featpatch.execution import Executor, executor_of
 from featpatch.files import as_path, check_writable, writing
-from featpatch.pairs import Pairs, check_pairs
-from featpatch.pairs.spans import Positions
-from featpatch.patch import DIRECTIONS, Direction
-from featpatch.patching import Asked, Metrics, Study, feature_study
-from featpatch.streaming import parts
+from featpatch.nodes import DIRECTIONS, Direction
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.positions import Positions
+from featpatch.patching.features import feature_study
+from featpatch.patching.readings import Metrics
+from featpatch.patching.study import Asked, Study
+from featpatch.streaming import stored as parts
 from featpatch.streaming.stored import FORMAT, Stored
 
 OWN = ("pairs", "tags", "finished", "finished_at", "command", "metric")

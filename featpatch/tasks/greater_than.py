@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from random import Random
 
-from featpatch.drafts import Draft, chosen, draft, draw
 from featpatch.errors import FeatpatchError
-from featpatch.pairs import Pairs
+from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer, bare_ids
+from featpatch.tasks.template import Draft, chosen, draft, draw
 
 EVENTS = ("war", "trial", "reign", "voyage", "project", "strike", "festival", "siege", "rebellion", "journey")
 TEMPLATES = (

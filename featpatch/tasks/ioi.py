@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from random import Random
 
-from featpatch.drafts import Draft, chosen, draft, draw, usable
-from featpatch.pairs import Pairs
+from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import Tokenizer
+from featpatch.tasks.template import Draft, chosen, draft, draw, usable
 
 NAMES = (
     "John", "James", "Tom", "Mark", "Paul", "Jack", "Adam", "Peter", "David", "Simon", "Henry", "Luke", "Mary", "Anna", "Lucy",

@@ -1,0 +1,361 @@
+"""The graph of edges between the components of a model, in which each receiver's input is the sum of its senders' outputs.
+
+Senders are the embedding, heads and MLPs; receivers are a head's query, key or value, MLPs and the logits. Mediators (see
+`cuts`), which are named features, errors and the rest of a dictionary, are both. An edge that is kept carries the sender's
+output in this run, which upstream ablations may have changed; an ablated edge carries the sender's ablation value (Conmy et al.
+2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable with respect to how far each edge
+is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featpatch import sites
+from featpatch.circuits.graph import Graph, prompts, settled
+from featpatch.circuits.mediators import Cut, Place
+from featpatch.errors import FeatpatchError
+from featpatch.nodes import LOGITS, Edge, Node
+
+EMBEDDING = Node(sites.EMBEDDING, "activation")
+"""The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
+
+INSIDE = ("q", "k", "v")
+"""The inputs of an attention head that are receivers."""
+
+Written = dict[Node, torch.Tensor]
+"""The output of each sender, `[circuits, pairs, pos, d_model]`."""
+
+TOLERANCE = 1e-3
+"""The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
+It allows for rounding in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A forward pass in which the inputs of receivers are put together from the outputs of senders.
+
+    Attributes:
+        tokens: token ids, `[pairs, pos]`.
+        where: masks of the positions of the named nodes of mediators, by place.
+        ablated: how far each edge is ablated, 0 to 1, `[circuits, items]`; None for an unpatched run.
+        outside: the ablation values of senders.
+        active: by receiver, the edges into it that any circuit ablates.
+        written: the outputs of senders in this run.
+    """
+
+    tokens: torch.Tensor
+    where: Mapping[Place, torch.Tensor]
+    ablated: torch.Tensor | None = None
+    outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    active: Mapping[Node, Sequence[int]] = field(default_factory=dict)
+    written: Written = field(default_factory=dict)
+
+    def note(self, written: Written) -> Written:
+        """Store outputs of senders in the run and return them."""
+        self.written.update(written)
+        return written
+
+
+@dataclass(eq=False)
+class EdgeGraph(Graph):
+    """The graph of all edges between a model's components and mediators.
+
+    Attributes:
+        cuts: the mediators, by place.
+    """
+
+    cuts: Mapping[Place, Cut] = field(default_factory=dict)
+    _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
+    _where: dict[int, Mapping[Place, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._layout = self._lay_out()
+        self._edges = [Edge.of(sender, receiver) for receiver, sent in self._layout.items() for sender in sent]
+        self.items = tuple(self._edges)
+
+    def check(self) -> None:
+        """Check the pairs as in `Graph.check`, and that the model's parts add up to the model.
+
+        Raises:
+            FeatpatchError: if they do not, because of a norm after heads or MLPs, an unusual layer or quantised weights.
+        """
+        super().check()
+        found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
+        if not np.abs(found - self.whole).max() <= TOLERANCE * size:
+            expected = "heads and MLPs that write to the residual stream without a norm after them"
+            if self.lens.quantised:
+                expected = (
+                    f"weights that are not quantised (these are: {self.lens.quantised}), since quantised ones round heads and "
+                    "their sum differently; load the model without quantization_config"
+                )
+            raise FeatpatchError(
+                f"the model's parts add up to a metric of {found.mean():.6g}, and the model has {self.whole.mean():.6g}: "
+                f"expected {expected}; find a circuit over nodes instead"
+            )
+
+    def receivers(self) -> list[Node]:
+        """Return the receivers in the order of the forward pass."""
+        return list(self._layout)
+
+    def senders(self, receiver: Node) -> list[Node]:
+        """Return the senders that a receiver sees, in the order of the forward pass."""
+        return list(self._layout[receiver])
+
+    def _lay_out(self) -> dict[Node, tuple[Node, ...]]:
+        """Map each receiver to the senders that it sees."""
+        found: dict[Node, tuple[Node, ...]] = {}
+
+        def through(place: Place, sent: tuple[Node, ...]) -> tuple[Node, ...]:
+            if place not in self.cuts:
+                return sent
+            found.update(dict.fromkeys(self.cuts[place].nodes, sent))
+            return self.cuts[place].nodes
+
+        sent: tuple[Node, ...] = (EMBEDDING,)
+        for layer in range(self.lens.n_layers):
+            sent = through((layer, "pre"), sent)
+            for name in INSIDE:
+                found |= dict.fromkeys(self._heads_at(layer, name), sent)
+            heads = through((layer, "attn"), tuple(self._heads_at(layer, "z")))
+            mid = through((layer, "mid"), (*sent, *heads))
+            if not self.lens.attention_only:
+                mlp = self._mlp(layer)
+                found |= dict.fromkeys(mlp, sent if self.lens.parallel else mid)
+                mid = (*mid, *mlp)
+            sent = mid
+        return found | {LOGITS: through((self.lens.n_layers, "pre"), sent)}
+
+    def _heads_at(self, layer: int, name: str) -> list[Node]:
+        return [Node(sites.component(layer, name), "head", head) for head in range(self.heads(layer, name))]
+
+    def _mlp(self, layer: int) -> tuple[Node, ...]:
+        cut = self.cuts.get((layer, "mlp"))
+        return cut.nodes if cut else (Node(sites.component(layer, "mlp_out"), "activation"),)
+
+    def rows_of_one(self) -> int:
+        """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""
+        heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
+        return max([*heads, *(len(cut.nodes) for cut in self.cuts.values())])
+
+    def about(self) -> Mapping[str, Any]:
+        """Return what to store with the results: that the items are edges, and the dictionaries."""
+        return {"over": "edges", "saes": {cut.dictionary.name: cut.dictionary.digest() for cut in self.cuts.values()}}
+
+    @torch.no_grad()
+    def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
+        """Measure the metric of all circuits and pairs in one run, layer by layer."""
+        return self._run(kept.to(self._type), some)
+
+    def estimates(self) -> NDArray[np.float64]:
+        """Estimate by gradients of the whole model how much the mean metric loses without each edge, `[items]`.
+
+        Raises:
+            FeatpatchError: if the metric has no gradient, or a gradient of zero in the unpatched run.
+        """
+        if self.reads_clean:
+            raise FeatpatchError(
+                f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
+                "scores='exact', or another metric to estimate with"
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            runs = self.whole_runs.clone().requires_grad_()
+            (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
+        total = np.zeros(len(self.items))
+        for some in self._groups():
+            with torch.inference_mode(False), torch.enable_grad():
+                kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
+                values = self._run(kept, some)
+                if not values.requires_grad:
+                    raise FeatpatchError(
+                        f"metric {self.name} has no gradient: expected scores='exact', or a differentiable one to estimate with"
+                    )
+                (gradient,) = torch.autograd.grad((values * weights[some].to(values)).sum(), kept)
+            total += gradient[0].double().cpu().numpy()
+        return total / len(self.pairs)
+
+    def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
+        tokens = torch.tensor([self.runs[index].clean for index in some])
+        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        with torch.no_grad():
+            if some[0] not in self._outside:
+                where = {place: cut.where(self.runs, some) for place, cut in self.cuts.items()}
+                self._where[some[0]] = where
+                other = _Run(prompts(self.runs, some, self.to), where)
+                self._pass(other)
+                self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
+        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], self._active(kept)))
+        circuits = len(kept)
+        logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
+        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
+
+    def _active(self, kept: torch.Tensor) -> dict[Node, list[int]]:
+        """Return, by receiver, the edges that any circuit ablates, or all edges if a gradient is needed."""
+        found: dict[Node, list[int]] = defaultdict(list)
+        for column in range(len(self.items)) if kept.requires_grad else (kept != 1).any(0).nonzero()[:, 0].tolist():
+            found[self._edges[column].receiver].append(column)
+        return found
+
+    def _pass(self, run: "_Run") -> torch.Tensor:
+        """Return the input of the logits, `[circuits, pairs, pos, d_model]`, and store the outputs of senders in the run."""
+        entry = self.lens.read(run.tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
+        stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
+        sent = run.note({EMBEDDING: stream})
+        for layer in range(self.lens.n_layers):
+            stream, sent = self._cut((layer, "pre"), stream, sent, run)
+            heads, bias = self._attention(layer, stream, sent, run)
+            self._bias[layer] = bias[0, 0]
+            added, heads = self._cut((layer, "attn"), sum(heads.values(), bias), heads, run)
+            mid, below = self._cut((layer, "mid"), stream + added, sent | heads, run)
+            if not self.lens.attention_only:
+                seen = (stream, sent) if self.lens.parallel else (mid, below)
+                outputs = self._mlp_outputs(layer, *seen, run)
+                mid, below = sum(outputs.values(), mid), below | outputs
+            stream, sent = mid, below
+        stream, sent = self._cut((self.lens.n_layers, "pre"), stream, sent, run)
+        rows, _ = self._inputs([LOGITS], stream, sent, run)
+        return rows[0]
+
+    def _cut(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
+        """Return the activation that passes a place (the sum of its mediators, if there are any) and the senders after it."""
+        if place not in self.cuts:
+            return passing, sent
+        rows, which = self._inputs(self.cuts[place].nodes, passing, sent, run)
+        shares = run.note(self.cuts[place].shares(rows, rows, which, run.where[place]))
+        return torch.stack(list(shares.values())).sum(0), shares
+
+    def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> tuple[Written, torch.Tensor]:
+        """Compute the output of each head from its own query, key and value inputs, and the bias of attention."""
+        inside = {}
+        for name in INSIDE:
+            hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
+            rows, which = self._inputs(nodes, stream, sent, run)
+            values = self._through(layer, rows.flatten(0, 2), run.tokens, hook).unflatten(0, rows.shape[:3])
+            inside[hook] = torch.stack([values[row, ..., head, :] for head, row in enumerate(which)], -2).flatten(0, 1)
+        z = self._through(layer, stream.flatten(0, 1), run.tokens, sites.component(layer, "z"), inside)
+        heads, bias = self._by_head(layer, stream, z, run.tokens)
+        return run.note(heads), bias
+
+    def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
+        """Compute the output of an MLP, or of the nodes of its dictionary."""
+        nodes, cut = self._mlp(layer), self.cuts.get((layer, "mlp"))
+        rows, which = self._inputs(nodes, stream, sent, run)
+        outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
+        if cut is None:
+            return run.note({nodes[0]: outputs[0]})
+        read = outputs if cut.dictionary.reads == cut.dictionary.writes else self._mlp_activation(
+            layer, rows, run.tokens, cut.dictionary.reads
+        )  # fmt: skip
+        return run.note(cut.shares(read, outputs, which, run.where[layer, "mlp"]))
+
+    def _mlp_activation(self, layer: int, rows: torch.Tensor, tokens: torch.Tensor, hook: str) -> torch.Tensor:
+        """Compute the activation at a hook point of an MLP from the MLP's inputs `[..., pos, d_model]`."""
+        stream = rows.flatten(0, -3)
+        put = {sites.component(layer, "attn_out"): torch.zeros_like(stream)}
+        return self._through(layer, stream, tokens, hook, put).unflatten(0, rows.shape[:-2])
+
+    def _inputs(
+        self, receivers: Sequence[Node], passing: torch.Tensor, sent: Written, run: "_Run"
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Compute the inputs of receivers, with their ablated edges changed; receivers without ablated edges share a row.
+
+        Returns:
+            The different inputs, `[rows, circuits, pairs, pos, d_model]`, and the row of each receiver.
+        """
+        rows: list[torch.Tensor] = []
+        known: dict[Node | None, int] = {}
+        which = []
+        for receiver in receivers:
+            columns = run.active.get(receiver, ())
+            key = receiver if columns else None
+            if key not in known:
+                known[key] = len(rows)
+                rows.append(sum((self._change(column, sent, run) for column in columns), passing))
+            which.append(known[key])
+        return torch.stack(rows), which
+
+    def _change(self, column: int, sent: Written, run: "_Run") -> torch.Tensor:
+        """Compute by how much ablating an edge changes the receiver's input."""
+        assert run.ablated is not None
+        sender = self._edges[column].sender
+        weight = run.ablated[:, column, None, None, None].to(sent[sender])
+        return weight * (run.outside[sender].to(sent[sender]) - sent[sender])
+
+    def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
+        """Split the output of attention into the outputs of its heads and the bias."""
+        count, hook = z.shape[2], sites.component(layer, "z")
+        alone = torch.cat(
+            [torch.zeros_like(z)[None], z * torch.eye(count, dtype=z.dtype, device=z.device)[:, None, None, :, None]]
+        )
+        resid = stream.flatten(0, 1).repeat(count + 1, 1, 1)
+        outputs = self._through(layer, resid, tokens, sites.component(layer, "attn_out"), {hook: alone.flatten(0, 1)})
+        bias, *each = outputs.unflatten(0, (count + 1, *stream.shape[:2]))
+        return {Node(hook, "head", head): output - bias for head, output in enumerate(each)}, bias
+
+    def _through(
+        self, layer: int, resid: torch.Tensor, tokens: torch.Tensor, hook: str, put: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        with self.lens.put(put or {}):
+            prompts_of_rows = tokens.repeat(len(resid) // len(tokens), 1).to(self.lens.device)
+            return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook).to(resid.device)
+
+    def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
+        """Compute senders' outputs in unpatched runs, `[prompts, pos, d_model]`, and summed biases of attention by place."""
+        run = _Run(tokens, {})
+        self._pass(run)
+        always: dict[tuple[int, str], torch.Tensor] = {}
+        total = torch.zeros_like(run.written[EMBEDDING][0])
+        for layer in range(self.lens.n_layers):
+            always[layer, "pre"] = total
+            total = total + self._bias[layer]
+            always[layer, "mid"] = total
+        always[self.lens.n_layers, "pre"] = total
+        return {node: values[0] for node, values in run.written.items()}, always
+
+    def depth(self, receiver: Node) -> tuple[int, str]:
+        """Return the place in the residual stream that a receiver reads."""
+        if receiver == LOGITS:
+            return self.lens.n_layers, "pre"
+        layer, place = sites.seen_at(receiver.site)
+        return layer, "pre" if self.lens.parallel else place
+
+    def users(self, receiver: Node) -> list[Node]:
+        """Return the heads that use a query, key or value (several if keys and values are shared), or the receiver itself."""
+        if receiver.kind != "head":
+            return [receiver]
+        layer, name = sites.layer_of(receiver.site), receiver.site[-1]
+        shared, first = self.heads(layer, "z") // self.heads(layer, name), int(receiver.index or 0)
+        return [Node(sites.component(layer, "z"), "head", head) for head in range(first * shared, (first + 1) * shared)]
+
+    def head_output(self, layer: int, head: int, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """Compute the output of a head from the inputs `[prompts, pos, d_model]` of its query, key and value."""
+        put = {hook: self._through(layer, inputs[name], tokens, hook)
+               for name in INSIDE for hook in [sites.component(layer, name)]}  # fmt: skip
+        stream = inputs["q"]
+        z = self._through(layer, stream, tokens, sites.component(layer, "z"), put)
+        heads, _ = self._by_head(layer, stream[None], z, tokens)
+        return heads[Node(sites.component(layer, "z"), "head", head)][0]
+
+    def mlp_output(self, layer: int, stream: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute the output of an MLP from its input `[prompts, pos, d_model]`."""
+        return self._mlp_activation(layer, stream, tokens, sites.component(layer, "mlp_out"))
+
+    def unembedded(self, stream: torch.Tensor, tokens: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[prompts, d_vocab]` at the answers, from the final residual stream `[prompts, pos, d_model]`."""
+        last, device = self.lens.n_layers - 1, self.lens.device
+        with self.lens.put({sites.resid_post(last): stream}):
+            return self.lens.resume(last, stream, tokens.to(device), answers.to(device))
+
+    @property
+    def _type(self) -> torch.dtype:
+        return self.lens.first_weight.dtype
+
+    def heads(self, layer: int, name: str) -> int:
+        """Return the number of heads at a hook point of a layer's attention."""
+        return self.lens.heads(sites.component(layer, name))

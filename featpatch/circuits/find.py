@@ -1,0 +1,257 @@
+"""Three methods of circuit search: by threshold, greedily, and by pruning from the output down (ACDC).
+
+Find a circuit over nodes or over edges.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from featpatch.circuits.circuit import Circuit
+from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.circuits.graph import Graph, Outside
+from featpatch.circuits.mediators import cuts
+from featpatch.circuits.node_graph import Errors, NodeGraph
+from featpatch.effects.table import Effects
+from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.metrics import Metric
+from featpatch.model.lens import Lens
+from featpatch.model.provenance import provenance
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import LOGITS, Edge, Node
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.patching.readings import readout
+from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
+
+METHODS = ("threshold", "greedy", "acdc")
+"""The names of the search methods."""
+
+ROUNDING = 1e-6
+"""The tolerance with which a target counts as reached."""
+
+AHEAD = 16
+"""The largest number of pruning steps that are run together."""
+
+
+def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
+    """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
+    everything = graph.items
+    without = [[other for other in everything if other != item] for item in everything]
+    whole = graph.faithfulness(graph.values([everything]))[0]
+    result: NDArray[np.float64] = whole - graph.faithfulness(graph.values(without, progress=progress))
+    return result
+
+
+def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float | None, size: int | None) -> list[Node]:
+    """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
+    order = np.argsort(-np.abs(scores), kind="stable")
+    count = size if size is not None else int((np.abs(scores) >= (threshold or 0.0)).sum())
+    return [graph.items[number] for number in order[:count]]
+
+
+def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> list[Node]:
+    """Add items, starting from none, that bring faithfulness closest to 1, until the target is reached; return them in order.
+
+    If no single item helps, for example because two are needed together, the item that does least harm is added. Every step
+    runs each of the remaining items.
+    """
+    chosen: list[Node] = []
+    rest = list(graph.items)
+    now = 0.0
+    while rest and now < target - ROUNDING and (size is None or len(chosen) < size):
+        found = graph.faithfulness(graph.values([[*chosen, item] for item in rest], progress=progress))
+        best = int(np.argmin(np.abs(1 - found)))
+        now = float(found[best])
+        chosen.append(rest.pop(best))
+    return chosen
+
+
+def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: int | None) -> list[Node]:
+    """Add edges, starting from the logits: the largest |score| among edges into nodes already reached, until the target is met.
+
+    This is the greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
+    """
+    edges = [item for item in graph.items if isinstance(item, Edge)]
+    rest = [edges[number] for number in np.argsort(-np.abs(scores), kind="stable")]
+    reached, chosen = {LOGITS}, list[Node]()
+    while size is None or len(chosen) < size:
+        following = next((edge for edge in rest if reached.intersection(graph.users(edge.receiver))), None)
+        if following is None:
+            break
+        rest.remove(following)
+        chosen.append(following)
+        reached.add(following.sender)
+        if size is None and graph.faithfulness(graph.values([chosen]))[0] >= target - ROUNDING:
+            break
+    return chosen
+
+
+def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: bool = False) -> list[Node]:
+    """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
+
+    This is algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness instead of the divergence. Most
+    items are removed, so several steps are run together as if all of their items were; the steps after an item that stays are
+    run again.
+    """
+    stays, rest, ahead = list[Node](), list(order), 1
+    now = float(graph.faithfulness(graph.values([rest]))[0])
+    with tqdm(total=len(rest), desc="pruning", unit="item", disable=not progress) as bar:
+        while rest:
+            found = graph.faithfulness(graph.values([stays + rest[gone:] for gone in range(1, min(ahead, len(rest)) + 1)]))
+            changes = np.abs(np.diff(found, prepend=now))
+            gone = int(np.argmax(changes >= threshold)) if (changes >= threshold).any() else len(found)
+            now = float(found[gone - 1]) if gone else now
+            stays += rest[gone : gone + 1] if gone < len(found) else []
+            done = min(gone + 1, len(found))
+            rest, ahead = rest[done:], 1 if gone < len(found) else min(2 * ahead, AHEAD)
+            bar.update(done)
+    return stays
+
+
+def check_search(method: str, over: str, scores: str, threshold: float | None, size: int | None, target: float) -> None:
+    """Check that the options of a search are valid and fit together.
+
+    Raises:
+        FeatpatchError: if they are not.
+    """
+    if method not in METHODS:
+        raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):
+        raise FeatpatchError(f"threshold={threshold!r}: expected a share of the behaviour above 0, such as 0.01")
+    check_numbers(1, size=1 if size is None else size)
+    if type(target) not in (int, float) or not 0 < target <= 1:
+        raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
+    if size is not None and (method == "acdc" or threshold is not None):
+        raise FeatpatchError(
+            f"size={size} with method={method!r}, threshold={threshold}: expected a size or a threshold, not both"
+        )
+    if scores == "estimate" and (over == "nodes" or method == "acdc"):
+        raise FeatpatchError(
+            f"scores='estimate' over {over} with method={method!r}: expected edges and 'threshold' or 'greedy'; nodes are "
+            "estimated by estimate_features and estimate_components"
+        )
+
+
+Method = Literal["threshold", "greedy", "acdc"]
+"""The name of a search method; see `find_circuit`."""
+
+
+def find_circuit(
+    model: Any,
+    pairs: Pairs,
+    *,
+    saes: Any = None,
+    over: Literal["nodes", "edges"] = "nodes",
+    nodes: Effects | Sequence[Node] | None = None,
+    method: Method = "threshold",
+    scores: Literal["exact", "estimate"] = "exact",
+    threshold: float | None = None,
+    size: int | None = None,
+    target: float = 0.9,
+    to: Outside = "corrupted",
+    errors: Errors = "in",
+    metric: str | Metric = "logit_diff",
+    progress: bool = True,
+) -> Circuit:
+    """Find the part of the model that produces the behaviour by itself in the clean runs, with its complement ablated.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer, without hooks of your own.
+        pairs: clean and corrupted prompts with their answers.
+        saes: the SAEs of the features and error terms among the nodes.
+        over: `"nodes"`: the candidates are `nodes`. `"edges"`: the candidates are the edges between embedding, heads (by query,
+            key and value), MLPs and logits and, if features or errors are given, these as mediators, with the rest of their
+            activation as a mediator too (`rest`).
+        nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
+            At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
+            residual stream, of `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
+        method: `"threshold"`: keep the items with the largest score. `"greedy"`: until faithfulness reaches `target`, add the
+            node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
+            logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
+            al. 2023).
+        scores: `"exact"`: an item's score is the loss of faithfulness with only that item ablated. `"estimate"` (only for
+            edges): the score is an estimate of that loss by gradient (edge attribution patching).
+        threshold: a share of the behaviour; 0.01 by default.
+        size: the number of items to keep, instead of `threshold` or `target`.
+        target: the faithfulness at which `"greedy"` stops.
+        to: the ablation values of the complement: `"corrupted"`, `"mean"` or `"resample"` (the latter two from the clean runs
+            of equally long pairs).
+        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or candidates like other nodes (`"nodes"`). For edges
+            `"in"` means that errors are a part of the rest.
+        metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
+            model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
+            complement is ablated at their tokens too.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The circuit with its faithfulness, which is exact whatever the scores are.
+
+    Raises:
+        FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
+    """
+    check_pairs(pairs)
+    for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),
+                               ("errors", errors, get_args(Errors))):  # fmt: skip
+        if value not in known:
+            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    check_search(method, over, scores, threshold, size, target)
+    if over == "edges" and errors == "out":
+        raise FeatpatchError("over='edges' with errors='out': expected 'in', a part of the rest, or 'nodes', among the nodes")
+    if over == "edges" and (nodes is None) != (saes is None):
+        raise FeatpatchError("over='edges' with nodes or saes alone: expected both, for edges of features, or neither")
+    if over == "nodes" and nodes is None:
+        raise FeatpatchError("over='nodes' without nodes: expected candidates, e.g. nodes=effects.top(50), or over='edges'")
+    lens, read = wrap(model), readout(metric, single=True)
+    graph: Graph
+    found = dictionaries_if_any(lens, saes)
+    candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
+    if over == "nodes":
+        graph = NodeGraph(lens, pairs, to, read, candidates, dictionaries=found, errors=errors)
+    else:
+        graph = EdgeGraph(lens, pairs, to, read, cuts=cuts(lens, candidates, found))
+    graph.check()
+    graph.check_gap()
+    if size is not None and size > len(graph.items):
+        raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the {over} that there are")
+    ranked = np.zeros(0)
+    if method == "threshold" or (method == "greedy" and over == "edges"):
+        ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
+    if method == "threshold":
+        items = by_threshold(graph, ranked, threshold or 0.01, size)
+    elif method == "greedy" and over == "edges":
+        items = along_edges(graph, ranked, target, size)
+    elif method == "greedy":
+        items = greedily(graph, target, size, progress=progress)
+    else:
+        items = acdc(graph, threshold or 0.01, graph.items[::-1], progress=progress)
+    options: dict[str, Any] = {
+        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
+        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
+    }  # fmt: skip
+    metadata = {
+        **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
+        "threshold": threshold or 0.01, "size": size, "target": target, **provenance(lens, pairs),
+    }  # fmt: skip
+    return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **options))
+
+
+def _estimated(graph: Graph) -> Any:
+    assert isinstance(graph, EdgeGraph)
+    return graph.estimates() / (graph.whole.mean() - graph.empty.mean())
+
+
+def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:
+    kept = [
+        n
+        for n in check_nodes(lens, nodes, found, "nodes")
+        if n.kind != "all_features" and (errors == "nodes" or n.kind != "error")
+    ]
+    if isinstance(nodes, Effects):
+        with_sae = {node.site for node in kept if node.sae}
+        kept = [node for node in kept if node.sae or node.site not in with_sae]
+    if not kept:
+        raise FeatpatchError(f"nodes={nodes!r} with errors={errors!r}: expected candidates that are no error terms")
+    return tuple(kept)

@@ -1,0 +1,181 @@
+"""Mediators: the nodes of a dictionary through which senders act on receivers at one place in the model.
+
+    x = sum_j f_j d_j  [+ e, where the error is named]  + rest        f_j = enc(x_j), e = x_e - dec(enc(x_e))
+
+The mediators are the named features and error of the dictionary, and a node for the rest. Each has an input of its own, `x_j`,
+put together from its own edges. The rest is what remains of its own input without the named nodes: the features that aren't
+named, the decoder's bias, and the error unless it is named.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError
+from featpatch.model.lens import Lens
+from featpatch.nodes import Node
+from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.positions import spans
+from featpatch.sae.codec import gain
+from featpatch.sae.dictionary import Dictionary
+
+Place = tuple[int, Literal["pre", "attn", "mid", "mlp"]]
+"""A layer, and where mediators are: in the residual stream that enters the layer (`"pre"`) or its MLP (`"mid"`), or in what its
+attention (`"attn"`) or its MLP (`"mlp"`) adds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A dictionary whose nodes are mediators.
+
+    Attributes:
+        dictionary: the dictionary.
+        named: the named nodes: features, and the error if it is a node of its own.
+        rest: the node for everything that the named nodes leave.
+        directions: the directions of the named features, in the order of `named`, `[features, d_model]`.
+    """
+
+    dictionary: Dictionary
+    named: tuple[Node, ...]
+    rest: Node
+    directions: torch.Tensor
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Cut":
+        """Make mediators of the named nodes of a dictionary.
+
+        Raises:
+            FeatpatchError: if the dictionary's decoder is not linear, so that features have no fixed directions.
+        """
+        if not dictionary.behaviour.linear:
+            raise FeatpatchError(
+                f"{dictionary.name} ({dictionary.codec.kind}): expected a dictionary whose decoder is linear, for edges"
+            )
+        indices = torch.tensor([node.index for node in named if node.index is not None], dtype=torch.long)
+        rest = Node(dictionary.writes, "rest", None, "all", dictionary.name)
+        return cls(dictionary, tuple(named), rest, dictionary.directions(indices))
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The named nodes, then the rest."""
+        return *self.named, self.rest
+
+    @property
+    def place(self) -> Place:
+        """The place of the mediators.
+
+        Raises:
+            FeatpatchError: if the dictionary's hook points are not those of such a place.
+        """
+        reads, writes = self.dictionary.reads, self.dictionary.writes
+        layer = sites.layer_of(writes)
+        of_mlp = writes == sites.component(layer, "mlp_out") and sites.seen_at(reads) == (layer, "mid")
+        if of_mlp and sites.layer_of(reads) == layer:
+            return layer, "mlp"
+        if reads == writes and writes == sites.component(layer, "attn_out"):
+            return layer, "attn"
+        found = sites.entry(writes)
+        if reads == writes and sites.is_stream(writes) and found is not None:
+            return found[0], "mid" if found[1] == "mid" else "pre"
+        raise FeatpatchError(
+            f"{self.dictionary.name} reads at {reads} and writes at {writes}: expected, for edges, a dictionary of the stream, "
+            "of hook_attn_out or hook_mlp_out, or a transcoder of an MLP"
+        )
+
+    def shares(
+        self,
+        read: Float[torch.Tensor, "rows *shape pos d_in"],
+        passing: Float[torch.Tensor, "rows *shape pos d_model"],
+        which: Sequence[int],
+        where: Bool[torch.Tensor, "named pairs pos"],
+    ) -> dict[Node, torch.Tensor]:
+        """Return the output of each node for its own input, `[*shape, pos, d_model]`, with its gradient.
+
+        Args:
+            read: the activations that the dictionary reads, one row per different input.
+            passing: the activations that features, error and rest add up to, one row per different input.
+            which: the row of each node's input.
+            where: mask of the positions of the named nodes.
+        """
+        found: dict[Node, torch.Tensor] = {}
+        for row, (x, y) in enumerate(zip(read, passing, strict=True)):
+            of_row = [node for node, own in zip(self.nodes, which, strict=True) if own == row]
+            parts = self._parts(self.named if self.rest in of_row else of_row, x, y, where)
+            whole = parts | ({self.rest: y - sum(parts.values(), torch.zeros_like(y))} if self.rest in of_row else {})
+            found |= {node: whole[node] for node in of_row}
+        return {node: found[node] for node in self.nodes}
+
+    def _parts(
+        self, nodes: Sequence[Node], read: torch.Tensor, passing: torch.Tensor, where: torch.Tensor
+    ) -> dict[Node, torch.Tensor]:
+        """Return the outputs of some named nodes that have the same input.
+
+        Raises:
+            FeatpatchError: if a gradient is needed and the dictionary's encoder has none.
+        """
+        codec = self.dictionary.codec
+        code = codec.encode(read.flatten(0, -3))
+        if read.requires_grad and not code.features.requires_grad:
+            raise FeatpatchError(
+                f"{self.dictionary.name} ({codec.kind}) encodes without a gradient: expected an SAE of sae-lens, or "
+                "scores='exact'"
+            )
+        features = code.features * gain(codec, code.state) if self.dictionary.behaviour.scaled else code.features
+        directions = dict(zip((node for node in self.named if node.kind == "feature"), self.directions, strict=True))
+        found = {}
+        for node in nodes:
+            if node.kind == "error":
+                value = passing.flatten(0, -3) - codec.decode(code.features, code.state).to(passing)
+            else:
+                value = (features[..., node.index, None] * directions[node].to(features)).to(passing)
+            here = where[self.named.index(node)][..., None].to(passing.device)
+            found[node] = value.unflatten(0, passing.shape[:-2]) * here
+        return found
+
+    def where(self, pairs: Pairs, some: Sequence[int]) -> Bool[torch.Tensor, "named pairs pos"]:
+        """Return a mask of the positions of the named nodes in some equally long pairs.
+
+        Raises:
+            FeatpatchError: if two nodes are the same feature, or both the error, at the same position.
+        """
+        found = torch.zeros(len(self.named), len(some), len(pairs[some[0]]), dtype=torch.bool)
+        for n, node in enumerate(self.named):
+            for slot, index in enumerate(some):
+                found[n, slot, spans(pairs[index], [node.position])[node.position]] = True
+        for one in self.named:
+            same = [n for n, node in enumerate(self.named) if node.index == one.index]
+            if (found[same].sum(0) > 1).any():
+                raise FeatpatchError(
+                    f"{', '.join(str(self.named[n]) for n in same)} share positions: expected each feature once at a position"
+                )
+        return found
+
+
+def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Cut]:
+    """Return the mediators for some features and error terms, by place.
+
+    Raises:
+        FeatpatchError: if a node is not a feature or error of a dictionary, a dictionary can't provide mediators, or two
+            dictionaries are at the same place.
+    """
+    by_name = {dictionary.name: dictionary for dictionary in found}
+    for node in nodes:
+        owner = by_name.get(node.sae)
+        if node.kind not in ("feature", "error") or owner is None or owner.writes != node.site:
+            raise FeatpatchError(
+                f"node {str(node)!r}: expected a feature or an error of {sorted(by_name)}; embedding, heads and MLPs are among "
+                "the edges anyway"
+            )
+    made: dict[Place, Cut] = {}
+    for name in dict.fromkeys(node.sae for node in nodes):
+        cut = Cut.of(by_name[name], [node for node in nodes if node.sae == name])
+        if cut.place in made:
+            raise FeatpatchError(
+                f"{made[cut.place].dictionary.name} and {name} are at the same place: expected nodes of one dictionary there"
+            )
+        made[cut.place] = cut
+    return made

@@ -1,0 +1,249 @@
+"""The command `featpatch check`.
+
+The command `featpatch verify`.
+
+The command `featpatch info`.
+
+The commands `featpatch report` and `featpatch compare`.
+
+The command `featpatch tasks`.
+"""
+
+import json
+import re
+from inspect import getdoc, getmodule
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import in_json
+from featpatch.errors import FeatpatchError
+from featpatch.files import check_writable, write_csv
+
+
+@app.command()
+def check(
+    model: of.Model,
+    pairs: of.PairsFile,
+    metric: Annotated[
+        Literal["logit_diff", "prob_diff", "sequence_log_prob_diff"],
+        typer.Option(help="What tells the answers apart; the last one takes answers of several tokens."),
+    ] = "logit_diff",
+    device: of.Device = "cpu",
+    top: Annotated[int, typer.Option(min=1, help="How many pairs to show.")] = 12,
+    sae: Annotated[list[str] | None, typer.Option(help="An SAE that is to fit the model, as for rank. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for a CSV of all findings.")] = None,
+    as_json: of.Json = False,
+) -> None:
+    """Check prompt pairs against the model: is each one clean contrast? With --sae: does each SAE fit the model?
+
+    Exits with 1 where a pair fails, or an SAE does not fit or explains less than its configuration claims.
+
+    Example: featpatch check --model gpt2 --pairs pairs.jsonl
+    """
+    with clear_errors():
+        if out is not None:
+            check_writable(out)
+        from featpatch.reporting.terminal import by_pair, checked, totals
+
+        loaded, saes = fp.load(model, sae, device=device, check=False, progress=not as_json)
+        drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
+        found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
+        fits = fp.check(loaded, saes, drawn) if saes else None
+        if as_json:
+            typer.echo(found.to_pandas().to_json(orient="records", indent=1))
+            if fits is not None:
+                console(json=True).print(repr(fits), highlight=False)
+        else:
+            screen = console()
+            screen.print(
+                by_pair(found, lambda pair: str(loaded.tokenizer.decode(drawn[pair].clean, skip_special_tokens=True)), top)
+            )
+            screen.print(totals(found))
+            if fits is not None:
+                screen.print(checked(fits))
+        if out is not None:
+            write_csv(out, found.to_pandas())
+        if not (found.ok and (fits is None or fits.ok)):
+            raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank and components write it.")],
+    model: of.Model,
+    pairs: of.PairsFile,
+    sae: Annotated[list[str] | None, typer.Option(help="Those that were ranked, by name or folder. Repeatable.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows, drawn at random.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the rows.")] = 0,
+    device: of.Device = "cpu",
+    as_json: of.Json = False,
+) -> None:
+    """Measure random rows of a table again and compare. Exits with 1 where one is not as it was.
+
+    Example: featpatch verify results/effects.safetensors --model gpt2 --sae my-sae --pairs pairs.jsonl
+    """
+    with clear_errors():
+        table = fp.Effects.load(effects)
+        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=not as_json)
+        found = fp.verify(
+            table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=not as_json
+        )
+        if as_json:
+            typer.echo(json.dumps({"ok": found.ok, "rows": found.table().to_dict("records"), "versions": found.versions}))
+        else:
+            console().print(repr(found), highlight=False)
+        if not found.ok:
+            raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")],
+    top: of.Top = 5,
+    by: of.By = None,
+    threshold: of.Threshold = None,
+    as_json: of.Json = False,
+) -> None:
+    """Say what a table of effects holds and where it comes from.
+
+    Example: featpatch info featpatch-out/effects.safetensors
+    """
+    with clear_errors():
+        table = fp.Effects.load(effects)
+        shown = of.Shown(top, by, threshold)
+        table = shown.labelled(table)
+        if as_json:
+            typer.echo(in_json(table, shown))
+            return
+        screen = console()
+        screen.print(f"{len(table)} rows of {table.value} effects, {table.rows_ranked} ranked, {len(table.clean)} pairs")
+        for name, value in table.about().items():
+            screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False)
+        screen.print(repr(shown.rows(table)), highlight=False)
+
+
+File = Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")]
+
+
+@app.command()
+def report(
+    effects: File,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
+    threshold: of.Threshold = None,
+    as_json: of.Json = False,
+) -> None:
+    """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
+
+    Example: featpatch report featpatch-out/effects.safetensors --out report.html
+    """
+    with clear_errors():
+        check_writable(out)
+        others = None if components is None else fp.Effects.load(components)
+        table = fp.Effects.load(effects)
+        table = table if threshold is None else table.with_threshold(threshold)
+        written = fp.report(table, out, components=others)
+        if as_json:
+            typer.echo(json.dumps({"written": str(written)}))
+        else:
+            console().print(f"wrote {written}")
+
+
+@app.command()
+def compare(
+    features: File,
+    components: Annotated[Path, typer.Argument(help="effects.safetensors, as components writes it.")],
+    as_json: of.Json = False,
+) -> None:
+    """Set features beside components of the same pairs: sites and positions, and how far they agree.
+
+    Example: featpatch compare featpatch-out/effects.safetensors featpatch-components/effects.safetensors
+    """
+    with clear_errors():
+        found = fp.compare(fp.Effects.load(features), fp.Effects.load(components))
+        if as_json:
+            typer.echo(found.table.to_json(orient="records", indent=1))
+        else:
+            console().print(repr(found), highlight=False)
+
+
+ANSWERS = 4
+"""The largest number of right, and of wrong, answers shown for a pair."""
+
+
+@app.command()
+def tasks(
+    task: Annotated[str | None, typer.Argument(help="Task to draw pairs from; without one, all tasks are listed.")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many pairs to draw; 5 by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to draw pairs for: name on the hub, or folder; by default the demo model.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that draws the pairs; 0 by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines file to write the pairs to, for other commands' --pairs.")
+    ] = None,
+    as_json: of.Json = False,
+) -> None:
+    """List the built-in tasks with their labels, or draw pairs of one of them for a model.
+
+    Example: featpatch tasks ioi -n 32 --model gpt2 --out pairs.jsonl
+    """
+    with clear_errors():
+        screen = console(json=as_json)
+        if task is None:
+            given = [
+                name for name, value in {"-n": n, "--model": model, "--seed": seed, "--out": out}.items() if value is not None
+            ]
+            if given:
+                raise FeatpatchError(
+                    f"{', '.join(given)} without a task: expected also a task, one of {', '.join(fp.tasks.TASKS)}"
+                )
+            known = {name: _about(make) for name, make in fp.tasks.TASKS.items()}
+            if as_json:
+                typer.echo(json.dumps([{"task": name, **about} for name, about in known.items()], indent=1))
+            for name, about in {} if as_json else known.items():
+                screen.print(f"{name}: {about['about']}\n  {about['labels']}", highlight=False)
+            return
+        if task not in fp.tasks.TASKS:
+            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
+        if out is not None:
+            check_writable(out)
+        progress = not as_json
+        loaded = (fp.load_demo(progress=progress) if model is None else fp.load(model, check=False, progress=progress)).model
+        drawn = fp.tasks.TASKS[task](loaded, 5 if n is None else n, seed=seed or 0)
+        if as_json:
+            typer.echo(json.dumps([_texts(pair, loaded.tokenizer) for pair in drawn], indent=1))
+        for pair in () if as_json else drawn:
+            for name, shown in _texts(pair, loaded.tokenizer).items():
+                screen.print(f"{name:<10}{_line(shown)}", highlight=False)
+            screen.print("")
+        if out is not None:
+            drawn.to_jsonl(out, tokenizer=loaded)
+            screen.print(f"wrote {len(drawn)} pairs to {out}")
+
+
+def _about(make: Any) -> dict[str, str]:
+    """Return a description of a task and its labels, taken from its docstrings."""
+    module = getdoc(getmodule(make)) or ""
+    labels = re.search(r"Labels: [^.]*\.", getdoc(make) or "")
+    return {"about": " ".join(module.split("\n\n")[0].split()), "labels": " ".join(labels[0].split()) if labels else ""}
+
+
+def _texts(pair: "fp.Pair", tokenizer: Any) -> dict[str, Any]:
+    """Return the prompts and answers of a pair as texts, and the positions of its labels."""
+    prompts = {name: tokenizer.decode(getattr(pair, name), skip_special_tokens=True) for name in ("clean", "corrupted")}
+    answers = {name: [tokenizer.decode([token]) for token in getattr(pair, name)] for name in ("correct", "wrong")}
+    return {**prompts, **answers, "labels": dict(pair.labels)}
+
+
+def _line(shown: Any) -> str:
+    """Format a field of a pair as one line."""
+    if isinstance(shown, dict):
+        return ", ".join(f"{label} {position}" for label, position in shown.items())
+    more = len(shown) - ANSWERS
+    return shown if isinstance(shown, str) else ", ".join(shown[:ANSWERS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,233 @@
+"""The command `featpatch rank`.
+
+The command `featpatch components`.
+
+The command `featpatch attribute`.
+
+The command `featpatch stream`.
+
+The commands `featpatch plan` and `featpatch predict`.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+import featpatch as fp
+from featpatch.cli import options as of
+from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.output import Output, show
+from featpatch.sites import COMPONENTS, SHOWN
+
+
+@app.command()
+def rank(
+    model: of.Model,
+    sae: of.Saes,
+    pairs: of.PairsFile,
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = None,
+    out: of.Out = Path("featpatch-out"),
+    journal: of.JournalFile = None,
+    exact: Annotated[
+        Literal["all", "screened"], typer.Option(help="Run all features, or those that gradient estimates put first.")
+    ] = "all",
+    k: Annotated[
+        int | None, typer.Option("--k", help="screened: how many are run for their estimates; 200 by default.")
+    ] = None,
+    audit: Annotated[int | None, typer.Option(help="screened: how many others, drawn at random; 100 by default.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="screened: share of the true top 20 that is to be found; doubles the sample until then."),
+    ] = None,
+    executor: of.Executor = "serial",
+    address: of.Address = None,
+    workers: of.Workers = None,
+    as_json: of.Json = False,
+) -> None:
+    """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
+
+    Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    """
+    with clear_errors():
+        results = Output.open(out, journal)
+        elsewhere = of.executor(executor, address, workers)
+        shown = of.Shown.of(top, by, threshold, direction)
+        screen = console(json=as_json)
+        screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
+        work = of.study(screen, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
+        from featpatch.ranking.screen import Screen
+
+        options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
+        screen_of = Screen(**{name: value for name, value in options.items() if value is not None})
+        screening = None if exact == "all" else {name: getattr(screen_of, name) for name in options}
+        results.check_same(work, kind="features" if screening is None else "screened features", screening=screening)
+        effects = fp.rank_features(
+            **work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere, progress=not as_json
+        )
+        show(screen, effects, shown, results, work, as_json=as_json)
+
+
+@app.command()
+def components(
+    model: of.Model,
+    pairs: of.PairsFile,
+    sites: Annotated[str, typer.Option(help=f"Some of {', '.join(COMPONENTS)}.")] = ",".join(SHOWN),
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = None,
+    out: of.Out = Path("featpatch-components"),
+    journal: of.JournalFile = None,
+    executor: of.Executor = "serial",
+    address: of.Address = None,
+    workers: of.Workers = None,
+    as_json: of.Json = False,
+) -> None:
+    """Rank heads, what is inside them, MLPs, neurons and the stream, exactly, on the scale of the features.
+
+    Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
+    """
+    with clear_errors():
+        results = Output.open(out, journal)
+        elsewhere = of.executor(executor, address, workers)
+        shown = of.Shown.of(top, by, threshold, direction)
+        screen = console(json=as_json)
+        work = of.alone(model, [], pairs, positions, direction, metric, device, progress=not as_json)
+        del work["saes"]
+        work["sites"] = [name for name in sites.split(",") if name]
+        results.check_same(work, kind="components")
+        effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=not as_json)
+        show(screen, effects, shown, results, work, as_json=as_json)
+
+
+@app.command()
+def attribute(
+    model: of.Model,
+    sae: of.Saes,
+    pairs: of.PairsFile,
+    method: of.Method = "atp",
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = None,
+    out: of.Out = Path("featpatch-estimates"),
+    as_json: of.Json = False,
+) -> None:
+    """Estimate the effects of all features from gradients. `rank --exact screened` runs the first of them.
+
+    Example: featpatch attribute --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --method ig
+    """
+    with clear_errors():
+        results = Output.open(out)
+        shown = of.Shown.of(top, by, threshold, direction)
+        screen = console(json=as_json)
+        work = of.study(screen, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
+        if len(metric) > 1:
+            raise fp.FeatpatchError(f"--metric {', '.join(metric)}: expected one to estimate with")
+        results.check_same(work, kind=f"estimates by {method}")
+        effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method, progress=not as_json)
+        show(screen, effects, shown, results, work, as_json=as_json)
+
+
+@app.command()
+def stream(
+    model: of.Model,
+    sae: of.Saes,
+    pairs: of.PairsFile,
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    block: Annotated[int, typer.Option(min=1, help="How many pairs are read and ranked at a time.")] = 1000,
+    top: of.Top = 20,
+    by: of.By = None,
+    threshold: of.Threshold = None,
+    out: of.Out = Path("featpatch-stream"),
+    executor: of.Executor = "serial",
+    address: of.Address = None,
+    workers: of.Workers = None,
+    as_json: of.Json = False,
+) -> None:
+    """Rank features over more pairs than memory holds, block by block, into Parquet; the same command goes on after a stop.
+
+    Example: featpatch stream --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --block 500
+    """
+    with clear_errors():
+        from featpatch.cli.output import in_json
+        from featpatch.reporting.terminal import ranked
+
+        claimed = Output.open(out)
+        elsewhere = of.executor(executor, address, workers)
+        shown = of.Shown.of(top, by, threshold, direction)
+        screen = console(json=as_json)
+        loaded = fp.load(model, sae, device=device, check=False, progress=not as_json)
+        stored = fp.stream_features(
+            loaded.model,
+            loaded.saes,
+            fp.Pairs.blocks_from_jsonl(loaded.model, pairs, size=block, long_answers=of.of_sequences(metric)),
+            claimed.folder,
+            positions=of.spans(positions),
+            directions=of.ways(direction),
+            metric=metric,
+            executor=elsewhere,
+            progress=not as_json,
+        )
+        effects = shown.labelled(stored.top(top, by=by))
+        if as_json:
+            typer.echo(in_json(effects, shown))
+        else:
+            screen.print(ranked(effects, by))
+            screen.print(repr(stored), highlight=False)
+
+
+@app.command()
+def plan(
+    model: of.Model,
+    pairs: of.PairsFile,
+    sae: of.Saes = [],  # noqa: B006 - typer copies it
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Components to plan for, without --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default."
+        ),
+    ] = None,
+    positions: of.Positions = "all",
+    direction: of.Directions = "both",
+    metric: of.MetricNames = of.LOGIT_DIFF,
+    device: of.Device = "cpu",
+    as_json: of.Json = False,
+) -> None:
+    """Estimate what `rank`, or without --sae `components`, will take: patches, memory and time, from one batch run now.
+
+    Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    """
+    with clear_errors():
+        from featpatch.reporting.terminal import planned
+
+        work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=not as_json)
+        asked = None if sites is None else [name for name in sites.split(",") if name]
+        found = fp.plan(**{**work, "saes": work["saes"] or None}, sites=asked)
+        _show(found, planned(found), as_json=as_json)
+
+
+def _show(found: "fp.Plan", table: Table, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        console().print(table)

@@ -1,0 +1,483 @@
+"""The table of results: raw metric values per patch and pair, from which effects and intervals are derived.
+
+    recovery    = mean(m_denoised - m_corrupted) / mean(m_clean - m_corrupted)     sufficient?
+    degradation = mean(m_clean - m_noised) / mean(m_clean - m_corrupted)           necessary?
+
+Effects are never clipped: values below 0 and above 1 are meaningful. A node that has the same value in both runs of a pair has
+exactly no effect there; such entries are not stored.
+
+A feature that stands for a single name differs in few pairs, and the other pairs dilute its pooled effect. The effect over the
+pairs in which the node differs (`over="changed"`, columns `recovery_where_changed` and `degradation_where_changed`) divides the
+same changes by the gap of these pairs alone.
+
+Rows that are taken from a table keep a reference to it: q-values and ranks count every feature that was ranked, not only the
+selected rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import NoneType
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from featpatch.effects import statistics
+from featpatch.effects.audit import without_estimates
+from featpatch.effects.statistics import THRESHOLD, check_threshold, named
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.nodes import EFFECTS, RANKED, Effect, Node
+
+Over = Literal["all", "changed"]
+"""The pairs that an effect is pooled over: all of them, or those in which the node differs."""
+By = Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"]
+"""The effects that rows can be sorted by."""
+LEAST_CHANGED = 5
+"""The number of pairs in which a row must differ, by default, to be ranked by its effect over these pairs."""
+
+Array = NDArray[np.float64]
+T = TypeVar("T", bound="Measured")
+
+WHERE_CHANGED = "_where_changed"
+"""The suffix of effects that are pooled over the pairs in which the node differs."""
+
+
+@dataclass(frozen=True, repr=False)
+class Measured:
+    """Effects of patches, one row per node.
+
+    Attributes:
+        nodes: the node that each row patches.
+        clean, corrupted: the metric of the unpatched runs, `[pairs]`.
+        row, pair: the row and the pair of each stored entry, `[entries]`.
+        denoised, noised: the metric of the patched runs, `[entries]`; NaN in a direction that was not run.
+        metadata: versions, digests of model, SAEs and pairs, tags of the pairs, metric, directions and options.
+        value: `"exact"` for patched runs, `"estimate"` for estimates.
+        taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
+        others: tables of the same patches for further metrics, by the metric's name; see `metric`.
+    """
+
+    nodes: tuple[Node, ...]
+    clean: Array
+    corrupted: Array
+    row: NDArray[np.int64]
+    pair: NDArray[np.int64]
+    denoised: Array
+    noised: Array
+    metadata: Mapping[str, Any]
+    value: str = "exact"
+    taken_from: "Measured | None" = field(default=None, compare=False)
+    others: "Mapping[str, Measured]" = field(default_factory=dict, compare=False)
+    _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
+
+    @property
+    def gap(self) -> Array:
+        """The gap `m_clean - m_corrupted` of each pair, `[pairs]`."""
+        return self.clean - self.corrupted
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics that were measured, starting with this table's metric."""
+        return [self.metadata["metric"], *self.others]
+
+    def metric(self: T, name: str) -> T:
+        """Return the table of the same patched runs for another metric.
+
+        Raises:
+            FeatpatchError: this metric was not measured.
+        """
+        if name not in self.metrics:
+            raise FeatpatchError(
+                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; rank with it too"
+            )
+        return cast(T, self.others.get(name, self))
+
+    def changes(self, effect: Effect) -> "csr_array[Any]":
+        """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0."""
+        return csr_array((self._entries(effect), (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
+
+    def _entries(self, effect: Effect) -> Array:
+        """Return the change of the metric of each stored entry, `[entries]`.
+
+        Raises:
+            FeatpatchError: the effect is unknown.
+        """
+        check_kinds(str, effect=effect)
+        change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
+        if effect not in change:
+            raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
+        return change[effect]
+
+    def pooled(self, effect: Effect, *, over: Over = "all") -> Array:
+        """Return the pooled effect of every row, mean change over mean gap, `[rows]`; NaN in a direction that was not run.
+
+        Args:
+            effect: `"recovery"` or `"degradation"`.
+            over: `"all"` pools over all pairs, `"changed"` over those in which the node differs, with NaN if their mean gap is
+                near zero.
+        """
+        gaps = self._gaps(over)
+        result: Array = self.changes(effect).sum(axis=1) / gaps
+        return result
+
+    def _gaps(self, over: Over) -> Array:
+        """Return the sum of gaps by which the changes of each row are divided, `[rows]`; NaN if it is near zero.
+
+        Raises:
+            FeatpatchError: `over` is neither `"all"` nor `"changed"`.
+        """
+        if over == "all":
+            return np.full(len(self), self.gap.sum())
+        if over != "changed":
+            raise FeatpatchError(
+                f"over={over!r}: expected 'all' (all pairs) or 'changed' (the pairs in which the node differs)"
+            )
+        gap, clean, corrupted = (
+            np.bincount(self.row, values[self.pair], minlength=len(self))
+            for values in (self.gap, np.abs(self.clean), np.abs(self.corrupted))
+        )
+        return np.where(np.abs(gap) > statistics.NEAR_ZERO * np.maximum(clean, corrupted), gap, np.nan)
+
+    def per_pair(self, effect: Effect) -> Array:
+        """Return the effect in each pair, change over gap, `[rows, pairs]`; NaN in pairs whose own gap is near zero."""
+        result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.gap, np.nan)
+        return result
+
+    @property
+    def with_gap(self) -> NDArray[np.bool_]:
+        """A mask of the pairs whose gap is not near zero, `[pairs]`; other pairs have no per-pair ratio."""
+        return statistics.with_gap(self.clean, self.corrupted)
+
+    def median(self, effect: Effect) -> Array:
+        """Return the median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.
+
+        A pair in which the node does not change counts as exactly 0, so that the median of a node that changes in fewer
+        than half of the pairs is 0.
+        """
+        ratios = self.per_pair(effect)[:, self.with_gap]
+        return np.median(ratios, axis=1) if ratios.size else np.full(len(self), np.nan)
+
+    def sign_consistency(self, effect: Effect) -> Array:
+        """Return the share of the changed pairs whose change has the same sign as the pooled effect, `[rows]`.
+
+        It is NaN if the pooled effect has no sign, because the node changes in no pair, or its changes add up to 0 or are not
+        all known.
+        """
+        change, total = self._entries(effect), self.changes(effect).sum(axis=1)
+        agree = np.bincount(self.row, np.sign(change) == np.sign(total)[self.row], minlength=len(self))
+        signed = np.isfinite(total) & (total != 0)
+        return np.divide(agree, self.changed_pairs, out=np.full(len(self), np.nan), where=signed)
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The index of the feature, head or neuron, `[rows]`; -1 for kinds without an index."""
+        return np.array([-1 if node.index is None else node.index for node in self.nodes], dtype=np.int64)
+
+    @property
+    def changed_pairs(self) -> NDArray[np.int64]:
+        """The number of pairs in which the node differs between the runs, `[rows]`."""
+        return np.bincount(self.row, minlength=len(self))
+
+    def interval(self, effect: Effect, *, over: Over = "all") -> Array:
+        """Return the 95 % bootstrap interval of the pooled effect over pairs, `[rows, 2]`; NaN with a single pair.
+
+        Args:
+            effect: `"recovery"` or `"degradation"`.
+            over: `"all"` resamples all pairs, `"changed"` only those in which the node differs. With fewer than about 10 of
+                these the interval tends to be too narrow.
+        """
+        return self._once(f"interval {effect} {over}", lambda: self._interval(effect, over))
+
+    def _once(self, key: str, compute: Callable[[], Array]) -> Array:
+        """Return a statistic that does not depend on the other rows, computed once for this table or for `whole`."""
+        if key not in self._computed:
+            known = self.whole._computed.get(key)
+            self._computed[key] = compute() if known is None else known[self.rows_in_whole()]
+        return self._computed[key].copy()
+
+    def _interval(self, effect: Effect, over: Over) -> Array:
+        if over == "all":
+            return statistics.interval(self.changes(effect).toarray(), self.gap)
+        result, counts, known = np.full((len(self), 2), np.nan), self.changed_pairs, np.isfinite(self._gaps(over))
+        order = np.lexsort((self.pair, self.row))
+        changes, pairs, starts = self._entries(effect)[order], self.pair[order], np.cumsum(counts) - counts
+        for count in np.unique(counts[known & (counts > 1)]):
+            rows = np.flatnonzero(known & (counts == count))
+            entries = starts[rows, None] + np.arange(count)
+            result[rows] = statistics.interval(changes[entries], self.gap[pairs[entries]])
+        return result
+
+    @property
+    def threshold(self) -> float:
+        """The share of the whole activation's effect above which an effect counts in `quadrants`."""
+        return float(self.metadata.get("threshold", THRESHOLD))
+
+    def with_threshold(self: T, threshold: float) -> T:
+        """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.
+
+        Args:
+            threshold: a share of the effect of the whole activation at the node's hook point and position; 0.01 by default.
+
+        Raises:
+            FeatpatchError: the threshold is not between 0 and 1.
+        """
+        check_threshold(threshold)
+        others = {name: other.with_threshold(threshold) for name, other in self.others.items()}
+        return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
+
+    def quadrants(self) -> list[str]:
+        """Return a label for every row that says in which directions its 95 % interval lies above the threshold.
+
+        Each label is one of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
+        `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
+        single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
+        `effects/quadrants.py`.
+        """
+        unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
+        intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
+        return named(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
+
+    def carried(self, effect: Effect) -> Array:
+        """Return the effect of the whole activation at the hook point and position of every row, `[rows]`.
+
+        It is 1, the whole behaviour, for whole activations themselves and for rows whose hook point and position have no whole
+        activation in the table; NaN in a direction that was not run.
+        """
+        whole = self.whole
+        if effect not in self.directions_run():
+            return np.full(len(self), np.nan)
+        of_site = {
+            (node.site, node.position): value
+            for node, value in zip(whole.nodes, whole.pooled(effect), strict=True)
+            if node.kind == "activation"
+        }
+        return np.array(
+            [1.0 if node.kind == "activation" else of_site.get((node.site, node.position), 1.0) for node in self.nodes]
+        )
+
+    @property
+    def smallest_p(self) -> Array:
+        """The smallest p-value possible with the number of pairs in which each row differs, `[rows]`; NaN with one pair."""
+        return statistics.smallest(self.changed_pairs, len(self.clean))
+
+    def p_values(self, effect: Effect) -> Array:
+        """Return two-sided p-values of a sign-flip permutation test over pairs, `[rows]`; see `statistics.sign_flip`.
+
+        They are NaN with a single pair, for a node that changes in no pair, and if values are missing.
+        """
+
+        def compute() -> Array:
+            p = statistics.sign_flip(self.changes(effect).toarray())
+            return np.where(self.changed_pairs > 0, p, np.nan)
+
+        return self._once(f"p {effect}", compute)
+
+    def q_values(self, effect: Effect) -> Array:
+        """Return Benjamini-Hochberg q-values of the ranked rows that differ in enough pairs for a test, `[rows]`; else NaN.
+
+        A row that differs in five pairs or fewer can't reach a p-value of 0.05 (`smallest_p`), and testing it would only raise
+        the q-values of the others. Leaving it out is valid, because under the null hypothesis the number of pairs in which a
+        node differs is independent of the signs that are tested (independent filtering, Bourgon et al. 2010).
+
+        The q-values are those of the table that the rows were taken from: looking at the top 20 of 20,000 rows does not reduce
+        the number of tests to 20. After `save` and `load` of taken rows, the other rows are counted with a p-value of 1; the
+        q-values can then be too large, but never too small.
+        """
+        whole = self.whole
+        q, testable = np.full(len(whole), np.nan), whole.smallest_p <= statistics.TESTABLE
+        tested = whole.ranked & testable
+        q[tested] = statistics.false_discovery(
+            whole.p_values(effect)[tested], self.rows_ranked - int((whole.ranked & ~testable).sum())
+        )
+        return q[self.rows_in_whole()]
+
+    @property
+    def ranked(self) -> NDArray[np.bool_]:
+        """A mask of the rows that are features, heads or neurons, `[rows]`; all rows if the table has none of these."""
+        kinds = np.array([node.kind in RANKED for node in self.whole.nodes], dtype=bool)
+        return (kinds if kinds.any() else ~kinds)[self.rows_in_whole()]
+
+    @property
+    def whole(self: T) -> T:
+        """The table that the rows were taken from, or this table itself."""
+        return self if self.taken_from is None else cast(T, self.taken_from)
+
+    def rows_in_whole(self) -> NDArray[np.int64]:
+        """Return the index in `whole` of each row, `[rows]`."""
+        if self.taken_from is None:
+            return np.arange(len(self))
+        at = {node: row for row, node in enumerate(self.taken_from.nodes)}
+        return np.array([at[node] for node in self.nodes], dtype=np.int64)
+
+    @property
+    def rows_ranked(self) -> int:
+        """The number of ranked rows of `whole`, also if only some of its rows were saved and loaded."""
+        return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
+
+    def sizes(self, effects: Sequence[Effect] | None = None) -> Array:
+        """Return |effect| of every row, `[rows]`: the largest over the given effects, by default over all that were run.
+
+        Raises:
+            FeatpatchError: an effect was not run.
+        """
+        if effects is not None and not set(effects) <= set(self.directions_run()):
+            raise FeatpatchError(f"effects={effects}: expected some of those that were run, {', '.join(self.directions_run())}")
+        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
+        return result
+
+    def take(self: T, rows: Sequence[int] | NDArray[Any]) -> T:
+        """Select rows in the given order, by indices without duplicates or by a mask of all rows.
+
+        Raises:
+            FeatpatchError: a row is given twice or does not exist.
+        """
+        order = _indices(rows, len(self), "row")
+        new = np.full(len(self.nodes), -1)
+        new[order] = np.arange(len(order))
+        kept = new[self.row] >= 0
+        return replace(
+            self,
+            taken_from=self if self.taken_from is None else self.taken_from,
+            nodes=tuple(self.nodes[index] for index in order),
+            row=new[self.row[kept]],
+            pair=self.pair[kept],
+            denoised=self.denoised[kept],
+            noised=self.noised[kept],
+            others={name: other.take(order) for name, other in self.others.items()},
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sweep ran to its end; after an interruption some pairs are missing or some values are NaN."""
+        return bool(self.metadata.get("finished", True))
+
+    def known(self: T) -> T:
+        """Return the rows whose values are all known; after an interruption, those that were finished in every pair."""
+        runs = {"recovery": self.denoised, "degradation": self.noised}
+        missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
+        return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
+
+    def of_pairs(self: T, pairs: Sequence[int] | NDArray[Any]) -> T:
+        """Select pairs, in the order of the table; nodes that differ in none of them are left out.
+
+        Raises:
+            FeatpatchError: a pair is given twice or does not exist.
+        """
+        pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
+        kept = np.isin(self.pair, pairs)
+        new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
+        metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
+        if "screening" in metadata and len(pairs) < len(self.clean):
+            metadata["screening"] = without_estimates(metadata["screening"])
+        if "tags" in metadata:
+            metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
+        part = replace(
+            self,
+            clean=self.clean[pairs],
+            corrupted=self.corrupted[pairs],
+            taken_from=None if self.taken_from is None else self.taken_from.of_pairs(pairs),
+            metadata=metadata,
+            row=self.row[kept],
+            pair=new[self.pair[kept]],
+            denoised=self.denoised[kept],
+            noised=self.noised[kept],
+            others={},
+        )
+        others = {name: other.of_pairs(pairs) for name, other in self.others.items()}
+        return replace(part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part, others=others)
+
+    def where(self: T, **wanted: Any) -> T:
+        """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
+
+        Raises:
+            FeatpatchError: a node has no such field.
+        """
+        unknown = set(wanted) - set(Node.__dataclass_fields__)
+        if unknown:
+            raise FeatpatchError(f"{sorted(unknown)} are no columns: expected some of {', '.join(Node.__dataclass_fields__)}")
+        return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
+
+    def top(self: T, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None) -> T:
+        """Return the `n` rows with the largest effect, largest first.
+
+        Args:
+            n: the number of rows.
+            by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
+                `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
+                run; by default recovery if it was, else degradation.
+            kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
+            least_changed: the number of pairs in which a row must differ to be included; by default 0, or 5 if `by` ends in
+                `_where_changed` (all pairs if there are fewer), because an interval over fewer pairs is too narrow.
+
+        Raises:
+            FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
+        """
+        effect, over = sorting(by, self.directions_run())
+        least = least_to_sort(over, least_changed, len(self.clean))
+        check_numbers(0, n=n)
+        rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
+        rows = rows.take(rows.changed_pairs >= least) if least else rows
+        return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
+
+    def directions_run(self) -> list[Effect]:
+        """Return the effects that were run, recovery first."""
+        return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
+
+    def about(self) -> dict[str, Any]:
+        """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
+        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
+        if "screening" in about:
+            about["screening"] = {
+                name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
+            }
+        return about
+
+
+def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
+    """Split the name of a sort key, such as `"recovery_where_changed"`, into the effect and the pairs that it is pooled over.
+
+    Raises:
+        FeatpatchError: the effect was not run.
+    """
+    known: dict[str, tuple[Effect, Over]] = {effect: (effect, "all") for effect in run}
+    known |= {f"{effect}{WHERE_CHANGED}": (effect, "changed") for effect in run}
+    check_kinds((str, NoneType), by=by)
+    if by is None:
+        return run[0], "all"
+    if by not in known:
+        raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(known)}")
+    return known[by]
+
+
+def least_to_sort(over: Over, asked: int | None, pairs: int) -> int:
+    """Return the number of pairs in which a row must differ to be among the top rows, given the number of all pairs.
+
+    Raises:
+        FeatpatchError: `asked` is not a number of pairs.
+    """
+    least = (min(LEAST_CHANGED, pairs) if over == "changed" else 0) if asked is None else asked
+    check_numbers(0, least_changed=least)
+    return least
+
+
+def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
+    """Convert indices or a mask to an array of valid indices without duplicates.
+
+    Raises:
+        FeatpatchError: an index is out of range or given twice, or the mask has the wrong length.
+    """
+    given = np.asarray(wanted)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
+        raise FeatpatchError(f"{what}s {wanted!r}: expected a list of indices, or a mask")
+    mask, order = given.dtype == bool, given.astype(np.int64)
+    if mask and len(given) == count:
+        return np.flatnonzero(given)
+    if order.size and (mask or order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
+        raise FeatpatchError(
+            f"{what}s {order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a mask of {count}"
+        )
+    return order

@@ -1,0 +1,140 @@
+"""The work that the engine is given: base runs, blocks of patches, and the units that share a forward pass.
+
+Changes of an activation, one per patch, stored sparsely: only rows that differ are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+
+NEVER = torch.iinfo(torch.int64).max
+"""The first changed position of a patch that changes nothing."""
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """Changes of an activation: row r adds `coefficient[r] * directions[direction[r]]` at `position[r]` in patch `patch[r]`.
+
+    Attributes:
+        patches: the number of patches, including those that change nothing.
+        patch, position, direction: indices, on the CPU; `patch` is in ascending order.
+        coefficient, directions: values in the SAE's dtype, on its device.
+    """
+
+    patches: int
+    patch: Int[torch.Tensor, " rows"]
+    position: Int[torch.Tensor, " rows"]
+    direction: Int[torch.Tensor, " rows"]
+    coefficient: Float[torch.Tensor, " rows"]
+    directions: Float[torch.Tensor, "directions d"]
+
+    def __len__(self) -> int:
+        return self.patches
+
+    def __neg__(self) -> "Deltas":
+        return replace(self, coefficient=-self.coefficient)
+
+    @classmethod
+    def explicit(cls, patch: torch.Tensor, position: torch.Tensor, values: torch.Tensor, patches: int) -> "Deltas":
+        """Make changes from their values `[rows, d]`."""
+        ones = torch.ones(len(values), dtype=values.dtype, device=values.device)
+        return cls(patches, patch, position, torch.arange(len(values)), ones, values)
+
+    def first(self) -> Int[torch.Tensor, " patches"]:
+        """Return the first position that each patch changes, or NEVER."""
+        return torch.full((self.patches,), NEVER).scatter_reduce(0, self.patch, self.position, "amin")
+
+    def select(self, patches: Int[torch.Tensor, " some"]) -> "Deltas":
+        """Return the changes of some patches, given in ascending order, renumbered from 0."""
+        if len(patches) == self.patches:
+            return self
+        number = torch.full((self.patches,), -1)
+        number[patches] = torch.arange(len(patches))
+        return self._keep((number[self.patch] >= 0).nonzero()[:, 0], len(patches), number)
+
+    def upto(self, position: int) -> "Deltas":
+        """Return the changes at positions up to `position`."""
+        if bool((self.position <= position).all()):
+            return self
+        return self._keep((self.position <= position).nonzero()[:, 0], self.patches, torch.arange(self.patches))
+
+    def values(self) -> Float[torch.Tensor, "rows d"]:
+        """Return the change that each row makes."""
+        return self.coefficient[:, None] * self.directions[self.direction.to(self.directions.device)]
+
+    def _keep(self, rows: torch.Tensor, patches: int, number: torch.Tensor) -> "Deltas":
+        return replace(
+            self,
+            patches=patches,
+            patch=number[self.patch[rows]],
+            position=self.position[rows],
+            direction=self.direction[rows],
+            coefficient=self.coefficient[rows.to(self.coefficient.device)],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BaseRun:
+    """A run that patches are applied to.
+
+    Attributes:
+        name: a description that is unique within a sweep, e.g. `"pair 3 denoising"`.
+        tokens: the token ids, `[pos]`.
+        resid: the residual stream `[pos, d_model]` at the input of the layers at which patches enter, by layer.
+        answer: the position where the metric is read.
+        correct, wrong: the token ids of the answers there.
+        clean: the clean run of the pair; None if this run is the clean run.
+    """
+
+    name: str
+    tokens: Int[torch.Tensor, " pos"]
+    resid: Mapping[int, Float[torch.Tensor, "pos d_model"]]
+    answer: int
+    correct: Sequence[int]
+    wrong: Sequence[int]
+    clean: "BaseRun | None" = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of patches, all of one base run at one hook point (not a transformer layer).
+
+    Attributes:
+        name: a description of the patches that is unique within the base run.
+        run: the base run.
+        site: the hook point where the deltas are added.
+        deltas: one change per patch, as wide as the flat activation.
+    """
+
+    name: str
+    run: BaseRun
+    site: str
+    deltas: Deltas
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Patches of one block that change nothing before the same position.
+
+    Attributes:
+        index: the index of the block.
+        block: the block.
+        patches: indices of the patches within the block, in ascending order.
+        first: the first position that any of them changes.
+    """
+
+    index: int
+    block: Block
+    patches: Int[torch.Tensor, " patches"]
+    first: int
+
+    def part(self, start: int, stop: int) -> "Unit":
+        """Return the unit with the patches from `start` to `stop` alone."""
+        return Unit(self.index, self.block, self.patches[start:stop], self.first)
+
+    @property
+    def name(self) -> str:
+        """A description of what the unit computes, unique within a sweep."""
+        return f"{self.block.run.name}|{self.block.name}|{self.patches.tolist()}"

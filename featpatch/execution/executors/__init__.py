@@ -1,1 +1,0 @@
-"""Executors: each module holds the executor of its name."""

@@ -1,0 +1,304 @@
+"""The lens for HookedTransformer, the model class of TransformerLens itself.
+
+The lens for TransformerBridge: Hugging Face models with TransformerLens hook points.
+
+Choose the lens for a model by its class, and reject models that can't be patched.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from threading import local
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError
+from featpatch.model.layer import Rotation, Stack, UnsupportedError
+from featpatch.model.lens import Edit, Fired, Lens, answering
+from featpatch.model.stack import Attention, build
+from featpatch.threads import exclusively, in_this_thread
+
+
+@dataclass(frozen=True)
+class HookedLens(Lens):
+    """A lens for a `transformer_lens.HookedTransformer`."""
+
+    def site(self, name: str) -> str:
+        """Resolve the name of a hook point, see `Lens.site`.
+
+        The output of a module is read where it is added to the residual stream, because HookedTransformer has no hook point for
+        it.
+
+        Raises:
+            FeatpatchError: the model has no such hook point, or has a norm after the module.
+        """
+        added = sites.of_output(name)
+        if added is None or name in self.hook_points or added not in self.hook_points:
+            return super().site(name)
+        if getattr(self.model.cfg, "use_normalization_before_and_after", False):
+            raise FeatpatchError(
+                f"the model has no hook {name!r}, and {added!r} comes after another norm: expected a model that has both; load "
+                "it as a TransformerBridge, with fp.load"
+            )
+        return super().site(added)
+
+    def resume(
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        answers: Int[torch.Tensor, " rows"],
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
+        """Resume a run with `start_at_layer`, see `Lens.resume`; the token ids are not needed."""
+        with answering(self.model.unembed, answers):
+            return self._call(resid, start_at_layer=layer)[:, 0]
+
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
+        """Run the model with `stop_at_layer`."""
+        self._call(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
+
+    def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
+        """Run one layer with `start_at_layer` and `stop_at_layer`."""
+        self._call(resid, start_at_layer=layer, stop_at_layer=layer + 1)
+
+    def stack(self, shortest: int, longest: int) -> Stack:
+        """Return the model as row-wise functions, see `Lens.stack`."""
+        if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):
+            raise UnsupportedError("rotary positions that depend on the length of the prompt")
+        return build(self.model, [self._attention(block.attn, longest) for block in self.model.blocks])
+
+    def _attention(self, attn: Any, length: int) -> Attention:
+        cfg = self.model.cfg
+        rotary = cfg.positional_embedding_type == "rotary"
+        return Attention(
+            scale=1 / float(attn.attn_scale),
+            softcap=cfg.attn_scores_soft_cap,
+            window=cfg.window_size if attn.attn_type == "local" else None,
+            rotation=Rotation(attn.rotary_cos[:length], attn.rotary_sin[:length], adjacent=bool(cfg.rotary_adjacent_pairs))
+            if rotary
+            else None,
+        )
+
+
+@dataclass(frozen=True)
+class BridgeLens(Lens):
+    """A lens for a `transformer_lens.model_bridge.TransformerBridge`."""
+
+    def resume(
+        self,
+        layer: int,
+        resid: Float[torch.Tensor, "rows pos d_model"],
+        tokens: Int[torch.Tensor, "rows pos"],
+        answers: Int[torch.Tensor, " rows"],
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
+        """Resume a run at `layer`, see `Lens.resume`.
+
+        The bridge has no `start_at_layer`, so the layers below `layer` return their input, and `layer` receives `resid`. Run
+        this way, Hugging Face itself computes masks, rotary embeddings, soft-caps and the final norm.
+        """
+        blocks = self.model.blocks
+        with self._skipping(blocks[:layer]), _entering(blocks[layer], resid), answering(self.model.unembed, answers):
+            return self.run(tokens)[:, 0]
+
+    @contextmanager
+    def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
+        """Edit an activation, see `Lens.edit`."""
+        _ = self._wraps  # computing it runs the model, which must not be edited yet
+        with super().edit(site, change, first=first) as fired:
+            yield fired
+
+    def _points(self) -> Mapping[str, HookPoint]:
+        """Return the hook points of TransformerBridge with their aliases, which SAETransformerBridge leaves out."""
+        return cast(Mapping[str, HookPoint], cast(property, TransformerBridge.hook_dict).__get__(self.model))
+
+    def run(self, tokens: Int[torch.Tensor, "rows pos"], **options: torch.Tensor) -> torch.Tensor:
+        """Run the model, protected from calls in other threads that would change the batch size of learned positions."""
+        module = getattr(self.model, "pos_embed", None)
+        if not isinstance(module, PosEmbedBridge):
+            return super().run(tokens, **options)
+        with exclusively(self.model):
+            kind: Any = type(module)
+            module.__class__ = _threaded(kind)
+            try:
+                return super().run(tokens, **options)
+            finally:
+                module.__class__ = kind
+
+    def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
+        """Run the model while the layers above `layer` return their input."""
+        self._run_without(self.model.blocks[layer + 1 :], tokens, **options)
+
+    def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
+        """Run the model while all other layers return their input."""
+        blocks = self.model.blocks
+        with _entering(blocks[layer], resid):
+            self._run_without([*blocks[:layer], *blocks[layer + 1 :]], tokens)
+
+    def _run_without(self, blocks: Any, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
+        """Run the model while some layers return their input, and unembed a single position."""
+        first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        with self._skipping(blocks), answering(self.model.unembed, first):
+            self.run(tokens, **options)
+
+    def carrier(self, site: str) -> str:
+        """Return `hook_attn_out` for `hook_resid_mid`, which is not the residual stream itself on a TransformerBridge."""
+        return sites.carrier(site)
+
+    @torch.no_grad()
+    def stack(self, shortest: int, longest: int) -> Stack:
+        """Return the model as row-wise functions, see `Lens.stack`.
+
+        The weights are those of the bridge's layers; rotations are read at their hook points, as Hugging Face computes them.
+        """
+        hooks = [hook for layer in range(self.n_layers) for hook in sites.rotary(layer) if hook in self.hook_points]
+        turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
+        if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
+            raise UnsupportedError("rotary positions that depend on the length of the prompt")
+        return build(self.model, [self._attention(layer, turns) for layer in range(self.n_layers)])
+
+    def _rotations(self, hooks: list[str], length: int) -> dict[str, torch.Tensor]:
+        return self.read(torch.zeros(1, length, dtype=torch.long), hooks)
+
+    @cached_property
+    def _wraps(self) -> bool:
+        """Whether Hugging Face's layers return a tuple."""
+        found: list[bool] = []
+
+        def look(_block: Any, _args: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
+
+        handle = self.model.blocks[0].register_forward_hook(in_this_thread(look))
+        try:
+            with torch.no_grad():
+                self.run(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        finally:
+            handle.remove()
+        return any(found)
+
+    @contextmanager
+    def _skipping(self, blocks: Any) -> Iterator[None]:
+        """Make some layers return their input, on their own device, in calls of this thread, until the context ends."""
+        wraps = self._wraps
+
+        def unchanged(block: Any) -> Any:
+            device = next(block.parameters()).device
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                stream = (args[0] if args else kwargs["hidden_states"]).to(device)
+                return (stream,) if wraps else stream
+
+            return in_this_thread(forward, block.forward)
+
+        with exclusively(self.model):
+            before = [block.__dict__.get("forward") for block in blocks]
+            try:
+                for block in blocks:
+                    block.__dict__["forward"] = unchanged(block)
+                yield
+            finally:
+                for block, forward in zip(blocks, before, strict=True):
+                    if forward is None:
+                        block.__dict__.pop("forward", None)
+                    else:
+                        block.__dict__["forward"] = forward
+
+    def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
+        module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg
+        cos, sin = (turns.get(hook) for hook in sites.rotary(layer))
+        return Attention(
+            scale=float(getattr(module, "scaling", cfg.d_head**-0.5)),
+            softcap=getattr(module, "attn_logit_softcapping", None),
+            window=getattr(module, "sliding_window", None),
+            rotation=None
+            if cos is None or sin is None
+            else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
+        )
+
+
+@cache
+def _threaded(kind: type) -> type:
+    """Make a subclass of a class of learned positions in which every thread has its own batch size.
+
+    TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is cached here
+    and
+    not on the lens, which must be picklable for workers.
+    """
+    rows = local()
+    size = property(
+        lambda module: getattr(rows, str(id(module)), None), lambda module, count: setattr(rows, str(id(module)), count)
+    )
+    return type(kind.__name__, (kind,), {"_current_batch_size": size})
+
+
+@contextmanager
+def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
+    """Make a layer receive `resid` as its input, in calls of this thread, until the context ends."""
+
+    def enter(_block: Any, args: Any, kwargs: Any) -> Any:
+        return ((resid, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resid})
+
+    handle = block.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+MERGE = "merge it first: PeftModel.from_pretrained(base_model, adapter).merge_and_unload() gives the whole model"
+"""The advice for an adapter that is not merged into the model, for error messages."""
+
+
+def wrap(model: Any) -> Lens:
+    """Return the lens of a model; for a compiled model, that of the module that was passed to torch.compile.
+
+    Raises:
+        FeatpatchError: the model is neither a TransformerBridge nor a HookedTransformer, or it can't be patched.
+    """
+    model = uncompiled(model)
+    check_form(model)
+    if isinstance(model, TransformerBridge):
+        return BridgeLens(model)
+    if isinstance(model, HookedTransformer):
+        return HookedLens(model)
+    raise FeatpatchError(
+        f"the model is a {type(model).__name__}: expected a TransformerBridge or a HookedTransformer; "
+        "for a Hugging Face model take fp.load(model, tokenizer=tokenizer).model"
+    )
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that was passed to torch.compile, or any other object as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def check_form(model: Any) -> None:
+    """Check that a model is a decoder with all of its own weights in place.
+
+    Raises:
+        FeatpatchError: the model has an encoder, an adapter that is not merged, or offloaded weights.
+    """
+    own = getattr(model, "original_model", model)
+    name, config = type(own).__name__, getattr(own, "config", None)
+    encodes = name in ("HookedEncoder", "HookedEncoderDecoder") or bool(getattr(config, "is_encoder_decoder", False))
+    if encodes or (isinstance(model, TransformerBridge) and not hasattr(model, "blocks")):
+        raise FeatpatchError(
+            f"the model is a {name}, which has an encoder: expected a decoder alone, such as GPT-2 or Llama, "
+            "whose blocks write to one residual stream; encoder-decoder models such as T5 can't be patched"
+        )
+    modules: Iterable[Any] = getattr(model, "modules", tuple)()
+    if hasattr(model, "peft_config") or any(type(module).__module__.split(".")[0] == "peft" for module in modules):
+        raise FeatpatchError(f"the {name} has an adapter (PEFT) beside its weights: expected a model without one; {MERGE}")
+    absent = [path for path, parameter in getattr(model, "named_parameters", tuple)() if parameter.is_meta]
+    if absent:
+        raise FeatpatchError(
+            f"{len(absent)} weights of the {name} ({absent[0]!r}, ...) are offloaded to CPU or disk, or were never loaded: "
+            "expected all on a device; load the model without device_map, on devices with room for it, or in a smaller dtype"
+        )

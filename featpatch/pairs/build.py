@@ -1,0 +1,268 @@
+"""Construction of a pair from its prompts, answers and labels.
+
+Alignment of prompts of different lengths by their labels, and a view of the tokens that differ between two prompts.
+
+If the labels end at positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there
+to p_2, ..., and after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter,
+directly after the label that precedes the region. All labels and the ends of both prompts are then at the same positions.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs.pair import LabelPosition, Pair, Sequences, plain_integers, positions_of
+from featpatch.pairs.positions import label_positions
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, prompt_ids, special_positions
+
+Prompt = str | Sequence[int] | torch.Tensor | np.ndarray
+"""A text, or its token ids `[pos]` or `[1, pos]`."""
+Answer = str | SupportsIndex
+"""A text, or the id of a one-token answer."""
+Answers = Answer | Sequence[Answer] | torch.Tensor | np.ndarray | None
+"""One answer, several answers, or none."""
+INSTEAD = ", or give long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) with metric='sequence_log_prob'"
+"""The advice for an answer of several tokens, at the end of an error."""
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+def make(
+    tokenizer: Tokenizer,
+    *,
+    clean: Prompt,
+    corrupted: Prompt,
+    correct: Answers,
+    wrong: Answers,
+    labels: Mapping[str, Any] = EMPTY,
+    corrupted_labels: Mapping[str, Any] = EMPTY,
+    tags: Mapping[str, str] = EMPTY,
+    filler: int | None = None,
+    long_answers: bool = False,
+    remarks: list[str] | None = None,
+) -> Pair:
+    """Make a pair; the corrupted prompt has the labels of the clean prompt unless it has its own.
+
+    Args:
+        filler: the id of the token that makes up for a difference in length, see `aligned`; None if lengths must be equal.
+        long_answers: whether answers are sequences of one token or more, instead of single tokens.
+        remarks: a list to which the remarks about answers are added, see `AnswerTokens`.
+
+    Raises:
+        FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens) or is tokenized
+            differently after the corrupted prompt, a label is not found, or it is at different positions in the two prompts.
+    """
+    ids, other = token_ids(tokenizer, clean), token_ids(tokenizer, corrupted)
+    answers = [AnswerTokens(tokenizer, prompt if isinstance(prompt, str) else None) for prompt in (clean, corrupted)]
+    if _last_word(clean) == _last_word(corrupted):
+        answers = answers[:1]
+    here = label_positions(tokenizer, clean if isinstance(clean, str) else ids, labels)
+    there = label_positions(tokenizer, corrupted if isinstance(corrupted, str) else other, corrupted_labels)
+    if filler is not None and (there or len(ids) != len(other)):
+        ids, other, here, there = aligned(ids, other, here, there, filler)
+    pair = Pair(
+        clean=ids,
+        corrupted=other,
+        **_answer_fields(answers, correct, wrong, long_answers),
+        labels=here,
+        special=special_positions(tokenizer, ids, other),
+        tags=dict(tags),
+    )
+    if remarks is not None:
+        remarks.extend(dict.fromkeys(answers[0].remarks))
+    for label, position in there.items():
+        if label not in here:
+            raise FeatpatchError(
+                f"label {label!r} is only in corrupted_labels: expected it in labels too, which has {sorted(here)}"
+            )
+        if here[label] != position:
+            raise FeatpatchError(
+                f"label {label!r} is at position {here[label]} of the clean prompt and at {position} of the corrupted one: "
+                "expected the same position, because values are swapped position by position; reword one of the prompts, or "
+                "give align='labels'"
+            )
+    return pair
+
+
+def _last_word(prompt: Prompt) -> Any:
+    """Return the last word of a prompt, the only part that can change how an answer is tokenized; None for token ids."""
+    return prompt[len(prompt.rstrip().rpartition(" ")[0]) :] if isinstance(prompt, str) else None
+
+
+def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+    """Return the token ids of a prompt that is given as a text or as token ids.
+
+    Raises:
+        FeatpatchError: it is neither.
+    """
+    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else one_row(prompt)
+    if ids is None:
+        raise FeatpatchError(f"a prompt is {str(prompt)[:60]!r}: expected a text, or the token ids [pos] of one prompt")
+    return ids
+
+
+def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answers, long_answers: bool) -> dict[str, Any]:
+    """Return the fields of a pair that hold its answers.
+
+    Args:
+        after: tokenizers of answers after the clean and after the corrupted prompt; a single one if both prompts end alike.
+        correct, wrong: the answers as given.
+        long_answers: whether answers are sequences of tokens.
+
+    Raises:
+        FeatpatchError: an answer is tokenized differently after the two prompts, or is not valid, see `_ids`.
+    """
+    sides = []
+    for answers in (correct, wrong):
+        found = [_ids(each, answers, long_answers) for each in after]
+        if found[0] != found[-1]:
+            raise FeatpatchError(
+                f"answers {answers!r} are the tokens {found[0]} after the clean prompt and {found[1]} after the corrupted "
+                "one: expected the same; end both prompts alike, or give the answers as token ids"
+            )
+        sides.append(found[0])
+    if not long_answers:
+        right, other = (tuple(token for (token,) in side) for side in sides)
+        return {"correct": right, "wrong": other}
+    return {"correct": (), "wrong": (), "correct_sequences": sides[0], "wrong_sequences": sides[1]}
+
+
+def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences:
+    """Return the tokens of each answer, given one answer, several or none.
+
+    Raises:
+        FeatpatchError: an answer is neither a text nor a token id, or does not have the right number of tokens.
+    """
+    given: Any = answers.tolist() if isinstance(answers, torch.Tensor | np.ndarray) else answers
+    several = [] if given is None else list(given) if isinstance(given, list | tuple | range) else [given]
+    found: list[tuple[int, ...]] = []
+    for answer in several:
+        token = plain_integers(answer)
+        if isinstance(token, int):
+            found.append((token,))
+        elif isinstance(answer, str):
+            found.append(after.ids(answer) if long_answers else (after.one(answer, instead=INSTEAD),))
+        else:
+            raise FeatpatchError(
+                f"answer {answer!r} is a {type(answer).__name__}: expected a text, the id of a token, or a list of these"
+            )
+    return tuple(found)
+
+
+Ids = tuple[int, ...]
+
+
+def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> int | None:
+    """Return the token id of the filler, or None if prompts are not to be aligned.
+
+    Raises:
+        FeatpatchError: only one of `align` and `filler` is given, `align` is not "labels", or the filler is not one token.
+    """
+    if align not in (None, "labels"):
+        raise FeatpatchError(f"align={align!r}: expected 'labels', or None to refuse prompts of unequal length")
+    if (align is None) != (filler is None):
+        raise FeatpatchError(
+            f"align={align!r}, filler={filler!r}: expected both or neither; the filler is a word of one token, e.g. ' the'"
+        )
+    if filler is None:
+        return None
+    try:
+        return AnswerTokens(tokenizer, None).one(filler)
+    except FeatpatchError as error:
+        raise FeatpatchError(f"filler={filler!r} does not serve: {error}") from error
+
+
+def aligned(
+    clean: Ids, corrupted: Ids, here: Mapping[str, LabelPosition], there: Mapping[str, LabelPosition], filler: int
+) -> tuple[Ids, Ids, dict[str, LabelPosition], dict[str, LabelPosition]]:
+    """Return both prompts and their labels after adding filler tokens to the region that is shorter in one of the prompts.
+
+    Args:
+        clean, corrupted: the token ids of both prompts.
+        here, there: the labels of the clean and of the corrupted prompt.
+        filler: the token id of the filler.
+
+    Raises:
+        FeatpatchError: the labels are not the same in the same order, or it is not clear where filler tokens belong.
+    """
+    order, order_there = (sorted(labels, key=lambda name: (_end(labels[name]), name)) for labels in (here, there))
+    if order != order_there or not order:
+        raise FeatpatchError(
+            f"the labels are {order} in the clean and {order_there} in the corrupted prompt, of {len(clean)} and "
+            f"{len(corrupted)} tokens: expected the same names in the same order, to align by; give labels and corrupted_labels"
+        )
+    sizes, sizes_there = _sizes(clean, here), _sizes(corrupted, there)
+    differing = [region for region, (one, other) in enumerate(zip(sizes, sizes_there, strict=True)) if one != other]
+    if not differing:
+        return clean, corrupted, dict(here), dict(there)
+    region = differing[0]
+    if len(differing) > 1:
+        raise FeatpatchError(
+            f"the prompts differ in length in {len(differing)} regions, before or after {order}: regions have {sizes} and "
+            f"{sizes_there} tokens; expected one such region; reword one of the prompts"
+        )
+    if region == 0:
+        raise FeatpatchError(
+            f"the prompts differ in length before the first label, {order[0]!r} at {here[order[0]]} and {there[order[0]]}: "
+            "expected a label in front of the words that differ; label one"
+        )
+    if 0 in (sizes[region], sizes_there[region]):
+        raise FeatpatchError(
+            f"after label {order[region - 1]!r} there are {sizes[region]} and {sizes_there[region]} tokens: expected at "
+            "least one in both, because a label or the answer would be read at a filler; reword one of the prompts"
+        )
+    count, after = sizes_there[region] - sizes[region], order[region - 1]
+    if count > 0:
+        clean, here = _filled(clean, here, _end(here[after]) + 1, (filler,) * count)
+    else:
+        corrupted, there = _filled(corrupted, there, _end(there[after]) + 1, (filler,) * -count)
+    return clean, corrupted, dict(here), dict(there)
+
+
+def changed_span(pair: Pair, tokenizer: Tokenizer) -> str:
+    """Return both prompts as text, with brackets around the span from the first to the last token that differs.
+
+    Raises:
+        FeatpatchError: the tokenizer can't turn ids into text.
+    """
+    decode = getattr(tokenizer, "decode", None)
+    if decode is None:
+        raise FeatpatchError(
+            f"the tokenizer {tokenizer!r} has no decode: expected one that turns ids into text, e.g. Hugging Face's"
+        )
+    differing = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
+    if not differing:
+        return f"no token differs\nboth      {decode(list(pair.clean))}"
+    start, stop = differing[0], differing[-1] + 1
+    title = f"positions {start} to {stop - 1} of {len(pair)} tokens"
+    clean, corrupted = (_bracketed(decode, ids, start, stop) for ids in (pair.clean, pair.corrupted))
+    return f"{title}\nclean     {clean}\ncorrupted {corrupted}"
+
+
+def _end(label: LabelPosition) -> int:
+    return positions_of(label)[-1]
+
+
+def _sizes(ids: Ids, labels: Mapping[str, LabelPosition]) -> list[int]:
+    """Return the number of tokens in each region: up to the end of the first label, between ends, and after the last one."""
+    ends = [-1, *sorted(map(_end, labels.values())), len(ids) - 1]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def _filled(ids: Ids, labels: Mapping[str, LabelPosition], at: int, filling: Ids) -> tuple[Ids, dict[str, LabelPosition]]:
+    def moved(position: int) -> int:
+        return position + len(filling) * (position >= at)
+
+    here = {name: moved(label) if isinstance(label, int) else tuple(map(moved, label)) for name, label in labels.items()}
+    return ids[:at] + filling + ids[at:], here
+
+
+def _bracketed(decode: Any, ids: Ids, start: int, stop: int) -> str:
+    text = decode(list(ids))
+    begin, end = (len(decode(list(ids[:n]))) for n in (start, stop))
+    begin += len(text[begin:end]) - len(text[begin:end].lstrip())
+    return f"{text[:begin]}[{text[begin:end]}]{text[end:]}"

@@ -1,0 +1,335 @@
+"""Activations of one prompt, and contrasts, which say which run is patched with values of which other run.
+
+Differences between the runs of one pair, feature by feature for a dictionary or for a whole activation.
+
+    x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
+
+With `b` corrupted and `s` clean this is denoising, the other way round noising. If a unit of a feature always adds the same
+direction (see `Behaviour.linear`), the deltas of single features are multiples of that direction, times the gain of the base
+run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node includes the state of
+the decoder (see `chosen`).
+
+Turn the differences between the runs of a pair into deltas of patches.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from featpatch.engine.patches import Deltas
+from featpatch.files import sha256
+from featpatch.nodes import Direction, Kind, Node, Position
+from featpatch.pairs.positions import Wanted
+from featpatch.sae.dictionary import Dictionary, Split
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The activations of one prompt.
+
+    Attributes:
+        activations: the activations `[pos, ...]`, by hook point.
+    """
+
+    activations: Mapping[str, torch.Tensor]
+
+    def at(self, hook: str) -> torch.Tensor:
+        """Return the activation `[pos, ...]` at a hook point."""
+        return self.activations[hook]
+
+    def split(self, dictionary: Dictionary, start: int) -> Split:
+        """Return features and error from position `start` on, as a batch of one."""
+        return dictionary.split(self.at(dictionary.reads)[None, start:], self.at(dictionary.writes)[None, start:])
+
+
+Ways = Mapping[Direction, tuple[Run, Run]]
+"""By direction, the run that is patched (base) and the run that values are taken from (source)."""
+
+
+class Contrast(ABC):
+    """A choice of base and source runs for each direction.
+
+    Attributes:
+        everywhere: whether base and source can differ at positions before the first differing token.
+    """
+
+    everywhere: ClassVar[bool] = False
+
+    @abstractmethod
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """Return base and source by direction for the pair with this index, given its clean and corrupted runs."""
+
+    def about(self) -> dict[str, Any]:
+        """Return metadata to store with the results."""
+        return {}
+
+
+class Swap(Contrast):
+    """A contrast in which each run of a pair is patched with values of the other."""
+
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """Return corrupted and clean as base and source of denoising, and the reverse for noising."""
+        return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
+
+
+Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]
+"""The change of the flat activation of the patched run, by direction of patching."""
+
+Splits = Mapping[Direction, tuple[Split, Split]]
+"""Base and source run of each direction, split into features and error."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The features of one dictionary that differ between the runs of one pair, and the changes that they make.
+
+    Attributes:
+        position, feature: the positions and features that differ, one entry each, sorted by feature, then by position.
+        value: how much of its feature's direction each entry adds.
+        moved: the change that each entry makes alone, `[entries, d_out]`, if features have no fixed direction; otherwise None.
+        features, error: the change that all features make, and the change that the error makes; 0 before the first differing
+            token.
+    """
+
+    position: Int[torch.Tensor, " entries"]
+    feature: Int[torch.Tensor, " entries"]
+    value: Mapping[Direction, Float[torch.Tensor, " entries"]]
+    moved: Mapping[Direction, Float[torch.Tensor, "entries d_out"]] | None
+    features: Change
+    error: Change
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, ways: Ways, first: int) -> "Difference":
+        """Compute the difference between base and source of each direction; nothing differs before position `first`."""
+        splits = split_ways(dictionary, ways, first)
+        changes = {way: (source.features - base.features)[0] for way, (base, source) in splits.items()}
+        feature, position = next(iter(changes.values())).T.nonzero(as_tuple=True)
+        values = {way: change[position, feature] for way, change in changes.items()}
+        if dictionary.behaviour.scaled:
+            values = {way: value * dictionary.gains(splits[way][0])[position] for way, value in values.items()}
+        linear = dictionary.behaviour.linear
+        return cls(
+            position=position.cpu() + first,
+            feature=feature.cpu(),
+            value=values,
+            moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in splits.items()},
+            features=_each_way(first, dictionary, splits, _all_features),
+            error=_each_way(first, dictionary, splits, _all_else),
+        )
+
+    def keep(self, features: Sequence[int]) -> "Difference":
+        """Return the difference with only the entries of these features; the change by all features stays the same."""
+        kept = torch.isin(self.feature, torch.tensor(features, dtype=torch.long)).nonzero()[:, 0]
+        return replace(
+            self,
+            position=self.position[kept],
+            feature=self.feature[kept],
+            value={way: value[kept.to(value.device)] for way, value in self.value.items()},
+            moved=None if self.moved is None else {way: moved[kept.to(moved.device)] for way, moved in self.moved.items()},
+        )
+
+    def at(self, span: list[int]) -> torch.Tensor:
+        """Return the indices of the entries at these positions."""
+        return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
+
+
+def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction, tuple[Split, Split]]:
+    """Return base and source of each direction, split into features and error from position `first` on."""
+    start = first if dictionary.behaviour.rowwise else 0
+    runs: list[Run] = list(dict.fromkeys(run for both in ways.values() for run in both))
+    split = {run: run.split(dictionary, start).since(first - start) for run in runs}
+    return {way: (split[base], split[source]) for way, (base, source) in ways.items()}
+
+
+def whole_change(site: str, ways: Ways, first: int) -> Change:
+    """Return how the whole flat activation changes in each direction; exactly 0 before position `first`."""
+    changes: dict[Direction, torch.Tensor] = {}
+    for way, (base, source) in ways.items():
+        changes[way] = (source.at(site) - base.at(site)).flatten(1)
+        changes[way][:first] = 0
+    return changes
+
+
+def _each_way(
+    first: int, dictionary: Dictionary, splits: Splits, change: Callable[[Dictionary, Split, Split], torch.Tensor]
+) -> dict[Direction, torch.Tensor]:
+    """Return a change in each direction, with zeros before position `first`.
+
+    Without decoder state, the change in one direction is minus that in the other and is computed only once.
+    """
+    changes: dict[Direction, torch.Tensor] = {}
+    for way, (base, source) in splits.items():
+        if changes and not base.state:
+            changes[way] = -next(iter(changes.values()))
+        else:
+            found = change(dictionary, base, source)
+            changes[way] = torch.cat([found.new_zeros(first, found.shape[1]), found])
+    return changes
+
+
+def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
+    """Return the change that patching all features makes, `[pos, d]`."""
+    after, before = (dictionary.decode(features, base.state) for features in (source.features, base.features))
+    return (after.to(base.error) - before.to(base.error))[0]
+
+
+def _all_else(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
+    """Return the change that patching the error, with the decoder's state, makes, `[pos, d]`."""
+    change = (source.error - base.error)[0]
+    if not base.state:
+        return change
+    after, before = (dictionary.decode(base.features, state) for state in (source.state, base.state))
+    return change + (after.to(change) - before.to(change))[0]
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Nodes at one hook point that differ between the runs of one pair, with the deltas of each direction.
+
+    Attributes:
+        site: the hook point.
+        nodes: the nodes, one patch each.
+        deltas: the deltas of the patches, by direction.
+        longer: by direction, the deltas for each reading, if they depend on the tokens that follow the prompt; otherwise empty.
+    """
+
+    site: str
+    nodes: tuple[Node, ...]
+    deltas: Mapping[Direction, Deltas]
+    longer: Mapping[Direction, Sequence[Deltas]] = field(default_factory=dict)
+
+    def at(self, direction: Direction, reading: int) -> Deltas:
+        """Return the deltas for a reading."""
+        return self.longer[direction][reading] if self.longer else self.deltas[direction]
+
+    def keep(self, nodes: frozenset[Node]) -> "Swaps":
+        """Return the swaps of only these nodes."""
+        kept = [patch for patch, node in enumerate(self.nodes) if node in nodes]
+        some = torch.tensor(kept, dtype=torch.long)
+        return Swaps(
+            self.site,
+            tuple(self.nodes[patch] for patch in kept),
+            {way: deltas.select(some) for way, deltas in self.deltas.items()},
+            {way: [deltas.select(some) for deltas in of_way] for way, of_way in self.longer.items()},
+        )
+
+    @property
+    def name(self) -> str:
+        """A short name derived from the nodes, the same every time."""
+        return sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode())[:24]
+
+
+Naming = Callable[[int, Position], Node]
+"""A function that returns the node of a feature at a requested position."""
+
+
+def feature_swaps(difference: Difference, wanted: Wanted, directions: "Directions", site: str, naming: Naming) -> list[Swaps]:
+    """Return one `Swaps` per requested position, in which each feature that differs there is patched alone."""
+    swaps = []
+    for position, span in wanted.items():
+        entries = difference.at(span)
+        indices, patch = difference.feature[entries].unique(return_inverse=True)
+        nodes = tuple(naming(feature, position) for feature in indices.tolist())
+        swaps.append(Swaps(site, nodes, deltas_of(difference, entries, patch, directions, len(nodes))))
+    return swaps
+
+
+def deltas_of(
+    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
+) -> dict[Direction, Deltas]:
+    """Return the deltas that entries of a difference make.
+
+    Args:
+        difference: the difference.
+        entries: indices of entries of the difference.
+        patch: the number of the patch that each entry belongs to, ascending.
+        directions: the directions of the features.
+        patches: the number of patches.
+    """
+    if difference.moved is None:
+        return _along(difference, entries, patch, directions, patches)
+    where = difference.position[entries]
+    return {
+        way: Deltas.explicit(patch, where, moved[entries.to(moved.device)], patches) for way, moved in difference.moved.items()
+    }
+
+
+def _along(
+    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
+) -> dict[Direction, Deltas]:
+    """Return the deltas as multiples of the features' directions."""
+    moving = directions.moving[directions.rows(difference.feature[entries])]
+    entries = entries[moving]
+    return {
+        way: Deltas(
+            patches=patches,
+            patch=patch[moving],
+            position=difference.position[entries],
+            direction=directions.rows(difference.feature[entries]),
+            coefficient=value[entries.to(value.device)],
+            directions=directions.values,
+        )
+        for way, value in difference.value.items()
+    }
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Decoder directions of some features, computed once for all pairs that run together.
+
+    Attributes:
+        features: the features, ascending.
+        values: the direction of each feature.
+        moving: mask of the features whose direction is not 0.
+    """
+
+    features: Int[torch.Tensor, " n"]
+    values: Float[torch.Tensor, "n d_out"]
+    moving: Bool[torch.Tensor, " n"]
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "Directions":
+        """Compute the directions of all features that differ in any of the differences."""
+        along = [difference.feature for difference in differences if difference.moved is None]
+        features = torch.cat([torch.zeros(0, dtype=torch.long), *along]).unique()
+        values = dictionary.directions(features)
+        return cls(features, values, (values != 0).any(1).cpu())
+
+    def rows(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `values` that hold the directions of these features."""
+        return torch.searchsorted(self.features, features)
+
+
+def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swaps:
+    """Return one patch per requested position, which makes the whole change there.
+
+    Args:
+        site: the hook point that is patched.
+        kind: the kind of the nodes.
+        change: the change of the activation, by direction.
+        wanted: the requested positions.
+        sae: the name of the dictionary, if the nodes belong to one.
+    """
+    differs = differing(change)
+    nodes: list[Node] = []
+    patch: list[int] = []
+    position: list[int] = []
+    for name, span in wanted.items():
+        changed = [p for p in span if differs[p]]
+        if changed:
+            patch += [len(nodes)] * len(changed)
+            position += changed
+            nodes.append(Node(site, cast(Kind, kind), None, name, sae))
+    where = torch.tensor(position, dtype=torch.long)
+    numbers = torch.tensor(patch, dtype=torch.long)
+    deltas = {way: Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes)) for way, whole in change.items()}
+    return Swaps(site, tuple(nodes), deltas)
+
+
+def differing(change: Change) -> Bool[torch.Tensor, " pos"]:
+    """Return a mask of the positions that change in at least one direction."""
+    return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)

@@ -1,0 +1,384 @@
+"""The nodes of a patch that share a hook point and a dictionary, as masks over positions and features.
+
+delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
+
+The error node is everything in the activation except the features. It includes the state that decoding needs (the token's norm,
+a skip path, predicted codes), so that all features together with the error make up the whole activation.
+
+Patch by hand: within `do`, every call of the model runs with the chosen nodes patched.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.model.lens import Fired, Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import COMPONENTS, Node, Patch
+from featpatch.pairs.tokens import check_starts, is_padded, unmasked
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+
+Values = Mapping[str, torch.Tensor]
+"""Activations `[batch, pos, ...]` by hook point."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The features, coordinates or error that are patched at one hook point.
+
+    Attributes:
+        site: the hook point that is patched.
+        dictionary: the dictionary of the features; None if the activation itself or coordinates of it are patched.
+        columns: mask of the patched features or, without a dictionary, of the coordinates of the flat activation.
+        rest: mask of the positions at which the error or, without a dictionary, the whole activation is patched.
+    """
+
+    site: str
+    dictionary: Dictionary | None
+    columns: Bool[torch.Tensor, "pos columns"]
+    rest: Bool[torch.Tensor, " pos"]
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points whose activations `delta` needs."""
+        return {self.site} if self.dictionary is None else {self.site, self.dictionary.reads}
+
+    def delta(self, base: Values, source: Values) -> Float[torch.Tensor, "batch pos d"]:
+        """Return how patching the chosen values from source into base changes the flat activation at the hook point."""
+        if self.dictionary is None:
+            difference = (source[self.site] - base[self.site]).flatten(2)
+            return difference * (self.columns | self.rest[:, None]).to(difference)
+        b, s = (self.dictionary.split(values[self.dictionary.reads], values[self.site]) for values in (base, source))
+        columns, rest = self.columns.to(b.features.device), self.rest[:, None].to(b.features.device)
+        chosen = torch.where(columns, s.features, b.features)
+        state = {name: torch.where(rest, s.state[name], value) for name, value in b.state.items()}
+        after, before = self.dictionary.decode(chosen, state), self.dictionary.decode(b.features, b.state)
+        return after.to(b.error) - before.to(b.error) + (s.error - b.error) * rest
+
+
+def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -> list[Chosen]:
+    """Group the nodes of a patch by hook point and dictionary, for prompts of `length` tokens.
+
+    Raises:
+        FeatpatchError: if a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out
+            of range, or nodes overlap.
+    """
+    masks: dict[tuple[str, str], Chosen] = {}
+    for node in patch.nodes:
+        site = lens.site(node.site)
+        if not sites.by_position(site):
+            raise FeatpatchError(
+                f"node {str(node)!r}: the activation there has no position first: expected a hook such as hook_z; "
+                "patch patterns by rank_components(sites='pattern')"
+            )
+        dictionary = None if node.kind in COMPONENTS else _dictionary(node, site, found)
+        width = dictionary.d_sae if dictionary else prod(_shape(lens, site))
+        key = (site, dictionary.name if dictionary else "")
+        empty = Chosen(site, dictionary, *(torch.zeros(length, *shape, dtype=torch.bool) for shape in ((width,), ())))
+        part, where = masks.setdefault(key, empty), _positions(node, length)
+        _check_apart(node, site, where, masks)
+        if node.kind in ("error", "activation"):
+            part.rest[where] = True
+        else:
+            part.columns[where, _columns(node, part, lens)] = True
+    return list(masks.values())
+
+
+def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
+    """Return the slice of features or coordinates that a node stands for.
+
+    Raises:
+        FeatpatchError: if the index is out of range, a head is named where the activation has no heads, or nodes of this kind
+            name no values by themselves.
+    """
+    if node.kind == "all_features":
+        return slice(None)
+    if node.index is None or node.kind not in ("feature", *COMPONENTS):
+        raise FeatpatchError(f"node {str(node)!r} names no values by itself: expected the features themselves, in one Patch")
+    count, size = part.columns.shape[1], 1
+    if node.kind == "head":
+        shape = _shape(lens, part.site)
+        if len(shape) != 2:
+            raise FeatpatchError(
+                f"node {str(node)!r}: the activation there has no heads: expected hook_z, hook_q, hook_k or hook_v"
+            )
+        count, size = shape
+    if node.index >= count:
+        raise FeatpatchError(f"{node.kind} {node.index} of {part.site!r} is out of range: expected 0 to {count - 1}")
+    return slice(node.index * size, (node.index + 1) * size)
+
+
+def _shape(lens: Lens, site: str) -> tuple[int, ...]:
+    """Return the shape of the activation at one position."""
+    return tuple(lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2:])
+
+
+def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
+    """Check that no value would be patched twice.
+
+    Raises:
+        FeatpatchError: if a node overlaps others at the same hook point: a whole activation and a part of it, or SAE nodes and
+            components.
+    """
+    for (other, _), part in masks.items():
+        mixed = (part.dictionary is None) != (node.kind in COMPONENTS)
+        whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
+        if other == site and (mixed or whole) and (part.rest | part.columns.any(1))[where].any():
+            raise FeatpatchError(
+                f"node {str(node)!r} overlaps other nodes at {site!r}: expected the whole activation or parts of it; name one"
+            )
+
+
+def _dictionary(node: Node, site: str, found: Sequence[Dictionary]) -> Dictionary:
+    """Return the dictionary that a node belongs to.
+
+    Raises:
+        FeatpatchError: if there is not exactly one.
+    """
+    fitting = [d for d in found if d.writes == site and node.sae in ("", d.name)]
+    if len(fitting) != 1:
+        raise FeatpatchError(
+            f"node {str(node)!r} (sae={node.sae!r}) belongs to {len(fitting)} of the dictionaries "
+            f"{[d.name for d in found]}: expected exactly one; pass saes=..., and name the dictionary where a hook has several"
+        )
+    return fitting[0]
+
+
+def _positions(node: Node, length: int) -> list[int]:
+    """Return the token indices of a node in a prompt of `length` tokens.
+
+    Raises:
+        FeatpatchError: if the position is a label or out of range.
+    """
+    if node.position == "all":
+        return list(range(length))
+    if isinstance(node.position, str):
+        raise FeatpatchError(f"node {str(node)!r} is at a label: expected a token index or 'all' outside of pairs")
+    if not 0 <= node.position < length:
+        raise FeatpatchError(f"node {str(node)!r} is outside a prompt of {length} tokens: expected 0 to {length - 1}")
+    return [node.position]
+
+
+Tokens = Int[torch.Tensor, "..."]
+"""Token ids `[pos]` or `[batch, pos]`."""
+
+
+@contextmanager
+def do(
+    model: Any,
+    patch: Patch,
+    *,
+    source: Tokens,
+    base: Tokens | None = None,
+    saes: Any = None,
+    how: Literal["add", "set"] = "add",
+    attention_mask: Tokens | None = None,
+    source_attention_mask: Tokens | None = None,
+) -> Iterator[Fired]:
+    """Context manager that patches nodes in every call of the model, including generation.
+
+    The patch acts only in the thread that enters the context; calls of the model in other threads are not affected. Other
+    featpatch functions refuse the model in this thread until the context ends.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        patch: the nodes to patch; their positions are token indices, or `"all"` for every position of the source.
+        source: tokens of the run that values are taken from.
+        base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`.
+        saes: the sae-lens objects that the patch's feature and error nodes belong to.
+        how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
+            whatever activation arrives and sets the nodes to the source's values. The two are the same for a patch at one hook
+            point in the base run; they differ once a patch at an earlier hook point has changed the activation.
+        attention_mask: for padded prompts, 1 for tokens and 0 for padding, with the shape of `source`. Positions are counted in
+            the padded rows; padding is not patched. Pass the same mask to the calls of the model.
+        source_attention_mask: the mask of the source if it differs; `attention_mask` by default.
+
+    Yields:
+        A counter of how often the patch was applied: once for each hook point and call of the model. The patch is applied in
+        calls that cover the source's positions; the tokens that continue a cached generation are left unchanged.
+
+    Raises:
+        FeatpatchError: if a hook point is unknown, a feature index is out of range, the prompts have unequal lengths, tokens
+            begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
+            source, another `do` on this model has not ended, or the patch was never applied.
+    """
+    if how not in ("add", "set"):
+        raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
+    if (base is None) == (how == "add"):
+        raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
+    check_kinds(Patch, patch=patch)
+    source = _rows("source", source)
+    base = None if base is None else _rows("base", base)
+    if not patch.nodes:
+        raise FeatpatchError("the patch has no nodes: expected at least one")
+    if base is not None and base.shape != source.shape:
+        raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
+    lens = wrap(model)
+    mask = None if base is None else _mask(lens, "base", base, attention_mask)
+    given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
+    shown = _shown(patch, source.shape, [given] if base is None else [mask, given])
+    found = dictionaries_if_any(lens, saes)
+    groups = choose(lens, patch, found, source.shape[1])
+    if how == "set":
+        for group in groups:
+            _check_settable(lens, group)
+    hooks = sorted({hook for group in groups for hook in group.hooks})
+    from_source = lens.read(source, hooks, given)
+    total, fired = Fired(), []
+    with ExitStack() as stack:
+        if base is not None:
+            from_base = lens.read(base, hooks, mask)
+            changes = [_adding(group.delta(from_base, from_source)) for group in groups]
+        else:
+            live: dict[str, torch.Tensor] = {}
+            changes = [_setting(group, from_source, live) for group in groups]
+            for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
+                stack.enter_context(lens.edit(hook, _keeping(hook, live)))
+        for group, change in zip(groups, changes, strict=True):
+            fired.append(
+                stack.enter_context(lens.edit(lens.carrier(group.site), _on_prompt(change, source.shape, shown, total)))
+            )
+        yield total
+        silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
+        if silent:
+            raise FeatpatchError(
+                f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`, in the same thread"
+            )
+
+
+def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
+    """Return token ids or a mask as a table of integers, one row per prompt.
+
+    Raises:
+        FeatpatchError: if they are not a tensor of integers `[batch, pos]` or `[pos]`.
+    """
+    if not isinstance(tokens, torch.Tensor):
+        raise FeatpatchError(f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)")
+    if tokens.is_floating_point() or tokens.is_complex() or not 0 < tokens.ndim <= 2 or not tokens.numel():
+        raise FeatpatchError(
+            f"{name} is a tensor {list(tokens.shape)} of {tokens.dtype}: expected integers [batch, pos] or [pos]"
+        )
+    return torch.atleast_2d(tokens)
+
+
+def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> Int[torch.Tensor, "batch pos"] | None:
+    """Return the attention mask of some prompts, or None if none is given and there is no padding.
+
+    Raises:
+        FeatpatchError: if there is padding but no mask, or the mask does not fit the prompts.
+    """
+    tokenizer = lens.tokenizer
+    if given is None:
+        if tokenizer is not None:
+            check_starts(tokenizer, tokens.tolist())
+        for row in tokens.tolist():
+            if tokenizer is not None and is_padded(tokenizer, row):
+                raise FeatpatchError(
+                    f"{name} has a row {row} that begins or ends with padding: expected attention_mask= with 1 for tokens and "
+                    "0 for padding"
+                )
+        return None
+    mask = _rows("attention_mask", given)
+    if mask.shape != tokens.shape:
+        raise FeatpatchError(f"attention_mask is {list(mask.shape)} and {name} is {list(tokens.shape)}: expected equal shapes")
+    for row in mask.tolist():
+        unmasked(row)
+    return mask.long()
+
+
+def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]) -> Bool[torch.Tensor, "batch pos 1"] | None:
+    """Return a mask of the positions at which every run has a token, or None if no run has a mask.
+
+    Raises:
+        FeatpatchError: if a node is at a position that is padding in one of the runs.
+    """
+    if all(mask is None for mask in masks):
+        return None
+    tokens = torch.stack([torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu() for mask in masks])
+    shown = tokens.all(0)
+    for node in patch.nodes:
+        at = node.position
+        hidden = (
+            not torch.equal(shown, tokens.any(0)) if at == "all" else isinstance(at, int) and not shown[:, at : at + 1].all()
+        )
+        if hidden:
+            raise FeatpatchError(
+                f"node {str(node)!r} stands for padding in one of the prompts: expected a position at which every prompt has a "
+                "token, and for 'all' the same padding in source and base"
+            )
+    return shown[..., None]
+
+
+def _check_settable(lens: Lens, group: Chosen) -> None:
+    """Check that `how="set"` is possible at a hook point.
+
+    Raises:
+        FeatpatchError: if the dictionary reads after it writes, or the activation is not the residual stream itself.
+    """
+    site = group.site
+    if sites.highest(group.hooks - {site}, lens.n_layers) > sites.layer_of(site):
+        raise FeatpatchError(
+            f"the dictionary at {site!r} reads at {', '.join(group.hooks - {site})}, after it writes, so that nothing can be "
+            "set: expected how='add' with base tokens"
+        )
+    if lens.carrier(site) != site:
+        raise FeatpatchError(
+            f"site {site!r} of a {lens.kind} is not the residual stream itself, so that it can't be set: "
+            "expected another site, how='add' with base tokens, or a HookedTransformer"
+        )
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
+
+
+def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    return lambda activation: live.update({hook: activation})
+
+
+def _adding(delta: torch.Tensor) -> Change:
+    return lambda activation: delta
+
+
+def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Change:
+    def change(activation: torch.Tensor) -> torch.Tensor:
+        length = activation.shape[1]
+        base = {hook: live[hook][:, :length] for hook in group.hooks - {group.site}} | {group.site: activation}
+        return group.delta(base, {hook: source[hook] for hook in group.hooks})
+
+    return change
+
+
+def _on_prompt(
+    change: Change, shape: torch.Size, shown: torch.Tensor | None, total: Fired
+) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    batch, length = shape
+
+    def edit(activation: torch.Tensor) -> torch.Tensor | None:
+        if activation.shape[1] < length:
+            if total.count:
+                return None
+            raise FeatpatchError(
+                f"the model was called with {activation.shape[1]} tokens within a patch of {length}: expected at least "
+                f"{length}, with the source's positions first"
+            )
+        if batch not in (1, len(activation)):
+            raise FeatpatchError(
+                f"the model was called with {len(activation)} prompts within a patch of {batch}: expected {batch}"
+            )
+        delta = change(activation[:, :length])
+        if shown is not None:
+            delta = delta.masked_fill(~shown.to(delta.device), 0)
+        changed = activation.clone()
+        changed[:, :length] += delta.reshape(-1, length, *activation.shape[2:]).to(activation)
+        total.count += 1
+        return changed
+
+    return edit

@@ -1,0 +1,67 @@
+"""Parts of a study: nodes that are patched one at a time, and how they are patched."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from featpatch.pairs.positions import Wanted
+from featpatch.patching.changes import Change, Difference, Swaps, differing
+from featpatch.patching.runs import PairRuns
+from featpatch.sae.dictionary import Dictionary
+
+
+class Part(ABC):
+    """Nodes that are patched, as a dataclass; results that it caches are not pickled for workers."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)  # type: ignore[arg-type]
+
+    @property
+    @abstractmethod
+    def hooks(self) -> set[str]:
+        """The hook points whose activations the part needs."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> list[str]:
+        """The hook points at which the changes are added."""
+
+    @abstractmethod
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Return the swaps of each of some pairs that run together."""
+
+    @abstractmethod
+    def count(self, run: PairRuns) -> int:
+        """Return the number of patches per direction in the swaps of a pair."""
+
+
+def count_whole(change: Change, wanted: Wanted) -> int:
+    """Return the number of patches that `whole_swaps` makes."""
+    differs = differing(change)
+    return sum(bool(differs[span].any()) for span in wanted.values())
+
+
+@dataclass(frozen=True, eq=False)
+class DictionaryPart(Part):
+    """A part that patches nodes of one dictionary.
+
+    Attributes:
+        dictionary: the dictionary.
+    """
+
+    dictionary: Dictionary
+
+    def difference(self, run: PairRuns) -> Difference:
+        """Return the difference between the runs of a pair, computed once."""
+        return run.once(self, lambda: Difference.of(self.dictionary, run.ways, run.first))
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points that the dictionary reads and writes."""
+        return {self.dictionary.reads, self.dictionary.writes}
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook point that the dictionary writes."""
+        return [self.dictionary.writes]

@@ -1,0 +1,148 @@
+"""All paths from some senders to some receivers, as a part of a study.
+
+Set up studies of paths from senders to receivers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from featpatch import sites
+from featpatch.effects.table import Effects
+from featpatch.engine.patches import Deltas
+from featpatch.errors import FeatpatchError
+from featpatch.metrics import SEQUENCES
+from featpatch.model.lens import Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import Edge, Node
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.positions import spans
+from featpatch.patching.changes import Swaps
+from featpatch.patching.parts import Part
+from featpatch.patching.readings import readout
+from featpatch.patching.route import Receiver, Route, Senders, receiver_of
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.study import Asked, Study
+from featpatch.sae.dictionary import check_nodes, dictionaries_if_any
+
+
+@dataclass(frozen=True, eq=False)
+class EdgePart(Part):
+    """The paths from senders to the receivers downstream of them.
+
+    Attributes:
+        lens: the model.
+        senders: the senders.
+        receivers: the receivers.
+        route: which components between sender and receiver are frozen.
+        only: the edges that are patched; None for all.
+    """
+
+    lens: Lens
+    senders: Senders
+    receivers: Sequence[Receiver]
+    route: Route
+    only: frozenset[Edge] | None = None
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points that senders and receivers need, and those of the components that are frozen between them."""
+        highest = max(receiver.place[0] for receiver in self.receivers)
+        names = ("resid_pre", "attn_out")
+        blocks = range(self.senders.lowest, min(highest, self.lens.n_layers - 1) + 1)
+        between = {sites.component(layer, name) for layer in [max(0, self.senders.lowest - 1), *blocks] for name in names}
+        return {*self.senders.hooks, *(hook for r in self.receivers for hook in r.hooks), *between & set(self.lens.hook_points)}
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points that are patched, which are those of the receivers."""
+        return list(dict.fromkeys(receiver.writes for receiver in self.receivers))
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+        """Return the swaps of each pair, one per receiver."""
+        return [run.once(self, partial(self._of_pair, run)) for run in runs]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of edges whose sender differs between the runs."""
+        differing = {node for swap in self.senders.swaps(run) for node in swap.nodes}
+        return sum(sender in differing for of_receiver in self.edges.values() for sender in of_receiver)
+
+    @cached_property
+    def edges(self) -> dict[Node, dict[Node, Edge]]:
+        """All edges that are patched if their sender differs, by receiver and sender."""
+        edges: dict[Node, dict[Node, Edge]] = {receiver.node: {} for receiver in self.receivers}
+        for receiver in self.receivers:
+            sees = {site for site in {node.site for node in self.senders.nodes} if receiver.sees(site)}
+            for sender in self.senders.nodes:
+                edge = Edge.of(sender, receiver.node)
+                if sender.site in sees and sender != receiver.node and (self.only is None or edge in self.only):
+                    edges[receiver.node][sender] = edge
+        return edges
+
+    def _of_pair(self, run: PairRuns) -> list[Swaps]:
+        nodes, streams = self.senders.streams(run, self.route)
+        swaps = []
+        for receiver in self.receivers:
+            edges = self.edges[receiver.node]
+            rows = [row for row, node in enumerate(nodes, 1) if node in edges]
+            if rows:
+                where = self._where(run, receiver)
+                changes = {way: receiver.change(stream, torch.tensor(rows), where) for way, stream in streams.items()}
+                deltas = {way: _deltas(change, run.first) for way, change in changes.items()}
+                swaps.append(Swaps(receiver.writes, tuple(edges[nodes[row - 1]] for row in rows), deltas))
+        return swaps
+
+    def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:
+        """Return a mask `[pos]` of the positions at which the receiver is patched."""
+        position, where = receiver.node.position, torch.zeros(len(run.pair), dtype=torch.bool)
+        where[slice(None) if position == "all" else spans(run.pair, [position])[position]] = True
+        return where
+
+
+def _deltas(change: torch.Tensor, first: int) -> Deltas:
+    """Return one patch per row, after setting changes before position `first` to 0."""
+    change[:, :first] = 0
+    patch, position = (change != 0).any(2).nonzero(as_tuple=True)
+    return Deltas.explicit(patch.cpu(), position.cpu(), change[patch, position], len(change))
+
+
+Nodes = Effects | Sequence[Node | str]
+"""Nodes, or a table of effects whose rows are the nodes; receivers may include `"logits"`."""
+
+
+def path_study(
+    model: Any,
+    pairs: Pairs,
+    saes: Any,
+    senders: Nodes,
+    receivers: Nodes,
+    route: Route,
+    asked: Asked,
+    only: frozenset[Edge] | None = None,
+) -> tuple[Study, EdgePart]:
+    """Return the validated experiment of `rank_paths` and the part with its edges; positions are those of the senders.
+
+    Args:
+        only: the edges that are patched; None for all.
+    """
+    check_pairs(pairs)
+    sites.check_route(route)
+    readout(asked.metric, SEQUENCES, "for paths, which freeze mediators in the prompt, but not in an answer that follows it")
+    lens = wrap(model)
+    lens.check_unhooked()
+    found = dictionaries_if_any(lens, saes)
+    sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
+    part = EdgePart(lens, Senders.of(lens, sending, found), [receiver_of(lens, node, found) for node in receiving], route, only)
+    if not any(part.edges.values()):
+        raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
+    about = {
+        "saes": {dictionary.name: dictionary.digest() for dictionary in found},
+        "route": route,
+        "senders": list(map(str, sending)),
+        "receivers": list(map(str, receiving)),
+    }
+    positions = list(dict.fromkeys(node.position for node in sending))
+    return Study.of(lens, [part], about, pairs, replace(asked, positions=positions)), part

@@ -1,0 +1,390 @@
+"""The arguments that all patching experiments share.
+
+A patching experiment, from validated arguments to the table of effects.
+
+Split a study into shards for workers: each shard is one part of the study for one group of pairs that run together.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from featpatch import sites
+from featpatch.console import announcing
+from featpatch.effects.collector import Collector
+from featpatch.effects.statistics import check_gap
+from featpatch.effects.table import Effects
+from featpatch.engine.executor import Batch, Executor
+from featpatch.engine.journal import Book, ClosedBook, Journal
+from featpatch.engine.patches import BaseRun, Block, Unit
+from featpatch.engine.path import PatchPath, choose_path
+from featpatch.engine.ray import executor_of
+from featpatch.engine.suffix import SuffixPath
+from featpatch.engine.sweep import Sweep, free_memory, row_budget, row_bytes, trace_bytes
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
+from featpatch.files import as_path
+from featpatch.model.lens import Lens
+from featpatch.model.provenance import provenance
+from featpatch.model.transport import packed, unpacked
+from featpatch.nodes import DIRECTIONS, Direction, check_directions
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.positions import Positions, Wanted, spans
+from featpatch.patching.changes import Contrast, Swap, Swaps
+from featpatch.patching.parts import Part
+from featpatch.patching.readings import Metrics, Reading, Readout, readings_of, readout
+from featpatch.patching.runs import KEPT, KEPT_SHARE, Kept, Noise, PairRuns, Runner, chunks
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments that all rankings share, as in `rank_features`; `Study.of` checks them."""
+
+    positions: Positions = "all"
+    directions: Sequence[Direction] = DIRECTIONS
+    metric: Metrics = "logit_diff"
+    batch_rows: int | None = None
+    noise: Noise | None = None
+
+
+SWAP = Swap()
+"""The default contrast: clean into corrupted, and corrupted into clean."""
+
+Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
+"""The metrics of clean runs and of corrupted runs, `[pairs, metrics]` each, and the number of patches per direction."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A validated patching experiment.
+
+    Attributes:
+        lens: the model.
+        parts: the nodes that are patched.
+        pairs: the clean and corrupted prompts.
+        directions: the directions of patching.
+        readout: the metrics that are measured.
+        metadata: everything that the results depend on, and their provenance.
+        path: the kind of forward pass that runs patches, chosen and checked.
+        rows: the number of rows in one forward pass.
+        memory: the estimated peak memory of such a pass, in bytes.
+        runner: the settings with which pairs are run.
+        runs: a cache of the runs of pairs.
+        remade: the other arguments of `of`, with which workers make the same study.
+    """
+
+    lens: Lens
+    parts: Sequence[Part]
+    pairs: Pairs
+    directions: tuple[Direction, ...]
+    readout: Readout
+    metadata: Mapping[str, Any]
+    path: PatchPath
+    rows: int
+    memory: int
+    runner: Runner
+    runs: Kept
+    remade: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, lens: Lens, parts: Sequence[Part], about: Mapping[str, Any], pairs: Pairs, asked: Asked, contrast: Contrast = SWAP
+    ) -> "Study":
+        """Make a study, after checking everything that can be checked without a sweep.
+
+        Args:
+            lens: the model.
+            parts: the nodes that are patched.
+            about: metadata about the parts, to store with the results.
+            pairs: the clean and corrupted prompts.
+            asked: the other arguments of the ranking.
+            contrast: the choice of base and source runs.
+
+        Raises:
+            FeatpatchError: if the input is unusable.
+        """
+        read, noise, batch_rows = readout(asked.metric), asked.noise, asked.batch_rows
+        chosen = check_directions(asked.directions)
+        if noise is not None and not isinstance(noise, Noise):
+            raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
+        check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
+        readings = readings_of(read, check_pairs(pairs), lens)
+        wanted = [spans(pair, asked.positions) for pair in pairs]
+        if noise is None and not contrast.everywhere and lens.causal:
+            _warn_of_the_unchanged(pairs, wanted)
+        hooks = sorted({hook for part in parts for hook in part.hooks})
+        changed = [site for part in parts for site in part.sites]
+        layers = sorted({sites.layer_of(site) for site in changed})
+        runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
+        runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
+        probes = _longest_and_shortest(pairs, readings, runs)
+        path = choose_path(lens, probes, list(dict.fromkeys(changed)))
+        columns = max(
+            len(read.measures.columns(reading.correct, reading.wrong) or range(lens.d_vocab))
+            for of_pair in readings.values()
+            for reading in of_pair
+        )
+        longest = max(len(run.tokens) for run in probes)
+        rows = batch_rows or row_budget(lens, longest, columns)
+        memory = rows * row_bytes(lens, longest, columns)
+        metadata = _metadata(lens, about, runner, read, chosen, asked.positions)
+        remade = {"about": about, "asked": asked, "contrast": contrast}
+        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, remade)
+
+    def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
+        """Run the sweep over all pairs and return the effects; after Ctrl-C, those that are finished.
+
+        Args:
+            journal: a file to which finished batches are written.
+            progress: whether to show a progress bar.
+            executor: where forward passes run, see `executor_of`; in this process by default.
+
+        Raises:
+            FeatpatchError: if the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
+        """
+        survey = self._survey()
+        for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
+            check_gap(name, of_clean, of_corrupted)
+        return self._swept(survey, journal, executor, progress=progress)
+
+    def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
+        """Run one block of a larger set of pairs, without checking that it has a gap; see `run`."""
+        return self._swept(self._survey(), journal, executor, progress=progress)
+
+    def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
+        elsewhere = executor_of(executor)
+        metadata = dict(self.metadata)
+        clean, corrupted, patches = survey
+        book = None if elsewhere is None else Book(self.rows)
+        if journal is not None:
+            subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
+            book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
+        with closing(book) if isinstance(book, Journal) else nullcontext():
+            if elsewhere is not None and book is not None:
+                book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
+            return self._collected(survey, metadata, book, progress=progress)
+
+    def _collected(self, survey: "Survey", metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
+        """Run the batches that the book lacks and collect the values of all; after Ctrl-C, of those that are finished."""
+        clean, corrupted, patches = survey
+        collector = Collector(self.readout.names)
+        finished: list[int] = []
+        begun: list[int] = []
+        try:
+            with tqdm(
+                total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
+            ) as bar:
+                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, announcing(bar))
+                for begun in chunks(self.pairs):
+                    for part in self.parts:
+                        self._patch(sweep, begun, part, collector)
+                    finished += begun
+        except KeyboardInterrupt:
+            metadata["finished"] = False
+            gathered = collector.effects(clean, corrupted, metadata)
+            gathered = gathered.of_pairs(finished) if finished else gathered.of_pairs(begun).known()
+            if not len(gathered):
+                raise
+            return gathered
+        return collector.effects(clean, corrupted, metadata)
+
+    def complete(self, *, progress: bool) -> Effects:
+        """Run the sweep over all pairs for a caller that needs all of them; Ctrl-C raises KeyboardInterrupt."""
+        effects = self.run(None, progress=progress)
+        if not effects.finished:
+            raise KeyboardInterrupt
+        return effects
+
+    def work(self) -> Iterator[tuple[list[Swaps], list[Block]]]:
+        """Yield the swaps and their patches, for each part of each group of pairs that run together."""
+        for some in chunks(self.pairs):
+            runs = self.runs(tuple(some))
+            for part in self.parts:
+                swaps = part.swaps(runs)
+                yield [swap for of_pair in swaps for swap in of_pair], self._blocks(runs, swaps)
+
+    @property
+    def fast(self) -> bool:
+        """Whether featpatch's own fast forward pass is used instead of the model's."""
+        return isinstance(self.path, SuffixPath)
+
+    def _run_elsewhere(self, executor: Executor, book: Book, patches: int, *, progress: bool) -> Book:
+        """Run all batches with an executor and return the book of their values; after Ctrl-C, of those that are finished."""
+        shards = len(list(chunks(self.pairs))) * len(self.parts)
+        total = patches * len(self.directions)
+        with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
+            try:
+                asked = replace(self.remade["asked"], directions=self.directions, batch_rows=book.rows)
+                study = partial(_again, self.lens, self.parts, self.pairs, {**self.remade, "asked": asked})
+                executor.run(partial(made, packed(study)), shards, book, bar.update)
+            except KeyboardInterrupt:
+                return ClosedBook(book.rows, book.finished)
+        return book
+
+    def blocks(self, some: list[int], part: Part) -> list[Block]:
+        """Return all patches of a part for some pairs that run together."""
+        runs = self.runs(tuple(some))
+        return self._blocks(runs, part.swaps(runs))
+
+    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
+        """List the patches by direction, then by pair, reading and swap."""
+        each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
+        return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
+
+    def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
+        """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
+        runs = self._prepared(some)
+        swaps = part.swaps(runs)
+        blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
+        values = [torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for block in blocks]
+        try:
+            sweep.fill(blocks, values)
+        finally:
+            left = iter(values)
+            found = [
+                (index, direction, [[next(left) for _ in of_pair] for _ in run.bases[direction]])
+                for direction in self.directions
+                for index, run, of_pair in zip(some, runs, swaps, strict=True)
+            ]
+            for slot, of_pair in enumerate(swaps):
+                for number, swap in enumerate(of_pair):
+                    collector.add(
+                        some[slot],
+                        swap.nodes,
+                        {
+                            direction: self._combined(index, torch.stack([reading[number] for reading in readings]))
+                            for index, direction, readings in found[slot :: len(some)]
+                        },
+                    )
+
+    def _prepared(self, some: list[int]) -> list[PairRuns]:
+        """Run some pairs and prepare them for the engine, always together, so that rounding is the same each time."""
+        runs = self.runs(tuple(some))
+        self.path.prepare([base for direction in DIRECTIONS for run in runs for base in run.bases[direction]])
+        return runs
+
+    def _combined(self, pair: int, values: torch.Tensor) -> NDArray[np.float64]:
+        return self.readout.combine(self.pairs[pair], values).numpy()
+
+    def _survey(self) -> "Survey":
+        """Measure the metrics of clean and of corrupted runs, and count the patches; see `Survey`."""
+        sweep = Sweep(self.path, self.readout.measures, self.rows)
+        base: dict[Direction, NDArray[np.float64]]
+        base = {direction: np.zeros((len(self.pairs), len(self.readout.names))) for direction in DIRECTIONS}
+        patches = 0
+        for some in chunks(self.pairs):
+            together = self._prepared(some)
+            for direction, values in base.items():
+                runs = [run.bases[direction] for run in together]
+                measured = sweep.baselines([run for of_pair in runs for run in of_pair]).split(
+                    [len(of_pair) for of_pair in runs]
+                )
+                for index, of_pair in zip(some, measured, strict=True):
+                    values[index] = self._combined(index, of_pair[:, None])
+            patches += sum(
+                part.count(run) * len(self.runner.readings[index])
+                for index, run in zip(some, together, strict=True)
+                for part in self.parts
+            )
+        return base["noising"], base["denoising"], patches
+
+
+def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str, Any]) -> Study:
+    """Make the same study in another process, which needs each pair only once and keeps no runs."""
+    study = Study.of(lens, parts, pairs=pairs, **remade)
+    study.runs.room = 0
+    return study
+
+
+def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
+    """Warn of labels that have no rows because they are before the first differing token in every pair."""
+    for label in (position for position in wanted[0] if isinstance(position, str) and position != "all"):
+        places = [max(span[label]) for span in wanted]
+        if all(place < pair.first_difference for place, pair in zip(places, pairs, strict=True)):
+            warnings.warn(
+                f"nothing differs at {label!r} of any pair, so that it has no rows: pair 0 has it at {places[0]} and differs "
+                f"from {pairs[0].first_difference} on; positions count from 0, with the BOS token",
+                FeatpatchWarning,
+                stacklevel=5,
+            )
+
+
+def _metadata(
+    lens: Lens, about: Mapping[str, Any], runner: Runner, read: Readout, directions: Sequence[Direction], positions: Positions
+) -> dict[str, Any]:
+    """Return everything that the results depend on, and their provenance."""
+    return {
+        "metric": read.names[0],
+        "metrics": list(read.names),
+        "directions": sorted(directions),
+        "positions": positions if isinstance(positions, str) else [*runner.wanted[0]],
+        **provenance(lens, runner.pairs),
+        **about,
+        **runner.contrast.about(),
+        **({} if runner.noise is None else {"noise": runner.noise.about()}),
+        "finished": True,
+    }
+
+
+def _longest_and_shortest(
+    pairs: Pairs, readings: Mapping[int, Sequence[Reading]], runs: Callable[[tuple[int, ...]], list[PairRuns]]
+) -> list[BaseRun]:
+    """Return the base runs with the most and with the fewest tokens, or a single one if the numbers are equal."""
+    together = list(chunks(pairs))
+    behind = [max((len(reading.continuation) for reading in readings[index]), default=0) for index in range(len(pairs))]
+    longest = max(together, key=lambda some: max(len(pairs[index]) + behind[index] for index in some))
+    shortest = min(together, key=lambda some: len(pairs[some[0]]))
+    found = [base for some in (longest, shortest) for run in runs(tuple(some)) for base in run.bases["denoising"]]
+    by_length = {len(run.tokens): run for run in reversed(found)}
+    return [by_length[length] for length in dict.fromkeys((max(by_length), min(by_length)))]
+
+
+@dataclass
+class StudyShards:
+    """A worker's copy of the study, with the batches of the shard that it is working on.
+
+    Attributes:
+        study: the study.
+    """
+
+    study: "Study"
+    _open: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
+
+    def __post_init__(self) -> None:
+        self._shards = [(some, part) for some in chunks(self.study.pairs) for part in self.study.parts]
+        self._sweep = Sweep(self.study.path, self.study.readout.measures, self.study.rows)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def batches(self, shard: int) -> list[Batch]:
+        """Return the batches of a shard, each with the number of its patches."""
+        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard).items()]
+
+    def run(self, shard: int, key: str) -> torch.Tensor | None:
+        """Run a batch in one forward pass, or in several if memory is short; return None if the shard has no such batch."""
+        batch = self._batches(shard).get(key)
+        return None if batch is None else self._sweep.run(batch).flatten()
+
+    def _batches(self, shard: int) -> dict[str, list[Unit]]:
+        """Return the batches of a shard by key; those of the latest shard are kept."""
+        if self._open[0] != shard:
+            some, part = self._shards[shard]
+            self._open = shard, self._sweep.batches(self.study.blocks(some, part))
+        return self._open[1]
+
+
+def made(study: bytes) -> StudyShards:
+    """Make a study and its shards from a pickled function that makes the study."""
+    return StudyShards(unpacked(study)())

@@ -1,0 +1,106 @@
+"""Dictionaries that need no training, as baselines for SAEs: coordinates, MLP neurons and principal components."""
+
+from typing import Any
+
+import torch
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.model.transformer_lens import wrap
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.sae.adapted import Adapted
+
+
+class _Affine(torch.nn.Module):
+    """An affine encoder and decoder: `encode(x) = (x - mean) @ into`, `decode(f) = f @ out + bias`."""
+
+    mean: torch.Tensor
+    into: torch.Tensor | None
+    out: torch.Tensor | None
+    bias: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, into: torch.Tensor | None, out: torch.Tensor | None, bias: torch.Tensor) -> None:
+        super().__init__()
+        for name, value in (("mean", mean), ("into", into), ("out", out), ("bias", bias)):
+            self.register_buffer(name, None if value is None else value.detach().clone())
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.mean if self.into is None else (x - self.mean) @ self.into
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.bias if self.out is None else features @ self.out + self.bias
+
+
+def identity(model: Any, hook: str) -> Adapted:
+    """Make a dictionary in which every coordinate of the activation at a hook point is a feature; its error is 0.
+
+    Raises:
+        FeatpatchError: the model has no such hook point.
+    """
+    x = _activations(model, hook, torch.zeros(1, 1, dtype=torch.long))
+    zero = x.new_zeros(x.shape[1])
+    return Adapted(_Affine(zero, None, None, zero), hook, hook, len(zero), f"coordinates of {hook}", linear=True)
+
+
+def neurons(model: Any, layer: int) -> Adapted:
+    """Make a dictionary of an MLP's neurons, read after the nonlinearity and written at `hook_mlp_out` through `W_out`.
+
+    Raises:
+        FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),
+            or whose weights are quantised.
+    """
+    reads, writes = sites.component(layer, "neurons"), sites.component(layer, "mlp_out")
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    x, y = _activations(model, reads, tokens), _activations(model, writes, tokens)
+    mlp = model.blocks[layer].mlp
+    try:
+        weight, bias = mlp.W_out, mlp.b_out
+        coder = _Affine(x.new_zeros(x.shape[1]), None, weight, y.new_zeros(y.shape[1]) if bias is None else bias)
+        exact = torch.allclose(coder.decode(x), y, rtol=1e-2, atol=1e-2 * float(y.abs().max()))
+    except NotImplementedError as error:
+        raise FeatpatchError(
+            f"the MLP of layer {layer} has quantised weights, which can be run and not read: expected plain weights; "
+            f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
+        ) from error
+    except (AttributeError, RuntimeError):
+        exact = False
+    if not exact:
+        raise FeatpatchError(
+            f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; "
+            f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
+        )
+    return Adapted(coder, reads, writes, x.shape[1], f"neurons of layer {layer}", linear=True)
+
+
+def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -> Adapted:
+    """Make a dictionary of principal components of the activations at a hook point.
+
+    They are computed over all prompts of the pairs, without special tokens.
+
+    Args:
+        components: how many components to keep, largest variance first; all by default. The remaining ones make up the error.
+
+    Raises:
+        FeatpatchError: the model has no such hook point, or it has fewer coordinates than the components asked for.
+    """
+    rows = []
+    check_numbers(1, components=1 if components is None else components)
+    for pair in check_pairs(pairs):
+        kept = pair.positions("all")
+        rows += [_activations(model, hook, torch.tensor([tokens]))[kept] for tokens in (pair.clean, pair.corrupted)]
+    x = torch.cat(rows)
+    wide = x.double()
+    mean = wide.mean(0)
+    _, directions = torch.linalg.eigh((wide - mean).T @ (wide - mean))
+    count = len(mean) if components is None else components
+    if not 1 <= count <= len(mean):
+        raise FeatpatchError(f"components={components}: expected 1 to {len(mean)}, the width of {hook!r}")
+    into = directions.flip(1)[:, :count].to(x)
+    coder = _Affine(mean.to(x), into, into.T, mean.to(x))
+    return Adapted(coder, hook, hook, len(mean), f"principal components of {hook}", linear=True)
+
+
+def _activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the activations `[pos, d]` of one prompt at a hook point."""
+    lens = wrap(model)
+    return lens.read(tokens, [lens.site(hook)])[lens.site(hook)].flatten(2)[0]

@@ -1,0 +1,209 @@
+"""Interface of an SAE or transcoder as pure arithmetic: encode an activation into features and a state, and decode it.
+
+    x = decode(features, state) + error
+
+The state is whatever else decoding needs of the activation, position by position: the scale and mean of an SAE that
+normalises each token, the skip path of a skip transcoder, the predicted codes of a temporal SAE. Most have none.
+
+Tests of how a codec behaves, on random activations rather than by its name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from featpatch.errors import FeatpatchError
+
+State = Mapping[str, torch.Tensor]
+"""The parts of a state by name, tensors `[batch, pos, n]`."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """An encoded activation: `features` `[batch, pos, d_sae]` and the state."""
+
+    features: torch.Tensor
+    state: State = field(default_factory=dict)
+
+
+class Codec(ABC):
+    """A pair of functions between activations `[batch, pos, d]` and codes, made from an object that the user passes as `saes`.
+
+    Args:
+        source: an object of the type that the codec supports.
+        like: a tensor of the model, whose dtype and device are used for an object without tensors.
+
+    Attributes:
+        kind: the name of the object's type, for messages.
+        d_in, d_out, d_sae: the widths of the activations that it reads and writes, and the number of features.
+        dtype: the dtype in which it encodes.
+        may_be_linear: whether the decoder is of a type that can be linear in the features; whether it is, is then tested.
+    """
+
+    kind: str
+    d_in: int
+    d_out: int
+    d_sae: int
+    dtype: torch.dtype
+    may_be_linear: bool = True
+
+    @abstractmethod
+    def __init__(self, source: Any, like: torch.Tensor) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def hooks(source: Any) -> tuple[str, str] | None:
+        """Return the names of the hook points that an object reads and writes; None for an object of another type."""
+
+    @abstractmethod
+    def encode(self, x: Float[torch.Tensor, "batch pos d_in"]) -> Code:
+        """Encode an activation of any dtype and device, in the dtype and on the device of the dictionary."""
+
+    @abstractmethod
+    def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d_out"]:
+        """Return the reconstruction."""
+
+    def rows(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"] | None:
+        """Return what a unit of each feature adds according to the weights; None if the weights do not tell.
+
+        It is always checked against `decode`.
+        """
+        return None
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that determines what the codec computes."""
+
+
+LENGTH = 8
+"""Number of positions in the random prompts."""
+
+CHANGED = 2**14
+"""Maximum number of features that are changed together."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a codec treats positions and features.
+
+    Attributes:
+        rowwise: whether each position is encoded on its own, without earlier ones.
+        linear: whether a unit of a feature adds to the activation along one fixed direction, whatever the other features and
+            the state are.
+        scaled: whether the amount that it adds depends on the state, in the same proportion for all features.
+    """
+
+    rowwise: bool
+    linear: bool
+    scaled: bool
+
+    @classmethod
+    def of(cls, codec: Codec, name: str) -> "Behaviour":
+        """Determine the behaviour of a codec from a few random activations of different sizes.
+
+        Raises:
+            FeatpatchError: values are not finite; or a position is encoded together with other prompts or later positions, or
+                decoded together with other positions, so that its features have no values of their own.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, LENGTH, codec.d_in, generator=generator) * torch.arange(1.0, LENGTH + 1)[:, None]
+        together, alone, upto = codec.encode(x), codec.encode(x[:1]), codec.encode(x[:1, :-1])
+        decoded = codec.decode(alone.features, alone.state)
+        if not torch.isfinite(together.features).all() or not torch.isfinite(decoded).all():
+            raise FeatpatchError(
+                f"SAE {name!r} ({codec.kind}) gives NaN or infinite values for random activations: expected finite numbers; "
+                "check its weights, or load it in float32"
+            )
+        same = _same if codec.dtype in (torch.bfloat16, torch.float16) else _close
+        if not all(
+            same(one[0], other[0]) and same(other[:, :-1], before)
+            for one, other, before in zip(*map(_parts, (together, alone, upto)), strict=True)
+        ):
+            raise FeatpatchError(
+                f"SAE {name!r} ({codec.kind}) encodes a row differently beside others: expected one whose features depend on "
+                "the prompt up to there alone; save a training SAE with save_inference_model and load it again"
+            )
+        rows = [torch.cat(row, dim=1) for row in zip(*(_parts(codec.encode(x[:1, [p]])) for p in range(LENGTH)), strict=True)]
+        by_row = [codec.decode(alone.features[:, [p]], _at(alone.state, p)) for p in range(LENGTH)]
+        if not _close(decoded, torch.cat(by_row, dim=1)):
+            raise FeatpatchError(
+                f"SAE {name!r} ({codec.kind}) decodes a position differently beside others: expected every position alone"
+            )
+        scale = gain(codec, alone.state)
+        return cls(
+            rowwise=all(map(_close, _parts(alone), rows)),
+            linear=codec.may_be_linear and _linear(codec, alone, scale),
+            scaled=not torch.allclose(scale, torch.ones_like(scale), rtol=1e-3),
+        )
+
+
+def _parts(code: Code) -> list[torch.Tensor]:
+    """Return the features and every part of the state, each `[batch, pos, n]`."""
+    return [code.features, *code.state.values()]
+
+
+def reference(codec: Codec) -> Code:
+    """Return a code with all features off, in the state of a fixed random activation.
+
+    Directions are measured from this code, and the gain is 1 in its state.
+    """
+    code = codec.encode(torch.randn(1, 1, codec.d_in, generator=torch.Generator().manual_seed(3)))
+    return Code(torch.zeros_like(code.features), code.state)
+
+
+def gain(codec: Codec, state: State) -> torch.Tensor:
+    """Return how much a unit of any feature adds at each position, `[batch, pos, 1]`, relative to the reference.
+
+    It is measured with a fixed change of the features in each position's own state, and is meaningful if the codec is linear.
+    """
+    there = reference(codec)
+    if not state:
+        return torch.ones_like(there.features[..., :1])
+    batch, positions = next(iter(state.values())).shape[:2]
+    here = Code(there.features.expand(batch, positions, -1), state)
+    change = _change(codec, there, seed=2)
+    added, unit = _adds(codec, here, change), _adds(codec, there, change)
+    return (added * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
+
+
+def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
+    """Return whether a change of the features adds the same to the activation, up to the gain, whatever the features are."""
+    change = _change(codec, code, seed=1)
+    once, twice = (_adds(codec, code, times * change) for times in (1, 2))
+    expected = scale * _adds(codec, reference(codec), change)
+    largest = codec.decode(code.features, code.state).abs().max() + twice.abs().max()
+    tolerance = 64 * torch.finfo(once.dtype).eps * float(largest)
+    return bool(torch.cat([once - expected, twice - 2 * expected]).abs().max() <= tolerance)
+
+
+def _change(codec: Codec, code: Code, seed: int) -> torch.Tensor:
+    """Return a random change of all features, or of few enough that rounding does not hide their sum."""
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.rand(codec.d_sae, generator=generator)
+    if codec.d_sae > CHANGED:
+        change[torch.randperm(codec.d_sae, generator=generator)[CHANGED:]] = 0
+    return change.to(code.features)
+
+
+def _adds(codec: Codec, code: Code, change: torch.Tensor) -> torch.Tensor:
+    return codec.decode(code.features + change, code.state) - codec.decode(code.features, code.state)
+
+
+def _at(state: State, position: int) -> State:
+    return {name: value[:, [position]] for name, value in state.items()}
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two results differ by rounding alone."""
+    tolerance = 256 * torch.finfo(one.dtype).eps
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(one.abs().max()))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether only a few values differ: rounding may turn a feature at its threshold on or off."""
+    differs = (one - other).abs() > 1e-2 * float(one.abs().max())
+    return int(differs.sum()) <= 2 + 0.05 * int((one != 0).sum())

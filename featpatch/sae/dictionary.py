@@ -1,0 +1,395 @@
+"""Dictionaries of features at the hook points of a model.
+
+    x = decode(f) + e,   f = encode(x)        features f [d_sae] and error e always travel together
+
+A dictionary reads at one hook point and writes at another; for an autoencoder both are the same, for a transcoder they are
+not. Activations are flat: `[batch, pos, d]`, with the heads of `hook_z` side by side.
+
+Check the nodes that the user passes against the model and its dictionaries.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError
+from featpatch.model.digest import check_finite
+from featpatch.model.lens import Lens
+from featpatch.model.stack import folded, trivial_norms
+from featpatch.nodes import COMPONENTS, LOGITS, Node
+from featpatch.sae.adapted import Adapted, AdaptedCodec
+from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
+from featpatch.sae.formats import library_of
+from featpatch.sae.loading import Training
+from featpatch.sae.sae_lens import SaeCodec
+
+PROBED = 2**23
+"""Maximum number of feature values that are decoded together."""
+
+SUMMED = 256
+"""Number of features whose rows of the weights are checked together."""
+
+ROUNDING = 64
+"""Tolerated difference between the decoded change and the sum of the rows, in units of rounding."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """An activation at a hook point, split by a dictionary.
+
+    Attributes:
+        features: the features, `[batch, pos, d_sae]`.
+        state: the parts of the activation that decoding needs besides the features (see `codec`), each `[batch, pos, n]`.
+        error: the part that the dictionary does not reconstruct, `[batch, pos, d_out]`.
+    """
+
+    features: torch.Tensor
+    state: State
+    error: torch.Tensor
+
+    def since(self, position: int) -> "Split":
+        """Return the split without the positions before `position`."""
+        state = {name: value[:, position:] for name, value in self.state.items()}
+        return Split(self.features[:, position:], state, self.error[:, position:])
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """A codec at its hook points in a model.
+
+    Attributes:
+        name: a name that is unique among the dictionaries of a call.
+        reads, writes: names of hook points in TransformerLens' spelling.
+        shape: the shape of one activation at `writes`, e.g. `(n_heads, d_head)` for `hook_z`.
+        behaviour: the tested behaviour of the codec.
+        source: the object that the user gave.
+    """
+
+    name: str
+    codec: Codec
+    reads: str
+    writes: str
+    shape: tuple[int, ...]
+    behaviour: Behaviour
+    source: Any
+
+    @property
+    def training(self) -> Training:
+        """What the configuration says about the training."""
+        return Training.of(self.source)
+
+    def elsewhere(self, lens: Lens) -> "list[Dictionary]":
+        """Return the same codec at its hook points in other layers, and at other hook points of its layer."""
+        hooks = [
+            (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
+            for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
+        ]
+        if self.reads == self.writes:
+            hooks += [(hook, hook) for hook in sites.beside(self.reads)]
+        else:
+            hooks += [(hook, self.writes) for hook in sites.beside(self.reads)]
+            hooks += [(self.reads, hook) for hook in sites.beside(self.writes)]
+        known = {(lens.site(reads), lens.site(writes)) for reads, writes in hooks if {reads, writes} <= set(lens.hook_points)}
+        return [replace(self, reads=reads, writes=writes) for reads, writes in sorted(known - {(self.reads, self.writes)})]
+
+    @property
+    def place(self) -> str:
+        """The hook points that it reads and writes, for messages."""
+        return repr(self.writes) if self.reads == self.writes else f"{self.reads!r} -> {self.writes!r}"
+
+    @property
+    def d_sae(self) -> int:
+        """The number of features."""
+        return self.codec.d_sae
+
+    @torch.no_grad()
+    def split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
+        """Split the activation at `reads` into features, and compute the error at `writes`.
+
+        Both activations are `[batch, pos, ...]`. The error has the wider of the dtypes of the model and the dictionary.
+
+        Raises:
+            FeatpatchError: features or errors are not finite.
+        """
+        code = self.codec.encode(read.flatten(2))
+        error = written.flatten(2).to(code.features.device) - self.codec.decode(code.features, code.state)
+        if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
+            raise FeatpatchError(
+                f"{self.name} gives NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
+            )
+        return Split(code.features, code.state, error)
+
+    @torch.no_grad()
+    def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d"]:
+        """Return the reconstruction, flat."""
+        return self.codec.decode(features, state)
+
+    @torch.no_grad()
+    def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
+        """Compute what one unit of each feature adds to the activation, according to `decode` rather than `W_dec`.
+
+        Rows of the weights are used if `decode` maps random sums of features to the same sums of rows, up to a common factor;
+        otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this direction
+        in every state, times the gain of the state.
+        """
+        features, back = features.unique(return_inverse=True)
+        found = self._directions(features)
+        return found[back.to(found.device)]
+
+    def _directions(self, features: torch.Tensor) -> torch.Tensor:
+        """Compute the directions of features without duplicates."""
+        off = reference(self.codec)
+        rows = self.codec.rows(features)
+        if rows is not None and len(features):
+            checked = [self._checked(*chunk, off) for chunk in zip(features.split(SUMMED), rows.split(SUMMED), strict=True)]
+            if all(chunk is not None for chunk in checked):
+                return torch.cat([chunk for chunk in checked if chunk is not None])
+        some = max(1, PROBED // self.d_sae)
+        return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
+
+    def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
+        """Return the rows times their common factor, or None if `decode` adds something else."""
+        signs = torch.randint(0, 2, (len(features),), generator=torch.Generator().manual_seed(0)).to(rows) * 2 - 1
+        units = off.features.clone()
+        units[0, 0, features.to(units.device)] = signs.to(units)
+        added = (self.codec.decode(units, off.state) - self.codec.decode(off.features, off.state))[0, 0]
+        expected = signs @ rows
+        factor = (added @ expected) / (expected @ expected)
+        tolerance = ROUNDING * torch.finfo(rows.dtype).eps * self.codec.decode(units, off.state).abs().max()
+        return rows * factor if (added - factor * expected).abs().max() <= tolerance else None
+
+    def _probe(self, features: torch.Tensor, off: Code) -> torch.Tensor:
+        units = off.features.repeat(len(features), 1, 1)
+        units[torch.arange(len(features), device=units.device), 0, features.to(units.device)] = 1
+        state = {name: value.expand(len(features), -1, -1) for name, value in off.state.items()}
+        return self.codec.decode(units, state)[:, 0] - self.codec.decode(off.features, off.state)[:, 0]
+
+    @torch.no_grad()
+    def gains(self, split: Split) -> Float[torch.Tensor, " pos"]:
+        """Return the factor on the features' directions at each position of a single prompt, if the behaviour is `scaled`."""
+        return gain(self.codec, split.state)[0, :, 0]
+
+    @torch.no_grad()
+    def moved(
+        self, base: Split, source: Split, position: Int[torch.Tensor, " n"], feature: Int[torch.Tensor, " n"]
+    ) -> Float[torch.Tensor, "n d_out"]:
+        """Compute the change of a single prompt's activation when one feature at one position takes the source's value.
+
+        This is the definition, decode(f_b with one value of f_s) - decode(f_b), in the state of the base run.
+        """
+        before = self.codec.decode(base.features, base.state)[0]
+        changes = [before.new_zeros(0, self.codec.d_out)]
+        for rows in torch.arange(len(position), device=before.device).split(max(1, PROBED // self.d_sae)):
+            at, which = position.to(rows.device)[rows], feature.to(rows.device)[rows]
+            state = {name: value[0, at, None] for name, value in base.state.items()}
+            after = base.features[0, at, None]
+            after[torch.arange(len(rows), device=rows.device), 0, which] = source.features[0, at, which]
+            changes.append(self.codec.decode(after, state)[:, 0] - before[at])
+        return torch.cat(changes)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that determines what the codec computes."""
+        return self.codec.digest()
+
+
+CODECS: tuple[type[Codec], ...] = (AdaptedCodec, SaeCodec)
+"""The codecs, each of which recognises the objects of its type."""
+
+
+def kind_of(source: Any) -> tuple[type[Codec], str, str]:
+    """Find the codec for an object, and return it with the hook points that the object reads and writes.
+
+    Raises:
+        FeatpatchError: no codec supports the object.
+    """
+    for codec in CODECS:
+        hooks = codec.hooks(source)
+        if hooks is not None:
+            return codec, *hooks
+    if library := library_of(source):
+        raise FeatpatchError(
+            f"{type(source).__name__} is an object of {library}, which does not say where it belongs: expected "
+            "fp.adapt(object, hook), and hook_out= for a transcoder"
+        )
+    raise FeatpatchError(
+        f"{type(source).__name__} is not a sae-lens SAE: expected an object such as SAE.load_from_disk gives, or, for any "
+        "other object with encode and decode, fp.adapt(object, hook, d_in=...)"
+    )
+
+
+@torch.no_grad()
+def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
+    """Make the dictionaries of a model from SAEs, and check that each fits the model.
+
+    Args:
+        saes: one object of a type in `codecs/`, or several; several may share a hook point. A `Dictionary` is returned
+            unchanged.
+
+    Raises:
+        FeatpatchError: an SAE names no hook point, or one that the model lacks or that does not hold what the SAE was trained
+            on; its width differs from that of the activation there; or it encodes a position together with later positions or
+            other prompts.
+    """
+    if isinstance(saes, Dictionary):
+        return [saes]
+    saes = several(saes)
+    if not saes:
+        raise FeatpatchError("there are no SAEs: expected at least one sae-lens SAE or transcoder")
+    kinds = [
+        (kind, _hook(lens, Training.of(sae), reads), _hook(lens, Training.of(sae), writes))
+        for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
+    ]
+    shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
+    like = lens.first_weight
+    made: list[Dictionary] = []
+    for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
+        name = getattr(sae, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
+        repeated = sum(re.sub(r"#\d+$", "", other.name) == name for other in made)
+        name = f"{name}#{repeated + 1}" if repeated else name
+        if any(name == other.name for other in made):
+            raise FeatpatchError(f"two dictionaries are named {name!r}: expected different names, and none that ends in #n")
+        check_finite(f"SAE {name!r}", sae.coder if isinstance(sae, Adapted) else sae)
+        codec = kind(sae, like)
+        _check_width(name, "reads", reads, prod(shapes[reads]), codec.d_in)
+        _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
+        made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))
+    return made
+
+
+def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
+    """Return the dictionaries, see `dictionaries`; an empty list for None or an empty tuple."""
+    return [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+
+
+def several(saes: Any) -> list[Any]:
+    """Return one or several dictionaries as a list; a name, a mapping and an SAE (iterable in sae-lens) count as one."""
+    return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
+
+
+def _hook(lens: Lens, said: Training, name: str) -> str:
+    """Return the hook point of the model that holds what a dictionary was trained on.
+
+    Args:
+        name: the hook point that the dictionary's configuration names.
+
+    Raises:
+        FeatpatchError: there is no such hook point, or the name is ambiguous.
+    """
+    if said.known and sites.is_mlp_in(name):
+        if said.module is None:
+            layer = sites.layer_of(name)
+            stream = sites.component(layer, "resid_mid")
+            stream = stream if stream in lens.hook_points else sites.resid_pre(layer)
+            raise FeatpatchError(
+                f"the SAE names the hook {name!r}, which is the residual stream before the norm in TransformerLens and the "
+                "norm's output for transcoders of Gemma Scope 2, and its metadata has no hf_hook_name that tells which: "
+                f"expected another name; set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
+            )
+        name = said.module
+    weighted = sites.weighted(name) if said.known and said.folded is None else None
+    if weighted is not None and weighted in lens.hook_points and not folded(lens) and not trivial_norms(lens):
+        raise FeatpatchError(
+            f"the SAE names the hook {name!r}, which is the norm's output without the norm's weight, and its metadata does not "
+            "say whether it was trained without the weight (as Gemma Scope 1 was) or with it: if with, set "
+            f"sae.cfg.metadata.hook_name to {weighted!r}; if without, set metadata.model_name, or "
+            "metadata.model_from_pretrained_kwargs = {'fold_ln': True}"
+        )
+    if name == sites.EMBEDDING and name in lens.hook_points:
+        return _embedding(lens)
+    return _after_norm(lens, said, name) if sites.after_norm(name) else lens.site(name)
+
+
+def _embedding(lens: Lens) -> str:
+    """Return the hook point at the input of the first layer, if it holds the embedding.
+
+    Raises:
+        FeatpatchError: the model changes the embedding before the first layer.
+    """
+    entry = sites.resid_pre(0)
+    both = lens.read(torch.tensor([[0, 1, 2]]), [sites.EMBEDDING, entry])
+    if not torch.equal(both[sites.EMBEDDING], both[entry]):
+        raise FeatpatchError(
+            f"the SAE reads {sites.EMBEDDING!r}, to which this model adds positions, or which it scales or normalises, before "
+            f"the first block: expected an SAE of a block's hook; {entry!r} holds the result, which this SAE was not trained on"
+        )
+    return entry
+
+
+def _after_norm(lens: Lens, said: Training, name: str) -> str:
+    """Return the hook point for a dictionary of a norm's output, which includes the norm's weight unless that is folded.
+
+    Raises:
+        FeatpatchError: the weight was folded in the training but is not in this model, or the other way round.
+    """
+    is_folded = folded(lens)
+    was_folded = is_folded if said.folded is None else said.folded
+    if name not in lens.hook_points and sites.normalized(name) in lens.hook_points:
+        if is_folded and was_folded:
+            return sites.normalized(name)
+        raise FeatpatchError(
+            f"the model has no hook {name!r}, and none that holds the norm's output with its weight: expected a "
+            "HookedSAETransformer or a TransformerBridge with its weights as they are; use fp.load, or "
+            "HookedSAETransformer.from_pretrained_no_processing"
+        )
+    if is_folded and not was_folded:
+        raise FeatpatchError(
+            f"the SAE of {name!r} was trained with the weight of the norm, which in this model is folded into the MLP or "
+            "attention: expected the weights of its training; load the model with processing=[]"
+        )
+    if was_folded and not is_folded and not trivial_norms(lens):
+        raise FeatpatchError(
+            f"the SAE of {name!r} was trained without the weight of the norm, which in this model is not folded: expected the "
+            "weights of its training; load the model with processing=['fold_ln'], or set sae.cfg.metadata.hook_name to "
+            f"{sites.normalized(name)!r}, which holds the same"
+        )
+    return lens.site(name)
+
+
+def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:
+    activations = lens.read(torch.zeros(1, 1, dtype=torch.long), sorted(hooks))
+    return {hook: tuple(activation.shape[2:]) for hook, activation in activations.items()}
+
+
+def _check_width(name: str, verb: str, hook: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise FeatpatchError(
+            f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {found}: expected an SAE trained on "
+            "this hook of this model; load the one that belongs to it"
+        )
+
+
+def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) -> list[Node]:
+    """Return nodes as a list, after checking that the model and the dictionaries have them.
+
+    Args:
+        nodes: a list of nodes, in which `"logits"` stands for `LOGITS`, or a table of effects whose rows are the nodes.
+        found: the dictionaries.
+        name: the name of the argument, for errors.
+
+    Raises:
+        FeatpatchError: there are no nodes, one appears twice, or the model and the dictionaries lack one.
+    """
+    given = getattr(nodes, "nodes", nodes)
+    chosen = [LOGITS if node == "logits" else node for node in given] if isinstance(given, (list, tuple)) else []
+    if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
+        raise FeatpatchError(
+            f"{name}={nodes!r}: expected nodes in a list, each once, or a table of effects whose rows they are"
+        )
+    for node in chosen:
+        if node == LOGITS:
+            continue
+        owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
+        if node.kind in COMPONENTS and node.sae:
+            raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
+        site = lens.site(node.site) if owner is None else owner.writes
+        in_heads = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")
+        count = owner.d_sae if owner is not None else lens.heads(site) if in_heads else None
+        if node.index is not None and count is not None and node.index >= count:
+            raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
+    return chosen

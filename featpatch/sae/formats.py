@@ -1,0 +1,600 @@
+"""Read dictionaries of other libraries, from their folders or from objects in memory, and convert them to one layout.
+
+| library | files | objects |
+|---|---|---|
+| dictionary_learning | `ae.pt`, `config.json` | `AutoEncoder`, `AutoEncoderTopK`, ... |
+| sparsify | `sae.safetensors`, `cfg.json` | `SparseCoder` |
+| circuit-tracer | `layer_N.safetensors`, `config.yaml` | `SingleLayerTranscoder` |
+| Gemma Scope 1 and 2 | `params.npz`; `params.safetensors`, `config.json` | |
+
+Files are read as tensors, numbers and text; no code in them is ever run. Objects are recognised by the name of their module, so
+none of these libraries has to be installed.
+"""
+
+import errno
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import yaml  # type: ignore[import-untyped]
+from safetensors.torch import load_file
+
+from featpatch.errors import FeatpatchError
+from featpatch.files import read_json
+from featpatch.model.digest import TYPES, check_finite
+from featpatch.model.sources import numerically
+from featpatch.untrusted import short
+
+UNSUPPORTED_CLT = (
+    "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
+    "layer, such as the per-layer transcoders of this model"
+)
+
+LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
+"""Names of libraries for messages, by the name of their Python package."""
+
+ARCHITECTURES = {
+    ("relu", False, False): "standard",
+    ("gated", False, False): "gated",
+    ("jumprelu", False, False): "jumprelu",
+    ("topk", False, False): "topk",
+    ("relu", True, False): "transcoder",
+    ("relu", True, True): "skip_transcoder",
+    ("jumprelu", True, False): "jumprelu_transcoder",
+    ("jumprelu", True, True): "jumprelu_skip_transcoder",
+}
+"""sae-lens' architecture that computes the same, by activation, whether it is a transcoder, and whether it has a skip path."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a dictionary in the layout of sae-lens: f = activation(x W_enc + b_enc), y = f W_dec + b_dec + W_skip x.
+
+    Attributes:
+        origin: a description of where the weights come from, for messages.
+        tensors: `W_enc` `[d_in, d_sae]`, `W_dec` `[d_sae, d_out]`, `b_dec` and `b_enc`; for the activations "jumprelu" and
+            "jump" also `threshold`; for "gated" `b_gate`, `b_mag` and `r_mag` instead of `b_enc`; for a dictionary with a skip
+            path `W_skip` `[d_out, d_in]`.
+        activation: a key of `ACTIVATIONS`, or "gated".
+        k: the number of features that "topk", "signed_topk" and "groupmax" keep.
+        centred: whether `b_dec` is subtracted from the input.
+        transcoder: whether it predicts an activation other than the one that it reads.
+        reads, writes: names of hook points in TransformerLens' spelling, if known.
+        model: the model's name, if known.
+
+    Raises:
+        FeatpatchError: the shapes do not match, or a weight is not finite.
+    """
+
+    origin: str
+    tensors: Mapping[str, torch.Tensor]
+    activation: str
+    k: int | None = None
+    centred: bool = False
+    transcoder: bool = False
+    reads: str | None = None
+    writes: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if any(self.tensors[name].ndim == 3 for name in ("W_enc", "W_dec")):
+            raise FeatpatchError(f"{self.origin}: {UNSUPPORTED_CLT}")
+        d_in, d_sae = self.tensors["W_enc"].shape if self.tensors["W_enc"].ndim == 2 else (0, 0)
+        d_out = int(self.tensors["b_dec"].numel())
+        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in TYPES:
+                raise FeatpatchError(f"{self.origin}: {name} is {tensor.dtype}: expected one of {', '.join(map(str, TYPES))}")
+            if tensor.shape != shapes.get(name, (d_sae,)) or not d_in * d_sae * d_out:
+                found = {each: list(other.shape) for each, other in self.tensors.items()}
+                raise FeatpatchError(
+                    f"{self.origin}: the shapes of the weights do not match ({found}): expected {name} to be "
+                    f"{list(shapes.get(name, (d_sae,)))}; download or save the file again"
+                )
+        check_finite(self.origin, self.tensors)
+        if (self.centred and d_in != d_out) or not (self.k is None or 1 <= self.k <= d_sae):
+            raise FeatpatchError(
+                f"{self.origin}: d_in={d_in}, d_out={d_out}, d_sae={d_sae}, k={self.k}: expected k from 1 to d_sae, and the "
+                "same width in and out if b_dec is subtracted from the input"
+            )
+        if self.activation == "groupmax" and d_sae % (self.k or 1):
+            raise FeatpatchError(f"{self.origin}: {d_sae} features in {self.k} groups: expected groups of equal size")
+
+    @property
+    def architecture(self) -> str | None:
+        """The sae-lens architecture that computes the same; None if there is none."""
+        if self.transcoder and self.centred:
+            return None
+        return ARCHITECTURES.get((self.activation, self.transcoder, "W_skip" in self.tensors))
+
+    def at(self, hook: str | None, hook_out: str | None) -> "Weights":
+        """Return the same weights with the hook points that the user names, or else with the known ones.
+
+        Raises:
+            FeatpatchError: a hook point is neither named nor known.
+        """
+        reads = hook or self.reads
+        writes = hook_out or (self.writes if hook is None or self.transcoder else hook)
+        missing = []
+        if reads is None:
+            missing.append(f"hook='blocks.N.{'mlp.hook_in' if self.transcoder else 'hook_resid_post'}'")
+        if writes is None and self.transcoder:
+            missing.append("hook_out='blocks.N.hook_mlp_out'")
+        if missing:
+            raise FeatpatchError(
+                f"{self.origin} does not say at which hook the dictionary {'reads' if reads is None else 'writes'}: pass "
+                f"{' and '.join(missing)}, with the hook that it was trained on"
+            )
+        return replace(self, reads=reads, writes=writes or reads)
+
+    def to(self, dtype: str | None, device: str) -> "Weights":
+        """Return the same weights on another device and in another dtype; None keeps their own dtype.
+
+        Raises:
+            FeatpatchError: the dtype is unknown.
+        """
+        wanted = None if dtype is None else getattr(torch, dtype, None)
+        if dtype is not None and wanted not in TYPES:
+            raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
+        own = self.tensors["W_enc"].dtype if wanted is None else wanted
+        return replace(self, tensors={name: each.to(device=device, dtype=own) for name, each in self.tensors.items()})
+
+
+def _keep(pre: torch.Tensor, k: int) -> torch.Tensor:
+    """Keep the `k` largest values of each row and set the others to zero."""
+    top = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+
+
+def _groupmax(pre: torch.Tensor, k: int) -> torch.Tensor:
+    """Keep the largest value of each of `k` groups of adjacent features and set the others to zero."""
+    return _keep(pre.unflatten(-1, (k, -1)), 1).flatten(-2)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]] = {
+    "relu": lambda pre, k, threshold: pre.relu(),
+    "jumprelu": lambda pre, k, threshold: pre.relu() * (pre > threshold),
+    "jump": lambda pre, k, threshold: pre * (pre > threshold),
+    "topk": lambda pre, k, threshold: _keep(pre.relu(), k),
+    "signed_topk": lambda pre, k, threshold: _keep(pre, k),
+    "groupmax": lambda pre, k, threshold: _groupmax(pre.relu(), k),
+}
+"""Activation functions of encoders, as functions of `(pre-activation, k, threshold)`."""
+
+
+class Coder(torch.nn.Module):
+    """A dictionary for which sae-lens has no class: any activation function, with or without a skip path.
+
+    It encodes in the dtype of its weights and decodes in float32 at least.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    b_dec: torch.Tensor
+    W_dec: torch.Tensor
+    W_skip: torch.Tensor
+    threshold: torch.Tensor
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.activation, self.k, self.centred = weights.activation, weights.k or 0, weights.centred
+        own = weights.tensors["W_enc"].dtype
+        wide = own if own == torch.float64 else torch.float32
+        for name in ("W_enc", *sorted(set(weights.tensors) - {"W_enc"})):
+            tensor = weights.tensors[name]
+            self.register_buffer(name, tensor.to(wide) if name in ("W_dec", "b_dec", "W_skip") else tensor)
+        if "threshold" not in weights.tensors:
+            self.register_buffer("threshold", torch.zeros_like(self.b_enc))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the features, in the dtype of the encoder."""
+        centred = x - self.b_dec.to(x) if self.centred else x
+        return ACTIVATIONS[self.activation](centred @ self.W_enc + self.b_enc, self.k, self.threshold)
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the reconstruction without the skip path."""
+        return features.to(self.W_dec) @ self.W_dec + self.b_dec
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the value of the skip path, which is added to the decoded features."""
+        return x.to(self.W_skip) @ self.W_skip.T
+
+
+def library_of(source: Any) -> str | None:
+    """Return the name of the library in `LIBRARIES` that defines an object's class; None if none does.
+
+    A subclass that is defined elsewhere is not recognised, because it may compute something else.
+    """
+    modules = type(source).__module__.split(".")
+    return next((name for module, name in LIBRARIES.items() if module in modules), None)
+
+
+def of_object(source: Any) -> Weights | None:
+    """Copy the weights of an object of one of the libraries; None for any other object.
+
+    Raises:
+        FeatpatchError: the object is of one of the libraries, but its class is not supported.
+    """
+    library, kind = library_of(source), type(source).__name__
+    if library is None or (library == "dictionary_learning" and kind not in CLASSES):
+        return None
+    if library == "circuit-tracer" and kind == "CrossLayerTranscoder":
+        raise FeatpatchError(f"the {kind} of circuit-tracer: {UNSUPPORTED_CLT}")
+    if library == "circuit-tracer" and kind == "TranscoderSet":
+        raise FeatpatchError("a TranscoderSet of circuit-tracer has a transcoder for every layer: adapt one, such as saes[3]")
+    origin = f"the {kind} of {library}"
+    if not isinstance(source, torch.nn.Module):
+        raise FeatpatchError(f"{origin} is no torch module with weights: expected a loaded SAE or transcoder of {library}")
+    state = {name: value.detach().clone() for name, value in source.state_dict().items()}
+    if library == "dictionary_learning":
+        subtracts = bool(getattr(source, "apply_b_dec_to_input", False))
+        weights = _dictionary_learning(origin, state, kind, None, subtracts)
+        groups = getattr(source, "group_indices", None)
+        if groups is not None:  # Matryoshka SAEs can switch the last groups off
+            active = int(groups[source.active_groups])
+            for name in ("W_enc", "b_enc"):
+                weights.tensors[name][..., active:] = 0
+        return weights
+    if library == "sparsify":
+        return _sparsify(origin, state, {**vars(source.cfg), "d_in": source.d_in}, None)
+    for name in ("W_enc", "W_dec"):  # lazily loaded weights are not in the state
+        state.setdefault(name, getattr(source, name).detach())
+    return _circuit_tracer(origin, state, source.activation_function)
+
+
+def read(path: Path) -> Weights | None:
+    """Read the weights in a folder or file of one of the libraries; None if it is of none of them.
+
+    Raises:
+        FeatpatchError: the file is damaged, or its type is not supported.
+    """
+    if path.suffix == ".safetensors" and path.name not in READERS:
+        return _circuit_tracer_file(path) if path.is_file() else None
+    folder = path.parent if path.name in READERS else path
+    if not folder.is_dir():
+        layer = path.with_name(f"{path.name}.safetensors")
+        return _circuit_tracer_file(layer) if layer.is_file() else None
+    for file, reader in READERS.items():
+        if (folder / file).is_file():
+            return reader(folder)
+    if (folder / "config.yaml").is_file():
+        _circuit_tracer_config(folder)  # raises if the configuration explains why there are no layers
+    return None
+
+
+def inside(folder: Path) -> list[str]:
+    """List the dictionaries in the subfolders of a folder, as `holding` names them."""
+    return holding(each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern))
+
+
+def several(name: str, found: Collection[str]) -> str:
+    """Return the error message for a folder or repository that holds several dictionaries."""
+    listed = ", ".join(list(found)[:40]) + (", ..." if len(found) > 40 else "")
+    return f"{name!r} holds the dictionaries {listed}: expected one, such as {f'{name}/{next(iter(found))}'!r}"
+
+
+def holding(names: Iterable[str]) -> list[str]:
+    """List the dictionaries that `read` or sae-lens can load, given file names, sorted by the numbers in their names."""
+    found = set()
+    for name in map(PurePosixPath, names):
+        if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
+            found.add(str(name.parent))
+        elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
+            found.add(str(name.with_suffix("")))
+    return numerically(found)
+
+
+def patterns(folder: str) -> list[str]:
+    """List the files of a repository that `read` needs for one of its folders."""
+    up = str(PurePosixPath(folder).parent)
+    above = "" if up == "." else f"{up}/"
+    inside = [f"{folder}/{file}" for file in (*READERS, "config.json", "cfg.json", "config.yaml")]
+    return [*inside, folder, f"{folder}.safetensors", f"{above}config.yaml", f"{above}config.json"]
+
+
+COMPILED = "_orig_mod."
+"""The prefix that torch.compile puts before the names of weights."""
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors in a file, by name; no code in it is run.
+
+    Raises:
+        FeatpatchError: the file can't be read, or holds something else.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        elif path.suffix == ".pt":
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = load_file(path)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {short(error)}"
+        if isinstance(error, OSError) and error.errno == errno.EINVAL:  # torch.load seeks before the start of the file
+            reason = f"it ends after {path.stat().st_size} bytes, too early"
+        raise FeatpatchError(
+            f"{str(path)!r} can't be read ({reason}): expected a whole file of weights and nothing else (code in it is never "
+            "run); download it again, or save the state_dict alone"
+        ) from error
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected tensors by name, a state_dict")
+    return {name.removeprefix(COMPILED): value for name, value in found.items()}
+
+
+def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
+    """Read the settings in a configuration file.
+
+    Raises:
+        FeatpatchError: the file can't be read, or holds something else.
+    """
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise FeatpatchError(
+            f"{str(path)!r} can't be read ({reason}): expected the configuration beside the weights"
+        ) from error
+    if not isinstance(value, dict):
+        raise FeatpatchError(f"{str(path)!r} holds a {type(value).__name__}: expected settings by name")
+    return value
+
+
+def _named(
+    origin: str, state: Mapping[str, torch.Tensor], names: Mapping[str, str], ignored: Collection[str] = (), skip: str = ""
+) -> dict[str, torch.Tensor]:
+    """Rename a library's tensors to our names.
+
+    Args:
+        names: the library's names and ours; `.T` after ours means that the library stores the transpose.
+        ignored: tensors that are not needed.
+        skip: the library's name of the skip path, a key of `names` that may be missing from the state.
+
+    Raises:
+        FeatpatchError: a tensor is missing, or there is an unknown one.
+    """
+    there = {name: ours for name, ours in names.items() if name != skip or name in state}
+    if missing := [name for name in there if name not in state]:
+        raise FeatpatchError(f"{origin} has {', '.join(state)}: expected {', '.join(names)}; {', '.join(missing)} is missing")
+    if unknown := [name for name in state if name not in there and name not in ignored]:
+        raise FeatpatchError(
+            f"{origin} holds {', '.join(unknown)}, whose meaning is not known: expected {', '.join(names)} alone; wrap the "
+            "loaded object in one of your own with encode and decode, and pass that to fp.adapt"
+        )
+    found = {}
+    for name, ours in there.items():
+        tensor, turned = state[name], ours.endswith(".T")
+        found[ours.removesuffix(".T")] = (tensor.mT if turned and tensor.ndim >= 2 else tensor).contiguous()
+    return found
+
+
+def _check_stated(weights: Weights, **stated: Any) -> None:
+    """Check that the widths in a configuration, if it states any, are those of the weights.
+
+    Raises:
+        FeatpatchError: a width differs.
+    """
+    d_in, d_sae = weights.tensors["W_enc"].shape
+    for name, size in stated.items():
+        actual = d_in if name in ("d_in", "activation_dim") else d_sae
+        if size is not None and (type(size) is not int or size != actual):
+            raise FeatpatchError(
+                f"{weights.origin}: the configuration says {name}={size!r} and the weights {actual}: expected both to agree; "
+                "download or save the folder again"
+            )
+
+
+LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
+PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+CLASSES: dict[str, tuple[str, Mapping[str, str]]] = {
+    "AutoEncoder": ("relu", {**LINEAR, "bias": "b_dec"}),
+    "AutoEncoderNew": ("relu", {**LINEAR, "decoder.bias": "b_dec"}),
+    "GatedAutoEncoder": (
+        "gated",
+        {"encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec", "r_mag": "r_mag",
+         "gate_bias": "b_gate", "mag_bias": "b_mag"},
+    ),
+    "JumpReluAutoEncoder": ("jumprelu", {**PLAIN, "threshold": "threshold"}),
+    "AutoEncoderTopK": ("topk", {**LINEAR, "b_dec": "b_dec"}),
+    "BatchTopKSAE": ("jumprelu", {**LINEAR, "b_dec": "b_dec", "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", {**PLAIN, "threshold": "threshold"}),
+}  # fmt: skip
+"""Activation function and tensor names of each class of dictionary_learning. At inference, BatchTopK is a JumpReLU with one
+threshold for all features."""
+
+
+def _dictionary_learning(
+    origin: str, state: Mapping[str, torch.Tensor], kind: object, k: Any, subtracts: bool = False
+) -> Weights:
+    if kind not in CLASSES:
+        raise FeatpatchError(f"{origin} is a {kind!r} of dictionary_learning: expected one of {', '.join(CLASSES)}")
+    activation, names = CLASSES[str(kind)]
+    stated = state["k"].item() if "k" in state and state["k"].numel() == 1 else k
+    if k is not None and stated != k:
+        raise FeatpatchError(f"{origin}: the weights say k={stated} and the configuration k={k}: expected one k")
+    if activation != "topk":
+        stated = None
+    elif type(stated) is not int:
+        raise FeatpatchError(f"{origin}: k={stated!r}: expected the number of features to keep, in config.json")
+    tensors = _named(origin, state, names, ignored=("k", "threshold", "group_sizes"))
+    if "threshold" in tensors and tensors["threshold"].ndim == 0:
+        tensors["threshold"] = tensors["threshold"].to(tensors["W_enc"].dtype).expand(tensors["b_enc"].shape).contiguous()
+    centred = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder") or subtracts
+    return Weights(origin, tensors, activation, stated, centred)
+
+
+def _dictionary_learning_folder(folder: Path) -> Weights:
+    settings = _settings(folder / "config.json")
+    given = [settings.get(name) for name in ("trainer", "buffer")]
+    trainer, buffer = (value if isinstance(value, dict) else {} for value in given)
+    kind = trainer.get("dict_class")
+    if kind is None:
+        raise FeatpatchError(
+            f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class, one of "
+            f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.adapt(object, hook)"
+        )
+    weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
+    _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})
+    if kind == "AutoEncoder":  # its from_pretrained scales every decoder row to norm 1
+        norms = weights.tensors["W_dec"].norm(dim=1)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        scaled = {"W_enc": weights.tensors["W_enc"] * norms, "b_enc": weights.tensors["b_enc"] * norms}
+        weights = replace(weights, tensors={**weights.tensors, **scaled, "W_dec": weights.tensors["W_dec"] / norms[:, None]})
+    place, layer = str(trainer.get("submodule_name") or "resid_post"), trainer.get("layer")
+    ending = next((hook for name, hook in (("resid", "hook_resid_post"), ("mlp", "mlp.hook_out"), ("att", "attn.hook_out"))
+                   if name in place), None)  # fmt: skip
+    if place.startswith("resid_pre"):
+        ending = "hook_resid_pre"
+    known = ending and type(layer) is int and buffer.get("io", "out") == "out"
+    hook = f"blocks.{layer}.{ending}" if known else None
+    return replace(weights, reads=hook, writes=hook, model=_text(trainer.get("lm_name")))
+
+
+def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, Any], hookpoint: str | None) -> Weights:
+    """Convert sparsify's weights to our layout.
+
+    Args:
+        hookpoint: a module of the Hugging Face model; an SAE reads its output, a transcoder reads its input and predicts its
+            output.
+    """
+    activation, k, transcoder = cfg.get("activation", "topk"), cfg.get("k"), cfg.get("transcode", False)
+    if activation not in ("topk", "groupmax") or type(k) is not int or type(transcoder) is not bool or cfg.get("signed"):
+        raise FeatpatchError(
+            f"{origin}: activation={activation!r}, k={k!r}, transcode={transcoder!r}, signed={cfg.get('signed', False)!r}: "
+            "expected activation 'topk' or 'groupmax', a number, true or false, and false"
+        )
+    names = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
+    tensors = _named(origin, state, names, skip="W_skip")
+    if ("W_skip" in tensors) != bool(cfg.get("skip_connection", False)) or cfg.get("d_in") != tensors["W_enc"].shape[0]:
+        raise FeatpatchError(
+            f"{origin}: cfg.json says d_in={cfg.get('d_in')!r}, skip_connection={cfg.get('skip_connection', False)!r} and the "
+            f"weights are {', '.join(f'{name} {list(each.shape)}' for name, each in tensors.items())}: expected both to agree"
+        )
+    weights = Weights(origin, tensors, activation, k, centred=not transcoder, transcoder=transcoder)
+    _check_stated(weights, num_latents=cfg.get("num_latents") or None)  # 0 means d_in * expansion_factor
+    found = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", hookpoint or "")
+    if found is None:
+        hook = "hook_embed" if hookpoint in ("embed_tokens", "embed_in", "wte") and not transcoder else None
+        return replace(weights, reads=hook, writes=hook)
+    layer, module = f"blocks.{found[1]}", found[2]
+    reads, writes = {None: ("hook_resid_pre", "hook_resid_post"), "mlp": ("mlp.hook_in", "mlp.hook_out")}.get(
+        module, ("attn.hook_in", "attn.hook_out")
+    )
+    return replace(weights, reads=f"{layer}.{reads if transcoder else writes}", writes=f"{layer}.{writes}")
+
+
+def _sparsify_folder(folder: Path) -> Weights:
+    weights = _sparsify(
+        str(folder), _tensors(folder / "sae.safetensors"), _settings(folder / "cfg.json"), folder.resolve().name
+    )
+    run = folder.resolve().parent / "config.json"
+    return replace(weights, model=_text(_settings(run).get("model")) if run.is_file() else None)
+
+
+def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: Any = None) -> Weights:
+    """Convert circuit-tracer's weights to our layout, without hook points.
+
+    Args:
+        function: the activation function of an object; by default JumpReLU if there is a threshold, else ReLU.
+    """
+    names = {**PLAIN, "W_enc": "W_enc.T", "W_skip": "W_skip"}
+    name, k = getattr(function, "__name__", type(function).__name__), getattr(function, "k", None)
+    activation = {"TopK": "signed_topk", "JumpReLU": "jumprelu", "relu": "relu", "ReLU": "relu"}.get(name)
+    if "activation_function.threshold" in state:
+        names, activation = {**names, "activation_function.threshold": "threshold"}, "jumprelu"
+    elif function is None:
+        activation = "relu"
+    if activation is None or (activation == "signed_topk" and type(k) is not int):
+        raise FeatpatchError(f"{origin} has the activation function {name}: expected relu, JumpReLU or TopK with a number k")
+    tensors = _named(origin, state, names, skip="W_skip")
+    if activation == "jumprelu" and bool((tensors["threshold"] < 0).any()):
+        activation = "jump"  # negative values above a negative threshold are kept
+    return Weights(origin, tensors, activation, k if activation == "signed_topk" else None, transcoder=True)
+
+
+def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration of a set of transcoders.
+
+    Raises:
+        FeatpatchError: the set is a cross-layer transcoder, or its files are elsewhere.
+    """
+    settings = _settings(folder / "config.yaml", yaml.safe_load)
+    if settings.get("model_kind") == "cross_layer_transcoder":
+        raise FeatpatchError(f"{str(folder)!r}: {UNSUPPORTED_CLT}")
+    files = settings.get("transcoders")
+    if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):
+        listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]
+        raise FeatpatchError(
+            f"{str(folder / 'config.yaml')!r} lists files that are elsewhere ({', '.join(listed[:3])}, ...): load one of them "
+            "by its own name, owner/repository/folder, with hook= and hook_out= if its files do not name the hooks"
+        )
+    return settings
+
+
+def _circuit_tracer_file(path: Path) -> Weights:
+    if re.fullmatch(r"W_(enc|dec)_\d+", path.stem):
+        raise FeatpatchError(f"{str(path)!r}: {UNSUPPORTED_CLT}")
+    settings = _circuit_tracer_config(path.parent) if (path.parent / "config.yaml").is_file() else {}
+    weights, layer = _circuit_tracer(str(path), _tensors(path)), re.search(r"layer_(\d+)$", path.stem)
+    reads, writes = (_text(settings.get(f"feature_{way}_hook")) if layer else None for way in ("input", "output"))
+    at = f"blocks.{layer[1]}." if layer else ""
+    return replace(weights, reads=reads and at + reads, writes=writes and at + writes, model=_text(settings.get("model_name")))
+
+
+def _gemma_scope(folder: Path) -> Weights:
+    """Read a dictionary for Gemma 2, whose hook point follows from the names of the repository and the folder."""
+    path = folder.resolve().as_posix()
+    tensors = _named(str(folder), _tensors(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
+    said = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
+    layer = re.search(r"/layer_(\d+)(?:/|$)", path)
+    endings = {"res": ("hook_resid_post",) * 2, "mlp": ("hook_mlp_out",) * 2, "att": ("attn.hook_z",) * 2,
+               "transcoders": ("mlp.hook_in", "hook_mlp_out")}  # fmt: skip
+    reads, writes = [f"blocks.{layer[1]}.{end}" for end in endings[said[3]]] if said and layer else (None, None)
+    if said and said[3] == "res" and "/embedding/" in f"{path}/":
+        reads = writes = "hook_embed"
+    weights = Weights(str(folder), tensors, "jumprelu", reads=reads, writes=writes)
+    model = f"gemma-2-{said[1]}{'-it' if said[2] == 'it' else ''}" if said else None
+    return replace(weights, transcoder=reads != writes or _changes_width(weights), model=model)
+
+
+def _gemma_scope_2(folder: Path) -> Weights:
+    """Read a dictionary for Gemma 3, whose configuration names the modules that it reads and writes."""
+    settings = _settings(folder / "config.json") if (folder / "config.json").is_file() else {}
+    names = {name.lower(): ours for name, ours in PLAIN.items()}
+    names |= {"threshold": "threshold", "affine_skip_connection": "W_skip.T"}
+    tensors = _named(str(folder), _tensors(folder / "params.safetensors"), names, skip="affine_skip_connection")
+    modules = {"output": "hook_resid_post", "pre_feedforward_layernorm.output": "mlp.hook_in",
+               "post_feedforward_layernorm.output": "hook_mlp_out", "self_attn.o_proj.input": "attn.hook_z"}  # fmt: skip
+    hooks = []
+    for key in ("hf_hook_point_in", "hf_hook_point_out"):
+        found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", str(settings.get(key) or settings.get("hf_hook_point_in")))
+        hooks.append(f"blocks.{found[1]}.{modules[found[2]]}" if found and found[2] in modules else None)
+    weights = Weights(str(folder), tensors, "jumprelu", reads=hooks[0], writes=hooks[1])
+    named = _text(settings.get("model_name"))
+    return replace(
+        weights,
+        transcoder=hooks[0] != hooks[1] or _changes_width(weights) or "W_skip" in tensors,
+        model=named and named.replace("-v3", "-3"),
+    )
+
+
+def _changes_width(weights: Weights) -> bool:
+    return weights.tensors["W_enc"].shape[0] != weights.tensors["W_dec"].shape[1]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+READERS: dict[str, Callable[[Path], Weights]] = {
+    "ae.pt": _dictionary_learning_folder,
+    "sae.safetensors": _sparsify_folder,
+    "params.npz": _gemma_scope,
+    "params.safetensors": _gemma_scope_2,
+}
+"""Functions that read a library's folder, by the file that identifies it."""

@@ -1,0 +1,319 @@
+"""Read what an SAE's configuration says about its training, and make names of models comparable.
+
+Load dictionaries by folder, by name in sae-lens' registry, or by repository on the hub.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from huggingface_hub import list_repo_files, snapshot_download
+from sae_lens import SAE, TemporalSAE
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.training.activation_scaler import ActivationScaler
+from transformer_lens.supported_models import MODEL_ALIASES
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError
+from featpatch.files import as_path, read_json
+from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found
+from featpatch.sae.adapted import Adapted, placed
+from featpatch.sae.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
+from featpatch.sae.sae_lens import check_sizes
+from featpatch.untrusted import short
+
+PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+"""Weight processing that TransformerLens does by default; SAEs are trained without it unless their configuration says so."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known about the training of an SAE; None or empty means unknown.
+
+    Attributes:
+        known: whether the SAE has a configuration, as sae-lens objects have.
+        model: the model's name.
+        processing: the processing of the model's weights, from `PROCESSED`.
+        explained_variance: the explained variance that the configuration or the registry claims.
+        folded: whether the weights of norms were folded. This is what the configuration says; if it does not say, but names a
+            model or a module, they count as not folded, because sae-lens leaves weights as they are.
+        module: the hook point that holds the input or output of the Hugging Face module that the configuration names.
+        context_size: the number of tokens of a training prompt.
+        prepend_bos: whether training prompts began with BOS.
+    """
+
+    known: bool = False
+    model: str | None = None
+    processing: tuple[str, ...] = ()
+    explained_variance: float | None = None
+    folded: bool | None = None
+    module: str | None = None
+    context_size: int | None = None
+    prepend_bos: bool = False
+
+    @classmethod
+    def of(cls, sae: Any) -> "Training":
+        """Read the metadata of a sae-lens object; nothing is known about any other object."""
+        if not isinstance(sae, SAE):
+            return cls()
+        said = sae.cfg.metadata
+        options = said.model_from_pretrained_kwargs if isinstance(said.model_from_pretrained_kwargs, dict) else {}
+        model = said.model_name if isinstance(said.model_name, str) else None
+        module = sites.of_module(said.hf_hook_name) if isinstance(said.hf_hook_name, str) else None
+        return cls(
+            known=True,
+            model=model,
+            processing=tuple(name for name in PROCESSED if options.get(name)),
+            explained_variance=_share(said.explained_variance),
+            folded=bool(options.get("fold_ln")) if "fold_ln" in options or model or module else None,
+            module=module,
+            context_size=said.context_size if isinstance(said.context_size, int) else None,
+            prepend_bos=bool(said.prepend_bos),
+        )
+
+
+def _share(claim: object) -> float | None:
+    """Return a claimed explained variance as a fraction, even if it is given in per cent; None if the claim is not valid."""
+    if not isinstance(claim, (int, float)) or not 0 < claim <= 100:
+        return None
+    return float(claim) if claim <= 1 else claim / 100
+
+
+def official_name(model: str) -> str:
+    """Return a model's name in lower case, without its owner and with aliases resolved; empty for a folder."""
+    if Path(model).exists():
+        return ""
+    official = next((name for name, aliases in MODEL_ALIASES.items() if model in aliases), model)
+    return official.rsplit("/", 1)[-1].lower()
+
+
+SUMMED = "mntss_clt_layer_transcoder"
+"""The loader with which sae-lens reads cross-layer transcoders; it sums the decoders of all layers."""
+
+
+def load_sae(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    norm_scaling_factor: float | None = None,
+    hook: str | None = None,
+    hook_out: str | None = None,
+) -> SAE[Any] | Adapted:
+    """Load an SAE or transcoder of sae-lens, dictionary_learning, sparsify, circuit-tracer or Gemma Scope.
+
+    Args:
+        source: a folder, `release/id` of sae-lens' registry, such as `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or
+            `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
+            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope).
+            From a circuit-tracer set, name one layer: `folder/layer_3`.
+        device: the device to load it on.
+        dtype: the dtype to load it in; by default that of the weights, or float32 for downloads through sae-lens.
+        norm_scaling_factor: the scale of an `expected_average_only_in` SAE, if neither its folder (activation_scaler.json, or
+            norm_scaling_factor in cfg.json's metadata) nor the registry has it.
+        hook, hook_out: the hook points that it reads and writes, if its files name none or other ones.
+
+    Returns:
+        A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`, as from `adapt`.
+
+    Raises:
+        FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a cross-layer
+            transcoder or one layer of one.
+    """
+    check_device(device)
+    if not isinstance(source, (str, Path)):
+        raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
+    for name, value in (("hook", hook), ("hook_out", hook_out)):
+        if not isinstance(value, str | None) or value == "":
+            raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
+    found: SAE[Any] | Weights | None = read(as_path(source))
+    if found is None and Path(source).exists():
+        if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := inside(Path(source))):
+            raise FeatpatchError(several(str(source), names))
+        found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
+    elif found is None:
+        check_there("SAE", source)
+        found = _from_hub(str(source), device, dtype, norm_scaling_factor)
+    if isinstance(found, Weights):
+        if norm_scaling_factor is not None:
+            raise FeatpatchError(f"norm_scaling_factor={norm_scaling_factor}: expected none; {found.origin} is not scaled")
+        return placed(found.to(dtype, device).at(hook, hook_out))
+    metadata = found.cfg.metadata
+    metadata.hook_name = metadata.hook_name if hook is None else hook
+    if hook_out is not None:
+        metadata.hook_name_out = hook_out
+    return found
+
+
+def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:
+    """Load an SAE from the registry or a repository in sae-lens' format, or weights from a repository in another format.
+
+    Raises:
+        FeatpatchError: the SAE can't be loaded, or is one layer of a cross-layer transcoder.
+    """
+    place = Place.of(source)
+    if place.loader == SUMMED:
+        raise FeatpatchError(
+            f"{source} is one layer of a cross-layer transcoder that sae-lens loads with the decoders of all layers summed, "
+            f"so that it reconstructs no layer's activation; {UNSUPPORTED_CLT}"
+        )
+    try:
+        sae = SAE.from_pretrained(place.release, place.sae_id, device=device, dtype=dtype or "float32")
+    except Exception as error:
+        weights = _of_other_library(place) if "/" in place.release else None
+        if weights is None:
+            raise not_found("SAE", source, error) from error
+        return weights
+    if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
+        _check_scale(norm_scaling_factor)
+        sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
+    metadata = sae.cfg.metadata
+    metadata.explained_variance = metadata.explained_variance or place.explained_variance
+    metadata.model_from_pretrained_kwargs = metadata.model_from_pretrained_kwargs or place.model_options
+    return sae
+
+
+def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
+    """Return the weight processing of the model that the SAEs were trained on, according to their configurations.
+
+    Raises:
+        FeatpatchError: they were trained on differently processed weights.
+    """
+    said = [(sae.cfg.metadata.hook_name, Training.of(sae).processing) for sae in saes if isinstance(sae, SAE)]
+    ways = {processing for _, processing in said}
+    if len(ways) > 1:
+        raise FeatpatchError(
+            f"the SAEs were trained on differently processed weights {said}: expected one way; load them with a model each, "
+            "or pass processing=[...] to choose"
+        )
+    return next(iter(ways), ())
+
+
+@dataclass(frozen=True)
+class Place:
+    """The location of an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
+
+    Attributes:
+        release: the release, or `owner/repository`.
+        sae_id: the id of the SAE in the release, or the folder in the repository.
+        loader: sae-lens' name of the loader; None for its own format.
+        explained_variance: the explained variance according to the registry; None if unknown.
+        model_options: the options with which the model was loaded for training, according to the registry. sae-lens drops them
+            if the repository's configuration is in its newer format.
+    """
+
+    release: str
+    sae_id: str
+    loader: str | None = None
+    explained_variance: float | None = None
+    model_options: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "Place":
+        """Parse `release/id` or `owner/repository/folder`.
+
+        Raises:
+            FeatpatchError: the name is neither, or the release has no such SAE.
+        """
+        registry = get_pretrained_saes_directory()
+        first, _, rest = name.partition("/")
+        if first in registry:
+            known = registry[first]
+            if rest not in known.saes_map:
+                near = [known_id for known_id in known.saes_map if rest and rest in known_id] or list(known.saes_map)
+                raise FeatpatchError(
+                    f"release {first!r} has no SAE {rest!r}: expected one of its {len(known.saes_map)}, such as "
+                    f"{', '.join(f'{first}/{known_id}' for known_id in near[:3])}"
+                )
+            said = known.expected_var_explained[rest]
+            options = (known.config_overrides or {}).get("model_from_pretrained_kwargs")
+            return cls(first, rest, known.conversion_func, said if 0 < said < 1 else None, cast(Any, options))
+        repository, _, folder = rest.partition("/")
+        if repository and not folder and (found := _held(name, "")):
+            raise FeatpatchError(several(name, found))
+        if not repository or not folder:
+            near = [release for release in registry if first in release or release in first][:3]
+            raise FeatpatchError(
+                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}{near_folder(name)}, "
+                "release/id of sae-lens' registry"
+                f"{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder on the hub"
+            )
+        return cls(f"{first}/{repository}", folder)
+
+
+def _of_other_library(place: Place) -> Weights | None:
+    """Read the weights in a folder of a repository in another library's format; None if there are none in a known format.
+
+    Raises:
+        FeatpatchError: the weights are damaged, their kind is not supported, or the folder holds several dictionaries.
+    """
+    try:
+        wanted = [escape(file) for file in patterns(place.sae_id)]
+        root = Path(snapshot_download(place.release, allow_patterns=wanted))
+    except Exception:
+        return None  # sae-lens failed for the same reason, and its error names it
+    weights = read(root / place.sae_id)
+    if weights is None and (found := _held(place.release, place.sae_id) or inside(root / place.sae_id)):
+        raise FeatpatchError(several(f"{place.release}/{place.sae_id}", found))
+    return weights
+
+
+def _held(repository: str, folder: str) -> list[str]:
+    """List the dictionaries in a folder of a repository; none if the hub can't be reached."""
+    try:
+        files = list_repo_files(repository)
+    except Exception:
+        return []  # no network, or no such repository: the caller's error says what to do
+    start = f"{folder}/" if folder else ""
+    return holding(file.removeprefix(start) for file in files if file.startswith(start))
+
+
+def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:
+    """Load an SAE from disk and fold in the statistics of its training, as `from_pretrained` does.
+
+    Raises:
+        FeatpatchError: the SAE can't be loaded.
+    """
+    try:
+        settings = read_json((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+        check_sizes(settings if isinstance(settings, dict) else {})
+        sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
+        _check_types(sae.cfg)
+        said = sae.cfg.metadata.norm_scaling_factor if norm_scaling_factor is None else norm_scaling_factor
+        scaler = ActivationScaler(scaling_factor=said)
+        if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file() and norm_scaling_factor is None:
+            scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
+        if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is not None:
+            _check_scale(scaler.scaling_factor)
+            sae.cfg.metadata.norm_scaling_factor = scaler.scaling_factor
+            if not isinstance(sae, TemporalSAE):
+                sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        if sae.cfg.normalize_activations == "covariance_whitening" and scaler.whitening is not None:
+            whitening = scaler.whitening
+            sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    except Exception as error:
+        raise FeatpatchError(
+            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a sae-lens folder"
+        ) from error
+    return sae
+
+
+def _check_types(cfg: Any) -> None:
+    """Check the types of a configuration against those that its class declares, which sae-lens does not check.
+
+    Raises:
+        FeatpatchError: a setting has another type.
+    """
+    kinds: dict[Any, tuple[type, ...]] = {bool: (bool,), str: (str,), int: (int, float), float: (int, float)}
+    for name, kind in get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        if kind in kinds and type(value) not in kinds[kind]:
+            raise FeatpatchError(f"{name} is {value!r}: expected {kind.__name__}")
+
+
+def _check_scale(scale: object) -> None:
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise FeatpatchError(f"norm_scaling_factor is {scale!r}: expected a positive number")

@@ -1,0 +1,214 @@
+"""Codecs for the SAEs and transcoders of sae-lens. A codec uses views of the weights and does not change the user's object.
+
+An SAE in half precision encodes in its own dtype, so that its features are the user's. Activations are decoded, and
+subtracted from one another, in float32, because the rounding of a whole activation would hide what one feature adds.
+
+Facts about sae-lens 6.54 that this module relies on: `decode` consumes what the last `encode` left on the object (norms,
+means), and reads the heads' width there; a skip transcoder's `decode` leaves the skip path out, and a temporal SAE's the
+predicted codes; `expected_average_only_in` is folded into the weights by `from_pretrained`, not by `load_from_disk`.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE, Transcoder
+
+from featpatch.errors import FeatpatchError
+from featpatch.files import sha256
+from featpatch.model.digest import digest
+from featpatch.sae.codec import Code, Codec, State
+from featpatch.sae.formats import UNSUPPORTED_CLT
+
+NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
+"""Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
+
+
+SIZES = (
+    "d_in",
+    "d_sae",
+    "d_out",
+    "d_head",
+    "k",
+    "kval_topk",
+    "n_heads",
+    "n_attn_layers",
+    "bottleneck_factor",
+    "max_iterations",
+)
+"""Settings that are counts and must be 1 or more."""
+
+
+def check_sizes(settings: Mapping[str, Any]) -> None:
+    """Check that every count in a configuration is positive, and that `k` is not larger than `d_sae`.
+
+    Raises:
+        FeatpatchError: a size is below 1, or more features are kept than there are.
+    """
+    sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), (int, float))}
+    for name, size in sizes.items():
+        most = sizes.get("d_sae", size) if name in ("k", "kval_topk") else size
+        if not 1 <= size <= most:
+            end = f" to d_sae={most}" if most != size else " or more"
+            raise FeatpatchError(f"the SAE's configuration says {name}={size}: expected a whole number of 1{end}")
+
+
+class SaeCodec(Codec):
+    """The codec for a sae-lens object, including normalisation, skip paths and predicted codes.
+
+    Raises:
+        FeatpatchError: the object is a layer of a cross-layer transcoder, a size is below 1, a normalisation is neither folded
+            in nor known, or the weights have another dtype than the SAE's own `dtype`.
+    """
+
+    def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
+        if _is_summed(sae):
+            raise FeatpatchError(
+                f"the transcoder of {sae.cfg.metadata.neuronpedia_id or sae.cfg.metadata.hook_name!r} is one layer of a "
+                "cross-layer transcoder whose decoders sae-lens has summed, so that it reconstructs no layer's activation; "
+                f"{UNSUPPORTED_CLT}"
+            )
+        if isinstance(sae, BatchTopKTrainingSAE):
+            raise FeatpatchError(
+                f"a {type(sae).__name__} encodes a row differently beside others, by its rank in the batch: expected an SAE "
+                "for inference; save it with save_inference_model and load it again"
+            )
+        check_sizes(vars(sae.cfg))
+        held = next((p.dtype for p in sae.parameters()), sae.dtype)
+        if held != sae.dtype:
+            raise FeatpatchError(
+                f"the weights of the SAE of {sae.cfg.metadata.hook_name!r} are {held} and its dtype is {sae.dtype}, to which "
+                f"it casts what it reads: expected one type; convert it with sae.to(dtype={held}), not with .half() or .float()"
+            )
+        self.sae, self.dtype = sae, sae.dtype
+        self._encoder = self._decoder = _flat(copy(sae))
+        if sae.dtype in (torch.bfloat16, torch.float16):
+            self._decoder = _flat(deepcopy(sae).to(dtype=torch.float32))
+        self.kind = type(sae).__name__
+        self.d_in, self.d_sae = int(sae.cfg.d_in), int(sae.cfg.d_sae)
+        self.d_out = int(getattr(sae.cfg, "d_out", self.d_in))
+        self.scale = _scale(sae)
+
+    @staticmethod
+    def hooks(source: Any) -> tuple[str, str] | None:
+        """Return the hook points in the SAE's metadata; None for any other object.
+
+        Raises:
+            FeatpatchError: the metadata names no hook point, or a single head.
+        """
+        if not isinstance(source, SAE):
+            return None
+        metadata = source.cfg.metadata
+        if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
+            raise FeatpatchError("an SAE's metadata names no hook: set sae.cfg.metadata.hook_name to the hook that it reads")
+        if metadata.hook_head_index is not None:
+            raise FeatpatchError(
+                f"the SAE of {metadata.hook_name!r} reads head {metadata.hook_head_index} alone: expected one of the whole "
+                "hook; adapt it with fp.adapt and an encode that picks the head and a decode that fills the others with zeros"
+            )
+        return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+
+    def encode(self, x: torch.Tensor) -> Code:
+        """Return the features (a temporal SAE's novel codes) and, as the state, norms, means, skip path and predicted codes."""
+        sae, wide = self._encoder, self._decoder.dtype
+        scaled = x.to(device=sae.device, dtype=sae.dtype) * self.scale
+        state = {}
+        if isinstance(sae, TemporalSAE):
+            features, state["predicted"] = sae.encode_with_predictions(scaled)
+        else:
+            features = sae.encode(scaled)
+        state |= {name: sae.__dict__.pop(name) for name in NORMS if name in sae.__dict__}
+        if hasattr(sae, "W_skip"):
+            state["skip"] = x.to(self._decoder.W_skip) @ self._decoder.W_skip.T
+        features = features.to_dense() if features.is_sparse else features
+        return Code(features.to(wide), {name: value.to(wide) for name, value in state.items()})
+
+    def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
+        """Return the full reconstruction, including the skip path and predicted codes that sae-lens' `decode` leaves out."""
+        decoder = self._decoder
+        decoder.__dict__.update({name: state[name] for name in NORMS if name in state})
+        with _quiet():
+            decoded = decoder.decode(features + state["predicted"] if "predicted" in state else features)
+        return decoded / self.scale + state["skip"] if "skip" in state else decoded / self.scale
+
+    def rows(self, features: torch.Tensor) -> torch.Tensor | None:
+        """Return rows of the decoder's weights; None if there is no matrix of the expected shape."""
+        weights = getattr(self._decoder, "W_dec", None)
+        if not isinstance(weights, torch.Tensor) or weights.shape != (self.d_sae, self.d_out):
+            return None
+        return weights[features.to(weights.device)] / self.scale
+
+    def digest(self) -> str:
+        """Return a digest of the weights and the configuration."""
+        settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
+        return sha256(f"{digest(self.sae)} {settings}".encode())
+
+
+def _flat(sae: Any) -> Any:
+    """Make an SAE, which must be a copy, take flat activations and keep its own statistics; return it."""
+    for name in NORMS:
+        sae.__dict__.pop(name, None)
+    sae._setup_activation_normalization()  # its functions keep statistics on the object they were made for
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warning of sae-lens about predicted codes, which are added here, until the context ends."""
+    log = logging.getLogger("sae_lens")
+    log.addFilter(_silence)
+    try:
+        yield
+    finally:
+        log.removeFilter(_silence)
+
+
+def _silence(record: logging.LogRecord) -> bool:
+    """Return False for the warning that a temporal SAE's `decode` leaves the predicted codes out; they are added here."""
+    return "only decodes x_novel" not in record.getMessage()
+
+
+def _is_summed(sae: Any) -> bool:
+    """Return whether a transcoder is one layer of a cross-layer transcoder, with the decoders of all layers summed.
+
+    sae-lens has no field that says so. It can be recognised by the name on Neuronpedia, by weights that still have a layer
+    axis, or by the metadata that sae-lens' loader for these transcoders leaves: in the form before version 6 and without the
+    training prompts, which all others have.
+    """
+    said = sae.cfg.metadata
+    if re.search(r"\bclts?\b", f"{said.neuronpedia_id} {said.model_name} {said.hook_name} {said.hook_name_out}".lower()):
+        return True
+    if any(weight.ndim > 2 for weight in sae.parameters()) or isinstance(said.hook_name_out, (list, tuple)):
+        return True
+    without_prompts = not {"context_size", "dataset_path"} & set(said.keys()) and "neuronpedia_id" in said
+    return isinstance(sae, Transcoder) and without_prompts and said.model_from_pretrained_kwargs == {"fold_ln": False}
+
+
+def _scale(sae: Any) -> float:
+    """Return the factor on activations that is not folded into the weights.
+
+    Raises:
+        FeatpatchError: the factor is not known, or whitening is not folded in.
+    """
+    normalisation = sae.cfg.normalize_activations
+    if normalisation == "covariance_whitening":
+        raise FeatpatchError(
+            f"{type(sae).__name__} has normalize_activations='covariance_whitening' and its whitening is not folded in: call "
+            "sae.fold_activation_whitening with the statistics of its training, or load its folder with fp.load_sae"
+        )
+    if normalisation != "expected_average_only_in":
+        return 1.0
+    scale = sae.cfg.metadata.norm_scaling_factor
+    if scale is None:
+        raise FeatpatchError(
+            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded in, so "
+            "that its features are wrong on raw activations: load it with fp.load_sae(path, norm_scaling_factor=...), or "
+            "call sae.fold_activation_norm_scaling_factor(scale) with the scale from its training"
+        )
+    return float(scale)

@@ -1,0 +1,170 @@
+"""A pair as words, before tokenization.
+
+Conversion of drafts to pairs, which keeps those that a tokenizer turns into valid pairs.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.positions import token_at
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, plain_tokenizer, prompt_ids, special_positions
+
+SLOT = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A clean and a corrupted prompt as text, with the words that may follow.
+
+    Attributes:
+        clean, corrupted: the texts of both prompts.
+        correct, wrong: right and wrong words after the clean prompt, preceded by a space unless `glued`.
+        ends: for each label, the character index at which its word ends in the clean and in the corrupted prompt.
+        tags: a description of how the pair was made: task, template, corruption.
+        glued: whether the answer follows without a space, as the rest of a year does.
+    """
+
+    clean: str
+    corrupted: str
+    correct: Sequence[str]
+    wrong: Sequence[str]
+    ends: Mapping[str, tuple[int, int]]
+    tags: Mapping[str, str]
+    glued: bool = False
+
+
+def draft(
+    template: str,
+    clean: Mapping[str, str],
+    corrupted: Mapping[str, str],
+    *,
+    correct: Sequence[str],
+    wrong: Sequence[str],
+    labels: Sequence[str],
+    tags: Mapping[str, str],
+    glued: bool = False,
+) -> Draft:
+    """Fill a template such as `"When {IO} and {S1} left, {S2} waved at"` with the words of both prompts.
+
+    Args:
+        template: a text with slots in braces.
+        clean, corrupted: the word for each slot of the two prompts.
+        correct, wrong: right and wrong words after the clean prompt.
+        labels: the slots that become labels of the pair.
+        tags: a description of how the pair is made.
+        glued: whether the answer follows without a space.
+    """
+    (one, here), (other, there) = fill(template, clean), fill(template, corrupted)
+    ends = {label: (here[label], there[label]) for label in labels}
+    return Draft(one, other, correct, wrong, ends, tags, glued)
+
+
+def fill(template: str, words: Mapping[str, str]) -> tuple[str, dict[str, int]]:
+    """Return the filled template, and the character index at which each slot ends in it."""
+    text, ends, last = "", {}, 0
+    for slot in SLOT.finditer(template):
+        text += template[last : slot.start()] + words[slot[1]]
+        ends[slot[1]], last = len(text), slot.end()
+    return text + template[last:], ends
+
+
+TRIES = 200
+"""The largest number of drafts that are made per requested pair."""
+
+
+def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed: int) -> Pairs:
+    """Draw `n` different pairs, the same for the same seed and tokenizer.
+
+    A draft is dropped if its prompts have different numbers of tokens or a token that the tokenizer does not know, if an
+    answer is not exactly one token, or if a label's word is at different positions in the two prompts.
+
+    Args:
+        tokenizer: the model or its tokenizer.
+        make: a function that makes one random draft.
+        n: the number of pairs.
+        seed: the seed of the random numbers.
+
+    Raises:
+        FeatpatchError: fewer than `n` pairs were found.
+    """
+    check_numbers(1, n=n)
+    check_numbers(0, seed=seed)
+    random = Random(seed)
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], Pair] = {}
+    for attempt in (make(random) for _ in range(TRIES * n)):
+        pair = pair_of(tokenizer, attempt)
+        if pair is not None:
+            found.setdefault((pair.clean, pair.corrupted), pair)
+        if len(found) == n:
+            return Pairs(tuple(found.values()))
+    raise FeatpatchError(
+        f"only {len(found)} pairs of {n} fit this tokenizer, of {TRIES * n} tried: the others had words of several or unknown "
+        "tokens, or prompts of unequal length; ask for fewer, or give templates and words of your own"
+    )
+
+
+def pair_of(tokenizer: Tokenizer, draft: Draft) -> Pair | None:
+    """Convert a draft to a pair, or return None if the tokenizer does not make a valid pair of it."""
+    clean, corrupted = prompt_ids(tokenizer, draft.clean), prompt_ids(tokenizer, draft.corrupted)
+    unknown = getattr(plain_tokenizer(tokenizer), "unk_token_id", None)
+    if len(clean) != len(corrupted) or clean == corrupted or unknown in clean or unknown in corrupted:
+        return None
+    glue = "" if draft.glued else " "
+    after = AnswerTokens(tokenizer, draft.clean)
+    answers = [[after.next_token(glue + word) for word in words] for words in (draft.correct, draft.wrong)]
+    correct, wrong = ([token for token in tokens if token is not None] for tokens in answers)
+    if not correct or not wrong or set(correct) & set(wrong) or (not draft.glued and None in answers[0] + answers[1]):
+        return None
+    labels = {}
+    for label, (here, there) in draft.ends.items():
+        position = token_at(tokenizer, draft.clean, here - 1)
+        if position != token_at(tokenizer, draft.corrupted, there - 1):
+            return None
+        labels[label] = position
+    return Pair(
+        clean=clean,
+        corrupted=corrupted,
+        correct=tuple(correct),
+        wrong=tuple(wrong),
+        labels={**labels, "end": len(clean) - 1},
+        special=special_positions(tokenizer, clean, corrupted),
+        tags=dict(draft.tags),
+    )
+
+
+def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
+    """Return the words that are one known token in the middle of a sentence.
+
+    Raises:
+        FeatpatchError: there are fewer than `least`.
+    """
+    after = AnswerTokens(tokenizer, "Then")
+    kept = [word for word in words if after.next_token(f" {word}") is not None]
+    if len(kept) < least:
+        raise FeatpatchError(
+            f"only {kept} of {list(words)} are one token of this tokenizer: expected at least {least}; give words of your own"
+        )
+    return kept
+
+
+def chosen(wanted: str | Sequence[str], known: Sequence[str], what: str) -> list[str]:
+    """Return the requested names as a list after checking that they are known.
+
+    Args:
+        wanted: one name or several.
+        known: the names that exist.
+        what: what the names are called in the error message.
+
+    Raises:
+        FeatpatchError: a name is unknown, or none is given.
+    """
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise FeatpatchError(f"{what} {unknown or names}: expected some of {', '.join(known)}")
+    return names

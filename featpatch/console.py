@@ -1,7 +1,4 @@
-"""A console that prints text as it is, without markup, and the notice that a sweep will take long.
-
-Pandas tables that print all of their columns.
-"""
+"""Plain text for terminals: a console without markup, tables with all of their columns, and notices that a sweep takes long."""
 
 import sys
 import time

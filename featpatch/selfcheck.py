@@ -1,6 +1,4 @@
-"""The result of `fp.check`: whether dictionaries fit a model.
-
-A check, on the user's prompts, whether a dictionary belongs to its hook point of this model.
+"""A check, on the user's prompts, whether a dictionary belongs to its hook point of this model.
 
 A dictionary that does not belong there explains too little of the variance. To find the reason, it is then tried on centred
 activations and at the other hook points of its own layer and the two adjacent ones. All other layers are tried too if its

@@ -1,13 +1,11 @@
-"""The QK fix of AtP*: the effect of queries and keys on their heads' output is exact; downstream of it, a gradient is used.
-
-Queries of different heads and positions act on different rows of the attention pattern, so all of them are exchanged in one
-pass of their layer. Keys are exchanged one requested position at a time, for all later queries and all heads at once.
-
-Gradient estimates of the effect of components: change times gradient at their hook point, summed over each component.
+"""Gradient estimates of the effect of components: change times gradient at their hook point, summed over each component.
 
 Queries and keys act through a softmax, which is flat where attention is all or nothing. With the QK fix of AtP* (Kramar et al.
 2024, arXiv 2403.00745), their effect on the output of their heads is computed exactly, and only what lies downstream of it is
 estimated to first order.
+
+Queries of different heads and positions act on different rows of the attention pattern, so all of them are exchanged in one
+pass of their layer. Keys are exchanged one requested position at a time, for all later queries and all heads at once.
 """
 
 from collections.abc import Collection, Sequence

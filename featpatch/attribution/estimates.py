@@ -1,7 +1,4 @@
-"""Parts of an estimation: nodes, and the first-order estimates of their effects.
-
-Turn the gradients of every pair into a table of estimates.
-"""
+"""Turn the gradients of every pair into a table of first-order estimates."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@
 
 Their sum over all features and the error is exactly (x_s - x_b) . g; the deviation is stored as the completeness residual.
 Denoising uses the gradient of the corrupted run, noising that of the clean run.
-
-Predict how long gradient estimates take.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Ways to compute the gradient of a metric at hook points of the unmodified model; no SAE is attached.
+"""Activations and gradients of both runs of every pair, each computed once, in the unmodified model without SAEs.
 
 atp             The gradient at the base run itself (Nanda 2023; Syed et al. 2023, arXiv 2310.10348).
 ig              The mean gradient along the straight line from base to source at one hook point, with the rest of the model
@@ -10,8 +10,6 @@ grad_drop       The gradient at the base run, once for every layer, with no grad
                 reveal effects that cancel between layers. The absolute values of the resulting estimates are added up and
                 divided by the number of layers - 1: a size without sign, for ranking (GradDrop of AtP*, Kramar et al. 2024,
                 arXiv 2403.00745).
-
-Activations and gradients of both runs of every pair, each computed once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

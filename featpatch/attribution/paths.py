@@ -1,15 +1,13 @@
-"""First-order dependence of receivers on the residual stream: the hook point that each reads, and a gradient there.
-
-With g = dm/dy at the activation that a receiver writes, the weights of the activation that it reads are chosen so that their
-product with a change of that activation is the change of the metric. They derive from g for a whole activation, from g of one
-head for a head, and from (d_j . g) for a feature.
-
-Estimate the effects of paths: the gradient at the receiver times how the sender's change affects the receiver.
+"""Estimate the effects of paths: the gradient at the receiver times how the sender's change affects the receiver.
 
     estimate(S -> R) = (dm/dR in the model) . (dR/dS, attention frozen, MLPs frozen or not) . (S_source - S_base)
 
 (Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348.) If the path is the residual stream alone, dR/dS is
 the derivative of the receiver's own norm and weights. One backward pass through a layer per receiver serves all senders.
+
+With g = dm/dy at the activation that a receiver writes, the weights of the activation that it reads are chosen so that their
+product with a change of that activation is the change of the metric. They derive from g for a whole activation, from g of one
+head for a head, and from (d_j . g) for a feature.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Faithfulness as a function of the size of a circuit, and its integrals CPR and CMD.
-
-A circuit, with its faithfulness, completeness, minimality and stability over pairs.
-"""
+"""A circuit, with its faithfulness, completeness, minimality and stability, and the integrals CPR and CMD over its size."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,4 @@
-"""Three methods of circuit search: by threshold, greedily, and by pruning from the output down (ACDC).
-
-Find a circuit over nodes or over edges.
-"""
+"""Find a circuit over nodes or over edges: by threshold, greedily, or by pruning from the output down (ACDC)."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args

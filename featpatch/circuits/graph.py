@@ -1,6 +1,6 @@
-"""Ablation values of the complement of a circuit, which are taken from other prompts.
+"""The base class of graphs: a model in which any choice of nodes or edges can be ablated together.
 
-The base class of graphs: a model in which any choice of nodes or edges can be ablated together.
+Ablation values of the complement are taken from other prompts.
 """
 
 from abc import ABC, abstractmethod

@@ -1,13 +1,4 @@
-"""The command `featpatch check`.
-
-The command `featpatch verify`.
-
-The command `featpatch info`.
-
-The commands `featpatch report` and `featpatch compare`.
-
-The command `featpatch tasks`.
-"""
+"""The commands that inspect: `check`, `verify`, `info`, `report`, `compare` and `tasks`."""
 
 import json
 import re

@@ -1,13 +1,4 @@
-"""The command `featpatch rank`.
-
-The command `featpatch components`.
-
-The command `featpatch attribute`.
-
-The command `featpatch stream`.
-
-The commands `featpatch plan` and `featpatch predict`.
-"""
+"""The commands that measure: `rank`, `components`, `attribute`, `stream` and `plan`."""
 
 import json
 from dataclasses import asdict

@@ -1,7 +1,4 @@
-"""The output folder of a command, which is checked and locked before anything is computed.
-
-Output of effects on the terminal, as JSON and as files.
-"""
+"""The output of a command: a locked folder with the results as files, and tables or JSON on the terminal."""
 
 import json
 import os

@@ -1,11 +1,7 @@
-"""Comparison of components with the features of dictionaries at the same hook point and position.
+"""The comparison of features with components over the same pairs.
 
 A *cell* is a hook point and a position at which both were ranked. It compares the effect of the whole activation there with the
 sum of the effects of all single features of a dictionary.
-
-A scatter plot of the effects of components against the summed effects of features at the same place.
-
-The comparison of features with components over the same pairs.
 """
 
 from collections import defaultdict

@@ -1,10 +1,6 @@
-"""Writers to the residual stream: its initial value before layer 0, attention heads through W_O, and MLPs.
+"""Writers to the residual stream, and their contributions to the change of a feature.
 
-If a nonlinear step follows W_O (a norm of the attention output, as in Gemma 2), the outputs of the heads do not add up to what
-the layer's attention writes; the attention of that layer is then a single writer. This is measured, not derived from the
-architecture.
-
-Contributions of writers to the change of a feature, measured by encoding with and without a writer's change.
+Contributions are measured by encoding with and without a writer's change:
 
     contribution = 1/2 [ f(x_b + d) - f(x_b)  +  f(x_s) - f(x_s - d) ]        d: change of what the writer writes
 
@@ -12,6 +8,10 @@ This definition holds for any encoder. Base b is the corrupted run and source s 
 the contribution and the feature's change have the opposite sign, so that the share is the same. If the encoder is linear, or
 the feature is active at all four points, the contribution is `d . w_enc` and the shares of all writers add up to 1. Otherwise
 (thresholds, TopK, norms) they need not.
+
+Writers are the initial value before layer 0, attention heads through W_O, and MLPs. If a nonlinear step follows W_O (a norm of
+the attention output, as in Gemma 2), the outputs of the heads do not add up to what the layer's attention writes; the attention
+of that layer is then a single writer. This is measured, not derived from the architecture.
 """
 
 from collections.abc import Mapping, Sequence

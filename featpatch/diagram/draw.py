@@ -1,8 +1,6 @@
-"""Curves of edges, bent so that edges do not pass through other nodes and their middles can be pointed at one by one.
+"""A graph as a plotly figure, with hook points from bottom to top and positions from left to right, and in the DOT language.
 
-A graph as a plotly figure, with hook points from bottom to top and positions from left to right.
-
-A graph in the DOT language of Graphviz, written with networkx and pydot.
+Edges are curves, bent so that they do not pass through other nodes and their middles can be pointed at one by one.
 """
 
 from collections import defaultdict

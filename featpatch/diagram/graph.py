@@ -1,11 +1,4 @@
-"""Names of nodes in pictures, and their order in the model from the embedding up to the logits.
-
-The checked content of a graph, its nodes and edges with their effects, which all output formats share.
-
-The layout of nodes: a row for each hook point from bottom to top, a column for each position, side by side in a cell.
-
-Conversion of nodes or edges with their effects to a graph.
-"""
+"""A graph of nodes or edges with their effects, as the content that all output formats share: names, order and layout."""
 
 import math
 from collections import defaultdict

@@ -1,7 +1,4 @@
-"""A graph as JSON for the attribution-graph viewers of circuit-tracer and Neuronpedia.
-
-A graph as an HTML page with a figure, the numbers of the node that is clicked, and a table of all edges.
-"""
+"""A graph as an HTML page, and as JSON for the attribution-graph viewers of circuit-tracer and Neuronpedia."""
 
 import re
 from collections.abc import Sequence

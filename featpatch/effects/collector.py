@@ -1,7 +1,4 @@
-"""Collection of metric values from patched runs into a table of effects, with one row per node in order of appearance.
-
-Concatenation of tables of effects.
-"""
+"""Collection of metric values from patched runs into a table of effects, with one row per node in order of appearance."""
 
 import shlex
 import sys

@@ -1,11 +1,7 @@
-"""Measured as pandas tables: all columns, those that are fast to compute, and a summary by hook point.
+"""Effects as pandas tables: per row, by hook point, by the value of a tag, and their stability in halves of the pairs.
 
-Effects for each value of a tag of the pairs, to see whether a feature matters under every template and corruption.
-
-Split-half stability of a ranking: do two random halves of the pairs rank the features alike?
-
-The rank correlation is Spearman's (1904), from scipy. Each of the two rankings uses half of the pairs; the ranking over all
-pairs is more stable than that.
+The rank correlation of the halves is Spearman's (1904), from scipy. Each of the two rankings uses half of the pairs; the
+ranking over all pairs is more stable than that.
 """
 
 from collections import Counter

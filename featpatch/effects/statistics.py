@@ -1,10 +1,10 @@
-"""Pooled effects, their uncertainty and related statistics.
+"""The statistics of effects: pooled effects with intervals, significance, and quadrants.
 
-Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
+**Effects.** Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
 (Efron & Tibshirani 1993, from scipy; percentiles expanded for few pairs, Hesterberg 2015). The ratio of a single pair is
 computed only if its gap is not near zero.
 
-Significance of effects: sign-flip tests over pairs, and the control of false discoveries among all rows.
+**Significance.** Sign-flip tests over pairs, and the control of false discoveries among all rows.
 
 The null hypothesis for a row is that the change in a pair is symmetric around 0, so that its sign is random. With random signs
 s,
@@ -15,7 +15,7 @@ s,
 <!-- claim 2x: python benchmarks/statistics.py -->about 41 x faster<!-- /claim -->).
 q-values are Benjamini & Hochberg's (1995), from scipy.
 
-Labels that say in which directions a node has an effect, based on the intervals of both effects.
+**Quadrants.** Labels that say in which directions a node has an effect, based on the intervals of both effects.
 
     denoising  noising   label              reading
     above      above     both directions    restores part of the behaviour, and part of it is lost without the node

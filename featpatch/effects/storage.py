@@ -1,8 +1,7 @@
-"""Checks that the content of a file is a valid table of effects, before anything is computed from it.
-
-Storage of effects in safetensors files, never pickles: columns are tensors, and the header holds everything else as JSON.
+"""Storage of effects in safetensors files, never pickles: columns are tensors, and the header holds everything else as JSON.
 
 The header also holds a SHA-256 of the content, so that a damaged file is refused instead of being read as different results.
+Before anything is computed from a file, its content is checked.
 """
 
 import hashlib

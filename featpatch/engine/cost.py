@@ -1,8 +1,6 @@
 """Count the floating-point operations of patches: two per multiply-add of the matrix products, including attention.
 
 Norms, activation functions and additions are left out, as in torch's own counter.
-
-Count the floating-point operations that a unit of patches needs, in the fast and the plain forward pass.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""The work that the engine is given: base runs, blocks of patches, and the units that share a forward pass.
-
-Changes of an activation, one per patch, stored sparsely: only rows that differ are kept.
-"""
+"""What the engine is given: base runs, and blocks of patches as sparse changes of an activation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,12 +1,11 @@
-"""The model's own forward pass, resumed at the patched layer, with the delta added by a hook: slow, but right for every model.
-
-It reuses no position, so it also serves models with bidirectional attention, and hook points inside a layer.
-
-Two ways to run patches, with the same interface, and the choice between them by measurement.
+"""Two ways to run patches, with the same interface, and the choice between them by measurement.
 
 Featpatch's own forward pass is fast and written for one form of layer; the model's own pass is right by definition. Before a
 sweep, a few random patches go through both; if they disagree, or the model has another form, the plain path is used, with a
 warning.
+
+The plain path resumes the model's own forward pass at the patched layer, with the delta added by a hook. It reuses no position,
+so it also serves models with bidirectional attention, and hook points inside a layer.
 """
 
 import warnings

@@ -1,10 +1,4 @@
-"""Attention of many patched runs that share the keys and values of one base run up to the first patched position.
-
-    scores = [q . k_base(0..p-1) | q . k_own(p..a)] * scale,  soft-capped, masked;   z = softmax(scores) [v_base | v_own]
-
-The base run's part is one matrix product per head for all patches; none of it is copied.
-
-Featpatch's own forward pass over what a patch can change: later layers, later positions, and only the answer at the end.
+"""Featpatch's own forward pass over what a patch can change: later layers, later positions, and only the answer at the end.
 
 A patch at position p of layer l leaves the layers below l and the positions before p as they are in the base run
 (the model is causal). So a unit of N patches has N * (a - p + 1) rows, a being the answer position, and
@@ -14,6 +8,12 @@ A patch at position p of layer l leaves the layers below l and the positions bef
     the last layer                   computes keys and values of all rows, and everything else of the answer row alone
 
 Rows of all units lie in one matrix `[rows, d_model]`; only attention works unit by unit.
+
+Patched runs share the keys and values of one base run up to the first patched position:
+
+    scores = [q . k_base(0..p-1) | q . k_own(p..a)] * scale,  soft-capped, masked;   z = softmax(scores) [v_base | v_own]
+
+The base run's part is one matrix product per head for all patches; none of it is copied.
 """
 
 from collections.abc import Callable, Sequence

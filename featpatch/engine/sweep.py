@@ -1,12 +1,8 @@
-"""Choose how many rows share a forward pass: enough to keep the processor busy, few enough for the available memory.
+"""The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
 
-Pack blocks of patches into batches.
-
-Patches of a block that change nothing before the same position form a unit; units fill a budget of rows.
-
-The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
-
-When it is interrupted, everything that is finished has been filled in. When memory runs out, it halves the batch and continues.
+Patches of a block that change nothing before the same position form a unit, and units fill a budget of rows: enough to keep the
+processor busy, few enough for the available memory. When memory runs out, the sweep halves the batch and continues. When it is
+interrupted, everything that is finished has been filled in.
 """
 
 import time

@@ -1,6 +1,4 @@
-"""Compute properties of all of a module's weights, such as their SHA-256, and keep the results until the weights change.
-
-Check that all weights are finite.
+"""Properties of all of a module's weights, such as their SHA-256 and whether they are finite, kept until the weights change.
 
 NaN in a weight does not always show in a module's output: a feature whose threshold is NaN is never active, and a token whose
 embedding is NaN may never occur.

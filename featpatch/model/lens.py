@@ -1,7 +1,4 @@
-"""Addition of a change to an activation, also in half precision.
-
-The operations that featpatch needs on a model, the same for every model class: read, edit and resume.
-"""
+"""The operations that featpatch needs on a model, the same for every model class: read, edit and resume."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

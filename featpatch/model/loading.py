@@ -1,9 +1,7 @@
-"""Load the weights of a Hugging Face model completely or not at all, from safetensors files only.
+"""Load models by name, from a folder, or from memory, with their weights completely or not at all.
 
 By itself, transformers fills missing tensors with random values, drops tensors that the model has no place for, and reads a
 pickle if an index names one. At most it logs a message.
-
-Load models by name, from a folder, or from memory.
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""Convert a TransformerLens model to row-wise functions; both of its model classes use the same names for weights.
+"""Convert a TransformerLens model to row-wise functions, and determine how its weights were processed.
 
-Determine by measurement which of TransformerLens' processing steps a model's weights have gone through.
+Both model classes use the same names for weights. The processing steps are determined by measurement.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,4 @@
-"""The lens for HookedTransformer, the model class of TransformerLens itself.
-
-The lens for TransformerBridge: Hugging Face models with TransformerLens hook points.
-
-Choose the lens for a model by its class, and reject models that can't be patched.
-"""
+"""The lenses for TransformerLens' two model classes, TransformerBridge and HookedTransformer, and the choice between them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,6 +1,4 @@
-"""Construction of a pair from its prompts, answers and labels.
-
-Alignment of prompts of different lengths by their labels, and a view of the tokens that differ between two prompts.
+"""Construction of a pair from its prompts, answers and labels, and alignment of prompts of different lengths.
 
 If the labels end at positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there
 to p_2, ..., and after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter,

@@ -1,7 +1,4 @@
-"""Readers of JSON-lines and CSV files that remember the line of each row for error messages.
-
-Functions that process rows one by one and name the row in error messages.
-"""
+"""Readers of JSON-lines and CSV files, whose errors name the line."""
 
 import csv
 import io

@@ -1,21 +1,4 @@
-"""Importer for auto-circuit (Miller et al. 2024, arXiv 2407.08734; github.com/UFO-101/auto-circuit, datasets/*.json).
-
-A file holds one JSON object `{"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}, ...], "word_idxs": {"A_def": 10,
-...}}`. Prompts and answers are texts or token ids. The optional word_idxs are token positions counted without BOS, the same in
-every prompt.
-
-Importer for EAP-IG (Hanna et al. 2024, arXiv 2403.17806; github.com/hannamw/EAP-IG).
-
-A file is a CSV table with the columns clean and corrupted and, depending on the task, either two columns with the token ids of
-the answers to the clean and to the corrupted prompt (one id, or a list such as "[12, 34]"), or for greater-than the two digits
-of the year that answers must exceed.
-
-Importer for feature-circuits (Marks et al. 2024, arXiv 2403.19647; github.com/saprmarks/feature-circuits, data/*.json).
-
-A file holds JSON lines `{"clean_prefix", "patch_prefix", "clean_answer", "patch_answer", "case", ...}`. Other text fields
-become tags. Numbers in the fields position, pos or *_pos are token positions counted without BOS and become labels; a span
-[first, last] stands for its last token.
-"""
+"""Importers of the pair files of other projects, one function per project with the same signature."""
 
 from pathlib import Path
 from typing import Any

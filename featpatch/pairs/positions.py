@@ -1,7 +1,4 @@
-"""Token positions of characters, spans and words in a prompt.
-
-Token positions of a pair that a request such as `"all"`, `"each"` or `["S2", 0]` stands for.
-"""
+"""Token positions: of characters, spans and words in a prompt, and of a request such as `"all"`, `"each"` or `["S2", 0]`."""
 
 from collections.abc import Mapping, Sequence
 from operator import index

@@ -1,6 +1,6 @@
-"""Ablation values: a constant, a statistic over prompts, or the values in another prompt.
+"""Ablate features, error terms and components, to measure what is lost without the information that they carry.
 
-Ablate features, error terms and components, to measure what is lost without the information that they carry.
+Ablation values are a constant, a statistic over prompts, or the values in another prompt.
 """
 
 from abc import ABC, abstractmethod

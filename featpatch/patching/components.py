@@ -1,10 +1,8 @@
-"""Components as parts of a study: whole activations, heads, queries, keys, values, attention patterns and neurons.
+"""Rank heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream by causal recovery.
 
 A head's output z is added to the residual stream through W_O, so it is patched at `hook_z`. A query, key, value or row of the
 attention pattern acts only through z. Its layer is therefore run alone with the value exchanged, and the resulting change is
 patched at `hook_z`: the effect is the same, and the rest of the model can be resumed quickly from there.
-
-Rank heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream by causal recovery.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

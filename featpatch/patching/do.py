@@ -1,11 +1,9 @@
-"""The nodes of a patch that share a hook point and a dictionary, as masks over positions and features.
+"""Patch by hand: within `do`, every call of the model runs with the chosen nodes patched.
 
-delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
+    delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
 The error node is everything in the activation except the features. It includes the state that decoding needs (the token's norm,
 a skip path, predicted codes), so that all features together with the error make up the whole activation.
-
-Patch by hand: within `do`, every call of the model runs with the chosen nodes patched.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""SAE features, singly and all together, error terms and whole activations, as a part of a study.
-
-Set up studies of SAE features: of all features that differ, or of one dictionary at one position.
-"""
+"""Studies of SAE features: single features, all features together, error terms and whole activations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

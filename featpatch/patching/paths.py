@@ -1,7 +1,4 @@
-"""All paths from some senders to some receivers, as a part of a study.
-
-Set up studies of paths from senders to receivers.
-"""
+"""Studies of paths from senders to receivers, as patches of the receivers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,15 +1,11 @@
-"""Propagate changes of the residual stream downstream, with attention frozen at its values in the base run.
+"""Senders and receivers of paths, and the propagation of changes between them with attention frozen.
 
 This is the first pass of path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): a sender is changed, all components
 between it and the receiver are frozen at their values in the base run (or only attention is, and MLPs are recomputed), and what
 then reaches the receiver is read. Norms are recomputed.
 
-Receivers of paths: nodes that read the residual stream, and how they change with it.
-
 A receiver's new value is recorded in the first pass and patched into the base run in the second, so features that are inactive
-in the base run can be receivers too. A query, key or value acts through its head's z, as in `component_parts`.
-
-Senders of paths: nodes that write to the residual stream, and the changes that they make there.
+in the base run can be receivers too. A query, key or value acts through its head's z, as in `components`.
 """
 
 from abc import ABC, abstractmethod

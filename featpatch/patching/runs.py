@@ -1,6 +1,7 @@
-"""Corruption by Gaussian noise on the embeddings, as in causal tracing (Meng et al. 2022, arXiv 2202.05262).
+"""Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction.
 
-Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction.
+The corrupted run may also be the clean prompt with Gaussian noise on the embeddings, as in causal tracing (Meng et al. 2022,
+arXiv 2202.05262).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

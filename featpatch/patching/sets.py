@@ -1,11 +1,4 @@
-"""Sets of features that are patched together, as a part of a study.
-
-Measure whether two features have a larger or smaller effect together than the sum of their effects alone.
-
-interaction = effect(both) - effect(one) - effect(other)
-
-Select a small set of features that together reach a share of the effect, by greedy forward selection.
-"""
+"""Sets of features that are patched together: interactions of two, and the greedy selection of a small set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

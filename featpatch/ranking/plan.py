@@ -1,7 +1,4 @@
-"""The estimated cost of a sweep, as plain data.
-
-Estimate the cost of a sweep before it starts.
-"""
+"""Estimate the cost of a sweep before it starts."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Rank SAE features by causal recovery: every feature that differs is patched alone, exactly, in both directions.
-
-Rank paths by the exact effect of a sender through a receiver; if there are many paths, gradients screen them first.
-"""
+"""Rank features and paths exactly; if there are many, gradient estimates screen them first."""
 
 import sys
 from collections.abc import Sequence

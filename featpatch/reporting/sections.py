@@ -1,9 +1,4 @@
-"""Prompts, feature cards and figures that a report shows with the effects, as plain text and numbers.
-
-They are made by code that knows the model, so that a report can be written without it.
-
-The HTML report of a table of effects.
-"""
+"""The HTML report as sections, made from a table of effects and from plain text and numbers, without a model."""
 
 import json
 from collections.abc import Mapping, Sequence

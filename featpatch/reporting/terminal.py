@@ -1,7 +1,4 @@
-"""Tables of effects, plans and checks for a terminal.
-
-Tables of the checklist of pairs for a terminal.
-"""
+"""Tables of effects, plans, checks and checklists for a terminal."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""Adapt any object with `encode` and `decode` as a dictionary at a hook point.
-
-The codec for objects of the user's own.
-"""
+"""Adapt any object with `encode` and `decode` as a dictionary at a hook point."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,7 +5,7 @@
 The state is whatever else decoding needs of the activation, position by position: the scale and mean of an SAE that
 normalises each token, the skip path of a skip transcoder, the predicted codes of a temporal SAE. Most have none.
 
-Tests of how a codec behaves, on random activations rather than by its name.
+How a codec behaves is tested on random activations rather than derived from its name.
 """
 
 from abc import ABC, abstractmethod

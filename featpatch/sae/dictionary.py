@@ -4,8 +4,6 @@
 
 A dictionary reads at one hook point and writes at another; for an autoencoder both are the same, for a transcoder they are
 not. Activations are flat: `[batch, pos, d]`, with the heads of `hook_z` side by side.
-
-Check the nodes that the user passes against the model and its dictionaries.
 """
 
 import re

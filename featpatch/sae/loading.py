@@ -1,7 +1,4 @@
-"""Read what an SAE's configuration says about its training, and make names of models comparable.
-
-Load dictionaries by folder, by name in sae-lens' registry, or by repository on the hub.
-"""
+"""Load dictionaries by folder, by name in sae-lens' registry, or from the hub, and read what they say of their training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

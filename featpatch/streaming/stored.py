@@ -1,9 +1,8 @@
-"""Storage of the effects of a block of pairs as two Parquet files, one with a row per node and pair, one with a row per pair.
+"""Effects of many pairs in a folder, read block by block so that only a ranking or the requested rows are in memory.
 
-A third file, such as `000003.sha256`, holds the digests of both and of `about.json`. It is written last, so a block is finished
-if this file exists. `sha256sum -c *.sha256` in the folder verifies all blocks.
-
-Effects of many pairs stored in a folder, read block by block so that only a ranking or the requested rows are in memory.
+Each block of pairs has two Parquet files, one with a row per node and pair, one with a row per pair. A third file, such as
+`000003.sha256`, holds the digests of both and of `about.json`. It is written last, so a block is finished if this file exists.
+`sha256sum -c *.sha256` in the folder verifies all blocks.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""A pair as words, before tokenization.
-
-Conversion of drafts to pairs, which keeps those that a tokenizer turns into valid pairs.
-"""
+"""Pairs of a built-in task: as words, filled into a template, and as tokens, if a tokenizer makes valid pairs of them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -143,7 +143,7 @@ def test_counts_are_what_is_made(small: Small) -> None:
 @pytest.mark.parametrize("name", ["k", "pattern_entry", "z"])
 def test_portions_make_no_difference(small: Small, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ranked(small.model, name, "each")
-    monkeypatch.setattr("featpatch.patching.component_parts.ROWS", 20)
+    monkeypatch.setattr("featpatch.patching.components.ROWS", 20)
     parts = ranked(small.model, name, "each")
     assert parts.nodes == whole.nodes
     np.testing.assert_allclose(parts.denoised, whole.denoised, rtol=0, atol=1e-10)

@@ -182,7 +182,7 @@ def test_ctrl_c_returns_rows_that_are_finished(small: Small, monkeypatch: pytest
 
 def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rank(small, batch_rows=10_000)
-    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
     interrupt_after(monkeypatch, 3)
     part = rank(small, batch_rows=10_000)
     assert not part.finished
@@ -196,7 +196,7 @@ def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.Monk
 def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs that were not looked at are not pairs without an effect."""
     whole = rank(small, batch_rows=20)
-    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
     interrupt_after(monkeypatch, 18)
     part = rank(small, batch_rows=20)
     assert not part.finished
@@ -388,7 +388,7 @@ def test_every_pair_is_run_and_encoded_once(bridge: Small, monkeypatch: pytest.M
         return encode(self, x)
 
     def sweep(room: int) -> tuple[fp.Effects, dict[str, int]]:
-        monkeypatch.setattr("featpatch.patching.study.study.KEPT", room)
+        monkeypatch.setattr("featpatch.patching.study.KEPT", room)
         monkeypatch.setattr(SuffixPath, "prepare", prepare_counted)
         study, _ = feature_study(bridge.model, sae, pairs_of(bridge), Asked("each"))
         counted.update(tokens=0, encoded=0, traced=0)
@@ -405,7 +405,7 @@ def test_every_pair_is_run_and_encoded_once(bridge: Small, monkeypatch: pytest.M
         count("traced", sum(run not in self.traces for run in runs))
         prepare(self, runs)
 
-    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
     monkeypatch.setattr(type(sae), "encode", encoded)
     kept, once = sweep(2**30)
     again, twice = sweep(0)

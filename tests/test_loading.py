@@ -741,6 +741,6 @@ def test_loading_is_quiet_if_asked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     print("again")
     assert capsys.readouterr().out == "again\n"
     for fits, progress, printed in ((True, False, False), (False, False, True), (True, True, True)):
-        monkeypatch.setattr("featpatch.verdict.Check.ok", fits)
+        monkeypatch.setattr("featpatch.selfcheck.Check.ok", fits)
         fp.load(folder / "model", sae, progress=progress)
         assert ("self-check" in capsys.readouterr().out) == printed

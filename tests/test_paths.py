@@ -253,7 +253,7 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     all_run = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=20, audit=76, **run)
     assert all_run.audit(top=10).recall == 1
     assert some.rows_ranked == len(whole)
-    monkeypatch.setattr("featpatch.ranking.paths.BUDGET", 50)
+    monkeypatch.setattr("featpatch.ranking.rank.BUDGET", 50)
     automatic = fp.rank_paths(small.model, pairs_of(small), k=20, audit=10, **{**run, "progress": True})
     assert automatic.nodes == some.nodes
     assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().err

@@ -196,7 +196,7 @@ def test_twenty_thousand_rows(small: Small, browser: Any, tmp_path: Path) -> Non
 
 def test_more_rows_than_are_shown(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest, in the order of the table; the page says so."""
-    monkeypatch.setattr("featpatch.effects.report.ROWS", 3)
+    monkeypatch.setattr("featpatch.reporting.sections.ROWS", 3)
     effects = fp.rank_features(small.model, small.at(SITE), pairs_of(small), progress=False)
     text = fp.report(effects, tmp_path / "r.html").read_text()
     ranked = effects.take(effects.ranked)

@@ -370,7 +370,7 @@ def test_a_plan_counts_some_pairs_of_all_lengths(bridge: Small, monkeypatch: pyt
         fp.Pair(p.clean[:n], p.corrupted[:n], correct=p.correct, wrong=p.wrong) for n, p in zip((5, 6), long, strict=False)
     ]
     pairs = fp.Pairs((short[1], long[2], short[0]))
-    monkeypatch.setattr("featpatch.ranking.planning.COUNTED", 2)
+    monkeypatch.setattr("featpatch.ranking.plan.COUNTED", 2)
     lengths: set[int] = set()
     hook = bridge.model.blocks[0].register_forward_hook(lambda module, args, out: lengths.add(args[0].shape[1]))
     try:
@@ -399,11 +399,10 @@ def test_a_plan_estimates_how_many_features_differ_in_any_pair() -> None:
 
 
 def test_the_time_of_estimates_is_that_of_the_second_try(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one warms up; both run as many pairs as the plan's share of them says."""
+    """The first one warms up; both run one pair."""
     clock = iter([1.0, 5.0, 7.0, 9.5])
     monkeypatch.setattr("featpatch.attribution.features.time", SimpleNamespace(perf_counter=clock.__next__))
-    monkeypatch.setattr("featpatch.attribution.cost.PAIRS", 2)
-    assert estimation_time(small.model, small.at(SITE), pairs_of(small), "all", DIRECTIONS, "logit_diff") == 2.5 * 3 / 2
+    assert estimation_time(small.model, small.at(SITE), pairs_of(small), "all", DIRECTIONS, "logit_diff") == 2.5 * 3
 
 
 def test_errors(small: Small) -> None:

@@ -279,7 +279,7 @@ def test_pairs_of_several_lengths_at_each_position(small: Small) -> None:
 @pytest.mark.parametrize("call", ["cumulative", "select_features", "interactions", "random_controls"])
 def test_ctrl_c_is_passed_on(small: Small, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """What is made of several sweeps can't be made of parts of them."""
-    monkeypatch.setattr("featpatch.patching.study.runs.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
     logits, calls = SuffixPath.logits, [0]
 
     def interrupted(path: SuffixPath, units: Any, columns: Any) -> Any:

@@ -102,10 +102,9 @@ class FeaturePart(Part):
         g = of_pair.gradients[direction][site].flatten(2).to(b.error)
         position, feature = (s.features - b.features)[0].nonzero(as_tuple=True)
         along = _along(dictionary, b, s, position, feature, g)
-        together = (dictionary.decode(s.features, b.state) - dictionary.decode(b.features, b.state))[0]
         sums: dict[tuple[Kind, str], torch.Tensor] = {
-            ("all_features", dictionary.name): together,
-            ("error", dictionary.name): _error(dictionary, b, s),
+            ("all_features", dictionary.name): dictionary.change(b, s, features=True)[0],
+            ("error", dictionary.name): dictionary.change(b, s, error=True)[0],
             ("activation", ""): of_pair.change(site, direction).flatten(1).to(g.device),
         }
         changes: list[tuple[Node, torch.Tensor]] = []
@@ -146,15 +145,6 @@ def _along(
     if dictionary.behaviour.scaled:
         change = change * dictionary.gains(base)[position].to(g)
     return change * torch.stack([(directions[number] * of_run[position]).sum(1) for of_run in g])
-
-
-def _error(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    """Return the change that patching the error, with the state that decoding needs, makes, `[pos, d]`."""
-    change = (source.error - base.error)[0]
-    if not base.state:
-        return change
-    after, before = (dictionary.decode(base.features, state) for state in (source.state, base.state))
-    return change + (after - before)[0].to(change)
 
 
 def estimation_time(

@@ -148,14 +148,8 @@ class NodeGraph(Graph):
             read = activation if dictionary.reads == dictionary.writes else live[dictionary.reads]
             now = dictionary.split(read, activation)
             circuits = len(ablated)
-            where, rest = (mask.flatten(0, 1).to(now.features.device) for mask in (ablated, errors))
-            outside = other.features.repeat(circuits, 1, 1)
-            state = {
-                name: torch.where(rest, other.state[name].repeat(circuits, 1, 1), value) for name, value in now.state.items()
-            }
-            after = dictionary.decode(torch.where(where, outside, now.features), state)
-            delta = after - dictionary.decode(now.features, now.state)
-            delta = delta.to(now.error) + (other.error.repeat(circuits, 1, 1) - now.error) * rest
+            where, rest = (mask.flatten(0, 1) for mask in (ablated, errors))
+            delta = dictionary.change(now, other.map(lambda values: values.repeat(circuits, 1, 1)), features=where, error=rest)
             return added(activation, delta.reshape(activation.shape))
 
         return change

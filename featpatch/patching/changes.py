@@ -15,6 +15,7 @@ Turn the differences between the runs of a pair into deltas of patches.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -117,8 +118,8 @@ class Difference:
             feature=feature.cpu(),
             value=values,
             moved=None if linear else {way: dictionary.moved(*runs, position, feature) for way, runs in splits.items()},
-            features=_each_way(first, dictionary, splits, _all_features),
-            error=_each_way(first, dictionary, splits, _all_else),
+            features=_each_way(first, splits, partial(dictionary.change, features=True)),
+            error=_each_way(first, splits, partial(dictionary.change, error=True)),
         )
 
     def keep(self, features: Sequence[int]) -> "Difference":
@@ -141,7 +142,7 @@ def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction
     """Return base and source of each direction, split into features and error from position `first` on."""
     start = first if dictionary.behaviour.rowwise else 0
     runs: list[Run] = list(dict.fromkeys(run for both in ways.values() for run in both))
-    split = {run: run.split(dictionary, start).since(first - start) for run in runs}
+    split = {run: run.split(dictionary, start).map(lambda values: values[:, first - start :]) for run in runs}
     return {way: (split[base], split[source]) for way, (base, source) in ways.items()}
 
 
@@ -154,9 +155,7 @@ def whole_change(site: str, ways: Ways, first: int) -> Change:
     return changes
 
 
-def _each_way(
-    first: int, dictionary: Dictionary, splits: Splits, change: Callable[[Dictionary, Split, Split], torch.Tensor]
-) -> dict[Direction, torch.Tensor]:
+def _each_way(first: int, splits: Splits, change: Callable[[Split, Split], torch.Tensor]) -> dict[Direction, torch.Tensor]:
     """Return a change in each direction, with zeros before position `first`.
 
     Without decoder state, the change in one direction is minus that in the other and is computed only once.
@@ -166,24 +165,9 @@ def _each_way(
         if changes and not base.state:
             changes[way] = -next(iter(changes.values()))
         else:
-            found = change(dictionary, base, source)
+            found = change(base, source)[0]
             changes[way] = torch.cat([found.new_zeros(first, found.shape[1]), found])
     return changes
-
-
-def _all_features(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    """Return the change that patching all features makes, `[pos, d]`."""
-    after, before = (dictionary.decode(features, base.state) for features in (source.features, base.features))
-    return (after.to(base.error) - before.to(base.error))[0]
-
-
-def _all_else(dictionary: Dictionary, base: Split, source: Split) -> torch.Tensor:
-    """Return the change that patching the error, with the decoder's state, makes, `[pos, d]`."""
-    change = (source.error - base.error)[0]
-    if not base.state:
-        return change
-    after, before = (dictionary.decode(base.features, state) for state in (source.state, base.state))
-    return change + (after.to(change) - before.to(change))[0]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """Patch by hand: within `do`, every call of the model runs with the chosen nodes patched.
 
-    delta = dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
-
-The error node is everything in the activation except the features. It includes the state that decoding needs (the token's norm,
-a skip path, predicted codes), so that all features together with the error make up the whole activation.
+The nodes of a patch that share a hook point and a dictionary are masks over positions and features.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,11 +51,7 @@ class Chosen:
             difference = (source[self.site] - base[self.site]).flatten(2)
             return difference * (self.columns | self.rest[:, None]).to(difference)
         b, s = (self.dictionary.split(values[self.dictionary.reads], values[self.site]) for values in (base, source))
-        columns, rest = self.columns.to(b.features.device), self.rest[:, None].to(b.features.device)
-        chosen = torch.where(columns, s.features, b.features)
-        state = {name: torch.where(rest, s.state[name], value) for name, value in b.state.items()}
-        after, before = self.dictionary.decode(chosen, state), self.dictionary.decode(b.features, b.state)
-        return after.to(b.error) - before.to(b.error) + (s.error - b.error) * rest
+        return self.dictionary.change(b, s, features=self.columns, error=self.rest[:, None])
 
 
 def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -> list[Chosen]:

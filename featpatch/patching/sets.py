@@ -86,16 +86,12 @@ class SetPart(DictionaryPart):
     def _by_definition(
         self, run: PairRuns, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
     ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
-        """Return the change that each set S makes, by the definition dec(f_b with f_s in S) - dec(f_b)."""
+        """Return the change that each set S makes, by the definition, see `Dictionary.change`."""
         changes = {}
         for way, (base, source) in split_ways(self.dictionary, run.ways, 0).items():
-            before, parts = self.dictionary.decode(base.features, base.state), []
-            number = torch.arange(base.features.shape[2], device=base.features.device)
-            for some in sets:
-                chosen = torch.isin(number, torch.tensor(list(some), dtype=torch.long, device=number.device))
-                after = self.dictionary.decode(torch.where(chosen, source.features, base.features), base.state)
-                parts.append((after - before)[0, span])
-            changes[way] = torch.stack(parts)
+            number = torch.arange(self.dictionary.d_sae)
+            members = [torch.isin(number, torch.tensor(list(some), dtype=torch.long)) for some in sets]
+            changes[way] = torch.stack([self.dictionary.change(base, source, features=member)[0, span] for member in members])
         return changes
 
 

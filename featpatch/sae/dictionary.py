@@ -7,7 +7,7 @@ not. Activations are flat: `[batch, pos, d]`, with the heads of `hook_z` side by
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -51,10 +51,13 @@ class Split:
     state: State
     error: torch.Tensor
 
-    def since(self, position: int) -> "Split":
-        """Return the split without the positions before `position`."""
-        state = {name: value[:, position:] for name, value in self.state.items()}
-        return Split(self.features[:, position:], state, self.error[:, position:])
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Split":
+        """Return the split with a function applied to features, error and each part of the state."""
+        return Split(change(self.features), {name: change(value) for name, value in self.state.items()}, change(self.error))
+
+    def at(self, positions: Int[torch.Tensor, " n"]) -> "Split":
+        """Return a split of one prompt with each of these positions as a prompt of its own, `[n, 1, ...]`."""
+        return self.map(lambda values: values[0, positions, None])
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,36 @@ class Dictionary:
         return self.codec.decode(features, state)
 
     @torch.no_grad()
+    def change(
+        self, base: Split, source: Split, *, features: bool | torch.Tensor = False, error: bool | torch.Tensor = False
+    ) -> Float[torch.Tensor, "batch pos d"]:
+        """Return what patching features and the error adds to the flat activation of the base run: the formula of featpatch.
+
+            x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error is in S]
+
+        The error is everything in the activation except the features. It includes the state that decoding needs (the token's
+        norm, a skip path, predicted codes), so that all features together with the error make up the whole activation.
+
+        Args:
+            base: the run that is patched.
+            source: the run that values are taken from.
+            features: the features that are patched, as a mask that broadcasts to `[batch, pos, d_sae]`.
+            error: the positions at which the error is patched, as a mask that broadcasts to `[batch, pos, 1]`.
+
+        Returns:
+            x' - x_b, exactly 0 where nothing is patched.
+        """
+        chosen, rest = (torch.as_tensor(mask, device=base.features.device) for mask in (features, error))
+        after = torch.where(chosen, source.features, base.features)
+        state = {name: torch.where(rest, source.state[name], value) for name, value in base.state.items()}
+        if features is False and not state:
+            changed = torch.zeros_like(base.error)
+        else:
+            decoded = (self.codec.decode(after, state), self.codec.decode(base.features, base.state))
+            changed = decoded[0].to(base.error) - decoded[1].to(base.error)
+        return changed if error is False else changed + (source.error - base.error) * rest
+
+    @torch.no_grad()
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
         """Compute what one unit of each feature adds to the activation, according to `decode` rather than `W_dec`.
 
@@ -179,16 +212,14 @@ class Dictionary:
     ) -> Float[torch.Tensor, "n d_out"]:
         """Compute the change of a single prompt's activation when one feature at one position takes the source's value.
 
-        This is the definition, decode(f_b with one value of f_s) - decode(f_b), in the state of the base run.
+        Each change is computed by the definition, see `change`.
         """
-        before = self.codec.decode(base.features, base.state)[0]
-        changes = [before.new_zeros(0, self.codec.d_out)]
-        for rows in torch.arange(len(position), device=before.device).split(max(1, PROBED // self.d_sae)):
-            at, which = position.to(rows.device)[rows], feature.to(rows.device)[rows]
-            state = {name: value[0, at, None] for name, value in base.state.items()}
-            after = base.features[0, at, None]
-            after[torch.arange(len(rows), device=rows.device), 0, which] = source.features[0, at, which]
-            changes.append(self.codec.decode(after, state)[:, 0] - before[at])
+        width = torch.arange(self.d_sae, device=base.features.device)
+        changes = [base.error.new_zeros(0, self.codec.d_out)]
+        for rows in torch.arange(len(position), device=width.device).split(max(1, PROBED // self.d_sae)):
+            one = width == feature.to(width.device)[rows, None, None]
+            at = position.to(width.device)[rows]
+            changes.append(self.change(base.at(at), source.at(at), features=one)[:, 0])
         return torch.cat(changes)
 
     def digest(self) -> str:

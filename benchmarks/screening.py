@@ -45,9 +45,9 @@ def drawn(vocabulary: int, length: int, pairs: int) -> fp.Pairs:
 def report(model: Any, saes: list[Any], pairs: fp.Pairs, positions: Any, k: int, audit: int) -> None:
     """Measure and print the times of all three sweeps, and what the screened sweep found."""
     options: dict[str, Any] = {"positions": positions, "progress": False}
-    fp.rank_features(model, saes, pairs[:1], exact="screened", k=TOP, audit=1, **options)
-    estimating, estimate = timed(lambda: fp.estimate_features(model, saes, pairs, **options))
-    screening, screened = timed(lambda: fp.rank_features(model, saes, pairs, exact="screened", k=k, audit=audit, **options))
+    fp.rank_features(model, saes, pairs[:1], screen=fp.Screen(k=TOP, audit=1), **options)
+    estimating, estimate = timed(lambda: fp.rank_features(model, saes, pairs, method="atp", **options))
+    screening, screened = timed(lambda: fp.rank_features(model, saes, pairs, screen=fp.Screen(k=k, audit=audit), **options))
     sweeping, full = timed(lambda: fp.rank_features(model, saes, pairs, **options))
     features = full.take(full.ranked)
     truth = {features.nodes[row] for row in np.argsort(-features.sizes(), kind="stable")[:TOP]}

@@ -61,7 +61,7 @@ def of_paths(demo: fp.Demo, pairs: fp.Pairs) -> str:
     paths = fp.rank_paths(demo.model, pairs, senders=senders, receivers=receivers, progress=False)
     shown = paths.top(8).to_pandas()[["sender", "receiver", "recovery", "recovery_low", "recovery_high", "degradation"]]
     print(shown.round(3).to_string(index=False))
-    estimate = fp.estimate_paths(demo.model, pairs, senders=senders, receivers=receivers, progress=False)
+    estimate = fp.rank_paths(demo.model, pairs, method="atp", senders=senders, receivers=receivers, progress=False)
     known, exact = (dict(zip(table.nodes, table.pooled("recovery"), strict=True)) for table in (estimate, paths))
     pearson = np.corrcoef([known[edge] for edge in exact], [*exact.values()])[0, 1]
     best, of_best = paths.top(1).nodes[0], paths.top(1).to_pandas().iloc[0]

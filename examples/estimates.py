@@ -27,7 +27,7 @@ def main(pairs: int = 32) -> None:
 
     exact = fp.rank_features(demo.model, demo.saes, drawn, **options)
     estimates = {
-        method: fp.estimate_features(demo.model, demo.saes, drawn, method=method, **options)
+        method: fp.rank_features(demo.model, demo.saes, drawn, method=method, **options)
         for method in METHODS
     }  # fmt: skip
     for effect in ("recovery", "degradation"):
@@ -41,16 +41,14 @@ def main(pairs: int = 32) -> None:
     heads = {"sites": ["q", "k", "v", "z", "pattern"], **options}
     exact_heads = fp.rank_components(demo.model, drawn, **heads)
     named = {
-        f"{method}{'' if fix else ' without the QK fix'}": fp.estimate_components(
-            demo.model, drawn, method=method, qk_fix=fix, **heads
-        )
+        f"{method}{'' if fix else ' without the QK fix'}": fp.rank_components(demo.model, drawn, method=fp.Gradients(demo.model, drawn, method=method, qk_fix=fix), **heads)
         for method, fix in (("atp", False), ("atp", True), ("ig", True), ("grad_drop", True))
     }
     console.print("queries, keys, values, outputs and patterns of heads", highlight=False)
     of_heads = agreement(named, exact_heads)
     console.print(of_heads.round(3).to_string(), highlight=False)
 
-    audit = fp.rank_features(demo.model, demo.saes, drawn, exact="screened", k=200, audit=400, **options).audit()
+    audit = fp.rank_features(demo.model, demo.saes, drawn, screen=fp.Screen(k=200, audit=400), **options).audit()
     console.print(repr(audit), highlight=False)
     print(told(fp.calibrate(estimates["atp"], exact), of_features, of_heads, pairs))
     print(f'Here, with {audit.screened} + {audit.sampled} of {audit.candidates} run: "{repr(audit).split("each: ")[1]}".')

@@ -9,11 +9,11 @@ import featpatch as fp
 demo = fp.load_demo()
 pairs = demo.pairs("ioi", n=16, seed=0)
 where = {"positions": ["S2", "end"], "progress": False}
-estimate = fp.estimate_features(demo.model, demo.saes, pairs, **where)
+estimate = fp.rank_features(demo.model, demo.saes, pairs, method="atp", **where)
 print(estimate.top(3))
 
 # %% Patch the 150 features with the largest estimates and 300 others, drawn at random
-screened = fp.rank_features(demo.model, demo.saes, pairs, exact="screened", k=150, audit=300, **where)
+screened = fp.rank_features(demo.model, demo.saes, pairs, screen=fp.Screen(k=150, audit=300), **where)
 print(screened.top(5))
 audit = screened.audit()
 print(audit)

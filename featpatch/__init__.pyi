@@ -4,10 +4,7 @@
 from . import diagram as diagram
 from . import tasks as tasks
 from .attribution.calibration import Calibration as Calibration, calibrate as calibrate
-from .attribution.components import estimate_components as estimate_components
-from .attribution.features import estimate_features as estimate_features
 from .attribution.gradients import Gradients as Gradients
-from .attribution.paths import estimate_paths as estimate_paths
 from .checkpoints import Demo as Demo, load_demo as load_demo
 from .circuits.circuit import Circuit as Circuit, FaithfulnessCurve as FaithfulnessCurve
 from .circuits.find import find_circuit as find_circuit
@@ -24,7 +21,6 @@ from .nodes import Edge as Edge, LOGITS as LOGITS, Node as Node, Patch as Patch
 from .pairs.pair import Pair as Pair
 from .pairs.pairs import Pairs as Pairs
 from .patching.ablation import ablate as ablate
-from .patching.components import rank_components as rank_components
 from .patching.controls import Controls as Controls, random_controls as random_controls
 from .patching.curves import Curve as Curve, cumulative as cumulative
 from .patching.diagnostics import diagnose as diagnose
@@ -32,7 +28,10 @@ from .patching.do import do as do
 from .patching.runs import Noise as Noise
 from .patching.sets import Selection as Selection, interactions as interactions, select_features as select_features
 from .ranking.plan import Plan as Plan, plan as plan
-from .ranking.rank import rank_features as rank_features, rank_paths as rank_paths
+from .ranking.rank import (
+    rank_components as rank_components, rank_features as rank_features, rank_paths as rank_paths
+)
+from .ranking.screen import Screen as Screen
 from .reporting.report import report as report
 from .sae.adapted import adapt as adapt
 from .sae.baselines import identity as identity, neurons as neurons, pca as pca

@@ -10,7 +10,6 @@ import oracle
 import pytest
 import torch
 from architectures import BRIDGES, D_HEAD, HEADS, HOOKED, LAYERS, LLAMA, OTHERS, VOCAB, WIDTH, bridge, hooked, quantised
-from featpatch.patching.study import Asked
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from small import randomised
@@ -26,6 +25,7 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.model.layer import UnsupportedError
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.features import feature_study
+from featpatch.patching.study import Asked
 from featpatch.sae.dictionary import dictionaries as dictionaries_of
 
 EXACT = 1e-10

@@ -22,7 +22,7 @@ def pairs_of(small: Small) -> fp.Pairs:
 
 
 def estimated(small: Small, saes: Any, **options: Any) -> fp.Effects:
-    return fp.estimate_features(small.model, saes, pairs_of(small), progress=False, **options)
+    return fp.rank_features(small.model, saes, pairs_of(small), method="atp", progress=False, **options)
 
 
 @pytest.mark.parametrize("kind", ["standard", "topk", "z", "nonlinear"])
@@ -50,7 +50,7 @@ def test_gradients_reach_the_sites_of_other_architectures(name: str) -> None:
             if name == "neox" and hook == "hook_resid_mid":
                 continue
             sae = fp.identity(model, site)
-            effects = fp.estimate_features(model, sae, pairs, directions=["denoising"], positions=[3], progress=False)
+            effects = fp.rank_features(model, sae, pairs, method="atp", directions=["denoising"], positions=[3], progress=False)
             old, other = (oracle.activations(model, run)[site] for run in (corrupted, clean))
             step = torch.zeros_like(old)
             step[0, 3] = 1e-4 * (other - old)[0, 3]
@@ -69,7 +69,7 @@ def test_where_gradients_lie_and_integrated_ones_do_not() -> None:
         pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
         z = fp.identity(built.model, "blocks.0.attn.hook_z")
         options: dict[str, Any] = {"positions": [LAST], "progress": False}
-        flat, along = (fp.estimate_features(built.model, z, pairs, method=m, steps=20, **options) for m in ("atp", "ig"))
+        flat, along = (fp.rank_features(built.model, z, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options) for m in ("atp", "ig"))
         exact = fp.rank_features(built.model, z, pairs, **options)
         whole = [float(t.where(kind="activation").pooled(effect)[0]) for t in (flat, along, exact)]
         assert whole == [pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.06), pytest.approx(1, abs=1e-9)]
@@ -140,7 +140,7 @@ def test_errors(small: Small) -> None:
         (lambda: estimated(small, sae, metric="neg_rank"), "'neg_rank' is not supported in estimates.*log_prob, neg_kl, or a function"),
         (lambda: estimated(small, sae, metric="sequence_log_prob"), "'sequence_log_prob' is not supported in estimates"),
         (lambda: estimated(small, sae, metric=lambda x, c, w: -(x > x[:, c]).sum(-1)), "ranks and accuracies have none"),
-        (lambda: fp.estimate_features(model, sae, fp.Pairs((long,)), progress=False), "are sequences, and logit_diff reads one"),
+        (lambda: fp.rank_features(model, sae, fp.Pairs((long,)), method="atp", progress=False), "are sequences, and logit_diff reads one"),
         (lambda: estimated(small, sae, directions=[]), "expected 'denoising', 'noising' or both"),
         (lambda: fp.calibrate(exact, estimate), "got a table of exact and one of estimate values"),
         (lambda: fp.calibrate(estimate, exact, effect="degradation"), "expected one that both tables hold"),
@@ -191,10 +191,7 @@ def test_the_divergence_along_the_way(small: Small, method: str) -> None:
     """By a plain loop over points and heads; the gradient is zero at the clean run alone, where nothing is taken."""
     site, steps = "blocks.1.attn.hook_z", 1 if method == "atp" else 3
     moved, ways = "blocks.0.hook_resid_pre" if method == "eap_ig_inputs" else site, ["denoising", "noising"]
-    effects = fp.estimate_components(
-        small.model, pairs_of(small), sites="z", layers=[1], positions=[3, 6], method=method, steps=steps, metric="neg_kl",
-        directions=ways[:1] if method == "atp" else ways, progress=False,
-    )  # fmt: skip
+    effects = fp.rank_components(small.model, pairs_of(small), method=fp.Gradients(small.model, pairs_of(small), method=method, steps=steps, metric="neg_kl"), sites="z", layers=[1], positions=[3, 6], directions=ways[:1] if method == "atp" else ways, progress=False)  # fmt: skip
     assert (np.abs(effects.clean) < 1e-12).all()
     for way, values, base in (("denoising", effects.denoised, "corrupted"), ("noising", effects.noised, "clean")):
         if way == "noising" and method == "atp":
@@ -217,7 +214,7 @@ def test_the_divergence_of_features_and_the_screen(small: Small) -> None:
     """Small steps of features at the corrupted run; a screened sweep asks for the same directions."""
     sae = small.at(SITE)
     options: dict[str, Any] = {"metric": "neg_kl", "directions": ["denoising"], "positions": [3], "progress": False}
-    effects = fp.estimate_features(small.model, sae, pairs_of(small), **options)
+    effects = fp.rank_features(small.model, sae, pairs_of(small), method="atp", **options)
     for entry in np.flatnonzero(effects.pair == 1)[:6]:
         node = effects.nodes[effects.row[entry]]
         if node.kind != "feature":
@@ -234,11 +231,11 @@ def test_the_divergence_of_features_and_the_screen(small: Small) -> None:
                 values.append(float(neg_kl(logits, small.model(small.clean[[1]])[0, -1])))
         slope = (values[0] - values[1]) / 2e-4
         assert effects.denoised[entry] - effects.corrupted[1] == pytest.approx(slope, rel=1e-5, abs=1e-9)
-    screened = fp.rank_features(small.model, sae, pairs_of(small), exact="screened", k=5, audit=5, **options)
+    screened = fp.rank_features(small.model, sae, pairs_of(small), screen=fp.Screen(k=5, audit=5), **options)
     exact = fp.rank_features(small.model, sae, pairs_of(small), **options)
     truth = dict(zip(exact.nodes, exact.pooled("recovery"), strict=True))
     assert dict(zip(screened.nodes, screened.pooled("recovery"), strict=True)) == pytest.approx(
         {node: truth[node] for node in screened.nodes}
     )
     with pytest.raises(fp.FeatpatchError, match="gradient is zero at the clean run, .* exact effects need no gradient"):
-        fp.rank_features(small.model, sae, pairs_of(small), exact="screened", metric="neg_kl", progress=False)
+        fp.rank_features(small.model, sae, pairs_of(small), metric="neg_kl", progress=False, screen=fp.Screen())

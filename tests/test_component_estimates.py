@@ -23,7 +23,7 @@ HOOKS = {
 
 
 def estimated(model: Any, **options: Any) -> fp.Effects:
-    return fp.estimate_components(model, pairs_of(CLEAN, CORRUPTED), progress=False, **options)
+    return fp.rank_components(model, pairs_of(CLEAN, CORRUPTED), method="atp", progress=False, **options)
 
 
 def runs(slot: int, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +191,7 @@ def test_grad_drop_finds_effects_that_cancel() -> None:
     built = cancelling()
     pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
     options: dict[str, Any] = {"sites": "z", "layers": [0], "positions": [LAST], "progress": False}
-    plain, dropped = (fp.estimate_components(built.model, pairs, method=m, **options) for m in ("atp", "grad_drop"))
+    plain, dropped = (fp.rank_components(built.model, pairs, method=m, **options) for m in ("atp", "grad_drop"))
     exact = fp.rank_components(built.model, pairs, **options)
     head = [float(t.where(index=0).pooled("recovery")[0]) for t in (plain, dropped, exact)]
     assert head == [pytest.approx(0, abs=1e-9), pytest.approx(2, abs=1e-9), pytest.approx(1, abs=1e-9)]
@@ -240,7 +240,7 @@ def test_gates() -> None:
         built = build()
         pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
         options: dict[str, Any] = {"sites": "attn_out", "positions": [LAST], "progress": False}
-        flat, along = (fp.estimate_components(built.model, pairs, method=m, steps=20, **options) for m in ("atp", "ig"))
+        flat, along = (fp.rank_components(built.model, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options) for m in ("atp", "ig"))
         found = [float(table.pooled(effect)[0]) for table in (flat, along)]
         assert found == [pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.06)]
 
@@ -252,17 +252,17 @@ def test_kept_gradients_cost_no_run(small: Small) -> None:
     site = "blocks.1.hook_resid_pre"
     gradients = fp.Gradients(small.model, pairs)
     with_kept: dict[str, Any] = {"gradients": gradients, "progress": False}
-    first = fp.estimate_features(small.model, standard(site, 1), pairs, **with_kept)
-    fp.estimate_components(small.model, pairs, sites="resid_pre", layers=[0], **with_kept)
+    first = fp.rank_features(small.model, standard(site, 1), pairs, method="atp", **with_kept)
+    fp.rank_components(small.model, pairs, method="atp", sites="resid_pre", layers=[0], **with_kept)
     another = standard(site, 2)
-    wanted = fp.estimate_features(small.model, another, pairs, positions=[2], progress=False)
+    wanted = fp.rank_features(small.model, another, pairs, method="atp", positions=[2], progress=False)
     block = small.model.blocks[1]  # a hook at a hook point would be another state of the model
     handle = block.register_forward_hook(lambda _module, _args, x: calls.append((x[0] if isinstance(x, tuple) else x).shape[1]))
     try:
-        found = fp.estimate_features(small.model, another, pairs, positions=[2], **with_kept)
-        again = fp.estimate_features(small.model, standard(site, 1), pairs, directions=["noising"], **with_kept)
+        found = fp.rank_features(small.model, another, pairs, method="atp", positions=[2], **with_kept)
+        again = fp.rank_features(small.model, standard(site, 1), pairs, method="atp", directions=["noising"], **with_kept)
         assert not [length for length in calls if length > 1]
-        fp.estimate_components(small.model, pairs, sites="mlp_out", **with_kept)
+        fp.rank_components(small.model, pairs, method="atp", sites="mlp_out", **with_kept)
     finally:
         handle.remove()
     assert CLEAN.shape[1] in calls
@@ -347,7 +347,7 @@ def test_hooks_that_write_in_place_are_hooks(small: Small) -> None:
         try:
             tables.append(
                 (
-                    fp.estimate_features(small.model, sae, pairs_of(CLEAN, CORRUPTED), progress=False),
+                    fp.rank_features(small.model, sae, pairs_of(CLEAN, CORRUPTED), method="atp", progress=False),
                     estimated(small.model, sites=["q", "k"], layers=[1], positions=[2, 5]),
                     fp.rank_components(small.model, pairs_of(CLEAN, CORRUPTED), sites="resid_pre", layers=[1], progress=False),
                 )
@@ -361,7 +361,7 @@ def test_hooks_that_write_in_place_are_hooks(small: Small) -> None:
 
 def test_what_cannot_be_compared_is_refused(small: Small) -> None:
     site, pairs = "blocks.1.hook_resid_pre", pairs_of(CLEAN, CORRUPTED)
-    estimate = fp.estimate_features(small.model, standard(site, 1), pairs, progress=False)
+    estimate = fp.rank_features(small.model, standard(site, 1), pairs, method="atp", progress=False)
     exact = fp.rank_features(small.model, standard(site, 1), pairs, progress=False)
     other = fp.rank_features(small.model, standard(site, 2), pairs, progress=False)
     for tables, message in (((estimate.of_pairs([0]), exact), "of_pairs is"), ((estimate, other), "is not the same for")):
@@ -397,9 +397,9 @@ def test_batched_is_alone(small: Small, method: str) -> None:
     ]
     pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(k), (6 + i,), (4,)) for i, (c, k) in enumerate(prompts)))
     options: dict[str, Any] = {"sites": ["z", "q", "k"], "method": method, "steps": 2, "positions": [1, 2], "progress": False}
-    together = fp.estimate_components(small.model, pairs, **options)
+    together = fp.rank_components(small.model, pairs, method="atp", **options)
     for slot in range(3):
-        alone = fp.estimate_components(small.model, pairs[slot : slot + 1], **options)
+        alone = fp.rank_components(small.model, pairs[slot : slot + 1], method="atp", **options)
         part = together.of_pairs([slot])
         assert set(part.nodes) == set(alone.nodes)
         one, other = (dict(zip(t.nodes, t.pooled("recovery"), strict=True)) for t in (part, alone))
@@ -412,13 +412,13 @@ def test_errors(small: Small) -> None:
     far = fp.Pairs((fp.Pair((1, 2), (1, 77), (3,), (4,)),))
     for call, message in (
         (lambda: fp.Gradients(model, far), "pair 0 has token ids from 1 to 77"),
-        (lambda: fp.estimate_components(model, far), "pair 0 has token ids"),
-        (lambda: fp.estimate_components(model, pairs[:1], gradients=fp.Gradients(model, pairs)), "of another model or of other"),
-        (lambda: fp.estimate_components(small_other(), pairs, gradients=fp.Gradients(model, pairs)), "of another model or of"),
+        (lambda: fp.rank_components(model, far, method="atp"), "pair 0 has token ids"),
+        (lambda: fp.rank_components(model, pairs[:1], method=fp.Gradients(model, pairs)), "of another model or of other"),
+        (lambda: fp.rank_components(small_other(), pairs, method=fp.Gradients(model, pairs)), "of another model or of"),
         (lambda: estimated(model, sites="heads"), "sites=\\['heads'\\]: expected some of"),
         (lambda: estimated(model, layers=[7]), "layers=\\[7\\]: expected some of 0 to 2"),
         (lambda: estimated(model, sites="pattern_entry"), "'all' names no single one"),
-        (lambda: fp.estimate_components(and_gate().model, gate_pairs(), method="grad_drop"), "the model has one block"),
+        (lambda: fp.rank_components(and_gate().model, gate_pairs(), method="grad_drop"), "the model has one block"),
         (lambda: fp.Gradients(model, pairs, method="shap"), "expected one of atp, ig, eap_ig_inputs, grad_drop"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -9,7 +9,6 @@ import oracle
 import pytest
 import torch
 from architectures import BRIDGES, HOOKED
-from featpatch.patching.study import Asked
 from small import Small
 from test_kinds import slow
 from transformer_lens import patching
@@ -18,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import featpatch as fp
 from featpatch import sites
 from featpatch.patching.components import component_study
+from featpatch.patching.study import Asked
 
 CLEAN = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24, 25, 26, 27]])
 CORRUPTED = torch.tensor([[11, 12, 18, 14, 15, 16, 17], [21, 22, 29, 24, 25, 28, 27]])

@@ -240,16 +240,14 @@ TASKS: dict[str, Callable[[Small], Any]] = {
     "features, neg_kl": lambda s: fp.rank_features(s.model, s.saes[-1], pairs_of(s), metric=["logit_diff", "neg_kl"], **QUIET),
     "features, slow": slow,
     "components": lambda s: fp.rank_components(s.model, pairs_of(s), sites=INSIDE, layers=[0, 1], **QUIET),
-    "estimates": lambda s: fp.estimate_features(s.model, s.saes, pairs_of(s), positions=[3, 5], **QUIET),
-    "integrated": lambda s: fp.estimate_features(s.model, s.saes[:3], pairs_of(s), method="ig", steps=1, **QUIET),
-    "estimates of components": lambda s: fp.estimate_components(s.model, pairs_of(s), sites=INSIDE, layers=[0, 1], **QUIET),
+    "estimates": lambda s: fp.rank_features(s.model, s.saes, pairs_of(s), method="atp", positions=[3, 5], **QUIET),
+    "integrated": lambda s: fp.rank_features(s.model, s.saes[:3], pairs_of(s), method=fp.Gradients(s.model, pairs_of(s), method="ig", steps=1), **QUIET),
+    "estimates of components": lambda s: fp.rank_components(s.model, pairs_of(s), method="atp", sites=INSIDE, layers=[0, 1], **QUIET),
     "paths": lambda s: fp.rank_paths(s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
     "paths through MLPs": lambda s: fp.rank_paths(
         s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
-    "estimates of paths": lambda s: fp.estimate_paths(
-        s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
-    "estimates of paths through MLPs": lambda s: fp.estimate_paths(
-        s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
+    "estimates of paths": lambda s: fp.rank_paths(s.model, pairs_of(s), method="atp", saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
+    "estimates of paths through MLPs": lambda s: fp.rank_paths(s.model, pairs_of(s), method="atp", saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
     "nodes": lambda s: circuit(s, saes=named(s), nodes=NODES, size=12, errors="nodes"),
     "edges": lambda s: circuit(s, over="edges", size=20),
     "edges, estimated": lambda s: circuit(s, over="edges", size=20, scores="estimate"),
@@ -302,8 +300,8 @@ OTHERS: dict[str, Callable[[Small], Any]] = {
         s.model, s.saes[1], pairs_of(s), top=3, **QUIET).select_dtypes("float"),
     "cumulative": lambda s: fp.cumulative(s.model, s.saes[2], pairs_of(s), most=3, **QUIET).table().select_dtypes("float"),
     "controls": lambda s: fp.random_controls(s.model, s.saes[1], pairs_of(s), feature=3, n=5, **QUIET).random,
-    "dropped": lambda s: fp.estimate_features(s.model, s.saes[:3], pairs_of(s), method="grad_drop", **QUIET),
-    "inputs": lambda s: fp.estimate_features(s.model, s.saes[:3], pairs_of(s), method="eap_ig_inputs", steps=2, **QUIET),
+    "dropped": lambda s: fp.rank_features(s.model, s.saes[:3], pairs_of(s), method="grad_drop", **QUIET),
+    "inputs": lambda s: fp.rank_features(s.model, s.saes[:3], pairs_of(s), method=fp.Gradients(s.model, pairs_of(s), method="eap_ig_inputs", steps=2), **QUIET),
     "noise": lambda s: fp.rank_features(s.model, s.saes[1], pairs_of(s), noise=fp.Noise([3]), **QUIET),
     "neurons": lambda s: fp.rank_features(s.model, fp.neurons(s.model, 1), pairs_of(s), **QUIET),
     "principal components": lambda s: fp.rank_features(

@@ -245,9 +245,7 @@ def tables(shipped: fp.Demo) -> list[fp.Effects]:
     sae = next(sae for sae in shipped.saes if sae.cfg.metadata.hook_name == "blocks.2.hook_resid_pre")
     options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
     ranked = fp.rank_features(shipped.model, sae, pairs, metric=["logit_diff", "prob"], **options)
-    screened = fp.rank_features(
-        shipped.model, sae, pairs, metric=["logit_diff", "prob"], exact="screened", k=3, audit=2, **options
-    )
+    screened = fp.rank_features(shipped.model, sae, pairs, metric=["logit_diff", "prob"], screen=fp.Screen(k=3, audit=2), **options)
     parts = fp.rank_components(shipped.model, pairs, sites=["z", "mlp_out"], **options)
     head = next(node for node in parts.nodes if node.kind == "head" and node.site.startswith("blocks.0"))
     receiver = Node("blocks.1.hook_mlp_out", "activation", position=head.position)

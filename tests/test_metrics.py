@@ -187,7 +187,7 @@ def test_forms_of_functions(bridge: Small, form: str) -> None:
     heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
     calls: list[Callable[[Any], Any]] = [
         lambda metric: fp.rank_components(bridge.model, pairs, sites="z", layers=[1], metric=metric, **options),
-        lambda metric: fp.estimate_components(bridge.model, pairs, sites="z", layers=[1], metric=metric, **options),
+        lambda metric: fp.rank_components(bridge.model, pairs, method="atp", sites="z", layers=[1], metric=metric, **options),
         lambda metric: fp.find_circuit(bridge.model, pairs, nodes=heads, size=1, metric=metric, **options),
     ]
     for call in calls:
@@ -279,8 +279,8 @@ def test_functions_that_are_no_metrics(bridge: Small, number: int) -> None:
     for call in (
         lambda: fp.rank_features(model, sae, pairs, **options),
         lambda: fp.random_controls(model, sae, pairs, feature=0, position=3, n=2, **options),
-        lambda: fp.estimate_features(model, sae, pairs, **options),
-        lambda: fp.estimate_paths(model, pairs, senders=[head], receivers=["logits"], **options),
+        lambda: fp.rank_features(model, sae, pairs, method="atp", **options),
+        lambda: fp.rank_paths(model, pairs, method="atp", senders=[head], receivers=["logits"], **options),
         lambda: fp.find_circuit(model, pairs, nodes=[head], **options),
         lambda: fp.find_circuit(model, pairs, over="edges", **options),
         lambda: fp.scrub(model, pairs, hypothesis, metric=metric),
@@ -328,9 +328,9 @@ def test_lists_of_metrics_are_those_that_the_function_accepts(bridge: Small) -> 
     paths: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "progress": False, "directions": ["denoising"]}
     calls: list[Callable[[Any], Any]] = [
         lambda metric: fp.rank_features(model, sae, pairs, metric=metric, positions=[3], progress=False),
-        lambda metric: fp.estimate_features(model, sae, pairs, metric=metric, directions=["denoising"], progress=False),
+        lambda metric: fp.rank_features(model, sae, pairs, method="atp", metric=metric, directions=["denoising"], progress=False),
         lambda metric: fp.rank_paths(model, pairs, metric=metric, **paths),
-        lambda metric: fp.estimate_paths(model, pairs, metric=metric, **paths),
+        lambda metric: fp.rank_paths(model, pairs, method="atp", metric=metric, **paths),
         lambda metric: fp.find_circuit(model, pairs, nodes=[head], metric=metric, progress=False),
         lambda metric: fp.scrub(model, pairs, fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}}), metric=metric, draws=1),
     ]

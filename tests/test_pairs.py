@@ -212,7 +212,7 @@ def test_padding_is_cut_off_or_refused(demo: fp.Demo, side: str) -> None:
     for use in (
         lambda: fp.rank_features(demo.model, demo.saes[0], left_in, progress=False),
         lambda: fp.rank_components(demo.model, left_in, progress=False),
-        lambda: fp.estimate_components(demo.model, left_in),
+        lambda: fp.rank_components(demo.model, left_in, method="atp"),
         lambda: fp.check(demo.model, demo.saes[0], left_in),
     ):
         with pytest.raises(fp.FeatpatchError, match=r"pair \d begins or ends with the padding token '<pad>'"):
@@ -473,7 +473,7 @@ def test_pairs_without_wrong_answers(small: Small) -> None:
         for use in (
             lambda m=metric: fp.rank_features(small.model, small.at(SITE), without, metric=m, progress=False),
             lambda m=metric: fp.rank_components(small.model, without, sites="z", metric=m, progress=False),
-            lambda m=metric: fp.estimate_components(small.model, without, metric=m),
+            lambda m=metric: fp.rank_components(small.model, without, method="atp", metric=m),
             lambda m=metric: fp.find_circuit(small.model, without, over="edges", metric=m, progress=False),
         ):
             with pytest.raises(fp.FeatpatchError, match=message):

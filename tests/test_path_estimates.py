@@ -55,7 +55,7 @@ def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
     receivers = [*(node for node in late if node.kind == "feature"), *inside, fp.Node(MLP.format(1), "activation"),
                  fp.Node(MLP.format(2), "activation"), fp.LOGITS]  # fmt: skip
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": route, **OPTIONS}
-    estimate = fp.estimate_paths(small.model, pairs_of(small), saes=small.saes, **run)
+    estimate = fp.rank_paths(small.model, pairs_of(small), method="atp", saes=small.saes, **run)
     exact = fp.rank_paths(small.model, pairs_of(small), saes=small.saes, **run)
     assert set(estimate.nodes) == set(exact.nodes)
     assert estimate.value == "estimate"
@@ -76,14 +76,14 @@ def test_the_divergence_of_denoising(small: Small) -> None:
     """By the slope at the corrupted run; noising is refused."""
     senders = [fp.Node(Z.format(0), "head", n) for n in range(2)]
     run: dict[str, Any] = {"senders": senders, "receivers": [fp.Node(MLP.format(1), "activation"), fp.LOGITS], **OPTIONS}
-    found = fp.estimate_paths(small.model, pairs_of(small), metric="neg_kl", directions=["denoising"], **run)
+    found = fp.rank_paths(small.model, pairs_of(small), method="atp", metric="neg_kl", directions=["denoising"], **run)
     for entry in range(len(found.row)):
         edge, slot = found.nodes[found.row[entry]], int(found.pair[entry])
         true = slope(small, edge, slot, "denoising", "direct", divergence)
         assert found.denoised[entry] - found.corrupted[slot] == pytest.approx(true, abs=1e-6), str(edge)
     assert np.abs(found.denoised - found.corrupted[found.pair]).max() > 1e-4
     with pytest.raises(fp.FeatpatchError, match="its gradient is zero at the clean run"):
-        fp.estimate_paths(small.model, pairs_of(small), metric="neg_kl", **run)
+        fp.rank_paths(small.model, pairs_of(small), method="atp", metric="neg_kl", **run)
 
 
 @pytest.mark.usefixtures("wide")
@@ -105,7 +105,7 @@ def test_architectures(name: str) -> None:
         "directions": ["denoising"],
         **OPTIONS,
     }
-    estimate = fp.estimate_paths(model, pairs_of(small, [0]), **run)
+    estimate = fp.rank_paths(model, pairs_of(small, [0]), method="atp", **run)
     for entry, edge in enumerate(estimate.nodes[row] for row in estimate.row):
         true = slope(small, edge, 0, "denoising", "through_mlps")
         assert estimate.denoised[entry] - estimate.corrupted[0] == pytest.approx(true, abs=1e-6), str(edge)
@@ -114,14 +114,14 @@ def test_architectures(name: str) -> None:
 def test_gradients_are_shared(small: Small) -> None:
     gradients = fp.Gradients(small.model, pairs_of(small))
     run: dict[str, Any] = {"senders": [fp.Node(MLP.format(0), "activation")], "receivers": ["logits"], **OPTIONS}
-    one = fp.estimate_paths(small.model, pairs_of(small), gradients=gradients, **run)
-    np.testing.assert_array_equal(one.denoised, fp.estimate_paths(small.model, pairs_of(small), **run).denoised)
+    one = fp.rank_paths(small.model, pairs_of(small), method=gradients, **run)
+    np.testing.assert_array_equal(one.denoised, fp.rank_paths(small.model, pairs_of(small), method="atp", **run).denoised)
 
 
 def test_a_whole_hook_z_is_the_sum_of_its_heads(small: Small) -> None:
     site, pairs = "blocks.0.attn.hook_z", pairs_of(small)
     of_heads, whole = (
-        fp.estimate_paths(small.model, pairs, senders=senders, receivers=["logits"], **OPTIONS)
+        fp.rank_paths(small.model, pairs, method="atp", senders=senders, receivers=["logits"], **OPTIONS)
         for senders in ([fp.Node(site, "head", head) for head in range(4)], [fp.Node(site, "activation")])
     )
     assert whole.pooled("recovery")[0] == pytest.approx(of_heads.pooled("recovery").sum(), abs=1e-10)
@@ -147,4 +147,4 @@ def test_errors(small: Small) -> None:
     ):
         options: dict[str, Any] = {"senders": [mlp], "receivers": ["logits"], **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):
-            fp.estimate_paths(small.model, pairs_of(small), **options)
+            fp.rank_paths(small.model, pairs_of(small), method="atp", **options)

@@ -244,13 +244,13 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     receivers = [fp.Node(f"blocks.2.attn.hook_{letter}", "head", n) for letter in "qkv" for n in range(4)]
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "progress": False}
     whole = fp.rank_paths(small.model, pairs_of(small), **run)
-    some = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=20, audit=10, **run)
+    some = fp.rank_paths(small.model, pairs_of(small), screen=fp.Screen(k=20, audit=10), **run)
     assert len(some) == 30
     assert some.value == "exact"
     for node, value in zip(some.nodes, some.pooled("recovery"), strict=True):
         assert value == pytest.approx(whole.pooled("recovery")[whole.nodes.index(node)], abs=1e-9)
     assert some.audit(top=10).recall < 1
-    all_run = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=20, audit=76, **run)
+    all_run = fp.rank_paths(small.model, pairs_of(small), screen=fp.Screen(k=20, audit=76), **run)
     assert all_run.audit(top=10).recall == 1
     assert some.rows_ranked == len(whole)
     monkeypatch.setattr("featpatch.ranking.rank.BUDGET", 50)
@@ -258,7 +258,7 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     assert automatic.nodes == some.nodes
     assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().err
     with pytest.raises(fp.FeatpatchError, match="exact='some'"):
-        fp.rank_paths(small.model, pairs_of(small), exact="some", **run)
+        fp.rank_paths(small.model, pairs_of(small), EXACT="some", **run)
 
 
 @pytest.mark.parametrize("letter", ["q", "k", "v", "z"])
@@ -277,7 +277,7 @@ def test_heads_at_one_position(small: Small, letter: str) -> None:
         logits = path_oracle.path_patch(small.model, small.corrupted[slot], small.clean[slot], starts, stops, freeze_mlps=True)
         true = oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
         assert effects.denoised[entry] == pytest.approx(true, abs=1e-9)
-    estimate = fp.estimate_paths(small.model, pairs_of(small), **run)
+    estimate = fp.rank_paths(small.model, pairs_of(small), method="atp", **run)
     assert np.corrcoef(estimate.denoised - estimate.corrupted, effects.denoised - effects.corrupted)[0, 1] > 0.9
 
 
@@ -309,7 +309,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
         logits = path_oracle.path_patch(small.model, small.clean[slot], small.corrupted[slot], *ends, freeze_mlps=True)
         return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
 
-    estimate = fp.estimate_paths(small.model, pairs_of(small), saes=saes, **run)
+    estimate = fp.rank_paths(small.model, pairs_of(small), method="atp", saes=saes, **run)
     known = {
         (estimate.nodes[row], pair): value
         for row, pair, value in zip(estimate.row, estimate.pair, estimate.noised, strict=True)
@@ -333,9 +333,9 @@ def test_screening_keeps_to_its_route_and_metric(small: Small) -> None:
         **OPTIONS,
     }
     whole = fp.rank_paths(small.model, pairs_of(small), **run)
-    some = fp.rank_paths(small.model, pairs_of(small), exact="screened", k=8, audit=4, **run)
+    some = fp.rank_paths(small.model, pairs_of(small), screen=fp.Screen(k=8, audit=4), **run)
     expected = [whole.pooled("recovery")[whole.nodes.index(node)] for node in some.nodes]
     np.testing.assert_allclose(some.pooled("recovery"), expected, atol=1e-9)
-    estimate = fp.estimate_paths(small.model, pairs_of(small), **{**run, "metric": "prob"})
+    estimate = fp.rank_paths(small.model, pairs_of(small), method="atp", **{**run, "metric": "prob"})
     first = [estimate.nodes[row] for row in np.argsort(-estimate.sizes(), kind="stable")[:8]]
     assert list(some.nodes[:8]) == first

@@ -572,7 +572,7 @@ def test_whatever_stops_it_a_call_leaves_nothing_behind(data: Any) -> None:
             elif operation == "components":
                 fp.rank_components(model, pairs, sites=["q", "pattern", site.rsplit("hook_", 1)[1]], **options)
             elif operation == "estimate":
-                fp.estimate_features(model, own, pairs, method=method, steps=1, **options)
+                fp.rank_features(model, own, pairs, method=fp.Gradients(model, pairs, method=method, steps=1), **options)
             else:
                 patch = fp.Patch((fp.Node(site, "all_features"),))
                 with fp.do(model, patch, source=source, saes=own, how=how, **({"base": base} if how == "add" else {})):
@@ -647,7 +647,7 @@ def test_estimates_are_changes_times_gradients(data: Any) -> None:
     options = {"method": "ig", "steps": steps} if steps else {"method": "atp"}
     points = [(step + 0.5) / steps for step in range(steps)] or [0.0]
     positions = data.draw(requests(pairs))
-    effects = fp.estimate_features(model, several, pairs, positions=positions, progress=False, **options)
+    effects = fp.rank_features(model, several, pairs, method="atp", positions=positions, progress=False, **options)
     measured = {"denoising": (effects.corrupted, effects.denoised), "noising": (effects.clean, effects.noised)}
     if all(map(adds_up, several)):
         assert effects.metadata["completeness_residual"] < 1e-9
@@ -679,7 +679,7 @@ def test_estimates_are_exact_where_the_metric_is_linear(data: Any) -> None:
         linear += [f"{last}hook_attn_out", f"{last}attn.hook_z"]
     sae = data.draw(st.sampled_from(linear).flatmap(lambda hook: saes(model, hook)))
     options = {"method": data.draw(st.sampled_from(["atp", "ig"])), "steps": data.draw(st.integers(1, 2))}
-    effects = fp.estimate_features(model, sae, pairs, positions=data.draw(requests(pairs)), progress=False, **options)
+    effects = fp.rank_features(model, sae, pairs, method="atp", positions=data.draw(requests(pairs)), progress=False, **options)
     for node, slot, values in some(effects, data.draw(SEEDS)):
         for way in WAYS:
             logits = patched(model, *tokens(pairs[slot], way), [(sae, [node])])
@@ -695,7 +695,7 @@ def test_integrated_gradients_reach_the_whole_site(data: Any) -> None:
     everything = fp.identity(model, site)
     left = []
     for steps in (8, 24):
-        effects = fp.estimate_features(model, everything, pairs, method="ig", steps=steps, progress=False)
+        effects = fp.rank_features(model, everything, pairs, method=fp.Gradients(model, pairs, method="ig", steps=steps), progress=False)
         errors = [0.0]
         for _, slot, values in some(effects.where(kind="activation"), 0):
             for way in WAYS:

@@ -34,7 +34,7 @@ def study() -> dict[str, Any]:
         "pairs": pairs,
         "saes": saes,
         "components": fp.rank_components(demo.model, pairs, **options),
-        "estimate": fp.estimate_features(demo.model, saes, pairs, **options),
+        "estimate": fp.rank_features(demo.model, saes, pairs, method="atp", **options),
         "curve": fp.cumulative(demo.model, saes[0], pairs, most=4, **options),
     }
 
@@ -225,7 +225,7 @@ def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Pa
 def test_the_report_of_a_screened_table(small: Small, tmp_path: Path) -> None:
     """Says so, and adds nothing up that was not run."""
     options: dict[str, Any] = {"positions": "each", "progress": False}
-    table = fp.rank_features(small.model, small.at(SITE), pairs_of(small), exact="screened", k=8, audit=4, **options)
+    table = fp.rank_features(small.model, small.at(SITE), pairs_of(small), screen=fp.Screen(k=8, audit=4), **options)
     text = fp.report(table, tmp_path / "screened.html").read_text()
     assert "Not all features were run. 8 of" in text
     assert 'id="maps"' not in text

@@ -26,7 +26,7 @@ BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
 
 
 def screened(small: Small, sae: Any, **options: Any) -> fp.Effects:
-    return fp.rank_features(small.model, sae, pairs_of(small), exact="screened", progress=False, **options)
+    return fp.rank_features(small.model, sae, pairs_of(small), progress=False, screen=fp.Screen(), **options)
 
 
 def values(effects: fp.Effects) -> dict[tuple[fp.Node, int], tuple[float, float]]:
@@ -48,7 +48,7 @@ def test_chosen_features_are_what_the_full_sweep_says(small: Small, kind: str) -
     """The first k by |estimate|, then some of the others, each exact; every row of the sites."""
     sae = dictionary(small, kind)
     full = fp.rank_features(small.model, sae, pairs_of(small), positions="each", progress=False)
-    estimate = fp.estimate_features(small.model, sae, pairs_of(small), positions="each", progress=False)
+    estimate = fp.rank_features(small.model, sae, pairs_of(small), method="atp", positions="each", progress=False)
     found = screened(small, sae, positions="each", k=7, audit=5, top=3)
     features = [node for node in found.nodes if node.kind == "feature"]
     assert len(features) == 12
@@ -131,7 +131,7 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
             assert needed(rest, recall, **about) == next(n for n, bound in enumerate(bounds) if bound >= recall)
     assert needed(0, 1.0, top=5, confidence=0.95, looks=1) == 0
     sae, calls = small.at(SITE), counting(monkeypatch)
-    candidates = int(fp.estimate_features(small.model, sae, pairs_of(small), positions="each", progress=False).ranked.sum())
+    candidates = int(fp.rank_features(small.model, sae, pairs_of(small), method="atp", positions="each", progress=False).ranked.sum())
     good = needed(candidates - 20, 0.5, top=5, confidence=0.95, looks=1)
     options: dict[str, Any] = {"positions": "each", "k": 20, "top": 5}
     calls.clear()

@@ -25,10 +25,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
     effects = fp.rank_features(model, saes, pairs, **options)
     components = fp.rank_components(model, pairs, sites=["resid_pre", "mlp_out", "z"], **options)
-    estimate = fp.estimate_features(model, saes, pairs, **options)
+    estimate = fp.rank_features(model, saes, pairs, method="atp", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("featpatch.ranking.screen.USEFUL", 0.0)
-        screened = fp.rank_features(model, saes, pairs, exact="screened", k=40, audit=40, **options)
+        screened = fp.rank_features(model, saes, pairs, screen=fp.Screen(k=40, audit=40), **options)
     comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs)
     curve = fp.cumulative(model, last, pairs, most=4, **options)
     fits = fp.check(model, saes, pairs)

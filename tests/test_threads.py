@@ -40,7 +40,7 @@ def measurements(small: Small) -> list[Callable[[], fp.Effects]]:
     return [
         lambda: fp.rank_features(small.model, saes, pairs, progress=False),
         lambda: fp.rank_components(small.model, pairs, sites=["q", "v"], progress=False),
-        lambda: fp.estimate_features(small.model, saes, pairs, progress=False),
+        lambda: fp.rank_features(small.model, saes, pairs, method="atp", progress=False),
     ]
 
 
@@ -97,8 +97,8 @@ CALLS: dict[str, Callable[[Small, fp.Pairs], Any]] = {
     "rank_features": lambda small, pairs: fp.rank_features(small.model, small.at(SITE), pairs),
     "rank_components": lambda small, pairs: fp.rank_components(small.model, pairs),
     "rank_paths": lambda small, pairs: fp.rank_paths(small.model, pairs, senders=WHOLE.nodes, receivers=[fp.LOGITS]),
-    "estimate_features": lambda small, pairs: fp.estimate_features(small.model, small.at(SITE), pairs),
-    "estimate_components": lambda small, pairs: fp.estimate_components(small.model, pairs),
+    "estimate_features": lambda small, pairs: fp.rank_features(small.model, small.at(SITE), pairs, method="atp"),
+    "estimate_components": lambda small, pairs: fp.rank_components(small.model, pairs, method="atp"),
     "ablate": lambda small, pairs: fp.ablate(small.model, pairs),
     "find_circuit": lambda small, pairs: fp.find_circuit(small.model, pairs, over="edges"),
     "interactions": lambda small, pairs: fp.interactions(small.model, small.at(SITE), pairs),

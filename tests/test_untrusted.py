@@ -160,7 +160,7 @@ def test_what_python_prints_does_not_steer(hostile: Path, inputs: dict[str, Path
     pairs = fp.Pairs.from_jsonl(model, hostile / "pairs.jsonl")
     effects, components = (fp.Effects.load(hostile / f"{name}.safetensors") for name in ("effects", "components"))
     options: dict[str, Any] = {"positions": [STEERING], "progress": False}
-    estimates = fp.estimate_features(model, sae, pairs, **options)
+    estimates = fp.rank_features(model, sae, pairs, method="atp", **options)
     model.cfg.model_name = STEERING
     capsys.readouterr()
     fp.load(model, sae, pairs=pairs)
@@ -211,7 +211,7 @@ def linked(inputs: dict[str, Path]) -> tuple[fp.Effects, fp.Effects, fp.Effects]
     pairs = made.pairs("capitals", n=2)
     options: dict[str, Any] = {"positions": ["end"], "progress": False}
     tables = (fp.rank_features(*loaded, pairs, **options), fp.rank_components(loaded.model, pairs, sites=["resid_post"], **options),
-              fp.estimate_features(*loaded, pairs, **options))  # fmt: skip
+              fp.rank_features(*loaded, pairs, method="atp", **options))  # fmt: skip
     return tuple(
         replace(t, nodes=tuple(replace(n, position=LINK, sae=n.sae and n.sae + LINK) for n in t.nodes)) for t in tables
     )  # type: ignore[return-value]

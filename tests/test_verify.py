@@ -58,7 +58,7 @@ def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
 
 def test_what_is_refused(small: Small) -> None:
     table, saes = tables(small)["features"]
-    estimate = fp.estimate_features(small.model, saes, pairs_of(small), **OPTIONS)
+    estimate = fp.rank_features(small.model, saes, pairs_of(small), method="atp", **OPTIONS)
     for changed, message in (
         ({"pairs": pairs_of(small, [0, 1])}, "pairs is not that of the table"),
         ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "is not that of the table"),

@@ -10,7 +10,6 @@ pass of their layer. Keys are exchanged one requested position at a time, for al
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,11 +17,8 @@ from featpatch import sites as hooks
 from featpatch.attribution.estimates import Found, Part, estimated, product
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
 from featpatch.effects.table import Effects
-from featpatch.metrics import Metric
 from featpatch.model.lens import Lens
-from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, Direction, Node
-from featpatch.pairs.pairs import Pairs
+from featpatch.nodes import Direction, Node
 from featpatch.pairs.positions import Positions, Wanted
 
 
@@ -125,44 +121,22 @@ class _Block:
 
 
 def estimate_components(
-    model: Any,
-    pairs: Pairs,
+    gradients: Gradients,
+    sites: str | Sequence[str],
+    layers: Sequence[int] | None,
+    positions: Positions,
+    directions: Sequence[Direction],
     *,
-    sites: str | Sequence[str] = hooks.SHOWN,
-    layers: Sequence[int] | None = None,
-    method: str = "atp",
-    steps: int = 10,
-    qk_fix: bool = True,
-    gradients: Gradients | None = None,
-    positions: Positions = "all",
-    directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric = "logit_diff",
-    progress: bool = True,
+    progress: bool,
 ) -> Effects:
-    """Estimate by gradients what `rank_components` measures: the same rows and columns, marked `estimate`.
-
-    `method="grad_drop"` with the QK fix is AtP* (Kramar et al. 2024, arXiv 2403.00745).
-
-    Args:
-        qk_fix: whether to compute the effect of queries and keys on their head's output exactly, in a pass of their layer
-            alone (one for all queries of a prompt, one for the keys of each requested position).
-        model, pairs, sites, layers, positions, directions, metric, progress: as in `rank_components`.
-        method, steps, gradients: as in `estimate_features`.
-
-    Returns:
-        A table of estimates; for `metadata["whole_residual"]` see `estimate_features`.
-
-    Raises:
-        FeatpatchError: if the input is unusable.
-    """
-    lens = wrap(model)
+    """Estimate by gradients what `rank_components` measures exactly; it describes the arguments and the result."""
+    lens = gradients.lens
     names, chosen = hooks.check_components(sites, positions), hooks.check_layers(layers, lens.n_layers)
-    fixed = [name for name in names if name in ("q", "k") and qk_fix]
+    fixed = [name for name in names if name in ("q", "k") and gradients.qk_fix]
     parts: list[Part] = [QueryKeyPart(lens, chosen, name) for name in fixed]
     parts += [ComponentPart.of(lens, layer, name) for name in names if name not in fixed for layer in chosen]
-    about = {"components": names, "layers": chosen, "qk_fix": qk_fix}
-    source = gradients or Gradients(model, pairs, metric=metric, method=method, steps=steps, keep=False)
-    return estimated(source, model, pairs, parts, about, positions, directions, progress=progress)
+    about = {"components": names, "layers": chosen, "qk_fix": gradients.qk_fix}
+    return estimated(gradients, parts, about, positions, directions, progress=progress)
 
 
 @dataclass(frozen=True)

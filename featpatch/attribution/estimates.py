@@ -15,10 +15,8 @@ from featpatch.attribution.gradients import INPUT, Gradients, PairGradients
 from featpatch.effects.collector import Collector
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError
 from featpatch.model.provenance import provenance
 from featpatch.nodes import Direction, Node
-from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.positions import Positions, Wanted, spans
 
 
@@ -69,8 +67,6 @@ def product(change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 def estimated(
     gradients: Gradients,
-    model: Any,
-    pairs: Pairs,
     parts: Sequence[Part],
     about: Mapping[str, Any],
     positions: Positions,
@@ -82,18 +78,14 @@ def estimated(
 
     Args:
         gradients: the gradients of the model on the pairs.
-        model, pairs, positions, directions, progress: as in `estimate_features`.
         parts: the nodes whose effects are estimated.
         about: metadata about the parts, to store with the results.
+        positions, directions, progress: as in `rank_features`.
 
     Raises:
-        FeatpatchError: if the gradients are of another model or other pairs, a position or direction is unknown, or the gap is
-            near zero.
+        FeatpatchError: if a position or direction is unknown, or the gap is near zero.
     """
-    if not isinstance(gradients, Gradients) or gradients.model is not model or gradients.pairs != pairs:
-        raise FeatpatchError(
-            "gradients are of another model or of other pairs: expected fp.Gradients(model, pairs, ...) of these"
-        )
+    pairs = gradients.pairs
     ways, wanted = gradients.check_directions(directions), [spans(pair, positions) for pair in pairs]
     clean, corrupted = np.zeros((2, len(pairs), 1))
     unsigned = gradients.method == "grad_drop"

@@ -21,57 +21,19 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Metric
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, Direction, Kind, Node
+from featpatch.nodes import Direction, Kind, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.positions import Positions, Wanted, spans
 from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 
 
 def estimate_features(
-    model: Any,
-    saes: Any,
-    pairs: Pairs,
-    *,
-    method: str = "atp",
-    steps: int = 10,
-    gradients: Gradients | None = None,
-    positions: Positions = "all",
-    directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric = "logit_diff",
-    progress: bool = True,
+    gradients: Gradients, saes: Any, positions: Positions, directions: Sequence[Direction], *, progress: bool
 ) -> Effects:
-    """Estimate by gradients what `rank_features` measures: the same rows and columns, marked `estimate`.
-
-    Attribution patching costs a forward and a backward pass per run, whatever the number of SAEs and features. Use
-    `fp.calibrate` to compare the estimates with exact effects and find out how far they can be trusted.
-
-    Args:
-        method: `"atp"`: attribution patching. `"ig"`: integrated gradients at each hook point, with `steps` forward and
-            backward passes per hook point. `"eap_ig_inputs"`: gradients averaged along the line between the prompts'
-            embeddings, with `steps` passes for all hook points. `"grad_drop"`: one pass per layer of the model; the estimates
-            have no sign (`metadata["unsigned"]`).
-        steps: the number of points of the midpoint rule.
-        gradients: an `fp.Gradients` of this model and these pairs, to reuse what it has kept; its metric, method and steps
-            are used.
-        metric: a differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which `"atp"` and `"grad_drop"`
-            use for noising: with these methods use it only for denoising, or choose `"ig"` or `"eap_ig_inputs"`.
-        model, saes, pairs, positions, directions, progress: as in `rank_features`.
-
-    Returns:
-        A table of estimates. `metadata["completeness_residual"]` is the largest |sum of features and error - whole activation|
-        of any hook point, position and pair, as a share of the mean gap. It is due to rounding, unless what features add
-        depends on other features or on state (a token's norm), which belongs to neither features nor error.
-        `metadata["whole_residual"]` is the largest |estimate - patched run| over pairs, also as a share of the mean gap: for
-        the residual stream that enters the first layer (how far from linear the model is) or, with `"ig"`, for any whole
-        activation (the error left by the number of steps). It is None for `"grad_drop"`.
-
-    Raises:
-        FeatpatchError: if the input is unusable.
-    """
-    found = dictionaries(wrap(model), saes)
+    """Estimate by gradients what `rank_features` measures exactly; it describes the arguments and the result."""
+    found = dictionaries(gradients.lens, saes)
     about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    source = gradients or Gradients(model, pairs, metric=metric, method=method, steps=steps, keep=False)
-    return estimated(source, model, pairs, [FeaturePart(d) for d in found], about, positions, directions, progress=progress)
+    return estimated(gradients, [FeaturePart(d) for d in found], about, positions, directions, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -150,7 +112,7 @@ def _along(
 def estimation_time(
     model: Any, saes: Any, pairs: Pairs, positions: Positions, directions: Sequence[Direction], metric: str | Metric
 ) -> float | None:
-    """Return the seconds that `estimate_features` will take, extrapolated from one pair after a warm-up.
+    """Return the seconds that estimates of features will take, extrapolated from one pair after a warm-up.
 
     The result is None if the metric has no gradient or a gradient of zero.
     """

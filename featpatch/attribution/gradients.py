@@ -168,15 +168,22 @@ class Gradients:
     runs of the model:
 
         gradients = fp.Gradients(model, pairs)
-        fp.estimate_features(model, one_sae, pairs, gradients=gradients)
-        fp.estimate_features(model, another_sae, pairs, gradients=gradients)
+        fp.rank_features(model, one_sae, pairs, method=gradients)
+        fp.rank_features(model, another_sae, pairs, method=gradients)
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
         pairs: clean and corrupted prompts with their answers.
-        metric: a differentiable metric; see `estimate_features` for `"neg_kl"`.
-        method: `"atp"`, `"ig"`, `"eap_ig_inputs"` or `"grad_drop"`; see `estimate_features`.
+        metric: a differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which `"atp"` and `"grad_drop"`
+            use for noising: with these methods use it only for denoising, or choose `"ig"` or `"eap_ig_inputs"`.
+        method: `"atp"`: attribution patching, a forward and a backward pass per run. `"ig"`: integrated gradients at each hook
+            point, with `steps` forward and backward passes per hook point. `"eap_ig_inputs"`: gradients averaged along the line
+            between the prompts' embeddings, with `steps` passes for all hook points. `"grad_drop"`: one pass per layer of the
+            model; the estimates have no sign (`metadata["unsigned"]`).
         steps: the number of points of the midpoint rule, for `"ig"` and `"eap_ig_inputs"`.
+        qk_fix: whether estimates of queries and keys compute their effect on the head's output exactly, in a pass of their
+            layer alone (one for all queries of a prompt, one for the keys of each requested position). With
+            `method="grad_drop"` this is AtP* (Kramar et al. 2024, arXiv 2403.00745).
         keep: whether to keep activations and gradients in memory, on the model's device.
 
     Raises:
@@ -191,6 +198,7 @@ class Gradients:
         metric: str | Metric = "logit_diff",
         method: str = "atp",
         steps: int = 10,
+        qk_fix: bool = True,
         keep: bool = True,
     ) -> None:
         if not isinstance(metric, str) and not callable(metric):
@@ -210,6 +218,7 @@ class Gradients:
         if method == "grad_drop" and self.lens.n_layers < 2:
             raise FeatpatchError("the model has one block, and grad_drop drops one of several: expected method='atp'")
         check_tokens(pairs, self.lens)
+        self.qk_fix = qk_fix
         self._keep, self._state = keep, None  # type: bool, object
         self._kept: dict[tuple[int, ...], _Batch] = {}
 

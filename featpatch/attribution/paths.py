@@ -26,12 +26,9 @@ from featpatch.attribution.gradients import Gradients, PairGradients
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import Metric
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
-from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, LOGITS, Direction, Edge, Node
-from featpatch.pairs.pairs import Pairs
+from featpatch.nodes import LOGITS, Direction, Edge, Node
 from featpatch.pairs.positions import spans
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
@@ -106,38 +103,28 @@ class Receiving:
 
 
 def estimate_paths(
-    model: Any,
-    pairs: Pairs,
-    *,
-    saes: Any = None,
+    gradients: Gradients,
+    saes: Any,
     senders: Effects | Sequence[Node | str],
     receivers: Effects | Sequence[Node | str],
-    route: Literal["direct", "through_mlps"] = "direct",
-    gradients: Gradients | None = None,
-    directions: Sequence[Direction] = DIRECTIONS,
-    metric: str | Metric = "logit_diff",
-    progress: bool = True,
+    route: Literal["direct", "through_mlps"],
+    directions: Sequence[Direction],
+    *,
+    progress: bool,
 ) -> Effects:
-    """Estimate by gradients what `rank_paths` measures: the same rows, marked `estimate`.
+    """Estimate by gradients what `rank_paths` measures exactly; it describes the arguments.
 
     The cost is two forward and backward passes per pair, and a backward pass of one layer per receiver; additional senders
     cost nothing. A receiver that is inactive in the base run has no gradient, so its paths are estimated as 0.
 
-    Args:
-        gradients: an `fp.Gradients` of this model and these pairs, with method `"atp"`, to reuse what it has kept.
-        model, pairs, saes, senders, receivers, route, directions, progress: as in `rank_paths`, except that error terms can't
-            be receivers.
-        metric: a differentiable metric; `"neg_kl"` only for denoising.
-
     Raises:
-        FeatpatchError: if the input is unusable.
+        FeatpatchError: if the input is unusable, or the gradients are not of method `"atp"`.
     """
-    lens = wrap(model)
+    source, pairs, lens = gradients, gradients.pairs, gradients.lens
     found = dictionaries_if_any(lens, saes)
     sites.check_route(route)
-    source = Gradients(model, pairs, metric=metric, keep=False) if gradients is None else gradients
-    if not isinstance(source, Gradients) or source.model is not model or source.pairs != pairs or source.method != "atp":
-        raise FeatpatchError("gradients are of another model, other pairs or another method: expected atp of these")
+    if source.method != "atp":
+        raise FeatpatchError(f"method={source.method!r} for paths: expected 'exact' or 'atp'")
     lens.check_unhooked()
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     receiving = [Receiving.of(lens, node, found) for node in ends]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -29,23 +29,28 @@ def rank(
     threshold: of.Threshold = None,
     out: of.Out = Path("featpatch-out"),
     journal: of.JournalFile = None,
-    exact: Annotated[
-        Literal["all", "screened"], typer.Option(help="Run all features, or those that gradient estimates put first.")
-    ] = "all",
+    method: of.Method = "exact",
+    screen: Annotated[
+        bool, typer.Option("--screen", help="Patch only the features that gradient estimates put first.")
+    ] = False,
     k: Annotated[
-        int | None, typer.Option("--k", help="screened: how many are run for their estimates; 200 by default.")
+        int | None, typer.Option("--k", help="With --screen: how many are patched for their estimates; 200 by default.")
     ] = None,
-    audit: Annotated[int | None, typer.Option(help="screened: how many others, drawn at random; 100 by default.")] = None,
+    audit: Annotated[
+        int | None, typer.Option(help="With --screen: how many of the others, drawn at random; 100 by default.")
+    ] = None,
     target: Annotated[
         float | None,
-        typer.Option(help="screened: share of the true top 20 that is to be found; doubles the sample until then."),
+        typer.Option(help="With --screen: share of the true top 20 that is to be found; doubles the sample until then."),
     ] = None,
     executor: of.Executor = "serial",
     address: of.Address = None,
     workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
-    """Rank the features of your own SAEs on your own prompt pairs. Ctrl-C shows what is finished.
+    """Rank the features of your own SAEs on your own prompt pairs: exactly, or by gradient estimates with --method.
+
+    Ctrl-C shows what is finished.
 
     Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
@@ -53,19 +58,22 @@ def rank(
         results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
-        screen = console(json=as_json)
-        screen.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        work = of.study(screen, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
-        from featpatch.ranking.screen import Screen
-
+        out_to = console(json=as_json)
+        out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
+        work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
         options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
-        screen_of = Screen(**{name: value for name, value in options.items() if value is not None})
-        screening = None if exact == "all" else {name: getattr(screen_of, name) for name in options}
-        results.check_same(work, kind="features" if screening is None else "screened features", screening=screening)
+        given = {name: value for name, value in options.items() if value is not None}
+        if given and not screen:
+            raise fp.FeatpatchError(f"{', '.join(f'--{name}' for name in given)}: expected --screen too, or none of these")
+        screening = fp.Screen(**given) if screen else None
+        kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
+        results.check_same(work, kind=kind, screening=screening and {name: getattr(screening, name) for name in options})
+        if method != "exact" and len(metric) == 1:
+            work["metric"] = metric[0]
         effects = fp.rank_features(
-            **work, exact=exact, k=k, audit=audit, target=target, journal=journal, executor=elsewhere, progress=not as_json
+            **work, method=method, screen=screening, journal=journal, executor=elsewhere, progress=not as_json
         )
-        show(screen, effects, shown, results, work, as_json=as_json)
+        show(out_to, effects, shown, results, work, as_json=as_json)
 
 
 @app.command()
@@ -101,38 +109,6 @@ def components(
         work["sites"] = [name for name in sites.split(",") if name]
         results.check_same(work, kind="components")
         effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=not as_json)
-        show(screen, effects, shown, results, work, as_json=as_json)
-
-
-@app.command()
-def attribute(
-    model: of.Model,
-    sae: of.Saes,
-    pairs: of.PairsFile,
-    method: of.Method = "atp",
-    positions: of.Positions = "all",
-    direction: of.Directions = "both",
-    metric: of.MetricNames = of.LOGIT_DIFF,
-    device: of.Device = "cpu",
-    top: of.Top = 20,
-    by: of.By = None,
-    threshold: of.Threshold = None,
-    out: of.Out = Path("featpatch-estimates"),
-    as_json: of.Json = False,
-) -> None:
-    """Estimate the effects of all features from gradients. `rank --exact screened` runs the first of them.
-
-    Example: featpatch attribute --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --method ig
-    """
-    with clear_errors():
-        results = Output.open(out)
-        shown = of.Shown.of(top, by, threshold, direction)
-        screen = console(json=as_json)
-        work = of.study(screen, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
-        if len(metric) > 1:
-            raise fp.FeatpatchError(f"--metric {', '.join(metric)}: expected one to estimate with")
-        results.check_same(work, kind=f"estimates by {method}")
-        effects = fp.estimate_features(**{**work, "metric": metric[0]}, method=method, progress=not as_json)
         show(screen, effects, shown, results, work, as_json=as_json)
 
 

@@ -49,7 +49,8 @@ DIGITS = 19
 """From this many digits a number can't be a position, and Python may refuse to convert it."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
-    Literal["atp", "ig", "eap_ig_inputs", "grad_drop"], typer.Option(help="How gradients are taken; see estimate_features.")
+    Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"],
+    typer.Option(help="exact runs every patch; the others estimate from gradients."),
 ]
 Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
 JournalFile = Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")]

@@ -7,7 +7,6 @@ patched at `hook_z`: the effect is the same, and the rest of the model can be re
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +14,16 @@ from jaxtyping import Bool, Float
 
 from featpatch import sites
 from featpatch import sites as hooks
-from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, Direction, Node, Position
+from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.pairs.positions import Positions
 from featpatch.patching.changes import Directions, Run, Swaps, feature_swaps, whole_change, whole_swaps
 from featpatch.patching.parts import DictionaryPart, Part, count_whole
-from featpatch.patching.readings import Metrics
-from featpatch.patching.runs import Noise, PairRuns
+from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Asked, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
@@ -280,45 +277,6 @@ def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ..
     """Return the mask with these places set to True."""
     mask[tuple(torch.tensor(list(places)).T.to(mask.device))] = True
     return mask
-
-
-def rank_components(
-    model: Any,
-    pairs: Pairs,
-    *,
-    sites: str | Sequence[str] = hooks.SHOWN,
-    layers: Sequence[int] | None = None,
-    positions: Positions = "all",
-    directions: Sequence[Direction] = DIRECTIONS,
-    metric: Metrics = "logit_diff",
-    batch_rows: int | None = None,
-    noise: Noise | None = None,
-    journal: str | Path | None = None,
-    executor: Any = None,
-    progress: bool = True,
-) -> Effects:
-    """Measure the exact causal effect of components, in the same kind of table as for features.
-
-    Args:
-        model: a TransformerBridge or a HookedTransformer.
-        pairs: clean and corrupted prompts with their answers.
-        sites: the components. Whole activations: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, `"attn_out"`, `"mlp_out"`. By
-            head: `"z"` (the head's output; `"result"` is the same after W_O), `"q"`, `"k"`, `"v"` (before rotation; one row per
-            key or value head, which several query heads may share), `"pattern"` (one row of the pattern: the attention from a
-            position to all others) and `"pattern_entry"` (position `"end <- S2"`: the attention from one position to another).
-            `"neurons"`: the neurons of the MLPs.
-        layers: the layers; all by default.
-        positions, directions, metric, batch_rows, noise, journal, executor, progress: as in `rank_features`. For keys
-            and values the position is that of the key or value.
-
-    Returns:
-        One row per component (and position) that differs in at least one pair, of kind `activation`, `head` or `neuron`.
-
-    Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
-    """
-    study = component_study(model, pairs, sites, layers, Asked(positions, directions, metric, batch_rows, noise))
-    return study.run(journal, progress=progress, executor=executor)
 
 
 def component_study(model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, asked: Asked) -> Study:

@@ -1,20 +1,25 @@
-"""Rank features and paths exactly; if there are many, gradient estimates screen them first."""
+"""Rank features, components and paths by causal recovery: exactly, by gradient estimates, or exactly after screening by these."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from featpatch import sites as hooks
+from featpatch.attribution.components import estimate_components
 from featpatch.attribution.features import estimate_features
+from featpatch.attribution.gradients import METHODS, Gradients
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.metrics import find
 from featpatch.nodes import DIRECTIONS, Direction, Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.positions import Positions
+from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.readings import Metrics, leading
@@ -22,6 +27,9 @@ from featpatch.patching.route import Route
 from featpatch.patching.runs import Noise
 from featpatch.patching.study import Asked, Study
 from featpatch.ranking.screen import Screen, screened
+
+Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"] | Gradients
+"""`"exact"` runs every patch; all others estimate the effects from gradients."""
 
 
 def rank_features(
@@ -32,20 +40,15 @@ def rank_features(
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
-    exact: str = "all",
-    k: int | None = None,
-    audit: int | None = None,
-    target: float | None = None,
-    top: int | None = None,
-    method: str | None = None,
-    seed: int | None = None,
+    method: Method = "exact",
+    screen: Screen | None = None,
     batch_rows: int | None = None,
     noise: Noise | None = None,
     journal: str | Path | None = None,
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Measure the exact causal effect of every SAE feature, of the error terms and of the whole activations.
+    """Rank SAE features, error terms and whole activations by their causal effect.
 
     Each feature is patched from the clean run into the corrupted run (denoising) and the other way round (noising); the SAE's
     reconstruction error and all other features keep their values in the run that is patched. A feature with the same value in
@@ -53,10 +56,6 @@ def rank_features(
 
     Ctrl-C returns what is finished: the pairs that are done or, during the first pairs, the features that are done
     (`effects.finished` is False). With a journal, the next call resumes from there.
-
-    With `exact="screened"`, all features are estimated from gradients and only some are patched: the first `k` by |estimate|,
-    and `audit` of the others, drawn at random. Every value of the table is exact; `effects.audit()` bounds what was missed, and
-    `effects.to_pandas()` also shows the estimates. `fp.plan` tells whether this is faster than the full sweep.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
@@ -70,14 +69,11 @@ def rank_features(
             runs; the table is for the first, and `effects.metric(name)` is the table for another. For answers of several tokens
             use `"sequence_log_prob"` or `"sequence_log_prob_diff"`, which are teacher-forced and take one forward pass per
             token.
-        exact: `"all"` to patch all features, or `"screened"`. The next six arguments are only for `"screened"`.
-        k: how many features are patched because of their estimates; 200 by default.
-        audit: how many of the other features are patched, drawn at random; 100 by default.
-        target: the share of the true `top` that should be among the patched features, with 95 % confidence: the sample is
-            doubled until the bound reaches it.
-        top: the length of the ranking that `target` refers to; 20 by default.
-        method: the method of estimation, see `estimate_features`; `"atp"` by default.
-        seed: the seed of the random sample; 0 by default.
+        method: `"exact"` to run every patch. `"atp"`, `"ig"`, `"eap_ig_inputs"` and `"grad_drop"` estimate the effects from
+            gradients, at the cost of a few forward and backward passes per pair, whatever the number of features; see
+            `fp.Gradients`, which can also be given as the method, to choose its options and to reuse what it has computed. Use
+            `fp.calibrate` to find out how far estimates can be trusted.
+        screen: estimate all features and patch only those that are likely to matter, with a random sample of the others.
         batch_rows: rows (patches x positions) of one forward pass; by default chosen from the model's size and the free memory.
         noise: noise on the clean prompts' embeddings, which replaces the corrupted prompts (causal tracing).
         journal: a file to which every finished batch is written, and from which an interrupted call resumes.
@@ -90,36 +86,92 @@ def rank_features(
         `error` of each dictionary, and for the whole `activation` at each hook point. With screening, the features that were
         patched because of their estimates come first, then those drawn at random.
 
+        In a table of estimates, `metadata["completeness_residual"]` is the largest |sum of features and error - whole
+        activation| of any hook point, position and pair, as a share of the mean gap. It is due to rounding, unless what
+        features add depends on other features or on state (a token's norm), which belongs to neither features nor error.
+        `metadata["whole_residual"]` is the largest |estimate - patched run| over pairs, also as a share of the mean gap: for
+        the residual stream that enters the first layer (how far from linear the model is) or, with `"ig"`, for any whole
+        activation (the error left by the number of steps). It is None for `"grad_drop"`.
+
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+
+    Example:
+        >>> effects = fp.rank_features(model, saes, pairs, positions=["S2"], progress=False)
+        >>> effects.top(5, by="recovery").to_pandas()[["site", "index", "recovery", "recovery_low", "recovery_high"]].shape
+        (5, 5)
+        >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+        >>> (effects.value, estimates.value)
+        ('exact', 'estimate')
     """
-    options: dict[str, Any] = {"k": k, "audit": audit, "target": target, "top": top, "method": method, "seed": seed}
-    given = {name: value for name, value in options.items() if value is not None}
-    if exact not in ("all", "screened") or (exact == "all" and given):
-        raise FeatpatchError(f"exact={exact!r}, {given}: expected 'all' without any of these, or 'screened'")
+    check_kinds((Screen, type(None)), screen=screen)
+    options = {"screen": screen, "batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
+    if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
+        return estimate_features(gradients, saes, positions, directions, progress=progress)
     asked = Asked(positions, directions, metric, batch_rows, noise)
-    if exact == "all":
-        study, _ = feature_study(model, saes, pairs, asked)
-        return study.run(journal, progress=progress, executor=executor)
+    run = partial(Study.run, journal=journal, progress=progress, executor=executor)
+    if screen is None:
+        return run(feature_study(model, saes, pairs, asked)[0])
     if noise is not None:
-        raise FeatpatchError(
-            "exact='screened' with noise: expected corrupted prompts, whose gradients are what estimates are of"
-        )
-    screen = Screen(**given)
-    taken: dict[str, Any] = {"positions": positions, "directions": directions, "metric": leading(metric), "progress": progress}
-    estimate = estimate_features(model, saes, pairs, method=screen.method, **taken)
+        raise FeatpatchError("screen with noise: expected corrupted prompts, whose gradients are what estimates are of")
+    source = Gradients(model, pairs, metric=leading(metric), method=screen.method, keep=False)
+    estimate = estimate_features(source, saes, positions, directions, progress=progress)
+    return screened(screen, estimate, lambda only: feature_study(model, saes, pairs, asked, only)[0], run)
 
-    def study_of(only: frozenset[Node]) -> Study:
-        return feature_study(model, saes, pairs, asked, only)[0]
 
-    return screened(screen, estimate, study_of, partial(Study.run, journal=journal, progress=progress, executor=executor))
+def rank_components(
+    model: Any,
+    pairs: Pairs,
+    *,
+    sites: str | Sequence[str] = hooks.SHOWN,
+    layers: Sequence[int] | None = None,
+    positions: Positions = "all",
+    directions: Sequence[Direction] = DIRECTIONS,
+    metric: Metrics = "logit_diff",
+    method: Method = "exact",
+    batch_rows: int | None = None,
+    noise: Noise | None = None,
+    journal: str | Path | None = None,
+    executor: Any = None,
+    progress: bool = True,
+) -> Effects:
+    """Rank heads, MLPs, neurons and the residual stream by their causal effect, in the same kind of table as features.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        pairs: clean and corrupted prompts with their answers.
+        sites: the components. Whole activations: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, `"attn_out"`, `"mlp_out"`. By
+            head: `"z"` (the head's output; `"result"` is the same after W_O), `"q"`, `"k"`, `"v"` (before rotation; one row per
+            key or value head, which several query heads may share), `"pattern"` (one row of the pattern: the attention from a
+            position to all others) and `"pattern_entry"` (position `"end <- S2"`: the attention from one position to another).
+            `"neurons"`: the neurons of the MLPs.
+        layers: the layers; all by default.
+        positions, directions, metric, method, batch_rows, noise, journal, executor, progress: as in `rank_features`. For keys
+            and values the position is that of the key or value.
+
+    Returns:
+        One row per component (and position) that differs in at least one pair, of kind `activation`, `head` or `neuron`.
+
+    Raises:
+        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+
+    Example:
+        >>> heads = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False)
+        >>> heads.top(1).nodes[0].kind
+        'head'
+    """
+    options = {"batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
+    if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
+        return estimate_components(gradients, sites, layers, positions, directions, progress=progress)
+    study = component_study(model, pairs, sites, layers, Asked(positions, directions, metric, batch_rows, noise))
+    return study.run(journal, progress=progress, executor=executor)
 
 
 BUDGET = 20_000
 """The largest number of paths that are all patched by default; more paths are screened."""
 
-MANY, DRAWN = 2000, 500
-"""When paths are screened, how many are patched because of their estimates, and how many of the others."""
+MANY = Screen(k=2000, audit=500)
+"""The screening of more than `BUDGET` paths."""
 
 
 def rank_paths(
@@ -130,26 +182,23 @@ def rank_paths(
     senders: Nodes,
     receivers: Nodes,
     route: Route = "direct",
-    exact: Literal["auto", "all", "screened"] = "auto",
-    k: int | None = None,
-    audit: int | None = None,
-    seed: int | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
+    method: Method = "exact",
+    screen: Screen | Literal["auto"] | None = "auto",
     batch_rows: int | None = None,
     journal: str | Path | None = None,
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Measure the exact causal effect of paths from senders to receivers.
+    """Rank paths from senders to receivers by their causal effect.
 
     This is path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023). In a first pass the sender takes its value from the
     source run while all other components keep their values from the base run, and the receiver's new value is recorded. In a
     second pass the receiver alone is set to that value in the base run, and everything downstream of it is recomputed. Norms
     are recomputed. The effect is that of the receiver's change alone, on the scale of `rank_features`.
 
-    The cost grows with senders times receivers; the number of paths is printed before the start. More than 20,000 paths are
-    screened by gradient estimates, unless `exact="all"`: see `rank_features`.
+    The cost grows with senders times receivers; the number of paths is printed before the start.
 
     Args:
         model: a TransformerBridge or a HookedTransformer, without hooks of your own.
@@ -158,11 +207,12 @@ def rank_paths(
         senders: features, errors, heads at `hook_z`, whole activations (`Node("blocks.1.hook_mlp_out", "activation")`); or a
             table of effects whose rows are the senders.
         receivers: features and errors of SAEs; heads at `hook_q`, `hook_k`, `hook_v`, or `hook_z` for the three together; whole
-            activations; `"logits"`. A receiver's change is patched at the receiver's position; `"all"` is everywhere.
+            activations; `"logits"`. A receiver's change is patched at the receiver's position; `"all"` is everywhere. Estimates
+            have no paths to errors.
         route: `"direct"` freezes attention and MLPs between sender and receiver, `"through_mlps"` only attention.
-        exact: `"all"` to patch all paths, or `"screened"` to patch the first `k` (2000) by |estimate| and `audit` (500) of the
-            others, drawn with `seed` (0); `"auto"` screens if there are more than 20,000 paths.
-        k, audit, seed: see `exact`.
+        method: `"exact"` or `"atp"`, or an `fp.Gradients` of method `"atp"`.
+        screen: as in `rank_features`. `"auto"` screens if there are more than 20,000 paths, with `k=2000` and `audit=500`; None
+            runs all paths.
         directions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Returns:
@@ -170,30 +220,67 @@ def rank_paths(
 
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+
+    Example:
+        >>> senders = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False).top(2)
+        >>> paths = fp.rank_paths(model, pairs, senders=senders, receivers=["logits"], progress=False)
+        >>> len(paths)
+        2
     """
-    if exact not in ("auto", "all", "screened"):
-        raise FeatpatchError(f"exact={exact!r}: expected 'auto', 'all' or 'screened'")
+    if screen not in ("auto", None):
+        check_kinds(Screen, screen=screen)
+    options = {"screen": None if screen == "auto" else screen, "batch_rows": batch_rows, "journal": journal}
+    gradients = _gradients(method, model, pairs, metric, {**options, "executor": executor})
+    estimate: Callable[[Gradients], Effects] = partial(
+        estimate_paths, saes=saes, senders=senders, receivers=receivers, route=route, directions=directions, progress=progress
+    )
+    if gradients is not None:
+        return estimate(gradients)
     asked = Asked(directions=directions, metric=metric, batch_rows=batch_rows)
     study, part = path_study(model, pairs, saes, senders, receivers, route, asked)
     count = sum(map(len, part.edges.values()))
-    screen = exact == "screened" or (exact == "auto" and count > BUDGET)
-    given: dict[str, Any] = {name: value for name, value in (("k", k), ("audit", audit), ("seed", seed)) if value is not None}
-    if exact == "all" and given:
-        raise FeatpatchError(f"exact='all', {given}: expected 'auto' or 'screened' with these")
-    chosen = Screen(**{"k": MANY, "audit": DRAWN, **given})
+    chosen = (MANY if count > BUDGET else None) if screen == "auto" else screen
     if progress:
-        how = f"screened by gradients, {chosen.k} and {chosen.audit} of them run" if screen else "all run"
+        how = "all run" if chosen is None else f"screened by gradients, {chosen.k} and {chosen.audit} of them run"
         tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}", file=sys.stderr)
-    if not screen:
-        return study.run(journal, progress=progress, executor=executor)
-    estimate = estimate_paths(
-        model, pairs, saes=saes, senders=senders, receivers=receivers, route=route, directions=directions,
-        metric=leading(metric), progress=progress,
-    )  # fmt: skip
+    run = partial(Study.run, journal=journal, progress=progress, executor=executor)
+    if not isinstance(chosen, Screen):
+        return run(study)
 
     def study_of(only: frozenset[Node]) -> Study:
         edges = frozenset(edge for edge in only if isinstance(edge, Edge))
         return path_study(model, pairs, saes, senders, receivers, route, asked, edges)[0]
 
-    run = partial(Study.run, journal=journal, progress=progress, executor=executor)
-    return screened(chosen, estimate, study_of, run)
+    source = Gradients(model, pairs, metric=leading(metric), method=chosen.method, keep=False)
+    return screened(chosen, estimate(source), study_of, run)
+
+
+def _gradients(method: Method, model: Any, pairs: Pairs, metric: Metrics, options: dict[str, Any]) -> Gradients | None:
+    """Return the gradients of a method of estimation, or None for `"exact"`.
+
+    Args:
+        options: arguments that only exact runs have, by name; None if they are not given.
+
+    Raises:
+        FeatpatchError: the method is unknown, the gradients are of another model, other pairs or another metric, or an estimate
+            is given an option of exact runs.
+    """
+    if isinstance(method, str) and method == "exact":
+        return None
+    if not isinstance(method, Gradients) and method not in METHODS:
+        raise FeatpatchError(f"method={method!r}: expected 'exact', one of {', '.join(METHODS)}, or an fp.Gradients")
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise FeatpatchError(
+            f"method={method!r} with {', '.join(given)}: expected {'it' if len(given) == 1 else 'them'} only with "
+            "method='exact', because an estimate runs no patches; leave one or the other out"
+        )
+    if not isinstance(method, Gradients):
+        return Gradients(model, pairs, metric=metric, method=method, keep=False)  # type: ignore[arg-type]
+    if method.model is not model or method.pairs != pairs:
+        raise FeatpatchError(
+            "the gradients are of another model or of other pairs: expected fp.Gradients(model, pairs, ...) of these"
+        )
+    if metric != "logit_diff" and find(leading(metric)).name != method.measure.name:
+        raise FeatpatchError(f"metric={metric!r} with gradients of {method.measure.name}: expected the same; leave metric out")
+    return method

@@ -27,7 +27,20 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Screen:
-    """The settings of screening; see the arguments of the same names of `rank_features`.
+    """The settings of screening: gradient estimates choose which nodes are patched.
+
+    All nodes are estimated and only some are patched: the first `k` by |estimate|, and `audit` of the others, drawn at random.
+    Every value of the resulting table is exact; `effects.audit()` bounds what was missed, and `effects.to_pandas()` also shows
+    the estimates. `fp.plan` tells whether this is faster than the full sweep.
+
+    Attributes:
+        k: how many nodes are patched because of their estimates.
+        audit: how many of the other nodes are patched, drawn at random.
+        target: the share of the true `top` that should be among the patched nodes, with 95 % confidence: the sample is doubled
+            until the bound reaches it. None for a single sample.
+        top: the length of the ranking that `target` refers to; by default 20, or `k` if that is smaller.
+        method: the method of estimation, see `fp.Gradients`.
+        seed: the seed of the random sample.
 
     Raises:
         FeatpatchError: if a number is out of range.
@@ -109,7 +122,7 @@ def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> N
         )
         told = (
             f"{sized} mean that {'' if screen.target is None else 'at least '}{run:,} of {candidates:,} candidates are run, in "
-            "addition to the estimates: the full sweep costs hardly more and misses nothing; give exact='all', or a smaller "
+            "addition to the estimates: the full sweep costs hardly more and misses nothing; leave screen out, or give a smaller "
             f"{'k or audit' if screen.target is None else 'target or k'}"
         )
     elif screen.target is None and (best := provable(rest, least, **about)) < USEFUL:

@@ -14,9 +14,11 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: two tests run side by side
 os.environ |= {"RAY_worker_niceness": "0"}  # by default Ray's workers wait for whatever else the machine does
 
-from jaxtyping import install_import_hook
+import jaxtyping
+import typechecker
 
-install_import_hook("featpatch", "typechecker.check")
+jaxtyping.jaxtyped = typechecker.checked
+jaxtyping.install_import_hook("featpatch", "typechecker.check")
 
 import pytest
 import torch

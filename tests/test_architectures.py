@@ -75,25 +75,25 @@ def oracle_value(model: Any, sae: Any, node: fp.Node, pair: fp.Pair, direction: 
 
 
 @pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("positions", ["each", "all"])
 @pytest.mark.parametrize(("kind", "name"), MODELS)
-def test_fast_path_equals_plain_hooks_everywhere(kind: str, name: str) -> None:
+def test_fast_path_equals_plain_hooks_everywhere(kind: str, name: str, positions: str) -> None:
     """Law 4. The fast path must have been taken: a fallback warns, and warnings are errors here."""
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
     oracle._activations.cache_clear()
     saes, drawn = dictionaries(model), pairs(int(model.unembed.W_U.shape[-1]))
     at = {sae.cfg.metadata.hook_name: sae for sae in saes}
-    for positions in ("all", "each"):
-        effects = fp.rank_features(model, saes, drawn, positions=positions, progress=False)
-        by_site: dict[str, list[int]] = {}
-        for entry in range(len(effects.row)):
-            by_site.setdefault(effects.nodes[effects.row[entry]].site, []).append(entry)
-        assert by_site.keys() == at.keys()
-        for site, entries in by_site.items():
-            for entry in random.Random(site).sample(entries, min(2, len(entries))):
-                node, pair = effects.nodes[effects.row[entry]], drawn[int(effects.pair[entry])]
-                for direction, values in (("denoising", effects.denoised), ("noising", effects.noised)):
-                    expected = oracle_value(model, at[site], node, pair, direction)
-                    assert abs(values[entry] - expected) < EXACT, (node, direction)
+    effects = fp.rank_features(model, saes, drawn, positions=positions, progress=False)
+    by_site: dict[str, list[int]] = {}
+    for entry in range(len(effects.row)):
+        by_site.setdefault(effects.nodes[effects.row[entry]].site, []).append(entry)
+    assert by_site.keys() == at.keys()
+    for site, entries in by_site.items():
+        for entry in random.Random(site).sample(entries, min(2, len(entries))):
+            node, pair = effects.nodes[effects.row[entry]], drawn[int(effects.pair[entry])]
+            for direction, values in (("denoising", effects.denoised), ("noising", effects.noised)):
+                expected = oracle_value(model, at[site], node, pair, direction)
+                assert abs(values[entry] - expected) < EXACT, (node, direction)
 
 
 @pytest.mark.usefixtures("wide")

@@ -41,6 +41,12 @@ def check(small: Small, sae: Any, entries: int = 6, reference: Any = None) -> fp
             expected = by_oracle(small, reference, node, slot, direction)
             assert abs(values[entry] - expected) < EXACT, (node, direction)
 
+    check_whole(small, sae, site)
+    return effects
+
+
+def check_whole(small: Small, sae: Any, site: str) -> None:
+    """All features and the error are the whole activation (law 2); from a run into itself they change no bit (law 1)."""
     clean, corrupted = small.clean[:1], small.corrupted[:1]
     everything = fp.Patch((fp.Node(site, "all_features"), fp.Node(site, "error")))
     with torch.no_grad(), fp.do(small.model, everything, source=clean, base=corrupted, saes=sae):
@@ -51,7 +57,6 @@ def check(small: Small, sae: Any, entries: int = 6, reference: Any = None) -> fp
         unchanged = small.model(corrupted)
     with torch.no_grad():
         assert torch.equal(unchanged, small.model(corrupted))
-    return effects
 
 
 def by_oracle(small: Small, sae: Any, node: fp.Node, slot: int, direction: str) -> float:
@@ -74,6 +79,26 @@ def by_oracle(small: Small, sae: Any, node: fp.Node, slot: int, direction: str) 
 def slow(site: str) -> Any:
     """Sites inside the MLP are patched by the model's own pass, and a warning says so."""
     return pytest.warns(fp.SlowPathWarning) if ".mlp." in site else warnings.catch_warnings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_at_all_sites_at_once(hooked: Small, kind: str) -> None:
+    """All cells of the matrix on one of TransformerLens' classes, of one pair."""
+    cells = {SITES[site][0]: built(hooked, kind, site) for site in SITES}
+    with slow("blocks.1.mlp."):
+        effects = fp.rank_features(
+            hooked.model, [sae for sae, _ in cells.values()], pairs_of(hooked)[:1], positions="all", progress=False
+        )
+    for site, (sae, reference) in cells.items():
+        of_site = effects.where(site=site)
+        left = [entry for entry, row in enumerate(of_site.row) if of_site.nodes[row].kind in ("feature", "error")]
+        for node_kind in ("feature", "error"):
+            chosen = [entry for entry in left if of_site.nodes[of_site.row[entry]].kind == node_kind]
+            for entry in random.Random(site).sample(chosen, min(1, len(chosen))):
+                for direction, values in (("denoising", of_site.denoised), ("noising", of_site.noised)):
+                    node = of_site.nodes[of_site.row[entry]]
+                    expected = by_oracle(hooked, reference, node, 0, direction)
+                    assert abs(values[entry] - expected) < EXACT, (node, direction)
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -55,12 +55,12 @@ def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
     receivers = [*(node for node in late if node.kind == "feature"), *inside, fp.Node(MLP.format(1), "activation"),
                  fp.Node(MLP.format(2), "activation"), fp.LOGITS]  # fmt: skip
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "route": route, **OPTIONS}
-    estimate = fp.estimate_paths(small.model, pairs_of(small), saes=small.saes, **run)
-    exact = fp.rank_paths(small.model, pairs_of(small), saes=small.saes, **run)
+    estimate = fp.estimate_paths(small.model, pairs_of(small, [0]), saes=small.saes, **run)
+    exact = fp.rank_paths(small.model, pairs_of(small, [0]), saes=small.saes, **run)
     assert set(estimate.nodes) == set(exact.nodes)
     assert estimate.value == "estimate"
     seen = 0
-    for entry in range(0, len(estimate.row), 17):
+    for entry in range(0, len(estimate.row), 11):
         edge, slot = estimate.nodes[estimate.row[entry]], int(estimate.pair[entry])
         for direction, found, base in (
             ("denoising", estimate.denoised, estimate.corrupted),

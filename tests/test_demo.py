@@ -20,6 +20,12 @@ def demo() -> fp.Demo:
     return fp.load_demo()
 
 
+@pytest.fixture(scope="module")
+def shipped(demo: fp.Demo) -> dict[str, fp.Pairs]:
+    """All pairs of each task."""
+    return {task: demo.pairs(task, n=256) for task in checkpoints.TASKS}
+
+
 def test_every_site_of_the_issue_is_there(demo: fp.Demo) -> None:
     hooks = {sae.cfg.metadata.hook_name for sae in demo.saes}
     layers = demo.model.cfg.n_layers
@@ -49,9 +55,9 @@ def test_headline_numbers(demo: fp.Demo) -> None:
     assert effects.finished
 
 
-def test_the_shipped_model_does_its_tasks(demo: fp.Demo) -> None:
+def test_the_shipped_model_does_its_tasks(demo: fp.Demo, shipped: dict[str, fp.Pairs]) -> None:
     for task, least in (("ioi", 0.99), ("capitals", 0.95)):
-        pairs = demo.pairs(task, n=256)
+        pairs = shipped[task]
         right = [demo.model(torch.tensor([pair.clean]))[0, -1].argmax().item() == pair.correct[0] for pair in pairs]
         assert sum(right) / len(right) > least, task
     cards = json.loads((demo.folder / "model" / "measurements.json").read_text())
@@ -70,10 +76,11 @@ def test_the_folder_is_small_and_has_cards(demo: fp.Demo) -> None:
 
 @pytest.mark.parametrize("task", checkpoints.TASKS)
 def test_pairs_are_drawn_by_a_seed(demo: fp.Demo, task: str) -> None:
-    assert demo.pairs(task, n=8, seed=1) == demo.pairs(task, n=8, seed=1)
-    assert demo.pairs(task, n=8, seed=1) != demo.pairs(task, n=8, seed=2)
-    assert len({(pair.clean, pair.corrupted) for pair in demo.pairs(task, n=64)}) == 64
-    assert all("end" in pair.labels and pair.special == {0} for pair in demo.pairs(task, n=8))
+    pairs, again, others = (demo.pairs(task, n=64, seed=seed) for seed in (1, 1, 2))
+    assert pairs == again
+    assert pairs != others
+    assert len({(pair.clean, pair.corrupted) for pair in pairs}) == 64
+    assert all("end" in pair.labels and pair.special == {0} for pair in pairs)
 
 
 TAGS: dict[str, dict[str, set[str]]] = {
@@ -85,15 +92,15 @@ TAGS: dict[str, dict[str, set[str]]] = {
 
 
 @pytest.mark.parametrize("task", checkpoints.TASKS)
-def test_pairs_say_what_they_were_made_by(demo: fp.Demo, task: str) -> None:
-    pairs = demo.pairs(task, n=256)
+def test_pairs_say_what_they_were_made_by(shipped: dict[str, fp.Pairs], task: str) -> None:
+    pairs = shipped[task]
     assert {name: {pair.tags[name] for pair in pairs} for name in TAGS[task]} == TAGS[task]
     assert all(pair.tags["task"] == task and set(pair.tags) == {"task", "corruption", *TAGS[task]} for pair in pairs)
 
 
-def test_tags_are_true(demo: fp.Demo) -> None:
+def test_tags_are_true(demo: fp.Demo, shipped: dict[str, fp.Pairs]) -> None:
     """Read off the prompts themselves."""
-    for pair in demo.pairs("ioi", n=256):
+    for pair in shipped["ioi"]:
         assert pair.tags["order"] == ("ABBA" if pair.labels["IO"] < pair.labels["S1"] else "BABA")
         assert pair.tags["corruption"] == "swap_s2"
         changed = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
@@ -101,10 +108,10 @@ def test_tags_are_true(demo: fp.Demo) -> None:
         clean = demo.model.tokenizer.decode(pair.clean)
         assert (pair.tags["gift"] == "6") == ("said hello to" in clean)
         assert (pair.tags["template"] == "1") <= ("orking at the" in clean)
-    for pair in demo.pairs("capitals", n=256):
+    for pair in shipped["capitals"]:
         story = "there is" in demo.model.tokenizer.decode(pair.clean)
         assert pair.tags["template"].startswith("story" if story else "sentence")
-    for pair in demo.pairs("sentiment", n=256):
+    for pair in shipped["sentiment"]:
         right = demo.model.tokenizer.decode(list(pair.correct))
         assert (pair.tags["verdict"] == "praise") == (right in ("good", "positive"))
         assert (pair.tags["template"] in "01") == (right in ("good", "bad"))
@@ -112,9 +119,10 @@ def test_tags_are_true(demo: fp.Demo) -> None:
 
 def test_effects_by_tag_of_the_shipped_pairs(demo: fp.Demo) -> None:
     sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
-    effects = fp.rank_features(demo.model, sae, demo.pairs("ioi", n=8), positions=["end"], progress=False)
+    pairs = demo.pairs("ioi", n=8)
+    effects = fp.rank_features(demo.model, sae, pairs, positions=["end"], progress=False)
     for tag in ("template", "order"):
-        values = {pair.tags[tag] for pair in demo.pairs("ioi", n=8)}
+        values = {pair.tags[tag] for pair in pairs}
         assert {f"recovery_{value}" for value in values} <= set(effects.by_tag(tag, "recovery").columns)
 
 

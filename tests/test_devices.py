@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import product
 from typing import Any
 
 import architectures
@@ -261,6 +260,17 @@ TASKS: dict[str, Callable[[Small], Any]] = {
 }  # fmt: skip
 
 
+VARIANTS = {
+    "features, neg_kl", "integrated", "paths through MLPs", "estimates of paths through MLPs", "edges, estimated", "resampled",
+    "dropped", "inputs", "controls", "neurons", "principal components",
+}  # fmt: skip
+"""What differs little from another task: extended."""
+
+
+def tiers(tasks: Any, variants: Any = VARIANTS) -> list[Any]:
+    return [pytest.param(task, marks=pytest.mark.extended) if task in variants else task for task in tasks]
+
+
 @cache
 def expected(name: str, task: str) -> Any:
     return TASKS[task](on_one(name))
@@ -281,14 +291,17 @@ def same(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize(("name", "task"), [*product(["gpt2", "llama"], TASKS), *product(["neox", "hooked"], [*TASKS][::4])])
+@pytest.mark.parametrize("task", tiers(TASKS))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "hooked"])
 def test_a_model_on_two_devices(name: str, task: str) -> None:
     """Warnings are errors: all but sites inside an MLP take the fast path."""
     same(TASKS[task](on_two(name, "mixed")), expected(name, task))
 
 
 @pytest.mark.parametrize(
-    "task", ["features", "estimates", "paths", "estimates of paths", "nodes", "edges of features", "by hand"]
+    "task",
+    tiers(["features", "estimates", "paths", "estimates of paths", "nodes", "edges of features", "by hand"],
+          ["estimates of paths", "nodes", "edges of features"]),
 )
 @pytest.mark.parametrize("saes", ["cpu", "other"])
 def test_dictionaries_anywhere(saes: str, task: str) -> None:
@@ -316,7 +329,7 @@ OTHERS: dict[str, Callable[[Small], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", OTHERS)
+@pytest.mark.parametrize("task", tiers(OTHERS))
 def test_other_tools(task: str) -> None:
     same(OTHERS[task](on_two("gpt2", "mixed")), OTHERS[task](on_one("gpt2")))
 

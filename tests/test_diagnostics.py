@@ -88,7 +88,7 @@ def nodes_at(site: str) -> list[fp.Node]:
 @pytest.mark.parametrize("site", [STANDARD, TOPK, HEADS])
 @pytest.mark.parametrize("special", [(), (3, 4)])
 def test_against_a_loop(small: Small, site: str, special: tuple[int, ...]) -> None:
-    sae, pairs, nodes = small.at(site), pairs_of(small, special), nodes_at(site)
+    sae, pairs, nodes = small.at(site), pairs_of(small, special), nodes_at(site)[::5]
     table = fp.diagnose(small.model, sae, pairs, nodes)
     assert len(table) == 2 * len(nodes)
     for (_, row), (node, direction) in zip(

@@ -292,7 +292,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
     senders = fp.rank_features(small.model, saes[0], pairs_of(small), **OPTIONS).top(2).nodes
     receivers = [fp.Node(last, "feature", n, "all", last) for n in range(8)]
     run: dict[str, Any] = {"senders": list(senders), "receivers": receivers, "directions": ["noising"], **OPTIONS}
-    exact = fp.rank_paths(small.model, pairs_of(small), saes=saes, **run)
+    exact = fp.rank_paths(small.model, pairs_of(small, [0]), saes=saes, **run)
 
     def end_of(sae: Any, index: int, share: float) -> path_oracle.End:
         def swapped(base: Any, source: Any, x: torch.Tensor) -> torch.Tensor:
@@ -309,7 +309,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
         logits = path_oracle.path_patch(small.model, small.clean[slot], small.corrupted[slot], *ends, freeze_mlps=True)
         return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
 
-    estimate = fp.estimate_paths(small.model, pairs_of(small), saes=saes, **run)
+    estimate = fp.estimate_paths(small.model, pairs_of(small, [0]), saes=saes, **run)
     known = {
         (estimate.nodes[row], pair): value
         for row, pair, value in zip(estimate.row, estimate.pair, estimate.noised, strict=True)

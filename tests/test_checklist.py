@@ -197,5 +197,7 @@ def test_unknown_verdicts() -> None:
 def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: fp.Demo) -> None:
     """As where the BOS token was not counted."""
     pairs = pairs_of(demo, GOOD, labels=[{"who": 9, "end": 14}])
+    sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
     with pytest.warns(UserWarning, match="nothing differs at 'who' of any pair.*at 9 and differs from 10 on"):
-        fp.rank_features(demo.model, demo.saes[0], pairs, positions=["who", "end"], progress=False)
+        effects = fp.rank_features(demo.model, sae, pairs, positions=["who", "end"], progress=False)
+    assert {node.position for node in effects.nodes} == {"end"}

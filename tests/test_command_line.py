@@ -146,12 +146,13 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert "error: features holds" in refused.stderr.replace("\n", " ")
 
 
-def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> None:
-    """Blocks of two pairs, and a worker of Ray, give what one sweep here gives."""
+@pytest.mark.parametrize("workers", [(), pytest.param(("--executor", "ray", "--workers", "1"), marks=pytest.mark.extended)])
+def test_streams_and_workers(folder: Path, model: list[str], sae: list[str], workers: tuple[str, ...]) -> None:
+    """Blocks of two pairs give what one sweep gives, here and by a worker of Ray."""
     streamed = run("stream", *model, *sae, "--block", "2", "--top", "3", "--json", folder=folder)
     assert streamed.returncode == 0, streamed.stderr
-    workers = ("--executor", "ray", "--workers", "1")
-    there = started("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
+    rank = started if workers else run
+    there = rank("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
     assert there.returncode == 0, there.stderr
     found, expected = (json.loads(done.stdout)["effects"] for done in (streamed, there))
     assert [row["index"] for row in found] == [row["index"] for row in expected]

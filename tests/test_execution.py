@@ -96,16 +96,19 @@ def die() -> None:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_features_are_the_same(executor: str) -> None:
+@pytest.mark.parametrize("options", [
+    {"saes": slice(3), "metric": ["logit_diff", "prob"]},
+    pytest.param({"saes": slice(1, 2), "exact": "screened", "k": 5, "audit": 3, "top": 3}, marks=pytest.mark.extended),
+])  # fmt: skip
+def test_features_are_the_same(executor: str, options: dict[str, Any]) -> None:
     """All and screened, of several dictionaries and metrics; hooks of the user go along."""
     small, pairs = small_bridge(), pairs_of(small_bridge())
     small.model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 0.9 * x)
-    for options in ({"saes": small.saes[:3], "metric": ["logit_diff", "prob"]},
-                    {"saes": small.saes[1], "exact": "screened", "k": 5, "audit": 3, "top": 3}):  # fmt: skip
-        noting = Noting(EXECUTORS[executor]())
-        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", noting))
-        same(here, there)
-        assert 1 < len(noting.keys) == len(set(noting.keys))
+    options = {**options, "saes": small.saes[options["saes"]]}
+    noting = Noting(EXECUTORS[executor]())
+    here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", noting))
+    same(here, there)
+    assert 1 < len(noting.keys) == len(set(noting.keys))
 
 
 class Interrupted(Executor):
@@ -183,7 +186,7 @@ def test_errors_of_a_worker_are_raised_here() -> None:
         return values if len(logits) == 1 or os.getpid() == HERE else values * float("nan")
 
     with pytest.raises(fp.FeatpatchError, match="NaN|finite"):
-        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor="ray", **ROWS)
+        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=fp.Ray(workers=1), **ROWS)
 
 
 DRIVER = """
@@ -256,9 +259,11 @@ def test_workers_that_find_no_room_are_not_waited_for() -> None:
     holder = ray.remote(num_cpus=1)(_Holder).remote()
     ray.get(holder.ready.remote())
     try:
-        there = fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
+        noting = Noting(fp.Ray())
+        there = fp.rank_features(small.model, small.saes[1], pairs, executor=noting, **ROWS)
     finally:
         ray.kill(holder)
+    assert noting.keys
     same(there, fp.rank_features(small.model, small.saes[1], pairs, **ROWS))
 
 

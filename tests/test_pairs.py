@@ -97,11 +97,15 @@ def test_answers_that_were_surely_meant_otherwise(
 @pytest.mark.parametrize(("prompt", "answer"), [("東京は", "日本"), ("กรุงเทพ", "ไทย"), ("is", "東"), ("京", "is")])
 def test_scripts_without_spaces_need_none(prompt: str, answer: str) -> None:
     """Not a word about the space that is missing (warnings are errors)."""
-    fp.Pairs.from_prompts(of_bytes(), clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=True)
+    made = of_bytes()
+    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=True)
+    assert pair.answers[0] == (tuple(made(answer)["input_ids"]),)
 
 
 def test_no_space_is_advised_that_makes_more_tokens() -> None:
-    fp.Pairs.from_prompts(of_bytes(), clean=["is"], corrupted=["is"], correct=["é"], long_answers=True)
+    made = of_bytes()
+    (pair,) = fp.Pairs.from_prompts(made, clean=["is"], corrupted=["is"], correct=["é"], long_answers=True)
+    assert pair.answers[0] == (tuple(made("é")["input_ids"]),)
 
 
 def test_the_checklist_says_where_the_context_decides() -> None:

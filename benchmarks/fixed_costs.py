@@ -6,7 +6,7 @@
 
 The study has two TopK dictionaries of principal directions, which explain less than 0.95 of the variance, as nearly all real
 dictionaries do, and 32 pairs of prompts. Times are CPU times of one thread. The command line, and the loading with which it is
-compared, run in separate processes, including imports. `pairs.check` and `fp.describe`, which run prompts in batches, are
+compared, run in separate processes, including imports. `pairs.check` and `fp.max_activating`, which run prompts in batches, are
 compared with a loop that runs one prompt per forward pass.
 """
 
@@ -106,7 +106,7 @@ def check_one_by_one(model: Any, pairs: fp.Pairs) -> list[float]:
 
 
 def describe_one_by_one(model: Any, saes: list[Any], features: list[fp.Node], texts: list[str]) -> torch.Tensor:
-    """Return the activations on every token from which `fp.describe` finds its words, with one text per forward pass."""
+    """Return the activations on every token from which `fp.max_activating` finds its words, with one text per forward pass."""
     by_hook = {sae.cfg.metadata.hook_name: sae for sae in saes}
     rows = []
     for text in texts:
@@ -174,8 +174,8 @@ def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
     for name, at_once, one_by_one in (
         ("pairs.check", lambda: pairs.check(model), lambda: check_one_by_one(model, pairs)),
         (
-            "fp.describe",
-            lambda: fp.describe(model, saes, nodes, texts),
+            "fp.max_activating",
+            lambda: fp.max_activating(model, saes, nodes, texts),
             lambda: describe_one_by_one(model, saes, list(nodes), texts),
         ),
     ):

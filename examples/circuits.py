@@ -11,6 +11,7 @@ import numpy as np
 
 import featpatch as fp
 from examples.places import at_most, listed
+from featpatch.checkpoints import Demo
 
 LETTERS = {"v": "values", "k": "keys", "q": "queries"}
 
@@ -34,7 +35,7 @@ def kept(circuit: fp.Circuit) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(circuit.faithfulness, *circuit.faithfulness_interval)
 
 
-def of_edges(demo: fp.Demo, pairs: fp.Pairs, out: Path) -> str:
+def of_edges(demo: Demo, pairs: fp.Pairs, out: Path) -> str:
     """Edges, ranked by edge attribution patching, an estimate; faithfulness is exact."""
     circuit = fp.find_circuit(demo.model, pairs, over="edges", scores="estimate", size=64, progress=False)
     print(circuit)
@@ -53,7 +54,7 @@ def of_edges(demo: fp.Demo, pairs: fp.Pairs, out: Path) -> str:
     )
 
 
-def of_paths(demo: fp.Demo, pairs: fp.Pairs) -> str:
+def of_paths(demo: Demo, pairs: fp.Pairs) -> str:
     """Paths into the heads of block 3 and into the logits, exact."""
     mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, at) for layer in range(3) for at in ("S2", "end")]
     senders = [*(head(layer, n, at) for layer in (1, 2) for n in range(8) for at in ("S2", "end")), *mlps]
@@ -79,7 +80,7 @@ def of_paths(demo: fp.Demo, pairs: fp.Pairs) -> str:
     )
 
 
-def of_nodes(demo: fp.Demo, pairs: fp.Pairs, sae: Any) -> str:
+def of_nodes(demo: Demo, pairs: fp.Pairs, sae: Any) -> str:
     """Features as a circuit: before block 1 at the second name, everything else of the SAE ablated."""
     ranked = fp.rank_features(demo.model, sae, pairs, positions=["S2"], progress=False)
     found: dict[str, list[str]] = {}
@@ -92,7 +93,7 @@ def of_nodes(demo: fp.Demo, pairs: fp.Pairs, sae: Any) -> str:
     return f"Of the SAE before block 1, {len(circuit)} of {features} features at the second name have {said}."
 
 
-def of_single_features(demo: fp.Demo, pairs: fp.Pairs, sae: Any) -> str:
+def of_single_features(demo: Demo, pairs: fp.Pairs, sae: Any) -> str:
     """Edges of single features: the 30 strongest before block 1 stand between block 0 and what reads it."""
     strongest = fp.rank_features(demo.model, sae, pairs, progress=False).top(30)
     circuit = fp.find_circuit(

@@ -10,6 +10,9 @@ from rich.console import Console
 
 import featpatch as fp
 from examples.places import at_most, listed, place
+from featpatch.comparison.compare import Comparison
+from featpatch.patching.controls import Controls
+from featpatch.patching.sets import Selection
 from featpatch.reporting.terminal import ranked, site_summary
 
 TASKS = {"ioi": ["S2", "end"], "capitals": ["subject", "end"]}
@@ -24,9 +27,9 @@ class Found:
 
     components: fp.Effects
     features: fp.Effects
-    both: fp.Comparison
-    few: fp.Selection
-    controls: fp.Controls
+    both: Comparison
+    few: Selection
+    controls: Controls
     curve: pd.DataFrame
 
     def heads(self, n: int) -> list[fp.Node]:
@@ -88,8 +91,8 @@ def main(pairs: int = 32) -> None:
         console.print(f"{whole.sae} @ {whole.position}: {few}", highlight=False)
         controls = fp.random_controls(demo.model, sae, drawn, position=whole.position, progress=False)
         console.print(str(controls), highlight=False)
-        bases = [sae, fp.identity(demo.model, whole.site), fp.pca(demo.model, whole.site, drawn)]
-        curve = fp.cumulative(demo.model, bases, drawn, positions=[whole.position], most=16, progress=False).table()
+        bases = [sae, fp.dictionaries.identity(demo.model, whole.site), fp.dictionaries.pca(demo.model, whole.site, drawn)]
+        curve = fp.top_k_curve(demo.model, bases, drawn, positions=[whole.position], most=16, progress=False).table()
         console.print(curve.pivot(index="k", columns="sae", values="recovery").round(2).to_string(), highlight=False)
         console.print(fp.diagnose(demo.model, demo.saes, drawn, features.top(5).nodes).round(2).to_string(), highlight=False)
         lost = fp.ablate(demo.model, drawn, sites="z", to="mean", positions=["end"], progress=False)

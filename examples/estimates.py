@@ -10,6 +10,7 @@ from rich.console import Console
 
 import featpatch as fp
 from examples.places import place
+from featpatch.attribution.calibration import Calibration
 
 METHODS = {
     "atp": "`atp`",
@@ -41,7 +42,9 @@ def main(pairs: int = 32) -> None:
     heads = {"sites": ["q", "k", "v", "z", "pattern"], **options}
     exact_heads = fp.rank_components(demo.model, drawn, **heads)
     named = {
-        f"{method}{'' if fix else ' without the QK fix'}": fp.rank_components(demo.model, drawn, method=fp.Gradients(demo.model, drawn, method=method, qk_fix=fix), **heads)
+        f"{method}{'' if fix else ' without the QK fix'}": fp.rank_components(
+            demo.model, drawn, method=fp.Gradients(demo.model, drawn, method=method, qk_fix=fix), **heads
+        )
         for method, fix in (("atp", False), ("atp", True), ("ig", True), ("grad_drop", True))
     }
     console.print("queries, keys, values, outputs and patterns of heads", highlight=False)
@@ -61,7 +64,7 @@ def agreement(estimates: dict[str, fp.Effects], exact: fp.Effects) -> pd.DataFra
     ).T.astype(float)
 
 
-def told(atp: fp.Calibration, features: pd.DataFrame, heads: pd.DataFrame, pairs: int) -> str:
+def told(atp: Calibration, features: pd.DataFrame, heads: pd.DataFrame, pairs: int) -> str:
     """Return the result in the words of the README."""
     sites, last = atp.table().set_index("site"), ("blocks.3.hook_resid_pre", "blocks.3.hook_resid_post")
     early = [site for site in sites.index if site.startswith("blocks.0.") or site == "blocks.1.hook_resid_pre"]

@@ -42,7 +42,7 @@ class Halves(torch.nn.Module):
         return up - down
 
 
-halves = fp.adapt(Halves(), hook, d_in=32, name="halves")
+halves = fp.dictionaries.adapt(Halves(), hook, d_in=32, name="halves")
 effects = fp.rank_features(model, [*saes, halves], pairs, progress=False)
 print(effects.top(5))
 

@@ -17,7 +17,7 @@ print(effects.top(5))
 
 # %% Describe the words on which the first features are active
 best = effects.top(3)
-for node, description in fp.describe(demo.model, demo.saes, best.nodes, demo.text()).items():
+for node, description in fp.max_activating(demo.model, demo.saes, best.nodes, demo.text()).items():
     print(node, "fires", description)
 
 # %% Write everything to one HTML file

@@ -7,9 +7,10 @@ from collections import Counter
 
 import featpatch as fp
 from examples.places import listed, place
+from featpatch.descriptions import Description
 
 
-def names(effects: fp.Effects, fires: dict[fp.Node, fp.Description]) -> str:
+def names(effects: fp.Effects, fires: dict[fp.Node, Description]) -> str:
     """Return, in words, the features that detect one name each as the first feature does, then those that share a name."""
     words: dict[str, list[str]] = {}
     for node in effects.nodes[1:]:
@@ -41,7 +42,7 @@ def main() -> None:
     pairs = demo.pairs("ioi", n=32, seed=0)
     effects = fp.rank_features(demo.model, demo.saes, pairs, positions=[*pairs[0].labels], progress=False)
     top = effects.top(12)
-    fires, table = fp.describe(demo.model, demo.saes, top.nodes, demo.text()), top.to_pandas()
+    fires, table = fp.max_activating(demo.model, demo.saes, top.nodes, demo.text()), top.to_pandas()
     first, row = top.nodes[0], table.iloc[0]
     other = next(at for at, node in enumerate(top.nodes) if node.site != first.site)
     of_other, context = table.iloc[other], fires[top.nodes[other]].contexts[0]

@@ -51,7 +51,7 @@ class Demo(Loaded):
         return Pairs(tuple(random.Random(seed).sample(list(pairs), n)))
 
     def text(self) -> list[str]:
-        """Return documents that the model was not trained on, for example to describe features with `fp.describe`."""
+        """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`."""
         return (self.folder / "text" / "held_out.txt").read_text(encoding="utf-8").splitlines()
 
 

@@ -70,7 +70,7 @@ def load(
             SAETransformerBridge, HookedTransformer or HookedSAETransformer, which is used as it is.
         saes: one or several of these: `"release/id"` in the registry of sae-lens
             (`"gpt2-small-res-jb/blocks.8.hook_resid_pre"`), `"owner/repository/folder"` on the hub, a sae-lens folder, a
-            sae-lens object, or the result of `fp.adapt`.
+            sae-lens object, or the result of `fp.dictionaries.adapt`.
         tokenizer: a tokenizer for a Hugging Face model in memory or a model without one; it is used as it is. Texts that the
             model tokenizes (`model.to_tokens`, `Pairs.from_prompts(model, ...)`) begin with BOS, whether or not the tokenizer
             adds it, unless `model.cfg.default_prepend_bos` is False.

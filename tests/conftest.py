@@ -1,11 +1,13 @@
 """Shapes in annotations are checked while the tests run; all models here are small, random and float64.
 
 There are two tiers. `pytest` runs of every test that is parametrized over several things a diagonal, in which every value of each
-occurs; `pytest -m extended` runs the other combinations, and the tests marked so because they are slow.
+occurs; of one that runs on both of TransformerLens' classes one class, unless it is marked `both`; and properties on a few random
+examples. `make extended` also runs the other combinations and the tests marked so because they are slow, and draws more examples.
 """
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,35 +16,49 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: two tests run side by side
 os.environ |= {"RAY_worker_niceness": "0"}  # by default Ray's workers wait for whatever else the machine does
 
-from jaxtyping import install_import_hook
+import jaxtyping
+import typechecker
 
-install_import_hook("featpatch", "typechecker.check")
+jaxtyping.jaxtyped = typechecker.checked
+jaxtyping.install_import_hook("featpatch", "typechecker.check")
 
+import drawn
 import pytest
 import torch
 import torch.nn.functional as F
 from small import Small, small_bridge, small_hooked
 
 torch.set_num_threads(1)
+CLASSES = ("bridge", "hooked")
+"""TransformerLens' two classes of models, as the fixture `small` names them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not extended":
+        drawn.default = drawn.FEW
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is not on the diagonal of its test as extended."""
+    """Mark as extended what is not on the diagonal of its test."""
     of_test: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if item.get_closest_marker("extended"):
+            continue
         of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for cases in of_test.values():
-        kept = diagonal([values(item) for item in cases])
-        for number, item in enumerate(cases):
-            if number not in kept:
+    for test, cases in of_test.items():
+        model = CLASSES[zlib.crc32(test.encode()) % 2]
+        of_model = [item for item in cases if item.get_closest_marker("both") or parameters(item).get("small", model) == model]
+        diagonal_of = diagonal([{(name, id(value)) for name, value in parameters(item).items()} for item in of_model])
+        kept = [of_model[number] for number in diagonal_of]
+        for item in cases:
+            if item not in kept:
                 item.add_marker("extended")
 
 
-def values(item: pytest.Item) -> set[tuple[str, int]]:
-    """What a test is parametrized with: the names of its parameters and the identities of their values."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {"": None}
-    return {(name, id(value)) for name, value in parameters.items()}
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    """What a test is parametrized with."""
+    return item.callspec.params if hasattr(item, "callspec") else {"": None}
 
 
 def diagonal(cases: list[set[tuple[str, int]]]) -> set[int]:
@@ -55,7 +71,7 @@ def diagonal(cases: list[set[tuple[str, int]]]) -> set[int]:
     return kept
 
 
-@pytest.fixture(scope="session", params=["bridge", "hooked"])
+@pytest.fixture(scope="session", params=CLASSES)
 def small(request: pytest.FixtureRequest) -> Small:
     """The same kind of small random transformer behind each of TransformerLens' two classes."""
     return small_bridge() if request.param == "bridge" else small_hooked()
@@ -64,6 +80,11 @@ def small(request: pytest.FixtureRequest) -> Small:
 @pytest.fixture(scope="session")
 def bridge() -> Small:
     return small_bridge()
+
+
+@pytest.fixture(scope="session")
+def hooked() -> Small:
+    return small_hooked()
 
 
 @pytest.fixture

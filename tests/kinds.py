@@ -135,7 +135,9 @@ def of_sparsify(hook: str, width: int, activation: str, skip: bool) -> tuple[Any
     """A transcoder that reads and writes at the site, where widths agree, and the same by hand."""
     library = libraries.drawn(libraries.SparseCoder(activation, transcode=True, skip=skip, width=width)).requires_grad_(False)
     path = (lambda x: x @ library.W_skip.T) if skip else None
-    return fp.adapt(library, hook, hook_out=hook), fp.adapt(ByHand(library), hook, d_in=width, skip=path)
+    return fp.dictionaries.adapt(library, hook, hook_out=hook), fp.dictionaries.adapt(
+        ByHand(library), hook, d_in=width, skip=path
+    )
 
 
 def itself(source: Any) -> tuple[Any, Any]:
@@ -147,15 +149,17 @@ def pairs_of(small: Small) -> fp.Pairs:
 
 
 OTHERS: dict[str, Builder] = {
-    "your own, by `fp.adapt`": lambda small, hook, width: itself(fp.adapt(Squared(width), hook, d_in=width)),
-    "coordinates, `fp.identity`": lambda small, hook, width: itself(fp.identity(small.model, hook)),
-    "principal components, `fp.pca`": lambda small, hook, width: itself(
-        fp.pca(small.model, hook, pairs_of(small), components=5)
+    "your own, by `fp.dictionaries.adapt`": lambda small, hook, width: itself(
+        fp.dictionaries.adapt(Squared(width), hook, d_in=width)
+    ),
+    "coordinates, `fp.dictionaries.identity`": lambda small, hook, width: itself(fp.dictionaries.identity(small.model, hook)),
+    "principal components, `fp.dictionaries.pca`": lambda small, hook, width: itself(
+        fp.dictionaries.pca(small.model, hook, pairs_of(small), components=5)
     ),
     "TopK skip transcoder, of sparsify": lambda small, hook, width: of_sparsify(hook, width, "topk", True),
     "groupmax transcoder, of sparsify": lambda small, hook, width: of_sparsify(hook, width, "groupmax", False),
 }
-"""Those that are not of sae-lens, each with the same written out for the oracle: an `fp.adapt` of plain encode and decode."""
+"""Those that are not of sae-lens, each with the same written out for the oracle: an `fp.dictionaries.adapt` of plain encode and decode."""
 
 KINDS = [*AUTOENCODERS, *TRANSCODERS, *OTHERS]
 

@@ -230,7 +230,7 @@ def test_a_draw_is_the_same_whichever_other_pairs_there_are(small: Small) -> Non
 
 def test_a_journal_of_another_question_is_refused(small: Small, tmp_path: Path) -> None:
     """An ablation's journal is not that of a swap, nor of another ablation, other layers or other means."""
-    sae, pairs = fp.identity(small.model, SITE), pairs_of(small)
+    sae, pairs = fp.dictionaries.identity(small.model, SITE), pairs_of(small)
     journal = tmp_path / "journal"
     fp.ablate(small.model, pairs, saes=sae, to="mean", positions=[3], journal=journal, progress=False)
     special = fp.Pairs(tuple(fp.Pair(p.clean, p.corrupted, p.correct, p.wrong, special=frozenset({0})) for p in pairs))

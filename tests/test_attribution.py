@@ -12,6 +12,7 @@ from small import Small
 from test_sets import dictionary
 
 import featpatch as fp
+from featpatch.attribution.calibration import Calibration
 from featpatch.attribution.estimates import Found, collected
 
 SITE = "blocks.1.hook_resid_pre"
@@ -21,8 +22,11 @@ def pairs_of(small: Small) -> fp.Pairs:
     return fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
 
 
-def estimated(small: Small, saes: Any, **options: Any) -> fp.Effects:
-    return fp.rank_features(small.model, saes, pairs_of(small), method="atp", progress=False, **options)
+def estimated(
+    small: Small, saes: Any, *, method: str = "atp", steps: int = 10, metric: Any = "logit_diff", **options: Any
+) -> fp.Effects:
+    gradients = fp.Gradients(small.model, pairs_of(small), method=method, steps=steps, metric=metric)
+    return fp.rank_features(small.model, saes, pairs_of(small), method=gradients, progress=False, **options)
 
 
 @pytest.mark.parametrize("kind", ["standard", "topk", "z", "nonlinear"])
@@ -49,7 +53,7 @@ def test_gradients_reach_the_sites_of_other_architectures(name: str) -> None:
             site = f"blocks.1.{hook}"
             if name == "neox" and hook == "hook_resid_mid":
                 continue
-            sae = fp.identity(model, site)
+            sae = fp.dictionaries.identity(model, site)
             effects = fp.rank_features(model, sae, pairs, method="atp", directions=["denoising"], positions=[3], progress=False)
             old, other = (oracle.activations(model, run)[site] for run in (corrupted, clean))
             step = torch.zeros_like(old)
@@ -67,9 +71,12 @@ def test_where_gradients_lie_and_integrated_ones_do_not() -> None:
     for build, effect in ((or_gate, "degradation"), (and_gate, "recovery")):
         built = build()
         pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
-        z = fp.identity(built.model, "blocks.0.attn.hook_z")
+        z = fp.dictionaries.identity(built.model, "blocks.0.attn.hook_z")
         options: dict[str, Any] = {"positions": [LAST], "progress": False}
-        flat, along = (fp.rank_features(built.model, z, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options) for m in ("atp", "ig"))
+        flat, along = (
+            fp.rank_features(built.model, z, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options)
+            for m in ("atp", "ig")
+        )
         exact = fp.rank_features(built.model, z, pairs, **options)
         whole = [float(t.where(kind="activation").pooled(effect)[0]) for t in (flat, along, exact)]
         assert whole == [pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.06), pytest.approx(1, abs=1e-9)]
@@ -115,7 +122,7 @@ def test_nothing_found_is_no_column() -> None:
 
 def test_a_calibration_has_a_row_and_a_colour_per_site() -> None:
     nodes = tuple(fp.Node(SITE, "feature", index, "all", sae) for index, sae in enumerate("aba"))
-    found = fp.Calibration(nodes, np.array([1.0, 2.0, 3.0]), np.array([0.5, 4.0, 2.5]), "recovery")
+    found = Calibration(nodes, np.array([1.0, 2.0, 3.0]), np.array([0.5, 4.0, 2.5]), "recovery")
     one, other, line = found.plot().data
     assert (one.name, list(one.x), list(one.y), list(one.text)) == ("a", [1, 3], [0.5, 2.5], [str(nodes[0]), str(nodes[2])])
     assert (other.name, list(other.x), list(other.y)) == ("b", [2], [4])

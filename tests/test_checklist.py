@@ -9,13 +9,13 @@ import torch
 from commands import run
 
 import featpatch as fp
-from featpatch.checkpoints import folder
+from featpatch.checkpoints import Demo, folder
 from featpatch.pairs.checklist import Checklist, check, kept
 from featpatch.reporting.terminal import by_pair, totals
 
 
 @pytest.fixture(scope="module")
-def demo() -> fp.Demo:
+def demo() -> Demo:
     return fp.load_demo()
 
 
@@ -35,7 +35,7 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def pairs_of(demo: fp.Demo, *examples: tuple[str, str, str, str], **options: Any) -> fp.Pairs:
+def pairs_of(demo: Demo, *examples: tuple[str, str, str, str], **options: Any) -> fp.Pairs:
     clean, corrupted, correct, wrong = zip(*examples, strict=True)
     return fp.Pairs.from_prompts(
         demo.model.tokenizer, clean=clean, corrupted=corrupted, correct=correct, wrong=wrong, **options
@@ -47,7 +47,7 @@ def statuses(found: Checklist, pair: int = 0) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples(demo: fp.Demo, name: str) -> None:
+def test_examples(demo: Demo, name: str) -> None:
     example, expected = EXAMPLES[name]
     found = statuses(check(pairs_of(demo, example), demo.model))
     assert {rule: status for rule, status in found.items() if status != "pass" and rule in expected} == expected
@@ -55,7 +55,7 @@ def test_examples(demo: fp.Demo, name: str) -> None:
         assert set(found.values()) == {"pass"}
 
 
-def test_what_is_shown_is_a_summary(demo: fp.Demo) -> None:
+def test_what_is_shown_is_a_summary(demo: Demo) -> None:
     pairs = pairs_of(demo, GOOD, EXAMPLES["the same prompt"][0], labels=[{"S2": 10}, {"S2": 10}])
     assert repr(pairs) == "2 pairs of 15 tokens, labels S2"
     lines = repr(pairs.check(demo.model)).splitlines()
@@ -66,7 +66,7 @@ def test_what_is_shown_is_a_summary(demo: fp.Demo) -> None:
     assert f"{demo.saes[0].cfg.metadata.hook_name}: fits, explains " in fitting
 
 
-def test_numbers_are_the_models(demo: fp.Demo) -> None:
+def test_numbers_are_the_models(demo: Demo) -> None:
     """The metric and the surprise, from plain logits."""
     pairs = pairs_of(demo, GOOD)
     found = check(pairs, demo.model)
@@ -105,7 +105,7 @@ def test_odd_replacements(drop: float, status: str) -> None:
     assert found["output"] == "pass"
 
 
-def test_what_pairs_have_in_common(demo: fp.Demo) -> None:
+def test_what_pairs_have_in_common(demo: Demo) -> None:
     other = ("When Anna and Paul went to the store , Paul gave a drink to",
              "When Anna and Paul went to the store , Anna gave a drink to", "Anna", "Paul")  # fmt: skip
     labels = [{"S2": 10}, {"S2": 10}, {}]
@@ -123,7 +123,7 @@ def test_what_pairs_have_in_common(demo: fp.Demo) -> None:
     assert (frame.advice != "").sum() == (frame.status != "pass").sum() == 2
 
 
-def test_small_gaps(demo: fp.Demo) -> None:
+def test_small_gaps(demo: Demo) -> None:
     table = torch.zeros(8, 8)
     table[1, 6], table[2, 7], table[3, 6], table[4, 7] = 5.0, 5.0, 0.2, 0.2
     pairs = [fp.Pair((0, a), (0, b), (6,), (7,)) for a, b in ((1, 2), (1, 2), (3, 4))]
@@ -131,7 +131,7 @@ def test_small_gaps(demo: fp.Demo) -> None:
     assert [statuses(found, pair)["gap"] for pair in range(3)] == ["pass", "pass", "warn"]
 
 
-def test_answers_that_are_no_words(demo: fp.Demo) -> None:
+def test_answers_that_are_no_words(demo: Demo) -> None:
     tokenizer = demo.model.tokenizer
     (pair,) = pairs_of(demo, GOOD)
     for odd in (tokenizer.bos_token_id, tokenizer.unk_token_id):
@@ -139,14 +139,14 @@ def test_answers_that_are_no_words(demo: fp.Demo) -> None:
         assert statuses(check([changed], demo.model))["answers"] == "fail"
 
 
-def test_shipped_pairs_pass(demo: fp.Demo) -> None:
+def test_shipped_pairs_pass(demo: Demo) -> None:
     """Nearly all of what ships and of what the tasks draw."""
     for pairs in (demo.pairs("ioi", n=16), demo.pairs("capitals", n=16), fp.tasks.ioi(demo.model.tokenizer, 16)):
         verdicts = check(pairs, demo.model).verdicts()
         assert verdicts.count("fail") <= 1
 
 
-def test_tables(demo: fp.Demo, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
     from featpatch.console import PlainConsole
 
     found = check(pairs_of(demo, GOOD, GOOD), demo.model)
@@ -166,7 +166,7 @@ def test_models_that_are_none(logits: torch.Tensor) -> None:
         check([fp.Pair((0, 1), (0, 2), (4,), (5,))], lambda tokens: logits)
 
 
-def test_checking_and_dropping(demo: fp.Demo) -> None:
+def test_checking_and_dropping(demo: Demo) -> None:
     pairs = pairs_of(demo, GOOD, GOOD, EXAMPLES["a name for a word"][0])
     found = pairs.check(demo.model)
     assert pairs.drop(found) == pairs[:1]
@@ -194,8 +194,10 @@ def test_unknown_verdicts() -> None:
         kept(["pass"], "bad")
 
 
-def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: fp.Demo) -> None:
+def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: Demo) -> None:
     """As where the BOS token was not counted."""
     pairs = pairs_of(demo, GOOD, labels=[{"who": 9, "end": 14}])
+    sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
     with pytest.warns(UserWarning, match="nothing differs at 'who' of any pair.*at 9 and differs from 10 on"):
-        fp.rank_features(demo.model, demo.saes[0], pairs, positions=["who", "end"], progress=False)
+        effects = fp.rank_features(demo.model, sae, pairs, positions=["who", "end"], progress=False)
+    assert {node.position for node in effects.nodes} == {"end"}

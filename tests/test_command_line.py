@@ -21,21 +21,7 @@ from featpatch.cli.app import app
 from featpatch.cli.study import read
 
 SITE = "blocks.3.hook_resid_post"
-COMMANDS = (
-    "demo",
-    "rank",
-    "components",
-    "attribute",
-    "check",
-    "plan",
-    "compare",
-    "report",
-    "info",
-    "run",
-    "stream",
-    "tasks",
-    "verify",
-)
+COMMANDS = ("demo", "rank", "components", "check", "plan", "compare", "report", "info", "run", "stream", "tasks", "verify")
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +100,16 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     table = fp.Effects.load(folder / "featpatch-components" / "effects.safetensors")
     assert [row["recovery"] for row in found["effects"]] == pytest.approx(table.top(2).pooled("recovery").tolist(), abs=1e-9)
     assert {node.site.split(".", 2)[2] for node in table.nodes} == {"attn.hook_z", "hook_mlp_out"}
-    ranked = run("rank", *model, *sae, "--json", "--exact", "screened", "--k", "5", "--audit", "3", folder=folder)
+    ranked = run("rank", *model, *sae, "--json", "--screen", "--k", "5", "--audit", "3", folder=folder)
     assert ranked.returncode == 0, ranked.stderr
     assert json.loads(ranked.stdout)["audit"]["screened"] == 5
     assert "self-check on" in ranked.stderr
-    estimate = run("attribute", *model, *sae, "--method", "ig", "--json", folder=folder)
+    estimate = run("rank", *model, *sae, "--method", "ig", "--json", folder=folder)
     assert estimate.returncode == 0, estimate.stderr
     assert json.loads(estimate.stdout)["value"] == "estimate"
     about = json.loads(estimate.stdout)["metadata"]
     assert about["method"] == "ig"
-    shown = run("attribute", *model, *sae, "--method", "ig", folder=folder)
+    shown = run("rank", *model, *sae, "--method", "ig", folder=folder)
     said = " ".join(shown.stdout.split())
     assert (
         f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; the estimate for a whole site"
@@ -145,12 +131,13 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert "error: features holds" in refused.stderr.replace("\n", " ")
 
 
-def test_streams_and_workers(folder: Path, model: list[str], sae: list[str]) -> None:
-    """Blocks of two pairs, and a worker of Ray, give what one sweep here gives."""
+@pytest.mark.parametrize("workers", [(), pytest.param(("--executor", "ray", "--workers", "1"), marks=pytest.mark.extended)])
+def test_streams_and_workers(folder: Path, model: list[str], sae: list[str], workers: tuple[str, ...]) -> None:
+    """Blocks of two pairs give what one sweep gives, here and by a worker of Ray."""
     streamed = run("stream", *model, *sae, "--block", "2", "--top", "3", "--json", folder=folder)
     assert streamed.returncode == 0, streamed.stderr
-    workers = ("--executor", "ray", "--workers", "1")
-    there = started("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
+    rank = started if workers else run
+    there = rank("rank", *model, *sae, *workers, "--top", "3", "--json", "--out", "there", folder=folder)
     assert there.returncode == 0, there.stderr
     found, expected = (json.loads(done.stdout)["effects"] for done in (streamed, there))
     assert [row["index"] for row in found] == [row["index"] for row in expected]
@@ -283,8 +270,8 @@ def test_results_of_another_study_are_not_replaced(
         (("rank", *model, *sae, *out, "--metric", "prob"), "metrics differ"),
         (("rank", *model[:4], *sae, *out), "positions differ"),
         (("rank", *model, "--sae", sae[1].replace("3.hook_resid_post", "1.hook_resid_pre"), *out), "saes differ"),
-        (("rank", *model, *sae, *out, "--exact", "screened"), "features, not screened features"),
-        (("attribute", *model, *sae, *out), "features, not estimates by atp"),
+        (("rank", *model, *sae, *out, "--screen"), "features, not screened features"),
+        (("rank", *model, *sae, *out, "--method", "atp"), "features, not estimates by atp"),
         (("components", *model, *out), "components differ"),
         (("demo", "--pairs", "2", "--out", "finished"), "differ"),
     ):
@@ -301,14 +288,14 @@ def test_results_of_another_study_are_not_replaced(
     (finished / "effects.safetensors").write_bytes(before["effects.safetensors"])
 
 
-@pytest.mark.parametrize("command", ["rank", "attribute", "components", "demo", "stream"])
+@pytest.mark.parametrize("command", ["rank", "components", "demo", "stream"])
 def test_the_folder_of_results_is_tried_out_first(command: str, tmp_path: Path) -> None:
     """Before a model is even looked for; a folder that another process writes to is refused."""
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("file/within")
     (tmp_path / "busy").mkdir()
     study = [] if command == "demo" else ["--model", "nowhere/at-all", "--pairs", "none.jsonl"]
-    study += ["--sae", "nowhere/at-all"] if command in ("rank", "attribute", "stream") else []
+    study += ["--sae", "nowhere/at-all"] if command in ("rank", "stream") else []
     child = os.fork()
     if child == 0:
         fcntl.flock(os.open(tmp_path / "busy", os.O_RDONLY), fcntl.LOCK_EX)
@@ -378,9 +365,7 @@ def test_an_interrupted_screening(folder: Path, model: list[str], sae: list[str]
 
     monkeypatch.setattr(fp, "rank_features", cut_short)
     for name, options in (("unfinished", []), ("unfinished-2", ["--json"])):
-        done = run(
-            "rank", *model, *sae, "--exact", "screened", "--k", "5", "--audit", "3", "--out", "cut", *options, folder=folder
-        )
+        done = run("rank", *model, *sae, "--screen", "--k", "5", "--audit", "3", "--out", "cut", *options, folder=folder)
         assert done.returncode == 130, done.stderr
         assert len(list((folder / "cut" / name).iterdir())) == 3
     assert [path.name for path in sorted((folder / "cut").iterdir())] == ["unfinished", "unfinished-2"]
@@ -388,7 +373,7 @@ def test_an_interrupted_screening(folder: Path, model: list[str], sae: list[str]
 
 def test_the_same_screening_alone_replaces_it(folder: Path, model: list[str], sae: list[str]) -> None:
     """Other numbers of features are another study; repeated positions are the same one."""
-    command = ["rank", *model[:4], *sae, "--exact", "screened", "--out", "screened", "--direction", "denoising"]
+    command = ["rank", *model[:4], *sae, "--screen", "--out", "screened", "--direction", "denoising"]
     for options, code in ((["--k", "5", "--audit", "3", "--positions", "end"], 0), (["--k", "5", "--audit", "3", "--positions", "end,end"], 0),
                           (["--k", "4", "--audit", "3", "--positions", "end"], 2), (["--k", "5", "--audit", "2", "--positions", "end"], 2)):  # fmt: skip
         done = run(*command, *options, folder=folder)
@@ -421,7 +406,7 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("command = 'fly'", "command='fly' in 'study.toml': expected one of attribute, check"),
+        ("command = 'fly'", "command='fly' in 'study.toml': expected one of check"),
         ("command = 'run'", "command='run'"),
         ("model = 'x'", "command=None"),
         ("command = 'rank'\nmodel = {a = 1}", "model={'a': 1} in 'study.toml': expected a text, a number"),

@@ -336,7 +336,7 @@ class Linear(torch.nn.Module):
 
 
 def linear(hook: str, seed: int = 0) -> Any:
-    return fp.adapt(Linear(seed), hook, d_in=WIDTH, name=f"linear of {hook}", linear=True)
+    return fp.dictionaries.adapt(Linear(seed), hook, d_in=WIDTH, name=f"linear of {hook}", linear=True)
 
 
 @torch.no_grad()
@@ -446,7 +446,7 @@ class Mixed(Linear):
 
 def test_an_encoder_that_looks_at_earlier_positions_sees_them(bridge: Small) -> None:
     coder, pairs = Mixed(0), pairs_of(bridge)
-    sae = fp.adapt(coder, TOPK, d_in=WIDTH, linear=True)
+    sae = fp.dictionaries.adapt(coder, TOPK, d_in=WIDTH, linear=True)
     features = ranked(bridge.model, sae, pairs, [4])
     found = compare(features, heads_and_mlps(features, [4]), model=bridge.model, saes=sae, pairs=pairs).through
     assert len(found)

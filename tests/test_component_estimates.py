@@ -22,8 +22,12 @@ HOOKS = {
 }  # fmt: skip
 
 
-def estimated(model: Any, **options: Any) -> fp.Effects:
-    return fp.rank_components(model, pairs_of(CLEAN, CORRUPTED), method="atp", progress=False, **options)
+def estimated(
+    model: Any, *, method: str = "atp", steps: int = 10, qk_fix: bool = True, gradients: Any = None, **options: Any
+) -> fp.Effects:
+    pairs = pairs_of(CLEAN, CORRUPTED)
+    gradients = gradients or fp.Gradients(model, pairs, method=method, steps=steps, qk_fix=qk_fix)
+    return fp.rank_components(model, pairs, method=gradients, progress=False, **options)
 
 
 def runs(slot: int, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,7 +244,10 @@ def test_gates() -> None:
         built = build()
         pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
         options: dict[str, Any] = {"sites": "attn_out", "positions": [LAST], "progress": False}
-        flat, along = (fp.rank_components(built.model, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options) for m in ("atp", "ig"))
+        flat, along = (
+            fp.rank_components(built.model, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options)
+            for m in ("atp", "ig")
+        )
         found = [float(table.pooled(effect)[0]) for table in (flat, along)]
         assert found == [pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.06)]
 
@@ -251,18 +258,18 @@ def test_kept_gradients_cost_no_run(small: Small) -> None:
     pairs = pairs_of(CLEAN, CORRUPTED)
     site = "blocks.1.hook_resid_pre"
     gradients = fp.Gradients(small.model, pairs)
-    with_kept: dict[str, Any] = {"gradients": gradients, "progress": False}
-    first = fp.rank_features(small.model, standard(site, 1), pairs, method="atp", **with_kept)
-    fp.rank_components(small.model, pairs, method="atp", sites="resid_pre", layers=[0], **with_kept)
+    with_kept: dict[str, Any] = {"method": gradients, "progress": False}
+    first = fp.rank_features(small.model, standard(site, 1), pairs, **with_kept)
+    fp.rank_components(small.model, pairs, sites="resid_pre", layers=[0], **with_kept)
     another = standard(site, 2)
     wanted = fp.rank_features(small.model, another, pairs, method="atp", positions=[2], progress=False)
     block = small.model.blocks[1]  # a hook at a hook point would be another state of the model
     handle = block.register_forward_hook(lambda _module, _args, x: calls.append((x[0] if isinstance(x, tuple) else x).shape[1]))
     try:
-        found = fp.rank_features(small.model, another, pairs, method="atp", positions=[2], **with_kept)
-        again = fp.rank_features(small.model, standard(site, 1), pairs, method="atp", directions=["noising"], **with_kept)
+        found = fp.rank_features(small.model, another, pairs, positions=[2], **with_kept)
+        again = fp.rank_features(small.model, standard(site, 1), pairs, directions=["noising"], **with_kept)
         assert not [length for length in calls if length > 1]
-        fp.rank_components(small.model, pairs, method="atp", sites="mlp_out", **with_kept)
+        fp.rank_components(small.model, pairs, sites="mlp_out", **with_kept)
     finally:
         handle.remove()
     assert CLEAN.shape[1] in calls

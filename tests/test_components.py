@@ -113,6 +113,7 @@ def test_every_function_of_transformer_lens(name: str, function: str) -> None:
             assert same_as(effects, expected, axes.split(), slot, direction) > 0
 
 
+@pytest.mark.extended
 def test_every(small: Small) -> None:
     """The functions that stack several."""
     pairs = pairs_of(CLEAN, CORRUPTED)

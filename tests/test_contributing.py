@@ -88,7 +88,7 @@ def test_the_kind(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
             return features @ w["W_dec"] + w["b_dec"]
 
     found = ranked(bridge, saes={"hook": SITE, **w})
-    expected = ranked(bridge, saes=fp.adapt(ByHand(), SITE, d_in=WIDTH))
+    expected = ranked(bridge, saes=fp.dictionaries.adapt(ByHand(), SITE, d_in=WIDTH))
     assert found.nodes == expected.nodes
     np.testing.assert_allclose(found.denoised, expected.denoised, atol=1e-10)
     with pytest.raises(fp.FeatpatchError, match="the SAE has hook, gain: expected hook, W_enc"):

@@ -13,14 +13,21 @@ from commands import run, started
 
 import featpatch as fp
 from featpatch import checkpoints
+from featpatch.checkpoints import Demo
 
 
 @pytest.fixture(scope="module")
-def demo() -> fp.Demo:
+def demo() -> Demo:
     return fp.load_demo()
 
 
-def test_every_site_of_the_issue_is_there(demo: fp.Demo) -> None:
+@pytest.fixture(scope="module")
+def shipped(demo: Demo) -> dict[str, fp.Pairs]:
+    """All pairs of each task."""
+    return {task: demo.pairs(task, n=256) for task in checkpoints.TASKS}
+
+
+def test_every_site_of_the_issue_is_there(demo: Demo) -> None:
     hooks = {sae.cfg.metadata.hook_name for sae in demo.saes}
     layers = demo.model.cfg.n_layers
     assert {f"blocks.{layer}.hook_resid_pre" for layer in range(layers)} <= hooks
@@ -30,7 +37,7 @@ def test_every_site_of_the_issue_is_there(demo: fp.Demo) -> None:
     assert any(sae.cfg.metadata.hook_name_out for sae in demo.saes)
 
 
-def test_headline_numbers(demo: fp.Demo) -> None:
+def test_headline_numbers(demo: Demo) -> None:
     """What the README and the cards say of indirect objects, measured again."""
     saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")]
     effects = fp.rank_features(demo.model, saes, demo.pairs("ioi"), positions=["S2", "end"], progress=False)
@@ -49,9 +56,9 @@ def test_headline_numbers(demo: fp.Demo) -> None:
     assert effects.finished
 
 
-def test_the_shipped_model_does_its_tasks(demo: fp.Demo) -> None:
+def test_the_shipped_model_does_its_tasks(demo: Demo, shipped: dict[str, fp.Pairs]) -> None:
     for task, least in (("ioi", 0.99), ("capitals", 0.95)):
-        pairs = demo.pairs(task, n=256)
+        pairs = shipped[task]
         right = [demo.model(torch.tensor([pair.clean]))[0, -1].argmax().item() == pair.correct[0] for pair in pairs]
         assert sum(right) / len(right) > least, task
     cards = json.loads((demo.folder / "model" / "measurements.json").read_text())
@@ -61,7 +68,7 @@ def test_the_shipped_model_does_its_tasks(demo: fp.Demo) -> None:
         assert json.loads(path.read_text())["explained_variance"] > least, path
 
 
-def test_the_folder_is_small_and_has_cards(demo: fp.Demo) -> None:
+def test_the_folder_is_small_and_has_cards(demo: Demo) -> None:
     files = [path for path in demo.folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20_000_000
     cards = [demo.folder / "model", *(path for path in (demo.folder / "saes").iterdir() if path.is_dir())]
@@ -69,11 +76,12 @@ def test_the_folder_is_small_and_has_cards(demo: fp.Demo) -> None:
 
 
 @pytest.mark.parametrize("task", checkpoints.TASKS)
-def test_pairs_are_drawn_by_a_seed(demo: fp.Demo, task: str) -> None:
-    assert demo.pairs(task, n=8, seed=1) == demo.pairs(task, n=8, seed=1)
-    assert demo.pairs(task, n=8, seed=1) != demo.pairs(task, n=8, seed=2)
-    assert len({(pair.clean, pair.corrupted) for pair in demo.pairs(task, n=64)}) == 64
-    assert all("end" in pair.labels and pair.special == {0} for pair in demo.pairs(task, n=8))
+def test_pairs_are_drawn_by_a_seed(demo: Demo, task: str) -> None:
+    pairs, again, others = (demo.pairs(task, n=64, seed=seed) for seed in (1, 1, 2))
+    assert pairs == again
+    assert pairs != others
+    assert len({(pair.clean, pair.corrupted) for pair in pairs}) == 64
+    assert all("end" in pair.labels and pair.special == {0} for pair in pairs)
 
 
 TAGS: dict[str, dict[str, set[str]]] = {
@@ -85,15 +93,15 @@ TAGS: dict[str, dict[str, set[str]]] = {
 
 
 @pytest.mark.parametrize("task", checkpoints.TASKS)
-def test_pairs_say_what_they_were_made_by(demo: fp.Demo, task: str) -> None:
-    pairs = demo.pairs(task, n=256)
+def test_pairs_say_what_they_were_made_by(shipped: dict[str, fp.Pairs], task: str) -> None:
+    pairs = shipped[task]
     assert {name: {pair.tags[name] for pair in pairs} for name in TAGS[task]} == TAGS[task]
     assert all(pair.tags["task"] == task and set(pair.tags) == {"task", "corruption", *TAGS[task]} for pair in pairs)
 
 
-def test_tags_are_true(demo: fp.Demo) -> None:
+def test_tags_are_true(demo: Demo, shipped: dict[str, fp.Pairs]) -> None:
     """Read off the prompts themselves."""
-    for pair in demo.pairs("ioi", n=256):
+    for pair in shipped["ioi"]:
         assert pair.tags["order"] == ("ABBA" if pair.labels["IO"] < pair.labels["S1"] else "BABA")
         assert pair.tags["corruption"] == "swap_s2"
         changed = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
@@ -101,24 +109,25 @@ def test_tags_are_true(demo: fp.Demo) -> None:
         clean = demo.model.tokenizer.decode(pair.clean)
         assert (pair.tags["gift"] == "6") == ("said hello to" in clean)
         assert (pair.tags["template"] == "1") <= ("orking at the" in clean)
-    for pair in demo.pairs("capitals", n=256):
+    for pair in shipped["capitals"]:
         story = "there is" in demo.model.tokenizer.decode(pair.clean)
         assert pair.tags["template"].startswith("story" if story else "sentence")
-    for pair in demo.pairs("sentiment", n=256):
+    for pair in shipped["sentiment"]:
         right = demo.model.tokenizer.decode(list(pair.correct))
         assert (pair.tags["verdict"] == "praise") == (right in ("good", "positive"))
         assert (pair.tags["template"] in "01") == (right in ("good", "bad"))
 
 
-def test_effects_by_tag_of_the_shipped_pairs(demo: fp.Demo) -> None:
+def test_effects_by_tag_of_the_shipped_pairs(demo: Demo) -> None:
     sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
-    effects = fp.rank_features(demo.model, sae, demo.pairs("ioi", n=8), positions=["end"], progress=False)
+    pairs = demo.pairs("ioi", n=8)
+    effects = fp.rank_features(demo.model, sae, pairs, positions=["end"], progress=False)
     for tag in ("template", "order"):
-        values = {pair.tags[tag] for pair in demo.pairs("ioi", n=8)}
+        values = {pair.tags[tag] for pair in pairs}
         assert {f"recovery_{value}" for value in values} <= set(effects.by_tag(tag, "recovery").columns)
 
 
-def test_pairs_that_are_not_there(demo: fp.Demo) -> None:
+def test_pairs_that_are_not_there(demo: Demo) -> None:
     with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of ioi"):
         demo.pairs("induction")
     with pytest.raises(fp.FeatpatchError, match=r"n=100000 pairs of 'ioi': expected 1 to \d+"):
@@ -127,7 +136,7 @@ def test_pairs_that_are_not_there(demo: fp.Demo) -> None:
         demo.pairs(n=0)
 
 
-def test_a_damaged_or_missing_checkpoint_is_refused(demo: fp.Demo, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_checkpoint_is_refused(demo: Demo, tmp_path: Path) -> None:
     copy = tmp_path / "checkpoints"
     shutil.copytree(demo.folder, copy)
     checkpoints.verify(copy)
@@ -142,7 +151,7 @@ def test_a_damaged_or_missing_checkpoint_is_refused(demo: fp.Demo, tmp_path: Pat
         checkpoints.verify(copy)
 
 
-def test_rank_on_the_command_line_equals_the_library(demo: fp.Demo, tmp_path: Path) -> None:
+def test_rank_on_the_command_line_equals_the_library(demo: Demo, tmp_path: Path) -> None:
     lines = (demo.folder / "pairs" / "capitals.jsonl").read_text().splitlines()[:3]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     site = f"blocks.{demo.model.cfg.n_layers - 1}.hook_resid_post"
@@ -171,7 +180,7 @@ def test_rank_on_the_command_line_equals_the_library(demo: fp.Demo, tmp_path: Pa
     assert 'id="question"' not in alone
 
 
-def test_answers_of_several_tokens_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> None:
+def test_answers_of_several_tokens_on_the_command_line(demo: Demo, tmp_path: Path) -> None:
     """With the words that follow the answer; both metrics of whole answers in one table."""
     lines = [json.loads(line) for line in (demo.folder / "pairs" / "capitals.jsonl").read_text().splitlines()[:2]]
     longer = [{**line, "correct": line["correct"] + " .", "wrong": line["wrong"] + " ."} for line in lines]
@@ -196,7 +205,7 @@ def test_answers_of_several_tokens_on_the_command_line(demo: fp.Demo, tmp_path: 
     assert f"{metrics[1]}_recovery" in (tmp_path / "featpatch-out" / "effects.csv").read_text().splitlines()[0]
 
 
-def test_plan_and_journal_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> None:
+def test_plan_and_journal_on_the_command_line(demo: Demo, tmp_path: Path) -> None:
     lines = (demo.folder / "pairs" / "ioi.jsonl").read_text().splitlines()[:2]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     options = [
@@ -213,7 +222,7 @@ def test_plan_and_journal_on_the_command_line(demo: fp.Demo, tmp_path: Path) -> 
     again = run("rank", *options, "--journal", "journal", folder=tmp_path)
     assert again.stdout == first.stdout
     assert (tmp_path / "journal").stat().st_size == size
-    screened = run("rank", *options, "--exact", "screened", "--k", "10", "--audit", "5", "--target", "0.01", "--out", "screened",
+    screened = run("rank", *options, "--screen", "--k", "10", "--audit", "5", "--target", "0.01", "--out", "screened",
                    folder=tmp_path)  # fmt: skip
     assert screened.returncode == 0, screened.stderr
     assert "With 95% confidence each: at least" in screened.stdout.replace("\n", " ")
@@ -246,7 +255,7 @@ def test_the_demo_command_prints_what_it_found(tmp_path: Path) -> None:
         (["--metric", "vibes"], "error: metric 'vibes' is unknown"),
     ],
 )
-def test_errors_on_the_command_line_are_one_line(demo: fp.Demo, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_errors_on_the_command_line_are_one_line(demo: Demo, tmp_path: Path, arguments: list[str], message: str) -> None:
     line = json.loads((demo.folder / "pairs" / "ioi.jsonl").read_text().splitlines()[0])
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
     options = {

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import product
 from typing import Any
 
 import architectures
@@ -232,7 +231,9 @@ def by_hand(small: Small) -> Any:
 def slow(small: Small) -> Any:
     """Sites inside an MLP, through the model's own forward pass."""
     with pytest.warns(fp.SlowPathWarning, match="inside a block"):
-        return fp.rank_features(small.model, fp.identity(small.model, "blocks.1.mlp.hook_post"), pairs_of(small), **QUIET)
+        return fp.rank_features(
+            small.model, fp.dictionaries.identity(small.model, "blocks.1.mlp.hook_post"), pairs_of(small), **QUIET
+        )
 
 
 TASKS: dict[str, Callable[[Small], Any]] = {
@@ -259,6 +260,17 @@ TASKS: dict[str, Callable[[Small], Any]] = {
 }  # fmt: skip
 
 
+VARIANTS = {
+    "features, neg_kl", "integrated", "paths through MLPs", "estimates of paths through MLPs", "edges, estimated", "resampled",
+    "dropped", "inputs", "controls", "neurons", "principal components",
+}  # fmt: skip
+"""What differs little from another task: extended."""
+
+
+def tiers(tasks: Any, variants: Any = VARIANTS) -> list[Any]:
+    return [pytest.param(task, marks=pytest.mark.extended) if task in variants else task for task in tasks]
+
+
 @cache
 def expected(name: str, task: str) -> Any:
     return TASKS[task](on_one(name))
@@ -279,14 +291,19 @@ def same(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize(("name", "task"), [*product(["gpt2", "llama"], TASKS), *product(["neox", "hooked"], [*TASKS][::4])])
+@pytest.mark.parametrize("task", tiers(TASKS))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "hooked"])
 def test_a_model_on_two_devices(name: str, task: str) -> None:
     """Warnings are errors: all but sites inside an MLP take the fast path."""
     same(TASKS[task](on_two(name, "mixed")), expected(name, task))
 
 
 @pytest.mark.parametrize(
-    "task", ["features", "estimates", "paths", "estimates of paths", "nodes", "edges of features", "by hand"]
+    "task",
+    tiers(
+        ["features", "estimates", "paths", "estimates of paths", "nodes", "edges of features", "by hand"],
+        ["estimates of paths", "nodes", "edges of features"],
+    ),
 )
 @pytest.mark.parametrize("saes", ["cpu", "other"])
 def test_dictionaries_anywhere(saes: str, task: str) -> None:
@@ -298,14 +315,14 @@ OTHERS: dict[str, Callable[[Small], Any]] = {
     "diagnose": lambda s: fp.diagnose(s.model, named(s), pairs_of(s), SENDERS[:4]).select_dtypes("float"),
     "interactions": lambda s: fp.interactions(
         s.model, s.saes[1], pairs_of(s), top=3, **QUIET).select_dtypes("float"),
-    "cumulative": lambda s: fp.cumulative(s.model, s.saes[2], pairs_of(s), most=3, **QUIET).table().select_dtypes("float"),
+    "cumulative": lambda s: fp.top_k_curve(s.model, s.saes[2], pairs_of(s), most=3, **QUIET).table().select_dtypes("float"),
     "controls": lambda s: fp.random_controls(s.model, s.saes[1], pairs_of(s), feature=3, n=5, **QUIET).random,
     "dropped": lambda s: fp.rank_features(s.model, s.saes[:3], pairs_of(s), method="grad_drop", **QUIET),
     "inputs": lambda s: fp.rank_features(s.model, s.saes[:3], pairs_of(s), method=fp.Gradients(s.model, pairs_of(s), method="eap_ig_inputs", steps=2), **QUIET),
     "noise": lambda s: fp.rank_features(s.model, s.saes[1], pairs_of(s), noise=fp.Noise([3]), **QUIET),
-    "neurons": lambda s: fp.rank_features(s.model, fp.neurons(s.model, 1), pairs_of(s), **QUIET),
+    "neurons": lambda s: fp.rank_features(s.model, fp.dictionaries.neurons(s.model, 1), pairs_of(s), **QUIET),
     "principal components": lambda s: fp.rank_features(
-        s.model, fp.pca(s.model, SHARED[1], pairs_of(s), components=3), pairs_of(s), **QUIET),
+        s.model, fp.dictionaries.pca(s.model, SHARED[1], pairs_of(s), components=3), pairs_of(s), **QUIET),
     "scrub": lambda s: fp.scrub(s.model, pairs_of(s), fp.Hypothesis({
         fp.LOGITS: {fp.Node("blocks.2.hook_mlp_out", "activation"): len},
         fp.Node("blocks.2.hook_mlp_out", "activation"): {fp.Node("blocks.1.attn.hook_z", "head", 1): len},
@@ -314,7 +331,7 @@ OTHERS: dict[str, Callable[[Small], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", OTHERS)
+@pytest.mark.parametrize("task", tiers(OTHERS))
 def test_other_tools(task: str) -> None:
     same(OTHERS[task](on_two("gpt2", "mixed")), OTHERS[task](on_one("gpt2")))
 

@@ -58,7 +58,7 @@ def test_a_common_factor_is_found(small: Small, monkeypatch: pytest.MonkeyPatch)
 def test_estimates_of_edges_need_an_encoder_with_a_gradient(small: Small) -> None:
     """An object of the user's is run without one."""
     site = "blocks.1.hook_resid_pre"
-    own = fp.identity(small.model, site)
+    own = fp.dictionaries.identity(small.model, site)
     pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
     node = fp.Node(site, "feature", 2, "all", dictionaries(wrap(small.model), own)[0].name)
     options: dict[str, Any] = {"saes": own, "nodes": [node], "over": "edges", "progress": False}

@@ -116,11 +116,11 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
             r"names the hook 'blocks.1.hook_mlp_in'.*set .*to 'blocks.1.hook_resid_mid' or to 'blocks.1.mlp.hook_in'",
         ),
         (
-            lambda: fp.identity(small_bridge().model, "blocks.1.hook_mlp_in"),
+            lambda: fp.dictionaries.identity(small_bridge().model, "blocks.1.hook_mlp_in"),
             r"'blocks.1.hook_mlp_in' exists but did not fire: .*before the norm; what the MLP reads is at 'blocks.1.mlp.hook_in'",
         ),
         (
-            lambda: fp.identity(small_bridge().model, "blocks.1.hook_attn_in"),
+            lambda: fp.dictionaries.identity(small_bridge().model, "blocks.1.hook_attn_in"),
             r"'blocks.1.hook_attn_in' exists but did not fire: .*set_use_attn_in\(True\).*before the norm",
         ),
         (

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from featpatch.checkpoints import Demo
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAID = {
     "quickstart": "it stands for one name",
@@ -16,9 +18,14 @@ SAID = {
 }
 
 
+@pytest.mark.parametrize("most", [6, pytest.param(256, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", SAID)
-def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In an empty folder; the last line is a sentence with the numbers of this run."""
+def test_it_runs(
+    name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder, with few pairs; the last line is a sentence with the numbers of this run."""
+    pairs = Demo.pairs
+    monkeypatch.setattr(Demo, "pairs", lambda demo, task="ioi", n=32, seed=0: pairs(demo, task, n=min(n, most), seed=seed))
     monkeypatch.chdir(tmp_path)
     path = EXAMPLES / f"{name}.py"
     assert path.read_text().count("# %%") >= 4

@@ -97,21 +97,45 @@ def die() -> None:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_features_are_the_same(executor: str) -> None:
+@pytest.mark.parametrize("options", [
+    {"saes": slice(3), "metric": ["logit_diff", "prob"]},
+    pytest.param({"saes": slice(1, 2), "screen": fp.Screen(k=5, audit=3, top=3)}, marks=pytest.mark.extended),
+])  # fmt: skip
+def test_features_are_the_same(executor: str, options: dict[str, Any]) -> None:
     """All and screened, of several dictionaries and metrics; hooks of the user go along."""
     small, pairs = small_bridge(), pairs_of(small_bridge())
     small.model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 0.9 * x)
-    for options in ({"saes": small.saes[:3], "metric": ["logit_diff", "prob"]},
-                    {"saes": small.saes[1], "exact": "screened", "k": 5, "audit": 3, "top": 3}):  # fmt: skip
-        noting = Noting(EXECUTORS[executor]())
-        here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", noting))
-        same(here, there)
-        assert 1 < len(noting.keys) == len(set(noting.keys))
+    options = {**options, "saes": small.saes[options["saes"]]}
+    noting = Noting(EXECUTORS[executor]())
+    here, there = (fp.rank_features(small.model, pairs=pairs, **options, **ROWS, executor=e) for e in ("serial", noting))
+    same(here, there)
+    assert 1 < len(noting.keys) == len(set(noting.keys))
 
 
-@pytest.mark.usefixtures("cluster")
-def test_other_sweeps_are_the_same() -> None:
-    """Components, paths and ablations."""
+class Interrupted(Executor):
+    """In this process, with what would travel to others, and with Ctrl-C after some batches."""
+
+    def __init__(self, after: int = 10**9) -> None:
+        self.after = after
+
+    def run(self, make: Any, shards: int, book: Any, done: Any) -> None:
+        work, left = make(), self.after
+        assert len(work) == shards
+        for shard in range(shards):
+            for batch in work.batches(shard):
+                if not left:
+                    raise KeyboardInterrupt
+                book.put(batch.key, work.run(shard, batch.key))
+                done(batch.patches)
+                left -= 1
+
+
+@pytest.mark.usefixtures("ended")
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.extended)])
+def test_other_sweeps_are_the_same(request: pytest.FixtureRequest, on_ray: bool) -> None:
+    """Components, paths and ablations, packed as for another process, and in one."""
+    if on_ray:
+        request.getfixturevalue("cluster")
     small, pairs = small_hooked(), pairs_of(small_hooked())
     ends = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in range(3)]
     for run in (
@@ -119,7 +143,9 @@ def test_other_sweeps_are_the_same() -> None:
         lambda **o: fp.ablate(small.model, pairs, saes=small.saes[1], to="mean", **ROWS, **o),
         lambda **o: fp.rank_paths(small.model, pairs, senders=ends[:2], receivers=[*ends[1:], "logits"], **ROWS, **o),
     ):
-        same(run(), run(executor=fp.Ray(workers=1)))
+        noting = Noting(fp.Ray(workers=1) if on_ray else Interrupted())
+        same(run(), run(executor=noting))
+        assert noting.keys
 
 
 @pytest.mark.extended
@@ -161,7 +187,7 @@ def test_errors_of_a_worker_are_raised_here() -> None:
         return values if len(logits) == 1 or os.getpid() == HERE else values * float("nan")
 
     with pytest.raises(fp.FeatpatchError, match="NaN|finite"):
-        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor="ray", **ROWS)
+        fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=fp.Ray(workers=1), **ROWS)
 
 
 DRIVER = """
@@ -211,6 +237,7 @@ def test_the_driver_is_killed(tmp_path: Path) -> None:
     assert len(calls) == every - (len(lines) - 1)
 
 
+@pytest.mark.extended
 def test_ctrl_c_is_heard_while_workers_run(tmp_path: Path) -> None:
     """The call ends at once, and what came back is in the journal."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -233,9 +260,11 @@ def test_workers_that_find_no_room_are_not_waited_for() -> None:
     holder = ray.remote(num_cpus=1)(_Holder).remote()
     ray.get(holder.ready.remote())
     try:
-        there = fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
+        noting = Noting(fp.Ray())
+        there = fp.rank_features(small.model, small.saes[1], pairs, executor=noting, **ROWS)
     finally:
         ray.kill(holder)
+    assert noting.keys
     same(there, fp.rank_features(small.model, small.saes[1], pairs, **ROWS))
 
 
@@ -273,24 +302,6 @@ def test_what_cannot_travel() -> None:
 
     with pytest.raises(fp.FeatpatchError, match="can't go to another process"):
         fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=Interrupted(1), **ROWS)
-
-
-class Interrupted(Executor):
-    """In this process, with Ctrl-C after some batches."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def run(self, make: Any, shards: int, book: Any, done: Any) -> None:
-        work, left = make(), self.after
-        assert len(work) == shards
-        for shard in range(shards):
-            for batch in work.batches(shard):
-                if not left:
-                    raise KeyboardInterrupt
-                book.put(batch.key, work.run(shard, batch.key))
-                done(batch.patches)
-                left -= 1
 
 
 def test_ctrl_c_returns_what_is_finished(tmp_path: Path) -> None:
@@ -337,6 +348,21 @@ def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: "spark", "executor='spark'"),
         (lambda: fp.Ray(workers=0), "workers=0"),
         (lambda: fp.Ray(gpus=-1.0), "gpus=-1.0"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.rank_features(small.model, small.saes[1], pairs, executor=make(), **ROWS)
+    for name in ("cloudpickle", "ray"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
+                fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
+
+
+@pytest.mark.extended
+def test_clusters_that_are_none_or_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    ray.shutdown()
+    for make, message in (
         (lambda: fp.Ray(workers=1, gpus=99.0), "room for"),
         (lambda: fp.Ray(address="127.0.0.1:1"), "no Ray there"),
         (lambda: fp.Ray(address="ray://127.0.0.1:1"), "no Ray there"),
@@ -349,10 +375,3 @@ def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
             fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(address="auto"), **ROWS)
     whole = fp.rank_features(small.model, small.saes[1], pairs, **ROWS)
     same(fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(workers=1, cpus=2.0), **ROWS), whole)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "cloudpickle", None)
-        with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
-            fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(fp.FeatpatchError, match=r"featpatch\[ray\]"):
-        fp.rank_features(small.model, small.saes[1], pairs, executor="ray", **ROWS)

@@ -58,7 +58,7 @@ def test_dictionary_learning(bridge: Small, tmp_path: Path, kind: type) -> None:
     compared(bridge, loaded, library, STREAM, STREAM, norms)
     assert isinstance(loaded, SAE)
     assert loaded.cfg.metadata.model_name == "openai-community/gpt2"
-    compared(bridge, fp.adapt(library, STREAM), library, STREAM, STREAM)
+    compared(bridge, fp.dictionaries.adapt(library, STREAM), library, STREAM, STREAM)
     compared(bridge, fp.load_sae(tmp_path / "trainer_0" / "ae.pt"), library, STREAM, STREAM, norms)
 
 
@@ -67,9 +67,9 @@ def test_what_an_object_of_dictionary_learning_was_set_to(bridge: Small) -> None
     jump, nested = drawn(JUMP()), drawn(libraries.MatryoshkaBatchTopKSAE())
     jump.apply_b_dec_to_input, nested.active_groups = True, 1
     for library in (jump, nested):
-        compared(bridge, fp.adapt(library, STREAM), library, STREAM, STREAM)
+        compared(bridge, fp.dictionaries.adapt(library, STREAM), library, STREAM, STREAM)
     before = jump.W_enc.clone()
-    sae = fp.adapt(jump, STREAM, name="mine")
+    sae = fp.dictionaries.adapt(jump, STREAM, name="mine")
     sae.W_enc.data.zero_()
     assert torch.equal(jump.W_enc, before)
     assert dictionaries(wrap(bridge.model), sae)[0].name == "mine"
@@ -83,7 +83,7 @@ def test_sparsify(bridge: Small, tmp_path: Path, activation: str, transcode: boo
     libraries.save_sparsify(library, tmp_path / "layers.1.mlp")
     reads = MLP_IN if transcode else MLP_OUT
     compared(bridge, fp.load_sae(tmp_path / "layers.1.mlp"), library, reads, MLP_OUT)
-    compared(bridge, fp.adapt(library, reads, hook_out=MLP_OUT), library, reads, MLP_OUT)
+    compared(bridge, fp.dictionaries.adapt(library, reads, hook_out=MLP_OUT), library, reads, MLP_OUT)
     half = fp.load_sae(tmp_path / "layers.1.mlp", dtype="bfloat16")
     (found,) = dictionaries(wrap(bridge.model), half)
     assert found.codec.dtype == torch.bfloat16
@@ -121,14 +121,14 @@ def test_an_sae_of_the_embedding(bridge: Small, tmp_path: Path) -> None:
 def test_circuit_tracer(bridge: Small, tmp_path: Path, function: Callable[[], Any], skip: bool) -> None:
     library = drawn(SingleLayerTranscoder(function(), skip))
     reads = "blocks.1.hook_resid_mid"
-    compared(bridge, fp.adapt(library, reads, hook_out=MLP_OUT), library, reads, MLP_OUT)
+    compared(bridge, fp.dictionaries.adapt(library, reads, hook_out=MLP_OUT), library, reads, MLP_OUT)
     if not isinstance(library.activation_function, libraries.TopK):  # which no file can state
         libraries.save_circuit_tracer([drawn(SingleLayerTranscoder(function(), skip), 8), library], tmp_path / "set")
         for name in ("layer_1", "layer_1.safetensors"):
             compared(bridge, fp.load_sae(tmp_path / "set" / name), library, reads, MLP_OUT)
     if isinstance(library.activation_function, libraries.JumpReLU):
         library.activation_function.threshold.data -= 1  # circuit-tracer keeps negative values above a negative threshold
-        (found,) = dictionaries(wrap(bridge.model), fp.adapt(library, reads, hook_out=MLP_OUT))
+        (found,) = dictionaries(wrap(bridge.model), fp.dictionaries.adapt(library, reads, hook_out=MLP_OUT))
         x = torch.randn(1, 50, 16, dtype=torch.float64)
         code = found.codec.encode(x)
         assert (code.features < 0).any()
@@ -193,13 +193,13 @@ def test_a_skip_path_of_ones_own(bridge: Small) -> None:
     x, y = cache[MLP_IN], cache[MLP_OUT]
     matrix, own = torch.randn(16, 16, dtype=torch.float64), Tanh()
     for skip, expected in ((matrix, x @ matrix.T), (own.skip, torch.tanh(x) * 0.3)):
-        sae = fp.adapt(own, MLP_IN, hook_out=MLP_OUT, d_in=16, skip=skip)
+        sae = fp.dictionaries.adapt(own, MLP_IN, hook_out=MLP_OUT, d_in=16, skip=skip)
         (found,) = dictionaries(wrap(bridge.model), sae)
         split = found.split(x, y)
         with torch.no_grad():
             error = y - own.decode(own.encode(x)) - expected
         torch.testing.assert_close(split.error, error, rtol=EXACT, atol=EXACT)
-    without = fp.adapt(own, MLP_IN, hook_out=MLP_OUT, d_in=16)
+    without = fp.dictionaries.adapt(own, MLP_IN, hook_out=MLP_OUT, d_in=16)
     digests = {dictionaries(wrap(bridge.model), each)[0].digest() for each in (sae, without)}
     assert len(digests) == 2
 
@@ -224,14 +224,14 @@ def looking_back(x: torch.Tensor) -> torch.Tensor:
 )  # fmt: skip
 def test_skip_paths_that_are_none(bridge: Small, skip: Any, message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
-        dictionaries(wrap(bridge.model), fp.adapt(Squared(16), MLP_IN, hook_out=MLP_OUT, d_in=16, skip=skip))
+        dictionaries(wrap(bridge.model), fp.dictionaries.adapt(Squared(16), MLP_IN, hook_out=MLP_OUT, d_in=16, skip=skip))
 
 
 def test_the_object_and_the_folder_rank_alike(bridge: Small, tmp_path: Path) -> None:
     """Through the whole of `rank_features`; the rows against the oracle are in the matrix of `test_kinds.py`."""
     library = drawn(SparseCoder(transcode=True, skip=True))
     libraries.save_sparsify(library, tmp_path / "layers.1.mlp")
-    found = [fp.load_sae(tmp_path / "layers.1.mlp"), fp.adapt(library, MLP_IN, hook_out=MLP_OUT)]
+    found = [fp.load_sae(tmp_path / "layers.1.mlp"), fp.dictionaries.adapt(library, MLP_IN, hook_out=MLP_OUT)]
     one, other = (fp.rank_features(bridge.model, sae, pairs_of(bridge), progress=False) for sae in found)
     assert len(one) > 3
     assert one.nodes == other.nodes
@@ -410,7 +410,9 @@ def test_damaged_files_of_others(tmp_path: Path) -> None:
 def test_objects_that_are_passed_as_they_are(bridge: Small) -> None:
     for library, source in ((JUMP(), "dictionary_learning"), (SparseCoder(), "sparsify"),
                             (SingleLayerTranscoder(), "circuit-tracer")):  # fmt: skip
-        with pytest.raises(fp.FeatpatchError, match=rf"an object of {source}, .* expected fp.adapt\(object, hook\)"):
+        with pytest.raises(
+            fp.FeatpatchError, match=rf"an object of {source}, .* expected fp.dictionaries.adapt\(object, hook\)"
+        ):
             fp.rank_features(bridge.model, library, pairs_of(bridge))
     for other, message in (
         (libraries.TranscoderSet(), r"a transcoder for every layer: adapt one, such as saes\[3\]"),
@@ -419,12 +421,12 @@ def test_objects_that_are_passed_as_they_are(bridge: Small) -> None:
         (SingleLayerTranscoder(), "does not say at which hook the dictionary writes: pass hook_out='blocks.N.hook_mlp_out'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
-            fp.adapt(other, MLP_IN)
+            fp.dictionaries.adapt(other, MLP_IN)
     for options in ({"d_in": 8}, {"skip": torch.zeros(16, 16)}):
         with pytest.raises(fp.FeatpatchError, match="reads 16 values and no skip path|has its own skip"):
-            fp.adapt(SingleLayerTranscoder(), MLP_IN, hook_out=MLP_OUT, **options)
+            fp.dictionaries.adapt(SingleLayerTranscoder(), MLP_IN, hook_out=MLP_OUT, **options)
     with pytest.raises(fp.FeatpatchError, match="d_in=None: expected names of hooks and a width"):
-        fp.adapt(Squared(16), MLP_IN)
+        fp.dictionaries.adapt(Squared(16), MLP_IN)
 
 
 class Doubled(libraries.AutoEncoder):
@@ -439,9 +441,9 @@ Doubled.__name__ = "AutoEncoder"
 
 def test_a_subclass_is_adapted_by_its_own_encode(bridge: Small) -> None:
     library = drawn(Doubled())
-    compared(bridge, fp.adapt(library, STREAM, d_in=16), library, STREAM, STREAM)
+    compared(bridge, fp.dictionaries.adapt(library, STREAM, d_in=16), library, STREAM, STREAM)
     with pytest.raises(fp.FeatpatchError, match="d_in=None: expected names of hooks and a width of 1 or more"):
-        fp.adapt(library, STREAM)
+        fp.dictionaries.adapt(library, STREAM)
 
 
 def test_weights_of_a_compiled_model(bridge: Small, tmp_path: Path) -> None:
@@ -456,8 +458,8 @@ def test_outputs_of_modules_in_a_hooked_transformer(module: str, hook: str) -> N
     """The values are those that the module returns, by a hook of torch's own."""
     small = small_hooked()
     library, name, written = drawn(JUMP()), f"blocks.1.{module}.hook_out", f"blocks.1.{hook}"
-    compared(small, fp.adapt(library, name), library, written, written)
-    (found,) = dictionaries(wrap(small.model), fp.adapt(library, name))
+    compared(small, fp.dictionaries.adapt(library, name), library, written, written)
+    (found,) = dictionaries(wrap(small.model), fp.dictionaries.adapt(library, name))
     seen: list[torch.Tensor] = []
     handle = getattr(small.model.blocks[1], module).register_forward_hook(lambda m, args, out: seen.append(out))
     with torch.no_grad():
@@ -466,7 +468,7 @@ def test_outputs_of_modules_in_a_hooked_transformer(module: str, hook: str) -> N
     assert torch.equal(wrap(small.model).read(small.clean, [found.reads])[found.reads], seen[0])
     small.model.cfg.use_normalization_before_and_after = True
     with pytest.raises(fp.FeatpatchError, match=f"has no hook '{name}', and '{written}' comes after another norm"):
-        dictionaries(wrap(small.model), fp.adapt(library, name))
+        dictionaries(wrap(small.model), fp.dictionaries.adapt(library, name))
 
 
 @pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.float, torch.nn.Module.bfloat16])

@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 
 import featpatch as fp
 from featpatch import Node
+from featpatch.checkpoints import Demo
 from featpatch.cli.app import app
 from featpatch.diagram.draw import dot
 from featpatch.diagram.viewers import attribution_graph, interactive
@@ -131,7 +132,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shipped() -> fp.Demo:
+def shipped() -> Demo:
     return fp.load_demo()
 
 
@@ -194,7 +195,7 @@ def plainly(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("kind", PAIR_FILES)
-def test_pairs(kind: str, folder: Path, shipped: fp.Demo) -> None:
+def test_pairs(kind: str, folder: Path, shipped: Demo) -> None:
     content, load = PAIR_FILES[kind]
     path = folder / f"pairs.{kind}"
     options = {"skip": st.booleans()} if kind not in ("jsonl", "csv") else {"long_answers": st.booleans()}
@@ -228,7 +229,7 @@ def test_pairs(kind: str, folder: Path, shipped: fp.Demo) -> None:
 @pytest.mark.parametrize(
     "changed", [{"clean": "\ud800"}, {"tags": {"a": "\ud800"}}, {"clean": Deep(400)}, {"labels": {"S2": Deep(25)}}, {"note": Deep(25)}, {"labels": {"S2": 10**40}}, {"clean": Deep(10**6)}]
 )  # fmt: skip
-def test_pairs_that_are_refused(changed: dict[str, Any], tmp_path: Path, shipped: fp.Demo) -> None:
+def test_pairs_that_are_refused(changed: dict[str, Any], tmp_path: Path, shipped: Demo) -> None:
     (tmp_path / "p").write_bytes(lines_of([{**PAIR, **changed}]))
     for tokenizer in (words, shipped.model.tokenizer):
         with pytest.raises(fp.FeatpatchError, match="line 1: "):
@@ -239,13 +240,15 @@ def test_pairs_that_are_refused(changed: dict[str, Any], tmp_path: Path, shipped
 
 
 @pytest.fixture(scope="module")
-def tables(shipped: fp.Demo) -> list[fp.Effects]:
+def tables(shipped: Demo) -> list[fp.Effects]:
     """Of features, with two metrics; screened; of components; of edges."""
     pairs = shipped.pairs("ioi", n=3, seed=0)
     sae = next(sae for sae in shipped.saes if sae.cfg.metadata.hook_name == "blocks.2.hook_resid_pre")
     options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
     ranked = fp.rank_features(shipped.model, sae, pairs, metric=["logit_diff", "prob"], **options)
-    screened = fp.rank_features(shipped.model, sae, pairs, metric=["logit_diff", "prob"], screen=fp.Screen(k=3, audit=2), **options)
+    screened = fp.rank_features(
+        shipped.model, sae, pairs, metric=["logit_diff", "prob"], screen=fp.Screen(k=3, audit=2), **options
+    )
     parts = fp.rank_components(shipped.model, pairs, sites=["z", "mlp_out"], **options)
     head = next(node for node in parts.nodes if node.kind == "head" and node.site.startswith("blocks.0"))
     receiver = Node("blocks.1.hook_mlp_out", "activation", position=head.position)
@@ -759,7 +762,7 @@ def test_pages_in_a_browser(text: str, tables: list[fp.Effects], browser: Any, t
 
 
 @pytest.mark.filterwarnings("ignore:nothing differs at")
-def test_a_report_of_a_whole_study(shipped: fp.Demo, browser: Any, tmp_path: Path) -> None:
+def test_a_report_of_a_whole_study(shipped: Demo, browser: Any, tmp_path: Path) -> None:
     """Labels, tags, names of SAEs and models, and what the tokenizer gives; no file but the one that is asked for."""
     evil = MARKS[1] + MARKS[2] + "../../x"
     sae = next(sae for sae in shipped.saes if sae.cfg.metadata.hook_name == "blocks.2.hook_resid_pre")

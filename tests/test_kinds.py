@@ -43,6 +43,12 @@ def check(small: Small, sae: Any, entries: int = 6, reference: Any = None) -> fp
             expected = by_oracle(small, reference, node, slot, direction)
             assert abs(values[entry] - expected) < EXACT, (node, direction)
 
+    check_whole(small, sae, site)
+    return effects
+
+
+def check_whole(small: Small, sae: Any, site: str) -> None:
+    """All features and the error are the whole activation (law 2); from a run into itself they change no bit (law 1)."""
     clean, corrupted = small.clean[:1], small.corrupted[:1]
     everything = fp.Patch((fp.Node(site, "all_features"), fp.Node(site, "error")))
     with torch.no_grad(), fp.do(small.model, everything, source=clean, base=corrupted, saes=sae):
@@ -53,7 +59,6 @@ def check(small: Small, sae: Any, entries: int = 6, reference: Any = None) -> fp
         unchanged = small.model(corrupted)
     with torch.no_grad():
         assert torch.equal(unchanged, small.model(corrupted))
-    return effects
 
 
 def by_oracle(small: Small, sae: Any, node: fp.Node, slot: int, direction: str) -> float:
@@ -76,6 +81,26 @@ def by_oracle(small: Small, sae: Any, node: fp.Node, slot: int, direction: str) 
 def slow(site: str) -> Any:
     """Sites inside the MLP are patched by the model's own pass, and a warning says so."""
     return pytest.warns(fp.SlowPathWarning) if ".mlp." in site else warnings.catch_warnings()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_at_all_sites_at_once(hooked: Small, kind: str) -> None:
+    """All cells of the matrix on one of TransformerLens' classes, of one pair."""
+    cells = {SITES[site][0]: built(hooked, kind, site) for site in SITES}
+    with slow("blocks.1.mlp."):
+        effects = fp.rank_features(
+            hooked.model, [sae for sae, _ in cells.values()], pairs_of(hooked)[:1], positions="all", progress=False
+        )
+    for site, (_, reference) in cells.items():
+        of_site = effects.where(site=site)
+        left = [entry for entry, row in enumerate(of_site.row) if of_site.nodes[row].kind in ("feature", "error")]
+        for node_kind in ("feature", "error"):
+            chosen = [entry for entry in left if of_site.nodes[of_site.row[entry]].kind == node_kind]
+            for entry in random.Random(site).sample(chosen, min(1, len(chosen))):
+                for direction, values in (("denoising", of_site.denoised), ("noising", of_site.noised)):
+                    node = of_site.nodes[of_site.row[entry]]
+                    expected = by_oracle(hooked, reference, node, 0, direction)
+                    assert abs(values[entry] - expected) < EXACT, (node, direction)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -133,7 +158,7 @@ def test_every_layer_and_two_on_one_hook_at_once(small: Small) -> None:
     hooks = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)]
     saes = [standard(hook, 3) for hook in hooks] + [
         AUTOENCODERS["TopK"](hooks[1], 16, seed=5),
-        fp.identity(small.model, hooks[1]),
+        fp.dictionaries.identity(small.model, hooks[1]),
     ]
     together = fp.rank_features(small.model, saes, pairs_of(small), progress=False)
     assert len({node.sae for node in together.nodes if node.sae}) == 5
@@ -201,14 +226,14 @@ def test_without_the_decoder_bias_at_the_input(small: Small, normalisation: str)
 
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"])
 def test_an_object_of_ones_own(small: Small, hook: str) -> None:
-    check(small, fp.adapt(Squared(16), hook, d_in=16))
+    check(small, fp.dictionaries.adapt(Squared(16), hook, d_in=16))
 
 
 def test_baselines(small: Small) -> None:
-    effects = check(small, fp.identity(small.model, "blocks.1.hook_resid_post"))
+    effects = check(small, fp.dictionaries.identity(small.model, "blocks.1.hook_resid_post"))
     assert {node.kind for node in effects.nodes} == {"feature", "all_features", "activation"}, "the error is 0"
-    check(small, fp.neurons(small.model, 1))
-    check(small, fp.pca(small.model, "blocks.1.hook_resid_post", pairs_of(small), components=3))
+    check(small, fp.dictionaries.neurons(small.model, 1))
+    check(small, fp.dictionaries.pca(small.model, "blocks.1.hook_resid_post", pairs_of(small), components=3))
 
 
 @pytest.mark.parametrize("kind", [*UNTRAINED, *TRANSCODERS])
@@ -226,7 +251,7 @@ def test_directions_that_are_probed_are_those_of_the_weights(bridge: Small, kind
 def test_principal_components_hold_the_most_variance(small: Small) -> None:
     """Against the singular values."""
     hook, pairs = "blocks.1.hook_resid_post", pairs_of(small)
-    coder = fp.pca(small.model, hook, pairs, components=3).coder
+    coder = fp.dictionaries.pca(small.model, hook, pairs, components=3).coder
     runs = [oracle.activations(small.model, torch.tensor([t]))[hook][0] for pair in pairs for t in (pair.clean, pair.corrupted)]
     x = torch.cat(runs)
     singular = torch.linalg.svdvals(x - x.mean(0))
@@ -266,7 +291,7 @@ def test_an_sae_in_another_type_than_the_model(small: Small, dtype: torch.dtype,
     sae.b_dec.data += 50.0
     wide = standard(hook, 4, normalize_activations=normalisation)
     wide.load_state_dict({name: value.double() for name, value in sae.state_dict().items()})
-    rounded = fp.adapt(Rounding(sae, wide), hook, d_in=16) if normalisation == "none" else None
+    rounded = fp.dictionaries.adapt(Rounding(sae, wide), hook, d_in=16) if normalisation == "none" else None
     effects = fp.rank_features(small.model, sae, pairs_of(small), progress=False)
     if rounded is not None:
         exact = fp.rank_features(small.model, rounded, pairs_of(small), progress=False)
@@ -314,8 +339,8 @@ def test_a_decoder_that_only_looks_linear_and_works_in_place(small: Small) -> No
         def decode(self, features: torch.Tensor) -> torch.Tensor:
             return super().decode(features.clone())
 
-    effects = check(small, fp.adapt(Copying(), SITES["resid_pre"][0], d_in=16))
-    in_place = fp.rank_features(small.model, fp.adapt(Clipping(), SITES["resid_pre"][0], d_in=16), pairs_of(small))
+    effects = check(small, fp.dictionaries.adapt(Copying(), SITES["resid_pre"][0], d_in=16))
+    in_place = fp.rank_features(small.model, fp.dictionaries.adapt(Clipping(), SITES["resid_pre"][0], d_in=16), pairs_of(small))
     assert abs(in_place.denoised - effects.denoised).max() < EXACT
 
 
@@ -326,15 +351,15 @@ def test_linear_is_what_is_said_and_found(bridge: Small, coder: Any, said: bool,
     """Random probes can't show that a decoder is linear everywhere, so that it must be said; they can show that it is not."""
     if isinstance(coder, torch.nn.Identity):
         coder.encode = coder.decode = coder.forward
-    (found,) = dictionaries(wrap(bridge.model), fp.adapt(coder, SITES["resid_pre"][0], d_in=16, linear=said))
+    (found,) = dictionaries(wrap(bridge.model), fp.dictionaries.adapt(coder, SITES["resid_pre"][0], d_in=16, linear=said))
     assert found.behaviour.linear == taken
 
 
 def test_settings_beside_the_weights_are_part_of_the_digest(bridge: Small) -> None:
     digests = {
-        fp.rank_features(bridge.model, fp.adapt(Clipping(gain), SITES["resid_pre"][0], d_in=16), pairs_of(bridge)).metadata[
-            "saes"
-        ][SITES["resid_pre"][0]]
+        fp.rank_features(
+            bridge.model, fp.dictionaries.adapt(Clipping(gain), SITES["resid_pre"][0], d_in=16), pairs_of(bridge)
+        ).metadata["saes"][SITES["resid_pre"][0]]
         for gain in (1.0, 1.0, 0.5)
     }
     assert len(digests) == 2
@@ -367,33 +392,37 @@ def test_an_encoder_that_looks_where_it_must_not(bridge: Small, look: int, dim: 
             return torch.nn.functional.pad(0.9 * features, (0, 16 - features.shape[2]))
 
     with pytest.raises(fp.FeatpatchError, match="Few.* encodes a row differently beside others: expected one whose"):
-        fp.rank_features(bridge.model, fp.adapt(Few(look, dim), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+        fp.rank_features(
+            bridge.model, fp.dictionaries.adapt(Few(look, dim), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge)
+        )
 
 
 def test_two_dictionaries_of_one_name(bridge: Small) -> None:
-    one, other = (fp.adapt(Squared(16, seed), "blocks.1.hook_resid_pre", d_in=16, name="mine#1") for seed in (0, 1))
+    one, other = (
+        fp.dictionaries.adapt(Squared(16, seed), "blocks.1.hook_resid_pre", d_in=16, name="mine#1") for seed in (0, 1)
+    )
     with pytest.raises(fp.FeatpatchError, match="two dictionaries are named 'mine#2'|two dictionaries are named 'mine#1'"):
         fp.rank_features(bridge.model, [one, other], pairs_of(bridge))
 
 
 def test_an_encoder_that_looks_back(small: Small) -> None:
-    check(small, fp.adapt(Coupled(1, 1), "blocks.1.hook_resid_pre", d_in=16))
+    check(small, fp.dictionaries.adapt(Coupled(1, 1), "blocks.1.hook_resid_pre", d_in=16))
 
 
 def test_what_is_no_dictionary(bridge: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="int has no encode and no decode: expected an object"):
-        fp.adapt(3, "blocks.1.hook_resid_pre", d_in=16)
+        fp.dictionaries.adapt(3, "blocks.1.hook_resid_pre", d_in=16)
     with pytest.raises(fp.FeatpatchError, match="Squared is a class: expected an object of it"):
-        fp.adapt(Squared, "blocks.1.hook_resid_pre", d_in=16)
+        fp.dictionaries.adapt(Squared, "blocks.1.hook_resid_pre", d_in=16)
     with pytest.raises(fp.FeatpatchError, match="StandardSAE is a sae-lens object: pass it as it is"):
-        fp.adapt(bridge.saes[0], "blocks.1.hook_resid_pre", d_in=16)
+        fp.dictionaries.adapt(bridge.saes[0], "blocks.1.hook_resid_pre", d_in=16)
     with pytest.raises(fp.FeatpatchError, match="d_in=0: expected names of hooks and a width"):
-        fp.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=0)
+        fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=0)
     with pytest.raises(
         fp.FeatpatchError, match=r"Squared.encode fails on a tensor \[1, 1, 8\] .* expected an object for .* width 8"
     ):
-        fp.rank_features(bridge.model, fp.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=8), pairs_of(bridge))
-    with pytest.raises(fp.FeatpatchError, match=r"Squared is not a sae-lens SAE: expected .* fp.adapt"):
+        fp.rank_features(bridge.model, fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=8), pairs_of(bridge))
+    with pytest.raises(fp.FeatpatchError, match=r"Squared is not a sae-lens SAE: expected .* fp.dictionaries.adapt"):
         fp.rank_features(bridge.model, Squared(16), pairs_of(bridge))
 
 
@@ -417,12 +446,16 @@ class Returning:
 @pytest.mark.parametrize(("how", "found"), [("flat", r"\[1, 16\]"), ("list", "a list"), ("one row", r"\[1, 1, 16\]")])
 def test_an_object_that_returns_something_else(bridge: Small, how: str, found: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=rf"Returning.encode makes {found} of a tensor .* one row per position"):
-        fp.rank_features(bridge.model, fp.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+        fp.rank_features(
+            bridge.model, fp.dictionaries.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge)
+        )
 
 
 def test_features_that_are_sparse_or_boolean(bridge: Small) -> None:
     dense, sparse, boolean = (
-        fp.rank_features(bridge.model, fp.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge))
+        fp.rank_features(
+            bridge.model, fp.dictionaries.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge)
+        )
         for how in ("dense", "sparse", "bool")
     )
     assert (dense.denoised == sparse.denoised).all()
@@ -447,7 +480,7 @@ def test_a_dictionary_of_one_head_is_refused(bridge: Small) -> None:
 @pytest.mark.parametrize(("layer", "components", "message"), [(1, 17, "components=17: expected 1 to 16")])
 def test_baselines_that_cannot_be(bridge: Small, layer: int, components: int, message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
-        fp.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components=components)
+        fp.dictionaries.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components=components)
 
 
 if __name__ == "__main__":
@@ -471,7 +504,7 @@ def test_weights_that_are_not_finite(bridge: Small, kind: str, bad: float) -> No
     hook, width = SITES["resid_pre"]
     if kind in ("module", "plain"):
         coder = Squared(width) if kind == "module" else Plain()
-        sae = fp.adapt(coder, hook, d_in=width)
+        sae = fp.dictionaries.adapt(coder, hook, d_in=width)
         weights = {"into": coder.into, "out": coder.out}
     else:
         sae = TRANSCODERS[kind](*READS, hook, width) if kind in TRANSCODERS else AUTOENCODERS[kind](hook, width)
@@ -495,7 +528,7 @@ def test_weights_are_looked_through_once(bridge: Small, monkeypatch: pytest.Monk
     coder, seen, aminmax = Squared(16), [], torch.aminmax
     coder.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1), persistent=False)
     monkeypatch.setattr(torch, "aminmax", lambda tensor: seen.append(tensor.numel()) or aminmax(tensor))
-    sae = fp.adapt(coder, SITES["resid_pre"][0], d_in=16)
+    sae = fp.dictionaries.adapt(coder, SITES["resid_pre"][0], d_in=16)
     lens = wrap(bridge.model)
     for _ in range(3):
         dictionaries(lens, sae)
@@ -534,4 +567,4 @@ def test_more_features_kept_than_there_are(bridge: Small) -> None:
     coder = Squared(16)
     coder.into, coder.out = torch.nn.Parameter(coder.into[:, :0]), torch.nn.Parameter(coder.out[:0])
     with pytest.raises(fp.FeatpatchError, match="Squared makes 0 features of an activation and 16 values of them: expected 1"):
-        dictionaries(wrap(bridge.model), fp.adapt(coder, SITES["resid_pre"][0], d_in=16))
+        dictionaries(wrap(bridge.model), fp.dictionaries.adapt(coder, SITES["resid_pre"][0], d_in=16))

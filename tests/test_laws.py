@@ -32,7 +32,8 @@ def oracle_value(small: Small, sae: Any, node: fp.Node, slot: int, direction: st
     return oracle.logit_diff(logits, int(small.correct[slot]), int(small.wrong[slot]))
 
 
-@pytest.mark.parametrize("which", range(9))
+@pytest.mark.both
+@pytest.mark.parametrize("which", [1, 8, *(pytest.param(n, marks=pytest.mark.extended) for n in (0, *range(2, 8)))])
 @pytest.mark.parametrize("positions", ["all", [3, 6]])
 def test_every_row_equals_one_hooked_forward_per_patch(small: Small, which: int, positions: Any) -> None:
     """Law 4."""

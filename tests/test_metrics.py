@@ -328,7 +328,9 @@ def test_lists_of_metrics_are_those_that_the_function_accepts(bridge: Small) -> 
     paths: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "progress": False, "directions": ["denoising"]}
     calls: list[Callable[[Any], Any]] = [
         lambda metric: fp.rank_features(model, sae, pairs, metric=metric, positions=[3], progress=False),
-        lambda metric: fp.rank_features(model, sae, pairs, method="atp", metric=metric, directions=["denoising"], progress=False),
+        lambda metric: fp.rank_features(
+            model, sae, pairs, method="atp", metric=metric, directions=["denoising"], progress=False
+        ),
         lambda metric: fp.rank_paths(model, pairs, metric=metric, **paths),
         lambda metric: fp.rank_paths(model, pairs, method="atp", metric=metric, **paths),
         lambda metric: fp.find_circuit(model, pairs, nodes=[head], metric=metric, progress=False),

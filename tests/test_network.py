@@ -43,7 +43,7 @@ demo = fp.load_demo()
 pairs = demo.pairs("capitals", n=2)
 model, saes = fp.load(demo.folder / "model", [demo.folder / "saes" / "blocks.3.hook_resid_post"], pairs=pairs)
 effects = fp.rank_features(model, saes, pairs, positions=["end"], progress=False)
-fp.describe(model, saes, effects.top(1).nodes, demo.text()[:3])
+fp.max_activating(model, saes, effects.top(1).nodes, demo.text()[:3])
 pairs.check(model)
 fp.Effects.load(effects.save("effects.safetensors"))
 fp.report(effects, "report.html", model=model, saes=saes, pairs=pairs)
@@ -103,7 +103,7 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
     assert noted == ["example.com"]
 
 
-@pytest.mark.parametrize("before", [None, "1"])
+@pytest.mark.parametrize("before", ["1", pytest.param(None, marks=pytest.mark.extended)])
 def test_a_ray_of_its_own_reports_nothing(tmp_path: Path, before: str | None) -> None:
     """Its usage statistics are off while it starts; the setting of the user is afterwards what it was."""
     pytest.importorskip("ray")

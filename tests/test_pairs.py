@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, tra
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import featpatch as fp
+from featpatch.checkpoints import Demo
 from featpatch.pairs.tokens import PairsWarning
 
 SITE = "blocks.1.hook_resid_pre"
@@ -97,11 +98,15 @@ def test_answers_that_were_surely_meant_otherwise(
 @pytest.mark.parametrize(("prompt", "answer"), [("東京は", "日本"), ("กรุงเทพ", "ไทย"), ("is", "東"), ("京", "is")])
 def test_scripts_without_spaces_need_none(prompt: str, answer: str) -> None:
     """Not a word about the space that is missing (warnings are errors)."""
-    fp.Pairs.from_prompts(of_bytes(), clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=True)
+    made = of_bytes()
+    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=True)
+    assert pair.answers[0] == (tuple(made(answer)["input_ids"]),)
 
 
 def test_no_space_is_advised_that_makes_more_tokens() -> None:
-    fp.Pairs.from_prompts(of_bytes(), clean=["is"], corrupted=["is"], correct=["é"], long_answers=True)
+    made = of_bytes()
+    (pair,) = fp.Pairs.from_prompts(made, clean=["is"], corrupted=["is"], correct=["é"], long_answers=True)
+    assert pair.answers[0] == (tuple(made("é")["input_ids"]),)
 
 
 def test_the_checklist_says_where_the_context_decides() -> None:
@@ -158,7 +163,7 @@ def test_a_model_gives_the_ids_of_its_own_text_call(bridge: Small, adds: bool, p
     assert pairs[0].special == ({0} if prepends else frozenset())
 
 
-def test_prompts_without_the_models_bos(demo: fp.Demo) -> None:
+def test_prompts_without_the_models_bos(demo: Demo) -> None:
     bare = fp.Pairs(tuple(
         fp.Pair(p.clean[1:], p.corrupted[1:], p.correct, p.wrong) for p in demo.pairs("ioi", n=3)
     ))  # fmt: skip
@@ -182,11 +187,11 @@ def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo() -> fp.Demo:
+def demo() -> Demo:
     return fp.load_demo()
 
 
-def rows(demo: fp.Demo, side: str) -> tuple[fp.Pairs, dict[str, torch.Tensor], torch.Tensor]:
+def rows(demo: Demo, side: str) -> tuple[fp.Pairs, dict[str, torch.Tensor], torch.Tensor]:
     """Pairs of different lengths, and the same as padded tensors with their mask."""
     pairs = demo.pairs("ioi", n=4, seed=1)
     longest = max(map(len, pairs))
@@ -200,7 +205,7 @@ def rows(demo: fp.Demo, side: str) -> tuple[fp.Pairs, dict[str, torch.Tensor], t
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_cut_off_or_refused(demo: fp.Demo, side: str) -> None:
+def test_padding_is_cut_off_or_refused(demo: Demo, side: str) -> None:
     pairs, table, mask = rows(demo, side)
     plain = [(p.clean, p.corrupted, p.answer_position) for p in pairs]
     with pytest.warns(PairsWarning, match="of 4 pairs are padded: the padding is cut off"):
@@ -290,7 +295,7 @@ def test_prompts_that_end_in_what_is_also_padding() -> None:
     assert twice.check(model).counts()["start"]["fail"] == 1
 
 
-def test_two_bos_in_token_ids(demo: fp.Demo) -> None:
+def test_two_bos_in_token_ids(demo: Demo) -> None:
     (pair,) = demo.pairs("ioi", n=1)
     doubled = fp.Pairs((fp.Pair((1, *pair.clean), (1, *pair.corrupted), pair.correct, pair.wrong),))
     with pytest.raises(fp.FeatpatchError, match=r"pair 0 begins with '<bos>' \(1\) twice: expected it once"):
@@ -340,7 +345,7 @@ def test_a_span_is_patched_as_one_position(small: Small) -> None:
     assert abs(float(heads.pooled("recovery")[0]) - (value - m[1]) / (m[0] - m[1])) < 1e-8
 
 
-def test_spans_from_text(demo: fp.Demo) -> None:
+def test_spans_from_text(demo: Demo) -> None:
     text = "When Mary and John went to the store , {} gave a drink to"
     pairs = fp.Pairs.from_prompts(
         demo.model,
@@ -451,7 +456,7 @@ def test_positions_of_numpy_and_lists() -> None:
         (range(1, 5, 2), "label 'x' is at positions .*: expected consecutive positions"),
     ],
 )
-def test_spans_that_are_refused(demo: fp.Demo, label: Any, message: str) -> None:
+def test_spans_that_are_refused(demo: Demo, label: Any, message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.Pairs.from_prompts(
             demo.model, clean=["Mary gave a drink to"], corrupted=["John gave a drink to"], correct=["Mary"], wrong=["John"],
@@ -500,7 +505,7 @@ FORMS: dict[str, Callable[[Any, str], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_prompts_as_token_ids(demo: fp.Demo, form: str) -> None:
+def test_prompts_as_token_ids(demo: Demo, form: str) -> None:
     """And answers as ids: the same pairs as from the texts."""
     prompts = {"clean": "Mary gave a drink to", "corrupted": "John gave a drink to"}
     expected = fp.Pairs.from_prompts(demo.model, **{n: [p] for n, p in prompts.items()}, correct=["Mary"], wrong=["John"])
@@ -651,7 +656,7 @@ def test_padding_is_not_patched(small: Small) -> None:
     assert not torch.equal(patched[:, 2:], plain[:, 2:])
 
 
-def test_do_refuses_padding_without_a_mask(demo: fp.Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     _pairs, table, mask = rows(demo, "left")
     node = fp.Node("blocks.1.hook_resid_pre", "activation", position=0)
     patch = fp.Patch((node,))

@@ -72,12 +72,12 @@ def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
     inside = [fp.Node(f"blocks.{layer}.attn.hook_{name}", "head", 3) for layer in (1, 2) for name in "qkvz"]
     receivers = [*late, *inside, fp.Node(MLP.format(1), "activation"), fp.Node(MLP.format(2), "activation"), fp.LOGITS]
     effects = fp.rank_paths(
-        small.model, pairs_of(small), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
+        small.model, pairs_of(small, [0]), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
     )
     assert {type(node) for node in effects.nodes} == {fp.Edge}
     assert {node.receiver for node in effects.nodes} == set(receivers)
     assert {node.sender for node in effects.nodes} == set(senders)
-    moved, looked_at = 0, range(0, len(effects.row), 13)
+    moved, looked_at = 0, range(0, len(effects.row), 9)
     for entry in looked_at:
         edge, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         for direction, found in (("denoising", effects.denoised[entry]), ("noising", effects.noised[entry])):
@@ -254,11 +254,12 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     assert all_run.audit(top=10).recall == 1
     assert some.rows_ranked == len(whole)
     monkeypatch.setattr("featpatch.ranking.rank.BUDGET", 50)
-    automatic = fp.rank_paths(small.model, pairs_of(small), k=20, audit=10, **{**run, "progress": True})
+    monkeypatch.setattr("featpatch.ranking.rank.MANY", fp.Screen(k=20, audit=10))
+    automatic = fp.rank_paths(small.model, pairs_of(small), **{**run, "progress": True})
     assert automatic.nodes == some.nodes
     assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().err
-    with pytest.raises(fp.FeatpatchError, match="exact='some'"):
-        fp.rank_paths(small.model, pairs_of(small), EXACT="some", **run)
+    with pytest.raises(fp.FeatpatchError, match="method='some': expected 'exact', one of atp"):
+        fp.rank_paths(small.model, pairs_of(small), method="some", **run)
 
 
 @pytest.mark.parametrize("letter", ["q", "k", "v", "z"])
@@ -292,7 +293,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
     senders = fp.rank_features(small.model, saes[0], pairs_of(small), **OPTIONS).top(2).nodes
     receivers = [fp.Node(last, "feature", n, "all", last) for n in range(8)]
     run: dict[str, Any] = {"senders": list(senders), "receivers": receivers, "directions": ["noising"], **OPTIONS}
-    exact = fp.rank_paths(small.model, pairs_of(small), saes=saes, **run)
+    exact = fp.rank_paths(small.model, pairs_of(small, [0]), saes=saes, **run)
 
     def end_of(sae: Any, index: int, share: float) -> path_oracle.End:
         def swapped(base: Any, source: Any, x: torch.Tensor) -> torch.Tensor:
@@ -309,7 +310,7 @@ def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
         logits = path_oracle.path_patch(small.model, small.clean[slot], small.corrupted[slot], *ends, freeze_mlps=True)
         return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
 
-    estimate = fp.rank_paths(small.model, pairs_of(small), method="atp", saes=saes, **run)
+    estimate = fp.rank_paths(small.model, pairs_of(small, [0]), method="atp", saes=saes, **run)
     known = {
         (estimate.nodes[row], pair): value
         for row, pair, value in zip(estimate.row, estimate.pair, estimate.noised, strict=True)

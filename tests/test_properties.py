@@ -78,7 +78,7 @@ def sites(model: Any) -> list[str]:
 @cache
 def dictionary(kind: str, hook: str, width: int, seed: int, normalisation: str, d_model: int) -> Any:
     if kind == "own":
-        return fp.adapt(Squared(width, seed), hook, d_in=width)
+        return fp.dictionaries.adapt(Squared(width, seed), hook, d_in=width)
     options = {"seed": seed, "normalize_activations": normalisation}
     if kind in TRANSCODERS:
         return TRANSCODERS[kind]("blocks.0.hook_resid_pre", d_model, hook, width, **options)
@@ -556,7 +556,7 @@ def test_whatever_stops_it_a_call_leaves_nothing_behind(data: Any) -> None:
     model, _, pairs = data.draw(worlds())
     clock = Clock(data.draw(st.integers(0, 40)), data.draw(st.sampled_from([RuntimeError, KeyboardInterrupt])))
     site = data.draw(st.sampled_from([site for site in sites(model) if not site.endswith("hook_z")]))
-    own = fp.adapt(Ticking(model.cfg.d_model, clock), site, d_in=model.cfg.d_model)
+    own = fp.dictionaries.adapt(Ticking(model.cfg.d_model, clock), site, d_in=model.cfg.d_model)
     operation = data.draw(st.sampled_from(["rank", "components", "estimate", "do"]))
     method = data.draw(st.sampled_from(["atp", "ig", "eap_ig_inputs", "grad_drop"]))
     how = data.draw(st.sampled_from(["add", "set"]))
@@ -692,10 +692,12 @@ def test_integrated_gradients_reach_the_whole_site(data: Any) -> None:
     """Law 6: the error of the midpoint rule falls with the square of the steps; the metadata says how large it is."""
     model, _, pairs = data.draw(worlds(models(["hooked"], ["LN", "RMS", None])))
     site = data.draw(st.sampled_from(sites(model)))
-    everything = fp.identity(model, site)
+    everything = fp.dictionaries.identity(model, site)
     left = []
     for steps in (8, 24):
-        effects = fp.rank_features(model, everything, pairs, method=fp.Gradients(model, pairs, method="ig", steps=steps), progress=False)
+        effects = fp.rank_features(
+            model, everything, pairs, method=fp.Gradients(model, pairs, method="ig", steps=steps), progress=False
+        )
         errors = [0.0]
         for _, slot, values in some(effects.where(kind="activation"), 0):
             for way in WAYS:

@@ -4,8 +4,6 @@ import inspect
 from collections import defaultdict
 from typing import Any
 
-import pytest
-
 import featpatch as fp
 
 FUNCTIONS = {name: value for name in fp.__all__ if inspect.isfunction(value := getattr(fp, name))}
@@ -35,18 +33,22 @@ def parameters() -> dict[str, dict[str, inspect.Parameter]]:
     return found
 
 
-@pytest.mark.parametrize("argument", sorted(parameters()))
-def test_one_default(argument: str) -> None:
-    given: dict[str, Any] = {name: p.default for name, p in parameters()[argument].items() if p.default is not p.empty}
-    several = len({repr(default) for default in given.values()}) > 1
-    assert several == (argument in DIFFERENT), given
+def test_one_default() -> None:
+    wrong = {}
+    for argument, functions in parameters().items():
+        given: dict[str, Any] = {name: p.default for name, p in functions.items() if p.default is not p.empty}
+        if (len({repr(default) for default in given.values()}) > 1) != (argument in DIFFERENT):
+            wrong[argument] = given
+    assert wrong == {}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_comes_first(name: str) -> None:
+def test_what_comes_first() -> None:
     """What can be left out is named in the call; what can't is in one order."""
-    found = list(inspect.signature(FUNCTIONS[name]).parameters.values())
-    optional = [p.name for p in found if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
-    assert optional == (["saes"] if name == "load" else [])
-    first = [p.name for p in found if p.kind is not p.KEYWORD_ONLY and p.name in ORDER]
-    assert first == sorted(first, key=ORDER.index)
+    wrong = {}
+    for name, function in FUNCTIONS.items():
+        found = list(inspect.signature(function).parameters.values())
+        optional = [p.name for p in found if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
+        first = [p.name for p in found if p.kind is not p.KEYWORD_ONLY and p.name in ORDER]
+        if optional != (["saes"] if name == "load" else []) or first != sorted(first, key=ORDER.index):
+            wrong[name] = optional, first
+    assert wrong == {}

@@ -35,7 +35,7 @@ def study() -> dict[str, Any]:
         "saes": saes,
         "components": fp.rank_components(demo.model, pairs, **options),
         "estimate": fp.rank_features(demo.model, saes, pairs, method="atp", **options),
-        "curve": fp.cumulative(demo.model, saes[0], pairs, most=4, **options),
+        "curve": fp.top_k_curve(demo.model, saes[0], pairs, most=4, **options),
     }
 
 
@@ -179,18 +179,21 @@ def test_widths(study: dict[str, Any], browser: Any, tmp_path: Path, width: int)
     assert errors(browser) == []
 
 
-def test_twenty_thousand_rows(small: Small, browser: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [2_000, pytest.param(20_000, marks=pytest.mark.extended)])
+def test_many_rows(hooked: Small, browser: Any, tmp_path: Path, rows: int) -> None:
     """A report of 20,000 rows opens in a browser and counts them all."""
-    base = fp.rank_features(small.model, small.at(SITE), pairs_of(small), progress=False)
+    base = fp.rank_features(hooked.model, hooked.at(SITE), pairs_of(hooked), progress=False)
     node = next(node for node in base.nodes if node.kind == "feature")
-    rows, generator = 20_000, np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     large = replace(
         base, nodes=tuple(replace(node, index=n) for n in range(rows)), row=np.arange(rows), pair=np.zeros(rows, dtype=np.int64),
         denoised=generator.standard_normal(rows), noised=generator.standard_normal(rows),
     )  # fmt: skip
     path = fp.report(large, tmp_path / "large.html")
     opened(browser, path)
-    assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith("of 20,000 entries")
+    assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith(
+        f"of {rows:,} entries"
+    )
     assert errors(browser) == []
 
 
@@ -271,7 +274,10 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
     for call, message in (
         (lambda: fp.report(effects, tmp_path), "is a folder: expected the path of a file"),
         (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs[:2]), "pairs are not those of the effects"),
-        (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.identity(model, SITE)), "are not those"),
+        (
+            lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.dictionaries.identity(model, SITE)),
+            "are not those",
+        ),
         (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),
         (lambda: effects.with_threshold(3.0), "threshold=3.0: expected a number between 0 and 1"),
     ):

@@ -26,7 +26,8 @@ BOUND: dict[str, Any] = {"top": 5, "confidence": 0.95, "share": 0.1, "looks": 1}
 
 
 def screened(small: Small, sae: Any, **options: Any) -> fp.Effects:
-    return fp.rank_features(small.model, sae, pairs_of(small), progress=False, screen=fp.Screen(), **options)
+    settings = {name: options.pop(name) for name in fp.Screen.__dataclass_fields__.keys() & options.keys()}
+    return fp.rank_features(small.model, sae, pairs_of(small), progress=False, screen=fp.Screen(**settings), **options)
 
 
 def values(effects: fp.Effects) -> dict[tuple[fp.Node, int], tuple[float, float]]:
@@ -131,7 +132,9 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
             assert needed(rest, recall, **about) == next(n for n, bound in enumerate(bounds) if bound >= recall)
     assert needed(0, 1.0, top=5, confidence=0.95, looks=1) == 0
     sae, calls = small.at(SITE), counting(monkeypatch)
-    candidates = int(fp.rank_features(small.model, sae, pairs_of(small), method="atp", positions="each", progress=False).ranked.sum())
+    candidates = int(
+        fp.rank_features(small.model, sae, pairs_of(small), method="atp", positions="each", progress=False).ranked.sum()
+    )
     good = needed(candidates - 20, 0.5, top=5, confidence=0.95, looks=1)
     options: dict[str, Any] = {"positions": "each", "k": 20, "top": 5}
     calls.clear()
@@ -414,7 +417,7 @@ def test_errors(small: Small) -> None:
         ({"k": 5, "top": 0}, "top=0: expected an integer"),
         ({"k": 50, "top": 45}, "top=45: expected at most"),
         ({"target": 1.5}, "target=1.5: expected a share"),
-        ({"noise": noise}, "exact='screened' with noise"),
+        ({"noise": noise}, "screen with noise"),
         ({"metric": "accuracy"}, "'accuracy' is not supported in estimates"),
         ({"metric": "sequence_log_prob"}, "not supported in estimates.*: expected one of logit_diff"),
         ({"metric": []}, "metric=\\[\\]: expected at least one"),
@@ -423,9 +426,8 @@ def test_errors(small: Small) -> None:
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             screened(small, sae, **options)
-    for options in ({"exact": "some"}, {"exact": "all", "k": 5}, {"target": 0.5}):
-        with pytest.raises(fp.FeatpatchError, match="expected 'all' without any of these, or 'screened'"):
-            fp.rank_features(small.model, sae, pairs_of(small), progress=False, **options)
+    with pytest.raises(fp.FeatpatchError, match="with screen, journal: expected them only with method='exact'"):
+        fp.rank_features(small.model, sae, pairs_of(small), method="atp", screen=fp.Screen(), journal="j", progress=False)
     found = screened(small, sae, positions="each", k=6, audit=3, top=3)
     with pytest.raises(fp.FeatpatchError, match="top=7, confidence=0.95, share=0.05: expected a top of 1 to 6"):
         found.audit(top=7)

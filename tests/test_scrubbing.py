@@ -14,7 +14,7 @@ from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.scrubbing import _Run
+from featpatch.circuits.scrubbing import Scrubbed, _Run
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
 
@@ -168,7 +168,7 @@ def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
         torch.testing.assert_close(run._output(z(2, head), np.arange(3), run.hypothesis.parents), run.written[z(2, head)])
 
 
-def scrubbed_by_neighbours(small: Small, pairs: fp.Pairs, metric: str, monkeypatch: pytest.MonkeyPatch) -> fp.Scrubbed:
+def scrubbed_by_neighbours(small: Small, pairs: fp.Pairs, metric: str, monkeypatch: pytest.MonkeyPatch) -> Scrubbed:
     """Everything that writes to the logits comes from the pair after this one, as if that had been drawn."""
     monkeypatch.setattr(_Run, "_agreeing", lambda self, label, rows: np.roll(rows, -1))
     graph = EdgeGraph(wrap(small.model), pairs, "corrupted", readout(metric))

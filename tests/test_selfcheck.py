@@ -128,7 +128,7 @@ def test_remarks(bridge: Small) -> None:
 
 
 def test_a_dictionary_that_claims_nothing_is_not_accused(bridge: Small) -> None:
-    (fit,) = fp.check(bridge.model, fp.pca(bridge.model, HOOKS[0], prompts(), components=1), prompts()).fits
+    (fit,) = fp.check(bridge.model, fp.dictionaries.pca(bridge.model, HOOKS[0], prompts(), components=1), prompts()).fits
     assert fit.explained_variance < 0.5
     assert (fit.verdict, fit.misfit) == ("explains little", "")
 
@@ -184,7 +184,7 @@ def test_other_layers_that_overflow_are_left_out(bridge: Small) -> None:
         def decode(self, features: torch.Tensor) -> torch.Tensor:
             return 0.5 * features
 
-    (fit,) = fp.check(bridge.model, fp.adapt(Narrow(), HOOKS[0], d_in=WIDTH), pairs).fits
+    (fit,) = fp.check(bridge.model, fp.dictionaries.adapt(Narrow(), HOOKS[0], d_in=WIDTH), pairs).fits
     assert fit.explained_variance < 0.95, "so that other layers are tried"
 
 

@@ -11,10 +11,10 @@ from small import FEATURES, Small, at, randomised, standard
 from test_statistics import made
 
 import featpatch as fp
-from featpatch import Controls
 from featpatch.engine.patches import NEVER
 from featpatch.engine.suffix import SuffixPath
 from featpatch.patching import sets
+from featpatch.patching.controls import Controls
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -38,7 +38,7 @@ def dictionary(small: Small, kind: str) -> Any:
         config = StandardSAEConfig(16, FEATURES, "float64", normalize_activations="layer_norm", metadata=at(SITE))
         return randomised(StandardSAE(config), 3)
     if kind == "nonlinear":
-        return fp.adapt(Squares(), SITE, d_in=16, name="squares")
+        return fp.dictionaries.adapt(Squares(), SITE, d_in=16, name="squares")
     return small.at("blocks.2.hook_resid_pre" if kind == "topk" else "blocks.1.attn.hook_z" if kind == "z" else SITE)
 
 
@@ -57,7 +57,7 @@ def together(small: Small, sae: Any, slot: int, direction: str, features: Any, p
 @pytest.mark.parametrize("positions", ["all", [3, 6]])
 def test_curves_against_the_oracle(small: Small, kind: str, positions: Any) -> None:
     sae = dictionary(small, kind)
-    curve = fp.cumulative(small.model, sae, pairs_of(small), positions=positions, most=8, progress=False)
+    curve = fp.top_k_curve(small.model, sae, pairs_of(small), positions=positions, most=8, progress=False)
     for entry in range(len(curve.sets.row)):
         node, slot = curve.sets.nodes[curve.sets.row[entry]], int(curve.sets.pair[entry])
         key = node.sae, node.position
@@ -74,7 +74,7 @@ def test_curves_against_the_oracle(small: Small, kind: str, positions: Any) -> N
 
 def test_all_features_of_the_curve_are_all_features(small: Small) -> None:
     """The law at the end of the curve; and the table beside it."""
-    curve = fp.cumulative(small.model, small.at(SITE), pairs_of(small), positions=[3, 6], most=99, progress=False)
+    curve = fp.top_k_curve(small.model, small.at(SITE), pairs_of(small), positions=[3, 6], most=99, progress=False)
     table = curve.table()
     for position in (3, 6):
         end = table[table["position"] == position].iloc[-1]
@@ -97,7 +97,7 @@ def test_all_features_of_the_curve_are_all_features(small: Small) -> None:
 def test_ranking_on_other_pairs(small: Small) -> None:
     one, other = pairs_of(small, [0, 1]), pairs_of(small, [2])
     sae = small.at(SITE)
-    curve = fp.cumulative(small.model, sae, one, rank_on=other, by="degradation", most=5, progress=False)
+    curve = fp.top_k_curve(small.model, sae, one, rank_on=other, by="degradation", most=5, progress=False)
     expected = fp.rank_features(small.model, sae, other, progress=False).top(5, by="degradation").indices.tolist()
     assert [*curve.features[SITE, "all"]] == expected
     assert len(curve.sets.clean) == 2
@@ -105,11 +105,11 @@ def test_ranking_on_other_pairs(small: Small) -> None:
 
 def test_controls_of_the_same_size_side_by_side(small: Small) -> None:
     pairs = pairs_of(small)
-    saes = [small.at(SITE), fp.identity(small.model, SITE), fp.pca(small.model, SITE, pairs)]
-    together = fp.cumulative(small.model, saes, pairs, most=4, progress=False)
+    saes = [small.at(SITE), fp.dictionaries.identity(small.model, SITE), fp.dictionaries.pca(small.model, SITE, pairs)]
+    together = fp.top_k_curve(small.model, saes, pairs, most=4, progress=False)
     assert together.table().groupby("sae")["k"].apply(list).tolist() == [[1, 2, 3, 4]] * 3
     for sae in saes:
-        alone = fp.cumulative(small.model, sae, pairs, most=4, progress=False)
+        alone = fp.top_k_curve(small.model, sae, pairs, most=4, progress=False)
         rows = together.sets.where(sae=alone.sets.nodes[0].sae)
         assert rows.nodes == alone.sets.nodes
         np.testing.assert_allclose(rows.pooled("recovery"), alone.sets.pooled("recovery"), rtol=0, atol=1e-10)
@@ -229,7 +229,7 @@ def test_errors(small: Small) -> None:
     sae, pairs, model = small.at(SITE), pairs_of(small), small.model
     two = [sae, standard("blocks.0.hook_resid_pre", 1)]
     for call, message in (
-        (lambda: fp.cumulative(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
+        (lambda: fp.top_k_curve(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
         (lambda: fp.select_features(model, sae, pairs, target=0.0), "target=0.0, candidates=64"),
         (lambda: fp.select_features(model, two, pairs), "there are 2 dictionaries: expected one"),
         (lambda: fp.select_features(model, sae, pairs, position=1, progress=False), "no feature of .* differs at 1"),
@@ -252,7 +252,7 @@ def test_more_errors(small: Small) -> None:
         quiet.b_enc[:] = -1e3
     table = fp.rank_features(model, sae, pairs, directions=["denoising"], progress=False)
     for call, message in (
-        (lambda: fp.cumulative(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation': expected"),
+        (lambda: fp.top_k_curve(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation': expected"),
         (lambda: table.top(3, by="degradation"), "by='degradation': expected one of the effects that were run, recovery"),
         (lambda: table.top(-1), "n=-1: expected an integer"),
         (lambda: fp.random_controls(model, silent, pairs, feature=3, progress=False), "writes nothing: expected a feature"),
@@ -266,7 +266,7 @@ def test_pairs_of_several_lengths_at_each_position(small: Small) -> None:
     """A position that a pair doesn't have is none of its patches."""
     short = fp.Pair((1, 2, 3, 4), (1, 9, 3, 4), (5,), (6,))
     pairs = fp.Pairs((*pairs_of(small), short))
-    curve = fp.cumulative(small.model, small.at(SITE), pairs, positions="each", most=2, progress=False)
+    curve = fp.top_k_curve(small.model, small.at(SITE), pairs, positions="each", most=2, progress=False)
     assert {pair for pair, row in zip(curve.sets.pair, curve.sets.row, strict=True) if curve.sets.nodes[row].position == 6} == {
         0,
         1,

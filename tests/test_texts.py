@@ -30,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr("featpatch.ranking.screen.USEFUL", 0.0)
         screened = fp.rank_features(model, saes, pairs, screen=fp.Screen(k=40, audit=40), **options)
     comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs)
-    curve = fp.cumulative(model, last, pairs, most=4, **options)
+    curve = fp.top_k_curve(model, last, pairs, most=4, **options)
     fits = fp.check(model, saes, pairs)
     checked = pairs.check(model)
     nodes = effects.top(3).nodes
@@ -47,14 +47,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "Calibration": fp.calibrate(estimate, effects), "Gradients": fp.Gradients(model, pairs), "Node": nodes[0],
         "Selection": fp.select_features(model, last, pairs, position="end", candidates=4, most=2, progress=False),
         "Controls": fp.random_controls(model, last, pairs, position="end", n=5, progress=False), "Noise": fp.Noise(["S2"]),
-        "Patch": fp.Patch(nodes), "identity": fp.identity(model, HOOKS[0]), "neurons": fp.neurons(model, 1), "Ray": fp.Ray(),
-        "pca": fp.pca(model, HOOKS[0], pairs), "sites": effects.sites(), "to_pandas": effects.to_pandas(),
+        "Patch": fp.Patch(nodes), "identity": fp.dictionaries.identity(model, HOOKS[0]), "neurons": fp.dictionaries.neurons(model, 1), "Ray": fp.Ray(),
+        "pca": fp.dictionaries.pca(model, HOOKS[0], pairs), "sites": effects.sites(), "to_pandas": effects.to_pandas(),
         "by_tag": effects.by_tag("template", "recovery"), "table": comparison.table, "through": comparison.through,
         "writers": comparison.writers, "curve": curve.table(), "findings": checked.to_pandas(),
         "diagnose": fp.diagnose(model, saes, pairs, nodes),
         "interactions": fp.interactions(model, last, pairs, features=[173, 740, 538], position="end", progress=False),
         "Circuit": circuit, "Agreement": comparison.agreement["recovery"], "Edge": fp.Edge("s", "edge"),
-        "Description": next(iter(fp.describe(model, saes, nodes, demo.text()).values())),
+        "Description": next(iter(fp.max_activating(model, saes, nodes, demo.text()).values())),
     }  # fmt: skip
 
 

@@ -97,17 +97,17 @@ CALLS: dict[str, Callable[[Small, fp.Pairs], Any]] = {
     "rank_features": lambda small, pairs: fp.rank_features(small.model, small.at(SITE), pairs),
     "rank_components": lambda small, pairs: fp.rank_components(small.model, pairs),
     "rank_paths": lambda small, pairs: fp.rank_paths(small.model, pairs, senders=WHOLE.nodes, receivers=[fp.LOGITS]),
-    "estimate_features": lambda small, pairs: fp.rank_features(small.model, small.at(SITE), pairs, method="atp"),
-    "estimate_components": lambda small, pairs: fp.rank_components(small.model, pairs, method="atp"),
+    "estimates of features": lambda small, pairs: fp.rank_features(small.model, small.at(SITE), pairs, method="atp"),
+    "estimates of components": lambda small, pairs: fp.rank_components(small.model, pairs, method="atp"),
     "ablate": lambda small, pairs: fp.ablate(small.model, pairs),
     "find_circuit": lambda small, pairs: fp.find_circuit(small.model, pairs, over="edges"),
     "interactions": lambda small, pairs: fp.interactions(small.model, small.at(SITE), pairs),
-    "cumulative": lambda small, pairs: fp.cumulative(small.model, small.at(SITE), pairs),
+    "cumulative": lambda small, pairs: fp.top_k_curve(small.model, small.at(SITE), pairs),
     "diagnose": lambda small, pairs: fp.diagnose(small.model, small.at(SITE), pairs, WHOLE.nodes),
-    "describe": lambda small, pairs: fp.describe(small.model, small.at(SITE), nodes=WHOLE.nodes, texts=["a"]),
+    "describe": lambda small, pairs: fp.max_activating(small.model, small.at(SITE), nodes=WHOLE.nodes, texts=["a"]),
     "plan": lambda small, pairs: fp.plan(small.model, small.at(SITE), pairs),
     "check": lambda small, pairs: fp.check(small.model, small.at(SITE), pairs),
-    "pca": lambda small, pairs: fp.pca(small.model, SITE, pairs, components=2),
+    "pca": lambda small, pairs: fp.dictionaries.pca(small.model, SITE, pairs, components=2),
     "Gradients": lambda small, pairs: fp.Gradients(small.model, pairs),
     "Pairs.check": lambda small, pairs: pairs.check(small.model),
     "do": lambda small, pairs: fp.do(small.model, WHOLE, source=small.clean, base=small.corrupted).__enter__(),
@@ -218,10 +218,10 @@ def test_gradients_that_are_kept_follow_the_hooks_of_the_user(small: Small) -> N
     """Hooks attached between two calls are no hooks of another thread; the oracle is a `Gradients` made anew."""
     pairs = pairs_of(small)
     kept = fp.Gradients(small.model, pairs)
-    estimate = partial(fp.estimate_components, small.model, pairs, sites=["v"], progress=False)
-    estimate(gradients=kept)
+    estimate = partial(fp.rank_components, small.model, pairs, method="atp", sites=["v"], progress=False)
+    estimate(method=kept)
     small.model.hook_dict["blocks.0.hook_resid_pre"].add_hook(halve)
-    np.testing.assert_array_equal(estimate(gradients=kept).denoised, estimate().denoised)
+    np.testing.assert_array_equal(estimate(method=kept).denoised, estimate().denoised)
 
 
 def test_a_hook_of_ours_is_never_seen_as_one_of_the_user(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from commands import run
 import featpatch as fp
 from featpatch.errors import FeatpatchWarning
 from featpatch.pairs.checklist import Finding
+from featpatch.patching.curves import Curve
 
 FORMULA = "=HYPERLINK(0)"
 
@@ -196,7 +197,7 @@ def figures(effects: fp.Effects, components: fp.Effects, estimates: fp.Effects) 
     drawn = fp.diagram.graph(features.nodes[:2], features.pooled("recovery")[:2].tolist())
     key = (features.nodes[0].sae, features.nodes[0].position)
     sets = replace(features.take([0]), nodes=(replace(features.nodes[0], kind="set", index=0),), taken_from=None)
-    curve = fp.Curve({key: [0]}, effects, sets, {key: [1]})
+    curve = Curve({key: [0]}, effects, sets, {key: [1]})
     return {
         "quadrants": effects.plot.quadrants(), "sites": effects.plot.sites(), "heatmap": effects.plot.heatmap(),
         "features": effects.plot.heatmap(kind="feature"), "comparison": fp.compare(effects, components).plot(),

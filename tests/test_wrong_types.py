@@ -64,8 +64,8 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "from_csv": lambda small, pairs, effects, x: fp.Pairs.from_csv(small.model, x),
     "Effects.load": lambda small, pairs, effects, x: fp.Effects.load(x),
     "Stored": lambda small, pairs, effects, x: fp.Stored(x),
-    "pca hook": lambda small, pairs, effects, x: fp.pca(small.model, x, pairs),
-    "pca pairs": lambda small, pairs, effects, x: fp.pca(small.model, SITE, x),
+    "pca hook": lambda small, pairs, effects, x: fp.dictionaries.pca(small.model, x, pairs),
+    "pca pairs": lambda small, pairs, effects, x: fp.dictionaries.pca(small.model, SITE, x),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
     "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),
 }
@@ -85,14 +85,15 @@ def ranked() -> tuple[Small, fp.Pairs, fp.Effects]:
 
 @pytest.mark.parametrize("name", REFUSING)
 def test_wrong_types_are_refused(ranked: tuple[Small, fp.Pairs, fp.Effects], name: str) -> None:
+    raised = {}
     for what, wrong in WRONG.items():
         try:
-            REFUSING[name](*ranked, wrong)
+            raised[what] = f"none, but {REFUSING[name](*ranked, wrong)!r}"
         except fp.FeatpatchError:
-            continue
+            raised[what] = "FeatpatchError"
         except Exception as error:
-            pytest.fail(f"{what} gives a {type(error).__name__}: {str(error)[:200]}", pytrace=False)
-        pytest.fail(f"{what} is taken", pytrace=False)
+            raised[what] = f"{type(error).__name__}: {str(error)[:200]}"
+    assert raised == dict.fromkeys(WRONG, "FeatpatchError")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def check_search(method: str, over: str, scores: str, threshold: float | None, s
     if scores == "estimate" and (over == "nodes" or method == "acdc"):
         raise FeatpatchError(
             f"scores='estimate' over {over} with method={method!r}: expected edges and 'threshold' or 'greedy'; nodes are "
-            "estimated by estimate_features and estimate_components"
+            "estimated by rank_features and rank_components with method='atp'"
         )
 
 

@@ -50,5 +50,5 @@ def demo(
         if out != FOLDER:
             results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")
         effects = fp.rank_features(**study, progress=not as_json)
-        descriptions = fp.describe(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
+        descriptions = fp.max_activating(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
         show(screen, effects, of.Shown(top), results, study, descriptions, as_json=as_json)

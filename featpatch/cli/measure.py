@@ -12,6 +12,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.cli.output import Output, show
+from featpatch.ranking.plan import Plan
 from featpatch.sites import COMPONENTS, SHOWN
 
 
@@ -67,7 +68,9 @@ def rank(
             raise fp.FeatpatchError(f"{', '.join(f'--{name}' for name in given)}: expected --screen too, or none of these")
         screening = fp.Screen(**given) if screen else None
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
-        results.check_same(work, kind=kind, screening=screening and {name: getattr(screening, name) for name in options})
+        results.check_same(
+            work, kind=kind, screening={name: getattr(screening, name) for name in options} if screening else None
+        )
         if method != "exact" and len(metric) == 1:
             work["metric"] = metric[0]
         effects = fp.rank_features(
@@ -193,7 +196,7 @@ def plan(
         _show(found, planned(found), as_json=as_json)
 
 
-def _show(found: "fp.Plan", table: Table, *, as_json: bool) -> None:
+def _show(found: "Plan", table: Table, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(found)))
     else:

@@ -192,7 +192,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threshold": (lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1"),
     "shown_rows": (_count, "a number of rows"),
     "finished": (lambda value: isinstance(value, bool), "true or false"),
-    "screening": (_screening, "what rank_features(exact='screened') notes"),
+    "screening": (_screening, "what rank_features(screen=...) notes"),
 }
 """For each metadata entry, the test that it must pass and what to expect, in words."""
 

@@ -43,7 +43,7 @@ class Effects(Measured):
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:
             raise FeatpatchError(
-                "there is no finished screening: expected a table of rank_features(..., exact='screened'); "
+                "there is no finished screening: expected a table of rank_features(..., screen=fp.Screen()); "
                 "in a full sweep nothing is missed"
             )
         sizes = whole.take(whole.ranked).sizes([effect] if effect else None)

@@ -88,7 +88,7 @@ class Curve:
         return figure
 
 
-def cumulative(
+def top_k_curve(
     model: Any,
     saes: Any,
     pairs: Pairs,
@@ -106,7 +106,7 @@ def cumulative(
     """Measure the exact effects of the top k features together, k = 1, 2, ..., for each dictionary and position.
 
     For controls with the same number of features, pass other dictionaries at the same hook point along with the SAE:
-    `fp.identity(model, site)` (coordinates) or `fp.pca(model, site, pairs)`.
+    `fp.dictionaries.identity(model, site)` (coordinates) or `fp.dictionaries.pca(model, site, pairs)`.
 
     Args:
         by: the effect by which features are ranked.

@@ -1,4 +1,4 @@
-"""Rank features, components and paths by causal recovery: exactly, by gradient estimates, or exactly after screening by these."""
+"""Rank features, components and paths by causal recovery: exactly, or by gradient estimates."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -122,8 +122,8 @@ def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> N
         )
         told = (
             f"{sized} mean that {'' if screen.target is None else 'at least '}{run:,} of {candidates:,} candidates are run, in "
-            "addition to the estimates: the full sweep costs hardly more and misses nothing; leave screen out, or give a smaller "
-            f"{'k or audit' if screen.target is None else 'target or k'}"
+            "addition to the estimates: the full sweep costs hardly more and misses nothing; leave screen out, or give it a "
+            f"smaller {'k or audit' if screen.target is None else 'target or k'}"
         )
     elif screen.target is None and (best := provable(rest, least, **about)) < USEFUL:
         told = (

@@ -66,8 +66,8 @@ def report(
         saes: the SAEs whose features get feature cards; without SAEs there are no cards.
         components: a table of `rank_components`, for heatmaps next to those of features, and for the components that write each
             feature if both were ranked at the same positions.
-        estimate: a table of `estimate_features`, to be compared with the exact effects.
-        curve: a curve of `fp.cumulative`.
+        estimate: a table of estimates of features (`method="atp"`), to be compared with the exact effects.
+        curve: a curve of `fp.top_k_curve`.
         circuit: a circuit of `fp.find_circuit`, shown as a graph whose nodes show their numbers when they are clicked.
         question: the title of the report; by default made of metric and model.
         top: the number of features per effect that get feature cards.

@@ -110,7 +110,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     if seconds is None:
         return [("screened sweep", "none: the metric has no gradient")]
     share = f"estimates, then {k} + {audit} of {plan.nodes:,} features"
-    better = "the full sweep" if plan.seconds <= seconds else "exact='screened', with an audit"
+    better = "the full sweep" if plan.seconds <= seconds else "screen=fp.Screen(), with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
 

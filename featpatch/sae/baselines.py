@@ -60,14 +60,14 @@ def neurons(model: Any, layer: int) -> Adapted:
     except NotImplementedError as error:
         raise FeatpatchError(
             f"the MLP of layer {layer} has quantised weights, which can be run and not read: expected plain weights; "
-            f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
+            f"take fp.dictionaries.identity(model, {reads!r}), which is slower but the same neurons"
         ) from error
     except (AttributeError, RuntimeError):
         exact = False
     if not exact:
         raise FeatpatchError(
             f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; "
-            f"take fp.identity(model, {reads!r}), which is slower but the same neurons"
+            f"take fp.dictionaries.identity(model, {reads!r}), which is slower but the same neurons"
         )
     return Adapted(coder, reads, writes, x.shape[1], f"neurons of layer {layer}", linear=True)
 

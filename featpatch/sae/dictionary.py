@@ -244,11 +244,11 @@ def kind_of(source: Any) -> tuple[type[Codec], str, str]:
     if library := library_of(source):
         raise FeatpatchError(
             f"{type(source).__name__} is an object of {library}, which does not say where it belongs: expected "
-            "fp.adapt(object, hook), and hook_out= for a transcoder"
+            "fp.dictionaries.adapt(object, hook), and hook_out= for a transcoder"
         )
     raise FeatpatchError(
         f"{type(source).__name__} is not a sae-lens SAE: expected an object such as SAE.load_from_disk gives, or, for any "
-        "other object with encode and decode, fp.adapt(object, hook, d_in=...)"
+        "other object with encode and decode, fp.dictionaries.adapt(object, hook, d_in=...)"
     )
 
 

@@ -364,7 +364,7 @@ def _named(
     if unknown := [name for name in state if name not in there and name not in ignored]:
         raise FeatpatchError(
             f"{origin} holds {', '.join(unknown)}, whose meaning is not known: expected {', '.join(names)} alone; wrap the "
-            "loaded object in one of your own with encode and decode, and pass that to fp.adapt"
+            "loaded object in one of your own with encode and decode, and pass that to fp.dictionaries.adapt"
         )
     found = {}
     for name, ours in there.items():
@@ -436,7 +436,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
     if kind is None:
         raise FeatpatchError(
             f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class, one of "
-            f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.adapt(object, hook)"
+            f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.dictionaries.adapt(object, hook)"
         )
     weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
     _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})

@@ -7,19 +7,20 @@ import pytest
 import torch
 
 import featpatch as fp
+from featpatch.checkpoints import Demo
+from featpatch.descriptions import _describe, _Document
 from featpatch.errors import FeatpatchWarning
-from featpatch.firing import _describe, _Document
 from featpatch.pairs.tokens import PairsWarning
 
 SITE = "blocks.1.hook_resid_pre"
 
 
 @pytest.fixture(scope="module")
-def demo() -> fp.Demo:
+def demo() -> Demo:
     return fp.load_demo()
 
 
-def read(demo: fp.Demo, texts: list[str]) -> list[tuple[torch.Tensor, list[int]]]:
+def read(demo: Demo, texts: list[str]) -> list[tuple[torch.Tensor, list[int]]]:
     """Every text's features and ids."""
     (sae,) = (sae for sae in demo.saes if sae.cfg.metadata.hook_name == SITE)
     every = [demo.model.tokenizer(text)["input_ids"] for text in texts]
@@ -45,13 +46,13 @@ def by_hand(
     return scores, len(shown) / len(words), shown
 
 
-def test_descriptions_by_hand(demo: fp.Demo) -> None:
+def test_descriptions_by_hand(demo: Demo) -> None:
     """Texts of any length, whose last words are of every kind."""
     texts = ["Tom", *(" ".join(text.split()[: 3 + n]) for n, text in enumerate(demo.text()[:30]))]
     activations, fired = read(demo, texts), 0
     nodes = [fp.Node(SITE, "feature", index, "all", SITE) for index in range(0, 900, 30)]
     with pytest.warns(FeatpatchWarning, match="give more text"):
-        descriptions = fp.describe(demo.model, demo.saes, nodes, texts, contexts=4)
+        descriptions = fp.max_activating(demo.model, demo.saes, nodes, texts, contexts=4)
     for node, found in descriptions.items():
         scores, share, shown = by_hand(demo.model.tokenizer.decode, activations, int(node.index or 0))
         assert found.share == pytest.approx(share)
@@ -73,7 +74,7 @@ def test_descriptions_by_hand(demo: fp.Demo) -> None:
     assert fired > 5
 
 
-def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
+def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: Demo) -> None:
     """What is found is what is found in as many words as the context holds."""
     context, tokenizer = demo.model.cfg.n_ctx, demo.model.tokenizer
     long = " ".join(demo.text()[:20])
@@ -82,16 +83,16 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: fp.Demo) -> None:
     assert len(ids) == context < len(tokenizer(long)["input_ids"])
     node = fp.Node(SITE, "feature", int(values[1:].sum(0).argmax()), "all", SITE)
     with pytest.warns(FeatpatchWarning, match=f"{context - 1} positions, with"):
-        (expected,) = fp.describe(demo.model, demo.saes, [node], [short]).values()
+        (expected,) = fp.max_activating(demo.model, demo.saes, [node], [short]).values()
     with (
         pytest.warns(FeatpatchWarning, match="give more text"),
         pytest.warns(PairsWarning, match=f"1 of 2 texts are longer than the model's context of {context} tokens"),
     ):
-        (found,) = fp.describe(demo.model, demo.saes, [node], [long, ""]).values()
+        (found,) = fp.max_activating(demo.model, demo.saes, [node], [long, ""]).values()
     assert found == expected
 
 
-def test_too_little_text_is_told_once_with_the_features(demo: fp.Demo) -> None:
+def test_too_little_text_is_told_once_with_the_features(demo: Demo) -> None:
     """Of enough text there is no warning but of features that fire fewer than 10 times, counted by hand."""
     texts = demo.text()[:60]
     activations = read(demo, texts)
@@ -101,16 +102,16 @@ def test_too_little_text_is_told_once_with_the_features(demo: fp.Demo) -> None:
         for which in (counts == 10, counts == 9)
     ]
     assert len(often) == len(seldom) == 7
-    fp.describe(demo.model, demo.saes, often, texts)
+    fp.max_activating(demo.model, demo.saes, often, texts)
     with pytest.warns(FeatpatchWarning) as told:
-        fp.describe(demo.model, demo.saes, [*often, *seldom], texts)
+        fp.max_activating(demo.model, demo.saes, [*often, *seldom], texts)
     (warning,) = told
     assert "7 of 14 features" in str(warning.message)
     for node in seldom[:5]:
         assert f"{SITE} feature {node.index} (9)" in str(warning.message)
     assert "and 2 more" in str(warning.message)
     with pytest.warns(FeatpatchWarning, match="too little text to describe 2 of 2 features"):
-        fp.describe(demo.model, demo.saes, often[:2], texts[:3])
+        fp.max_activating(demo.model, demo.saes, often[:2], texts[:3])
 
 
 def test_weak_places_are_not_taken_for_silent_ones() -> None:
@@ -132,7 +133,7 @@ class Numbers:
         return " ".join(f"w{token}" for token in ids)
 
 
-def test_what_is_refused(demo: fp.Demo) -> None:
+def test_what_is_refused(demo: Demo) -> None:
     node = fp.Node(SITE, "feature", 0, "all", SITE)
     for saes, texts, message in (
         (demo.saes, [], r"texts=\[\]: expected a list of one document"),
@@ -140,8 +141,8 @@ def test_what_is_refused(demo: fp.Demo) -> None:
         ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names dictionary '{SITE}'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
-            fp.describe(demo.model, saes, [node], texts)
+            fp.max_activating(demo.model, saes, [node], texts)
     with pytest.raises(fp.FeatpatchError, match=r"expected a feature of 'blocks.*, from 0 to \d+"):
-        fp.describe(demo.model, demo.saes, [fp.Node(SITE, "feature", 10**6, "all", SITE)], ["Tom"])
+        fp.max_activating(demo.model, demo.saes, [fp.Node(SITE, "feature", 10**6, "all", SITE)], ["Tom"])
     with pytest.raises(fp.FeatpatchError, match="texts='Tom': expected a list"):
-        fp.describe(demo.model, demo.saes, [node], "Tom")
+        fp.max_activating(demo.model, demo.saes, [node], "Tom")

@@ -77,7 +77,7 @@ class Description:
 
 
 @torch.no_grad()
-def describe(
+def max_activating(
     model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3
 ) -> dict[Node, Description]:
     """Describe every feature among the nodes by the word that it detects and its max-activating examples.

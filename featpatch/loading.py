@@ -1,20 +1,21 @@
 """Loading of a model and its SAEs from names, folders or objects, with a check of how well they fit together."""
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featpatch.console import PlainConsole
+from featpatch.errors import FeatpatchWarning
 from featpatch.model.loading import load_model
 from featpatch.model.sources import loading_quietly
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
-from featpatch.reporting.terminal import checked
 from featpatch.sae.dictionary import several
 from featpatch.sae.loading import load_sae, wanted_processing
+from featpatch.selfcheck import Check
 from featpatch.selfcheck import check as check_fit
 from featpatch.untrusted import visible
 
@@ -34,10 +35,17 @@ SHOWN = 16
 
 @dataclass(frozen=True, repr=False)
 class Loaded:
-    """A model and its SAEs, which can be unpacked: `model, saes = fp.load(...)`."""
+    """A model and its SAEs, which can be unpacked: `model, saes = fp.load(...)`.
+
+    Attributes:
+        model: the model, with TransformerLens' hook points.
+        saes: the SAEs.
+        check: how well each SAE fits the model; None if this was not checked.
+    """
 
     model: Any
     saes: list[Any]
+    check: Check | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.saes))
@@ -47,7 +55,8 @@ class Loaded:
         name = getattr(cfg, "model_name", None) or type(self.model).__name__
         said = f"{name}: {cfg.n_layers} layers of width {cfg.d_model}, {len(self.saes)} SAEs"
         more = [f"and {len(self.saes) - SHOWN} more"] if len(self.saes) > SHOWN else []
-        return visible("\n  ".join([said, *map(_shown, self.saes[:SHOWN]), *more]))
+        fits = [] if self.check is None else [repr(self.check)]
+        return visible("\n  ".join([said, *map(_shown, self.saes[:SHOWN]), *more, *fits]))
 
 
 def load(
@@ -62,7 +71,9 @@ def load(
     check: bool = True,
     progress: bool = True,
 ) -> Loaded:
-    """Load a model and its SAEs, and print how well each SAE fits the model.
+    """Load a model and its SAEs, and check how well each SAE fits the model.
+
+    A FeatpatchWarning names SAEs that do not fit, or explain less than their configuration claims.
 
     Args:
         model: a hub name (`"gpt2"`), a Hugging Face folder, a Hugging Face model in memory (which becomes part of the bridge:
@@ -79,28 +90,38 @@ def load(
             `"center_unembed"`, `"fold_value_biases"`); by default the processing with which the SAEs were trained according to
             their configurations, which for most is none.
         pairs: the prompts for the check; by default a few built-in sentences.
-        check: whether to check the SAEs and print the result.
-        progress: whether to show the progress bars of the libraries that load, and always print the check; if False, the check
-            is printed only if an SAE does not fit, or explains less than its configuration claims.
+        check: whether to check the SAEs; the result is the attribute `check` of what is returned.
+        progress: whether to show the progress bars of the libraries that load.
 
     Raises:
         FeatpatchError: something can't be found, downloaded or read, or the SAEs were trained on differently processed weights.
+
+    Example:
+        >>> loaded = fp.load(demo.folder / "model", demo.folder / "saes" / "blocks.2.hook_resid_pre", progress=False)
+        >>> loaded.check.ok
+        True
+        >>> model, saes = loaded
     """
     given = [] if saes is None else several(saes)
     with nullcontext() if progress else loading_quietly():
         found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in given]
         wanted = wanted_processing(found) if processing is None else processing
         made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
+    fit = None
     if check and found:
-        console = PlainConsole(width=160)
         prompts = pairs or _prompts(made)
-        if prompts is None:
-            console.print("no self-check: the built-in sentences don't suit this tokenizer or model; give pairs=...")
-        else:
-            fit = check_fit(made, found, prompts)
-            if progress or not fit.ok:
-                console.print(checked(fit))
-    return Loaded(made, found)
+        fit = None if prompts is None else check_fit(made, found, prompts)
+        problem = (
+            "the SAEs are not checked, because the built-in sentences don't suit this tokenizer or model: expected pairs=..., or "
+            "check=False"
+            if fit is None
+            else ""
+            if fit.ok
+            else repr(fit)
+        )
+        if problem:
+            warnings.warn(problem, FeatpatchWarning, stacklevel=2)
+    return Loaded(made, found, fit)
 
 
 def _shown(sae: Any) -> str:

@@ -32,6 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils import logging as transformers_logging
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 
 WORDS = [
     "<bos>",
@@ -106,7 +107,9 @@ def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.C
 DOWNLOAD = """
 import json, sys
 import featpatch as fp
-model, saes = fp.load("gpt2", saes=["gpt2-small-res-jb/blocks.8.hook_resid_pre", "someone/own/layer_2"], processing=[])
+loaded = fp.load("gpt2", saes=["gpt2-small-res-jb/blocks.8.hook_resid_pre", "someone/own/layer_2"], processing=[])
+print(loaded.check)
+model, saes = loaded
 pairs = fp.Pairs.from_jsonl(model.tokenizer, sys.argv[1])
 effects = fp.rank_features(model, saes, pairs, progress=False)
 claimed = saes[0].cfg.metadata.explained_variance
@@ -117,7 +120,7 @@ print(json.dumps([[str(node) for node in effects.nodes], effects.denoised.tolist
 def test_downloads_give_what_the_folders_give(hub: Hub, root: Path, tmp_path: Path) -> None:
     done = run(DOWNLOAD, hub.environment(tmp_path), str(root / "pairs.jsonl"))
     assert done.returncode == 0, done.stderr
-    assert "self-check on" in done.stdout
+    assert "check on" in done.stdout
     nodes, denoised, tokens, claimed = json.loads(done.stdout.splitlines()[-1])
     model, saes = fp.load(root / "model", [root / "saes" / HOOK, root / "own" / "layer_2"], check=False)
     effects = fp.rank_features(model, saes, fp.Pairs.from_jsonl(model.tokenizer, root / "pairs.jsonl"), progress=False)
@@ -196,11 +199,13 @@ def test_names_that_are_none(name: str, message: str) -> None:
         fp.load_sae(name)
 
 
-def test_objects_are_taken_as_they_are(root: Path, bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_are_taken_as_they_are(root: Path, bridge: Small) -> None:
     """All of them give what the folder gives; HookedSAETransformer is not of the folder's weights."""
     sae = fp.load_sae(root / "saes" / HOOK)
-    expected = fp.load(root / "model", sae).model
-    assert "self-check on" in capsys.readouterr().out
+    loaded = fp.load(root / "model", sae)
+    expected = loaded.model
+    assert loaded.check is not None
+    assert loaded.check.ok
     tokens = torch.tensor([expected.tokenizer("when Mary and John went").input_ids])
     hugging_face = GPT2LMHeadModel.from_pretrained(root / "model", attn_implementation="eager")
     made = [
@@ -306,12 +311,13 @@ def test_weights_that_can_not_be_centred(tmp_path: Path, root: Path) -> None:
         fp.load(LlamaForCausalLM(config), tokenizer=tokenizer, processing=["center_writing_weights"])
 
 
-def test_a_tokenizer_without_english(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_without_english(root: Path) -> None:
     model = GPT2LMHeadModel.from_pretrained(root / "model")
     inner = Tokenizer(models.WordLevel({"<bos>": 0, "<unk>": 1, "A": 2, "C": 3}, unk_token="<unk>"))
     letters = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>", add_bos_token=True)
-    fp.load(model, fp.load_sae(root / "saes" / HOOK), tokenizer=letters)
-    assert "no self-check: the built-in sentences don't suit" in capsys.readouterr().out
+    with pytest.warns(FeatpatchWarning, match="the SAEs are not checked, because the built-in sentences don't suit"):
+        loaded = fp.load(model, fp.load_sae(root / "saes" / HOOK), tokenizer=letters)
+    assert loaded.check is None
 
 
 @pytest.mark.parametrize(
@@ -740,7 +746,9 @@ def test_loading_is_quiet_if_asked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     enable_progress_bars()
     print("again")
     assert capsys.readouterr().out == "again\n"
-    for fits, progress, printed in ((True, False, False), (False, False, True), (True, True, True)):
-        monkeypatch.setattr("featpatch.selfcheck.Check.ok", fits)
-        fp.load(folder / "model", sae, progress=progress)
-        assert ("self-check" in capsys.readouterr().out) == printed
+    loaded = fp.load(folder / "model", sae, progress=False)
+    assert capsys.readouterr() == ("", "")
+    assert repr(loaded).endswith(repr(loaded.check))
+    monkeypatch.setattr("featpatch.selfcheck.Check.ok", False)
+    with pytest.warns(FeatpatchWarning, match="check on .* positions of"):
+        fp.load(folder / "model", sae, progress=False)

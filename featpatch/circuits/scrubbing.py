@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from featpatch import sites
 from featpatch.circuits.edge_graph import EMBEDDING, EdgeGraph
@@ -70,7 +71,14 @@ class Scrubbed:
 
 
 def scrub(
-    model: Any, pairs: Pairs, hypothesis: Hypothesis, *, metric: str | Metric = "logit_diff", draws: int = 10, seed: int = 0
+    model: Any,
+    pairs: Pairs,
+    hypothesis: Hypothesis,
+    *,
+    metric: str | Metric = "logit_diff",
+    draws: int = 10,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Scrubbed:
     """Measure how much of the behaviour on the clean prompts is preserved when a hypothesis is scrubbed.
 
@@ -81,6 +89,7 @@ def scrub(
         metric: one metric. An answer of several tokens follows all prompts from which the run of its pair is put together.
         draws: the number of times that everything is resampled.
         seed: the seed for resampling.
+        progress: whether to show a progress bar.
 
     Raises:
         FeatpatchError: if the input is unusable, the prompts have unequal lengths, or the model's graph lacks a node.
@@ -97,7 +106,7 @@ def scrub(
     continuations = dict.fromkeys(reading.continuation for _, reading in graph.readings)
     runs = {tokens: _Run(graph, hypothesis, np.random.default_rng(seed), tokens) for tokens in continuations}
     values, chance = np.zeros(len(pairs)), np.zeros(len(pairs))
-    for _ in range(draws):
+    for _ in tqdm(range(draws), unit="draw", desc="scrubbing", disable=not progress):
         values += _measured(graph, runs, hypothesis.parents) / draws
         chance += _measured(graph, runs, {LOGITS: {}}) / draws
     check_gap(graph.name, graph.whole, chance)

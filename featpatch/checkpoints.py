@@ -105,4 +105,4 @@ def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
     verify(root)
     saes = [path for path in sorted((root / "saes").iterdir()) if path.is_dir()]
     loaded = load(root / "model", saes, device=device, check=False, progress=progress)
-    return Demo(loaded.model, loaded.saes, root)
+    return Demo(loaded.model, loaded.saes, None, root)

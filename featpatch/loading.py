@@ -45,7 +45,7 @@ class Loaded:
 
     model: Any
     saes: list[Any]
-    check: Check | None = None
+    check: Check | None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.saes))
@@ -112,8 +112,8 @@ def load(
         prompts = pairs or _prompts(made)
         fit = None if prompts is None else check_fit(made, found, prompts)
         problem = (
-            "the SAEs are not checked, because the built-in sentences don't suit this tokenizer or model: expected pairs=..., or "
-            "check=False"
+            "the SAEs are not checked, because the built-in sentences don't suit this tokenizer or model: expected pairs=..., "
+            "or check=False"
             if fit is None
             else ""
             if fit.ok

@@ -109,8 +109,8 @@ class SaeCodec(Codec):
         if metadata.hook_head_index is not None:
             raise FeatpatchError(
                 f"the SAE of {metadata.hook_name!r} reads head {metadata.hook_head_index} alone: expected one of the whole "
-                "hook; adapt it with fp.dictionaries.adapt, with an encode that picks the head and a decode that fills the others "
-                "with zeros"
+                "hook; adapt it with fp.dictionaries.adapt, with an encode that picks the head and a decode that fills the "
+                "others with zeros"
             )
         return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 

@@ -202,10 +202,10 @@ def test_names_that_are_none(name: str, message: str) -> None:
 def test_objects_are_taken_as_they_are(root: Path, bridge: Small) -> None:
     """All of them give what the folder gives; HookedSAETransformer is not of the folder's weights."""
     sae = fp.load_sae(root / "saes" / HOOK)
-    loaded = fp.load(root / "model", sae)
+    with pytest.warns(FeatpatchWarning, match="does not fit"):
+        loaded = fp.load(root / "model", sae)
     expected = loaded.model
     assert loaded.check is not None
-    assert loaded.check.ok
     tokens = torch.tensor([expected.tokenizer("when Mary and John went").input_ids])
     hugging_face = GPT2LMHeadModel.from_pretrained(root / "model", attn_implementation="eager")
     made = [
@@ -217,7 +217,7 @@ def test_objects_are_taken_as_they_are(root: Path, bridge: Small) -> None:
         with torch.no_grad():
             torch.testing.assert_close(model(tokens), expected(tokens), rtol=0, atol=1e-6)
         assert fp.check(model, saes, fp.Pairs.from_jsonl(expected.tokenizer, root / "pairs.jsonl")).fits[0].whole_site < 1e-5
-    assert fp.load(bridge.model, bridge.saes).model is bridge.model, "without a tokenizer nothing is checked"
+    assert fp.load(bridge.model, bridge.saes, check=False).model is bridge.model
 
 
 def test_a_hooked_sae_transformer(bridge: Small) -> None:

@@ -14,13 +14,10 @@ ORDER = ("effects", "model", "saes", "sae", "pairs")
 DIFFERENT = {
     "dtype": "of an SAE that of its folder",
     "effect": "which to compare, or to reach",
-    "exact": "`rank_paths` screens where there are many",
+    "screen": "`rank_paths` screens where there are many",
     "method": "of estimating, of searching",
-    "seed": "None where it belongs to a screen that may not be asked for",
     "sites": "`ablate` has SAEs beside them",
-    "target": "a share of the behaviour, or of the ranking",
     "to": "an ablation can't take the corrupted run's values: that is noising",
-    "top": "None where it belongs to a screen that may not be asked for",
 }
 """Arguments that have more than one default, and why."""
 

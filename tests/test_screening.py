@@ -142,10 +142,10 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
         ({"audit": good - 1}, f"audit={good - 1} of the {candidates - 20} candidates .* audit={good} or more"),
         (
             {"audit": int(0.8 * candidates) - 19},
-            f"{int(0.8 * candidates) + 1} of {candidates} candidates are run, .*exact='all'",
+            f"{int(0.8 * candidates) + 1} of {candidates} candidates are run, .*leave screen out",
         ),
         ({"k": 500}, f"k=500 and audit=100 mean that {candidates} of {candidates} candidates are run"),
-        ({"audit": 3, "target": 1.0}, "target=1.0 and k=20 mean that at least .*exact='all'"),
+        ({"audit": 3, "target": 1.0}, "target=1.0 and k=20 mean that at least .*leave screen out"),
     ):
         with pytest.raises(FeatpatchWarning, match=f"screening: .*{message}"):
             screened(small, sae, **{**options, **given})

@@ -34,8 +34,10 @@ from featpatch.model.digest import check_finite
 from featpatch.model.sources import check_device, check_there, folder_with, installing_nothing, not_found, numerically
 from featpatch.model.stack import processing as processed
 from featpatch.model.transformer_lens import MERGE, BridgeLens, check_form, uncompiled
-from featpatch.sae.loading import PROCESSED
 from featpatch.untrusted import short
+
+PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+"""Weight processing that TransformerLens does by default; SAEs are trained without it unless their configuration says so."""
 
 EXPECTED = (
     "expected the configuration and the weights of one model, saved together; download or save the model again, or load it "
@@ -217,7 +219,7 @@ def load_model(
             is replaced by the module that was passed to torch.compile.
         tokenizer: the tokenizer of a Hugging Face model in memory, or of a model that comes without one.
         device, dtype: the device and the dtype of a model that is loaded by name or from a folder.
-        processing: the weight processing of a TransformerBridge that is made here, from `training.PROCESSED`; none by default.
+        processing: the weight processing of a TransformerBridge that is made here, from `PROCESSED`; none by default.
             A model in memory is copied first.
 
     Raises:

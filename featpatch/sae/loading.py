@@ -16,14 +16,12 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
+from featpatch.model.loading import PROCESSED
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.sae.adapted import Adapted, placed
 from featpatch.sae.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
 from featpatch.sae.sae_lens import check_sizes
 from featpatch.untrusted import short
-
-PROCESSED = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-"""Weight processing that TransformerLens does by default; SAEs are trained without it unless their configuration says so."""
 
 
 @dataclass(frozen=True)

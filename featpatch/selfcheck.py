@@ -277,7 +277,9 @@ def _whole_site(dictionary: Dictionary, runs: Runs) -> float:
     difference, largest = 0.0, 0.0
     for kept, *values in zip(runs.kept, runs.activations[dictionary.reads], runs.activations[dictionary.writes], strict=True):
         every = torch.ones(kept.shape[1], dtype=torch.bool)
-        clean, corrupted = (dict(zip((dictionary.reads, dictionary.writes), (x[n::2] for x in values), strict=True)) for n in (0, 1))
+        clean, corrupted = (
+            dict(zip((dictionary.reads, dictionary.writes), (x[n::2] for x in values), strict=True)) for n in (0, 1)
+        )
         parts = Chosen(dictionary.writes, dictionary, every[:, None], every).delta(corrupted, clean)
         whole = Chosen(dictionary.writes, None, ~every[:, None], every).delta(corrupted, clean)
         difference = max(difference, float((parts - whole.to(parts)).abs().max()))

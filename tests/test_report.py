@@ -191,7 +191,9 @@ def test_many_rows(hooked: Small, browser: Any, tmp_path: Path, rows: int) -> No
     )  # fmt: skip
     path = large.report(tmp_path / "large.html")
     opened(browser, path)
-    assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith(f"of {rows:,} entries")
+    assert browser.execute_script("return document.querySelector('#ranking .dt-info').innerText").endswith(
+        f"of {rows:,} entries"
+    )
     assert errors(browser) == []
 
 

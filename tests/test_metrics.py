@@ -268,25 +268,26 @@ REFUSED: list[tuple[Any, str]] = [
 ]  # fmt: skip
 
 
+WAYS: dict[str, Callable[..., Any]] = {
+    "swept": lambda small, pairs, head, **o: fp.rank_features(small.model, small.at(SITE), pairs, **o),
+    "controls": lambda small, pairs, head, **o: fp.random_controls(
+        small.model, small.at(SITE), pairs, feature=0, position=3, n=2, **o),
+    "estimated": lambda small, pairs, head, **o: fp.estimate_features(small.model, small.at(SITE), pairs, **o),
+    "paths": lambda small, pairs, head, **o: fp.estimate_paths(small.model, pairs, senders=[head], receivers=["logits"], **o),
+    "nodes": lambda small, pairs, head, **o: fp.find_circuit(small.model, pairs, nodes=[head], **o),
+    "edges": lambda small, pairs, head, **o: fp.find_circuit(small.model, pairs, over="edges", **o),
+    "scrubbed": lambda small, pairs, head, metric, progress: fp.scrub(
+        small.model, pairs, fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}}), metric=metric),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_functions_that_are_no_metrics(hooked: Small, number: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_that_are_no_metrics(bridge: Small, way: str, number: int) -> None:
     """By every way to a metric: swept, estimated by gradients, of paths, in circuits over nodes and edges, scrubbed."""
     metric, message = REFUSED[number]
-    model, pairs, sae = hooked.model, fixed_pairs(hooked), hooked.at(SITE)
-    head = fp.Node("blocks.0.attn.hook_z", "head", 0)
-    hypothesis = fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}})
-    options: dict[str, Any] = {"metric": metric, "progress": False}
-    for call in (
-        lambda: fp.rank_features(model, sae, pairs, **options),
-        lambda: fp.random_controls(model, sae, pairs, feature=0, position=3, n=2, **options),
-        lambda: fp.estimate_features(model, sae, pairs, **options),
-        lambda: fp.estimate_paths(model, pairs, senders=[head], receivers=["logits"], **options),
-        lambda: fp.find_circuit(model, pairs, nodes=[head], **options),
-        lambda: fp.find_circuit(model, pairs, over="edges", **options),
-        lambda: fp.scrub(model, pairs, hypothesis, metric=metric),
-    ):
-        with pytest.raises(fp.FeatpatchError, match=message):
-            call()
+    with pytest.raises(fp.FeatpatchError, match=message):
+        WAYS[way](bridge, fixed_pairs(bridge), fp.Node("blocks.0.attn.hook_z", "head", 0), metric=metric, progress=False)
 
 
 def test_a_function_that_runs_out_of_memory_gets_fewer_rows(bridge: Small) -> None:

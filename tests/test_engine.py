@@ -251,10 +251,11 @@ def test_killed_at_random_points_it_resumes_to_the_same_bits(bridge: Small, tmp_
     assert partial > KILLS / 5, "too few kills came in the middle of the sweep"
 
 
-def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuts", [5, pytest.param(25, marks=pytest.mark.extended)])
+def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path, cuts: int) -> None:
     whole = rank(bridge, batch_rows=40, journal=tmp_path / "whole")
     content, r = (tmp_path / "whole").read_bytes(), random.Random(1)
-    for _ in range(25):
+    for _ in range(cuts):
         cut = r.randrange(len(content))
         journal = tmp_path / "cut"
         journal.write_bytes(content[:cut])

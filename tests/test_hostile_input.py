@@ -740,7 +740,12 @@ def test_pages_by_their_tags(tables: list[fp.Effects], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["".join(MARKS), *MARKS[1:3], "\"'`</textarea>&#60;script&#62;window.hacked=1&#60;/script&#62;"]
+    "text",
+    [
+        "".join(MARKS),
+        *(pytest.param(mark, marks=pytest.mark.extended) for mark in MARKS[1:3]),
+        "\"'`</textarea>&#60;script&#62;window.hacked=1&#60;/script&#62;",
+    ],
 )
 def test_pages_in_a_browser(text: str, tables: list[fp.Effects], browser: Any, tmp_path: Path) -> None:
     page_of(tables, text, tmp_path)

@@ -276,8 +276,8 @@ WAYS: dict[str, Callable[..., Any]] = {
     "paths": lambda small, pairs, head, **o: fp.rank_paths(small.model, pairs, method="atp", senders=[head], receivers=["logits"], **o),
     "nodes": lambda small, pairs, head, **o: fp.find_circuit(small.model, pairs, nodes=[head], **o),
     "edges": lambda small, pairs, head, **o: fp.find_circuit(small.model, pairs, over="edges", **o),
-    "scrubbed": lambda small, pairs, head, metric, progress: fp.scrub(
-        small.model, pairs, fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}}), metric=metric),
+    "scrubbed": lambda small, pairs, head, **o: fp.scrub(
+        small.model, pairs, fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}}), **o),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
 from featpatch.model.transformer_lens import BridgeLens, wrap
-from featpatch.pairs.positions import spans
+from featpatch.pairs.pair import spans
 
 SITE = "blocks.1.hook_resid_pre"
 

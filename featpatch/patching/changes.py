@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from featpatch.engine.patches import Deltas
 from featpatch.files import sha256
 from featpatch.nodes import Direction, Kind, Node, Position
-from featpatch.pairs.positions import Wanted
+from featpatch.pairs.pair import Wanted
 from featpatch.sae.dictionary import Dictionary, Split
 
 
@@ -317,3 +317,9 @@ def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str =
 def differing(change: Change) -> Bool[torch.Tensor, " pos"]:
     """Return a mask of the positions that change in at least one direction."""
     return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)
+
+
+def count_whole(change: Change, wanted: Wanted) -> int:
+    """Return the number of patches that `whole_swaps` makes."""
+    differs = differing(change)
+    return sum(bool(differs[span].any()) for span in wanted.values())

@@ -19,10 +19,10 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
-from featpatch.patching.changes import Directions, Run, Swaps, feature_swaps, whole_change, whole_swaps
-from featpatch.patching.parts import DictionaryPart, Part, count_whole
+from featpatch.patching.changes import Directions, Run, Swaps, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.parts import DictionaryPart, Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Asked, Study
 from featpatch.sae.baselines import identity, neurons

@@ -7,10 +7,19 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
-from featpatch.patching.changes import Difference, Directions, Naming, Swaps, feature_swaps, whole_change, whole_swaps
-from featpatch.patching.parts import Part, count_whole
+from featpatch.patching.changes import (
+    Difference,
+    Directions,
+    Naming,
+    Swaps,
+    count_whole,
+    feature_swaps,
+    whole_change,
+    whole_swaps,
+)
+from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Asked, Study
 from featpatch.sae.dictionary import Dictionary, dictionaries

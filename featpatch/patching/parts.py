@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from featpatch.pairs.positions import Wanted
-from featpatch.patching.changes import Change, Difference, Swaps, differing
+from featpatch.patching.changes import Difference, Swaps
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
 
@@ -34,12 +33,6 @@ class Part(ABC):
     @abstractmethod
     def count(self, run: PairRuns) -> int:
         """Return the number of patches per direction in the swaps of a pair."""
-
-
-def count_whole(change: Change, wanted: Wanted) -> int:
-    """Return the number of patches that `whole_swaps` makes."""
-    differs = differing(change)
-    return sum(bool(differs[span].any()) for span in wanted.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from featpatch.metrics import SEQUENCES
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node
+from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import spans
 from featpatch.patching.changes import Swaps
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import readout

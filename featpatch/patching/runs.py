@@ -17,9 +17,8 @@ from featpatch.engine.patches import BaseRun, Block
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Position
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, Wanted
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Wanted
 from featpatch.patching.changes import Contrast, Run, Swaps, Ways
 from featpatch.patching.readings import Reading
 

@@ -36,8 +36,8 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
+from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions, Wanted, spans
 from featpatch.patching.changes import Contrast, Swap, Swaps
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import Metrics, Reading, Readout, readings_of, readout
@@ -163,7 +163,7 @@ class Study:
         return self._swept(self._survey(), journal, executor, progress=progress)
 
     def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
-        elsewhere = executor_of(executor)
+        elsewhere = None if executor is None else executor_of(executor)
         metadata = dict(self.metadata)
         clean, corrupted, patches = survey
         book = None if elsewhere is None else Book(self.rows)

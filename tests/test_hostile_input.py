@@ -272,7 +272,7 @@ def write_file(
     """A safetensors file, also of what the library would not write; its SHA-256 is right, as that of a forger."""
     if isinstance(said, dict) and "sha256" in said:
         texts = {name: text for name, text in said.items() if name != "sha256"}
-        total = hashlib.sha256(json.dumps(texts, sort_keys=True).encode(errors="replace"))
+        total = hashlib.sha256(as_json(dict(sorted(texts.items()))).encode(errors="replace"))
         for name in sorted(columns):
             total.update(f"{name} {columns[name].dtype} {columns[name].shape}".encode() + columns[name].tobytes())
         said = {**texts, "sha256": total.hexdigest()}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from featpatch.patching.changes import Difference, Swaps
+from featpatch.patching.changes import Difference, Swap
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
 
@@ -27,7 +27,7 @@ class Part(ABC):
         """The hook points at which the changes are added."""
 
     @abstractmethod
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each of some pairs that run together."""
 
     @abstractmethod

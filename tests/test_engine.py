@@ -52,6 +52,7 @@ def same(one: fp.Effects, other: fp.Effects) -> bool:
     return one.nodes == other.nodes and all(np.array_equal(getattr(one, c), getattr(other, c)) for c in columns)
 
 
+@pytest.mark.both
 def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rank(small)
     stack = type(wrap(small.model)).stack
@@ -206,6 +207,7 @@ def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monke
     np.testing.assert_allclose(part.denoised, [expected[node] for node in part.nodes], rtol=0, atol=1e-10)
 
 
+@pytest.mark.both
 def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Law 8, and finished batches are not run again."""
     whole = rank(small, batch_rows=20)

@@ -696,6 +696,7 @@ def test_public_layouts_of_weights(root: Path, tmp_path: Path, layout: Damage, l
     assert all(re.match(text, str(each.message)) for each in warned)
 
 
+@pytest.mark.extended
 def test_models_of_the_hub_that_are_not_whole(root: Path, tmp_path: Path) -> None:
     """As folders: a tensor fewer than the configuration asks for, an index that names a pickle, a pickle alone."""
     for name, damage in (("half", weights(lambda tensors: tensors.pop(NORM))), ("evil", evil_shard), ("pickled", pickled)):

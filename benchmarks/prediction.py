@@ -1,4 +1,4 @@
-"""Accuracy of `fp.predict` against measured runs, and its predictions for models and devices that could not be measured.
+"""Accuracy of `sizes.predict` against measured runs, and predictions for models and devices that could not be measured.
 
     python benchmarks/prediction.py [--quick]
 

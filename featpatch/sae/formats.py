@@ -26,13 +26,8 @@ from safetensors.torch import load_file
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
 from featpatch.model.sources import numerically
-from featpatch.sae.weights import Weights
+from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
 from featpatch.untrusted import short
-
-UNSUPPORTED_CLT = (
-    "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
-    "layer, such as the per-layer transcoders of this model"
-)
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
 """Names of libraries for messages, by the name of their Python package."""

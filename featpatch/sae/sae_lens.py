@@ -26,7 +26,7 @@ from featpatch.files import sha256
 from featpatch.model.digest import digest
 from featpatch.model.loading import PROCESSED
 from featpatch.sae.codec import Code, Codec, State
-from featpatch.sae.formats import UNSUPPORTED_CLT
+from featpatch.sae.weights import UNSUPPORTED_CLT
 
 NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
 """Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""

@@ -8,6 +8,11 @@ import torch
 from featpatch.errors import FeatpatchError
 from featpatch.model.digest import TYPES, check_finite
 
+UNSUPPORTED_CLT = (
+    "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
+    "layer, such as the per-layer transcoders of this model"
+)
+
 ARCHITECTURES = {
     ("relu", False, False): "standard",
     ("gated", False, False): "gated",

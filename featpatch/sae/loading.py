@@ -17,9 +17,9 @@ from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.sae.adapted import Adapted, placed
-from featpatch.sae.formats import UNSUPPORTED_CLT, holding, inside, patterns, read, several
+from featpatch.sae.formats import holding, inside, patterns, read, several
 from featpatch.sae.sae_lens import Training, check_sizes
-from featpatch.sae.weights import Weights
+from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
 from featpatch.untrusted import short
 
 

@@ -132,8 +132,9 @@ def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
         more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
         warnings.warn(
             f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: it has {positions:,} "
-            f"positions, of which few activate {named}{more}; expected at least {FIRINGS} active positions per feature and "
-            f"{POSITIONS} positions in all; give more text that resembles the pairs",
+            f"positions, and these features are active at the number of positions in brackets: {named}{more}; expected at "
+            f"least {FIRINGS} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
+            "the pairs",
             FeatpatchWarning,
             stacklevel=4,
         )

@@ -118,8 +118,8 @@ def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
     if not found:
         known = sorted({name for of_pair in tags for name in of_pair})
         raise FeatpatchError(
-            f"no pair has a tag {tag!r}: expected one of {known or '(the pairs have no tags)'}; give the pairs tags "
-            "before they are ranked, e.g. by fp.tasks or Pair(tags={'corruption': ...})"
+            f"no pair has a tag {tag!r}: expected one of {', '.join(known) or '(the pairs have no tags)'}; tag the pairs "
+            f"before ranking, e.g. with fp.tasks or Pair(tags={{'corruption': ...}})"
         )
     if len(found) < 2:
         raise FeatpatchError(

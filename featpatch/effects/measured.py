@@ -401,7 +401,7 @@ class Measured:
         unknown = set(wanted) - set(Node.__dataclass_fields__)
         if unknown:
             raise FeatpatchError(
-                f"{', '.join(map(repr, sorted(unknown)))} is not a column: expected some of "
+                f"unknown columns {', '.join(map(repr, sorted(unknown)))}: expected some of "
                 f"{', '.join(Node.__dataclass_fields__)}"
             )
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])

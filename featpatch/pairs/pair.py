@@ -64,17 +64,20 @@ class Pair:
             raise FeatpatchError("the clean prompt has no tokens: expected at least one")
         if len(self.corrupted) != n:
             raise FeatpatchError(
-                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because values are "
-                "swapped position by position; change words for words of as many tokens, or see align= of fp.Pairs.from_prompts"
+                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because activations "
+                "are patched position by position; replace words with words of the same number of tokens, or see align= of "
+                "fp.Pairs.from_prompts"
             )
         self._check_answers()
         if not -n <= self.answer_position < n:
-            raise FeatpatchError(f"answer_position {self.answer_position} is outside a prompt of {n} tokens")
+            raise FeatpatchError(
+                f"answer_position {self.answer_position} is outside a prompt of {n} tokens: expected 0 to {n - 1}"
+            )
         object.__setattr__(self, "answer_position", self.answer_position % n)
         if self.correct_sequences and self.answer_position != n - 1:
             raise FeatpatchError(
-                f"answer_position is {self.answer_position} and the answers are sequences: expected the last position, "
-                f"{n - 1}, because they follow the prompt; cut the prompts off there"
+                f"answer_position is {self.answer_position} and the answers have several tokens: expected the last position, "
+                f"{n - 1}, because such answers follow the prompt; cut the prompts off at the answer position"
             )
         plain = {label: plain_integers(position) for label, position in self.labels.items()}
         object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
@@ -99,8 +102,8 @@ class Pair:
         labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
         said = (
-            f"pair of {len(self)} tokens, {differing} of them different, answer ids {right} (right) and {wrong} (wrong), "
-            f"labels {labels}{tags}"
+            f"pair of {len(self)} tokens, of which {differing} differ, answer ids {right} (right) and {wrong} (wrong), labels "
+            f"{labels}{tags}"
         )
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
@@ -128,8 +131,8 @@ class Pair:
         if isinstance(position, str):
             if position not in self.labels:
                 raise FeatpatchError(
-                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; "
-                    "give labels=[{...}, ...] when the pairs are made"
+                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; give "
+                    f"labels=[{{...}}, ...] when you make the pairs"
                 )
             return list(positions_of(self.labels[position]))
         if not 0 <= position < len(self):
@@ -146,15 +149,15 @@ class Pair:
             given = f"correct_sequences={self.correct_sequences}, wrong_sequences={self.wrong_sequences}"
             if self.correct or self.wrong:
                 raise FeatpatchError(
-                    f"correct={self.correct}, wrong={self.wrong} beside {given}: expected tokens or sequences, not both; an "
-                    "answer of one token among longer ones is a sequence of one"
+                    f"correct={self.correct}, wrong={self.wrong} together with {given}: expected tokens or sequences, not "
+                    "both; give one-token answers as sequences of one token"
                 )
             if not all(sequences):
                 raise FeatpatchError(f"{given}: expected at least one token in each answer")
         if not self.answers[0]:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
-            raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+            raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
 
 
 def _shown(answers: Sequences) -> str:

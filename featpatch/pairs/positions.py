@@ -34,7 +34,8 @@ def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = F
     begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), last)
     if begin < 0 or ids[begin + 1 : begin + len(whole)] != whole[1:]:  # the first may change with BOS in front
         raise FeatpatchError(
-            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give token positions"
+            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give labels as "
+            "token positions"
         )
     if getattr(plain, "is_fast", False):
         offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
@@ -46,7 +47,8 @@ def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = F
     before = next((ids for ids in (bare_ids(tokenizer, part) for part in until) if whole[: len(ids)] == ids), None)
     if before is None:
         raise FeatpatchError(
-            f"the tokens of {until[0][-30:]!r} change with what follows: expected positions at the start and end of a word"
+            f"the tokens of {until[0][-30:]!r} change with the text that follows: expected labels that start and end with a "
+            "word"
         )
     return begin + len(before) - (0 if first else 1)
 
@@ -89,7 +91,9 @@ def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> 
             start += len(prompt[start:end]) - len(prompt[start:end].lstrip(" "))
         last = token_at(tokenizer, prompt, end - 1)
         return tuple(range(token_at(tokenizer, prompt, start, first=True), last + 1)) if whole else last
-    raise FeatpatchError(f"{label!r} does not fit token ids: expected a position or a range of positions")
+    raise FeatpatchError(
+        f"label {label!r} does not apply to a prompt of token ids: expected a position or a range of positions"
+    )
 
 
 def _characters(prompt: str, label: Any) -> tuple[int, int]:
@@ -99,8 +103,8 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
         if start < 0 or prompt.find(label, start + 1) >= 0:
             found = "is not" if start < 0 else "is more than once"
             raise FeatpatchError(
-                f"{label!r} {found} in {prompt[:60]!r}: expected a text that occurs once; give more of it, or its characters "
-                "[start, end]"
+                f"{label!r} {found} in {prompt[:60]!r}: expected text that occurs exactly once; give more of it, or its "
+                "character range [start, end]"
             )
         return start, start + len(label)
     edges = plain_integers(label)

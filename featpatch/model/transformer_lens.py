@@ -40,8 +40,8 @@ class HookedLens(Lens):
             return super().site(name)
         if getattr(self.model.cfg, "use_normalization_before_and_after", False):
             raise FeatpatchError(
-                f"the model has no hook {name!r}, and {added!r} comes before another norm: expected a model that has both "
-                "hook points; load it as a TransformerBridge, with fp.load"
+                f"the model has no hook {name!r}, and {added!r} comes after another norm: expected a model that has both hook "
+                "points; load it as a TransformerBridge, with fp.load"
             )
         return super().site(added)
 

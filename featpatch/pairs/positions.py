@@ -117,7 +117,7 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
         return start, end
     raise FeatpatchError(
         f"{label!r} is not a valid label: expected a token position, a text that occurs once, characters [start, end], "
-        '{"span": a text or characters} for all its tokens, or a range of token positions'
+        '{"span": text or character range} for all its tokens, or a range of token positions'
     )
 
 

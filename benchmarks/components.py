@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--loop", type=int, default=48, help="patches that TransformerLens runs, drawn at random")
+    parser.add_argument("--loop", type=int, default=48, help="number of randomly drawn patches that TransformerLens runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape, length = SHAPES[options.shape], options.tokens

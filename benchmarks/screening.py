@@ -56,10 +56,10 @@ def report(model: Any, saes: list[Any], pairs: fp.Pairs, positions: Any, k: int,
     agreement = fp.calibrate(estimate, full).table(TOP).iloc[0]
     print(
         f"{len(features)} features in {len(pairs)} pairs: full exact sweep {sweeping:.1f} s; estimates {estimating:.1f} s "
-        f"({sweeping / estimating:.1f} x faster, Pearson to exact {agreement['pearson']:.2f}); screened, {k} + {audit} run, "
-        f"{screening:.1f} s ({sweeping / screening:.1f} x faster than the full sweep)\n"
-        f"of the true top {TOP} {len(truth & set(screened.nodes))} were run; largest difference of an exact value {off:.1e}\n"
-        f"{screened.audit(top=TOP)}"
+        f"({sweeping / estimating:.1f} x faster, Pearson to exact {agreement['pearson']:.2f}); screened, {k} + {audit} "
+        f"patched, {screening:.1f} s ({sweeping / screening:.1f} x faster than the full "
+        f"sweep)\n{len(truth & set(screened.nodes))} of the true top {TOP} were patched; largest difference of an exact value "
+        f"{off:.1e}\n{screened.audit(top=TOP)}"
     )
     found = {
         "features": len(features), "pairs": len(pairs), "full": sweeping, "estimates": estimating, "screened": screening,
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2])
     parser.add_argument("--k", type=int, default=200)
     parser.add_argument("--audit", type=int, default=100)
-    parser.add_argument("--shipped", action="store_true", help="the shipped model instead, 32 pairs")
+    parser.add_argument("--shipped", action="store_true", help="use the shipped model, with 32 pairs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.shipped:

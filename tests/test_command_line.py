@@ -249,7 +249,7 @@ def test_an_interrupted_command_replaces_nothing_and_exits_with_130(
     monkeypatch.setattr(fp, "rank_features", cut_short)
     done = run(*again, folder=folder)
     assert done.returncode == 130
-    assert "interrupted: the results below cover the 1 pairs that were finished" in done.stdout
+    assert "interrupted: the results below cover only the finished pairs (1)" in done.stdout
     assert "to finished/unfinished/" in done.stdout
     assert bytes_of(finished) == before
     assert len(fp.Effects.load(finished / "unfinished" / "effects.safetensors").clean) == 1

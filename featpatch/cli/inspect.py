@@ -32,9 +32,9 @@ def check(
     out: Annotated[Path | None, typer.Option(help="CSV file to write all findings to.")] = None,
     as_json: of.Json = False,
 ) -> None:
-    """Check prompt pairs against the model: is each one clean contrast? With --sae: does each SAE fit the model?
+    """Check that each prompt pair is one clean contrast for the model and, with --sae, that each SAE fits the model.
 
-    Exits with 1 where a pair fails, or an SAE does not fit or explains less than its configuration claims.
+    Exits with code 1 if a pair fails, or if an SAE does not fit or explains less than its configuration claims.
 
     Example: featpatch check --model gpt2 --pairs pairs.jsonl
     """
@@ -76,7 +76,7 @@ def verify(
     device: of.Device = "cpu",
     as_json: of.Json = False,
 ) -> None:
-    """Measure random rows of a table again and compare. Exits with 1 where one is not as it was.
+    """Measure random rows of a table again and compare. Exits with code 1 if a value is not reproduced.
 
     Example: featpatch verify results/effects.safetensors --model gpt2 --sae my-sae --pairs pairs.jsonl
     """
@@ -102,7 +102,7 @@ def info(
     threshold: of.Threshold = None,
     as_json: of.Json = False,
 ) -> None:
-    """Say what a table of effects holds and where it comes from.
+    """Show what a table of effects contains and how it was produced.
 
     Example: featpatch info featpatch-out/effects.safetensors
     """
@@ -131,7 +131,7 @@ def report(
     threshold: of.Threshold = None,
     as_json: of.Json = False,
 ) -> None:
-    """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
+    """Write a table of effects as one HTML file. The reports of `rank` and `demo` also show prompts and feature cards.
 
     Example: featpatch report featpatch-out/effects.safetensors --out report.html
     """
@@ -153,7 +153,7 @@ def compare(
     components: Annotated[Path, typer.Argument(help="The effects.safetensors file written by components.")],
     as_json: of.Json = False,
 ) -> None:
-    """Set features beside components of the same pairs: sites and positions, and how far they agree.
+    """Compare the effects of features and components on the same pairs, by hook point and position.
 
     Example: featpatch compare featpatch-out/effects.safetensors featpatch-components/effects.safetensors
     """

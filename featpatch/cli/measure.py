@@ -1,4 +1,4 @@
-"""The commands that measure: `rank`, `components`, `attribute`, `stream` and `plan`."""
+"""The commands that measure: `rank`, `components`, `stream` and `plan`."""
 
 import json
 from dataclasses import asdict
@@ -56,7 +56,7 @@ def rank(
 ) -> None:
     """Rank the features of your own SAEs on your own prompt pairs: exactly, or by gradient estimates with --method.
 
-    Ctrl-C shows what is finished.
+    Ctrl-C stops the sweep and shows the results so far.
 
     Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
@@ -106,7 +106,7 @@ def components(
     workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
-    """Rank heads, what is inside them, MLPs, neurons and the stream, exactly, on the scale of the features.
+    """Rank heads and their parts, MLPs, neurons and the residual stream by exact patching, on the same scale as features.
 
     Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
     """
@@ -142,7 +142,7 @@ def stream(
     workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
-    """Rank features over more pairs than memory holds, block by block, into Parquet; the same command goes on after a stop.
+    """Rank features over more pairs than fit in memory, block by block, into Parquet; repeat the command to resume it.
 
     Example: featpatch stream --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --block 500
     """
@@ -191,7 +191,7 @@ def plan(
     device: of.Device = "cpu",
     as_json: of.Json = False,
 ) -> None:
-    """Estimate what `rank`, or without --sae `components`, will take: patches, memory and time, from one batch run now.
+    """Estimate the cost of `rank` (without --sae, of `components`): patches, memory and time, extrapolated from one batch.
 
     Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """

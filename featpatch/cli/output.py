@@ -216,7 +216,7 @@ def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descripti
         of = effects.metric(name)
         console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
     if not effects.finished:
-        console.print(f"interrupted: the results below cover the {len(effects.clean)} pairs that were finished", style="yellow")
+        console.print(f"interrupted: the results below cover only the finished pairs ({len(effects.clean)})", style="yellow")
     console.print(ranked(shown.rows(effects), shown.by))
     for node, description in (descriptions or {}).items():
         console.print(f"{node}: {description}, e.g. " + "; ".join(description.contexts), highlight=False)

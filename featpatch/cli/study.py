@@ -22,7 +22,7 @@ def run(
         Path, typer.Argument(help="A TOML file with command = 'rank' (or another command) and the command's options by name.")
     ],
 ) -> None:
-    """Run a command whose options stand in a file: lists for repeated options, `arguments` for what has no name.
+    """Run a command with options from a file: lists give repeated options, `arguments` gives positional arguments.
 
     Paths are as on the command line.
 

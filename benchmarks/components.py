@@ -83,9 +83,9 @@ def main() -> None:
     said = {name: "{:.0f} x and {:.0f} x".format(*factors) for name, factors in faster.items()}
     print(
         "a head's z is {:.0f} x (TransformerBridge) and {:.0f} x (HookedTransformer) faster, ".format(*faster["z"])
-        + f"q {said['q']}, k {said['k']}, v {said['v']}, a row of the pattern {said['pattern']}; whole sites, of which there "
-        f"are few in a pair, {said['resid_pre']} (the stream) and {said['mlp_out']} (MLPs). No result differs by more than "
-        f"{bound(largest, 2)}."
+        + f"q {said['q']}, k {said['k']}, v {said['v']}, a row of the pattern {said['pattern']}; whole activations, of "
+        f"which a pair has few, {said['resid_pre']} (the residual stream) and {said['mlp_out']} (MLPs). No result differs "
+        f"by more than {bound(largest, 2)}."
     )
     every = [factor for factors in faster.values() for factor in factors]
     print(f"{min(every):.0f} x to {max(every):.0f} x slower")

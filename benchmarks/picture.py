@@ -84,7 +84,10 @@ def main() -> None:
             f"{PICTURE} differs from the new picture by {difference:.1f} of 255 on average: inspect it, then run picture.py "
             "--write"
         )
-    print(f"![Prompts with what differs, a row of the ranking opened, recovery against degradation]({PICTURE})")
+    print(
+        "![Prompts with differing tokens highlighted, an opened row of the ranking, and recovery against "
+        f"degradation]({PICTURE})"
+    )
 
 
 if __name__ == "__main__":

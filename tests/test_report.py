@@ -129,7 +129,7 @@ def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: A
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     shown = " ".join(" ".join(str(node.get("name", {}).get("value", "")) for node in tree["nodes"]).split())
-    for words in ("shown without JavaScript", "effects.csv", "allow scripts for this file"):
+    for words in ("displayed without JavaScript", "effects.csv", "allow scripts for this file"):
         assert (words in shown) != scripts
     assert "Which SAE features cause this?" in shown
 

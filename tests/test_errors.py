@@ -78,7 +78,7 @@ def test_tokens_of_unequal_length(bridge: Small) -> None:
         ('{"clean": "a"}\n', "line 1: .* lacks corrupted, correct, wrong: expected"),
         ('\n"a"\n', "line 2: .* lacks clean"),
         ("\n", "is empty: expected one JSON object per line"),
-        ('{"clean": null, "corrupted": "a", "correct": "b", "wrong": "c"}', "line 1: clean is None in .*: expected text"),
+        ('{"clean": null, "corrupted": "a", "correct": "b", "wrong": "c"}', "line 1: clean is None in .*: expected a string"),
         (
             '{"clean": "a", "corrupted": "a", "correct": 3, "wrong": "c"}',
             "correct is 3 in .*: expected a string; for answers, a string or a list",
@@ -121,11 +121,11 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
         ),
         (
             lambda: fp.dictionaries.identity(small_bridge().model, "blocks.1.hook_mlp_in"),
-            r"'blocks.1.hook_mlp_in' exists but was not reached: .*before the norm; the input of the MLP is at 'blocks.1.mlp.hook_in'",
+            r"'blocks.1.hook_mlp_in' exists but was not reached .*before the norm; the input of the MLP is at 'blocks.1.mlp.hook_in'",
         ),
         (
             lambda: fp.dictionaries.identity(small_bridge().model, "blocks.1.hook_attn_in"),
-            r"'blocks.1.hook_attn_in' exists but was not reached: .*set_use_attn_in\(True\).*before the norm",
+            r"'blocks.1.hook_attn_in' exists but was not reached .*set_use_attn_in\(True\).*before the norm",
         ),
         (
             lambda: sae_at("hook_embed"),
@@ -152,9 +152,9 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"metric": "f1"}, r"metric 'f1' is unknown: expected one of logit_diff, prob_diff"),
         (
             {"metric": lambda logits, correct, wrong: logits.mean()},
-            r"metric '<lambda>' gave torch.float64 of shape \(\) for 1 rows: expected one real value per row",
+            r"metric '<lambda>' returned torch.float64 of shape \(\) for 1 rows: expected one real value per row",
         ),
-        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"metric '<lambda>' gave NaN"),
+        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"metric '<lambda>' returned NaN"),
         (
             {"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2},
             r"a mean gap of 0: expected a gap .*choose corruptions",
@@ -183,7 +183,7 @@ def test_nan_in_activations() -> None:
     with torch.no_grad():
         broken.model.blocks[0].mlp.out.original_component.bias[0] = torch.nan
     with pytest.raises(
-        fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' holds NaN.*check the model's weights"
+        fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' contains NaN.*check the model's weights"
     ):
         fp.rank_features(broken.model, broken.at(SITE), pairs_of(broken))
 
@@ -261,7 +261,10 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
     """Law 9."""
     options = {"source": bridge.clean, "base": bridge.corrupted}
     patch = fp.Patch((fp.Node(SITE, "activation"),))
-    with pytest.raises(fp.FeatpatchError, match=f"the patch at {SITE} never fired"), fp.do(bridge.model, patch, **options):
+    with (
+        pytest.raises(fp.FeatpatchError, match=f"the patch at {SITE} was never applied"),
+        fp.do(bridge.model, patch, **options),
+    ):
         pass
     with (
         pytest.raises(fp.FeatpatchError, match="called with 4 tokens inside a patch of 7"),
@@ -280,7 +283,7 @@ def test_a_sweep_whose_patch_does_not_fire(bridge: Small, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         BridgeLens, "resume", lambda lens, layer, resid, tokens, answers: tokens[:, 3, None] * torch.arange(40.0)
     )
-    message = f"the patch at '{SITE}' was called 0 times in one forward pass: expected once"
+    message = f"the hook '{SITE}' was called 0 times in one forward pass: expected once"
     with pytest.warns(fp.SlowPathWarning, match=message), pytest.raises(fp.FeatpatchError, match=message):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
 
@@ -390,7 +393,7 @@ def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
     for rows in ([0, 0], [-1], [len(effects)]):
         with pytest.raises(fp.FeatpatchError, match="expected indices from 0 to"):
             effects.take(rows)
-    with pytest.raises(fp.FeatpatchError, match="pairs .*: expected indices from 0 to 2"):
+    with pytest.raises(fp.FeatpatchError, match="pairs=.*: expected indices from 0 to 2"):
         effects.of_pairs([3])
     assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
     assert "rows</p>" in effects._repr_html_()

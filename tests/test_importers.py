@@ -120,7 +120,7 @@ HEADER = "clean,corrupted,correct,wrong"
             "clean,corrupt,correct\na,b,c",
             r"p.csv' has the columns clean, corrupt, correct and lacks corrupted, wrong: expected",
         ),
-        (f"{HEADER},wrong\na,b,c,d,e", r"p.csv' has several columns wrong: expected each name once"),
+        (f"{HEADER},wrong\na,b,c,d,e", r"p.csv' has several columns named wrong: expected each name once"),
         (f"{HEADER}\n\na,b,c,d,e", r"p.csv' line 3 has 5 cells and the header 4: expected equal numbers; put text"),
         (f'{HEADER}\n"The\nwar",The war,a,b\nThe,The,,a', r"p.csv' line 4: correct is empty: expected text in each"),
         (f'{HEADER}\nThe,"The', r"p.csv' line 2 is not CSV \(.*\): expected cells separated by commas"),
@@ -520,7 +520,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(words: Any, tmp_path: Pat
     with pytest.raises(fp.FeatpatchError, match=r"p' (line [23]|prompt 1): clean has 12 tokens and corrupted has 13"):
         read(words, path)
     with pytest.warns(
-        PairsWarning, match=r"left out 1 of 3 pairs .*; the first problem: .*p' (line [23]|prompt 1): clean has 12"
+        PairsWarning, match=r"left out 1 of 3 pairs, .*; the first problem: .*p' (line [23]|prompt 1): clean has 12"
     ):
         pairs = read(words, path, skip=True)
     assert [pair.corrupted for pair in pairs] == [ids(words, CORRUPTED)] * 2
@@ -604,8 +604,8 @@ def test_pairs_that_can_not_be_written(words: Any, tmp_path: Path) -> None:
         fp.Pairs((pair,)).to_jsonl(tmp_path)
     for tags, message in (
         ({"a": "\ud800"}, "Unicode"),
-        ({"": "x"}, "a column"),
-        ({"clean": "c", "tag clean": "d"}, "a column"),
+        ({"": "x"}, "a different column"),
+        ({"clean": "c", "tag clean": "d"}, "a different column"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.Pairs((replace(pair, tags=tags),)).to_csv(tmp_path / "p.csv")

@@ -635,7 +635,7 @@ ADDED = "transformer.h.1.attn.c_attn.bias2"
         (weights(lambda tensors: tensors[NORM].fill_(torch.nan)), r"NaN"),
         (weights(lambda tensors: tensors["transformer.wte.weight"][3, :2].fill_(torch.inf)), r"2 of 256 values"),
         (lambda folder: (sharded(folder), min(folder.glob("model-*")).unlink()), "No such file or directory: .*model-00001-of"),
-        (index(NORM, "../other.safetensors"), r"names the weights '../other.safetensors': expected .* inside its folder alone"),
+        (index(NORM, "../other.safetensors"), r"names the weights '../other.safetensors': expected .* inside this folder"),
         (index(NORM, "/other.safetensors"), "names the weights file '/other.safetensors'"),
         (index(NORM, "C:\\\\other.safetensors"), "names the weights file 'C:"),
         (index(NORM, 3), "names the weights 3: expected"),

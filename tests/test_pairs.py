@@ -79,10 +79,22 @@ def test_answers_are_the_tokens_behind_the_prompt(
 @pytest.mark.parametrize(
     ("tokenizer", "prompt", "answer", "expected", "warning"),
     [
-        (byte_level, "drink to", "Mary", "Mary", r"answer 'Mary' follows 'drink to' without a space.*' Mary' is \['ĠMary'\]"),
+        (
+            byte_level,
+            "drink to",
+            "Mary",
+            "Mary",
+            r"answer 'Mary' follows 'drink to' without a space.*' Mary' is tokenized as \['ĠMary'\]",
+        ),
         (byte_level, "is:", "Mary", "Mary", r"answer 'Mary' follows 'is:' without a space"),
         (byte_level, "drink to ", "Mary", "Mary", r"the tokens of 'drink to ' change when 'Mary' follows.*final space"),
-        (sentence_piece, "is", "Paris", "Paris", r"answer 'Paris' follows 'is' without a space.*' Paris' is \['▁Paris'\]"),
+        (
+            sentence_piece,
+            "is",
+            "Paris",
+            "Paris",
+            r"answer 'Paris' follows 'is' without a space.*' Paris' is tokenized as \['▁Paris'\]",
+        ),
     ],
 )
 def test_answers_that_were_surely_meant_otherwise(
@@ -119,7 +131,7 @@ def test_the_checklist_says_where_the_context_decides() -> None:
 
 def test_answers_that_differ_behind_the_two_prompts() -> None:
     with pytest.raises(
-        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* after the clean prompt and .*alike"
+        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* after the clean prompt and .*in the same way"
     ):
         fp.Pairs.from_prompts(sentence_piece(), clean=['is "'], corrupted=["is to "], correct=["Paris"], wrong=["Rome"])
 
@@ -683,7 +695,7 @@ def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.Monke
     other = mask.roll(1, 0)
     everywhere = fp.Patch((fp.Node(node.site, "activation"),))
     with (
-        pytest.raises(fp.FeatpatchError, match="for 'all' the same padding in source and base"),
+        pytest.raises(fp.FeatpatchError, match="for 'all', the same padding in source and base"),
         fp.do(demo.model, everywhere, **given, attention_mask=mask, source_attention_mask=other),
     ):
         pass

@@ -231,7 +231,8 @@ def changed_span(pair: Pair, tokenizer: Tokenizer) -> str:
     decode = getattr(tokenizer, "decode", None)
     if decode is None:
         raise FeatpatchError(
-            f"the tokenizer {tokenizer!r} has no decode: expected one that turns ids into text, e.g. Hugging Face's"
+            f"the tokenizer {tokenizer!r} has no decode: expected one that can convert ids to text, e.g. a Hugging Face "
+            "tokenizer"
         )
     differing = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
     if not differing:

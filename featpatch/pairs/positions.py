@@ -116,7 +116,7 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
             )
         return start, end
     raise FeatpatchError(
-        f"{label!r} is not a valid label: expected a token position, a text that occurs once, characters [start, end], "
+        f"{label!r} is not a valid label: expected a token position, text that occurs once, a character range [start, end], "
         '{"span": text or character range} for all its tokens, or a range of token positions'
     )
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ROOT / "build" / "claims"
-PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/significance.py", "featpatch/execution/__init__.py")
+PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/statistics.py", "featpatch/engine/ray.py")
 PASSAGE = re.compile(
     r"<!-- claim(?: (?P<factor>[\d.]+)x)?(?P<long> long)?: (?P<command>.+?) -->(?P<text>.*?)<!-- /claim -->", re.DOTALL
 )

@@ -1,4 +1,4 @@
-"""Accuracy of the predictions of `benchmarks/sizes.py`, and predictions for models and devices that could not be measured.
+"""Accuracy of `sizes.predict` against measured runs, and predictions for models and devices that could not be measured.
 
     python benchmarks/prediction.py [--quick]
 

@@ -10,7 +10,8 @@ about 14); `python benchmarks/prediction.py` prints their errors, there and on o
 
 from dataclasses import dataclass
 
-from featpatch.engine.cost import BlockSize, pass_flops, row_numbers
+from featpatch.engine.cost import BlockSize, pass_flops
+from featpatch.engine.sweep import row_numbers
 from featpatch.errors import FeatpatchError, check_numbers
 
 

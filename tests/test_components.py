@@ -156,6 +156,7 @@ def test_result_is_z(small: Small) -> None:
     np.testing.assert_array_equal(z.denoised, result.denoised)
 
 
+@pytest.mark.both
 def test_neurons_against_hooks(small: Small) -> None:
     effects = ranked(small.model, "neurons", [2, 6], layers=[1])
     site = "blocks.1.mlp.hook_post"

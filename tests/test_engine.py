@@ -52,6 +52,7 @@ def same(one: fp.Effects, other: fp.Effects) -> bool:
     return one.nodes == other.nodes and all(np.array_equal(getattr(one, c), getattr(other, c)) for c in columns)
 
 
+@pytest.mark.both
 def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rank(small)
     stack = type(wrap(small.model)).stack
@@ -206,6 +207,7 @@ def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monke
     np.testing.assert_allclose(part.denoised, [expected[node] for node in part.nodes], rtol=0, atol=1e-10)
 
 
+@pytest.mark.both
 def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Law 8, and finished batches are not run again."""
     whole = rank(small, batch_rows=20)
@@ -251,10 +253,11 @@ def test_killed_at_random_points_it_resumes_to_the_same_bits(bridge: Small, tmp_
     assert partial > KILLS / 5, "too few kills came in the middle of the sweep"
 
 
-def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuts", [5, pytest.param(25, marks=pytest.mark.extended)])
+def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path, cuts: int) -> None:
     whole = rank(bridge, batch_rows=40, journal=tmp_path / "whole")
     content, r = (tmp_path / "whole").read_bytes(), random.Random(1)
-    for _ in range(25):
+    for _ in range(cuts):
         cut = r.randrange(len(content))
         journal = tmp_path / "cut"
         journal.write_bytes(content[:cut])

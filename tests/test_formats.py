@@ -553,6 +553,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.extended
 def test_names_on_the_hub(tmp_path: Path) -> None:
     """Each format is found behind `owner/repository/folder`, and only its own files are fetched."""
     root = tmp_path / "repositories"

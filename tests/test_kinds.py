@@ -93,12 +93,10 @@ def test_every_kind_at_all_sites_at_once(hooked: Small, kind: str) -> None:
         )
     for site, (_, reference) in cells.items():
         of_site = effects.where(site=site)
-        left = [entry for entry, row in enumerate(of_site.row) if of_site.nodes[row].kind in ("feature", "error")]
-        for node_kind in ("feature", "error"):
-            chosen = [entry for entry in left if of_site.nodes[of_site.row[entry]].kind == node_kind]
-            for entry in random.Random(site).sample(chosen, min(1, len(chosen))):
-                for direction, values in (("denoising", of_site.denoised), ("noising", of_site.noised)):
-                    node = of_site.nodes[of_site.row[entry]]
+        for of_kind in (of_site.where(kind="feature"), of_site.where(kind="error")):
+            for entry in random.Random(site).sample(range(len(of_kind.row)), min(1, len(of_kind.row))):
+                node = of_kind.nodes[of_kind.row[entry]]
+                for direction, values in (("denoising", of_kind.denoised), ("noising", of_kind.noised)):
                     expected = by_oracle(hooked, reference, node, 0, direction)
                     assert abs(values[entry] - expected) < EXACT, (node, direction)
 

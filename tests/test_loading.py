@@ -17,7 +17,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from commands import started
+from commands import run as command
 from hub import Hub, serving
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from sae_lens import HookedSAETransformer, SAETransformerBridge, StandardSAE
@@ -100,8 +100,8 @@ def hub(root: Path) -> Iterator[Hub]:
 
 def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in another process, since the hub's address is read when huggingface_hub is imported."""
-    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    program = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 DOWNLOAD = """
@@ -132,6 +132,7 @@ def test_downloads_give_what_the_folders_give(hub: Hub, root: Path, tmp_path: Pa
         assert any(re.fullmatch(f"GET {file}", request) for request in hub.requests), file
 
 
+@pytest.mark.extended
 def test_the_command_line_downloads_and_processes_the_weights_as_the_sae_says(hub: Hub, root: Path, tmp_path: Path) -> None:
     arguments = ["rank", "--model", "gpt2", "--sae", f"{RELEASE}/{HOOK}", "--pairs", str(root / "pairs.jsonl"), "--out",
                  str(tmp_path / "out")]  # fmt: skip
@@ -172,6 +173,7 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
     assert repository.startswith("the SAE 'someone/nothing/layer_7' can't be loaded (RepositoryNotFoundError: ")
 
 
+@pytest.mark.extended
 def test_without_a_network(hub: Hub, tmp_path: Path) -> None:
     model, sae = refusals({**hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"}, "gpt2", f"{RELEASE}/{HOOK}")
     assert model.startswith("the model 'gpt2' can't be loaded (OSError: ")
@@ -694,6 +696,7 @@ def test_public_layouts_of_weights(root: Path, tmp_path: Path, layout: Damage, l
     assert all(re.match(text, str(each.message)) for each in warned)
 
 
+@pytest.mark.extended
 def test_models_of_the_hub_that_are_not_whole(root: Path, tmp_path: Path) -> None:
     """As folders: a tensor fewer than the configuration asks for, an index that names a pickle, a pickle alone."""
     for name, damage in (("half", weights(lambda tensors: tensors.pop(NORM))), ("evil", evil_shard), ("pickled", pickled)):
@@ -713,7 +716,7 @@ def test_models_of_the_hub_that_are_not_whole(root: Path, tmp_path: Path) -> Non
 def test_the_command_line_refuses_half_a_model_on_one_line(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "model", tmp_path / "model")
     settings(n_layer=10)(tmp_path / "model")
-    done = started("rank", "--model", "model", "--sae", root / "saes" / HOOK, "--pairs", root / "pairs.jsonl", folder=tmp_path)
+    done = command("rank", "--model", "model", "--sae", root / "saes" / HOOK, "--pairs", root / "pairs.jsonl", folder=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch("error: the weights in 'model' are not .*, 12 tensors missing .*", " ".join(done.stderr.split()))
 

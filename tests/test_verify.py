@@ -16,24 +16,22 @@ from featpatch.effects.statistics import size
 OPTIONS: dict[str, Any] = {"progress": False}
 
 
-def tables(small: Small) -> dict[str, tuple[fp.Effects, Any]]:
+def table_of(kind: str, small: Small) -> tuple[fp.Effects, Any]:
+    """A table, and the SAEs of its features."""
     saes = [small.at("blocks.1.hook_resid_pre"), small.saes[-1]]
     senders = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4)]
     receivers = ["logits", fp.Node("blocks.2.attn.hook_k", "head", 1)]
     pairs = pairs_of(small)
-    return {
-        "features": (
-            fp.rank_features(small.model, saes, pairs, positions="each", metric=["logit_diff", "prob"], **OPTIONS),
-            saes,
-        ),
-        "components": (fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **OPTIONS), None),
-        "paths": (fp.rank_paths(small.model, pairs, senders=senders, receivers=receivers, **OPTIONS), None),
-    }
+    if kind == "features":
+        return fp.rank_features(small.model, saes, pairs, positions="each", metric=["logit_diff", "prob"], **OPTIONS), saes
+    if kind == "components":
+        return fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **OPTIONS), None
+    return fp.rank_paths(small.model, pairs, senders=senders, receivers=receivers, **OPTIONS), None
 
 
 @pytest.mark.parametrize("kind", ["features", "components", "paths"])
 def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
-    table, saes = tables(small)[kind]
+    table, saes = table_of(kind, small)
     table = fp.Effects.load(table.save(tmp_path / "table.safetensors"))
     found = fp.verify(table, small.model, pairs_of(small), saes=saes, rows=12, **OPTIONS)
     assert found.ok
@@ -57,7 +55,7 @@ def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
 
 
 def test_what_is_refused(small: Small) -> None:
-    table, saes = tables(small)["features"]
+    table, saes = table_of("features", small)
     estimate = fp.rank_features(small.model, saes, pairs_of(small), method="atp", **OPTIONS)
     for changed, message in (
         ({"pairs": pairs_of(small, [0, 1])}, "pairs differs from that of the table"),

@@ -29,7 +29,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node
-from featpatch.pairs.positions import spans
+from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
 

@@ -18,8 +18,8 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import Node
+from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import spans
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
 

@@ -20,7 +20,7 @@ from featpatch.circuits.graph import Graph, prompts, settled
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import added
 from featpatch.nodes import Node
-from featpatch.pairs.positions import spans
+from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, Split
 
 Errors = Literal["in", "out", "nodes"]

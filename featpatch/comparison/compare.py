@@ -306,8 +306,8 @@ def compare(
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
         raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them; pass it too")
     written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
-    agreement = {effect: agreement(table, effect) for effect in effects}
-    return Comparison(features, components, Frame(table), agreement, written)
+    agreements = {effect: agreement(table, effect) for effect in effects}
+    return Comparison(features, components, Frame(table), agreements, written)
 
 
 def _shared_effects(features: Effects, components: Effects) -> list[Effect]:

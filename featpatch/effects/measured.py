@@ -68,7 +68,7 @@ class Measured:
     metadata: Mapping[str, Any]
     value: str = "exact"
     taken_from: "Measured | None" = field(default=None, compare=False)
-    others: "Mapping[str, Measured]" = field(default_factory=dict, compare=False)
+    others: Mapping[str, "Measured"] = field(default_factory=dict, compare=False)
     _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property

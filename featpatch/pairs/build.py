@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.pairs.pair import LabelPosition, Pair, Sequences, plain_integers, positions_of
-from featpatch.pairs.positions import label_positions
-from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, prompt_ids, special_positions
+from featpatch.pairs.pair import LabelPosition, Pair, Sequences, label_positions, positions_of
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, plain_integers, prompt_ids, special_positions
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray
 """A text, or its token ids `[pos]` or `[1, pos]`."""

@@ -9,8 +9,8 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.build import make
 from featpatch.pairs.files import parsed
-from featpatch.pairs.pair import Pair, plain_integers, positions_of
-from featpatch.pairs.tokens import Tokenizer, plain_tokenizer, special_positions
+from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.tokens import Tokenizer, plain_integers, plain_tokenizer, special_positions
 
 NEEDED = ("clean", "corrupted", "correct", "wrong")
 OBJECTS = ("labels", "corrupted_labels", "spans", "corrupted_spans")

@@ -6,8 +6,7 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.build import make, token_ids
 from featpatch.pairs.files import csv_rows, each, fitting, have_columns, json_lines, parsed, read
-from featpatch.pairs.pair import Pair
-from featpatch.pairs.positions import after_special
+from featpatch.pairs.pair import Pair, after_special
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 

@@ -18,9 +18,8 @@ from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.fields import NEEDED, checked, for_cells, from_cells, of_ids, written
 from featpatch.pairs.files import Rows, csv_rows, each, fitting, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
-from featpatch.pairs.pair import Pair, plain_integers
-from featpatch.pairs.positions import Label
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, special_positions, unmasked, unpadded
+from featpatch.pairs.pair import Label, Pair
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
 from featpatch.untrusted import visible
 
 Table = Sequence[int] | Sequence[Sequence[int]]

@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from typing import Any
 
 from featpatch.errors import FeatpatchError, FeatpatchWarning
-from featpatch.pairs.pair import plain_integers
 
 Tokenizer = Callable[..., Any]
 """A Hugging Face tokenizer, a function from a text to a sequence of ids, or a TransformerLens model."""
@@ -303,3 +303,15 @@ def one_row(value: Any) -> Ids | None:
         rows = rows[0]
     ids = plain_integers(rows)
     return ids if isinstance(ids, tuple) else None
+
+
+def plain_integers(value: Any) -> int | tuple[int, ...] | None:
+    """Convert an integer of any type, such as NumPy's, or a list or range of integers to `int`; None for anything else."""
+    if isinstance(value, list | tuple | range):
+        every = [plain_integers(each) for each in value]
+        plain = tuple(each for each in every if isinstance(each, int))
+        return plain if len(plain) == len(every) else None
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None

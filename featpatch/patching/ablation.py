@@ -21,8 +21,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.components import component_parts
 from featpatch.patching.features import FeaturePart

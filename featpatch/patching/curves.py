@@ -11,8 +11,8 @@ from featpatch.console import Frame
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import Noise

@@ -21,7 +21,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens, added
 from featpatch.nodes import LOGITS, Direction, Node
-from featpatch.patching.changes import Run, Swaps
+from featpatch.patching.changes import Run, Swap
 from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import Part
@@ -297,7 +297,7 @@ class Senders:
         """The first layer that a change of a sender enters."""
         return min(place[0] for site in {node.site for node in self.nodes} if (place := sites.entry(site)))
 
-    def swaps(self, run: PairRuns) -> list[Swaps]:
+    def swaps(self, run: PairRuns) -> list[Swap]:
         """Return the swaps of the senders that differ between the runs of a pair."""
         wanted = frozenset(self.nodes)
         swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]

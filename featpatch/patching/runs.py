@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from featpatch import sites
-from featpatch.engine.patches import BaseRun, Block
+from featpatch.engine.patches import BaseRun
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Position
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, Wanted
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Wanted
-from featpatch.patching.changes import Contrast, Run, Swaps, Ways
+from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.readings import Reading
 
 
@@ -121,14 +120,6 @@ class PairRuns:
         if part not in self.found:
             self.found[part] = find()
         return self.found[part]
-
-    def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
-        """Return the swaps as blocks of patches for the engine, in the same order, for one reading after the other."""
-        return [
-            Block(name=swap.name, run=base, site=swap.site, deltas=swap.at(direction, number))
-            for number, base in enumerate(self.bases[direction])
-            for swap in swaps
-        ]
 
 
 def chunks(pairs: Pairs) -> Iterator[list[int]]:

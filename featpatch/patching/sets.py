@@ -18,7 +18,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Directions, Swaps, split_ways
+from featpatch.patching.changes import Difference, Directions, Swap, split_ways
 from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
@@ -46,7 +46,7 @@ class SetPart(DictionaryPart):
         """Return the number of sets, including those in which nothing differs."""
         return sum(len(sets) for position, sets in self.sets.items() if run.wanted.get(position))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per position."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
@@ -55,7 +55,7 @@ class SetPart(DictionaryPart):
             for run, difference in zip(runs, found, strict=True)
         ]
 
-    def _of_position(self, run: PairRuns, difference: Difference, directions: Directions, position: Position) -> Swaps:
+    def _of_position(self, run: PairRuns, difference: Difference, directions: Directions, position: Position) -> Swap:
         sets, span = self.sets[position], torch.tensor(run.wanted[position])
         site, name = self.dictionary.writes, self.dictionary.name
         nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
@@ -63,7 +63,7 @@ class SetPart(DictionaryPart):
             changes = self._along(difference, directions, sets, span)
         else:
             changes = self._by_definition(run, sets, span)
-        return Swaps(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
+        return Swap(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
 
     def _along(
         self, difference: Difference, directions: Directions, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]

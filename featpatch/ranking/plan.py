@@ -12,8 +12,8 @@ from featpatch.attribution.features import estimation_time
 from featpatch.engine.sweep import Sweep
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import DIRECTIONS, RANKED, Direction, Node
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study

@@ -17,8 +17,8 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import find
 from featpatch.nodes import DIRECTIONS, Direction, Edge, Node
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study

@@ -12,7 +12,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.files import sha256
 from featpatch.model.digest import TYPES, digest
 from featpatch.sae.codec import Code, Codec, State
-from featpatch.sae.formats import Coder, Weights, of_object
+from featpatch.sae.formats import of_object
+from featpatch.sae.weights import Coder, Weights
 from featpatch.untrusted import visible
 
 Skip = Callable[[torch.Tensor], torch.Tensor]

@@ -24,8 +24,7 @@ from featpatch.nodes import COMPONENTS, LOGITS, Node
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.formats import library_of
-from featpatch.sae.loading import Training
-from featpatch.sae.sae_lens import SaeCodec
+from featpatch.sae.sae_lens import SaeCodec, Training
 
 PROBED = 2**23
 """Maximum number of feature values that are decoded together."""
@@ -227,7 +226,7 @@ class Dictionary:
         return self.codec.digest()
 
 
-CODECS: tuple[type[Codec], ...] = (AdaptedCodec, SaeCodec)
+CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec)
 """The codecs, each of which recognises the objects of its type."""
 
 

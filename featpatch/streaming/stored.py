@@ -92,7 +92,7 @@ def read(folder: Path, block: int, name: str) -> bytes:
     return content
 
 
-def table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
+def read_table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
     """Read some columns of a block's Parquet file.
 
     Args:
@@ -187,7 +187,7 @@ class Stored:
         """
         names = {f"{name} of {self.metric}": name for name in ("clean", "corrupted")}
         columns = ["pair", *names, "tags", "digest"]
-        found = [table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
+        found = [read_table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
         if not found:
             raise FeatpatchError(
                 f"{str(self.folder)!r} has no finished block yet: expected at least one; run fp.stream_features again to "
@@ -287,7 +287,7 @@ class Stored:
         names = {f"{name} of {self.metric}": name for name in ("denoised", "noised")}
         columns = [*FIELDS, "pair", *names]
         for block in range(self.blocks):
-            entries = table(self.folder, block, "effects", columns).rename(columns=names)
+            entries = read_table(self.folder, block, "effects", columns).rename(columns=names)
             pairs = self.pairs.index[self.pairs["block"] == block]
             within = entries["pair"].between(pairs.min(), pairs.max()).all()
             if not within or entries.duplicated([*FIELDS, "pair"]).any():
@@ -301,7 +301,7 @@ class Stored:
 
     def digest_of(self, block: int) -> str:
         """Return the digest of the pairs of a finished block."""
-        return str(table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
+        return str(read_table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:
         said = f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"

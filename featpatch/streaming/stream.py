@@ -12,8 +12,8 @@ from featpatch.engine.ray import executor_of
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, check_writable, writing
 from featpatch.nodes import DIRECTIONS, Direction
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Asked, Study

@@ -228,7 +228,7 @@ def test_plan_and_journal_on_the_command_line(demo: Demo, tmp_path: Path) -> Non
     ]  # fmt: skip
     planned = run("plan", *options, folder=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    for text in ("estimate of the sweep", "patches, each an exact run", "floating-point operations", "MiB", "fast"):
+    for text in ("estimated cost of the sweep", "patches (one exact run each)", "floating-point operations", "MiB", "fast"):
         assert text in planned.stdout
     first = run("rank", *options, "--journal", "journal", folder=tmp_path)
     assert first.returncode == 0, first.stderr

@@ -230,7 +230,7 @@ def by_hand(small: Small) -> Any:
 
 def slow(small: Small) -> Any:
     """Sites inside an MLP, through the model's own forward pass."""
-    with pytest.warns(fp.SlowPathWarning, match="inside a block"):
+    with pytest.warns(fp.SlowPathWarning, match="inside a layer"):
         return fp.rank_features(
             small.model, fp.dictionaries.identity(small.model, "blocks.1.mlp.hook_post"), pairs_of(small), **QUIET
         )

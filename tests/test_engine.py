@@ -139,7 +139,7 @@ def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pyt
         raise error
 
     monkeypatch.setattr(SuffixPath, "logits", never)
-    with pytest.raises(fp.FeatpatchError, match=r"memory ran out with a single patch of \d rows"):
+    with pytest.raises(fp.FeatpatchError, match=r"memory ran out for a single patch of \d rows"):
         study.run(None, progress=False)
 
 
@@ -450,9 +450,9 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
     monkeypatch.setattr("featpatch.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
     seconds = 100.0
     said = sweep(progress=True)
-    assert said.count("to go, judging by the first batch") == 1
+    assert said.count("left (estimated from the first batch)") == 1
     left = (sum(batches) - batches[0]) / batches[0] * 100
-    assert f"{sum(batches)} patches in all, about {timedelta(seconds=round(left))} to go" in said
+    assert f"{sum(batches)} patches in total, about {timedelta(seconds=round(left))} to go" in said
     assert "to go" not in sweep(progress=False)
     seconds = 1.0
     assert "to go" not in sweep(progress=True)

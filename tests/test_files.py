@@ -191,7 +191,7 @@ def test_values_that_are_missing_in_a_finished_table(
 def test_a_selection_without_a_gap_is_not_saved(effects: fp.Effects, tmp_path: Path) -> None:
     """It could not be loaded again; the file that is there stays."""
     path = effects.save(tmp_path / "effects")
-    with pytest.raises(fp.FeatpatchError, match="can't be saved, since they could not be loaded again: .* in 0 pairs"):
+    with pytest.raises(fp.FeatpatchError, match="can't be saved, because the file could not be loaded again: .* in 0 pairs"):
         effects.of_pairs([]).save(path)
     assert len(fp.Effects.load(path)) == len(effects)
 
@@ -248,8 +248,8 @@ def test_flipped_bits_of_a_stream(streamed: fp.Stored) -> None:
     [
         ("effects", lambda frame: frame.assign(**{"denoised of prob": np.nan}), "not finite"),
         ("effects", lambda frame: pd.concat([frame, frame[:1]]), "duplicates"),
-        ("effects", lambda frame: frame.assign(pair=frame["pair"] - 2), "of pairs of other blocks"),
-        ("effects", lambda frame: frame.assign(pair=99), "of pairs of other blocks"),
+        ("effects", lambda frame: frame.assign(pair=frame["pair"] - 2), "of pairs in other blocks"),
+        ("effects", lambda frame: frame.assign(pair=99), "of pairs in other blocks"),
         ("effects", lambda frame: frame.assign(**{"denoised of prob": "x"}), "expected numbers"),
         ("effects", lambda frame: frame.assign(site=1.5), "expected texts"),
         ("effects", lambda frame: frame.assign(position="{"), "can't be read"),
@@ -330,7 +330,7 @@ def test_a_journal_that_is_touched_in_mid_run(how: str, bridge: Small, monkeypat
     with monkeypatch.context() as patch:
         calls = counted(patch, 6, touch)
         if how == "replaced":
-            with pytest.raises(fp.FeatpatchError, match="another file has taken the place of the journal"):
+            with pytest.raises(fp.FeatpatchError, match="was replaced by another file"):
                 rank(bridge, journal=path)
             assert path.read_bytes() == b"mine\n"
             return

@@ -56,7 +56,7 @@ def test_hooks_of_the_user_survive(small: Small) -> None:
     calls: list[int] = []
     small.model.hook_dict[SITE].add_hook(lambda activation, hook: calls.append(1))
     try:
-        with pytest.warns(fp.SlowPathWarning, match="hooks that you attached"):
+        with pytest.warns(fp.SlowPathWarning, match="hooks attached by you"):
             fp.rank_features(small.model, small.at(SITE), pairs_of(small))
         before = len(calls)
         small.model(small.clean)

@@ -125,11 +125,11 @@ def test_a_tokenizer_as_a_function() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corruptions": "swap"}, r"corruption \['swap'\]: expected some of swap_s2, swap_names, fresh_names"),
+        ({"corruptions": "swap"}, r"corruption swap: expected some of swap_s2, swap_names, fresh_names"),
         ({"n": 0}, "n=0: expected an integer, 1 or more"),
         ({"seed": -1}, "seed=-1: expected an integer, 0 or more"),
         ({"names": ["Xaver", "Ottilie"]}, r"only \[\] of \['Xaver', 'Ottilie'\] are one token"),
-        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "only 0 pairs of 32 fit this tokenizer"),
+        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "only 0 of 32 pairs fit this tokenizer"),
     ],
 )
 def test_what_can_not_be_drawn(options: dict[str, Any], message: str) -> None:

@@ -37,7 +37,7 @@ def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
     assert found.ok
     assert len(found.nodes) == min(12, len(table))
     assert max(found.differences) < 1e-9
-    assert "random rows measured again, as they were" in repr(found)
+    assert "random rows measured again, reproduced" in repr(found)
     changed = table.denoised.copy()
     changed[table.row == table.nodes.index(found.nodes[3])] += 1e-3 * max(
         abs(table.gap.mean()), size(table.clean, table.corrupted)
@@ -58,13 +58,13 @@ def test_what_is_refused(small: Small) -> None:
     table, saes = table_of("features", small)
     estimate = fp.rank_features(small.model, saes, pairs_of(small), method="atp", **OPTIONS)
     for changed, message in (
-        ({"pairs": pairs_of(small, [0, 1])}, "pairs is not that of the table"),
-        ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "is not that of the table"),
-        ({"saes": saes[:1]}, "the table was measured with .*: expected these too"),
-        ({"saes": None}, "expected these too .saes=, or --sae for each"),
+        ({"pairs": pairs_of(small, [0, 1])}, "pairs differs from that of the table"),
+        ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "differs from that of the table"),
+        ({"saes": saes[:1]}, "the table was measured with .*: expected these SAEs too"),
+        ({"saes": None}, "pass them with saes=, or --sae for each"),
         ({"rows": 0}, "rows=0"),
-        ({"effects": estimate}, "expected exact ones"),
-        ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact ones"),
+        ({"effects": estimate}, "expected exact effects"),
+        ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact effects"),
     ):
         options: dict[str, Any] = {"effects": table, "pairs": pairs_of(small), "saes": saes, **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):
@@ -81,7 +81,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert ranked.returncode == 0, ranked.stderr
     done = run("verify", "r/effects.safetensors", *given, "--rows", "5", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "5 random rows measured again, as they were" in done.stdout.replace("\n", " ")
+    assert "5 random rows measured again, reproduced" in done.stdout.replace("\n", " ")
     table = fp.Effects.load(tmp_path / "r" / "effects.safetensors")
     replace(table, denoised=table.denoised + 1).save(tmp_path / "r" / "forged.safetensors")
     forged = run("verify", "r/forged.safetensors", *given, "--json", folder=tmp_path)

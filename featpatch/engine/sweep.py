@@ -228,8 +228,8 @@ class Sweep:
                     raise
                 if patches == 1:
                     raise FeatpatchError(
-                        f"memory ran out with a single patch of {rows} rows ({error}): expected room for one; "
-                        "free memory, use shorter prompts or a smaller type"
+                        f"memory ran out for a single patch of {rows} rows ({error}): expected enough memory for one patch; "
+                        "free memory, or use shorter prompts or a smaller dtype"
                     ) from error
             self.limit = rows // 2
         return torch.cat([self.run(half) for half in _halves(batch)])

@@ -69,17 +69,20 @@ class Pair:
             raise FeatpatchError("the clean prompt has no tokens: expected at least one")
         if len(self.corrupted) != n:
             raise FeatpatchError(
-                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because values are "
-                "swapped position by position; change words for words of as many tokens, or see align= of fp.Pairs.from_prompts"
+                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because activations "
+                "are patched position by position; replace words with words of the same number of tokens, or see align= of "
+                "fp.Pairs.from_prompts"
             )
         self._check_answers()
         if not -n <= self.answer_position < n:
-            raise FeatpatchError(f"answer_position {self.answer_position} is outside a prompt of {n} tokens")
+            raise FeatpatchError(
+                f"answer_position {self.answer_position} is outside a prompt of {n} tokens: expected 0 to {n - 1}"
+            )
         object.__setattr__(self, "answer_position", self.answer_position % n)
         if self.correct_sequences and self.answer_position != n - 1:
             raise FeatpatchError(
-                f"answer_position is {self.answer_position} and the answers are sequences: expected the last position, "
-                f"{n - 1}, because they follow the prompt; cut the prompts off there"
+                f"answer_position is {self.answer_position} and the answers have several tokens: expected the last position, "
+                f"{n - 1}, because such answers follow the prompt; cut the prompts off at the answer position"
             )
         plain = {label: plain_integers(position) for label, position in self.labels.items()}
         object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
@@ -104,8 +107,8 @@ class Pair:
         labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
         said = (
-            f"pair of {len(self)} tokens, {differing} of them different, answer ids {right} (right) and {wrong} (wrong), "
-            f"labels {labels}{tags}"
+            f"pair of {len(self)} tokens, of which {differing} differ, answer ids {right} (right) and {wrong} (wrong), labels "
+            f"{labels}{tags}"
         )
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
@@ -133,8 +136,8 @@ class Pair:
         if isinstance(position, str):
             if position not in self.labels:
                 raise FeatpatchError(
-                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; "
-                    "give labels=[{...}, ...] when the pairs are made"
+                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; give "
+                    f"labels=[{{...}}, ...] when you make the pairs"
                 )
             return list(positions_of(self.labels[position]))
         if not 0 <= position < len(self):
@@ -151,15 +154,15 @@ class Pair:
             given = f"correct_sequences={self.correct_sequences}, wrong_sequences={self.wrong_sequences}"
             if self.correct or self.wrong:
                 raise FeatpatchError(
-                    f"correct={self.correct}, wrong={self.wrong} beside {given}: expected tokens or sequences, not both; an "
-                    "answer of one token among longer ones is a sequence of one"
+                    f"correct={self.correct}, wrong={self.wrong} together with {given}: expected tokens or sequences, not "
+                    "both; give one-token answers as sequences of one token"
                 )
             if not all(sequences):
                 raise FeatpatchError(f"{given}: expected at least one token in each answer")
         if not self.answers[0]:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
-            raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+            raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
 
 
 def _shown(answers: Sequences) -> str:
@@ -211,7 +214,8 @@ def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = F
     begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), last)
     if begin < 0 or ids[begin + 1 : begin + len(whole)] != whole[1:]:  # the first may change with BOS in front
         raise FeatpatchError(
-            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give token positions"
+            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give labels as "
+            "token positions"
         )
     if getattr(plain, "is_fast", False):
         offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
@@ -223,7 +227,8 @@ def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = F
     before = next((ids for ids in (bare_ids(tokenizer, part) for part in until) if whole[: len(ids)] == ids), None)
     if before is None:
         raise FeatpatchError(
-            f"the tokens of {until[0][-30:]!r} change with what follows: expected positions at the start and end of a word"
+            f"the tokens of {until[0][-30:]!r} change with the text that follows: expected labels that start and end with a "
+            "word"
         )
     return begin + len(before) - (0 if first else 1)
 
@@ -266,7 +271,7 @@ def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> 
             start += len(prompt[start:end]) - len(prompt[start:end].lstrip(" "))
         last = token_at(tokenizer, prompt, end - 1)
         return tuple(range(token_at(tokenizer, prompt, start, first=True), last + 1)) if whole else last
-    raise FeatpatchError(f"{label!r} does not fit token ids: expected a position or a range of positions")
+    raise FeatpatchError(f"{label!r} does not apply to a prompt of token ids: expected a position or a range of positions")
 
 
 def _characters(prompt: str, label: Any) -> tuple[int, int]:
@@ -276,8 +281,8 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
         if start < 0 or prompt.find(label, start + 1) >= 0:
             found = "is not" if start < 0 else "is more than once"
             raise FeatpatchError(
-                f"{label!r} {found} in {prompt[:60]!r}: expected a text that occurs once; give more of it, or its characters "
-                "[start, end]"
+                f"{label!r} {found} in {prompt[:60]!r}: expected text that occurs exactly once; give more of it, or its "
+                "character range [start, end]"
             )
         return start, start + len(label)
     edges = plain_integers(label)
@@ -289,8 +294,8 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
             )
         return start, end
     raise FeatpatchError(
-        f"{label!r} is not a valid label: expected a token position, a text that occurs once, characters [start, end], "
-        '{"span": a text or characters} for all its tokens, or a range of token positions'
+        f"{label!r} is not a valid label: expected a token position, text that occurs once, a character range [start, end], "
+        '{"span": text or character range} for all its tokens, or a range of token positions'
     )
 
 

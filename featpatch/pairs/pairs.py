@@ -141,7 +141,7 @@ class Pairs(Sequence[Pair]):
         cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)
         if cut and attention_mask is None:
             warnings.warn(
-                f"{cut} of {len(pairs)} pairs are padded: the padding is cut off; give attention_mask= to say where it is",
+                f"{cut} of {len(pairs)} pairs are padded: the padding is removed; pass attention_mask= to mark it explicitly",
                 PairsWarning,
                 stacklevel=2,
             )
@@ -365,12 +365,13 @@ class Pairs(Sequence[Pair]):
         check_kinds(Checklist, found=found)
         if len(found.clean) != len(self):
             raise FeatpatchError(
-                f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected its own pairs"
+                f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected a checklist of these "
+                "pairs; call check on them"
             )
         left = tuple(self.pairs[index] for index in kept(found.verdicts(), verdicts))
         if not left:
             raise FeatpatchError(
-                f"all {len(self)} pairs have verdict {verdicts!r}: expected some to keep; look at the findings"
+                f"all {len(self)} pairs have the verdict {verdicts!r}: expected some pairs to keep; look at the findings"
             )
         return Pairs(left)
 
@@ -513,4 +514,4 @@ def _equally_many(columns: Mapping[str, Sequence[Any]]) -> None:
     check_kinds(Sized, **columns)
     counts = {name: len(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
-        raise FeatpatchError(f"there are {counts}: expected equally many of each, one per pair")
+        raise FeatpatchError(f"there are {counts}: expected equal numbers, one of each per pair")

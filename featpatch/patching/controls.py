@@ -38,8 +38,8 @@ class Controls:
 
     def __repr__(self) -> str:
         parts = [
-            f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm reach the "
-            f"{self.feature.pooled(effect)[0]:.3f} of {self.feature.nodes[0]}"
+            f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm have an effect of "
+            f"at least {self.feature.pooled(effect)[0]:.3f}, that of {self.feature.nodes[0]}"
             for effect in self.feature.directions_run()
         ]
         return visible("\n".join(parts))
@@ -80,11 +80,17 @@ def random_controls(
     own = single.top(1) if feature is None else single.where(index=feature)
     if not len(own):
         which = "no feature" if feature is None else f"feature {feature}"
-        raise FeatpatchError(f"{which} of {dictionary.name!r} differs between the runs at {position!r}: expected one that does")
+        raise FeatpatchError(
+            f"{which} of {dictionary.name!r} differs between the runs at {position!r}: expected one that does; choose another "
+            "feature or position"
+        )
     part = RandomPart(dictionary, int(own.indices[0]), position, n, seed)
     random = replace(study, parts=[part]).complete(progress=progress)
     if not len(random):
-        raise FeatpatchError(f"{own.nodes[0]} writes nothing: expected a feature with a direction, to compare others with")
+        raise FeatpatchError(
+            f"the decoder direction of {own.nodes[0]} is zero: expected a feature that writes something, to compare with "
+            "random directions"
+        )
     return Controls(own, random)
 
 

@@ -121,7 +121,10 @@ def top_k_curve(
     check_kinds(str, by=by)
     check_kinds(Sequence, directions=directions)
     if by not in EFFECTS or EFFECTS[by] not in directions:
-        raise FeatpatchError(f"by={by!r}: expected 'recovery' or 'degradation', and its direction among {list(directions)}")
+        raise FeatpatchError(
+            f"by={by!r} with directions={list(directions)}: expected 'recovery' (denoising) or 'degradation' (noising), and "
+            "its direction among directions"
+        )
     asked = Asked(positions, directions, metric, batch_rows, noise)
     study, found = feature_study(model, saes, pairs, asked)
     single = study.complete(progress=progress)

@@ -125,5 +125,5 @@ def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, asked: 
     positions: Positions = "all" if position == "all" else [position]
     study, found = feature_study(model, sae, pairs, replace(asked, positions=positions))
     if len(found) != 1:
-        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, whose features are swapped at one site")
+        raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
     return study, found[0]

@@ -127,14 +127,19 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    readout(asked.metric, SEQUENCES, "for paths, which freeze mediators in the prompt, but not in an answer that follows it")
+    readout(
+        asked.metric, SEQUENCES, "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
+    )
     lens = wrap(model)
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)
     sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver_of(lens, node, found) for node in receiving], route, only)
     if not any(part.edges.values()):
-        raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
+        raise FeatpatchError(
+            "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
+            "senders"
+        )
     about = {
         "saes": {dictionary.name: dictionary.digest() for dictionary in found},
         "route": route,

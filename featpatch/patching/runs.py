@@ -44,8 +44,8 @@ class Noise:
         several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str)
         if not several or not self.positions or not isinstance(self.scale, (int, float)) or not self.scale > 0:
             raise FeatpatchError(
-                f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected a list of at least one label or index, "
-                "and a scale above 0, e.g. Noise(['subject'], scale=3)"
+                f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected positions as a list of at least one "
+                "label or index, and a scale above 0, e.g. Noise(['subject'], scale=3)"
             )
         object.__setattr__(self, "positions", tuple(self.positions))
 

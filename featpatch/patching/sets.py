@@ -137,8 +137,8 @@ def interactions(
     known = range(dictionary.d_sae)
     if len(features) < 2 or not all(type(f) is int and f in known for f in features) or len(set(features)) < len(features):
         raise FeatpatchError(
-            f"features={list(features)}: expected at least two different ones, from 0 to {len(known) - 1}, that differ between "
-            "the runs"
+            f"features={list(features)}: expected at least two features from 0 to {len(known) - 1}, each once, that differ "
+            "between the runs"
         )
     two = list(combinations(range(len(features)), 2))
     sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
@@ -218,15 +218,18 @@ def select_features(
     check_kinds(str, effect=effect)
     if effect not in EFFECTS or not _fits(target, candidates, most):
         raise FeatpatchError(
-            f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected 'recovery' or "
-            "'degradation', a target above 0 such as 0.8, and 1 or more of the others"
+            f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected effect to be 'recovery' or "
+            "'degradation', target above 0 (such as 0.8), and candidates and most 1 or more"
         )
     study, dictionary = single_study(model, sae, pairs, position, Asked(metric=metric, batch_rows=batch_rows))
     one_way = replace(study, directions=(EFFECTS[effect],))
     single = one_way.complete(progress=progress)
     pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()
     if not pool:
-        raise FeatpatchError(f"no feature of {dictionary.name!r} differs at {position!r}: expected some to choose among")
+        raise FeatpatchError(
+            f"no feature of {dictionary.name!r} differs between the runs at {position!r}: expected at least one; choose "
+            "another position"
+        )
     chosen: list[int] = []
     reached = 0.0
     with tqdm(total=most, unit="feature", desc="selecting", disable=not progress) as bar:

@@ -224,7 +224,7 @@ class Study:
         """Run all batches with an executor and return the book of their values; after Ctrl-C, of those that are finished."""
         shards = len(list(chunks(self.pairs))) * len(self.parts)
         total = patches * len(self.directions)
-        with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
+        with tqdm(total=total, unit="patch", desc="patching on workers", disable=not progress, smoothing=0) as bar:
             try:
                 asked = replace(self.remade["asked"], directions=self.directions, batch_rows=book.rows)
                 study = partial(_again, self.lens, self.parts, self.pairs, {**self.remade, "asked": asked})
@@ -313,8 +313,9 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
         places = [max(span[label]) for span in wanted]
         if all(place < pair.first_difference for place, pair in zip(places, pairs, strict=True)):
             warnings.warn(
-                f"nothing differs at {label!r} of any pair, so that it has no rows: pair 0 has it at {places[0]} and differs "
-                f"from {pairs[0].first_difference} on; positions count from 0, with the BOS token",
+                f"label {label!r} has no rows, because it is before the first difference in every pair: in pair 0 it is at "
+                f"position {places[0]} and the prompts differ from position {pairs[0].first_difference} on (positions count "
+                "from 0 and include the BOS token)",
                 FeatpatchWarning,
                 stacklevel=5,
             )

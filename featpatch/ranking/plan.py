@@ -185,6 +185,7 @@ def _check_one_function(
     allowed = {"senders", "receivers"} if paths else {"saes"} if saes is not None else {"sites", "layers"}
     if not set(named) <= allowed or (paths and len(allowed & set(named)) < 2):
         raise FeatpatchError(
-            f"fp.plan with {', '.join(named)}: expected senders and receivers, with route but without positions, for paths; "
-            "saes for features; or saes=None, with sites and layers, for components; plan one ranking at a time"
+            f"fp.plan got {', '.join(named)}: expected senders and receivers (and optionally route, but not positions) for "
+            "paths, saes for features, or saes=None (and optionally sites and layers) for components; plan one ranking at a "
+            "time"
         )

@@ -54,10 +54,13 @@ def of_object(source: Any) -> Weights | None:
     if library == "circuit-tracer" and kind == "CrossLayerTranscoder":
         raise FeatpatchError(f"the {kind} of circuit-tracer: {UNSUPPORTED_CLT}")
     if library == "circuit-tracer" and kind == "TranscoderSet":
-        raise FeatpatchError("a TranscoderSet of circuit-tracer has a transcoder for every layer: adapt one, such as saes[3]")
+        raise FeatpatchError(
+            "a TranscoderSet of circuit-tracer holds a transcoder for each layer: expected a single transcoder; adapt one, "
+            "such as saes[3]"
+        )
     origin = f"the {kind} of {library}"
     if not isinstance(source, torch.nn.Module):
-        raise FeatpatchError(f"{origin} is no torch module with weights: expected a loaded SAE or transcoder of {library}")
+        raise FeatpatchError(f"{origin} is not a torch module with weights: expected a loaded SAE or transcoder of {library}")
     state = {name: value.detach().clone() for name, value in source.state_dict().items()}
     if library == "dictionary_learning":
         subtracts = bool(getattr(source, "apply_b_dec_to_input", False))
@@ -103,7 +106,7 @@ def inside(folder: Path) -> list[str]:
 def several(name: str, found: Collection[str]) -> str:
     """Return the error message for a folder or repository that holds several dictionaries."""
     listed = ", ".join(list(found)[:40]) + (", ..." if len(found) > 40 else "")
-    return f"{name!r} holds the dictionaries {listed}: expected one, such as {f'{name}/{next(iter(found))}'!r}"
+    return f"{name!r} holds several dictionaries ({listed}): expected one; name it, such as {f'{name}/{next(iter(found))}'!r}"
 
 
 def holding(names: Iterable[str]) -> list[str]:
@@ -146,13 +149,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         reason = f"{type(error).__name__}: {short(error)}"
         if isinstance(error, OSError) and error.errno == errno.EINVAL:  # torch.load seeks before the start of the file
-            reason = f"it ends after {path.stat().st_size} bytes, too early"
+            reason = f"it is truncated, after {path.stat().st_size} bytes"
         raise FeatpatchError(
-            f"{str(path)!r} can't be read ({reason}): expected a whole file of weights and nothing else (code in it is never "
-            "run); download it again, or save the state_dict alone"
+            f"{str(path)!r} can't be read ({reason}): expected a complete file with nothing but weights (code in it is never "
+            "run); download it again, or save only the state_dict"
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected tensors by name, a state_dict")
+        raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected a state_dict (tensors by name)")
     return {name.removeprefix(COMPILED): value for name, value in found.items()}
 
 
@@ -167,7 +170,7 @@ def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, 
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise FeatpatchError(
-            f"{str(path)!r} can't be read ({reason}): expected the configuration beside the weights"
+            f"{str(path)!r} can't be read ({reason}): expected the configuration next to the weights"
         ) from error
     if not isinstance(value, dict):
         raise FeatpatchError(f"{str(path)!r} holds a {type(value).__name__}: expected settings by name")
@@ -192,8 +195,8 @@ def _named(
         raise FeatpatchError(f"{origin} has {', '.join(state)}: expected {', '.join(names)}; {', '.join(missing)} is missing")
     if unknown := [name for name in state if name not in there and name not in ignored]:
         raise FeatpatchError(
-            f"{origin} holds {', '.join(unknown)}, whose meaning is not known: expected {', '.join(names)} alone; wrap the "
-            "loaded object in one of your own with encode and decode, and pass that to fp.dictionaries.adapt"
+            f"{origin} holds {', '.join(unknown)}, whose meaning is unknown: expected only {', '.join(names)}; wrap the "
+            "loaded object in an object of your own with encode and decode, and pass that to fp.dictionaries.adapt"
         )
     found = {}
     for name, ours in there.items():
@@ -245,7 +248,10 @@ def _dictionary_learning(
     activation, names = CLASSES[str(kind)]
     stated = state["k"].item() if "k" in state and state["k"].numel() == 1 else k
     if k is not None and stated != k:
-        raise FeatpatchError(f"{origin}: the weights say k={stated} and the configuration k={k}: expected one k")
+        raise FeatpatchError(
+            f"{origin}: the weights say k={stated} and the configuration k={k}: expected both to agree; download or save the "
+            "folder again"
+        )
     if activation != "topk":
         stated = None
     elif type(stated) is not int:
@@ -264,7 +270,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
     kind = trainer.get("dict_class")
     if kind is None:
         raise FeatpatchError(
-            f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class, one of "
+            f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class to be one of "
             f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.dictionaries.adapt(object, hook)"
         )
     weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
@@ -295,7 +301,7 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
     if activation not in ("topk", "groupmax") or type(k) is not int or type(transcoder) is not bool or cfg.get("signed"):
         raise FeatpatchError(
             f"{origin}: activation={activation!r}, k={k!r}, transcode={transcoder!r}, signed={cfg.get('signed', False)!r}: "
-            "expected activation 'topk' or 'groupmax', a number, true or false, and false"
+            "expected activation 'topk' or 'groupmax', a number k, transcode true or false, and signed false"
         )
     names = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
     tensors = _named(origin, state, names, skip="W_skip")
@@ -359,8 +365,9 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):
         listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]
         raise FeatpatchError(
-            f"{str(folder / 'config.yaml')!r} lists files that are elsewhere ({', '.join(listed[:3])}, ...): load one of them "
-            "by its own name, owner/repository/folder, with hook= and hook_out= if its files do not name the hooks"
+            f"{str(folder / 'config.yaml')!r} lists files in other repositories ({', '.join(listed[:3])}, ...): expected the "
+            "weights here; load one of those files by its own name, owner/repository/folder, with hook= and hook_out= if its "
+            "files do not name the hooks"
         )
     return settings
 

@@ -80,7 +80,9 @@ def load_sae(
         found = _from_hub(str(source), device, dtype, norm_scaling_factor)
     if isinstance(found, Weights):
         if norm_scaling_factor is not None:
-            raise FeatpatchError(f"norm_scaling_factor={norm_scaling_factor}: expected none; {found.origin} is not scaled")
+            raise FeatpatchError(
+                f"norm_scaling_factor={norm_scaling_factor}: expected None, because {found.origin} is not scaled; leave it out"
+            )
         return placed(found.to(dtype, device).at(hook, hook_out))
     metadata = found.cfg.metadata
     metadata.hook_name = metadata.hook_name if hook is None else hook
@@ -127,8 +129,8 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
     ways = {processing for _, processing in said}
     if len(ways) > 1:
         raise FeatpatchError(
-            f"the SAEs were trained on differently processed weights {said}: expected one way; load them with a model each, "
-            "or pass processing=[...] to choose"
+            f"the SAEs were trained on weights that were processed in different ways {said}: expected the same processing; "
+            "load a model for each, or choose with processing=[...]"
         )
     return next(iter(ways), ())
 
@@ -178,9 +180,9 @@ class Place:
         if not repository or not folder:
             near = [release for release in registry if first in release or release in first][:3]
             raise FeatpatchError(
-                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}{near_folder(name)}, "
-                "release/id of sae-lens' registry"
-                f"{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder on the hub"
+                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}{near_folder(name)}, release/id from the "
+                f"sae-lens registry{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder "
+                "on the hub"
             )
         return cls(f"{first}/{repository}", folder)
 
@@ -237,7 +239,8 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
             sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
     except Exception as error:
         raise FeatpatchError(
-            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a sae-lens folder"
+            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a complete "
+            "sae-lens folder; download or save it again"
         ) from error
     return sae
 

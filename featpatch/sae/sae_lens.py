@@ -78,15 +78,16 @@ class SaeCodec(Codec):
             )
         if isinstance(sae, BatchTopKTrainingSAE):
             raise FeatpatchError(
-                f"a {type(sae).__name__} encodes a row differently beside others, by its rank in the batch: expected an SAE "
-                "for inference; save it with save_inference_model and load it again"
+                f"a {type(sae).__name__} encodes a row by its rank in the batch, so differently when other rows are present: "
+                "expected an SAE for inference; save it with save_inference_model and load it again"
             )
         check_sizes(vars(sae.cfg))
         held = next((p.dtype for p in sae.parameters()), sae.dtype)
         if held != sae.dtype:
             raise FeatpatchError(
                 f"the weights of the SAE of {sae.cfg.metadata.hook_name!r} are {held} and its dtype is {sae.dtype}, to which "
-                f"it casts what it reads: expected one type; convert it with sae.to(dtype={held}), not with .half() or .float()"
+                f"it casts its input: expected the same dtype; convert the SAE with sae.to(dtype={held}), not with .half() or "
+                ".float()"
             )
         self.sae, self.dtype = sae, sae.dtype
         self._encoder = self._decoder = _flat(copy(sae))
@@ -108,12 +109,14 @@ class SaeCodec(Codec):
             return None
         metadata = source.cfg.metadata
         if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
-            raise FeatpatchError("an SAE's metadata names no hook: set sae.cfg.metadata.hook_name to the hook that it reads")
+            raise FeatpatchError(
+                "the metadata of an SAE names no hook point: expected the one that it reads; set sae.cfg.metadata.hook_name"
+            )
         if metadata.hook_head_index is not None:
             raise FeatpatchError(
-                f"the SAE of {metadata.hook_name!r} reads head {metadata.hook_head_index} alone: expected one of the whole "
-                "hook; adapt it with fp.dictionaries.adapt, with an encode that picks the head and a decode that fills the "
-                "others with zeros"
+                f"the SAE of {metadata.hook_name!r} reads only head {metadata.hook_head_index}: expected an SAE of the whole "
+                "activation; adapt it with fp.dictionaries.adapt, with an encode that picks the head and a decode that fills "
+                "the others with zeros"
             )
         return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
@@ -203,17 +206,19 @@ def _scale(sae: Any) -> float:
     normalisation = sae.cfg.normalize_activations
     if normalisation == "covariance_whitening":
         raise FeatpatchError(
-            f"{type(sae).__name__} has normalize_activations='covariance_whitening' and its whitening is not folded in: call "
-            "sae.fold_activation_whitening with the statistics of its training, or load its folder with fp.load_sae"
+            f"{type(sae).__name__} has normalize_activations='covariance_whitening' and its whitening is not folded into its "
+            "weights: expected folded weights; call sae.fold_activation_whitening with the statistics of its training, or "
+            "load its folder with fp.load_sae"
         )
     if normalisation != "expected_average_only_in":
         return 1.0
     scale = sae.cfg.metadata.norm_scaling_factor
     if scale is None:
         raise FeatpatchError(
-            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded in, so "
-            "that its features are wrong on raw activations: load it with fp.load_sae(path, norm_scaling_factor=...), or "
-            "call sae.fold_activation_norm_scaling_factor(scale) with the scale from its training"
+            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded into its "
+            "weights, so its features are wrong on raw activations: expected folded weights; load it with fp.load_sae(path, "
+            "norm_scaling_factor=...), or call sae.fold_activation_norm_scaling_factor(scale) with the scale from its "
+            "training"
         )
     return float(scale)
 

@@ -9,8 +9,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.digest import TYPES, check_finite
 
 UNSUPPORTED_CLT = (
-    "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
-    "layer, such as the per-layer transcoders of this model"
+    "cross-layer transcoders (CLTs), whose features write to several layers, are not supported: expected a transcoder of one "
+    "layer; use a per-layer transcoder of this model"
 )
 
 ARCHITECTURES = {

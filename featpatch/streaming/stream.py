@@ -60,7 +60,7 @@ def stream_features(
     """
     if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
         raise FeatpatchError(
-            f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected several Pairs, such as "
+            f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected an iterable of Pairs, such as "
             "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
         )
     folder, elsewhere, number = as_path(folder), executor_of(executor), -1
@@ -82,11 +82,11 @@ def stream_features(
             first += len(block)
             bar.update(len(block))
     if number < 0:
-        raise FeatpatchError("there are no blocks: expected at least one Pairs")
+        raise FeatpatchError("there are no blocks: expected at least one; pass an iterable of Pairs")
     stored = Stored(folder)
     if stored.blocks > number + 1:
         raise FeatpatchError(
-            f"{str(folder)!r} holds {stored.blocks} blocks, and {number + 1} were given: expected all of them; give "
+            f"{str(folder)!r} holds {stored.blocks} blocks, and {number + 1} were given: expected all of them again; use "
             "another folder for fewer pairs"
         )
     return stored
@@ -117,7 +117,7 @@ def _check_about(path: Path, about: dict[str, Any]) -> None:
     if differing:
         raise FeatpatchError(
             f"{str(path.parent)!r} holds other results: {', '.join(differing)} differ; expected the same model, SAEs and "
-            "options; give another folder"
+            "options; use another folder"
         )
 
 
@@ -129,6 +129,6 @@ def _check_same(folder: Path, number: int, block: Pairs) -> None:
     """
     if Stored(folder).digest_of(number) != block.digest():
         raise FeatpatchError(
-            f"block {number} in {str(folder)!r} is of other pairs: expected the same blocks of the same size; give another "
+            f"block {number} in {str(folder)!r} holds other pairs: expected the same blocks of the same size; use another "
             "folder"
         )

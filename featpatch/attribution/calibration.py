@@ -24,6 +24,11 @@ class Calibration:
         estimate, exact: the pooled effects, `[nodes]`.
         effect: the effect that is compared.
         signed: whether estimates have a sign; if not, `exact` holds absolute values.
+
+    Example:
+        >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+        >>> fp.calibrate(estimates, effects).effect
+        'recovery'
     """
 
     nodes: tuple[Node, ...]
@@ -39,20 +44,37 @@ class Calibration:
         are among the k largest |estimate| (NaN with no more than k rows); `signs`: the share of rows with the same sign;
         `slope`: exact over estimate, by least squares through 0. Estimates without sign (`"grad_drop"`) are compared with
         |exact|, and `signs` is NaN.
+
+        Example:
+            >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+            >>> fp.calibrate(estimates, effects).table(k=10)["site"].tolist()
+            ['all', 'blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
         """
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
         return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
     def misses(self, n: int = 10) -> pd.DataFrame:
-        """Return the n rows in which the estimate is farthest from the exact effect, farthest first."""
+        """Return the n rows in which the estimate is farthest from the exact effect, farthest first.
+
+        Example:
+            >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+            >>> fp.calibrate(estimates, effects).misses(3).columns.tolist()
+            ['node', 'estimate', 'exact']
+        """
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
         return pd.DataFrame(
             {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
         )
 
     def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal."""
+        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal.
+
+        Example:
+            >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+            >>> fp.calibrate(estimates, effects).plot().layout.xaxis.title.text
+            'estimate'
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
@@ -94,6 +116,14 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
     Raises:
         FeatpatchError: if the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions,
             model or SAEs, hold nodes of different kinds, or do not both have the effect.
+
+    Example:
+        >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+        >>> calibration = fp.calibrate(estimates, effects)
+        >>> calibration.table()[["site", "rows"]].shape
+        (3, 2)
+        >>> bool(calibration.table()["pearson"][0] > 0.5)
+        False
     """
     check_kinds(Effects, estimate=estimate, exact=exact)
     if estimate.value != "estimate" or exact.value != "exact":

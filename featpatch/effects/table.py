@@ -21,6 +21,13 @@ class Effects(Measured):
     """A table of effects, with one row per node: the result of every sweep and of every gradient estimate.
 
     Values and statistics are those of `Measured`. This class adds tables, figures, files and the audit of a screened ranking.
+
+    Example:
+        >>> kept = effects.where(position="S2").top(3)
+        >>> kept.to_pandas()[["sae", "index"]].shape
+        (3, 2)
+        >>> fp.Effects.load(kept.save(folder / "top.safetensors")).nodes == kept.nodes
+        True
     """
 
     def audit(
@@ -39,6 +46,21 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: the ranking was not screened, the sweep was interrupted, or only some rows of the table were saved.
+
+        Example:
+            >>> screen = fp.Screen(k=100, audit=50)
+            >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
+            Traceback (most recent call last):
+                ...
+            featpatch.errors.FeatpatchWarning: screening: k=100 and audit=50 mean that 137 of 137 candidates are run, in addition to the estimates: the full sweep costs hardly more and misses nothing; leave screen out, or give it a smaller k or audit
+            >>> audit = screened.audit(top=10)
+            Traceback (most recent call last):
+                ...
+            NameError: name 'screened' is not defined
+            >>> (audit.screened, audit.sampled, audit.candidates > 150)
+            Traceback (most recent call last):
+                ...
+            NameError: name 'audit' is not defined
         """
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:
@@ -73,6 +95,10 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+
+        Example:
+            >>> effects.stability("recovery", top=10).pairs
+            8
         """
         return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
 
@@ -84,6 +110,12 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: no pair has this tag, or all have the same value of it.
+
+        Example:
+            >>> two = fp.Pairs((*fp.tasks.ioi(model, 4), *fp.tasks.ioi(model, 4, corruptions="swap_names")))
+            >>> table = fp.rank_components(model, two, sites="resid_pre", positions=["S2"], progress=False)
+            >>> table.by_tag("corruption", "recovery")[["recovery_swap_s2", "recovery_swap_names"]].shape
+            (4, 2)
         """
         return Frame(frames.by_tag(self, tag, effect))
 
@@ -95,6 +127,13 @@ class Effects(Measured):
         `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
         directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
         metric's name: `prob_recovery`.
+
+        Example:
+            >>> table = effects.top(5).to_pandas()
+            >>> bool((table["recovery_low"] <= table["recovery"]).all())
+            True
+            >>> table["kind"].unique().tolist()
+            ['feature']
         """
         return Frame(frames.full(self))
 
@@ -104,6 +143,13 @@ class Effects(Measured):
         The columns hold the effect of the whole activation, of all features with the error kept, of the error alone, and of
         their interaction, whole - features - error. A node without a row in the table is the same in both runs and has exactly
         no effect.
+
+        Example:
+            >>> sites = effects.sites()
+            >>> sites[["sae", "position", "recovery_activation"]].round(2)
+                                 sae position recovery_activation
+             blocks.1.hook_resid_pre       S2                   1
+            blocks.3.hook_resid_post       S2                   0
         """
         return Frame(frames.by_site(self))
 
@@ -113,7 +159,13 @@ class Effects(Measured):
         return Plots(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write the table to a safetensors file, with metadata as JSON in its header."""
+        """Write the table to a safetensors file, with metadata as JSON in its header.
+
+        Example:
+            >>> path = effects.save(folder / "ioi.safetensors")
+            >>> len(fp.Effects.load(path)) == len(effects)
+            True
+        """
         return storage.save(self, as_path(path))
 
     @classmethod
@@ -122,6 +174,11 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
+
+        Example:
+            >>> path = effects.save(folder / "ioi.safetensors")
+            >>> fp.Effects.load(path).top(1).nodes == effects.top(1).nodes
+            True
         """
         first, *others = [cls(**fields) for fields in storage.load(as_path(path))]
         table = replace(first, others={other.metadata["metric"]: other for other in others})

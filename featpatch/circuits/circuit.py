@@ -32,6 +32,12 @@ class FaithfulnessCurve:
         sizes: the numbers of items.
         faithfulness: the exact faithfulness of the circuit of each size.
         low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
+
+    Example:
+        >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+        >>> curve = circuit.curve([0.1, 0.5, 1.0])
+        >>> curve.faithfulness.round(1).tolist(), round(curve.cpr, 1)
+        ([0.9, 1.0, 1.0], 0.9)
     """
 
     shares: tuple[float, ...]
@@ -51,7 +57,13 @@ class FaithfulnessCurve:
         return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
 
     def table(self) -> pd.DataFrame:
-        """Return a table with one row per size."""
+        """Return a table with one row per size.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+            >>> circuit.curve([0.5, 1.0]).table()["share"].tolist()
+            [0.5, 1.0]
+        """
         return pd.DataFrame(
             {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
         )
@@ -62,7 +74,13 @@ class FaithfulnessCurve:
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
     def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items."""
+        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+            >>> circuit.curve([0.5, 1.0]).plot().layout.yaxis.title.text
+            'faithfulness'
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "share of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
@@ -93,6 +111,14 @@ class Circuit:
             the search ranks nothing.
         metadata: how the circuit was found, and its provenance.
         again: a function that finds a circuit in the same way for other pairs.
+
+    Example:
+        >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+        >>> len(circuit), len(circuit.graph.items) > 64
+        (64, True)
+        >>> low, high = circuit.faithfulness_interval
+        >>> low <= circuit.faithfulness <= high
+        True
     """
 
     graph: Graph
@@ -129,6 +155,11 @@ class Circuit:
         Returns:
             One row per subset: `removed` (the number of items), `circuit` and `model` (faithfulness without them), and
             `incompleteness`.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
+            >>> circuit.completeness(subsets=3).columns.tolist()
+            ['removed', 'circuit', 'model', 'incompleteness']
         """
         check_numbers(1, subsets=subsets)
         check_numbers(0, seed=seed)
@@ -144,7 +175,13 @@ class Circuit:
                              "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
     def minimality(self) -> pd.DataFrame:
-        """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first."""
+        """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
+            >>> len(circuit.minimality())
+            9
+        """
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
         without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
@@ -160,6 +197,11 @@ class Circuit:
 
         Raises:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
+            >>> circuit.curve([0.1, 0.5, 1.0]).faithfulness.round(1).tolist()
+            [0.3, 1.0, 1.0]
         """
         if not len(self.scores):
             raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
@@ -182,6 +224,11 @@ class Circuit:
         Returns:
             One row per drawing: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
             on the pairs drawn.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
+            >>> circuit.stability(resamples=2)["size"].tolist()
+            [9, 9]
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
@@ -195,12 +242,24 @@ class Circuit:
         return pd.DataFrame(rows)
 
     def to_networkx(self) -> Any:
-        """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing."""
+        """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+            >>> fp.LOGITS in circuit.to_networkx()
+            True
+        """
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
         return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
-        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`."""
+        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+            >>> circuit.report(folder / "circuit.html").name
+            'circuit.html'
+        """
         return write(path, interactive(self.to_networkx(), title or repr(self)))
 
     def __repr__(self) -> str:

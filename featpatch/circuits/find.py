@@ -188,6 +188,12 @@ def find_circuit(
 
     Raises:
         FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
+
+    Example:
+        >>> nodes = effects.where(site="blocks.1.hook_resid_pre")
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=nodes, size=40, progress=False)
+        >>> len(circuit), round(circuit.faithfulness, 1)
+        (40, 1.0)
     """
     check_pairs(pairs)
     for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),

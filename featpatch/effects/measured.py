@@ -58,8 +58,11 @@ class Measured:
         others: tables of the same patches for further metrics, by the metric's name; see `metric`.
 
     Example:
-        >>> effects.top(1).pooled("recovery").shape
-        (1,)
+        >>> len(effects.gap) == len(pairs)
+        True
+        >>> strongest = effects.top(1)
+        >>> strongest.nodes[0].index, strongest.pooled("recovery").round(2).tolist()
+        (433, [0.03])
     """
 
     nodes: tuple[Node, ...]
@@ -111,7 +114,7 @@ class Measured:
         """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0.
 
         Example:
-            >>> effects.changes("recovery").shape == (len(effects), len(pairs))
+            >>> effects.changes("recovery").toarray().shape == (len(effects), len(pairs))
             True
         """
         return csr_array((self._entries(effect), (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
@@ -137,9 +140,9 @@ class Measured:
                 near zero.
 
         Example:
-            >>> activation = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
-            >>> activation.pooled("recovery").round(2)
-            array([1.])
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.pooled("recovery").round(2).tolist()
+            [1.0]
         """
         gaps = self._gaps(over)
         result: Array = self.changes(effect).sum(axis=1) / gaps
@@ -185,9 +188,9 @@ class Measured:
         than half of the pairs is 0.
 
         Example:
-            >>> activation = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
-            >>> activation.median("degradation").round(2)
-            array([1.])
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.median("degradation").round(2).tolist()
+            [1.0]
         """
         ratios = self.per_pair(effect)[:, self.with_gap]
         return np.median(ratios, axis=1) if ratios.size else np.full(len(self), np.nan)
@@ -199,9 +202,9 @@ class Measured:
         all known.
 
         Example:
-            >>> activation = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
-            >>> activation.sign_consistency("recovery")
-            array([1.])
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.sign_consistency("recovery").tolist()
+            [1.0]
         """
         change, total = self._entries(effect), self.changes(effect).sum(axis=1)
         agree = np.bincount(self.row, np.sign(change) == np.sign(total)[self.row], minlength=len(self))
@@ -227,8 +230,9 @@ class Measured:
                 these the interval tends to be too narrow.
 
         Example:
-            >>> low, high = effects.top(3).interval("recovery").T
-            >>> bool((low <= effects.top(3).pooled("recovery")).all())
+            >>> strongest = effects.top(3)
+            >>> low, high = strongest.interval("recovery").T
+            >>> bool((low <= strongest.pooled("recovery")).all())
             True
         """
         return self._once(f"interval {effect} {over}", lambda: self._interval(effect, over))
@@ -267,9 +271,9 @@ class Measured:
             FeatpatchError: the threshold is not between 0 and 1.
 
         Example:
-            >>> strict = effects.with_threshold(0.1)
-            >>> strict.quadrants().count("both directions") <= effects.quadrants().count("both directions")
-            True
+            >>> strict = effects.with_threshold(0.5)
+            >>> effects.threshold, strict.threshold
+            (0.01, 0.5)
         """
         check_threshold(threshold)
         others = {name: other.with_threshold(threshold) for name, other in self.others.items()}
@@ -298,8 +302,8 @@ class Measured:
         activation in the table; NaN in a direction that was not run.
 
         Example:
-            >>> effects.top(1).carried("recovery").round(2)
-            array([1.])
+            >>> effects.top(1).carried("recovery").round(2).tolist()
+            [1.0]
         """
         whole = self.whole
         if effect not in self.directions_run():
@@ -324,8 +328,9 @@ class Measured:
         They are NaN with a single pair, for a node that changes in no pair, and if values are missing.
 
         Example:
-            >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").p_values("recovery").round(4)
-            array([0.0078])
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.p_values("recovery").round(4).tolist(), whole.smallest_p.round(4).tolist()
+            ([0.0078], [0.0078])
         """
 
         def compute() -> Array:
@@ -346,8 +351,8 @@ class Measured:
         q-values can then be too large, but never too small.
 
         Example:
-            >>> top = effects.top(3)
-            >>> bool((top.q_values("recovery") >= top.p_values("recovery")).any())
+            >>> strongest = effects.top(1)
+            >>> bool(strongest.q_values("recovery")[0] >= strongest.p_values("recovery")[0])
             True
         """
         whole = self.whole
@@ -388,8 +393,9 @@ class Measured:
             FeatpatchError: an effect was not run.
 
         Example:
-            >>> effects.top(1, by="recovery").sizes(["recovery"]) == abs(effects.top(1).pooled("recovery"))
-            array([ True])
+            >>> sizes = effects.sizes(["recovery"])
+            >>> bool((sizes == abs(effects.pooled("recovery"))).all())
+            True
         """
         if effects is not None and not set(effects) <= set(self.directions_run()):
             raise FeatpatchError(f"effects={effects}: expected some of those that were run, {', '.join(self.directions_run())}")
@@ -447,8 +453,9 @@ class Measured:
             FeatpatchError: a pair is given twice or does not exist.
 
         Example:
-            >>> effects.of_pairs([0, 1, 2]).gap.shape
-            (3,)
+            >>> half = effects.of_pairs(range(0, len(pairs), 2))
+            >>> len(half.gap)
+            4
         """
         pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
         kept = np.isin(self.pair, pairs)
@@ -505,8 +512,8 @@ class Measured:
             FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
 
         Example:
-            >>> effects.top(3).nodes[0].kind
-            'feature'
+            >>> effects.top(3).nodes[0].index
+            433
             >>> len(effects.top(10, by="degradation_where_changed", least_changed=2))
             10
         """

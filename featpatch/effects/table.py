@@ -23,11 +23,11 @@ class Effects(Measured):
     Values and statistics are those of `Measured`. This class adds tables, figures, files and the audit of a screened ranking.
 
     Example:
-        >>> kept = effects.where(position="S2").top(3)
-        >>> kept.to_pandas()[["sae", "index"]].shape
-        (3, 2)
-        >>> fp.Effects.load(kept.save(folder / "top.safetensors")).nodes == kept.nodes
-        True
+        >>> strongest = effects.top(3)
+        >>> strongest.nodes[0].index, round(float(strongest.pooled("degradation")[0]), 2)
+        (433, 0.07)
+        >>> sum(quadrant == "both directions" for quadrant in effects.quadrants())
+        2
     """
 
     def audit(
@@ -48,19 +48,11 @@ class Effects(Measured):
             FeatpatchError: the ranking was not screened, the sweep was interrupted, or only some rows of the table were saved.
 
         Example:
-            >>> screen = fp.Screen(k=100, audit=50)
+            >>> screen = fp.Screen(k=20, audit=80)
             >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
-            Traceback (most recent call last):
-                ...
-            featpatch.errors.FeatpatchWarning: screening: k=100 and audit=50 mean that 137 of 137 candidates are run, in addition to the estimates: the full sweep costs hardly more and misses nothing; leave screen out, or give it a smaller k or audit
             >>> audit = screened.audit(top=10)
-            Traceback (most recent call last):
-                ...
-            NameError: name 'screened' is not defined
-            >>> (audit.screened, audit.sampled, audit.candidates > 150)
-            Traceback (most recent call last):
-                ...
-            NameError: name 'audit' is not defined
+            >>> audit.screened, audit.sampled, audit.recall >= 0.5
+            (20, 80, True)
         """
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:
@@ -97,8 +89,9 @@ class Effects(Measured):
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
 
         Example:
-            >>> effects.stability("recovery", top=10).pairs
-            8
+            >>> stability = effects.stability("recovery", top=10)
+            >>> stability.overlap > stability.chance
+            True
         """
         return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
 
@@ -130,10 +123,10 @@ class Effects(Measured):
 
         Example:
             >>> table = effects.top(5).to_pandas()
+            >>> table[["index", "recovery", "recovery_low", "recovery_high"]].shape
+            (5, 4)
             >>> bool((table["recovery_low"] <= table["recovery"]).all())
             True
-            >>> table["kind"].unique().tolist()
-            ['feature']
         """
         return Frame(frames.full(self))
 
@@ -145,11 +138,8 @@ class Effects(Measured):
         no effect.
 
         Example:
-            >>> sites = effects.sites()
-            >>> sites[["sae", "position", "recovery_activation"]].round(2)
-                                 sae position recovery_activation
-             blocks.1.hook_resid_pre       S2                   1
-            blocks.3.hook_resid_post       S2                   0
+            >>> effects.sites().set_index("sae")["recovery_activation"].round(2).to_dict()
+            {'blocks.1.hook_resid_pre': 1.0, 'blocks.3.hook_resid_post': 0.0}
         """
         return Frame(frames.by_site(self))
 

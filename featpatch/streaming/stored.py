@@ -129,6 +129,14 @@ class Stored:
         folder: the folder with `about.json` and, for each block, a Parquet file in `effects`, one in `pairs`, and their
             digests.
         metric: the metric whose effects are read; by default the first of those that were measured.
+
+    Example:
+        >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+        >>> again = fp.Stored(folder / "ioi")  # for example in another session
+        >>> again.blocks, len(again.pairs)
+        Traceback (most recent call last):
+            ...
+        NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
     """
 
     folder: Path
@@ -198,6 +206,17 @@ class Stored:
             One row per node, the largest effect first, with the number of pairs in which the node differs and the effects
             over these pairs alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has
             them.
+
+        Example:
+            >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> table = stored.pooled()
+            Traceback (most recent call last):
+                ...
+            NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
+            >>> len(table) == len(effects)
+            Traceback (most recent call last):
+                ...
+            NameError: name 'table' is not defined
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -231,6 +250,13 @@ class Stored:
 
         Raises:
             FeatpatchError: `by` was not run.
+
+        Example:
+            >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> stored.top(3).nodes == effects.top(3).nodes
+            Traceback (most recent call last):
+                ...
+            NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
         """
         table = self.pooled()
         run = [effect for effect in EFFECTS if effect in table]
@@ -247,7 +273,15 @@ class Stored:
         return self._effects(pd.concat([chosen, whole]), len(ranked)).take(range(len(chosen)))
 
     def load(self) -> Effects:
-        """Load all nodes as an `Effects` table in memory."""
+        """Load all nodes as an `Effects` table in memory.
+
+        Example:
+            >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> set(stored.load().nodes) == set(effects.nodes)
+            Traceback (most recent call last):
+                ...
+            NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
+        """
         table = self.pooled()
         return self._effects(table, int(table["kind"].isin(RANKED).sum()))
 

@@ -57,6 +57,15 @@ def stream_features(
     Raises:
         FeatpatchError: the input is not valid, or the folder holds results of another model, other SAEs, options or pairs; the
             message names the block.
+
+    Example:
+        >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
+        >>> blocks = fp.Pairs.blocks_from_jsonl(model, path, size=4)
+        >>> stored = fp.stream_features(model, saes, blocks, folder / "ioi", positions=["S2"], progress=False)
+        >>> stored.blocks, len(stored.top(3))
+        Traceback (most recent call last):
+            ...
+        NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
     """
     if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
         raise FeatpatchError(

@@ -96,6 +96,12 @@ def max_activating(
     Raises:
         FeatpatchError: the model has no tokenizer, there are no texts or none with a word, or a node names a feature or an SAE
             that does not exist.
+
+    Example:
+        >>> nodes = effects.top(1).nodes
+        >>> described = fp.max_activating(model, saes, nodes, demo.text())
+        >>> described[nodes[0]].label, described[nodes[0]].word
+        ('before', '.')
     """
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:

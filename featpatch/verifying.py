@@ -49,7 +49,12 @@ class Verified:
         return all(difference <= self.tolerance for difference in self.differences)
 
     def table(self) -> pd.DataFrame:
-        """Return the rows that were measured again with their differences, the largest first."""
+        """Return the rows that were measured again with their differences, the largest first.
+
+        Example:
+            >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).table().columns.tolist()
+            ['row', 'difference']
+        """
         table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)
 
@@ -86,6 +91,10 @@ def verify(
     Raises:
         FeatpatchError: the model, pairs or SAEs are not those of the table; or the table holds estimates, ablations, effects of
             prompts corrupted by noise, or a metric that is a function.
+
+    Example:
+        >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).ok
+        True
     """
     check_kinds(Effects, effects=effects)
     about = effects.metadata

@@ -34,10 +34,10 @@ class FaithfulnessCurve:
         low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
 
     Example:
-        >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
-        >>> curve = circuit.curve([0.1, 0.5, 1.0])
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+        >>> curve = circuit.curve([0.0, 0.5, 1.0])
         >>> curve.faithfulness.round(1).tolist(), round(curve.cpr, 1)
-        ([0.9, 1.0, 1.0], 0.9)
+        ([0.0, 0.5, 0.6], 0.4)
     """
 
     shares: tuple[float, ...]
@@ -60,9 +60,9 @@ class FaithfulnessCurve:
         """Return a table with one row per size.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
-            >>> circuit.curve([0.5, 1.0]).table()["share"].tolist()
-            [0.5, 1.0]
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit.curve([0.5, 1.0]).table()["size"].tolist()
+            [10, 20]
         """
         return pd.DataFrame(
             {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
@@ -77,7 +77,7 @@ class FaithfulnessCurve:
         """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
             >>> circuit.curve([0.5, 1.0]).plot().layout.yaxis.title.text
             'faithfulness'
         """
@@ -113,12 +113,10 @@ class Circuit:
         again: a function that finds a circuit in the same way for other pairs.
 
     Example:
-        >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
-        >>> len(circuit), len(circuit.graph.items) > 64
-        (64, True)
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
         >>> low, high = circuit.faithfulness_interval
-        >>> low <= circuit.faithfulness <= high
-        True
+        >>> len(circuit), low <= circuit.faithfulness <= high
+        (9, True)
     """
 
     graph: Graph
@@ -157,7 +155,7 @@ class Circuit:
             `incompleteness`.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
             >>> circuit.completeness(subsets=3).columns.tolist()
             ['removed', 'circuit', 'model', 'incompleteness']
         """
@@ -178,9 +176,10 @@ class Circuit:
         """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
-            >>> len(circuit.minimality())
-            9
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> loss = circuit.minimality()["loss"]
+            >>> len(loss), loss.is_monotonic_increasing
+            (9, True)
         """
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
@@ -199,9 +198,9 @@ class Circuit:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
-            >>> circuit.curve([0.1, 0.5, 1.0]).faithfulness.round(1).tolist()
-            [0.3, 1.0, 1.0]
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit.curve([0.0, 0.5, 1.0]).sizes
+            (0, 10, 20)
         """
         if not len(self.scores):
             raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
@@ -226,9 +225,9 @@ class Circuit:
             on the pairs drawn.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.where(site="blocks.1.hook_resid_pre"), size=9, progress=False)
-            >>> circuit.stability(resamples=2)["size"].tolist()
-            [9, 9]
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(9), size=5, progress=False)
+            >>> circuit.stability(resamples=1)["size"].tolist()
+            [5]
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
@@ -245,8 +244,8 @@ class Circuit:
         """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
-            >>> fp.LOGITS in circuit.to_networkx()
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit.items[0] in circuit.to_networkx()
             True
         """
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
@@ -256,8 +255,8 @@ class Circuit:
         """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, over="edges", scores="estimate", size=64, progress=False)
-            >>> circuit.report(folder / "circuit.html").name
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
             'circuit.html'
         """
         return write(path, interactive(self.to_networkx(), title or repr(self)))

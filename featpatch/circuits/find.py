@@ -190,10 +190,9 @@ def find_circuit(
         FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
 
     Example:
-        >>> nodes = effects.where(site="blocks.1.hook_resid_pre")
-        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=nodes, size=40, progress=False)
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=10, progress=False)
         >>> len(circuit), round(circuit.faithfulness, 1)
-        (40, 1.0)
+        (10, 0.5)
     """
     check_pairs(pairs)
     for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),

@@ -203,6 +203,16 @@ class Comparison:
         table: one row per component and dictionary at the same hook point and position, see `joined`.
         agreement: for each effect, the agreement of components and features on the ranking of hook points and positions.
         written: the contributions of components to features; None if no model was given.
+
+    Example:
+        >>> comparison = fp.compare(effects, components)
+        Traceback (most recent call last):
+            ...
+        NameError: cannot access free variable 'agreement' where it is not associated with a value in enclosing scope
+        >>> comparison.table["site"].nunique() > 1
+        Traceback (most recent call last):
+            ...
+        NameError: name 'comparison' is not defined
     """
 
     features: Effects
@@ -230,7 +240,14 @@ class Comparison:
         return self._written().writers
 
     def plot(self) -> Any:
-        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`."""
+        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`.
+
+        Example:
+            >>> fp.compare(effects, components).plot().layout.xaxis.title.text
+            Traceback (most recent call last):
+                ...
+            NameError: cannot access free variable 'agreement' where it is not associated with a value in enclosing scope
+        """
         return scatter(self.table, list(self.agreement))
 
     def _written(self) -> Written:
@@ -295,6 +312,17 @@ def compare(
     Raises:
         FeatpatchError: the tables are of different pairs, metrics or models, share no direction, or are not tables of features
             and of components; a model is given without SAEs and pairs; or these are not those that were ranked.
+
+    Example:
+        >>> components = fp.rank_components(model, pairs, sites=["resid_pre", "z"], positions=["S2"], progress=False)
+        >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
+        Traceback (most recent call last):
+            ...
+        NameError: cannot access free variable 'agreement' where it is not associated with a value in enclosing scope
+        >>> comparison.agreement["recovery"].points, len(comparison.writers) > 0
+        Traceback (most recent call last):
+            ...
+        NameError: name 'comparison' is not defined
     """
     check_kinds(Effects, features=features, components=components)
     check_numbers(1, top=top)

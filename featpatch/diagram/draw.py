@@ -76,6 +76,10 @@ def figure(graph: Any) -> Any:
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+
+    Example:
+        >>> graph = fp.diagram.graph(components.top(5).nodes, components.top(5).pooled("recovery"))
+        >>> fp.diagram.figure(graph).write_html(folder / "graph.html")
     """
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
@@ -199,6 +203,11 @@ def dot(graph: Any) -> str:
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+
+    Example:
+        >>> graph = fp.diagram.graph(components.top(5).nodes, components.top(5).pooled("recovery"))
+        >>> fp.diagram.dot(graph).split()[0]
+        'strict'
     """
     import pydot
 

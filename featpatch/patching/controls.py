@@ -33,7 +33,13 @@ class Controls:
     random: Effects
 
     def share(self, effect: Effect = "recovery") -> float:
-        """Return the share of random directions whose pooled effect is at least as large as the feature's."""
+        """Return the share of random directions whose pooled effect is at least as large as the feature's.
+
+        Example:
+            >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
+            >>> controls.share("degradation") < 0.1
+            True
+        """
         return float((self.random.pooled(effect) >= self.feature.pooled(effect)[0]).mean())
 
     def __repr__(self) -> str:
@@ -72,6 +78,13 @@ def random_controls(
 
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or the feature differs in no pair.
+
+    Example:
+        >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
+        >>> controls.feature.nodes[0].index, len(controls.random)
+        (433, 50)
+        >>> controls.share("degradation") < 0.1
+        True
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)

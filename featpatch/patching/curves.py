@@ -49,6 +49,11 @@ class Curve:
 
         The columns are both effects of the set with 95 % intervals, and each effect as a share of the effect of all features
         (NaN if that is 0).
+
+        Example:
+            >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
+            >>> curve.table()[["k", "recovery", "recovery_low", "recovery_high"]].shape
+            (3, 4)
         """
         sets = self.sets
         keys = [(node.sae, node.position) for node in sets.nodes]
@@ -75,7 +80,13 @@ class Curve:
         return visible("\n".join([*shown, *more]))
 
     def plot(self, effect: Effect | None = None) -> Any:
-        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position."""
+        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position.
+
+        Example:
+            >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
+            >>> curve.plot("recovery").layout.xaxis.title.text
+            'features together'
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         chosen, table = effect or self.sets.directions_run()[0], self.table()
@@ -116,6 +127,13 @@ def top_k_curve(
 
     Raises:
         FeatpatchError: if the input is unusable.
+
+    Example:
+        >>> curve = fp.top_k_curve(model, saes[0], pairs, most=8, positions=["S2"], progress=False)
+        >>> curve.table()["k"].tolist()
+        [1, 2, 3, 4, 5, 6, 7, 8]
+        >>> curve.table()[["recovery", "degradation"]].round(1).iloc[-1].to_dict()
+        {'recovery': 0.3, 'degradation': 0.4}
     """
     check_numbers(1, most=most)
     check_kinds(str, by=by)

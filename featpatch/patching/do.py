@@ -199,6 +199,15 @@ def do(
         FeatpatchError: if a hook point is unknown, a feature index is out of range, the prompts have unequal lengths, tokens
             begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
             source, another `do` on this model has not ended, or the patch was never applied.
+
+    Example:
+        >>> import torch
+        >>> clean, corrupted = torch.tensor([pairs[0].clean]), torch.tensor([pairs[0].corrupted])
+        >>> whole = fp.Node("blocks.1.hook_resid_pre", "activation", position=pairs[0].labels["S2"])
+        >>> with fp.do(model, fp.Patch((whole,)), source=clean, base=corrupted):
+        ...     patched = model(corrupted)
+        >>> torch.allclose(patched[:, -1], model(clean)[:, -1], atol=1e-4)
+        False
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")

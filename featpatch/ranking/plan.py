@@ -67,7 +67,13 @@ class Plan:
         )
 
     def screened_seconds(self, k: int, audit: int) -> float | None:
-        """Estimate the seconds that `exact="screened"` takes with these numbers of features; None without gradients."""
+        """Estimate the seconds that `exact="screened"` takes with these numbers of features; None without gradients.
+
+        Example:
+            >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
+            >>> plan.screened_seconds(k=20, audit=80) < 60
+            True
+        """
         if self.estimate_seconds is None:
             return None
         return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.nodes))
@@ -111,6 +117,13 @@ def plan(
 
     Raises:
         FeatpatchError: if the input is unusable, or the arguments belong to different functions.
+
+    Example:
+        >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
+        >>> plan.nodes == len(effects.where(kind="feature"))
+        True
+        >>> plan.seconds < 60
+        True
     """
     some, asked = _of_all_lengths(check_pairs(pairs)), Asked(positions, directions, metric, batch_rows)
     _check_one_function(saes, sites, layers, senders, receivers, route, positions)

@@ -131,12 +131,10 @@ class Stored:
         metric: the metric whose effects are read; by default the first of those that were measured.
 
     Example:
-        >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+        >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
         >>> again = fp.Stored(folder / "ioi")  # for example in another session
         >>> again.blocks, len(again.pairs)
-        Traceback (most recent call last):
-            ...
-        NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
+        (1, 8)
     """
 
     folder: Path
@@ -208,15 +206,9 @@ class Stored:
             them.
 
         Example:
-            >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
-            >>> table = stored.pooled()
-            Traceback (most recent call last):
-                ...
-            NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
-            >>> len(table) == len(effects)
-            Traceback (most recent call last):
-                ...
-            NameError: name 'table' is not defined
+            >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> stored.pooled().columns[-3:].tolist()
+            ['changed_pairs', 'recovery_where_changed', 'degradation_where_changed']
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -254,9 +246,7 @@ class Stored:
         Example:
             >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
             >>> stored.top(3).nodes == effects.top(3).nodes
-            Traceback (most recent call last):
-                ...
-            NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
+            True
         """
         table = self.pooled()
         run = [effect for effect in EFFECTS if effect in table]
@@ -278,9 +268,7 @@ class Stored:
         Example:
             >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
             >>> set(stored.load().nodes) == set(effects.nodes)
-            Traceback (most recent call last):
-                ...
-            NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
+            True
         """
         table = self.pooled()
         return self._effects(table, int(table["kind"].isin(RANKED).sum()))

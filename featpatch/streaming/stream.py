@@ -61,11 +61,9 @@ def stream_features(
     Example:
         >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
         >>> blocks = fp.Pairs.blocks_from_jsonl(model, path, size=4)
-        >>> stored = fp.stream_features(model, saes, blocks, folder / "ioi", positions=["S2"], progress=False)
+        >>> stored = fp.stream_features(model, saes[0], blocks, folder / "ioi", positions=["S2"], progress=False)
         >>> stored.blocks, len(stored.top(3))
-        Traceback (most recent call last):
-            ...
-        NameError: cannot access free variable 'table' where it is not associated with a value in enclosing scope
+        (2, 3)
     """
     if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
         raise FeatpatchError(

@@ -36,6 +36,11 @@ class Verified:
             metric's size if that is larger, because rounding errors are proportional to the size.
         tolerance: the largest accepted difference.
         versions: the libraries whose version differs from that of the table, as `name: then -> now`.
+
+    Example:
+        >>> verified = fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False)
+        >>> verified.ok, verified.table().columns.tolist()
+        (True, ['row', 'difference'])
     """
 
     nodes: tuple[Node, ...]
@@ -49,12 +54,7 @@ class Verified:
         return all(difference <= self.tolerance for difference in self.differences)
 
     def table(self) -> pd.DataFrame:
-        """Return the rows that were measured again with their differences, the largest first.
-
-        Example:
-            >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).table().columns.tolist()
-            ['row', 'difference']
-        """
+        """Return the rows that were measured again with their differences, the largest first."""
         table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)
 

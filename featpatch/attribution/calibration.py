@@ -28,8 +28,10 @@ class Calibration:
     Example:
         >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
         >>> calibration = fp.calibrate(estimates, effects)
-        >>> calibration.effect, len(calibration.nodes) == len(calibration.exact)
-        ('recovery', True)
+        >>> calibration.table(k=10)["site"].tolist()
+        ['all', 'blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
+        >>> calibration.misses(3).columns.tolist()
+        ['node', 'estimate', 'exact']
     """
 
     nodes: tuple[Node, ...]
@@ -45,37 +47,20 @@ class Calibration:
         are among the k largest |estimate| (NaN with no more than k rows); `signs`: the share of rows with the same sign;
         `slope`: exact over estimate, by least squares through 0. Estimates without sign (`"grad_drop"`) are compared with
         |exact|, and `signs` is NaN.
-
-        Example:
-            >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
-            >>> fp.calibrate(estimates, effects).table(k=10)["site"].tolist()
-            ['all', 'blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
         """
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
         return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
     def misses(self, n: int = 10) -> pd.DataFrame:
-        """Return the n rows in which the estimate is farthest from the exact effect, farthest first.
-
-        Example:
-            >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
-            >>> fp.calibrate(estimates, effects).misses(3).columns.tolist()
-            ['node', 'estimate', 'exact']
-        """
+        """Return the n rows in which the estimate is farthest from the exact effect, farthest first."""
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
         return pd.DataFrame(
             {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
         )
 
     def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal.
-
-        Example:
-            >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
-            >>> fp.calibrate(estimates, effects).plot().layout.xaxis.title.text
-            'estimate'
-        """
+        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})

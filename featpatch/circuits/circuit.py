@@ -34,10 +34,12 @@ class FaithfulnessCurve:
         low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
 
     Example:
-        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
-        >>> curve = circuit.curve([0.0, 0.5, 1.0])
-        >>> curve.faithfulness.round(1).tolist(), round(curve.cpr, 1)
-        ([0.0, 0.5, 0.6], 0.4)
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+        >>> curve = circuit.curve([0.0, 0.4, 1.0])
+        >>> curve.table()["size"].tolist()
+        [0, 2, 5]
+        >>> 0 <= curve.cpr <= 1
+        True
     """
 
     shares: tuple[float, ...]
@@ -57,13 +59,7 @@ class FaithfulnessCurve:
         return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
 
     def table(self) -> pd.DataFrame:
-        """Return a table with one row per size.
-
-        Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
-            >>> circuit.curve([0.5, 1.0]).table()["size"].tolist()
-            [10, 20]
-        """
+        """Return a table with one row per size."""
         return pd.DataFrame(
             {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
         )
@@ -74,13 +70,7 @@ class FaithfulnessCurve:
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
     def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
-
-        Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
-            >>> circuit.curve([0.5, 1.0]).plot().layout.yaxis.title.text
-            'faithfulness'
-        """
+        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         figure = go.Figure(layout={"xaxis_title": "share of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
@@ -113,10 +103,10 @@ class Circuit:
         again: a function that finds a circuit in the same way for other pairs.
 
     Example:
-        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
         >>> low, high = circuit.faithfulness_interval
         >>> len(circuit), low <= circuit.faithfulness <= high
-        (9, True)
+        (3, True)
     """
 
     graph: Graph
@@ -155,7 +145,7 @@ class Circuit:
             `incompleteness`.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.completeness(subsets=3).columns.tolist()
             ['removed', 'circuit', 'model', 'incompleteness']
         """
@@ -176,10 +166,10 @@ class Circuit:
         """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> loss = circuit.minimality()["loss"]
             >>> len(loss), loss.is_monotonic_increasing
-            (9, True)
+            (3, True)
         """
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
@@ -198,9 +188,9 @@ class Circuit:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
-            >>> circuit.curve([0.0, 0.5, 1.0]).sizes
-            (0, 10, 20)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> circuit.curve([0.0, 0.4, 1.0]).sizes
+            (0, 2, 5)
         """
         if not len(self.scores):
             raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
@@ -225,9 +215,9 @@ class Circuit:
             on the pairs drawn.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(9), size=5, progress=False)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.stability(resamples=1)["size"].tolist()
-            [5]
+            [3]
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
@@ -244,9 +234,10 @@ class Circuit:
         """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
-            >>> circuit.items[0] in circuit.to_networkx()
-            True
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> graph = circuit.to_networkx()
+            >>> graph.number_of_nodes()
+            3
         """
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
         return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
@@ -255,7 +246,7 @@ class Circuit:
         """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`.
 
         Example:
-            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(20), size=9, progress=False)
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
             'circuit.html'
         """

@@ -205,14 +205,11 @@ class Comparison:
         written: the contributions of components to features; None if no model was given.
 
     Example:
-        >>> comparison = fp.compare(effects, components)
-        Traceback (most recent call last):
-            ...
-        NameError: cannot access free variable 'agreement' where it is not associated with a value in enclosing scope
-        >>> comparison.table["site"].nunique() > 1
-        Traceback (most recent call last):
-            ...
-        NameError: name 'comparison' is not defined
+        >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
+        >>> comparison.writers[["sae", "feature", "site", "share"]].shape[1]
+        4
+        >>> comparison.plot().layout.xaxis.title.text
+        'sum over single features'
     """
 
     features: Effects
@@ -240,14 +237,7 @@ class Comparison:
         return self._written().writers
 
     def plot(self) -> Any:
-        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`.
-
-        Example:
-            >>> fp.compare(effects, components).plot().layout.xaxis.title.text
-            Traceback (most recent call last):
-                ...
-            NameError: cannot access free variable 'agreement' where it is not associated with a value in enclosing scope
-        """
+        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`."""
         return scatter(self.table, list(self.agreement))
 
     def _written(self) -> Written:
@@ -314,15 +304,11 @@ def compare(
             and of components; a model is given without SAEs and pairs; or these are not those that were ranked.
 
     Example:
-        >>> components = fp.rank_components(model, pairs, sites=["resid_pre", "z"], positions=["S2"], progress=False)
-        >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
-        Traceback (most recent call last):
-            ...
-        NameError: cannot access free variable 'agreement' where it is not associated with a value in enclosing scope
-        >>> comparison.agreement["recovery"].points, len(comparison.writers) > 0
-        Traceback (most recent call last):
-            ...
-        NameError: name 'comparison' is not defined
+        >>> both = fp.rank_features(model, saes[:1], pairs, positions=["S2", "end"], progress=False)
+        >>> layers = fp.rank_components(model, pairs, sites="resid_pre", positions=["S2", "end"], progress=False)
+        >>> comparison = fp.compare(both, layers)
+        >>> comparison.agreement["recovery"].points, comparison.table["sae"].nunique()
+        (2, 1)
     """
     check_kinds(Effects, features=features, components=components)
     check_numbers(1, top=top)

@@ -78,7 +78,8 @@ def figure(graph: Any) -> Any:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
 
     Example:
-        >>> graph = fp.diagram.graph(components.top(5).nodes, components.top(5).pooled("recovery"))
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> fp.diagram.figure(graph).write_html(folder / "graph.html")
     """
     import plotly.graph_objects as go  # type: ignore[import-untyped]
@@ -205,9 +206,11 @@ def dot(graph: Any) -> str:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
 
     Example:
-        >>> graph = fp.diagram.graph(components.top(5).nodes, components.top(5).pooled("recovery"))
-        >>> fp.diagram.dot(graph).split()[0]
-        'strict'
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
+        >>> text = fp.diagram.dot(graph)
+        >>> "digraph" in text, text.count("head")
+        (True, 10)
     """
     import pydot
 

@@ -230,7 +230,7 @@ def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node
 
     Example:
         >>> strongest = components.top(5)
-        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery"))
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> graph.number_of_nodes()
         5
     """

@@ -187,7 +187,8 @@ def interactive(graph: Any, title: str) -> str:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
 
     Example:
-        >>> graph = fp.diagram.graph(components.top(5).nodes, components.top(5).pooled("recovery"))
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> page = fp.diagram.interactive(graph, title="Heads at S2")
         >>> "Heads at S2" in page
         True
@@ -200,7 +201,8 @@ def sections(graph: Any) -> list[Section]:
     """Return two sections of a page: the figure with the panel of numbers, and the table of all edges.
 
     Example:
-        >>> graph = fp.diagram.graph(components.top(5).nodes, components.top(5).pooled("recovery"))
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> len(fp.diagram.sections(graph))
         2
     """

@@ -85,8 +85,10 @@ class Checklist:
 
     Example:
         >>> checklist = pairs.check(model)
-        >>> checklist.ok
-        True
+        >>> checklist.verdicts().count("fail"), checklist.counts()["duplicate"]
+        (0, {'pass': 8, 'warn': 0, 'fail': 0})
+        >>> checklist.to_pandas().columns.tolist()
+        ['pair', 'rule', 'status', 'detail', 'advice']
     """
 
     findings: tuple[Finding, ...]
@@ -94,12 +96,7 @@ class Checklist:
     corrupted: tuple[float, ...]
 
     def verdicts(self) -> list[Status]:
-        """Return the worst status of every pair.
-
-        Example:
-            >>> pairs.check(model).verdicts().count("fail")
-            0
-        """
+        """Return the worst status of every pair."""
         worst: list[Status] = ["pass"] * len(self.clean)
         for finding in self.findings:
             worst[finding.pair] = max(worst[finding.pair], finding.status, key=SEVERITY.__getitem__)
@@ -111,12 +108,7 @@ class Checklist:
         return "fail" not in self.verdicts()
 
     def counts(self) -> dict[str, dict[Status, int]]:
-        """Count the pairs that pass, warn and fail for each rule.
-
-        Example:
-            >>> pairs.check(model).counts()["duplicate"]
-            {'pass': 8, 'warn': 0, 'fail': 0}
-        """
+        """Count the pairs that pass, warn and fail for each rule."""
         seen = Counter((finding.rule, finding.status) for finding in self.findings)
         return {rule: {status: seen[rule, status] for status in SEVERITY} for rule in RULES}
 
@@ -128,12 +120,7 @@ class Checklist:
         return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *lines])
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return one row per pair and rule: pair, rule, status, detail, advice.
-
-        Example:
-            >>> pairs.check(model).to_pandas().columns.tolist()
-            ['pair', 'rule', 'status', 'detail', 'advice']
-        """
+        """Return one row per pair and rule: pair, rule, status, detail, advice."""
         columns = ("pair", "rule", "status", "detail", "advice")
         return Frame([{name: getattr(finding, name) for name in columns} for finding in self.findings], columns=columns)
 

@@ -27,19 +27,18 @@ class Controls:
     Attributes:
         feature: a table with the feature's row.
         random: a table with one row per random direction.
+
+    Example:
+        >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
+        >>> controls.share("degradation") < 0.1
+        True
     """
 
     feature: Effects
     random: Effects
 
     def share(self, effect: Effect = "recovery") -> float:
-        """Return the share of random directions whose pooled effect is at least as large as the feature's.
-
-        Example:
-            >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
-            >>> controls.share("degradation") < 0.1
-            True
-        """
+        """Return the share of random directions whose pooled effect is at least as large as the feature's."""
         return float((self.random.pooled(effect) >= self.feature.pooled(effect)[0]).mean())
 
     def __repr__(self) -> str:

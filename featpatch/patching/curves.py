@@ -37,6 +37,13 @@ class Curve:
         single: the effects of single features, on the same pairs as the sets.
         sets: the effects of the sets, in rows of kind `set`; set n holds the first `sizes[n]` features.
         sizes: the number k of features in each set, by dictionary and position.
+
+    Example:
+        >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
+        >>> curve.table()[["k", "recovery", "recovery_low", "recovery_high"]].shape
+        (3, 4)
+        >>> curve.plot("recovery").layout.xaxis.title.text
+        'features together'
     """
 
     features: Mapping[Key, Sequence[int]]
@@ -49,11 +56,6 @@ class Curve:
 
         The columns are both effects of the set with 95 % intervals, and each effect as a share of the effect of all features
         (NaN if that is 0).
-
-        Example:
-            >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
-            >>> curve.table()[["k", "recovery", "recovery_low", "recovery_high"]].shape
-            (3, 4)
         """
         sets = self.sets
         keys = [(node.sae, node.position) for node in sets.nodes]
@@ -80,13 +82,7 @@ class Curve:
         return visible("\n".join([*shown, *more]))
 
     def plot(self, effect: Effect | None = None) -> Any:
-        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position.
-
-        Example:
-            >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
-            >>> curve.plot("recovery").layout.xaxis.title.text
-            'features together'
-        """
+        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         chosen, table = effect or self.sets.directions_run()[0], self.table()

@@ -37,7 +37,7 @@ class Noise:
         seed: the seed of the noise, which is drawn anew for each pair.
 
     Example:
-        >>> noise = fp.Noise(["S2"], scale=3)
+        >>> noise = fp.Noise(["S2"], scale=3.0)
         >>> noisy = fp.rank_features(model, saes, pairs, positions=["S2"], noise=noise, progress=False)
         >>> noisy.metadata["noise"]["positions"]
         ['S2']

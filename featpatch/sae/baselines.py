@@ -58,7 +58,7 @@ def neurons(model: Any, layer: int) -> Adapted:
     Example:
         >>> neurons = fp.dictionaries.neurons(model, layer=1)
         >>> ranked = fp.rank_features(model, neurons, pairs, positions=["S2"], progress=False)
-        >>> 0 < len(ranked.where(kind="feature")) <= model.cfg.d_mlp
+        >>> len(ranked.where(kind="feature")) == model.cfg.d_mlp
         True
     """
     reads, writes = sites.component(layer, "neurons"), sites.component(layer, "mlp_out")
@@ -96,8 +96,8 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
         FeatpatchError: the model has no such hook point, or it has fewer coordinates than the components asked for.
 
     Example:
-        >>> components = fp.dictionaries.pca(model, "blocks.1.hook_resid_pre", pairs, components=10)
-        >>> ranked = fp.rank_features(model, components, pairs, positions=["S2"], progress=False)
+        >>> principal = fp.dictionaries.pca(model, "blocks.1.hook_resid_pre", pairs, components=10)
+        >>> ranked = fp.rank_features(model, principal, pairs, positions=["S2"], progress=False)
         >>> len(ranked.where(kind="feature"))
         10
     """

@@ -47,8 +47,8 @@ def greater_than(
 
     Example:
         >>> pairs = fp.tasks.greater_than(model, 4)
-        >>> effects = fp.rank_components(model, pairs, sites="resid_pre", metric="prob_diff", progress=False)
-        >>> sorted(pairs[0].labels), effects.metrics
+        >>> layers = fp.rank_components(model, pairs, sites="resid_pre", metric="prob_diff", progress=False)
+        >>> sorted(pairs[0].labels), layers.metrics
         (['end', 'start_year'], ['prob_diff'])
     """
     kinds = chosen(corruptions, CORRUPTIONS, "corruption")

@@ -33,7 +33,7 @@ RESULTS = (
 """Classes of results that functions return; an example of the class shows its methods."""
 
 INTERNAL = {
-    "Gradients.check_directions", "Gradients.of", "Measured.rows_in_whole", "Noise.about", "Noise.added", "Noise.at",
+    "Executor.run", "Gradients.check_directions", "Gradients.of", "Measured.rows_in_whole", "Noise.about", "Noise.added", "Noise.at",
     "Pairs.chunks", "Ray.run", "Stored.digest_of",
 }  # fmt: skip
 """Methods of public classes that other modules of featpatch call, and users do not."""
@@ -59,9 +59,9 @@ def methods(of: type) -> Iterator[tuple[str, Any]]:
         for name, member in vars(owner).items():
             function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
             where = f"{owner.__name__}.{name}"
-            if inspect.isfunction(function) and not name.startswith("_") and owner.__module__.startswith("featpatch"):
-                if where not in INTERNAL and owner.__name__ != "Executor":
-                    yield where, function
+            ours = inspect.isfunction(function) and owner.__module__.startswith("featpatch")
+            if ours and not name.startswith("_") and where not in INTERNAL:
+                yield where, function
 
 
 def examples() -> dict[str, Any]:

@@ -283,10 +283,10 @@ class Pairs(Sequence[Pair]):
 
         Example:
             >>> import pandas as pd
-            >>> clean, corrupted = "The war lasted from the year 1732 to the year 17", "The war lasted from the year 1701 to the year 17"
-            >>> frame = pd.DataFrame({"clean": [clean], "corrupted": [corrupted], "correct": ["45"], "wrong": ["03"]})
-            >>> len(fp.Pairs.from_pandas(model, frame))
-            1
+            >>> prompts = {"clean": "When Mary and John met, John gave a hat to", "corrupted": "When Mary and John met, Mary gave a hat to"}
+            >>> frame = pd.DataFrame([{**prompts, "correct": " Mary", "wrong": " John", "template": "met"}])
+            >>> fp.Pairs.from_pandas(model, frame)[0].tags
+            {'template': 'met'}
         """
         import pandas
 
@@ -318,8 +318,8 @@ class Pairs(Sequence[Pair]):
 
         Example:
             >>> import json
+            >>> prompts = {"clean_prefix": "Mary met John . John gave it to", "patch_prefix": "Mary met John . Mary gave it to"}
             >>> answers = {"clean_answer": " Mary", "patch_answer": " John"}
-            >>> prompts = {"clean_prefix": "Mary met John . John gave a hat to", "patch_prefix": "Mary met John . Mary gave a hat to"}
             >>> _ = (folder / "ioi.json").write_text(json.dumps({**prompts, **answers}))
             >>> len(fp.Pairs.from_feature_circuits(model, folder / "ioi.json"))
             1

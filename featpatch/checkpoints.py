@@ -25,6 +25,11 @@ class Demo(Loaded):
         model: the model, a TransformerBridge.
         saes: the SAEs as sae-lens objects, in the order of their hook points.
         folder: the folder of the checkpoints.
+
+    Example:
+        >>> model, saes = demo
+        >>> len(saes)
+        8
     """
 
     folder: Path
@@ -42,6 +47,11 @@ class Demo(Loaded):
 
         Raises:
             FeatpatchError: the task is unknown, or there are fewer than `n` pairs.
+
+        Example:
+            >>> pairs = demo.pairs("capitals", n=4)
+            >>> sorted(pairs[0].labels)
+            ['end', 'subject']
         """
         if task not in TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
@@ -51,7 +61,12 @@ class Demo(Loaded):
         return Pairs(tuple(random.Random(seed).sample(list(pairs), n)))
 
     def text(self) -> list[str]:
-        """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`."""
+        """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`.
+
+        Example:
+            >>> len(demo.text()) > 100
+            True
+        """
         return (self.folder / "text" / "held_out.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -100,6 +115,13 @@ def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
 
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.
+
+    Example:
+        >>> demo = fp.load_demo(progress=False)
+        >>> demo.model.cfg.n_layers
+        4
+        >>> demo.saes[0].cfg.metadata.hook_name
+        'blocks.0.hook_resid_pre'
     """
     root = folder()
     verify(root)

@@ -48,6 +48,11 @@ class Description:
         f1: how well the feature detects the label, from 0 to 1.
         fired, positions: the number of positions at which the feature is active, and of all positions, without special tokens.
         contexts: max-activating examples, strongest first and without duplicates, with the active token in brackets.
+
+    Example:
+        >>> (description,) = fp.max_activating(model, saes, effects.top(1).nodes, demo.text()[:60]).values()
+        >>> description.fired < description.positions
+        True
     """
 
     label: str
@@ -96,6 +101,12 @@ def max_activating(
     Raises:
         FeatpatchError: the model has no tokenizer, there are no texts or none with a word, or a node names a feature or an SAE
             that does not exist.
+
+    Example:
+        >>> nodes = effects.top(1).nodes
+        >>> described = fp.max_activating(model, saes, nodes, demo.text()[:60])
+        >>> described[nodes[0]].label, described[nodes[0]].fired >= 10, len(described[nodes[0]].contexts)
+        ('before', True, 3)
     """
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:

@@ -10,7 +10,15 @@ MAX_INTEGER = 2**63 - 1
 
 
 class FeatpatchError(ValueError):
-    """Error for unusable input; its message names the value, what was expected and what to do next."""
+    """Error for unusable input; its message names the value, what was expected and what to do next.
+
+    Example:
+        >>> try:
+        ...     pairs[0].positions("S3")
+        ... except fp.FeatpatchError as error:
+        ...     print(str(error).partition(":")[0])
+        a pair has no label 'S3'
+    """
 
     def __str__(self) -> str:
         return visible(super().__str__())

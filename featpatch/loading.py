@@ -97,7 +97,7 @@ def load(
         FeatpatchError: something can't be found, downloaded or read, or the SAEs were trained on differently processed weights.
 
     Example:
-        >>> loaded = fp.load(demo.folder / "model", demo.folder / "saes" / "blocks.2.hook_resid_pre", progress=False)
+        >>> loaded = fp.load(demo.folder / "model", demo.folder / "saes" / "blocks.2.hook_resid_pre", pairs=pairs, progress=False)
         >>> loaded.check.ok
         True
         >>> model, saes = loaded

@@ -59,6 +59,13 @@ class Node:
     """A value that can be patched: `kind` (and `index`, for a feature) of dictionary `sae` at hook point `site` and `position`.
 
     `sae` is the name of the dictionary; it may be empty if only one dictionary writes to the hook point.
+
+    Example:
+        >>> node = fp.Node("blocks.1.hook_resid_pre", "feature", 433, position="S2", sae="blocks.1.hook_resid_pre")
+        >>> node in effects.nodes
+        True
+        >>> str(fp.LOGITS)
+        'logits activation @ all'
     """
 
     site: str
@@ -97,7 +104,13 @@ LOGITS = Node("logits", "activation")
 
 @dataclass(frozen=True)
 class Edge(Node):
-    """A direct edge from a sender to a receiver."""
+    """A direct edge from a sender to a receiver.
+
+    Example:
+        >>> head = fp.Node("blocks.1.attn.hook_z", "head", 3, position="S2")
+        >>> print(fp.Edge.of(head, fp.LOGITS))
+        blocks.1.attn.hook_z head 3 @ S2 -> logits activation @ all
+    """
 
     sender: Node = LOGITS
     receiver: Node = LOGITS
@@ -108,7 +121,13 @@ class Edge(Node):
 
     @classmethod
     def of(cls, sender: Node, receiver: Node) -> "Edge":
-        """Make an edge at the hook point of its receiver."""
+        """Make an edge at the hook point of its receiver.
+
+        Example:
+            >>> edge = fp.Edge.of(fp.Node("blocks.0.hook_mlp_out", "activation"), fp.LOGITS)
+            >>> edge.site, edge.kind
+            ('logits', 'edge')
+        """
         return cls(receiver.site, "edge", None, receiver.position, receiver.sae, sender, receiver)
 
     def __str__(self) -> str:
@@ -117,7 +136,13 @@ class Edge(Node):
 
 @dataclass(frozen=True)
 class Patch:
-    """Nodes that are swapped together, at one hook point or several."""
+    """Nodes that are swapped together, at one hook point or several.
+
+    Example:
+        >>> patch = fp.Patch(effects.top(3).nodes)
+        >>> len(patch.nodes)
+        3
+    """
 
     nodes: tuple[Node, ...]
 

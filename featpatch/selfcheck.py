@@ -136,6 +136,11 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
 
     Raises:
         FeatpatchError: the input is not valid, or every position of the prompts is special.
+
+    Example:
+        >>> check = fp.check(model, saes, pairs)
+        >>> check.ok, [fit.verdict for fit in check.fits]
+        (True, ['fits', 'fits'])
     """
     check_pairs(pairs)
     lens = wrap(model)

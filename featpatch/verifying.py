@@ -36,6 +36,11 @@ class Verified:
             metric's size if that is larger, because rounding errors are proportional to the size.
         tolerance: the largest accepted difference.
         versions: the libraries whose version differs from that of the table, as `name: then -> now`.
+
+    Example:
+        >>> verified = fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False)
+        >>> verified.ok, verified.table().columns.tolist()
+        (True, ['row', 'difference'])
     """
 
     nodes: tuple[Node, ...]
@@ -86,6 +91,10 @@ def verify(
     Raises:
         FeatpatchError: the model, pairs or SAEs are not those of the table; or the table holds estimates, ablations, effects of
             prompts corrupted by noise, or a metric that is a function.
+
+    Example:
+        >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).ok
+        True
     """
     check_kinds(Effects, effects=effects)
     about = effects.metadata

@@ -24,6 +24,14 @@ class Calibration:
         estimate, exact: the pooled effects, `[nodes]`.
         effect: the effect that is compared.
         signed: whether estimates have a sign; if not, `exact` holds absolute values.
+
+    Example:
+        >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+        >>> calibration = fp.calibrate(estimates, effects)
+        >>> calibration.table(k=10)["site"].tolist()
+        ['all', 'blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
+        >>> calibration.misses(3).columns.tolist()
+        ['node', 'estimate', 'exact']
     """
 
     nodes: tuple[Node, ...]
@@ -94,6 +102,12 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
     Raises:
         FeatpatchError: if the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions,
             model or SAEs, hold nodes of different kinds, or do not both have the effect.
+
+    Example:
+        >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
+        >>> table = fp.calibrate(estimates, effects).table()
+        >>> round(float(table["recall"][0]), 1)
+        0.6
     """
     check_kinds(Effects, estimate=estimate, exact=exact)
     if estimate.value != "estimate" or exact.value != "exact":

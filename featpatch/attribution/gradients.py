@@ -188,6 +188,13 @@ class Gradients:
 
     Raises:
         FeatpatchError: if the input is unusable.
+
+    Example:
+        >>> gradients = fp.Gradients(model, pairs, method="ig", steps=4)
+        >>> estimates = fp.rank_features(model, saes[0], pairs, positions=["S2"], method=gradients, progress=False)
+        >>> others = fp.rank_features(model, saes[0], pairs, positions=["end"], method=gradients, progress=False)
+        >>> estimates.value, len(others) > 0
+        ('estimate', True)
     """
 
     def __init__(

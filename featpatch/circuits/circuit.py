@@ -32,6 +32,14 @@ class FaithfulnessCurve:
         sizes: the numbers of items.
         faithfulness: the exact faithfulness of the circuit of each size.
         low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
+
+    Example:
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+        >>> curve = circuit.curve([0.0, 0.4, 1.0])
+        >>> curve.table()["size"].tolist()
+        [0, 2, 5]
+        >>> 0 <= curve.cpr <= 1
+        True
     """
 
     shares: tuple[float, ...]
@@ -93,6 +101,12 @@ class Circuit:
             the search ranks nothing.
         metadata: how the circuit was found, and its provenance.
         again: a function that finds a circuit in the same way for other pairs.
+
+    Example:
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+        >>> low, high = circuit.faithfulness_interval
+        >>> len(circuit), low <= circuit.faithfulness <= high
+        (3, True)
     """
 
     graph: Graph
@@ -129,6 +143,11 @@ class Circuit:
         Returns:
             One row per subset: `removed` (the number of items), `circuit` and `model` (faithfulness without them), and
             `incompleteness`.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> circuit.completeness(subsets=3).columns.tolist()
+            ['removed', 'circuit', 'model', 'incompleteness']
         """
         check_numbers(1, subsets=subsets)
         check_numbers(0, seed=seed)
@@ -144,7 +163,14 @@ class Circuit:
                              "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
     def minimality(self) -> pd.DataFrame:
-        """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first."""
+        """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> loss = circuit.minimality()["loss"]
+            >>> len(loss), loss.is_monotonic_increasing
+            (3, True)
+        """
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
         without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
@@ -160,6 +186,11 @@ class Circuit:
 
         Raises:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> circuit.curve([0.0, 0.4, 1.0]).sizes
+            (0, 2, 5)
         """
         if not len(self.scores):
             raise FeatpatchError(
@@ -185,6 +216,11 @@ class Circuit:
         Returns:
             One row per drawing: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
             on the pairs drawn.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> circuit.stability(resamples=1)["size"].tolist()
+            [3]
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
@@ -198,12 +234,25 @@ class Circuit:
         return pd.DataFrame(rows)
 
     def to_networkx(self) -> Any:
-        """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing."""
+        """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> graph = circuit.to_networkx()
+            >>> graph.number_of_nodes()
+            3
+        """
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
         return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
-        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`."""
+        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`.
+
+        Example:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
+            'circuit.html'
+        """
         return write(path, interactive(self.to_networkx(), title or repr(self)))
 
     def __repr__(self) -> str:

@@ -188,6 +188,11 @@ def find_circuit(
 
     Raises:
         FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
+
+    Example:
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(10), size=5, progress=False)
+        >>> len(circuit), circuit.faithfulness > 0.2
+        (5, True)
     """
     check_pairs(pairs)
     for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),

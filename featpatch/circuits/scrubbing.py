@@ -39,6 +39,12 @@ class Hypothesis:
             at `hook_z`, MLPs, the embedding `Node("hook_embed", "activation")`), each with its label: two prompts with the same
             label are interchangeable for the sender. The output of a sender without parents of its own is taken whole from a
             prompt with the same label.
+
+    Example:
+        >>> embedding = fp.Node("hook_embed", "activation")
+        >>> hypothesis = fp.Hypothesis({fp.LOGITS: {embedding: lambda pair: pair.clean[-1]}})
+        >>> len(hypothesis.parents)
+        1
     """
 
     parents: Mapping[Node, Mapping[Node, Label]]
@@ -94,6 +100,15 @@ def scrub(
 
     Raises:
         FeatpatchError: if the input is unusable, the prompts have unequal lengths, or the model's graph lacks a node.
+
+    Example:
+        >>> template = "When {IO} and {S1} went to the {place}, {S2} gave a {object} to"
+        >>> equally_long = fp.tasks.ioi(model, 8, templates=[template])
+        >>> mlp = fp.Node("blocks.3.hook_mlp_out", "activation")
+        >>> hypothesis = fp.Hypothesis({fp.LOGITS: {mlp: lambda pair: pair.correct}})  # the MLP depends only on the answer
+        >>> scrubbed = fp.scrub(model, equally_long, hypothesis, draws=2, progress=False)
+        >>> len(scrubbed.values), scrubbed.recovered < 0.5
+        (8, True)
     """
     check_pairs(pairs)
     if not isinstance(hypothesis, Hypothesis) or not isinstance(hypothesis.parents, Mapping):

@@ -204,6 +204,13 @@ class Comparison:
         table: one row per component and dictionary at the same hook point and position, see `joined`.
         agreement: for each effect, the agreement of components and features on the ranking of hook points and positions.
         written: the contributions of components to features; None if no model was given.
+
+    Example:
+        >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
+        >>> comparison.writers[["sae", "feature", "site", "share"]].shape[1]
+        4
+        >>> comparison.plot().layout.xaxis.title.text
+        'sum over single features'
     """
 
     features: Effects
@@ -296,6 +303,13 @@ def compare(
     Raises:
         FeatpatchError: the tables are of different pairs, metrics or models, share no direction, or are not tables of features
             and of components; a model is given without SAEs and pairs; or these are not those that were ranked.
+
+    Example:
+        >>> both = fp.rank_features(model, saes[:1], pairs, positions=["S2", "end"], progress=False)
+        >>> layers = fp.rank_components(model, pairs, sites="resid_pre", positions=["S2", "end"], progress=False)
+        >>> comparison = fp.compare(both, layers)
+        >>> comparison.agreement["recovery"].points, comparison.table["sae"].nunique()
+        (2, 1)
     """
     check_kinds(Effects, features=features, components=components)
     check_numbers(1, top=top)

@@ -76,6 +76,11 @@ def figure(graph: Any) -> Any:
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+
+    Example:
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
+        >>> fp.diagram.figure(graph).write_html(folder / "graph.html")
     """
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
@@ -199,6 +204,13 @@ def dot(graph: Any) -> str:
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+
+    Example:
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
+        >>> text = fp.diagram.dot(graph)
+        >>> "digraph" in text, text.count("head")
+        (True, 10)
     """
     import pydot
 

@@ -227,6 +227,12 @@ def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node
         effects: the effect of each.
         users: a function that returns the heads that a receiver is part of, for models in which several heads share a key and
             value; each of these heads gets the edge.
+
+    Example:
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
+        >>> graph.number_of_nodes()
+        5
     """
     made = nx.DiGraph()
     for item, effect in zip(items, effects, strict=True):

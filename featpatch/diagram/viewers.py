@@ -49,6 +49,16 @@ def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: st
     Raises:
         FeatpatchError: a position is not a token index, the slug does not fit into an address, there is more than one output,
             or the graph can't be shown.
+
+    Example:
+        >>> import json
+        >>> mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, 27) for layer in range(2)]
+        >>> graph = fp.diagram.graph([fp.Edge.of(mlps[0], mlps[1]), fp.Edge.of(mlps[1], fp.LOGITS)], [0.5, 0.2])
+        >>> tokens = model.tokenizer.convert_ids_to_tokens(pairs[0].clean)
+        >>> viewed = fp.diagram.attribution_graph(graph, tokens=tokens, slug="ioi", model="demo")
+        >>> _ = (folder / "ioi.json").write_text(json.dumps(viewed))
+        >>> len(viewed["nodes"]), len(viewed["links"])
+        (3, 2)
     """
     said = content(graph)
     if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
@@ -175,13 +185,27 @@ def interactive(graph: Any, title: str) -> str:
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+
+    Example:
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
+        >>> page = fp.diagram.interactive(graph, title="Heads at S2")
+        >>> "Heads at S2" in page
+        True
     """
     said = content(graph)
     return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections(graph))
 
 
 def sections(graph: Any) -> list[Section]:
-    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges."""
+    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges.
+
+    Example:
+        >>> strongest = components.top(5)
+        >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
+        >>> len(fp.diagram.sections(graph))
+        2
+    """
     said = content(graph)
     names = [label(node) for node in said.nodes]
     edges = pd.DataFrame(

@@ -56,6 +56,13 @@ class Measured:
         value: `"exact"` for patched runs, `"estimate"` for estimates.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
         others: tables of the same patches for further metrics, by the metric's name; see `metric`.
+
+    Example:
+        >>> len(effects.gap) == len(pairs)
+        True
+        >>> strongest = effects.top(1)
+        >>> strongest.nodes[0].index, strongest.pooled("recovery").round(2).tolist()
+        (433, [0.03])
     """
 
     nodes: tuple[Node, ...]
@@ -89,6 +96,13 @@ class Measured:
 
         Raises:
             FeatpatchError: this metric was not measured.
+
+        Example:
+            >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
+            >>> both.metrics
+            ['logit_diff', 'log_prob']
+            >>> both.metric("log_prob").nodes == both.nodes
+            True
         """
         if name not in self.metrics:
             raise FeatpatchError(
@@ -97,7 +111,12 @@ class Measured:
         return cast(T, self.others.get(name, self))
 
     def changes(self, effect: Effect) -> "csr_array[Any]":
-        """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0."""
+        """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0.
+
+        Example:
+            >>> effects.changes("recovery").toarray().shape == (len(effects), len(pairs))
+            True
+        """
         return csr_array((self._entries(effect), (self.row, self.pair)), shape=(len(self.nodes), len(self.clean)))
 
     def _entries(self, effect: Effect) -> Array:
@@ -119,6 +138,11 @@ class Measured:
             effect: `"recovery"` or `"degradation"`.
             over: `"all"` pools over all pairs, `"changed"` over those in which the node differs, with NaN if their mean gap is
                 near zero.
+
+        Example:
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.pooled("recovery").round(2).tolist()
+            [1.0]
         """
         gaps = self._gaps(over)
         result: Array = self.changes(effect).sum(axis=1) / gaps
@@ -143,7 +167,12 @@ class Measured:
         return np.where(np.abs(gap) > statistics.NEAR_ZERO * np.maximum(clean, corrupted), gap, np.nan)
 
     def per_pair(self, effect: Effect) -> Array:
-        """Return the effect in each pair, change over gap, `[rows, pairs]`; NaN in pairs whose own gap is near zero."""
+        """Return the effect in each pair, change over gap, `[rows, pairs]`; NaN in pairs whose own gap is near zero.
+
+        Example:
+            >>> effects.top(3).per_pair("recovery").shape
+            (3, 8)
+        """
         result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.gap, np.nan)
         return result
 
@@ -157,6 +186,11 @@ class Measured:
 
         A pair in which the node does not change counts as exactly 0, so that the median of a node that changes in fewer
         than half of the pairs is 0.
+
+        Example:
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.median("degradation").round(2).tolist()
+            [1.0]
         """
         ratios = self.per_pair(effect)[:, self.with_gap]
         return np.median(ratios, axis=1) if ratios.size else np.full(len(self), np.nan)
@@ -166,6 +200,11 @@ class Measured:
 
         It is NaN if the pooled effect has no sign, because the node changes in no pair, or its changes add up to 0 or are not
         all known.
+
+        Example:
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.sign_consistency("recovery").tolist()
+            [1.0]
         """
         change, total = self._entries(effect), self.changes(effect).sum(axis=1)
         agree = np.bincount(self.row, np.sign(change) == np.sign(total)[self.row], minlength=len(self))
@@ -189,6 +228,12 @@ class Measured:
             effect: `"recovery"` or `"degradation"`.
             over: `"all"` resamples all pairs, `"changed"` only those in which the node differs. With fewer than about 10 of
                 these the interval tends to be too narrow.
+
+        Example:
+            >>> strongest = effects.top(3)
+            >>> low, high = strongest.interval("recovery").T
+            >>> bool((low <= strongest.pooled("recovery")).all())
+            True
         """
         return self._once(f"interval {effect} {over}", lambda: self._interval(effect, over))
 
@@ -224,6 +269,11 @@ class Measured:
 
         Raises:
             FeatpatchError: the threshold is not between 0 and 1.
+
+        Example:
+            >>> strict = effects.with_threshold(0.5)
+            >>> effects.threshold, strict.threshold
+            (0.01, 0.5)
         """
         check_threshold(threshold)
         others = {name: other.with_threshold(threshold) for name, other in self.others.items()}
@@ -236,6 +286,10 @@ class Measured:
         `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
         single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
         `effects/quadrants.py`.
+
+        Example:
+            >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").quadrants()
+            ['both directions']
         """
         unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
         intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
@@ -246,6 +300,10 @@ class Measured:
 
         It is 1, the whole behaviour, for whole activations themselves and for rows whose hook point and position have no whole
         activation in the table; NaN in a direction that was not run.
+
+        Example:
+            >>> effects.top(1).carried("recovery").round(2).tolist()
+            [1.0]
         """
         whole = self.whole
         if effect not in self.directions_run():
@@ -268,6 +326,11 @@ class Measured:
         """Return two-sided p-values of a sign-flip permutation test over pairs, `[rows]`; see `statistics.sign_flip`.
 
         They are NaN with a single pair, for a node that changes in no pair, and if values are missing.
+
+        Example:
+            >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
+            >>> whole.p_values("recovery").round(4).tolist(), whole.smallest_p.round(4).tolist()
+            ([0.0078], [0.0078])
         """
 
         def compute() -> Array:
@@ -286,6 +349,11 @@ class Measured:
         The q-values are those of the table that the rows were taken from: looking at the top 20 of 20,000 rows does not reduce
         the number of tests to 20. After `save` and `load` of taken rows, the other rows are counted with a p-value of 1; the
         q-values can then be too large, but never too small.
+
+        Example:
+            >>> strongest = effects.top(1)
+            >>> bool(strongest.q_values("recovery")[0] >= strongest.p_values("recovery")[0])
+            True
         """
         whole = self.whole
         q, testable = np.full(len(whole), np.nan), whole.smallest_p <= statistics.TESTABLE
@@ -323,6 +391,11 @@ class Measured:
 
         Raises:
             FeatpatchError: an effect was not run.
+
+        Example:
+            >>> sizes = effects.sizes(["recovery"])
+            >>> bool((sizes == abs(effects.pooled("recovery"))).all())
+            True
         """
         if effects is not None and not set(effects) <= set(self.directions_run()):
             raise FeatpatchError(
@@ -336,6 +409,13 @@ class Measured:
 
         Raises:
             FeatpatchError: a row is given twice or does not exist.
+
+        Example:
+            >>> effects.take([0, 1]).nodes == effects.nodes[:2]
+            True
+            >>> often = effects.take(effects.changed_pairs >= 6)
+            >>> 0 < len(often) < len(effects)
+            True
         """
         order = _indices(rows, len(self), "row")
         new = np.full(len(self.nodes), -1)
@@ -358,7 +438,12 @@ class Measured:
         return bool(self.metadata.get("finished", True))
 
     def known(self: T) -> T:
-        """Return the rows whose values are all known; after an interruption, those that were finished in every pair."""
+        """Return the rows whose values are all known; after an interruption, those that were finished in every pair.
+
+        Example:
+            >>> len(effects.known()) == len(effects)
+            True
+        """
         runs = {"recovery": self.denoised, "degradation": self.noised}
         missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
         return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
@@ -368,6 +453,11 @@ class Measured:
 
         Raises:
             FeatpatchError: a pair is given twice or does not exist.
+
+        Example:
+            >>> half = effects.of_pairs(range(0, len(pairs), 2))
+            >>> len(half.gap)
+            4
         """
         pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
         kept = np.isin(self.pair, pairs)
@@ -397,6 +487,11 @@ class Measured:
 
         Raises:
             FeatpatchError: a node has no such field.
+
+        Example:
+            >>> errors = effects.where(kind="error")
+            >>> [node.sae for node in errors.nodes]
+            ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
         """
         unknown = set(wanted) - set(Node.__dataclass_fields__)
         if unknown:
@@ -420,6 +515,12 @@ class Measured:
 
         Raises:
             FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
+
+        Example:
+            >>> effects.top(3).nodes[0].index
+            433
+            >>> len(effects.top(10, by="degradation_where_changed", least_changed=2))
+            10
         """
         effect, over = sorting(by, self.directions_run())
         least = least_to_sort(over, least_changed, len(self.clean))
@@ -429,11 +530,21 @@ class Measured:
         return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
 
     def directions_run(self) -> list[Effect]:
-        """Return the effects that were run, recovery first."""
+        """Return the effects that were run, recovery first.
+
+        Example:
+            >>> effects.directions_run()
+            ['recovery', 'degradation']
+        """
         return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
 
     def about(self) -> dict[str, Any]:
-        """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features."""
+        """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features.
+
+        Example:
+            >>> effects.about()["metric"]
+            'logit_diff'
+        """
         about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
         if "screening" in about:
             about["screening"] = {

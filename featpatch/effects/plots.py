@@ -18,7 +18,12 @@ WORDS = {"activation": "whole activation", "all_features": "all features", "erro
 
 @dataclass(frozen=True)
 class Plots:
-    """The figures of one table; each method returns a `plotly.graph_objects.Figure`."""
+    """The figures of one table; each method returns a `plotly.graph_objects.Figure`.
+
+    Example:
+        >>> [trace.name for trace in effects.plot.quadrants().data][:2]
+        ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
+    """
 
     effects: Measured
 
@@ -27,6 +32,11 @@ class Plots:
 
         Raises:
             FeatpatchError: only one direction was run.
+
+        Example:
+            >>> effects.plot.quadrants().write_html(folder / "quadrants.html")
+            >>> (folder / "quadrants.html").exists()
+            True
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
@@ -53,6 +63,10 @@ class Plots:
 
         Args:
             effect: the effect to plot; by default recovery if it was run, else degradation.
+
+        Example:
+            >>> effects.plot.sites("degradation").layout.yaxis.title.text
+            'degradation'
         """
         import plotly.graph_objects as go
 
@@ -76,6 +90,12 @@ class Plots:
 
         Raises:
             FeatpatchError: the table has no row of this kind.
+
+        Example:
+            >>> heads = fp.rank_components(model, pairs, sites="z", positions=["S2", "end"], progress=False)
+            >>> figure = heads.plot.heatmap("recovery", kind="head")
+            >>> figure.data[0].type
+            'heatmap'
         """
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots  # type: ignore[import-untyped]

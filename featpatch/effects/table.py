@@ -21,6 +21,13 @@ class Effects(Measured):
     """A table of effects, with one row per node: the result of every sweep and of every gradient estimate.
 
     Values and statistics are those of `Measured`. This class adds tables, figures, files and the audit of a screened ranking.
+
+    Example:
+        >>> strongest = effects.top(3)
+        >>> strongest.nodes[0].index, round(float(strongest.pooled("degradation")[0]), 2)
+        (433, 0.07)
+        >>> sum(quadrant == "both directions" for quadrant in effects.quadrants())
+        2
     """
 
     def audit(
@@ -39,6 +46,13 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: the ranking was not screened, the sweep was interrupted, or only some rows of the table were saved.
+
+        Example:
+            >>> screen = fp.Screen(k=20, audit=80)
+            >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
+            >>> audit = screened.audit(top=10)
+            >>> audit.screened, audit.sampled, audit.recall >= 0.5
+            (20, 80, True)
         """
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:
@@ -73,6 +87,11 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+
+        Example:
+            >>> stability = effects.stability("recovery", top=10)
+            >>> stability.overlap > stability.chance
+            True
         """
         return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
 
@@ -84,6 +103,12 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: no pair has this tag, or all have the same value of it.
+
+        Example:
+            >>> two = fp.Pairs((*fp.tasks.ioi(model, 4), *fp.tasks.ioi(model, 4, corruptions="swap_names")))
+            >>> table = fp.rank_components(model, two, sites="resid_pre", positions=["S2"], progress=False)
+            >>> table.by_tag("corruption", "recovery")[["recovery_swap_s2", "recovery_swap_names"]].shape
+            (4, 2)
         """
         return Frame(frames.by_tag(self, tag, effect))
 
@@ -95,6 +120,13 @@ class Effects(Measured):
         `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
         directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
         metric's name: `prob_recovery`.
+
+        Example:
+            >>> table = effects.top(5).to_pandas()
+            >>> table[["index", "recovery", "recovery_low", "recovery_high"]].shape
+            (5, 4)
+            >>> bool((table["recovery_low"] <= table["recovery"]).all())
+            True
         """
         return Frame(frames.full(self))
 
@@ -104,6 +136,10 @@ class Effects(Measured):
         The columns hold the effect of the whole activation, of all features with the error kept, of the error alone, and of
         their interaction, whole - features - error. A node without a row in the table is the same in both runs and has exactly
         no effect.
+
+        Example:
+            >>> effects.sites().set_index("sae")["recovery_activation"].round(2).to_dict()
+            {'blocks.1.hook_resid_pre': 1.0, 'blocks.3.hook_resid_post': 0.0}
         """
         return Frame(frames.by_site(self))
 
@@ -113,7 +149,13 @@ class Effects(Measured):
         return Plots(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write the table to a safetensors file, with metadata as JSON in its header."""
+        """Write the table to a safetensors file, with metadata as JSON in its header.
+
+        Example:
+            >>> path = effects.save(folder / "ioi.safetensors")
+            >>> len(fp.Effects.load(path)) == len(effects)
+            True
+        """
         return storage.save(self, as_path(path))
 
     @classmethod
@@ -122,6 +164,11 @@ class Effects(Measured):
 
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
+
+        Example:
+            >>> path = effects.save(folder / "ioi.safetensors")
+            >>> fp.Effects.load(path).top(1).nodes == effects.top(1).nodes
+            True
         """
         first, *others = [cls(**fields) for fields in storage.load(as_path(path))]
         table = replace(first, others={other.metadata["metric"]: other for other in others})

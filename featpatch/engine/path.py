@@ -128,7 +128,14 @@ class PatchPath(Protocol):
 
 
 class SlowPathWarning(FeatpatchWarning):
-    """Warning that a model runs through its own forward pass, which is right but slower than the fast one."""
+    """Warning that a model runs through its own forward pass, which is right but slower than the fast one.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", fp.SlowPathWarning)  # refuse the slow path
+        ...     table = fp.rank_components(model, pairs, positions=["S2"], progress=False)
+    """
 
 
 def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> PatchPath:

@@ -82,6 +82,13 @@ class Checklist:
         findings: the outcomes, one per pair and rule.
         clean, corrupted: the metric on each clean and each corrupted prompt; log p(right) - log p(wrong) if answers are
             sequences, and log p(right) if there are no wrong ones.
+
+    Example:
+        >>> checklist = pairs.check(model)
+        >>> checklist.verdicts().count("fail"), checklist.counts()["duplicate"]
+        (0, {'pass': 8, 'warn': 0, 'fail': 0})
+        >>> checklist.to_pandas().columns.tolist()
+        ['pair', 'rule', 'status', 'detail', 'advice']
     """
 
     findings: tuple[Finding, ...]

@@ -40,6 +40,11 @@ class Pair:
         special: the positions of BOS and other special tokens, which are never patched by default.
         tags: a description of how the pair was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
         correct_sequences, wrong_sequences: the token ids of each right and each wrong answer, e.g. `((5, 9), (7,))`.
+
+    Example:
+        >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
+        >>> pair.first_difference
+        1
     """
 
     clean: tuple[int, ...]
@@ -130,6 +135,11 @@ class Pair:
 
         Raises:
             FeatpatchError: the pair has no such position or label.
+
+        Example:
+            >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
+            >>> pair.positions("subject"), pair.positions("all")
+            ([1], [0, 1, 2])
         """
         if position == "all":
             return [p for p in range(len(self)) if p not in self.special]

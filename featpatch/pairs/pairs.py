@@ -28,7 +28,15 @@ Table = Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
-    """A sequence of pairs; different pairs may have different lengths, the two prompts of a pair may not."""
+    """A sequence of pairs; different pairs may have different lengths, the two prompts of a pair may not.
+
+    Example:
+        >>> len(pairs), sorted(pairs[0].labels)
+        (8, ['IO', 'S1', 'S2', 'end'])
+        >>> short = fp.Pairs(tuple(pair for pair in pairs if len(pair) <= 24))
+        >>> len(short)
+        3
+    """
 
     pairs: tuple[Pair, ...]
 
@@ -83,6 +91,18 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label is
                 outside the prompt or at another position of the corrupted prompt, or the labels can't be aligned.
+
+        Example:
+            >>> pairs = fp.Pairs.from_prompts(
+            ...     model,
+            ...     clean=["When Mary and John went to the store, John gave a drink to"],
+            ...     corrupted=["When Mary and John went to the store, Mary gave a drink to"],
+            ...     correct=[" Mary"],
+            ...     wrong=[" John"],
+            ...     labels=[{"S2": 10}],
+            ... )
+            >>> pairs[0].first_difference
+            10
         """
         columns: dict[str, Any] = {"clean": clean, "corrupted": corrupted, "correct": correct}
         check_kinds(Sized, clean=clean, wrong=[] if wrong is None else wrong)
@@ -122,6 +142,11 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: a table does not hold integers, lengths are unequal, there are no pairs, a label is outside the
                 prompt, or padding is between tokens or can't be told from BOS or EOS.
+
+        Example:
+            >>> pairs = fp.Pairs.from_tokens([[5, 6, 7]], [[5, 8, 7]], correct=[9], wrong=[10], labels=[{"subject": 1}])
+            >>> pairs[0].first_difference
+            1
         """
         given = {"clean": clean, "corrupted": corrupted, "correct": correct}
         given["wrong"] = wrong if wrong is not None else torch.zeros(len(clean), 0, dtype=torch.long)
@@ -168,6 +193,11 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file is missing, or a line is not JSON, lacks a field or does not make a valid pair.
+
+        Example:
+            >>> again = fp.Pairs.from_jsonl(model, pairs.to_jsonl(folder / "pairs.jsonl"))
+            >>> again == pairs
+            True
         """
         return cls._of_lines(tokenizer, json_lines(path, NEEDED), align, filler, long_answers)
 
@@ -186,6 +216,11 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: `size` is below 1, the file has no pairs, or it can't be read, see `from_jsonl`.
+
+        Example:
+            >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
+            >>> [len(block) for block in fp.Pairs.blocks_from_jsonl(model, path, size=3)]
+            [3, 3, 2]
         """
         check_numbers(1, size=size)
         empty = True
@@ -220,6 +255,11 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file is missing or lacks a column, or a line does not make a valid pair.
+
+        Example:
+            >>> path = pairs.to_csv(folder / "pairs.csv", tokenizer=model)
+            >>> len(fp.Pairs.from_csv(model, path))
+            8
         """
         columns, rows = csv_rows(path)
         have_columns(repr(str(path)), columns, NEEDED)
@@ -239,6 +279,13 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: it is not a DataFrame or lacks a column, or a row does not make a valid pair.
+
+        Example:
+            >>> import pandas as pd
+            >>> prompts = {"clean": "When Mary and John met, John gave a hat to", "corrupted": "When Mary and John met, Mary gave a hat to"}
+            >>> frame = pd.DataFrame([{**prompts, "correct": " Mary", "wrong": " John", "template": "met"}])
+            >>> fp.Pairs.from_pandas(model, frame)[0].tags
+            {'template': 'met'}
         """
         import pandas
 
@@ -267,6 +314,14 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
+
+        Example:
+            >>> import json
+            >>> prompts = {"clean_prefix": "Mary met John . John gave it to", "patch_prefix": "Mary met John . Mary gave it to"}
+            >>> answers = {"clean_answer": " Mary", "patch_answer": " John"}
+            >>> _ = (folder / "ioi.json").write_text(json.dumps({**prompts, **answers}))
+            >>> len(fp.Pairs.from_feature_circuits(model, folder / "ioi.json"))
+            1
         """
         return cls(feature_circuits(tokenizer, path, skip=skip))
 
@@ -284,6 +339,13 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
+
+        Example:
+            >>> import pandas as pd
+            >>> row = {"clean": "John gave it to", "corrupted": "Mary gave it to", "correct_idx": 126, "incorrect_idx": 103}
+            >>> pd.DataFrame([row]).to_csv(folder / "ioi.csv", index=False)
+            >>> fp.Pairs.from_eap_ig(model, folder / "ioi.csv")[0].correct
+            (126,)
         """
         return cls(eap_ig(tokenizer, path, corrupted=corrupted, skip=skip))
 
@@ -298,6 +360,14 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
+
+        Example:
+            >>> import json
+            >>> prompts = {"clean": "John gave a hat to", "corrupt": "Mary gave a hat to"}
+            >>> answers = {"answers": [" Mary"], "wrong_answers": [" John"]}
+            >>> _ = (folder / "ioi.json").write_text(json.dumps({"prompts": [{**prompts, **answers}]}))
+            >>> len(fp.Pairs.from_auto_circuit(model, folder / "ioi.json"))
+            1
         """
         return cls(auto_circuit(tokenizer, path, skip=skip))
 
@@ -349,6 +419,11 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
+
+        Example:
+            >>> checklist = pairs.check(model)
+            >>> checklist.ok, len(checklist.verdicts())
+            (True, 8)
         """
         return check(self, model, tokenizer=tokenizer, metric=metric)
 
@@ -361,6 +436,11 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: a status is unknown, the checklist is of other pairs, or no pair is left.
+
+        Example:
+            >>> good = pairs.drop(pairs.check(model), ["warn", "fail"])
+            >>> good.check(model).ok
+            True
         """
         check_kinds(Checklist, found=found)
         if len(found.clean) != len(self):
@@ -385,6 +465,11 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file can't be written, a label or tag is not valid Unicode, or the tokenizer can't decode.
+
+        Example:
+            >>> path = pairs.to_jsonl(folder / "pairs.jsonl", tokenizer=model)
+            >>> len(path.read_text().splitlines())
+            8
         """
         rows = [json.dumps(row, ensure_ascii=False) for row in each(partial(written, tokenizer=tokenizer), self.pairs)]
         with writing(path) as file:
@@ -403,6 +488,12 @@ class Pairs(Sequence[Pair]):
 
         Raises:
             FeatpatchError: the file can't be written, or the tokenizer can't decode.
+
+        Example:
+            >>> import pandas as pd
+            >>> path = pairs.to_csv(folder / "pairs.csv", tokenizer=model)
+            >>> pd.read_csv(path).columns[:4].tolist()
+            ['clean', 'corrupted', 'correct', 'wrong']
         """
         import pandas
 
@@ -410,7 +501,12 @@ class Pairs(Sequence[Pair]):
         return Path(path)
 
     def by_length(self) -> dict[int, list[int]]:
-        """Return the indices of the pairs, grouped by the number of tokens."""
+        """Return the indices of the pairs, grouped by the number of tokens.
+
+        Example:
+            >>> sum(len(indices) for indices in pairs.by_length().values())
+            8
+        """
         groups: dict[int, list[int]] = {}
         for index, pair in enumerate(self.pairs):
             groups.setdefault(len(pair), []).append(index)
@@ -424,7 +520,12 @@ class Pairs(Sequence[Pair]):
                 yield group[start : start + size]
 
     def digest(self) -> str:
-        """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags."""
+        """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags.
+
+        Example:
+            >>> pairs.digest() == demo.pairs("ioi", n=8).digest()
+            True
+        """
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]
         return sha256(json.dumps(content, sort_keys=True).encode())
 

@@ -27,6 +27,11 @@ class Controls:
     Attributes:
         feature: a table with the feature's row.
         random: a table with one row per random direction.
+
+    Example:
+        >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
+        >>> controls.share("degradation") < 0.1
+        True
     """
 
     feature: Effects
@@ -72,6 +77,13 @@ def random_controls(
 
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or the feature differs in no pair.
+
+    Example:
+        >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
+        >>> controls.feature.nodes[0].index, len(controls.random)
+        (433, 50)
+        >>> controls.share("degradation") < 0.1
+        True
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)

@@ -37,6 +37,13 @@ class Curve:
         single: the effects of single features, on the same pairs as the sets.
         sets: the effects of the sets, in rows of kind `set`; set n holds the first `sizes[n]` features.
         sizes: the number k of features in each set, by dictionary and position.
+
+    Example:
+        >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
+        >>> curve.table()[["k", "recovery", "recovery_low", "recovery_high"]].shape
+        (3, 4)
+        >>> curve.plot("recovery").layout.xaxis.title.text
+        'features together'
     """
 
     features: Mapping[Key, Sequence[int]]
@@ -116,6 +123,13 @@ def top_k_curve(
 
     Raises:
         FeatpatchError: if the input is unusable.
+
+    Example:
+        >>> curve = fp.top_k_curve(model, saes[0], pairs, most=8, positions=["S2"], progress=False)
+        >>> curve.table()["k"].tolist()
+        [1, 2, 3, 4, 5, 6, 7, 8]
+        >>> curve.table()[["recovery", "degradation"]].round(1).iloc[-1].to_dict()
+        {'recovery': 0.3, 'degradation': 0.4}
     """
     check_numbers(1, most=most)
     check_kinds(str, by=by)

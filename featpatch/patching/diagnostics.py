@@ -76,6 +76,11 @@ def diagnose(
 
     Raises:
         FeatpatchError: if there are no nodes, or a hook point, dictionary, feature, position or direction is unknown.
+
+    Example:
+        >>> table = fp.diagnose(model, saes, pairs, effects.top(3).nodes, directions=["denoising"])
+        >>> table[["index", "arrived", "leakage", "norm_ratio", "outside"]].shape
+        (3, 5)
     """
     check_pairs(pairs)
     ways = check_directions(directions)

@@ -205,6 +205,15 @@ def do(
         FeatpatchError: if a hook point is unknown, a feature index is out of range, the prompts have unequal lengths, tokens
             begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
             source, another `do` on this model has not ended, or the patch was never applied.
+
+    Example:
+        >>> import torch
+        >>> clean, corrupted = torch.tensor([pairs[0].clean]), torch.tensor([pairs[0].corrupted])
+        >>> name = fp.Node("blocks.0.hook_resid_pre", "activation", position=pairs[0].labels["S2"])
+        >>> with fp.do(model, fp.Patch((name,)), source=clean, base=corrupted):
+        ...     patched = model(corrupted)
+        >>> torch.allclose(patched, model(clean), atol=1e-3)  # the prompts differ only at S2
+        True
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")

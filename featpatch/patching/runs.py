@@ -34,6 +34,12 @@ class Noise:
         scale: standard deviation of the noise, as a multiple of the standard deviation of the embeddings of the prompt's
             tokens over all coordinates.
         seed: the seed of the noise, which is drawn anew for each pair.
+
+    Example:
+        >>> noise = fp.Noise(["S2"], scale=3.0)
+        >>> noisy = fp.rank_features(model, saes, pairs, positions=["S2"], noise=noise, progress=False)
+        >>> noisy.metadata["noise"]["positions"]
+        ['S2']
     """
 
     positions: Sequence[Position]

@@ -129,6 +129,11 @@ def interactions(
 
     Raises:
         FeatpatchError: if the input is unusable, or there are several dictionaries or fewer than two features.
+
+    Example:
+        >>> table = fp.interactions(model, saes[0], pairs, top=3, position="S2", progress=False)
+        >>> table[["one", "other", "recovery", "recovery_interaction"]].shape
+        (3, 4)
     """
     study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
     if features is None:
@@ -168,6 +173,11 @@ class Selection:
         effects: the effects of the growing sets in both directions; row n (kind `set`) is the first n + 1 features.
         effect, target: the effect and the share of the gap that were to be reached.
         reached: whether the target was reached.
+
+    Example:
+        >>> chosen = fp.select_features(model, saes[0], pairs, candidates=4, most=2, position="S2", progress=False)
+        >>> chosen.effect, len(chosen.effects)
+        ('recovery', 2)
     """
 
     features: Sequence[int]
@@ -214,6 +224,11 @@ def select_features(
 
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or no feature differs.
+
+    Example:
+        >>> chosen = fp.select_features(model, saes[0], pairs, candidates=16, most=3, position="S2", progress=False)
+        >>> len(chosen.features), chosen.reached
+        (3, False)
     """
     check_kinds(str, effect=effect)
     if effect not in EFFECTS or not _fits(target, candidates, most):

@@ -41,6 +41,11 @@ class Plan:
             machine; None for a metric that has no gradient, for components and for paths.
         counted, pairs: number of pairs that were counted, and number of pairs that there are.
         screens: whether the sweep is over features, which gradient estimates can screen.
+
+    Example:
+        >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
+        >>> plan.screened_seconds(k=20, audit=80) > plan.estimate_seconds
+        True
     """
 
     patches: int
@@ -111,6 +116,11 @@ def plan(
 
     Raises:
         FeatpatchError: if the input is unusable, or the arguments belong to different functions.
+
+    Example:
+        >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
+        >>> plan.nodes == len(effects.where(kind="feature")), plan.fast
+        (True, True)
     """
     some, asked = _of_all_lengths(check_pairs(pairs)), Asked(positions, directions, metric, batch_rows)
     _check_one_function(saes, sites, layers, senders, receivers, route, positions)

@@ -44,6 +44,12 @@ class Screen:
 
     Raises:
         FeatpatchError: if a number is out of range.
+
+    Example:
+        >>> screen = fp.Screen(k=20, audit=80)
+        >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
+        >>> len(screened.where(kind="feature"))
+        100
     """
 
     k: int = 200

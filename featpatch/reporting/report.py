@@ -75,6 +75,11 @@ def report(
     Raises:
         FeatpatchError: the pairs or SAEs are not those of the effects, the model has no tokenizer, only one of model and pairs
             is given, or the path is a folder.
+
+    Example:
+        >>> path = fp.report(effects, folder / "report.html", components=components)
+        >>> path.stat().st_size > 10_000
+        True
     """
     check_kinds(Effects, effects=effects)
     check_kinds((Effects, NoneType), components=components, estimate=estimate)

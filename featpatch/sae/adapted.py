@@ -82,6 +82,19 @@ def adapt(
     Raises:
         FeatpatchError: the object has no `encode` or no `decode`, is a class or a sae-lens object, or a hook point, the width
             or the skip path is not valid.
+
+    Example:
+        >>> import torch
+        >>> class Halves:  # two features for each coordinate: its positive and its negative part
+        ...     def encode(self, x):
+        ...         return torch.cat([x.relu(), (-x).relu()], dim=-1)
+        ...     def decode(self, features):
+        ...         positive, negative = features.chunk(2, dim=-1)
+        ...         return positive - negative
+        >>> halves = fp.dictionaries.adapt(Halves(), "blocks.1.hook_resid_pre", d_in=model.cfg.d_model)
+        >>> ranked = fp.rank_features(model, halves, pairs, positions=["S2"], progress=False)
+        >>> ranked.where(kind="all_features").pooled("recovery").round(1).tolist()
+        [1.0]
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an instance of it")

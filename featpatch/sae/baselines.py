@@ -36,6 +36,12 @@ def identity(model: Any, hook: str) -> Adapted:
 
     Raises:
         FeatpatchError: the model has no such hook point.
+
+    Example:
+        >>> coordinates = fp.dictionaries.identity(model, "blocks.1.hook_resid_pre")
+        >>> ranked = fp.rank_features(model, coordinates, pairs, positions=["S2"], progress=False)
+        >>> len(ranked.where(kind="feature")) == model.cfg.d_model
+        True
     """
     x = _activations(model, hook, torch.zeros(1, 1, dtype=torch.long))
     zero = x.new_zeros(x.shape[1])
@@ -48,6 +54,12 @@ def neurons(model: Any, layer: int) -> Adapted:
     Raises:
         FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),
             or whose weights are quantised.
+
+    Example:
+        >>> neurons = fp.dictionaries.neurons(model, layer=1)
+        >>> ranked = fp.rank_features(model, neurons, pairs, positions=["S2"], progress=False)
+        >>> len(ranked.where(kind="feature")) == model.cfg.d_mlp
+        True
     """
     reads, writes = sites.component(layer, "neurons"), sites.component(layer, "mlp_out")
     tokens = torch.zeros(1, 1, dtype=torch.long)
@@ -82,6 +94,12 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
 
     Raises:
         FeatpatchError: the model has no such hook point, or it has fewer coordinates than the components asked for.
+
+    Example:
+        >>> principal = fp.dictionaries.pca(model, "blocks.1.hook_resid_pre", pairs, components=10)
+        >>> ranked = fp.rank_features(model, principal, pairs, positions=["S2"], progress=False)
+        >>> len(ranked.where(kind="feature"))
+        10
     """
     rows = []
     check_numbers(1, components=1 if components is None else components)

@@ -129,6 +129,12 @@ class Stored:
         folder: the folder with `about.json` and, for each block, a Parquet file in `effects`, one in `pairs`, and their
             digests.
         metric: the metric whose effects are read; by default the first of those that were measured.
+
+    Example:
+        >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
+        >>> again = fp.Stored(folder / "ioi")  # for example in another session
+        >>> again.blocks, len(again.pairs)
+        (1, 8)
     """
 
     folder: Path
@@ -205,6 +211,11 @@ class Stored:
             One row per node, the largest effect first, with the number of pairs in which the node differs and the effects
             over these pairs alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has
             them.
+
+        Example:
+            >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> stored.pooled().columns[-3:].tolist()
+            ['changed_pairs', 'recovery_where_changed', 'degradation_where_changed']
         """
         check_gap(self.metric, self.pairs["clean"].to_numpy(), self.pairs["corrupted"].to_numpy())
         gap = float((self.pairs["clean"] - self.pairs["corrupted"]).sum())
@@ -238,6 +249,11 @@ class Stored:
 
         Raises:
             FeatpatchError: `by` was not run.
+
+        Example:
+            >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> stored.top(3).nodes == effects.top(3).nodes
+            True
         """
         table = self.pooled()
         run = [effect for effect in EFFECTS if effect in table]
@@ -254,7 +270,13 @@ class Stored:
         return self._effects(pd.concat([chosen, whole]), len(ranked)).take(range(len(chosen)))
 
     def load(self) -> Effects:
-        """Load all nodes as an `Effects` table in memory."""
+        """Load all nodes as an `Effects` table in memory.
+
+        Example:
+            >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
+            >>> set(stored.load().nodes) == set(effects.nodes)
+            True
+        """
         table = self.pooled()
         return self._effects(table, int(table["kind"].isin(RANKED).sum()))
 

@@ -57,6 +57,13 @@ def stream_features(
     Raises:
         FeatpatchError: the input is not valid, or the folder holds results of another model, other SAEs, options or pairs; the
             message names the block.
+
+    Example:
+        >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
+        >>> blocks = fp.Pairs.blocks_from_jsonl(model, path, size=4)
+        >>> stored = fp.stream_features(model, saes[0], blocks, folder / "ioi", positions=["S2"], progress=False)
+        >>> stored.blocks, len(stored.top(3))
+        (2, 3)
     """
     if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
         raise FeatpatchError(

@@ -63,6 +63,11 @@ def capitals(
 
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
+
+    Example:
+        >>> pairs = fp.tasks.capitals(model, 4)
+        >>> len(pairs), sorted(pairs[0].labels)
+        (4, ['end', 'relation', 'subject'])
     """
     kinds = chosen(corruptions, CORRUPTIONS, "corruption")
 

@@ -61,6 +61,11 @@ def ioi(
 
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
+
+    Example:
+        >>> pairs = fp.tasks.ioi(model, 4, corruptions=["swap_s2", "swap_names"])
+        >>> len(pairs), sorted(pairs[0].labels)
+        (4, ['IO', 'S1', 'S2', 'end'])
     """
     kinds = chosen(corruptions, CORRUPTIONS, "corruption")
     people, places, objects = (usable(tokenizer, words, least) for words, least in ((names, 5), (PLACES, 1), (OBJECTS, 1)))

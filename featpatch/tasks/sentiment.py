@@ -40,6 +40,11 @@ def sentiment(
 
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
+
+    Example:
+        >>> pairs = fp.tasks.sentiment(model, 4)
+        >>> len(pairs), sorted(pairs[0].labels)
+        (4, ['end', 'word1', 'word2'])
     """
     kinds = chosen(corruptions, CORRUPTIONS, "corruption")
 

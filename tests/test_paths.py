@@ -72,12 +72,12 @@ def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
     inside = [fp.Node(f"blocks.{layer}.attn.hook_{name}", "head", 3) for layer in (1, 2) for name in "qkvz"]
     receivers = [*late, *inside, fp.Node(MLP.format(1), "activation"), fp.Node(MLP.format(2), "activation"), fp.LOGITS]
     effects = fp.rank_paths(
-        small.model, pairs_of(small, [0]), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
+        small.model, pairs_of(small), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
     )
     assert {type(node) for node in effects.nodes} == {fp.Edge}
     assert {node.receiver for node in effects.nodes} == set(receivers)
     assert {node.sender for node in effects.nodes} == set(senders)
-    moved, looked_at = 0, range(0, len(effects.row), 9)
+    moved, looked_at = 0, range(0, len(effects.row), 13)
     for entry in looked_at:
         edge, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         for direction, found in (("denoising", effects.denoised[entry]), ("noising", effects.noised[entry])):

@@ -18,7 +18,7 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import path_study
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import dictionaries_if_any
 from featpatch.untrusted import visible
 
@@ -138,15 +138,15 @@ def verify(
 
 def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str]) -> Study:
     about = effects.metadata
-    asked = Asked(about["positions"], about["directions"], metrics)
+    options = Options(about["positions"], about["directions"], metrics)
     edges = frozenset(node for node in nodes if isinstance(node, Edge))
     if edges:
         senders, receivers = ({getattr(edge, end): None for edge in edges} for end in ("sender", "receiver"))
-        return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], asked, edges)[0]
+        return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], options, edges)[0]
     if "components" in about:
         layers = sorted({sites.layer_of(node.site) for node in nodes})
-        return component_study(model, pairs, about["components"], layers, asked)
-    return feature_study(model, saes, pairs, asked, frozenset(nodes))[0]
+        return component_study(model, pairs, about["components"], layers, options)
+    return feature_study(model, saes, pairs, options, frozenset(nodes))[0]
 
 
 def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import featpatch as fp
 from featpatch import sites
 from featpatch.patching.components import component_study
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 
 CLEAN = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24, 25, 26, 27]])
 CORRUPTED = torch.tensor([[11, 12, 18, 14, 15, 16, 17], [21, 22, 29, 24, 25, 28, 27]])
@@ -134,7 +134,7 @@ def test_every(small: Small) -> None:
 def test_counts_are_what_is_made(small: Small) -> None:
     """The progress bar's total."""
     names = ["resid_pre", "z", "q", "k", "pattern", "pattern_entry", "neurons"]
-    study = component_study(small.model, pairs_of(CLEAN, CORRUPTED), names, None, Asked([2, 6], ["denoising"]))
+    study = component_study(small.model, pairs_of(CLEAN, CORRUPTED), names, None, Options([2, 6], ["denoising"]))
     runs = study.runs((0, 1))
     for part in study.parts:
         swaps = part.swaps(runs)

@@ -28,7 +28,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
 from featpatch.patching.features import feature_study
 from featpatch.patching.runs import Kept, PairRuns, held
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 
 BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
@@ -133,7 +133,7 @@ def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pyt
     assert found.nodes == expected.nodes
     np.testing.assert_allclose(found.denoised, expected.denoised, rtol=0, atol=1e-10)
     assert sum(rows > 30 for rows in sizes) < 12, "what memory allows for is remembered"
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",)))
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",)))
 
     def never(*_: Any) -> Any:
         raise error
@@ -147,7 +147,7 @@ def test_other_errors_pass_through(small: Small, monkeypatch: pytest.MonkeyPatch
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes differ")
 
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",)))
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",)))
     monkeypatch.setattr(SuffixPath, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         study.run(None, progress=False)
@@ -347,7 +347,7 @@ def test_a_journal_is_readable(tmp_path: Path) -> None:
 def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     """Patches and operations, against the passes themselves and torch's own counter."""
     saes = [small.at(site) for site in SITES]
-    study, _ = feature_study(small.model, saes, pairs_of(small), Asked("each", ("denoising", "noising")))
+    study, _ = feature_study(small.model, saes, pairs_of(small), Options("each", ("denoising", "noising")))
     ((_, blocks),) = study.work()
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     sweep.baselines([block.run for block in blocks])
@@ -366,7 +366,7 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
 
 
 def test_a_trial_is_timed_once_warm(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge), Asked("all", ("denoising",), batch_rows=40))
+    study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge), Options("all", ("denoising",), batch_rows=40))
     ((_, blocks),) = study.work()
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     ran, run = [], sweep.run
@@ -393,7 +393,7 @@ def test_every_pair_is_run_and_encoded_once(bridge: Small, monkeypatch: pytest.M
     def sweep(room: int) -> tuple[fp.Effects, dict[str, int]]:
         monkeypatch.setattr("featpatch.patching.study.KEPT", room)
         monkeypatch.setattr(SuffixPath, "prepare", prepare_counted)
-        study, _ = feature_study(bridge.model, sae, pairs_of(bridge), Asked("each"))
+        study, _ = feature_study(bridge.model, sae, pairs_of(bridge), Options("each"))
         counted.update(tokens=0, encoded=0, traced=0)
         hook = bridge.model.blocks[0].register_forward_hook(lambda module, args, out: count("tokens", args[0].shape[1]))
         try:
@@ -506,7 +506,7 @@ def test_memory_of_a_gpu_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_batches_are_full_and_fit(small: Small, room: int) -> None:
     """All that can share a pass does; each patch is in one batch, and there with others only where all have room."""
     study, _ = feature_study(
-        small.model, small.at(SITES[0]), pairs_of(small), Asked("each", ("denoising", "noising"), batch_rows=40)
+        small.model, small.at(SITES[0]), pairs_of(small), Options("each", ("denoising", "noising"), batch_rows=40)
     )
     ((_, blocks),) = study.work()
     units = Sweep(study.path, study.readout.measures, study.rows).units(blocks)
@@ -522,7 +522,9 @@ def test_batches_are_full_and_fit(small: Small, room: int) -> None:
 
 def test_what_parts_find_stays_with_the_runs(small: Small) -> None:
     """Parts travel to workers as they were made."""
-    study, found = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Asked("all", ("denoising",), batch_rows=40))
+    study, found = feature_study(
+        small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",), batch_rows=40)
+    )
     for part in (*study.parts, RandomPart(found[0], 0, "all", 3, 0)):
         before, runs = {**vars(part)}, study.runs((0, 1, 2))
         part.swaps(runs)

@@ -14,7 +14,7 @@ from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.patching.paths import path_study
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 
 Z, MLP = "blocks.{}.attn.hook_z", "blocks.{}.hook_mlp_out"
 OPTIONS: dict[str, Any] = {"progress": False}
@@ -109,7 +109,9 @@ def test_positions(small: Small) -> None:
 def test_a_whole_receiver_takes_its_value_where_it_stands(bridge: Small) -> None:
     sender = fp.Node("blocks.0.hook_mlp_out", "activation")
     receivers = [fp.Node("blocks.2.hook_mlp_out", "activation", None, position) for position in (3, 6)]
-    study, _ = path_study(bridge.model, pairs_of(bridge), None, [sender], receivers, "direct", Asked(directions=["denoising"]))
+    study, _ = path_study(
+        bridge.model, pairs_of(bridge), None, [sender], receivers, "direct", Options(directions=["denoising"])
+    )
     for swaps, _ in study.work():
         for swap in swaps:
             assert set(swap.deltas["denoising"].position.tolist()) == {swap.nodes[0].position}

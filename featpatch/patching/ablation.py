@@ -28,7 +28,7 @@ from featpatch.patching.components import component_parts
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import Metrics
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 
 Values = tuple[torch.Tensor, ...]
@@ -317,7 +317,7 @@ def ablate(
         parts,
         about,
         pairs,
-        Asked(positions, ["noising"], metric, batch_rows),
+        Options(positions, ["noising"], metric, batch_rows),
         _contrast(lens, pairs, pairs if reference is None else reference, to, seed),
     )
     return study.run(journal, progress=progress, executor=executor)

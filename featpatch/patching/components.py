@@ -24,7 +24,7 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Directions, Run, Swap, count_whole, feature_swaps, whole_change, whole_swaps
 from featpatch.patching.parts import DictionaryPart, Part
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
 
@@ -279,11 +279,13 @@ def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ..
     return mask
 
 
-def component_study(model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, asked: Asked) -> Study:
+def component_study(
+    model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, options: Options
+) -> Study:
     """Return the validated experiment that `rank_components` runs with these arguments."""
     check_pairs(pairs)
     lens = wrap(model)
-    return Study.of(lens, *component_parts(lens, sites, layers, asked.positions), pairs, asked)
+    return Study.of(lens, *component_parts(lens, sites, layers, options.positions), pairs, options)
 
 
 def component_parts(

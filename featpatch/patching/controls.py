@@ -16,7 +16,7 @@ from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 from featpatch.untrusted import visible
 
 
@@ -87,7 +87,7 @@ def random_controls(
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
-    study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
+    study, dictionary = single_study(model, sae, pairs, position, Options("all", directions, metric, batch_rows))
     single = study.complete(progress=progress).where(kind="feature")
     own = single.top(1) if feature is None else single.where(index=feature)
     if not len(own):

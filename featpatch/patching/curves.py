@@ -17,7 +17,7 @@ from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import Noise
 from featpatch.patching.sets import MOST, SetPart
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 from featpatch.untrusted import in_figure, visible
 
 Key = tuple[str, Position]
@@ -139,12 +139,12 @@ def top_k_curve(
             f"by={by!r} with directions={list(directions)}: expected 'recovery' (denoising) or 'degradation' (noising), and "
             "its direction among directions"
         )
-    asked = Asked(positions, directions, metric, batch_rows, noise)
-    study, found = feature_study(model, saes, pairs, asked)
+    options = Options(positions, directions, metric, batch_rows, noise)
+    study, found = feature_study(model, saes, pairs, options)
     single = study.complete(progress=progress)
     ranking = single
     if rank_on is not None:
-        others, _ = feature_study(model, saes, rank_on, asked)
+        others, _ = feature_study(model, saes, rank_on, options)
         ranking = others.complete(progress=progress)
     features: dict[Key, list[int]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:

@@ -21,7 +21,7 @@ from featpatch.patching.changes import (
 )
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import Dictionary, dictionaries
 
 
@@ -96,34 +96,34 @@ def _naming(dictionary: Dictionary) -> Naming:
 
 
 def feature_study(
-    model: Any, saes: Any, pairs: Pairs, asked: Asked, only: frozenset[Node] | None = None
+    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None
 ) -> tuple[Study, list[Dictionary]]:
     """Return the validated experiment that `rank_features` runs with these arguments, and its dictionaries.
 
     Args:
         model, saes, pairs: as in `rank_features`.
-        asked: the other arguments of `rank_features`.
+        options: the other arguments of `rank_features`.
         only: the nodes that are patched; None for all.
     """
     check_pairs(pairs)
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    return Study.of(lens, [FeaturePart(found, only)], about, pairs, asked), found
+    return Study.of(lens, [FeaturePart(found, only)], about, pairs, options), found
 
 
-def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, asked: Asked) -> tuple[Study, Dictionary]:
+def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options: Options) -> tuple[Study, Dictionary]:
     """Return a validated experiment with the features of one dictionary at one position, and the dictionary.
 
     Args:
-        position: replaces the positions of `asked`.
-        model, sae, pairs, asked: as in `feature_study`.
+        position: replaces the positions of `options`.
+        model, sae, pairs, options: as in `feature_study`.
 
     Raises:
         FeatpatchError: if there are several dictionaries, or the input is unusable.
     """
     positions: Positions = "all" if position == "all" else [position]
-    study, found = feature_study(model, sae, pairs, replace(asked, positions=positions))
+    study, found = feature_study(model, sae, pairs, replace(options, positions=positions))
     if len(found) != 1:
         raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
     return study, found[0]

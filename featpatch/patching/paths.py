@@ -22,7 +22,7 @@ from featpatch.patching.parts import Part
 from featpatch.patching.readings import readout
 from featpatch.patching.route import Receiver, Route, Senders, receiver_of
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import check_nodes, dictionaries_if_any
 
 
@@ -117,7 +117,7 @@ def path_study(
     senders: Nodes,
     receivers: Nodes,
     route: Route,
-    asked: Asked,
+    options: Options,
     only: frozenset[Edge] | None = None,
 ) -> tuple[Study, EdgePart]:
     """Return the validated experiment of `rank_paths` and the part with its edges; positions are those of the senders.
@@ -128,7 +128,7 @@ def path_study(
     check_pairs(pairs)
     sites.check_route(route)
     readout(
-        asked.metric, SEQUENCES, "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
+        options.metric, SEQUENCES, "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
     )
     lens = wrap(model)
     lens.check_unhooked()
@@ -147,4 +147,4 @@ def path_study(
         "receivers": list(map(str, receiving)),
     }
     positions = list(dict.fromkeys(node.position for node in sending))
-    return Study.of(lens, [part], about, pairs, replace(asked, positions=positions)), part
+    return Study.of(lens, [part], about, pairs, replace(options, positions=positions)), part

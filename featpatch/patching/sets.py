@@ -23,7 +23,7 @@ from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 
 MOST = 64
 """The default number of features in the largest set."""
@@ -135,7 +135,7 @@ def interactions(
         >>> table[["one", "other", "recovery", "recovery_interaction"]].shape
         (3, 4)
     """
-    study, dictionary = single_study(model, sae, pairs, position, Asked("all", directions, metric, batch_rows))
+    study, dictionary = single_study(model, sae, pairs, position, Options("all", directions, metric, batch_rows))
     if features is None:
         features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()
     check_kinds(Sequence, features=features)
@@ -236,7 +236,7 @@ def select_features(
             f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected effect to be 'recovery' or "
             "'degradation', target above 0 (such as 0.8), and candidates and most 1 or more"
         )
-    study, dictionary = single_study(model, sae, pairs, position, Asked(metric=metric, batch_rows=batch_rows))
+    study, dictionary = single_study(model, sae, pairs, position, Options(metric=metric, batch_rows=batch_rows))
     one_way = replace(study, directions=(EFFECTS[effect],))
     single = one_way.complete(progress=progress)
     pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()

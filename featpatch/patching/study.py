@@ -43,7 +43,7 @@ from featpatch.patching.runs import KEPT, KEPT_SHARE, Kept, Noise, PairRuns, Run
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """The arguments that all rankings share, as in `rank_features`; `Study.of` checks them."""
 
     positions: Positions = "all"
@@ -76,7 +76,7 @@ class Study:
         memory: the estimated peak memory of such a pass, in bytes.
         runner: the settings with which pairs are run.
         runs: a cache of the runs of pairs.
-        remade: the other arguments of `of`, with which workers make the same study.
+        arguments: the other arguments of `of`, with which workers make the same study.
     """
 
     lens: Lens
@@ -90,7 +90,7 @@ class Study:
     memory: int
     runner: Runner
     runs: Kept
-    remade: Mapping[str, Any]
+    arguments: Mapping[str, Any]
 
     @classmethod
     def of(
@@ -99,7 +99,7 @@ class Study:
         parts: Sequence[Part],
         about: Mapping[str, Any],
         pairs: Pairs,
-        asked: Asked,
+        options: Options,
         contrast: Contrast = CLEAN_AND_CORRUPTED,
     ) -> "Study":
         """Make a study, after checking everything that can be checked without a sweep.
@@ -109,19 +109,19 @@ class Study:
             parts: the nodes that are patched.
             about: metadata about the parts, to store with the results.
             pairs: the clean and corrupted prompts.
-            asked: the other arguments of the ranking.
+            options: the other arguments of the ranking.
             contrast: the choice of base and source runs.
 
         Raises:
             FeatpatchError: if the input is unusable.
         """
-        read, noise, batch_rows = readout(asked.metric), asked.noise, asked.batch_rows
-        chosen = check_directions(asked.directions)
+        read, noise, batch_rows = readout(options.metric), options.noise, options.batch_rows
+        chosen = check_directions(options.directions)
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
         readings = readings_of(read, check_pairs(pairs), lens)
-        wanted = [spans(pair, asked.positions) for pair in pairs]
+        wanted = [spans(pair, options.positions) for pair in pairs]
         if noise is None and not contrast.everywhere and lens.causal:
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
@@ -139,9 +139,9 @@ class Study:
         longest = max(len(run.tokens) for run in probes)
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
-        metadata = _metadata(lens, about, runner, read, chosen, asked.positions)
-        remade = {"about": about, "asked": asked, "contrast": contrast}
-        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, remade)
+        metadata = _metadata(lens, about, runner, read, chosen, options.positions)
+        arguments = {"about": about, "options": options, "contrast": contrast}
+        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, arguments)
 
     def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
         """Run the sweep over all pairs and return the effects; after Ctrl-C, those that are finished.
@@ -226,9 +226,9 @@ class Study:
         total = patches * len(self.directions)
         with tqdm(total=total, unit="patch", desc="patching on workers", disable=not progress, smoothing=0) as bar:
             try:
-                asked = replace(self.remade["asked"], directions=self.directions, batch_rows=book.rows)
-                study = partial(_again, self.lens, self.parts, self.pairs, {**self.remade, "asked": asked})
-                executor.run(partial(made, packed(study)), shards, book, bar.update)
+                options = replace(self.arguments["options"], directions=self.directions, batch_rows=book.rows)
+                study = partial(_in_worker, self.lens, self.parts, self.pairs, {**self.arguments, "options": options})
+                executor.run(partial(shards_of, packed(study)), shards, book, bar.update)
             except KeyboardInterrupt:
                 return ClosedBook(book.rows, book.finished)
         return book
@@ -300,9 +300,9 @@ class Study:
         return base["noising"], base["denoising"], patches
 
 
-def _again(lens: Lens, parts: Sequence[Part], pairs: Pairs, remade: Mapping[str, Any]) -> Study:
+def _in_worker(lens: Lens, parts: Sequence[Part], pairs: Pairs, arguments: Mapping[str, Any]) -> Study:
     """Make the same study in another process, which needs each pair only once and keeps no runs."""
-    study = Study.of(lens, parts, pairs=pairs, **remade)
+    study = Study.of(lens, parts, pairs=pairs, **arguments)
     study.runs.room = 0
     return study
 
@@ -386,6 +386,6 @@ class StudyShards:
         return self._open[1]
 
 
-def made(study: bytes) -> StudyShards:
+def shards_of(study: bytes) -> StudyShards:
     """Make a study and its shards from a pickled function that makes the study."""
     return StudyShards(unpacked(study)())

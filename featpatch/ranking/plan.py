@@ -19,7 +19,7 @@ from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.readings import Metrics, leading
 from featpatch.patching.route import Route
-from featpatch.patching.study import Asked
+from featpatch.patching.study import Options
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,14 +122,14 @@ def plan(
         >>> plan.nodes == len(effects.where(kind="feature")), plan.fast
         (True, True)
     """
-    some, asked = _of_all_lengths(check_pairs(pairs)), Asked(positions, directions, metric, batch_rows)
+    some, options = _of_all_lengths(check_pairs(pairs)), Options(positions, directions, metric, batch_rows)
     _check_one_function(saes, sites, layers, senders, receivers, route, positions)
     if senders is not None and receivers is not None:
-        study, _ = path_study(model, some, saes, senders, receivers, route, asked)
+        study, _ = path_study(model, some, saes, senders, receivers, route, options)
     elif saes is None:
-        study = component_study(model, some, hooks.SHOWN if sites is None else sites, layers, asked)
+        study = component_study(model, some, hooks.SHOWN if sites is None else sites, layers, options)
     else:
-        study, _ = feature_study(model, saes, some, asked)
+        study, _ = feature_study(model, saes, some, options)
     sweep = Sweep(study.path, study.readout.measures, study.rows)
     counts, tried, seconds = np.zeros(3), 0, 0.0
     nodes: Counter[Node] = Counter()

@@ -25,7 +25,7 @@ from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.readings import Metrics, leading
 from featpatch.patching.route import Route
 from featpatch.patching.runs import Noise
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.ranking.screen import Screen, screened
 
 Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"] | Gradients
@@ -108,7 +108,7 @@ def rank_features(
     options = {"screen": screen, "batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
     if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
         return estimate_features(gradients, saes, positions, directions, progress=progress)
-    asked = Asked(positions, directions, metric, batch_rows, noise)
+    asked = Options(positions, directions, metric, batch_rows, noise)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if screen is None:
         return run(feature_study(model, saes, pairs, asked)[0])
@@ -165,7 +165,7 @@ def rank_components(
     options = {"batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
     if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
         return estimate_components(gradients, sites, layers, positions, directions, progress=progress)
-    study = component_study(model, pairs, sites, layers, Asked(positions, directions, metric, batch_rows, noise))
+    study = component_study(model, pairs, sites, layers, Options(positions, directions, metric, batch_rows, noise))
     return study.run(journal, progress=progress, executor=executor)
 
 
@@ -238,7 +238,7 @@ def rank_paths(
     )
     if gradients is not None:
         return estimate(gradients)
-    asked = Asked(directions=directions, metric=metric, batch_rows=batch_rows)
+    asked = Options(directions=directions, metric=metric, batch_rows=batch_rows)
     study, part = path_study(model, pairs, saes, senders, receivers, route, asked)
     count = sum(map(len, part.edges.values()))
     chosen = (MANY if count > BUDGET else None) if screen == "auto" else screen

@@ -16,7 +16,7 @@ from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
-from featpatch.patching.study import Asked, Study
+from featpatch.patching.study import Options, Study
 from featpatch.streaming import stored as parts
 from featpatch.streaming.stored import FORMAT, Stored
 
@@ -72,7 +72,7 @@ def stream_features(
         )
     folder, elsewhere, number = as_path(folder), executor_of(executor), -1
     check_writable(folder / "about.json")
-    asked = Asked(positions, directions, metric, batch_rows)
+    options = Options(positions, directions, metric, batch_rows)
     first = 0
     with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
@@ -80,7 +80,7 @@ def stream_features(
             if finished:
                 _check_same(folder, number, check_pairs(block))
             if number == 0 or not finished:
-                study, _ = feature_study(model, saes, check_pairs(block), asked)
+                study, _ = feature_study(model, saes, check_pairs(block), options)
                 about = {"format": FORMAT, **{name: value for name, value in study.metadata.items() if name not in OWN}}
                 _check_about(folder / "about.json", json.loads(json.dumps(about)))
             if not finished:

@@ -299,6 +299,9 @@ def compare(
         top: the number of components and of features to analyse, by recovery, or by degradation if recovery was not run; and
             the number of features to list for each component.
 
+    Returns:
+        The joined table and the rank agreement of both and, if a model is given, the writers of the features.
+
     Raises:
         FeatpatchError: the tables are of different pairs, metrics or models, share no direction, or are not tables of features
             and of components; a model is given without SAEs and pairs; or these are not those that were ranked.

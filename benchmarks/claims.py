@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ROOT / "build" / "claims"
-PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/significance.py", "featpatch/execution/__init__.py")
+PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/statistics.py", "featpatch/engine/ray.py")
 PASSAGE = re.compile(
     r"<!-- claim(?: (?P<factor>[\d.]+)x)?(?P<long> long)?: (?P<command>.+?) -->(?P<text>.*?)<!-- /claim -->", re.DOTALL
 )
@@ -92,12 +92,14 @@ def compare(claim: Claim, output: str) -> Verdict:
     words, printed_words = (["0" if is_number(token) else token for token in tokens] for tokens in (said, printed))
     starts = [at for at in range(len(printed)) if printed_words[at : at + len(said)] == words]
     if len(starts) > 1:
-        return Verdict([f"its words are printed {len(starts)} times: expected once"])
+        return Verdict([f"the command prints its words {len(starts)} times: expected once"])
     if not starts:
         alike = [len([*takewhile(bool, map(eq, words, printed_words[at:]))]) for at in range(len(printed))] or [0]
         far = max(alike)
         ends = (said, far), (printed, alike.index(far) + far)
-        return Verdict(["it says {!r}, printed is {!r}".format(*(" ".join(of[max(0, at - 6) : at + 6]) for of, at in ends))])
+        return Verdict(
+            ["the page says {!r}, the command prints {!r}".format(*(" ".join(of[max(0, at - 6) : at + 6]) for of, at in ends))]
+        )
     found = printed[starts[0] : starts[0] + len(said)]
     wrong = [
         f"{ours} is now {theirs} (in {' '.join(said[max(0, at - 4) : at + 4])!r})"
@@ -134,7 +136,7 @@ def output_of(command: str, resume: bool) -> tuple[str, str]:
     done = subprocess.run(["timeout", LIMIT, "bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         last = " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-        why = f"is not done after {LIMIT}" if done.returncode == 124 else f"ends with {done.returncode}"
+        why = f"did not finish within {LIMIT}" if done.returncode == 124 else f"exited with code {done.returncode}"
         return "", f"the command {why}: {last[-400:]}"
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     kept.write_text(done.stdout, encoding="utf-8")
@@ -144,10 +146,10 @@ def output_of(command: str, resume: bool) -> tuple[str, str]:
 def main() -> None:
     """Run each command once and print for each of its passages whether it holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="passages in whose command or text this stands")
-    parser.add_argument("--write", action="store_true", help="numbers that no longer hold are replaced by the new ones")
-    parser.add_argument("--resume", action="store_true", help="what an earlier call has run already is not run again")
-    parser.add_argument("--long", action="store_true", help="also what takes half an hour by itself")
+    parser.add_argument("--only", default="", help="check only passages whose command or text contains this")
+    parser.add_argument("--write", action="store_true", help="replace numbers that no longer hold")
+    parser.add_argument("--resume", action="store_true", help="reuse the outputs that an earlier call stored")
+    parser.add_argument("--long", action="store_true", help="also run commands that take half an hour each")
     options = parser.parse_args()
     every = [claim for page in PAGES for claim in claims_of(page, (ROOT / page).read_text(encoding="utf-8"))]
     chosen = [c for c in every if options.only in c.command + c.text and (options.long or not c.long)]
@@ -164,7 +166,7 @@ def main() -> None:
             print("".join(f"    {line}\n" for line in verdict.wrong), end="", flush=True)
             if options.write and verdict.wrong and verdict.numbers:
                 write(claim, verdict.numbers)
-    skipped = f"; {len(every) - len(chosen)} not asked for" if len(chosen) < len(every) else ""
+    skipped = f"; {len(every) - len(chosen)} not selected" if len(chosen) < len(every) else ""
     print(f"{len(chosen) - failed} of {len(chosen)} passages hold{skipped}")
     sys.exit(failed > 0)
 

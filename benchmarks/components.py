@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--loop", type=int, default=48, help="patches that TransformerLens runs, drawn at random")
+    parser.add_argument("--loop", type=int, default=48, help="number of randomly drawn patches that TransformerLens runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape, length = SHAPES[options.shape], options.tokens
@@ -83,9 +83,9 @@ def main() -> None:
     said = {name: "{:.0f} x and {:.0f} x".format(*factors) for name, factors in faster.items()}
     print(
         "a head's z is {:.0f} x (TransformerBridge) and {:.0f} x (HookedTransformer) faster, ".format(*faster["z"])
-        + f"q {said['q']}, k {said['k']}, v {said['v']}, a row of the pattern {said['pattern']}; whole sites, of which there "
-        f"are few in a pair, {said['resid_pre']} (the stream) and {said['mlp_out']} (MLPs). No result differs by more than "
-        f"{bound(largest, 2)}."
+        + f"q {said['q']}, k {said['k']}, v {said['v']}, a row of the pattern {said['pattern']}; whole activations, of "
+        f"which a pair has few, {said['resid_pre']} (the residual stream) and {said['mlp_out']} (MLPs). No result differs "
+        f"by more than {bound(largest, 2)}."
     )
     every = [factor for factors in faster.values() for factor in factors]
     print(f"{min(every):.0f} x to {max(every):.0f} x slower")

@@ -157,8 +157,8 @@ def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
     sweep = seconds
     tell("rank_features", seconds, f"{2 * len(effects.row)} patches")
     seconds, plan = seconds_of(lambda: fp.plan(model, saes, pairs))
-    tell("plan", seconds, f"{seconds / sweep:.2f} of the sweep, goal {GOALS['plan']:.2f}; it says {plan.patches} patches, "
-         f"{plan.seconds:.1f} s")  # fmt: skip
+    tell("plan", seconds, f"{seconds / sweep:.2f} of the sweep, goal {GOALS['plan']:.2f}; it predicts {plan.patches} patches, "
+        f"{plan.seconds:.1f} s")  # fmt: skip
     arguments = [part for folder in folders for part in ("--sae", str(folder))]
     load = f"import featpatch as fp; fp.load({str(place / 'model')!r}, {[str(folder) for folder in folders]!r}, check=False)"
     loading = seconds_of_process("-c", load)

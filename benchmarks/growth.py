@@ -24,9 +24,9 @@ import featpatch as fp
 
 BASE = replace(SHAPES["gpt2-small"], layers=6, layer=2, vocab=5000, d_sae=4096)
 GROWS: dict[str, list[dict[str, Any]]] = {
-    "features that fire (k)": [{"k": k} for k in (8, 16, 32, 64)],
+    "active features (k)": [{"k": k} for k in (8, 16, 32, 64)],
     "positions": [{"tokens": tokens} for tokens in (10, 20, 40, 80)],
-    "blocks to run": [{"layer": layer} for layer in (4, 3, 2, 0)],
+    "layers to run": [{"layer": layer} for layer in (4, 3, 2, 0)],
     "pairs": [{"pairs": pairs} for pairs in (1, 2, 4, 8)],
 }
 
@@ -49,7 +49,7 @@ def main() -> None:
     """Measure all sweeps, print the table and write the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", default="build/growth.svg", help="plot: .html, or .svg and .png where plotly's exporter is there"
+        "--out", default="build/growth.svg", help="file for the plot: .html, or .svg or .png if plotly's exporter is installed"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,7 +75,7 @@ def main() -> None:
     figure.update_yaxes(title="CPU seconds", rangemode="tozero", col=1)
     figure.update_layout(width=1400, height=400, showlegend=False, template="plotly_white")
     Console().print(table)
-    print(f"at a nearly constant time per row and block ({min(per_block) * 1e6:.0f} us to {max(per_block) * 1e6:.0f} us)")
+    print(f"at a nearly constant time per row and layer ({min(per_block) * 1e6:.0f} us to {max(per_block) * 1e6:.0f} us)")
     Path(options.out).parent.mkdir(exist_ok=True)
     if options.out.endswith(".html"):
         figure.write_html(options.out, include_plotlyjs=True)

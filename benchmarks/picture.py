@@ -81,9 +81,13 @@ def main() -> None:
         browser.quit()
     if difference > TOLERANCE:
         sys.exit(
-            f"{PICTURE} differs from the new one by {difference:.1f} of 255 in the mean: look at it, then picture.py --write"
+            f"{PICTURE} differs from the new picture by {difference:.1f} of 255 on average: inspect it, then run picture.py "
+            "--write"
         )
-    print(f"![Prompts with what differs, a row of the ranking opened, recovery against degradation]({PICTURE})")
+    print(
+        "![Prompts with differing tokens highlighted, an opened row of the ranking, and recovery against "
+        f"degradation]({PICTURE})"
+    )
 
 
 if __name__ == "__main__":

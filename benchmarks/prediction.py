@@ -1,4 +1,4 @@
-"""Accuracy of `fp.predict` against measured runs, and its predictions for models and devices that could not be measured.
+"""Accuracy of `sizes.predict` against measured runs, and predictions for models and devices that could not be measured.
 
     python benchmarks/prediction.py [--quick]
 
@@ -163,7 +163,7 @@ def predictions() -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the table alone")
+    parser.add_argument("--quick", action="store_true", help="print only the table")
     torch.set_num_threads(1)
     if not parser.parse_args().quick:
         print(

@@ -56,10 +56,10 @@ def report(model: Any, saes: list[Any], pairs: fp.Pairs, positions: Any, k: int,
     agreement = fp.calibrate(estimate, full).table(TOP).iloc[0]
     print(
         f"{len(features)} features in {len(pairs)} pairs: full exact sweep {sweeping:.1f} s; estimates {estimating:.1f} s "
-        f"({sweeping / estimating:.1f} x faster, Pearson to exact {agreement['pearson']:.2f}); screened, {k} + {audit} run, "
-        f"{screening:.1f} s ({sweeping / screening:.1f} x faster than the full sweep)\n"
-        f"of the true top {TOP} {len(truth & set(screened.nodes))} were run; largest difference of an exact value {off:.1e}\n"
-        f"{screened.audit(top=TOP)}"
+        f"({sweeping / estimating:.1f} x faster, Pearson to exact {agreement['pearson']:.2f}); screened, {k} + {audit} "
+        f"patched, {screening:.1f} s ({sweeping / screening:.1f} x faster than the full "
+        f"sweep)\n{len(truth & set(screened.nodes))} of the true top {TOP} were patched; largest difference of an exact value "
+        f"{off:.1e}\n{screened.audit(top=TOP)}"
     )
     found = {
         "features": len(features), "pairs": len(pairs), "full": sweeping, "estimates": estimating, "screened": screening,
@@ -72,7 +72,9 @@ def table() -> None:
     """Run all of `RUNS`; print a Markdown table and how much faster estimates are in the last run."""
     found = [alone(__file__, *options.split()) for options in RUNS]
     counts = f"{found[0]['k']} + {found[0]['audit']}"
-    print(f"| options | full exact sweep | estimates | screened, {counts} | of the true top {TOP} run |\n" + "|---" * 5 + "|")
+    print(
+        f"| options | full exact sweep | estimates | screened, {counts} | of the true top {TOP} patched |\n" + "|---" * 5 + "|"
+    )
     for options, of in zip(RUNS, found, strict=True):
         size = f"{of['features']} features, {of['pairs']} pair{'s' * (of['pairs'] > 1)}"
         seconds = " | ".join(f"{of[name]:.1f} s" for name in ("full", "estimates", "screened"))
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2])
     parser.add_argument("--k", type=int, default=200)
     parser.add_argument("--audit", type=int, default=100)
-    parser.add_argument("--shipped", action="store_true", help="the shipped model instead, 32 pairs")
+    parser.add_argument("--shipped", action="store_true", help="use the shipped model, with 32 pairs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.shipped:

@@ -10,7 +10,8 @@ about 14); `python benchmarks/prediction.py` prints their errors, there and on o
 
 from dataclasses import dataclass
 
-from featpatch.engine.cost import BlockSize, pass_flops, row_numbers
+from featpatch.engine.cost import BlockSize, pass_flops
+from featpatch.engine.sweep import row_numbers
 from featpatch.errors import FeatpatchError, check_numbers
 
 
@@ -164,20 +165,25 @@ def predict(
     """
     known = SHAPES.get(shape) if isinstance(shape, str) else shape
     if not isinstance(known, Shape):
-        raise FeatpatchError(f"shape={shape!r}: expected one of {', '.join(SHAPES)}, or a Shape; fp.plan measures any other")
+        raise FeatpatchError(
+            f"shape={shape!r}: expected one of {', '.join(SHAPES)}, or a Shape; for any other model, use fp.plan"
+        )
     where = GPUS.get(device) if isinstance(device, str) else device
     if device is not None and not isinstance(where, Device):
         raise FeatpatchError(
-            f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device; fp.plan measures the one here"
+            f"device={device!r}: expected one of {', '.join(GPUS)}, or a Device; for the device of this machine, use fp.plan"
         )
     if not isinstance(dtype, str) or dtype not in BYTES:
         raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(BYTES)}")
     check_numbers(1, features=features, pairs=pairs, active=active, tokens=tokens, changed=changed)
     check_numbers(1, directions=directions, columns=columns, workers=workers)
     if isinstance(utilisation, bool) or not isinstance(utilisation, (int, float)) or not 0 < utilisation <= 1:
-        raise FeatpatchError(f"utilisation={utilisation!r}: expected a share above 0, up to 1")
+        raise FeatpatchError(f"utilisation={utilisation!r}: expected a fraction above 0 and at most 1")
     if directions > 2 or (where is not None and dtype not in where.peak):
-        raise FeatpatchError(f"directions={directions}, dtype={dtype!r}: expected 1 or 2, and a type whose peak the device has")
+        raise FeatpatchError(
+            f"directions={directions}, dtype={dtype!r}: expected directions 1 or 2, and a dtype for which the device's peak "
+            "is known"
+        )
     chosen = [known.layers // 2] if layers is None else list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if (
         changed > tokens

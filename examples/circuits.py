@@ -21,13 +21,13 @@ def head(layer: int, index: int, position: str = "all", hook: str = "z") -> fp.N
 
 
 def name(node: fp.Node) -> str:
-    """Return the name of a node in words: head 1.3, the value of head 1.3, feature 853, the MLP of block 0, the logits."""
+    """Return the name of a node in words: head 1.3, the value of head 1.3, feature 853, the MLP of layer 0, the logits."""
     if node.site == "logits":
         return "the logits"
     layer, hook = node.site.split(".")[1], node.site.rsplit("_", 1)[1]
     if node.kind == "head":
         return ("" if hook == "z" else f"the {LETTERS[hook][:-1]} of ") + f"head {layer}.{node.index}"
-    return f"feature {node.index}" if node.kind == "feature" else f"the MLP of block {layer}"
+    return f"feature {node.index}" if node.kind == "feature" else f"the MLP of layer {layer}"
 
 
 def kept(circuit: fp.Circuit) -> str:
@@ -36,7 +36,7 @@ def kept(circuit: fp.Circuit) -> str:
 
 
 def of_edges(demo: Demo, pairs: fp.Pairs, out: Path) -> str:
-    """Edges, ranked by edge attribution patching, an estimate; faithfulness is exact."""
+    """Edges, ranked by edge attribution patching (estimates); faithfulness is exact."""
     circuit = fp.find_circuit(demo.model, pairs, over="edges", scores="estimate", size=64, progress=False)
     print(circuit)
     curve = circuit.curve()
@@ -48,14 +48,14 @@ def of_edges(demo: Demo, pairs: fp.Pairs, out: Path) -> str:
     print(f"wrote {circuit.report(out / 'circuit.html', title='Indirect objects in the shipped model')}")
     tenth = table[table["share"] == 0.1].iloc[0]
     return (
-        f"{len(circuit)} of {len(circuit.graph.items)} edges (by estimate) have {kept(circuit)} of the behaviour, {tenth['size']:.0f} "
-        f"have {tenth['faithfulness']:.2f}; CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f}. {(loss < 0.001).sum()} of the {len(circuit)} "
-        "can each go for less than 0.001."
+        f"A circuit of {len(circuit)} of {len(circuit.graph.items)} edges, chosen by estimates, has a faithfulness of "
+        f"{kept(circuit)}, one of {tenth['size']:.0f} edges {tenth['faithfulness']:.2f}; CPR {curve.cpr:.3f}, CMD "
+        f"{curve.cmd:.3f}. Removing any one of {(loss < 0.001).sum()} of the {len(circuit)} costs less than 0.001."
     )
 
 
 def of_paths(demo: Demo, pairs: fp.Pairs) -> str:
-    """Paths into the heads of block 3 and into the logits, exact."""
+    """Paths into the heads of layer 3 and into the logits, exact."""
     mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, at) for layer in range(3) for at in ("S2", "end")]
     senders = [*(head(layer, n, at) for layer in (1, 2) for n in range(8) for at in ("S2", "end")), *mlps]
     receivers = [*(head(3, n, hook=letter) for letter in "qkv" for n in (5, 3, 0)), "logits"]
@@ -73,15 +73,16 @@ def of_paths(demo: Demo, pairs: fp.Pairs) -> str:
             into[letter] = max(into.get(letter, 0.0), abs(value))
     strongest = max(into, key=lambda letter: into[letter])
     return (
-        f"The strongest single path is {name(best.sender)} {'at the last word' if best.sender.position == 'end' else 'at S2'} into "
-        f"{name(best.receiver)}, {of_best['recovery']:.3f} [{of_best['recovery_low']:.3f}, {of_best['recovery_high']:.3f}]; into block "
-        f"3's heads names go through {strongest}, each path carrying {at_most(into[strongest], 3)} or less. Estimates of the {len(paths)} paths "
-        f"correlate with the exact ones at {pearson:.2f}."
+        f"The strongest single path is {name(best.sender)} {'at the last word' if best.sender.position == 'end' else 'at S2'} "
+        f"into {name(best.receiver)}, {of_best['recovery']:.3f} [{of_best['recovery_low']:.3f}, "
+        f"{of_best['recovery_high']:.3f}]; names reach the heads of layer 3 through {strongest}, each path with a recovery of "
+        f"at most {at_most(into[strongest], 3)}. Estimates of the {len(paths)} paths correlate with the exact effects at "
+        f"{pearson:.2f}."
     )
 
 
 def of_nodes(demo: Demo, pairs: fp.Pairs, sae: Any) -> str:
-    """Features as a circuit: before block 1 at the second name, everything else of the SAE ablated."""
+    """Features as a circuit: before layer 1 at the second name, with the rest of the SAE ablated."""
     ranked = fp.rank_features(demo.model, sae, pairs, positions=["S2"], progress=False)
     found: dict[str, list[str]] = {}
     for errors in ("in", "out"):
@@ -90,11 +91,11 @@ def of_nodes(demo: Demo, pairs: fp.Pairs, sae: Any) -> str:
         found.setdefault(kept(circuit), []).append(errors)
     said = " and ".join(f"{value} with error terms {' or '.join(errors)}" for value, errors in found.items())
     features = len(ranked.where(kind="feature"))
-    return f"Of the SAE before block 1, {len(circuit)} of {features} features at the second name have {said}."
+    return f"Of the SAE before layer 1, {len(circuit)} of {features} features at the second name have a faithfulness of {said}."
 
 
 def of_single_features(demo: Demo, pairs: fp.Pairs, sae: Any) -> str:
-    """Edges of single features: the 30 strongest before block 1 stand between block 0 and what reads it."""
+    """Edges of single features: the 30 strongest before layer 1 are mediators between layer 0 and the later components."""
     strongest = fp.rank_features(demo.model, sae, pairs, progress=False).top(30)
     circuit = fp.find_circuit(
         demo.model, pairs, saes=sae, nodes=strongest, over="edges", scores="estimate", size=300, progress=False
@@ -113,9 +114,9 @@ def of_single_features(demo: Demo, pairs: fp.Pairs, sae: Any) -> str:
         for nodes in ([edge.receiver for edge in out], [edge.sender for edge in into])
     )
     return (
-        f"Where its {len(strongest)} strongest features stand between block 0 and what reads it, {len(circuit)} of "
-        f"{len(circuit.graph.items)} edges have {kept(circuit)}, {sum(edge in set(circuit.items) for edge, _ in edges)} of them edges of "
-        f"single features: the strongest lead from {below} into features {listed(written)}, and from features {listed(writing)} into "
+        f"With its {len(strongest)} strongest features as mediators, {len(circuit)} of {len(circuit.graph.items)} edges have "
+        f"a faithfulness of {kept(circuit)}, {sum(edge in set(circuit.items) for edge, _ in edges)} of them edges of single "
+        f"features: the strongest lead from {below} into features {listed(written)}, and from features {listed(writing)} into "
         f"{above}."
     )
 
@@ -128,7 +129,7 @@ def main(count: int, out: Path) -> None:
     for part, options in ((of_edges, [out]), (of_paths, []), (of_nodes, [sae]), (of_single_features, [sae])):
         print(f"\n== {part.__doc__} ==")
         said.append(part(demo, pairs, *options))
-    print(f"\n`python -m examples.circuits` does this for indirect objects in the shipped model, {count} pairs:", *said)
+    print(f"\n`python -m examples.circuits` does this for indirect objects in the shipped model, with {count} pairs:", *said)
 
 
 if __name__ == "__main__":

@@ -108,18 +108,19 @@ def told(ioi: Found, capitals: Found, pairs: int) -> str:
     reached = ioi.reached() + capitals.reached()
     of_capitals, of_ioi = ("{:.2f} against {:.2f}".format(*found.against_principal_components()) for found in (capitals, ioi))
     return (
-        f"`python -m examples.components` does all of this for two behaviours of the shipped model. What it prints of {pairs} pairs "
-        f"each: indirect objects are carried by heads of block {ioi.blocks(3)} {WHERE[ioi.heads(1)[0].position]} ({ioi.carried(3)}), "
-        f"and by features {place(few.site)} that stand for one name each, of which {len(ioi.few.features)} together bring back "
-        f"{100 * ioi.few.effects.pooled('recovery')[-1]:.0f} % (greedy, on the same pairs); no site keeps more than "
-        f"{at_most(ioi.errors().max(), 2)} in its error term. Capitals are carried by two heads of block {capitals.blocks(2)} "
-        f"({capitals.carried(2)}), which write {capitals.written(2)} of the change of the feature that matters most ({top.index} "
-        f"{place(top.site)}); there the SAE {place_of} explains less: {errors.iloc[0]:.2f} of 1.00 sits in its error term, "
-        f"{errors.iloc[1]:.2f} {place(errors.index[1])}. Over sites and positions, whole activations and the sums of their single "
-        f"features agree in rank at {agreed[0]:.3f} and {agreed[1]:.3f} (Spearman). {reached or 'No'} random direction out of "
-        f"{len(ioi.controls.random)} reaches the top feature of either site looked at. Principal components recover more than the "
-        f"SAE's features with few of them for capitals {WHERE[capitals.few.effects.nodes[0].position]} ({FEW}: {of_capitals}) and "
-        f"less for indirect objects {place(few.site)} ({of_ioi})."
+        f"`python -m examples.components` does all of this for two behaviours of the shipped model, with {pairs} pairs each. "
+        f"Indirect objects are carried by heads of layer {ioi.blocks(3)} {WHERE[ioi.heads(1)[0].position]} "
+        f"({ioi.carried(3)}), and by features {place(few.site)} that stand for one name each, of which "
+        f"{len(ioi.few.features)} together bring back {100 * ioi.few.effects.pooled('recovery')[-1]:.0f} % (greedy, on the "
+        f"same pairs); no error term recovers more than {at_most(ioi.errors().max(), 2)}. Capitals are carried by two heads "
+        f"of layer {capitals.blocks(2)} ({capitals.carried(2)}), which write {capitals.written(2)} of the change of the "
+        f"feature that matters most ({top.index} {place(top.site)}); there the SAE {place_of} explains less: its error term "
+        f"recovers {errors.iloc[0]:.2f}, against {errors.iloc[1]:.2f} {place(errors.index[1])}. Over hook points and "
+        "positions, the effects of whole activations and the summed effects of their features have rank correlations of "
+        f"{agreed[0]:.3f} and {agreed[1]:.3f} (Spearman). {reached or 'No'} random direction out of "
+        f"{len(ioi.controls.random)} has as large an effect as the top feature of either task. Small sets of principal "
+        f"components recover more than equally many SAE features for capitals {WHERE[capitals.few.effects.nodes[0].position]} "
+        f"({FEW}: {of_capitals}) and less for indirect objects {place(few.site)} ({of_ioi})."
     )
 
 

@@ -35,7 +35,7 @@ def main(pairs: int = 32) -> None:
         found = fp.calibrate(estimates["atp"], exact, effect=effect)
         console.print(repr(found), highlight=False)
         console.print(found.misses(5).round(3).to_string(index=False), highlight=False)
-    console.print("features, all sites together", highlight=False)
+    console.print("features, all hook points together", highlight=False)
     of_features = agreement(estimates, exact)
     console.print(of_features.round(3).to_string(), highlight=False)
 
@@ -54,7 +54,7 @@ def main(pairs: int = 32) -> None:
     audit = fp.rank_features(demo.model, demo.saes, drawn, screen=fp.Screen(k=200, audit=400), **options).audit()
     console.print(repr(audit), highlight=False)
     print(told(fp.calibrate(estimates["atp"], exact), of_features, of_heads, pairs))
-    print(f'Here, with {audit.screened} + {audit.sampled} of {audit.candidates} run: "{repr(audit).split("each: ")[1]}".')
+    print(f'Here, with {audit.screened} + {audit.sampled} of {audit.candidates} patched: "{repr(audit).split("each: ")[1]}".')
 
 
 def agreement(estimates: dict[str, fp.Effects], exact: fp.Effects) -> pd.DataFrame:
@@ -76,12 +76,12 @@ def told(atp: Calibration, features: pd.DataFrame, heads: pd.DataFrame, pairs: i
     )
     return "\n".join(
         [
-            f"`python -m examples.estimates` sets them beside exact runs of the shipped model, {pairs} pairs of indirect objects. "
-            f"Attribution patching correlates with the exact recovery at {pearson[last[0]]:.2f} and {pearson[last[1]]:.2f} at the sites "
-            f"around the last block (behind it with a slope of {sites.slope[last[1]]:.1f}), and at {pearson[early].min():.2f} to "
-            f"{pearson[early].max():.2f} at the sites of block 0 and before block 1: the feature that suffices for most there "
-            f"({node.index} {place(node.site)}, {atp.exact[most]:.3f}) is estimated at {atp.estimate[most]:.3f}. "
-            f"Over all {len(atp.nodes)} features:",
+            f"`python -m examples.estimates` compares them with exact runs of the shipped model on {pairs} pairs of indirect "
+            f"objects. Attribution patching correlates with the exact recovery at {pearson[last[0]]:.2f} and "
+            f"{pearson[last[1]]:.2f} at the hook points before and after the last layer (after it with a slope of "
+            f"{sites.slope[last[1]]:.1f}), and at {pearson[early].min():.2f} to {pearson[early].max():.2f} at the hook points "
+            f"of layer 0 and before layer 1: the feature with the largest recovery there ({node.index} {place(node.site)}, "
+            f"{atp.exact[most]:.3f}) is estimated at {atp.estimate[most]:.3f}. Over all {len(atp.nodes)} features:",
             "| estimate of recovery | Pearson | Spearman | recall of the top 20 |",
             "|---|---|---|---|",
             *rows,

@@ -2,11 +2,11 @@
 
 from math import ceil
 
-WORDS = {"hook_resid_pre": "before block", "hook_resid_post": "after block"}
+WORDS = {"hook_resid_pre": "before layer", "hook_resid_post": "after layer"}
 
 
 def place(site: str) -> str:
-    """Return a hook point in words, such as "before block 1"; hook points other than the residual stream keep their names."""
+    """Return a hook point in words, such as "before layer 1"; hook points other than the residual stream keep their names."""
     _, layer, hook = site.split(".", 2)
     return f"{WORDS[hook]} {layer}" if hook in WORDS else site
 

@@ -29,7 +29,7 @@ early, late = (
     sites.loc[key, "recovery_all_features"] for key in (("blocks.1.hook_resid_pre", "S2"), ("blocks.3.hook_resid_post", "end"))
 )
 print(
-    f"All features at the second name before block 1 bring back {early:.0%} of the behaviour, all at the last word after block 3 "
-    f"{late:.0%}. The best single feature brings back {best.pooled('recovery')[0]:.0%}: it stands for one name, and matters in "
-    f"{best.changed_pairs[0]} of {len(pairs)} pairs only."
+    f"All features at the second name before layer 1 bring back {early:.0%} of the behaviour, all at the last word after "
+    f"layer 3 {late:.0%}. The best single feature brings back {best.pooled('recovery')[0]:.0%}: it stands for one name, and "
+    f"matters in {best.changed_pairs[0]} of {len(pairs)} pairs only."
 )

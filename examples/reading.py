@@ -28,7 +28,7 @@ def everything(effects: fp.Effects) -> str:
     full, none = stream >= 0.995, (stream.fillna(0) < 0.1).all(axis=1)
     at_s2, at_end, nowhere = ([place(site) for site in stream.index[of]] for of in (full["S2"], full["end"], none))
     both = [
-        listed(parts).replace("before block", "before blocks", 1).replace("and before block ", "and ")
+        listed(parts).replace("before layer", "before layers", 1).replace("and before layer ", "and ")
         for parts in (at_s2, nowhere)
     ]
     return (
@@ -50,17 +50,18 @@ def main() -> None:
     lost = "nothing" if abs(of_other["degradation"]) < 0.005 else f"{100 * of_other['degradation']:.0f} %"
     labels = Counter(table["quadrant"])
     print(
-        f"How to read it, for the first rows: after the last block, feature {first.index} fires on the word before a name that is "
-        f'{fires[first].word} ("{fires[first].contexts[1]}"); taken alone from the clean run it brings back '
-        f"{100 * row['recovery']:.0f} % of the behaviour, taken away it costs {100 * row['degradation']:.0f} %, over {row['pairs']} "
-        f"pairs of which {row['changed_pairs']} have a value of it that differs; over these alone it brings back "
+        f"How to read it, for the first rows: after the last layer, feature {first.index} is active on the word before a name that is "
+        f'{fires[first].word} ("{fires[first].contexts[1]}"); its clean value alone brings back '
+        f"{100 * row['recovery']:.0f} % of the behaviour and its corrupted value costs {100 * row['degradation']:.0f} %, over "
+        f"{row['pairs']} pairs, in {row['changed_pairs']} of which it differs between the runs; over these pairs alone it brings back "
         f"{100 * row['recovery_where_changed']:.0f} %. Features {names(top, fires)}. Their low F1 says that "
-        "none of them is *the* feature of that name: they fire elsewhere too. "
-        f'Feature {top.nodes[other].index} {place(top.nodes[other].site)} fires on names, most on {word} after "{before}"; it suffices '
+        "none of them is *the* feature of that name: they are active elsewhere too. "
+        f"Feature {top.nodes[other].index} {place(top.nodes[other].site)} is active on names, most strongly on {word} after "
+        f'"{before}"; it suffices '
         f"for {100 * of_other['recovery']:.0f} % and {lost} is lost without it: something else does its job as well. Of the "
         f"{len(table)} rows, {labels['both directions']} have an effect whose 95 % interval lies above "
         f"{100 * top.threshold:.0f} % of the whole activation's effect in both directions, and {labels['undecided']} are undecided. "
-        f"{everything(effects)}: there the model keeps the answer on words in between."
+        f"{everything(effects)}: there the answer is held at words in between."
     )
 
 

@@ -26,7 +26,8 @@ agreement = fp.calibrate(estimate, full).table().set_index("site")["pearson"]
 
 # %% Print the result
 print(
-    f"{found} of the true top 20 were run; the audit promised at least {audit.recall:.0%}. The estimates correlate with the exact "
-    f"effects at {agreement['all']:.2f} over all sites, at {agreement['blocks.3.hook_resid_post']:.2f} after the last block and at "
-    f"{agreement['blocks.1.hook_resid_pre']:.2f} before block 1. Here gradients are not to be trusted far from the output."
+    f"{found} of the true top 20 were patched; the audit guaranteed at least {audit.recall:.0%}. The estimates correlate with "
+    f"the exact effects at {agreement['all']:.2f} over all hook points, at {agreement['blocks.3.hook_resid_post']:.2f} after "
+    f"the last layer and at {agreement['blocks.1.hook_resid_pre']:.2f} before layer 1. Here estimates are not reliable far "
+    "from the output."
 )

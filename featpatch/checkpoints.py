@@ -81,8 +81,8 @@ def folder() -> Path:
         if (candidate / "digests.json").is_file():
             return candidate
     raise FeatpatchError(
-        f"there are no checkpoints in {here / '_checkpoints'} nor in {here.parent / 'checkpoints'}: expected the folder that "
-        "ships with featpatch; install it again, or rebuild the folder with `python -m examples.train_demo`"
+        f"there are no checkpoints in {here / '_checkpoints'} or in {here.parent / 'checkpoints'}: expected the folder that "
+        "ships with featpatch; reinstall featpatch, or rebuild the folder with `python -m examples.train_demo`"
     )
 
 
@@ -101,8 +101,8 @@ def verify(root: Path) -> None:
         found = sha256(path.read_bytes())
         if found != expected:
             raise FeatpatchError(
-                f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; it is damaged, "
-                "restore it (git checkout checkpoints, or reinstall)"
+                f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; the file is "
+                "damaged, restore it (git checkout checkpoints, or reinstall)"
             )
 
 

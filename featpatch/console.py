@@ -52,7 +52,7 @@ def announcing(bar: "tqdm[Any]") -> Callable[[int], None]:
             if left > LONG and not bar.disable:
                 about = timedelta(seconds=round(left))
                 bar.write(
-                    f"{bar.total:,} {bar.unit}es in all, about {about} to go, judging by the first batch", file=sys.stderr
+                    f"{bar.total:,} {bar.unit}es in total, about {about} left (estimated from the first batch)", file=sys.stderr
                 )
         last = now
 

@@ -70,12 +70,12 @@ class Description:
     @property
     def best(self) -> str:
         """The label and its F1, for a narrow column."""
-        return f"{self.label} {self.word!r} (F1 {self.f1:.2f})" if self.word else "never fires in the text"
+        return f"{self.label} {self.word!r} (F1 {self.f1:.2f})" if self.word else "never active in the text"
 
     @property
     def count(self) -> str:
         """The number of positions at which the feature is active, as a phrase."""
-        return f"fires at {self.fired:,} of {self.positions:,} positions"
+        return f"active at {self.fired:,} of {self.positions:,} positions"
 
     def __repr__(self) -> str:
         return visible(f"{self.best}, {self.count}")
@@ -113,23 +113,21 @@ def max_activating(
     """
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
-        raise FeatpatchError("the model has no tokenizer: expected one, to read the texts with; pass it when the model is made")
+        raise FeatpatchError("the model has no tokenizer: expected one, to tokenize the texts; pass it when you load the model")
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(
-            f"texts={texts!r:.60}: expected a list of one document or more, to look for what a feature fires on"
+            f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
         )
     found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
     text = [_Document.of(model.tokenizer, ids) for ids in _ids(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
         raise FeatpatchError(
-            "the texts have no words: expected tokens that are not special, to look for what a feature fires on"
+            "the texts hold only special tokens: expected words, to find what activates the features; give other texts"
         )
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
     unknown = [node.sae for node in features if node.sae not in found]
     if unknown:
-        raise FeatpatchError(
-            f"a node names dictionary {unknown[0]!r}: expected one of {', '.join(found)}, the SAEs that you pass"
-        )
+        raise FeatpatchError(f"a node names the SAE {unknown[0]!r}: expected one of {', '.join(found)}; pass that SAE too")
     for node in features:
         if node.index is None or not 0 <= node.index < (size := found[node.sae].codec.d_sae):
             raise FeatpatchError(f"node {str(node)!r}: expected a feature of {node.sae!r}, from 0 to {size - 1}")
@@ -147,9 +145,10 @@ def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
         named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
         more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
         warnings.warn(
-            f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: {positions:,} "
-            f"positions, with these numbers of firings: {named}{more}; expected at least {FIRINGS} firings in at least "
-            f"{POSITIONS} positions; give more text like that of the pairs",
+            f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: it has {positions:,} "
+            f"positions, and these features are active at the number of positions in brackets: {named}{more}; expected at "
+            f"least {FIRINGS} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
+            "the pairs",
             FeatpatchWarning,
             stacklevel=4,
         )
@@ -186,7 +185,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> lis
     if longer:
         warnings.warn(
             f"{longer} of {len(texts)} texts are longer than the model's context of {context} tokens and are truncated to it; "
-            "split them to use all of their words",
+            "split them to use their full text",
             PairsWarning,
             stacklevel=4,
         )

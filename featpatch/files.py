@@ -44,7 +44,7 @@ def as_path(path: object) -> Path:
         reason, name = getattr(error, "strerror", None) or error, str(path)
         shown = repr(name) if len(name) <= 200 else f"{name[:60]!r}... ({len(name)} characters)"
         raise FeatpatchError(
-            f"the path {shown} can't be looked at ({reason}): expected the path of a file or a folder"
+            f"the path {shown} can't be accessed ({reason}): expected the path of a file or a folder"
         ) from error
     return Path(path)
 
@@ -118,7 +118,7 @@ def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
     except OSError as error:
         raise FeatpatchError(
             f"{str(path)[:200]!r} can't be written ({error.strerror or error}): expected a folder with write permission and "
-            "room on the disk; an old file is left unchanged; make room, or give another path"
+            "free disk space; an existing file is left unchanged; free some space, or give another path"
         ) from error
 
 

@@ -116,8 +116,8 @@ def load(
         prompts = pairs or _prompts(made)
         fit = None if prompts is None else check_fit(made, found, prompts)
         problem = (
-            "the SAEs are not checked, because the built-in sentences don't suit this tokenizer or model: expected pairs=..., "
-            "or check=False"
+            "the SAEs were not checked, because the built-in sentences don't work with this tokenizer or model: pass "
+            "pairs=... to check them, or check=False"
             if fit is None
             else ""
             if fit.ok

@@ -104,8 +104,9 @@ class Measure:
         """
         if self.metric in (logit_diff, prob_diff) and not wrong:
             raise FeatpatchError(
-                f"metric {self.name!r} compares the correct answers with wrong ones, and a pair has no wrong ones: give "
-                "wrong=..., or use a metric of the correct answers, such as 'log_prob', 'prob', 'neg_rank' or 'accuracy'"
+                f"metric {self.name!r} compares correct with wrong answers, and a pair has no wrong answers: expected at "
+                "least one; give wrong=..., or use a metric of the correct answers alone, such as 'log_prob', 'prob', "
+                "'neg_rank' or 'accuracy'"
             )
         return (*correct, *wrong) if self.needs == "answers" else None
 
@@ -131,16 +132,16 @@ class Measure:
             values = cast(Metric, self.metric)(logits, correct, wrong)
         rows = len(logits)
         if not isinstance(values, torch.Tensor):
-            raise FeatpatchError(f"metric {self.name!r} gave a {type(values).__name__} for {rows} rows: expected {FORMS}")
+            raise FeatpatchError(f"metric {self.name!r} returned a {type(values).__name__} for {rows} rows: expected {FORMS}")
         if values.shape != (rows,) or values.is_complex():
             raise FeatpatchError(
-                f"metric {self.name!r} gave {values.dtype} of shape {tuple(values.shape)} for {rows} rows: expected one real "
-                f"value per row; {FORMS}"
+                f"metric {self.name!r} returned {values.dtype} of shape {tuple(values.shape)} for {rows} rows: expected one "
+                f"real value per row; {FORMS}"
             )
         if not torch.isfinite(values).all():
             raise FeatpatchError(
-                f"metric {self.name!r} gave NaN or an infinite value for {rows} rows: expected one finite value per row; check "
-                "the model and the metric"
+                f"metric {self.name!r} returned NaN or an infinite value for {rows} rows: expected one finite value per row; "
+                "check the model and the metric"
             )
         return values
 
@@ -257,7 +258,9 @@ def together(
     parts = tuple(find(one, refused, use) for one in several)
     names = [part.name for part in parts]
     if not names or len(set(names)) < len(names):
-        raise FeatpatchError(f"metric={names}: expected at least one, each name once; give functions names of their own")
+        raise FeatpatchError(
+            f"metric={names}: expected at least one metric, and each name once; give each function a different name"
+        )
     return Measures(parts)
 
 
@@ -324,7 +327,7 @@ def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
     found = torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
     if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
         what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise FeatpatchError(f"metric {name!r} gave {what} for logits of shape {[1, 1, len(row)]}: expected {FORMS}")
+        raise FeatpatchError(f"metric {name!r} returned {what} for logits of shape {[1, 1, len(row)]}: expected {FORMS}")
     return found.reshape(())
 
 
@@ -343,14 +346,14 @@ def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tens
     for n in (2, 3):
         each, batched = torch.stack(alone[:n]).double(), call(rows[:n, None])
         if isinstance(batched, torch.Tensor) and batched.is_complex():
-            raise FeatpatchError(f"metric {name!r} gave {batched.dtype} for {n} prompts: expected {FORMS}")
+            raise FeatpatchError(f"metric {name!r} returned {batched.dtype} for {n} prompts: expected {FORMS}")
         found = torch.as_tensor(batched).to(each).flatten() if isinstance(batched, (int, float, torch.Tensor)) else each[:0]
         accepted = {n: [each], 1: [each.mean()[None], each.sum()[None], each[:1]]}.get(len(found), [])
         tolerance = ROUNDING * float(each.abs().max())
         if not any(torch.allclose(found, values, rtol=0, atol=tolerance, equal_nan=True) for values in accepted):
             raise FeatpatchError(
-                f"metric {name!r} gives {each.tolist()} for {n} prompts alone and {found.tolist()} for them together: expected "
-                f"{FORMS}; 'neg_kl' is the divergence from the clean run"
+                f"metric {name!r} returns {each.tolist()} for {n} prompts one at a time and {found.tolist()} for them in one "
+                f"batch: expected {FORMS}; to measure the divergence from the clean run, use 'neg_kl'"
             )
         try:
             call(rows[None, :n])

@@ -89,8 +89,8 @@ class Node:
             raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(get_args(Kind))}")
         if (self.index is not None) != (self.kind in INDEXED):
             raise FeatpatchError(
-                f"a node of kind {self.kind!r} got index {self.index}: {', '.join(INDEXED)} need an index >= 0, other kinds "
-                "take none"
+                f"a node of kind {self.kind!r} got index {self.index}: {', '.join(INDEXED)} need an index >= 0, and other "
+                "kinds have none"
             )
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
@@ -165,4 +165,4 @@ class Patch:
             raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node")
         repeated = {node for node in self.nodes if self.nodes.count(node) > 1}
         if repeated:
-            raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: name each node once")
+            raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: expected each node once; remove the duplicate")

@@ -151,12 +151,12 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     found = dictionaries(lens, saes)
     runs, done = Runs.of(lens, {hook for each in found for hook in (each.reads, each.writes)}, pairs), processing(lens)
     if not runs.positions:
-        raise FeatpatchError("every position of the prompts is special: expected words between the special tokens")
+        raise FeatpatchError("the prompts hold only special tokens: expected words too; give other prompts")
     here = [_explained(dictionary, runs) for dictionary in found]
     suspects = [dictionary for dictionary, own in zip(found, here, strict=True) if _suspect(dictionary, own.variance)]
     near = _few(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
     fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(found, here, strict=True)]
-    return Check(lens.name, ", ".join(done) or "as they are", runs.positions, tuple(fits))
+    return Check(lens.name, ", ".join(done) or "unprocessed", runs.positions, tuple(fits))
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,10 @@ def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: 
     said = dictionary.training
     rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
     if max(here.identity, whole_site) > rounding:
-        misfit = f"all features and the error are not the whole activation (off by {max(here.identity, whole_site):.0e}): a bug"
+        misfit = (
+            "all features and the error do not sum to the whole activation (they differ by "
+            f"{max(here.identity, whole_site):.0e}): this is a bug in featpatch, please report it"
+        )
     else:
         misfit = _misfit(lens, dictionary, runs, near, pairs, done, here.variance)
     fit = Fit(
@@ -338,18 +341,21 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
     others = _elsewhere(lens, dictionary, near, pairs, here)
     if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
         variance = _tried(dictionary, runs, centred=True)
-        others += [] if variance is None else [(variance, "on weights processed by center_writing_weights")]
+        others += [] if variance is None else [(variance, "on weights processed with center_writing_weights")]
     best, where = max(others, default=(0.0, ""))
     enough = MISFIT if expected is None else max(MISFIT, expected - MARGIN)
     if best >= enough and 1 - best <= BETTER * (1 - here):
-        return f"explains {here:.2f} of the variance here, but {best:.2f} {where}: load the SAE of this hook point and model"
+        return (
+            f"explains {here:.2f} of the variance here, but {best:.2f} {where}: load the SAE of this hook point and this "
+            "model, or use this SAE where it fits"
+        )
     if (said.known and here < MISFIT) or (expected is not None and here < expected - MISFIT):
         other = _other_weights(dictionary, done)
         return f"explains {here:.2f} of the variance, and no other hook point fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
-            else "it was probably trained too little, on another model of this width, or on activations of another scale; "
-            "check where it comes from and what its training reported"
+            else "it was probably undertrained, or trained on another model of this width or on activations of another scale; "
+            "check its source and the numbers reported for its training"
         )
     return ""
 
@@ -362,7 +368,10 @@ def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
     trained, here = sorted(seen & set(said.processing)), sorted(seen & set(done))
     if said.model is None or trained == here:
         return ""
-    return f"trained on weights processed by {trained or 'nothing'}, these are processed by {here or 'nothing'}"
+    return (
+        f"it was trained on weights processed with {', '.join(trained) or 'nothing'}, and these are processed with "
+        f"{', '.join(here) or 'nothing'}"
+    )
 
 
 def _whole_site(dictionary: Dictionary, runs: Runs) -> float:
@@ -387,16 +396,16 @@ def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[st
     said = dictionary.training
     longest = max(len(pair) for pair in pairs)
     if said.context_size and longest > said.context_size:
-        yield f"trained on {said.context_size} tokens at a time, the longest prompt has {longest}"
+        yield f"it was trained on contexts of {said.context_size} tokens, and the longest prompt has {longest}"
     if said.prepend_bos and not all(0 in pair.special for pair in pairs):
-        yield "trained with BOS first, which some prompts lack"
+        yield "it was trained with BOS at the start, which some prompts lack"
     other = _other_weights(dictionary, done)
     if other:
         yield other
     if short:
         yield (
-            "explains less than its configuration claims: check that it was rebuilt as it was trained (JumpReLU threshold, k, "
-            "normalisation), and try prompts more like those of its training"
+            "explains less than its configuration claims: check that it was restored as it was trained (JumpReLU threshold, "
+            "k, normalisation), and try prompts that resemble its training data"
         )
     ours = official_name(lens.name)
     if said.model and ours and ours != official_name(said.model):

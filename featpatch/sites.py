@@ -138,8 +138,8 @@ def check_components(names: Any, positions: Any) -> list[str]:
         raise FeatpatchError(f"sites={chosen}: expected some of {', '.join(COMPONENTS)}, each once")
     if "pattern_entry" in chosen and "all" in ([positions] if isinstance(positions, str) else positions):
         raise FeatpatchError(
-            "pattern_entry is what one position attends of another, and 'all' names no single one: expected positions='each' "
-            "or a list of labels and indices"
+            "positions='all' with sites=['pattern_entry']: expected positions='each' or a list of labels and indices, "
+            "because an entry is the attention of one position to another"
         )
     return chosen
 
@@ -257,15 +257,15 @@ def switch(hook: str) -> str:
     """Return advice on how to switch on a hook point that does not fire, for an error."""
     if is_mlp_in(hook):
         return (
-            "model.set_use_hook_mlp_in(True) switches on a copy of the residual stream before the norm; what the MLP reads is "
-            f"at {read_by_mlp(layer_of(hook))!r}"
+            "model.set_use_hook_mlp_in(True) enables this copy of the residual stream before the norm; the input of the MLP "
+            f"is at {read_by_mlp(layer_of(hook))!r}"
         )
     if hook.endswith(("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")):
         return (
-            "model.set_use_attn_in(True) or model.set_use_split_qkv_input(True) switches on copies of the residual stream, "
+            "model.set_use_attn_in(True) or model.set_use_split_qkv_input(True) enables these copies of the residual stream, "
             "one per head, before the norm; the norm's output without its weight is at ln1.hook_normalized"
         )
-    return "some must be switched on first (model.set_use_attn_result(True), ...)"
+    return "some hook points must be enabled first (model.set_use_attn_result(True), ...)"
 
 
 BESIDE = (
@@ -290,8 +290,8 @@ def layer_of(site: str) -> int:
     match = re.match(r"blocks\.([0-9]{1,6})\.", site)
     if match is None:
         raise FeatpatchError(
-            f"site {site!r} is not inside a block: expected a hook of a block, such as {resid_pre(0)!r}, which holds "
-            "what enters the first block: the embedding with everything that the model applies to it, such as positions"
+            f"site {site!r} is not inside a layer: expected a hook point of a layer, such as {resid_pre(0)!r}, which holds "
+            "the input of the first layer: the embedding with everything that the model applies to it, such as positions"
         )
     return int(match.group(1))
 

@@ -120,9 +120,9 @@ class Watch:
         if any(map(is_not, before, now)) or self._expected is None or self._known(now) != self._expected:
             self._expected = None  # a caller that handles this error must not continue with wrong values
             raise FeatpatchError(
-                "hooks were attached to the model or removed while it was being measured, by another thread (run_with_hooks, "
+                "another thread attached hooks to the model or removed them during a measurement (run_with_hooks, "
                 "run_with_cache, add_hook or reset_hooks): expected the same hooks throughout; make those calls before or "
-                "after, or on a copy of the model"
+                "after the measurement, or on a copy of the model"
             )
 
     def _known(self, lists: list[Any]) -> list[int]:

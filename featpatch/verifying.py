@@ -59,11 +59,11 @@ class Verified:
         return table.sort_values("difference", ascending=False, ignore_index=True)
 
     def __repr__(self) -> str:
-        verdict = "as they were" if self.ok else "NOT as they were"
+        verdict = "reproduced" if self.ok else "NOT reproduced"
         changed = f"; other versions: {', '.join(self.versions)}" if self.versions else ""
         return visible(
             f"{len(self.nodes)} random rows measured again, {verdict}: largest difference {max(self.differences):.2g} of the "
-            f"metric's size (accepted {self.tolerance:.2g}){changed}"
+            f"metric's size (tolerance {self.tolerance:.2g}){changed}"
         )
 
 
@@ -104,13 +104,14 @@ def verify(
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
     if effects.value != "exact" or not whole or {"noise", "ablation", "of_pairs"} & set(about):
         raise FeatpatchError(
-            "the table is not one of swaps: expected exact ones of rank_features, rank_components or rank_paths"
+            "the table does not hold patching effects: expected exact effects from rank_features, rank_components or rank_paths"
         )
     metrics = list(effects.metrics)
     unknown = [name for name in metrics if name not in MEASURES and name not in SEQUENCES]
     if unknown:
         raise FeatpatchError(
-            f"metric {unknown[0]!r} is a function, which a table does not hold: expected named metrics to verify"
+            f"metric {unknown[0]!r} is a function, which a table does not store: expected only built-in metrics, so that rows "
+            "can be measured again"
         )
     check_numbers(1, rows=rows)
     check_numbers(0, seed=seed)
@@ -119,11 +120,15 @@ def verify(
     given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
     if missing := [name for name in known if name not in given]:
-        raise FeatpatchError(f"the table was measured with {', '.join(missing)}: expected these too (saes=, or --sae for each)")
+        raise FeatpatchError(
+            f"the table was measured with {', '.join(missing)}: expected these SAEs too; pass them with saes=, or --sae for "
+            "each"
+        )
     for name, digest in known.items():
         if given[name] != digest:
             raise FeatpatchError(
-                f"{name} is not that of the table: expected what it was measured with; pass the same model, pairs and SAEs"
+                f"{name} differs from that of the table: expected the one that it was measured with; pass the same model, "
+                "pairs and SAEs"
             )
     drawn = np.sort(np.random.default_rng(seed).permutation(len(effects))[:rows])
     nodes = [effects.nodes[row] for row in drawn]

@@ -112,7 +112,7 @@ def test_patterns(small: Small) -> None:
         new = oracle.activations(small.model, small.clean[[slot]])[site].clone()
         new[0, node.index, 5] = values[0, node.index, 5]
         assert effects.noised[entry] == pytest.approx(run_with(small, slot, site, new), abs=1e-9)
-    with pytest.raises(fp.FeatpatchError, match="is no pattern"):
+    with pytest.raises(fp.FeatpatchError, match="is not an attention pattern"):
         ablated(small, sites="pattern", to="mean")
 
 
@@ -211,7 +211,9 @@ def test_noise_on_the_embeddings(small: Small) -> None:
 
 def test_noise_needs_positions_and_a_scale() -> None:
     for options in ({"positions": []}, {"positions": [1], "scale": 0.0}):
-        with pytest.raises(fp.FeatpatchError, match="expected a list of at least one label or index, and a scale above 0"):
+        with pytest.raises(
+            fp.FeatpatchError, match="expected positions as a list of at least one label or index, and a scale above 0"
+        ):
             fp.Noise(**options)
 
 

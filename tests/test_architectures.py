@@ -155,7 +155,7 @@ def test_a_model_that_looks_both_ways_takes_the_plain_path() -> None:
     oracle._activations.cache_clear()
     site, drawn = "blocks.1.hook_resid_pre", pairs(VOCAB)[1:2]
     sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name == site)
-    with pytest.warns(fp.SlowPathWarning, match="attention in both directions"):
+    with pytest.warns(fp.SlowPathWarning, match="bidirectional attention"):
         effects = fp.rank_features(model, sae, drawn, positions="each", progress=False)
     assert {node.position for node in effects.nodes} == set(range(9))
     for entry, row in enumerate(effects.row):
@@ -331,7 +331,7 @@ def test_quantised_weights_are_run_and_not_read() -> None:
     sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre")
     check_entries(model, [sae], 1e-5, 20)
     assert fp.check(model, sae, drawn).weights == "as they are"
-    with pytest.raises(fp.FeatpatchError, match="MLP of layer 1 has quantised weights, which can be run and not read"):
+    with pytest.raises(fp.FeatpatchError, match="MLP of layer 1 has quantised weights, which can be run but not read"):
         fp.dictionaries.neurons(model, 1)
     effects = fp.rank_features(model, sae, drawn, progress=False)
     components = fp.rank_components(model, drawn, sites=["resid_pre", "attn_out", "z", "mlp_out"], progress=False)

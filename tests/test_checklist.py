@@ -155,7 +155,7 @@ def test_tables(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
     console.print(by_pair(found, lambda pair: "[b]markup[/b]"))
     printed = capsys.readouterr().out
     assert "checklist of 2 pairs: 1 pass, 0 warn, 1 fail" in printed
-    assert "the same as pair 0" in printed
+    assert "identical to pair 0" in printed
     assert "[b]markup[/b]" in printed
     assert "drop all but one" in printed
 
@@ -174,7 +174,7 @@ def test_checking_and_dropping(demo: Demo) -> None:
     assert pairs_of(demo, GOOD).drop(pairs_of(demo, GOOD).check(demo.model)) == pairs[:1]
     with pytest.raises(fp.FeatpatchError, match="the checklist is of 3 pairs and these are 1"):
         pairs[:1].drop(found)
-    with pytest.raises(fp.FeatpatchError, match="all 3 pairs have verdict"):
+    with pytest.raises(fp.FeatpatchError, match="all 3 pairs have the verdict"):
         pairs.drop(found, ["pass", "warn", "fail"])
 
 
@@ -190,7 +190,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_unknown_verdicts() -> None:
-    with pytest.raises(fp.FeatpatchError, match=r"verdicts \['bad'\]: expected some of pass, warn, fail"):
+    with pytest.raises(fp.FeatpatchError, match=r"verdicts 'bad': expected some of pass, warn, fail"):
         kept(["pass"], "bad")
 
 
@@ -198,6 +198,6 @@ def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: Demo)
     """As where the BOS token was not counted."""
     pairs = pairs_of(demo, GOOD, labels=[{"who": 9, "end": 14}])
     sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
-    with pytest.warns(UserWarning, match="nothing differs at 'who' of any pair.*at 9 and differs from 10 on"):
+    with pytest.warns(UserWarning, match="label 'who' has no rows.*at position 9 and the prompts differ from position 10 on"):
         effects = fp.rank_features(demo.model, sae, pairs, positions=["who", "end"], progress=False)
     assert {node.position for node in effects.nodes} == {"end"}

@@ -195,8 +195,8 @@ def test_errors(small: Small) -> None:
     site = "blocks.1.hook_resid_pre"
     for changed, message in (
         ({"nodes": None}, "over='nodes' without nodes"),
-        ({"over": "edges"}, "nodes or saes alone"),
-        ({"over": "edges", "saes": small.at(site)}, "embedding, heads and MLPs are among the edges anyway"),
+        ({"over": "edges"}, "only one of nodes and saes"),
+        ({"over": "edges", "saes": small.at(site)}, "embedding, heads and MLPs need not be named"),
         ({"over": "edges", "nodes": None, "errors": "out"}, "over='edges' with errors='out'"),
         ({"method": "magic"}, "method='magic'"),
         ({"threshold": -1.0}, "threshold=-1.0"),
@@ -206,9 +206,9 @@ def test_errors(small: Small) -> None:
         ({"to": "zero"}, "to='zero'"),
         ({"errors": "maybe"}, "errors='maybe'"),
         ({"nodes": [head, head]}, "each once"),
-        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or an error of"),
+        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
-        ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "one or the other"),
+        ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "expected only one kind"),
         ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "gradient of zero in the unpatched clean run.*'exact'"),
         ({"pairs": pairs_of(small, [0]), "to": "mean"}, "the only one with 7 tokens"),
     ):  # fmt: skip

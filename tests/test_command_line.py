@@ -112,10 +112,10 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     shown = run("rank", *model, *sae, "--method", "ig", folder=folder)
     said = " ".join(shown.stdout.split())
     assert (
-        f"add up to the whole site within {about['completeness_residual']:.1g} of the mean gap; the estimate for a whole site"
-        in said
+        f"sum to the whole activation within {about['completeness_residual']:.1g} of the mean gap; the estimate for a whole "
+        "activation" in said
     )
-    assert f"differs from its patched run by up to {about['whole_residual']:.2g} of the mean gap" in said
+    assert f"differs from the exact effect by up to {about['whole_residual']:.2g} of the mean gap" in said
     full = run("rank", *model, *sae, "--out", "full", folder=folder)
     assert full.returncode == 0, full.stderr
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)
@@ -161,7 +161,7 @@ def test_plans_of_components_and_json_without_bars(
     shown = run("components", *model, "--sites", "z", "--out", "planned", folder=folder)
     assert "patching: 100%" in shown.stderr
     refused = run("plan", *model, *sae, "--sites", "z", folder=folder)
-    assert "fp.plan with sites, saes: expected senders" in refused.stderr.replace("\n", " ")
+    assert "fp.plan got sites, saes: expected senders" in refused.stderr.replace("\n", " ")
 
 
 def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> None:
@@ -185,7 +185,7 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     assert len(expected) == 5
     assert expected.quadrants() != effects.take(expected.rows_in_whole()).quadrants()
     for wrong, said in ((("--threshold", "2"), "threshold=2.0: expected a number between 0 and 1"),
-                        (("--by", "recovery", "--direction", "noising"), "by='recovery': expected one of the effects")):  # fmt: skip
+                        (("--by", "recovery", "--direction", "noising"), "by='recovery': expected one of the measured effects")):  # fmt: skip
         refused = run("rank", *model, *sae, *wrong, "--out", "refused", folder=folder)
         assert refused.returncode == 2
         assert said in refused.stderr.replace("\n", " ")
@@ -249,7 +249,7 @@ def test_an_interrupted_command_replaces_nothing_and_exits_with_130(
     monkeypatch.setattr(fp, "rank_features", cut_short)
     done = run(*again, folder=folder)
     assert done.returncode == 130
-    assert "interrupted: what follows is finished, on 1 pairs" in done.stdout
+    assert "interrupted: the results below cover only the finished pairs (1)" in done.stdout
     assert "to finished/unfinished/" in done.stdout
     assert bytes_of(finished) == before
     assert len(fp.Effects.load(finished / "unfinished" / "effects.safetensors").clean) == 1
@@ -306,7 +306,7 @@ def test_the_folder_of_results_is_tried_out_first(command: str, tmp_path: Path) 
         while not (tmp_path / "held").exists():
             time.sleep(0.01)
         for name, what in (("file", "is a file"), ("file/within", "can't be written"), ("link", "can't be written"),
-                           ("n" * 300, "can't be looked at (File name too long)"), ("busy", "is in use by another command")):  # fmt: skip
+                           ("n" * 300, "can't be accessed (File name too long)"), ("busy", "is in use by another command")):  # fmt: skip
             done = run(command, *study, "--out", name, folder=tmp_path)
             assert done.returncode == 2, name
             assert what in " ".join(done.stderr.split()), name
@@ -346,7 +346,7 @@ def test_results_that_cannot_be_written_in_the_end(
     assert "No space left on device" in said
     assert len(list(out.iterdir())) == inside
     if full == "everywhere":
-        assert "none is saved" in said
+        assert "nothing was saved" in " ".join(done.stderr.split())
         return
     place = out if inside else next(elsewhere.iterdir())
     assert str(place) in said
@@ -380,7 +380,7 @@ def test_the_same_screening_alone_replaces_it(folder: Path, model: list[str], sa
         assert done.returncode == code, (options, done.stderr)
         assert code == 0 or "differ" in done.stderr
     refused = run("rank", *model, *sae, "--out", "j", "--journal", "j/effects.safetensors", folder=folder)
-    assert (refused.returncode, "is where the results go" in " ".join(refused.stderr.split())) == (2, True)
+    assert (refused.returncode, "is the path of a result file" in " ".join(refused.stderr.split())) == (2, True)
 
 
 def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: list[str]) -> None:
@@ -409,7 +409,7 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
         ("command = 'fly'", "command='fly' in 'study.toml': expected one of check"),
         ("command = 'run'", "command='run'"),
         ("model = 'x'", "command=None"),
-        ("command = 'rank'\nmodel = {a = 1}", "model={'a': 1} in 'study.toml': expected a text, a number"),
+        ("command = 'rank'\nmodel = {a = 1}", "model={'a': 1} in 'study.toml': expected the value of an option"),
         ("command = 'rank' =", "can't be read"),
         (None, "the study 'study.toml' can't be read"),
     ],

@@ -165,7 +165,7 @@ def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
     assert "effects of the components and of the summed features are the same in all 2 cells" in repr(constant)
     single = compare(table(features), table(dict(list(places.items())[:1])))
     unknown = compare(table({**features, fp.Node(PRE, "feature", 1, "end", "s"): np.nan}), table(places))
-    assert "hook points and positions with known effects in both tables: 1;" in repr(single)
+    assert "the tables share 1 cells (hook point and position) with known effects" in repr(single)
     assert "(1 more with unknown effects)" in repr(unknown)
     for found in (apart, heads, constant, single, unknown):
         assert not [word for word in ("NaN", "nan", "<NA>", "None") if word in repr(found)]
@@ -195,17 +195,17 @@ def test_other_tables_are_refused(change: dict[str, Any], message: str) -> None:
 
 def test_tables_that_are_not_what_they_should_be_are_refused(tmp_path: Any) -> None:
     features, components = by_hand()
-    with pytest.raises(fp.FeatpatchError, match="features has 1 pairs and components 2"):
+    with pytest.raises(fp.FeatpatchError, match="the features were ranked over 1 pairs and the components over 2"):
         compare(features, table(dict.fromkeys(components.nodes, (1, 1))))
     with pytest.raises(fp.FeatpatchError, match="the corrupted runs differs between the tables, by up to 1"):
         compare(features, replace(components, corrupted=components.corrupted + 1))
     with pytest.raises(fp.FeatpatchError, match="the clean runs differs between the tables, by up to 1"):
         compare(features, replace(components, clean=components.clean - 1))
     for one, other in ((components, features), (features, features), (features, components.take([]))):
-        with pytest.raises(fp.FeatpatchError, match="expected rows of SAEs in the first table"):
+        with pytest.raises(fp.FeatpatchError, match="expected features of SAEs in the first"):
             compare(one, other)
     part = fp.Effects.load(features.top(1).save(tmp_path / "part"))
-    with pytest.raises(fp.FeatpatchError, match="1 of 3 features that were ranked"):
+    with pytest.raises(fp.FeatpatchError, match="1 of 3 ranked features"):
         compare(part, components)
     with pytest.raises(fp.FeatpatchError, match="saes, pairs is missing"):
         compare(features, components, model=object())
@@ -433,7 +433,7 @@ def test_shares_add_up_to_one_on_other_architectures(name: str) -> None:
     assert ("head" in set(found.writers["kind"])) == (not normed)
     assert ("blocks.0.hook_attn_out" in set(found.writers["site"])) == normed
     assert ("head" in set(found.through["kind"])) == (not normed)
-    assert ("do not add to the stream one by one" in repr(found)) == normed
+    assert ("do not write to the residual stream individually" in repr(found)) == normed
     assert ("blocks.0.hook_mlp_out" in set(found.writers["site"])) == ("only" not in name)
 
 
@@ -508,8 +508,8 @@ def test_other_models_saes_and_pairs_are_refused(bridge: Small) -> None:
     features = ranked(bridge.model, [sae, bridge.at("blocks.1.hook_attn_out")], pairs)
     components = heads_and_mlps(features, ["all"])
     for options, message in (
-        ({"pairs": pairs[:2]}, "the 2 pairs given are not those of the tables"),
-        ({"model": small_hooked().model}, "weights are not those of the tables"),
+        ({"pairs": pairs[:2]}, "the 2 pairs differ from those of the tables"),
+        ({"model": small_hooked().model}, "weights differ from those of the tables"),
         ({"saes": bridge.at(TOPK)}, "'blocks.2.hook_resid_pre' is not one of those that were ranked"),
         ({"saes": standard(PRE, 99)}, "'blocks.1.hook_resid_pre' is not one of those that were ranked"),
         ({"saes": linear(PRE)}, "is not one of those that were ranked"),
@@ -568,7 +568,9 @@ def test_a_stream_that_blocks_do_not_add_to_is_refused() -> None:
     sae, pairs = small.at(TOPK), pairs_of(small)
     features = ranked(small.model, sae, pairs)
     small.model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda x, hook: 1.5 * x)
-    with pytest.raises(fp.FeatpatchError, match="what blocks write and the stream at 'blocks.2.hook_resid_pre' differ by"):
+    with pytest.raises(
+        fp.FeatpatchError, match="what layers write and the residual stream at 'blocks.2.hook_resid_pre' differ by"
+    ):
         compare(features, heads_and_mlps(features, ["all"]), model=small.model, saes=sae, pairs=pairs)
 
 

@@ -371,7 +371,10 @@ def test_what_cannot_be_compared_is_refused(small: Small) -> None:
     estimate = fp.rank_features(small.model, standard(site, 1), pairs, method="atp", progress=False)
     exact = fp.rank_features(small.model, standard(site, 1), pairs, progress=False)
     other = fp.rank_features(small.model, standard(site, 2), pairs, progress=False)
-    for tables, message in (((estimate.of_pairs([0]), exact), "of_pairs is"), ((estimate, other), "is not the same for")):
+    for tables, message in (
+        ((estimate.of_pairs([0]), exact), "of_pairs is"),
+        ((estimate, other), "has different weights in the two tables"),
+    ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.calibrate(*tables)
     part = fp.calibrate(estimate.top(2), exact.top(3))
@@ -420,12 +423,12 @@ def test_errors(small: Small) -> None:
     for call, message in (
         (lambda: fp.Gradients(model, far), "pair 0 has token ids from 1 to 77"),
         (lambda: fp.rank_components(model, far, method="atp"), "pair 0 has token ids"),
-        (lambda: fp.rank_components(model, pairs[:1], method=fp.Gradients(model, pairs)), "of another model or of other"),
-        (lambda: fp.rank_components(small_other(), pairs, method=fp.Gradients(model, pairs)), "of another model or of"),
+        (lambda: fp.rank_components(model, pairs[:1], method=fp.Gradients(model, pairs)), "belong to another model or other"),
+        (lambda: fp.rank_components(small_other(), pairs, method=fp.Gradients(model, pairs)), "belong to another model or"),
         (lambda: estimated(model, sites="heads"), "sites=\\['heads'\\]: expected some of"),
         (lambda: estimated(model, layers=[7]), "layers=\\[7\\]: expected some of 0 to 2"),
-        (lambda: estimated(model, sites="pattern_entry"), "'all' names no single one"),
-        (lambda: fp.rank_components(and_gate().model, gate_pairs(), method="grad_drop"), "the model has one block"),
+        (lambda: estimated(model, sites="pattern_entry"), "positions='all' with sites"),
+        (lambda: fp.rank_components(and_gate().model, gate_pairs(), method="grad_drop"), "the model has one layer"),
         (lambda: fp.Gradients(model, pairs, method="shap"), "expected one of atp, ig, eap_ig_inputs, grad_drop"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -156,6 +156,7 @@ def test_result_is_z(small: Small) -> None:
     np.testing.assert_array_equal(z.denoised, result.denoised)
 
 
+@pytest.mark.both
 def test_neurons_against_hooks(small: Small) -> None:
     effects = ranked(small.model, "neurons", [2, 6], layers=[1])
     site = "blocks.1.mlp.hook_post"
@@ -178,7 +179,7 @@ def test_neurons_against_hooks(small: Small) -> None:
 def test_neurons_behind_a_norm_go_through_the_model() -> None:
     """Gemma-2 norms what the MLP adds, so that W_out is not all that a neuron acts through."""
     model = BRIDGES["gemma2"]()
-    with pytest.warns(fp.SlowPathWarning, match="inside a block"):
+    with pytest.warns(fp.SlowPathWarning, match="inside a layer"):
         effects = ranked(model, "neurons", [6], layers=[1], directions=["denoising"])
     node, slot = effects.nodes[effects.row[0]], int(effects.pair[0])
     site = "blocks.1.mlp.hook_post"
@@ -214,7 +215,7 @@ def test_one_table_with_features(small: Small) -> None:
         ({"layers": [3]}, r"layers=\[3\]: expected some of 0 to 2"),
         ({"layers": []}, r"layers=\[\]"),
         ({"sites": "pattern_entry"}, "expected positions='each' or a list"),
-        ({"sites": "pattern_entry", "positions": ["all", 2]}, "'all' names no single one"),
+        ({"sites": "pattern_entry", "positions": ["all", 2]}, "positions='all' with sites"),
         ({"positions": ["S2"]}, "a pair has no label 'S2'"),
     ],
 )
@@ -224,7 +225,7 @@ def test_errors(small: Small, options: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_without_mlp() -> None:
-    with pytest.raises(fp.FeatpatchError, match=".blocks.0.hook_mlp_out. exists but did not fire"):
+    with pytest.raises(fp.FeatpatchError, match=".blocks.0.hook_mlp_out. exists but was not reached"):
         ranked(HOOKED["attention only"](), "mlp_out", "all")
 
 
@@ -252,7 +253,7 @@ def test_hooks_of_the_user_take_part_once(small: Small, site: str, name: str) ->
     point = small.model.hook_dict[site]
     point.add_hook(bend)
     try:
-        with pytest.warns(fp.SlowPathWarning, match="hooks that you attached"):
+        with pytest.warns(fp.SlowPathWarning, match="hooks attached by you"):
             effects = ranked(small.model, name, [2, 6], layers=[1])
     finally:
         small.model.reset_hooks()

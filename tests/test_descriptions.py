@@ -59,7 +59,7 @@ def test_descriptions_by_hand(demo: Demo) -> None:
         assert (found.fired, found.positions) == (len(shown), sum(len(ids) - 1 for _, ids in activations))
         count = f"fires at {len(shown)} of {found.positions} positions"
         if not share:
-            assert (found.word, found.contexts, str(found)) == ("", (), f"never fires in the text, {count}")
+            assert (found.word, found.contexts, str(found)) == ("", (), f"never active in the text, {count}")
             continue
         fired += 1
         assert found.f1 == pytest.approx(scores[found.label, found.word]) == pytest.approx(max(scores.values()))
@@ -136,9 +136,9 @@ class Numbers:
 def test_what_is_refused(demo: Demo) -> None:
     node = fp.Node(SITE, "feature", 0, "all", SITE)
     for saes, texts, message in (
-        (demo.saes, [], r"texts=\[\]: expected a list of one document"),
-        (demo.saes, [""], "the texts have no words"),
-        ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names dictionary '{SITE}'"),
+        (demo.saes, [], r"texts=\[\]: expected a list of at least one document"),
+        (demo.saes, [""], "the texts hold only special tokens"),
+        ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names the SAE '{SITE}'"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.max_activating(demo.model, saes, [node], texts)

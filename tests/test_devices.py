@@ -230,7 +230,7 @@ def by_hand(small: Small) -> Any:
 
 def slow(small: Small) -> Any:
     """Sites inside an MLP, through the model's own forward pass."""
-    with pytest.warns(fp.SlowPathWarning, match="inside a block"):
+    with pytest.warns(fp.SlowPathWarning, match="inside a layer"):
         return fp.rank_features(
             small.model, fp.dictionaries.identity(small.model, "blocks.1.mlp.hook_post"), pairs_of(small), **QUIET
         )
@@ -254,15 +254,15 @@ TASKS: dict[str, Callable[[Small], Any]] = {
     "edges, estimated": lambda s: circuit(s, over="edges", size=20, scores="estimate"),
     "edges of features": lambda s: circuit(
         s, over="edges", saes=named(s), nodes=[*SENDERS[:3], *RECEIVERS[:3]], size=20, scores="estimate", errors="nodes"),
-    "ablated": lambda s: fp.ablate(s.model, pairs_of(s), saes=s.saes, sites=["z", "mlp_out"], to="mean", **QUIET),
+    "ablated": lambda s: fp.ablate(s.model, pairs_of(s), saes=s.saes[:2], sites=["z", "mlp_out"], to="mean", **QUIET),
     "resampled": lambda s: fp.ablate(s.model, pairs_of(s), saes=s.saes, to="resample", **QUIET),
     "by hand": by_hand,
 }  # fmt: skip
 
 
 VARIANTS = {
-    "features, neg_kl", "integrated", "paths through MLPs", "estimates of paths through MLPs", "edges, estimated", "resampled",
-    "dropped", "inputs", "controls", "neurons", "principal components",
+    "features, neg_kl", "integrated", "paths through MLPs", "estimates of paths through MLPs", "edges",
+    "edges, estimated", "resampled", "dropped", "inputs", "controls", "neurons", "principal components",
 }  # fmt: skip
 """What differs little from another task: extended."""
 

@@ -469,7 +469,7 @@ def test_graphs_that_are_refused(show: Any) -> None:
         (named, "graph has a node 'a': expected nodes such as"),
         (bare, "hook_embed activation @ all -> .* is None: expected a finite number"),
         (infinite, "hook_mlp_out activation @ S2 is inf: expected a finite number"),
-        (outside, "'ln_final.hook_normalized' is not inside a block"),
+        (outside, "'ln_final.hook_normalized' is not inside a layer"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             show(graph)
@@ -494,7 +494,7 @@ def test_attribution_graphs_that_are_refused() -> None:
         (lambda: attribution(at_tokens(), tokens=[]), "expected the tokens"),
         (lambda: attribution(at_tokens(), slug="../x"), "slug='../x': expected letters"),
         (lambda: attribution(at_tokens(), model=""), "model='': expected the name"),
-        (lambda: attribution(two), "2 outputs: expected one"),
+        (lambda: attribution(two), "2 output nodes: expected at most one"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             call()

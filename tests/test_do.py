@@ -13,7 +13,7 @@ SITE = "blocks.1.hook_resid_pre"
 def test_what_is_not_the_stream_itself_is_not_set(bridge: Small) -> None:
     site = "blocks.1.hook_resid_mid"
     patch = fp.Patch((fp.Node(site, "error"),))
-    with pytest.raises(fp.FeatpatchError, match="is not the residual stream itself"):
+    with pytest.raises(fp.FeatpatchError, match="is a copy of the residual stream"):
         fp.do(bridge.model, patch, source=bridge.clean, saes=bridge.at(site), how="set").__enter__()
 
 
@@ -32,7 +32,7 @@ def test_two_dictionaries_on_one_hook_are_told_apart_by_name(bridge: Small) -> N
         assert abs(alone.pooled("recovery") - part.pooled("recovery")).max() < 1e-10
     node = fp.Node(site, "feature", 1)
     ambiguous = fp.do(bridge.model, fp.Patch((node,)), source=bridge.clean, base=bridge.corrupted, saes=saes)
-    with pytest.raises(fp.FeatpatchError, match="belongs to 2 of the dictionaries"), ambiguous:
+    with pytest.raises(fp.FeatpatchError, match="belongs to 2 of the SAEs"), ambiguous:
         pass
 
 
@@ -107,9 +107,9 @@ Z = "blocks.1.attn.hook_z"
         ([fp.Node(Z, "head", 4)], "head 4 of 'blocks.1.attn.hook_z' is out of range: expected 0 to 3"),
         ([fp.Node("blocks.1.mlp.hook_post", "neuron", 32)], "neuron 32 of .* is out of range: expected 0 to 31"),
         ([fp.Node(SITE, "head", 0)], "the activation there has no heads"),
-        ([fp.Node("blocks.1.attn.hook_pattern", "head", 0)], "the activation there has no position first"),
+        ([fp.Node("blocks.1.attn.hook_pattern", "head", 0)], "the first dimension of the activation there is not the position"),
         ([fp.Node("blocks.1.attn.hook_pattern", "activation", None, 2)], "rank_components"),
-        ([fp.Node(Z, "set", 0)], "names no values by itself"),
+        ([fp.Node(Z, "set", 0)], "does not say which values to patch"),
         ([fp.Node(Z, "head", 0), fp.Node(Z, "activation")], "overlaps other nodes"),
         ([fp.Node(Z, "activation"), fp.Node(Z, "head", 0)], "overlaps other nodes"),
         ([fp.Node(Z, "head", 0), fp.Node(Z, "feature", 0)], "overlaps other nodes"),

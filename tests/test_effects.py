@@ -36,7 +36,7 @@ def test_top_orders_features_by_effect(table: fp.Effects) -> None:
     assert [node.index for node in table.top(2, by="degradation").nodes] == [7, 3]
     assert [node.kind for node in table.top(4, kind=None).nodes] == ["feature", "feature", "error", "feature"]
     assert table.top(2, by="degradation").pooled("recovery") == pytest.approx([10 / 28, 16 / 28])
-    with pytest.raises(fp.FeatpatchError, match=r"\['layer'\] are no columns: expected some of site, kind"):
+    with pytest.raises(fp.FeatpatchError, match=r"unknown columns 'layer': expected some of site, kind"):
         table.where(layer=1)
     with pytest.raises(fp.FeatpatchError, match="effect 'strength' is unknown"):
         table.pooled("strength")

@@ -52,6 +52,7 @@ def same(one: fp.Effects, other: fp.Effects) -> bool:
     return one.nodes == other.nodes and all(np.array_equal(getattr(one, c), getattr(other, c)) for c in columns)
 
 
+@pytest.mark.both
 def test_a_fast_path_that_is_wrong_is_not_taken(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rank(small)
     stack = type(wrap(small.model)).stack
@@ -138,7 +139,7 @@ def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pyt
         raise error
 
     monkeypatch.setattr(SuffixPath, "logits", never)
-    with pytest.raises(fp.FeatpatchError, match=r"memory ran out with a single patch of \d rows"):
+    with pytest.raises(fp.FeatpatchError, match=r"memory ran out for a single patch of \d rows"):
         study.run(None, progress=False)
 
 
@@ -206,6 +207,7 @@ def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monke
     np.testing.assert_allclose(part.denoised, [expected[node] for node in part.nodes], rtol=0, atol=1e-10)
 
 
+@pytest.mark.both
 def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Law 8, and finished batches are not run again."""
     whole = rank(small, batch_rows=20)
@@ -251,10 +253,11 @@ def test_killed_at_random_points_it_resumes_to_the_same_bits(bridge: Small, tmp_
     assert partial > KILLS / 5, "too few kills came in the middle of the sweep"
 
 
-def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cuts", [5, pytest.param(25, marks=pytest.mark.extended)])
+def test_a_journal_cut_at_any_byte_is_resumed_and_what_is_torn_is_dropped(bridge: Small, tmp_path: Path, cuts: int) -> None:
     whole = rank(bridge, batch_rows=40, journal=tmp_path / "whole")
     content, r = (tmp_path / "whole").read_bytes(), random.Random(1)
-    for _ in range(25):
+    for _ in range(cuts):
         cut = r.randrange(len(content))
         journal = tmp_path / "cut"
         journal.write_bytes(content[:cut])
@@ -447,9 +450,9 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
     monkeypatch.setattr("featpatch.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
     seconds = 100.0
     said = sweep(progress=True)
-    assert said.count("to go, judging by the first batch") == 1
+    assert said.count("left (estimated from the first batch)") == 1
     left = (sum(batches) - batches[0]) / batches[0] * 100
-    assert f"{sum(batches)} patches in all, about {timedelta(seconds=round(left))} to go" in said
+    assert f"{sum(batches)} patches in total, about {timedelta(seconds=round(left))} to go" in said
     assert "to go" not in sweep(progress=False)
     seconds = 1.0
     assert "to go" not in sweep(progress=True)

@@ -1,7 +1,5 @@
 """Bad input: every message names the value, the expectation and the next step."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
 from featpatch.model.transformer_lens import BridgeLens, wrap
-from featpatch.pairs.positions import spans
+from featpatch.pairs.pair import spans
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -37,12 +35,15 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"corrupted": ["a b"]}, r"pair 0: clean has 3 tokens and corrupted has 2: expected equal lengths.*as many tokens"),
-        ({"clean": []}, r"'clean': 0, 'corrupted': 1.*expected equally many"),
+        (
+            {"corrupted": ["a b"]},
+            r"pair 0: clean has 3 tokens and corrupted has 2: expected equal lengths.*the same number of tokens",
+        ),
+        ({"clean": []}, r"'clean': 0, 'corrupted': 1.*expected equal numbers"),
         ({key: [] for key in PROMPT}, r"there are no pairs: expected at least one"),
         ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
         ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\] after 'a bb ccc': expected exactly one; choose"),
-        ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): an answer can't be both"),
+        ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): expected no answer to be both"),
         ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one correct answer"),
         ({"labels": [{"S2": 3}]}, r"label 'S2' is at position 3: expected 0 to 2"),
     ],
@@ -57,7 +58,8 @@ def test_prompts_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     tokenizer: Any = None
     with pytest.raises(
-        fp.FeatpatchError, match="the tokenizer is a NoneType: expected a Hugging Face tokenizer, a function, or a model"
+        fp.FeatpatchError,
+        match="the tokenizer is a NoneType: expected a Hugging Face tokenizer, a function from text to token ids, or a model",
     ):
         fp.Pairs.from_prompts(tokenizer, **PROMPT)
 
@@ -74,10 +76,10 @@ def test_tokens_of_unequal_length(bridge: Small) -> None:
         ('{"clean": "a"}\n', "line 1: .* lacks corrupted, correct, wrong: expected"),
         ('\n"a"\n', "line 2: .* lacks clean"),
         ("\n", "is empty: expected one JSON object per line"),
-        ('{"clean": null, "corrupted": "a", "correct": "b", "wrong": "c"}', "line 1: clean is None in .*: expected text"),
+        ('{"clean": null, "corrupted": "a", "correct": "b", "wrong": "c"}', "line 1: clean is None in .*: expected a string"),
         (
             '{"clean": "a", "corrupted": "a", "correct": 3, "wrong": "c"}',
-            "correct is 3 in .*: expected text, for answers a list",
+            "correct is 3 in .*: expected a string; for answers, a string or a list",
         ),
     ],
 )
@@ -117,20 +119,20 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
         ),
         (
             lambda: fp.dictionaries.identity(small_bridge().model, "blocks.1.hook_mlp_in"),
-            r"'blocks.1.hook_mlp_in' exists but did not fire: .*before the norm; what the MLP reads is at 'blocks.1.mlp.hook_in'",
+            r"'blocks.1.hook_mlp_in' exists but was not reached .*before the norm; the input of the MLP is at 'blocks.1.mlp.hook_in'",
         ),
         (
             lambda: fp.dictionaries.identity(small_bridge().model, "blocks.1.hook_attn_in"),
-            r"'blocks.1.hook_attn_in' exists but did not fire: .*set_use_attn_in\(True\).*before the norm",
+            r"'blocks.1.hook_attn_in' exists but was not reached .*set_use_attn_in\(True\).*before the norm",
         ),
         (
             lambda: sae_at("hook_embed"),
             r"'hook_embed', to which this model adds positions.*'blocks.0.hook_resid_pre' holds the result",
         ),
-        (lambda: sae_at(SITE, normalize_activations="expected_average_only_in"), r"scale is not folded in.*call sae.fold"),
-        (lambda: StandardSAE(StandardSAEConfig(WIDTH, FEATURES)), r"names no hook: set sae.cfg.metadata.hook_name"),
+        (lambda: sae_at(SITE, normalize_activations="expected_average_only_in"), r"scale is not folded into.*call sae.fold"),
+        (lambda: StandardSAE(StandardSAEConfig(WIDTH, FEATURES)), r"names no hook point: .* set sae.cfg.metadata.hook_name"),
         (list, r"there are no SAEs: expected at least one"),
-        (lambda: "gpt2-small-res-jb", r"str is not a sae-lens SAE: expected an object"),
+        (lambda: "gpt2-small-res-jb", r"str is not a sae-lens SAE: expected one"),
     ],
 )
 def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: str) -> None:
@@ -148,9 +150,9 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"metric": "f1"}, r"metric 'f1' is unknown: expected one of logit_diff, prob_diff"),
         (
             {"metric": lambda logits, correct, wrong: logits.mean()},
-            r"metric '<lambda>' gave torch.float64 of shape \(\) for 1 rows: expected one real value per row",
+            r"metric '<lambda>' returned torch.float64 of shape \(\) for 1 rows: expected one real value per row",
         ),
-        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"metric '<lambda>' gave NaN"),
+        ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"metric '<lambda>' returned NaN"),
         (
             {"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2},
             r"a mean gap of 0: expected a gap .*choose corruptions",
@@ -165,7 +167,7 @@ def test_options(bridge: Small, options: dict[str, Any], message: str) -> None:
 
 
 def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
-    with pytest.raises(fp.FeatpatchError, match="expected a gap that a recovery can be a share of"):
+    with pytest.raises(fp.FeatpatchError, match="expected a gap large enough to normalise effects by"):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, corrupted=bridge.clean))
 
 
@@ -179,7 +181,7 @@ def test_nan_in_activations() -> None:
     with torch.no_grad():
         broken.model.blocks[0].mlp.out.original_component.bias[0] = torch.nan
     with pytest.raises(
-        fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' holds NaN.*check the model's weights"
+        fp.FeatpatchError, match=r"activation at 'blocks.1.hook_resid_pre' contains NaN.*check the model's weights"
     ):
         fp.rank_features(broken.model, broken.at(SITE), pairs_of(broken))
 
@@ -216,7 +218,7 @@ def test_a_model_in_training_mode() -> None:
         (lambda: fp.Node(SITE, "error", None, 7), r"is outside a prompt of 7 tokens: expected 0 to 6"),
         (lambda: fp.Node(SITE, "error", None, "S2"), r"is at a label: expected a token index"),
         (lambda: fp.Node("blocks.9.hook_resid_pre", "activation"), r"the model has no hook"),
-        (lambda: fp.Node("blocks.0.hook_mlp_out", "error"), r"belongs to 0 of the dictionaries"),
+        (lambda: fp.Node("blocks.0.hook_mlp_out", "error"), r"belongs to 0 of the SAEs"),
     ],
 )
 def test_nodes(bridge: Small, node: Callable[[], fp.Node], message: str) -> None:
@@ -246,7 +248,7 @@ def test_patches(bridge: Small) -> None:
     for patch, changed, message in [
         (fp.Patch(()), {}, "the patch has no nodes"),
         (fp.Patch((whole,)), {"how": "copy"}, "how='copy': expected 'add' or 'set'"),
-        (fp.Patch((whole,)), {"how": "set"}, "expected base tokens with 'add' and none with 'set'"),
+        (fp.Patch((whole,)), {"how": "set"}, "expected base tokens with how='add', and base=None with how='set'"),
         (fp.Patch((whole,)), {"base": bridge.corrupted[:, :5]}, r"base is \(3, 5\) and source is \(3, 7\)"),
     ]:
         with pytest.raises(fp.FeatpatchError, match=message), fp.do(bridge.model, patch, **{**options, **changed}):
@@ -257,15 +259,18 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
     """Law 9."""
     options = {"source": bridge.clean, "base": bridge.corrupted}
     patch = fp.Patch((fp.Node(SITE, "activation"),))
-    with pytest.raises(fp.FeatpatchError, match=f"the patch at {SITE} never fired"), fp.do(bridge.model, patch, **options):
+    with (
+        pytest.raises(fp.FeatpatchError, match=f"the patch at {SITE} was never applied"),
+        fp.do(bridge.model, patch, **options),
+    ):
         pass
     with (
-        pytest.raises(fp.FeatpatchError, match="called with 4 tokens within a patch of 7"),
+        pytest.raises(fp.FeatpatchError, match="called with 4 tokens inside a patch of 7"),
         fp.do(bridge.model, patch, **options),
     ):
         bridge.model(bridge.corrupted[:, :4])
     with (
-        pytest.raises(fp.FeatpatchError, match="called with 1 prompts within a patch of 3"),
+        pytest.raises(fp.FeatpatchError, match="called with 1 prompts inside a patch of 3"),
         fp.do(bridge.model, patch, **options),
     ):
         bridge.model(bridge.corrupted[:1])
@@ -276,7 +281,7 @@ def test_a_sweep_whose_patch_does_not_fire(bridge: Small, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         BridgeLens, "resume", lambda lens, layer, resid, tokens, answers: tokens[:, 3, None] * torch.arange(40.0)
     )
-    message = f"the patch at '{SITE}' fired 0 times in a forward pass: expected once"
+    message = f"the hook '{SITE}' was called 0 times in one forward pass: expected once"
     with pytest.warns(fp.SlowPathWarning, match=message), pytest.raises(fp.FeatpatchError, match=message):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
 
@@ -319,7 +324,7 @@ def test_positions_that_are_none(bridge: Small, positions: Any, message: str) ->
         spans.__wrapped__(pairs_of(bridge)[0], positions)  # type: ignore[attr-defined]
 
 
-def test_types_that_only_a_type_checker_would_see() -> None:
+def test_types_that_only_a_type_checker_would_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the checker that runs in these tests: numpy positions become plain numbers, other types are refused."""
     program = """
 import numpy as np, featpatch as fp
@@ -345,12 +350,13 @@ for bad, message in (
     else:
         raise AssertionError(message)
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    exec(program, {})
 
 
 def test_a_training_dictionary_that_looks_at_several_rows(bridge: Small) -> None:
     config = BatchTopKTrainingSAEConfig(d_in=WIDTH, d_sae=FEATURES, dtype="float64", k=3.0, metadata=at(SITE))
-    with pytest.raises(fp.FeatpatchError, match=r"a BatchTopKTrainingSAE encodes a row differently beside others"):
+    with pytest.raises(fp.FeatpatchError, match=r"a BatchTopKTrainingSAE encodes a row by its rank in the batch"):
         fp.rank_features(bridge.model, randomised(BatchTopKTrainingSAE(config), 1), pairs_of(bridge))
 
 
@@ -360,7 +366,10 @@ def test_dropout_that_is_no_module() -> None:
     )
     model = LlamaForCausalLM(config).train()
     bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=config, tokenizer=None, device="cpu")
-    with pytest.raises(fp.FeatpatchError, match=r"training mode with dropout: expected repeatable runs; call model.eval"):
+    with pytest.raises(
+        fp.FeatpatchError,
+        match=r"training mode with dropout: expected evaluation mode, so that runs are repeatable; call model.eval",
+    ):
         wrap(bridge.train())
 
 
@@ -383,7 +392,7 @@ def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
     for rows in ([0, 0], [-1], [len(effects)]):
         with pytest.raises(fp.FeatpatchError, match="expected indices from 0 to"):
             effects.take(rows)
-    with pytest.raises(fp.FeatpatchError, match="pairs .*: expected indices from 0 to 2"):
+    with pytest.raises(fp.FeatpatchError, match="pairs=.*: expected indices from 0 to 2"):
         effects.of_pairs([3])
     assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
     assert "rows</p>" in effects._repr_html_()

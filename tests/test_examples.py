@@ -13,12 +13,12 @@ SAID = {
     "own_model": "What an SAE does not explain shows in its error term.",
     "features_and_heads": "Most of that feature's change is written by blocks.3.attn.hook_z head",
     "both_directions": "A low effect can still hide a backup",
-    "screening": "of the true top 20 were run; the audit promised at least",
+    "screening": "of the true top 20 were patched; the audit guaranteed at least",
     "local_folder": "the difference between the two capitals",
 }
 
 
-@pytest.mark.parametrize("most", [6, pytest.param(256, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("most", [4, pytest.param(256, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", SAID)
 def test_it_runs(
     name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

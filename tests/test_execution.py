@@ -300,7 +300,7 @@ def test_what_cannot_travel() -> None:
         with lock:
             return logits[:, correct[0]] - logits[:, wrong[0]]
 
-    with pytest.raises(fp.FeatpatchError, match="can't go to another process"):
+    with pytest.raises(fp.FeatpatchError, match="can't be sent to another process"):
         fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=Interrupted(1), **ROWS)
 
 
@@ -322,7 +322,7 @@ def test_ctrl_c_returns_what_is_finished(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_another_cluster_than_the_one_that_is_there() -> None:
     small, pairs = small_hooked(), pairs_of(small_hooked())
-    with pytest.raises(fp.FeatpatchError, match="connected to a Ray already"):
+    with pytest.raises(fp.FeatpatchError, match="already connected to Ray"):
         fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(address="auto"), **ROWS)
 
 
@@ -364,14 +364,14 @@ def test_clusters_that_are_none_or_too_small(monkeypatch: pytest.MonkeyPatch) ->
     ray.shutdown()
     for make, message in (
         (lambda: fp.Ray(workers=1, gpus=99.0), "room for"),
-        (lambda: fp.Ray(address="127.0.0.1:1"), "no Ray there"),
-        (lambda: fp.Ray(address="ray://127.0.0.1:1"), "no Ray there"),
+        (lambda: fp.Ray(address="127.0.0.1:1"), "no Ray cluster was found there"),
+        (lambda: fp.Ray(address="ray://127.0.0.1:1"), "no Ray cluster was found there"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.rank_features(small.model, small.saes[1], pairs, executor=make(), **ROWS)
     with monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what "auto" means then; else it looks for anybody's cluster
-        with pytest.raises(fp.FeatpatchError, match="no Ray there"):
+        with pytest.raises(fp.FeatpatchError, match="no Ray cluster was found there"):
             fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(address="auto"), **ROWS)
     whole = fp.rank_features(small.model, small.saes[1], pairs, **ROWS)
     same(fp.rank_features(small.model, small.saes[1], pairs, executor=fp.Ray(workers=1, cpus=2.0), **ROWS), whole)

@@ -180,10 +180,10 @@ def test_bad_cuts() -> None:
     twice = [small.at(site), randomised(standard(site, 40), 41)]
     for saes, nodes, message in (
         (small.at(site), [feature(site, 3), feature(site, 3, 3)], "share positions"),
-        (small.at("blocks.1.attn.hook_z"), [feature("blocks.1.attn.hook_z", 3)], "a dictionary of the stream"),
+        (small.at("blocks.1.attn.hook_z"), [feature("blocks.1.attn.hook_z", 3)], "a dictionary of the residual stream"),
         (twice, [feature(site, 3), feature(site, 3, "all", f"{site}#2")], "at the same place"),
-        (small.at(site), [fp.Node("blocks.0.hook_mlp_out", "activation")], "among the edges anyway"),
-        (small.at(site), None, "nodes or saes alone"),
+        (small.at(site), [fp.Node("blocks.0.hook_mlp_out", "activation")], "need not be named"),
+        (small.at(site), None, "only one of nodes and saes"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=nodes, **OPTIONS)

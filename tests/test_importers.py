@@ -114,25 +114,25 @@ HEADER = "clean,corrupted,correct,wrong"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"p.csv' is empty: expected a header and a row per pair"),
-        (HEADER, r"p.csv' has a header and no rows: expected a row per pair"),
+        ("", r"p.csv' is empty: expected a header and one row per pair"),
+        (HEADER, r"p.csv' has a header but no rows: expected one row per pair"),
         (
             "clean,corrupt,correct\na,b,c",
             r"p.csv' has the columns clean, corrupt, correct and lacks corrupted, wrong: expected",
         ),
-        (f"{HEADER},wrong\na,b,c,d,e", r"p.csv' has several columns wrong: expected each name once"),
-        (f"{HEADER}\n\na,b,c,d,e", r"p.csv' line 3 has 5 cells and the header 4: expected equally many; put text"),
-        (f'{HEADER}\n"The\nwar",The war,a,b\nThe,The,,a', r"p.csv' line 4: correct is empty: expected a text in each"),
-        (f'{HEADER}\nThe,"The', r"p.csv' line 2 is not CSV \(.*\): expected cells between commas"),
+        (f"{HEADER},wrong\na,b,c,d,e", r"p.csv' has several columns named wrong: expected each name once"),
+        (f"{HEADER}\n\na,b,c,d,e", r"p.csv' line 3 has 5 cells and the header 4: expected equal numbers; put text"),
+        (f'{HEADER}\n"The\nwar",The war,a,b\nThe,The,,a', r"p.csv' line 4: correct is empty: expected text in each"),
+        (f'{HEADER}\nThe,"The', r"p.csv' line 2 is not CSV \(.*\): expected cells separated by commas"),
         (f'{HEADER}\nThe,The,"[""a"", b]",b', r"p.csv' line 2: correct: '\[\"a\", b\]' is not JSON .*: expected JSON such as"),
         (f"{HEADER},labels\nThe,The,a,b,S2", r"p.csv' line 2: labels: 'S2' is not JSON .*: expected JSON such as"),
-        (f"{HEADER},labels\nThe,The,a,b,7", r"p.csv' line 2: labels is 7 in .*: expected text.*for labels and spans an object"),
+        (
+            f"{HEADER},labels\nThe,The,a,b,7",
+            r"p.csv' line 2: labels is 7 in .*: expected a string.*for labels and spans, an object",
+        ),
         (f"{HEADER}\nThe,The war,Tom,Anna", r"p.csv' line 2: clean has 2 tokens and corrupted has 3: expected equal lengths"),
         (f"{HEADER}\nThe,The,Tom,Xaver", r"p.csv' line 2: answer 'Xaver' is not in the tokenizer's vocabulary"),
-        (
-            f'{HEADER}\n"[1, 5]","[1, 6]",7,8',
-            r"p.csv' line 2: clean is '\[1, 5\]', which looks like token ids: expected a text",
-        ),
+        (f'{HEADER}\n"[1, 5]","[1, 6]",7,8', r"p.csv' line 2: clean is '\[1, 5\]', which looks like token ids: expected text"),
     ],
 )
 def test_csv_files_that_are_refused(words: Any, tmp_path: Path, content: str, message: str) -> None:
@@ -150,7 +150,7 @@ def test_files_that_can_not_be_read(words: Any, tmp_path: Path, importer: str) -
     with pytest.raises(fp.FeatpatchError, match=r"there is no pairs file 'nowhere': give the path of a "):
         read(words, "nowhere")
     (tmp_path / "p").write_bytes(b"clean,\xff\n")
-    with pytest.raises(fp.FeatpatchError, match=r"p' is not UTF-8 \(.*0xff.*\): save it as UTF-8"):
+    with pytest.raises(fp.FeatpatchError, match=r"p' is not UTF-8 \(.*0xff.*\): expected UTF-8 text; save it"):
         read(words, tmp_path / "p")
     (tmp_path / "p").write_text(" \n\n")
     with pytest.raises(fp.FeatpatchError, match=r"p' is empty: expected (one|a) "):
@@ -162,11 +162,11 @@ def test_files_that_can_not_be_read(words: Any, tmp_path: Path, importer: str) -
     [
         ([PAIR], r"frame is a list: expected a pandas DataFrame"),
         (pandas.DataFrame([{"clean": "a"}]), r"the table has the columns clean and lacks corrupted, correct, wrong"),
+        (pandas.DataFrame([PAIR, {**PAIR, "correct": float("nan")}], index=[3, 8]), r"row 8: correct is empty: expected text"),
         (
-            pandas.DataFrame([PAIR, {**PAIR, "correct": float("nan")}], index=[3, 8]),
-            r"row 8: correct is empty: expected a text",
+            pandas.DataFrame([{**PAIR, "correct": 52}]),
+            r"row 0: correct is 52 in .*: expected a string; for answers, a string or a list",
         ),
-        (pandas.DataFrame([{**PAIR, "correct": 52}]), r"row 0: correct is 52 in .*: expected text, for answers a list"),
         (pandas.DataFrame(columns=list(PAIR)), r"there are no pairs: expected at least one"),
     ],
 )
@@ -193,22 +193,22 @@ def test_places_are_token_positions(bytewise: Any, words: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"labels": {"S2": "Mary"}}, r"label 'S2': 'Mary' is more than once in 'When .*: expected a text that occurs once; give more"),
-        ({"labels": {"S2": "Anna"}}, r"label 'S2': 'Anna' is not in 'When .*: expected a text that occurs once"),
-        ({"labels": {"S2": 1.5}}, r"label 'S2': 1.5 is not a valid label: expected a token position, a text"),
+        ({"labels": {"S2": "Mary"}}, r"label 'S2': 'Mary' is more than once in 'When .*: expected text that occurs exactly once; give more"),
+        ({"labels": {"S2": "Anna"}}, r"label 'S2': 'Anna' is not in 'When .*: expected text that occurs exactly once"),
+        ({"labels": {"S2": 1.5}}, r"label 'S2': 1.5 is not a valid label: expected a token position, text"),
         ({"labels": {"S2": True}}, r"label 'S2': True is not a valid label"),
         ({"labels": {"S2": 12}}, r"label 'S2' is at position 12: expected 0 to 11"),
         ({"spans": {"S2": [4, 46]}}, r"label 'S2': the characters \[4, 46\] are outside 'When .*: expected 0 <= start < end <= 45"),
         ({"spans": {"S2": [4, 4]}}, r"label 'S2': the characters \[4, 4\] are outside .* or empty"),
         ({"spans": {"S2": [4, 5]}}, r"label 'S2': character 4 of 'When .* is in no token"),
         ({"spans": {"S2": [4, 5, 6]}}, r"label 'S2': \[4, 5, 6\] is not a valid label"),
-        ({"spans": {"S2": 7}}, r"spans holds \{'S2': 7\}: expected the first character and the one after the last"),
-        ({"spans": {"S2": [5, 9]}, "labels": {"S2": 2}}, r"S2 is in labels and in spans: expected it in one of them"),
+        ({"spans": {"S2": 7}}, r"spans holds \{'S2': 7\}: expected the index of the first character and the index after the last"),
+        ({"spans": {"S2": [5, 9]}, "labels": {"S2": 2}}, r"S2 is in both labels and spans: expected it in only one of them"),
         ({"spans": {"S2": [26, 30]}, "corrupted_spans": {"S2": [14, 18]}},
          r"label 'S2' is at position 7 of the clean prompt and at 4 of the corrupted one: expected the same .*align='labels'"),
         ({"corrupted_labels": {"S2": 7}}, r"label 'S2' is only in corrupted_labels: expected it in labels too, which has \[\]"),
-        ({"tags": {"template": 3}}, r"tags is \{'template': 3\} in .*for tags an object of texts"),
-        ({"wrong": ["Mary", 3]}, r"wrong is \['Mary', 3\] in .*: expected text, for answers a list of texts"),
+        ({"tags": {"template": 3}}, r"tags is \{'template': 3\} in .*for tags, an object of strings"),
+        ({"wrong": ["Mary", 3]}, r"wrong is \['Mary', 3\] in .*: expected a string; for answers, a string or a list of strings"),
     ],
 )  # fmt: skip
 def test_lines_that_are_refused(words: Any, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -263,7 +263,7 @@ def test_the_changed_span(words: Any, bytewise: Any) -> None:
         assert changed_span(pair, tokenizer) == shown
         (pair,) = fp.Pairs.from_prompts(tokenizer, clean=[clean], corrupted=[clean], **answers)
         assert changed_span(pair, tokenizer).startswith("no token differs\nboth      ")
-    with pytest.raises(fp.FeatpatchError, match=r"the tokenizer .* has no decode: expected one that turns ids into text"):
+    with pytest.raises(fp.FeatpatchError, match=r"the tokenizer .* has no decode: expected one that can convert ids to text"):
         changed_span(pair, lambda text: [1])
 
 
@@ -286,7 +286,7 @@ def test_filler_is_shown(words: Any) -> None:
         ({}, {}, {"align": "left", "filler": "a"}, r"align='left': expected 'labels', or None"),
         ({}, {}, {"align": "labels"}, r"align='labels', filler=None: expected both or neither"),
         ({}, {}, {"filler": "a"}, r"align=None, filler='a': expected both or neither"),
-        ({}, {}, {"align": "labels", "filler": "a book"}, r"filler='a book' does not serve: answer 'a book' is 2 tokens"),
+        ({}, {}, {"align": "labels", "filler": "a book"}, r"filler='a book' can't be used: answer 'a book' is 2 tokens"),
         ({"S2": 7}, {}, {"align": "labels", "filler": "a"}, r"the labels are \['S2'\] in the clean and \[\] in the corrupted"),
         (
             {"a": 6, "b": 7},
@@ -305,7 +305,7 @@ def test_filler_is_shown(words: Any) -> None:
             {"a": 2, "b": 7},
             {"a": 2, "b": 8},
             {"align": "labels", "filler": "a"},
-            r"differ in length in 2 regions.*one such region",
+            r"differ in length in 2 of the regions.*one region only",
         ),
         ({"a": 6, "b": 6}, {"a": 6, "b": 9}, {"align": "labels", "filler": "a"}, r"after label 'a' there are 0 and 3 tokens: "),
         (
@@ -327,7 +327,7 @@ def test_what_can_not_be_aligned(
 def test_labels_that_move_in_prompts_of_equal_length(words: Any) -> None:
     columns: dict[str, Any] = {"clean": [CLEAN], "corrupted": [CORRUPTED], "correct": ["Tom"], "wrong": ["Anna"]}
     labels = {"labels": [{"a": 2, "b": 7}], "corrupted_labels": [{"a": 2, "b": 8}]}
-    with pytest.raises(fp.FeatpatchError, match="differ in length in 2 regions"):
+    with pytest.raises(fp.FeatpatchError, match="differ in length in 2 of the regions"):
         fp.Pairs.from_prompts(words, **columns, **labels, align="labels", filler="a")
 
 
@@ -360,7 +360,7 @@ def test_feature_circuits(kind: str, shift: int, tmp_path: Path, request: pytest
             {"clean_prefix": "a"},
             r"line 2: .* lacks patch_prefix, clean_answer, patch_answer: expected an object with clean_prefix",
         ),
-        ({**AGREEMENT, "clean_answer": 3}, r"line 2: clean_answer is 3: expected a text"),
+        ({**AGREEMENT, "clean_answer": 3}, r"line 2: clean_answer is 3: expected a string"),
         ({**AGREEMENT, "pos": "2"}, r"line 2: pos is '2': expected a token position of 0 or more, or \[first, last\]"),
         ({**AGREEMENT, "pos": -1}, r"line 2: pos is -1: expected a token position"),
         ({**AGREEMENT, "pos": 11}, r"line 2: label 'pos' is at position 12: expected 0 to 11"),
@@ -423,7 +423,7 @@ def test_eap_ig_years(kind: str, tmp_path: Path, request: pytest.FixtureRequest)
         ("correct_idx,incorrect_idx", "3,John", r"line 2: incorrect_idx: 'John' is not JSON .*: expected a token id"),
         ("correct_idx,incorrect_idx", '3,"[4, 5.5]"', r"line 2: incorrect_idx is '\[4, 5.5\]': expected a token id"),
         ("correct_idx,incorrect_idx", "3,[]", r"line 2: incorrect_idx is '\[\]': expected a token id"),
-        ("correct_idx,incorrect_idx", "3,3", r"line 2: correct=\(3,\), wrong=\(3,\): an answer can't be both"),
+        ("correct_idx,incorrect_idx", "3,3", r"line 2: correct=\(3,\), wrong=\(3,\): expected no answer to be both"),
         ("label", "1752", r"line 2: label is '1752': expected the last two digits of a year, e.g. 52 or 4"),
         ("label", "[52]", r"line 2: label is '\[52\]': expected the last two digits of a year"),
     ],
@@ -445,7 +445,7 @@ def test_years_of_several_tokens(tmp_path: Path) -> None:
     """Characters as a tokenizer: no two digits are one token."""
     path = table(tmp_path / "p.csv", "label", "52", clean=YEARS, corrupted=YEARS)
     with pytest.raises(
-        fp.FeatpatchError, match=r"line 2: 100 of the years 00 to 99 \(the first is 00\) do not follow '.* 17' as one"
+        fp.FeatpatchError, match=r"line 2: 100 of the years 00 to 99 \(the first is 00\) are not one token after '.* 17'"
     ):
         fp.Pairs.from_eap_ig(lambda text: [ord(letter) for letter in text], path)
 
@@ -477,18 +477,18 @@ def test_auto_circuit(words: Any, tmp_path: Path) -> None:
         ("{", r"p.json': .* is not JSON .*: expected a JSON object with a list of prompts"),
         ([PROMPT], r"p.json' holds '\[.*: expected a JSON object with a list of prompts, one or more"),
         ({"prompts": []}, r"p.json' holds .*: expected a JSON object with a list of prompts, one or more"),
-        ({"prompts": ["a"]}, r"prompt 0: 'a' is no prompt: expected an object with clean, corrupt, answers"),
+        ({"prompts": ["a"]}, r"prompt 0: 'a' is not a prompt: expected an object with clean, corrupt, answers"),
         (
             {"prompts": [PROMPT, {**PROMPT, "corrupt": ["a"]}]},
-            r"prompt 1: corrupt is \['a'\]: expected a text or a list of token ids",
+            r"prompt 1: corrupt is \['a'\]: expected a string or a list of token ids",
         ),
         (
             {"prompts": [PROMPT, {**PROMPT, "answers": []}]},
-            r"prompt 1: there are no answers to 'When .*: expected a list of at least",
+            r"prompt 1: there are no answers for 'When .*: expected a list of at least",
         ),
         (
             {"prompts": [{**PROMPT, "wrong_answers": ["a", 3]}]},
-            r"prompt 0: wrong_answers is \['a', 3\]: expected a list of texts or",
+            r"prompt 0: wrong_answers is \['a', 3\]: expected a list of strings or",
         ),
         (
             {"prompts": [PROMPT], "word_idxs": {"A": "x"}},
@@ -519,15 +519,17 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(words: Any, tmp_path: Pat
     write(CORRUPTED, longer, CORRUPTED)
     with pytest.raises(fp.FeatpatchError, match=r"p' (line [23]|prompt 1): clean has 12 tokens and corrupted has 13"):
         read(words, path)
-    with pytest.warns(PairsWarning, match=r"left out 1 of 3 pairs .*; the first is .*p' (line [23]|prompt 1): clean has 12"):
+    with pytest.warns(
+        PairsWarning, match=r"left out 1 of 3 pairs, .*; the first problem: .*p' (line [23]|prompt 1): clean has 12"
+    ):
         pairs = read(words, path, skip=True)
     assert [pair.corrupted for pair in pairs] == [ids(words, CORRUPTED)] * 2
     assert len(read(words, write(CORRUPTED), skip=True)) == 1
     with pytest.raises(
-        fp.FeatpatchError, match=r"none of 2 pairs fits this tokenizer: expected at least one; the first is .*p' "
+        fp.FeatpatchError, match=r"none of 2 pairs fits this tokenizer: expected at least one; the first problem: .*p' "
     ):
         read(words, write(longer, longer), skip=True)
-    with pytest.raises(fp.FeatpatchError, match="expected a (text|prompt)"):
+    with pytest.raises(fp.FeatpatchError, match="expected a (string|prompt)"):
         read(words, write(CORRUPTED, 3 if importer != "from_eap_ig" else ""), skip=True)
 
 
@@ -580,7 +582,7 @@ def test_pairs_that_texts_do_not_give_again_are_written_as_ids(words: Any, tmp_p
         ({"correct": 7}, "correct is '7' in a line with token ids"),
         ({"wrong": [7, [8]]}, "wrong is .* in a line with token ids"),
         ({"special": ["a"]}, "special is .* in a line with token ids"),
-        ({"spans": {"S2": [0, 1]}}, "spans in .*: expected, with token ids, labels as an object of positions"),
+        ({"spans": {"S2": [0, 1]}}, "spans in .*: expected, alongside token ids, labels as an object of positions"),
         ({"labels": [3]}, "labels or tags in"),
         ({"labels": {"S2": "Mary"}}, "labels is .*Mary.* in a line with token ids: expected positions"),
         ({"labels": {"S2": 9}}, "label 'S2' is at position 9: expected 0 to 1"),
@@ -602,8 +604,8 @@ def test_pairs_that_can_not_be_written(words: Any, tmp_path: Path) -> None:
         fp.Pairs((pair,)).to_jsonl(tmp_path)
     for tags, message in (
         ({"a": "\ud800"}, "Unicode"),
-        ({"": "x"}, "a column"),
-        ({"clean": "c", "tag clean": "d"}, "a column"),
+        ({"": "x"}, "a different column"),
+        ({"clean": "c", "tag clean": "d"}, "a different column"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.Pairs((replace(pair, tags=tags),)).to_csv(tmp_path / "p.csv")

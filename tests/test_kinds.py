@@ -93,12 +93,10 @@ def test_every_kind_at_all_sites_at_once(hooked: Small, kind: str) -> None:
         )
     for site, (_, reference) in cells.items():
         of_site = effects.where(site=site)
-        left = [entry for entry, row in enumerate(of_site.row) if of_site.nodes[row].kind in ("feature", "error")]
-        for node_kind in ("feature", "error"):
-            chosen = [entry for entry in left if of_site.nodes[of_site.row[entry]].kind == node_kind]
-            for entry in random.Random(site).sample(chosen, min(1, len(chosen))):
-                for direction, values in (("denoising", of_site.denoised), ("noising", of_site.noised)):
-                    node = of_site.nodes[of_site.row[entry]]
+        for of_kind in (of_site.where(kind="feature"), of_site.where(kind="error")):
+            for entry in random.Random(site).sample(range(len(of_kind.row)), min(1, len(of_kind.row))):
+                node = of_kind.nodes[of_kind.row[entry]]
+                for direction, values in (("denoising", of_kind.denoised), ("noising", of_kind.noised)):
                     expected = by_oracle(hooked, reference, node, 0, direction)
                     assert abs(values[entry] - expected) < EXACT, (node, direction)
 
@@ -391,7 +389,9 @@ def test_an_encoder_that_looks_where_it_must_not(bridge: Small, look: int, dim: 
         def decode(self, features: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.pad(0.9 * features, (0, 16 - features.shape[2]))
 
-    with pytest.raises(fp.FeatpatchError, match="Few.* encodes a row differently beside others: expected one whose"):
+    with pytest.raises(
+        fp.FeatpatchError, match="Few.* encodes a row differently when other rows are in the batch: expected features"
+    ):
         fp.rank_features(
             bridge.model, fp.dictionaries.adapt(Few(look, dim), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge)
         )
@@ -401,7 +401,7 @@ def test_two_dictionaries_of_one_name(bridge: Small) -> None:
     one, other = (
         fp.dictionaries.adapt(Squared(16, seed), "blocks.1.hook_resid_pre", d_in=16, name="mine#1") for seed in (0, 1)
     )
-    with pytest.raises(fp.FeatpatchError, match="two dictionaries are named 'mine#2'|two dictionaries are named 'mine#1'"):
+    with pytest.raises(fp.FeatpatchError, match="two SAEs are named 'mine#2'|two SAEs are named 'mine#1'"):
         fp.rank_features(bridge.model, [one, other], pairs_of(bridge))
 
 
@@ -412,14 +412,14 @@ def test_an_encoder_that_looks_back(small: Small) -> None:
 def test_what_is_no_dictionary(bridge: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="int has no encode and no decode: expected an object"):
         fp.dictionaries.adapt(3, "blocks.1.hook_resid_pre", d_in=16)
-    with pytest.raises(fp.FeatpatchError, match="Squared is a class: expected an object of it"):
+    with pytest.raises(fp.FeatpatchError, match="Squared is a class: expected an instance of it"):
         fp.dictionaries.adapt(Squared, "blocks.1.hook_resid_pre", d_in=16)
-    with pytest.raises(fp.FeatpatchError, match="StandardSAE is a sae-lens object: pass it as it is"):
+    with pytest.raises(fp.FeatpatchError, match="StandardSAE is a sae-lens object: expected an object of another library"):
         fp.dictionaries.adapt(bridge.saes[0], "blocks.1.hook_resid_pre", d_in=16)
-    with pytest.raises(fp.FeatpatchError, match="d_in=0: expected names of hooks and a width"):
+    with pytest.raises(fp.FeatpatchError, match="d_in=0: expected names of hook points and a width"):
         fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=0)
     with pytest.raises(
-        fp.FeatpatchError, match=r"Squared.encode fails on a tensor \[1, 1, 8\] .* expected an object for .* width 8"
+        fp.FeatpatchError, match=r"Squared.encode fails on a tensor \[1, 1, 8\] .* expected an object that accepts .* width 8"
     ):
         fp.rank_features(bridge.model, fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=8), pairs_of(bridge))
     with pytest.raises(fp.FeatpatchError, match=r"Squared is not a sae-lens SAE: expected .* fp.dictionaries.adapt"):
@@ -445,7 +445,7 @@ class Returning:
 
 @pytest.mark.parametrize(("how", "found"), [("flat", r"\[1, 16\]"), ("list", "a list"), ("one row", r"\[1, 1, 16\]")])
 def test_an_object_that_returns_something_else(bridge: Small, how: str, found: str) -> None:
-    with pytest.raises(fp.FeatpatchError, match=rf"Returning.encode makes {found} of a tensor .* one row per position"):
+    with pytest.raises(fp.FeatpatchError, match=rf"Returning.encode makes {found} for a tensor .* one row per position"):
         fp.rank_features(
             bridge.model, fp.dictionaries.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge)
         )
@@ -473,7 +473,7 @@ def test_a_layer_of_a_cross_layer_transcoder_is_refused(bridge: Small) -> None:
 def test_a_dictionary_of_one_head_is_refused(bridge: Small) -> None:
     sae = AUTOENCODERS["standard"]("blocks.1.attn.hook_z", 4)
     sae.cfg.metadata.hook_head_index = 2
-    with pytest.raises(fp.FeatpatchError, match="reads head 2 alone"):
+    with pytest.raises(fp.FeatpatchError, match="reads only head 2"):
         fp.rank_features(bridge.model, sae, pairs_of(bridge))
 
 
@@ -566,5 +566,5 @@ def test_more_features_kept_than_there_are(bridge: Small) -> None:
         dictionaries(wrap(bridge.model), sae)
     coder = Squared(16)
     coder.into, coder.out = torch.nn.Parameter(coder.into[:, :0]), torch.nn.Parameter(coder.out[:0])
-    with pytest.raises(fp.FeatpatchError, match="Squared makes 0 features of an activation and 16 values of them: expected 1"):
+    with pytest.raises(fp.FeatpatchError, match="Squared encodes to 0 features and decodes to 16 values: expected at least 1"):
         dictionaries(wrap(bridge.model), fp.dictionaries.adapt(coder, SITES["resid_pre"][0], d_in=16))

@@ -51,11 +51,12 @@ def test_a_label_or_index_that_holds_the_same_token_gives_no_rows(bridge: Small)
     assert len(fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge), positions=[0, 1, 2])) == 0
 
 
+@pytest.mark.both
 def test_hooks_of_the_user_survive(small: Small) -> None:
     calls: list[int] = []
     small.model.hook_dict[SITE].add_hook(lambda activation, hook: calls.append(1))
     try:
-        with pytest.warns(fp.SlowPathWarning, match="hooks that you attached"):
+        with pytest.warns(fp.SlowPathWarning, match="hooks attached by you"):
             fp.rank_features(small.model, small.at(SITE), pairs_of(small))
         before = len(calls)
         small.model(small.clean)

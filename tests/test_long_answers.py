@@ -54,17 +54,23 @@ def test_answers_are_sequences_in_both_cases() -> None:
     ("changed", "message"),
     [
         ({"correct": (4,)}, r"correct=\(4,\), wrong=\(\) beside correct_sequences=.*: expected tokens or sequences, not both"),
-        ({"wrong": (4,)}, r"correct=\(\), wrong=\(4,\) beside .*: expected tokens or sequences, not both; an answer of one"),
+        (
+            {"wrong": (4,)},
+            r"correct=\(\), wrong=\(4,\) together with .*: expected tokens or sequences, not both; give one-token",
+        ),
         (
             {"correct": (4,), "correct_sequences": ()},
-            r"correct=\(4,\), wrong=\(\) beside .*: expected tokens or sequences, not both",
+            r"correct=\(4,\), wrong=\(\) together with .*: expected tokens or sequences, not both",
         ),
         ({"correct_sequences": ()}, r"correct_sequences=\(\), wrong_sequences=\(\(8, 9, 8\),\): expected at least one correct"),
         ({"correct_sequences": ((5,), ())}, r"correct_sequences=\(\(5,\), \(\)\), .*: expected at least one token in each"),
         ({"wrong_sequences": ((),)}, r"wrong_sequences=\(\(\),\): expected at least one token in each answer"),
-        ({"wrong_sequences": ((1,), (5, 6))}, r"wrong_sequences=\(\(1,\), \(5, 6\)\): an answer can't be both"),
-        ({"answer_position": 0}, r"answer_position is 0 and the answers are sequences: expected the last position, 1, because"),
-        ({"answer_position": -2}, r"answer_position is 0 and the answers are sequences: expected the last position"),
+        ({"wrong_sequences": ((1,), (5, 6))}, r"wrong_sequences=\(\(1,\), \(5, 6\)\): expected no answer to be both"),
+        (
+            {"answer_position": 0},
+            r"answer_position is 0 and the answers have several tokens: expected the last position, 1, because",
+        ),
+        ({"answer_position": -2}, r"answer_position is 0 and the answers have several tokens: expected the last position"),
         ({"correct_sequences": (), "wrong_sequences": ()}, r"correct=\(\), wrong=\(\): expected at least one correct answer"),
     ],
 )
@@ -114,10 +120,10 @@ def test_a_plain_function() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"correct": ["bank", "red Xaver"]}, r"pair 0: answer 'red Xaver' is not in the tokenizer's vocabulary: choose"),
-        ({"wrong": ""}, r"pair 0: answer '' has no tokens: expected at least one; give a text"),
+        ({"correct": ["bank", "red Xaver"]}, r"pair 0: answer 'red Xaver' is not in the tokenizer's vocabulary: expected"),
+        ({"wrong": ""}, r"pair 0: answer '' has no tokens: expected at least one; give text"),
         ({"correct": []}, r"pair 0: correct_sequences=\(\), .*: expected at least one correct answer"),
-        ({"wrong": "red store"}, r"pair 0: correct_sequences=.*: an answer can't be both right and wrong"),
+        ({"wrong": "red store"}, r"pair 0: correct_sequences=.*: expected no answer to be both correct and wrong"),
     ],
 )
 def test_texts_that_are_refused(words: Any, changed: dict[str, Any], message: str) -> None:
@@ -128,11 +134,11 @@ def test_texts_that_are_refused(words: Any, changed: dict[str, Any], message: st
 def test_without_long_answers_the_error_names_them(words: Any) -> None:
     columns = {key: [value] for key, value in ROW.items()}
     message = (
-        r"answer 'red store' is 2 tokens .*: expected exactly one; .* or give long_answers=True .*metric='sequence_log_prob'"
+        r"answer 'red store' is 2 tokens .*: expected exactly one; .* or pass long_answers=True .*metric='sequence_log_prob'"
     )
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.Pairs.from_prompts(words, **columns)
-    with pytest.raises(fp.FeatpatchError, match="filler='a b' does not serve") as caught:
+    with pytest.raises(fp.FeatpatchError, match="filler='a b' can't be used") as caught:
         fp.Pairs.from_prompts(lengths, **columns, align="labels", filler="a b")
     assert "long_answers" not in str(caught.value)
 
@@ -249,7 +255,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], Outcome]] = {
     "single tokens": ({"correct_sequences": ((5,),), "wrong_sequences": ((8,),)}, ("pass", "1 right, 1 wrong, one token each")),
     "right begins wrong": (
         {"correct_sequences": ((7,), (5, 6)), "wrong_sequences": ((5, 6, 8),)},
-        ("warn", r"one of [5, 6] (right) and [5, 6, 8] (wrong) begins the other: their probabilities do not exclude"),
+        ("warn", r"of [5, 6] (right) and [5, 6, 8] (wrong), one is the beginning of the other: they are not mutually exclusive"),
     ),
     "wrong begins right": ({"correct_sequences": ((5, 6),), "wrong_sequences": ((5,),)}, ("warn", "[5, 6] (right) and [5] (wrong)")),
     "beginning alike": ({"correct_sequences": ((5, 6),), "wrong_sequences": ((5, 7),)}, ("pass", "2 tokens each")),

@@ -181,21 +181,21 @@ OWN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("form", OWN)
-def test_forms_of_functions(bridge: Small, form: str) -> None:
+def test_forms_of_functions(hooked: Small, form: str) -> None:
     """Swept, estimated and in circuits, each the same as the named metric; the clean runs beside the plain model."""
-    pairs, options = fixed_pairs(bridge), {"progress": False}
+    pairs, options = fixed_pairs(hooked), {"progress": False}
     heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
     calls: list[Callable[[Any], Any]] = [
-        lambda metric: fp.rank_components(bridge.model, pairs, sites="z", layers=[1], metric=metric, **options),
-        lambda metric: fp.rank_components(bridge.model, pairs, method="atp", sites="z", layers=[1], metric=metric, **options),
-        lambda metric: fp.find_circuit(bridge.model, pairs, nodes=heads, size=1, metric=metric, **options),
+        lambda metric: fp.rank_components(hooked.model, pairs, sites="z", layers=[1], metric=metric, **options),
+        lambda metric: fp.rank_components(hooked.model, pairs, method="atp", sites="z", layers=[1], metric=metric, **options),
+        lambda metric: fp.find_circuit(hooked.model, pairs, nodes=heads, size=1, metric=metric, **options),
     ]
     for call in calls:
         found, expected = call(OWN[form]), call("logit_diff")
         values = [np.array(x.scores if isinstance(x, fp.Circuit) else x.denoised) for x in (found, expected)]
         np.testing.assert_allclose(*values, atol=1e-12)
     with torch.no_grad():
-        logits = bridge.model(bridge.clean)[:, -1]
+        logits = hooked.model(hooked.clean)[:, -1]
     np.testing.assert_allclose(calls[0](OWN[form]).clean, logits[:, 3] - logits[:, 4], atol=1e-10)
 
 
@@ -259,34 +259,35 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda x, c, w: x[:, :1], r"gave torch.float64 of shape \(\d, 1\) for \d rows"),
     (lambda x, c, w: torch.complex(x[:, 0], x[:, 1]), r"gave torch.complex128 of shape \(\d,\) for \d rows: expected one real"),
     (lambda x, c, w: x[:, 0].tolist(), r"gave a list for \d rows: expected metric"),
-    (lambda x, c, w: x[:, 0] * math.nan, r"gave NaN or an infinite value for \d rows"),
+    (lambda x, c, w: x[:, 0] * math.nan, r"returned NaN or an infinite value for \d rows"),
     (divergence, r"failed on logits of shape \[2, 1, 40\] .*without answers or clean logits"),
-    (partial(divergence, clean=CLEAN_OF_BATCH[:2]), r"for 2 prompts alone and .* for them together: .*'neg_kl'"),
+    (partial(divergence, clean=CLEAN_OF_BATCH[:2]), r"for 2 prompts one at a time and .* for them in one batch: .*'neg_kl'"),
     (lambda logits, tokens=ANSWERS_OF_BATCH: logits[:, -1].gather(1, tokens).mean(), r"failed on logits of shape"),
     *((partial(whole_divergence, clean=clean), r"failed on logits of shape \[1, \d, 40\] .*must match") for clean in CLEANS),
     *((partial(above, level=level), r"failed on logits of shape \[\d, 1, 40\] .*must match") for level in LEVELS),
 ]  # fmt: skip
 
 
+WAYS: dict[str, Callable[..., Any]] = {
+    "swept": lambda small, pairs, head, **o: fp.rank_features(small.model, small.at(SITE), pairs, **o),
+    "controls": lambda small, pairs, head, **o: fp.random_controls(
+        small.model, small.at(SITE), pairs, feature=0, position=3, n=2, **o),
+    "estimated": lambda small, pairs, head, **o: fp.rank_features(small.model, small.at(SITE), pairs, method="atp", **o),
+    "paths": lambda small, pairs, head, **o: fp.rank_paths(small.model, pairs, method="atp", senders=[head], receivers=["logits"], **o),
+    "nodes": lambda small, pairs, head, **o: fp.find_circuit(small.model, pairs, nodes=[head], **o),
+    "edges": lambda small, pairs, head, **o: fp.find_circuit(small.model, pairs, over="edges", **o),
+    "scrubbed": lambda small, pairs, head, **o: fp.scrub(
+        small.model, pairs, fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}}), **o),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_functions_that_are_no_metrics(bridge: Small, number: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_that_are_no_metrics(bridge: Small, way: str, number: int) -> None:
     """By every way to a metric: swept, estimated by gradients, of paths, in circuits over nodes and edges, scrubbed."""
     metric, message = REFUSED[number]
-    model, pairs, sae = bridge.model, fixed_pairs(bridge), bridge.at(SITE)
-    head = fp.Node("blocks.0.attn.hook_z", "head", 0)
-    hypothesis = fp.Hypothesis({fp.LOGITS: {head: lambda pair: 0}})
-    options: dict[str, Any] = {"metric": metric, "progress": False}
-    for call in (
-        lambda: fp.rank_features(model, sae, pairs, **options),
-        lambda: fp.random_controls(model, sae, pairs, feature=0, position=3, n=2, **options),
-        lambda: fp.rank_features(model, sae, pairs, method="atp", **options),
-        lambda: fp.rank_paths(model, pairs, method="atp", senders=[head], receivers=["logits"], **options),
-        lambda: fp.find_circuit(model, pairs, nodes=[head], **options),
-        lambda: fp.find_circuit(model, pairs, over="edges", **options),
-        lambda: fp.scrub(model, pairs, hypothesis, metric=metric),
-    ):
-        with pytest.raises(fp.FeatpatchError, match=message):
-            call()
+    with pytest.raises(fp.FeatpatchError, match=message):
+        WAYS[way](bridge, fixed_pairs(bridge), fp.Node("blocks.0.attn.hook_z", "head", 0), metric=metric, progress=False)
 
 
 def test_a_function_that_runs_out_of_memory_gets_fewer_rows(bridge: Small) -> None:
@@ -321,9 +322,9 @@ def test_names_of_functions_are_the_same_in_every_process(bridge: Small, tmp_pat
     assert metrics.find(Difference()).name == "Difference"
 
 
-def test_lists_of_metrics_are_those_that_the_function_accepts(bridge: Small) -> None:
+def test_lists_of_metrics_are_those_that_the_function_accepts(hooked: Small) -> None:
     """An unknown name, and what is offered in its place, which is then accepted."""
-    model, pairs, sae = bridge.model, pairs_of(bridge), bridge.at(SITE)
+    model, pairs, sae = hooked.model, pairs_of(hooked), hooked.at(SITE)
     head = fp.Node("blocks.0.attn.hook_z", "head", 0)
     paths: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "progress": False, "directions": ["denoising"]}
     calls: list[Callable[[Any], Any]] = [

@@ -103,7 +103,8 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
     assert noted == ["example.com"]
 
 
-@pytest.mark.parametrize("before", ["1", pytest.param(None, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("before", [None, "1"])
 def test_a_ray_of_its_own_reports_nothing(tmp_path: Path, before: str | None) -> None:
     """Its usage statistics are off while it starts; the setting of the user is afterwards what it was."""
     pytest.importorskip("ray")

@@ -79,10 +79,22 @@ def test_answers_are_the_tokens_behind_the_prompt(
 @pytest.mark.parametrize(
     ("tokenizer", "prompt", "answer", "expected", "warning"),
     [
-        (byte_level, "drink to", "Mary", "Mary", r"answer 'Mary' follows 'drink to' without a space.*' Mary' is \['ĠMary'\]"),
+        (
+            byte_level,
+            "drink to",
+            "Mary",
+            "Mary",
+            r"answer 'Mary' follows 'drink to' without a space.*' Mary' is tokenized as \['ĠMary'\]",
+        ),
         (byte_level, "is:", "Mary", "Mary", r"answer 'Mary' follows 'is:' without a space"),
         (byte_level, "drink to ", "Mary", "Mary", r"the tokens of 'drink to ' change when 'Mary' follows.*final space"),
-        (sentence_piece, "is", "Paris", "Paris", r"answer 'Paris' follows 'is' without a space.*' Paris' is \['▁Paris'\]"),
+        (
+            sentence_piece,
+            "is",
+            "Paris",
+            "Paris",
+            r"answer 'Paris' follows 'is' without a space.*' Paris' is tokenized as \['▁Paris'\]",
+        ),
     ],
 )
 def test_answers_that_were_surely_meant_otherwise(
@@ -119,7 +131,7 @@ def test_the_checklist_says_where_the_context_decides() -> None:
 
 def test_answers_that_differ_behind_the_two_prompts() -> None:
     with pytest.raises(
-        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* after the clean prompt and .*alike"
+        fp.FeatpatchError, match=r"pair 0: answers 'Paris' are the tokens .* after the clean prompt and .*in the same way"
     ):
         fp.Pairs.from_prompts(sentence_piece(), clean=['is "'], corrupted=["is to "], correct=["Paris"], wrong=["Rome"])
 
@@ -138,7 +150,7 @@ def test_bos_once_where_the_text_spells_it_out() -> None:
     columns = {"corrupted": ["Rome is big"], "correct": [" to"], "wrong": [" and"], "labels": [{"is": " is"}]}
     plain = fp.Pairs.from_prompts(tokenizer, clean=["Paris is big"], **columns)
     with pytest.warns(
-        PairsWarning, match="a prompt begins with '<s>', which the tokenizer adds as well: the second one is dropped"
+        PairsWarning, match="a prompt begins with '<s>', which the tokenizer also adds: the second one is dropped"
     ):
         spelt = fp.Pairs.from_prompts(tokenizer, clean=["<s>Paris is big"], **columns)
     assert spelt == plain
@@ -167,7 +179,9 @@ def test_prompts_without_the_models_bos(demo: Demo) -> None:
     bare = fp.Pairs(tuple(
         fp.Pair(p.clean[1:], p.corrupted[1:], p.correct, p.wrong) for p in demo.pairs("ioi", n=3)
     ))  # fmt: skip
-    with pytest.warns(PairsWarning, match=r"3 of 3 pairs lack '<bos>' \(1\), which model\(text\) puts first: give the model"):
+    with pytest.warns(
+        PairsWarning, match=r"3 of 3 pairs lack '<bos>' \(1\), which model\(text\) adds at the start: .* pass the model"
+    ):
         fp.rank_components(demo.model, bare, sites="z", layers=[0], progress=False)
     found = bare.check(demo.model)
     assert found.counts()["start"] == {"pass": 0, "warn": 3, "fail": 0}
@@ -182,7 +196,7 @@ def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
     long = fp.Pairs.from_prompts(model, clean=[f"{prompt}Mary"], corrupted=[f"{prompt}John"], correct=["to"], wrong=["Mary"])
     assert len(long[0]) > model.cfg.n_ctx == 16
     for use in (lambda: fp.rank_components(model, long, progress=False), lambda: long.check(model)):
-        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|no more than its context"):
+        with pytest.raises(fp.FeatpatchError, match=r"at most 16, the model's context|prompts no longer than its context"):
             use()
 
 
@@ -208,7 +222,7 @@ def rows(demo: Demo, side: str) -> tuple[fp.Pairs, dict[str, torch.Tensor], torc
 def test_padding_is_cut_off_or_refused(demo: Demo, side: str) -> None:
     pairs, table, mask = rows(demo, side)
     plain = [(p.clean, p.corrupted, p.answer_position) for p in pairs]
-    with pytest.warns(PairsWarning, match="of 4 pairs are padded: the padding is cut off"):
+    with pytest.warns(PairsWarning, match="of 4 pairs are padded: the padding is removed"):
         cut = fp.Pairs.from_tokens(**table, tokenizer=demo.model)
     masked = fp.Pairs.from_tokens(**table, attention_mask=mask)
     assert [(p.clean, p.corrupted, p.answer_position) for p in cut] == plain
@@ -230,7 +244,7 @@ def test_padding_that_is_also_bos() -> None:
     tokenizer.pad_token = tokenizer.bos_token
     bos, answers = tokenizer.bos_token_id, {"correct": [[7]], "wrong": [[8]]}
     for ids in ([bos, bos, 5, 6], [bos, 5, 6, bos]):
-        with pytest.raises(fp.FeatpatchError, match=r"'<s>' \(1\), which is the padding token and also BOS or EOS: expected"):
+        with pytest.raises(fp.FeatpatchError, match=r"'<s>' \(1\), which is both the padding token and BOS or EOS: expected"):
             fp.Pairs.from_tokens([ids], [ids], **answers, tokenizer=tokenizer)
     (pair,) = fp.Pairs.from_tokens([[bos, 5, 6]], [[bos, 5, 9]], **answers, tokenizer=tokenizer)
     assert pair.clean == (bos, 5, 6)
@@ -253,7 +267,9 @@ def test_one_padding_token_that_is_also_bos() -> None:
     tables = {name: table["input_ids"] for name, table in padded.items()}
     assert tables["clean"][1, 0] == tokenizer.bos_token_id
     mask, answers = padded["clean"]["attention_mask"], {"correct": [7, 7], "wrong": [9, 9]}
-    with pytest.raises(fp.FeatpatchError, match=r"2 of 4 rows of token ids begin with 1, the padding token and also BOS"):
+    with pytest.raises(
+        fp.FeatpatchError, match=r"2 of 4 rows of token ids begin with 1, which is both the padding token and BOS"
+    ):
         fp.Pairs.from_tokens(**tables, **answers, tokenizer=model)
     masked = fp.Pairs.from_tokens(**tables, **answers, tokenizer=model, attention_mask=mask)
     assert [list(pair.clean) for pair in masked] == rows["clean"]
@@ -272,7 +288,7 @@ def test_a_row_padded_by_one_eos() -> None:
     """Which is not BOS, so that no prompt begins with it."""
     tokenizer = byte_level()
     tokenizer.eos_token = tokenizer.pad_token = "<unk>"
-    with pytest.raises(fp.FeatpatchError, match=r"begin or end with '<unk>' \(0\), which is the padding token and also"):
+    with pytest.raises(fp.FeatpatchError, match=r"begin or end with '<unk>' \(0\), which is both the padding token and"):
         fp.Pairs.from_tokens([[0, 1, 5]], [[0, 1, 6]], [7], [8], tokenizer=tokenizer)
 
 
@@ -474,7 +490,7 @@ def test_pairs_without_wrong_answers(small: Small) -> None:
         )
         torch.testing.assert_close(one.denoised, other.denoised, rtol=0, atol=0)
     for metric in ("logit_diff", "prob_diff"):
-        message = rf"metric '{metric}' compares the correct answers with wrong ones, and a pair has no wrong ones"
+        message = rf"metric '{metric}' compares correct with wrong answers, and a pair has no wrong answers"
         for use in (
             lambda m=metric: fp.rank_features(small.model, small.at(SITE), without, metric=m, progress=False),
             lambda m=metric: fp.rank_components(small.model, without, sites="z", metric=m, progress=False),
@@ -527,12 +543,12 @@ def test_empty_wrong_answers_are_none(wrong: Any) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"correct": [b"to"]}, "pair 0: answer b'to' is a bytes: expected a text, the id of a token, or a list of these"),
+        ({"correct": [b"to"]}, "pair 0: answer b'to' is a bytes: expected a string, a token id, or a list of these"),
         ({"correct": [5.0]}, "pair 0: answer 5.0 is a float"),
         ({"correct": [[[5]]]}, r"pair 0: answer \[5\] is a list"),
         ({"correct": [True]}, "pair 0: answer True is a bool"),
         ({"correct": [None]}, "expected at least one correct answer"),
-        ({"clean": [b"is big"]}, "pair 0: a prompt is \"b'is big'\": expected a text, or the token ids"),
+        ({"clean": [b"is big"]}, "pair 0: a prompt is \"b'is big'\": expected a string, or the token ids"),
         ({"clean": [None]}, "pair 0: a prompt is 'None'"),
         ({"clean": [torch.zeros(2, 3, dtype=torch.long)]}, "pair 0: a prompt is 'tensor"),
         ({"clean": [torch.zeros(3)]}, "pair 0: a prompt is 'tensor"),
@@ -568,7 +584,7 @@ def test_functions_from_a_text_to_ids(wrap: Callable[[Any], Any]) -> None:
 
 @pytest.mark.parametrize("gives", [lambda text: None, lambda text: text.split(), lambda text: [[1, 2], [3, 4]], lambda text: 5])
 def test_functions_that_give_no_ids(gives: Callable[[str], Any]) -> None:
-    with pytest.raises(fp.FeatpatchError, match="the tokenizer gives .* for the text 'is big': expected its token ids"):
+    with pytest.raises(fp.FeatpatchError, match="the tokenizer returns .* for the text 'is big': expected its token ids"):
         fp.Pairs.from_prompts(gives, clean=["is big"], corrupted=["is big"], correct=[" to"])
 
 
@@ -613,7 +629,7 @@ def test_a_tokenizer_that_splits_years_otherwise() -> None:
     inner.pre_tokenizer = pre_tokenizers.Split(pattern=Regex(r"\d{1,3}|\D"), behavior="isolated")
     inner.train_from_iterator([str(n) for n in range(1000)] * 3, trainers.BpeTrainer(vocab_size=2000, show_progress=False))
     with pytest.raises(
-        fp.FeatpatchError, match=r"the tokenizer splits '1745' into .*: expected its last two digits to be a token"
+        fp.FeatpatchError, match=r"the tokenizer splits '1745' into .*: expected its last two digits to be one token"
     ):
         fp.tasks.greater_than(PreTrainedTokenizerFast(tokenizer_object=inner), 4)
 
@@ -672,14 +688,14 @@ def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.Monke
     ):
         pass
     with (
-        pytest.raises(fp.FeatpatchError, match="stands for padding in one of the prompts"),
+        pytest.raises(fp.FeatpatchError, match="is at padding in one of the prompts"),
         fp.do(demo.model, patch, **given, attention_mask=mask),
     ):
         pass
     other = mask.roll(1, 0)
     everywhere = fp.Patch((fp.Node(node.site, "activation"),))
     with (
-        pytest.raises(fp.FeatpatchError, match="for 'all' the same padding in source and base"),
+        pytest.raises(fp.FeatpatchError, match="for 'all', the same padding in source and base"),
         fp.do(demo.model, everywhere, **given, attention_mask=mask, source_attention_mask=other),
     ):
         pass
@@ -688,7 +704,7 @@ def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.Monke
     hidden[:, 0] = 0
     for one in (patch, everywhere):
         with (
-            pytest.raises(fp.FeatpatchError, match="stands for padding in one of the prompts"),
+            pytest.raises(fp.FeatpatchError, match="is at padding in one of the prompts"),
             fp.do(demo.model, one, source=short, base=torch.full_like(short, 5), source_attention_mask=hidden),
         ):
             pass

@@ -72,12 +72,12 @@ def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
     inside = [fp.Node(f"blocks.{layer}.attn.hook_{name}", "head", 3) for layer in (1, 2) for name in "qkvz"]
     receivers = [*late, *inside, fp.Node(MLP.format(1), "activation"), fp.Node(MLP.format(2), "activation"), fp.LOGITS]
     effects = fp.rank_paths(
-        small.model, pairs_of(small, [0]), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
+        small.model, pairs_of(small), saes=small.saes, senders=senders, receivers=receivers, route=route, **OPTIONS
     )
     assert {type(node) for node in effects.nodes} == {fp.Edge}
     assert {node.receiver for node in effects.nodes} == set(receivers)
     assert {node.sender for node in effects.nodes} == set(senders)
-    moved, looked_at = 0, range(0, len(effects.row), 9)
+    moved, looked_at = 0, range(0, len(effects.row), 13)
     for entry in looked_at:
         edge, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         for direction, found in (("denoising", effects.denoised[entry]), ("noising", effects.noised[entry])):
@@ -191,16 +191,16 @@ def test_errors(small: Small) -> None:
     for changed, message in (
         ({"senders": ["logits"]}, "sender 'logits activation @ all'|the model has no hook"),
         ({"senders": []}, "senders=\\[\\]: expected nodes"),
-        ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver lies above a sender"),
-        ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the stream"),
-        ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "expected a feature or error with the name"),
+        ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver is downstream of a sender"),
+        ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the residual stream"),
+        ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "with the SAE's name in the node"),
         ({"receivers": [fp.Node("blocks.2.attn.hook_q", "head", 9)]}, "expected a head of 0 to 3"),
         ({"receivers": [fp.Node("blocks.2.attn.hook_pattern", "head", 0)]}, "expected a feature or error of"),
         ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "feature", 99, "all", "blocks.2.hook_resid_pre")],
           "saes": small.at("blocks.2.hook_resid_pre")}, "expected a feature of 0 to 23"),
         ({"senders": [fp.Node(Z.format(0), "head", 99)]}, "expected a head of 0 to 3"),
         ({"senders": [fp.Node(MLP.format(0), "activation", None, "all", "invented")]}, "names the SAE 'invented'"),
-        ({"receivers": "abc"}, "receivers='abc': expected nodes in a list"),
+        ({"receivers": "abc"}, "receivers='abc': expected a list of nodes"),
         ({"route": "around"}, "route='around': expected one of direct, through_mlps"),
         ({"metric": "sequence_log_prob"}, "is not supported for paths, .* expected one of logit_diff"),
     ):  # fmt: skip
@@ -257,7 +257,7 @@ def test_many_paths_are_screened(small: Small, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("featpatch.ranking.rank.MANY", fp.Screen(k=20, audit=10))
     automatic = fp.rank_paths(small.model, pairs_of(small), **{**run, "progress": True})
     assert automatic.nodes == some.nodes
-    assert "96 paths in 3 pairs and 2 directions: screened by gradients" in capsys.readouterr().err
+    assert "96 paths in 3 pairs and 2 directions: screened by gradient estimates" in capsys.readouterr().err
     with pytest.raises(fp.FeatpatchError, match="method='some': expected 'exact', one of atp"):
         fp.rank_paths(small.model, pairs_of(small), method="some", **run)
 

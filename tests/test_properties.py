@@ -388,7 +388,7 @@ def test_a_gap_near_zero_is_refused(baselines: NDArray[np.float64]) -> None:
         check_gap("m", clean, corrupted)
         return
     for share_of_size in (0.0, 1e-4, -1e-4):
-        with pytest.raises(fp.FeatpatchError, match="expected a gap that a recovery can be a share of"):
+        with pytest.raises(fp.FeatpatchError, match="expected a gap large enough to normalise effects by"):
             check_gap("m", clean + share_of_size * np.abs(clean).mean(), corrupted)
 
 

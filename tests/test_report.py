@@ -113,7 +113,7 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
         text = browser.execute_script(opened_text)
         assert str(node) in text
         assert "change written by" in text
-        assert "raises, by the direct path" in text
+        assert "raises (direct path" in text
         row.click()
     assert errors(browser) == []
 
@@ -129,7 +129,7 @@ def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: A
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     shown = " ".join(" ".join(str(node.get("name", {}).get("value", "")) for node in tree["nodes"]).split())
-    for words in ("shown without JavaScript", "effects.csv", "allow scripts for this file"):
+    for words in ("displayed without JavaScript", "effects.csv", "allow scripts for this file"):
         assert (words in shown) != scripts
     assert "Which SAE features cause this?" in shown
 
@@ -155,7 +155,7 @@ def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path, monkeypatch
                 _, cache = model.run_with_cache(torch.tensor([tokens]))
                 np.testing.assert_allclose(values, sae.encode(cache[node.site])[0, :, node.index], atol=1e-4)
             logits = sae.W_dec[node.index] @ model.unembed.W_U
-        raises, lowers = (portrait.facts[f"{name}, by the direct path without the final norm"] for name in ("raises", "lowers"))
+        raises, lowers = (portrait.facts[f"{name} (direct path, without the final norm)"] for name in ("raises", "lowers"))
         assert raises.startswith(f"{model.tokenizer.decode([int(logits.argmax())])!r} ({float(logits.max()):+.2f})")
         assert lowers.startswith(f"{model.tokenizer.decode([int(logits.argmin())])!r} ({float(logits.min()):+.2f})")
         assert portrait.facts["differs"] == f"in {row.changed_pairs[0]} of 6 pairs"
@@ -203,7 +203,7 @@ def test_more_rows_than_are_shown(small: Small, tmp_path: Path, monkeypatch: pyt
     effects = fp.rank_features(small.model, small.at(SITE), pairs_of(small), progress=False)
     text = fp.report(effects, tmp_path / "r.html").read_text()
     ranked = effects.take(effects.ranked)
-    assert f"These are the 3 with the largest effects of {len(ranked)} in the table." in text
+    assert f"Shown are the 3 rows with the largest effects, of {len(ranked)} in the table." in text
     shown = _shown(effects)
     assert set(shown.nodes) == {ranked.nodes[row] for row in np.argsort(-ranked.sizes())[:3]}
     assert [effects.nodes.index(node) for node in shown.nodes] == sorted(effects.nodes.index(node) for node in shown.nodes)
@@ -230,7 +230,7 @@ def test_the_report_of_a_screened_table(small: Small, tmp_path: Path) -> None:
     options: dict[str, Any] = {"positions": "each", "progress": False}
     table = fp.rank_features(small.model, small.at(SITE), pairs_of(small), screen=fp.Screen(k=8, audit=4), **options)
     text = fp.report(table, tmp_path / "screened.html").read_text()
-    assert "Not all features were run. 8 of" in text
+    assert "Not all features were patched. 8 of" in text
     assert 'id="maps"' not in text
     assert '"seed": 0' in text.replace("&#34;", '"')
     assert "estimates" not in text.split('id="provenance"')[1]
@@ -273,10 +273,13 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
     effects, model, pairs = study["effects"], study["model"], study["pairs"]
     for call, message in (
         (lambda: fp.report(effects, tmp_path), "is a folder: expected the path of a file"),
-        (lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs[:2]), "pairs are not those of the effects"),
+        (
+            lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs[:2]),
+            "the pairs differ from those of the effects",
+        ),
         (
             lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.dictionaries.identity(model, SITE)),
-            "are not those",
+            "differ from those",
         ),
         (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),
         (lambda: effects.with_threshold(3.0), "threshold=3.0: expected a number between 0 and 1"),

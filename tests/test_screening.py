@@ -111,7 +111,7 @@ def test_an_audit_by_hand() -> None:
     assert "too small" in repr(found)
     large = audited(first, np.arange(100) / 100, 210, **BOUND)
     assert large.size == pytest.approx(0.93)
-    assert "at most 10% of the 200 have one above 0.93" in repr(large)
+    assert "at most 10% of the other 200 have an |effect| above 0.93" in repr(large)
     everything = audited(first, np.arange(20.0), 30, **BOUND)
     assert (everything.missed, everything.recall, everything.estimate) == (0, 1, 1)
     assert everything.size == 17
@@ -142,9 +142,9 @@ def test_a_screen_that_proves_nothing_or_runs_nearly_everything_says_so_before_t
         ({"audit": good - 1}, f"audit={good - 1} of the {candidates - 20} candidates .* audit={good} or more"),
         (
             {"audit": int(0.8 * candidates) - 19},
-            f"{int(0.8 * candidates) + 1} of {candidates} candidates are run, .*leave screen out",
+            f"{int(0.8 * candidates) + 1} of {candidates} candidates are patched, .*leave screen out",
         ),
-        ({"k": 500}, f"k=500 and audit=100 mean that {candidates} of {candidates} candidates are run"),
+        ({"k": 500}, f"k=500 and audit=100 mean that {candidates} of {candidates} candidates are patched"),
         ({"audit": 3, "target": 1.0}, "target=1.0 and k=20 mean that at least .*leave screen out"),
     ):
         with pytest.raises(FeatpatchWarning, match=f"screening: .*{message}"):
@@ -253,14 +253,14 @@ def test_a_screened_table_is_a_table(small: Small, tmp_path: Path) -> None:
     assert "recovery_estimate" in again.to_pandas()
     part = fp.Effects.load(found.top(4).save(tmp_path / "part.safetensors"))
     assert "recovery_estimate" not in part.to_pandas()
-    with pytest.raises(fp.FeatpatchError, match="there is no finished screening"):
+    with pytest.raises(fp.FeatpatchError, match="this table has no finished screening"):
         part.audit()
     assert found.of_pairs([0, 1]).audit(top=3).candidates == audit.candidates
     assert "recovery_estimate" not in found.of_pairs([0, 1]).to_pandas()
     assert "prob_recovery_estimate" not in found.to_pandas()
     one = screened(small, small.at(SITE), positions="each", k=12, audit=5, top=3, directions=["denoising"])
     np.testing.assert_array_equal(fp.Effects.load(one.save(tmp_path / "one.safetensors")).denoised, one.denoised)
-    with pytest.raises(fp.FeatpatchError, match="expected some of those that were run, recovery"):
+    with pytest.raises(fp.FeatpatchError, match="expected some of the measured effects, recovery"):
         one.audit("degradation", top=3)
 
 
@@ -350,7 +350,7 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
     console = Console(record=True, width=120)
     console.print(planned(found))
     text = console.export_text()
-    assert "patches, each an exact run" in text
+    assert "patches (one exact run each)" in text
     assert "gradient" not in text
     assert "screened" not in text
     assert "counted" not in text
@@ -359,10 +359,10 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
         {"route": "through_mlps"}, {"positions": "each", "senders": senders, "receivers": receivers},
     ):  # fmt: skip
         with pytest.raises(
-            fp.FeatpatchError, match="expected senders and receivers, with route but without positions, for paths"
+            fp.FeatpatchError, match="expected senders and receivers (and optionally route, but not positions) for paths"
         ):
             fp.plan(small.model, None, pairs, **arguments)
-    with pytest.raises(fp.FeatpatchError, match="fp.plan with layers, saes: expected"):
+    with pytest.raises(fp.FeatpatchError, match="fp.plan got layers, saes: expected"):
         fp.plan(small.model, small.at(SITE), pairs, layers=[1])
 
 
@@ -386,7 +386,7 @@ def test_a_plan_counts_some_pairs_of_all_lengths(bridge: Small, monkeypatch: pyt
     assert (plan.patches, plan.counted, plan.pairs) == (round(2 * len(some.row) * 3 / 2), 2, 3)
     console = Console(record=True, width=120)
     console.print(planned(plan))
-    assert "2 of 3 pairs, scaled up to all" in console.export_text()
+    assert "2 of 3 pairs, scaled to all" in console.export_text()
 
 
 def test_a_plan_estimates_how_many_features_differ_in_any_pair() -> None:
@@ -416,10 +416,10 @@ def test_errors(small: Small) -> None:
         ({"k": 5, "top": 6}, "top=6: expected at most 5"),
         ({"k": 5, "top": 0}, "top=0: expected an integer"),
         ({"k": 50, "top": 45}, "top=45: expected at most"),
-        ({"target": 1.5}, "target=1.5: expected a share"),
+        ({"target": 1.5}, "target=1.5: expected a fraction"),
         ({"noise": noise}, "screen with noise"),
-        ({"metric": "accuracy"}, "'accuracy' is not supported in estimates"),
-        ({"metric": "sequence_log_prob"}, "not supported in estimates.*: expected one of logit_diff"),
+        ({"metric": "accuracy"}, "'accuracy' is not supported for estimates"),
+        ({"metric": "sequence_log_prob"}, "not supported for estimates.*: expected one of logit_diff"),
         ({"metric": []}, "metric=\\[\\]: expected at least one"),
         ({"seed": -1}, "seed=-1: expected an integer, 0 or more"),
         ({"method": "shap"}, "method='shap'"),
@@ -429,7 +429,7 @@ def test_errors(small: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="with screen, journal: expected them only with method='exact'"):
         fp.rank_features(small.model, sae, pairs_of(small), method="atp", screen=fp.Screen(), journal="j", progress=False)
     found = screened(small, sae, positions="each", k=6, audit=3, top=3)
-    with pytest.raises(fp.FeatpatchError, match="top=7, confidence=0.95, share=0.05: expected a top of 1 to 6"):
+    with pytest.raises(fp.FeatpatchError, match="top=7, confidence=0.95, share=0.05: expected top from 1 to 6"):
         found.audit(top=7)
-    with pytest.raises(fp.FeatpatchError, match="in a full sweep nothing is missed"):
+    with pytest.raises(fp.FeatpatchError, match="a full sweep needs no audit"):
         fp.rank_features(small.model, sae, pairs_of(small), progress=False).audit()

@@ -116,8 +116,8 @@ def test_errors() -> None:
     for parents, options, message in (
         ({fp.LOGITS: {}}, {"draws": 0}, "draws=0"),
         ({z(1, 2): {EMBED: b}}, {}, "expected LOGITS"),
-        ({inside(0, 1, "v"): {z(1, 0): b}}, {}, "does not write below"),
-        ({inside(1, 1, "v"): {EMBED: b}}, {}, "says nothing of the logits"),
+        ({inside(0, 1, "v"): {z(1, 0): b}}, {}, "is not upstream of"),
+        ({inside(1, 1, "v"): {EMBED: b}}, {}, "has no entry for the logits"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.scrub(model, pairs, fp.Hypothesis(parents), **options)
@@ -141,8 +141,8 @@ def test_every_receiver_in_every_kind_of_block(name: str) -> None:
 def test_bad_hypotheses() -> None:
     model, pairs = induction("value").model, prompts(8)
     hypotheses: list[tuple[Any, str]] = [
-        (fp.Hypothesis({fp.LOGITS: {z(1, 2): lambda pair: [1]}}), "a label failed"),
-        (fp.Hypothesis({fp.LOGITS: {z(1, 2): b}, inside(1, 1, "q"): {EMBED: a}}), "no part of what the logits read"),
+        (fp.Hypothesis({fp.LOGITS: {z(1, 2): lambda pair: [1]}}), "a label function failed"),
+        (fp.Hypothesis({fp.LOGITS: {z(1, 2): b}, inside(1, 1, "q"): {EMBED: a}}), "does not reach the logits"),
     ]
     for hypothesis, message in hypotheses:
         with pytest.raises(fp.FeatpatchError, match=message):

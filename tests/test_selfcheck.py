@@ -106,13 +106,15 @@ def test_a_dictionary_of_processed_weights() -> None:
     assert not any("processed" in remark for remark in check.fits[0].remarks)
     check = fp.check(model, of_raw, prompts())
     assert check.ok
-    assert check.weights == "as they are"
+    assert check.weights == "unprocessed"
 
     (fit,) = fp.check(model, of_processed, prompts()).fits
-    assert "on weights processed by center_writing_weights" in fit.misfit
-    assert any("trained on weights processed by ['center_writing_weights']" in remark for remark in fit.remarks)
+    assert "on weights processed with center_writing_weights" in fit.misfit
+    assert any("trained on weights processed with center_writing_weights," in remark for remark in fit.remarks)
     (fit,) = fp.check(processed, of_raw, prompts()).fits
-    assert "trained on weights processed by nothing, these are processed by ['center_writing_weights']" in fit.remarks
+    assert (
+        "it was trained on weights processed with nothing, and these are processed with center_writing_weights" in fit.remarks
+    )
 
 
 def test_remarks(bridge: Small) -> None:
@@ -120,10 +122,10 @@ def test_remarks(bridge: Small) -> None:
     (fit,) = fp.check(bridge.model, sae, prompts()).fits
     assert fit.verdict == "less than it claims"
     assert fit.remarks == (
-        "trained on 8 tokens at a time, the longest prompt has 9",
-        "trained with BOS first, which some prompts lack",
-        "explains less than its configuration claims: check that it was rebuilt as it was trained (JumpReLU threshold, k, "
-        "normalisation), and try prompts more like those of its training",
+        "it was trained on contexts of 8 tokens, and the longest prompt has 9",
+        "it was trained with BOS at the start, which some prompts lack",
+        "explains less than its configuration claims: check that it was restored as it was trained (JumpReLU threshold, k, "
+        "normalisation), and try prompts that resemble its training data",
     )
 
 
@@ -191,7 +193,7 @@ def test_other_layers_that_overflow_are_left_out(bridge: Small) -> None:
 def test_prompts_that_can_not_be_run(bridge: Small) -> None:
     pair = prompts()[0]
     for changed, message in (
-        ({"special": frozenset(range(9))}, "every position of the prompts is special"),
+        ({"special": frozenset(range(9))}, "the prompts hold only special tokens"),
         ({"clean": (99, *pair.clean[1:])}, "token ids from .* to 99"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
@@ -211,12 +213,12 @@ def test_a_decoder_that_breaks_the_law_is_called_a_bug(bridge: Small, monkeypatc
     right = Chosen.delta
     monkeypatch.setattr(Chosen, "delta", lambda self, base, source: 0.9 * right(self, base, source))
     (fit,) = fp.check(bridge.model, fitted(bridge.model, HOOKS[0]), prompts()).fits
-    assert "all features and the error are not the whole activation" not in fit.misfit, "both ways are scaled alike"
+    assert "all features and the error do not sum to the whole activation" not in fit.misfit, "both ways are scaled alike"
     monkeypatch.setattr(
         Chosen, "delta", lambda self, base, source: (0.9 if self.dictionary else 1.0) * right(self, base, source)
     )
     (fit,) = fp.check(bridge.model, fitted(bridge.model, HOOKS[0]), prompts()).fits
-    assert "all features and the error are not the whole activation" in fit.misfit
+    assert "all features and the error do not sum to the whole activation" in fit.misfit
 
 
 def test_the_table(bridge: Small, capsys: pytest.CaptureFixture[str]) -> None:

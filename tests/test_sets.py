@@ -231,13 +231,13 @@ def test_errors(small: Small) -> None:
     for call, message in (
         (lambda: fp.top_k_curve(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
         (lambda: fp.select_features(model, sae, pairs, target=0.0), "target=0.0, candidates=64"),
-        (lambda: fp.select_features(model, two, pairs), "there are 2 dictionaries: expected one"),
-        (lambda: fp.select_features(model, sae, pairs, position=1, progress=False), "no feature of .* differs at 1"),
-        (lambda: fp.interactions(model, two, pairs), "there are 2 dictionaries"),
-        (lambda: fp.interactions(model, sae, pairs, features=[1, 1]), r"features=\[1, 1\]: expected at least two different"),
+        (lambda: fp.select_features(model, two, pairs), "there are 2 SAEs: expected exactly one"),
+        (lambda: fp.select_features(model, sae, pairs, position=1, progress=False), "no feature of .* differs between the runs at 1"),
+        (lambda: fp.interactions(model, two, pairs), "there are 2 SAEs"),
+        (lambda: fp.interactions(model, sae, pairs, features=[1, 1]), r"features=\[1, 1\]: expected at least two features"),
         (lambda: fp.interactions(model, sae, pairs, features=[1, 24]), "from 0 to 23"),
         (lambda: fp.random_controls(model, sae, pairs, n=0), "n=0: expected an integer, 1 or more"),
-        (lambda: fp.random_controls(model, two, pairs), "there are 2 dictionaries"),
+        (lambda: fp.random_controls(model, two, pairs), "there are 2 SAEs"),
         (lambda: fp.random_controls(model, sae, pairs, feature=3, position=1, progress=False), "feature 3 of .* differs"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):
@@ -253,9 +253,9 @@ def test_more_errors(small: Small) -> None:
     table = fp.rank_features(model, sae, pairs, directions=["denoising"], progress=False)
     for call, message in (
         (lambda: fp.top_k_curve(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation': expected"),
-        (lambda: table.top(3, by="degradation"), "by='degradation': expected one of the effects that were run, recovery"),
+        (lambda: table.top(3, by="degradation"), "by='degradation': expected one of the measured effects, recovery"),
         (lambda: table.top(-1), "n=-1: expected an integer"),
-        (lambda: fp.random_controls(model, silent, pairs, feature=3, progress=False), "writes nothing: expected a feature"),
+        (lambda: fp.random_controls(model, silent, pairs, feature=3, progress=False), "is zero: expected a feature"),
         (lambda: fp.random_controls(model, quiet, pairs, progress=False), "no feature of .* differs between the runs"),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -110,14 +110,14 @@ def test_what_is_refused(small: Small, tmp_path: Path) -> None:
     pairs = many(small, 4)
     fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "a", **OPTIONS)
     for run, message in (
-        (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[::-1], 2), tmp_path / "a", **OPTIONS), "of other pairs"),
+        (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[::-1], 2), tmp_path / "a", **OPTIONS), "holds other pairs"),
         (lambda: fp.stream_features(small.model, small.saes[0], blocks(many(small, 6), 2), tmp_path / "a", **OPTIONS), "saes differ"),
         (lambda: fp.stream_features(small.model, small.saes[0], blocks(pairs, 2), tmp_path / "a", **OPTIONS), "saes differ"),
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "a", progress=False), "metrics differ"),
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[:2], 2), tmp_path / "a", **OPTIONS), "2 blocks, and 1 were given"),
         (lambda: fp.stream_features(small.model, small.saes[1], [], tmp_path / "b", **OPTIONS), "there are no blocks"),
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "b", executor="spark", **OPTIONS), "executor='spark'"),
-        (lambda: fp.Stored(tmp_path / "none"), "expected a folder of fp.stream_features"),
+        (lambda: fp.Stored(tmp_path / "none"), "expected a folder written by fp.stream_features"),
         (lambda: fp.Stored(tmp_path / "a", "accuracy"), "was not measured"),
         (lambda: fp.Stored(tmp_path / "a").top(0), "n=0"),
         (lambda: fp.Stored(tmp_path / "a").top(3, by="median"), "by='median'"),
@@ -141,7 +141,7 @@ def test_what_is_refused(small: Small, tmp_path: Path) -> None:
     about.write_text(text)
     path = tmp_path / "a" / "effects" / "000001.parquet"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(fp.FeatpatchError, match="delete its .sha256 file and run it again"):
+    with pytest.raises(fp.FeatpatchError, match="delete its .sha256 file and run fp.stream_features again"):
         fp.Stored(tmp_path / "a").pooled()
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import featpatch as fp
-from featpatch.pairs.positions import token_at
+from featpatch.pairs.pair import token_at
 from featpatch.tasks.template import Draft, fill, pair_of
 
 MODULES = {name: import_module(f"featpatch.tasks.{name}") for name in fp.tasks.TASKS}
@@ -125,11 +125,11 @@ def test_a_tokenizer_as_a_function() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corruptions": "swap"}, r"corruption \['swap'\]: expected some of swap_s2, swap_names, fresh_names"),
+        ({"corruptions": "swap"}, r"corruption swap: expected some of swap_s2, swap_names, fresh_names"),
         ({"n": 0}, "n=0: expected an integer, 1 or more"),
         ({"seed": -1}, "seed=-1: expected an integer, 0 or more"),
         ({"names": ["Xaver", "Ottilie"]}, r"only \[\] of \['Xaver', 'Ottilie'\] are one token"),
-        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "only 0 pairs of 32 fit this tokenizer"),
+        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "only 0 of 32 pairs fit this tokenizer"),
     ],
 )
 def test_what_can_not_be_drawn(options: dict[str, Any], message: str) -> None:

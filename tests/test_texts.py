@@ -19,7 +19,7 @@ HOOKS = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of every class that `fp` returns one, and every table, of the shipped model."""
     demo = fp.load_demo()
-    model, pairs = demo.model, demo.pairs("ioi", n=6)
+    model, pairs = demo.model, demo.pairs("ioi", n=4)
     saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in HOOKS]
     last = saes[1]
     options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}

@@ -147,7 +147,7 @@ def unhooked(small: Small) -> Iterator[None]:
         point.remove_hooks("both", including_permanent=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*hooks that you attached:featpatch.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore:.*hooks attached by you:featpatch.SlowPathWarning")
 @pytest.mark.usefixtures("unhooked")
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("other", OTHERS)
@@ -166,7 +166,7 @@ def test_hooks_of_another_thread_within_a_pass_are_refused(small: Small, other: 
     shorter = fp.Pair(pairs[0].clean[:-1], pairs[0].corrupted[:-1], pairs[0].correct, pairs[0].wrong)
     measure = [*measurements(small), lambda: fp.Pairs((*pairs, shorter)).check(small.model)][number]
     small.model.hook_dict["blocks.0.hook_resid_pre"].add_hook(trigger)
-    with pytest.raises(fp.FeatpatchError, match="hooks were attached to the model or removed .* by another thread"):
+    with pytest.raises(fp.FeatpatchError, match="another thread attached hooks to the model or removed them"):
         measure()
     assert passes[0] == 2
 
@@ -187,7 +187,7 @@ def test_hooks_that_another_thread_leaves_between_two_passes_are_refused(small: 
 
     before = measure()
     armed[:] = [True]
-    with pytest.raises(fp.FeatpatchError, match="hooks were attached to the model or removed .* by another thread"):
+    with pytest.raises(fp.FeatpatchError, match="another thread attached hooks to the model or removed them"):
         measure()
     small.model.reset_hooks()
     armed[:] = [False]
@@ -252,7 +252,9 @@ def test_a_journal_is_open_in_one_thread(bridge: Small, tmp_path: Path) -> None:
     def metric(logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
         if journal.exists() and not refusals:
             refusals.append(None)
-            with pytest.raises(fp.FeatpatchError, match=r"sweep\.journal' is open in another process or thread: expected one"):
+            with pytest.raises(
+                fp.FeatpatchError, match=r"sweep\.journal' is in use by another process or thread: expected only one"
+            ):
                 elsewhere(measure)
             raise ValueError("stop here")
         return logits[:, 3]

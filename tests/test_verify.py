@@ -16,30 +16,28 @@ from featpatch.effects.statistics import size
 OPTIONS: dict[str, Any] = {"progress": False}
 
 
-def tables(small: Small) -> dict[str, tuple[fp.Effects, Any]]:
+def table_of(kind: str, small: Small) -> tuple[fp.Effects, Any]:
+    """A table, and the SAEs of its features."""
     saes = [small.at("blocks.1.hook_resid_pre"), small.saes[-1]]
     senders = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4)]
     receivers = ["logits", fp.Node("blocks.2.attn.hook_k", "head", 1)]
     pairs = pairs_of(small)
-    return {
-        "features": (
-            fp.rank_features(small.model, saes, pairs, positions="each", metric=["logit_diff", "prob"], **OPTIONS),
-            saes,
-        ),
-        "components": (fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **OPTIONS), None),
-        "paths": (fp.rank_paths(small.model, pairs, senders=senders, receivers=receivers, **OPTIONS), None),
-    }
+    if kind == "features":
+        return fp.rank_features(small.model, saes, pairs, positions="each", metric=["logit_diff", "prob"], **OPTIONS), saes
+    if kind == "components":
+        return fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **OPTIONS), None
+    return fp.rank_paths(small.model, pairs, senders=senders, receivers=receivers, **OPTIONS), None
 
 
 @pytest.mark.parametrize("kind", ["features", "components", "paths"])
 def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
-    table, saes = tables(small)[kind]
+    table, saes = table_of(kind, small)
     table = fp.Effects.load(table.save(tmp_path / "table.safetensors"))
     found = fp.verify(table, small.model, pairs_of(small), saes=saes, rows=12, **OPTIONS)
     assert found.ok
     assert len(found.nodes) == min(12, len(table))
     assert max(found.differences) < 1e-9
-    assert "random rows measured again, as they were" in repr(found)
+    assert "random rows measured again, reproduced" in repr(found)
     changed = table.denoised.copy()
     changed[table.row == table.nodes.index(found.nodes[3])] += 1e-3 * max(
         abs(table.gap.mean()), size(table.clean, table.corrupted)
@@ -57,16 +55,16 @@ def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
 
 
 def test_what_is_refused(small: Small) -> None:
-    table, saes = tables(small)["features"]
+    table, saes = table_of("features", small)
     estimate = fp.rank_features(small.model, saes, pairs_of(small), method="atp", **OPTIONS)
     for changed, message in (
-        ({"pairs": pairs_of(small, [0, 1])}, "pairs is not that of the table"),
-        ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "is not that of the table"),
-        ({"saes": saes[:1]}, "the table was measured with .*: expected these too"),
-        ({"saes": None}, "expected these too .saes=, or --sae for each"),
+        ({"pairs": pairs_of(small, [0, 1])}, "pairs differs from that of the table"),
+        ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "differs from that of the table"),
+        ({"saes": saes[:1]}, "the table was measured with .*: expected these SAEs too"),
+        ({"saes": None}, "pass them with saes=, or --sae for each"),
         ({"rows": 0}, "rows=0"),
-        ({"effects": estimate}, "expected exact ones"),
-        ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact ones"),
+        ({"effects": estimate}, "expected exact effects"),
+        ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact effects"),
     ):
         options: dict[str, Any] = {"effects": table, "pairs": pairs_of(small), "saes": saes, **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):
@@ -83,7 +81,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert ranked.returncode == 0, ranked.stderr
     done = run("verify", "r/effects.safetensors", *given, "--rows", "5", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "5 random rows measured again, as they were" in done.stdout.replace("\n", " ")
+    assert "5 random rows measured again, reproduced" in done.stdout.replace("\n", " ")
     table = fp.Effects.load(tmp_path / "r" / "effects.safetensors")
     replace(table, denoised=table.denoised + 1).save(tmp_path / "r" / "forged.safetensors")
     forged = run("verify", "r/forged.safetensors", *given, "--json", folder=tmp_path)

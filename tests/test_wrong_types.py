@@ -124,7 +124,9 @@ def test_blocks_of_a_huge_size(ranked: tuple[Small, fp.Pairs, fp.Effects], tmp_p
 def test_the_checklist_of_prompts_that_the_model_does_not_take(small: Small, clean: tuple[int, ...], said: str) -> None:
     """The model has 16 positions and 40 tokens."""
     pairs = fp.Pairs((pair(clean=clean, corrupted=(2, *clean[1:])),))
-    with pytest.raises(fp.FeatpatchError, match=f"{said}.*expected ids of the model's own tokenizer, no more than its context"):
+    with pytest.raises(
+        fp.FeatpatchError, match=f"{said}.*expected ids of the model's own tokenizer, and prompts no longer than its context"
+    ):
         pairs.check(small.model)
 
 
@@ -136,7 +138,7 @@ def test_a_complex_metric_is_refused(ranked: tuple[Small, fp.Pairs, fp.Effects])
         lambda logits: torch.complex(logits[0, -1, 0], logits[0, -1, 1]).item(),
         lambda logits: torch.complex(logits[:, -1, 0], logits[:, -1, 1]).mean() if len(logits) > 1 else logits[0, -1, 0],
     ):
-        with pytest.raises(fp.FeatpatchError, match="gave .*complex"):
+        with pytest.raises(fp.FeatpatchError, match="returned .*complex"):
             fp.rank_features(small.model, small.at(SITE), pairs, metric=metric, progress=False)
 
 
@@ -173,5 +175,5 @@ def test_positions_on_the_command_line() -> None:
     assert spans('"all"') == ["all"]
     assert spans("9" * 5000) == ["9" * 5000]
     for text in ('"3', '"a"b', 'a"b"'):
-        with pytest.raises(fp.FeatpatchError, match="expected a comma or the end after a label in double quotes"):
+        with pytest.raises(fp.FeatpatchError, match="expected a comma or the end of the text after a label in double quotes"):
             spans(text)

@@ -16,9 +16,9 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 CORE = [
-    *("lens/codec", "lens/codecs/*", "lens/dictionary", "lens/stack", "lens/behaviour", "patch", "patching/**/*", "engine/*"),
-    *("attribution/*", "effects/effects", "effects/statistics", "effects/significance", "effects/stability"),
-    *("effects/quadrants", "effects/breakdown", "effects/collector", "effects/content", "effects/audit", "effects/join"),
+    *("sae/codec", "sae/sae_lens", "sae/adapted", "sae/dictionary", "model/stack", "nodes", "patching/*", "engine/*"),
+    *("attribution/*", "effects/measured", "effects/statistics", "effects/frames"),
+    *("effects/collector", "effects/storage", "effects/audit"),
 ]
 ARITHMETIC, BITS = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"}, {"BitOr", "BitAnd", "BitXor"}
 BINARY = {"arith_expr", "term", "power", "expr", "and_expr", "xor_expr"}

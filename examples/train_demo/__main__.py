@@ -71,10 +71,10 @@ def write_text(path: Path) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the checkpoints go.")] = Path("checkpoints"),
-    work: Annotated[Path, typer.Option(help="Where the models of all seeds go.")] = Path("build/train_demo"),
-    seeds: Annotated[str, typer.Option(help="Seeds of the language model to choose among.")] = "1,2,3",
-    only: Annotated[str, typer.Option(help="One step: seed-N, or the hook of a dictionary.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("checkpoints"),
+    work: Annotated[Path, typer.Option(help="Folder for the models of all seeds.")] = Path("build/train_demo"),
+    seeds: Annotated[str, typer.Option(help="Seeds of the language model to choose from.")] = "1,2,3",
+    only: Annotated[str, typer.Option(help="Run only this step: seed-N, or the hook point of a dictionary.")] = "",
 ) -> None:
     """Trains the demo model and its dictionaries, measures them and writes their cards."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

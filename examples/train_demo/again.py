@@ -31,7 +31,7 @@ def main(shipped: Path = Path("checkpoints")) -> None:
         changed = [str(card) for card in cards if (copy / card).read_text() != (shipped / card).read_text()]
         print(overview(copy))
     if changed:
-        sys.exit(f"no longer as measured: {', '.join(changed)}")
+        sys.exit(f"measured numbers have changed: {', '.join(changed)}")
 
 
 if __name__ == "__main__":

@@ -115,26 +115,36 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
     check_kinds(Effects, estimate=estimate, exact=exact)
     if estimate.value != "estimate" or exact.value != "exact":
         raise FeatpatchError(
-            f"got a table of {estimate.value} and one of {exact.value} values: expected calibrate(estimate, exact)"
+            f"the first table holds {estimate.value} effects and the second {exact.value} effects: expected estimates first "
+            "and exact effects second; call calibrate(estimate, exact)"
         )
     for key in ("pairs", "of_pairs", "metric", "positions", "model"):
         one, other = (table.metadata.get(key) for table in (estimate, exact))
         if one != other:
-            raise FeatpatchError(f"{key} is {one!r} for the estimates and {other!r} for the exact effects: expected the same")
+            raise FeatpatchError(
+                f"{key} is {one!r} for the estimates and {other!r} for the exact effects: expected the same; compute both "
+                "with the same model, pairs and options"
+            )
     digests = [table.metadata.get("saes", {}) for table in (estimate, exact)]
     for name in digests[0].keys() & digests[1].keys():
         if digests[0][name] != digests[1][name]:
-            raise FeatpatchError(f"SAE {name!r} is not the same for the estimates and the exact effects: expected one SAE")
+            raise FeatpatchError(
+                f"SAE {name!r} has different weights in the two tables: expected the same SAE; compute both tables with it"
+            )
     kinds = [{node.kind for node in table.take(table.ranked).nodes} for table in (estimate, exact)]
     if not kinds[0] & kinds[1]:
         raise FeatpatchError(
-            f"the estimates are of kind {sorted(kinds[0])}, the exact effects of {sorted(kinds[1])}: expected the same"
+            f"the estimates are of nodes of kind {', '.join(sorted(kinds[0])) or 'none'} and the exact effects of "
+            f"{', '.join(sorted(kinds[1])) or 'none'}: expected a kind in common; rank the same kind of nodes for both"
         )
     estimate = estimate.whole
     shared = [name for name in estimate.directions_run() if name in exact.directions_run()]
     wanted = effect or next(iter(shared), None)
     if wanted is None or wanted not in shared:
-        raise FeatpatchError(f"effect={effect!r}: expected one that both tables hold, of {shared}")
+        raise FeatpatchError(
+            f"effect={effect!r}: expected an effect that both tables hold ({', '.join(shared) or 'there is none'}); rank both "
+            "in the same directions"
+        )
     tables = (exact,) if "screening" in exact.metadata or exact.taken_from is not None else (exact, estimate)
     nodes = tuple(dict.fromkeys(node for table in tables for node in table.take(table.ranked).nodes))
     values = [dict(zip(table.nodes, table.pooled(wanted), strict=True)) for table in (estimate, exact)]

@@ -19,7 +19,7 @@ from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.model.lens import Lens
 from featpatch.nodes import Direction, Node
-from featpatch.pairs.positions import Positions, Wanted
+from featpatch.pairs.pair import Positions, Wanted
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.model.provenance import provenance
 from featpatch.nodes import Direction, Node
-from featpatch.pairs.positions import Positions, Wanted, spans
+from featpatch.pairs.pair import Positions, Wanted, spans
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.metrics import Metric
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Kind, Node
+from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Positions, Wanted, spans
 from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 
 

@@ -110,7 +110,7 @@ Activations = Mapping[str, torch.Tensor]
 WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
 """Metrics without a gradient at the answer position."""
 
-USE = "in estimates, which take a gradient, of the logits at one token (rank_features and its like measure any metric exactly)"
+USE = "for estimates, which need a gradient of the logits at one token; use method='exact', which supports every metric"
 
 SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
 """The source run of each direction. A run is named by the direction that patches it, so the source is named by the other."""
@@ -210,7 +210,7 @@ class Gradients:
         keep: bool = True,
     ) -> None:
         if not isinstance(metric, str) and not callable(metric):
-            raise FeatpatchError(f"metric={metric!r}: expected one name or function to estimate with")
+            raise FeatpatchError(f"metric={metric!r}: expected one name or one function; estimate with one metric at a time")
         self.pairs = check_pairs(pairs)
         self.measure, self.method, self.steps = find(metric, WITHOUT_GRADIENT, USE), method, steps
         check_numbers(1, steps=steps)
@@ -219,19 +219,22 @@ class Gradients:
         for index, pair in enumerate(pairs):
             if not pair.correct and self.measure.needs != "clean":
                 raise FeatpatchError(
-                    f"pair {index}: its answers {pair.answers} are sequences, and {self.measure.name} reads one token: "
-                    "expected answers of one token; measure whole answers exactly, by rank_features"
+                    f"pair {index}: its answers {pair.answers} have several tokens, and {self.measure.name} reads one: "
+                    "expected one-token answers; measure answers of several tokens with method='exact'"
                 )
         self.model, self.lens = model, wrap(model)
         if method == "grad_drop" and self.lens.n_layers < 2:
-            raise FeatpatchError("the model has one block, and grad_drop drops one of several: expected method='atp'")
+            raise FeatpatchError(
+                "the model has one layer: expected two or more for method='grad_drop', which drops one layer at a time; use "
+                "method='atp'"
+            )
         check_tokens(pairs, self.lens)
         self.qk_fix = qk_fix
         self._keep, self._state = keep, None  # type: bool, object
         self._kept: dict[tuple[int, ...], _Batch] = {}
 
     def __repr__(self) -> str:
-        return f"gradients of {self.measure.name} over {self.pairs!r}, by {self.method}; {len(self._kept)} batches kept"
+        return f"gradients of {self.measure.name} over {self.pairs!r}, by {self.method}; {len(self._kept)} batches cached"
 
     def check_directions(self, directions: Sequence[Direction]) -> tuple[Direction, ...]:
         """Check directions and return them.
@@ -243,9 +246,9 @@ class Gradients:
         ways = check_directions(directions)
         if "noising" in ways and self.measure.needs == "clean" and self.method in ("atp", "grad_drop"):
             raise FeatpatchError(
-                f"metric {self.measure.name!r} with method={self.method!r} and directions={list(ways)}: its gradient is zero "
-                "at the clean run, where noising takes it; expected directions=['denoising'], or, for features and "
-                "components, method='ig' or 'eap_ig_inputs'; exact effects need no gradient"
+                f"metric {self.measure.name!r} with method={self.method!r} and directions={list(ways)}: expected a gradient "
+                "that is not zero, but this metric's is zero at the clean run, where noising needs it; use "
+                "directions=['denoising'], method='exact', or, for features and components, method='ig' or 'eap_ig_inputs'"
             )
         return ways
 

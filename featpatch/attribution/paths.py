@@ -29,7 +29,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node
-from featpatch.pairs.positions import spans
+from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
 
@@ -67,8 +67,9 @@ class Receiving:
         head = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")
         if not whole and not head:
             raise FeatpatchError(
-                f"receiver {str(node)!r}: expected a feature of {sorted(d.name for d in found)} with a linear decoder, a head "
-                "at hook_q, hook_k, hook_v or hook_z, a whole activation, or 'logits', for estimates"
+                f"receiver {str(node)!r}: expected, for estimates, a feature of "
+                f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'} with a linear decoder, a head at "
+                "hook_q, hook_k, hook_v or hook_z, a whole activation, or 'logits'"
             )
         return cls(node, site, site)
 
@@ -124,12 +125,18 @@ def estimate_paths(
     found = dictionaries_if_any(lens, saes)
     sites.check_route(route)
     if source.method != "atp":
-        raise FeatpatchError(f"method={source.method!r} for paths: expected 'exact' or 'atp'")
+        raise FeatpatchError(
+            f"method={source.method!r} for paths: expected 'exact' or 'atp'; the other methods estimate features and "
+            "components only"
+        )
     lens.check_unhooked()
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     receiving = [Receiving.of(lens, node, found) for node in ends]
     if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
-        raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
+        raise FeatpatchError(
+            "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
+            "senders"
+        )
     ways, parts = source.check_directions(directions), _parts(lens, sending, found)
     wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
@@ -183,8 +190,9 @@ def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> 
             parts["whole", site] = ComponentPart(site, site, "mlp_out")
         else:
             raise FeatpatchError(
-                f"sender {str(node)!r}: expected a feature or error of {sorted(d.name for d in found)}, a head at hook_z, or a "
-                "whole activation"
+                f"sender {str(node)!r}: expected a feature or error of "
+                f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole "
+                "activation"
             )
     return list(parts.values())
 

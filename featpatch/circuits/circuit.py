@@ -73,7 +73,7 @@ class FaithfulnessCurve:
         """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items."""
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        figure = go.Figure(layout={"xaxis_title": "share of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
+        figure = go.Figure(layout={"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
         bars = {
             "type": "data",
             "symmetric": False,
@@ -203,10 +203,13 @@ class Circuit:
             (0, 2, 5)
         """
         if not len(self.scores):
-            raise FeatpatchError("this search ranked no items: expected a circuit found by method='threshold' for a curve")
+            raise FeatpatchError(
+                "this circuit's search method ranked no items: expected a circuit found by method='threshold'; call "
+                "find_circuit again with it to draw a curve"
+            )
         plain = isinstance(shares, Sequence) and all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
         if not plain or not shares or list(shares) != sorted(set(shares)):
-            raise FeatpatchError(f"shares={shares!r}: expected ascending shares of all items, between 0 and 1")
+            raise FeatpatchError(f"shares={shares!r}: expected fractions of all items in ascending order, between 0 and 1")
         order = np.argsort(-np.abs(self.scores), kind="stable")
         sizes = sizes_of(len(order), shares)
         values = self.graph.values([[self.graph.items[number] for number in order[:size]] for size in sizes])
@@ -277,7 +280,7 @@ class Circuit:
         between = " (a single pair gives no interval)" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         return (
             f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self.metadata['method']}), "
-            f"outside {self.graph.to}: faithfulness {self.faithfulness:.2f}{between}, exact, over "
+            f"complement ablated to {self.graph.to} values: faithfulness {self.faithfulness:.2f}{between}, exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
 

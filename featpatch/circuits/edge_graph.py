@@ -92,12 +92,12 @@ class EdgeGraph(Graph):
             expected = "heads and MLPs that write to the residual stream without a norm after them"
             if self.lens.quantised:
                 expected = (
-                    f"weights that are not quantised (these are: {self.lens.quantised}), since quantised ones round heads and "
-                    "their sum differently; load the model without quantization_config"
+                    f"weights that are not quantised (these are: {self.lens.quantised}), since quantised weights round each "
+                    "head and the sum of heads differently; load the model without quantization_config"
                 )
             raise FeatpatchError(
-                f"the model's parts add up to a metric of {found.mean():.6g}, and the model has {self.whole.mean():.6g}: "
-                f"expected {expected}; find a circuit over nodes instead"
+                f"the metric is {found.mean():.6g} when the model's parts are added up and {self.whole.mean():.6g} in the "
+                f"model: expected {expected}; or find a circuit with over='nodes'"
             )
 
     def receivers(self) -> list[Node]:
@@ -162,7 +162,7 @@ class EdgeGraph(Graph):
         if self.reads_clean:
             raise FeatpatchError(
                 f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
-                "scores='exact', or another metric to estimate with"
+                "another metric; or pass scores='exact'"
             )
         with torch.inference_mode(False), torch.enable_grad():
             runs = self.whole_runs.clone().requires_grad_()
@@ -174,7 +174,7 @@ class EdgeGraph(Graph):
                 values = self._run(kept, some)
                 if not values.requires_grad:
                     raise FeatpatchError(
-                        f"metric {self.name} has no gradient: expected scores='exact', or a differentiable one to estimate with"
+                        f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
                     )
                 (gradient,) = torch.autograd.grad((values * weights[some].to(values)).sum(), kept)
             total += gradient[0].double().cpu().numpy()

@@ -117,7 +117,7 @@ def check_search(method: str, over: str, scores: str, threshold: float | None, s
     if method not in METHODS:
         raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):
-        raise FeatpatchError(f"threshold={threshold!r}: expected a share of the behaviour above 0, such as 0.01")
+        raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
     check_numbers(1, size=1 if size is None else size)
     if type(target) not in (int, float) or not 0 < target <= 1:
         raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
@@ -127,8 +127,8 @@ def check_search(method: str, over: str, scores: str, threshold: float | None, s
         )
     if scores == "estimate" and (over == "nodes" or method == "acdc"):
         raise FeatpatchError(
-            f"scores='estimate' over {over} with method={method!r}: expected edges and 'threshold' or 'greedy'; nodes are "
-            "estimated by rank_features and rank_components with method='atp'"
+            f"scores='estimate' with over={over!r} and method={method!r}: expected over='edges' and method='threshold' or "
+            "'greedy'; to estimate nodes, call rank_features or rank_components with method='atp'"
         )
 
 
@@ -201,9 +201,12 @@ def find_circuit(
             raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
     check_search(method, over, scores, threshold, size, target)
     if over == "edges" and errors == "out":
-        raise FeatpatchError("over='edges' with errors='out': expected 'in', a part of the rest, or 'nodes', among the nodes")
+        raise FeatpatchError(
+            "over='edges' with errors='out': expected errors='in' (error terms belong to the complement) or errors='nodes' "
+            "(they are candidates)"
+        )
     if over == "edges" and (nodes is None) != (saes is None):
-        raise FeatpatchError("over='edges' with nodes or saes alone: expected both, for edges of features, or neither")
+        raise FeatpatchError("over='edges' with only one of nodes and saes: expected both (edges of features) or neither")
     if over == "nodes" and nodes is None:
         raise FeatpatchError("over='nodes' without nodes: expected candidates, e.g. nodes=effects.top(50), or over='edges'")
     lens, read = wrap(model), readout(metric, single=True)
@@ -217,7 +220,7 @@ def find_circuit(
     graph.check()
     graph.check_gap()
     if size is not None and size > len(graph.items):
-        raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the {over} that there are")
+        raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the number of {over}")
     ranked = np.zeros(0)
     if method == "threshold" or (method == "greedy" and over == "edges"):
         ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
@@ -255,5 +258,8 @@ def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Err
         with_sae = {node.site for node in kept if node.sae}
         kept = [node for node in kept if node.sae or node.site not in with_sae]
     if not kept:
-        raise FeatpatchError(f"nodes={nodes!r} with errors={errors!r}: expected candidates that are no error terms")
+        raise FeatpatchError(
+            f"nodes={nodes!r} with errors={errors!r}: expected no error terms among the candidates; leave them out, or pass "
+            "errors='nodes'"
+        )
     return tuple(kept)

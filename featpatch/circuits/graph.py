@@ -39,7 +39,7 @@ def check_outside(to: str, pairs: Pairs) -> None:
     if to != "corrupted" and alone:
         raise FeatpatchError(
             f"pair {alone[0][0]} is the only one with {len(pairs[alone[0][0]])} tokens, and to={to!r} takes values from other "
-            "pairs of the same length: expected two or more of each length, or to='corrupted'"
+            "pairs of the same length: expected two or more pairs of each length; add pairs, or pass to='corrupted'"
         )
 
 
@@ -122,7 +122,9 @@ class Graph(ABC):
         chosen = list(kept)
         strange = next((item for item in chosen if item not in self._numbers), None)
         if strange is not None:
-            raise FeatpatchError(f"{str(strange)!r} is not in the graph: expected some of its {len(self.items)} items")
+            raise FeatpatchError(
+                f"{str(strange)!r} is not in the graph: expected items from among its {len(self.items)}; see .graph.items"
+            )
         mask = np.zeros(len(self.items), dtype=bool)
         mask[[self._numbers[item] for item in chosen]] = True
         return mask

@@ -18,8 +18,8 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import Node
+from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import spans
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
 
@@ -53,7 +53,8 @@ class Cut:
         """
         if not dictionary.behaviour.linear:
             raise FeatpatchError(
-                f"{dictionary.name} ({dictionary.codec.kind}): expected a dictionary whose decoder is linear, for edges"
+                f"{dictionary.name} ({dictionary.codec.kind}): expected, for edges, a dictionary with a linear decoder; leave "
+                "its nodes out"
             )
         indices = torch.tensor([node.index for node in named if node.index is not None], dtype=torch.long)
         rest = Node(dictionary.writes, "rest", None, "all", dictionary.name)
@@ -82,8 +83,8 @@ class Cut:
         if reads == writes and sites.is_stream(writes) and found is not None:
             return found[0], "mid" if found[1] == "mid" else "pre"
         raise FeatpatchError(
-            f"{self.dictionary.name} reads at {reads} and writes at {writes}: expected, for edges, a dictionary of the stream, "
-            "of hook_attn_out or hook_mlp_out, or a transcoder of an MLP"
+            f"{self.dictionary.name} reads at {reads} and writes at {writes}: expected, for edges, a dictionary of the "
+            "residual stream, of hook_attn_out or hook_mlp_out, or an MLP transcoder"
         )
 
     def shares(
@@ -121,8 +122,8 @@ class Cut:
         code = codec.encode(read.flatten(0, -3))
         if read.requires_grad and not code.features.requires_grad:
             raise FeatpatchError(
-                f"{self.dictionary.name} ({codec.kind}) encodes without a gradient: expected an SAE of sae-lens, or "
-                "scores='exact'"
+                f"{self.dictionary.name} ({codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or "
+                "pass scores='exact'"
             )
         features = code.features * gain(codec, code.state) if self.dictionary.behaviour.scaled else code.features
         directions = dict(zip((node for node in self.named if node.kind == "feature"), self.directions, strict=True))
@@ -150,7 +151,8 @@ class Cut:
             same = [n for n, node in enumerate(self.named) if node.index == one.index]
             if (found[same].sum(0) > 1).any():
                 raise FeatpatchError(
-                    f"{', '.join(str(self.named[n]) for n in same)} share positions: expected each feature once at a position"
+                    f"{', '.join(str(self.named[n]) for n in same)} overlap: expected each feature at most once per position; "
+                    "remove one of them"
                 )
         return found
 
@@ -167,15 +169,17 @@ def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict
         owner = by_name.get(node.sae)
         if node.kind not in ("feature", "error") or owner is None or owner.writes != node.site:
             raise FeatpatchError(
-                f"node {str(node)!r}: expected a feature or an error of {sorted(by_name)}; embedding, heads and MLPs are among "
-                "the edges anyway"
+                f"node {str(node)!r}: expected a feature or error of "
+                f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'}; embedding, heads and MLPs need not be named, they "
+                "always have edges"
             )
     made: dict[Place, Cut] = {}
     for name in dict.fromkeys(node.sae for node in nodes):
         cut = Cut.of(by_name[name], [node for node in nodes if node.sae == name])
         if cut.place in made:
             raise FeatpatchError(
-                f"{made[cut.place].dictionary.name} and {name} are at the same place: expected nodes of one dictionary there"
+                f"{made[cut.place].dictionary.name} and {name} are at the same place in the model: expected nodes of one "
+                "dictionary there; leave out the nodes of the other"
             )
         made[cut.place] = cut
     return made

@@ -20,7 +20,7 @@ from featpatch.circuits.graph import Graph, prompts, settled
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import added
 from featpatch.nodes import Node
-from featpatch.pairs.positions import spans
+from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, Split
 
 Errors = Literal["in", "out", "nodes"]
@@ -57,16 +57,22 @@ class NodeGraph(Graph):
             head = node.kind == "head" and sites.is_component(node.site, "z")
             if not of_sae and not head and node.kind != "activation":
                 raise FeatpatchError(
-                    f"node {str(node)!r}: expected a feature or an error of {sorted(known)}, a head at hook_z, or a whole "
-                    "activation"
+                    f"node {str(node)!r}: expected a feature or error of "
+                    f"{', '.join(sorted(known)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole activation"
                 )
             if self.lens.carrier(self.lens.site(node.site)) != node.site:
-                raise FeatpatchError(f"node {str(node)!r}: the activation there is not the stream itself and can't be set")
+                raise FeatpatchError(
+                    f"node {str(node)!r}: the activation at this hook point is a copy that the model does not read, so it "
+                    f"can't be set: expected {self.lens.carrier(self.lens.site(node.site))!r} instead"
+                )
         both = {node.site for node in self.items if node.kind in ("head", "activation")} & set(known.values()) & {
             node.site for node in self.items if node.sae
         }  # fmt: skip
         if both:
-            raise FeatpatchError(f"{sorted(both)[0]!r} has features and whole parts among the nodes: expected one or the other")
+            raise FeatpatchError(
+                f"{sorted(both)[0]!r} has both features and heads or whole activations among the nodes: expected only one "
+                "kind at a hook point; remove the others"
+            )
 
     def rows_of_one(self) -> int:
         """Return 1, because one choice of items needs one row."""

@@ -72,7 +72,8 @@ class Scrubbed:
     def __repr__(self) -> str:
         return (
             f"recovered {self.recovered:.2f} [{self.low:.2f}, {self.high:.2f}] over {len(self.values)} prompts: metric "
-            f"{self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the model, {self.chance.mean():.3g} by chance"
+            f"{self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the model, {self.chance.mean():.3g} with "
+            "everything resampled"
         )
 
 
@@ -120,7 +121,10 @@ def scrub(
     check_numbers(0, seed=seed)
     check_numbers(1, draws=draws)
     if len(pairs.by_length()) > 1:
-        raise FeatpatchError(f"prompts have {sorted(pairs.by_length())} tokens: expected equally long ones for scrubbing")
+        raise FeatpatchError(
+            f"the prompts have {', '.join(map(str, sorted(pairs.by_length())))} tokens: expected prompts of equal length for "
+            "scrubbing; select the pairs of one length"
+        )
     graph = EdgeGraph(wrap(model), pairs, "corrupted", readout(metric, single=True))
     graph.check()
     continuations = dict.fromkeys(reading.continuation for _, reading in graph.readings)
@@ -170,17 +174,22 @@ class _Run:
         for receiver, parents in self.hypothesis.parents.items():
             if receiver not in receivers:
                 raise FeatpatchError(
-                    f"receiver {str(receiver)!r}: expected LOGITS, an MLP, or a head at hook_q, hook_k or hook_v, at 'all'"
+                    f"receiver {str(receiver)!r}: expected fp.LOGITS, an MLP, or a head at hook_q, hook_k or hook_v, at "
+                    "position 'all'"
                 )
             if not isinstance(parents, Mapping) or not all(callable(label) for label in parents.values()):
                 raise FeatpatchError(
-                    f"the parents of {str(receiver)!r}: expected senders with a function of the pair each, as label"
+                    f"the parents of {str(receiver)!r} are {parents!r}: expected a dict from each sender to its label, a "
+                    "function of a pair"
                 )
             strange = set(parents) - set(self.graph.senders(receiver))
             if strange:
-                raise FeatpatchError(f"{str(next(iter(strange)))!r} does not write below {str(receiver)!r}: expected what does")
+                raise FeatpatchError(
+                    f"{str(next(iter(strange)))!r} is not upstream of {str(receiver)!r}: expected senders that write before "
+                    "the receiver reads"
+                )
         if LOGITS not in self.hypothesis.parents:
-            raise FeatpatchError("the hypothesis says nothing of the logits: expected parents of fp.LOGITS")
+            raise FeatpatchError("the hypothesis has no entry for the logits: expected one; add the parents of fp.LOGITS")
         read, waiting = set(), {LOGITS}
         while waiting:
             receiver = waiting.pop()
@@ -190,7 +199,8 @@ class _Run:
         unread = set(self.hypothesis.parents) - read
         if unread:
             raise FeatpatchError(
-                f"{str(next(iter(unread)))!r} is no part of what the logits read: expected a path to the logits"
+                f"{str(next(iter(unread)))!r} does not reach the logits through the hypothesis: expected a path to fp.LOGITS; "
+                "add the missing edges, or remove this receiver"
             )
         with torch.no_grad():
             self.tokens = torch.tensor([pair.clean + self.continuation for pair in self.graph.pairs])
@@ -249,6 +259,8 @@ class _Run:
                 for index, value in enumerate(values):
                     groups.setdefault(value, []).append(index)
             except Exception as error:
-                raise FeatpatchError(f"a label failed ({error!r}): expected a hashable value for every pair") from error
+                raise FeatpatchError(
+                    f"a label function failed ({error!r}): expected a hashable value for every pair; correct the function"
+                ) from error
             self._alike[label] = [np.array(groups[value]) for value in values]
         return np.array([self.generator.choice(self._alike[label][row]) for row in rows])

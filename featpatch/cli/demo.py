@@ -11,7 +11,7 @@ from featpatch.cli.app import app, clear_errors, console
 from featpatch.cli.output import Output, show
 
 FOLDER = Path("featpatch-demo")
-"""The default folder for the results, in which those of an earlier demo are always replaced."""
+"""The default folder for the results, where the results of an earlier demo are always replaced."""
 
 
 @app.command()
@@ -20,7 +20,7 @@ def demo(
         Literal["ioi", "capitals", "greater_than", "sentiment"], typer.Option(help="Behaviour to explain.")
     ] = "ioi",
     pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed that draws the pairs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for drawing the pairs.")] = 0,
     positions: of.Positions = "",
     top: of.Top = 12,
     out: of.Out = FOLDER,

@@ -22,17 +22,19 @@ def check(
     pairs: of.PairsFile,
     metric: Annotated[
         Literal["logit_diff", "prob_diff", "sequence_log_prob_diff"],
-        typer.Option(help="What tells the answers apart; the last one takes answers of several tokens."),
+        typer.Option(help="Metric that compares the answers; the last one supports answers of several tokens."),
     ] = "logit_diff",
     device: of.Device = "cpu",
     top: Annotated[int, typer.Option(min=1, help="How many pairs to show.")] = 12,
-    sae: Annotated[list[str] | None, typer.Option(help="An SAE that is to fit the model, as for rank. Repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for a CSV of all findings.")] = None,
+    sae: Annotated[
+        list[str] | None, typer.Option(help="SAE whose fit to the model is checked; same form as for rank. Repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write all findings to.")] = None,
     as_json: of.Json = False,
 ) -> None:
-    """Check prompt pairs against the model: is each one clean contrast? With --sae: does each SAE fit the model?
+    """Check that each prompt pair is one clean contrast for the model and, with --sae, that each SAE fits the model.
 
-    Exits with 1 where a pair fails, or an SAE does not fit or explains less than its configuration claims.
+    Exits with code 1 if a pair fails, or if an SAE does not fit or explains less than its configuration claims.
 
     Example: featpatch check --model gpt2 --pairs pairs.jsonl
     """
@@ -65,16 +67,16 @@ def check(
 
 @app.command()
 def verify(
-    effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank and components write it.")],
+    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank or components.")],
     model: of.Model,
     pairs: of.PairsFile,
-    sae: Annotated[list[str] | None, typer.Option(help="Those that were ranked, by name or folder. Repeatable.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows, drawn at random.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the rows.")] = 0,
+    sae: Annotated[list[str] | None, typer.Option(help="The SAEs that were ranked, by name or folder. Repeatable.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many randomly drawn rows to measure again.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for drawing the rows.")] = 0,
     device: of.Device = "cpu",
     as_json: of.Json = False,
 ) -> None:
-    """Measure random rows of a table again and compare. Exits with 1 where one is not as it was.
+    """Measure random rows of a table again and compare. Exits with code 1 if a value is not reproduced.
 
     Example: featpatch verify results/effects.safetensors --model gpt2 --sae my-sae --pairs pairs.jsonl
     """
@@ -94,13 +96,13 @@ def verify(
 
 @app.command()
 def info(
-    effects: Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")],
+    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank.")],
     top: of.Top = 5,
     by: of.By = None,
     threshold: of.Threshold = None,
     as_json: of.Json = False,
 ) -> None:
-    """Say what a table of effects holds and where it comes from.
+    """Show what a table of effects contains and how it was produced.
 
     Example: featpatch info featpatch-out/effects.safetensors
     """
@@ -118,18 +120,18 @@ def info(
         screen.print(repr(shown.rows(table)), highlight=False)
 
 
-File = Annotated[Path, typer.Argument(help="effects.safetensors, as rank writes it.")]
+File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank.")]
 
 
 @app.command()
 def report(
     effects: File,
-    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
-    components: Annotated[Path | None, typer.Option(help="Effects of components, for the maps.")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    components: Annotated[Path | None, typer.Option(help="Component effects (effects.safetensors), shown as heatmaps.")] = None,
     threshold: of.Threshold = None,
     as_json: of.Json = False,
 ) -> None:
-    """Write a table of effects as one HTML file. `rank` and `demo` write theirs with prompts and features.
+    """Write a table of effects as one HTML file. The reports of `rank` and `demo` also show prompts and feature cards.
 
     Example: featpatch report featpatch-out/effects.safetensors --out report.html
     """
@@ -148,10 +150,10 @@ def report(
 @app.command()
 def compare(
     features: File,
-    components: Annotated[Path, typer.Argument(help="effects.safetensors, as components writes it.")],
+    components: Annotated[Path, typer.Argument(help="The effects.safetensors file written by components.")],
     as_json: of.Json = False,
 ) -> None:
-    """Set features beside components of the same pairs: sites and positions, and how far they agree.
+    """Compare the effects of features and components on the same pairs, by hook point and position.
 
     Example: featpatch compare featpatch-out/effects.safetensors featpatch-components/effects.safetensors
     """
@@ -169,14 +171,14 @@ ANSWERS = 4
 
 @app.command()
 def tasks(
-    task: Annotated[str | None, typer.Argument(help="Task to draw pairs from; without one, all tasks are listed.")] = None,
+    task: Annotated[str | None, typer.Argument(help="Task to draw pairs from; omit it to list all tasks.")] = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many pairs to draw; 5 by default.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model to draw pairs for: name on the hub, or folder; by default the demo model.")
+        str | None, typer.Option(help="Model to draw pairs for: a name on the hub, or a folder; the demo model by default.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed that draws the pairs; 0 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed for drawing the pairs; 0 by default.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON lines file to write the pairs to, for other commands' --pairs.")
+        Path | None, typer.Option(help="JSON Lines file to write the pairs to, for the --pairs option of other commands.")
     ] = None,
     as_json: of.Json = False,
 ) -> None:
@@ -192,7 +194,7 @@ def tasks(
             ]
             if given:
                 raise FeatpatchError(
-                    f"{', '.join(given)} without a task: expected also a task, one of {', '.join(fp.tasks.TASKS)}"
+                    f"{', '.join(given)} without a task: expected a task too, one of {', '.join(fp.tasks.TASKS)}"
                 )
             known = {name: _about(make) for name, make in fp.tasks.TASKS.items()}
             if as_json:

@@ -1,4 +1,4 @@
-"""The commands that measure: `rank`, `components`, `attribute`, `stream` and `plan`."""
+"""The commands that measure: `rank`, `components`, `stream` and `plan`."""
 
 import json
 from dataclasses import asdict
@@ -32,17 +32,22 @@ def rank(
     journal: of.JournalFile = None,
     method: of.Method = "exact",
     screen: Annotated[
-        bool, typer.Option("--screen", help="Patch only the features that gradient estimates put first.")
+        bool, typer.Option("--screen", help="Patch only the features with the largest gradient estimates.")
     ] = False,
     k: Annotated[
-        int | None, typer.Option("--k", help="With --screen: how many are patched for their estimates; 200 by default.")
+        int | None, typer.Option("--k", help="With --screen: how many of the top-ranked features to patch; 200 by default.")
     ] = None,
     audit: Annotated[
-        int | None, typer.Option(help="With --screen: how many of the others, drawn at random; 100 by default.")
+        int | None,
+        typer.Option(
+            help="With --screen: how many of the other features, drawn at random, to patch as an audit; 100 by default."
+        ),
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(help="With --screen: share of the true top 20 that is to be found; doubles the sample until then."),
+        typer.Option(
+            help="With --screen: fraction of the true top 20 to find; the patched sample doubles until it is reached."
+        ),
     ] = None,
     executor: of.Executor = "serial",
     address: of.Address = None,
@@ -51,7 +56,7 @@ def rank(
 ) -> None:
     """Rank the features of your own SAEs on your own prompt pairs: exactly, or by gradient estimates with --method.
 
-    Ctrl-C shows what is finished.
+    Ctrl-C stops the sweep and shows the results so far.
 
     Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
@@ -65,7 +70,10 @@ def rank(
         options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
         given = {name: value for name, value in options.items() if value is not None}
         if given and not screen:
-            raise fp.FeatpatchError(f"{', '.join(f'--{name}' for name in given)}: expected --screen too, or none of these")
+            raise fp.FeatpatchError(
+                f"{', '.join(f'--{name}' for name in given)} without --screen: expected --screen too; add it, or leave "
+                f"{'it' if len(given) == 1 else 'them'} out"
+            )
         screening = fp.Screen(**given) if screen else None
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
         results.check_same(
@@ -83,7 +91,7 @@ def rank(
 def components(
     model: of.Model,
     pairs: of.PairsFile,
-    sites: Annotated[str, typer.Option(help=f"Some of {', '.join(COMPONENTS)}.")] = ",".join(SHOWN),
+    sites: Annotated[str, typer.Option(help=f"Which components to rank: some of {', '.join(COMPONENTS)}.")] = ",".join(SHOWN),
     positions: of.Positions = "all",
     direction: of.Directions = "both",
     metric: of.MetricNames = of.LOGIT_DIFF,
@@ -98,7 +106,7 @@ def components(
     workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
-    """Rank heads, what is inside them, MLPs, neurons and the stream, exactly, on the scale of the features.
+    """Rank heads and their parts, MLPs, neurons and the residual stream by exact patching, on the same scale as features.
 
     Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
     """
@@ -124,7 +132,7 @@ def stream(
     direction: of.Directions = "both",
     metric: of.MetricNames = of.LOGIT_DIFF,
     device: of.Device = "cpu",
-    block: Annotated[int, typer.Option(min=1, help="How many pairs are read and ranked at a time.")] = 1000,
+    block: Annotated[int, typer.Option(min=1, help="How many pairs to read and rank at a time.")] = 1000,
     top: of.Top = 20,
     by: of.By = None,
     threshold: of.Threshold = None,
@@ -134,7 +142,7 @@ def stream(
     workers: of.Workers = None,
     as_json: of.Json = False,
 ) -> None:
-    """Rank features over more pairs than memory holds, block by block, into Parquet; the same command goes on after a stop.
+    """Rank features over more pairs than fit in memory, block by block, into Parquet; repeat the command to resume it.
 
     Example: featpatch stream --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --block 500
     """
@@ -174,7 +182,7 @@ def plan(
     sites: Annotated[
         str | None,
         typer.Option(
-            help=f"Components to plan for, without --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default."
+            help=f"Components to plan for, if there is no --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default."
         ),
     ] = None,
     positions: of.Positions = "all",
@@ -183,7 +191,7 @@ def plan(
     device: of.Device = "cpu",
     as_json: of.Json = False,
 ) -> None:
-    """Estimate what `rank`, or without --sae `components`, will take: patches, memory and time, from one batch run now.
+    """Estimate the cost of `rank` (without --sae, of `components`): patches, memory and time, extrapolated from one batch.
 
     Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """

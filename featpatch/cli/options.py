@@ -16,15 +16,15 @@ Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects
 By = Annotated[
     Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,
     typer.Option(
-        help="Sort by this effect, pooled over all pairs, or (_where_changed) over those in which the node differs, if there "
-        "are at least 5; by default recovery if it was run."
+        help="Sort by this effect, pooled over all pairs or (_where_changed) over the pairs in which the node differs, if "
+        "there are at least 5; by default recovery, if it was measured."
     ),
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="For quadrants: the share of the whole activation's effect above which an effect counts; by default the saved "
-        "one, or 0.01."
+        help="For quadrants: the fraction of the whole activation's effect above which an effect counts; by default the saved "
+        "threshold, or 0.01."
     ),
 ]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -35,28 +35,47 @@ Positions = Annotated[
         """a label that is a number or contains a comma: '"3","a,b",end'."""
     ),
 ]
-Model = Annotated[str, typer.Option(help="Name on the hub, or folder of a Hugging Face model with its tokenizer.")]
+Model = Annotated[
+    str, typer.Option(help="Name of a Hugging Face model on the hub, or a folder with the model and its tokenizer.")
+]
 Saes = Annotated[
     list[str],
-    typer.Option(help="release/id of sae-lens' registry, owner/repository/folder on the hub, or a folder. Repeatable."),
+    typer.Option(
+        help="SAE to use: release/id from the sae-lens registry, owner/repository/folder on the hub, or a local folder. "
+        "Repeatable."
+    ),
 ]
-PairsFile = Annotated[Path, typer.Option(help="JSON lines with clean, corrupted, correct, wrong and, if wanted, labels.")]
-Directions = Annotated[Literal["both", "denoising", "noising"], typer.Option(help="Sufficient? Necessary?")]
+PairsFile = Annotated[
+    Path,
+    typer.Option(help="JSON Lines file of pairs with the fields clean, corrupted, correct, wrong and, optionally, labels."),
+]
+Directions = Annotated[
+    Literal["both", "denoising", "noising"],
+    typer.Option(help="Direction of patching: denoising (is the node sufficient?), noising (is it necessary?), or both."),
+]
 MetricNames = Annotated[
-    list[str], typer.Option("--metric", help="What to measure. Repeatable: all are read off the same patched runs.")
+    list[str],
+    typer.Option("--metric", help="Metric to measure. Repeatable; all metrics are computed from the same patched runs."),
 ]
 DIGITS = 19
 """From this many digits a number can't be a position, and Python may refuse to convert it."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
     Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"],
-    typer.Option(help="exact runs every patch; the others estimate from gradients."),
+    typer.Option(help="How to compute effects: exact runs every patch; the others estimate effects from gradients."),
 ]
-Device = Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")]
-JournalFile = Annotated[Path | None, typer.Option(help="File from which an interrupted sweep goes on.")]
-Executor = Annotated[str, typer.Option(help="Where forward passes run: serial (here), or on workers of ray.")]
-Address = Annotated[str | None, typer.Option(help="Of a running cluster, such as ray://head:10001; started here without.")]
-Workers = Annotated[int | None, typer.Option(help="How many workers; by default as many as there are processors.")]
+Device = Annotated[str, typer.Option(help="Device to run on, e.g. cpu or cuda.")]
+JournalFile = Annotated[
+    Path | None, typer.Option(help="File that stores finished batches, so that an interrupted sweep can resume.")
+]
+Executor = Annotated[str, typer.Option(help="Where forward passes run: serial (this process) or ray (Ray workers).")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of a running Ray cluster, such as ray://head:10001; without it, Ray is started on this machine."
+    ),
+]
+Workers = Annotated[int | None, typer.Option(help="Number of Ray workers; by default one per processor.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -173,7 +192,7 @@ def spans(text: str) -> str | list[int | str]:
     found: list[int | str] = []
     for quoted, plain in re.findall(r'\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(?:,|$)', text):
         if '"' in plain:
-            raise FeatpatchError(f"--positions {text}: expected a comma or the end after a label in double quotes")
+            raise FeatpatchError(f"--positions {text}: expected a comma or the end of the text after a label in double quotes")
         if quoted or plain:
             number = integer(plain)
             found.append(quoted.replace('""', '"') or (plain if number is None else number))

@@ -48,14 +48,15 @@ class Output:
         check_writable(folder / EFFECTS)
         if journal is not None and as_path(journal).resolve() in [(folder / name).resolve() for name in FILES]:
             raise FeatpatchError(
-                f"--journal {str(journal)!r} is where the results go: expected another file; give it another name"
+                f"--journal {str(journal)!r} is the path of a result file: expected a different file; give the journal "
+                "another name"
             )
         try:
             return cls(folder, lock(folder))
         except BlockingIOError as error:
             raise FeatpatchError(
-                f"--out {str(folder)!r} is in use by another command: expected a folder of its own; wait for the "
-                "other command, or give another --out"
+                f"--out {str(folder)!r} is in use by another command: expected a folder that no other command writes to; wait "
+                "for the other command, or give another --out"
             ) from error
 
     def check_same(self, study: Mapping[str, Any], *, kind: str, screening: Mapping[str, Any] | None = None) -> None:
@@ -95,8 +96,8 @@ class Output:
         if differing or _kind(there) != kind:
             what = f"{', '.join(differing)} differ" if differing else f"{_kind(there)}, not {kind}"
             raise FeatpatchError(
-                f"--out {str(self.folder)!r} holds finished results of another study ({what}): expected those of the same "
-                "model, SAEs, pairs and options, or none; delete them, or give another --out"
+                f"--out {str(self.folder)!r} holds the finished results of another study ({what}): expected an empty folder, "
+                "or results for the same model, SAEs, pairs and options; delete the results, or give another --out"
             )
 
     def write(self, effects: "fp.Effects", top: int, study: Mapping[str, Any]) -> Path:
@@ -122,10 +123,11 @@ class Output:
             with suppress(OSError):
                 place = Path(tempfile.mkdtemp(prefix="featpatch-"))
                 written, _ = _write(place, effects, top, study)
-        said = f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} in {str(place)!r}" if written else "none is saved"
+        said = (
+            f"{', '.join(written)} {'is' if len(written) == 1 else 'are'} in {str(place)!r}" if written else "nothing was saved"
+        )
         raise FeatpatchError(
-            f"not all results can be written to {str(folder)!r} ({error}): expected write permission and room on the disk; "
-            f"{said}"
+            f"some results can't be written to {str(folder)!r} ({error}): expected write permission and free disk space; {said}"
         )
 
 
@@ -214,7 +216,7 @@ def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descripti
         of = effects.metric(name)
         console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
     if not effects.finished:
-        console.print(f"interrupted: what follows is finished, on {len(effects.clean)} pairs", style="yellow")
+        console.print(f"interrupted: the results below cover only the finished pairs ({len(effects.clean)})", style="yellow")
     console.print(ranked(shown.rows(effects), shown.by))
     for node, description in (descriptions or {}).items():
         console.print(f"{node}: {description}, e.g. " + "; ".join(description.contexts), highlight=False)
@@ -239,12 +241,13 @@ def _residuals(metadata: Mapping[str, Any]) -> str:
     These are the deviation of summed estimates from the estimate of the whole activation, and of the latter from a patched run.
     """
     sums = (
-        f"estimates: features and error add up to the whole site within {metadata['completeness_residual']:.1g} of the mean gap"
+        f"estimates: features and error sum to the whole activation within {metadata['completeness_residual']:.1g} of the "
+        "mean gap"
     )
     if (off := metadata["whole_residual"]) is None:
         return sums
-    what = "a whole site" if metadata["method"] == "ig" else "the residual stream that enters the first block"
-    return f"{sums}; the estimate for {what} differs from its patched run by up to {off:.2g} of the mean gap"
+    what = "a whole activation" if metadata["method"] == "ig" else "the residual stream that enters the first layer"
+    return f"{sums}; the estimate for {what} differs from the exact effect by up to {off:.2g} of the mean gap"
 
 
 def in_json(effects: "fp.Effects", shown: Shown) -> str:

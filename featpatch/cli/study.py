@@ -17,8 +17,12 @@ else:
 
 
 @app.command()
-def run(study: Annotated[Path, typer.Argument(help="A TOML file: command = 'rank', and its options by name.")]) -> None:
-    """Run a command whose options stand in a file: lists for repeated options, `arguments` for what has no name.
+def run(
+    study: Annotated[
+        Path, typer.Argument(help="A TOML file with command = 'rank' (or another command) and the command's options by name.")
+    ],
+) -> None:
+    """Run a command with options from a file: lists give repeated options, `arguments` gives positional arguments.
 
     Paths are as on the command line.
 
@@ -38,7 +42,7 @@ def read(study: Path) -> list[str]:
     try:
         content: dict[str, Any] = tomllib.loads(study.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FeatpatchError(f"the study {str(study)!r} can't be read ({error}): expected a TOML file") from error
+        raise FeatpatchError(f"the study {str(study)!r} can't be read ({error}): expected a TOML file; correct it") from error
     command = content.pop("command", None)
     names = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} - {"run"}
     if not isinstance(command, str) or command not in names:
@@ -48,8 +52,8 @@ def read(study: Path) -> list[str]:
         several = value if isinstance(value, list) else [value]
         if not re.fullmatch(r"[a-z][a-z_-]*", name) or not all(isinstance(one, (str, int, float)) for one in several):
             raise FeatpatchError(
-                f"{name}={repr(value)[:60]} in {str(study)!r}: expected a text, a number, true or false, or a list of these, "
-                "under the name of an option"
+                f"{name}={repr(value)[:60]} in {str(study)!r}: expected the value of an option: a string, a number, true or "
+                "false, or a list of these"
             )
         if name == "arguments":
             arguments += map(str, several)

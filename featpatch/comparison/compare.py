@@ -105,13 +105,14 @@ def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
     if len(pairs) < 2:
         unknown = f" ({count - len(pairs)} more with unknown effects)" if len(pairs) < count else ""
         return (
-            f"number of hook points and positions with known effects in both tables: {len(pairs)}{unknown}; a rank correlation "
-            "needs at least 2; rank features and components at more positions or hook points"
+            f"the tables share {len(pairs)} cells (hook point and position) with known effects{unknown}: expected at least 2 "
+            "for a rank correlation; rank features and components at more positions or hook points"
         )
     constant = [name for name, values in zip(("components", "summed features"), pairs.T, strict=True) if not np.ptp(values)]
     if constant:
         return (
-            f"the effects of the {' and of the '.join(constant)} are the same in all {len(pairs)} cells, which gives no order"
+            f"the effects of the {' and of the '.join(constant)} are the same in all {len(pairs)} cells: expected effects "
+            "that differ, to rank the cells by"
         )
     return ""
 
@@ -184,7 +185,7 @@ def scatter(table: pd.DataFrame, effects: Sequence[Effect]) -> go.Figure:
     finite = [0.0, 1.0, *values[np.isfinite(values)]]
     low, high = float(min(finite)), float(max(finite))
     figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line_dash="dot")
-    return figure.update_layout(xaxis_title="sum over single features", yaxis_title="whole component")
+    return figure.update_layout(xaxis_title="sum over individual features", yaxis_title="whole component")
 
 
 SHOWN = 5
@@ -243,8 +244,8 @@ class Comparison:
     def _written(self) -> Written:
         if self.written is None:
             raise FeatpatchError(
-                "the tables were compared without a model: expected one, to tell which component writes which feature; call "
-                "compare(features, components, model=..., saes=..., pairs=...)"
+                "the tables were compared without a model: expected a model, to trace which component writes which feature; "
+                "call compare(features, components, model=..., saes=..., pairs=...)"
             )
         return self.written
 
@@ -320,10 +321,10 @@ def compare(
     given = [value is not None for value in (model, saes, pairs)]
     if any(given) and not all(given):
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
-        raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them")
+        raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them; pass it too")
     written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
-    agreement = {effect: agreement(table, effect) for effect in effects}
-    return Comparison(features, components, Frame(table), agreement, written)
+    agreements = {effect: agreement(table, effect) for effect in effects}
+    return Comparison(features, components, Frame(table), agreements, written)
 
 
 def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
@@ -334,40 +335,43 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
     """
     if not any(node.sae for node in features.nodes) or any(node.sae for node in components.nodes) or not len(components):
         raise FeatpatchError(
-            f"features holds {_kinds(features)} and components {_kinds(components)}: expected rows of SAEs in the first table "
-            "and none in the second; call compare(rank_features(...), rank_components(...))"
+            f"the first table holds {_kinds(features)} and the second {_kinds(components)}: expected features of SAEs in the "
+            "first and components in the second; call compare(rank_features(...), rank_components(...))"
         )
     for key in SAME:
         one, other = features.metadata.get(key), components.metadata.get(key)
         if one != other:
             raise FeatpatchError(
-                f"{key} is {one!r} for the features and {other!r} for the components: expected the same, to compare their "
-                "effects; rank both with the same pairs and metric"
+                f"{key} is {one!r} for the features and {other!r} for the components: expected the same value, since their "
+                "effects are compared; rank both with the same pairs and metric"
             )
     counts, models = ([of(table) for table in (features, components)] for of in (_pairs, _model))
     if counts[0] != counts[1]:
         raise FeatpatchError(
-            f"features has {counts[0]} pairs and components {counts[1]}: expected equally many; rank both alike"
+            f"the features were ranked over {counts[0]} pairs and the components over {counts[1]}: expected the same pairs; "
+            "rank both over them"
         )
     for run in ("clean", "corrupted"):
         one, other = getattr(features, run), getattr(components, run)
         if np.abs(one - other).max() > SLACK * max(np.abs(features.clean).max(), np.abs(features.corrupted).max()):
             raise FeatpatchError(
                 f"the metric of the {run} runs differs between the tables, by up to {np.abs(one - other).max():.3g}: expected "
-                "the same runs; rank both alike"
+                "the same runs; rank both with the same model, pairs and metric"
             )
     if models[0] != models[1]:
-        raise FeatpatchError(f"the tables are of models {models}: expected the same weights; rank both with one model")
+        raise FeatpatchError(
+            f"the tables were measured on models with weights {models}: expected the same weights; rank both with one model"
+        )
     shared = [effect for effect in features.directions_run() if effect in components.directions_run()]
     if not shared:
         raise FeatpatchError(
-            f"features holds {features.directions_run()} and components {components.directions_run()}: expected an effect that "
-            "both hold; rank both in the same direction"
+            f"the feature table holds {', '.join(features.directions_run())} and the component table "
+            f"{', '.join(components.directions_run())}: expected an effect that both hold; rank both in the same direction"
         )
     if features.rows_ranked > features.whole.ranked.sum():
         raise FeatpatchError(
-            f"features holds {features.whole.ranked.sum()} of {features.rows_ranked} features that were ranked: expected "
-            "all, to add up their effects; save and load the whole table"
+            f"the first table holds {features.whole.ranked.sum()} of {features.rows_ranked} ranked features: expected all of "
+            "them, since their effects are summed; pass the whole table"
         )
     return shared
 

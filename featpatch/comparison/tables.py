@@ -74,7 +74,8 @@ class Written:
         if not stream:
             raise FeatpatchError(
                 f"the SAEs read {', '.join(dictionary.reads for dictionary in found)}: expected one of the residual stream "
-                "(hook_resid_pre, _mid or _post), which components write to; or compare without model, saes and pairs"
+                "(hook_resid_pre, _mid or _post), which components write to; pass such SAEs, or compare without model, saes "
+                "and pairs"
             )
         writers = Writers.of(lens, pairs[0])
         able = {writer for dictionary in stream.values() for writer in writers.before(dictionary.reads)[1:]}
@@ -100,24 +101,25 @@ def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs:
     """
     if pairs.digest() != features.metadata.get("pairs"):
         raise FeatpatchError(
-            f"the {len(pairs)} pairs given are not those of the tables: expected the same ones in the same order; pass the "
+            f"the {len(pairs)} pairs differ from those of the tables: expected the same pairs in the same order; pass the "
             "pairs that were ranked"
         )
     if features.metadata.get("noise") or features.metadata.get("ablation"):
         raise FeatpatchError(
-            "the tables are of ablations, or of prompts corrupted by noise: expected values swapped between the prompts of the "
-            "pairs, from which the change of what components write is read; compare without model, saes and pairs"
+            "the tables hold effects of ablation, or of prompts corrupted by noise: expected effects of patching between the "
+            "two prompts of each pair, from which the change in each component's output is computed; compare without model, "
+            "saes and pairs"
         )
     if model != features.metadata.get("model", {}).get("sha256"):
         raise FeatpatchError(
-            "the model's weights are not those of the tables: expected the same; pass the model that was ranked"
+            "the model's weights differ from those of the tables: expected the same weights; pass the model that was ranked"
         )
     ranked = features.metadata.get("saes", {})
     for dictionary in found:
         if ranked.get(dictionary.name) != dictionary.digest():
             raise FeatpatchError(
-                f"SAE {dictionary.name!r} is not one of those that were ranked: expected some of {', '.join(ranked)}, with the "
-                "same weights; pass those"
+                f"SAE {dictionary.name!r} is not one of those that were ranked: expected the SAEs {', '.join(ranked)}, with "
+                "the same weights; pass those"
             )
 
 
@@ -241,6 +243,6 @@ def _notes(writers: Writers) -> tuple[str, ...]:
     if not layers:
         return ()
     return (
-        f"heads of block {', '.join(layers)} do not add to the stream one by one, what attention adds goes through a norm: "
-        "hook_attn_out is one writer there",
+        f"the heads of layer {', '.join(layers)} do not write to the residual stream individually, because attention's output "
+        "passes through a norm: hook_attn_out counts as one writer there",
     )

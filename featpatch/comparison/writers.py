@@ -247,7 +247,7 @@ def _check_sum(reads: str, stream: torch.Tensor, delta: torch.Tensor, change: to
     off = (delta.sum(0) - change).abs().max()
     if not off <= 4 * rounding * torch.maximum(stream.abs().max(), delta.abs().max()):
         raise FeatpatchError(
-            f"what blocks write and the stream at {reads!r} differ by {float(off):.3g}, of a change of "
-            f"{float(change.abs().max()):.3g}: expected a stream that heads and MLPs add to as they are; compare the tables "
-            "without model, saes and pairs"
+            f"the sum of what layers write and the residual stream at {reads!r} differ by {float(off):.3g}, of a change of "
+            f"{float(change.abs().max()):.3g}: expected a residual stream to which heads and MLPs are added unchanged; "
+            "compare the tables without model, saes and pairs"
         )

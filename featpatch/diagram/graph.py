@@ -120,11 +120,11 @@ def content(graph: Any) -> Content:
         FeatpatchError: it is another kind of graph, it is empty, or an effect is missing or not a finite number.
     """
     if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
-        raise FeatpatchError(f"graph is a {type(graph).__name__}: expected a networkx.DiGraph whose nodes are featpatch.Node")
+        raise FeatpatchError(f"graph is a {type(graph).__name__}: expected a networkx.DiGraph whose nodes are fp.Node objects")
     strange = next((node for node in graph if not isinstance(node, Node)), None)
     if strange is not None or not len(graph):
         got = "is empty" if strange is None else f"has a node {strange!r}"
-        raise FeatpatchError(f"graph {got}: expected nodes such as Node('blocks.0.hook_mlp_out', 'activation')")
+        raise FeatpatchError(f"graph {got}: expected nodes such as fp.Node('blocks.0.hook_mlp_out', 'activation')")
     number = {node: n for n, node in enumerate(graph)}
     effects = tuple(None if value is None else _finite(value, str(node)) for node, value in graph.nodes(data="effect"))
     edges = tuple(

@@ -69,7 +69,7 @@ def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: st
         raise FeatpatchError(f"model={model!r}: expected the name of the model, such as 'gpt2-small'")
     outputs = [node for node in said.nodes if node.site == LOGITS]
     if len(outputs) > 1:
-        raise FeatpatchError(f"the graph has {len(outputs)} outputs: expected one node at {LOGITS!r} at most")
+        raise FeatpatchError(f"the graph has {len(outputs)} output nodes: expected at most one node at {LOGITS!r}")
     positions = [_position(node, len(tokens)) for node in said.nodes]
     layers, numbers = _layers(said), _numbers(said)
     ids = [f"{layer}_{number}_{at}" for layer, number, at in zip(layers, numbers, positions, strict=True)]
@@ -118,8 +118,8 @@ def _position(node: Node, n_tokens: int) -> int:
         return n_tokens - 1 if node.site == LOGITS else 0
     if type(node.position) is not int or not 0 <= node.position < n_tokens:
         raise FeatpatchError(
-            f"{node} is at position {node.position!r}: expected a token index from 0 to {n_tokens - 1}, as viewers place nodes "
-            "by tokens; replace labels by the indices that they have in one prompt, e.g. with networkx.relabel_nodes"
+            f"{node} is at position {node.position!r}: expected a token index from 0 to {n_tokens - 1}, because viewers place "
+            "nodes at tokens; replace each label with its index in one prompt, e.g. with networkx.relabel_nodes"
         )
     return node.position
 
@@ -216,11 +216,12 @@ def sections(graph: Any) -> list[Section]:
         Section(
             "graph",
             "Graph",
-            "Hooks of the model upwards, positions across. Lines are as wide as effects are large, blue where positive, red "
-            "where negative. A click on a node shows its numbers below the figure.",
+            "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size "
+            "of the effect, its colour the sign (blue: positive, red: negative). Click a node to see its numbers below the "
+            "figure.",
             [shown(figure(graph)), block("nodes.html", nodes=_all_numbers(said, names))],
         ),
-        Section("edges", "Edges", "All edges, by the size of their effect.", [table(edges)]),
+        Section("edges", "Edges", "All edges, sorted by the size of their effect.", [table(edges)]),
     ]
 
 

@@ -55,14 +55,14 @@ class Audit:
 
     def __repr__(self) -> str:
         rest = self.candidates - self.screened
-        size = f"at most {self.share:.0%} of the {rest} have one above {self.size:.3g}"
+        size = f"at most {self.share:.0%} of the other {rest} have an |effect| above {self.size:.3g}"
         if not np.isfinite(self.size):
-            size = f"the sample is too small to say what {self.share:.0%} of the {rest} exceed"
+            size = f"the sample is too small to bound the effects of {1 - self.share:.0%} of the other {rest}"
         return (
-            f"{self.screened} of {self.candidates} candidates were run for their estimates, {self.sampled} of the other {rest} "
-            f"at random. With {self.confidence:.0%} confidence each: at least {self.recall:.0%} (estimate {self.estimate:.0%}) "
-            f"of the true top {self.top} were run: at most {self.missed} others have an |effect| above {self.threshold:.3g}, "
-            f"which {self.beyond} of the sample had; {size}"
+            f"{self.screened} of {self.candidates} candidates were patched because of their estimates, and {self.sampled} of "
+            f"the other {rest} at random. With {self.confidence:.0%} confidence each: at least {self.recall:.0%} (estimate "
+            f"{self.estimate:.0%}) of the true top {self.top} were patched: at most {self.missed} others have an |effect| "
+            f"above {self.threshold:.3g}, as {self.beyond} of the sample did; {size}"
         )
 
 
@@ -83,8 +83,8 @@ def audited(
     shares = all(isinstance(value, float) and 0 < value < 1 for value in (confidence, share))
     if type(top) is not int or not 1 <= top <= len(screened) or not shares:
         raise FeatpatchError(
-            f"top={top!r}, confidence={confidence!r}, share={share!r}: expected a top of 1 to {len(screened)}, the number of "
-            "screened features, and shares between 0 and 1"
+            f"top={top!r}, confidence={confidence!r}, share={share!r}: expected top from 1 to {len(screened)}, the number of "
+            "screened features, and confidence and share between 0 and 1"
         )
     alpha, rest = (1 - confidence) / looks, candidates - len(screened)
     threshold = float(np.sort(screened)[-top])

@@ -118,13 +118,13 @@ def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
     if not found:
         known = sorted({name for of_pair in tags for name in of_pair})
         raise FeatpatchError(
-            f"no pair has a tag {tag!r}: expected one of {known or '(the pairs have no tags)'}; give the pairs tags "
-            "before they are ranked, e.g. by fp.tasks or Pair(tags={'corruption': ...})"
+            f"no pair has a tag {tag!r}: expected one of {', '.join(known) or '(the pairs have no tags)'}; tag the pairs "
+            f"before ranking, e.g. with fp.tasks or Pair(tags={{'corruption': ...}})"
         )
     if len(found) < 2:
         raise FeatpatchError(
-            f"tag {tag!r} is {found[0]!r} in all pairs that have it: expected at least 2 values to compare; rank pairs of "
-            "several together, or choose another tag"
+            f"tag {tag!r} is {found[0]!r} in all pairs that have it: expected at least 2 values to compare; rank pairs with "
+            "different values together, or choose another tag"
         )
     return {value: np.flatnonzero([other == value for other in values]) for value in found}
 
@@ -202,9 +202,9 @@ class Stability:
     splits: int
 
     def __repr__(self) -> str:
-        shared = f"the halves share {self.overlap:.0%} of their top {self.top}, {self.chance:.0%} by chance"
+        shared = f"the halves share {self.overlap:.0%} of their top {self.top} ({self.chance:.0%} expected by chance)"
         if np.isnan(self.overlap):
-            shared = f"sharing a top {self.top} of {self.features} features would mean nothing"
+            shared = f"overlap is not reported, because the top {self.top} would be all of the {self.features} features"
         return (
             f"rank correlation {self.correlation:.2f} [{self.low:.2f}, {self.high:.2f}] between random halves of "
             f"{self.pairs} pairs, {self.splits} splits; {shared}"
@@ -230,11 +230,13 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
     change = change[~np.isnan(change).any(axis=1)] * np.sign(gap.sum())
     features, pairs = change.shape
     if pairs < LEAST_PAIRS:
-        raise FeatpatchError(f"stability of {pairs} pairs: expected at least {LEAST_PAIRS}, two for each half; rank over more")
+        raise FeatpatchError(
+            f"stability of {pairs} pairs: expected at least {LEAST_PAIRS}, two for each half; rank over more pairs"
+        )
     if features < 2:
         raise FeatpatchError(
-            f"stability of {features} features with known values: expected at least 2 that a ranking can order; choose an "
-            "effect that was run, and more positions or SAEs"
+            f"stability of {features} features with known values: expected at least 2, which a ranking can order; choose an "
+            "effect that was measured, or rank more positions or SAEs"
         )
     check_numbers(1, splits=splits, top=top)
     rng = np.random.default_rng(seed)

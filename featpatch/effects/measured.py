@@ -75,7 +75,7 @@ class Measured:
     metadata: Mapping[str, Any]
     value: str = "exact"
     taken_from: "Measured | None" = field(default=None, compare=False)
-    others: "Mapping[str, Measured]" = field(default_factory=dict, compare=False)
+    others: Mapping[str, "Measured"] = field(default_factory=dict, compare=False)
     _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property
@@ -109,7 +109,7 @@ class Measured:
         """
         if name not in self.metrics:
             raise FeatpatchError(
-                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; rank with it too"
+                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; to have it, rank with it too"
             )
         return cast(T, self.others.get(name, self))
 
@@ -401,7 +401,9 @@ class Measured:
             True
         """
         if effects is not None and not set(effects) <= set(self.directions_run()):
-            raise FeatpatchError(f"effects={effects}: expected some of those that were run, {', '.join(self.directions_run())}")
+            raise FeatpatchError(
+                f"effects={effects}: expected some of the measured effects, {', '.join(self.directions_run())}"
+            )
         result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
         return result
 
@@ -496,7 +498,10 @@ class Measured:
         """
         unknown = set(wanted) - set(Node.__dataclass_fields__)
         if unknown:
-            raise FeatpatchError(f"{sorted(unknown)} are no columns: expected some of {', '.join(Node.__dataclass_fields__)}")
+            raise FeatpatchError(
+                f"unknown columns {', '.join(map(repr, sorted(unknown)))}: expected some of "
+                f"{', '.join(Node.__dataclass_fields__)}"
+            )
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
 
     def top(self: T, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None) -> T:
@@ -563,7 +568,7 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
     if by is None:
         return run[0], "all"
     if by not in known:
-        raise FeatpatchError(f"by={by!r}: expected one of the effects that were run, {', '.join(known)}")
+        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}")
     return known[by]
 
 
@@ -586,12 +591,13 @@ def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDA
     """
     given = np.asarray(wanted)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
-        raise FeatpatchError(f"{what}s {wanted!r}: expected a list of indices, or a mask")
+        raise FeatpatchError(f"{what}s={wanted!r}: expected a list of indices or a boolean mask")
     mask, order = given.dtype == bool, given.astype(np.int64)
     if mask and len(given) == count:
         return np.flatnonzero(given)
     if order.size and (mask or order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
         raise FeatpatchError(
-            f"{what}s {order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a mask of {count}"
+            f"{what}s={order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a boolean mask of length "
+            f"{count}"
         )
     return order

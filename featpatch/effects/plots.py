@@ -41,7 +41,10 @@ class Plots:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         if len(self.effects.directions_run()) < 2:
-            raise FeatpatchError("one direction was run: expected both, recovery beside degradation; rank with both directions")
+            raise FeatpatchError(
+                "only one direction was measured: expected both, to plot recovery against degradation; rank with both "
+                "directions"
+            )
         rows = self.effects.take(self.effects.ranked)
         names = np.array([in_figure(node.sae or node.site) for node in rows.nodes])
         text = [in_figure(str(node)) for node in rows.nodes]
@@ -99,7 +102,7 @@ class Plots:
 
         chosen, rows = effect or self.effects.directions_run()[0], self.effects.where(kind=kind)
         if not len(rows):
-            raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {self._kinds()}")
+            raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {', '.join(self._kinds())}")
         cells: dict[str, dict[tuple[int, str], float]] = {}
         for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
             of_component = cells.setdefault(in_figure(node.site.split(".", 2)[-1]), {})

@@ -79,7 +79,7 @@ def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.flo
     if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
         raise FeatpatchError(
             f"{metric} is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
-            f"{gap:.3g}: expected a gap that a recovery can be a share of; choose corruptions that change the answer"
+            f"{gap:.3g}: expected a gap large enough to normalise effects by; choose corruptions that change the answer"
         )
 
 
@@ -243,7 +243,7 @@ def check_threshold(threshold: float) -> None:
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
         raise FeatpatchError(
-            f"threshold={threshold!r}: expected a number between 0 and 1, a share of the whole activation's effect above "
+            f"threshold={threshold!r}: expected a number between 0 and 1, the fraction of the whole activation's effect above "
             f"which an effect counts, e.g. {THRESHOLD}"
         )
 

@@ -80,9 +80,9 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
                 raise FeatpatchError(f"{name} is {column.dtype} {column.shape}: expected {np.dtype(kind)} ({size},)")
     for name, below in (("row", rows), ("pair", pairs)):
         if table[name].size and not 0 <= table[name].min() <= table[name].max() < below:
-            raise FeatpatchError(f"{name} goes from {table[name].min()} to {table[name].max()}: expected 0 to {below - 1}")
+            raise FeatpatchError(f"{name} ranges from {table[name].min()} to {table[name].max()}: expected 0 to {below - 1}")
     if len(np.unique(table["row"] * pairs + table["pair"])) < table["row"].size:
-        raise FeatpatchError("there are several entries for one row and pair: expected one")
+        raise FeatpatchError("a row and pair has several entries: expected one")
     runs = {"denoising": table["denoised"], "noising": table["noised"]}
     for direction, column in runs.items():
         run = direction in metadata["directions"]
@@ -96,8 +96,8 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
     size = np.abs(np.concatenate([table["clean"], table["corrupted"], *known])).max(initial=0)
     if not size <= MAX_METRIC or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < MIN_GAP:
         raise FeatpatchError(
-            f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}: expected finite values and a "
-            "mean gap that is not zero"
+            f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}, or have no mean gap: expected "
+            "smaller values and a mean gap other than zero"
         )
     for name in ("tags", "of_pairs"):
         if name in metadata and len(metadata[name]) != pairs:
@@ -179,20 +179,20 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metric": (_text, "a name"),
     "metrics": (_names, "names of metrics, each once"),
     "directions": (lambda value: _names(value) and set(value) <= set(DIRECTIONS), f"some of {', '.join(DIRECTIONS)}"),
-    "positions": (lambda value: _text(value) or _list(_place)(value), "a text, or a list of labels and indices"),
+    "positions": (lambda value: _text(value) or _list(_place)(value), "a string, or a list of labels and indices"),
     "components": (_list(_text), "a list of names"),
     "route": (_text, "a text"),
     "pairs": (_text, "a digest"),
     "model": (_model, "name and sha256"),
     "saes": (_texts, "digests by name"),
     "versions": (_texts, "versions by name"),
-    "tags": (_list(_texts), "an object of texts per pair"),
+    "tags": (_list(_texts), "an object of strings per pair"),
     "of_pairs": (_list(_count), "a list of indices"),
     "rows_ranked": (_count, "a number of rows"),
     "threshold": (lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1"),
     "shown_rows": (_count, "a number of rows"),
     "finished": (lambda value: isinstance(value, bool), "true or false"),
-    "screening": (_screening, "what rank_features(screen=...) notes"),
+    "screening": (_screening, "the record written by rank_features(screen=...)"),
 }
 """For each metadata entry, the test that it must pass and what to expect, in words."""
 
@@ -225,7 +225,7 @@ def save(effects: Measured, path: Path) -> Path:
         for table in (effects, *effects.others.values()):
             check_columns({**vars(table), "metadata": metadata}, len(effects.nodes))
     except FeatpatchError as error:
-        raise FeatpatchError(f"these effects can't be saved, since they could not be loaded again: {error}") from error
+        raise FeatpatchError(f"these effects can't be saved, because the file could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
         metadata["shown_rows"] = shown
@@ -276,7 +276,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         FeatpatchError: the file is missing, damaged or not a table of effects.
     """
     if not path.is_file():
-        raise FeatpatchError(f"there is no effects file {str(path)!r}: give a path that Effects.save wrote")
+        raise FeatpatchError(f"there is no effects file {str(path)!r}: expected a file written by Effects.save; check the path")
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
@@ -284,7 +284,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         if header.get("format") != FORMAT:
             raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
         if header.pop("sha256", None) != _digest(header, columns):
-            raise ValueError("its content does not match its SHA-256")
+            raise ValueError("its contents do not match their SHA-256")
         nodes, metadata = nodes_of(read_json(header["nodes"])), read_json(header["metadata"])
         check_metadata(metadata, len(nodes))
         others = metadata["metrics"][1:]
@@ -302,4 +302,6 @@ def load(path: Path) -> list[dict[str, Any]]:
             check_columns(table, len(nodes))
         return tables
     except (SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise FeatpatchError(f"{str(path)!r} is damaged ({error}): expected a file that Effects.save wrote") from error
+        raise FeatpatchError(
+            f"{str(path)!r} is damaged ({error}): expected a file written by Effects.save; save the effects again"
+        ) from error

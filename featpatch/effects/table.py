@@ -57,14 +57,14 @@ class Effects(Measured):
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:
             raise FeatpatchError(
-                "there is no finished screening: expected a table of rank_features(..., screen=fp.Screen()); "
-                "in a full sweep nothing is missed"
+                "this table has no finished screening to audit: expected one from rank_features(..., screen=fp.Screen()); a "
+                "full sweep needs no audit, because it patches every feature"
             )
         sizes = whole.take(whole.ranked).sizes([effect] if effect else None)
         if len(sizes) != screening["k"] + screening["sampled"]:
             raise FeatpatchError(
-                f"the table has {len(sizes)} of {screening['k'] + screening['sampled']} features that were run: expected all "
-                "of them; audit the table as it was measured"
+                f"the table has {len(sizes)} of the {screening['k'] + screening['sampled']} features that were patched: "
+                "expected all of them; audit the table before you select rows"
             )
         return audited(
             sizes[: screening["k"]],

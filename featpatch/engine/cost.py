@@ -32,15 +32,6 @@ class BlockSize:
     parallel: bool = False
 
 
-def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, columns: int) -> int:
-    """Return how many numbers one row takes at the peak of memory use.
-
-    They are copies of the residual stream, the heads, the MLP, the scores over `length` tokens, and `columns` logits of one
-    row.
-    """
-    return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns
-
-
 def pass_flops(
     blocks: Sequence[BlockSize], start: int, kind: str, *, patches: int, changed: int, length: int, answer: int, logits: int
 ) -> int:

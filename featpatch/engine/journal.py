@@ -55,7 +55,7 @@ class Book:
         found = torch.from_numpy(np.frombuffer(values, "<f8").astype(np.float64))
         if count is not None and len(found) != count:
             raise FeatpatchError(
-                f"the journal has {len(found)} values for batch {key}: expected {count}; delete the file to begin anew"
+                f"the journal has {len(found)} values for batch {key}: expected {count}; delete the file to start over"
             )
         return found
 
@@ -172,8 +172,8 @@ class Journal(Book):
             _locked(self.path)
             if not self.path.read_bytes().startswith(_encoded(self.header)):
                 raise FeatpatchError(
-                    f"another file has taken the place of the journal {str(self.path)!r} while it was in use: expected the "
-                    "journal to be left alone; run the same again with another path"
+                    f"the journal {str(self.path)!r} was replaced by another file while it was in use: expected it to stay in "
+                    "place; run the sweep again with another path"
                 )
         with writing(self.path) as file:
             lines = [self.header, *(_batch(key, values) for key, values in self.finished.items())]
@@ -193,8 +193,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FeatpatchError(
-            f"the journal {str(path)!r} can't be written ({error.strerror}): expected a folder with write permission and room "
-            "on the disk; finished batches stay in it; make room, and run the same again to resume"
+            f"the journal {str(path)!r} can't be written ({error.strerror}): expected a folder with write permission and free "
+            "disk space; finished batches are kept; free some space, then run the same sweep again to resume"
         ) from error
 
 
@@ -203,8 +203,8 @@ def _locked(path: Path) -> Lock | None:
         return lock(path)
     except BlockingIOError as error:
         raise FeatpatchError(
-            f"the journal {str(path)!r} is open in another process or thread: expected one at a time; wait for it, or give "
-            "another path"
+            f"the journal {str(path)!r} is in use by another process or thread: expected only one user at a time; wait for it "
+            "to finish, or give another path"
         ) from error
 
 
@@ -266,8 +266,8 @@ def _check_torn(path: Path, content: bytes, header: Mapping[str, Any]) -> None:
     expected = json.dumps({**header, "rows": None}).encode().removesuffix(b"null}")
     if b"\n" in content or not (expected.startswith(content) or content.startswith(expected)):
         raise FeatpatchError(
-            f"{str(path)!r} is not a journal of this sweep, or its first line is damaged: expected a new path or a "
-            "journal of the same sweep; give another path, or delete the file to begin anew"
+            f"{str(path)!r} is not a journal of this sweep, or its first line is damaged: expected a new path or a journal of "
+            "the same sweep; give another path, or delete the file to start over"
         )
 
 
@@ -280,8 +280,8 @@ def _check_subject(path: Path, found: Mapping[str, Any], header: Mapping[str, An
         differing = ["the row budget"]
     if differing:
         raise FeatpatchError(
-            f"the journal {str(path)!r} belongs to another sweep: {', '.join(differing)} differ; "
-            "expected the same model, SAEs, pairs and options; give another path, or delete the file to begin anew"
+            f"the journal {str(path)!r} belongs to another sweep: {', '.join(differing)} differ; expected the same model, "
+            "SAEs, pairs and options; give another path, or delete the file to start over"
         )
 
 

@@ -71,8 +71,8 @@ class PlainPath:
             logits = self.lens.resume(layer, resid, tokens, answers)
         if firing.count != 1:
             raise FeatpatchError(
-                f"the patch at {site!r} fired {firing.count} times in a forward pass: expected once; "
-                "choose a hook of every pass"
+                f"the hook {site!r} was called {firing.count} times in one forward pass: expected once; choose a hook point "
+                "that every pass reaches once"
             )
         parts = logits.split(sizes.tolist())
         return [_columns(part, wanted) for part, wanted in zip(parts, columns, strict=True)]
@@ -149,11 +149,11 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
     try:
         for site in wanted:
             if sites.entry(site) is None:
-                raise UnsupportedError(f"site {site!r} inside a block")
+                raise UnsupportedError(f"the hook point {site!r} inside a layer")
         if lens.hooked:
-            raise UnsupportedError("hooks that you attached")
+            raise UnsupportedError("hooks attached by you")
         if not lens.causal:
-            raise UnsupportedError("attention in both directions")
+            raise UnsupportedError("bidirectional attention")
         lengths = [len(run.tokens) for run in runs]
         fast = SuffixPath(lens, lens.stack(min(lengths), max(lengths)))
         worst = max(_disagreement(fast, plain, run, site) for run in runs for site in wanted)
@@ -167,8 +167,8 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
         reason = f"{type(error).__name__}: {error}"
     lens.watch.check()
     warnings.warn(
-        f"{lens.kind} {lens.name!r} runs through its own forward pass instead of the fast one "
-        f"({reason}): results are the same, a sweep takes longer",
+        f"{lens.kind} {lens.name!r} uses its own forward pass instead of the fast one ({reason}): results are the same, but a "
+        "sweep takes longer",
         SlowPathWarning,
         stacklevel=5,
     )

@@ -97,8 +97,8 @@ class Ray(Executor):
             most = min(fits, default=1)
             if most < 1 or (self.workers or 0) > most:
                 raise FeatpatchError(
-                    f"workers={self.workers} of {self.cpus} processors and {self.gpus} GPUs: the cluster has room for {most}; "
-                    "expected fewer or smaller ones"
+                    f"workers={self.workers} of {self.cpus} processors and {self.gpus} GPUs: the cluster has room for {most}: "
+                    "expected no more than that; ask for fewer or smaller workers"
                 )
             actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)(_Worker)
             made = ray.put(make)
@@ -115,12 +115,14 @@ class Ray(Executor):
         try:
             import ray
         except ImportError as error:
-            raise FeatpatchError("executor='ray' without Ray: expected it installed; pip install 'featpatch[ray]'") from error
+            raise FeatpatchError(
+                "executor='ray', but Ray is not installed: expected the package ray; pip install 'featpatch[ray]'"
+            ) from error
         if ray.is_initialized():
             if self.address is not None:
                 raise FeatpatchError(
-                    f"address={self.address!r} where this process is connected to a Ray already: expected None, which uses "
-                    "that Ray, or ray.shutdown() before"
+                    f"address={self.address!r} but this process is already connected to Ray: expected address=None, which "
+                    "uses that connection; or call ray.shutdown() first"
                 )
             yield ray
             return
@@ -132,10 +134,14 @@ class Ray(Executor):
             with nullcontext() if self.address else _silent(ray._private.services):
                 ray.init(**options, logging_level=logging.ERROR, log_to_driver=False, namespace="featpatch")
         except Exception as error:
-            where = "Ray can't be started here" if self.address is None else f"address={self.address!r}: no Ray there"
+            where = (
+                "Ray can't be started here"
+                if self.address is None
+                else f"address={self.address!r}: no Ray cluster was found there"
+            )
             raise FeatpatchError(
-                f"{where} ({type(error).__name__}: {error}): expected a Ray that runs; see whether `ray start --head` works, "
-                "or leave out executor='ray'"
+                f"{where} ({type(error).__name__}: {error}): expected a running Ray; check that `ray start --head` works, or "
+                "leave out executor='ray'"
             ) from error
         try:
             yield ray
@@ -268,8 +274,8 @@ class _Driver:
                 return list(ready)
             if not self.running and time.monotonic() - start > PATIENCE:
                 raise FeatpatchError(
-                    f"no worker has started after {PATIENCE} seconds: expected free processors; wait for them, or ask for "
-                    "fewer with fp.Ray(workers=..., cpus=...)"
+                    f"no worker has started after {PATIENCE} seconds: expected free processors; wait until some are free, or "
+                    "ask for fewer with fp.Ray(workers=..., cpus=...)"
                 )
 
     def _arrived(self, reference: Any) -> Any:
@@ -290,8 +296,8 @@ class _Driver:
         """
         if getattr(error, "actor_init_failed", False):
             raise FeatpatchError(
-                f"a worker can't be set up ({error}): expected the same packages there as here, including those in which "
-                "metrics are defined"
+                f"a worker can't be set up ({error}): expected the same packages on the worker as here, including those that "
+                "define metrics; install them there"
             ) from error
         self.deaths[task] = self.deaths.get(task, 0) + 1
         if self.deaths[task] == DEATHS:

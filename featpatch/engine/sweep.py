@@ -15,7 +15,6 @@ import psutil
 import torch
 from jaxtyping import Float
 
-from featpatch.engine.cost import row_numbers
 from featpatch.engine.journal import Book, batch_key
 from featpatch.engine.patches import NEVER, BaseRun, Block, Unit
 from featpatch.engine.path import PatchPath
@@ -229,8 +228,8 @@ class Sweep:
                     raise
                 if patches == 1:
                     raise FeatpatchError(
-                        f"memory ran out with a single patch of {rows} rows ({error}): expected room for one; "
-                        "free memory, use shorter prompts or a smaller type"
+                        f"memory ran out for a single patch of {rows} rows ({error}): expected enough memory for one patch; "
+                        "free memory, or use shorter prompts or a smaller dtype"
                     ) from error
             self.limit = rows // 2
         return torch.cat([self.run(half) for half in _halves(batch)])
@@ -272,3 +271,12 @@ def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:
         if cut < len(unit.patches):
             right.append(unit.part(cut, len(unit.patches)))
     return left, right
+
+
+def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, columns: int) -> int:
+    """Return how many numbers one row takes at the peak of memory use.
+
+    They are copies of the residual stream, the heads, the MLP, the scores over `length` tokens, and `columns` logits of one
+    row.
+    """
+    return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns

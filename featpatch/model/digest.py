@@ -86,8 +86,8 @@ def check_finite(what: str, source: Any) -> None:
         )
     if (first := next(parts, None)) is not None:
         raise FeatpatchError(
-            f"{what}: {first}{', among others' if next(parts, None) else ''}: expected finite weights; download or "
-            "save it again, or cast it to a type with a wider range than float16"
+            f"{what}: {first}{', among others' if next(parts, None) else ''}: expected finite weights; download or save it "
+            "again, or use a dtype with a wider range than float16"
         )
 
 

@@ -74,7 +74,10 @@ class Lens(Model, ABC):
 
     def __post_init__(self) -> None:
         if any(module.training and _drops(module) for module in self.model.modules()):
-            raise FeatpatchError("the model is in training mode with dropout: expected repeatable runs; call model.eval()")
+            raise FeatpatchError(
+                "the model is in training mode with dropout: expected evaluation mode, so that runs are repeatable; call "
+                "model.eval()"
+            )
         if getattr(self.model, "acts_to_saes", None):
             raise FeatpatchError(
                 f"SAEs are attached to the model at {', '.join(self.model.acts_to_saes)}: expected the unmodified model; "
@@ -126,7 +129,7 @@ class Lens(Model, ABC):
             FeatpatchError: hooks are attached.
         """
         if self.hooked:
-            raise FeatpatchError("hooks are attached to the model: expected none here; call model.reset_hooks()")
+            raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
 
     def heads(self, site: str) -> int:
         """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
@@ -277,8 +280,8 @@ class Lens(Model, ABC):
         _check_read(reads, activations)
         if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
             raise FeatpatchError(
-                f"no gradient of the metric at {', '.join(hooks)}: expected hooks of every forward pass, and a differentiable "
-                "metric; ranks and accuracies have none"
+                f"no gradient of the metric at {', '.join(hooks)}: expected hook points that every forward pass reaches, and "
+                "a differentiable metric (ranks and accuracies are not)"
             )
         found: Sequence[torch.Tensor | None] = [None] * len(leaves)
         if values.requires_grad:
@@ -434,12 +437,13 @@ def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -
     for name in hooks:
         if name not in activations:
             raise FeatpatchError(
-                f"hook {name!r} exists but did not fire: expected a hook of every forward pass; {sites.switch(name)}"
+                f"hook {name!r} exists but was not reached in the forward pass: expected a hook point that every forward pass "
+                f"reaches; {sites.switch(name)}"
             )
         if not torch.isfinite(activations[name]).all():
             raise FeatpatchError(
-                f"the activation at {name!r} holds NaN or infinite values: expected finite numbers; "
-                "check the model's weights, or run it in float32 or bfloat16 instead of float16"
+                f"the activation at {name!r} contains NaN or infinite values: expected finite numbers; check the model's "
+                "weights, or run it in float32 or bfloat16 instead of float16"
             )
 
 

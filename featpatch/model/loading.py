@@ -75,7 +75,7 @@ def _file(source: str, config: Any) -> Path | None:
     """
     named = getattr(config, "transformers_weights", None)
     if named is not None and _strays(named.removesuffix(".index.json") if isinstance(named, str) else named):
-        raise FeatpatchError(f"config.json of {source!r} names the weights {named!r}: {_INSIDE}")
+        raise FeatpatchError(f"config.json in {source!r} names the weights file {named!r}: {_INSIDE}")
     names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME] if named is None else [named]
     unanswered = False
     for name in names:
@@ -91,12 +91,12 @@ def _file(source: str, config: Any) -> Path | None:
     if unanswered:
         return None
     raise FeatpatchError(
-        f"there is no safetensors file in {source!r} ({' or '.join(names)}): expected the model's weights in one, since a "
-        "pickle (.bin, .pt) can run code when it is read; save the model again with save_pretrained"
+        f"there is no safetensors file in {source!r} ({' or '.join(names)}): expected the model's weights in this format, "
+        "because a pickle (.bin, .pt) can run code when it is read; save the model again with save_pretrained"
     )
 
 
-_INSIDE = "expected .safetensors files inside its folder alone; download or save the model again"
+_INSIDE = "expected .safetensors files inside this folder; download or save the model again"
 
 
 def _strays(file: object) -> bool:
@@ -120,7 +120,7 @@ def _shards(path: Path) -> set[str]:
             "download or save the model again"
         ) from error
     if strays := [repr(file) for file in files if _strays(file)]:
-        raise FeatpatchError(f"{str(path)!r} names the weights {_listed(set(strays))}: {_INSIDE}")
+        raise FeatpatchError(f"{str(path)!r} names the weights files {_listed(set(strays))}: {_INSIDE}")
     return set(files)
 
 
@@ -150,11 +150,11 @@ def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Col
     kinds = (("missing", found["missing_keys"]), ("of another shape", reshaped), ("left over", misplaced))
     wrong = [f"{len(names)} tensor{'s'[: len(names) - 1]} {how} ({_listed(names)})" for how, names in kinds if names]
     if wrong:
-        raise FeatpatchError(f"the weights in {source!r} are not those of its config.json, {', '.join(wrong)}: {EXPECTED}")
+        raise FeatpatchError(f"the weights in {source!r} do not match its config.json ({', '.join(wrong)}): {EXPECTED}")
     if surplus:
         warnings.warn(
-            f"{len(surplus)} of the weights in {source!r} belong to no part of the {type(model).__name__} and are left out: "
-            f"{_listed(surplus)}",
+            f"{len(surplus)} of the weights in {source!r} do not belong to any part of the {type(model).__name__} and are "
+            f"ignored: {_listed(surplus)}",
             FeatpatchWarning,
             stacklevel=8,
         )
@@ -248,13 +248,13 @@ def load_model(
             bridge.enable_compatibility_mode(disable_warnings=True, **{name: name in processing for name in PROCESSED})
         except Exception as error:
             raise FeatpatchError(
-                f"the weights can't be processed by {list(processing)} ({short(error)}): expected an architecture for which "
-                "TransformerLens can; pass processing=[] for the weights as they are"
+                f"the weights can't be processed by {list(processing)} ({short(error)}): expected an architecture whose "
+                "weights TransformerLens can process; pass processing=[] to leave the weights unchanged"
             ) from error
         if "center_writing_weights" in processing and "center_writing_weights" not in processed(BridgeLens(bridge)):
             raise FeatpatchError(
-                "TransformerLens has not centred the weights of this architecture (it does where LayerNorm takes out a mean): "
-                "expected processing without 'center_writing_weights'"
+                "TransformerLens did not centre the weights of this architecture (it does only where LayerNorm subtracts the "
+                "mean): expected processing without 'center_writing_weights'; leave it out"
             )
     return bridge
 
@@ -267,8 +267,8 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
     check_there("model", source)
     if (Path(source) / "adapter_config.json").is_file():
         raise FeatpatchError(
-            f"{source!r} is the folder of an adapter (adapter_config.json), without the model: expected a whole model; "
-            f"{MERGE}, and pass that or save it with save_pretrained"
+            f"{source!r} is the folder of an adapter (adapter_config.json) without its base model: expected a complete model; "
+            f"{MERGE}; pass that, or save it with save_pretrained"
         )
     if Path(source).exists():
         folder_with(source, "config.json")
@@ -285,7 +285,8 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
     check_finite(f"the model {source!r}", bridge.original_model)
     if bridge.tokenizer is None or len(bridge.tokenizer) <= 1:
         raise FeatpatchError(
-            f"the model {source!r} comes without the files of a tokenizer: save the model's own there, or pass tokenizer=..."
+            f"the model {source!r} has no tokenizer files: expected the model's own tokenizer; save it there, or pass "
+            "tokenizer=..."
         )
     bridge.eval()
     return bridge
@@ -293,7 +294,7 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
 
 def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     if tokenizer is None:
-        raise FeatpatchError(f"the {type(model).__name__} has no tokenizer with it: pass tokenizer=..., the model's own")
+        raise FeatpatchError(f"the {type(model).__name__} has no tokenizer: expected the model's own; pass tokenizer=...")
     name, device = model.config.name_or_path or type(model).__name__, next(model.parameters()).device
     known = [each.__name__ for each in type(model).__mro__ if each.__name__ in SUPPORTED_ARCHITECTURES][:1]
     try:
@@ -308,8 +309,8 @@ def _around(model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
             )
     except Exception as error:
         raise FeatpatchError(
-            f"TransformerLens can't take the {type(model).__name__} ({type(error).__name__}: {short(error)}): expected an "
-            "architecture that it knows"
+            f"TransformerLens can't load the {type(model).__name__} ({type(error).__name__}: {short(error)}): expected an "
+            "architecture that it supports"
         ) from error
 
 

@@ -35,7 +35,9 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise FeatpatchError(f"device {device!r} can't be used ({reason}): expected e.g. cpu, cuda or cuda:1") from error
+        raise FeatpatchError(
+            f"device {device!r} can't be used ({reason}): expected a device such as cpu, cuda or cuda:1"
+        ) from error
 
 
 def numerically(names: Iterable[str]) -> list[str]:
@@ -52,7 +54,7 @@ def check_there(what: str, source: str | Path) -> None:
     path = as_path(source)
     if str(source).startswith((".", "/", "~")) and not path.exists():
         raise FeatpatchError(
-            f"there is no {str(source)!r}{near_folder(source)}: expected the folder of a saved {what}, or a name on the hub"
+            f"{str(source)!r} does not exist{near_folder(source)}: expected the folder of a saved {what}, or a name on the hub"
         )
 
 
@@ -62,10 +64,9 @@ def not_found(what: str, source: str, error: Exception) -> FeatpatchError:
     if Path(source).exists():
         return FeatpatchError(f"the {what} in {source!r} can't be loaded ({reason}): expected a complete folder; save it again")
     return FeatpatchError(
-        f"the {what} {source!r} can't be loaded ({type(error).__name__}: {reason}): expected the name of one that can be "
-        f"downloaded, or a folder{near_folder(source)}; without a network, download it where there is one "
-        "(`hf download NAME --local-dir FOLDER`), copy the folder here and give its path; for a gated "
-        "model, log in with `hf auth login`"
+        f"the {what} {source!r} can't be loaded ({type(error).__name__}: {reason}): expected a name that can be downloaded, "
+        f"or a folder{near_folder(source)}; without network access, download it on another machine (`hf download NAME "
+        "--local-dir FOLDER`), copy the folder here and give its path; for a gated model, log in with `hf auth login`"
     )
 
 
@@ -82,15 +83,15 @@ def installing_nothing() -> Iterator[None]:
         if "install" not in command or get_ident() != ours:
             return _check_call(command, *args, **options)
         blocked.append(" ".join(command))
-        raise FeatpatchError(f"{blocked[-1]}: expected nothing to be installed while a model is loaded")
+        raise FeatpatchError(f"{blocked[-1]}: expected no package to be installed while a model is loaded")
 
     with _one_at_a_time, patch.object(subprocess, "check_call", check_call):
         yield
     if blocked:
         warnings.warn(
-            "the model also reads images and is loaded without the processor for them, which needs torchvision; text needs "
-            "none. TransformerLens would have installed it now, and perhaps replaced torch: if you want it, install the "
-            f"torchvision that belongs to your torch {torch.__version__} yourself",
+            "the model also accepts images and is loaded without its image processor, which needs torchvision; text does not "
+            "need it. TransformerLens would have installed torchvision now, and might have replaced torch: if you want it, "
+            f"install the version of torchvision that matches your torch {torch.__version__} yourself",
             FeatpatchWarning,
             stacklevel=5,
         )
@@ -134,7 +135,7 @@ def folder_with(path: str | Path, file: str) -> Path:
     """
     if not (Path(path) / file).is_file():
         raise FeatpatchError(
-            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a local folder hides a "
-            "model or SAE of the same name on the hub)"
+            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a local folder takes "
+            "precedence over a model or SAE of the same name on the hub)"
         )
     return Path(path)

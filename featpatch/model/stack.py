@@ -42,9 +42,9 @@ def build(model: Any, attentions: list[Attention]) -> Stack:
     """
     cfg = model.cfg
     if cfg.positional_embedding_type not in ("standard", "rotary"):
-        raise UnsupportedError(f"positions of type {cfg.positional_embedding_type!r}")
+        raise UnsupportedError(f"position embeddings of type {cfg.positional_embedding_type!r}")
     if getattr(cfg, "attention_dir", "causal") != "causal":
-        raise UnsupportedError("attention in both directions")
+        raise UnsupportedError("bidirectional attention")
     layers = [_layer(block, cfg, attention) for block, attention in zip(model.blocks, attentions, strict=True)]
     bias = getattr(model.unembed, "b_U", None)
     head = Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
@@ -61,7 +61,7 @@ def _layer(block: Any, cfg: Any, attention: Attention) -> Layer:
     except AttributeError as error:
         raise UnsupportedError(f"attention without separate weights ({error})") from error
     except NotImplementedError as error:
-        raise UnsupportedError("quantised weights, which can be run and not read") from error
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
     return Layer(
         norm1=norm_of(getattr(block, "ln1", None), cfg),
         query=projections[0],
@@ -92,11 +92,11 @@ def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
         gate = getattr(mlp, "W_gate", None)
         into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
     except AttributeError as error:
-        raise UnsupportedError(f"an MLP without the usual weights ({error})") from error
+        raise UnsupportedError(f"an MLP without the standard weights ({error})") from error
     except NotImplementedError as error:
-        raise UnsupportedError("quantised weights, which can be run and not read") from error
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
     if into.weight is None or into.weight.dim() != 2:
-        raise UnsupportedError("an MLP of several experts")
+        raise UnsupportedError("a mixture-of-experts MLP")
     return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
 
 

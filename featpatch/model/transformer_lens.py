@@ -40,8 +40,8 @@ class HookedLens(Lens):
             return super().site(name)
         if getattr(self.model.cfg, "use_normalization_before_and_after", False):
             raise FeatpatchError(
-                f"the model has no hook {name!r}, and {added!r} comes after another norm: expected a model that has both; load "
-                "it as a TransformerBridge, with fp.load"
+                f"the model has no hook {name!r}, and {added!r} comes after another norm: expected a model that has both hook "
+                "points; load it as a TransformerBridge, with fp.load"
             )
         return super().site(added)
 
@@ -67,7 +67,7 @@ class HookedLens(Lens):
     def stack(self, shortest: int, longest: int) -> Stack:
         """Return the model as row-wise functions, see `Lens.stack`."""
         if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):
-            raise UnsupportedError("rotary positions that depend on the length of the prompt")
+            raise UnsupportedError("rotary embeddings that depend on the length of the prompt")
         return build(self.model, [self._attention(block.attn, longest) for block in self.model.blocks])
 
     def _attention(self, attn: Any, length: int) -> Attention:
@@ -156,7 +156,7 @@ class BridgeLens(Lens):
         hooks = [hook for layer in range(self.n_layers) for hook in sites.rotary(layer) if hook in self.hook_points]
         turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
         if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
-            raise UnsupportedError("rotary positions that depend on the length of the prompt")
+            raise UnsupportedError("rotary embeddings that depend on the length of the prompt")
         return build(self.model, [self._attention(layer, turns) for layer in range(self.n_layers)])
 
     def _rotations(self, hooks: list[str], length: int) -> dict[str, torch.Tensor]:
@@ -247,7 +247,7 @@ def _entering(block: Any, resid: torch.Tensor) -> Iterator[None]:
         handle.remove()
 
 
-MERGE = "merge it first: PeftModel.from_pretrained(base_model, adapter).merge_and_unload() gives the whole model"
+MERGE = "merge it first: PeftModel.from_pretrained(base_model, adapter).merge_and_unload() returns the complete model"
 """The advice for an adapter that is not merged into the model, for error messages."""
 
 
@@ -264,8 +264,8 @@ def wrap(model: Any) -> Lens:
     if isinstance(model, HookedTransformer):
         return HookedLens(model)
     raise FeatpatchError(
-        f"the model is a {type(model).__name__}: expected a TransformerBridge or a HookedTransformer; "
-        "for a Hugging Face model take fp.load(model, tokenizer=tokenizer).model"
+        f"the model is a {type(model).__name__}: expected a TransformerBridge or a HookedTransformer; for a Hugging Face "
+        "model, use fp.load(model, tokenizer=tokenizer).model"
     )
 
 
@@ -285,15 +285,18 @@ def check_form(model: Any) -> None:
     encodes = name in ("HookedEncoder", "HookedEncoderDecoder") or bool(getattr(config, "is_encoder_decoder", False))
     if encodes or (isinstance(model, TransformerBridge) and not hasattr(model, "blocks")):
         raise FeatpatchError(
-            f"the model is a {name}, which has an encoder: expected a decoder alone, such as GPT-2 or Llama, "
-            "whose blocks write to one residual stream; encoder-decoder models such as T5 can't be patched"
+            f"the model is a {name}, which has an encoder: expected a decoder-only model, such as GPT-2 or Llama, whose "
+            "layers write to one residual stream; encoder-decoder models such as T5 can't be patched"
         )
     modules: Iterable[Any] = getattr(model, "modules", tuple)()
     if hasattr(model, "peft_config") or any(type(module).__module__.split(".")[0] == "peft" for module in modules):
-        raise FeatpatchError(f"the {name} has an adapter (PEFT) beside its weights: expected a model without one; {MERGE}")
+        raise FeatpatchError(
+            f"the {name} has an adapter (PEFT) that is not merged into its weights: expected a model without one; {MERGE}"
+        )
     absent = [path for path, parameter in getattr(model, "named_parameters", tuple)() if parameter.is_meta]
     if absent:
         raise FeatpatchError(
             f"{len(absent)} weights of the {name} ({absent[0]!r}, ...) are offloaded to CPU or disk, or were never loaded: "
-            "expected all on a device; load the model without device_map, on devices with room for it, or in a smaller dtype"
+            "expected all weights on a device; load the model without device_map, on a device with enough memory, or in a "
+            "smaller dtype"
         )

@@ -20,7 +20,9 @@ def packed(thing: Any) -> bytes:
     try:
         import cloudpickle
     except ImportError as error:
-        raise FeatpatchError("workers need cloudpickle: expected it installed; pip install 'featpatch[ray]'") from error
+        raise FeatpatchError(
+            "cloudpickle is not installed: expected this package, which workers need; pip install 'featpatch[ray]'"
+        ) from error
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def reducer_override(self, value: Any) -> Any:
@@ -33,8 +35,8 @@ def packed(thing: Any) -> bytes:
         Pickler(buffer).dump(thing)
     except Exception as error:
         raise FeatpatchError(
-            f"the model with its hooks, the SAEs or the metric can't go to another process ({error}): expected none that holds "
-            "files, locks or connections"
+            f"the model with its hooks, the SAEs or the metric can't be sent to another process ({error}): expected objects "
+            "without files, locks or connections"
         ) from error
     return buffer.getvalue()
 

@@ -60,7 +60,7 @@ def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
         if bos is not None and (bos, bos) in (pair.clean[:2], pair.corrupted[:2]):
             raise FeatpatchError(
                 f"pair {index} begins with {tokenizer.bos_token!r} ({bos}) twice: expected it once; leave it out of the text, "
-                "because the tokenizer adds it"
+                "since the tokenizer adds it"
             )
         if is_padded(tokenizer, pair.clean, pair.corrupted, surely=True):
             raise FeatpatchError(
@@ -71,8 +71,8 @@ def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
     if perhaps:
         warnings.warn(
             f"{perhaps} of {len(pairs)} pairs begin or end with {tokenizer.pad_token!r}, which is BOS or EOS and also the "
-            "padding token: it is taken as part of the prompt; if it is padding, make pairs with Pairs.from_tokens(..., "
-            "attention_mask=...)",
+            "padding token: it is treated as part of the prompt; if it is padding, make the pairs with "
+            "Pairs.from_tokens(..., attention_mask=...)",
             PairsWarning,
             stacklevel=2,
         )
@@ -84,8 +84,8 @@ def _compare_start(pairs: Pairs, lens: Lens) -> None:
     lacking = sum(first is not None and pair.clean[0] != first for pair in pairs)
     if lacking:
         warnings.warn(
-            f"{lacking} of {len(pairs)} pairs lack {lens.model.tokenizer.decode([first])!r} ({first}), which model(text) puts "
-            "first: give the model instead of a tokenizer to Pairs.from_prompts to have it",
+            f"{lacking} of {len(pairs)} pairs lack {lens.model.tokenizer.decode([first])!r} ({first}), which model(text) adds "
+            "at the start: to add it too, pass the model instead of a tokenizer to Pairs.from_prompts",
             PairsWarning,
             stacklevel=2,
         )

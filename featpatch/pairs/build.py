@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.pairs.pair import LabelPosition, Pair, Sequences, plain_integers, positions_of
-from featpatch.pairs.positions import label_positions
-from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, prompt_ids, special_positions
+from featpatch.pairs.pair import LabelPosition, Pair, Sequences, label_positions, positions_of
+from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, plain_integers, prompt_ids, special_positions
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray
 """A text, or its token ids `[pos]` or `[1, pos]`."""
@@ -24,7 +23,7 @@ Answer = str | SupportsIndex
 """A text, or the id of a one-token answer."""
 Answers = Answer | Sequence[Answer] | torch.Tensor | np.ndarray | None
 """One answer, several answers, or none."""
-INSTEAD = ", or give long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) with metric='sequence_log_prob'"
+INSTEAD = ", or pass long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) and metric='sequence_log_prob'"
 """The advice for an answer of several tokens, at the end of an error."""
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -80,8 +79,8 @@ def make(
         if here[label] != position:
             raise FeatpatchError(
                 f"label {label!r} is at position {here[label]} of the clean prompt and at {position} of the corrupted one: "
-                "expected the same position, because values are swapped position by position; reword one of the prompts, or "
-                "give align='labels'"
+                "expected the same position, because activations are patched position by position; reword one of the "
+                "prompts, or pass align='labels'"
             )
     return pair
 
@@ -99,7 +98,7 @@ def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
     """
     ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else one_row(prompt)
     if ids is None:
-        raise FeatpatchError(f"a prompt is {str(prompt)[:60]!r}: expected a text, or the token ids [pos] of one prompt")
+        raise FeatpatchError(f"a prompt is {str(prompt)[:60]!r}: expected a string, or the token ids [pos] of one prompt")
     return ids
 
 
@@ -120,7 +119,7 @@ def _answer_fields(after: Sequence[AnswerTokens], correct: Answers, wrong: Answe
         if found[0] != found[-1]:
             raise FeatpatchError(
                 f"answers {answers!r} are the tokens {found[0]} after the clean prompt and {found[1]} after the corrupted "
-                "one: expected the same; end both prompts alike, or give the answers as token ids"
+                "prompt: expected the same tokens; end both prompts in the same way, or give the answers as token ids"
             )
         sides.append(found[0])
     if not long_answers:
@@ -146,7 +145,7 @@ def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences
             found.append(after.ids(answer) if long_answers else (after.one(answer, instead=INSTEAD),))
         else:
             raise FeatpatchError(
-                f"answer {answer!r} is a {type(answer).__name__}: expected a text, the id of a token, or a list of these"
+                f"answer {answer!r} is a {type(answer).__name__}: expected a string, a token id, or a list of these"
             )
     return tuple(found)
 
@@ -171,7 +170,7 @@ def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> in
     try:
         return AnswerTokens(tokenizer, None).one(filler)
     except FeatpatchError as error:
-        raise FeatpatchError(f"filler={filler!r} does not serve: {error}") from error
+        raise FeatpatchError(f"filler={filler!r} can't be used: {error}") from error
 
 
 def aligned(
@@ -191,7 +190,8 @@ def aligned(
     if order != order_there or not order:
         raise FeatpatchError(
             f"the labels are {order} in the clean and {order_there} in the corrupted prompt, of {len(clean)} and "
-            f"{len(corrupted)} tokens: expected the same names in the same order, to align by; give labels and corrupted_labels"
+            f"{len(corrupted)} tokens: expected the same names in the same order, so that the prompts can be aligned; give "
+            "labels and corrupted_labels"
         )
     sizes, sizes_there = _sizes(clean, here), _sizes(corrupted, there)
     differing = [region for region, (one, other) in enumerate(zip(sizes, sizes_there, strict=True)) if one != other]
@@ -200,18 +200,18 @@ def aligned(
     region = differing[0]
     if len(differing) > 1:
         raise FeatpatchError(
-            f"the prompts differ in length in {len(differing)} regions, before or after {order}: regions have {sizes} and "
-            f"{sizes_there} tokens; expected one such region; reword one of the prompts"
+            f"the prompts differ in length in {len(differing)} of the regions between the labels {order}, which have {sizes} "
+            f"and {sizes_there} tokens: expected a difference in one region only; reword one of the prompts"
         )
     if region == 0:
         raise FeatpatchError(
             f"the prompts differ in length before the first label, {order[0]!r} at {here[order[0]]} and {there[order[0]]}: "
-            "expected a label in front of the words that differ; label one"
+            "expected a label in front of the words that differ; add one"
         )
     if 0 in (sizes[region], sizes_there[region]):
         raise FeatpatchError(
-            f"after label {order[region - 1]!r} there are {sizes[region]} and {sizes_there[region]} tokens: expected at "
-            "least one in both, because a label or the answer would be read at a filler; reword one of the prompts"
+            f"after label {order[region - 1]!r} there are {sizes[region]} and {sizes_there[region]} tokens: expected at least "
+            "one in both, because otherwise a label or the answer would fall on a filler; reword one of the prompts"
         )
     count, after = sizes_there[region] - sizes[region], order[region - 1]
     if count > 0:
@@ -230,7 +230,8 @@ def changed_span(pair: Pair, tokenizer: Tokenizer) -> str:
     decode = getattr(tokenizer, "decode", None)
     if decode is None:
         raise FeatpatchError(
-            f"the tokenizer {tokenizer!r} has no decode: expected one that turns ids into text, e.g. Hugging Face's"
+            f"the tokenizer {tokenizer!r} has no decode: expected one that can convert ids to text, e.g. a Hugging Face "
+            "tokenizer"
         )
     differing = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
     if not differing:

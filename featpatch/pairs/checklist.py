@@ -39,15 +39,15 @@ SMALL = 0.2
 """The share of the median gap below which a pair gets a warning, because it hardly counts in pooled effects."""
 
 RULES = {
-    "start": "give the model instead of a tokenizer when the pairs are made, so that prompts begin as model(text) begins them",
+    "start": "pass the model instead of a tokenizer when you make the pairs, so that prompts begin as they do in model(text)",
     "difference": "change fewer words, or only those that decide the answer",
-    "kind": "replace a word by one of its kind (a name by a name, a number by a number), with the same spacing and case",
-    "surprise": "choose a replacement that is about as likely in its place; else features of odd text take part",
-    "output": "keep prompts on which the model does what is to be explained, and corruptions that turn its answer",
-    "answers": "choose answers that are words of the tokenizer, none of which begins another one of the other side",
+    "kind": "replace a word with one of the same kind (a name with a name, a number with a number), spacing and case",
+    "surprise": "choose a replacement that is about as likely in its context; otherwise features of unusual text take part",
+    "output": "keep prompts on which the model shows the behaviour, and corruptions that change its answer",
+    "answers": "choose answers that are words of the tokenizer, and none that is the beginning of an answer on the other side",
     "labels": "label the same positions in every pair, so that effects add up",
     "duplicate": "drop all but one",
-    "gap": "drop it, or accept that it hardly counts in the mean",
+    "gap": "drop it, or accept that it contributes little to the mean",
 }
 """The rules of the checklist, each with advice for pairs that do not pass it."""
 
@@ -147,7 +147,9 @@ def check(
     """
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if metric not in ("logit_diff", "prob_diff"):
-        raise FeatpatchError(f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign tells the answers apart")
+        raise FeatpatchError(
+            f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign shows which answer is preferred"
+        )
     measure, runs, first = find(metric), Runs(model), first_token(model)
     in_context = _in_context(pairs, tokenizer)
     prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
@@ -220,23 +222,23 @@ def _difference(pair: Pair, tokenizer: Any) -> Outcome:
 
 def _kind(pair: Pair, tokenizer: Any) -> Outcome:
     if tokenizer is None or not hasattr(tokenizer, "decode"):
-        return "pass", "not looked at without a tokenizer"
+        return "pass", "not checked, because there is no tokenizer"
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown in (*pair.clean, *pair.corrupted):
-        return "warn", f"the tokenizer knows no word for {(*pair.clean, *pair.corrupted).count(unknown)} of the tokens"
+        return "warn", f"{(*pair.clean, *pair.corrupted).count(unknown)} of the tokens are unknown to the tokenizer"
     for p in _changed(pair):
         kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
         if kinds[0] != kinds[1]:
             words = [_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)]
             return "warn", f"{words[0]} is {kinds[0]} and {words[1]} is {kinds[1]}, at {p}"
-    return "pass", "changed tokens are of one kind"
+    return "pass", "changed tokens are of the same kind"
 
 
 def _kind_of(tokenizer: Any, token: int) -> str:
     piece = str((tokenizer.convert_ids_to_tokens([token]) if hasattr(tokenizer, "convert_ids_to_tokens") else [""])[0])
     text = str(tokenizer.decode([token])).strip()
     kinds = {"a number": text.isdigit(), "a name": text[:1].isupper(), "a word": text.isalpha()}
-    kind = next((kind for kind, holds in kinds.items() if holds), "a sign")
+    kind = next((kind for kind, holds in kinds.items() if holds), "a punctuation mark")
     return f"{kind} after a space" if piece[:1] in ("Ġ", "▁", " ") else kind
 
 
@@ -248,11 +250,15 @@ def _even(difference: float) -> Outcome:
 def _start(pair: Pair, first: int | None, tokenizer: Any) -> Outcome:
     if tokenizer is not None and is_padded(tokenizer, pair.clean, pair.corrupted):
         surely = is_padded(tokenizer, pair.clean, pair.corrupted, surely=True)
-        return ("fail", "begins or ends with padding") if surely else ("warn", "begins or ends with what is also padding")
+        return (
+            ("fail", "begins or ends with padding")
+            if surely
+            else ("warn", "begins or ends with a token that is also the padding token")
+        )
     begins = _word(pair.clean[0], tokenizer)
     if first is None or pair.clean[0] == first:
         return "pass", f"begins with {begins}"
-    return "warn", f"begins with {begins}, and model(text) puts {_word(first, tokenizer)} first"
+    return "warn", f"begins with {begins}, but model(text) begins with {_word(first, tokenizer)}"
 
 
 def _output(clean: float, corrupted: float, pair: Pair) -> Outcome:
@@ -274,8 +280,8 @@ def _answers(pair: Pair, tokenizer: Any, in_context: Set[int]) -> Outcome:
         return "fail", f"answers {odd} are special or unknown tokens"
     for one, other in product(right, wrong):
         if one[: len(other)] == other[: len(one)]:
-            begins = f"one of {list(one)} (right) and {list(other)} (wrong) begins the other"
-            return "warn", f"{begins}: their probabilities do not exclude each other"
+            begins = f"of {list(one)} (right) and {list(other)} (wrong), one is the beginning of the other"
+            return "warn", f"{begins}: they are not mutually exclusive"
     fewest, most = (limit(len(answer) for answer in (*right, *wrong)) for limit in (min, max))
     length = "one token each" if most == 1 else f"{fewest} to {most} tokens" if fewest < most else f"{most} tokens each"
     words = ", ".join(_word(token, tokenizer) for token in dict.fromkeys(tokens) if token in in_context)
@@ -292,7 +298,7 @@ def _in_context(pairs: Sequence[Pair], tokenizer: Any) -> set[int]:
 def _labels(pair: Pair, usual: Counter[str], pairs: int, tokenizer: Any) -> Outcome:
     missing = sorted(label for label, count in usual.items() if label not in pair.labels and count > pairs / 2)
     if missing:
-        return "warn", f"labels {', '.join(missing)} are missing, which most pairs have"
+        return "warn", f"labels that most pairs have are missing: {', '.join(missing)}"
     shown = (
         f"{label} {position}: {' '.join(_word(pair.clean[p], tokenizer) for p in positions_of(position))}"
         for label, position in pair.labels.items()
@@ -302,7 +308,7 @@ def _labels(pair: Pair, usual: Counter[str], pairs: int, tokenizer: Any) -> Outc
 
 def _duplicate(pair: Pair, index: int, seen: dict[Any, int]) -> Outcome:
     first = seen.setdefault((pair.clean, pair.corrupted, pair.answers), index)
-    return ("pass", "once") if first == index else ("fail", f"the same as pair {first}")
+    return ("pass", "once") if first == index else ("fail", f"identical to pair {first}")
 
 
 def _gap(gap: float, usual: float) -> Outcome:
@@ -324,5 +330,5 @@ def kept(verdicts: Sequence[Status], dropped: str | Sequence[str]) -> Iterator[i
     names = [dropped] if isinstance(dropped, str) else list(dropped)
     unknown = [name for name in names if name not in SEVERITY]
     if unknown:
-        raise FeatpatchError(f"verdicts {unknown}: expected some of {', '.join(SEVERITY)}")
+        raise FeatpatchError(f"verdicts {', '.join(map(repr, unknown))}: expected some of {', '.join(SEVERITY)}")
     return (index for index, verdict in enumerate(verdicts) if verdict not in names)

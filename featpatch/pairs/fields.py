@@ -9,8 +9,8 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.build import make
 from featpatch.pairs.files import parsed
-from featpatch.pairs.pair import Pair, plain_integers, positions_of
-from featpatch.pairs.tokens import Tokenizer, plain_tokenizer, special_positions
+from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.tokens import Tokenizer, plain_integers, plain_tokenizer, special_positions
 
 NEEDED = ("clean", "corrupted", "correct", "wrong")
 OBJECTS = ("labels", "corrupted_labels", "spans", "corrupted_spans")
@@ -22,7 +22,10 @@ def checked(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FeatpatchError: a field has the wrong type, or a name is both a label and a span.
     """
-    expected = "expected text, for answers a list of texts too, for labels and spans an object, for tags an object of texts"
+    expected = (
+        "expected a string; for answers, a string or a list of strings; for labels and spans, an object; for tags, an object "
+        "of strings"
+    )
     for field in (*NEEDED, *OBJECTS, "tags"):
         if field in row and not _fits(field, row[field]):
             raise FeatpatchError(f"{field} is {row[field]!r} in {str(dict(row))[:60]!r}: {expected}")
@@ -31,11 +34,13 @@ def checked(row: Mapping[str, Any]) -> dict[str, Any]:
         named, spanned = row.get(labels, {}), row.get(spans, {})
         both = sorted(set(named) & set(spanned))
         if both:
-            raise FeatpatchError(f"{', '.join(both)} is in {labels} and in {spans}: expected it in one of them")
+            raise FeatpatchError(
+                f"{', '.join(both)} is in both {labels} and {spans}: expected it in only one of them; remove it from the other"
+            )
         wrong = {name: span for name, span in spanned.items() if not isinstance(span, list | tuple)}
         if wrong:
             raise FeatpatchError(
-                f"{spans} holds {wrong}: expected the first character and the one after the last, e.g. [34, 38]"
+                f"{spans} holds {wrong}: expected the index of the first character and the index after the last, e.g. [34, 38]"
             )
         fields[labels] = {**named, **spanned}
     return {**fields, "tags": row.get("tags", {})}
@@ -53,12 +58,12 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     empty = [column for column in NEEDED if _blank(row[column])]
     if empty:
         raise FeatpatchError(
-            f"{', '.join(empty)} is empty: expected a text in each of clean, corrupted and correct; fill or remove the row"
+            f"{', '.join(empty)} is empty: expected text in each of clean, corrupted and correct; fill in or remove the row"
         )
     if any(re.fullmatch(r"\[[0-9, ]*\]", str(row[prompt])) for prompt in ("clean", "corrupted")):
         raise FeatpatchError(
-            f"clean is {str(row['clean'])[:60]!r}, which looks like token ids: expected a text; write ids with Pairs.to_jsonl, "
-            "or texts with Pairs.to_csv(path, tokenizer=model)"
+            f"clean is {str(row['clean'])[:60]!r}, which looks like token ids: expected text; write ids with Pairs.to_jsonl, "
+            "or text with Pairs.to_csv(path, tokenizer=model)"
         )
     filled = {column: cell for column, cell in row.items() if not _blank(cell)}
     fields = {column: filled.pop(column) for column in (*NEEDED, *OBJECTS) if column in filled}
@@ -86,14 +91,14 @@ def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) 
         nested = name in ("correct", "wrong") and isinstance(ids, list) and all(isinstance(answer, list) for answer in ids)
         if not all(isinstance(plain_integers(each), tuple) for each in (ids if nested else [ids])):
             raise FeatpatchError(
-                f"{name} is {str(ids)[:60]!r} in a line with token ids: expected a list of ids, or for answer sequences a list "
-                "of lists"
+                f"{name} is {str(ids)[:60]!r} in a line with token ids: expected a list of ids or, for answers of several "
+                "tokens, a list of lists"
             )
     other = [field for field in OBJECTS[1:] if field in row]
     if other or not (_fits("labels", row.get("labels", {})) and _fits("tags", row.get("tags", {}))):
         raise FeatpatchError(
-            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, with token ids, labels as an "
-            "object of positions and tags as an object of texts"
+            f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, alongside token ids, labels as an "
+            "object of positions and tags as an object of strings"
         )
     answer_position = row.get("answer_position", -1)
     if type(answer_position) is not int:
@@ -155,7 +160,8 @@ def _check_unicode(pair: Pair) -> None:
     texts = [*pair.labels, *pair.tags, *pair.tags.values()]
     if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
         raise FeatpatchError(
-            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode strings, which a file can hold"
+            f"labels {list(pair.labels)} and tags {dict(pair.tags)}: expected valid Unicode strings, so that they can be "
+            "written to a file"
         )
 
 
@@ -171,7 +177,7 @@ def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
     tags = {f"tag {name}" if name in (*NEEDED, *OBJECTS) else name: tag for name, tag in fields["tags"].items()}
     if len(tags) < len(fields["tags"]) or "" in tags:
         raise FeatpatchError(
-            f"tags {list(fields['tags'])}: expected names that give a column each; rename one, or use to_jsonl"
+            f"tags {list(fields['tags'])}: expected names that each give a different column; rename one, or use to_jsonl"
         )
     sides = {name: fields[name][0] if len(fields[name]) == 1 else fields[name] or "" for name in ("correct", "wrong")}
     shown = {name: fields[name] for name in ("clean", "corrupted")} | sides | {"labels": fields["labels"] or ""}
@@ -189,7 +195,7 @@ def _texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, Any]:
     decode = getattr(plain_tokenizer(tokenizer), "decode", None)
     if decode is None:
         raise FeatpatchError(
-            "the tokenizer has no decode: expected one that can turn ids into text; leave it out to write token ids"
+            "the tokenizer has no decode: expected one that can convert ids to text; leave it out to write token ids"
         )
     start = next((position for position in range(len(pair)) if position not in pair.special), len(pair))
 

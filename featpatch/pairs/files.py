@@ -45,7 +45,9 @@ def read(path: str | Path, kind: str, holding: str) -> str:
         with path.open(encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        raise FeatpatchError(f"the pairs file {str(path)!r} is not UTF-8 ({error}): save it as UTF-8") from error
+        raise FeatpatchError(
+            f"the pairs file {str(path)!r} is not UTF-8 ({error}): expected UTF-8 text; save it in this encoding"
+        ) from error
     if not text.strip():
         raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected {holding}")
     return text
@@ -72,7 +74,9 @@ def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> 
             while block := dict(islice(lines, size)):
                 yield _objects(block, needed)
     except UnicodeDecodeError as error:
-        raise FeatpatchError(f"the pairs file {str(path)!r} is not UTF-8 ({error}): save it as UTF-8") from error
+        raise FeatpatchError(
+            f"the pairs file {str(path)!r} is not UTF-8 ({error}): expected UTF-8 text; save it in this encoding"
+        ) from error
 
 
 def _numbered(path: str | Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -97,16 +101,16 @@ def csv_rows(path: str | Path) -> tuple[list[str], Rows]:
     Raises:
         FeatpatchError: the file can't be read or has no rows, or a row has more or fewer cells than the header.
     """
-    reader = csv.reader(io.StringIO(read(path, "a CSV file", "a header and a row per pair"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read(path, "a CSV file", "a header and one row per pair"), newline=""), strict=True)
     lines = dict(_lines(reader, str(path)))
     (_, header), *rest = lines.items()
     if not rest:
-        raise FeatpatchError(f"the pairs file {str(path)!r} has a header and no rows: expected a row per pair")
+        raise FeatpatchError(f"the pairs file {str(path)!r} has a header but no rows: expected one row per pair")
     for where, cells in rest:
         if len(cells) != len(header):
             raise FeatpatchError(
-                f"{where} has {len(cells)} cells and the header {len(header)}: expected equally many; put text that "
-                "has a comma in it in quotes"
+                f"{where} has {len(cells)} cells and the header {len(header)}: expected equal numbers; put text that contains "
+                "a comma in quotes"
             )
     columns = [column for column in header if column]
     values = [{column: cell for column, cell in zip(header, cells, strict=True) if column} for _, cells in rest]
@@ -139,11 +143,13 @@ def have_columns(name: str, columns: Sequence[str], needed: Sequence[str]) -> No
     if missing:
         raise FeatpatchError(
             f"{name} has the columns {', '.join(columns)} and lacks {', '.join(missing)}: expected {', '.join(needed)}; "
-            "name the columns so"
+            "rename or add columns"
         )
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
-        raise FeatpatchError(f"{name} has several columns {', '.join(twice)}: expected each name once; rename or remove one")
+        raise FeatpatchError(
+            f"{name} has several columns named {', '.join(twice)}: expected each name once; rename or remove one"
+        )
 
 
 def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
@@ -156,7 +162,8 @@ def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise FeatpatchError(
-            f"{path!r} line {begin} is not CSV ({error}): expected cells between commas, quoted ones with closing quotes"
+            f"{path!r} line {begin} is not CSV ({error}): expected cells separated by commas, with closing quotes where there "
+            "are opening ones"
         ) from error
 
 
@@ -203,9 +210,13 @@ def fitting(
                 raise FeatpatchError(f"{name}: {error}") from error
             refused.append(f"{name}: {error}")
     if refused and not made:
-        raise FeatpatchError(f"none of {len(rows)} pairs fits this tokenizer: expected at least one; the first is {refused[0]}")
+        raise FeatpatchError(
+            f"none of the {len(rows)} pairs fits this tokenizer: expected at least one; the first problem: {refused[0]}"
+        )
     if refused:
-        message = f"left out {len(refused)} of {len(rows)} pairs that do not fit this tokenizer; the first is {refused[0]}"
+        message = (
+            f"left out {len(refused)} of {len(rows)} pairs, which do not fit this tokenizer; the first problem: {refused[0]}"
+        )
         warnings.warn(message, PairsWarning, stacklevel=4)
     if remarks:
         others = f" (and {len(remarks) - 1} similar remarks)" if len(remarks) > 1 else ""

@@ -6,8 +6,7 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.build import make, token_ids
 from featpatch.pairs.files import csv_rows, each, fitting, have_columns, json_lines, parsed, read
-from featpatch.pairs.pair import Pair
-from featpatch.pairs.positions import after_special
+from featpatch.pairs.pair import Pair, after_special
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 
@@ -55,19 +54,19 @@ def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) 
 
 def _check_auto_circuit(row: Any) -> None:
     if not isinstance(row, dict):
-        raise FeatpatchError(f"{row!r} is no prompt: expected an object with clean, corrupt, answers and wrong_answers")
+        raise FeatpatchError(f"{row!r} is not a prompt: expected an object with clean, corrupt, answers and wrong_answers")
     for field in ("clean", "corrupt"):
         prompt = row.get(field)
         if not isinstance(prompt, str) and not (prompt and _ids(prompt)):
-            raise FeatpatchError(f"{field} is {prompt!r}: expected a text or a list of token ids")
+            raise FeatpatchError(f"{field} is {prompt!r}: expected a string or a list of token ids")
     for field in ("answers", "wrong_answers"):
         answers = row.get(field)
         if not answers:
             raise FeatpatchError(
-                f"there are no {field} to {str(row['clean'])[:60]!r}: expected a list of at least one; add them"
+                f"there are no {field} for {str(row['clean'])[:60]!r}: expected a list of at least one; add them"
             )
         if not _all_of(answers, str) and not _ids(answers):
-            raise FeatpatchError(f"{field} is {answers!r}: expected a list of texts or a list of token ids")
+            raise FeatpatchError(f"{field} is {answers!r}: expected a list of strings or a list of token ids")
 
 
 def _ids(values: Any) -> bool:
@@ -154,8 +153,8 @@ def _years(tokenizer: Tokenizer, clean: str, year: int) -> tuple[list[int], list
     tokens = [after.next_token(f"{number:02}") for number in range(100)]
     if None in tokens:
         raise FeatpatchError(
-            f"{tokens.count(None)} of the years 00 to 99 (the first is {tokens.index(None):02}) do not follow "
-            f"{clean[-30:]!r} as one token: expected all to; use a tokenizer that keeps the last two digits of a year together"
+            f"{tokens.count(None)} of the years 00 to 99 (the first is {tokens.index(None):02}) are not one token after "
+            f"{clean[-30:]!r}: expected one token for each; use a tokenizer that keeps the last two digits of a year together"
         )
     known = [token for token in tokens if token is not None]
     return known[year + 1 :], known[: year + 1]
@@ -199,7 +198,7 @@ def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool = Fal
 def _check_feature_circuits(row: dict[str, Any]) -> None:
     for field in FIELDS:
         if not isinstance(row[field], str):
-            raise FeatpatchError(f"{field} is {row[field]!r}: expected a text")
+            raise FeatpatchError(f"{field} is {row[field]!r}: expected a string")
     _positions(row)
 
 

@@ -38,7 +38,9 @@ class Runs:
 
     def __post_init__(self) -> None:
         if not callable(self.model):
-            raise FeatpatchError(f"the model is a {type(self.model).__name__}: expected a function from tokens to logits")
+            raise FeatpatchError(
+                f"the model is a {type(self.model).__name__}: expected a model, or a function from tokens to logits"
+            )
         if isinstance(self.model, torch.nn.Module):
             model = getattr(self.model, "_orig_mod", self.model)
             check_unedited(model)
@@ -78,15 +80,15 @@ class Runs:
         except Exception as error:
             raise FeatpatchError(
                 f"the model fails on {tokens.shape[1]} tokens with ids from {tokens.min()} to {tokens.max()} "
-                f"({type(error).__name__}: {short(error)}): expected ids of the model's own tokenizer, "
-                "no more than its context"
+                f"({type(error).__name__}: {short(error)}): expected ids of the model's own tokenizer, and prompts no longer "
+                "than its context"
             ) from error
         logits = getattr(made, "logits", made)
         sound = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[:2] == tokens.shape
         if not sound or not torch.isfinite(logits).all():
             raise FeatpatchError(
-                f"the model gives {type(logits).__name__} for tokens {list(tokens.shape)}: expected finite logits "
-                "[batch, pos, d_vocab], or an object with them as .logits"
+                f"the model returns {type(logits).__name__} for tokens {list(tokens.shape)}: expected finite logits [batch, "
+                "pos, d_vocab], or an object with the attribute .logits"
             )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

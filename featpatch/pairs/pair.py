@@ -1,12 +1,17 @@
-"""A pair of a clean and a corrupted prompt of equal length, with their answers."""
+"""A pair of a clean and a corrupted prompt of equal length, with its answers, labels and token positions.
 
-from collections.abc import Mapping, Set
+Positions are those of characters, spans and words in a prompt, and those that a request such as `"all"`, `"each"` or
+`["S2", 0]` stands for.
+"""
+
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds
 from featpatch.nodes import Position
+from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
 from featpatch.untrusted import visible
 
 Sequences = tuple[tuple[int, ...], ...]
@@ -69,17 +74,20 @@ class Pair:
             raise FeatpatchError("the clean prompt has no tokens: expected at least one")
         if len(self.corrupted) != n:
             raise FeatpatchError(
-                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because values are "
-                "swapped position by position; change words for words of as many tokens, or see align= of fp.Pairs.from_prompts"
+                f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because activations "
+                "are patched position by position; replace words with words of the same number of tokens, or see align= of "
+                "fp.Pairs.from_prompts"
             )
         self._check_answers()
         if not -n <= self.answer_position < n:
-            raise FeatpatchError(f"answer_position {self.answer_position} is outside a prompt of {n} tokens")
+            raise FeatpatchError(
+                f"answer_position {self.answer_position} is outside a prompt of {n} tokens: expected 0 to {n - 1}"
+            )
         object.__setattr__(self, "answer_position", self.answer_position % n)
         if self.correct_sequences and self.answer_position != n - 1:
             raise FeatpatchError(
-                f"answer_position is {self.answer_position} and the answers are sequences: expected the last position, "
-                f"{n - 1}, because they follow the prompt; cut the prompts off there"
+                f"answer_position is {self.answer_position} and the answers have several tokens: expected the last position, "
+                f"{n - 1}, because such answers follow the prompt; cut the prompts off at the answer position"
             )
         plain = {label: plain_integers(position) for label, position in self.labels.items()}
         object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
@@ -104,8 +112,8 @@ class Pair:
         labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
         said = (
-            f"pair of {len(self)} tokens, {differing} of them different, answer ids {right} (right) and {wrong} (wrong), "
-            f"labels {labels}{tags}"
+            f"pair of {len(self)} tokens, of which {differing} differ, answer ids {right} (right) and {wrong} (wrong), labels "
+            f"{labels}{tags}"
         )
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
@@ -138,8 +146,8 @@ class Pair:
         if isinstance(position, str):
             if position not in self.labels:
                 raise FeatpatchError(
-                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; "
-                    "give labels=[{...}, ...] when the pairs are made"
+                    f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; give "
+                    f"labels=[{{...}}, ...] when you make the pairs"
                 )
             return list(positions_of(self.labels[position]))
         if not 0 <= position < len(self):
@@ -156,15 +164,15 @@ class Pair:
             given = f"correct_sequences={self.correct_sequences}, wrong_sequences={self.wrong_sequences}"
             if self.correct or self.wrong:
                 raise FeatpatchError(
-                    f"correct={self.correct}, wrong={self.wrong} beside {given}: expected tokens or sequences, not both; an "
-                    "answer of one token among longer ones is a sequence of one"
+                    f"correct={self.correct}, wrong={self.wrong} together with {given}: expected tokens or sequences, not "
+                    "both; give one-token answers as sequences of one token"
                 )
             if not all(sequences):
                 raise FeatpatchError(f"{given}: expected at least one token in each answer")
         if not self.answers[0]:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
-            raise FeatpatchError(f"{given}: an answer can't be both right and wrong")
+            raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
 
 
 def _shown(answers: Sequences) -> str:
@@ -186,18 +194,153 @@ def _check_tokens(name: str, tokens: object) -> None:
             raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
 
 
-def plain_integers(value: Any) -> int | tuple[int, ...] | None:
-    """Convert an integer of any type, such as NumPy's, or a list or range of integers to `int`; None for anything else."""
-    if isinstance(value, list | tuple | range):
-        every = [plain_integers(each) for each in value]
-        plain = tuple(each for each in every if isinstance(each, int))
-        return plain if len(plain) == len(every) else None
-    try:
-        return None if isinstance(value, bool) else index(value)
-    except TypeError:
-        return None
-
-
 def positions_of(label: LabelPosition) -> tuple[int, ...]:
     """Return the token positions that a label names, one or those of a span."""
     return label if isinstance(label, tuple) else (label,)
+
+
+Label = SupportsIndex | range | str | Sequence[SupportsIndex] | Mapping[str, Any]
+"""The place of a label: a token position; a text that occurs once in the prompt, or its characters (start, end), both of which
+stand for the last token; or a span, given as a range of token positions or as `{"span": text or characters}`."""
+
+
+def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = False) -> int:
+    """Return the position of the token that holds a character of the text.
+
+    A fast Hugging Face tokenizer gives the offsets of tokens. With any other tokenizer, the text up to the character is
+    tokenized, and its tokens are counted.
+
+    Args:
+        first: whether to return the first or the last position if several tokens hold the character, such as its bytes.
+
+    Raises:
+        FeatpatchError: the character is outside the text, or in no token.
+    """
+    if not 0 <= character < len(text):
+        raise FeatpatchError(f"character {character} is outside {text[:40]!r}: expected 0 to {len(text) - 1}")
+    plain, whole = plain_tokenizer(tokenizer), bare_ids(tokenizer, text)
+    ids = prompt_ids(tokenizer, text)
+    last = len(ids) - len(whole)
+    begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), last)
+    if begin < 0 or ids[begin + 1 : begin + len(whole)] != whole[1:]:  # the first may change with BOS in front
+        raise FeatpatchError(
+            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give labels as "
+            "token positions"
+        )
+    if getattr(plain, "is_fast", False):
+        offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+        holding = [position for position, (start, stop) in enumerate(offsets) if start <= character < stop]
+        if not holding:
+            raise FeatpatchError(f"character {character} of {text[:40]!r} is in no token: expected one inside a word")
+        return begin + holding[0 if first else -1]
+    until = (text[:character], text[:character].rstrip(" ")) if first else (text[: character + 1],)
+    before = next((ids for ids in (bare_ids(tokenizer, part) for part in until) if whole[: len(ids)] == ids), None)
+    if before is None:
+        raise FeatpatchError(
+            f"the tokens of {until[0][-30:]!r} change with the text that follows: expected labels that start and end with a "
+            "word"
+        )
+    return begin + len(before) - (0 if first else 1)
+
+
+def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, LabelPosition]:
+    """Return the token position of each label, or its positions if the label is a span.
+
+    A text, or characters [start, end], stands for its last token, and with `{"span": ...}` for all its tokens. Spaces at its
+    ends do not count. A range of token positions is a span too.
+
+    Raises:
+        FeatpatchError: a label is not a position, text or span, or its text does not occur exactly once in the prompt.
+    """
+    positions = {}
+    for name, label in labels.items():
+        try:
+            positions[name] = _position(tokenizer, prompt, label)
+        except FeatpatchError as error:
+            raise FeatpatchError(f"label {name!r}: {error}") from error
+    return positions
+
+
+def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str, int]) -> dict[str, int]:
+    """Convert positions that do not count the special tokens (BOS) at the start of the prompt to positions that do."""
+    special = special_positions(tokenizer, ids)
+    shift = next((position for position in range(len(ids)) if position not in special), 0)
+    return {name: position + shift for name, position in labels.items()}
+
+
+def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> LabelPosition:
+    """Return the token position of one label, or the positions of a span."""
+    plain = plain_integers(label)
+    if plain is not None and (isinstance(plain, int) or isinstance(label, range) or not isinstance(prompt, str)):
+        return plain
+    if isinstance(prompt, str):
+        whole = isinstance(label, Mapping) and set(label) == {"span"}
+        start, end = _characters(prompt, label["span"] if whole else label)
+        if prompt[start:end].strip(" "):  # a space can be part of the next word's token
+            end -= len(prompt[start:end]) - len(prompt[start:end].rstrip(" "))
+            start += len(prompt[start:end]) - len(prompt[start:end].lstrip(" "))
+        last = token_at(tokenizer, prompt, end - 1)
+        return tuple(range(token_at(tokenizer, prompt, start, first=True), last + 1)) if whole else last
+    raise FeatpatchError(f"{label!r} does not apply to a prompt of token ids: expected a position or a range of positions")
+
+
+def _characters(prompt: str, label: Any) -> tuple[int, int]:
+    """Return where a text starts and ends in the prompt, given the text or its characters [start, end]."""
+    if isinstance(label, str) and label:
+        start = prompt.find(label)
+        if start < 0 or prompt.find(label, start + 1) >= 0:
+            found = "is not" if start < 0 else "is more than once"
+            raise FeatpatchError(
+                f"{label!r} {found} in {prompt[:60]!r}: expected text that occurs exactly once; give more of it, or its "
+                "character range [start, end]"
+            )
+        return start, start + len(label)
+    edges = plain_integers(label)
+    if isinstance(edges, tuple) and len(edges) == 2:
+        start, end = edges
+        if not 0 <= start < end <= len(prompt):
+            raise FeatpatchError(
+                f"the characters {list(label)} are outside {prompt[:60]!r} or empty: expected 0 <= start < end <= {len(prompt)}"
+            )
+        return start, end
+    raise FeatpatchError(
+        f"{label!r} is not a valid label: expected a token position, text that occurs once, a character range [start, end], "
+        '{"span": text or character range} for all its tokens, or a range of token positions'
+    )
+
+
+Positions = str | Sequence[Position]
+"""`"all"`, `"each"`, or a list of labels and indices."""
+
+Wanted = Mapping[Position, list[int]]
+"""The token positions of one pair that each requested position stands for."""
+
+
+def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
+    """Return the token positions of a pair that each requested label or index stands for.
+
+    Raises:
+        FeatpatchError: the pair has no such position, or the request is not valid.
+    """
+    if positions not in ("all", "each") if isinstance(positions, str) else not isinstance(positions, Sequence):
+        raise FeatpatchError(
+            f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]"
+        )
+    if positions == "all":
+        return {"all": pair.positions("all")}
+    wanted: Sequence[Position] = pair.positions("all") if positions == "each" else [_plain(entry) for entry in positions]
+    if not wanted:
+        raise FeatpatchError("positions is empty: expected 'all', 'each' or a list of labels and indices")
+    return {position: pair.positions(position) for position in wanted}
+
+
+def _plain(entry: object) -> Position:
+    """Return a label unchanged, or an index as a plain int.
+
+    Raises:
+        FeatpatchError: the entry is neither.
+    """
+    try:
+        return entry if isinstance(entry, str) else index(cast(SupportsIndex, entry))
+    except TypeError as error:
+        raise FeatpatchError(f"position {entry!r} is a {type(entry).__name__}: expected a label or an index") from error

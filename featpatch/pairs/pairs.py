@@ -18,9 +18,8 @@ from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.fields import NEEDED, checked, for_cells, from_cells, of_ids, written
 from featpatch.pairs.files import Rows, csv_rows, each, fitting, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
-from featpatch.pairs.pair import Pair, plain_integers
-from featpatch.pairs.positions import Label
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, special_positions, unmasked, unpadded
+from featpatch.pairs.pair import Label, Pair
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
 from featpatch.untrusted import visible
 
 Table = Sequence[int] | Sequence[Sequence[int]]
@@ -167,7 +166,7 @@ class Pairs(Sequence[Pair]):
         cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)
         if cut and attention_mask is None:
             warnings.warn(
-                f"{cut} of {len(pairs)} pairs are padded: the padding is cut off; give attention_mask= to say where it is",
+                f"{cut} of {len(pairs)} pairs are padded: the padding is removed; pass attention_mask= to mark it explicitly",
                 PairsWarning,
                 stacklevel=2,
             )
@@ -446,12 +445,13 @@ class Pairs(Sequence[Pair]):
         check_kinds(Checklist, found=found)
         if len(found.clean) != len(self):
             raise FeatpatchError(
-                f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected its own pairs"
+                f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected a checklist of these "
+                "pairs; call check on them"
             )
         left = tuple(self.pairs[index] for index in kept(found.verdicts(), verdicts))
         if not left:
             raise FeatpatchError(
-                f"all {len(self)} pairs have verdict {verdicts!r}: expected some to keep; look at the findings"
+                f"all {len(self)} pairs have the verdict {verdicts!r}: expected some pairs to keep; look at the findings"
             )
         return Pairs(left)
 
@@ -615,4 +615,4 @@ def _equally_many(columns: Mapping[str, Sequence[Any]]) -> None:
     check_kinds(Sized, **columns)
     counts = {name: len(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
-        raise FeatpatchError(f"there are {counts}: expected equally many of each, one per pair")
+        raise FeatpatchError(f"there are {counts}: expected equal numbers, one of each per pair")

@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from typing import Any
 
 from featpatch.errors import FeatpatchError, FeatpatchWarning
-from featpatch.pairs.pair import plain_integers
 
 Tokenizer = Callable[..., Any]
 """A Hugging Face tokenizer, a function from a text to a sequence of ids, or a TransformerLens model."""
@@ -39,7 +39,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> Ids:
     bos, eos = (getattr(plain, name, None) for name in ("bos_token_id", "eos_token_id"))
     if bos is not None and ids[:2] == (bos, bos):
         warnings.warn(
-            f"a prompt begins with {plain.bos_token!r}, which the tokenizer adds as well: the second one is dropped; leave it "
+            f"a prompt begins with {plain.bos_token!r}, which the tokenizer also adds: the second one is dropped; leave it "
             "out of the text",
             PairsWarning,
             stacklevel=2,
@@ -119,7 +119,9 @@ class AnswerTokens:
 
     def _known(self, text: str, ids: Ids) -> Ids:
         if self._unknown in ids:
-            raise FeatpatchError(f"answer {text!r} is not in the tokenizer's vocabulary: choose a word that it knows")
+            raise FeatpatchError(
+                f"answer {text!r} is not in the tokenizer's vocabulary: expected a word that is; choose another answer"
+            )
         return ids
 
     def _any_ids(self, text: str) -> Ids:
@@ -129,18 +131,18 @@ class AnswerTokens:
             return following
         found = bare_ids(self.tokenizer, text) if following is None else following
         if not found:
-            raise FeatpatchError(f"answer {text!r} has no tokens: expected at least one; give a text")
+            raise FeatpatchError(f"answer {text!r} has no tokens: expected at least one; give text that is not empty")
         spaced = self._spaced(text)
         if following is None and spaced == found:
             return found  # the tokenizer splits words at spaces and has no tokens for them
         if spaced is not None and spaced != found and len(spaced) <= len(found) and space_missing:
             self.remarks.append(
-                f"answer {text!r} follows {self._end()} without a space, as {self._pieces(found)}; with one, {f' {text}'!r} "
-                f"is {self._pieces(spaced)}; write {f' {text}'!r} if it is a separate word"
+                f"answer {text!r} follows {self._end()} without a space and is tokenized as {self._pieces(found)}; with a "
+                f"space, {f' {text}'!r} is tokenized as {self._pieces(spaced)}; write {f' {text}'!r} if it is a separate word"
             )
         elif following is None and self.prompt is not None:
             self.remarks.append(
-                f"the tokens of {self._end()} change when {text!r} follows, so the answer is tokenized by itself, as "
+                f"the tokens of {self._end()} change when {text!r} follows, so the answer is tokenized on its own, as "
                 f"{self._pieces(found)}; end the prompt at the end of a token, for example without a final space"
             )
         return found
@@ -198,7 +200,7 @@ def unpadded(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, int]:
     if shared or not kept:
         raise FeatpatchError(
             f"token ids {list(ids)} begin or end with {plain.pad_token!r} ({pad}), which "
-            f"{'is the padding token and also BOS or EOS' if shared else 'is the padding token'}: expected prompts without "
+            f"{'is both the padding token and BOS or EOS' if shared else 'is the padding token'}: expected prompts without "
             "padding, or attention_mask= with 1 for tokens and 0 for padding"
         )
     return kept[0], kept[-1] + 1
@@ -231,8 +233,8 @@ def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
     begin = sum(row[0] == pad for row in rows if row)
     if pad is not None and pad == bos and 0 < begin < len(rows):
         raise FeatpatchError(
-            f"{begin} of {len(rows)} rows of token ids begin with {pad}, the padding token and also BOS, and the others do "
-            "not: expected BOS in all or none, or attention_mask= with 1 for tokens and 0 for padding"
+            f"{begin} of {len(rows)} rows of token ids begin with {pad}, which is both the padding token and BOS, and the "
+            "others do not: expected BOS in all rows or in none, or attention_mask= with 1 for tokens and 0 for padding"
         )
 
 
@@ -271,7 +273,8 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Any:
     plain = tokenizer if model is None else model.tokenizer
     if not callable(plain):
         raise FeatpatchError(
-            f"the tokenizer is a {type(plain).__name__}: expected a Hugging Face tokenizer, a function, or a model with one"
+            f"the tokenizer is a {type(plain).__name__}: expected a Hugging Face tokenizer, a function from text to token "
+            "ids, or a model that has a tokenizer"
         )
     return plain
 
@@ -287,7 +290,7 @@ def _ids(tokenize: Callable[..., Any], text: str, **options: bool) -> Ids:
     ids = one_row(found)
     if ids is None:
         raise FeatpatchError(
-            f"the tokenizer gives {str(given)[:60]!r} for the text {text[:40]!r}: expected its token ids, as a list of "
+            f"the tokenizer returns {str(given)[:60]!r} for the text {text[:40]!r}: expected its token ids, as a list of "
             "integers, a tensor [pos], or a mapping that has them as 'input_ids'"
         )
     return ids
@@ -300,3 +303,15 @@ def one_row(value: Any) -> Ids | None:
         rows = rows[0]
     ids = plain_integers(rows)
     return ids if isinstance(ids, tuple) else None
+
+
+def plain_integers(value: Any) -> int | tuple[int, ...] | None:
+    """Convert an integer of any type, such as NumPy's, or a list or range of integers to `int`; None for anything else."""
+    if isinstance(value, list | tuple | range):
+        every = [plain_integers(each) for each in value]
+        plain = tuple(each for each in every if isinstance(each, int))
+        return plain if len(plain) == len(every) else None
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None

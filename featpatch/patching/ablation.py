@@ -21,8 +21,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.components import component_parts
 from featpatch.patching.features import FeaturePart
@@ -162,7 +162,7 @@ class Statistic(Everywhere):
 
     def __init__(self, others: Others, of: Callable[[torch.Tensor], torch.Tensor], *, by_position: bool = False) -> None:
         if all(len(prompt.special) == len(prompt.tokens) for prompt in others.prompts):
-            raise FeatpatchError("all tokens of the prompts to take means over are special: expected others")
+            raise FeatpatchError("the prompts to take means over hold only special tokens: expected words; give other prompts")
         self.others, self.of, self.by_position, self.noted = others, of, by_position, {"reference": others.digest()}
         self._found: dict[tuple[str, int], Values] = {}
 
@@ -175,15 +175,16 @@ class Statistic(Everywhere):
         """
         if not self.by_position and not all(map(sites.by_position, hooks)):
             raise FeatpatchError(
-                f"the mean of {name!r} over all positions is no pattern: expected to='mean_by_position', 'zero' or 'resample'"
+                f"to='mean' for {name!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
+                "positions is not an attention pattern"
             )
         key = name, length if self.by_position else 0
         if key not in self._found:
             prompts = [p for p in self.others.prompts if len(p.tokens) == length or not self.by_position]
             if not prompts:
                 raise FeatpatchError(
-                    f"no prompt of {length} tokens to take a mean by position over: expected some in `reference`; "
-                    "give to='mean', or prompts of that length"
+                    f"there is no prompt of {length} tokens to take a mean by position over: expected at least one in "
+                    "`reference`; add prompts of that length, or pass to='mean'"
                 )
             found = [parts(self.others.run(prompt.tokens, hooks)) for prompt in prompts]
             self._found[key] = tuple(self.of(self._joined(prompts, values)) for values in zip(*found, strict=True))
@@ -220,8 +221,8 @@ class Resampled(Filling):
         fitting = [tokens for tokens in prompts if len(tokens) == len(clean) and tokens != clean]
         if not fitting:
             raise FeatpatchError(
-                f"pair {index} has {len(clean)} tokens and no other prompt has: expected one to resample from; give more "
-                "prompts as reference=..., or another `to`"
+                f"pair {index} has {len(clean)} tokens, and no other prompt has as many: expected one to resample from; pass "
+                "more prompts as reference=..., or another `to`"
             )
         return Random(repr((self.others.seed, clean))).choice(fitting)
 
@@ -306,7 +307,10 @@ def ablate(
         found_parts, noted = component_parts(lens, sites, layers, positions)
         parts, about = parts + found_parts, about | noted
     elif layers is not None:
-        raise FeatpatchError(f"layers={layers} without sites: expected both, or neither; the SAEs name their own layers")
+        raise FeatpatchError(
+            f"layers={layers} without sites: expected both or neither, because each SAE has its own layer; pass sites=..., or "
+            "leave layers out"
+        )
     if not parts:
         raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
     if reference is not None:
@@ -344,6 +348,6 @@ def _contrast(lens: Lens, pairs: Pairs, reference: Pairs, to: To, seed: int) -> 
     if isinstance(to, Real) and not isinstance(to, bool) and isfinite(to):
         return Ablation(Constant(float(to)), float(to))
     if not isinstance(to, str) or to not in FILLINGS:
-        raise FeatpatchError(f"to={to!r}: expected {', '.join(map(repr, FILLINGS))} or a finite number")
+        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, FILLINGS))}, or a finite number")
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in reference for ids in (pair.clean, pair.corrupted)))
     return Ablation(FILLINGS[to](Others(lens, pairs, prompts, seed)), to)

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from featpatch.engine.patches import Deltas
 from featpatch.files import sha256
 from featpatch.nodes import Direction, Kind, Node, Position
-from featpatch.pairs.positions import Wanted
+from featpatch.pairs.pair import Wanted
 from featpatch.sae.dictionary import Dictionary, Split
 
 
@@ -69,7 +69,7 @@ class Contrast(ABC):
         return {}
 
 
-class Swap(Contrast):
+class CleanAndCorrupted(Contrast):
     """A contrast in which each run of a pair is patched with values of the other."""
 
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
@@ -171,7 +171,7 @@ def _each_way(first: int, splits: Splits, change: Callable[[Split, Split], torch
 
 
 @dataclass(frozen=True)
-class Swaps:
+class Swap:
     """Nodes at one hook point that differ between the runs of one pair, with the deltas of each direction.
 
     Attributes:
@@ -190,11 +190,11 @@ class Swaps:
         """Return the deltas for a reading."""
         return self.longer[direction][reading] if self.longer else self.deltas[direction]
 
-    def keep(self, nodes: frozenset[Node]) -> "Swaps":
+    def keep(self, nodes: frozenset[Node]) -> "Swap":
         """Return the swaps of only these nodes."""
         kept = [patch for patch, node in enumerate(self.nodes) if node in nodes]
         some = torch.tensor(kept, dtype=torch.long)
-        return Swaps(
+        return Swap(
             self.site,
             tuple(self.nodes[patch] for patch in kept),
             {way: deltas.select(some) for way, deltas in self.deltas.items()},
@@ -211,14 +211,14 @@ Naming = Callable[[int, Position], Node]
 """A function that returns the node of a feature at a requested position."""
 
 
-def feature_swaps(difference: Difference, wanted: Wanted, directions: "Directions", site: str, naming: Naming) -> list[Swaps]:
-    """Return one `Swaps` per requested position, in which each feature that differs there is patched alone."""
+def feature_swaps(difference: Difference, wanted: Wanted, directions: "Directions", site: str, naming: Naming) -> list[Swap]:
+    """Return one `Swap` per requested position, in which each feature that differs there is patched alone."""
     swaps = []
     for position, span in wanted.items():
         entries = difference.at(span)
         indices, patch = difference.feature[entries].unique(return_inverse=True)
         nodes = tuple(naming(feature, position) for feature in indices.tolist())
-        swaps.append(Swaps(site, nodes, deltas_of(difference, entries, patch, directions, len(nodes))))
+        swaps.append(Swap(site, nodes, deltas_of(difference, entries, patch, directions, len(nodes))))
     return swaps
 
 
@@ -288,7 +288,7 @@ class Directions:
         return torch.searchsorted(self.features, features)
 
 
-def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swaps:
+def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swap:
     """Return one patch per requested position, which makes the whole change there.
 
     Args:
@@ -311,9 +311,15 @@ def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str =
     where = torch.tensor(position, dtype=torch.long)
     numbers = torch.tensor(patch, dtype=torch.long)
     deltas = {way: Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes)) for way, whole in change.items()}
-    return Swaps(site, tuple(nodes), deltas)
+    return Swap(site, tuple(nodes), deltas)
 
 
 def differing(change: Change) -> Bool[torch.Tensor, " pos"]:
     """Return a mask of the positions that change in at least one direction."""
     return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)
+
+
+def count_whole(change: Change, wanted: Wanted) -> int:
+    """Return the number of patches that `whole_swaps` makes."""
+    differs = differing(change)
+    return sum(bool(differs[span].any()) for span in wanted.values())

@@ -19,10 +19,10 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
-from featpatch.patching.changes import Directions, Run, Swaps, feature_swaps, whole_change, whole_swaps
-from featpatch.patching.parts import DictionaryPart, Part, count_whole
+from featpatch.patching.changes import Directions, Run, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.parts import DictionaryPart, Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Asked, Study
 from featpatch.sae.baselines import identity, neurons
@@ -49,7 +49,7 @@ class WholePart(Part):
         """The hook points that are patched."""
         return list(self.whole)
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per hook point."""
         return [
             [whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.whole]
@@ -106,11 +106,11 @@ class HeadPart(Part):
         """Return the number of heads and positions at which the runs differ."""
         return len(list(self._exchanges(run)))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair."""
         return [self._of_pair(run) for run in runs]
 
-    def _of_pair(self, run: PairRuns) -> list[Swaps]:
+    def _of_pair(self, run: PairRuns) -> list[Swap]:
         exchanges = list(self._exchanges(run))
         if not exchanges:
             return []
@@ -120,7 +120,7 @@ class HeadPart(Part):
             for way in run.ways:
                 others = range(1, len(run.bases[way]))
                 longer[way] = [deltas[way], *(self._deltas(run, exchanges, way, reading) for reading in others)]
-        return [Swaps(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer)]
+        return [Swap(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer)]
 
     @property
     def _z(self) -> str:
@@ -253,7 +253,7 @@ class HeadPart(Part):
 class NeuronPart(DictionaryPart):
     """Each neuron of an MLP, as a feature of a dictionary of neurons."""
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per requested position."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)

@@ -11,7 +11,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Directions, Swaps, deltas_of
+from featpatch.patching.changes import Difference, Directions, Swap, deltas_of
 from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
@@ -43,8 +43,8 @@ class Controls:
 
     def __repr__(self) -> str:
         parts = [
-            f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm reach the "
-            f"{self.feature.pooled(effect)[0]:.3f} of {self.feature.nodes[0]}"
+            f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm have an effect of "
+            f"at least {self.feature.pooled(effect)[0]:.3f}, that of {self.feature.nodes[0]}"
             for effect in self.feature.directions_run()
         ]
         return visible("\n".join(parts))
@@ -95,11 +95,17 @@ def random_controls(
     own = single.top(1) if feature is None else single.where(index=feature)
     if not len(own):
         which = "no feature" if feature is None else f"feature {feature}"
-        raise FeatpatchError(f"{which} of {dictionary.name!r} differs between the runs at {position!r}: expected one that does")
+        raise FeatpatchError(
+            f"{which} of {dictionary.name!r} differs between the runs at {position!r}: expected one that does; choose another "
+            "feature or position"
+        )
     part = RandomPart(dictionary, int(own.indices[0]), position, n, seed)
     random = replace(study, parts=[part]).complete(progress=progress)
     if not len(random):
-        raise FeatpatchError(f"{own.nodes[0]} writes nothing: expected a feature with a direction, to compare others with")
+        raise FeatpatchError(
+            f"the decoder direction of {own.nodes[0]} is zero: expected a feature that writes something, to compare with "
+            "random directions"
+        )
     return Controls(own, random)
 
 
@@ -124,14 +130,14 @@ class RandomPart(DictionaryPart):
         difference = self.difference(run)
         return self.n * bool((difference.feature[difference.at(run.wanted[self.position])] == self.feature).any())
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair in which the feature differs, and none for other pairs."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
         units = self._units(directions.values)
         return [self._of_pair(run, difference, directions, units) for run, difference in zip(runs, found, strict=True)]
 
-    def _of_pair(self, run: PairRuns, difference: Difference, directions: Directions, units: torch.Tensor) -> list[Swaps]:
+    def _of_pair(self, run: PairRuns, difference: Difference, directions: Directions, units: torch.Tensor) -> list[Swap]:
         entries = difference.at(run.wanted[self.position])
         entries = entries[difference.feature[entries] == self.feature]
         own = deltas_of(difference, entries, torch.zeros_like(entries), directions, 1)
@@ -150,7 +156,7 @@ class RandomPart(DictionaryPart):
                 coefficient=signed.repeat(self.n),
                 directions=units,
             )
-        return [Swaps(site, nodes, deltas)]
+        return [Swap(site, nodes, deltas)]
 
     def _units(self, like: torch.Tensor) -> torch.Tensor:
         """Draw the random unit vectors, `[n, d]`, with the type and device of `like`."""

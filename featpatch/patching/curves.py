@@ -11,8 +11,8 @@ from featpatch.console import Frame
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import Noise
@@ -138,7 +138,10 @@ def top_k_curve(
     check_kinds(str, by=by)
     check_kinds(Sequence, directions=directions)
     if by not in EFFECTS or EFFECTS[by] not in directions:
-        raise FeatpatchError(f"by={by!r}: expected 'recovery' or 'degradation', and its direction among {list(directions)}")
+        raise FeatpatchError(
+            f"by={by!r} with directions={list(directions)}: expected 'recovery' (denoising) or 'degradation' (noising), and "
+            "its direction among directions"
+        )
     asked = Asked(positions, directions, metric, batch_rows, noise)
     study, found = feature_study(model, saes, pairs, asked)
     single = study.complete(progress=progress)

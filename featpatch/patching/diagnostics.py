@@ -85,11 +85,11 @@ def diagnose(
     check_pairs(pairs)
     ways = check_directions(directions)
     if not isinstance(nodes, Sequence) or not nodes or not all(isinstance(node, Node) for node in nodes):
-        raise FeatpatchError(f"nodes={nodes!r:.80}: expected one fp.Node or more in a sequence, e.g. effects.top(20).nodes")
+        raise FeatpatchError(f"nodes={nodes!r:.80}: expected a sequence of at least one fp.Node, e.g. effects.top(20).nodes")
     others = sorted({node.kind for node in nodes} - set(KINDS))
     if others:
         raise FeatpatchError(
-            f"nodes are of kind {', '.join(others)}: expected some of {', '.join(KINDS)}; leave the others out"
+            f"nodes are of kind {', '.join(others)}: expected only nodes of kind {', '.join(KINDS)}; leave the others out"
         )
     lens = wrap(model)
     check_tokens(pairs, lens)

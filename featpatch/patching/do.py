@@ -66,8 +66,8 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
         site = lens.site(node.site)
         if not sites.by_position(site):
             raise FeatpatchError(
-                f"node {str(node)!r}: the activation there has no position first: expected a hook such as hook_z; "
-                "patch patterns by rank_components(sites='pattern')"
+                f"node {str(node)!r}: the first dimension of the activation there is not the position: expected a hook such "
+                "as hook_z; to patch attention patterns, call rank_components(sites=['pattern'])"
             )
         dictionary = None if node.kind in COMPONENTS else _dictionary(node, site, found)
         width = dictionary.d_sae if dictionary else prod(_shape(lens, site))
@@ -92,7 +92,9 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
     if node.kind == "all_features":
         return slice(None)
     if node.index is None or node.kind not in ("feature", *COMPONENTS):
-        raise FeatpatchError(f"node {str(node)!r} names no values by itself: expected the features themselves, in one Patch")
+        raise FeatpatchError(
+            f"node {str(node)!r} does not say which values to patch: expected the features themselves; put them into one Patch"
+        )
     count, size = part.columns.shape[1], 1
     if node.kind == "head":
         shape = _shape(lens, part.site)
@@ -123,7 +125,8 @@ def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str,
         whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
         if other == site and (mixed or whole) and (part.rest | part.columns.any(1))[where].any():
             raise FeatpatchError(
-                f"node {str(node)!r} overlaps other nodes at {site!r}: expected the whole activation or parts of it; name one"
+                f"node {str(node)!r} overlaps other nodes at {site!r}: expected either the whole activation or parts of it; "
+                "leave one of them out"
             )
 
 
@@ -136,8 +139,9 @@ def _dictionary(node: Node, site: str, found: Sequence[Dictionary]) -> Dictionar
     fitting = [d for d in found if d.writes == site and node.sae in ("", d.name)]
     if len(fitting) != 1:
         raise FeatpatchError(
-            f"node {str(node)!r} (sae={node.sae!r}) belongs to {len(fitting)} of the dictionaries "
-            f"{[d.name for d in found]}: expected exactly one; pass saes=..., and name the dictionary where a hook has several"
+            f"node {str(node)!r} (sae={node.sae!r}) belongs to {len(fitting)} of the SAEs passed "
+            f"({', '.join(d.name for d in found) or 'none'}): expected exactly one; pass saes=..., and name the SAE if a hook "
+            "point has several"
         )
     return fitting[0]
 
@@ -151,7 +155,9 @@ def _positions(node: Node, length: int) -> list[int]:
     if node.position == "all":
         return list(range(length))
     if isinstance(node.position, str):
-        raise FeatpatchError(f"node {str(node)!r} is at a label: expected a token index or 'all' outside of pairs")
+        raise FeatpatchError(
+            f"node {str(node)!r} is at a label: expected a token index or 'all', because only pairs have labels"
+        )
     if not 0 <= node.position < length:
         raise FeatpatchError(f"node {str(node)!r} is outside a prompt of {length} tokens: expected 0 to {length - 1}")
     return [node.position]
@@ -212,12 +218,12 @@ def do(
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
     if (base is None) == (how == "add"):
-        raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with 'add' and none with 'set'")
+        raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with how='add', and base=None with how='set'")
     check_kinds(Patch, patch=patch)
     source = _rows("source", source)
     base = None if base is None else _rows("base", base)
     if not patch.nodes:
-        raise FeatpatchError("the patch has no nodes: expected at least one")
+        raise FeatpatchError("the patch has no nodes: expected at least one; name what to patch")
     if base is not None and base.shape != source.shape:
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
     lens = wrap(model)
@@ -249,7 +255,8 @@ def do(
         silent = [group.site for group, firing in zip(groups, fired, strict=True) if not firing.count]
         if silent:
             raise FeatpatchError(
-                f"the patch at {', '.join(silent)} never fired: expected a call of the model within `do`, in the same thread"
+                f"the patch at {', '.join(silent)} was never applied: expected a call of the model inside the `with "
+                "fp.do(...)` block, in the same thread"
             )
 
 
@@ -310,8 +317,8 @@ def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]
         )
         if hidden:
             raise FeatpatchError(
-                f"node {str(node)!r} stands for padding in one of the prompts: expected a position at which every prompt has a "
-                "token, and for 'all' the same padding in source and base"
+                f"node {str(node)!r} is at padding in one of the prompts: expected a position at which every prompt has a "
+                "token and, for 'all', the same padding in source and base"
             )
     return shown[..., None]
 
@@ -325,13 +332,13 @@ def _check_settable(lens: Lens, group: Chosen) -> None:
     site = group.site
     if sites.highest(group.hooks - {site}, lens.n_layers) > sites.layer_of(site):
         raise FeatpatchError(
-            f"the dictionary at {site!r} reads at {', '.join(group.hooks - {site})}, after it writes, so that nothing can be "
+            f"the dictionary at {site!r} reads at {', '.join(group.hooks - {site})}, after it writes, so its values can't be "
             "set: expected how='add' with base tokens"
         )
     if lens.carrier(site) != site:
         raise FeatpatchError(
-            f"site {site!r} of a {lens.kind} is not the residual stream itself, so that it can't be set: "
-            "expected another site, how='add' with base tokens, or a HookedTransformer"
+            f"site {site!r} of a {lens.kind} is a copy of the residual stream, so it can't be set: expected another hook "
+            "point, how='add' with base tokens, or a HookedTransformer"
         )
 
 
@@ -366,12 +373,13 @@ def _on_prompt(
             if total.count:
                 return None
             raise FeatpatchError(
-                f"the model was called with {activation.shape[1]} tokens within a patch of {length}: expected at least "
-                f"{length}, with the source's positions first"
+                f"the model was called with {activation.shape[1]} tokens inside a patch of {length}: expected at least "
+                f"{length}, the source's positions first"
             )
         if batch not in (1, len(activation)):
             raise FeatpatchError(
-                f"the model was called with {len(activation)} prompts within a patch of {batch}: expected {batch}"
+                f"the model was called with {len(activation)} prompts inside a patch of {batch}: expected {batch}; use the "
+                "batch size of the source"
             )
         delta = change(activation[:, :length])
         if shown is not None:

@@ -7,10 +7,19 @@ from typing import Any
 from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
-from featpatch.patching.changes import Difference, Directions, Naming, Swaps, feature_swaps, whole_change, whole_swaps
-from featpatch.patching.parts import Part, count_whole
+from featpatch.patching.changes import (
+    Difference,
+    Directions,
+    Naming,
+    Swap,
+    count_whole,
+    feature_swaps,
+    whole_change,
+    whole_swaps,
+)
+from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Asked, Study
 from featpatch.sae.dictionary import Dictionary, dictionaries
@@ -38,7 +47,7 @@ class FeaturePart(Part):
         """The hook points that are patched."""
         return list(dict.fromkeys(dictionary.writes for dictionary in self.dictionaries))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
         probed = {d.name: Directions.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
         each = [self._of_pair(run, probed) for run in runs]
@@ -54,8 +63,8 @@ class FeaturePart(Part):
             total += sum(count_whole(change, run.wanted) for change in (difference.features, difference.error))
         return total
 
-    def _of_pair(self, run: PairRuns, probed: dict[str, Directions]) -> list[Swaps]:
-        swaps: list[Swaps] = []
+    def _of_pair(self, run: PairRuns, probed: dict[str, Directions]) -> list[Swap]:
+        swaps: list[Swap] = []
         for dictionary in self.dictionaries:
             site, name, found = dictionary.writes, dictionary.name, self._differences(run)[dictionary.name]
             swaps += feature_swaps(found, run.wanted, probed[name], site, _naming(dictionary))
@@ -116,5 +125,5 @@ def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, asked: 
     positions: Positions = "all" if position == "all" else [position]
     study, found = feature_study(model, sae, pairs, replace(asked, positions=positions))
     if len(found) != 1:
-        raise FeatpatchError(f"there are {len(found)} dictionaries: expected one, whose features are swapped at one site")
+        raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
     return study, found[0]

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from featpatch.pairs.positions import Wanted
-from featpatch.patching.changes import Change, Difference, Swaps, differing
+from featpatch.patching.changes import Difference, Swap
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
 
@@ -28,18 +27,12 @@ class Part(ABC):
         """The hook points at which the changes are added."""
 
     @abstractmethod
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each of some pairs that run together."""
 
     @abstractmethod
     def count(self, run: PairRuns) -> int:
         """Return the number of patches per direction in the swaps of a pair."""
-
-
-def count_whole(change: Change, wanted: Wanted) -> int:
-    """Return the number of patches that `whole_swaps` makes."""
-    differs = differing(change)
-    return sum(bool(differs[span].any()) for span in wanted.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from featpatch.metrics import SEQUENCES
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node
+from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import spans
-from featpatch.patching.changes import Swaps
+from featpatch.patching.changes import Swap
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import readout
 from featpatch.patching.route import Receiver, Route, Senders, receiver_of
@@ -58,7 +58,7 @@ class EdgePart(Part):
         """The hook points that are patched, which are those of the receivers."""
         return list(dict.fromkeys(receiver.writes for receiver in self.receivers))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per receiver."""
         return [run.once(self, partial(self._of_pair, run)) for run in runs]
 
@@ -79,7 +79,7 @@ class EdgePart(Part):
                     edges[receiver.node][sender] = edge
         return edges
 
-    def _of_pair(self, run: PairRuns) -> list[Swaps]:
+    def _of_pair(self, run: PairRuns) -> list[Swap]:
         nodes, streams = self.senders.streams(run, self.route)
         swaps = []
         for receiver in self.receivers:
@@ -89,7 +89,7 @@ class EdgePart(Part):
                 where = self._where(run, receiver)
                 changes = {way: receiver.change(stream, torch.tensor(rows), where) for way, stream in streams.items()}
                 deltas = {way: _deltas(change, run.first) for way, change in changes.items()}
-                swaps.append(Swaps(receiver.writes, tuple(edges[nodes[row - 1]] for row in rows), deltas))
+                swaps.append(Swap(receiver.writes, tuple(edges[nodes[row - 1]] for row in rows), deltas))
         return swaps
 
     def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:
@@ -127,14 +127,19 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    readout(asked.metric, SEQUENCES, "for paths, which freeze mediators in the prompt, but not in an answer that follows it")
+    readout(
+        asked.metric, SEQUENCES, "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
+    )
     lens = wrap(model)
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)
     sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver_of(lens, node, found) for node in receiving], route, only)
     if not any(part.edges.values()):
-        raise FeatpatchError("no receiver lies above a sender: expected at least one path; senders write before receivers read")
+        raise FeatpatchError(
+            "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
+            "senders"
+        )
     about = {
         "saes": {dictionary.name: dictionary.digest() for dictionary in found},
         "route": route,

@@ -65,8 +65,8 @@ class AtAnswer:
         need = [part.name for part in self.measures.parts if part.needs != "clean"]
         if need and not pair.correct:
             raise FeatpatchError(
-                f"its answers {pair.answers} are of several tokens, and {', '.join(need)} reads one: expected one of "
-                f"{', '.join(SEQUENCES)}, or answers of one token"
+                f"its answers {pair.answers} have several tokens, and {', '.join(need)} reads one: expected the metric "
+                f"{' or '.join(SEQUENCES)}, or one-token answers"
             )
         return [Reading((), pair.correct, pair.wrong)]
 
@@ -117,8 +117,8 @@ class OfSequences:
         """
         if "sequence_log_prob_diff" in self.names and not pair.answers[1]:
             raise FeatpatchError(
-                "metric 'sequence_log_prob_diff' compares the correct answers with wrong ones, and a pair has no wrong ones: "
-                "give wrong=..., or metric='sequence_log_prob'"
+                "metric 'sequence_log_prob_diff' compares correct with wrong answers, and a pair has no wrong answers: "
+                "expected at least one; give wrong=..., or use metric='sequence_log_prob'"
             )
         return pair.answers if "sequence_log_prob_diff" in self.names else pair.answers[:1]
 
@@ -142,8 +142,8 @@ def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Readi
     check_tokens(pairs, lens, continuations)
     if any(any(of_pair) for of_pair in continuations.values()) and not lens.causal:
         raise FeatpatchError(
-            f"metric {', '.join(read.names)} puts answers after the prompt, and {lens.name!r} attends in "
-            "both directions: expected a causal model, or answers of one token"
+            f"metric {', '.join(read.names)} reads answers that follow the prompt, but {lens.name!r} has bidirectional "
+            "attention: expected a causal model, or one-token answers"
         )
     return readings
 
@@ -166,7 +166,7 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
         FeatpatchError: if a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
     """
     if single and not isinstance(metric, str) and not callable(metric):
-        raise FeatpatchError(f"metric={metric!r}: expected one name or function")
+        raise FeatpatchError(f"metric={metric!r}: expected one name or one function")
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
     if not all(isinstance(name, str) or callable(name) for name in names):
         raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
@@ -175,7 +175,7 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
         return AtAnswer(together(names, refused, use))
     if len(whole) < len(names) or len(set(names)) < len(names):
         raise FeatpatchError(
-            f"metric={names}: expected each name once, and metrics of whole answers ({', '.join(SEQUENCES)}) by themselves, "
-            "because the others read one token; rank twice"
+            f"metric={names}: expected each name once, and metrics of answers of several tokens ({', '.join(SEQUENCES)}) on "
+            "their own, because the others read one token; rank twice"
         )
     return OfSequences(tuple(str(name) for name in whole))

@@ -21,7 +21,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens, added
 from featpatch.nodes import LOGITS, Direction, Node
-from featpatch.patching.changes import Run, Swaps
+from featpatch.patching.changes import Run, Swap
 from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import Part
@@ -224,7 +224,9 @@ def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver
     owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
     if owner is not None and owner.writes == node.site and node.kind in ("feature", "error"):
         if node.kind == "feature" and not owner.behaviour.linear:
-            raise FeatpatchError(f"receiver {str(node)!r}: expected a feature of a dictionary whose decoder is linear")
+            raise FeatpatchError(
+                f"receiver {str(node)!r}: expected a feature of a dictionary with a linear decoder; leave this receiver out"
+            )
         both = tuple(dict.fromkeys((owner.reads, owner.writes)))
         return CodeReceiver(node, (owner.reads,) if node.kind == "feature" else both, owner.writes, owner)
     site = lens.site(node.site)
@@ -234,8 +236,9 @@ def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver
     if node.kind == "head" and (site == z or sites.is_component(site, "q", "k", "v")) and node.index is not None:
         return HeadReceiver(node, (site,), z, lens, node.index)
     raise FeatpatchError(
-        f"receiver {str(node)!r}: expected a feature or error of {sorted(d.name for d in found)}, a head at hook_q, hook_k, "
-        "hook_v or hook_z, a whole activation such as hook_mlp_out, or 'logits'"
+        f"receiver {str(node)!r}: expected a feature or error of "
+        f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'}, a head at hook_q, hook_k, hook_v or hook_z, "
+        "a whole activation such as hook_mlp_out, or 'logits'"
     )
 
 
@@ -266,8 +269,9 @@ class Senders:
             site = by_name[node.sae].writes if node.sae in by_name else lens.site(node.site)
             if site != node.site or sites.entry(site) is None:
                 raise FeatpatchError(
-                    f"sender {str(node)!r} does not write to the stream: expected a feature or error of {sorted(by_name)}, a "
-                    "head at hook_z, or a whole activation such as hook_mlp_out"
+                    f"sender {str(node)!r} does not write to the residual stream: expected a feature or error of "
+                    f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole activation such "
+                    "as hook_mlp_out"
                 )
             if node.kind in ("feature", "error", "all_features") and node.sae in by_name:
                 parts["sae", node.sae] = FeaturePart([by_name[node.sae]], frozenset(n for n in nodes if n.sae == node.sae))
@@ -277,8 +281,9 @@ class Senders:
                 parts["heads", site] = HeadPart(lens, sites.layer_of(site), "z")
             else:
                 raise FeatpatchError(
-                    f"sender {str(node)!r}: expected a feature or error with the name of its SAE, of {sorted(by_name)}, "
-                    "a head at hook_z, or a whole activation"
+                    f"sender {str(node)!r}: expected a feature or error of "
+                    f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'} with the SAE's name in the node, a head at "
+                    "hook_z, or a whole activation"
                 )
         return cls(lens, nodes, list(parts.values()))
 
@@ -292,7 +297,7 @@ class Senders:
         """The first layer that a change of a sender enters."""
         return min(place[0] for site in {node.site for node in self.nodes} if (place := sites.entry(site)))
 
-    def swaps(self, run: PairRuns) -> list[Swaps]:
+    def swaps(self, run: PairRuns) -> list[Swap]:
         """Return the swaps of the senders that differ between the runs of a pair."""
         wanted = frozenset(self.nodes)
         swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]

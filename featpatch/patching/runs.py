@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from featpatch import sites
-from featpatch.engine.patches import BaseRun, Block
+from featpatch.engine.patches import BaseRun
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Position
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, Wanted
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Wanted
-from featpatch.patching.changes import Contrast, Run, Swaps, Ways
+from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.readings import Reading
 
 
@@ -52,8 +51,8 @@ class Noise:
         several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str)
         if not several or not self.positions or not isinstance(self.scale, (int, float)) or not self.scale > 0:
             raise FeatpatchError(
-                f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected a list of at least one label or index, "
-                "and a scale above 0, e.g. Noise(['subject'], scale=3)"
+                f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected positions as a list of at least one "
+                "label or index, and a scale above 0, e.g. Noise(['subject'], scale=3)"
             )
         object.__setattr__(self, "positions", tuple(self.positions))
 
@@ -128,14 +127,6 @@ class PairRuns:
         if part not in self.found:
             self.found[part] = find()
         return self.found[part]
-
-    def blocks(self, swaps: Sequence[Swaps], direction: Direction) -> list[Block]:
-        """Return the swaps as blocks of patches for the engine, in the same order, for one reading after the other."""
-        return [
-            Block(name=swap.name, run=base, site=swap.site, deltas=swap.at(direction, number))
-            for number, base in enumerate(self.bases[direction])
-            for swap in swaps
-        ]
 
 
 def chunks(pairs: Pairs) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Directions, Swaps, split_ways
+from featpatch.patching.changes import Difference, Directions, Swap, split_ways
 from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
@@ -46,7 +46,7 @@ class SetPart(DictionaryPart):
         """Return the number of sets, including those in which nothing differs."""
         return sum(len(sets) for position, sets in self.sets.items() if run.wanted.get(position))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swaps]]:
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per position."""
         found = [self.difference(run) for run in runs]
         directions = Directions.of(self.dictionary, found)
@@ -55,7 +55,7 @@ class SetPart(DictionaryPart):
             for run, difference in zip(runs, found, strict=True)
         ]
 
-    def _of_position(self, run: PairRuns, difference: Difference, directions: Directions, position: Position) -> Swaps:
+    def _of_position(self, run: PairRuns, difference: Difference, directions: Directions, position: Position) -> Swap:
         sets, span = self.sets[position], torch.tensor(run.wanted[position])
         site, name = self.dictionary.writes, self.dictionary.name
         nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
@@ -63,7 +63,7 @@ class SetPart(DictionaryPart):
             changes = self._along(difference, directions, sets, span)
         else:
             changes = self._by_definition(run, sets, span)
-        return Swaps(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
+        return Swap(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
 
     def _along(
         self, difference: Difference, directions: Directions, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
@@ -142,8 +142,8 @@ def interactions(
     known = range(dictionary.d_sae)
     if len(features) < 2 or not all(type(f) is int and f in known for f in features) or len(set(features)) < len(features):
         raise FeatpatchError(
-            f"features={list(features)}: expected at least two different ones, from 0 to {len(known) - 1}, that differ between "
-            "the runs"
+            f"features={list(features)}: expected at least two features from 0 to {len(known) - 1}, each once, that differ "
+            "between the runs"
         )
     two = list(combinations(range(len(features)), 2))
     sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
@@ -236,15 +236,18 @@ def select_features(
     check_kinds(str, effect=effect)
     if effect not in EFFECTS or not _fits(target, candidates, most):
         raise FeatpatchError(
-            f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected 'recovery' or "
-            "'degradation', a target above 0 such as 0.8, and 1 or more of the others"
+            f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected effect to be 'recovery' or "
+            "'degradation', target above 0 (such as 0.8), and candidates and most 1 or more"
         )
     study, dictionary = single_study(model, sae, pairs, position, Asked(metric=metric, batch_rows=batch_rows))
     one_way = replace(study, directions=(EFFECTS[effect],))
     single = one_way.complete(progress=progress)
     pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()
     if not pool:
-        raise FeatpatchError(f"no feature of {dictionary.name!r} differs at {position!r}: expected some to choose among")
+        raise FeatpatchError(
+            f"no feature of {dictionary.name!r} differs between the runs at {position!r}: expected at least one; choose "
+            "another position"
+        )
     chosen: list[int] = []
     reached = 0.0
     with tqdm(total=most, unit="feature", desc="selecting", disable=not progress) as bar:

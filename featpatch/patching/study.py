@@ -1,8 +1,6 @@
-"""The arguments that all patching experiments share.
+"""A patching experiment, from validated arguments to the table of effects.
 
-A patching experiment, from validated arguments to the table of effects.
-
-Split a study into shards for workers: each shard is one part of the study for one group of pairs that run together.
+For workers, a study is split into shards: each shard is one part of the study for one group of pairs that run together.
 """
 
 import warnings
@@ -11,7 +9,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +34,12 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
+from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions, Wanted, spans
-from featpatch.patching.changes import Contrast, Swap, Swaps
+from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import Metrics, Reading, Readout, readings_of, readout
 from featpatch.patching.runs import KEPT, KEPT_SHARE, Kept, Noise, PairRuns, Runner, chunks
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Asked:
     noise: Noise | None = None
 
 
-SWAP = Swap()
+CLEAN_AND_CORRUPTED = CleanAndCorrupted()
 """The default contrast: clean into corrupted, and corrupted into clean."""
 
 Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
@@ -99,7 +94,13 @@ class Study:
 
     @classmethod
     def of(
-        cls, lens: Lens, parts: Sequence[Part], about: Mapping[str, Any], pairs: Pairs, asked: Asked, contrast: Contrast = SWAP
+        cls,
+        lens: Lens,
+        parts: Sequence[Part],
+        about: Mapping[str, Any],
+        pairs: Pairs,
+        asked: Asked,
+        contrast: Contrast = CLEAN_AND_CORRUPTED,
     ) -> "Study":
         """Make a study, after checking everything that can be checked without a sweep.
 
@@ -163,7 +164,7 @@ class Study:
         return self._swept(self._survey(), journal, executor, progress=progress)
 
     def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
-        elsewhere = executor_of(executor)
+        elsewhere = None if executor is None else executor_of(executor)
         metadata = dict(self.metadata)
         clean, corrupted, patches = survey
         book = None if elsewhere is None else Book(self.rows)
@@ -206,13 +207,13 @@ class Study:
             raise KeyboardInterrupt
         return effects
 
-    def work(self) -> Iterator[tuple[list[Swaps], list[Block]]]:
+    def work(self) -> Iterator[tuple[list[Swap], list[Block]]]:
         """Yield the swaps and their patches, for each part of each group of pairs that run together."""
         for some in chunks(self.pairs):
             runs = self.runs(tuple(some))
             for part in self.parts:
                 swaps = part.swaps(runs)
-                yield [swap for of_pair in swaps for swap in of_pair], self._blocks(runs, swaps)
+                yield [swap for of_pair in swaps for swap in of_pair], list(self._blocks(runs, swaps).values())
 
     @property
     def fast(self) -> bool:
@@ -223,7 +224,7 @@ class Study:
         """Run all batches with an executor and return the book of their values; after Ctrl-C, of those that are finished."""
         shards = len(list(chunks(self.pairs))) * len(self.parts)
         total = patches * len(self.directions)
-        with tqdm(total=total, unit="patch", desc="patching elsewhere", disable=not progress, smoothing=0) as bar:
+        with tqdm(total=total, unit="patch", desc="patching on workers", disable=not progress, smoothing=0) as bar:
             try:
                 asked = replace(self.remade["asked"], directions=self.directions, batch_rows=book.rows)
                 study = partial(_again, self.lens, self.parts, self.pairs, {**self.remade, "asked": asked})
@@ -235,38 +236,37 @@ class Study:
     def blocks(self, some: list[int], part: Part) -> list[Block]:
         """Return all patches of a part for some pairs that run together."""
         runs = self.runs(tuple(some))
-        return self._blocks(runs, part.swaps(runs))
+        return list(self._blocks(runs, part.swaps(runs)).values())
 
-    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swaps]]) -> list[Block]:
-        """List the patches by direction, then by pair, reading and swap."""
-        each = [(direction, *both) for direction in self.directions for both in zip(runs, swaps, strict=True)]
-        return [block for direction, run, of_pair in each for block in run.blocks(of_pair, direction)]
+    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> "dict[tuple[Direction, int, int, int], Block]":
+        """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
+        return {
+            (direction, pair, reading, number): Block(swap.name, base, swap.site, swap.at(direction, reading))
+            for direction in self.directions
+            for pair, (run, of_pair) in enumerate(zip(runs, swaps, strict=True))
+            for reading, base in enumerate(run.bases[direction])
+            for number, swap in enumerate(of_pair)
+        }
 
     def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
         """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
         runs = self._prepared(some)
         swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
-        values = [torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for block in blocks]
+        values = {
+            key: torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for key, block in blocks.items()
+        }
         try:
-            sweep.fill(blocks, values)
+            sweep.fill(list(blocks.values()), list(values.values()))
         finally:
-            left = iter(values)
-            found = [
-                (index, direction, [[next(left) for _ in of_pair] for _ in run.bases[direction]])
-                for direction in self.directions
-                for index, run, of_pair in zip(some, runs, swaps, strict=True)
-            ]
-            for slot, of_pair in enumerate(swaps):
-                for number, swap in enumerate(of_pair):
-                    collector.add(
-                        some[slot],
-                        swap.nodes,
-                        {
-                            direction: self._combined(index, torch.stack([reading[number] for reading in readings]))
-                            for index, direction, readings in found[slot :: len(some)]
-                        },
-                    )
+            for pair, (index, run) in enumerate(zip(some, runs, strict=True)):
+                for number, swap in enumerate(swaps[pair]):
+                    measured: dict[Direction, NDArray[np.float64]] = {}
+                    for direction in self.directions:
+                        readings = range(len(run.bases[direction]))
+                        of_readings = [values[direction, pair, reading, number] for reading in readings]
+                        measured[direction] = self._combined(index, torch.stack(of_readings))
+                    collector.add(index, swap.nodes, measured)
 
     def _prepared(self, some: list[int]) -> list[PairRuns]:
         """Run some pairs and prepare them for the engine, always together, so that rounding is the same each time."""
@@ -313,8 +313,9 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
         places = [max(span[label]) for span in wanted]
         if all(place < pair.first_difference for place, pair in zip(places, pairs, strict=True)):
             warnings.warn(
-                f"nothing differs at {label!r} of any pair, so that it has no rows: pair 0 has it at {places[0]} and differs "
-                f"from {pairs[0].first_difference} on; positions count from 0, with the BOS token",
+                f"label {label!r} has no rows, because it is before the first difference in every pair: in pair 0 it is at "
+                f"position {places[0]} and the prompts differ from position {pairs[0].first_difference} on (positions count "
+                "from 0 and include the BOS token)",
                 FeatpatchWarning,
                 stacklevel=5,
             )

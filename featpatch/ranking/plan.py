@@ -12,8 +12,8 @@ from featpatch.attribution.features import estimation_time
 from featpatch.engine.sweep import Sweep
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import DIRECTIONS, RANKED, Direction, Node
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
@@ -198,6 +198,7 @@ def _check_one_function(
     allowed = {"senders", "receivers"} if paths else {"saes"} if saes is not None else {"sites", "layers"}
     if not set(named) <= allowed or (paths and len(allowed & set(named)) < 2):
         raise FeatpatchError(
-            f"fp.plan with {', '.join(named)}: expected senders and receivers, with route but without positions, for paths; "
-            "saes for features; or saes=None, with sites and layers, for components; plan one ranking at a time"
+            f"fp.plan got {', '.join(named)}: expected senders and receivers (and optionally route, but not positions) for "
+            "paths, saes for features, or saes=None (and optionally sites and layers) for components; plan one ranking at a "
+            "time"
         )

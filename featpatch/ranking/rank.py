@@ -17,8 +17,8 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import find
 from featpatch.nodes import DIRECTIONS, Direction, Edge, Node
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
@@ -113,7 +113,9 @@ def rank_features(
     if screen is None:
         return run(feature_study(model, saes, pairs, asked)[0])
     if noise is not None:
-        raise FeatpatchError("screen with noise: expected corrupted prompts, whose gradients are what estimates are of")
+        raise FeatpatchError(
+            "screen=... with noise: expected no noise, because estimates need corrupted prompts; leave one of them out"
+        )
     source = Gradients(model, pairs, metric=leading(metric), method=screen.method, keep=False)
     estimate = estimate_features(source, saes, positions, directions, progress=progress)
     return screened(screen, estimate, lambda only: feature_study(model, saes, pairs, asked, only)[0], run)
@@ -241,7 +243,11 @@ def rank_paths(
     count = sum(map(len, part.edges.values()))
     chosen = (MANY if count > BUDGET else None) if screen == "auto" else screen
     if progress:
-        how = "all run" if chosen is None else f"screened by gradients, {chosen.k} and {chosen.audit} of them run"
+        how = (
+            "all are patched"
+            if chosen is None
+            else f"screened by gradient estimates; {chosen.k} of them, and {chosen.audit} of the others at random, are patched"
+        )
         tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}", file=sys.stderr)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if not isinstance(chosen, Screen):
@@ -273,14 +279,18 @@ def _gradients(method: Method, model: Any, pairs: Pairs, metric: Metrics, option
     if given:
         raise FeatpatchError(
             f"method={method!r} with {', '.join(given)}: expected {'it' if len(given) == 1 else 'them'} only with "
-            "method='exact', because an estimate runs no patches; leave one or the other out"
+            f"method='exact', because estimates run no patches; leave {'it' if len(given) == 1 else 'them'} out, or use "
+            "method='exact'"
         )
     if not isinstance(method, Gradients):
         return Gradients(model, pairs, metric=metric, method=method, keep=False)  # type: ignore[arg-type]
     if method.model is not model or method.pairs != pairs:
         raise FeatpatchError(
-            "the gradients are of another model or of other pairs: expected fp.Gradients(model, pairs, ...) of these"
+            "the gradients belong to another model or other pairs: expected those of this model and these pairs; make them "
+            "with fp.Gradients(model, pairs, ...)"
         )
     if metric != "logit_diff" and find(leading(metric)).name != method.measure.name:
-        raise FeatpatchError(f"metric={metric!r} with gradients of {method.measure.name}: expected the same; leave metric out")
+        raise FeatpatchError(
+            f"metric={metric!r} with gradients of {method.measure.name!r}: expected the same metric; leave metric out"
+        )
     return method

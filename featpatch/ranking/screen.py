@@ -63,7 +63,9 @@ class Screen:
         check_numbers(1, k=self.k, audit=self.audit, top=1 if self.top is None else self.top)
         check_numbers(0, seed=self.seed)
         if self.target is not None and not (isinstance(self.target, (int, float)) and 0 < self.target <= 1):
-            raise FeatpatchError(f"target={self.target!r}: expected a share above 0, at most 1, or None for a single sample")
+            raise FeatpatchError(
+                f"target={self.target!r}: expected a fraction above 0 and at most 1, or None for a single sample"
+            )
 
 
 def screened(
@@ -85,7 +87,9 @@ def screened(
     first, rest = nodes[: screen.k], nodes[screen.k :]
     top = min(TOP, len(first)) if screen.top is None else screen.top
     if top > len(first):
-        raise FeatpatchError(f"top={top}: expected at most {len(first)}, the features that are run for their estimates")
+        raise FeatpatchError(
+            f"top={top}: expected at most {len(first)}, the number of features that are patched because of their estimates"
+        )
     drawn = [rest[row] for row in np.random.default_rng(screen.seed).permutation(len(rest))]
     begin = [*first, *(node for node in estimate.nodes if node.kind not in RANKED)]
     sizes = sample_sizes(screen.audit, len(rest))[: None if screen.target is not None else 1]
@@ -127,15 +131,16 @@ def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> N
             f"k={screen.k} and audit={screen.audit}" if screen.target is None else f"target={screen.target} and k={screen.k}"
         )
         told = (
-            f"{sized} mean that {'' if screen.target is None else 'at least '}{run:,} of {candidates:,} candidates are run, in "
-            "addition to the estimates: the full sweep costs hardly more and misses nothing; leave screen out, or give it a "
-            f"smaller {'k or audit' if screen.target is None else 'target or k'}"
+            f"{sized} mean that {'' if screen.target is None else 'at least '}{run:,} of {candidates:,} candidates are "
+            "patched, in addition to the estimates: a full sweep costs little more and misses nothing; leave screen out, or "
+            f"give it a smaller {'k or audit' if screen.target is None else 'target or k'}"
         )
     elif screen.target is None and (best := provable(rest, least, **about)) < USEFUL:
         told = (
-            f"audit={screen.audit} of the {rest:,} candidates with the smaller estimates can prove at best that {best:.0%} of "
-            f"the true top {top} were run, even if no effect in the sample is large enough for the top {top}: expected "
-            f"audit={needed(rest, USEFUL, **about)} or more, which can prove {USEFUL:.0%}; or take this audit as a rough check"
+            f"audit={screen.audit} of the {rest:,} candidates with smaller estimates can prove at best that {best:.0%} of the "
+            f"true top {top} were patched, even if no effect in the sample is large enough for the top {top}: expected "
+            f"audit={needed(rest, USEFUL, **about)} or more, which can prove {USEFUL:.0%}; increase it, or treat this audit "
+            "as a rough check"
         )
     else:
         return

@@ -92,13 +92,15 @@ def report(
     check_writable(path)
     figures: dict[str, Any] = {} if curve is None else {"How many features does it take?": curve.plot()}
     if estimate is not None:
-        figures["Estimate against exact"] = calibrate(estimate, effects).plot()
+        figures["Estimated against exact effects"] = calibrate(estimate, effects).plot()
     graph = () if circuit is None else sections(circuit.to_networkx())
     material = Material(question, figures=figures, sections=graph)
     if model is None and pairs is None and saes is None:
         return write(path, page_of(effects, material, components))
     if model is None or pairs is None:
-        raise FeatpatchError("model and pairs are not both given: expected both, to show prompts and feature cards, or neither")
+        raise FeatpatchError(
+            "only one of model and pairs was given: expected both, to show prompts and feature cards, or neither"
+        )
     return write(path, page_of(effects, _with_prompts(material, effects, model, pairs, saes, components, top), components))
 
 
@@ -112,9 +114,12 @@ def _with_prompts(
     """
     known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
     if check_pairs(pairs).digest() != known or max(kept) >= len(pairs):
-        raise FeatpatchError("pairs are not those of the effects: expected the pairs that were ranked")
+        raise FeatpatchError("the pairs differ from those of the effects: expected the pairs that were ranked; pass those")
     if getattr(model, "tokenizer", None) is None:
-        raise FeatpatchError("the model has no tokenizer: expected one, to show prompts; or leave model and pairs out")
+        raise FeatpatchError(
+            "the model has no tokenizer: expected one, to show prompts; load the model with its tokenizer, or leave model "
+            "and pairs out"
+        )
     lens = wrap(model)
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
@@ -155,7 +160,10 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
     by_name = {dictionary.name: dictionary for dictionary in found}
     known = effects.metadata.get("saes", {})
     if any(known.get(name) != dictionary.digest() for name, dictionary in by_name.items()):
-        raise FeatpatchError(f"SAEs {', '.join(by_name)} are not those of the effects: expected some of {', '.join(known)}")
+        raise FeatpatchError(
+            f"the SAEs {', '.join(by_name)} differ from those of the effects: expected some of {', '.join(known)}, with the "
+            "same weights; pass those"
+        )
     nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
     rows = {node: row for row, node in enumerate(effects.nodes)}
 
@@ -193,7 +201,10 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
 
 
 def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:
-    facts = {"shown": f"pair {index}, where it matters most", "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs"}
+    facts = {
+        "shown": f"pair {index}, in which it matters most",
+        "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs",
+    }
     unembedding = lens.unembedding
     readable = dictionary.behaviour.linear and unembedding.dtype.is_floating_point
     if readable and sites.on_stream(dictionary.writes) and node.index is not None:
@@ -201,7 +212,7 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
         logits = direction.to(unembedding) @ unembedding
         for name, sign in (("raises", 1), ("lowers", -1)):
             best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()
-            facts[f"{name}, by the direct path without the final norm"] = ", ".join(
+            facts[f"{name} (direct path, without the final norm)"] = ", ".join(
                 f"{lens.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
             )
     return facts

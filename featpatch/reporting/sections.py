@@ -102,7 +102,7 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
     name = Path(metadata.get("model", {}).get("name", "")).name
     title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
     subtitle = (
-        f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} pairs; "
+        f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} pairs; the mean "
         f"{metadata['metric']} is {effects.clean.mean():.3g} on clean and {effects.corrupted.mean():.3g} on corrupted prompts"
     )
     return page(title, subtitle, [section for section in sections if section is not None])
@@ -117,11 +117,11 @@ def _question(effects: Effects, material: Material) -> Section | None:
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} pairs. Tokens that differ are marked; the answers "
-        "are those that the metric compares."
+        f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} pairs. Tokens that differ are highlighted; the "
+        "answers are those that the metric compares."
     )
     if material.checks is not None:
-        text += " The checklist is about these pairs; `featpatch check` and `pairs.check(model)` check all."
+        text += " The checklist covers these pairs; `featpatch check` and `pairs.check(model)` check all pairs."
     blocks = [block("prompts.html", prompts=prompts)]
     return Section(
         "question", "The question", text, blocks if material.checks is None else [*blocks, table(material.checks, rows=5)]
@@ -137,27 +137,27 @@ def _ranking(effects: Effects, material: Material) -> Section:
     columns = [name for name in frame.columns if name not in ("sae", "pairs", "value") and (opens or name != "opens")]
     first = effects.directions_run()[0]
     text = (
-        "Every row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. "
-        "Recovery is the share of the behaviour that the node brings back (sufficient?), degradation the share that is lost "
-        "without it (necessary?), both pooled over all pairs. Columns that end in _where_changed are pooled only over the "
-        "pairs in which the node differs between the runs; changed_pairs is their number. Click a column's arrows to "
-        "sort by it."
+        "Each row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. "
+        "Recovery is the fraction of the behaviour that patching the node restores (is it sufficient?), degradation the "
+        "fraction that is lost without it (is it necessary?), both pooled over all pairs. Columns that end in _where_changed "
+        "are pooled only over the pairs in which the node differs between the runs; changed_pairs is the number of these "
+        "pairs. Click the arrows of a column to sort by it."
     )
     if "quadrant" in frame:
         text += (
-            f" The quadrant names the directions in which the interval lies above a threshold, {100 * effects.threshold:.4g} % "
-            "of the effect of the whole activation at the hook point and position (of the whole behaviour, for whole "
-            "activations and where the table has no such row). It is undecided if an interval extends across the threshold."
+            f" The quadrant names the directions in which the interval lies above a threshold: {100 * effects.threshold:.4g} "
+            "% of the effect of the whole activation at the hook point and position, or of the whole behaviour for whole "
+            "activations and where the table has no such row. It is undecided if an interval includes the threshold."
         )
     if opens:
         text += (
-            " Click a row with \u25b8 to open it: its activation on every token of the pair in which it matters most "
-            "(darker is more), and what it writes."
+            " Click a row with \u25b8 to open its feature card: the feature's activation at each token of the pair in which "
+            "it matters most (darker means stronger), and what it writes."
         )
     if len(rows) < effects.ranked.sum():
-        text += f" These are the {len(rows):,} with the largest effects of {effects.ranked.sum():,} in the table."
+        text += f" Shown are the {len(rows):,} rows with the largest effects, of {effects.ranked.sum():,} in the table."
     if "screening" in effects.metadata and effects.finished:
-        text += f" Not all features were run. {effects.audit()}."
+        text += f" Not all features were patched. {effects.audit()}."
     shown = rounded(frame[columns])
     blocks = [table(shown, order=columns.index(first))]
     return Section("ranking", "Ranked features", text, [*blocks, _portraits(material)] if opens else blocks)
@@ -191,9 +191,8 @@ def _quadrants(effects: Effects) -> Section | None:
     if len(effects.directions_run()) < 2:
         return None
     text = (
-        "Further right: brings back more of the behaviour by itself (sufficient?). Further up: more is lost without it "
-        "(necessary?). "
-        "A low effect can hide a backup that wakes up only when the feature is gone."
+        "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
+        "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated."
     )
     return Section("quadrants", "Sufficient? Necessary?", text, [figure(_shown(effects).plot.quadrants())])
 
@@ -201,9 +200,9 @@ def _quadrants(effects: Effects) -> Section | None:
 def _sites(effects: Effects) -> Section | None:
     if not len(effects.sites()):
         return None
-    text = "What the error term brings back is what the SAE does not explain."
+    text = "The recovery of the error term is what the SAE does not explain."
     blocks = [figure(effects.plot.sites(effect)) for effect in effects.directions_run()]
-    return Section("sites", "Whole site, features, error", text, [*blocks, table(rounded(effects.sites()))])
+    return Section("sites", "Whole activation, features, error", text, [*blocks, table(rounded(effects.sites()))])
 
 
 def _maps(effects: Effects, components: "Effects | None") -> Section | None:
@@ -212,12 +211,14 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
     if components is not None:
         found = {node.kind for node in components.nodes}
         charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
-    text = "Components first, if they were ranked too; of heads and of features the sum of those patched alone."
-    return Section("maps", "Where: layer by position", text, charts) if charts else None
+    text = (
+        "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual effects."
+    )
+    return Section("maps", "Effects by layer and position", text, charts) if charts else None
 
 
 def _map(effects: Effects, kind: str) -> Block:
-    names = {"activation": "whole activations", "head": "heads, added up", "feature": "features, added up"}
+    names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
     return figure(effects.plot.heatmap(kind=kind).update_layout(title=names[kind]))
 
 
@@ -226,9 +227,9 @@ def _stability(effects: Effects) -> Section | None:
     values = {key: {of_pair.get(key) for of_pair in tags} for of_pair in tags for key in of_pair}
     several = [tag for tag, of_tag in values.items() if 1 < len(of_tag) <= VALUES]
     frames = [_by_tag(effects, tag) for tag in sorted(several)]
-    text = "Effects of the first features by what the pairs were made by; `depends`: intervals that do not overlap."
+    text = "Effects of the top features for each value of the pairs' tags; `depends` means that the intervals do not overlap."
     return (
-        Section("stability", "Under which prompts", text, [table(rounded(frame), rows=10) for frame in frames])
+        Section("stability", "Effects by kind of prompt", text, [table(rounded(frame), rows=10) for frame in frames])
         if frames
         else None
     )
@@ -248,7 +249,7 @@ def _provenance(effects: Effects) -> Section:
         ("intervals", f"{CONFIDENCE:.0%}, bootstrap over pairs, expanded percentiles, {RESAMPLES} resamples, seed {SEED}")
     )
     facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
-    return Section("provenance", "Where this comes from", "", [block("facts.html", facts=facts)])
+    return Section("provenance", "Provenance", "", [block("facts.html", facts=facts)])
 
 
 def _plain(value: Any) -> str:

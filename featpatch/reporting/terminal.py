@@ -41,8 +41,9 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
         table.add_column("quadrant", no_wrap=True)
         share = f"{100 * effects.threshold:.4g} %"
         notes.append(
-            f"quadrant: directions in which the interval lies above {share} of the effect of the whole activation there (of "
-            "the behaviour, for whole activations and where that has no row); undecided if an interval extends across it"
+            f"quadrant: directions in which the interval lies above {share} of the effect of the whole activation at that "
+            "place (of the behaviour, for whole activations and where that has no row); undecided if an interval includes "
+            "this threshold"
         )
     table.add_column("pairs", justify="right")
     own = f"{sorting(by, effects.directions_run())[0]}{WHERE_CHANGED}"
@@ -50,7 +51,7 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
     if diluted:
         table.add_column(f"{own.split('_')[0]}\nwhere changed", justify="right", no_wrap=True)
         notes.append(
-            "pairs: in how many of them the node differs between the runs; where changed: pooled over these pairs alone"
+            "pairs: the number of pairs in which the node differs between the runs; where changed: pooled over these pairs only"
         )
     table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
@@ -65,7 +66,7 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
 
 def site_summary(effects: Effects) -> Table:
     """Tabulate the effects of the whole activation, all features and the error alone, per hook point and position."""
-    table = Table(title=f"{effects.value} effects per site: whole activation = all features + error + their interaction")
+    table = Table(title=f"{effects.value} effects per hook point: whole activation = all features + error + their interaction")
     summary = effects.sites()
     for column in ("site", "position", "changed\nfeatures"):
         table.add_column(column, no_wrap=True)
@@ -82,15 +83,15 @@ def site_summary(effects: Effects) -> Table:
 
 def planned(plan: Plan) -> Table:
     """Tabulate the cost of a planned sweep."""
-    return _facts("estimate of the sweep", [
-        ("patches, each an exact run", f"{plan.patches:,}"),
+    return _facts("estimated cost of the sweep", [
+        ("patches (one exact run each)", f"{plan.patches:,}"),
         ("positions to compute", f"{plan.rows:,}"),
         ("floating-point operations", f"{plan.flops:.3g}"),
         ("positions per forward pass", f"{plan.batch_rows:,}"),
         ("memory of a forward pass", f"{plan.memory / 2**20:,.0f} MiB"),
-        ("time, from one batch run now", str(timedelta(seconds=math.ceil(plan.seconds)))),
+        ("time, extrapolated from one batch", str(timedelta(seconds=math.ceil(plan.seconds)))),
         ("forward pass", "fast" if plan.fast else "the model's own"),
-        *([] if plan.counted == plan.pairs else [("counted", f"{plan.counted} of {plan.pairs:,} pairs, scaled up to all")]),
+        *([] if plan.counted == plan.pairs else [("counted", f"{plan.counted} of {plan.pairs:,} pairs, scaled to all")]),
         *(_beside(plan) if plan.screens else []),
     ])  # fmt: skip
 
@@ -108,7 +109,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     k, audit = 200, 100
     seconds = plan.screened_seconds(k, audit)
     if seconds is None:
-        return [("screened sweep", "none: the metric has no gradient")]
+        return [("screened sweep", "not possible: the metric has no gradient")]
     share = f"estimates, then {k} + {audit} of {plan.nodes:,} features"
     better = "the full sweep" if plan.seconds <= seconds else "screen=fp.Screen(), with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
@@ -123,7 +124,7 @@ def checked(check: Check) -> Table:
         caption_justify="left",
     )
     table.add_column("dictionary", overflow="fold")
-    for column in ("identity\noff by", "whole site\noff by", "explained\nvariance", "claimed", "L0", "verdict"):
+    for column in ("identity\noff by", "whole activation\noff by", "explained\nvariance", "claimed", "L0", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
     for fit in check.fits:
         claim = "" if fit.expected is None else number(fit.expected)
@@ -197,7 +198,7 @@ def totals(check: Checklist) -> Table:
     table.add_column("rule", no_wrap=True)
     for status in SEVERITY:
         table.add_column(status, justify="right")
-    table.add_column("where it does not pass")
+    table.add_column("warnings and failures")
     for rule, counts in check.counts().items():
         advice = RULES[rule] if counts["warn"] or counts["fail"] else ""
         table.add_row(rule, *(Text(str(n), COLOURS[s] if n else "") for s, n in counts.items()), advice)
@@ -214,7 +215,7 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tab
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
-    table = Table(title=f"{len(worst)} pairs with something to look at" + (f", the first {most}" if len(worst) > most else ""))
+    table = Table(title=f"{len(worst)} pairs to look at" + (f", the first {most}" if len(worst) > most else ""))
     for column in ("pair", "verdict", "found", "clean prompt"):
         table.add_column(column)
     for pair in worst[:most]:

@@ -12,7 +12,8 @@ from featpatch.errors import FeatpatchError
 from featpatch.files import sha256
 from featpatch.model.digest import TYPES, digest
 from featpatch.sae.codec import Code, Codec, State
-from featpatch.sae.formats import Coder, Weights, of_object
+from featpatch.sae.formats import of_object
+from featpatch.sae.weights import Coder, Weights
 from featpatch.untrusted import visible
 
 Skip = Callable[[torch.Tensor], torch.Tensor]
@@ -96,25 +97,25 @@ def adapt(
         [1.0]
     """
     if isinstance(coder, type):
-        raise FeatpatchError(f"{coder.__name__} is a class: expected an object of it")
+        raise FeatpatchError(f"{coder.__name__} is a class: expected an instance of it")
     weights = of_object(coder)
     own_width = None if weights is None else int(weights.tensors["W_enc"].shape[0])
     hooks = all(isinstance(each, str) and each for each in (hook, hook if hook_out is None else hook_out))
     if not hooks or (d_in is None and own_width is None) or not (d_in is None or (type(d_in) is int and d_in >= 1)):
         raise FeatpatchError(
-            f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hooks and a width of 1 or more, which is "
-            "known only of the classes of dictionary_learning, sparsify and circuit-tracer themselves"
+            f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hook points and a width of 1 or more; "
+            "d_in may be left out only for the classes of dictionary_learning, sparsify and circuit-tracer"
         )
     if isinstance(coder, SAE):
         raise FeatpatchError(
-            f"{type(coder).__name__} is a sae-lens object: pass it as it is; set cfg.metadata.hook_name (and hook_name_out) "
-            "to use it at another hook"
+            f"{type(coder).__name__} is a sae-lens object: expected an object of another library; pass this one without "
+            "adapt, and set cfg.metadata.hook_name (and hook_name_out) to use it at another hook point"
         )
     if weights is not None:
         if d_in not in (None, own_width) or skip is not None:
             raise FeatpatchError(
                 f"{weights.origin} reads {own_width} values and {'has its own' if 'W_skip' in weights.tensors else 'no'} skip "
-                f"path: expected neither another d_in={d_in!r} nor skip=; leave them out"
+                f"path: expected the same d_in (not {d_in!r}) and no skip=; leave them out"
             )
         return placed(weights.at(hook, hook_out), name)
     missing = [verb for verb in ("encode", "decode") if not callable(getattr(coder, verb, None))]
@@ -199,13 +200,13 @@ class AdaptedCodec(Codec):
         self.d_out = self._call("decode", torch.zeros(1, 1, self.d_sae)).shape[2]
         if not self.d_sae or not self.d_out:
             raise FeatpatchError(
-                f"{self.kind} makes {self.d_sae} features of an activation and {self.d_out} values of them: expected 1 or more"
+                f"{self.kind} encodes to {self.d_sae} features and decodes to {self.d_out} values: expected at least 1 of each"
             )
         width = self.d_out if self.skip is None else self._call("skip", torch.zeros(1, 1, self.d_in)).shape[2]
         if width != self.d_out:
             raise FeatpatchError(
-                f"the skip path of {self.kind} makes {width} values and decode {self.d_out}: expected a matrix "
-                f"[{self.d_out}, {self.d_in}], or a function that makes as many as decode"
+                f"the skip path of {self.kind} returns {width} values and decode returns {self.d_out}: expected equal "
+                f"numbers; pass a matrix [{self.d_out}, {self.d_in}], or a function that returns as many values as decode"
             )
 
     @staticmethod
@@ -240,13 +241,13 @@ class AdaptedCodec(Codec):
         except Exception as error:
             raise FeatpatchError(
                 f"{self.kind}.{verb} fails on a tensor {list(x.shape)} of {given.dtype} ({type(error).__name__}: {error}): "
-                f"expected an object for activations of width {self.d_in}"
+                f"expected an object that accepts activations of width {self.d_in}"
             ) from error
         if not isinstance(made, torch.Tensor) or made.ndim != 3 or made.shape[:2] != x.shape[:2]:
             found = list(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
             raise FeatpatchError(
-                f"{self.kind}.{verb} makes {found} of a tensor {list(x.shape)}: expected a tensor "
-                f"[{x.shape[0]}, {x.shape[1]}, n], one row per position"
+                f"{self.kind}.{verb} returns {found} for a tensor {list(x.shape)}: expected a tensor [{x.shape[0]}, "
+                f"{x.shape[1]}, n], one row per position"
             )
         dense = made.to_dense() if made.is_sparse else made
         return dense if dense.is_floating_point() else dense.to(given.dtype)

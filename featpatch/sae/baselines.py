@@ -79,15 +79,15 @@ def neurons(model: Any, layer: int) -> Adapted:
         exact = torch.allclose(coder.decode(x), y, rtol=1e-2, atol=1e-2 * float(y.abs().max()))
     except NotImplementedError as error:
         raise FeatpatchError(
-            f"the MLP of layer {layer} has quantised weights, which can be run and not read: expected plain weights; "
-            f"take fp.dictionaries.identity(model, {reads!r}), which is slower but the same neurons"
+            f"the MLP of layer {layer} has quantised weights, which can be run but not read: expected plain weights; use "
+            f"fp.dictionaries.identity(model, {reads!r}), which gives the same neurons but is slower"
         ) from error
     except (AttributeError, RuntimeError):
         exact = False
     if not exact:
         raise FeatpatchError(
-            f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; "
-            f"take fp.dictionaries.identity(model, {reads!r}), which is slower but the same neurons"
+            f"the MLP of layer {layer} does not write neurons @ W_out + b_out at {writes!r}: expected a plain MLP; use "
+            f"fp.dictionaries.identity(model, {reads!r}), which gives the same neurons but is slower"
         )
     return Adapted(coder, reads, writes, x.shape[1], f"neurons of layer {layer}", linear=True)
 

@@ -115,7 +115,7 @@ class Behaviour:
         decoded = codec.decode(alone.features, alone.state)
         if not torch.isfinite(together.features).all() or not torch.isfinite(decoded).all():
             raise FeatpatchError(
-                f"SAE {name!r} ({codec.kind}) gives NaN or infinite values for random activations: expected finite numbers; "
+                f"SAE {name!r} ({codec.kind}) returns NaN or infinite values for random activations: expected finite numbers; "
                 "check its weights, or load it in float32"
             )
         same = _same if codec.dtype in (torch.bfloat16, torch.float16) else _close
@@ -124,14 +124,16 @@ class Behaviour:
             for one, other, before in zip(*map(_parts, (together, alone, upto)), strict=True)
         ):
             raise FeatpatchError(
-                f"SAE {name!r} ({codec.kind}) encodes a row differently beside others: expected one whose features depend on "
-                "the prompt up to there alone; save a training SAE with save_inference_model and load it again"
+                f"SAE {name!r} ({codec.kind}) encodes a row differently when other rows are in the batch: expected features "
+                "that depend only on the prompt up to their position; save a training SAE with save_inference_model and load "
+                "it again"
             )
         rows = [torch.cat(row, dim=1) for row in zip(*(_parts(codec.encode(x[:1, [p]])) for p in range(LENGTH)), strict=True)]
         by_row = [codec.decode(alone.features[:, [p]], _at(alone.state, p)) for p in range(LENGTH)]
         if not _close(decoded, torch.cat(by_row, dim=1)):
             raise FeatpatchError(
-                f"SAE {name!r} ({codec.kind}) decodes a position differently beside others: expected every position alone"
+                f"SAE {name!r} ({codec.kind}) decodes a position differently when there are other positions: expected each "
+                "position to be decoded independently"
             )
         scale = gain(codec, alone.state)
         return cls(

@@ -24,8 +24,7 @@ from featpatch.nodes import COMPONENTS, LOGITS, Node
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.formats import library_of
-from featpatch.sae.loading import Training
-from featpatch.sae.sae_lens import SaeCodec
+from featpatch.sae.sae_lens import SaeCodec, Training
 
 PROBED = 2**23
 """Maximum number of feature values that are decoded together."""
@@ -122,7 +121,7 @@ class Dictionary:
         error = written.flatten(2).to(code.features.device) - self.codec.decode(code.features, code.state)
         if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
             raise FeatpatchError(
-                f"{self.name} gives NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
+                f"{self.name} returns NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
             )
         return Split(code.features, code.state, error)
 
@@ -227,7 +226,7 @@ class Dictionary:
         return self.codec.digest()
 
 
-CODECS: tuple[type[Codec], ...] = (AdaptedCodec, SaeCodec)
+CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec)
 """The codecs, each of which recognises the objects of its type."""
 
 
@@ -243,12 +242,12 @@ def kind_of(source: Any) -> tuple[type[Codec], str, str]:
             return codec, *hooks
     if library := library_of(source):
         raise FeatpatchError(
-            f"{type(source).__name__} is an object of {library}, which does not say where it belongs: expected "
-            "fp.dictionaries.adapt(object, hook), and hook_out= for a transcoder"
+            f"{type(source).__name__} is an object of {library}, which does not say at which hook point it belongs: expected "
+            "fp.dictionaries.adapt(object, hook), with hook_out= for a transcoder"
         )
     raise FeatpatchError(
-        f"{type(source).__name__} is not a sae-lens SAE: expected an object such as SAE.load_from_disk gives, or, for any "
-        "other object with encode and decode, fp.dictionaries.adapt(object, hook, d_in=...)"
+        f"{type(source).__name__} is not a sae-lens SAE: expected one, e.g. from SAE.load_from_disk, or, for any other object "
+        "with encode and decode, fp.dictionaries.adapt(object, hook, d_in=...)"
     )
 
 
@@ -269,7 +268,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         return [saes]
     saes = several(saes)
     if not saes:
-        raise FeatpatchError("there are no SAEs: expected at least one sae-lens SAE or transcoder")
+        raise FeatpatchError("there are no SAEs: expected at least one SAE or transcoder; pass saes=...")
     kinds = [
         (kind, _hook(lens, Training.of(sae), reads), _hook(lens, Training.of(sae), writes))
         for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
@@ -282,7 +281,9 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         repeated = sum(re.sub(r"#\d+$", "", other.name) == name for other in made)
         name = f"{name}#{repeated + 1}" if repeated else name
         if any(name == other.name for other in made):
-            raise FeatpatchError(f"two dictionaries are named {name!r}: expected different names, and none that ends in #n")
+            raise FeatpatchError(
+                f"two SAEs are named {name!r}: expected different names, and none that ends in # and a number; rename one"
+            )
         check_finite(f"SAE {name!r}", sae.coder if isinstance(sae, Adapted) else sae)
         codec = kind(sae, like)
         _check_width(name, "reads", reads, prod(shapes[reads]), codec.d_in)
@@ -318,7 +319,8 @@ def _hook(lens: Lens, said: Training, name: str) -> str:
             raise FeatpatchError(
                 f"the SAE names the hook {name!r}, which is the residual stream before the norm in TransformerLens and the "
                 "norm's output for transcoders of Gemma Scope 2, and its metadata has no hf_hook_name that tells which: "
-                f"expected another name; set sae.cfg.metadata.hook_name to {stream!r} or to {sites.read_by_mlp(layer)!r}"
+                f"expected an unambiguous name; set sae.cfg.metadata.hook_name to {stream!r} or to "
+                f"{sites.read_by_mlp(layer)!r}"
             )
         name = said.module
     weighted = sites.weighted(name) if said.known and said.folded is None else None
@@ -345,7 +347,8 @@ def _embedding(lens: Lens) -> str:
     if not torch.equal(both[sites.EMBEDDING], both[entry]):
         raise FeatpatchError(
             f"the SAE reads {sites.EMBEDDING!r}, to which this model adds positions, or which it scales or normalises, before "
-            f"the first block: expected an SAE of a block's hook; {entry!r} holds the result, which this SAE was not trained on"
+            f"the first layer: expected an SAE of a layer's hook point; {entry!r} holds the result, but this SAE was not "
+            "trained on it"
         )
     return entry
 
@@ -363,19 +366,19 @@ def _after_norm(lens: Lens, said: Training, name: str) -> str:
             return sites.normalized(name)
         raise FeatpatchError(
             f"the model has no hook {name!r}, and none that holds the norm's output with its weight: expected a "
-            "HookedSAETransformer or a TransformerBridge with its weights as they are; use fp.load, or "
+            "HookedSAETransformer or a TransformerBridge with unprocessed weights; use fp.load, or "
             "HookedSAETransformer.from_pretrained_no_processing"
         )
     if is_folded and not was_folded:
         raise FeatpatchError(
             f"the SAE of {name!r} was trained with the weight of the norm, which in this model is folded into the MLP or "
-            "attention: expected the weights of its training; load the model with processing=[]"
+            "attention: expected weights processed as in its training; load the model with processing=[]"
         )
     if was_folded and not is_folded and not trivial_norms(lens):
         raise FeatpatchError(
-            f"the SAE of {name!r} was trained without the weight of the norm, which in this model is not folded: expected the "
-            "weights of its training; load the model with processing=['fold_ln'], or set sae.cfg.metadata.hook_name to "
-            f"{sites.normalized(name)!r}, which holds the same"
+            f"the SAE of {name!r} was trained without the weight of the norm, which in this model is not folded: expected "
+            "weights processed as in its training; load the model with processing=['fold_ln'], or set "
+            f"sae.cfg.metadata.hook_name to {sites.normalized(name)!r}, which holds the same values"
         )
     return lens.site(name)
 
@@ -389,7 +392,7 @@ def _check_width(name: str, verb: str, hook: str, found: int, expected: int) -> 
     if found != expected:
         raise FeatpatchError(
             f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {found}: expected an SAE trained on "
-            "this hook of this model; load the one that belongs to it"
+            "this hook point of this model; load the matching one"
         )
 
 
@@ -408,7 +411,7 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
     chosen = [LOGITS if node == "logits" else node for node in given] if isinstance(given, (list, tuple)) else []
     if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
         raise FeatpatchError(
-            f"{name}={nodes!r}: expected nodes in a list, each once, or a table of effects whose rows they are"
+            f"{name}={nodes!r}: expected a list of nodes, each once, or a table of effects, whose rows are then the nodes"
         )
     for node in chosen:
         if node == LOGITS:

@@ -14,7 +14,7 @@ none of these libraries has to be installed.
 import errno
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,183 +25,12 @@ from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
-from featpatch.model.digest import TYPES, check_finite
 from featpatch.model.sources import numerically
+from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
 from featpatch.untrusted import short
-
-UNSUPPORTED_CLT = (
-    "cross-layer transcoders (CLTs) are not supported yet: one feature writes to several layers; expected a transcoder of one "
-    "layer, such as the per-layer transcoders of this model"
-)
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
 """Names of libraries for messages, by the name of their Python package."""
-
-ARCHITECTURES = {
-    ("relu", False, False): "standard",
-    ("gated", False, False): "gated",
-    ("jumprelu", False, False): "jumprelu",
-    ("topk", False, False): "topk",
-    ("relu", True, False): "transcoder",
-    ("relu", True, True): "skip_transcoder",
-    ("jumprelu", True, False): "jumprelu_transcoder",
-    ("jumprelu", True, True): "jumprelu_skip_transcoder",
-}
-"""sae-lens' architecture that computes the same, by activation, whether it is a transcoder, and whether it has a skip path."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of a dictionary in the layout of sae-lens: f = activation(x W_enc + b_enc), y = f W_dec + b_dec + W_skip x.
-
-    Attributes:
-        origin: a description of where the weights come from, for messages.
-        tensors: `W_enc` `[d_in, d_sae]`, `W_dec` `[d_sae, d_out]`, `b_dec` and `b_enc`; for the activations "jumprelu" and
-            "jump" also `threshold`; for "gated" `b_gate`, `b_mag` and `r_mag` instead of `b_enc`; for a dictionary with a skip
-            path `W_skip` `[d_out, d_in]`.
-        activation: a key of `ACTIVATIONS`, or "gated".
-        k: the number of features that "topk", "signed_topk" and "groupmax" keep.
-        centred: whether `b_dec` is subtracted from the input.
-        transcoder: whether it predicts an activation other than the one that it reads.
-        reads, writes: names of hook points in TransformerLens' spelling, if known.
-        model: the model's name, if known.
-
-    Raises:
-        FeatpatchError: the shapes do not match, or a weight is not finite.
-    """
-
-    origin: str
-    tensors: Mapping[str, torch.Tensor]
-    activation: str
-    k: int | None = None
-    centred: bool = False
-    transcoder: bool = False
-    reads: str | None = None
-    writes: str | None = None
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        if any(self.tensors[name].ndim == 3 for name in ("W_enc", "W_dec")):
-            raise FeatpatchError(f"{self.origin}: {UNSUPPORTED_CLT}")
-        d_in, d_sae = self.tensors["W_enc"].shape if self.tensors["W_enc"].ndim == 2 else (0, 0)
-        d_out = int(self.tensors["b_dec"].numel())
-        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
-        for name, tensor in self.tensors.items():
-            if tensor.dtype not in TYPES:
-                raise FeatpatchError(f"{self.origin}: {name} is {tensor.dtype}: expected one of {', '.join(map(str, TYPES))}")
-            if tensor.shape != shapes.get(name, (d_sae,)) or not d_in * d_sae * d_out:
-                found = {each: list(other.shape) for each, other in self.tensors.items()}
-                raise FeatpatchError(
-                    f"{self.origin}: the shapes of the weights do not match ({found}): expected {name} to be "
-                    f"{list(shapes.get(name, (d_sae,)))}; download or save the file again"
-                )
-        check_finite(self.origin, self.tensors)
-        if (self.centred and d_in != d_out) or not (self.k is None or 1 <= self.k <= d_sae):
-            raise FeatpatchError(
-                f"{self.origin}: d_in={d_in}, d_out={d_out}, d_sae={d_sae}, k={self.k}: expected k from 1 to d_sae, and the "
-                "same width in and out if b_dec is subtracted from the input"
-            )
-        if self.activation == "groupmax" and d_sae % (self.k or 1):
-            raise FeatpatchError(f"{self.origin}: {d_sae} features in {self.k} groups: expected groups of equal size")
-
-    @property
-    def architecture(self) -> str | None:
-        """The sae-lens architecture that computes the same; None if there is none."""
-        if self.transcoder and self.centred:
-            return None
-        return ARCHITECTURES.get((self.activation, self.transcoder, "W_skip" in self.tensors))
-
-    def at(self, hook: str | None, hook_out: str | None) -> "Weights":
-        """Return the same weights with the hook points that the user names, or else with the known ones.
-
-        Raises:
-            FeatpatchError: a hook point is neither named nor known.
-        """
-        reads = hook or self.reads
-        writes = hook_out or (self.writes if hook is None or self.transcoder else hook)
-        missing = []
-        if reads is None:
-            missing.append(f"hook='blocks.N.{'mlp.hook_in' if self.transcoder else 'hook_resid_post'}'")
-        if writes is None and self.transcoder:
-            missing.append("hook_out='blocks.N.hook_mlp_out'")
-        if missing:
-            raise FeatpatchError(
-                f"{self.origin} does not say at which hook the dictionary {'reads' if reads is None else 'writes'}: pass "
-                f"{' and '.join(missing)}, with the hook that it was trained on"
-            )
-        return replace(self, reads=reads, writes=writes or reads)
-
-    def to(self, dtype: str | None, device: str) -> "Weights":
-        """Return the same weights on another device and in another dtype; None keeps their own dtype.
-
-        Raises:
-            FeatpatchError: the dtype is unknown.
-        """
-        wanted = None if dtype is None else getattr(torch, dtype, None)
-        if dtype is not None and wanted not in TYPES:
-            raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
-        own = self.tensors["W_enc"].dtype if wanted is None else wanted
-        return replace(self, tensors={name: each.to(device=device, dtype=own) for name, each in self.tensors.items()})
-
-
-def _keep(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the `k` largest values of each row and set the others to zero."""
-    top = pre.topk(k, dim=-1)
-    return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
-
-
-def _groupmax(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the largest value of each of `k` groups of adjacent features and set the others to zero."""
-    return _keep(pre.unflatten(-1, (k, -1)), 1).flatten(-2)
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]] = {
-    "relu": lambda pre, k, threshold: pre.relu(),
-    "jumprelu": lambda pre, k, threshold: pre.relu() * (pre > threshold),
-    "jump": lambda pre, k, threshold: pre * (pre > threshold),
-    "topk": lambda pre, k, threshold: _keep(pre.relu(), k),
-    "signed_topk": lambda pre, k, threshold: _keep(pre, k),
-    "groupmax": lambda pre, k, threshold: _groupmax(pre.relu(), k),
-}
-"""Activation functions of encoders, as functions of `(pre-activation, k, threshold)`."""
-
-
-class Coder(torch.nn.Module):
-    """A dictionary for which sae-lens has no class: any activation function, with or without a skip path.
-
-    It encodes in the dtype of its weights and decodes in float32 at least.
-    """
-
-    W_enc: torch.Tensor
-    b_enc: torch.Tensor
-    b_dec: torch.Tensor
-    W_dec: torch.Tensor
-    W_skip: torch.Tensor
-    threshold: torch.Tensor
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self.activation, self.k, self.centred = weights.activation, weights.k or 0, weights.centred
-        own = weights.tensors["W_enc"].dtype
-        wide = own if own == torch.float64 else torch.float32
-        for name in ("W_enc", *sorted(set(weights.tensors) - {"W_enc"})):
-            tensor = weights.tensors[name]
-            self.register_buffer(name, tensor.to(wide) if name in ("W_dec", "b_dec", "W_skip") else tensor)
-        if "threshold" not in weights.tensors:
-            self.register_buffer("threshold", torch.zeros_like(self.b_enc))
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the features, in the dtype of the encoder."""
-        centred = x - self.b_dec.to(x) if self.centred else x
-        return ACTIVATIONS[self.activation](centred @ self.W_enc + self.b_enc, self.k, self.threshold)
-
-    def decode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the reconstruction without the skip path."""
-        return features.to(self.W_dec) @ self.W_dec + self.b_dec
-
-    def skip(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the value of the skip path, which is added to the decoded features."""
-        return x.to(self.W_skip) @ self.W_skip.T
 
 
 def library_of(source: Any) -> str | None:
@@ -225,10 +54,13 @@ def of_object(source: Any) -> Weights | None:
     if library == "circuit-tracer" and kind == "CrossLayerTranscoder":
         raise FeatpatchError(f"the {kind} of circuit-tracer: {UNSUPPORTED_CLT}")
     if library == "circuit-tracer" and kind == "TranscoderSet":
-        raise FeatpatchError("a TranscoderSet of circuit-tracer has a transcoder for every layer: adapt one, such as saes[3]")
+        raise FeatpatchError(
+            "a TranscoderSet of circuit-tracer holds a transcoder for each layer: expected a single transcoder; adapt one, "
+            "such as saes[3]"
+        )
     origin = f"the {kind} of {library}"
     if not isinstance(source, torch.nn.Module):
-        raise FeatpatchError(f"{origin} is no torch module with weights: expected a loaded SAE or transcoder of {library}")
+        raise FeatpatchError(f"{origin} is not a torch module with weights: expected a loaded SAE or transcoder of {library}")
     state = {name: value.detach().clone() for name, value in source.state_dict().items()}
     if library == "dictionary_learning":
         subtracts = bool(getattr(source, "apply_b_dec_to_input", False))
@@ -274,7 +106,7 @@ def inside(folder: Path) -> list[str]:
 def several(name: str, found: Collection[str]) -> str:
     """Return the error message for a folder or repository that holds several dictionaries."""
     listed = ", ".join(list(found)[:40]) + (", ..." if len(found) > 40 else "")
-    return f"{name!r} holds the dictionaries {listed}: expected one, such as {f'{name}/{next(iter(found))}'!r}"
+    return f"{name!r} holds several dictionaries ({listed}): expected one; name it, such as {f'{name}/{next(iter(found))}'!r}"
 
 
 def holding(names: Iterable[str]) -> list[str]:
@@ -317,13 +149,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         reason = f"{type(error).__name__}: {short(error)}"
         if isinstance(error, OSError) and error.errno == errno.EINVAL:  # torch.load seeks before the start of the file
-            reason = f"it ends after {path.stat().st_size} bytes, too early"
+            reason = f"it is truncated, after {path.stat().st_size} bytes"
         raise FeatpatchError(
-            f"{str(path)!r} can't be read ({reason}): expected a whole file of weights and nothing else (code in it is never "
-            "run); download it again, or save the state_dict alone"
+            f"{str(path)!r} can't be read ({reason}): expected a complete file with nothing but weights (code in it is never "
+            "run); download it again, or save only the state_dict"
         ) from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected tensors by name, a state_dict")
+        raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected a state_dict (tensors by name)")
     return {name.removeprefix(COMPILED): value for name, value in found.items()}
 
 
@@ -338,7 +170,7 @@ def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, 
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise FeatpatchError(
-            f"{str(path)!r} can't be read ({reason}): expected the configuration beside the weights"
+            f"{str(path)!r} can't be read ({reason}): expected the configuration next to the weights"
         ) from error
     if not isinstance(value, dict):
         raise FeatpatchError(f"{str(path)!r} holds a {type(value).__name__}: expected settings by name")
@@ -363,8 +195,8 @@ def _named(
         raise FeatpatchError(f"{origin} has {', '.join(state)}: expected {', '.join(names)}; {', '.join(missing)} is missing")
     if unknown := [name for name in state if name not in there and name not in ignored]:
         raise FeatpatchError(
-            f"{origin} holds {', '.join(unknown)}, whose meaning is not known: expected {', '.join(names)} alone; wrap the "
-            "loaded object in one of your own with encode and decode, and pass that to fp.dictionaries.adapt"
+            f"{origin} holds {', '.join(unknown)}, whose meaning is unknown: expected only {', '.join(names)}; wrap the "
+            "loaded object in an object of your own with encode and decode, and pass that to fp.dictionaries.adapt"
         )
     found = {}
     for name, ours in there.items():
@@ -416,7 +248,10 @@ def _dictionary_learning(
     activation, names = CLASSES[str(kind)]
     stated = state["k"].item() if "k" in state and state["k"].numel() == 1 else k
     if k is not None and stated != k:
-        raise FeatpatchError(f"{origin}: the weights say k={stated} and the configuration k={k}: expected one k")
+        raise FeatpatchError(
+            f"{origin}: the weights say k={stated} and the configuration k={k}: expected both to agree; download or save the "
+            "folder again"
+        )
     if activation != "topk":
         stated = None
     elif type(stated) is not int:
@@ -435,7 +270,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
     kind = trainer.get("dict_class")
     if kind is None:
         raise FeatpatchError(
-            f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class, one of "
+            f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class to be one of "
             f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.dictionaries.adapt(object, hook)"
         )
     weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
@@ -466,7 +301,7 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
     if activation not in ("topk", "groupmax") or type(k) is not int or type(transcoder) is not bool or cfg.get("signed"):
         raise FeatpatchError(
             f"{origin}: activation={activation!r}, k={k!r}, transcode={transcoder!r}, signed={cfg.get('signed', False)!r}: "
-            "expected activation 'topk' or 'groupmax', a number, true or false, and false"
+            "expected activation 'topk' or 'groupmax', a number k, transcode true or false, and signed false"
         )
     names = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
     tensors = _named(origin, state, names, skip="W_skip")
@@ -530,8 +365,9 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):
         listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]
         raise FeatpatchError(
-            f"{str(folder / 'config.yaml')!r} lists files that are elsewhere ({', '.join(listed[:3])}, ...): load one of them "
-            "by its own name, owner/repository/folder, with hook= and hook_out= if its files do not name the hooks"
+            f"{str(folder / 'config.yaml')!r} lists files in other repositories ({', '.join(listed[:3])}, ...): expected the "
+            "weights here; load one of those files by its own name, owner/repository/folder, with hook= and hook_out= if its "
+            "files do not name the hooks"
         )
     return settings
 

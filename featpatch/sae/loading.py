@@ -13,68 +13,14 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
-from featpatch.model.loading import PROCESSED
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found
 from featpatch.sae.adapted import Adapted, placed
-from featpatch.sae.formats import UNSUPPORTED_CLT, Weights, holding, inside, patterns, read, several
-from featpatch.sae.sae_lens import check_sizes
+from featpatch.sae.formats import holding, inside, patterns, read, several
+from featpatch.sae.sae_lens import Training, check_sizes
+from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
 from featpatch.untrusted import short
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is known about the training of an SAE; None or empty means unknown.
-
-    Attributes:
-        known: whether the SAE has a configuration, as sae-lens objects have.
-        model: the model's name.
-        processing: the processing of the model's weights, from `PROCESSED`.
-        explained_variance: the explained variance that the configuration or the registry claims.
-        folded: whether the weights of norms were folded. This is what the configuration says; if it does not say, but names a
-            model or a module, they count as not folded, because sae-lens leaves weights as they are.
-        module: the hook point that holds the input or output of the Hugging Face module that the configuration names.
-        context_size: the number of tokens of a training prompt.
-        prepend_bos: whether training prompts began with BOS.
-    """
-
-    known: bool = False
-    model: str | None = None
-    processing: tuple[str, ...] = ()
-    explained_variance: float | None = None
-    folded: bool | None = None
-    module: str | None = None
-    context_size: int | None = None
-    prepend_bos: bool = False
-
-    @classmethod
-    def of(cls, sae: Any) -> "Training":
-        """Read the metadata of a sae-lens object; nothing is known about any other object."""
-        if not isinstance(sae, SAE):
-            return cls()
-        said = sae.cfg.metadata
-        options = said.model_from_pretrained_kwargs if isinstance(said.model_from_pretrained_kwargs, dict) else {}
-        model = said.model_name if isinstance(said.model_name, str) else None
-        module = sites.of_module(said.hf_hook_name) if isinstance(said.hf_hook_name, str) else None
-        return cls(
-            known=True,
-            model=model,
-            processing=tuple(name for name in PROCESSED if options.get(name)),
-            explained_variance=_share(said.explained_variance),
-            folded=bool(options.get("fold_ln")) if "fold_ln" in options or model or module else None,
-            module=module,
-            context_size=said.context_size if isinstance(said.context_size, int) else None,
-            prepend_bos=bool(said.prepend_bos),
-        )
-
-
-def _share(claim: object) -> float | None:
-    """Return a claimed explained variance as a fraction, even if it is given in per cent; None if the claim is not valid."""
-    if not isinstance(claim, (int, float)) or not 0 < claim <= 100:
-        return None
-    return float(claim) if claim <= 1 else claim / 100
 
 
 def official_name(model: str) -> str:
@@ -139,7 +85,9 @@ def load_sae(
         found = _from_hub(str(source), device, dtype, norm_scaling_factor)
     if isinstance(found, Weights):
         if norm_scaling_factor is not None:
-            raise FeatpatchError(f"norm_scaling_factor={norm_scaling_factor}: expected none; {found.origin} is not scaled")
+            raise FeatpatchError(
+                f"norm_scaling_factor={norm_scaling_factor}: expected None, because {found.origin} is not scaled; leave it out"
+            )
         return placed(found.to(dtype, device).at(hook, hook_out))
     metadata = found.cfg.metadata
     metadata.hook_name = metadata.hook_name if hook is None else hook
@@ -186,8 +134,8 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
     ways = {processing for _, processing in said}
     if len(ways) > 1:
         raise FeatpatchError(
-            f"the SAEs were trained on differently processed weights {said}: expected one way; load them with a model each, "
-            "or pass processing=[...] to choose"
+            f"the SAEs were trained on weights that were processed in different ways {said}: expected the same processing; "
+            "load a model for each, or choose with processing=[...]"
         )
     return next(iter(ways), ())
 
@@ -237,9 +185,9 @@ class Place:
         if not repository or not folder:
             near = [release for release in registry if first in release or release in first][:3]
             raise FeatpatchError(
-                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}{near_folder(name)}, "
-                "release/id of sae-lens' registry"
-                f"{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder on the hub"
+                f"there is no SAE {name!r}: expected a folder with {SAE_CFG_FILENAME}{near_folder(name)}, release/id from the "
+                f"sae-lens registry{f' (releases such as {chr(44).join(near)})' if near else ''}, or owner/repository/folder "
+                "on the hub"
             )
         return cls(f"{first}/{repository}", folder)
 
@@ -296,7 +244,8 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
             sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
     except Exception as error:
         raise FeatpatchError(
-            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a sae-lens folder"
+            f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a complete "
+            "sae-lens folder; download or save it again"
         ) from error
     return sae
 

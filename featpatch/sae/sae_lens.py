@@ -14,16 +14,19 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import SAE, BatchTopKTrainingSAE, TemporalSAE, Transcoder
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.files import sha256
 from featpatch.model.digest import digest
+from featpatch.model.loading import PROCESSED
 from featpatch.sae.codec import Code, Codec, State
-from featpatch.sae.formats import UNSUPPORTED_CLT
+from featpatch.sae.weights import UNSUPPORTED_CLT
 
 NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
 """Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
@@ -75,15 +78,16 @@ class SaeCodec(Codec):
             )
         if isinstance(sae, BatchTopKTrainingSAE):
             raise FeatpatchError(
-                f"a {type(sae).__name__} encodes a row differently beside others, by its rank in the batch: expected an SAE "
-                "for inference; save it with save_inference_model and load it again"
+                f"a {type(sae).__name__} encodes a row by its rank in the batch, so differently when other rows are present: "
+                "expected an SAE for inference; save it with save_inference_model and load it again"
             )
         check_sizes(vars(sae.cfg))
         held = next((p.dtype for p in sae.parameters()), sae.dtype)
         if held != sae.dtype:
             raise FeatpatchError(
                 f"the weights of the SAE of {sae.cfg.metadata.hook_name!r} are {held} and its dtype is {sae.dtype}, to which "
-                f"it casts what it reads: expected one type; convert it with sae.to(dtype={held}), not with .half() or .float()"
+                f"it casts its input: expected the same dtype; convert the SAE with sae.to(dtype={held}), not with .half() or "
+                ".float()"
             )
         self.sae, self.dtype = sae, sae.dtype
         self._encoder = self._decoder = _flat(copy(sae))
@@ -105,12 +109,14 @@ class SaeCodec(Codec):
             return None
         metadata = source.cfg.metadata
         if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
-            raise FeatpatchError("an SAE's metadata names no hook: set sae.cfg.metadata.hook_name to the hook that it reads")
+            raise FeatpatchError(
+                "the metadata of an SAE names no hook point: expected the one that it reads; set sae.cfg.metadata.hook_name"
+            )
         if metadata.hook_head_index is not None:
             raise FeatpatchError(
-                f"the SAE of {metadata.hook_name!r} reads head {metadata.hook_head_index} alone: expected one of the whole "
-                "hook; adapt it with fp.dictionaries.adapt, with an encode that picks the head and a decode that fills the "
-                "others with zeros"
+                f"the SAE of {metadata.hook_name!r} reads only head {metadata.hook_head_index}: expected an SAE of the whole "
+                "activation; adapt it with fp.dictionaries.adapt, with an encode that picks the head and a decode that fills "
+                "the others with zeros"
             )
         return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
@@ -200,16 +206,71 @@ def _scale(sae: Any) -> float:
     normalisation = sae.cfg.normalize_activations
     if normalisation == "covariance_whitening":
         raise FeatpatchError(
-            f"{type(sae).__name__} has normalize_activations='covariance_whitening' and its whitening is not folded in: call "
-            "sae.fold_activation_whitening with the statistics of its training, or load its folder with fp.load_sae"
+            f"{type(sae).__name__} has normalize_activations='covariance_whitening' and its whitening is not folded into its "
+            "weights: expected folded weights; call sae.fold_activation_whitening with the statistics of its training, or "
+            "load its folder with fp.load_sae"
         )
     if normalisation != "expected_average_only_in":
         return 1.0
     scale = sae.cfg.metadata.norm_scaling_factor
     if scale is None:
         raise FeatpatchError(
-            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded in, so "
-            "that its features are wrong on raw activations: load it with fp.load_sae(path, norm_scaling_factor=...), or "
-            "call sae.fold_activation_norm_scaling_factor(scale) with the scale from its training"
+            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded into its "
+            "weights, so its features are wrong on raw activations: expected folded weights; load it with fp.load_sae(path, "
+            "norm_scaling_factor=...), or call sae.fold_activation_norm_scaling_factor(scale) with the scale from its "
+            "training"
         )
     return float(scale)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known about the training of an SAE; None or empty means unknown.
+
+    Attributes:
+        known: whether the SAE has a configuration, as sae-lens objects have.
+        model: the model's name.
+        processing: the processing of the model's weights, from `PROCESSED`.
+        explained_variance: the explained variance that the configuration or the registry claims.
+        folded: whether the weights of norms were folded. This is what the configuration says; if it does not say, but names a
+            model or a module, they count as not folded, because sae-lens leaves weights as they are.
+        module: the hook point that holds the input or output of the Hugging Face module that the configuration names.
+        context_size: the number of tokens of a training prompt.
+        prepend_bos: whether training prompts began with BOS.
+    """
+
+    known: bool = False
+    model: str | None = None
+    processing: tuple[str, ...] = ()
+    explained_variance: float | None = None
+    folded: bool | None = None
+    module: str | None = None
+    context_size: int | None = None
+    prepend_bos: bool = False
+
+    @classmethod
+    def of(cls, sae: Any) -> "Training":
+        """Read the metadata of a sae-lens object; nothing is known about any other object."""
+        if not isinstance(sae, SAE):
+            return cls()
+        said = sae.cfg.metadata
+        options = said.model_from_pretrained_kwargs if isinstance(said.model_from_pretrained_kwargs, dict) else {}
+        model = said.model_name if isinstance(said.model_name, str) else None
+        module = sites.of_module(said.hf_hook_name) if isinstance(said.hf_hook_name, str) else None
+        return cls(
+            known=True,
+            model=model,
+            processing=tuple(name for name in PROCESSED if options.get(name)),
+            explained_variance=_share(said.explained_variance),
+            folded=bool(options.get("fold_ln")) if "fold_ln" in options or model or module else None,
+            module=module,
+            context_size=said.context_size if isinstance(said.context_size, int) else None,
+            prepend_bos=bool(said.prepend_bos),
+        )
+
+
+def _share(claim: object) -> float | None:
+    """Return a claimed explained variance as a fraction, even if it is given in per cent; None if the claim is not valid."""
+    if not isinstance(claim, (int, float)) or not 0 < claim <= 100:
+        return None
+    return float(claim) if claim <= 1 else claim / 100

@@ -32,7 +32,7 @@ FIELDS = ("site", "kind", "index", "position", "sae")
 TYPES = {"integers": is_integer_dtype, "numbers": is_float_dtype, "texts": is_string_dtype}
 """The tests of a column's type, by the name of the type in error messages."""
 
-AGAIN = "expected a block of fp.stream_features; delete its .sha256 file and run it again"
+AGAIN = "expected a block written by fp.stream_features; delete its .sha256 file and run fp.stream_features again"
 """The end of every error about a damaged block."""
 
 
@@ -92,7 +92,7 @@ def read(folder: Path, block: int, name: str) -> bytes:
     return content
 
 
-def table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
+def read_table(folder: Path, block: int, kind: str, columns: Sequence[str]) -> pd.DataFrame:
     """Read some columns of a block's Parquet file.
 
     Args:
@@ -144,7 +144,9 @@ class Stored:
         object.__setattr__(self, "folder", as_path(self.folder))
         known = self.about["metrics"]
         if self.metric and self.metric not in known:
-            raise FeatpatchError(f"metric {self.metric!r} was not measured: expected one of {', '.join(known)}")
+            raise FeatpatchError(
+                f"metric {self.metric!r} was not measured: expected one of {', '.join(known)}; choose one of these"
+            )
         object.__setattr__(self, "metric", self.metric or known[0])
 
     @cached_property
@@ -161,7 +163,9 @@ class Stored:
                 raise ValueError(f"format {about['format']!r}")
             check_metadata({**about, "metric": about["metrics"][0], "pairs": ""}, 0)
         except (OSError, ValueError, LookupError, TypeError, FeatpatchError) as error:
-            raise FeatpatchError(f"{str(path)!r} can't be read ({error}): expected a folder of fp.stream_features") from error
+            raise FeatpatchError(
+                f"{str(path)!r} can't be read ({error}): expected a folder written by fp.stream_features"
+            ) from error
         return dict(about)
 
     @cached_property
@@ -189,9 +193,12 @@ class Stored:
         """
         names = {f"{name} of {self.metric}": name for name in ("clean", "corrupted")}
         columns = ["pair", *names, "tags", "digest"]
-        found = [table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
+        found = [read_table(self.folder, block, "pairs", columns).assign(block=block) for block in range(self.blocks)]
         if not found:
-            raise FeatpatchError(f"{str(self.folder)!r} has no finished block yet: run fp.stream_features again")
+            raise FeatpatchError(
+                f"{str(self.folder)!r} has no finished block yet: expected at least one; run fp.stream_features again to "
+                "continue"
+            )
         table = pd.concat(found, ignore_index=True).rename(columns=names)
         if not np.array_equal(table["pair"], np.arange(len(table))):
             raise FeatpatchError(f"the pairs in {str(self.folder)!r} are not numbered from 0 to {len(table) - 1}: {AGAIN}")
@@ -302,21 +309,21 @@ class Stored:
         names = {f"{name} of {self.metric}": name for name in ("denoised", "noised")}
         columns = [*FIELDS, "pair", *names]
         for block in range(self.blocks):
-            entries = table(self.folder, block, "effects", columns).rename(columns=names)
+            entries = read_table(self.folder, block, "effects", columns).rename(columns=names)
             pairs = self.pairs.index[self.pairs["block"] == block]
             within = entries["pair"].between(pairs.min(), pairs.max()).all()
             if not within or entries.duplicated([*FIELDS, "pair"]).any():
                 raise FeatpatchError(
-                    f"block {block} in {str(self.folder)!r} has effects of pairs of other blocks, or duplicates: {AGAIN}"
+                    f"block {block} in {str(self.folder)!r} holds effects of pairs in other blocks, or duplicates: {AGAIN}"
                 )
             run = [{"denoising": "denoised", "noising": "noised"}[direction] for direction in self.about["directions"]]
             if not np.isfinite(entries[run]).all(axis=None):
-                raise FeatpatchError(f"block {block} in {str(self.folder)!r} has values that are not finite: {AGAIN}")
+                raise FeatpatchError(f"block {block} in {str(self.folder)!r} holds values that are not finite: {AGAIN}")
             yield entries
 
     def digest_of(self, block: int) -> str:
         """Return the digest of the pairs of a finished block."""
-        return str(table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
+        return str(read_table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:
         said = f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"

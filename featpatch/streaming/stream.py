@@ -12,8 +12,8 @@ from featpatch.engine.ray import executor_of
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, check_writable, writing
 from featpatch.nodes import DIRECTIONS, Direction
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.positions import Positions
 from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Asked, Study
@@ -67,7 +67,7 @@ def stream_features(
     """
     if not isinstance(folder, (str, Path)) or isinstance(blocks, Pairs) or not isinstance(blocks, Iterable):
         raise FeatpatchError(
-            f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected several Pairs, such as "
+            f"blocks is a {type(blocks).__name__}, folder={folder!r}: expected an iterable of Pairs, such as "
             "Pairs.blocks_from_jsonl(tokenizer, path), and the path of a folder"
         )
     folder, elsewhere, number = as_path(folder), executor_of(executor), -1
@@ -89,11 +89,11 @@ def stream_features(
             first += len(block)
             bar.update(len(block))
     if number < 0:
-        raise FeatpatchError("there are no blocks: expected at least one Pairs")
+        raise FeatpatchError("there are no blocks: expected at least one; pass an iterable of Pairs")
     stored = Stored(folder)
     if stored.blocks > number + 1:
         raise FeatpatchError(
-            f"{str(folder)!r} holds {stored.blocks} blocks, and {number + 1} were given: expected all of them; give "
+            f"{str(folder)!r} holds {stored.blocks} blocks, and {number + 1} were given: expected all of them again; use "
             "another folder for fewer pairs"
         )
     return stored
@@ -124,7 +124,7 @@ def _check_about(path: Path, about: dict[str, Any]) -> None:
     if differing:
         raise FeatpatchError(
             f"{str(path.parent)!r} holds other results: {', '.join(differing)} differ; expected the same model, SAEs and "
-            "options; give another folder"
+            "options; use another folder"
         )
 
 
@@ -136,6 +136,6 @@ def _check_same(folder: Path, number: int, block: Pairs) -> None:
     """
     if Stored(folder).digest_of(number) != block.digest():
         raise FeatpatchError(
-            f"block {number} in {str(folder)!r} is of other pairs: expected the same blocks of the same size; give another "
+            f"block {number} in {str(folder)!r} holds other pairs: expected the same blocks of the same size; use another "
             "folder"
         )

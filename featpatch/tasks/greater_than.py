@@ -86,9 +86,9 @@ def _digits(tokenizer: Tokenizer) -> int:
         if any(after.next_token(year[:size]) is not None for year in ("45", "58", "63")):
             return size
     raise FeatpatchError(
-        f"the tokenizer splits '1745' into neither pairs of digits nor single digits (the ids of 'to 1745' are "
-        f"{list(bare_ids(tokenizer, 'to 1745'))}): expected its last two digits to be a token, or every digit; use another "
-        "task, or make your own pairs with Pairs.from_prompts"
+        "the tokenizer splits '1745' into neither pairs of digits nor single digits (the ids of 'to 1745' are "
+        f"{list(bare_ids(tokenizer, 'to 1745'))}): expected its last two digits to be one token, or each digit to be one; use "
+        "another task, or make your own pairs with Pairs.from_prompts"
     )
 
 

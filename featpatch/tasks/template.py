@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from random import Random
 
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, token_at
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.positions import token_at
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer, plain_tokenizer, prompt_ids, special_positions
 
 SLOT = re.compile(r"\{(\w+)\}")
@@ -100,8 +99,8 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
         if len(found) == n:
             return Pairs(tuple(found.values()))
     raise FeatpatchError(
-        f"only {len(found)} pairs of {n} fit this tokenizer, of {TRIES * n} tried: the others had words of several or unknown "
-        "tokens, or prompts of unequal length; ask for fewer, or give templates and words of your own"
+        f"only {len(found)} of {n} pairs fit this tokenizer, after {TRIES * n} attempts: expected words of one known token "
+        "each, and prompts of equal length; ask for fewer pairs, or give templates and words of your own"
     )
 
 
@@ -144,7 +143,8 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     kept = [word for word in words if after.next_token(f" {word}") is not None]
     if len(kept) < least:
         raise FeatpatchError(
-            f"only {kept} of {list(words)} are one token of this tokenizer: expected at least {least}; give words of your own"
+            f"only {kept} of the words {list(words)} are one token of this tokenizer: expected at least {least}; give words "
+            "of your own"
         )
     return kept
 
@@ -163,5 +163,5 @@ def chosen(wanted: str | Sequence[str], known: Sequence[str], what: str) -> list
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise FeatpatchError(f"{what} {unknown or names}: expected some of {', '.join(known)}")
+        raise FeatpatchError(f"{what} {', '.join(map(str, unknown)) or names}: expected some of {', '.join(known)}")
     return names

@@ -1,4 +1,4 @@
-// A click on a node of the figure, or a choice from the list, shows its numbers. All text is put in as text.
+// A click on a node of the figure, or a choice from the list, shows its numbers. All strings are inserted as text, not as HTML.
 {
   const nodes = JSON.parse(document.getElementById("node-data").textContent);
   const panel = document.getElementById("node"), choice = document.getElementById("node-choice");

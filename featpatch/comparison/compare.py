@@ -209,8 +209,7 @@ class Comparison:
         >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
         >>> comparison.writers[["sae", "feature", "site", "share"]].shape[1]
         4
-        >>> comparison.plot().layout.xaxis.title.text
-        'sum over single features'
+        >>> comparison.plot().write_html(folder / "comparison.html")
     """
 
     features: Effects

@@ -113,6 +113,9 @@ def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
         device: the device of the model and the SAEs.
         progress: whether to show the progress bars of the libraries that load them.
 
+    Returns:
+        The model, its SAEs, and methods that draw prompt pairs and texts for them.
+
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.
 

@@ -98,6 +98,9 @@ def max_activating(
         texts: documents; one that exceeds the model's context is truncated, with a PairsWarning.
         contexts: the number of max-activating examples per feature.
 
+    Returns:
+        A description of each feature among the nodes, by node.
+
     Raises:
         FeatpatchError: the model has no tokenizer, there are no texts or none with a word, or a node names a feature or an SAE
             that does not exist.

@@ -93,11 +93,15 @@ def load(
         check: whether to check the SAEs; the result is the attribute `check` of what is returned.
         progress: whether to show the progress bars of the libraries that load.
 
+    Returns:
+        The model, the SAEs and the check; it unpacks into model and SAEs.
+
     Raises:
         FeatpatchError: something can't be found, downloaded or read, or the SAEs were trained on differently processed weights.
 
     Example:
-        >>> loaded = fp.load(demo.folder / "model", demo.folder / "saes" / "blocks.2.hook_resid_pre", pairs=pairs, progress=False)
+        >>> folder = demo.folder / "saes" / "blocks.2.hook_resid_pre"
+        >>> loaded = fp.load(demo.folder / "model", folder, pairs=pairs, progress=False)
         >>> loaded.check.ok
         True
         >>> model, saes = loaded

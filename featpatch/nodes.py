@@ -56,9 +56,14 @@ def check_directions(directions: Any) -> tuple[Direction, ...]:
 
 @dataclass(frozen=True)
 class Node:
-    """A value that can be patched: `kind` (and `index`, for a feature) of dictionary `sae` at hook point `site` and `position`.
+    """A value that can be patched, such as a feature, an error term or a head, at a hook point and a position.
 
-    `sae` is the name of the dictionary; it may be empty if only one dictionary writes to the hook point.
+    Attributes:
+        site: the hook point, such as `"blocks.1.hook_resid_pre"`.
+        kind: the kind of value, such as `"feature"`, `"error"`, `"activation"` or `"head"`.
+        index: the index of the feature, head or neuron; None for kinds without an index.
+        position: a token index, a label of the pairs, or `"all"`.
+        sae: the name of the dictionary; it may be empty if only one dictionary writes to the hook point.
 
     Example:
         >>> node = fp.Node("blocks.1.hook_resid_pre", "feature", 433, position="S2", sae="blocks.1.hook_resid_pre")
@@ -106,6 +111,10 @@ LOGITS = Node("logits", "activation")
 class Edge(Node):
     """A direct edge from a sender to a receiver.
 
+    Attributes:
+        site, position, sae: those of the receiver.
+        sender, receiver: the nodes that the edge connects.
+
     Example:
         >>> head = fp.Node("blocks.1.attn.hook_z", "head", 3, position="S2")
         >>> print(fp.Edge.of(head, fp.LOGITS))
@@ -136,7 +145,10 @@ class Edge(Node):
 
 @dataclass(frozen=True)
 class Patch:
-    """Nodes that are swapped together, at one hook point or several.
+    """Nodes that are patched together, at one hook point or several.
+
+    Attributes:
+        nodes: the nodes, each named once.
 
     Example:
         >>> patch = fp.Patch(effects.top(3).nodes)

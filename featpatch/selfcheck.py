@@ -134,6 +134,9 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         saes: the SAEs, as in `rank_features`.
         pairs: the prompts; their answers are not used.
 
+    Returns:
+        The fit of each dictionary: the explained variance, what the configuration claims, and what does not fit.
+
     Raises:
         FeatpatchError: the input is not valid, or every position of the prompts is special.
 

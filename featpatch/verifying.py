@@ -88,6 +88,9 @@ def verify(
         tolerance: the accepted difference, as a share of the mean gap or of the metric's size, whichever is larger.
         progress: whether to show a progress bar.
 
+    Returns:
+        The difference of each row that was measured again, and whether all are within the tolerance (`ok`).
+
     Raises:
         FeatpatchError: the model, pairs or SAEs are not those of the table; or the table holds estimates, ablations, effects of
             prompts corrupted by noise, or a metric that is a function.

@@ -102,8 +102,10 @@ def failures(values: dict[str, Any], given: dict[str, Any], folder: Callable[[],
     return found
 
 
-def test_examples_run(given: dict[str, Any], tmp_path: Path) -> None:
-    found = failures(examples(), given, lambda: Path(tempfile.mkdtemp(dir=tmp_path)))
+@pytest.mark.parametrize("of_methods", [True, False])
+def test_examples_run(given: dict[str, Any], tmp_path: Path, of_methods: bool) -> None:
+    some = {name: value for name, value in examples().items() if ("." in name) == of_methods}
+    found = failures(some, given, lambda: Path(tempfile.mkdtemp(dir=tmp_path)))
     assert not found, "\n".join(found)
 
 

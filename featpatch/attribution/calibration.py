@@ -99,6 +99,9 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
         exact: a table of exact effects.
         effect: the effect to compare; by default recovery if both tables have it.
 
+    Returns:
+        The pooled effects of both tables, node by node, with tables and a figure of their agreement.
+
     Raises:
         FeatpatchError: if the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions,
             model or SAEs, hold nodes of different kinds, or do not both have the effect.

@@ -162,7 +162,8 @@ class PairGradients:
 class Gradients:
     """Activations and gradients of both runs of every pair, computed when they are first needed, and kept.
 
-    They are computed again if the model's weights or hooks have changed.
+    They are computed again if the model's weights or hooks have changed. `featpatch.attribution.gradients` defines the methods
+    and cites their sources.
 
     With the same `Gradients`, estimates for another dictionary at the same hook points, or at other positions, need no further
     runs of the model:
@@ -190,11 +191,11 @@ class Gradients:
         FeatpatchError: if the input is unusable.
 
     Example:
-        >>> gradients = fp.Gradients(model, pairs, method="ig", steps=4)
-        >>> estimates = fp.rank_features(model, saes[0], pairs, positions=["S2"], method=gradients, progress=False)
-        >>> others = fp.rank_features(model, saes[0], pairs, positions=["end"], method=gradients, progress=False)
-        >>> estimates.value, len(others) > 0
-        ('estimate', True)
+        >>> gradients = fp.Gradients(model, pairs, method="ig", steps=2)
+        >>> options = {"positions": ["S2"], "method": gradients, "progress": False}
+        >>> estimates = [fp.rank_features(model, sae, pairs, **options) for sae in saes]  # the runs are shared
+        >>> [table.value for table in estimates]
+        ['estimate', 'estimate']
     """
 
     def __init__(

@@ -94,6 +94,9 @@ def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
 class Circuit:
     """A circuit: the items (nodes or edges) of a graph that are kept while all others are ablated.
 
+    The criteria of faithfulness, completeness and minimality follow Wang et al. 2022 (arXiv 2211.00593, section 4); here they
+    are shares of the behaviour.
+
     Attributes:
         graph: the graph, in which the complement can be ablated.
         items: the items of the circuit, the most important first if the search ranks.
@@ -146,7 +149,7 @@ class Circuit:
 
         Example:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
-            >>> circuit.completeness(subsets=3).columns.tolist()
+            >>> circuit.completeness(subsets=2).columns.tolist()
             ['removed', 'circuit', 'model', 'incompleteness']
         """
         check_numbers(1, subsets=subsets)
@@ -165,6 +168,11 @@ class Circuit:
     def minimality(self) -> pd.DataFrame:
         """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
 
+        This is the criterion of Wang et al. 2022, section 4, in the case in which no other item is removed.
+
+        Returns:
+            One row per item of the circuit: `item` and `loss`, as a share of the behaviour.
+
         Example:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> loss = circuit.minimality()["loss"]
@@ -180,6 +188,8 @@ class Circuit:
 
     def curve(self, shares: Sequence[float] = SHARES) -> FaithfulnessCurve:
         """Measure the faithfulness of the items with the largest |score|, for growing shares of all items, with CPR and CMD.
+
+        CPR and CMD are the areas of the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151).
 
         Args:
             shares: ascending shares of all items, between 0 and 1.
@@ -246,7 +256,17 @@ class Circuit:
         return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
-        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `Effects.report`.
+        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `fp.report`.
+
+        Args:
+            path: the HTML file.
+            title: the title of the page; by default the text form of the circuit.
+
+        Returns:
+            The path.
+
+        Raises:
+            FeatpatchError: the path is a folder or can't be written to.
 
         Example:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)

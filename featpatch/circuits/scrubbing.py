@@ -89,6 +89,8 @@ def scrub(
 ) -> Scrubbed:
     """Measure how much of the behaviour on the clean prompts is preserved when a hypothesis is scrubbed.
 
+    This is causal scrubbing (Chan et al. 2022); the algorithm is described in `featpatch.circuits.scrubbing`.
+
     Args:
         model: a TransformerBridge or a HookedTransformer, without hooks of your own and without norms after heads and MLPs.
         pairs: pairs whose clean prompts are resampled, all equally long; give many, so that prompts share labels.
@@ -97,6 +99,9 @@ def scrub(
         draws: the number of times that everything is resampled.
         seed: the seed for resampling.
         progress: whether to show a progress bar.
+
+    Returns:
+        The share of the behaviour that is recovered, its 95 % bootstrap interval over prompts, and the metric of each prompt.
 
     Raises:
         FeatpatchError: if the input is unusable, the prompts have unequal lengths, or the model's graph lacks a node.

@@ -209,8 +209,7 @@ class Comparison:
         >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
         >>> comparison.writers[["sae", "feature", "site", "share"]].shape[1]
         4
-        >>> comparison.plot().layout.xaxis.title.text
-        'sum over single features'
+        >>> comparison.plot().write_html(folder / "comparison.html")
     """
 
     features: Effects
@@ -299,6 +298,9 @@ def compare(
             that do not read the residual stream are left out.
         top: the number of components and of features to analyse, by recovery, or by degradation if recovery was not run; and
             the number of features to list for each component.
+
+    Returns:
+        The joined table and the rank agreement of both and, if a model is given, the writers of the features.
 
     Raises:
         FeatpatchError: the tables are of different pairs, metrics or models, share no direction, or are not tables of features

@@ -94,6 +94,9 @@ class Measured:
     def metric(self: T, name: str) -> T:
         """Return the table of the same patched runs for another metric.
 
+        Args:
+            name: the name of the metric, one of `metrics`.
+
         Raises:
             FeatpatchError: this metric was not measured.
 
@@ -285,7 +288,7 @@ class Measured:
         Each label is one of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
         `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
         single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
-        `effects/quadrants.py`.
+        `effects/statistics.py`.
 
         Example:
             >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").quadrants()

@@ -92,7 +92,7 @@ class Plots:
             FeatpatchError: the table has no row of this kind.
 
         Example:
-            >>> heads = fp.rank_components(model, pairs, sites="z", positions=["S2", "end"], progress=False)
+            >>> heads = fp.rank_components(model, pairs, sites="z", layers=[1], positions=["S2", "end"], progress=False)
             >>> figure = heads.plot.heatmap("recovery", kind="head")
             >>> figure.data[0].type
             'heatmap'

@@ -101,6 +101,10 @@ class Effects(Measured):
         For example `by_tag("corruption", "recovery")`. The column `depends` is True for a feature whose intervals under two
         values do not overlap; see `frames.by_tag`.
 
+        Args:
+            tag: the name of the tag.
+            effect: `"recovery"` or `"degradation"`.
+
         Raises:
             FeatpatchError: no pair has this tag, or all have the same value of it.
 
@@ -150,6 +154,12 @@ class Effects(Measured):
 
     def save(self, path: str | Path) -> Path:
         """Write the table to a safetensors file, with metadata as JSON in its header.
+
+        Args:
+            path: the file; an existing one is replaced.
+
+        Returns:
+            The path.
 
         Example:
             >>> path = effects.save(folder / "ioi.safetensors")

@@ -134,7 +134,7 @@ class SlowPathWarning(FeatpatchWarning):
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("error", fp.SlowPathWarning)  # refuse the slow path
-        ...     table = fp.rank_components(model, pairs, positions=["S2"], progress=False)
+        ...     layers = fp.rank_components(model, pairs, sites="resid_pre", positions=["S2"], progress=False)
     """
 
 

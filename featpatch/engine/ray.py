@@ -66,8 +66,7 @@ class Ray(Executor):
     Args:
         workers: the number of processes; by default as many as the processors and GPUs allow.
         address: the address of a running cluster, such as `"auto"` or `"ray://head:10001"`; by default the Ray instance that
-            this
-            process is connected to, or else a local one that is started here and ends with the sweep.
+            this process is connected to, or else a local one that is started here and ends with the sweep.
         cpus, gpus: the number of processors and GPUs that each worker takes.
 
     Example:

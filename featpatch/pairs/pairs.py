@@ -282,7 +282,7 @@ class Pairs(Sequence[Pair]):
 
         Example:
             >>> import pandas as pd
-            >>> prompts = {"clean": "When Mary and John met, John gave a hat to", "corrupted": "When Mary and John met, Mary gave a hat to"}
+            >>> prompts = {"clean": "Mary met John . John gave it to", "corrupted": "Mary met John . Mary gave it to"}
             >>> frame = pd.DataFrame([{**prompts, "correct": " Mary", "wrong": " John", "template": "met"}])
             >>> fp.Pairs.from_pandas(model, frame)[0].tags
             {'template': 'met'}

@@ -284,6 +284,9 @@ def ablate(
         seed: the seed for resampling.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
+    Returns:
+        One row per feature, error term or component, with its degradation.
+
     Raises:
         FeatpatchError: if the input is unusable, there is nothing to ablate, or there is no prompt to average or resample.
 

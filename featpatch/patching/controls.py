@@ -75,6 +75,9 @@ def random_controls(
         seed: the seed for the random directions.
         model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
 
+    Returns:
+        The effects of the feature and of the random directions, and the share of these that reach the feature's effect.
+
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or the feature differs in no pair.
 

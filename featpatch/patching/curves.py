@@ -121,6 +121,9 @@ def top_k_curve(
         rank_on: pairs on which single features are ranked; `pairs` by default, which makes the curve look better than it is.
         model, saes, pairs, positions, directions, metric, batch_rows, noise, progress: as in `rank_features`.
 
+    Returns:
+        The curve, with a table of one row per dictionary, position and k, and a figure.
+
     Raises:
         FeatpatchError: if the input is unusable.
 

@@ -27,7 +27,8 @@ from featpatch.patching.readings import Reading
 class Noise:
     """Noise on the embeddings of some tokens of the clean prompt, which then serves as the corrupted run.
 
-    The corrupted prompts of the pairs are not run; the answers are still those of the pairs.
+    This is the corruption of causal tracing (Meng et al. 2022, arXiv 2202.05262). The corrupted prompts of the pairs are not
+    run; the answers are still those of the pairs.
 
     Attributes:
         positions: labels or indices of the tokens that get noise.

@@ -222,6 +222,9 @@ def select_features(
         position: where the features are patched: `"all"`, a label or an index.
         model, sae, pairs, metric, batch_rows, progress: as in `rank_features`, for one dictionary.
 
+    Returns:
+        The features in the order in which they were selected, with the effects of the growing sets in both directions.
+
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or no feature differs.
 

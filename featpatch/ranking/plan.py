@@ -72,7 +72,7 @@ class Plan:
         )
 
     def screened_seconds(self, k: int, audit: int) -> float | None:
-        """Estimate the seconds that `exact="screened"` takes with these numbers of features; None without gradients."""
+        """Estimate the seconds that screening with these numbers of features takes; None without gradients."""
         if self.estimate_seconds is None:
             return None
         return self.estimate_seconds + self.seconds * min(1.0, (k + audit) / max(1, self.nodes))
@@ -113,6 +113,9 @@ def plan(
         senders, receivers, route: as in `rank_paths`.
         positions: as in the function to plan; not for paths, whose nodes have positions of their own.
         directions, metric, batch_rows: as in the function to plan.
+
+    Returns:
+        The plan, with numbers of patches and positions, floating-point operations, bytes and seconds.
 
     Raises:
         FeatpatchError: if the input is unusable, or the arguments belong to different functions.

@@ -72,6 +72,9 @@ def report(
         question: the title of the report; by default made of metric and model.
         top: the number of features per effect that get feature cards.
 
+    Returns:
+        The path.
+
     Raises:
         FeatpatchError: the pairs or SAEs are not those of the effects, the model has no tokenizer, only one of model and pairs
             is given, or the path is a folder.

@@ -34,6 +34,10 @@ class _Affine(torch.nn.Module):
 def identity(model: Any, hook: str) -> Adapted:
     """Make a dictionary in which every coordinate of the activation at a hook point is a feature; its error is 0.
 
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        hook: the hook point, such as `"blocks.1.hook_resid_pre"`.
+
     Raises:
         FeatpatchError: the model has no such hook point.
 
@@ -50,6 +54,10 @@ def identity(model: Any, hook: str) -> Adapted:
 
 def neurons(model: Any, layer: int) -> Adapted:
     """Make a dictionary of an MLP's neurons, read after the nonlinearity and written at `hook_mlp_out` through `W_out`.
+
+    Args:
+        model: a TransformerBridge or a HookedTransformer.
+        layer: the index of the layer.
 
     Raises:
         FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),
@@ -90,6 +98,9 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
     They are computed over all prompts of the pairs, without special tokens.
 
     Args:
+        model: a TransformerBridge or a HookedTransformer.
+        hook: the hook point, such as `"blocks.1.hook_resid_pre"`.
+        pairs: the pairs whose clean and corrupted prompts are used.
         components: how many components to keep, largest variance first; all by default. The remaining ones make up the error.
 
     Raises:

@@ -52,14 +52,17 @@ def capitals(
     corruptions: str | Sequence[str] = "other_country",
     templates: Sequence[str] = TEMPLATES,
 ) -> Pairs:
-    """`n` pairs that ask for the capital of a country.
+    """Make `n` pairs that ask for the capital of a country.
 
     Labels: subject, relation and end.
 
     Args:
+        tokenizer: the model or its tokenizer, as in `Pairs.from_prompts`.
+        n: the number of pairs.
+        seed: the seed of the random draw.
         corruptions: one or both of `"other_country"`, whose capital is the wrong answer, and `"other_relation"`, which asks
             for the language of the same country.
-        templates: with slots {subject} and {relation}.
+        templates: texts with the slots {subject} and {relation}.
 
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.

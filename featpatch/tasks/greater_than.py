@@ -28,7 +28,9 @@ def greater_than(
     corruptions: str | Sequence[str] = "early_year",
     templates: Sequence[str] = TEMPLATES,
 ) -> Pairs:
-    """Make `n` pairs; later years of the century than the one named are right, that year and earlier ones are wrong.
+    """Make `n` pairs that ask for a year later than the one named (Hanna et al. 2023, arXiv 2305.00586).
+
+    Later years of the century than the one named are right, that year and earlier ones are wrong.
 
     Labels: start_year (its last two digits) and end. Meant for the metric `"prob_diff"`.
 
@@ -37,9 +39,12 @@ def greater_than(
     and the corrupted year always differ.
 
     Args:
+        tokenizer: the model or its tokenizer, as in `Pairs.from_prompts`.
+        n: the number of pairs.
+        seed: the seed of the random draw.
         corruptions: one or both of `"early_year"`: the year 01 of the century, after which nearly every year is right, and
             `"other_year"`: an earlier year.
-        templates: with slots {event}, {century}, {start_year} and {again}, the century once more.
+        templates: texts with the slots {event}, {century}, {start_year} and {again}, the century once more.
 
     Raises:
         FeatpatchError: a corruption is unknown, too few pairs fit the tokenizer, or the tokenizer makes a token neither of the

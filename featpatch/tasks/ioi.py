@@ -49,15 +49,21 @@ def ioi(
     templates: Sequence[str] = TEMPLATES,
     names: Sequence[str] = NAMES,
 ) -> Pairs:
-    """`n` pairs; the clean prompt names the receiver IO and, twice, the giver S.
+    """Make `n` pairs of indirect-object identification: which of two people is given something?
+
+    The clean prompt names the receiver IO once and the giver S twice (Wang et al. 2022, arXiv 2211.00593).
 
     Labels: IO, S1, S2 and end.
 
     Args:
+        tokenizer: the model or its tokenizer, as in `Pairs.from_prompts`.
+        n: the number of pairs.
+        seed: the seed of the random draw.
         corruptions: one or several of `"swap_s2"`: the giver of the second clause becomes IO, so that S receives;
             `"swap_names"`: both people change places everywhere; `"fresh_names"`: three other people, so that neither
-            answer is at hand (ABC).
-        templates: with slots {IO}, {S1}, {S2}, {place} and {object}.
+            answer occurs in the corrupted prompt (ABC).
+        templates: texts with the slots {IO}, {S1}, {S2}, {place} and {object}.
+        names: the names to draw people from; at least five must be single tokens.
 
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.

@@ -30,13 +30,18 @@ def sentiment(
     corruptions: str | Sequence[str] = "all_words",
     templates: Sequence[str] = TEMPLATES,
 ) -> Pairs:
-    """`n` pairs, half of them praise and half blame in expectation.
+    """Make `n` pairs of reviews that end where a verdict follows: good or bad?
+
+    In expectation, half of the clean prompts praise and half blame.
 
     Labels: word1 (an adjective), word2 (a verb) and end.
 
     Args:
+        tokenizer: the model or its tokenizer, as in `Pairs.from_prompts`.
+        n: the number of pairs.
+        seed: the seed of the random draw.
         corruptions: one or both of `"all_words"`: both words turn to the opposite, and `"first_word"`: the adjective alone.
-        templates: with slots {word1}, {word2}, {work} and {part}, ending where good or bad may follow.
+        templates: texts with the slots {word1}, {word2}, {work} and {part}, ending where good or bad may follow.
 
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.

@@ -160,15 +160,20 @@ def measure(place: Path, gguf: Path | None, n: int) -> dict[str, float]:
     tell("plan", seconds, f"{seconds / sweep:.2f} of the sweep, goal {GOALS['plan']:.2f}; it predicts {plan.patches} patches, "
         f"{plan.seconds:.1f} s")  # fmt: skip
     arguments = [part for folder in folders for part in ("--sae", str(folder))]
-    load = f"import featpatch as fp; fp.load({str(place / 'model')!r}, {[str(folder) for folder in folders]!r}, check=False)"
-    loading = seconds_of_process("-c", load)
-    tell("process: fp.load", loading, "imports included, without check")
+    names = f"{str(place / 'model')!r}, {[str(folder) for folder in folders]!r}"
+    alone = (
+        f"import featpatch as fp; model, saes = fp.load({names}, check=False, progress=False); "
+        f"pairs = fp.Pairs.from_jsonl(model, {str(place / 'pairs.jsonl')!r}); fp.check(model, saes, pairs); "
+        "fp.rank_features(model, saes, pairs, progress=False)"
+    )
+    library = seconds_of_process("-c", alone)
+    tell("process: load, check, rank", library, "imports included")
     seconds = seconds_of_process(
         "-m", "featpatch", "rank", "--model", str(place / "model"), *arguments, "--pairs", str(place / "pairs.jsonl"),
         "--out", str(place / "out"),
     )  # fmt: skip
-    over = seconds - loading - sweep
-    tell("process: featpatch rank", seconds, f"{over:+.1f} s in addition to load and sweep, goal {GOALS['rank']:.0f} s")
+    over = seconds - library
+    tell("process: featpatch rank", seconds, f"{over:+.1f} s for tables, files and the report, goal {GOALS['rank']:.0f} s")
 
     nodes = effects.top(DESCRIBED, kind="feature").nodes
     for name, at_once, one_by_one in (

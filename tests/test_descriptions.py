@@ -57,7 +57,7 @@ def test_descriptions_by_hand(demo: Demo) -> None:
         scores, share, shown = by_hand(demo.model.tokenizer.decode, activations, int(node.index or 0))
         assert found.share == pytest.approx(share)
         assert (found.fired, found.positions) == (len(shown), sum(len(ids) - 1 for _, ids in activations))
-        count = f"fires at {len(shown)} of {found.positions} positions"
+        count = f"active at {len(shown)} of {found.positions} positions"
         if not share:
             assert (found.word, found.contexts, str(found)) == ("", (), f"never active in the text, {count}")
             continue

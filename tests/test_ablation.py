@@ -159,11 +159,11 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "nothing to ablate"), ({"sites": "z", "to": "nothing"}, "to='nothing': expected 'zero', 'mean'"),
+    [({}, "nothing to ablate"), ({"sites": "z", "to": "nothing"}, "to='nothing': expected one of 'zero', 'mean'"),
      ({"sites": "z", "to": float("nan")}, "or a finite number"), ({"sites": "z", "to": float("inf")}, "or a finite number"),
      ({"layers": [0]}, r"layers=\[0\] without sites"),
      ({"sites": "z", "reference": fp.Pairs((fp.Pair((99, 2), (3, 2), (4,), (5,)),))}, "has token ids from 2 to 99"),
-     ({"sites": "z", "reference": fp.Pairs((fp.Pair((1, 2), (3, 2), (4,), (5,), special=frozenset({0, 1})),))}, "are special"),],
+     ({"sites": "z", "reference": fp.Pairs((fp.Pair((1, 2), (3, 2), (4,), (5,), special=frozenset({0, 1})),))}, "hold only special tokens"),],
 )  # fmt: skip
 def test_errors(small: Small, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):

@@ -24,9 +24,9 @@ def test_comments_are_invisible_and_whole() -> None:
         (1, "before | 0.98 of 1,204 in 2.0 s, by `ig` | after", ""),
         (1, "| 0.97 of 1,204 in 2.0 s, by `ig` |", "0.98 is now 0.97"),
         (1, "| 0.98 of 1,204 in 2.1 s, by `ig` |", "2.0 is now 2.1"),
-        (1, "| 0.98 of 1,204 in 2.0 s, by `atp` |", "it says 'in 2.0 s , by ` ig"),
-        (1, "", "it says"),
-        (1, 2 * "| 0.98 of 1,204 in 2.0 s, by `ig` |", "printed 2 times"),
+        (1, "| 0.98 of 1,204 in 2.0 s, by `atp` |", "the page says 'in 2.0 s , by ` ig"),
+        (1, "", "the page says"),
+        (1, 2 * "| 0.98 of 1,204 in 2.0 s, by `ig` |", "prints its words 2 times"),
         (1.5, "| 0.98\nof 1,204 in 2.9 s, by `ig` |", ""),
         (1.5, "| 0.98 of 1,204 in 3.1 s, by `ig` |", "2.0 is now 3.1"),
         (1.5, "| 0.98 of 1,204 in 1.3 s, by `ig` |", "2.0 is now 1.3"),
@@ -64,6 +64,6 @@ def test_writing_repairs_the_numbers(
         assert ended.value.code == 1
         assert page.read_text() == after
         said = capsys.readouterr().out
-        assert f"{holding} passages hold; 1 not asked for" in said
+        assert f"{holding} passages hold; 1 not selected" in said
         assert "the command ends with 1" in said
-        assert "it says '4 apples', printed is '5 pears'" in said
+        assert "the page says '4 apples', printed is '5 pears'" in said

@@ -335,7 +335,7 @@ def test_whatever_the_mode_of_autograd(small: Small, grad: Any) -> None:
         np.testing.assert_allclose([one.denoised, one.noised], [other.denoised, other.noised], atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore::featpatch.engine.SlowPathWarning")
+@pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
 def test_hooks_that_write_in_place_are_hooks(small: Small) -> None:
     """The usual way to ablate: estimates and exact effects are those of the same hook written out of place."""
     point = small.model.hook_dict["blocks.1.hook_resid_pre"]

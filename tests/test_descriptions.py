@@ -57,7 +57,7 @@ def test_descriptions_by_hand(demo: Demo) -> None:
         scores, share, shown = by_hand(demo.model.tokenizer.decode, activations, int(node.index or 0))
         assert found.share == pytest.approx(share)
         assert (found.fired, found.positions) == (len(shown), sum(len(ids) - 1 for _, ids in activations))
-        count = f"fires at {len(shown)} of {found.positions} positions"
+        count = f"active at {len(shown)} of {found.positions} positions"
         if not share:
             assert (found.word, found.contexts, str(found)) == ("", (), f"never active in the text, {count}")
             continue
@@ -82,7 +82,7 @@ def test_a_text_beyond_the_context_is_cut_with_a_warning(demo: Demo) -> None:
     ((values, ids),) = read(demo, [short])
     assert len(ids) == context < len(tokenizer(long)["input_ids"])
     node = fp.Node(SITE, "feature", int(values[1:].sum(0).argmax()), "all", SITE)
-    with pytest.warns(FeatpatchWarning, match=f"{context - 1} positions, with"):
+    with pytest.warns(FeatpatchWarning, match=f"{context - 1} positions, and"):
         (expected,) = fp.max_activating(demo.model, demo.saes, [node], [short]).values()
     with (
         pytest.warns(FeatpatchWarning, match="give more text"),

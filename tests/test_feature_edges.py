@@ -179,7 +179,7 @@ def test_bad_cuts() -> None:
     site = "blocks.1.hook_resid_pre"
     twice = [small.at(site), randomised(standard(site, 40), 41)]
     for saes, nodes, message in (
-        (small.at(site), [feature(site, 3), feature(site, 3, 3)], "share positions"),
+        (small.at(site), [feature(site, 3), feature(site, 3, 3)], "overlap: expected each feature"),
         (small.at("blocks.1.attn.hook_z"), [feature("blocks.1.attn.hook_z", 3)], "a dictionary of the residual stream"),
         (twice, [feature(site, 3), feature(site, 3, "all", f"{site}#2")], "at the same place"),
         (small.at(site), [fp.Node("blocks.0.hook_mlp_out", "activation")], "need not be named"),

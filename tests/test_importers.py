@@ -526,7 +526,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(words: Any, tmp_path: Pat
     assert [pair.corrupted for pair in pairs] == [ids(words, CORRUPTED)] * 2
     assert len(read(words, write(CORRUPTED), skip=True)) == 1
     with pytest.raises(
-        fp.FeatpatchError, match=r"none of 2 pairs fits this tokenizer: expected at least one; the first problem: .*p' "
+        fp.FeatpatchError, match=r"none of the 2 pairs fits this tokenizer: expected at least one; the first problem: .*p' "
     ):
         read(words, write(longer, longer), skip=True)
     with pytest.raises(fp.FeatpatchError, match="expected a (string|prompt)"):

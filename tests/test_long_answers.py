@@ -53,7 +53,10 @@ def test_answers_are_sequences_in_both_cases() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"correct": (4,)}, r"correct=\(4,\), wrong=\(\) beside correct_sequences=.*: expected tokens or sequences, not both"),
+        (
+            {"correct": (4,)},
+            r"correct=\(4,\), wrong=\(\) together with correct_sequences=.*: expected tokens or sequences, not both",
+        ),
         (
             {"wrong": (4,)},
             r"correct=\(\), wrong=\(4,\) together with .*: expected tokens or sequences, not both; give one-token",

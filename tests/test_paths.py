@@ -192,7 +192,7 @@ def test_errors(small: Small) -> None:
     head, mlp = fp.Node(Z.format(1), "head", 0), fp.Node(MLP.format(1), "activation")
     for changed, message in (
         ({"senders": ["logits"]}, "sender 'logits activation @ all'|the model has no hook"),
-        ({"senders": []}, "senders=\\[\\]: expected nodes"),
+        ({"senders": []}, "senders=\\[\\]: expected a list of nodes"),
         ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver is downstream of a sender"),
         ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the residual stream"),
         ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "with the SAE's name in the node"),

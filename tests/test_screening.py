@@ -417,7 +417,7 @@ def test_errors(small: Small) -> None:
         ({"k": 5, "top": 0}, "top=0: expected an integer"),
         ({"k": 50, "top": 45}, "top=45: expected at most"),
         ({"target": 1.5}, "target=1.5: expected a fraction"),
-        ({"noise": noise}, "screen with noise"),
+        ({"noise": noise}, "with noise: expected no noise"),
         ({"metric": "accuracy"}, "'accuracy' is not supported for estimates"),
         ({"metric": "sequence_log_prob"}, "not supported for estimates.*: expected one of logit_diff"),
         ({"metric": []}, "metric=\\[\\]: expected at least one"),

@@ -115,7 +115,7 @@ def test_errors() -> None:
     model, pairs = induction("value").model, prompts(8)
     for parents, options, message in (
         ({fp.LOGITS: {}}, {"draws": 0}, "draws=0"),
-        ({z(1, 2): {EMBED: b}}, {}, "expected LOGITS"),
+        ({z(1, 2): {EMBED: b}}, {}, "expected fp.LOGITS"),
         ({inside(0, 1, "v"): {z(1, 0): b}}, {}, "is not upstream of"),
         ({inside(1, 1, "v"): {EMBED: b}}, {}, "has no entry for the logits"),
     ):

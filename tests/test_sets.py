@@ -252,7 +252,7 @@ def test_more_errors(small: Small) -> None:
         quiet.b_enc[:] = -1e3
     table = fp.rank_features(model, sae, pairs, directions=["denoising"], progress=False)
     for call, message in (
-        (lambda: fp.top_k_curve(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation': expected"),
+        (lambda: fp.top_k_curve(model, sae, pairs, by="degradation", directions=["denoising"]), "by='degradation' with directions=.*: expected"),
         (lambda: table.top(3, by="degradation"), "by='degradation': expected one of the measured effects, recovery"),
         (lambda: table.top(-1), "n=-1: expected an integer"),
         (lambda: fp.random_controls(model, silent, pairs, feature=3, progress=False), "is zero: expected a feature"),

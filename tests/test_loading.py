@@ -104,6 +104,7 @@ def run(code: str, environment: dict[str, str], *arguments: str) -> subprocess.C
     return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+MISSING = ("nobody/nothing", "someone/own/layer_7", "someone/nothing/layer_7")
 DOWNLOAD = """
 import json, sys
 import featpatch as fp
@@ -117,11 +118,18 @@ print(json.dumps([[str(node) for node in effects.nodes], effects.denoised.tolist
 """
 
 
-def test_downloads_give_what_the_folders_give(hub: Hub, root: Path, tmp_path: Path) -> None:
-    done = run(DOWNLOAD, hub.environment(tmp_path), str(root / "pairs.jsonl"))
+@pytest.fixture(scope="module")
+def downloaded(hub: Hub, root: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """One process that loads from the hub what is there, and then what is not."""
+    program = DOWNLOAD + REFUSALS.replace("sys.argv[1:]", "sys.argv[2:]")
+    return run(program, hub.environment(tmp_path_factory.mktemp("home")), str(root / "pairs.jsonl"), *MISSING)
+
+
+def test_downloads_give_what_the_folders_give(hub: Hub, root: Path, downloaded: "subprocess.CompletedProcess[str]") -> None:
+    done = downloaded
     assert done.returncode == 0, done.stderr
     assert "check on" in done.stdout
-    nodes, denoised, tokens, claimed = json.loads(done.stdout.splitlines()[-1])
+    nodes, denoised, tokens, claimed = json.loads(done.stdout.partition("\nrefused: ")[0].splitlines()[-1])
     model, saes = fp.load(root / "model", [root / "saes" / HOOK, root / "own" / "layer_2"], check=False)
     effects = fp.rank_features(model, saes, fp.Pairs.from_jsonl(model.tokenizer, root / "pairs.jsonl"), progress=False)
     assert nodes == [str(node) for node in effects.nodes]
@@ -155,7 +163,10 @@ for name in sys.argv[1:]:
 
 def refusals(environment: dict[str, str], *names: str) -> list[str]:
     """What loading each of the names says."""
-    done = run(REFUSALS, environment, *names)
+    return refused(run(REFUSALS, environment, *names), *names)
+
+
+def refused(done: subprocess.CompletedProcess[str], *names: str) -> list[str]:
     assert done.returncode == 0, done.stderr
     said = [line.removeprefix("refused: ") for line in done.stdout.splitlines() if line.startswith("refused: ")]
     assert len(said) == len(names)
@@ -164,10 +175,8 @@ def refusals(environment: dict[str, str], *names: str) -> list[str]:
     return said
 
 
-def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
-    model, file, repository = refusals(
-        hub.environment(tmp_path), "nobody/nothing", "someone/own/layer_7", "someone/nothing/layer_7"
-    )
+def test_what_the_hub_does_not_have(downloaded: "subprocess.CompletedProcess[str]") -> None:
+    model, file, repository = refused(downloaded, *MISSING)
     assert model.startswith("the model 'nobody/nothing' can't be loaded (OSError: nobody/nothing is not a local folder")
     assert file.startswith("the SAE 'someone/own/layer_7' can't be loaded (RemoteEntryNotFoundError: ")
     assert repository.startswith("the SAE 'someone/nothing/layer_7' can't be loaded (RepositoryNotFoundError: ")

@@ -168,7 +168,7 @@ def full() -> fp.Effects:
     return fp.rank_features(demo.model, demo.saes, demo.pairs("ioi", n=8, seed=1), positions=["S2", "end"], progress=False)
 
 
-@pytest.mark.parametrize("informed", [True, False])
+@pytest.mark.parametrize("informed", [pytest.param(True, marks=pytest.mark.extended), False])
 def test_coverage(full: fp.Effects, informed: bool) -> None:
     """How often the bounds hold, over 1000 samples of a full sweep; by a bad ranking, where they are tight."""
     sizes = full.take(full.ranked).sizes()

@@ -282,7 +282,7 @@ def fitted_to_mlp(model: Any, name: str, x: torch.Tensor, y: torch.Tensor, **met
 
 
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", [pytest.param("gemma2", marks=pytest.mark.extended), "gemma3"])
 def test_transcoders_of_gemma_scope(name: str) -> None:
     """Gemma Scope 2 reads the norm's output, under the name of the stream in front of it; Gemma Scope 1 reads in front of its weight."""
     model, pairs = BRIDGES[name](), prompts()[:4]

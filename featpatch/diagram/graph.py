@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
@@ -216,7 +217,9 @@ def _ordered(positions: list[Position]) -> list[Position]:
     return [*indices, *(position for position in seen if not isinstance(position, int))]
 
 
-def graph(items: Sequence[Node], effects: Sequence[float], users: Callable[[Node], Sequence[Node]] | None = None) -> Any:
+def graph(
+    items: Sequence[Node], effects: Sequence[float] | NDArray[Any], users: Callable[[Node], Sequence[Node]] | None = None
+) -> Any:
     """Make a `networkx.DiGraph` of nodes, or of edges between them, with the attribute `effect`.
 
     A query, key or value is drawn as part of its head, and the effects of edges into several of these are added up. For

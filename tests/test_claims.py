@@ -66,4 +66,4 @@ def test_writing_repairs_the_numbers(
         said = capsys.readouterr().out
         assert f"{holding} passages hold; 1 not selected" in said
         assert "the command exited with code 1" in said
-        assert "the page says '4 apples', printed is '5 pears'" in said
+        assert "the page says '4 apples', the command prints '5 pears'" in said

@@ -65,5 +65,5 @@ def test_writing_repairs_the_numbers(
         assert page.read_text() == after
         said = capsys.readouterr().out
         assert f"{holding} passages hold; 1 not selected" in said
-        assert "the command ends with 1" in said
-        assert "the page says '4 apples', printed is '5 pears'" in said
+        assert "the command exited with code 1" in said
+        assert "the page says '4 apples', the command prints '5 pears'" in said

@@ -9,10 +9,11 @@ from pathlib import Path
 import featpatch as fp
 
 folder = Path(__file__).parent.parent / "checkpoints"
-model, saes = fp.load(folder / "model", saes=[folder / "saes" / "blocks.2.hook_resid_pre"])
+model, saes = fp.load(folder / "model", saes=[folder / "saes" / "blocks.2.hook_resid_pre"], check=False)
 
-# %% Read pairs from a JSON-lines file and run the checklist
+# %% Read pairs from a JSON-lines file, check the SAE on them, and run the checklist
 pairs = fp.Pairs.from_jsonl(model, folder / "pairs" / "capitals.jsonl")[:12]
+print(fp.check(model, saes, pairs))
 checked = pairs.check(model)
 print(checked)
 

@@ -104,12 +104,12 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert ranked.returncode == 0, ranked.stderr
     assert json.loads(ranked.stdout)["audit"]["screened"] == 5
     assert "self-check on" in ranked.stderr
-    estimate = run("rank", *model, *sae, "--method", "ig", "--json", folder=folder)
+    estimate = run("rank", *model, *sae, "--method", "ig", "--out", "ig", "--json", folder=folder)
     assert estimate.returncode == 0, estimate.stderr
     assert json.loads(estimate.stdout)["value"] == "estimate"
     about = json.loads(estimate.stdout)["metadata"]
     assert about["method"] == "ig"
-    shown = run("rank", *model, *sae, "--method", "ig", folder=folder)
+    shown = run("rank", *model, *sae, "--method", "ig", "--out", "ig", folder=folder)
     said = " ".join(shown.stdout.split())
     assert (
         f"sum to the whole activation within {about['completeness_residual']:.1g} of the mean gap; the estimate for a whole "
@@ -128,7 +128,7 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert [row["position"] for row in json.loads(cells.stdout)] == table["position"].tolist()
     refused = run("compare", "featpatch-components/effects.safetensors", "full/effects.safetensors", folder=folder)
     assert refused.returncode == 2
-    assert "error: features holds" in refused.stderr.replace("\n", " ")
+    assert "error: the first table holds" in refused.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize("workers", [(), pytest.param(("--executor", "ray", "--workers", "1"), marks=pytest.mark.extended)])

@@ -328,7 +328,7 @@ def test_types_that_only_a_type_checker_would_see(monkeypatch: pytest.MonkeyPatc
     """Without the checker that runs in these tests: numpy positions become plain numbers, other types are refused."""
     program = """
 import numpy as np, featpatch as fp
-from featpatch.pairs.spans import spans
+from featpatch.pairs.pair import spans
 pair, node = fp.Pair((1, 2), (1, 3), (4,), (5,)), fp.Node("blocks.0.hook_resid_pre", "activation")
 assert {type(key) for key in spans(pair, [np.int64(1)])} == {int}
 for bad, message in (

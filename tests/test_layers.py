@@ -12,7 +12,7 @@ import featpatch
 PACKAGE = Path(featpatch.__file__).parent
 LAYERS = (
     ("untrusted",),
-    ("errors", "console"),
+    ("errors", "console", "frame"),
     ("files", "threads"),
     ("page", "nodes"),
     ("sites", "metrics"),

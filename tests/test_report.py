@@ -138,7 +138,7 @@ def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path, monkeypatch
     """The pair where a feature matters most, its activations there and its top logits, by sae-lens."""
     effects, model, pairs = study["effects"], study["model"], study["pairs"]
     given: list[Material] = []
-    monkeypatch.setattr(fp.Effects, "report", lambda _, path, *, material, components: given.append(material) or path)
+    monkeypatch.setattr("featpatch.reporting.report.page_of", lambda _, material, components: given.append(material) or "")
     fp.report(effects, tmp_path / "r.html", top=40, **{name: study[name] for name in ("model", "pairs", "saes")})
     portraits = {node: portrait for node, portrait in given[0].features.items() if node.site == "blocks.3.hook_resid_post"}
     assert len({portrait.pair for portrait in portraits.values()}) > 1

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import featpatch as fp
-from featpatch.console import Frame
+from featpatch.frame import Frame
 
 LINES, WIDTH = 25, 160
 SEVERAL = ("Comparison", "apart")

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,8 +12,10 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.cli.output import Output, show
-from featpatch.ranking.plan import Plan
 from featpatch.sites import COMPONENTS, SHOWN
+
+if TYPE_CHECKING:
+    from featpatch.ranking.plan import Plan
 
 
 @app.command()

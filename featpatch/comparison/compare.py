@@ -18,9 +18,9 @@ from scipy.stats import spearmanr
 
 from featpatch import sites
 from featpatch.comparison.tables import Written
-from featpatch.console import Frame, text
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.frame import Frame, text
 from featpatch.nodes import Effect
 from featpatch.pairs.pairs import Pairs
 from featpatch.untrusted import in_figure, visible

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.comparison.writers import Contributions, Question, Writer, Writers, measure, on_stream
-from featpatch.console import Frame
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.frame import Frame
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pairs import Pairs

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from featpatch.console import ROWS, Frame, text
 from featpatch.effects import frames, storage
 from featpatch.effects.audit import Audit, audited
 from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
@@ -13,6 +12,7 @@ from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path
+from featpatch.frame import ROWS, Frame, text
 from featpatch.nodes import Effect
 
 

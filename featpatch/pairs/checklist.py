@@ -20,8 +20,8 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from featpatch.console import Frame
 from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.frame import Frame
 from featpatch.metrics import Measure, find
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from featpatch.console import Frame
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs

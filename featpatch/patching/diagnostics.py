@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from featpatch.console import Frame
 from featpatch.errors import FeatpatchError
+from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from featpatch.console import Frame
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import Difference, Directions, Swap, split_ways

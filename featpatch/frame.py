@@ -1,0 +1,53 @@
+"""Pandas tables that print all of their columns."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from featpatch.untrusted import visible
+
+WIDTH, LINES, ROWS = 160, 24, 20
+"""The largest numbers of characters per line, of lines and of rows of a printed table."""
+
+
+class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
+    """A pandas DataFrame that prints all of its columns, with intervals next to their values."""
+
+    @property
+    def _constructor(self) -> type["Frame"]:
+        return Frame
+
+    def __repr__(self) -> str:
+        return text(self)
+
+
+def text(frame: pd.DataFrame) -> str:
+    """Format the first rows of a table with all columns, in several blocks if the lines would be too long.
+
+    `x`, `x_low` and `x_high` become one column; a cell is empty if its value is unknown or does not apply to the row.
+    """
+    if not len(frame):
+        return f"no rows; columns {', '.join(map(str, frame.columns))}"
+    if not frame.columns.is_unique:
+        return visible(frame.head(ROWS).to_string(line_width=WIDTH))
+    shown, names = frame.head(ROWS), [str(name) for name in frame.columns]
+    cells = {name: [_cell(value) for value in shown.iloc[:, column]] for column, name in enumerate(names)}
+    for name in [name for name in names if {f"{name}_low", f"{name}_high"} <= set(names)]:
+        low, high = cells.pop(f"{name}_low"), cells.pop(f"{name}_high")
+        cells[name] = [f"{of} [{a}, {b}]" if a and b else of for of, a, b in zip(cells[name], low, high, strict=True)]
+    table = pd.DataFrame(cells, index=shown.index)
+    plain = isinstance(frame.index, pd.RangeIndex)
+
+    def lines(rows: int) -> list[str]:
+        return table.head(rows).to_string(index=not plain, line_width=WIDTH).splitlines()
+
+    rows = next((rows for rows in range(len(table), 1, -1) if len(lines(rows)) <= LINES), 1)
+    more = [f"... {len(frame) - rows:,} more rows"] if len(frame) > rows else []
+    return visible("\n".join([*lines(rows), *more]))
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    return f"{value + 0.0:.3g}" if isinstance(value, float) else str(value)

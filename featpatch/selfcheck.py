@@ -58,7 +58,7 @@ class Fit:
     remarks: tuple[str, ...]
 
     @property
-    def verdict(self) -> str:
+    def status(self) -> str:
         """The result of the check in a few words."""
         if self.misfit:
             return "does not fit"
@@ -95,7 +95,7 @@ class Check:
     def __repr__(self) -> str:
         claims = ["" if fit.expected is None else f" of a claimed {fit.expected:.2f}" for fit in self.fits]
         fits = [
-            f"{fit.dictionary}: {fit.verdict}, explains {fit.explained_variance:.2f}{claim}. {fit.misfit}".strip()
+            f"{fit.dictionary}: {fit.status}, explains {fit.explained_variance:.2f}{claim}. {fit.misfit}".strip()
             for fit, claim in zip(self.fits, claims, strict=True)
         ]
         said = f"check on {self.positions} positions of {self.model}, weights {self.weights}"
@@ -142,7 +142,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
 
     Example:
         >>> check = fp.check(model, saes, pairs)
-        >>> check.ok, [fit.verdict for fit in check.fits]
+        >>> check.ok, [fit.status for fit in check.fits]
         (True, ['fits', 'fits'])
     """
     check_pairs(pairs)

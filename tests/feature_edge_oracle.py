@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformer_lens import HookedTransformer
 
 Named = tuple[str, int | str, Tensor]  # name, feature or "error", where `[pairs, pos]`
-Cut = tuple[str, str, SAE, list[Named]]  # the hook it reads, the hook it writes
+Mediators = tuple[str, str, SAE, list[Named]]  # the hook it reads, the hook it writes
 
 
-def edges_of(model: HookedTransformer, cuts: list[Cut]) -> list[Edge]:
+def edges_of(model: HookedTransformer, cuts: list[Mediators]) -> list[Edge]:
     """All edges, in the order of the forward pass."""
     at = _by_hook(model, cuts)
     edges: list[Edge] = []
@@ -44,7 +44,7 @@ def edges_of(model: HookedTransformer, cuts: list[Cut]) -> list[Edge]:
 
 
 def forward_with_feature_edges(
-    model: HookedTransformer, clean: Tensor, corrupted: Tensor, ablated: set[Edge] | frozenset[Edge], cuts: list[Cut]
+    model: HookedTransformer, clean: Tensor, corrupted: Tensor, ablated: set[Edge] | frozenset[Edge], cuts: list[Mediators]
 ) -> Tensor:
     """Logits `[pairs, pos, vocab]` of the clean prompts; an ablated edge brings what its sender wrote in the corrupted run.
 
@@ -59,14 +59,18 @@ def forward_with_feature_edges(
     return _run(model, clean, cuts, outputs(model, corrupted, cuts), ablated)[0]
 
 
-def outputs(model: HookedTransformer, tokens: Tensor, cuts: list[Cut]) -> dict[str, Tensor]:
+def outputs(model: HookedTransformer, tokens: Tensor, cuts: list[Mediators]) -> dict[str, Tensor]:
     """What each sender writes, `[pairs, pos, d_model]`, those that end at a cut included."""
     return _run(model, tokens, cuts, {}, frozenset())[1]
 
 
 @torch.no_grad()
 def _run(
-    model: HookedTransformer, tokens: Tensor, cuts: list[Cut], other: dict[str, Tensor], ablated: set[Edge] | frozenset[Edge]
+    model: HookedTransformer,
+    tokens: Tensor,
+    cuts: list[Mediators],
+    other: dict[str, Tensor],
+    ablated: set[Edge] | frozenset[Edge],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     cfg, at = model.cfg, _by_hook(model, cuts)
     length = tokens.shape[1]
@@ -123,7 +127,7 @@ def _run(
     return logits, written
 
 
-def _part(cut: Cut, node: str, x: Tensor, y: Tensor) -> Tensor:
+def _part(cut: Mediators, node: str, x: Tensor, y: Tensor) -> Tensor:
     """What a node of a cut writes that read `x` and has its part of `y`."""
     _, _, sae, named = cut
     f = sae.encode(x)
@@ -137,11 +141,11 @@ def _part(cut: Cut, node: str, x: Tensor, y: Tensor) -> Tensor:
     return parts[node] if node in parts else y - sum(parts.values())
 
 
-def _nodes(cut: Cut) -> list[str]:
+def _nodes(cut: Mediators) -> list[str]:
     return [name for name, _, _ in cut[3]] + [f"rest of {cut[1]}"]
 
 
-def _by_hook(model: HookedTransformer, cuts: list[Cut]) -> dict[str, Cut]:
+def _by_hook(model: HookedTransformer, cuts: list[Mediators]) -> dict[str, Mediators]:
     """The cuts by the hook they write at; refuses what this file does not compute."""
     cfg = model.cfg
     if cfg.positional_embedding_type != "standard" or cfg.parallel_attn_mlp or cfg.attention_dir != "causal":

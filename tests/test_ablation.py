@@ -12,7 +12,7 @@ import torch
 from small import Small
 
 import featpatch as fp
-from featpatch.patching.ablation import FILLINGS
+from featpatch.patching.ablation import ABLATION_VALUES
 
 SITE, Z, POST = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
 
@@ -46,7 +46,7 @@ def replaced(small: Small, to: Any, of: Callable[[torch.Tensor], torch.Tensor]) 
 
 def test_every_way_is_tested() -> None:
     """But one, which draws and has tests of its own."""
-    assert {name for name in REPLACED if isinstance(name, str)} == set(FILLINGS) - {"resample"}
+    assert {name for name in REPLACED if isinstance(name, str)} == set(ABLATION_VALUES) - {"resample"}
 
 
 def run_with(small: Small, slot: int, hook: str, new: torch.Tensor) -> float:
@@ -153,7 +153,7 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
     assert effects.noised[0] == pytest.approx(run_with(small, 0, "blocks.0.hook_resid_pre", new), abs=1e-9)
     with pytest.raises(fp.FeatpatchError, match="no prompt of 7 tokens to take a mean by position over"):
         ablated(small, sites="resid_pre", reference=fp.Pairs((pair,)), to="mean_by_position")
-    with pytest.raises(fp.FeatpatchError, match="pair 0 has 7 tokens and no other prompt has"):
+    with pytest.raises(fp.FeatpatchError, match="pair 0 has 7 tokens, and no other prompt has"):
         ablated(small, sites="resid_pre", reference=fp.Pairs((pair,)), to="resample")
 
 

@@ -40,7 +40,7 @@ from featpatch.engine.journal import Journal
 from featpatch.page.page import write
 from featpatch.pairs.tokens import PairsWarning
 from featpatch.reporting import sections
-from featpatch.reporting.sections import Material, Portrait, Prompt
+from featpatch.reporting.sections import FeatureCard, Material, Prompt
 
 MARKS = [
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
@@ -690,8 +690,8 @@ def page_of(tables: list[fp.Effects], text: str, path: Path) -> str:
                 "tags": [{text: f"{text}{n % 2}"} for n in range(len(table.clean))]}  # fmt: skip
     hostile = replace(table, nodes=nodes, metadata=metadata, taken_from=None, others={}, value=text)
     prompt = Prompt([text, text], [text, "b"], [False, True], [text, text], [text], [text])
-    portrait = Portrait(0, [0.5, 1.0], [0.0, 1.0], {text: text}, f"https://www.neuronpedia.org/{text}/1")
-    material = Material(text, [prompt] * len(table.clean), {nodes[0]: portrait})
+    card = FeatureCard(0, [0.5, 1.0], [0.0, 1.0], {text: text}, f"https://www.neuronpedia.org/{text}/1")
+    material = Material(text, [prompt] * len(table.clean), {nodes[0]: card})
     loaded = fp.Effects.load(replace(hostile, taken_from=None).save(path / "hostile"))
     assert loaded.nodes == hostile.nodes
     report = write(path / "report.html", sections.page_of(hostile, material, None)).read_text(encoding="utf-8")

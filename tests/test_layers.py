@@ -86,7 +86,7 @@ def test_only_lens_looks_into_the_model() -> None:
 
 
 def test_only_sites_spells_hook_names() -> None:
-    """Outside of `sites` and `lens`, hook names appear in sentences only, such as error messages."""
+    """Complement of `sites` and `lens`, hook names appear in sentences only, such as error messages."""
     for path, tree in TREES.items():
         if package(path) not in ("sites", "model", "sae"):
             names = [

@@ -134,34 +134,29 @@ def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: A
     assert "Which SAE features cause this?" in shown
 
 
-def test_what_a_portrait_says(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_card_says(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pair where a feature matters most, its activations there and its top logits, by sae-lens."""
     effects, model, pairs = study["effects"], study["model"], study["pairs"]
     given: list[Material] = []
     monkeypatch.setattr("featpatch.reporting.report.page_of", lambda _, material, components: given.append(material) or "")
     fp.report(effects, tmp_path / "r.html", top=40, **{name: study[name] for name in ("model", "pairs", "saes")})
-    portraits = {node: portrait for node, portrait in given[0].features.items() if node.site == "blocks.3.hook_resid_post"}
-    assert len({portrait.pair for portrait in portraits.values()}) > 1
+    cards = {node: card for node, card in given[0].features.items() if node.site == "blocks.3.hook_resid_post"}
+    assert len({card.pair for card in cards.values()}) > 1
     sae = next(sae for sae in study["saes"] if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
-    for node, portrait in portraits.items():
+    for node, card in cards.items():
         row = effects.take([effects.nodes.index(node)])
         size = abs(row.per_pair("recovery")[0] * row.gap) + abs(row.per_pair("degradation")[0] * row.gap)
-        assert portrait.pair == size.argmax()
+        assert card.pair == size.argmax()
         with torch.no_grad():
-            for tokens, values in (
-                (pairs[portrait.pair].clean, portrait.clean),
-                (pairs[portrait.pair].corrupted, portrait.corrupted),
-            ):
+            for tokens, values in ((pairs[card.pair].clean, card.clean), (pairs[card.pair].corrupted, card.corrupted)):
                 _, cache = model.run_with_cache(torch.tensor([tokens]))
                 np.testing.assert_allclose(values, sae.encode(cache[node.site])[0, :, node.index], atol=1e-4)
             logits = sae.W_dec[node.index] @ model.unembed.W_U
-        raises, lowers = (portrait.facts[f"{name} (direct path, without the final norm)"] for name in ("raises", "lowers"))
+        raises, lowers = (card.facts[f"{name} (direct path, without the final norm)"] for name in ("raises", "lowers"))
         assert raises.startswith(f"{model.tokenizer.decode([int(logits.argmax())])!r} ({float(logits.max()):+.2f})")
         assert lowers.startswith(f"{model.tokenizer.decode([int(logits.argmin())])!r} ({float(logits.min()):+.2f})")
-        assert portrait.facts["differs"] == f"in {row.changed_pairs[0]} of 6 pairs"
-    links = {
-        portrait.link for node, portrait in given[0].features.items() if node.sae == study["saes"][0].cfg.metadata.hook_name
-    }
+        assert card.facts["differs"] == f"in {row.changed_pairs[0]} of 6 pairs"
+    links = {card.link for node, card in given[0].features.items() if node.sae == study["saes"][0].cfg.metadata.hook_name}
     assert all(link.startswith("https://www.neuronpedia.org/demo/0/") for link in links)
     assert links
 

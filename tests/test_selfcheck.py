@@ -60,7 +60,7 @@ def test_a_dictionary_that_fits(make: Any, hook: str) -> None:
     check = fp.check(model, sae, prompts())
     (fit,) = check.fits
     assert check.ok
-    assert fit.verdict == "fits"
+    assert fit.status == "fits"
     assert fit.identity < 1e-12
     assert fit.whole_site < 1e-12
     rows = [oracle.activations(model, torch.tensor([t]))[hook][0] for p in prompts() for t in (p.clean, p.corrupted)]
@@ -78,7 +78,7 @@ def test_a_dictionary_of_another_layer_is_named(make: Any, hook: str) -> None:
     sae = fitted(model, hook)
     sae.cfg.metadata.hook_name = hook.replace("1", "2")
     (fit,) = fp.check(model, sae, prompts()).fits
-    assert fit.verdict == "does not fit"
+    assert fit.status == "does not fit"
     assert f"at {hook!r}" in fit.misfit
 
 
@@ -120,7 +120,7 @@ def test_a_dictionary_of_processed_weights() -> None:
 def test_remarks(bridge: Small) -> None:
     sae = fitted(bridge.model, HOOKS[0], context_size=8, prepend_bos=True, explained_variance=1.0)
     (fit,) = fp.check(bridge.model, sae, prompts()).fits
-    assert fit.verdict == "less than it claims"
+    assert fit.status == "less than it claims"
     assert fit.remarks == (
         "it was trained on contexts of 8 tokens, and the longest prompt has 9",
         "it was trained with BOS at the start, which some prompts lack",
@@ -132,7 +132,7 @@ def test_remarks(bridge: Small) -> None:
 def test_a_dictionary_that_claims_nothing_is_not_accused(bridge: Small) -> None:
     (fit,) = fp.check(bridge.model, fp.dictionaries.pca(bridge.model, HOOKS[0], prompts(), components=1), prompts()).fits
     assert fit.explained_variance < 0.5
-    assert (fit.verdict, fit.misfit) == ("explains little", "")
+    assert (fit.status, fit.misfit) == ("explains little", "")
 
 
 def test_far_layers_are_tried_on_suspicion_only(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_claims(bridge: Small, claim: Any, expected: float | None) -> None:
     sae = fitted(bridge.model, HOOKS[0], explained_variance=claim)
     (fit,) = fp.check(bridge.model, sae, prompts()).fits
     assert fit.expected == expected
-    assert fit.verdict == "fits"
+    assert fit.status == "fits"
 
 
 def test_a_place_that_explains_nothing_is_not_named(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_less_than_it_claims_is_not_ok() -> None:
     check = fp.check(model, sae, prompts())
     (fit,) = check.fits
     assert 0.5 < fit.explained_variance < right - 0.05, "else it would be a misfit, or as good as it claims"
-    assert (fit.verdict, fit.misfit, check.ok) == ("less than it claims", "", False)
+    assert (fit.status, fit.misfit, check.ok) == ("less than it claims", "", False)
     assert f"less than it claims, explains {fit.explained_variance:.2f} of a claimed {right:.2f}" in repr(check)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.circuits.graph import Graph, prompts, settled
-from featpatch.circuits.mediators import Cut, Place
+from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import LOGITS, Edge, Node
 
@@ -70,7 +70,7 @@ class EdgeGraph(Graph):
         cuts: the mediators, by place.
     """
 
-    cuts: Mapping[Place, Cut] = field(default_factory=dict)
+    cuts: Mapping[Place, Mediators] = field(default_factory=dict)
     _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
     _where: dict[int, Mapping[Place, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)

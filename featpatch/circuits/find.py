@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.graph import Graph, Outside
+from featpatch.circuits.graph import Complement, Graph
 from featpatch.circuits.mediators import cuts
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.effects.table import Effects
@@ -148,7 +148,7 @@ def find_circuit(
     threshold: float | None = None,
     size: int | None = None,
     target: float = 0.9,
-    to: Outside = "corrupted",
+    to: Complement = "corrupted",
     errors: Errors = "in",
     metric: str | Metric = "logit_diff",
     progress: bool = True,

@@ -22,7 +22,7 @@ from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.readings import Reading, Readout, readings_of
 
-Outside = Literal["corrupted", "mean", "resample"]
+Complement = Literal["corrupted", "mean", "resample"]
 """The source of ablation values. `corrupted`: the pair's corrupted run. `mean`: the mean at each position over the clean runs
 of equally long pairs. `resample`: the clean run of another equally long pair."""
 
@@ -33,8 +33,8 @@ def check_outside(to: str, pairs: Pairs) -> None:
     Raises:
         FeatpatchError: if the source is unknown, or needs other pairs of the same length and there are none.
     """
-    if to not in get_args(Outside):
-        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(get_args(Outside))}")
+    if to not in get_args(Complement):
+        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(get_args(Complement))}")
     alone = [group for group in pairs.by_length().values() if len(group) < 2]
     if to != "corrupted" and alone:
         raise FeatpatchError(
@@ -43,12 +43,12 @@ def check_outside(to: str, pairs: Pairs) -> None:
         )
 
 
-def prompts(pairs: Pairs, some: Sequence[int], to: Outside) -> torch.Tensor:
+def prompts(pairs: Pairs, some: Sequence[int], to: Complement) -> torch.Tensor:
     """Return the token ids `[pairs, pos]` of the runs that ablation values are taken from."""
     return torch.tensor([pairs[index].corrupted if to == "corrupted" else pairs[index].clean for index in some])
 
 
-def settled(values: torch.Tensor, to: Outside) -> torch.Tensor:
+def settled(values: torch.Tensor, to: Complement) -> torch.Tensor:
     """Return the ablation values of each pair from the activations `[pairs, ...]` of `prompts`.
 
     They are the pair's own row, the mean over all rows, or the row of the previous pair.
@@ -78,7 +78,7 @@ class Graph(ABC):
 
     lens: Lens
     pairs: Pairs
-    to: Outside
+    to: Complement
     read: Readout
     items: tuple[Node, ...] = ()
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)

@@ -29,7 +29,7 @@ attention (`"attn"`) or its MLP (`"mlp"`) adds."""
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Mediators:
     """A dictionary whose nodes are mediators.
 
     Attributes:
@@ -45,7 +45,7 @@ class Cut:
     directions: torch.Tensor
 
     @classmethod
-    def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Cut":
+    def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Mediators":
         """Make mediators of the named nodes of a dictionary.
 
         Raises:
@@ -157,7 +157,7 @@ class Cut:
         return found
 
 
-def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Cut]:
+def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Mediators]:
     """Return the mediators for some features and error terms, by place.
 
     Raises:
@@ -173,9 +173,9 @@ def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict
                 f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'}; embedding, heads and MLPs need not be named, they "
                 "always have edges"
             )
-    made: dict[Place, Cut] = {}
+    made: dict[Place, Mediators] = {}
     for name in dict.fromkeys(node.sae for node in nodes):
-        cut = Cut.of(by_name[name], [node for node in nodes if node.sae == name])
+        cut = Mediators.of(by_name[name], [node for node in nodes if node.sae == name])
         if cut.place in made:
             raise FeatpatchError(
                 f"{made[cut.place].dictionary.name} and {name} are at the same place in the model: expected nodes of one "

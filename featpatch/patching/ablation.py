@@ -74,7 +74,7 @@ class Others:
         return Run({hook: values[0] for hook, values in read.items()})
 
 
-class Filling(ABC):
+class AblationValues(ABC):
     """A way to choose ablation values.
 
     Attributes:
@@ -88,7 +88,7 @@ class Filling(ABC):
         """Return the run whose values replace those of the clean run of the pair with this index."""
 
 
-class Everywhere(Filling):
+class Everywhere(AblationValues):
     """Ablation values that are the same in every prompt."""
 
     def run(self, index: int, clean: Run) -> Run:
@@ -112,13 +112,13 @@ class Everywhere(Filling):
 class Filled(Run):
     """A run in which any value that is read is an ablation value; state that decoding needs is that of the original run."""
 
-    filling: Everywhere
+    ablation_values: Everywhere
 
     def at(self, hook: str) -> torch.Tensor:
         """Return the ablation value of the activation at a hook point, at every position."""
         like = self.activations[hook]
         length = like.shape[0 if sites.by_position(hook) else -1]
-        (value,) = self.filling.values(hook, [hook], lambda run: (run.at(hook),), (like,), length)
+        (value,) = self.ablation_values.values(hook, [hook], lambda run: (run.at(hook),), (like,), length)
         return value.to(like).expand_as(like)
 
     def split(self, dictionary: Dictionary, start: int) -> Split:
@@ -131,7 +131,7 @@ class Filled(Run):
             return split.features[0], split.error[0]
 
         length = start + like.features.shape[1]
-        found = self.filling.values(name, hooks, parts, (like.features[0], like.error[0]), length)
+        found = self.ablation_values.values(name, hooks, parts, (like.features[0], like.error[0]), length)
         features, error = (value[-(length - start) :] if value.ndim > 1 else value for value in found)
         return replace(like, features=features.expand_as(like.features), error=error.expand_as(like.error))
 
@@ -198,7 +198,7 @@ class Statistic(Everywhere):
         return torch.cat([value[rows] for value, rows in zip(values, kept, strict=True)])
 
 
-class Resampled(Filling):
+class Resampled(AblationValues):
     """The values in another prompt of the same length, drawn for each pair, as ablation values.
 
     Raises:
@@ -232,7 +232,7 @@ def mean(values: torch.Tensor) -> torch.Tensor:
     return values.mean(0)
 
 
-FILLINGS: dict[str, Callable[[Others], Filling]] = {
+ABLATION_VALUES: dict[str, Callable[[Others], AblationValues]] = {
     "zero": lambda others: Constant(0.0),
     "mean": lambda others: Statistic(others, mean),
     "mean_by_position": lambda others: Statistic(others, mean, by_position=True),
@@ -242,7 +242,7 @@ FILLINGS: dict[str, Callable[[Others], Filling]] = {
 
 
 To = str | float
-"""How ablation values are chosen: the name of one of `FILLINGS`, or a number to use as the value."""
+"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, or a number to use as the value."""
 
 
 def ablate(
@@ -332,22 +332,22 @@ class Ablation(Contrast):
 
     everywhere: ClassVar[bool] = True
 
-    filling: Filling
+    ablation_values: AblationValues
     to: To
 
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
         """Return the clean run as the base and the run with ablation values as the source, under `"noising"`."""
-        return {"noising": (clean, self.filling.run(index, clean))}
+        return {"noising": (clean, self.ablation_values.run(index, clean))}
 
     def about(self) -> dict[str, Any]:
         """Return metadata that says which ablation values were used."""
-        return {"ablation": {"to": self.to, **self.filling.noted}}
+        return {"ablation": {"to": self.to, **self.ablation_values.noted}}
 
 
 def _contrast(lens: Lens, pairs: Pairs, reference: Pairs, to: To, seed: int) -> Ablation:
     if isinstance(to, Real) and not isinstance(to, bool) and isfinite(to):
         return Ablation(Constant(float(to)), float(to))
-    if not isinstance(to, str) or to not in FILLINGS:
-        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, FILLINGS))}, or a finite number")
+    if not isinstance(to, str) or to not in ABLATION_VALUES:
+        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in reference for ids in (pair.clean, pair.corrupted)))
-    return Ablation(FILLINGS[to](Others(lens, pairs, prompts, seed)), to)
+    return Ablation(ABLATION_VALUES[to](Others(lens, pairs, prompts, seed)), to)

@@ -27,7 +27,7 @@ from featpatch.page.page import write
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.curves import Curve
-from featpatch.reporting.sections import PROMPTS, Material, Portrait, Prompt, page_of
+from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, Prompt, page_of
 from featpatch.sae.dictionary import Dictionary, dictionaries
 
 WRITERS = 4
@@ -124,10 +124,10 @@ def _with_prompts(
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
     prompts = [_prompt(pair, model.tokenizer) for pair in pairs]
-    features = {} if saes is None else _portraits(lens, dictionaries(lens, saes), pairs, effects, top)
+    features = {} if saes is None else _cards(lens, dictionaries(lens, saes), pairs, effects, top)
     if features and components is not None and _comparable(effects, components):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
-        features = {node: _written(portrait, node, writers) for node, portrait in features.items()}
+        features = {node: _written(card, node, writers) for node, card in features.items()}
     single_tokens = all(pair.correct for pair in pairs)
     checks = pairs[:PROMPTS].check(model).to_pandas() if single_tokens else None
     return replace(material, prompts=prompts, features=features, checks=checks)
@@ -151,7 +151,7 @@ def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
 
 
 @torch.no_grad()
-def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, Portrait]:
+def _cards(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, FeatureCard]:
     """Return feature cards of the features with the largest effects.
 
     Raises:
@@ -188,7 +188,7 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
         dictionary = by_name[name]
         return dictionary.split(runs[prompt][dictionary.reads], runs[prompt][dictionary.writes]).features[0]
 
-    portraits = {}
+    cards = {}
     for node, row, index in chosen:
         clean, corrupted = (
             features(node.sae, tokens)[:, node.index].float().tolist()
@@ -196,8 +196,8 @@ def _portraits(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effec
         )
         dictionary = by_name[node.sae]
         facts = _facts(lens, dictionary, node, row, index)
-        portraits[node] = Portrait(index, clean, corrupted, facts, _link(dictionary.source, node))
-    return portraits
+        cards[node] = FeatureCard(index, clean, corrupted, facts, _link(dictionary.source, node))
+    return cards
 
 
 def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:
@@ -226,15 +226,15 @@ def _comparable(effects: Effects, components: Effects) -> bool:
     return "screening" not in effects.metadata and effects.metadata.get("positions") == components.metadata.get("positions")
 
 
-def _written(portrait: Portrait, node: Node, writers: "pd.DataFrame") -> Portrait:
+def _written(card: FeatureCard, node: Node, writers: "pd.DataFrame") -> FeatureCard:
     """Return a feature card with the components that write the feature added, if they are known."""
     own = writers[(writers["sae"] == node.sae) & (writers["feature"] == node.index) & (writers["position"] == node.position)]
     names = [
         " ".join([row["site"], row["kind"], *([] if pd.isna(row["index"]) else [str(row["index"])]), f"({row['share']:.0%})"])
         for _, row in own.head(WRITERS).iterrows()
     ]
-    facts = {**portrait.facts, **({"change written by": ", ".join(names)} if names else {})}
-    return replace(portrait, facts=facts)
+    facts = {**card.facts, **({"change written by": ", ".join(names)} if names else {})}
+    return replace(card, facts=facts)
 
 
 def _link(sae: Any, node: Node) -> str:

@@ -37,7 +37,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Portrait:
+class FeatureCard:
     """A feature card: the activations of a feature in one pair, with further facts.
 
     Attributes:
@@ -69,7 +69,7 @@ class Material:
 
     question: str = ""
     prompts: Sequence[Prompt] = ()
-    features: Mapping[Node, Portrait] = field(default_factory=dict)
+    features: Mapping[Node, FeatureCard] = field(default_factory=dict)
     checks: pd.DataFrame | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
     sections: Sequence[Section] = ()
@@ -160,7 +160,7 @@ def _ranking(effects: Effects, material: Material) -> Section:
         text += f" Not all features were patched. {effects.audit()}."
     shown = rounded(frame[columns])
     blocks = [table(shown, order=columns.index(first))]
-    return Section("ranking", "Ranked features", text, [*blocks, _portraits(material)] if opens else blocks)
+    return Section("ranking", "Ranked features", text, [*blocks, _cards(material)] if opens else blocks)
 
 
 def _shown(effects: Effects) -> Effects:
@@ -169,22 +169,22 @@ def _shown(effects: Effects) -> Effects:
     return effects.take(rows if len(rows) <= ROWS else rows[np.sort(np.argsort(-effects.sizes()[rows], kind="stable")[:ROWS])])
 
 
-def _portraits(material: Material) -> Block:
+def _cards(material: Material) -> Block:
     features = []
-    for node, portrait in material.features.items():
-        prompt = material.prompts[portrait.pair]
-        runs = (("clean", prompt.clean, portrait.clean), ("corrupted", prompt.corrupted, portrait.corrupted))
-        largest = max([1e-12, *np.abs(portrait.clean), *np.abs(portrait.corrupted)])
+    for node, card in material.features.items():
+        prompt = material.prompts[card.pair]
+        runs = (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted))
+        largest = max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)])
         features.append(
             {
                 "title": str(node),
                 "runs": runs,
                 "shades": {name: [abs(v) / largest for v in values] for name, _, values in runs},
-                "facts": list(portrait.facts.items()),
-                "link": portrait.link,
+                "facts": list(card.facts.items()),
+                "link": card.link,
             }
         )
-    return block("portraits.html", features=features)
+    return block("cards.html", features=features)
 
 
 def _quadrants(effects: Effects) -> Section | None:

@@ -124,13 +124,13 @@ def checked(check: Check) -> Table:
         caption_justify="left",
     )
     table.add_column("dictionary", overflow="fold")
-    for column in ("identity\noff by", "whole activation\noff by", "explained\nvariance", "claimed", "L0", "verdict"):
+    for column in ("identity\noff by", "whole activation\noff by", "explained\nvariance", "claimed", "L0", "status"):
         table.add_column(column, justify="right", no_wrap=True)
     for fit in check.fits:
         claim = "" if fit.expected is None else number(fit.expected)
-        verdict = Text(fit.verdict, "" if fit.ok else "red")
+        status = Text(fit.status, "" if fit.ok else "red")
         deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
-        table.add_row(fit.dictionary, *deviations, number(fit.explained_variance), claim, f"{fit.l0:.1f}", verdict)
+        table.add_row(fit.dictionary, *deviations, number(fit.explained_variance), claim, f"{fit.l0:.1f}", status)
     return table
 
 

@@ -1,18 +1,18 @@
-// A row whose first cell reads "▸ 3" opens to <template id="portrait-3">, and closes again; by mouse, and by Enter.
-const portraitOf = row => {
+// A row whose first cell reads "▸ 3" opens to <template id="card-3">, and closes again; by mouse, and by Enter.
+const cardOf = row => {
   const mark = row?.cells[0]?.innerText.match(/^[▸▾] (\d+)$/);
-  return mark && document.getElementById("portrait-" + mark[1]);
+  return mark && document.getElementById("card-" + mark[1]);
 };
 const toggle = event => {
   const row = event.target.closest?.("#ranking tbody tr");
-  const portrait = portraitOf(row);
-  if (!portrait || (event.type === "keydown" && event.key !== "Enter")) return;
+  const card = cardOf(row);
+  if (!card || (event.type === "keydown" && event.key !== "Enter")) return;
   const open = row.nextElementSibling?.classList.contains("opened");
   row.cells[0].innerText = row.cells[0].innerText.replace(/^./, open ? "▸" : "▾");
   if (open) return row.nextElementSibling.remove();
   const cell = document.createElement("td");
   cell.colSpan = row.cells.length;
-  cell.append(portrait.content.cloneNode(true));
+  cell.append(card.content.cloneNode(true));
   const opened = document.createElement("tr");
   opened.className = "opened";
   opened.append(cell);
@@ -23,5 +23,5 @@ document.addEventListener("keydown", toggle);
 const ranking = document.querySelector("#ranking");
 if (ranking) new MutationObserver(() => {
   for (const row of ranking.querySelectorAll("tbody tr:not(.opens)"))
-    if (portraitOf(row)) { row.classList.add("opens"); row.tabIndex = 0; }
+    if (cardOf(row)) { row.classList.add("opens"); row.tabIndex = 0; }
 }).observe(ranking, {childList: true, subtree: true});

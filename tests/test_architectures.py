@@ -330,7 +330,7 @@ def test_quantised_weights_are_run_and_not_read() -> None:
     oracle._activations.cache_clear()
     sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre")
     check_entries(model, [sae], 1e-5, 20)
-    assert fp.check(model, sae, drawn).weights == "as they are"
+    assert fp.check(model, sae, drawn).weights == "unprocessed"
     with pytest.raises(fp.FeatpatchError, match="MLP of layer 1 has quantised weights, which can be run but not read"):
         fp.dictionaries.neurons(model, 1)
     effects = fp.rank_features(model, sae, drawn, progress=False)

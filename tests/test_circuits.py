@@ -164,7 +164,7 @@ def test_what_is_said_of_a_circuit() -> None:
     graph = circuit.to_networkx()
     assert set(graph.nodes) == set(circuit.items)
     assert all(data["effect"] == pytest.approx(1.0) for _, data in graph.nodes(data=True))
-    assert "circuit of 3 of 5 nodes (threshold), outside corrupted: faithfulness 1.00" in repr(circuit)
+    assert "circuit of 3 of 5 nodes (threshold), complement ablated to corrupted values: faithfulness 1.00" in repr(circuit)
     either = or_gate()
     pairs = fp.Pairs.from_tokens(either.clean, either.corrupted, either.correct, either.wrong)
     one = fp.find_circuit(either.model, pairs, nodes=components(either.model), method="acdc", **OPTIONS)

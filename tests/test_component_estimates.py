@@ -406,10 +406,14 @@ def test_batched_is_alone(small: Small, method: str) -> None:
         (CLEAN[1].tolist(), CORRUPTED[1].tolist()),
     ]
     pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(k), (6 + i,), (4,)) for i, (c, k) in enumerate(prompts)))
-    options: dict[str, Any] = {"sites": ["z", "q", "k"], "method": method, "steps": 2, "positions": [1, 2], "progress": False}
-    together = fp.rank_components(small.model, pairs, method="atp", **options)
+    options: dict[str, Any] = {"sites": ["z", "q", "k"], "positions": [1, 2], "progress": False}
+
+    def found(of: fp.Pairs) -> fp.Effects:
+        return fp.rank_components(small.model, of, method=fp.Gradients(small.model, of, method=method, steps=2), **options)
+
+    together = found(pairs)
     for slot in range(3):
-        alone = fp.rank_components(small.model, pairs[slot : slot + 1], method="atp", **options)
+        alone = found(pairs[slot : slot + 1])
         part = together.of_pairs([slot])
         assert set(part.nodes) == set(alone.nodes)
         one, other = (dict(zip(t.nodes, t.pooled("recovery"), strict=True)) for t in (part, alone))

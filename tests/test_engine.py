@@ -452,10 +452,10 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
     said = sweep(progress=True)
     assert said.count("left (estimated from the first batch)") == 1
     left = (sum(batches) - batches[0]) / batches[0] * 100
-    assert f"{sum(batches)} patches in total, about {timedelta(seconds=round(left))} to go" in said
-    assert "to go" not in sweep(progress=False)
+    assert f"{sum(batches)} patches in total, about {timedelta(seconds=round(left))} left" in said
+    assert "in total" not in sweep(progress=False)
     seconds = 1.0
-    assert "to go" not in sweep(progress=True)
+    assert "in total" not in sweep(progress=True)
 
 
 def test_runs_are_kept_as_long_as_there_is_room(bridge: Small) -> None:

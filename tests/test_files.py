@@ -139,7 +139,7 @@ def test_a_path_that_cannot_be_written_is_refused(
     """A folder, something within a file, a link to nowhere, a name that is too long."""
     ways: dict[str, Callable[[Path], object]] = {
         "save": effects.save,
-        "report": effects.report,
+        "report": lambda path: fp.report(effects, path),
         "circuit": circuit.report,
         "fp.report": lambda path: fp.report(effects, path, model=fp.load_demo().model, pairs=pairs_of(bridge)),
         "journal": lambda path: fp.rank_features(bridge.model, bridge.saes[:1], pairs_of(bridge), journal=path, progress=False),

@@ -476,7 +476,7 @@ def test_outputs_of_modules_in_a_hooked_transformer(module: str, hook: str) -> N
 @pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.float, torch.nn.Module.bfloat16])
 def test_an_sae_whose_type_is_not_that_of_its_weights(bridge: Small, convert: Callable[[Any], Any]) -> None:
     sae = convert(standard(STREAM, 0))
-    with pytest.raises(fp.FeatpatchError, match=r"its dtype is torch.float64, .* convert it with sae.to\(dtype=torch"):
+    with pytest.raises(fp.FeatpatchError, match=r"its dtype is torch.float64, .* convert the SAE with sae.to\(dtype=torch"):
         fp.rank_features(bridge.model, sae, pairs_of(bridge), progress=False)
     sae = sae.to(dtype=next(sae.parameters()).dtype)
     assert len(fp.rank_features(bridge.model, sae, pairs_of(bridge)[:1], positions=[3], progress=False))

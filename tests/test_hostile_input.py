@@ -860,8 +860,8 @@ def test_no_pickles() -> None:
     """None is read or written; models travel between the processes of one run by cloudpickle, in one module."""
     package = Path(fp.__file__).parent
     found = {path.relative_to(package).as_posix(): pickles(path.read_text()) for path in package.rglob("*.py")}
-    assert {path for path, names in found.items() if names} <= {"lens/transport.py"}
-    assert set(found["lens/transport.py"]) == {"cloudpickle"}
+    assert {path for path, names in found.items() if names} <= {"model/transport.py"}
+    assert set(found["model/transport.py"]) == {"cloudpickle"}
     assert sorted(pickles("import torch\ntorch.load('x')\nfrom numpy import load\nimport pickle")) == [
         "load",
         "pickle",

@@ -445,7 +445,7 @@ class Returning:
 
 @pytest.mark.parametrize(("how", "found"), [("flat", r"\[1, 16\]"), ("list", "a list"), ("one row", r"\[1, 1, 16\]")])
 def test_an_object_that_returns_something_else(bridge: Small, how: str, found: str) -> None:
-    with pytest.raises(fp.FeatpatchError, match=rf"Returning.encode makes {found} for a tensor .* one row per position"):
+    with pytest.raises(fp.FeatpatchError, match=rf"Returning.encode returns {found} for a tensor .* one row per position"):
         fp.rank_features(
             bridge.model, fp.dictionaries.adapt(Returning(how), "blocks.1.hook_resid_pre", d_in=16), pairs_of(bridge)
         )

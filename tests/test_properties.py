@@ -336,7 +336,7 @@ def test_every_patch_counts_how_often_it_fired(data: Any) -> None:
     options = {} if stop is None or hasattr(model, "original_model") else {"stop_at_layer": stop}
     layers = [int(oracle.hooks(sae)[1].split(".")[1]) for sae in several]
     reached = [layer for layer in layers if calls and layer < options.get("stop_at_layer", 99)]
-    silent = pytest.raises(fp.FeatpatchError, match="never fired") if len(reached) < len(layers) else nullcontext()
+    silent = pytest.raises(fp.FeatpatchError, match="was never applied") if len(reached) < len(layers) else nullcontext()
     with silent, torch.no_grad(), fp.do(model, patch, source=source, base=base, saes=several) as firing:
         for _ in range(calls):
             model(base, **options)
@@ -644,10 +644,12 @@ def test_estimates_are_changes_times_gradients(data: Any) -> None:
     """
     model, several, pairs = data.draw(worlds())
     steps = data.draw(st.integers(0, 2))
-    options = {"method": "ig", "steps": steps} if steps else {"method": "atp"}
+    options: dict[str, Any] = {"method": "ig", "steps": steps} if steps else {"method": "atp"}
     points = [(step + 0.5) / steps for step in range(steps)] or [0.0]
     positions = data.draw(requests(pairs))
-    effects = fp.rank_features(model, several, pairs, method="atp", positions=positions, progress=False, **options)
+    effects = fp.rank_features(
+        model, several, pairs, method=fp.Gradients(model, pairs, **options), positions=positions, progress=False
+    )
     measured = {"denoising": (effects.corrupted, effects.denoised), "noising": (effects.clean, effects.noised)}
     if all(map(adds_up, several)):
         assert effects.metadata["completeness_residual"] < 1e-9
@@ -679,7 +681,9 @@ def test_estimates_are_exact_where_the_metric_is_linear(data: Any) -> None:
         linear += [f"{last}hook_attn_out", f"{last}attn.hook_z"]
     sae = data.draw(st.sampled_from(linear).flatmap(lambda hook: saes(model, hook)))
     options = {"method": data.draw(st.sampled_from(["atp", "ig"])), "steps": data.draw(st.integers(1, 2))}
-    effects = fp.rank_features(model, sae, pairs, method="atp", positions=data.draw(requests(pairs)), progress=False, **options)
+    effects = fp.rank_features(
+        model, sae, pairs, method=fp.Gradients(model, pairs, **options), positions=data.draw(requests(pairs)), progress=False
+    )
     for node, slot, values in some(effects, data.draw(SEEDS)):
         for way in WAYS:
             logits = patched(model, *tokens(pairs[slot], way), [(sae, [node])])

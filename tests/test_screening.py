@@ -359,7 +359,7 @@ def test_a_plan_of_components_and_of_paths(small: Small) -> None:
         {"route": "through_mlps"}, {"positions": "each", "senders": senders, "receivers": receivers},
     ):  # fmt: skip
         with pytest.raises(
-            fp.FeatpatchError, match="expected senders and receivers (and optionally route, but not positions) for paths"
+            fp.FeatpatchError, match=r"expected senders and receivers \(and optionally route, but not positions\) for paths"
         ):
             fp.plan(small.model, None, pairs, **arguments)
     with pytest.raises(fp.FeatpatchError, match="fp.plan got layers, saes: expected"):

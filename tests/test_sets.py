@@ -276,7 +276,7 @@ def test_pairs_of_several_lengths_at_each_position(small: Small) -> None:
     assert list(dict.fromkeys(ends["position"])) == list(dict.fromkeys(position for _, position in curve.sizes))
 
 
-@pytest.mark.parametrize("call", ["cumulative", "select_features", "interactions", "random_controls"])
+@pytest.mark.parametrize("call", ["top_k_curve", "select_features", "interactions", "random_controls"])
 def test_ctrl_c_is_passed_on(small: Small, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """What is made of several sweeps can't be made of parts of them."""
     monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)

@@ -81,7 +81,7 @@ def test_every_text_is_short_and_says_no_address(results: dict[str, Any]) -> Non
 def test_every_result_is_looked_at(results: dict[str, Any]) -> None:
     """Every class that `fp` names, but for those that are no results, or are made by tests of their own."""
     classes = {name for name in fp.__all__ if isinstance(getattr(fp, name), type)}
-    others = {"FeatpatchError", "SlowPathWarning", "FaithfulnessCurve", "Hypothesis", "Scrubbed", "Stored", "Verified"}
+    others = {"FeatpatchError", "SlowPathWarning", "Hypothesis", "Stored", "Screen"}
     assert classes - {type(result).__name__ for result in results.values()} == others
 
 

@@ -142,9 +142,10 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     after = AnswerTokens(tokenizer, "Then")
     kept = [word for word in words if after.next_token(f" {word}") is not None]
     if len(kept) < least:
+        count = f"only {', '.join(map(repr, kept))} of the words" if kept else "none of the words"
         raise FeatpatchError(
-            f"only {kept} of the words {list(words)} are one token of this tokenizer: expected at least {least}; give words "
-            "of your own"
+            f"{count} {', '.join(map(repr, words))} {'are' if len(kept) > 1 else 'is'} one token of this tokenizer: expected "
+            f"at least {least}; give words of your own"
         )
     return kept
 

@@ -44,7 +44,7 @@ class Agreement:
     reason: str = ""
 
 
-def joined(features: Effects, components: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
+def side_by_side(features: Effects, components: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
     """Return one row per component and dictionary at the same hook point and position.
 
     Columns are `site`, `position` and `layer`; `kind`, `index` and each effect, such as `recovery`, of the component; and for
@@ -76,12 +76,12 @@ def named(table: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
 
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `joined` that are cells: whole activations that have features at the same place."""
+    """Return the rows of `side_by_side` that are cells: whole activations that have features at the same place."""
     return table[(table["kind"] == "activation") & table["sae"].notna()]
 
 
 def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
-    """Measure the rank agreement over the cells of `joined`; cells with unknown values are left out."""
+    """Measure the rank agreement over the cells of `side_by_side`; cells with unknown values are left out."""
     found = cells(table)
     pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
     reason = _reason(table, len(found), pairs)
@@ -92,7 +92,7 @@ def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
     """Return why there is no rank correlation over `count` cells, or an empty text if there is one.
 
     Args:
-        table: the table of `joined`.
+        table: the table of `side_by_side`.
         count: the number of cells.
         pairs: the known effects of components and of summed features, `[cells, 2]`.
     """
@@ -201,7 +201,7 @@ class Comparison:
 
     Attributes:
         features, components: the tables that were compared.
-        table: one row per component and dictionary at the same hook point and position, see `joined`.
+        table: one row per component and dictionary at the same hook point and position, see `side_by_side`.
         agreement: for each effect, the agreement of components and features on the ranking of hook points and positions.
         written: the contributions of components to features; None if no model was given.
 
@@ -316,7 +316,7 @@ def compare(
     check_kinds(Effects, features=features, components=components)
     check_numbers(1, top=top)
     effects = _shared_effects(features, components)
-    table = joined(features, components, effects)
+    table = side_by_side(features, components, effects)
     given = [value is not None for value in (model, saes, pairs)]
     if any(given) and not all(given):
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)

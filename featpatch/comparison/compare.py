@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from featpatch import sites
-from featpatch.comparison.tables import Written
+from featpatch.comparison.tables import ContributionTables
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame, text
@@ -216,11 +216,11 @@ class Comparison:
     components: Effects
     table: pd.DataFrame
     agreement: Mapping[Effect, Agreement]
-    written: Written | None
+    written: ContributionTables | None
 
     @property
     def through(self) -> pd.DataFrame:
-        """For each of the top heads and MLPs, the features through which it acts; columns as in `written.Written`.
+        """For each of the top heads and MLPs, the features through which it acts; columns as in `ContributionTables`.
 
         Raises:
             FeatpatchError: the comparison was made without a model.
@@ -240,7 +240,7 @@ class Comparison:
         """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`."""
         return scatter(self.table, list(self.agreement))
 
-    def _written(self) -> Written:
+    def _written(self) -> ContributionTables:
         if self.written is None:
             raise FeatpatchError(
                 "the tables were compared without a model: expected a model, to trace which component writes which feature; "
@@ -289,7 +289,7 @@ def compare(
 
     With model, SAEs and pairs, the contribution of each component to each feature is measured: the residual stream is encoded
     with and without the change in what the component writes, clean minus corrupted, as in denoising. In noising, contributions
-    have the opposite sign and the same shares. The definition is in `contributions`.
+    have the opposite sign and the same shares. The definition is in `featpatch/comparison/writers.py`.
 
     Args:
         features: the table of `rank_features`.
@@ -321,7 +321,7 @@ def compare(
     if any(given) and not all(given):
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
         raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them; pass it too")
-    written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
+    written = None if pairs is None else ContributionTables.of(features, components, effects, model, saes, pairs, top)
     agreements = {effect: agreement(table, effect) for effect in effects}
     return Comparison(features, components, Frame(table), agreements, written)
 

@@ -342,7 +342,7 @@ def _check_settable(lens: Lens, group: Chosen) -> None:
         )
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+ChangeOf = Callable[[torch.Tensor], torch.Tensor]
 """A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
 
 
@@ -350,11 +350,11 @@ def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor
     return lambda activation: live.update({hook: activation})
 
 
-def _adding(delta: torch.Tensor) -> Change:
+def _adding(delta: torch.Tensor) -> ChangeOf:
     return lambda activation: delta
 
 
-def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Change:
+def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> ChangeOf:
     def change(activation: torch.Tensor) -> torch.Tensor:
         length = activation.shape[1]
         base = {hook: live[hook][:, :length] for hook in group.hooks - {group.site}} | {group.site: activation}
@@ -364,7 +364,7 @@ def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Ch
 
 
 def _on_prompt(
-    change: Change, shape: torch.Size, shown: torch.Tensor | None, total: Fired
+    change: ChangeOf, shape: torch.Size, shown: torch.Tensor | None, total: Fired
 ) -> Callable[[torch.Tensor], torch.Tensor | None]:
     batch, length = shape
 

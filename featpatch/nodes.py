@@ -24,7 +24,7 @@ RANKED = ("feature", "head", "neuron", "edge")
 INDEXED = ("feature", "head", "neuron", "set", "random")
 """The kinds of nodes of which a hook point has many, told apart by an index."""
 
-COMPONENTS = ("activation", "head", "neuron")
+COMPONENT_KINDS = ("activation", "head", "neuron")
 """The kinds of nodes that belong to no dictionary."""
 
 Position = int | str

@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
-from featpatch.model.stack import processing
+from featpatch.model.stack import processing_steps
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Pair
@@ -149,7 +149,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     lens = wrap(model)
     check_tokens(pairs, lens)
     found = dictionaries(lens, saes)
-    runs, done = Runs.of(lens, {hook for each in found for hook in (each.reads, each.writes)}, pairs), processing(lens)
+    runs, done = Runs.of(lens, {hook for each in found for hook in (each.reads, each.writes)}, pairs), processing_steps(lens)
     if not runs.positions:
         raise FeatpatchError("the prompts hold only special tokens: expected words too; give other prompts")
     here = [_explained(dictionary, runs) for dictionary in found]

@@ -111,7 +111,7 @@ COMPONENTS = {
 }
 """Whole activations and parts of activations, by the names that TransformerLens' patching functions use."""
 
-SHOWN = ("resid_pre", "attn_out", "mlp_out", "z")
+DEFAULT_COMPONENTS = ("resid_pre", "attn_out", "mlp_out", "z")
 """The components that are used by default."""
 
 

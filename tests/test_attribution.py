@@ -13,7 +13,7 @@ from test_sets import dictionary
 
 import featpatch as fp
 from featpatch.attribution.calibration import Calibration
-from featpatch.attribution.estimates import Found, collected
+from featpatch.attribution.estimates import Estimates, collected
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -117,7 +117,7 @@ def test_sizes_without_sign_lead_to_the_source(clean: float, corrupted: float, s
 
 
 def test_nothing_found_is_no_column() -> None:
-    assert Found.of([]).changes.shape == (1, 0)
+    assert Estimates.of([]).changes.shape == (1, 0)
 
 
 def test_a_calibration_has_a_row_and_a_colour_per_site() -> None:

@@ -16,7 +16,7 @@ from test_sets import pairs_of
 
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.mediators import cuts
+from featpatch.circuits.mediators import mediators_of
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
 from featpatch.sae.dictionary import dictionaries
@@ -37,7 +37,9 @@ def nodes_of(names: list[str]) -> list[fp.Node]:
 
 def graph_of(small: Small, saes: list[Any], nodes: list[fp.Node], to: str = "corrupted") -> EdgeGraph:
     lens = wrap(small.model)
-    graph = EdgeGraph(lens, pairs_of(small), to, readout("logit_diff"), cuts=cuts(lens, nodes, dictionaries(lens, saes)))
+    graph = EdgeGraph(
+        lens, pairs_of(small), to, readout("logit_diff"), mediators=mediators_of(lens, nodes, dictionaries(lens, saes))
+    )
     graph.check()
     return graph
 

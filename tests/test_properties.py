@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from small import FEATURES
 
 import featpatch as fp
-from featpatch.effects.statistics import check_gap, named
+from featpatch.effects.statistics import check_gap, quadrant_labels
 from featpatch.model.transformer_lens import wrap
 from featpatch.sae.dictionary import dictionaries
 
@@ -463,9 +463,9 @@ def test_a_quadrant_is_decided_by_both_intervals(recovery: list[float], degradat
         ("low", "high"): "noising only", ("low", "low"): "below threshold",
     }.get(sizes, "undecided" if "unknown" in sizes else "opposing")  # fmt: skip
     for carried in (1.0, -0.5):  # the hook point carries half as much, with the other sign: half the share
-        assert named([np.array([recovery]), np.array([degradation])], [np.full(1, carried)] * 2, threshold / abs(carried)) == [
-            expected
-        ]
+        assert quadrant_labels(
+            [np.array([recovery]), np.array([degradation])], [np.full(1, carried)] * 2, threshold / abs(carried)
+        ) == [expected]
 
 
 @share(0.03)
@@ -474,7 +474,7 @@ def test_quadrants_of_a_table(table: fp.Effects, threshold: float, run: set[str]
     table = replace(table, metadata={**table.metadata, "directions": sorted(run)})
     both = [table.interval(effect) for effect in ("recovery", "degradation")]
     carried = [np.ones(len(table))] * 2
-    expected = named(both, carried, threshold) if len(run) == 2 else ["undecided"] * len(table)
+    expected = quadrant_labels(both, carried, threshold) if len(run) == 2 else ["undecided"] * len(table)
     assert table.with_threshold(threshold).quadrants() == expected
 
 

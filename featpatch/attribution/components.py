@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 import torch
 
-from featpatch import sites as hooks
-from featpatch.attribution.estimates import Found, Part, estimated, product
+from featpatch.attribution.estimates import Estimates, Estimator, estimated, product
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.model.lens import Lens
 from featpatch.nodes import Direction, Node
 from featpatch.pairs.pair import Positions, Wanted
+from featpatch.sites import WHOLE, by_position, check_components, check_layers, component
 
 
 @dataclass(frozen=True)
-class QueryKeyPart(Part):
-    """The queries, or the keys, of some layers.
+class QueryKeyEstimator(Estimator):
+    """An estimator for the queries, or the keys, of some layers.
 
     Attributes:
         lens: the model.
@@ -39,19 +39,19 @@ class QueryKeyPart(Part):
     @property
     def reads(self) -> list[str]:
         """The hook points of the queries or keys."""
-        return [hooks.component(layer, self.name) for layer in self.layers]
+        return [component(layer, self.name) for layer in self.layers]
 
     @property
     def sites(self) -> list[str]:
         """The hook points of z in the layers."""
-        return [hooks.component(layer, "z") for layer in self.layers]
+        return [component(layer, "z") for layer in self.layers]
 
-    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+    def estimates(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Estimates:
         """Estimate the effect of each head's query or key at every requested position, in all layers."""
         tokens = torch.tensor([of_pair.tokens(direction)])
         _, entering = self.lens.read_entering(tokens, [], self.layers)
         blocks = [_Block(self.lens, layer, self.name, of_pair, direction, entering[layer], tokens) for layer in self.layers]
-        return Found.of([change for block in blocks for change in block.changes(wanted)])
+        return Estimates.of([change for block in blocks for change in block.changes(wanted)])
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class _Block:
 
     @property
     def _hook(self) -> str:
-        return hooks.component(self.layer, self.name)
+        return component(self.layer, self.name)
 
     @property
     def _z(self) -> str:
-        return hooks.component(self.layer, "z")
+        return component(self.layer, "z")
 
     @property
     def _gradient(self) -> torch.Tensor:
@@ -104,8 +104,8 @@ class _Block:
 
     def _queries(self, source: torch.Tensor, spans: Collection[list[int]]) -> list[torch.Tensor]:
         """Return the effects of queries, `[variants, heads]` for each span; a query acts only at its own position."""
-        by_position = product(self._changed_z(source[None])[0], self._gradient).sum(-1)
-        return [by_position[:, span].sum(1) for span in spans]
+        per_position = product(self._changed_z(source[None])[0], self._gradient).sum(-1)
+        return [per_position[:, span].sum(1) for span in spans]
 
     def _keys(self, base: torch.Tensor, source: torch.Tensor, spans: Collection[list[int]]) -> list[torch.Tensor]:
         """Return the effects of keys, `[variants, heads]` for each span; the keys of a span are exchanged together."""
@@ -131,17 +131,17 @@ def estimate_components(
 ) -> Effects:
     """Estimate by gradients what `rank_components` measures exactly; it describes the arguments and the result."""
     lens = gradients.lens
-    names, chosen = hooks.check_components(sites, positions), hooks.check_layers(layers, lens.n_layers)
+    names, chosen = check_components(sites, positions), check_layers(layers, lens.n_layers)
     fixed = [name for name in names if name in ("q", "k") and gradients.qk_fix]
-    parts: list[Part] = [QueryKeyPart(lens, chosen, name) for name in fixed]
-    parts += [ComponentPart.of(lens, layer, name) for name in names if name not in fixed for layer in chosen]
+    estimators: list[Estimator] = [QueryKeyEstimator(lens, chosen, name) for name in fixed]
+    estimators += [ComponentEstimator.of(lens, layer, name) for name in names if name not in fixed for layer in chosen]
     about = {"components": names, "layers": chosen, "qk_fix": gradients.qk_fix}
-    return estimated(gradients, parts, about, positions, directions, progress=progress)
+    return estimated(gradients, estimators, about, positions, directions, progress=progress)
 
 
 @dataclass(frozen=True)
-class ComponentPart(Part):
-    """The activation at one hook point of a layer, as a whole or by head or neuron.
+class ComponentEstimator(Estimator):
+    """An estimator for the activation at one hook point of a layer, as a whole or by head or neuron.
 
     Attributes:
         hook: the hook point at which change and gradient are multiplied; that of z for `"result"`, which is z times W_O.
@@ -154,14 +154,14 @@ class ComponentPart(Part):
     name: str
 
     @classmethod
-    def of(cls, lens: Lens, layer: int, name: str) -> "ComponentPart":
-        """Return the part for a component of a layer.
+    def of(cls, lens: Lens, layer: int, name: str) -> "ComponentEstimator":
+        """Return the estimator for a component of a layer.
 
         Raises:
             FeatpatchError: if the model has no such component.
         """
-        hook = lens.site(hooks.component(layer, "z" if name == "result" else name))
-        return cls(hook, hook if name in hooks.WHOLE else hooks.component(layer, name), name)
+        hook = lens.site(component(layer, "z" if name == "result" else name))
+        return cls(hook, hook if name in WHOLE else component(layer, name), name)
 
     @property
     def reads(self) -> list[str]:
@@ -173,15 +173,15 @@ class ComponentPart(Part):
         """The hook point of the component."""
         return [self.hook]
 
-    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+    def estimates(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Estimates:
         """Estimate the effect of the component, or of each of its heads or neurons, at every requested position."""
         change = of_pair.change(self.hook, direction)
         values, differs = product(change, of_pair.gradients[direction][self.hook]), change != 0
-        if not hooks.by_position(self.hook):
+        if not by_position(self.hook):
             values, differs = values.transpose(1, 2), differs.transpose(0, 1)
         if self.name == "pattern_entry":
             return self._entries(values, differs, wanted)
-        if self.name in hooks.WHOLE:
+        if self.name in WHOLE:
             values, differs = values.flatten(2)[:, :, None], differs.flatten(1)[:, None]
         if self.name != "neurons":
             values, differs = values.sum(-1), differs.any(-1)
@@ -189,9 +189,9 @@ class ComponentPart(Part):
         for position, span in wanted.items():
             sums = values[:, span].sum(1)
             changes += [(self._node(unit, position), sums[:, unit]) for unit in differs[span].any(0).nonzero()[:, 0].tolist()]
-        return Found.of(changes)
+        return Estimates.of(changes)
 
-    def _entries(self, values: torch.Tensor, differs: torch.Tensor, wanted: Wanted) -> Found:
+    def _entries(self, values: torch.Tensor, differs: torch.Tensor, wanted: Wanted) -> Estimates:
         """Estimate the effect of single entries of the attention pattern, from values `[variants, pos, heads, source]`."""
         changes = []
         for position, span in wanted.items():
@@ -200,9 +200,9 @@ class ComponentPart(Part):
                     for head in differs[span, :, source].any(0).nonzero()[:, 0].tolist():
                         node = Node(self.site, "head", head, f"{position} <- {name}")
                         changes.append((node, values[:, span, head, source].sum(1)))
-        return Found.of(changes)
+        return Estimates.of(changes)
 
     def _node(self, unit: int, position: int | str) -> Node:
-        if self.name in hooks.WHOLE:
+        if self.name in WHOLE:
             return Node(self.site, "activation", None, position)
         return Node(self.site, "neuron" if self.name == "neurons" else "head", unit, position)

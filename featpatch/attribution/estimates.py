@@ -21,13 +21,13 @@ from featpatch.pairs.pair import Positions, Wanted, spans
 
 
 @dataclass(frozen=True)
-class Found:
+class Estimates:
     """Estimated changes of the metric in one pair.
 
     Attributes:
         nodes: the nodes that differ between the runs.
         changes: the estimated changes `[variants, nodes]`, float64 on the CPU; one variant for each gradient.
-        residual: the largest difference between the sum of features and error and the whole activation; 0 for other parts.
+        residual: the largest difference between the sum of features and error and the whole activation; 0 for other nodes.
     """
 
     nodes: Sequence[Node]
@@ -35,27 +35,27 @@ class Found:
     residual: float = 0.0
 
     @classmethod
-    def of(cls, changes: Sequence[tuple[Node, torch.Tensor]], residual: float = 0.0) -> "Found":
+    def of(cls, changes: Sequence[tuple[Node, torch.Tensor]], residual: float = 0.0) -> "Estimates":
         """Collect nodes and their estimated changes, `[variants]` each."""
         values = [change.detach().to("cpu", torch.float64) for _, change in changes]
         return cls([node for node, _ in changes], torch.stack(values, 1) if values else torch.zeros(1, 0), residual)
 
 
-class Part(ABC):
-    """Nodes whose effects are estimated together."""
+class Estimator(ABC):
+    """An estimator of the effects of some nodes, from activations and gradients."""
 
     @property
     @abstractmethod
     def reads(self) -> list[str]:
-        """The hook points whose activations the part needs, in addition to `sites`."""
+        """The hook points whose activations the estimator needs, in addition to `sites`."""
 
     @property
     @abstractmethod
     def sites(self) -> list[str]:
-        """The hook points whose activations and gradients the part needs."""
+        """The hook points whose activations and gradients the estimator needs."""
 
     @abstractmethod
-    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+    def estimates(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Estimates:
         """Return first-order estimates of how patching each node would change the metric in one pair."""
 
 
@@ -67,19 +67,19 @@ def product(change: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 def estimated(
     gradients: Gradients,
-    parts: Sequence[Part],
+    estimators: Sequence[Estimator],
     about: Mapping[str, Any],
     positions: Positions,
     directions: Sequence[Direction],
     *,
     progress: bool,
 ) -> Effects:
-    """Return a table with the estimates of all parts.
+    """Return a table with the estimates of all nodes.
 
     Args:
         gradients: the gradients of the model on the pairs.
-        parts: the nodes whose effects are estimated.
-        about: metadata about the parts, to store with the results.
+        estimators: the estimators of the nodes.
+        about: metadata about the nodes, to store with the results.
         positions, directions, progress: as in `rank_features`.
 
     Raises:
@@ -91,14 +91,14 @@ def estimated(
     unsigned = gradients.method == "grad_drop"
     found: dict[int, dict[Direction, dict[Node, float]]] = {}
     complete, whole = 0.0, 0.0
-    ends = {site for part in parts for site in part.sites} if gradients.method == "ig" else {INPUT}
+    ends = {site for each in estimators for site in each.sites} if gradients.method == "ig" else {INPUT}
     with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
-        for of_pair, of_ways in by_pair(gradients, parts, wanted, ways):
+        for of_pair, of_ways in by_pair(gradients, estimators, wanted, ways):
             clean[of_pair.index], corrupted[of_pair.index] = of_pair.values["noising"], of_pair.values["denoising"]
             found[of_pair.index] = {}
-            for way, of_parts in of_ways.items():
-                found[of_pair.index][way] = _combined(of_parts, gradients.lens.n_layers if unsigned else None)
-                complete = max([complete, *(of_part.residual for of_part in of_parts)])
+            for way, together in of_ways.items():
+                found[of_pair.index][way] = _combined(together, gradients.lens.n_layers if unsigned else None)
+                complete = max([complete, *(estimates.residual for estimates in together)])
                 whole = max([whole, *_beside_runs(of_pair, way, ends)])
             bar.update()
     metric = gradients.measure.name
@@ -146,20 +146,20 @@ def collected(
 
 
 def by_pair(
-    gradients: Gradients, parts: Sequence[Part], wanted: Sequence[Wanted], ways: Sequence[Direction]
-) -> Iterator[tuple[PairGradients, dict[Direction, list[Found]]]]:
-    """Yield the gradients of each pair with the estimates of each part by direction, grouped by length of prompt."""
-    reads, sites = [hook for part in parts for hook in part.reads], [hook for part in parts for hook in part.sites]
+    gradients: Gradients, estimators: Sequence[Estimator], wanted: Sequence[Wanted], ways: Sequence[Direction]
+) -> Iterator[tuple[PairGradients, dict[Direction, list[Estimates]]]]:
+    """Yield the gradients of each pair with the estimates of each estimator by direction, grouped by length of prompt."""
+    reads, sites = [hook for each in estimators for hook in each.reads], [hook for each in estimators for hook in each.sites]
     for of_pair in gradients.of(reads, sites):
-        yield of_pair, {way: [part.found(of_pair, way, wanted[of_pair.index]) for part in parts] for way in ways}
+        yield of_pair, {way: [each.estimates(of_pair, way, wanted[of_pair.index]) for each in estimators] for way in ways}
 
 
-def _combined(of_parts: Sequence[Found], blocks: int | None) -> dict[Node, float]:
+def _combined(together: Sequence[Estimates], layers: int | None) -> dict[Node, float]:
     """Return one value per node; with GradDrop, the sum of absolute values divided by the number of layers minus one."""
     combined: dict[Node, float] = {}
-    for found in of_parts:
-        changes = found.changes[0] if blocks is None else found.changes.abs().sum(0) / (blocks - 1)
-        combined.update(zip(found.nodes, changes.tolist(), strict=True))
+    for estimates in together:
+        changes = estimates.changes[0] if layers is None else estimates.changes.abs().sum(0) / (layers - 1)
+        combined.update(zip(estimates.nodes, changes.tolist(), strict=True))
     return combined
 
 

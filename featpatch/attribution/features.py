@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.attribution.estimates import Found, Part, by_pair, estimated, product
+from featpatch.attribution.estimates import Estimates, Estimator, by_pair, estimated, product
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
@@ -33,12 +33,12 @@ def estimate_features(
     """Estimate by gradients what `rank_features` measures exactly; it describes the arguments and the result."""
     found = dictionaries(gradients.lens, saes)
     about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    return estimated(gradients, [FeaturePart(d) for d in found], about, positions, directions, progress=progress)
+    return estimated(gradients, [FeatureEstimator(d) for d in found], about, positions, directions, progress=progress)
 
 
 @dataclass(frozen=True)
-class FeaturePart(Part):
-    """The features and the error of a dictionary, and the whole activation that it writes.
+class FeatureEstimator(Estimator):
+    """An estimator for the features and the error of a dictionary, and the whole activation that it writes.
 
     Attributes:
         dictionary: the dictionary.
@@ -56,7 +56,7 @@ class FeaturePart(Part):
         """The hook point that the dictionary writes."""
         return [self.dictionary.writes]
 
-    def found(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Found:
+    def estimates(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Estimates:
         """Estimate the effects of features, all features, error and whole activation at every requested position."""
         dictionary, site = self.dictionary, self.dictionary.writes
         split = of_pair.split(dictionary)
@@ -86,7 +86,7 @@ class FeaturePart(Part):
             ]
             left = single.sum(1) + whole["error"] - whole["activation"]
             worst = max(worst, float(left.abs().max()))
-        return Found.of(changes, worst)
+        return Estimates.of(changes, worst)
 
 
 def _along(
@@ -116,14 +116,14 @@ def estimation_time(
 
     The result is None if the metric has no gradient or a gradient of zero.
     """
-    parts = [FeaturePart(dictionary) for dictionary in dictionaries(wrap(model), saes)]
+    estimators = [FeatureEstimator(dictionary) for dictionary in dictionaries(wrap(model), saes)]
     seconds = 0.0
     try:
         for _ in ("warm-up", "timed"):
             start = time.perf_counter()
             gradients = Gradients(model, pairs[:1], metric=metric, keep=False)
             ways = gradients.check_directions(directions)
-            deque(by_pair(gradients, parts, [spans(pairs[0], positions)], ways), maxlen=0)
+            deque(by_pair(gradients, estimators, [spans(pairs[0], positions)], ways), maxlen=0)
             seconds = time.perf_counter() - start
     except FeatpatchError:
         return None

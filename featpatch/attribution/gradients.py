@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch import sites as hooks
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.metrics import SEQUENCES, Metric, find
 from featpatch.model.lens import Lens
@@ -29,12 +28,27 @@ from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sites import by_position, component, resid_pre
 
 METHODS = ("atp", "ig", "eap_ig_inputs", "grad_drop")
 """The names of the methods."""
 
-INPUT = hooks.resid_pre(0)
+INPUT = resid_pre(0)
 """The hook point of the residual stream that enters the first layer."""
+
+TOKENS_AT_ONCE = 1024
+"""The largest number of tokens that go through the model together."""
+
+Activations = Mapping[str, torch.Tensor]
+"""Activations or gradients of one prompt, `[pos, ...]` by hook point."""
+
+WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
+"""Metrics without a gradient at the answer position."""
+
+USE = "for estimates, which need a gradient of the logits at one token; use method='exact', which supports every metric"
+
+SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
+"""The source run of each direction. A run is named by the direction that patches it, so the source is named by the other."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class Runs:
         """Compute gradients by the method `grad_drop`."""
         each = []
         for layer in range(self.lens.n_layers):
-            stopped = [hooks.component(layer, name) for name in ("attn_out", "mlp_out")]
+            stopped = [component(layer, name) for name in ("attn_out", "mlp_out")]
             there = [hook for hook in stopped if hook in self.lens.hook_points]
             each.append(self.lens.gradients(self.tokens, sites, self.answers, self.measure, stopped=there).gradients)
         return Taken({site: torch.stack([of_layer[site] for of_layer in each]) for site in sites}, {})
@@ -99,21 +113,6 @@ class Runs:
         with self.lens.edit(self.lens.carrier(moved), lambda x: x + change.reshape(x.shape).to(x)):
             found = self.lens.gradients(self.tokens, sites, self.answers, self.measure)
         return found.gradients, found.values
-
-
-TOKENS_AT_ONCE = 1024
-"""The largest number of tokens that go through the model together."""
-
-Activations = Mapping[str, torch.Tensor]
-"""Activations or gradients of one prompt, `[pos, ...]` by hook point."""
-
-WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
-"""Metrics without a gradient at the answer position."""
-
-USE = "for estimates, which need a gradient of the logits at one token; use method='exact', which supports every metric"
-
-SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
-"""The source run of each direction. A run is named by the direction that patches it, so the source is named by the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +145,7 @@ class PairGradients:
     def change(self, site: str, direction: Direction) -> torch.Tensor:
         """Return source minus base, `[pos, ...]` or, for patterns, `[head, pos, source]`; exactly 0 before `first`."""
         change = self.activations[SOURCE[direction]][site] - self.activations[direction][site]
-        (change if hooks.by_position(site) else change.transpose(0, 1))[: self.first] = 0
+        (change if by_position(site) else change.transpose(0, 1))[: self.first] = 0
         return change
 
     def split(self, dictionary: Dictionary) -> Mapping[Direction, Split]:

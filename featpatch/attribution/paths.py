@@ -19,9 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.attribution.components import ComponentPart
-from featpatch.attribution.estimates import Part, collected
-from featpatch.attribution.features import FeaturePart
+from featpatch.attribution.components import ComponentEstimator
+from featpatch.attribution.estimates import Estimator, collected
+from featpatch.attribution.features import FeatureEstimator
 from featpatch.attribution.gradients import Gradients, PairGradients
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
@@ -137,11 +137,11 @@ def estimate_paths(
             "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
             "senders"
         )
-    ways, parts = source.check_directions(directions), _parts(lens, sending, found)
+    ways, estimators = source.check_directions(directions), _estimators(lens, sending, found)
     wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
     inside += [sites.component(layer, "attn_out") for layer in range(lens.n_layers)]
-    reads = [hook for part in parts for hook in (*part.reads, *part.sites)] + [r.reads for r in receiving] + inside
+    reads = [hook for each in estimators for hook in (*each.reads, *each.sites)] + [r.reads for r in receiving] + inside
     clean, corrupted = np.zeros((2, len(pairs), 1))
     wanted_senders = frozenset(sending)
     changes: dict[int, dict[Direction, dict[Node, float]]] = {}
@@ -151,11 +151,11 @@ def estimate_paths(
             clean[index], corrupted[index] = of_pair.values["noising"], of_pair.values["denoising"]
             changes[index] = {}
             for way in ways:
-                pulled = _Pulled(lens, of_pair, way, receiving, route).at([site for part in parts for site in part.sites])
+                pulled = _Pulled(lens, of_pair, way, receiving, route).at([site for each in estimators for site in each.sites])
                 of_receivers = replace(of_pair, gradients={way: pulled})
                 changes[index][way] = {}
-                for part in parts:
-                    estimate = part.found(of_receivers, way, wanted[index])
+                for estimator in estimators:
+                    estimate = estimator.estimates(of_receivers, way, wanted[index])
                     for sender, column in zip(estimate.nodes, estimate.changes.unbind(1), strict=True):
                         if sender in wanted_senders:
                             changes[index][way].update(
@@ -172,29 +172,29 @@ def estimate_paths(
     return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)
 
 
-def _parts(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:
-    """Return the parts of an estimation that cover the senders.
+def _estimators(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Estimator]:
+    """Return estimators that cover the senders.
 
     Raises:
         FeatpatchError: if a node can't be a sender.
     """
-    parts: dict[tuple[str, str], Part] = {}
+    estimators: dict[tuple[str, str], Estimator] = {}
     for node in senders:
         owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
         site = lens.site(node.site)
         if owner is not None and node.kind in ("feature", "error", "all_features"):
-            parts["sae", owner.name] = FeaturePart(owner)
+            estimators["sae", owner.name] = FeatureEstimator(owner)
         elif node.kind == "head" and sites.is_component(site, "z"):
-            parts["heads", site] = ComponentPart(site, site, "z")
+            estimators["heads", site] = ComponentEstimator(site, site, "z")
         elif node.kind == "activation" and sites.entry(site) is not None:
-            parts["whole", site] = ComponentPart(site, site, "mlp_out")
+            estimators["whole", site] = ComponentEstimator(site, site, "mlp_out")
         else:
             raise FeatpatchError(
                 f"sender {str(node)!r}: expected a feature or error of "
                 f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole "
                 "activation"
             )
-    return list(parts.values())
+    return list(estimators.values())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The graph of edges between the components of a model, in which each receiver's input is the sum of its senders' outputs.
 
 Senders are the embedding, heads and MLPs; receivers are a head's query, key or value, MLPs and the logits. Mediators (see
-`cuts`), which are named features, errors and the rest of a dictionary, are both. An edge that is kept carries the sender's
+`Mediators`), which are named features, errors and the rest of a dictionary, are both. An edge that is kept carries the sender's
 output in this run, which upstream ablations may have changed; an ablated edge carries the sender's ablation value (Conmy et al.
 2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable with respect to how far each edge
 is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
@@ -67,10 +67,10 @@ class EdgeGraph(Graph):
     """The graph of all edges between a model's components and mediators.
 
     Attributes:
-        cuts: the mediators, by place.
+        mediators: the mediators, by place.
     """
 
-    cuts: Mapping[Place, Mediators] = field(default_factory=dict)
+    mediators: Mapping[Place, Mediators] = field(default_factory=dict)
     _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
     _where: dict[int, Mapping[Place, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -113,10 +113,10 @@ class EdgeGraph(Graph):
         found: dict[Node, tuple[Node, ...]] = {}
 
         def through(place: Place, sent: tuple[Node, ...]) -> tuple[Node, ...]:
-            if place not in self.cuts:
+            if place not in self.mediators:
                 return sent
-            found.update(dict.fromkeys(self.cuts[place].nodes, sent))
-            return self.cuts[place].nodes
+            found.update(dict.fromkeys(self.mediators[place].nodes, sent))
+            return self.mediators[place].nodes
 
         sent: tuple[Node, ...] = (EMBEDDING,)
         for layer in range(self.lens.n_layers):
@@ -136,17 +136,20 @@ class EdgeGraph(Graph):
         return [Node(sites.component(layer, name), "head", head) for head in range(self.heads(layer, name))]
 
     def _mlp(self, layer: int) -> tuple[Node, ...]:
-        cut = self.cuts.get((layer, "mlp"))
-        return cut.nodes if cut else (Node(sites.component(layer, "mlp_out"), "activation"),)
+        group = self.mediators.get((layer, "mlp"))
+        return group.nodes if group else (Node(sites.component(layer, "mlp_out"), "activation"),)
 
     def rows_of_one(self) -> int:
         """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""
         heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
-        return max([*heads, *(len(cut.nodes) for cut in self.cuts.values())])
+        return max([*heads, *(len(group.nodes) for group in self.mediators.values())])
 
     def about(self) -> Mapping[str, Any]:
         """Return what to store with the results: that the items are edges, and the dictionaries."""
-        return {"over": "edges", "saes": {cut.dictionary.name: cut.dictionary.digest() for cut in self.cuts.values()}}
+        return {
+            "over": "edges",
+            "saes": {group.dictionary.name: group.dictionary.digest() for group in self.mediators.values()},
+        }
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
@@ -185,7 +188,7 @@ class EdgeGraph(Graph):
         answers = torch.tensor([self.runs[index].answer_position for index in some])
         with torch.no_grad():
             if some[0] not in self._outside:
-                where = {place: cut.where(self.runs, some) for place, cut in self.cuts.items()}
+                where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
                 self._where[some[0]] = where
                 other = _Run(prompts(self.runs, some, self.to), where)
                 self._pass(other)
@@ -208,26 +211,26 @@ class EdgeGraph(Graph):
         stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
         sent = run.note({EMBEDDING: stream})
         for layer in range(self.lens.n_layers):
-            stream, sent = self._cut((layer, "pre"), stream, sent, run)
+            stream, sent = self._mediated((layer, "pre"), stream, sent, run)
             heads, bias = self._attention(layer, stream, sent, run)
             self._bias[layer] = bias[0, 0]
-            added, heads = self._cut((layer, "attn"), sum(heads.values(), bias), heads, run)
-            mid, below = self._cut((layer, "mid"), stream + added, sent | heads, run)
+            added, heads = self._mediated((layer, "attn"), sum(heads.values(), bias), heads, run)
+            mid, below = self._mediated((layer, "mid"), stream + added, sent | heads, run)
             if not self.lens.attention_only:
                 seen = (stream, sent) if self.lens.parallel else (mid, below)
                 outputs = self._mlp_outputs(layer, *seen, run)
                 mid, below = sum(outputs.values(), mid), below | outputs
             stream, sent = mid, below
-        stream, sent = self._cut((self.lens.n_layers, "pre"), stream, sent, run)
+        stream, sent = self._mediated((self.lens.n_layers, "pre"), stream, sent, run)
         rows, _ = self._inputs([LOGITS], stream, sent, run)
         return rows[0]
 
-    def _cut(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
+    def _mediated(self, place: Place, passing: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
         """Return the activation that passes a place (the sum of its mediators, if there are any) and the senders after it."""
-        if place not in self.cuts:
+        if place not in self.mediators:
             return passing, sent
-        rows, which = self._inputs(self.cuts[place].nodes, passing, sent, run)
-        shares = run.note(self.cuts[place].shares(rows, rows, which, run.where[place]))
+        rows, which = self._inputs(self.mediators[place].nodes, passing, sent, run)
+        shares = run.note(self.mediators[place].shares(rows, rows, which, run.where[place]))
         return torch.stack(list(shares.values())).sum(0), shares
 
     def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> tuple[Written, torch.Tensor]:
@@ -244,15 +247,15 @@ class EdgeGraph(Graph):
 
     def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
         """Compute the output of an MLP, or of the nodes of its dictionary."""
-        nodes, cut = self._mlp(layer), self.cuts.get((layer, "mlp"))
+        nodes, group = self._mlp(layer), self.mediators.get((layer, "mlp"))
         rows, which = self._inputs(nodes, stream, sent, run)
         outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
-        if cut is None:
+        if group is None:
             return run.note({nodes[0]: outputs[0]})
-        read = outputs if cut.dictionary.reads == cut.dictionary.writes else self._mlp_activation(
-            layer, rows, run.tokens, cut.dictionary.reads
+        read = outputs if group.dictionary.reads == group.dictionary.writes else self._mlp_activation(
+            layer, rows, run.tokens, group.dictionary.reads
         )  # fmt: skip
-        return run.note(cut.shares(read, outputs, which, run.where[layer, "mlp"]))
+        return run.note(group.shares(read, outputs, which, run.where[layer, "mlp"]))
 
     def _mlp_activation(self, layer: int, rows: torch.Tensor, tokens: torch.Tensor, hook: str) -> torch.Tensor:
         """Compute the activation at a hook point of an MLP from the MLP's inputs `[..., pos, d_model]`."""

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Complement, Graph
-from featpatch.circuits.mediators import cuts
+from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_numbers
@@ -23,8 +23,8 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.readings import readout
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
-METHODS = ("threshold", "greedy", "acdc")
-"""The names of the search methods."""
+Method = Literal["threshold", "greedy", "acdc"]
+"""The name of a search method; see `find_circuit`."""
 
 ROUNDING = 1e-6
 """The tolerance with which a target counts as reached."""
@@ -114,8 +114,8 @@ def check_search(method: str, over: str, scores: str, threshold: float | None, s
     Raises:
         FeatpatchError: if they are not.
     """
-    if method not in METHODS:
-        raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if method not in get_args(Method):
+        raise FeatpatchError(f"method={method!r}: expected one of {', '.join(get_args(Method))}")
     if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
     check_numbers(1, size=1 if size is None else size)
@@ -130,10 +130,6 @@ def check_search(method: str, over: str, scores: str, threshold: float | None, s
             f"scores='estimate' with over={over!r} and method={method!r}: expected over='edges' and method='threshold' or "
             "'greedy'; to estimate nodes, call rank_features or rank_components with method='atp'"
         )
-
-
-Method = Literal["threshold", "greedy", "acdc"]
-"""The name of a search method; see `find_circuit`."""
 
 
 def find_circuit(
@@ -216,7 +212,7 @@ def find_circuit(
     if over == "nodes":
         graph = NodeGraph(lens, pairs, to, read, candidates, dictionaries=found, errors=errors)
     else:
-        graph = EdgeGraph(lens, pairs, to, read, cuts=cuts(lens, candidates, found))
+        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators_of(lens, candidates, found))
     graph.check()
     graph.check_gap()
     if size is not None and size > len(graph.items):

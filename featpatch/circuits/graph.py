@@ -22,12 +22,17 @@ from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.readings import Reading, Readout, readings_of
 
+Array = NDArray[np.float64]
+
+TOKENS_AT_ONCE = 4096
+"""The largest number of tokens that go through the model together."""
+
 Complement = Literal["corrupted", "mean", "resample"]
 """The source of ablation values. `corrupted`: the pair's corrupted run. `mean`: the mean at each position over the clean runs
 of equally long pairs. `resample`: the clean run of another equally long pair."""
 
 
-def check_outside(to: str, pairs: Pairs) -> None:
+def check_complement(to: str, pairs: Pairs) -> None:
     """Check that ablation values can be taken from a source.
 
     Raises:
@@ -58,12 +63,6 @@ def settled(values: torch.Tensor, to: Complement) -> torch.Tensor:
     return values.roll(1, 0) if to == "resample" else values
 
 
-Array = NDArray[np.float64]
-
-TOKENS_AT_ONCE = 4096
-"""The largest number of tokens that go through the model together."""
-
-
 @dataclass(eq=False)
 class Graph(ABC):
     """The clean runs of some pairs, in which the items that are not kept are ablated.
@@ -90,7 +89,7 @@ class Graph(ABC):
         Raises:
             FeatpatchError: if the complement can't be ablated in this way, or hooks are attached to the model.
         """
-        check_outside(self.to, self.pairs)
+        check_complement(self.to, self.pairs)
         if self.to != "corrupted" and any(reading.continuation for _, reading in self.readings):
             raise FeatpatchError(
                 f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected to='corrupted', because the "

@@ -157,7 +157,7 @@ class Mediators:
         return found
 
 
-def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Mediators]:
+def mediators_of(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Mediators]:
     """Return the mediators for some features and error terms, by place.
 
     Raises:
@@ -175,11 +175,11 @@ def cuts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict
             )
     made: dict[Place, Mediators] = {}
     for name in dict.fromkeys(node.sae for node in nodes):
-        cut = Mediators.of(by_name[name], [node for node in nodes if node.sae == name])
-        if cut.place in made:
+        one = Mediators.of(by_name[name], [node for node in nodes if node.sae == name])
+        if one.place in made:
             raise FeatpatchError(
-                f"{made[cut.place].dictionary.name} and {name} are at the same place in the model: expected nodes of one "
+                f"{made[one.place].dictionary.name} and {name} are at the same place in the model: expected nodes of one "
                 "dictionary there; leave out the nodes of the other"
             )
-        made[cut.place] = cut
+        made[one.place] = one
     return made

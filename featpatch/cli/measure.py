@@ -12,7 +12,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import app, clear_errors, console
 from featpatch.cli.output import Output, show
-from featpatch.sites import COMPONENTS, SHOWN
+from featpatch.sites import COMPONENTS, DEFAULT_COMPONENTS
 
 if TYPE_CHECKING:
     from featpatch.ranking.plan import Plan
@@ -93,7 +93,9 @@ def rank(
 def components(
     model: of.Model,
     pairs: of.PairsFile,
-    sites: Annotated[str, typer.Option(help=f"Which components to rank: some of {', '.join(COMPONENTS)}.")] = ",".join(SHOWN),
+    sites: Annotated[str, typer.Option(help=f"Which components to rank: some of {', '.join(COMPONENTS)}.")] = ",".join(
+        DEFAULT_COMPONENTS
+    ),
     positions: of.Positions = "all",
     direction: of.Directions = "both",
     metric: of.MetricNames = of.LOGIT_DIFF,
@@ -184,7 +186,8 @@ def plan(
     sites: Annotated[
         str | None,
         typer.Option(
-            help=f"Components to plan for, if there is no --sae: some of {', '.join(COMPONENTS)}; {','.join(SHOWN)} by default."
+            help=f"Components to plan for, if there is no --sae: some of {', '.join(COMPONENTS)}; "
+            f"{','.join(DEFAULT_COMPONENTS)} by default."
         ),
     ] = None,
     positions: of.Positions = "all",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from featpatch import sites
-from featpatch.comparison.tables import Written
+from featpatch.comparison.tables import ContributionTables
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame, text
@@ -44,7 +44,7 @@ class Agreement:
     reason: str = ""
 
 
-def joined(features: Effects, components: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
+def side_by_side(features: Effects, components: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
     """Return one row per component and dictionary at the same hook point and position.
 
     Columns are `site`, `position` and `layer`; `kind`, `index` and each effect, such as `recovery`, of the component; and for
@@ -76,12 +76,12 @@ def named(table: Effects, effects: Sequence[Effect]) -> pd.DataFrame:
 
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `joined` that are cells: whole activations that have features at the same place."""
+    """Return the rows of `side_by_side` that are cells: whole activations that have features at the same place."""
     return table[(table["kind"] == "activation") & table["sae"].notna()]
 
 
 def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
-    """Measure the rank agreement over the cells of `joined`; cells with unknown values are left out."""
+    """Measure the rank agreement over the cells of `side_by_side`; cells with unknown values are left out."""
     found = cells(table)
     pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
     reason = _reason(table, len(found), pairs)
@@ -92,7 +92,7 @@ def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:
     """Return why there is no rank correlation over `count` cells, or an empty text if there is one.
 
     Args:
-        table: the table of `joined`.
+        table: the table of `side_by_side`.
         count: the number of cells.
         pairs: the known effects of components and of summed features, `[cells, 2]`.
     """
@@ -201,7 +201,7 @@ class Comparison:
 
     Attributes:
         features, components: the tables that were compared.
-        table: one row per component and dictionary at the same hook point and position, see `joined`.
+        table: one row per component and dictionary at the same hook point and position, see `side_by_side`.
         agreement: for each effect, the agreement of components and features on the ranking of hook points and positions.
         written: the contributions of components to features; None if no model was given.
 
@@ -216,11 +216,11 @@ class Comparison:
     components: Effects
     table: pd.DataFrame
     agreement: Mapping[Effect, Agreement]
-    written: Written | None
+    written: ContributionTables | None
 
     @property
     def through(self) -> pd.DataFrame:
-        """For each of the top heads and MLPs, the features through which it acts; columns as in `written.Written`.
+        """For each of the top heads and MLPs, the features through which it acts; columns as in `ContributionTables`.
 
         Raises:
             FeatpatchError: the comparison was made without a model.
@@ -240,7 +240,7 @@ class Comparison:
         """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`."""
         return scatter(self.table, list(self.agreement))
 
-    def _written(self) -> Written:
+    def _written(self) -> ContributionTables:
         if self.written is None:
             raise FeatpatchError(
                 "the tables were compared without a model: expected a model, to trace which component writes which feature; "
@@ -289,7 +289,7 @@ def compare(
 
     With model, SAEs and pairs, the contribution of each component to each feature is measured: the residual stream is encoded
     with and without the change in what the component writes, clean minus corrupted, as in denoising. In noising, contributions
-    have the opposite sign and the same shares. The definition is in `contributions`.
+    have the opposite sign and the same shares. The definition is in `featpatch/comparison/writers.py`.
 
     Args:
         features: the table of `rank_features`.
@@ -316,12 +316,12 @@ def compare(
     check_kinds(Effects, features=features, components=components)
     check_numbers(1, top=top)
     effects = _shared_effects(features, components)
-    table = joined(features, components, effects)
+    table = side_by_side(features, components, effects)
     given = [value is not None for value in (model, saes, pairs)]
     if any(given) and not all(given):
         missing = ", ".join(name for name, there in zip(("model", "saes", "pairs"), given, strict=True) if not there)
         raise FeatpatchError(f"{missing} is missing: expected model, saes and pairs together, or none of them; pass it too")
-    written = None if pairs is None else Written.of(features, components, effects, model, saes, pairs, top)
+    written = None if pairs is None else ContributionTables.of(features, components, effects, model, saes, pairs, top)
     agreements = {effect: agreement(table, effect) for effect in effects}
     return Comparison(features, components, Frame(table), agreements, written)
 

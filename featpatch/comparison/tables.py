@@ -34,8 +34,8 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Written:
-    """Tables of contributions of components to features, as defined in `contributions`, one row per component and feature.
+class ContributionTables:
+    """Tables of contributions of components to features, as defined in `writers`, one row per component and feature.
 
     Columns are `site`, `kind`, `index` and `position` of the component, `sae` and `feature`, `contribution` and `change` in
     units of the feature's activation (in each pair positive if it has the sign of the feature's change), their ratio `share`,
@@ -55,7 +55,7 @@ class Written:
     @classmethod
     def of(
         cls, features: Effects, components: Effects, effects: Sequence[Effect], model: Any, saes: Any, pairs: Pairs, top: int
-    ) -> "Written":
+    ) -> "ContributionTables":
         """Make both tables from one run of every prompt.
 
         Args:

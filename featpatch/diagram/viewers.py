@@ -11,8 +11,7 @@ from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import LOGITS, Content, content, digits, is_end, label
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Node
-from featpatch.page.page import Section, block, page, table
-from featpatch.page.page import figure as shown
+from featpatch.page.page import Section, block, embedded, page, table
 
 SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """The symbols that circuit-tracer writes for white space in a token."""
@@ -219,7 +218,7 @@ def sections(graph: Any) -> list[Section]:
             "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size "
             "of the effect, its colour the sign (blue: positive, red: negative). Click a node to see its numbers below the "
             "figure.",
-            [shown(figure(graph)), block("nodes.html", nodes=_all_numbers(said, names))],
+            [embedded(figure(graph)), block("nodes.html", nodes=_all_numbers(said, names))],
         ),
         Section("edges", "Edges", "All edges, sorted by the size of their effect.", [table(edges)]),
     ]

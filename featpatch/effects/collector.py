@@ -89,7 +89,7 @@ def _command() -> str:
     return shlex.join(["featpatch", *kept])
 
 
-def joined(tables: "Sequence[Effects]") -> "Effects":
+def concatenated(tables: Sequence[Effects]) -> Effects:
     """Concatenate the rows of tables that are about the same pairs and metrics and have no row in common."""
     first = tables[0]
     starts = np.cumsum([0, *(len(table) for table in tables[:-1])])
@@ -101,5 +101,5 @@ def joined(tables: "Sequence[Effects]") -> "Effects":
         denoised=np.concatenate([table.denoised for table in tables]),
         noised=np.concatenate([table.noised for table in tables]),
         taken_from=None,
-        others={name: joined([table.metric(name) for table in tables]) for name in first.others},
+        others={name: concatenated([table.metric(name) for table in tables]) for name in first.others},
     )

@@ -16,7 +16,7 @@ from scipy.stats import rankdata, spearmanr
 
 from featpatch.effects import statistics
 from featpatch.effects.measured import WHERE_CHANGED, Measured
-from featpatch.effects.statistics import named
+from featpatch.effects.statistics import quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.nodes import Edge, Effect, Node, Position
 
@@ -72,7 +72,7 @@ def brief(effects: Measured) -> pd.DataFrame:
         table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = effects.pooled(effect), interval.T
     if len(intervals) == 2:
         carried = [effects.carried(effect) for effect in intervals]
-        table["quadrant"] = named(list(intervals.values()), carried, effects.threshold)
+        table["quadrant"] = quadrant_labels(list(intervals.values()), carried, effects.threshold)
     table["changed_pairs"] = effects.changed_pairs
     for effect in intervals:
         name = f"{effect}{WHERE_CHANGED}"
@@ -129,7 +129,7 @@ def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
     return {value: np.flatnonzero([other == value for other in values]) for value in found}
 
 
-def by_tag(effects: Measured, tag: str, effect: "Effect") -> pd.DataFrame:
+def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
     """Return the pooled effect for each value of a tag, one row per node.
 
     The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and `_high`

@@ -25,7 +25,7 @@ from scipy.sparse import csr_array
 
 from featpatch.effects import statistics
 from featpatch.effects.audit import without_estimates
-from featpatch.effects.statistics import THRESHOLD, check_threshold, named
+from featpatch.effects.statistics import THRESHOLD, check_threshold, quadrant_labels
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.nodes import EFFECTS, RANKED, Effect, Node
 
@@ -296,7 +296,7 @@ class Measured:
         """
         unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
         intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
-        return named(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
+        return quadrant_labels(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
 
     def carried(self, effect: Effect) -> Array:
         """Return the effect of the whole activation at the hook point and position of every row, `[rows]`.

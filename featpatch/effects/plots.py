@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from featpatch import sites as hooks
 from featpatch.effects.frames import by_site
 from featpatch.effects.measured import Measured
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Effect
+from featpatch.sites import layer_of
 from featpatch.untrusted import in_figure
 
 SHOWN = ("activation", "all_features", "error")
@@ -58,7 +58,7 @@ class Plots:
             )
         return figure
 
-    def sites(self, effect: "Effect | None" = None) -> Any:
+    def sites(self, effect: Effect | None = None) -> Any:
         """Plot the effects of the whole activation, all features and the error term at each hook point and position as bars.
 
         Args:
@@ -78,7 +78,7 @@ class Plots:
                 figure.add_bar(x=names, y=table[f"{chosen}_{kind}"], name=WORDS[kind])
         return figure
 
-    def heatmap(self, effect: "Effect | None" = None, *, kind: str = "activation") -> Any:
+    def heatmap(self, effect: Effect | None = None, *, kind: str = "activation") -> Any:
         """Plot effects by layer and position, with a heatmap for each hook point of a layer.
 
         A cell holds the sum of the effects of all rows of one kind that are at the same hook point and position, for example of
@@ -106,7 +106,7 @@ class Plots:
         cells: dict[str, dict[tuple[int, str], float]] = {}
         for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
             of_component = cells.setdefault(in_figure(node.site.split(".", 2)[-1]), {})
-            key = hooks.layer_of(node.site), in_figure(str(node.position))
+            key = layer_of(node.site), in_figure(str(node.position))
             of_component[key] = of_component.get(key, 0.0) + float(value)
         positions = list(dict.fromkeys(in_figure(str(node.position)) for node in rows.nodes))
         layers = sorted({layer for of_component in cells.values() for layer, _ in of_component})

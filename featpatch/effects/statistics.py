@@ -12,7 +12,7 @@ s,
     p = share of the draws with |sum_p s_p change_p| >= |sum_p change_p|
 
 (Fisher 1935; as scipy.stats.permutation_test with one sample and permutation_type="samples", but as a product of matrices,
-<!-- claim 2x: python benchmarks/statistics.py -->about 41 x faster<!-- /claim -->).
+<!-- claim 2x: python benchmarks/significance.py -->about 41 x faster<!-- /claim -->).
 q-values are Benjamini & Hochberg's (1995), from scipy.
 
 **Quadrants.** Labels that say in which directions a node has an effect, based on the intervals of both effects.
@@ -227,7 +227,7 @@ LEAST = 0.01
 """The smallest effect of a whole activation, as a share of the behaviour, from which thresholds are computed."""
 
 UNDECIDED = "undecided"
-NAMES = {
+QUADRANTS = {
     ("above", "above"): "both directions",
     ("above", "within"): "denoising only",
     ("within", "above"): "noising only",
@@ -248,7 +248,9 @@ def check_threshold(threshold: float) -> None:
         )
 
 
-def named(intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np.float64]], threshold: float) -> list[str]:
+def quadrant_labels(
+    intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np.float64]], threshold: float
+) -> list[str]:
     """Return the quadrant label of each row.
 
     Args:
@@ -258,7 +260,7 @@ def named(intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np
     """
     shares = [threshold * np.maximum(np.abs(whole), LEAST) for whole in carried]
     sides = (_sides(interval, share) for interval, share in zip(intervals, shares, strict=True))
-    return [UNDECIDED if UNDECIDED in both else NAMES.get(both, "opposing") for both in zip(*sides, strict=True)]
+    return [UNDECIDED if UNDECIDED in both else QUADRANTS.get(both, "opposing") for both in zip(*sides, strict=True)]
 
 
 def _sides(interval: NDArray[np.float64], threshold: NDArray[np.float64]) -> list[str]:

@@ -41,7 +41,7 @@ class Shards(Protocol):
 
 @runtime_checkable
 class Book(Protocol):
-    """A store of finished batches."""
+    """A store of finished batches: what executors need of a `journal.Book`."""
 
     def get(self, key: str) -> torch.Tensor | None:
         """Return the values of a batch; None if it is not finished."""

@@ -32,7 +32,7 @@ from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.files import read_json
 from featpatch.model.digest import check_finite
 from featpatch.model.sources import check_device, check_there, folder_with, installing_nothing, not_found, numerically
-from featpatch.model.stack import processing as processed
+from featpatch.model.stack import processing_steps
 from featpatch.model.transformer_lens import MERGE, BridgeLens, check_form, uncompiled
 from featpatch.untrusted import short
 
@@ -251,7 +251,7 @@ def load_model(
                 f"the weights can't be processed by {list(processing)} ({short(error)}): expected an architecture whose "
                 "weights TransformerLens can process; pass processing=[] to leave the weights unchanged"
             ) from error
-        if "center_writing_weights" in processing and "center_writing_weights" not in processed(BridgeLens(bridge)):
+        if "center_writing_weights" in processing and "center_writing_weights" not in processing_steps(BridgeLens(bridge)):
             raise FeatpatchError(
                 "TransformerLens did not centre the weights of this architecture (it does only where LayerNorm subtracts the "
                 "mean): expected processing without 'center_writing_weights'; leave it out"

@@ -130,7 +130,7 @@ CENTRED = 1e-3
 """Maximum mean over coordinates of a residual stream that counts as centred, as a fraction of its root mean square."""
 
 
-def processing(lens: Lens) -> Sequence[str]:
+def processing_steps(lens: Lens) -> Sequence[str]:
     """Return the processing steps that the weights have gone through: `fold_ln`, `center_writing_weights`, both or neither."""
     done = []
     if trivial_norms(lens):

@@ -1,4 +1,4 @@
-"""Pickle a model and objects that refer to it, for other processes of the same run. Never used for files: see `storage`."""
+"""Pickle a model and objects that refer to it, for other processes of the same run. Never used for files."""
 
 import io
 from typing import Any

@@ -63,7 +63,7 @@ def block(template: str, **values: Any) -> Block:
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 
-def figure(chart: Any) -> Block:
+def embedded(chart: Any) -> Block:
     """Return the HTML of a `plotly.graph_objects.Figure` that is as wide as the page."""
     chart.update_layout(
         template="plotly_white", margin={"l": 60, "r": 20, "t": 80 if chart.layout.title.text else 40, "b": 60}, autosize=True

@@ -1,15 +1,12 @@
-"""Activations of one prompt, and contrasts, which say which run is patched with values of which other run.
-
-Differences between the runs of one pair, feature by feature for a dictionary or for a whole activation.
+"""What a patch changes: the activations of both runs, their difference, and swaps, which hold the deltas of patches.
 
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
-With `b` corrupted and `s` clean this is denoising, the other way round noising. If a unit of a feature always adds the same
-direction (see `Behaviour.linear`), the deltas of single features are multiples of that direction, times the gain of the base
-run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node includes the state of
-the decoder (see `chosen`).
-
-Turn the differences between the runs of a pair into deltas of patches.
+A `Contrast` says which run is the base b, which is patched, and which is the source s of the values. With b corrupted and s
+clean this is denoising, the other way round noising. A `Difference` compares the two feature by feature. If a unit of a feature
+always adds the same direction (see `Behaviour.linear`), the deltas of single features are multiples of that direction, times
+the gain of the base run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node
+includes the state of the decoder (see `Dictionary.change`).
 """
 
 from abc import ABC, abstractmethod
@@ -171,6 +168,33 @@ def _each_way(first: int, splits: Splits, change: Callable[[Split, Split], torch
 
 
 @dataclass(frozen=True)
+class DecoderDirections:
+    """Decoder directions of some features, computed once for all pairs that run together.
+
+    Attributes:
+        features: the features, ascending.
+        values: the direction of each feature.
+        moving: mask of the features whose direction is not 0.
+    """
+
+    features: Int[torch.Tensor, " n"]
+    values: Float[torch.Tensor, "n d_out"]
+    moving: Bool[torch.Tensor, " n"]
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "DecoderDirections":
+        """Compute the directions of all features that differ in any of the differences."""
+        along = [difference.feature for difference in differences if difference.moved is None]
+        features = torch.cat([torch.zeros(0, dtype=torch.long), *along]).unique()
+        values = dictionary.directions(features)
+        return cls(features, values, (values != 0).any(1).cpu())
+
+    def rows(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `values` that hold the directions of these features."""
+        return torch.searchsorted(self.features, features)
+
+
+@dataclass(frozen=True)
 class Swap:
     """Nodes at one hook point that differ between the runs of one pair, with the deltas of each direction.
 
@@ -211,7 +235,9 @@ Naming = Callable[[int, Position], Node]
 """A function that returns the node of a feature at a requested position."""
 
 
-def feature_swaps(difference: Difference, wanted: Wanted, directions: "Directions", site: str, naming: Naming) -> list[Swap]:
+def feature_swaps(
+    difference: Difference, wanted: Wanted, directions: DecoderDirections, site: str, naming: Naming
+) -> list[Swap]:
     """Return one `Swap` per requested position, in which each feature that differs there is patched alone."""
     swaps = []
     for position, span in wanted.items():
@@ -223,7 +249,7 @@ def feature_swaps(difference: Difference, wanted: Wanted, directions: "Direction
 
 
 def deltas_of(
-    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
+    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: DecoderDirections, patches: int
 ) -> dict[Direction, Deltas]:
     """Return the deltas that entries of a difference make.
 
@@ -243,7 +269,7 @@ def deltas_of(
 
 
 def _along(
-    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: "Directions", patches: int
+    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: DecoderDirections, patches: int
 ) -> dict[Direction, Deltas]:
     """Return the deltas as multiples of the features' directions."""
     moving = directions.moving[directions.rows(difference.feature[entries])]
@@ -259,33 +285,6 @@ def _along(
         )
         for way, value in difference.value.items()
     }
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Decoder directions of some features, computed once for all pairs that run together.
-
-    Attributes:
-        features: the features, ascending.
-        values: the direction of each feature.
-        moving: mask of the features whose direction is not 0.
-    """
-
-    features: Int[torch.Tensor, " n"]
-    values: Float[torch.Tensor, "n d_out"]
-    moving: Bool[torch.Tensor, " n"]
-
-    @classmethod
-    def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "Directions":
-        """Compute the directions of all features that differ in any of the differences."""
-        along = [difference.feature for difference in differences if difference.moved is None]
-        features = torch.cat([torch.zeros(0, dtype=torch.long), *along]).unique()
-        values = dictionary.directions(features)
-        return cls(features, values, (values != 0).any(1).cpu())
-
-    def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the rows of `values` that hold the directions of these features."""
-        return torch.searchsorted(self.features, features)
 
 
 def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swap:

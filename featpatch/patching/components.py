@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
-from featpatch import sites
-from featpatch import sites as hooks
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
@@ -21,12 +19,13 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Directions, Run, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.changes import DecoderDirections, Run, Swap, count_whole, feature_swaps, whole_change, whole_swaps
 from featpatch.patching.parts import DictionaryPart, Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
+from featpatch.sites import WHOLE, check_components, check_layers, component
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +123,12 @@ class HeadPart(Part):
 
     @property
     def _z(self) -> str:
-        return sites.component(self.layer, "z")
+        return component(self.layer, "z")
 
     @property
     def _read(self) -> str:
         """The hook point that is read; z for `hook_result`, which is z times W_O."""
-        return self._z if self.name == "result" else sites.component(self.layer, self.name)
+        return self._z if self.name == "result" else component(self.layer, self.name)
 
     @property
     def _inside(self) -> bool:
@@ -138,7 +137,7 @@ class HeadPart(Part):
     def _exchanges(self, run: PairRuns) -> Iterator[Exchange]:
         """Yield an exchange for every head and requested position at which the runs differ."""
         differs = self._differing(run)
-        site = sites.component(self.layer, self.name)
+        site = component(self.layer, self.name)
         for head in range(differs.shape[1]):
             for position, span in run.wanted.items():
                 for name, source, at in self._places(run, position, span):
@@ -256,7 +255,7 @@ class NeuronPart(DictionaryPart):
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per requested position."""
         found = [self.difference(run) for run in runs]
-        directions = Directions.of(self.dictionary, found)
+        directions = DecoderDirections.of(self.dictionary, found)
         return [
             feature_swaps(difference, run.wanted, directions, self.dictionary.writes, self._naming)
             for run, difference in zip(runs, found, strict=True)
@@ -297,15 +296,15 @@ def component_parts(
         FeatpatchError: if a component or layer is unknown or absent from the model, or pattern entries are asked for at several
             positions together.
     """
-    names, chosen = hooks.check_components(sites, positions), hooks.check_layers(layers, lens.n_layers)
-    whole = [lens.site(hooks.component(layer, name)) for name in names if name in hooks.WHOLE for layer in chosen]
+    names, chosen = check_components(sites, positions), check_layers(layers, lens.n_layers)
+    whole = [lens.site(component(layer, name)) for name in names if name in WHOLE for layer in chosen]
     parts: list[Part] = [WholePart(whole)] if whole else []
     for name in names:
         for layer in chosen:
             if name == "neurons":
                 parts.append(NeuronPart(dictionaries(lens, _neurons(lens, layer))[0]))
-            elif name not in hooks.WHOLE:
-                lens.site(hooks.component(layer, "z" if name == "result" else name))
+            elif name not in WHOLE:
+                lens.site(component(layer, "z" if name == "result" else name))
                 parts.append(HeadPart(lens, layer, name))
     return parts, {"components": names, "layers": chosen}
 
@@ -315,4 +314,4 @@ def _neurons(lens: Lens, layer: int) -> Any:
     try:
         return neurons(lens.model, layer)
     except FeatpatchError:
-        return identity(lens.model, hooks.component(layer, "neurons"))
+        return identity(lens.model, component(layer, "neurons"))

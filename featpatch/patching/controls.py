@@ -11,7 +11,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Directions, Swap, deltas_of
+from featpatch.patching.changes import DecoderDirections, Difference, Swap, deltas_of
 from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
@@ -133,11 +133,11 @@ class RandomPart(DictionaryPart):
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair in which the feature differs, and none for other pairs."""
         found = [self.difference(run) for run in runs]
-        directions = Directions.of(self.dictionary, found)
+        directions = DecoderDirections.of(self.dictionary, found)
         units = self._units(directions.values)
         return [self._of_pair(run, difference, directions, units) for run, difference in zip(runs, found, strict=True)]
 
-    def _of_pair(self, run: PairRuns, difference: Difference, directions: Directions, units: torch.Tensor) -> list[Swap]:
+    def _of_pair(self, run: PairRuns, difference: Difference, directions: DecoderDirections, units: torch.Tensor) -> list[Swap]:
         entries = difference.at(run.wanted[self.position])
         entries = entries[difference.feature[entries] == self.feature]
         own = deltas_of(difference, entries, torch.zeros_like(entries), directions, 1)

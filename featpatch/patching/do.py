@@ -16,7 +16,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.model.lens import Fired, Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import COMPONENTS, Node, Patch
+from featpatch.nodes import COMPONENT_KINDS, Node, Patch
 from featpatch.pairs.tokens import check_starts, is_padded, unmasked
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 
@@ -69,7 +69,7 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
                 f"node {str(node)!r}: the first dimension of the activation there is not the position: expected a hook such "
                 "as hook_z; to patch attention patterns, call rank_components(sites=['pattern'])"
             )
-        dictionary = None if node.kind in COMPONENTS else _dictionary(node, site, found)
+        dictionary = None if node.kind in COMPONENT_KINDS else _dictionary(node, site, found)
         width = dictionary.d_sae if dictionary else prod(_shape(lens, site))
         key = (site, dictionary.name if dictionary else "")
         empty = Chosen(site, dictionary, *(torch.zeros(length, *shape, dtype=torch.bool) for shape in ((width,), ())))
@@ -91,7 +91,7 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
     """
     if node.kind == "all_features":
         return slice(None)
-    if node.index is None or node.kind not in ("feature", *COMPONENTS):
+    if node.index is None or node.kind not in ("feature", *COMPONENT_KINDS):
         raise FeatpatchError(
             f"node {str(node)!r} does not say which values to patch: expected the features themselves; put them into one Patch"
         )
@@ -121,7 +121,7 @@ def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str,
             components.
     """
     for (other, _), part in masks.items():
-        mixed = (part.dictionary is None) != (node.kind in COMPONENTS)
+        mixed = (part.dictionary is None) != (node.kind in COMPONENT_KINDS)
         whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
         if other == site and (mixed or whole) and (part.rest | part.columns.any(1))[where].any():
             raise FeatpatchError(
@@ -342,7 +342,7 @@ def _check_settable(lens: Lens, group: Chosen) -> None:
         )
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+ChangeOf = Callable[[torch.Tensor], torch.Tensor]
 """A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
 
 
@@ -350,11 +350,11 @@ def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor
     return lambda activation: live.update({hook: activation})
 
 
-def _adding(delta: torch.Tensor) -> Change:
+def _adding(delta: torch.Tensor) -> ChangeOf:
     return lambda activation: delta
 
 
-def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Change:
+def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> ChangeOf:
     def change(activation: torch.Tensor) -> torch.Tensor:
         length = activation.shape[1]
         base = {hook: live[hook][:, :length] for hook in group.hooks - {group.site}} | {group.site: activation}
@@ -364,7 +364,7 @@ def _setting(group: Chosen, source: Values, live: dict[str, torch.Tensor]) -> Ch
 
 
 def _on_prompt(
-    change: Change, shape: torch.Size, shown: torch.Tensor | None, total: Fired
+    change: ChangeOf, shape: torch.Size, shown: torch.Tensor | None, total: Fired
 ) -> Callable[[torch.Tensor], torch.Tensor | None]:
     batch, length = shape
 

@@ -10,8 +10,8 @@ from featpatch.nodes import Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import (
+    DecoderDirections,
     Difference,
-    Directions,
     Naming,
     Swap,
     count_whole,
@@ -49,7 +49,7 @@ class FeaturePart(Part):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
-        probed = {d.name: Directions.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
+        probed = {d.name: DecoderDirections.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
         each = [self._of_pair(run, probed) for run in runs]
         return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
 
@@ -63,7 +63,7 @@ class FeaturePart(Part):
             total += sum(count_whole(change, run.wanted) for change in (difference.features, difference.error))
         return total
 
-    def _of_pair(self, run: PairRuns, probed: dict[str, Directions]) -> list[Swap]:
+    def _of_pair(self, run: PairRuns, probed: dict[str, DecoderDirections]) -> list[Swap]:
         swaps: list[Swap] = []
         for dictionary in self.dictionaries:
             site, name, found = dictionary.writes, dictionary.name, self._differences(run)[dictionary.name]

@@ -18,7 +18,7 @@ from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Directions, Swap, split_ways
+from featpatch.patching.changes import DecoderDirections, Difference, Swap, split_ways
 from featpatch.patching.features import single_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
@@ -49,13 +49,13 @@ class SetPart(DictionaryPart):
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per position."""
         found = [self.difference(run) for run in runs]
-        directions = Directions.of(self.dictionary, found)
+        directions = DecoderDirections.of(self.dictionary, found)
         return [
             [self._of_position(run, difference, directions, position) for position in self.sets if run.wanted.get(position)]
             for run, difference in zip(runs, found, strict=True)
         ]
 
-    def _of_position(self, run: PairRuns, difference: Difference, directions: Directions, position: Position) -> Swap:
+    def _of_position(self, run: PairRuns, difference: Difference, directions: DecoderDirections, position: Position) -> Swap:
         sets, span = self.sets[position], torch.tensor(run.wanted[position])
         site, name = self.dictionary.writes, self.dictionary.name
         nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
@@ -66,7 +66,11 @@ class SetPart(DictionaryPart):
         return Swap(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
 
     def _along(
-        self, difference: Difference, directions: Directions, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
+        self,
+        difference: Difference,
+        directions: DecoderDirections,
+        sets: Sequence[Sequence[int]],
+        span: Int[torch.Tensor, " span"],
     ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
         """Return the change that each set makes, as a sum of multiples of feature directions."""
         entries = difference.at(span.tolist())

@@ -163,7 +163,7 @@ class Study:
         """Run one block of a larger set of pairs, without checking that it has a gap; see `run`."""
         return self._swept(self._survey(), journal, executor, progress=progress)
 
-    def _swept(self, survey: "Survey", journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
+    def _swept(self, survey: Survey, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
         elsewhere = None if executor is None else executor_of(executor)
         metadata = dict(self.metadata)
         clean, corrupted, patches = survey
@@ -176,7 +176,7 @@ class Study:
                 book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
             return self._collected(survey, metadata, book, progress=progress)
 
-    def _collected(self, survey: "Survey", metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
+    def _collected(self, survey: Survey, metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
         """Run the batches that the book lacks and collect the values of all; after Ctrl-C, of those that are finished."""
         clean, corrupted, patches = survey
         collector = Collector(self.readout.names)
@@ -277,7 +277,7 @@ class Study:
     def _combined(self, pair: int, values: torch.Tensor) -> NDArray[np.float64]:
         return self.readout.combine(self.pairs[pair], values).numpy()
 
-    def _survey(self) -> "Survey":
+    def _survey(self) -> Survey:
         """Measure the metrics of clean and of corrupted runs, and count the patches; see `Survey`."""
         sweep = Sweep(self.path, self.readout.measures, self.rows)
         base: dict[Direction, NDArray[np.float64]]
@@ -359,7 +359,7 @@ class StudyShards:
         study: the study.
     """
 
-    study: "Study"
+    study: Study
     _open: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from featpatch import sites as hooks
 from featpatch.attribution.features import estimation_time
 from featpatch.engine.sweep import Sweep
 from featpatch.errors import FeatpatchError
@@ -20,6 +19,7 @@ from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.readings import Metrics, leading
 from featpatch.patching.route import Route
 from featpatch.patching.study import Options
+from featpatch.sites import DEFAULT_COMPONENTS
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +130,7 @@ def plan(
     if senders is not None and receivers is not None:
         study, _ = path_study(model, some, saes, senders, receivers, route, options)
     elif saes is None:
-        study = component_study(model, some, hooks.SHOWN if sites is None else sites, layers, options)
+        study = component_study(model, some, DEFAULT_COMPONENTS if sites is None else sites, layers, options)
     else:
         study, _ = feature_study(model, saes, some, options)
     sweep = Sweep(study.path, study.readout.measures, study.rows)

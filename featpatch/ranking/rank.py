@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from featpatch import sites as hooks
 from featpatch.attribution.components import estimate_components
 from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import METHODS, Gradients
@@ -27,9 +26,16 @@ from featpatch.patching.route import Route
 from featpatch.patching.runs import Noise
 from featpatch.patching.study import Options, Study
 from featpatch.ranking.screen import Screen, screened
+from featpatch.sites import DEFAULT_COMPONENTS
 
 Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"] | Gradients
 """`"exact"` runs every patch; all others estimate the effects from gradients."""
+
+BUDGET = 20_000
+"""The largest number of paths that are all patched by default; more paths are screened."""
+
+MANY = Screen(k=2000, audit=500)
+"""The screening of more than `BUDGET` paths."""
 
 
 def rank_features(
@@ -125,7 +131,7 @@ def rank_components(
     model: Any,
     pairs: Pairs,
     *,
-    sites: str | Sequence[str] = hooks.SHOWN,
+    sites: str | Sequence[str] = DEFAULT_COMPONENTS,
     layers: Sequence[int] | None = None,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
@@ -167,13 +173,6 @@ def rank_components(
         return estimate_components(gradients, sites, layers, positions, directions, progress=progress)
     study = component_study(model, pairs, sites, layers, Options(positions, directions, metric, batch_rows, noise))
     return study.run(journal, progress=progress, executor=executor)
-
-
-BUDGET = 20_000
-"""The largest number of paths that are all patched by default; more paths are screened."""
-
-MANY = Screen(k=2000, audit=500)
-"""The screening of more than `BUDGET` paths."""
 
 
 def rank_paths(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featpatch.effects.audit import needed, provable, sample_sizes, without_estimates
-from featpatch.effects.collector import joined
+from featpatch.effects.collector import concatenated
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.nodes import EFFECTS, RANKED, Node
@@ -115,7 +115,7 @@ def screened(
                 return _noted(found, order, estimate, {**vars(screen), **about, "sampled": size})
             break
         tables, done = [*tables, found], size
-        table = _noted(joined(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})
+        table = _noted(concatenated(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})
         if screen.target is not None and table.audit(top=top).recall >= screen.target:
             break
     return table

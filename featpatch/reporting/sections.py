@@ -14,7 +14,7 @@ from featpatch.effects.frames import TOP, brief, rounded
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
 from featpatch.effects.table import Effects
 from featpatch.nodes import Node
-from featpatch.page.page import Block, Section, block, figure, page, table
+from featpatch.page.page import Block, Section, block, embedded, page, table
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
         _quadrants(effects),
         _sites(effects),
         _maps(effects, components),
-        *(Section(f"figure-{n}", title, "", [figure(chart)]) for n, (title, chart) in enumerate(material.figures.items())),
+        *(Section(f"figure-{n}", title, "", [embedded(chart)]) for n, (title, chart) in enumerate(material.figures.items())),
         *material.sections,
         _stability(effects),
         _provenance(effects),
@@ -194,14 +194,14 @@ def _quadrants(effects: Effects) -> Section | None:
         "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
         "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated."
     )
-    return Section("quadrants", "Sufficient? Necessary?", text, [figure(_shown(effects).plot.quadrants())])
+    return Section("quadrants", "Sufficient? Necessary?", text, [embedded(_shown(effects).plot.quadrants())])
 
 
 def _sites(effects: Effects) -> Section | None:
     if not len(effects.sites()):
         return None
     text = "The recovery of the error term is what the SAE does not explain."
-    blocks = [figure(effects.plot.sites(effect)) for effect in effects.directions_run()]
+    blocks = [embedded(effects.plot.sites(effect)) for effect in effects.directions_run()]
     return Section("sites", "Whole activation, features, error", text, [*blocks, table(rounded(effects.sites()))])
 
 
@@ -219,7 +219,7 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
 
 def _map(effects: Effects, kind: str) -> Block:
     names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
-    return figure(effects.plot.heatmap(kind=kind).update_layout(title=names[kind]))
+    return embedded(effects.plot.heatmap(kind=kind).update_layout(title=names[kind]))
 
 
 def _stability(effects: Effects) -> Section | None:

@@ -20,7 +20,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.model.digest import check_finite
 from featpatch.model.lens import Lens
 from featpatch.model.stack import folded, trivial_norms
-from featpatch.nodes import COMPONENTS, LOGITS, Node
+from featpatch.nodes import COMPONENT_KINDS, LOGITS, Node
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.formats import library_of
@@ -42,7 +42,7 @@ class Split:
 
     Attributes:
         features: the features, `[batch, pos, d_sae]`.
-        state: the parts of the activation that decoding needs besides the features (see `codec`), each `[batch, pos, n]`.
+        state: the parts of the activation that decoding needs besides the features (see `Codec`), each `[batch, pos, n]`.
         error: the part that the dictionary does not reconstruct, `[batch, pos, d_out]`.
     """
 
@@ -256,8 +256,8 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     """Make the dictionaries of a model from SAEs, and check that each fits the model.
 
     Args:
-        saes: one object of a type in `codecs/`, or several; several may share a hook point. A `Dictionary` is returned
-            unchanged.
+        saes: one object that one of the `CODECS` recognises, or several; several may share a hook point. A `Dictionary` is
+            returned unchanged.
 
     Raises:
         FeatpatchError: an SAE names no hook point, or one that the model lacks or that does not hold what the SAE was trained
@@ -417,7 +417,7 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
         if node == LOGITS:
             continue
         owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
-        if node.kind in COMPONENTS and node.sae:
+        if node.kind in COMPONENT_KINDS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
         site = lens.site(node.site) if owner is None else owner.writes
         in_heads = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")

@@ -102,16 +102,16 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
     Raises:
         FeatpatchError: the SAE can't be loaded, or is one layer of a cross-layer transcoder.
     """
-    place = Place.of(source)
-    if place.loader == SUMMED:
+    location = Location.of(source)
+    if location.loader == SUMMED:
         raise FeatpatchError(
             f"{source} is one layer of a cross-layer transcoder that sae-lens loads with the decoders of all layers summed, "
             f"so that it reconstructs no layer's activation; {UNSUPPORTED_CLT}"
         )
     try:
-        sae = SAE.from_pretrained(place.release, place.sae_id, device=device, dtype=dtype or "float32")
+        sae = SAE.from_pretrained(location.release, location.sae_id, device=device, dtype=dtype or "float32")
     except Exception as error:
-        weights = _of_other_library(place) if "/" in place.release else None
+        weights = _of_other_library(location) if "/" in location.release else None
         if weights is None:
             raise not_found("SAE", source, error) from error
         return weights
@@ -119,8 +119,8 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
         _check_scale(norm_scaling_factor)
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
     metadata = sae.cfg.metadata
-    metadata.explained_variance = metadata.explained_variance or place.explained_variance
-    metadata.model_from_pretrained_kwargs = metadata.model_from_pretrained_kwargs or place.model_options
+    metadata.explained_variance = metadata.explained_variance or location.explained_variance
+    metadata.model_from_pretrained_kwargs = metadata.model_from_pretrained_kwargs or location.model_options
     return sae
 
 
@@ -141,7 +141,7 @@ def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """The location of an SAE: a release of the registry or a repository on the hub, and the id or folder in it.
 
     Attributes:
@@ -160,7 +160,7 @@ class Place:
     model_options: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, name: str) -> "Place":
+    def of(cls, name: str) -> "Location":
         """Parse `release/id` or `owner/repository/folder`.
 
         Raises:
@@ -192,20 +192,20 @@ class Place:
         return cls(f"{first}/{repository}", folder)
 
 
-def _of_other_library(place: Place) -> Weights | None:
+def _of_other_library(location: Location) -> Weights | None:
     """Read the weights in a folder of a repository in another library's format; None if there are none in a known format.
 
     Raises:
         FeatpatchError: the weights are damaged, their kind is not supported, or the folder holds several dictionaries.
     """
     try:
-        wanted = [escape(file) for file in patterns(place.sae_id)]
-        root = Path(snapshot_download(place.release, allow_patterns=wanted))
+        wanted = [escape(file) for file in patterns(location.sae_id)]
+        root = Path(snapshot_download(location.release, allow_patterns=wanted))
     except Exception:
         return None  # sae-lens failed for the same reason, and its error names it
-    weights = read(root / place.sae_id)
-    if weights is None and (found := _held(place.release, place.sae_id) or inside(root / place.sae_id)):
-        raise FeatpatchError(several(f"{place.release}/{place.sae_id}", found))
+    weights = read(root / location.sae_id)
+    if weights is None and (found := _held(location.release, location.sae_id) or inside(root / location.sae_id)):
+        raise FeatpatchError(several(f"{location.release}/{location.sae_id}", found))
     return weights
 
 

@@ -17,8 +17,7 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.features import feature_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Options, Study
-from featpatch.streaming import stored as parts
-from featpatch.streaming.stored import FORMAT, Stored
+from featpatch.streaming.stored import FORMAT, Stored, digests_of, write
 
 OWN = ("pairs", "tags", "finished", "finished_at", "command", "metric")
 """The metadata entries of a table that differ between blocks."""
@@ -76,7 +75,7 @@ def stream_features(
     first = 0
     with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
-            journal, finished = folder / f"{number:06d}.journal", (folder / parts.digests_of(number)).is_file()
+            journal, finished = folder / f"{number:06d}.journal", (folder / digests_of(number)).is_file()
             if finished:
                 _check_same(folder, number, check_pairs(block))
             if number == 0 or not finished:
@@ -106,7 +105,7 @@ def _run(study: Study, folder: Path, number: int, first: int, journal: Path, exe
         raise FeatpatchError(f"block {number}, pairs {first} to {first + len(study.pairs) - 1}: {error}") from error
     if not effects.finished:
         raise KeyboardInterrupt
-    parts.write(effects, folder, number, first)
+    write(effects, folder, number, first)
 
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:

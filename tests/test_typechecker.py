@@ -8,7 +8,7 @@ from torch import Tensor
 from typechecker import decorate
 
 import featpatch as fp
-from featpatch.engine import Deltas
+from featpatch.engine.patches import Deltas
 
 
 @jaxtyped(typechecker=None)

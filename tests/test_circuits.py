@@ -194,7 +194,7 @@ def test_errors(small: Small) -> None:
     head = fp.Node("blocks.0.attn.hook_z", "head", 0)
     site = "blocks.1.hook_resid_pre"
     for changed, message in (
-        ({"nodes": None}, "over='nodes' without nodes"),
+        ({"nodes": None, "over": "nodes"}, "over='nodes' without nodes"),
         ({"over": "edges"}, "only one of nodes and saes"),
         ({"over": "edges", "saes": small.at(site)}, "embedding, heads and MLPs need not be named"),
         ({"over": "edges", "nodes": None, "errors": "out"}, "over='edges' with errors='out'"),

@@ -302,3 +302,9 @@ def test_whole_answers_of_edges() -> None:
             of_token = EdgeGraph(wrap(small.model), fp.Pairs((single,)), "corrupted", readout("log_prob"))
             expected_scores += weight * of_token.estimates()
     np.testing.assert_allclose(graph.estimates(), expected_scores, atol=1e-9)
+
+
+def test_edges_are_the_default_without_nodes(bridge: Small) -> None:
+    run: dict[str, Any] = {"scores": "estimate", "size": 3, "progress": False}
+    one, other = (fp.find_circuit(bridge.model, pairs_of(bridge), **over, **run) for over in ({}, {"over": "edges"}))
+    assert one.items == other.items

@@ -137,7 +137,7 @@ def find_circuit(
     pairs: Pairs,
     *,
     saes: Any = None,
-    over: Literal["nodes", "edges"] = "nodes",
+    over: Literal["nodes", "edges"] | None = None,
     nodes: Effects | Sequence[Node] | None = None,
     method: Method = "threshold",
     scores: Literal["exact", "estimate"] = "exact",
@@ -157,7 +157,7 @@ def find_circuit(
         saes: the SAEs of the features and error terms among the nodes.
         over: `"nodes"`: the candidates are `nodes`. `"edges"`: the candidates are the edges between embedding, heads (by query,
             key and value), MLPs and logits and, if features or errors are given, these as mediators, with the rest of their
-            activation as a mediator too (`rest`).
+            activation as a mediator too (`rest`). By default nodes if `nodes` are given, else edges.
         nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
             At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
             residual stream, of `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
@@ -191,6 +191,7 @@ def find_circuit(
         (5, True)
     """
     check_pairs(pairs)
+    over = ("edges" if nodes is None else "nodes") if over is None else over
     for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),
                                ("errors", errors, get_args(Errors))):  # fmt: skip
         if value not in known:

@@ -229,3 +229,12 @@ def test_sequences_of_components(small: Small, name: str) -> None:
     for entry in range(len(zeroed.row)):
         node, slot = zeroed.nodes[zeroed.row[entry]], int(zeroed.pair[entry])
         assert zeroed.noised[entry] == pytest.approx(expected(slot, "clean", node, zero=True), abs=1e-9), node
+
+
+def test_some_pairs_are_saved_with_every_metric(bridge: Small, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"metric": ["logit_diff", "prob"], "positions": [3], "progress": False}
+    some = fp.rank_features(bridge.model, bridge.saes[0], pairs_of(bridge), **options).of_pairs([0, 2])
+    again = fp.Effects.load(some.save(tmp_path / "some.safetensors"))
+    assert again.metrics == ["logit_diff", "prob"]
+    np.testing.assert_array_equal(again.metric("prob").pooled("recovery"), some.metric("prob").pooled("recovery"))
+    assert some.take([0]).metrics == ["logit_diff", "prob"]

@@ -463,6 +463,11 @@ class Measured:
             4
         """
         pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
+        part = self._of_pairs(pairs)
+        return part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part
+
+    def _of_pairs(self: T, pairs: NDArray[np.int64]) -> T:
+        """Return all rows with these pairs alone, for every metric."""
         kept = np.isin(self.pair, pairs)
         new = np.cumsum(np.isin(np.arange(len(self.clean)), pairs)) - 1
         metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
@@ -470,7 +475,7 @@ class Measured:
             metadata["screening"] = without_estimates(metadata["screening"])
         if "tags" in metadata:
             metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
-        part = replace(
+        return replace(
             self,
             clean=self.clean[pairs],
             corrupted=self.corrupted[pairs],
@@ -480,10 +485,8 @@ class Measured:
             pair=new[self.pair[kept]],
             denoised=self.denoised[kept],
             noised=self.noised[kept],
-            others={},
+            others={name: other._of_pairs(pairs) for name, other in self.others.items()},
         )
-        others = {name: other.of_pairs(pairs) for name, other in self.others.items()}
-        return replace(part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part, others=others)
 
     def where(self: T, **wanted: Any) -> T:
         """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.

@@ -13,7 +13,7 @@ from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import METHODS, Gradients
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError
 from featpatch.metrics import find
 from featpatch.nodes import DIRECTIONS, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
@@ -110,7 +110,8 @@ def rank_features(
         >>> (effects.value, estimates.value)
         ('exact', 'estimate')
     """
-    check_kinds((Screen, type(None)), screen=screen)
+    if not isinstance(screen, Screen | None):
+        raise FeatpatchError(f"screen={screen!r}: expected None or an fp.Screen, such as fp.Screen(k=200, audit=100)")
     options = {"screen": screen, "batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
     if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
         return estimate_features(gradients, saes, positions, directions, progress=progress)
@@ -228,8 +229,8 @@ def rank_paths(
         >>> len(paths)
         2
     """
-    if screen not in ("auto", None):
-        check_kinds(Screen, screen=screen)
+    if not isinstance(screen, Screen | None) and screen != "auto":
+        raise FeatpatchError(f"screen={screen!r}: expected 'auto', None or an fp.Screen, such as fp.Screen(k=2000, audit=500)")
     options = {"screen": None if screen == "auto" else screen, "batch_rows": batch_rows, "journal": journal}
     gradients = _gradients(method, model, pairs, metric, {**options, "executor": executor})
     estimate: Callable[[Gradients], Effects] = partial(
@@ -277,7 +278,8 @@ def _gradients(method: Method, model: Any, pairs: Pairs, metric: Metrics, option
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise FeatpatchError(
-            f"method={method!r} with {', '.join(given)}: expected {'it' if len(given) == 1 else 'them'} only with "
+            f"an estimate (method={getattr(method, 'method', method)!r})"
+            f" with {', '.join(given)}: expected {'it' if len(given) == 1 else 'them'} only with "
             f"method='exact', because estimates run no patches; leave {'it' if len(given) == 1 else 'them'} out, or use "
             "method='exact'"
         )

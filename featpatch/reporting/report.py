@@ -99,7 +99,8 @@ def report(
         return write(path, page_of(effects, material, components))
     if model is None or pairs is None:
         raise FeatpatchError(
-            "only one of model and pairs was given: expected both, to show prompts and feature cards, or neither"
+            "model and pairs are not both given: expected both, to show prompts and the feature cards of saes, or none of the "
+            "three"
         )
     return write(path, page_of(effects, _with_prompts(material, effects, model, pairs, saes, components, top), components))
 

@@ -99,7 +99,7 @@ class PatchPath(Protocol):
 
     @property
     def lens(self) -> Lens:
-        """The model."""
+        """The lens of the model that runs the patches."""
         ...
 
     def group(self, block: Block) -> Hashable:

@@ -37,7 +37,7 @@ Values = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt.
+    """A prompt from whose activations ablation values are computed.
 
     Attributes:
         tokens: the token ids.

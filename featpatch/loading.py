@@ -114,17 +114,17 @@ def load(
     fit = None
     if check and found:
         prompts = pairs or _prompts(made)
-        fit = None if prompts is None else check_fit(made, found, prompts)
-        problem = (
-            "the SAEs were not checked, because the built-in sentences don't work with this tokenizer or model: pass "
-            "pairs=... to check them, or check=False"
-            if fit is None
-            else ""
-            if fit.ok
-            else repr(fit)
-        )
-        if problem:
-            warnings.warn(problem, FeatpatchWarning, stacklevel=2)
+        if prompts is not None:
+            fit = check_fit(made, found, prompts)
+        if fit is None:
+            warnings.warn(
+                "the SAEs were not checked, because the built-in sentences don't work with this tokenizer or model: pass "
+                "pairs=... to check them, or check=False",
+                FeatpatchWarning,
+                stacklevel=2,
+            )
+        elif not fit.ok:
+            warnings.warn(repr(fit), FeatpatchWarning, stacklevel=2)
     return Loaded(made, found, fit)
 
 

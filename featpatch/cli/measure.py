@@ -66,9 +66,6 @@ def rank(
         results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
-        out_to = console(json=as_json)
-        out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
         options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
         given = {name: value for name, value in options.items() if value is not None}
         if given and not screen:
@@ -76,6 +73,9 @@ def rank(
                 f"{', '.join(f'--{name}' for name in given)} without --screen: expected --screen too; add it, or leave "
                 f"{'it' if len(given) == 1 else 'them'} out"
             )
+        out_to = console(json=as_json)
+        out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
+        work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
         screening = fp.Screen(**given) if screen else None
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
         results.check_same(

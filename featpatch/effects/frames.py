@@ -5,6 +5,7 @@ ranking over all pairs is more stable than that.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -61,8 +62,7 @@ def full(effects: Measured) -> pd.DataFrame:
 
 def brief(effects: Measured) -> pd.DataFrame:
     """Return one row per node with the columns that are fast to compute, for display."""
-    table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
-    table["index"] = table["index"].astype("Int64")
+    table = _fields(effects.nodes)
     if any(isinstance(node, Edge) for node in effects.nodes):
         table["sender"], table["receiver"] = (
             [str(getattr(node, end, "")) for node in effects.nodes] for end in ("sender", "receiver")
@@ -79,6 +79,13 @@ def brief(effects: Measured) -> pd.DataFrame:
         table[name] = effects.pooled(effect, over="changed")
         table[f"{name}_low"], table[f"{name}_high"] = effects.interval(effect, over="changed").T
     table["pairs"], table["value"] = len(effects.clean), effects.value
+    return table
+
+
+def _fields(nodes: Sequence[Node]) -> pd.DataFrame:
+    """Return the fields of nodes as columns, one row per node."""
+    table = pd.DataFrame({name: [getattr(node, name) for node in nodes] for name in Node.__dataclass_fields__})
+    table["index"] = table["index"].astype("Int64")
     return table
 
 
@@ -142,8 +149,7 @@ def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
     Raises:
         FeatpatchError: no pair has the tag, or all have the same value of it.
     """
-    table = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in Node.__dataclass_fields__})
-    table["index"] = table["index"].astype("Int64")
+    table = _fields(effects.nodes)
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
     intervals = []
     for value, pairs in pairs_by_value(effects, tag).items():

@@ -277,11 +277,10 @@ def _gradients(method: Method, model: Any, pairs: Pairs, metric: Metrics, option
         raise FeatpatchError(f"method={method!r}: expected 'exact', one of {', '.join(METHODS)}, or an fp.Gradients")
     given = [name for name, value in options.items() if value is not None]
     if given:
+        name, them = getattr(method, "method", method), "it" if len(given) == 1 else "them"
         raise FeatpatchError(
-            f"an estimate (method={getattr(method, 'method', method)!r})"
-            f" with {', '.join(given)}: expected {'it' if len(given) == 1 else 'them'} only with "
-            f"method='exact', because estimates run no patches; leave {'it' if len(given) == 1 else 'them'} out, or use "
-            "method='exact'"
+            f"an estimate (method={name!r}) with {', '.join(given)}: expected {them} only with method='exact', because "
+            f"estimates run no patches; leave {them} out, or use method='exact'"
         )
     if not isinstance(method, Gradients):
         return Gradients(model, pairs, metric=metric, method=method, keep=False)  # type: ignore[arg-type]

@@ -3,7 +3,12 @@
 Every message names the value that was given, what was expected, and what to do next.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
 from featpatch.untrusted import visible
+
+T = TypeVar("T")
 
 MAX_INTEGER = 2**63 - 1
 """The largest integer that arrays and files can hold."""
@@ -54,3 +59,21 @@ def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:
         if not isinstance(value, kind):
             names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)) if each is not type(None)]
             raise FeatpatchError(f"{name} is of type {type(value).__name__}: expected {' or '.join(names)}")
+
+
+def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] | None = None) -> tuple[T, ...]:
+    """Return `make(*row)` for every row of the columns.
+
+    Args:
+        where: the name of each row in error messages; "pair 0", "pair 1", ... by default.
+
+    Raises:
+        FeatpatchError: `make` raises one; the name of the row is put in front of its message.
+    """
+    made = []
+    for index, row in enumerate(zip(*columns, strict=True)):
+        try:
+            made.append(make(*row))
+        except FeatpatchError as error:
+            raise FeatpatchError(f"{f'pair {index}' if where is None else where[index]}: {error}") from error
+    return tuple(made)

@@ -1,11 +1,15 @@
-"""The interface of executors, which run every batch of every shard once and store the results in a book."""
+"""The shards of a sweep, and the interface of executors, which run every batch of every shard in other processes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
+
+from featpatch.engine.journal import Book
+from featpatch.engine.patches import Block, Unit
+from featpatch.engine.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -21,33 +25,41 @@ class Batch:
     patches: int
 
 
-@runtime_checkable
-class Shards(Protocol):
-    """A sweep divided into shards of a few batches; every worker holds one, and computes the content of a shard from it."""
+@dataclass
+class Shards:
+    """A sweep divided into shards of a few batches; every worker holds one, and computes the content of a shard from it.
+
+    Attributes:
+        sweep: the sweep.
+        blocks: for each shard, a function that returns its patches.
+    """
+
+    sweep: Sweep
+    blocks: Sequence[Callable[[], list[Block]]]
+    _latest: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
 
     def __len__(self) -> int:
         """Return the number of shards."""
+        return len(self.blocks)
 
     def batches(self, shard: int) -> list[Batch]:
         """Return the batches of a shard, always in the same order."""
+        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard).items()]
 
-    def run(self, shard: int, key: str) -> torch.Tensor | None:
-        """Run a batch of a shard, and return its values, flat, float64.
+    def run(self, shard: int, key: str) -> Float[torch.Tensor, " values"] | None:
+        """Run a batch of a shard in one forward pass, or in several if memory is short, and return its values in float64.
 
         Returns None if this process divides the shard into other batches: rounding may decide whether a feature differs at all,
         and so how patches are packed.
         """
+        batch = self._batches(shard).get(key)
+        return None if batch is None else self.sweep.run(batch).flatten()
 
-
-@runtime_checkable
-class Book(Protocol):
-    """A store of finished batches: what executors need of a `journal.Book`."""
-
-    def get(self, key: str) -> torch.Tensor | None:
-        """Return the values of a batch; None if it is not finished."""
-
-    def put(self, key: str, values: torch.Tensor) -> None:
-        """Store the values of a finished batch."""
+    def _batches(self, shard: int) -> dict[str, list[Unit]]:
+        """Return the batches of a shard by key; those of the latest shard are kept."""
+        if self._latest[0] != shard:
+            self._latest = shard, self.sweep.batches(self.blocks[shard]())
+        return self._latest[1]
 
 
 class Executor(ABC):

@@ -46,7 +46,8 @@ from typing import Any
 
 import torch
 
-from featpatch.engine.executor import Batch, Book, Executor, Shards
+from featpatch.engine.executor import Batch, Executor, Shards
+from featpatch.engine.journal import Book
 from featpatch.errors import FeatpatchError, check_numbers
 
 DEATHS = 3

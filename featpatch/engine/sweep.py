@@ -5,15 +5,19 @@ processor busy, few enough for the available memory. When memory runs out, the s
 interrupted, everything that is finished has been filled in.
 """
 
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import groupby
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 from jaxtyping import Float
+from tqdm.auto import tqdm
 
 from featpatch.engine.journal import Book, batch_key
 from featpatch.engine.patches import NEVER, BaseRun, Block, Unit
@@ -30,6 +34,10 @@ SHARE = 0.25
 """Fraction of the free memory that one forward pass may take."""
 NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"
 """What the errors of PyTorch's allocator, oneDNN and cuBLAS say when memory runs out."""
+LONG = 60.0
+"""The number of remaining seconds from which a sweep is announced."""
+READ = 0.01
+"""The number of seconds below which a batch was probably read from a journal and not run."""
 
 
 def row_bytes(lens: Lens, length: int, columns: int) -> int:
@@ -280,3 +288,26 @@ def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, c
     row.
     """
     return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns
+
+
+def announcing(bar: "tqdm[Any]") -> Callable[[int], None]:
+    """Return a function that updates a progress bar batch by batch and, for a long sweep, says once how much time is left.
+
+    The estimate is made after the first batch that is run. The first call is for patches that need no batch.
+    """
+    last, told = None, False
+
+    def done(items: int) -> None:
+        nonlocal last, told
+        now = time.monotonic()
+        bar.update(items)
+        if not told and last is not None and items and now - last > READ:
+            told, left = True, (bar.total - bar.n) / items * (now - last)
+            if left > LONG and not bar.disable:
+                about = timedelta(seconds=round(left))
+                bar.write(
+                    f"{bar.total:,} {bar.unit}es in total, about {about} left (estimated from the first batch)", file=sys.stderr
+                )
+        last = now
+
+    return done

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, each
 from featpatch.files import as_path, read_json
 from featpatch.pairs.tokens import PairsWarning
 
@@ -168,24 +168,6 @@ def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
 
 
 T = TypeVar("T")
-
-
-def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] | None = None) -> tuple[T, ...]:
-    """Return `make(*row)` for every row of the columns.
-
-    Args:
-        where: the name of each row in error messages; "pair 0", "pair 1", ... by default.
-
-    Raises:
-        FeatpatchError: `make` raises one; the name of the row is put in front of its message.
-    """
-    made = []
-    for index, row in enumerate(zip(*columns, strict=True)):
-        try:
-            made.append(make(*row))
-        except FeatpatchError as error:
-            raise FeatpatchError(f"{f'pair {index}' if where is None else where[index]}: {error}") from error
-    return tuple(made)
 
 
 def fitting(

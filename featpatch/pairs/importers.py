@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, each
 from featpatch.pairs.build import make, token_ids
-from featpatch.pairs.files import csv_rows, each, fitting, have_columns, json_lines, parsed, read
+from featpatch.pairs.files import csv_rows, fitting, have_columns, json_lines, parsed, read
 from featpatch.pairs.pair import Pair, after_special
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 

@@ -11,12 +11,12 @@ from typing import Any, Literal, SupportsIndex, overload
 import torch
 from jaxtyping import Int
 
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, each
 from featpatch.files import sha256, write_csv, writing
 from featpatch.pairs.build import Answers, Prompt, filler_id, make
 from featpatch.pairs.checklist import Checklist, Status, check, kept
 from featpatch.pairs.fields import NEEDED, checked, for_cells, from_cells, of_ids, written
-from featpatch.pairs.files import Rows, csv_rows, each, fitting, have_columns, json_lines, json_lines_in_blocks
+from featpatch.pairs.files import Rows, csv_rows, fitting, have_columns, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.pair import Label, Pair
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded

@@ -21,13 +21,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, each
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, Node, Patch, check_directions
-from featpatch.pairs.files import each
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.do import Chosen, Values, choose
 from featpatch.patching.runs import chunks

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, each
 from featpatch.metrics import SEQUENCES, Measures, Metric, together
 from featpatch.model.lens import Lens
 from featpatch.model.vocabulary import check_tokens
-from featpatch.pairs.files import each
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 

@@ -1,12 +1,9 @@
-"""A patching experiment, from validated arguments to the table of effects.
-
-For workers, a study is split into shards: each shard is one part of the study for one group of pairs that run together.
-"""
+"""A patching experiment, from validated arguments to the table of effects."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,16 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.console import announcing
 from featpatch.effects.collector import Collector
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
-from featpatch.engine.executor import Batch, Executor
+from featpatch.engine.executor import Executor, Shards
 from featpatch.engine.journal import Book, ClosedBook, Journal
-from featpatch.engine.patches import BaseRun, Block, Unit
+from featpatch.engine.patches import BaseRun, Block
 from featpatch.engine.path import PatchPath, choose_path
 from featpatch.engine.ray import executor_of
 from featpatch.engine.suffix import SuffixPath
-from featpatch.engine.sweep import Sweep, free_memory, row_budget, row_bytes, trace_bytes
+from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes, trace_bytes
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.files import as_path
 from featpatch.model.lens import Lens
@@ -209,8 +205,8 @@ class Study:
 
     def work(self) -> Iterator[tuple[list[Swap], list[Block]]]:
         """Yield the swaps and their patches, for each part of each group of pairs that run together."""
-        for some in chunks(self.pairs):
-            runs = self.runs(tuple(some))
+        for together in chunks(self.pairs):
+            runs = self.runs(tuple(together))
             for part in self.parts:
                 swaps = part.swaps(runs)
                 yield [swap for of_pair in swaps for swap in of_pair], list(self._blocks(runs, swaps).values())
@@ -227,16 +223,21 @@ class Study:
         with tqdm(total=total, unit="patch", desc="patching on workers", disable=not progress, smoothing=0) as bar:
             try:
                 options = replace(self.arguments["options"], directions=self.directions, batch_rows=book.rows)
-                study = partial(_in_worker, self.lens, self.parts, self.pairs, {**self.arguments, "options": options})
-                executor.run(partial(shards_of, packed(study)), shards, book, bar.update)
+                arguments = (self.lens, self.parts, self.pairs, {**self.arguments, "options": options})
+                executor.run(partial(_in_worker, packed(arguments)), shards, book, bar.update)
             except KeyboardInterrupt:
                 return ClosedBook(book.rows, book.finished)
         return book
 
-    def blocks(self, some: list[int], part: Part) -> list[Block]:
-        """Return all patches of a part for some pairs that run together."""
-        runs = self.runs(tuple(some))
-        return list(self._blocks(runs, part.swaps(runs)).values())
+    def shards(self) -> Shards:
+        """Divide the study into shards: each is one part of it for one group of pairs that run together."""
+
+        def blocks(together: list[int], part: Part) -> list[Block]:
+            runs = self.runs(tuple(together))
+            return list(self._blocks(runs, part.swaps(runs)).values())
+
+        sweep = Sweep(self.path, self.readout.measures, self.rows)
+        return Shards(sweep, [partial(blocks, together, part) for together in chunks(self.pairs) for part in self.parts])
 
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> "dict[tuple[Direction, int, int, int], Block]":
         """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
@@ -248,9 +249,9 @@ class Study:
             for number, swap in enumerate(of_pair)
         }
 
-    def _patch(self, sweep: Sweep, some: list[int], part: Part, collector: Collector) -> None:
+    def _patch(self, sweep: Sweep, together: list[int], part: Part, collector: Collector) -> None:
         """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
-        runs = self._prepared(some)
+        runs = self._prepared(together)
         swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
         values = {
@@ -259,7 +260,7 @@ class Study:
         try:
             sweep.fill(list(blocks.values()), list(values.values()))
         finally:
-            for pair, (index, run) in enumerate(zip(some, runs, strict=True)):
+            for pair, (index, run) in enumerate(zip(together, runs, strict=True)):
                 for number, swap in enumerate(swaps[pair]):
                     measured: dict[Direction, NDArray[np.float64]] = {}
                     for direction in self.directions:
@@ -268,9 +269,9 @@ class Study:
                         measured[direction] = self._combined(index, torch.stack(of_readings))
                     collector.add(index, swap.nodes, measured)
 
-    def _prepared(self, some: list[int]) -> list[PairRuns]:
+    def _prepared(self, together: list[int]) -> list[PairRuns]:
         """Run some pairs and prepare them for the engine, always together, so that rounding is the same each time."""
-        runs = self.runs(tuple(some))
+        runs = self.runs(tuple(together))
         self.path.prepare([base for direction in DIRECTIONS for run in runs for base in run.bases[direction]])
         return runs
 
@@ -283,28 +284,33 @@ class Study:
         base: dict[Direction, NDArray[np.float64]]
         base = {direction: np.zeros((len(self.pairs), len(self.readout.names))) for direction in DIRECTIONS}
         patches = 0
-        for some in chunks(self.pairs):
-            together = self._prepared(some)
+        for group in chunks(self.pairs):
+            prepared = self._prepared(group)
             for direction, values in base.items():
-                runs = [run.bases[direction] for run in together]
+                runs = [run.bases[direction] for run in prepared]
                 measured = sweep.baselines([run for of_pair in runs for run in of_pair]).split(
                     [len(of_pair) for of_pair in runs]
                 )
-                for index, of_pair in zip(some, measured, strict=True):
+                for index, of_pair in zip(group, measured, strict=True):
                     values[index] = self._combined(index, of_pair[:, None])
             patches += sum(
                 part.count(run) * len(self.runner.readings[index])
-                for index, run in zip(some, together, strict=True)
+                for index, run in zip(group, prepared, strict=True)
                 for part in self.parts
             )
         return base["noising"], base["denoising"], patches
 
 
-def _in_worker(lens: Lens, parts: Sequence[Part], pairs: Pairs, arguments: Mapping[str, Any]) -> Study:
-    """Make the same study in another process, which needs each pair only once and keeps no runs."""
-    study = Study.of(lens, parts, pairs=pairs, **arguments)
+def _in_worker(arguments: bytes) -> Shards:
+    """Make the study again in another process, which needs each pair only once and keeps no runs, and return its shards.
+
+    Args:
+        arguments: those of `Study.of`, pickled.
+    """
+    lens, parts, pairs, others = unpacked(arguments)
+    study = Study.of(lens, parts, pairs=pairs, **others)
     study.runs.room = 0
-    return study
+    return study.shards()
 
 
 def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
@@ -342,50 +348,10 @@ def _longest_and_shortest(
     pairs: Pairs, readings: Mapping[int, Sequence[Reading]], runs: Callable[[tuple[int, ...]], list[PairRuns]]
 ) -> list[BaseRun]:
     """Return the base runs with the most and with the fewest tokens, or a single one if the numbers are equal."""
-    together = list(chunks(pairs))
+    groups = list(chunks(pairs))
     behind = [max((len(reading.continuation) for reading in readings[index]), default=0) for index in range(len(pairs))]
-    longest = max(together, key=lambda some: max(len(pairs[index]) + behind[index] for index in some))
-    shortest = min(together, key=lambda some: len(pairs[some[0]]))
-    found = [base for some in (longest, shortest) for run in runs(tuple(some)) for base in run.bases["denoising"]]
-    by_length = {len(run.tokens): run for run in reversed(found)}
+    longest = max(groups, key=lambda group: max(len(pairs[index]) + behind[index] for index in group))
+    shortest = min(groups, key=lambda group: len(pairs[group[0]]))
+    bases = [base for group in (longest, shortest) for run in runs(tuple(group)) for base in run.bases["denoising"]]
+    by_length = {len(run.tokens): run for run in reversed(bases)}
     return [by_length[length] for length in dict.fromkeys((max(by_length), min(by_length)))]
-
-
-@dataclass
-class StudyShards:
-    """A worker's copy of the study, with the batches of the shard that it is working on.
-
-    Attributes:
-        study: the study.
-    """
-
-    study: Study
-    _open: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
-
-    def __post_init__(self) -> None:
-        self._shards = [(some, part) for some in chunks(self.study.pairs) for part in self.study.parts]
-        self._sweep = Sweep(self.study.path, self.study.readout.measures, self.study.rows)
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def batches(self, shard: int) -> list[Batch]:
-        """Return the batches of a shard, each with the number of its patches."""
-        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard).items()]
-
-    def run(self, shard: int, key: str) -> torch.Tensor | None:
-        """Run a batch in one forward pass, or in several if memory is short; return None if the shard has no such batch."""
-        batch = self._batches(shard).get(key)
-        return None if batch is None else self._sweep.run(batch).flatten()
-
-    def _batches(self, shard: int) -> dict[str, list[Unit]]:
-        """Return the batches of a shard by key; those of the latest shard are kept."""
-        if self._open[0] != shard:
-            some, part = self._shards[shard]
-            self._open = shard, self._sweep.batches(self.study.blocks(some, part))
-        return self._open[1]
-
-
-def shards_of(study: bytes) -> StudyShards:
-    """Make a study and its shards from a pickled function that makes the study."""
-    return StudyShards(unpacked(study)())

@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 
-from featpatch.engine.journal import Book
 from featpatch.engine.patches import Block, Unit
 from featpatch.engine.sweep import Sweep
 
@@ -62,11 +62,22 @@ class Shards:
         return self._latest[1]
 
 
+@runtime_checkable
+class Finished(Protocol):
+    """The finished batches of a sweep: what executors need of a `journal.Book`, which a user's executor may wrap."""
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """Return the values of a batch; None if it is not finished."""
+
+    def put(self, key: str, values: torch.Tensor) -> None:
+        """Store the values of a finished batch."""
+
+
 class Executor(ABC):
     """A way to run shards in other processes."""
 
     @abstractmethod
-    def run(self, make: Callable[[], Shards], shards: int, book: Book, done: Callable[[int], object]) -> None:
+    def run(self, make: Callable[[], Shards], shards: int, book: Finished, done: Callable[[int], object]) -> None:
         """Run every batch that the book lacks, and store it as soon as it is finished.
 
         The caller runs batches that are left out.

@@ -46,8 +46,7 @@ from typing import Any
 
 import torch
 
-from featpatch.engine.executor import Batch, Executor, Shards
-from featpatch.engine.journal import Book
+from featpatch.engine.executor import Batch, Executor, Finished, Shards
 from featpatch.errors import FeatpatchError, check_numbers
 
 DEATHS = 3
@@ -90,7 +89,7 @@ class Ray(Executor):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
                 raise FeatpatchError(f"{name}={value!r}: expected a number for each worker, 0 or more")
 
-    def run(self, make: Callable[[], Shards], shards: int, book: Book, done: Callable[[int], object]) -> None:
+    def run(self, make: Callable[[], Shards], shards: int, book: Finished, done: Callable[[int], object]) -> None:
         """Run every batch that the book lacks, see `Executor.run`."""
         with self._connected() as ray:
             resources = ray.cluster_resources()
@@ -232,7 +231,7 @@ class _Driver:
 
     ray: Any
     hire: Callable[[], Any]
-    book: Book
+    book: Finished
     done: Callable[[int], object]
     unopened: deque[int]
     left: dict[int, deque[_Task]] = field(default_factory=dict)

@@ -3,6 +3,9 @@
 Every message names the value that was given, what was expected, and what to do next.
 """
 
+from numbers import Integral, Real
+from typing import TypeGuard
+
 from featpatch.untrusted import visible
 
 MAX_INTEGER = 2**63 - 1
@@ -31,17 +34,27 @@ class FeatpatchWarning(UserWarning):
         return visible(super().__str__())
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer, of Python or of NumPy; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number, of Python or of NumPy; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_numbers(least: int, /, **given: object) -> None:
-    """Check that each argument is an integer from `least` to `MAX_INTEGER`.
+    """Check that each argument is an integer from `least` to `MAX_INTEGER`, of Python or of NumPy.
 
     Raises:
         FeatpatchError: an argument is not such an integer.
     """
     for name, value in given.items():
-        if type(value) is not int or value < least:
+        if not is_integer(value) or value < least:
             raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")
         if value > MAX_INTEGER:
-            raise FeatpatchError(f"{name} is an integer of {value.bit_length()} bits: expected at most {MAX_INTEGER}")
+            raise FeatpatchError(f"{name} is an integer of {int(value).bit_length()} bits: expected at most {MAX_INTEGER}")
 
 
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:

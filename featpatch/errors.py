@@ -3,6 +3,7 @@
 Every message names the value that was given, what was expected, and what to do next.
 """
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -55,6 +56,17 @@ def check_numbers(least: int, /, **given: object) -> None:
             raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")
         if value > MAX_INTEGER:
             raise FeatpatchError(f"{name} is an integer of {int(value).bit_length()} bits: expected at most {MAX_INTEGER}")
+
+
+def check_choices(known: Sequence[str], /, **given: object) -> None:
+    """Check that each argument is one of the known names.
+
+    Raises:
+        FeatpatchError: an argument is not.
+    """
+    for name, value in given.items():
+        if not isinstance(value, str) or value not in known:
+            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:

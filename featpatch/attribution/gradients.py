@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
 from featpatch.metrics import SEQUENCES, Measure, Metric, find, one_metric
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -179,8 +179,7 @@ def check_method(method: str) -> str:
     Raises:
         FeatpatchError: if it is unknown.
     """
-    if method not in METHODS:
-        raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    check_choices(METHODS, method=method)
     return method
 
 
@@ -273,6 +272,7 @@ class Gradients:
                 "method='atp'"
             )
         check_tokens(pairs, self.lens)
+        check_kinds(bool, qk_fix=qk_fix, keep=keep)
         self.qk_fix = qk_fix
         self._keep, self._state = keep, None  # type: bool, object
         self._kept: dict[tuple[int, ...], _Batch] = {}

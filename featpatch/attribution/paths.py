@@ -28,7 +28,7 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
-from featpatch.nodes import LOGITS, Direction, Edge, Node
+from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
@@ -131,6 +131,7 @@ def estimate_paths(
         )
     lens.check_unhooked()
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
+    check_senders(sending)
     receiving = [Receiving.of(lens, node, found) for node in ends]
     if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
         raise FeatpatchError(

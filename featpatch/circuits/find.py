@@ -13,7 +13,7 @@ from featpatch.circuits.graph import Complement, Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
 from featpatch.metrics import Metric
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
@@ -122,9 +122,8 @@ def check_search(
     Raises:
         FeatpatchError: if not.
     """
-    for name, value, known in (("method", method, get_args(Method)), ("scores", scores, (None, "exact", "estimate"))):
-        if value not in known:
-            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(filter(None, known))}")
+    check_choices(get_args(Method), method=method)
+    check_choices(("exact", "estimate"), scores="exact" if scores is None else scores)
     if threshold is not None and (not is_number(threshold) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
     check_numbers(1, size=1 if size is None else size)
@@ -208,9 +207,8 @@ def find_circuit(
     """
     check_pairs(pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
-    for name, value, known in (("over", over, ("nodes", "edges")), ("errors", errors, (None, *get_args(Errors)))):
-        if value not in known:
-            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(filter(None, known))}")
+    check_choices(("nodes", "edges"), over=over)
+    check_choices(get_args(Errors), errors="in" if errors is None else errors)
     check_search(method, over, scores, threshold, size, target)
     if nodes is None and (over == "nodes" or saes is not None):
         raise FeatpatchError(

@@ -43,6 +43,7 @@ def check(
             check_writable(out)
         from featpatch.reporting.terminal import by_pair, checked, totals
 
+        of.checked(pairs, "all", "both", [metric])
         loaded, saes = fp.load(model, sae, device=device, check=False, progress=not as_json)
         drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
         found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)

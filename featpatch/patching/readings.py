@@ -167,8 +167,8 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
     """
     metric = one_metric(metric) if single else metric
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
-    if not all(isinstance(name, str) or callable(name) for name in names):
-        raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
+    if not names or not all(isinstance(name, str) or callable(name) for name in names):
+        raise FeatpatchError(f"metric={metric!r}: expected at least one metric, each the name of a metric or a function")
     whole = [name for name in names if name in SEQUENCES and name not in refused]
     if not whole:
         return AtAnswer(together(names, refused, use))

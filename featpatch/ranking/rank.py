@@ -235,9 +235,9 @@ def rank_paths(
         >>> len(paths)
         2
     """
-    if not isinstance(screen, Screen | None) and screen != "auto":
+    if not isinstance(screen, Screen | str | None) or (isinstance(screen, str) and screen != "auto"):
         raise FeatpatchError(f"screen={screen!r}: expected 'auto', None or an fp.Screen, such as fp.Screen(k=2000, audit=500)")
-    options = {"screen": None if screen == "auto" else screen, "batch_rows": batch_rows, "journal": journal}
+    options = {"screen": screen if isinstance(screen, Screen) else None, "batch_rows": batch_rows, "journal": journal}
     gradients = _gradients(method, model, pairs, metric, {**options, "executor": executor})
     estimate: Callable[[Gradients], Effects] = partial(
         estimate_paths, saes=saes, senders=senders, receivers=receivers, route=route, directions=directions, progress=progress
@@ -248,7 +248,7 @@ def rank_paths(
     asked = Options(directions=directions, metric=metric, batch_rows=batch_rows)
     study, part = path_study(model, pairs, saes, senders, receivers, route, asked)
     count = sum(map(len, part.edges.values()))
-    chosen = (MANY if count > BUDGET else None) if screen == "auto" else screen
+    chosen = (MANY if count > BUDGET else None) if isinstance(screen, str) else screen
     if progress:
         how = (
             "all are patched"

@@ -13,7 +13,9 @@ from commands import run
 from small import Small, small_bridge
 
 import featpatch as fp
+from featpatch.cli.options import MetricNames
 from featpatch.effects.audit import audited
+from featpatch.metrics import MEASURES, SEQUENCES
 
 SITE = "blocks.1.hook_resid_pre"
 HEAD = fp.Node("blocks.0.attn.hook_z", "head", 0)
@@ -247,3 +249,8 @@ def test_before_a_model_is_loaded(tmp_path: Path, command: list[str], said: str)
     done = run(*command, folder=tmp_path)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())
+
+
+def test_the_help_names_every_metric() -> None:
+    (option,) = MetricNames.__metadata__
+    assert ", ".join((*MEASURES, *SEQUENCES)) in option.help.replace(" or, for answers of several tokens,", ",")

@@ -97,7 +97,7 @@ def verify(
 
 @app.command()
 def info(
-    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank.")],
+    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")],
     top: of.Top = 5,
     by: of.By = None,
     threshold: of.Threshold = None,
@@ -121,7 +121,7 @@ def info(
         screen.print(repr(shown.rows(table)), highlight=False)
 
 
-File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank.")]
+File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 
 
 @app.command()
@@ -150,7 +150,7 @@ def report(
 
 @app.command()
 def compare(
-    features: File,
+    features: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank or demo.")],
     components: Annotated[Path, typer.Argument(help="The effects.safetensors file written by components.")],
     as_json: of.Json = False,
 ) -> None:

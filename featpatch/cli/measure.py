@@ -139,7 +139,9 @@ def stream(
     top: of.Top = 20,
     by: of.By = None,
     threshold: of.Threshold = None,
-    out: of.Out = Path("featpatch-stream"),
+    out: Annotated[Path, typer.Option(help="Folder for about.json and the Parquet files of effects and pairs.")] = Path(
+        "featpatch-stream"
+    ),
     executor: of.Executor = "serial",
     address: of.Address = None,
     workers: of.Workers = None,

@@ -24,8 +24,8 @@ By = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="For quadrants: the fraction of the whole activation's effect above which an effect counts; by default the saved "
-        "threshold, or 0.01."
+        help="For quadrants: the fraction of the whole activation's effect above which an effect counts; by default the "
+        "threshold saved with the table, otherwise 0.01."
     ),
 ]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -56,7 +56,11 @@ Directions = Annotated[
 ]
 MetricNames = Annotated[
     list[str],
-    typer.Option("--metric", help="Metric to measure. Repeatable; all metrics are computed from the same patched runs."),
+    typer.Option(
+        "--metric",
+        help="Metric to measure: logit_diff, prob_diff, prob, log_prob, neg_kl, neg_rank, accuracy or, for answers of several "
+        "tokens, sequence_log_prob, sequence_log_prob_diff. Repeatable; all are computed from the same patched runs.",
+    ),
 ]
 DIGITS = 19
 """From this many digits a number can't be a position, and Python may refuse to convert it."""
@@ -67,7 +71,7 @@ Method = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to run on, e.g. cpu or cuda.")]
 JournalFile = Annotated[
-    Path | None, typer.Option(help="File that stores finished batches, so that an interrupted sweep can resume.")
+    Path | None, typer.Option(help="File that stores finished batches, from which an interrupted sweep resumes.")
 ]
 Executor = Annotated[str, typer.Option(help="Where forward passes run: serial (this process) or ray (Ray workers).")]
 Address = Annotated[

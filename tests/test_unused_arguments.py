@@ -165,7 +165,13 @@ def test_numbers_of_numpy(small: Small, pairs: fp.Pairs, effects: fp.Effects, tm
     assert fp.Pair((1, 2), (1, 3), (4,), (5,), answer_position=number(1)).answer_position == 1
     heads = [
         fp.rank_components(
-            small.model, pairs, sites="z", layers=[kind(1)], batch_rows=kind(50), journal=tmp_path / kind.__name__, **options
+            small.model,
+            pairs,
+            sites="z",
+            layers=[kind(1)],
+            batch_rows=np.int64(50) if kind is np.uint8 else kind(50),
+            journal=tmp_path / kind.__name__,
+            **options,
         )
         for kind in (int, number)
     ]

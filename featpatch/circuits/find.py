@@ -146,6 +146,33 @@ def check_search(
         )
 
 
+def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> None:
+    """Check that the arguments that determine the candidates fit together.
+
+    Raises:
+        FeatpatchError: if not.
+    """
+    check_choices(("nodes", "edges"), over=over)
+    check_choices(get_args(Errors), errors="in" if errors is None else errors)
+    if nodes is None and (over == "nodes" or saes is not None):
+        raise FeatpatchError(
+            f"{'saes' if over == 'edges' else 'over=' + repr(over)} without nodes: expected candidates, such as "
+            "nodes=effects.top(50), or, for the edges between heads and MLPs, neither nodes nor saes"
+        )
+    if errors is not None and saes is None:
+        raise FeatpatchError(f"errors={errors!r} without saes: expected SAEs, to which error terms belong; leave errors out")
+    if over == "edges" and nodes is not None and saes is None:
+        raise FeatpatchError(
+            "over='edges' with nodes, but without saes: expected the SAEs of the features among the nodes; pass saes too, or "
+            "leave nodes out"
+        )
+    if over == "edges" and errors == "out":
+        raise FeatpatchError(
+            "over='edges' with errors='out': expected errors='in' (error terms belong to the complement) or errors='nodes' "
+            "(they are candidates)"
+        )
+
+
 def find_circuit(
     model: Any,
     pairs: Pairs,
@@ -207,26 +234,8 @@ def find_circuit(
     """
     check_pairs(pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
-    check_choices(("nodes", "edges"), over=over)
-    check_choices(get_args(Errors), errors="in" if errors is None else errors)
+    check_candidates(over, nodes, saes, errors)
     check_search(method, over, scores, threshold, size, target)
-    if nodes is None and (over == "nodes" or saes is not None):
-        raise FeatpatchError(
-            f"{'saes' if over == 'edges' else 'over=' + repr(over)} without nodes: expected candidates, such as "
-            "nodes=effects.top(50), or, for the edges between heads and MLPs, neither nodes nor saes"
-        )
-    if errors is not None and saes is None:
-        raise FeatpatchError(f"errors={errors!r} without saes: expected SAEs, to which error terms belong; leave errors out")
-    if over == "edges" and (nodes is None) != (saes is None):
-        raise FeatpatchError(
-            "over='edges' with nodes, but without saes: expected the SAEs of the features among the nodes; pass saes too, or "
-            "leave nodes out"
-        )
-    if over == "edges" and errors == "out":
-        raise FeatpatchError(
-            "over='edges' with errors='out': expected errors='in' (error terms belong to the complement) or errors='nodes' "
-            "(they are candidates)"
-        )
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
         "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,

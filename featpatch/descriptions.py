@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
-from featpatch.errors import FeatpatchError, FeatpatchWarning
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
@@ -111,6 +111,7 @@ def max_activating(
         >>> described[nodes[0]].label, described[nodes[0]].fired >= 10, len(described[nodes[0]].contexts)
         ('before', True, 3)
     """
+    check_numbers(1, contexts=contexts)
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to tokenize the texts; pass it when you load the model")

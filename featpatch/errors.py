@@ -4,7 +4,8 @@ Every message names the value that was given, what was expected, and what to do 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeGuard, TypeVar
 
 from featpatch.untrusted import visible
 
@@ -36,17 +37,38 @@ class FeatpatchWarning(UserWarning):
         return visible(super().__str__())
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer, of Python or of NumPy; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number, of Python or of NumPy; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_numbers(least: int, /, **given: object) -> None:
-    """Check that each argument is an integer from `least` to `MAX_INTEGER`.
+    """Check that each argument is an integer from `least` to `MAX_INTEGER`, of Python or of NumPy.
 
     Raises:
         FeatpatchError: an argument is not such an integer.
     """
     for name, value in given.items():
-        if type(value) is not int or value < least:
+        if not is_integer(value) or value < least:
             raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")
         if value > MAX_INTEGER:
-            raise FeatpatchError(f"{name} is an integer of {value.bit_length()} bits: expected at most {MAX_INTEGER}")
+            raise FeatpatchError(f"{name} is an integer of {int(value).bit_length()} bits: expected at most {MAX_INTEGER}")
+
+
+def check_choices(known: Sequence[str], /, **given: object) -> None:
+    """Check that each argument is one of the known names.
+
+    Raises:
+        FeatpatchError: an argument is not.
+    """
+    for name, value in given.items():
+        if not isinstance(value, str) or value not in known:
+            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:

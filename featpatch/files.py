@@ -39,7 +39,7 @@ def as_path(path: object) -> Path:
     try:
         Path(path).stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        pass  # files to write need not exist, and whoever reads one says what was expected in it
     except (OSError, ValueError) as error:
         reason, name = getattr(error, "strerror", None) or error, str(path)
         shown = repr(name) if len(name) <= 200 else f"{name[:60]!r}... ({len(name)} characters)"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featpatch.errors import FeatpatchWarning
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
 from featpatch.model.loading import load_model
 from featpatch.model.sources import loading_quietly
 from featpatch.pairs.pair import Pair
-from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.sae.dictionary import several
 from featpatch.sae.loading import load_sae, wanted_processing
@@ -89,7 +89,7 @@ def load(
         processing: the weight processing of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
             `"center_unembed"`, `"fold_value_biases"`); by default the processing with which the SAEs were trained according to
             their configurations, which for most is none.
-        pairs: the prompts for the check; by default a few built-in sentences.
+        pairs: the prompts for the check of the SAEs; by default a few built-in sentences.
         check: whether to check the SAEs; the result is the attribute `check` of what is returned.
         progress: whether to show the progress bars of the libraries that load.
 
@@ -97,7 +97,8 @@ def load(
         The model, the SAEs and the check; it unpacks into model and SAEs.
 
     Raises:
-        FeatpatchError: something can't be found, downloaded or read, or the SAEs were trained on differently processed weights.
+        FeatpatchError: an argument is of the wrong kind or has no use, something can't be found, downloaded or read, or the
+            SAEs were trained on differently processed weights.
 
     Example:
         >>> folder = demo.folder / "saes" / "blocks.2.hook_resid_pre"
@@ -106,25 +107,29 @@ def load(
         True
         >>> model, saes = loaded
     """
+    check_kinds(bool, check=check, progress=progress)
     given = [] if saes is None else several(saes)
+    if pairs is not None and not (check and given and check_pairs(pairs)):
+        raise FeatpatchError(
+            f"pairs with {f'check={check}' if given else 'no saes'}: expected pairs only for the check of SAEs; leave pairs out"
+        )
     with nullcontext() if progress else loading_quietly():
         found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in given]
         wanted = wanted_processing(found) if processing is None else processing
         made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=wanted)
-    fit = None
-    if check and found:
-        prompts = pairs or _prompts(made)
-        if prompts is not None:
-            fit = check_fit(made, found, prompts)
-        if fit is None:
-            warnings.warn(
-                "the SAEs were not checked, because the built-in sentences don't work with this tokenizer or model: pass "
-                "pairs=... to check them, or check=False",
-                FeatpatchWarning,
-                stacklevel=2,
-            )
-        elif not fit.ok:
-            warnings.warn(repr(fit), FeatpatchWarning, stacklevel=2)
+    if not check or not found:
+        return Loaded(made, found, None)
+    prompts = _prompts(made) if pairs is None else pairs
+    fit = None if prompts is None else check_fit(made, found, prompts)
+    if fit is None:
+        warnings.warn(
+            "the SAEs were not checked, because the built-in sentences don't work with this tokenizer or model: pass pairs=... "
+            "to check them, or check=False",
+            FeatpatchWarning,
+            stacklevel=2,
+        )
+    elif not fit.ok:
+        warnings.warn(repr(fit), FeatpatchWarning, stacklevel=2)
     return Loaded(made, found, fit)
 
 

@@ -242,6 +242,18 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
     return MEASURES[metric]
 
 
+def one_metric(metric: "str | Metric | Sequence[str | Metric]") -> str | Metric:
+    """Return the only metric, given by itself or as a list of one, for functions that compute one metric at a time.
+
+    Raises:
+        FeatpatchError: there are several metrics, or none.
+    """
+    several = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
+    if len(several) != 1:
+        raise FeatpatchError(f"metric={metric!r}: expected one name or one function; call this once for each metric")
+    return several[0]
+
+
 def together(
     metric: "str | Metric | Sequence[str | Metric]", refused: Collection[str] = SEQUENCES, use: str = "here"
 ) -> Measures:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
 from featpatch.untrusted import visible
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
@@ -81,9 +81,9 @@ class Node:
 
     def __post_init__(self) -> None:
         check_kinds(str, site=self.site, kind=self.kind, sae=self.sae)
-        if type(self.position) not in (int, str):
+        if not is_integer(self.position) and not isinstance(self.position, str):
             raise FeatpatchError(f"position={self.position!r}: expected a token index, 'all' or the label of a position")
-        if self.index is not None and type(self.index) is not int:
+        if self.index is not None and not is_integer(self.index):
             raise FeatpatchError(f"index={self.index!r}: expected an integer, such as the number of a feature")
         if self.kind not in get_args(Kind):
             raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(get_args(Kind))}")
@@ -94,8 +94,11 @@ class Node:
             )
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
-        position = self.position if isinstance(self.position, int) else 0
+        position = 0 if isinstance(self.position, str) else self.position
         check_numbers(0, index=self.index or 0, position=max(0, position))  # neither may exceed what arrays can hold
+        for name in ("index", "position"):
+            if is_integer(value := getattr(self, name)):
+                object.__setattr__(self, name, int(value))  # NumPy's integers can't be saved
 
     def __str__(self) -> str:
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
@@ -166,3 +169,15 @@ class Patch:
         repeated = {node for node in self.nodes if self.nodes.count(node) > 1}
         if repeated:
             raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: expected each node once; remove the duplicate")
+
+
+def check_senders(nodes: Sequence[Node]) -> None:
+    """Check that the logits, at which every path ends, are not among the senders of paths.
+
+    Raises:
+        FeatpatchError: they are.
+    """
+    if LOGITS in nodes:
+        raise FeatpatchError(
+            "'logits' is among the senders: expected it only among the receivers, because every path ends there"
+        )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, is_integer
 
 ENTRIES = {
     "hook_resid_pre": (0, "pre"),
@@ -60,8 +60,7 @@ def check_route(route: str) -> None:
     Raises:
         FeatpatchError: it is not.
     """
-    if route not in ROUTES:
-        raise FeatpatchError(f"route={route!r}: expected one of {', '.join(ROUTES)}")
+    check_choices(tuple(ROUTES), route=route)
 
 
 def order(place: tuple[int, str]) -> tuple[int, bool]:
@@ -152,9 +151,9 @@ def check_layers(layers: Any, n_layers: int) -> list[int]:
     """
     every = list(range(n_layers))
     chosen = every if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
-    if not chosen or not all(type(layer) is int and layer in every for layer in chosen) or len(set(chosen)) < len(chosen):
+    if not chosen or not all(is_integer(layer) and layer in every for layer in chosen) or len(set(chosen)) < len(chosen):
         raise FeatpatchError(f"layers={chosen}: expected some of 0 to {n_layers - 1}, each once, or None for all")
-    return chosen
+    return [int(layer) for layer in chosen]
 
 
 EMBEDDING = "hook_embed"

@@ -9,8 +9,9 @@ import pandas as pd
 from featpatch import sites
 from featpatch.effects.statistics import size
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_number
 from featpatch.metrics import MEASURES, SEQUENCES
+from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node
@@ -99,6 +100,29 @@ def verify(
         >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).ok
         True
     """
+    _check_repeatable(effects)
+    check_numbers(1, rows=rows)
+    check_numbers(0, seed=seed)
+    if not is_number(tolerance) or not tolerance >= 0:
+        raise FeatpatchError(f"tolerance={tolerance!r}: expected a number, 0 or more, such as {TOLERANCE}")
+    lens = wrap(model)
+    _check_same(effects, lens, pairs, saes)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(effects))[:rows])
+    nodes = [effects.nodes[row] for row in drawn]
+    metrics = list(effects.metrics)
+    again = _study(effects, model, pairs, saes, nodes, metrics).complete(progress=progress)
+    differences = np.max([_differences(effects.metric(name), again.metric(name), nodes) for name in metrics], axis=0)
+    now, then = provenance(lens, pairs)["versions"], effects.metadata["versions"]
+    versions = tuple(f"{name}: {old} -> {now.get(name)}" for name, old in then.items() if now.get(name) != old)
+    return Verified(tuple(nodes), tuple(differences.tolist()), tolerance, versions)
+
+
+def _check_repeatable(effects: Effects) -> None:
+    """Check that a table holds what its rows can be measured again from.
+
+    Raises:
+        FeatpatchError: it holds no exact patching effects, or a metric that is a function.
+    """
     check_kinds(Effects, effects=effects)
     about = effects.metadata
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
@@ -106,16 +130,21 @@ def verify(
         raise FeatpatchError(
             "the table does not hold patching effects: expected exact effects from rank_features, rank_components or rank_paths"
         )
-    metrics = list(effects.metrics)
-    unknown = [name for name in metrics if name not in MEASURES and name not in SEQUENCES]
+    unknown = [name for name in effects.metrics if name not in MEASURES and name not in SEQUENCES]
     if unknown:
         raise FeatpatchError(
             f"metric {unknown[0]!r} is a function, which a table does not store: expected only built-in metrics, so that rows "
             "can be measured again"
         )
-    check_numbers(1, rows=rows)
-    check_numbers(0, seed=seed)
-    lens = wrap(model)
+
+
+def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
+    """Check that model, pairs and SAEs are those of a table.
+
+    Raises:
+        FeatpatchError: one differs, or an SAE is missing or was not used.
+    """
+    about = effects.metadata
     found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
@@ -124,19 +153,17 @@ def verify(
             f"the table was measured with {', '.join(missing)}: expected these SAEs too; pass them with saes=, or --sae for "
             "each"
         )
+    if unused := [name for name in given if name not in known]:
+        raise FeatpatchError(
+            f"the table was measured without {', '.join(unused)}: expected only the SAEs that it was measured with; leave the "
+            "others out"
+        )
     for name, digest in known.items():
         if given[name] != digest:
             raise FeatpatchError(
                 f"{name} differs from that of the table: expected the one that it was measured with; pass the same model, "
                 "pairs and SAEs"
             )
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(effects))[:rows])
-    nodes = [effects.nodes[row] for row in drawn]
-    again = _study(effects, model, pairs, saes, nodes, metrics).complete(progress=progress)
-    differences = np.max([_differences(effects.metric(name), again.metric(name), nodes) for name in metrics], axis=0)
-    now, then = provenance(lens, pairs)["versions"], about["versions"]
-    versions = tuple(f"{name}: {old} -> {now.get(name)}" for name, old in then.items() if now.get(name) != old)
-    return Verified(tuple(nodes), tuple(differences.tolist()), tolerance, versions)
 
 
 def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str]) -> Study:

@@ -23,7 +23,7 @@ def pairs_of(small: Small) -> fp.Pairs:
 
 
 def estimated(
-    small: Small, saes: Any, *, method: str = "atp", steps: int = 10, metric: Any = "logit_diff", **options: Any
+    small: Small, saes: Any, *, method: str = "atp", steps: int | None = None, metric: Any = "logit_diff", **options: Any
 ) -> fp.Effects:
     gradients = fp.Gradients(small.model, pairs_of(small), method=method, steps=steps, metric=metric)
     return fp.rank_features(small.model, saes, pairs_of(small), method=gradients, progress=False, **options)
@@ -74,7 +74,13 @@ def test_where_gradients_lie_and_integrated_ones_do_not() -> None:
         z = fp.dictionaries.identity(built.model, "blocks.0.attn.hook_z")
         options: dict[str, Any] = {"positions": [LAST], "progress": False}
         flat, along = (
-            fp.rank_features(built.model, z, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options)
+            fp.rank_features(
+                built.model,
+                z,
+                pairs,
+                method=fp.Gradients(built.model, pairs, method=m, steps=20 if m == "ig" else None),
+                **options,
+            )
             for m in ("atp", "ig")
         )
         exact = fp.rank_features(built.model, z, pairs, **options)
@@ -198,7 +204,7 @@ def test_the_divergence_along_the_way(small: Small, method: str) -> None:
     """By a plain loop over points and heads; the gradient is zero at the clean run alone, where nothing is taken."""
     site, steps = "blocks.1.attn.hook_z", 1 if method == "atp" else 3
     moved, ways = "blocks.0.hook_resid_pre" if method == "eap_ig_inputs" else site, ["denoising", "noising"]
-    effects = fp.rank_components(small.model, pairs_of(small), method=fp.Gradients(small.model, pairs_of(small), method=method, steps=steps, metric="neg_kl"), sites="z", layers=[1], positions=[3, 6], directions=ways[:1] if method == "atp" else ways, progress=False)  # fmt: skip
+    effects = fp.rank_components(small.model, pairs_of(small), method=fp.Gradients(small.model, pairs_of(small), method=method, steps=None if method == "atp" else steps, metric="neg_kl"), sites="z", layers=[1], positions=[3, 6], directions=ways[:1] if method == "atp" else ways, progress=False)  # fmt: skip
     assert (np.abs(effects.clean) < 1e-12).all()
     for way, values, base in (("denoising", effects.denoised, "corrupted"), ("noising", effects.noised, "clean")):
         if way == "noising" and method == "atp":

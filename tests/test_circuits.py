@@ -125,12 +125,14 @@ def test_gates() -> None:
     """AND is found by all methods; of OR threshold and ACDC miss what each branch alone can replace; greedy finds a branch."""
     heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
     mlp = fp.Node("blocks.0.hook_mlp_out", "activation")
+    options: dict[str, Any] = {"threshold": {}, "greedy": {"target": 1.0}, "acdc": {}}
     for make in (and_gate, or_gate):
         found = make()
         pairs = fp.Pairs.from_tokens(found.clean, found.corrupted, found.correct, found.wrong)
         run: dict[str, Any] = {"nodes": components(found.model), **OPTIONS}
         acdc, threshold, greedy = (
-            set(fp.find_circuit(found.model, pairs, method=m, target=1.0, **run).items) for m in ("acdc", "threshold", "greedy")
+            set(fp.find_circuit(found.model, pairs, method=m, **options[m], **run).items)
+            for m in ("acdc", "threshold", "greedy")
         )
         assert mlp in acdc
         if make is and_gate:
@@ -195,13 +197,22 @@ def test_errors(small: Small) -> None:
     site = "blocks.1.hook_resid_pre"
     for changed, message in (
         ({"nodes": None, "over": "nodes"}, "over='nodes' without nodes"),
-        ({"over": "edges"}, "only one of nodes and saes"),
+        ({"over": "edges"}, "over='edges' with nodes, but without saes: expected the SAEs"),
+        ({"nodes": None, "saes": small.at(site)}, "saes without nodes: expected candidates"),
         ({"over": "edges", "saes": small.at(site)}, "embedding, heads and MLPs need not be named"),
-        ({"over": "edges", "nodes": None, "errors": "out"}, "over='edges' with errors='out'"),
+        ({"over": "edges", "nodes": [fp.Node(site, "feature", 3)], "saes": small.at(site), "errors": "out"}, "over='edges' with errors='out'"),
         ({"method": "magic"}, "method='magic'"),
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"size": 0}, "size=0"),
         ({"target": 0.0}, "target=0.0"),
+        ({"target": 0.5}, "target=0.5 with method='threshold': expected threshold or size"),
+        ({"method": "greedy", "threshold": 0.1}, "threshold=0.1 with method='greedy': expected target or size"),
+        ({"method": "acdc", "target": 0.5}, "target=0.5 with method='acdc': expected threshold; leave"),
+        ({"method": "greedy", "target": 0.5, "size": 2}, "size=2, target=0.5 with method='greedy': expected target or size, not both"),
+        ({"method": "greedy", "scores": "exact"}, "scores='exact' with over='nodes' and method='greedy': expected no scores"),
+        ({"method": "acdc", "scores": "exact"}, "scores='exact' with over='nodes' and method='acdc': expected no scores"),
+        ({"scores": "estimate"}, "scores='estimate' with over='nodes'"),
+        ({"errors": "in"}, "errors='in' without saes"),
         ({"method": "acdc", "size": 3}, "size=3 with method='acdc'"),
         ({"to": "zero"}, "to='zero'"),
         ({"errors": "maybe"}, "errors='maybe'"),

@@ -21,9 +21,11 @@ HOOKS = {
     "pattern": "attn.hook_pattern", "pattern_entry": "attn.hook_pattern", "neurons": "mlp.hook_post",
 }  # fmt: skip
 
+STEPS = {"ig": 2, "eap_ig_inputs": 2}
+
 
 def estimated(
-    model: Any, *, method: str = "atp", steps: int = 10, qk_fix: bool = True, gradients: Any = None, **options: Any
+    model: Any, *, method: str = "atp", steps: int | None = None, qk_fix: bool = True, gradients: Any = None, **options: Any
 ) -> fp.Effects:
     pairs = pairs_of(CLEAN, CORRUPTED)
     gradients = gradients or fp.Gradients(model, pairs, method=method, steps=steps, qk_fix=qk_fix)
@@ -245,7 +247,12 @@ def test_gates() -> None:
         pairs = fp.Pairs.from_tokens(built.clean, built.corrupted, built.correct, built.wrong)
         options: dict[str, Any] = {"sites": "attn_out", "positions": [LAST], "progress": False}
         flat, along = (
-            fp.rank_components(built.model, pairs, method=fp.Gradients(built.model, pairs, method=m, steps=20), **options)
+            fp.rank_components(
+                built.model,
+                pairs,
+                method=fp.Gradients(built.model, pairs, method=m, steps=20 if m == "ig" else None),
+                **options,
+            )
             for m in ("atp", "ig")
         )
         found = [float(table.pooled(effect)[0]) for table in (flat, along)]
@@ -301,8 +308,8 @@ def test_kept_gradients_of_another_state_are_taken_anew(small: Small) -> None:
 @pytest.mark.parametrize("method", ["ig", "eap_ig_inputs", "grad_drop"])
 def test_kept_gradients_are_the_same_gradients(small: Small, method: str) -> None:
     """Whatever was asked for before."""
-    options: dict[str, Any] = {"method": method, "steps": 2, "positions": [2]}
-    gradients = fp.Gradients(small.model, pairs_of(CLEAN, CORRUPTED), method=method, steps=2)
+    options: dict[str, Any] = {"method": method, "steps": STEPS.get(method), "positions": [2]}
+    gradients = fp.Gradients(small.model, pairs_of(CLEAN, CORRUPTED), method=method, steps=STEPS.get(method))
     estimated(small.model, sites="resid_pre", gradients=gradients)
     for name in ("z", "resid_pre", "neurons"):
         kept, fresh = (
@@ -319,13 +326,15 @@ def test_whatever_the_mode_of_autograd(small: Small, grad: Any) -> None:
     """With gradients switched off around the call, and with frozen weights; the modes are left as they were."""
     names = ["q", "k", "z", "pattern", "neurons"]
     expected = [
-        estimated(small.model, sites=names, layers=[1], method=method, steps=2) for method in ("atp", "ig", "grad_drop")
+        estimated(small.model, sites=names, layers=[1], method=method, steps=STEPS.get(method))
+        for method in ("atp", "ig", "grad_drop")
     ]
     small.model.requires_grad_(False)
     try:
         with grad():
             found = [
-                estimated(small.model, sites=names, layers=[1], method=method, steps=2) for method in ("atp", "ig", "grad_drop")
+                estimated(small.model, sites=names, layers=[1], method=method, steps=STEPS.get(method))
+                for method in ("atp", "ig", "grad_drop")
             ]
             assert not torch.is_grad_enabled()
     finally:
@@ -409,7 +418,9 @@ def test_batched_is_alone(small: Small, method: str) -> None:
     options: dict[str, Any] = {"sites": ["z", "q", "k"], "positions": [1, 2], "progress": False}
 
     def found(of: fp.Pairs) -> fp.Effects:
-        return fp.rank_components(small.model, of, method=fp.Gradients(small.model, of, method=method, steps=2), **options)
+        return fp.rank_components(
+            small.model, of, method=fp.Gradients(small.model, of, method=method, steps=STEPS.get(method)), **options
+        )
 
     together = found(pairs)
     for slot in range(3):

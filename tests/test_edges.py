@@ -85,7 +85,8 @@ def model_of(name: str) -> ByHand:
 @cache
 def found_by(name: str, method: str, **options: Any) -> fp.Circuit:
     found = model_of(name)
-    return fp.find_circuit(found.model, by_hand(found), method=method, target=1.0, **options, **OPTIONS)
+    target = {"target": 1.0} if method == "greedy" else {}
+    return fp.find_circuit(found.model, by_hand(found), method=method, **target, **options, **OPTIONS)
 
 
 @pytest.mark.parametrize("name", BY_HAND)

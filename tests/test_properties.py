@@ -572,7 +572,13 @@ def test_whatever_stops_it_a_call_leaves_nothing_behind(data: Any) -> None:
             elif operation == "components":
                 fp.rank_components(model, pairs, sites=["q", "pattern", site.rsplit("hook_", 1)[1]], **options)
             elif operation == "estimate":
-                fp.rank_features(model, own, pairs, method=fp.Gradients(model, pairs, method=method, steps=1), **options)
+                fp.rank_features(
+                    model,
+                    own,
+                    pairs,
+                    method=fp.Gradients(model, pairs, method=method, steps=1 if "ig" in method else None),
+                    **options,
+                )
             else:
                 patch = fp.Patch((fp.Node(site, "all_features"),))
                 with fp.do(model, patch, source=source, saes=own, how=how, **({"base": base} if how == "add" else {})):

@@ -238,7 +238,7 @@ def test_more_than_there_is(small: Small) -> None:
     found = screened(small, small.at(SITE), positions="each")
     audit = found.audit(top=10)
     assert (audit.recall, audit.missed, audit.sampled) == (1, 0, 0)
-    assert "0 of the other 0 at random" in repr(audit)
+    assert repr(audit) == f"All {audit.candidates} candidates were patched: none was missed, and the top 10 are exact"
 
 
 def test_a_screened_table_is_a_table(small: Small, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.metrics import SEQUENCES, Metric, find
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
+from featpatch.metrics import SEQUENCES, Measure, Metric, find, one_metric
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
@@ -32,6 +32,12 @@ from featpatch.sites import by_position, component, resid_pre
 
 METHODS = ("atp", "ig", "eap_ig_inputs", "grad_drop")
 """The names of the methods."""
+
+STEPPED = ("ig", "eap_ig_inputs")
+"""The methods that average gradients along a line."""
+
+STEPS = 10
+"""The default number of points along that line."""
 
 INPUT = resid_pre(0)
 """The hook point of the residual stream that enters the first layer."""
@@ -158,6 +164,42 @@ class PairGradients:
         return self._splits[dictionary.name]
 
 
+def differentiable(metric: str | Metric | Sequence[str | Metric]) -> Measure:
+    """Return the metric of which gradients are computed.
+
+    Raises:
+        FeatpatchError: there are several metrics or none, or the metric is unknown or has no gradient.
+    """
+    return find(one_metric(metric), WITHOUT_GRADIENT, USE)
+
+
+def check_method(method: str) -> str:
+    """Return the name of a method of estimation after checking it.
+
+    Raises:
+        FeatpatchError: if it is unknown.
+    """
+    check_choices(METHODS, method=method)
+    return method
+
+
+def check_gradient(measure: Measure, method: str, directions: Sequence[Direction]) -> tuple[Direction, ...]:
+    """Return directions after checking them.
+
+    Raises:
+        FeatpatchError: if a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which is
+            zero.
+    """
+    ways = check_directions(directions)
+    if "noising" in ways and measure.needs == "clean" and method in ("atp", "grad_drop"):
+        raise FeatpatchError(
+            f"metric {measure.name!r} with method={method!r} and directions={list(ways)}: expected a gradient that is not "
+            "zero, but this metric's is zero at the clean run, where noising needs it; use directions=['denoising'], "
+            "method='exact', or, for features and components, method='ig' or 'eap_ig_inputs'"
+        )
+    return ways
+
+
 class Gradients:
     """Activations and gradients of both runs of every pair, computed when they are first needed, and kept.
 
@@ -174,13 +216,13 @@ class Gradients:
     Args:
         model: a TransformerBridge or a HookedTransformer.
         pairs: clean and corrupted prompts with their answers.
-        metric: a differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which `"atp"` and `"grad_drop"`
+        metric: one differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which `"atp"` and `"grad_drop"`
             use for noising: with these methods use it only for denoising, or choose `"ig"` or `"eap_ig_inputs"`.
         method: `"atp"`: attribution patching, a forward and a backward pass per run. `"ig"`: integrated gradients at each hook
             point, with `steps` forward and backward passes per hook point. `"eap_ig_inputs"`: gradients averaged along the line
             between the prompts' embeddings, with `steps` passes for all hook points. `"grad_drop"`: one pass per layer of the
             model; the estimates have no sign (`metadata["unsigned"]`).
-        steps: the number of points of the midpoint rule, for `"ig"` and `"eap_ig_inputs"`.
+        steps: the number of points of the midpoint rule, only for `"ig"` and `"eap_ig_inputs"`; 10 by default.
         qk_fix: whether estimates of queries and keys compute their effect on the head's output exactly, in a pass of their
             layer alone (one for all queries of a prompt, one for the keys of each requested position). With
             `method="grad_drop"` this is AtP* (Kramar et al. 2024, arXiv 2403.00745).
@@ -202,19 +244,21 @@ class Gradients:
         model: Any,
         pairs: Pairs,
         *,
-        metric: str | Metric = "logit_diff",
+        metric: str | Metric | Sequence[str | Metric] = "logit_diff",
         method: str = "atp",
-        steps: int = 10,
+        steps: int | None = None,
         qk_fix: bool = True,
         keep: bool = True,
     ) -> None:
-        if not isinstance(metric, str) and not callable(metric):
-            raise FeatpatchError(f"metric={metric!r}: expected one name or one function; estimate with one metric at a time")
+        self.measure, self.method = differentiable(metric), check_method(method)
+        if steps is not None and method not in STEPPED:
+            raise FeatpatchError(
+                f"steps={steps!r} with method={method!r}: expected steps only with method={' or '.join(map(repr, STEPPED))}; "
+                "leave steps out"
+            )
+        self.steps = STEPS if steps is None else steps
+        check_numbers(1, steps=self.steps)
         self.pairs = check_pairs(pairs)
-        self.measure, self.method, self.steps = find(metric, WITHOUT_GRADIENT, USE), method, steps
-        check_numbers(1, steps=steps)
-        if method not in METHODS:
-            raise FeatpatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
         for index, pair in enumerate(pairs):
             if not pair.correct and self.measure.needs != "clean":
                 raise FeatpatchError(
@@ -228,6 +272,7 @@ class Gradients:
                 "method='atp'"
             )
         check_tokens(pairs, self.lens)
+        check_kinds(bool, qk_fix=qk_fix, keep=keep)
         self.qk_fix = qk_fix
         self._keep, self._state = keep, None  # type: bool, object
         self._kept: dict[tuple[int, ...], _Batch] = {}
@@ -242,14 +287,7 @@ class Gradients:
             FeatpatchError: if a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which
                 is zero.
         """
-        ways = check_directions(directions)
-        if "noising" in ways and self.measure.needs == "clean" and self.method in ("atp", "grad_drop"):
-            raise FeatpatchError(
-                f"metric {self.measure.name!r} with method={self.method!r} and directions={list(ways)}: expected a gradient "
-                "that is not zero, but this metric's is zero at the clean run, where noising needs it; use "
-                "directions=['denoising'], method='exact', or, for features and components, method='ig' or 'eap_ig_inputs'"
-            )
-        return ways
+        return check_gradient(self.measure, self.method, directions)
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
         """Yield each pair with its activations at `reads` and `sites` and its gradients at `sites`, grouped by length."""

@@ -10,7 +10,7 @@ product with a change of that activation is the change of the metric. They deriv
 head for a head, and from (d_j . g) for a feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from featpatch import sites
 from featpatch.attribution.components import ComponentEstimator
-from featpatch.attribution.estimates import Estimator, collected
+from featpatch.attribution.estimates import Estimates, Estimator, collected
 from featpatch.attribution.features import FeatureEstimator
 from featpatch.attribution.gradients import Gradients, PairGradients
 from featpatch.effects.statistics import check_gap
@@ -28,7 +28,7 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
-from featpatch.nodes import LOGITS, Direction, Edge, Node
+from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
@@ -131,6 +131,7 @@ def estimate_paths(
         )
     lens.check_unhooked()
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
+    check_senders(sending)
     receiving = [Receiving.of(lens, node, found) for node in ends]
     if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
         raise FeatpatchError(
@@ -152,17 +153,9 @@ def estimate_paths(
             changes[index] = {}
             for way in ways:
                 pulled = _Pulled(lens, of_pair, way, receiving, route).at([site for each in estimators for site in each.sites])
-                of_receivers = replace(of_pair, gradients={way: pulled})
-                changes[index][way] = {}
-                for estimator in estimators:
-                    estimate = estimator.estimates(of_receivers, way, wanted[index])
-                    for sender, column in zip(estimate.nodes, estimate.changes.unbind(1), strict=True):
-                        if sender in wanted_senders:
-                            changes[index][way].update(
-                                (Edge.of(sender, receiver.node), float(value))
-                                for receiver, value in zip(receiving, column, strict=True)
-                                if sites.reaches(sender.site, receiver.reads) and sender != receiver.node
-                            )
+                through = replace(of_pair, gradients={way: pulled})
+                found_by = [each.estimates(through, way, wanted[index]) for each in estimators]
+                changes[index][way] = _by_edge(found_by, wanted_senders, receiving)
             bar.update()
     check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
     metadata = {
@@ -170,6 +163,18 @@ def estimate_paths(
         "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
     return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)
+
+
+def _by_edge(found: Sequence[Estimates], senders: Collection[Node], receiving: Sequence[Receiving]) -> dict[Node, float]:
+    """Return the estimated change of each path from a sender to a receiver downstream, one variant per receiver."""
+    return {
+        Edge.of(sender, receiver.node): float(value)
+        for estimates in found
+        for sender, column in zip(estimates.nodes, estimates.changes.unbind(1), strict=True)
+        if sender in senders
+        for receiver, value in zip(receiving, column, strict=True)
+        if sites.reaches(sender.site, receiver.reads) and sender != receiver.node
+    }
 
 
 def _estimators(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Estimator]:

@@ -14,7 +14,7 @@ from featpatch.circuits.graph import Graph
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, is_number
 from featpatch.nodes import Node
 from featpatch.page.page import write
 from featpatch.pairs.pairs import Pairs
@@ -154,7 +154,7 @@ class Circuit:
         """
         check_numbers(1, subsets=subsets)
         check_numbers(0, seed=seed)
-        if type(share) not in (int, float) or not 0 <= share <= 1:
+        if not is_number(share) or not 0 <= share <= 1:
             raise FeatpatchError(f"share={share!r}: expected a probability, 0 to 1")
         draws = np.random.default_rng(seed).random((subsets, len(self.items))) < share
         removed = [{item for item, out in zip(self.items, draw, strict=True) if out} for draw in draws]

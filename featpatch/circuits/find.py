@@ -13,7 +13,7 @@ from featpatch.circuits.graph import Complement, Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
 from featpatch.metrics import Metric
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
@@ -25,6 +25,12 @@ from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_an
 
 Method = Literal["threshold", "greedy", "acdc"]
 """The name of a search method; see `find_circuit`."""
+
+THRESHOLD = 0.01
+"""The default threshold, a share of the behaviour."""
+
+TARGET = 0.9
+"""The default faithfulness at which a greedy search stops."""
 
 ROUNDING = 1e-6
 """The tolerance with which a target counts as reached."""
@@ -42,15 +48,15 @@ def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
     return result
 
 
-def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float | None, size: int | None) -> list[Node]:
+def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float, size: int | None) -> list[Node]:
     """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
     order = np.argsort(-np.abs(scores), kind="stable")
-    count = size if size is not None else int((np.abs(scores) >= (threshold or 0.0)).sum())
+    count = size if size is not None else int((np.abs(scores) >= threshold).sum())
     return [graph.items[number] for number in order[:count]]
 
 
 def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> list[Node]:
-    """Add items, starting from none, that bring faithfulness closest to 1, until the target is reached; return them in order.
+    """Add items, starting from none, that bring faithfulness closest to 1, until the target or size is reached.
 
     If no single item helps, for example because two are needed together, the item that does least harm is added. Every step
     runs each of the remaining items.
@@ -58,7 +64,7 @@ def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = 
     chosen: list[Node] = []
     rest = list(graph.items)
     now = 0.0
-    while rest and now < target - ROUNDING and (size is None or len(chosen) < size):
+    while rest and (now < target - ROUNDING if size is None else len(chosen) < size):
         found = graph.faithfulness(graph.values([[*chosen, item] for item in rest], progress=progress))
         best = int(np.argmin(np.abs(1 - found)))
         now = float(found[best])
@@ -108,27 +114,62 @@ def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: boo
     return stays
 
 
-def check_search(method: str, over: str, scores: str, threshold: float | None, size: int | None, target: float) -> None:
-    """Check that the options of a search are valid and fit together.
+def check_search(
+    method: str, over: str, scores: str | None, threshold: float | None, size: int | None, target: float | None
+) -> None:
+    """Check that the options of a search are valid, and that the search uses each option that is given.
 
     Raises:
-        FeatpatchError: if they are not.
+        FeatpatchError: if not.
     """
-    if method not in get_args(Method):
-        raise FeatpatchError(f"method={method!r}: expected one of {', '.join(get_args(Method))}")
-    if threshold is not None and (type(threshold) not in (int, float) or not threshold > 0):
+    check_choices(get_args(Method), method=method)
+    check_choices(("exact", "estimate"), scores="exact" if scores is None else scores)
+    if threshold is not None and (not is_number(threshold) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
     check_numbers(1, size=1 if size is None else size)
-    if type(target) not in (int, float) or not 0 < target <= 1:
+    if target is not None and (not is_number(target) or not 0 < target <= 1):
         raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
-    if size is not None and (method == "acdc" or threshold is not None):
+    used = {"threshold": ["threshold", "size"], "greedy": ["target", "size"], "acdc": ["threshold"]}[method]
+    stops = {name: value for name, value in (("threshold", threshold), ("size", size), ("target", target)) if value is not None}
+    said = f"{', '.join(f'{name}={value}' for name, value in stops.items())} with method={method!r}"
+    if not stops.keys() <= set(used) or len(stops) > 1:
+        raise FeatpatchError(f"{said}: expected {' or '.join(used)}{', not both' * (len(used) > 1)}; leave out what is unused")
+    if scores is not None and (method == "acdc" or (method == "greedy" and over == "nodes")):
         raise FeatpatchError(
-            f"size={size} with method={method!r}, threshold={threshold}: expected a size or a threshold, not both"
+            f"scores={scores!r} with over={over!r} and method={method!r}: expected no scores, because this search ablates "
+            "items step by step; leave scores out"
         )
-    if scores == "estimate" and (over == "nodes" or method == "acdc"):
+    if scores == "estimate" and over == "nodes":
         raise FeatpatchError(
-            f"scores='estimate' with over={over!r} and method={method!r}: expected over='edges' and method='threshold' or "
-            "'greedy'; to estimate nodes, call rank_features or rank_components with method='atp'"
+            "scores='estimate' with over='nodes': expected over='edges'; to estimate nodes, call rank_features or "
+            "rank_components with method='atp'"
+        )
+
+
+def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> None:
+    """Check that the arguments that determine the candidates fit together.
+
+    Raises:
+        FeatpatchError: if not.
+    """
+    check_choices(("nodes", "edges"), over=over)
+    check_choices(get_args(Errors), errors="in" if errors is None else errors)
+    if nodes is None and (over == "nodes" or saes is not None):
+        raise FeatpatchError(
+            f"{'saes' if over == 'edges' else 'over=' + repr(over)} without nodes: expected candidates, such as "
+            "nodes=effects.top(50), or, for the edges between heads and MLPs, neither nodes nor saes"
+        )
+    if errors is not None and saes is None:
+        raise FeatpatchError(f"errors={errors!r} without saes: expected SAEs, to which error terms belong; leave errors out")
+    if over == "edges" and nodes is not None and saes is None:
+        raise FeatpatchError(
+            "over='edges' with nodes, but without saes: expected the SAEs of the features among the nodes; pass saes too, or "
+            "leave nodes out"
+        )
+    if over == "edges" and errors == "out":
+        raise FeatpatchError(
+            "over='edges' with errors='out': expected errors='in' (error terms belong to the complement) or errors='nodes' "
+            "(they are candidates)"
         )
 
 
@@ -140,13 +181,13 @@ def find_circuit(
     over: Literal["nodes", "edges"] | None = None,
     nodes: Effects | Sequence[Node] | None = None,
     method: Method = "threshold",
-    scores: Literal["exact", "estimate"] = "exact",
+    scores: Literal["exact", "estimate"] | None = None,
     threshold: float | None = None,
     size: int | None = None,
-    target: float = 0.9,
+    target: float | None = None,
     to: Complement = "corrupted",
-    errors: Errors = "in",
-    metric: str | Metric = "logit_diff",
+    errors: Errors | None = None,
+    metric: str | Metric | Sequence[str | Metric] = "logit_diff",
     progress: bool = True,
 ) -> Circuit:
     """Find the part of the model that produces the behaviour by itself in the clean runs, with its complement ablated.
@@ -165,15 +206,16 @@ def find_circuit(
             node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
             al. 2023).
-        scores: `"exact"`: an item's score is the loss of faithfulness with only that item ablated. `"estimate"` (only for
-            edges): the score is an estimate of that loss by gradient (edge attribution patching).
-        threshold: a share of the behaviour; 0.01 by default.
-        size: the number of items to keep, instead of `threshold` or `target`.
-        target: the faithfulness at which `"greedy"` stops.
+        scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"` (the default): an item's score is the loss of
+            faithfulness with only that item ablated. `"estimate"` (only for edges): the score is an estimate of that loss by
+            gradient (edge attribution patching).
+        threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
+        size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
+        target: the faithfulness at which `"greedy"` stops; 0.9 by default.
         to: the ablation values of the complement: `"corrupted"`, `"mean"` or `"resample"` (the latter two from the clean runs
             of equally long pairs).
-        errors: error terms are all kept (`"in"`), all ablated (`"out"`), or candidates like other nodes (`"nodes"`). For edges
-            `"in"` means that errors are a part of the rest.
+        errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
+            other nodes (`"nodes"`). For edges `"in"` means that errors are a part of the rest.
         metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
             model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
             complement is ablated at their tokens too.
@@ -192,20 +234,14 @@ def find_circuit(
     """
     check_pairs(pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
-    for name, value, known in (("over", over, ("nodes", "edges")), ("scores", scores, ("exact", "estimate")),
-                               ("errors", errors, get_args(Errors))):  # fmt: skip
-        if value not in known:
-            raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    check_candidates(over, nodes, saes, errors)
     check_search(method, over, scores, threshold, size, target)
-    if over == "edges" and errors == "out":
-        raise FeatpatchError(
-            "over='edges' with errors='out': expected errors='in' (error terms belong to the complement) or errors='nodes' "
-            "(they are candidates)"
-        )
-    if over == "edges" and (nodes is None) != (saes is None):
-        raise FeatpatchError("over='edges' with only one of nodes and saes: expected both (edges of features) or neither")
-    if over == "nodes" and nodes is None:
-        raise FeatpatchError("over='nodes' without nodes: expected candidates, e.g. nodes=effects.top(50), or over='edges'")
+    given: dict[str, Any] = {
+        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
+        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
+    }  # fmt: skip
+    scores, errors = scores or "exact", errors or "in"
+    threshold, target = (float(THRESHOLD if threshold is None else threshold), float(TARGET if target is None else target))
     lens, read = wrap(model), readout(metric, single=True)
     graph: Graph
     found = dictionaries_if_any(lens, saes)
@@ -222,22 +258,18 @@ def find_circuit(
     if method == "threshold" or (method == "greedy" and over == "edges"):
         ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
     if method == "threshold":
-        items = by_threshold(graph, ranked, threshold or 0.01, size)
+        items = by_threshold(graph, ranked, threshold, size)
     elif method == "greedy" and over == "edges":
         items = along_edges(graph, ranked, target, size)
     elif method == "greedy":
         items = greedily(graph, target, size, progress=progress)
     else:
-        items = acdc(graph, threshold or 0.01, graph.items[::-1], progress=progress)
-    options: dict[str, Any] = {
-        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
-        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
-    }  # fmt: skip
+        items = acdc(graph, threshold, graph.items[::-1], progress=progress)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold or 0.01, "size": size, "target": target, **provenance(lens, pairs),
+        "threshold": threshold, "size": None if size is None else int(size), "target": target, **provenance(lens, pairs),
     }  # fmt: skip
-    return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **options))
+    return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **given))
 
 
 def _estimated(graph: Graph) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.effects.statistics import check_gap
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.lens import Lens
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
@@ -38,8 +38,7 @@ def check_complement(to: str, pairs: Pairs) -> None:
     Raises:
         FeatpatchError: if the source is unknown, or needs other pairs of the same length and there are none.
     """
-    if to not in get_args(Complement):
-        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(get_args(Complement))}")
+    check_choices(get_args(Complement), to=to)
     alone = [group for group in pairs.by_length().values() if len(group) < 2]
     if to != "corrupted" and alone:
         raise FeatpatchError(

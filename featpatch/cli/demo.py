@@ -21,7 +21,9 @@ def demo(
     ] = "ioi",
     pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 32,
     seed: Annotated[int, typer.Option(help="Random seed for drawing the pairs.")] = 0,
-    positions: of.Positions = "",
+    positions: Annotated[
+        str, typer.Option(help="As for rank; by default all labels at which the activations of the two prompts can differ.")
+    ] = "",
     top: of.Top = 12,
     out: of.Out = FOLDER,
     as_json: of.Json = False,

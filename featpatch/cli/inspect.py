@@ -43,6 +43,7 @@ def check(
             check_writable(out)
         from featpatch.reporting.terminal import by_pair, checked, totals
 
+        of.checked(pairs, "all", "both", [metric])
         loaded, saes = fp.load(model, sae, device=device, check=False, progress=not as_json)
         drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
         found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
@@ -96,7 +97,7 @@ def verify(
 
 @app.command()
 def info(
-    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank.")],
+    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")],
     top: of.Top = 5,
     by: of.By = None,
     threshold: of.Threshold = None,
@@ -120,7 +121,7 @@ def info(
         screen.print(repr(shown.rows(table)), highlight=False)
 
 
-File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank.")]
+File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 
 
 @app.command()
@@ -149,7 +150,7 @@ def report(
 
 @app.command()
 def compare(
-    features: File,
+    features: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank or demo.")],
     components: Annotated[Path, typer.Argument(help="The effects.safetensors file written by components.")],
     as_json: of.Json = False,
 ) -> None:

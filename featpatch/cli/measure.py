@@ -73,16 +73,15 @@ def rank(
                 f"{', '.join(f'--{name}' for name in given)} without --screen: expected --screen too; add it, or leave "
                 f"{'it' if len(given) == 1 else 'them'} out"
             )
+        screening = fp.Screen(**given) if screen else None
+        of.check_methods(method, screening, metric, direction, {"screen": screening, "journal": journal, "executor": elsewhere})
         out_to = console(json=as_json)
         out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
         work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
-        screening = fp.Screen(**given) if screen else None
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
         results.check_same(
             work, kind=kind, screening={name: getattr(screening, name) for name in options} if screening else None
         )
-        if method != "exact" and len(metric) == 1:
-            work["metric"] = metric[0]
         effects = fp.rank_features(
             **work, method=method, screen=screening, journal=journal, executor=elsewhere, progress=not as_json
         )
@@ -118,10 +117,10 @@ def components(
         results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
-        screen = console(json=as_json)
+        screen, chosen = console(json=as_json), of.components(sites, positions)
         work = of.alone(model, [], pairs, positions, direction, metric, device, progress=not as_json)
         del work["saes"]
-        work["sites"] = [name for name in sites.split(",") if name]
+        work["sites"] = chosen
         results.check_same(work, kind="components")
         effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=not as_json)
         show(screen, effects, shown, results, work, as_json=as_json)
@@ -140,7 +139,9 @@ def stream(
     top: of.Top = 20,
     by: of.By = None,
     threshold: of.Threshold = None,
-    out: of.Out = Path("featpatch-stream"),
+    out: Annotated[Path, typer.Option(help="Folder for about.json and the Parquet files of effects and pairs.")] = Path(
+        "featpatch-stream"
+    ),
     executor: of.Executor = "serial",
     address: of.Address = None,
     workers: of.Workers = None,
@@ -158,15 +159,14 @@ def stream(
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
+        asked = of.checked(pairs, positions, direction, metric)
         loaded = fp.load(model, sae, device=device, check=False, progress=not as_json)
         stored = fp.stream_features(
             loaded.model,
             loaded.saes,
             fp.Pairs.blocks_from_jsonl(loaded.model, pairs, size=block, long_answers=of.of_sequences(metric)),
             claimed.folder,
-            positions=of.spans(positions),
-            directions=of.ways(direction),
-            metric=metric,
+            **asked,
             executor=elsewhere,
             progress=not as_json,
         )
@@ -203,8 +203,10 @@ def plan(
     with clear_errors():
         from featpatch.reporting.terminal import planned
 
+        asked = None if sites is None else of.components(sites, positions)
+        if sites is not None and sae:
+            raise fp.FeatpatchError("--sites with --sae: expected --sites for components or --sae for features; leave one out")
         work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=not as_json)
-        asked = None if sites is None else [name for name in sites.split(",") if name]
         found = fp.plan(**{**work, "saes": work["saes"] or None}, sites=asked)
         _show(found, planned(found), as_json=as_json)
 

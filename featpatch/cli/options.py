@@ -11,6 +11,7 @@ import typer
 import featpatch as fp
 from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
+from featpatch.files import as_path
 
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 By = Annotated[
@@ -23,8 +24,8 @@ By = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="For quadrants: the fraction of the whole activation's effect above which an effect counts; by default the saved "
-        "threshold, or 0.01."
+        help="For quadrants: the fraction of the whole activation's effect above which an effect counts; by default the "
+        "threshold saved with the table, otherwise 0.01."
     ),
 ]
 Top = Annotated[int, typer.Option(min=1, help="How many features or components to show.")]
@@ -55,7 +56,11 @@ Directions = Annotated[
 ]
 MetricNames = Annotated[
     list[str],
-    typer.Option("--metric", help="Metric to measure. Repeatable; all metrics are computed from the same patched runs."),
+    typer.Option(
+        "--metric",
+        help="Metric to measure: logit_diff, prob_diff, prob, log_prob, neg_kl, neg_rank, accuracy or, for answers of several "
+        "tokens, sequence_log_prob, sequence_log_prob_diff. Repeatable; all are computed from the same patched runs.",
+    ),
 ]
 DIGITS = 19
 """From this many digits a number can't be a position, and Python may refuse to convert it."""
@@ -66,7 +71,7 @@ Method = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to run on, e.g. cpu or cuda.")]
 JournalFile = Annotated[
-    Path | None, typer.Option(help="File that stores finished batches, so that an interrupted sweep can resume.")
+    Path | None, typer.Option(help="File that stores finished batches, from which an interrupted sweep resumes.")
 ]
 Executor = Annotated[str, typer.Option(help="Where forward passes run: serial (this process) or ray (Ray workers).")]
 Address = Annotated[
@@ -148,15 +153,44 @@ def alone(
     model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str, *, progress: bool
 ) -> dict[str, Any]:
     """Return the same arguments as `study` without checking the SAEs, of which there may be none."""
+    asked = checked(pairs, positions, direction, metric)
     loaded = fp.load(model, sae, device=device, check=False, progress=progress)
-    return {
-        "model": loaded.model,
-        "saes": loaded.saes,
-        "pairs": fp.Pairs.from_jsonl(loaded.model, pairs, long_answers=of_sequences(metric)),
-        "positions": spans(positions),
-        "directions": ways(direction),
-        "metric": metric,
-    }
+    drawn = fp.Pairs.from_jsonl(loaded.model, pairs, long_answers=of_sequences(metric))
+    return {"model": loaded.model, "saes": loaded.saes, "pairs": drawn, **asked}
+
+
+def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> dict[str, Any]:
+    """Return the arguments that need no model, after checking them and that the file of pairs exists.
+
+    Raises:
+        FeatpatchError: there is no such file, or an option is unusable.
+    """
+    from featpatch.patching.readings import readout
+
+    if not as_path(pairs).exists():
+        raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
+    readout(metric)
+    return {"positions": spans(positions), "directions": ways(direction), "metric": metric}
+
+
+def components(sites: str, positions: str) -> list[str]:
+    """Parse the option for components."""
+    from featpatch.sites import check_components
+
+    return check_components([name for name in sites.split(",") if name], spans(positions))
+
+
+def check_methods(method: str, screen: "fp.Screen | None", metric: list[str], direction: str, options: dict[str, Any]) -> None:
+    """Check the method of estimation, or that of a screen, with the options that it is used with.
+
+    Raises:
+        FeatpatchError: they do not fit together.
+    """
+    from featpatch.ranking.rank import check_estimation
+
+    check_estimation(method, metric, ways(direction), options)
+    if screen is not None:
+        check_estimation(screen.method, metric[:1], ways(direction), {})
 
 
 def ways(direction: str) -> Any:

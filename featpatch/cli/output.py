@@ -152,7 +152,7 @@ def _write(
             try:
                 effects.save(Path(made) / EFFECTS)
                 write_csv(Path(made) / CSV, effects.to_pandas())
-                fp.report(effects, Path(made) / REPORT, top=top, **known)
+                fp.report(effects, Path(made) / REPORT, top=top if "saes" in known else None, **known)
             finally:
                 for name in FILES:
                     if (Path(made) / name).exists():

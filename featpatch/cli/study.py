@@ -24,7 +24,7 @@ def run(
 ) -> None:
     """Run a command with options from a file: lists give repeated options, `arguments` gives positional arguments.
 
-    Paths are as on the command line.
+    Relative paths start from the current folder, as on the command line.
 
     Example: featpatch run study.toml
     """

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, is_integer, is_number
 
 Array = NDArray[np.float64]
 
@@ -53,7 +53,14 @@ class Audit:
     share: float
     size: float
 
+    @property
+    def complete(self) -> bool:
+        """Whether all candidates were run, so that nothing can be missed and no confidence is needed."""
+        return self.screened + self.sampled == self.candidates
+
     def __repr__(self) -> str:
+        if self.complete:
+            return f"All {self.candidates} candidates were patched: none was missed, and the top {self.top} are exact"
         rest = self.candidates - self.screened
         size = f"at most {self.share:.0%} of the other {rest} have an |effect| above {self.size:.3g}"
         if not np.isfinite(self.size):
@@ -80,8 +87,8 @@ def audited(
     Raises:
         FeatpatchError: `top` exceeds the number of screened features, or `confidence` or `share` is not between 0 and 1.
     """
-    shares = all(isinstance(value, float) and 0 < value < 1 for value in (confidence, share))
-    if type(top) is not int or not 1 <= top <= len(screened) or not shares:
+    shares = all(is_number(value) and 0 < value < 1 for value in (confidence, share))
+    if not is_integer(top) or not 1 <= top <= len(screened) or not shares:
         raise FeatpatchError(
             f"top={top!r}, confidence={confidence!r}, share={share!r}: expected top from 1 to {len(screened)}, the number of "
             "screened features, and confidence and share between 0 and 1"

@@ -44,7 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import DegenerateDataWarning, bootstrap, false_discovery_control, norm, t
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, is_number
 
 NEAR_ZERO = 1e-3
 """A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""
@@ -241,7 +241,7 @@ def check_threshold(threshold: float) -> None:
     Raises:
         FeatpatchError: it is not a number between 0 and 1.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
+    if not is_number(threshold) or not 0 < threshold < 1:
         raise FeatpatchError(
             f"threshold={threshold!r}: expected a number between 0 and 1, the fraction of the whole activation's effect above "
             f"which an effect counts, e.g. {THRESHOLD}"

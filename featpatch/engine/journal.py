@@ -109,7 +109,7 @@ class Journal(Book):
         """
         if os.path.isdir(path):
             raise FeatpatchError(f"the journal {str(path)!r} is a folder: expected the path of a file")
-        header = json.loads(json.dumps({"format": FORMAT, **subject, "baselines": [*map(float, baselines)], "rows": rows}))
+        header = json.loads(json.dumps({"format": FORMAT, **subject, "baselines": [*map(float, baselines)], "rows": int(rows)}))
         if not os.path.exists(path):
             check_writable(path)
             with _writing(path):
@@ -121,7 +121,7 @@ class Journal(Book):
             _check_torn(path, content, header)
             with _writing(path):
                 path.write_bytes(b"")
-            journal = cls(rows, {}, path, header, held)
+            journal = cls(int(rows), {}, path, header, held)
             journal._append(header)
             return journal
         for line in (lines[0], *(line for line in lines[1:] if "format" in line)):

@@ -41,13 +41,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import torch
 
 from featpatch.engine.executor import Batch, Executor, Finished, Shards
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, is_number
 
 DEATHS = 3
 """Number of workers that may die at the same task before the sweep gives up."""
@@ -86,7 +86,7 @@ class Ray(Executor):
             raise FeatpatchError(f"address={self.address!r}: expected the address of a cluster, such as 'auto', or None")
         for name in ("cpus", "gpus"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            if not is_number(value) or not 0 <= value < inf:
                 raise FeatpatchError(f"{name}={value!r}: expected a number for each worker, 0 or more")
 
     def run(self, make: Callable[[], Shards], shards: int, book: Finished, done: Callable[[int], object]) -> None:
@@ -374,7 +374,7 @@ def executor_of(executor: Any) -> Executor | None:
     Raises:
         FeatpatchError: `executor` is anything else.
     """
-    if executor is None or executor == "serial":
+    if executor is None or (isinstance(executor, str) and executor == "serial"):
         return None
     made = EXECUTORS[executor]() if isinstance(executor, str) and executor in EXECUTORS else executor
     if not isinstance(made, Executor):

@@ -145,7 +145,7 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
                 if make(tokenizer, **checked(fields)) == pair:
                     return fields
         except FeatpatchError:
-            pass
+            pass  # texts that give no pair, or not this one, are no error: the token ids below always do
     fields = {"clean": pair.clean, "corrupted": pair.corrupted, "labels": dict(pair.labels), "special": sorted(pair.special)}
     sides = {name: getattr(pair, f"{name}_sequences" if pair.correct_sequences else name) for name in ("correct", "wrong")}
     return {**fields, **sides, "tags": dict(pair.tags), "answer_position": pair.answer_position}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds
+from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds, is_integer
 from featpatch.nodes import Position
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
 from featpatch.untrusted import visible
@@ -67,7 +67,7 @@ class Pair:
                 _check_tokens(name, answer)
         check_kinds(Mapping, labels=self.labels, tags=self.tags)
         check_kinds(Set, special=self.special)
-        if type(self.answer_position) is not int:
+        if not is_integer(self.answer_position):
             raise FeatpatchError(f"answer_position={self.answer_position!r}: expected an integer, a position of the prompt")
         n = len(self.clean)
         if n == 0:
@@ -83,7 +83,7 @@ class Pair:
             raise FeatpatchError(
                 f"answer_position {self.answer_position} is outside a prompt of {n} tokens: expected 0 to {n - 1}"
             )
-        object.__setattr__(self, "answer_position", self.answer_position % n)
+        object.__setattr__(self, "answer_position", int(self.answer_position) % n)
         if self.correct_sequences and self.answer_position != n - 1:
             raise FeatpatchError(
                 f"answer_position is {self.answer_position} and the answers have several tokens: expected the last position, "

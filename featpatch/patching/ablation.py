@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import isfinite
-from numbers import Real
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ import torch
 
 from featpatch import sites
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, is_integer, is_number
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
@@ -202,12 +201,10 @@ class Resampled(AblationValues):
     """The values in another prompt of the same length, drawn for each pair, as ablation values.
 
     Raises:
-        FeatpatchError: if the seed is not an integer, or there is no other prompt of a pair's length.
+        FeatpatchError: if there is no other prompt of a pair's length.
     """
 
     def __init__(self, others: Others) -> None:
-        if not isinstance(others.seed, int):
-            raise FeatpatchError(f"seed={others.seed!r}: expected an integer, so that the draws can be repeated")
         self.others, self.noted = others, {"reference": others.digest(), "seed": others.seed}
         self.partners = [self._partner(index, pair.clean) for index, pair in enumerate(others.pairs)]
 
@@ -254,7 +251,7 @@ def ablate(
     layers: Sequence[int] | None = None,
     to: To = "mean",
     reference: Pairs | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     positions: Positions = "all",
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
@@ -280,8 +277,8 @@ def ablate(
             except special tokens; `"mean_by_position"`: the mean at each token index, over `reference` prompts of the same
             length; `"resample"`: the values in another `reference` prompt of the same length, drawn for each pair (it may be
             the pair's own corrupted prompt). State that an SAE needs to decode (norms, skip paths) is kept from the base run.
-        reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default.
-        seed: the seed for resampling.
+        reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default. Not for a number.
+        seed: the seed for resampling; 0 by default.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Returns:
@@ -321,7 +318,7 @@ def ablate(
         about,
         pairs,
         Options(positions, ["noising"], metric, batch_rows),
-        _contrast(lens, pairs, pairs if reference is None else reference, to, seed),
+        _contrast(lens, pairs, reference, to, seed),
     )
     return study.run(journal, progress=progress, executor=executor)
 
@@ -344,10 +341,20 @@ class Ablation(Contrast):
         return {"ablation": {"to": self.to, **self.ablation_values.noted}}
 
 
-def _contrast(lens: Lens, pairs: Pairs, reference: Pairs, to: To, seed: int) -> Ablation:
-    if isinstance(to, Real) and not isinstance(to, bool) and isfinite(to):
-        return Ablation(Constant(float(to)), float(to))
-    if not isinstance(to, str) or to not in ABLATION_VALUES:
+def _contrast(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
+    number = is_number(to) and isfinite(to)
+    if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
-    prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in reference for ids in (pair.clean, pair.corrupted)))
-    return Ablation(ABLATION_VALUES[to](Others(lens, pairs, prompts, seed)), to)
+    if reference is not None and (number or to == "zero"):
+        raise FeatpatchError(f"to={to!r} with reference: expected no prompts, because a constant needs none; leave it out")
+    if seed is not None and to != "resample":
+        raise FeatpatchError(
+            f"to={to!r} with seed={seed!r}: expected a seed only with to='resample', which draws; leave it out"
+        )
+    if seed is not None and not is_integer(seed):
+        raise FeatpatchError(f"seed={seed!r}: expected an integer, so that the draws can be repeated")
+    if number:
+        return Ablation(Constant(float(to)), float(to))
+    of = pairs if reference is None else reference
+    prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in of for ids in (pair.clean, pair.corrupted)))
+    return Ablation(ABLATION_VALUES[str(to)](Others(lens, pairs, prompts, int(seed or 0))), to)

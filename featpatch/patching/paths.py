@@ -14,7 +14,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.metrics import SEQUENCES
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Edge, Node
+from featpatch.nodes import Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Swap
@@ -134,6 +134,7 @@ def path_study(
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)
     sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
+    check_senders(sending)
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver_of(lens, node, found) for node in receiving], route, only)
     if not any(part.edges.values()):
         raise FeatpatchError(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError, each
-from featpatch.metrics import SEQUENCES, Measures, Metric, together
+from featpatch.metrics import SEQUENCES, Measures, Metric, one_metric, together
 from featpatch.model.lens import Lens
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Pair
@@ -164,11 +164,10 @@ def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *
     Raises:
         FeatpatchError: if a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
     """
-    if single and not isinstance(metric, str) and not callable(metric):
-        raise FeatpatchError(f"metric={metric!r}: expected one name or one function")
+    metric = one_metric(metric) if single else metric
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
-    if not all(isinstance(name, str) or callable(name) for name in names):
-        raise FeatpatchError(f"metric={metric!r}: expected names of metrics or functions")
+    if not names or not all(isinstance(name, str) or callable(name) for name in names):
+        raise FeatpatchError(f"metric={metric!r}: expected at least one metric, each the name of a metric or a function")
     whole = [name for name in names if name in SEQUENCES and name not in refused]
     if not whole:
         return AtAnswer(together(names, refused, use))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, is_integer, is_number
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
@@ -111,7 +111,7 @@ def interactions(
     pairs: Pairs,
     *,
     features: Sequence[int] | None = None,
-    top: int = 20,
+    top: int | None = None,
     position: Position = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
@@ -124,7 +124,7 @@ def interactions(
 
     Args:
         features: indices of the features; by default the `top` features with the largest effect alone.
-        top: how many features to take if `features` is not given.
+        top: how many features to take if `features` is not given; 20 by default.
         model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
 
     Returns:
@@ -139,12 +139,14 @@ def interactions(
         >>> table[["one", "other", "recovery", "recovery_interaction"]].shape
         (3, 4)
     """
+    if features is not None and top is not None:
+        raise FeatpatchError(f"top={top!r} with features: expected only one of them; leave top out")
     study, dictionary = single_study(model, sae, pairs, position, Options("all", directions, metric, batch_rows))
     if features is None:
-        features = study.complete(progress=progress).top(top, kind="feature").indices.tolist()
+        features = study.complete(progress=progress).top(20 if top is None else top, kind="feature").indices.tolist()
     check_kinds(Sequence, features=features)
     known = range(dictionary.d_sae)
-    if len(features) < 2 or not all(type(f) is int and f in known for f in features) or len(set(features)) < len(features):
+    if len(features) < 2 or not all(is_integer(f) and f in known for f in features) or len(set(features)) < len(features):
         raise FeatpatchError(
             f"features={list(features)}: expected at least two features from 0 to {len(known) - 1}, each once, that differ "
             "between the runs"
@@ -272,4 +274,4 @@ def select_features(
 
 
 def _fits(target: float, candidates: int, most: int) -> bool:
-    return isinstance(target, (int, float)) and target > 0 and all(isinstance(n, int) and n > 0 for n in (candidates, most))
+    return is_number(target) and target > 0 and all(is_integer(n) and n > 0 for n in (candidates, most))

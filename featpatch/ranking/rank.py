@@ -1,7 +1,7 @@
 """Rank features, components and paths by causal recovery: exactly, or by gradient estimates."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 
 from featpatch.attribution.components import estimate_components
 from featpatch.attribution.features import estimate_features
-from featpatch.attribution.gradients import METHODS, Gradients
+from featpatch.attribution.gradients import METHODS, Gradients, check_gradient, check_method, differentiable
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import find
+from featpatch.metrics import find, one_metric
 from featpatch.nodes import DIRECTIONS, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
@@ -34,6 +34,9 @@ Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"] | Gradients
 BUDGET = 20_000
 """The largest number of paths that are all patched by default; more paths are screened."""
 
+METRIC = "logit_diff"
+"""The default metric."""
+
 MANY = Screen(k=2000, audit=500)
 """The screening of more than `BUDGET` paths."""
 
@@ -45,7 +48,7 @@ def rank_features(
     *,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: Metrics = "logit_diff",
+    metric: Metrics | None = None,
     method: Method = "exact",
     screen: Screen | None = None,
     batch_rows: int | None = None,
@@ -72,7 +75,8 @@ def rank_features(
             tokens.
         directions: `"denoising"`, `"noising"` or both.
         metric: the name of a metric or a function of `(logits, correct, wrong)`, or several, all measured in the same patched
-            runs; the table is for the first, and `effects.metric(name)` is the table for another. For answers of several tokens
+            runs; the table is for the first, and `effects.metric(name)` is the table for another. By default `"logit_diff"` or,
+            with `method=fp.Gradients(...)`, the metric of the gradients. For answers of several tokens
             use `"sequence_log_prob"` or `"sequence_log_prob_diff"`, which are teacher-forced and take one forward pass per
             token.
         method: `"exact"` to run every patch. `"atp"`, `"ig"`, `"eap_ig_inputs"` and `"grad_drop"` estimate the effects from
@@ -113,8 +117,10 @@ def rank_features(
     if not isinstance(screen, Screen | None):
         raise FeatpatchError(f"screen={screen!r}: expected None or an fp.Screen, such as fp.Screen(k=200, audit=100)")
     options = {"screen": screen, "batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
+    estimate = partial(estimate_features, saes=saes, positions=positions, directions=directions, progress=progress)
     if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
-        return estimate_features(gradients, saes, positions, directions, progress=progress)
+        return estimate(gradients)
+    metric = METRIC if metric is None else metric
     asked = Options(positions, directions, metric, batch_rows, noise)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if screen is None:
@@ -123,9 +129,8 @@ def rank_features(
         raise FeatpatchError(
             "screen=... with noise: expected no noise, because estimates need corrupted prompts; leave one of them out"
         )
-    source = Gradients(model, pairs, metric=leading(metric), method=screen.method, keep=False)
-    estimate = estimate_features(source, saes, positions, directions, progress=progress)
-    return screened(screen, estimate, lambda only: feature_study(model, saes, pairs, asked, only)[0], run)
+    estimates = estimate(_screening(screen, model, pairs, metric))
+    return screened(screen, estimates, lambda only: feature_study(model, saes, pairs, asked, only)[0], run)
 
 
 def rank_components(
@@ -136,7 +141,7 @@ def rank_components(
     layers: Sequence[int] | None = None,
     positions: Positions = "all",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: Metrics = "logit_diff",
+    metric: Metrics | None = None,
     method: Method = "exact",
     batch_rows: int | None = None,
     noise: Noise | None = None,
@@ -172,6 +177,7 @@ def rank_components(
     options = {"batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
     if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
         return estimate_components(gradients, sites, layers, positions, directions, progress=progress)
+    metric = METRIC if metric is None else metric
     study = component_study(model, pairs, sites, layers, Options(positions, directions, metric, batch_rows, noise))
     return study.run(journal, progress=progress, executor=executor)
 
@@ -185,7 +191,7 @@ def rank_paths(
     receivers: Nodes,
     route: Route = "direct",
     directions: Sequence[Direction] = DIRECTIONS,
-    metric: Metrics = "logit_diff",
+    metric: Metrics | None = None,
     method: Method = "exact",
     screen: Screen | Literal["auto"] | None = "auto",
     batch_rows: int | None = None,
@@ -229,19 +235,20 @@ def rank_paths(
         >>> len(paths)
         2
     """
-    if not isinstance(screen, Screen | None) and screen != "auto":
+    if not isinstance(screen, Screen | str | None) or (isinstance(screen, str) and screen != "auto"):
         raise FeatpatchError(f"screen={screen!r}: expected 'auto', None or an fp.Screen, such as fp.Screen(k=2000, audit=500)")
-    options = {"screen": None if screen == "auto" else screen, "batch_rows": batch_rows, "journal": journal}
+    options = {"screen": screen if isinstance(screen, Screen) else None, "batch_rows": batch_rows, "journal": journal}
     gradients = _gradients(method, model, pairs, metric, {**options, "executor": executor})
     estimate: Callable[[Gradients], Effects] = partial(
         estimate_paths, saes=saes, senders=senders, receivers=receivers, route=route, directions=directions, progress=progress
     )
     if gradients is not None:
         return estimate(gradients)
+    metric = METRIC if metric is None else metric
     asked = Options(directions=directions, metric=metric, batch_rows=batch_rows)
     study, part = path_study(model, pairs, saes, senders, receivers, route, asked)
     count = sum(map(len, part.edges.values()))
-    chosen = (MANY if count > BUDGET else None) if screen == "auto" else screen
+    chosen = (MANY if count > BUDGET else None) if isinstance(screen, str) else screen
     if progress:
         how = (
             "all are patched"
@@ -257,11 +264,44 @@ def rank_paths(
         edges = frozenset(edge for edge in only if isinstance(edge, Edge))
         return path_study(model, pairs, saes, senders, receivers, route, asked, edges)[0]
 
-    source = Gradients(model, pairs, metric=leading(metric), method=chosen.method, keep=False)
-    return screened(chosen, estimate(source), study_of, run)
+    return screened(chosen, estimate(_screening(chosen, model, pairs, metric)), study_of, run)
 
 
-def _gradients(method: Method, model: Any, pairs: Pairs, metric: Metrics, options: dict[str, Any]) -> Gradients | None:
+def check_estimation(method: str, metric: Metrics, directions: Sequence[Direction], options: Mapping[str, Any]) -> None:
+    """Check what can be checked of a method of estimation before the model is loaded.
+
+    Args:
+        method: the name of the method; `"exact"` passes.
+        metric, directions: as in `rank_features`.
+        options: arguments that only exact runs have, by name; None if they are not given.
+
+    Raises:
+        FeatpatchError: if the method is unknown, the metric has no gradient, or an option of exact runs is given.
+    """
+    if method == "exact":
+        return
+    _check_estimates(method, options)
+    check_gradient(differentiable(metric), check_method(method), directions)
+
+
+def _check_estimates(name: str, options: Mapping[str, Any]) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        them = "it" if len(given) == 1 else "them"
+        raise FeatpatchError(
+            f"an estimate (method={name!r}) with {', '.join(given)}: expected {them} only with method='exact', because "
+            f"estimates run no patches; leave {them} out, or use method='exact'"
+        )
+
+
+def _screening(screen: Screen, model: Any, pairs: Pairs, metric: Metrics) -> Gradients:
+    """Return the gradients from which a screen estimates, of the first metric."""
+    return Gradients(model, pairs, metric=leading(metric), method=screen.method, keep=False)
+
+
+def _gradients(
+    method: Method, model: Any, pairs: Pairs, metric: Metrics | None, options: Mapping[str, Any]
+) -> Gradients | None:
     """Return the gradients of a method of estimation, or None for `"exact"`.
 
     Args:
@@ -273,23 +313,18 @@ def _gradients(method: Method, model: Any, pairs: Pairs, metric: Metrics, option
     """
     if isinstance(method, str) and method == "exact":
         return None
-    if not isinstance(method, Gradients) and method not in METHODS:
-        raise FeatpatchError(f"method={method!r}: expected 'exact', one of {', '.join(METHODS)}, or an fp.Gradients")
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        name, them = getattr(method, "method", method), "it" if len(given) == 1 else "them"
-        raise FeatpatchError(
-            f"an estimate (method={name!r}) with {', '.join(given)}: expected {them} only with method='exact', because "
-            f"estimates run no patches; leave {them} out, or use method='exact'"
-        )
     if not isinstance(method, Gradients):
-        return Gradients(model, pairs, metric=metric, method=method, keep=False)  # type: ignore[arg-type]
+        if not isinstance(method, str) or method not in METHODS:
+            raise FeatpatchError(f"method={method!r}: expected 'exact', one of {', '.join(METHODS)}, or an fp.Gradients")
+        _check_estimates(method, options)
+        return Gradients(model, pairs, metric=METRIC if metric is None else metric, method=method, keep=False)
+    _check_estimates(method.method, options)
     if method.model is not model or method.pairs != pairs:
         raise FeatpatchError(
             "the gradients belong to another model or other pairs: expected those of this model and these pairs; make them "
             "with fp.Gradients(model, pairs, ...)"
         )
-    if metric != "logit_diff" and find(leading(metric)).name != method.measure.name:
+    if metric is not None and find(one_metric(metric)).name != method.measure.name:
         raise FeatpatchError(
             f"metric={metric!r} with gradients of {method.measure.name!r}: expected the same metric; leave metric out"
         )

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from featpatch.attribution.gradients import check_method
 from featpatch.effects.audit import needed, provable, sample_sizes, without_estimates
 from featpatch.effects.collector import concatenated
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, is_number
 from featpatch.nodes import EFFECTS, RANKED, Node
 from featpatch.patching.study import Study
 
@@ -43,7 +44,7 @@ class Screen:
         seed: the seed of the random sample.
 
     Raises:
-        FeatpatchError: if a number is out of range.
+        FeatpatchError: if a number is out of range, or the method is unknown.
 
     Example:
         >>> screen = fp.Screen(k=20, audit=80)
@@ -62,10 +63,14 @@ class Screen:
     def __post_init__(self) -> None:
         check_numbers(1, k=self.k, audit=self.audit, top=1 if self.top is None else self.top)
         check_numbers(0, seed=self.seed)
-        if self.target is not None and not (isinstance(self.target, (int, float)) and 0 < self.target <= 1):
+        check_method(self.method)
+        if self.target is not None and not (is_number(self.target) and 0 < self.target <= 1):
             raise FeatpatchError(
                 f"target={self.target!r}: expected a fraction above 0 and at most 1, or None for a single sample"
             )
+        for name, kind in (("k", int), ("audit", int), ("target", float), ("top", int), ("seed", int)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))  # NumPy's numbers can't be saved as metadata
 
 
 def screened(

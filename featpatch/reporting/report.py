@@ -30,6 +30,9 @@ from featpatch.patching.curves import Curve
 from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, Prompt, page_of
 from featpatch.sae.dictionary import Dictionary, dictionaries
 
+TOP = 20
+"""The default number of features per effect that get feature cards."""
+
 WRITERS = 4
 """The largest number of components that a feature card names as writers of the feature."""
 
@@ -52,7 +55,7 @@ def report(
     curve: Curve | None = None,
     circuit: Circuit | None = None,
     question: str = "",
-    top: int = 20,
+    top: int | None = None,
 ) -> Path:
     """Write a report of effects as one self-contained HTML file: a ranking that can be sorted and searched, and figures.
 
@@ -70,14 +73,14 @@ def report(
         curve: a curve of `fp.top_k_curve`.
         circuit: a circuit of `fp.find_circuit`, shown as a graph whose nodes show their numbers when they are clicked.
         question: the title of the report; by default made of metric and model.
-        top: the number of features per effect that get feature cards.
+        top: the number of features per effect that get feature cards, 20 by default; only with `saes`.
 
     Returns:
         The path.
 
     Raises:
-        FeatpatchError: the pairs or SAEs are not those of the effects, the model has no tokenizer, only one of model and pairs
-            is given, or the path is a folder.
+        FeatpatchError: an argument is of the wrong kind, the pairs or SAEs are not those of the effects, the model has no
+            tokenizer, only one of model and pairs is given, or the path is a folder.
 
     Example:
         >>> path = fp.report(effects, folder / "report.html", components=components)
@@ -88,7 +91,11 @@ def report(
     check_kinds((Effects, NoneType), components=components, estimate=estimate)
     check_kinds((Curve, NoneType), curve=curve)
     check_kinds((Circuit, NoneType), circuit=circuit)
-    check_numbers(1, top=top)
+    check_kinds(str, question=question)
+    check_numbers(1, top=1 if top is None else top)
+    _check_tables(effects, components, estimate)
+    if top is not None and saes is None:
+        raise FeatpatchError(f"top={top} without saes: expected SAEs, whose features get that many cards; leave top out")
     check_writable(path)
     figures: dict[str, Any] = {} if curve is None else {"How many features does it take?": curve.plot()}
     if estimate is not None:
@@ -102,7 +109,36 @@ def report(
             "model and pairs are not both given: expected both, to show prompts and the feature cards of saes, or none of the "
             "three"
         )
-    return write(path, page_of(effects, _with_prompts(material, effects, model, pairs, saes, components, top), components))
+    return write(
+        path,
+        page_of(
+            effects, _with_prompts(material, effects, model, pairs, saes, components, TOP if top is None else top), components
+        ),
+    )
+
+
+def _check_tables(effects: Effects, components: Effects | None, estimate: Effects | None) -> None:
+    """Check that the tables beside the effects are what they are shown as.
+
+    Raises:
+        FeatpatchError: the components are not components, or the estimates not estimates of exact effects.
+    """
+    others = sorted({node.kind for node in ([] if components is None else components.nodes) if node.sae or node.kind == "edge"})
+    if others:
+        raise FeatpatchError(
+            f"components is a table with rows of kind {', '.join(others)}: expected heads, MLPs, neurons or the residual "
+            "stream; pass a table of rank_components"
+        )
+    if estimate is not None and estimate.value != "estimate":
+        raise FeatpatchError(
+            "estimate is a table of exact effects: expected estimates, such as rank_features(..., method='atp'), to compare "
+            "with the exact effects; pass those, or leave estimate out"
+        )
+    if estimate is not None and effects.value != "exact":
+        raise FeatpatchError(
+            "effects is a table of estimates, and estimate=... is given too: expected exact effects, with which estimates are "
+            "compared; pass those as effects, or leave estimate out"
+        )
 
 
 def _with_prompts(

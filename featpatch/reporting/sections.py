@@ -157,7 +157,8 @@ def _ranking(effects: Effects, material: Material) -> Section:
     if len(rows) < effects.ranked.sum():
         text += f" Shown are the {len(rows):,} rows with the largest effects, of {effects.ranked.sum():,} in the table."
     if "screening" in effects.metadata and effects.finished:
-        text += f" Not all features were patched. {effects.audit()}."
+        audit = effects.audit()
+        text += f"{'' if audit.complete else ' Not all features were patched.'} {audit}."
     shown = rounded(frame[columns])
     blocks = [table(shown, order=columns.index(first))]
     return Section("ranking", "Ranked features", text, [*blocks, _cards(material)] if opens else blocks)

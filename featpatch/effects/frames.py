@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from featpatch.effects import statistics
-from featpatch.effects.measured import WHERE_CHANGED, Measured
+from featpatch.effects.measured import Measured
+from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.nodes import Edge, Effect, Node, Position

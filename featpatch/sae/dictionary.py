@@ -81,7 +81,7 @@ class Dictionary:
 
     @property
     def training(self) -> Training:
-        """What the configuration says about the training."""
+        """The training of the SAE, as far as its configuration describes it."""
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
@@ -100,7 +100,7 @@ class Dictionary:
 
     @property
     def place(self) -> str:
-        """The hook points that it reads and writes, for messages."""
+        """The hook points that the dictionary reads and writes, for messages."""
         return repr(self.writes) if self.reads == self.writes else f"{self.reads!r} -> {self.writes!r}"
 
     @property
@@ -169,8 +169,8 @@ class Dictionary:
         in every state, times the gain of the state.
         """
         features, back = features.unique(return_inverse=True)
-        found = self._directions(features)
-        return found[back.to(found.device)]
+        directions = self._directions(features)
+        return directions[back.to(directions.device)]
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
         """Compute the directions of features without duplicates."""
@@ -180,8 +180,8 @@ class Dictionary:
             checked = [self._checked(*chunk, off) for chunk in zip(features.split(SUMMED), rows.split(SUMMED), strict=True)]
             if all(chunk is not None for chunk in checked):
                 return torch.cat([chunk for chunk in checked if chunk is not None])
-        some = max(1, PROBED // self.d_sae)
-        return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
+        together = max(1, PROBED // self.d_sae)
+        return torch.cat([self._probe(chunk, off) for chunk in features.split(together)])
 
     def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
         """Return the rows times their common factor, or None if `decode` adds something else."""
@@ -307,20 +307,20 @@ def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:
     return {hook: tuple(activation.shape[2:]) for hook, activation in activations.items()}
 
 
-def _check_width(name: str, verb: str, hook: str, found: int, expected: int) -> None:
-    if found != expected:
+def _check_width(name: str, verb: str, hook: str, width: int, expected: int) -> None:
+    if width != expected:
         raise FeatpatchError(
-            f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {found}: expected an SAE trained on "
+            f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {width}: expected an SAE trained on "
             "this hook point of this model; load the matching one"
         )
 
 
-def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) -> list[Node]:
+def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str) -> list[Node]:
     """Return nodes as a list, after checking that the model and the dictionaries have them.
 
     Args:
         nodes: a list of nodes, in which `"logits"` stands for `LOGITS`, or a table of effects whose rows are the nodes.
-        found: the dictionaries.
+        owners: the dictionaries.
         name: the name of the argument, for errors.
 
     Raises:
@@ -335,7 +335,7 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
     for node in chosen:
         if node == LOGITS:
             continue
-        owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
+        owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
         site = lens.site(node.site) if owner is None else owner.writes

@@ -20,7 +20,6 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.do import Chosen
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.loading import official_name
 from featpatch.untrusted import visible
@@ -148,14 +147,14 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     check_pairs(pairs)
     lens = wrap(model)
     check_tokens(pairs, lens)
-    found = dictionaries(lens, saes)
-    runs, done = Runs.of(lens, {hook for each in found for hook in (each.reads, each.writes)}, pairs), processing_steps(lens)
+    loaded, done = dictionaries(lens, saes), processing_steps(lens)
+    runs = Runs.of(lens, {hook for each in loaded for hook in (each.reads, each.writes)}, pairs)
     if not runs.positions:
         raise FeatpatchError("the prompts hold only special tokens: expected words too; give other prompts")
-    here = [_explained(dictionary, runs) for dictionary in found]
-    suspects = [dictionary for dictionary, own in zip(found, here, strict=True) if _suspect(dictionary, own.variance)]
+    here = [_explained(dictionary, runs) for dictionary in loaded]
+    suspects = [dictionary for dictionary, own in zip(loaded, here, strict=True) if _suspect(dictionary, own.variance)]
     near = _few(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
-    fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(found, here, strict=True)]
+    fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(loaded, here, strict=True)]
     return Check(lens.name, ", ".join(done) or "unprocessed", runs.positions, tuple(fits))
 
 
@@ -166,13 +165,13 @@ class Explained:
     Attributes:
         variance: the explained variance.
         l0: the mean number of active features per position.
-        identity: the largest deviation of reconstruction + error from the activation, as a share of the activation's largest
-            value.
+        identity, whole_site: the deviations of `Fit`.
     """
 
     variance: float
     l0: float
     identity: float
+    whole_site: float
 
 
 @dataclass(frozen=True)
@@ -197,13 +196,13 @@ class Runs:
         for pair in pairs:
             kept.append(torch.zeros(len(pair), dtype=torch.bool))
             kept[-1][pair.positions("all")] = True
-            if 2 * sum(int(of_pair.sum()) for of_pair in kept) >= positions:
+            if 2 * sum(int(mask.sum()) for mask in kept) >= positions:
                 break
-        for some in pairs[: len(kept)].chunks(positions):
-            tokens = torch.tensor([tokens for index in some for tokens in (pairs[index].clean, pairs[index].corrupted)])
+        for indices in pairs[: len(kept)].chunks(positions):
+            tokens = torch.tensor([tokens for index in indices for tokens in (pairs[index].clean, pairs[index].corrupted)])
             for hook, values in lens.read(tokens, hooks).items():
                 runs.activations[hook].append(values.flatten(2))
-            runs.kept.append(torch.stack([kept[index] for index in some for _ in range(2)]))
+            runs.kept.append(torch.stack([kept[index] for index in indices for _ in range(2)]))
         return runs
 
     def fit(self, dictionary: Dictionary) -> bool:
@@ -262,20 +261,19 @@ def _suspect(dictionary: Dictionary, here: float) -> bool:
 
 
 def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
-    whole_site = _whole_site(dictionary, runs)
     said = dictionary.training
     rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
-    if max(here.identity, whole_site) > rounding:
+    if max(here.identity, here.whole_site) > rounding:
         misfit = (
             "all features and the error do not sum to the whole activation (they differ by "
-            f"{max(here.identity, whole_site):.0e}): this is a bug in featpatch, please report it"
+            f"{max(here.identity, here.whole_site):.0e}): this is a bug in featpatch, please report it"
         )
     else:
         misfit = _misfit(lens, dictionary, runs, near, pairs, done, here.variance)
     fit = Fit(
         dictionary=dictionary.name,
         identity=here.identity,
-        whole_site=whole_site,
+        whole_site=here.whole_site,
         explained_variance=here.variance,
         expected=said.explained_variance,
         l0=here.l0,
@@ -286,7 +284,8 @@ def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: 
 
 
 def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> Explained:
-    squares, active, deviation, largest, written = 0.0, 0, 0.0, 0.0, []
+    """Encode the activations once and measure what the dictionary explains of them."""
+    squares, active, deviation, difference, largest, written = 0.0, 0, 0.0, 0.0, 0.0, []
     reads, writes = (runs.activations[hook] for hook in (dictionary.reads, dictionary.writes))
     for x, y, kept in zip(reads, writes, runs.kept, strict=True):
         if centred:
@@ -294,14 +293,18 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
         split = dictionary.split(x, y)
         y = y.to(split.error)
         rebuilt = dictionary.decode(split.features, split.state) + split.error
+        clean, corrupted = split.map(lambda values: values[::2]), split.map(lambda values: values[1::2])
+        patched = dictionary.change(corrupted, clean, features=True, error=True)
         where = kept.to(y.device)
         squares += float(split.error[where].double().square().sum())
         active += int((split.features[where] != 0).sum())
         deviation, largest = max(deviation, float((rebuilt - y).abs().max())), max(largest, float(y.abs().max()))
+        difference = max(difference, float((patched - (y[::2] - y[1::2])).abs().max()))
         written.append(y[where].double())
-    rows = torch.cat(written)
+    rows, largest = torch.cat(written), largest or 1.0
     variance = float((rows - rows.mean(0)).square().sum())
-    return Explained(1 - squares / variance if variance else float("nan"), active / len(rows), deviation / (largest or 1.0))
+    explained = 1 - squares / variance if variance else float("nan")
+    return Explained(explained, active / len(rows), deviation / largest, difference / largest)
 
 
 def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> float | None:
@@ -325,7 +328,7 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, near: Runs, pairs: Pairs, her
         tried += _compared(_few(lens, far, pairs), far)
     if not tried:
         return []
-    variance, best = max(tried, key=lambda found: found[0])
+    variance, best = max(tried, key=lambda each: each[0])
     if variance <= here:
         return []
     again = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
@@ -372,24 +375,6 @@ def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
         f"it was trained on weights processed with {', '.join(trained) or 'nothing'}, and these are processed with "
         f"{', '.join(here) or 'nothing'}"
     )
-
-
-def _whole_site(dictionary: Dictionary, runs: Runs) -> float:
-    """Return the largest difference between patching all features with the error and patching the whole activation.
-
-    It is the difference between the two changes of the activation, as a share of the activation's largest value.
-    """
-    difference, largest = 0.0, 0.0
-    for kept, *values in zip(runs.kept, runs.activations[dictionary.reads], runs.activations[dictionary.writes], strict=True):
-        every = torch.ones(kept.shape[1], dtype=torch.bool)
-        clean, corrupted = (
-            dict(zip((dictionary.reads, dictionary.writes), (x[n::2] for x in values), strict=True)) for n in (0, 1)
-        )
-        parts = Chosen(dictionary.writes, dictionary, every[:, None], every).delta(corrupted, clean)
-        whole = Chosen(dictionary.writes, None, ~every[:, None], every).delta(corrupted, clean)
-        difference = max(difference, float((parts - whole.to(parts)).abs().max()))
-        largest = max(largest, float(values[1].abs().max()))
-    return difference / (largest or 1.0)
 
 
 def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[str], *, short: bool) -> Iterable[str]:

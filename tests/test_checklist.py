@@ -10,7 +10,7 @@ from commands import run
 
 import featpatch as fp
 from featpatch.checkpoints import Demo, folder
-from featpatch.pairs.checklist import Checklist, check, kept
+from featpatch.pairs.checklist import Checklist, check, without
 from featpatch.reporting.terminal import by_pair, totals
 
 
@@ -109,14 +109,15 @@ def test_what_pairs_have_in_common(demo: Demo) -> None:
     other = ("When Anna and Paul went to the store , Paul gave a drink to",
              "When Anna and Paul went to the store , Anna gave a drink to", "Anna", "Paul")  # fmt: skip
     labels = [{"S2": 10}, {"S2": 10}, {}]
-    found = check(pairs_of(demo, GOOD, GOOD, other, labels=labels), demo.model)
+    pairs = pairs_of(demo, GOOD, GOOD, other, labels=labels)
+    found = check(pairs, demo.model)
     assert [statuses(found, pair)["duplicate"] for pair in range(3)] == ["pass", "fail", "pass"]
     assert [statuses(found, pair)["labels"] for pair in range(3)] == ["pass", "pass", "warn"]
     assert next(finding.detail for finding in found.findings if finding.rule == "labels") == "S2 10: 'John'"
     assert found.verdicts() == ["pass", "fail", "warn"]
     assert not found.ok
-    assert list(kept(found.verdicts(), "fail")) == [0, 2]
-    assert list(kept(found.verdicts(), ["fail", "warn"])) == [0]
+    assert list(pairs.drop(found, "fail")) == [pairs[0], pairs[2]]
+    assert list(pairs.drop(found, ["fail", "warn"])) == [pairs[0]]
     assert found.counts()["duplicate"] == {"pass": 2, "warn": 0, "fail": 1}
     frame = found.to_pandas()
     assert list(frame.columns) == ["pair", "rule", "status", "detail", "advice"]
@@ -189,9 +190,10 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == 9 * count + 1
 
 
-def test_unknown_verdicts() -> None:
+def test_unknown_verdicts(demo: Demo) -> None:
+    pairs = pairs_of(demo, GOOD)
     with pytest.raises(fp.FeatpatchError, match=r"verdicts 'bad': expected some of pass, warn, fail"):
-        kept(["pass"], "bad")
+        without(pairs, Checklist((), (1.0,), (0.0,)), "bad")
 
 
 def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: Demo) -> None:

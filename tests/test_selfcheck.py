@@ -14,6 +14,9 @@ from small import VOCAB, WIDTH, Small, at, randomised, small_bridge, small_hooke
 
 import featpatch as fp
 from featpatch import selfcheck
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.sae_lens import SaeCodec
 
 COMPONENTS = 10
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out")
@@ -69,6 +72,15 @@ def test_a_dictionary_that_fits(make: Any, hook: str) -> None:
     assert check.positions == len(x)
     np.testing.assert_allclose(fit.explained_variance, float(1 - errors / (x - x.mean(0)).square().sum()), rtol=1e-9)
     np.testing.assert_allclose(fit.l0, float((sae.encode(x) != 0).double().sum(1).mean()))
+
+
+def test_each_prompt_is_encoded_once(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dictionary,) = dictionaries(wrap(bridge.model), fitted(bridge.model, HOOKS[0], explained_variance=0.9))
+    encoded: list[int] = []
+    encode = SaeCodec.encode
+    monkeypatch.setattr(SaeCodec, "encode", lambda codec, x: encoded.append(len(x)) or encode(codec, x))
+    assert fp.check(bridge.model, dictionary, prompts()).ok
+    assert sum(encoded) == 2 * len(prompts())
 
 
 @pytest.mark.parametrize("make", [small_bridge, small_hooked], ids=["bridge", "hooked"])
@@ -207,17 +219,15 @@ def test_special_tokens_are_left_out(bridge: Small) -> None:
     assert fp.check(bridge.model, bridge.saes[:1], marked).positions == 12 * 2 * 8
 
 
-def test_a_decoder_that_breaks_the_law_is_called_a_bug(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featpatch.patching.do import Chosen
-
-    right = Chosen.delta
-    monkeypatch.setattr(Chosen, "delta", lambda self, base, source: 0.9 * right(self, base, source))
-    (fit,) = fp.check(bridge.model, fitted(bridge.model, HOOKS[0]), prompts()).fits
-    assert "all features and the error do not sum to the whole activation" not in fit.misfit, "both ways are scaled alike"
-    monkeypatch.setattr(
-        Chosen, "delta", lambda self, base, source: (0.9 if self.dictionary else 1.0) * right(self, base, source)
-    )
-    (fit,) = fp.check(bridge.model, fitted(bridge.model, HOOKS[0]), prompts()).fits
+@torch.no_grad()
+def test_a_change_that_leaves_out_the_error_is_called_a_bug(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, sae = Dictionary.change, fitted(bridge.model, HOOKS[0])
+    monkeypatch.setattr(Dictionary, "change", lambda own, base, source, **nodes: change(own, base, source, features=True))
+    (fit,) = fp.check(bridge.model, sae, prompts()).fits
+    x = [oracle.activations(bridge.model, torch.tensor([t]))[HOOKS[0]][0] for p in prompts() for t in (p.clean, p.corrupted)]
+    errors = [each - sae(each) for each in x]
+    missing = max(float((clean - corrupted).abs().max()) for clean, corrupted in zip(errors[::2], errors[1::2], strict=True))
+    np.testing.assert_allclose(fit.whole_site, missing / float(torch.cat(x).abs().max()))
     assert "all features and the error do not sum to the whole activation" in fit.misfit
 
 

@@ -17,8 +17,8 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 CORE = [
     *("sae/codec", "sae/sae_lens", "sae/adapted", "sae/dictionary", "model/stack", "nodes", "patching/*", "engine/*"),
-    *("attribution/*", "effects/measured", "effects/statistics", "effects/frames"),
-    *("effects/collector", "effects/storage", "effects/audit"),
+    *("attribution/*", "effects/measured", "effects/selection", "effects/statistics"),
+    *("effects/table", "effects/frames", "effects/collector", "effects/storage", "effects/audit"),
 ]
 ARITHMETIC, BITS = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"}, {"BitOr", "BitAnd", "BitXor"}
 BINARY = {"arith_expr", "term", "power", "expr", "and_expr", "xor_expr"}

@@ -114,7 +114,7 @@ class Shown:
         Raises:
             FeatpatchError: the rows are to be sorted by an effect whose direction is not run, or the threshold is not a share.
         """
-        from featpatch.effects.measured import sorting
+        from featpatch.effects.selection import sorting
         from featpatch.nodes import EFFECTS
 
         sorting(by, [effect for effect, way in EFFECTS.items() if way in ways(direction)])

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from featpatch.effects import statistics
-from featpatch.effects.measured import WHERE_CHANGED, Measured
+from featpatch.effects.measured import Measured
+from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.nodes import Edge, Effect, Node, Position
@@ -120,20 +121,20 @@ def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
         FeatpatchError: no pair has the tag, or all have the same value of it.
     """
     tags = effects.metadata.get("tags", [])
-    values = [of_pair.get(tag) for of_pair in tags]
-    found: list[str] = [value for value in dict.fromkeys(values) if value is not None]
-    if not found:
-        known = sorted({name for of_pair in tags for name in of_pair})
+    values = [pair_tags.get(tag) for pair_tags in tags]
+    distinct: list[str] = [value for value in dict.fromkeys(values) if value is not None]
+    if not distinct:
+        known = sorted({name for pair_tags in tags for name in pair_tags})
         raise FeatpatchError(
             f"no pair has a tag {tag!r}: expected one of {', '.join(known) or '(the pairs have no tags)'}; tag the pairs "
             f"before ranking, e.g. with fp.tasks or Pair(tags={{'corruption': ...}})"
         )
-    if len(found) < 2:
+    if len(distinct) < 2:
         raise FeatpatchError(
-            f"tag {tag!r} is {found[0]!r} in all pairs that have it: expected at least 2 values to compare; rank pairs with "
+            f"tag {tag!r} is {distinct[0]!r} in all pairs that have it: expected at least 2 values to compare; rank pairs with "
             "different values together, or choose another tag"
         )
-    return {value: np.flatnonzero([other == value for other in values]) for value in found}
+    return {value: np.flatnonzero([other == value for other in values]) for value in distinct}
 
 
 def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:

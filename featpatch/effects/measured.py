@@ -16,8 +16,7 @@ selected rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import NoneType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,22 +24,12 @@ from scipy.sparse import csr_array
 
 from featpatch.effects import statistics
 from featpatch.effects.audit import without_estimates
-from featpatch.effects.statistics import THRESHOLD, check_threshold, quadrant_labels
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.effects.selection import Over, indices
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.nodes import EFFECTS, RANKED, Effect, Node
-
-Over = Literal["all", "changed"]
-"""The pairs that an effect is pooled over: all of them, or those in which the node differs."""
-By = Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"]
-"""The effects that rows can be sorted by."""
-LEAST_CHANGED = 5
-"""The number of pairs in which a row must differ, by default, to be ranked by its effect over these pairs."""
 
 Array = NDArray[np.float64]
 T = TypeVar("T", bound="Measured")
-
-WHERE_CHANGED = "_where_changed"
-"""The suffix of effects that are pooled over the pairs in which the node differs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,28 +80,6 @@ class Measured:
         """The names of the metrics that were measured, starting with this table's metric."""
         return [self.metadata["metric"], *self.others]
 
-    def metric(self: T, name: str) -> T:
-        """Return the table of the same patched runs for another metric.
-
-        Args:
-            name: the name of the metric, one of `metrics`.
-
-        Raises:
-            FeatpatchError: this metric was not measured.
-
-        Example:
-            >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
-            >>> both.metrics
-            ['logit_diff', 'log_prob']
-            >>> both.metric("log_prob").nodes == both.nodes
-            True
-        """
-        if name not in self.metrics:
-            raise FeatpatchError(
-                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; to have it, rank with it too"
-            )
-        return cast(T, self.others.get(name, self))
-
     def changes(self, effect: Effect) -> "csr_array[Any]":
         """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0.
 
@@ -147,8 +114,7 @@ class Measured:
             >>> whole.pooled("recovery").round(2).tolist()
             [1.0]
         """
-        gaps = self._gaps(over)
-        result: Array = self.changes(effect).sum(axis=1) / gaps
+        result: Array = self.changes(effect).sum(axis=1) / self._gaps(over)
         return result
 
     def _gaps(self, over: Over) -> Array:
@@ -262,41 +228,7 @@ class Measured:
     @property
     def threshold(self) -> float:
         """The share of the whole activation's effect above which an effect counts in `quadrants`."""
-        return float(self.metadata.get("threshold", THRESHOLD))
-
-    def with_threshold(self: T, threshold: float) -> T:
-        """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.
-
-        Args:
-            threshold: a share of the effect of the whole activation at the node's hook point and position; 0.01 by default.
-
-        Raises:
-            FeatpatchError: the threshold is not between 0 and 1.
-
-        Example:
-            >>> strict = effects.with_threshold(0.5)
-            >>> effects.threshold, strict.threshold
-            (0.01, 0.5)
-        """
-        check_threshold(threshold)
-        others = {name: other.with_threshold(threshold) for name, other in self.others.items()}
-        return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
-
-    def quadrants(self) -> list[str]:
-        """Return a label for every row that says in which directions its 95 % interval lies above the threshold.
-
-        Each label is one of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
-        `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
-        single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
-        `effects/statistics.py`.
-
-        Example:
-            >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").quadrants()
-            ['both directions']
-        """
-        unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
-        intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
-        return quadrant_labels(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
+        return float(self.metadata.get("threshold", statistics.THRESHOLD))
 
     def carried(self, effect: Effect) -> Array:
         """Return the effect of the whole activation at the hook point and position of every row, `[rows]`.
@@ -335,12 +267,8 @@ class Measured:
             >>> whole.p_values("recovery").round(4).tolist(), whole.smallest_p.round(4).tolist()
             ([0.0078], [0.0078])
         """
-
-        def compute() -> Array:
-            p = statistics.sign_flip(self.changes(effect).toarray())
-            return np.where(self.changed_pairs > 0, p, np.nan)
-
-        return self._once(f"p {effect}", compute)
+        p = self._once(f"p {effect}", lambda: statistics.sign_flip(self.changes(effect).toarray()))
+        return np.where(self.changed_pairs > 0, p, np.nan)
 
     def q_values(self, effect: Effect) -> Array:
         """Return Benjamini-Hochberg q-values of the ranked rows that differ in enough pairs for a test, `[rows]`; else NaN.
@@ -389,24 +317,6 @@ class Measured:
         """The number of ranked rows of `whole`, also if only some of its rows were saved and loaded."""
         return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
-    def sizes(self, effects: Sequence[Effect] | None = None) -> Array:
-        """Return |effect| of every row, `[rows]`: the largest over the given effects, by default over all that were run.
-
-        Raises:
-            FeatpatchError: an effect was not run.
-
-        Example:
-            >>> sizes = effects.sizes(["recovery"])
-            >>> bool((sizes == abs(effects.pooled("recovery"))).all())
-            True
-        """
-        if effects is not None and not set(effects) <= set(self.directions_run()):
-            raise FeatpatchError(
-                f"effects={effects}: expected some of the measured effects, {', '.join(self.directions_run())}"
-            )
-        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
-        return result
-
     def take(self: T, rows: Sequence[int] | NDArray[Any]) -> T:
         """Select rows in the given order, by indices without duplicates or by a mask of all rows.
 
@@ -420,7 +330,7 @@ class Measured:
             >>> 0 < len(often) < len(effects)
             True
         """
-        order = _indices(rows, len(self), "row")
+        order = indices(rows, len(self), "row")
         new = np.full(len(self.nodes), -1)
         new[order] = np.arange(len(order))
         kept = new[self.row] >= 0
@@ -440,17 +350,6 @@ class Measured:
         """Whether the sweep ran to its end; after an interruption some pairs are missing or some values are NaN."""
         return bool(self.metadata.get("finished", True))
 
-    def known(self: T) -> T:
-        """Return the rows whose values are all known; after an interruption, those that were finished in every pair.
-
-        Example:
-            >>> len(effects.known()) == len(effects)
-            True
-        """
-        runs = {"recovery": self.denoised, "degradation": self.noised}
-        missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
-        return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
-
     def of_pairs(self: T, pairs: Sequence[int] | NDArray[Any]) -> T:
         """Select pairs, in the order of the table; nodes that differ in none of them are left out.
 
@@ -462,7 +361,7 @@ class Measured:
             >>> len(half.gap)
             4
         """
-        pairs = np.sort(_indices(pairs, len(self.clean), "pair"))
+        pairs = np.sort(indices(pairs, len(self.clean), "pair"))
         part = self._of_pairs(pairs)
         return part.take(np.unique(part.row)) if len(pairs) < len(self.clean) else part
 
@@ -488,53 +387,6 @@ class Measured:
             others={name: other._of_pairs(pairs) for name, other in self.others.items()},
         )
 
-    def where(self: T, **wanted: Any) -> T:
-        """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
-
-        Raises:
-            FeatpatchError: a node has no such field.
-
-        Example:
-            >>> errors = effects.where(kind="error")
-            >>> [node.sae for node in errors.nodes]
-            ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
-        """
-        unknown = set(wanted) - set(Node.__dataclass_fields__)
-        if unknown:
-            raise FeatpatchError(
-                f"unknown columns {', '.join(map(repr, sorted(unknown)))}: expected some of "
-                f"{', '.join(Node.__dataclass_fields__)}"
-            )
-        return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
-
-    def top(self: T, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None) -> T:
-        """Return the `n` rows with the largest effect, largest first.
-
-        Args:
-            n: the number of rows.
-            by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
-                `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
-                run; by default recovery if it was, else degradation.
-            kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
-            least_changed: the number of pairs in which a row must differ to be included; by default 0, or 5 if `by` ends in
-                `_where_changed` (all pairs if there are fewer), because an interval over fewer pairs is too narrow.
-
-        Raises:
-            FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
-
-        Example:
-            >>> effects.top(3).nodes[0].index
-            433
-            >>> len(effects.top(10, by="degradation_where_changed", least_changed=2))
-            10
-        """
-        effect, over = sorting(by, self.directions_run())
-        least = least_to_sort(over, least_changed, len(self.clean))
-        check_numbers(0, n=n)
-        rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
-        rows = rows.take(rows.changed_pairs >= least) if least else rows
-        return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
-
     def directions_run(self) -> list[Effect]:
         """Return the effects that were run, recovery first.
 
@@ -543,64 +395,3 @@ class Measured:
             ['recovery', 'degradation']
         """
         return [effect for effect, direction in EFFECTS.items() if direction in self.metadata["directions"]]
-
-    def about(self) -> dict[str, Any]:
-        """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features.
-
-        Example:
-            >>> effects.about()["metric"]
-            'logit_diff'
-        """
-        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
-        if "screening" in about:
-            about["screening"] = {
-                name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
-            }
-        return about
-
-
-def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
-    """Split the name of a sort key, such as `"recovery_where_changed"`, into the effect and the pairs that it is pooled over.
-
-    Raises:
-        FeatpatchError: the effect was not run.
-    """
-    known: dict[str, tuple[Effect, Over]] = {effect: (effect, "all") for effect in run}
-    known |= {f"{effect}{WHERE_CHANGED}": (effect, "changed") for effect in run}
-    check_kinds((str, NoneType), by=by)
-    if by is None:
-        return run[0], "all"
-    if by not in known:
-        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}")
-    return known[by]
-
-
-def least_to_sort(over: Over, asked: int | None, pairs: int) -> int:
-    """Return the number of pairs in which a row must differ to be among the top rows, given the number of all pairs.
-
-    Raises:
-        FeatpatchError: `asked` is not a number of pairs.
-    """
-    least = (min(LEAST_CHANGED, pairs) if over == "changed" else 0) if asked is None else asked
-    check_numbers(0, least_changed=least)
-    return least
-
-
-def _indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
-    """Convert indices or a mask to an array of valid indices without duplicates.
-
-    Raises:
-        FeatpatchError: an index is out of range or given twice, or the mask has the wrong length.
-    """
-    given = np.asarray(wanted)
-    if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
-        raise FeatpatchError(f"{what}s={wanted!r}: expected a list of indices or a boolean mask")
-    mask, order = given.dtype == bool, given.astype(np.int64)
-    if mask and len(given) == count:
-        return np.flatnonzero(given)
-    if order.size and (mask or order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
-        raise FeatpatchError(
-            f"{what}s={order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a boolean mask of length "
-            f"{count}"
-        )
-    return order

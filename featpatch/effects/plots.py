@@ -100,7 +100,8 @@ class Plots:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
-        chosen, rows = effect or self.effects.directions_run()[0], self.effects.where(kind=kind)
+        chosen = effect or self.effects.directions_run()[0]
+        rows = self.effects.take([row for row, node in enumerate(self.effects.nodes) if node.kind == kind])
         if not len(rows):
             raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {', '.join(self._kinds())}")
         cells: dict[str, dict[tuple[int, str], float]] = {}

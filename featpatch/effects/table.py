@@ -1,26 +1,32 @@
-"""The table of results, with its tables, figures and files."""
+"""The table of results: selection of rows, quadrants, tables, figures and files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 
 from featpatch.effects import frames, storage
 from featpatch.effects.audit import Audit, audited
 from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
-from featpatch.effects.measured import Measured
+from featpatch.effects.measured import Array, Measured
 from featpatch.effects.plots import Plots
-from featpatch.errors import FeatpatchError
+from featpatch.effects.selection import By, least_to_sort, sorting
+from featpatch.effects.statistics import check_threshold, quadrant_labels
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.files import as_path
 from featpatch.frame import ROWS, Frame, text
-from featpatch.nodes import Effect
+from featpatch.nodes import EFFECTS, Effect, Node
 
 
 @dataclass(frozen=True, repr=False)
 class Effects(Measured):
     """A table of effects, with one row per node: the result of every sweep and of every gradient estimate.
 
-    Values and statistics are those of `Measured`. This class adds tables, figures, files and the audit of a screened ranking.
+    Values and statistics are those of `Measured`. This class adds the selection of rows, quadrants, tables, figures, files and
+    the audit of a screened ranking.
 
     Example:
         >>> strongest = effects.top(3)
@@ -29,6 +35,140 @@ class Effects(Measured):
         >>> sum(quadrant == "both directions" for quadrant in effects.quadrants())
         2
     """
+
+    def metric(self, name: str) -> "Effects":
+        """Return the table of the same patched runs for another metric.
+
+        Args:
+            name: the name of the metric, one of `metrics`.
+
+        Raises:
+            FeatpatchError: this metric was not measured.
+
+        Example:
+            >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
+            >>> both.metrics
+            ['logit_diff', 'log_prob']
+            >>> both.metric("log_prob").nodes == both.nodes
+            True
+        """
+        if name not in self.metrics:
+            raise FeatpatchError(
+                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; to have it, rank with it too"
+            )
+        return cast(Effects, self.others.get(name, self))
+
+    def where(self, **wanted: Any) -> "Effects":
+        """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
+
+        Raises:
+            FeatpatchError: a node has no such field.
+
+        Example:
+            >>> errors = effects.where(kind="error")
+            >>> [node.sae for node in errors.nodes]
+            ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
+        """
+        unknown = set(wanted) - set(Node.__dataclass_fields__)
+        if unknown:
+            raise FeatpatchError(
+                f"unknown columns {', '.join(map(repr, sorted(unknown)))}: expected some of "
+                f"{', '.join(Node.__dataclass_fields__)}"
+            )
+        return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
+
+    def top(
+        self, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None
+    ) -> "Effects":
+        """Return the `n` rows with the largest effect, largest first.
+
+        Args:
+            n: the number of rows.
+            by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
+                `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
+                run; by default recovery if it was, else degradation.
+            kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
+            least_changed: the number of pairs in which a row must differ to be included; by default 0, or 5 if `by` ends in
+                `_where_changed` (all pairs if there are fewer), because an interval over fewer pairs is too narrow.
+
+        Raises:
+            FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
+
+        Example:
+            >>> effects.top(3).nodes[0].index
+            433
+            >>> len(effects.top(10, by="degradation_where_changed", least_changed=2))
+            10
+        """
+        effect, over = sorting(by, self.directions_run())
+        least = least_to_sort(over, least_changed, len(self.clean))
+        check_numbers(0, n=n)
+        rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
+        rows = rows.take(rows.changed_pairs >= least) if least else rows
+        return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
+
+    def sizes(self, effects: Sequence[Effect] | None = None) -> Array:
+        """Return |effect| of every row, `[rows]`: the largest over the given effects, by default over all that were run.
+
+        Raises:
+            FeatpatchError: an effect was not run.
+
+        Example:
+            >>> sizes = effects.sizes(["recovery"])
+            >>> bool((sizes == abs(effects.pooled("recovery"))).all())
+            True
+        """
+        if effects is not None and not set(effects) <= set(self.directions_run()):
+            raise FeatpatchError(
+                f"effects={effects}: expected some of the measured effects, {', '.join(self.directions_run())}"
+            )
+        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
+        return result
+
+    def known(self) -> "Effects":
+        """Return the rows whose values are all known; after an interruption, those that were finished in every pair.
+
+        Example:
+            >>> len(effects.known()) == len(effects)
+            True
+        """
+        runs = {"recovery": self.denoised, "degradation": self.noised}
+        missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
+        return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
+
+    def with_threshold(self, threshold: float) -> "Effects":
+        """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.
+
+        Args:
+            threshold: a share of the effect of the whole activation at the node's hook point and position; 0.01 by default.
+
+        Raises:
+            FeatpatchError: the threshold is not between 0 and 1.
+
+        Example:
+            >>> strict = effects.with_threshold(0.5)
+            >>> effects.threshold, strict.threshold
+            (0.01, 0.5)
+        """
+        check_threshold(threshold)
+        others = {name: self.metric(name).with_threshold(threshold) for name in self.others}
+        return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
+
+    def quadrants(self) -> list[str]:
+        """Return a label for every row that says in which directions its 95 % interval lies above the threshold.
+
+        Each label is one of `"both directions"`, `"denoising only"`, `"noising only"`, `"below threshold"` and `"opposing"`, or
+        `"undecided"` if an interval extends across the threshold or minus the threshold, or if there is no interval, as with a
+        single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
+        `effects/statistics.py`.
+
+        Example:
+            >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").quadrants()
+            ['both directions']
+        """
+        unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
+        intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
+        return quadrant_labels(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
 
     def audit(
         self, effect: Effect | None = None, *, top: int | None = None, confidence: float = 0.95, share: float = 0.05
@@ -151,6 +291,20 @@ class Effects(Measured):
     def plot(self) -> Plots:
         """The plotly figures of this table: `plot.quadrants()`, `plot.sites()`, `plot.heatmap()`."""
         return Plots(self)
+
+    def about(self) -> dict[str, Any]:
+        """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features.
+
+        Example:
+            >>> effects.about()["metric"]
+            'logit_diff'
+        """
+        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
+        if "screening" in about:
+            about["screening"] = {
+                name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
+            }
+        return about
 
     def save(self, path: str | Path) -> Path:
         """Write the table to a safetensors file, with metadata as JSON in its header.

@@ -11,7 +11,7 @@ prompt.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -70,7 +70,7 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do about the finding; empty if the pair passed."""
+        """Advice on how to mend the pair; empty if it passed."""
         return "" if self.status == "pass" else RULES[self.rule]
 
 
@@ -133,10 +133,9 @@ def check(
     tokenizer: Any = None,
     metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
 ) -> Checklist:
-    """Run the checklist on pairs.
+    """Check each pair for common problems with this model; the method `Pairs.check`.
 
     Args:
-        pairs: the pairs to check.
         model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object with them as `.logits`.
         tokenizer: a tokenizer to show words and compare their kinds; by default `model.tokenizer`, if there is one.
         metric: the metric that compares one-token answers; it is positive if the right ones are preferred. Answers that are
@@ -144,6 +143,11 @@ def check(
 
     Raises:
         FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
+
+    Example:
+        >>> checklist = pairs.check(model)
+        >>> checklist.ok, len(checklist.verdicts())
+        (True, 8)
     """
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if metric not in ("logit_diff", "prob_diff"):
@@ -182,7 +186,7 @@ def check(
             "duplicate": _duplicate(pair, index, seen),
             "gap": _gap(gaps[index], median(gaps)),
         }
-        findings += [Finding(index, rule, *found) for rule, found in rules.items()]
+        findings += [Finding(index, rule, *outcome) for rule, outcome in rules.items()]
     return Checklist(tuple(findings), tuple(clean), tuple(corrupted))
 
 
@@ -320,15 +324,26 @@ def _word(token: int, tokenizer: Any) -> str:
     return repr(str(tokenizer.decode([token])).strip()) if hasattr(tokenizer, "decode") else str(token)
 
 
-def kept(verdicts: Sequence[Status], dropped: str | Sequence[str]) -> Iterator[int]:
-    """Return the indices of the pairs whose worst status is not among the dropped ones.
+def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str]) -> tuple[Pair, ...]:
+    """Return the pairs whose worst status in a checklist is not among the dropped ones.
 
     Raises:
-        FeatpatchError: a status is unknown.
+        FeatpatchError: a status is unknown, the checklist is of other pairs, or no pair is left.
     """
+    check_kinds(Checklist, found=found)
+    if len(found.clean) != len(pairs):
+        raise FeatpatchError(
+            f"the checklist is of {len(found.clean)} pairs and these are {len(pairs)}: expected a checklist of these pairs; "
+            "call check on them"
+        )
     check_kinds((str, Sequence), verdicts=dropped)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
     unknown = [name for name in names if name not in SEVERITY]
     if unknown:
         raise FeatpatchError(f"verdicts {', '.join(map(repr, unknown))}: expected some of {', '.join(SEVERITY)}")
-    return (index for index, verdict in enumerate(verdicts) if verdict not in names)
+    left = tuple(pair for pair, verdict in zip(pairs, found.verdicts(), strict=True) if verdict not in names)
+    if not left:
+        raise FeatpatchError(
+            f"all {len(pairs)} pairs have the verdict {dropped!r}: expected some pairs to keep; look at the findings"
+        )
+    return left

@@ -3,17 +3,41 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from featpatch.errors import FeatpatchError
-from featpatch.pairs.build import make
-from featpatch.pairs.files import parsed
+from featpatch.errors import FeatpatchError, each
+from featpatch.pairs.build import filler_id, make
+from featpatch.pairs.files import Rows, fitting, parsed
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import Tokenizer, plain_integers, plain_tokenizer, special_positions
 
 NEEDED = ("clean", "corrupted", "correct", "wrong")
 OBJECTS = ("labels", "corrupted_labels", "spans", "corrupted_spans")
+
+
+def pairs_of(
+    tokenizer: Tokenizer,
+    rows: Rows,
+    read: Callable[[Any], Mapping[str, Any] | Pair],
+    align: str | None,
+    filler: str | None,
+    long_answers: bool,
+) -> tuple[Pair, ...]:
+    """Make a pair from each row.
+
+    Args:
+        read: a function from a row to the arguments of `make`, or to the pair itself.
+        align, filler, long_answers: those of `Pairs.from_prompts`.
+
+    Raises:
+        FeatpatchError: a row does not make a valid pair, or `align` or `filler` is not valid.
+    """
+    fields = each(read, rows.values, where=rows.where)
+    remarks: list[str] = []
+    made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers, remarks=remarks)
+    return fitting(lambda row: row if isinstance(row, Pair) else made(**row), fields, where=rows.where, remarks=remarks)
 
 
 def checked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +101,16 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     return checked({**fields, "tags": {column: str(cell) for column, cell in filled.items()}})
 
 
-def of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) -> Pair:
+def from_line(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: bool) -> dict[str, Any] | Pair:
+    """Return the fields of one pair from a line of JSON, or the pair itself if its prompts are token ids.
+
+    Raises:
+        FeatpatchError: a field has the wrong type.
+    """
+    return _of_ids(tokenizer, row, long_answers) if isinstance(row["clean"], list) else checked(row)
+
+
+def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) -> Pair:
     """Make a pair from a row whose prompts are token ids, as `written` writes it; nothing is tokenized or aligned.
 
     Answers are ids, or lists of ids for sequences; with `long_answers`, all become sequences. Special positions are by default

@@ -1,22 +1,24 @@
-"""Readers of JSON-lines and CSV files, whose errors name the line."""
+"""Rows of JSON-lines files, CSV files and tables in memory, with errors that name the line or row."""
 
 import csv
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featpatch.errors import FeatpatchError, each
+import pandas as pd
+
+from featpatch.errors import FeatpatchError, check_kinds, each
 from featpatch.files import as_path, read_json
 from featpatch.pairs.tokens import PairsWarning
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a file with their places in it.
+    """Rows of a file or table with their places in it.
 
     Attributes:
         where: the place of each row for error messages, e.g. `'pairs.csv' line 3`.
@@ -64,15 +66,23 @@ def json_lines(path: str | Path, needed: Sequence[str]) -> Rows:
 
 
 def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> Iterator[Rows]:
-    """Read a JSON-lines file `size` lines at a time, so that it need not fit into memory; see `json_lines`."""
+    """Read a JSON-lines file `size` lines at a time, so that it need not fit into memory; see `json_lines`.
+
+    Raises:
+        FeatpatchError: the file can't be read or is empty, or a line is not a JSON object with the needed fields.
+    """
     path = as_path(path)
     if not path.is_file():
         raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             lines = _numbered(path, file)
-            while block := dict(islice(lines, size)):
+            block = dict(islice(lines, size))
+            if not block:
+                raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
+            while block:
                 yield _objects(block, needed)
+                block = dict(islice(lines, size))
     except UnicodeDecodeError as error:
         raise FeatpatchError(
             f"the pairs file {str(path)!r} is not UTF-8 ({error}): expected UTF-8 text; save it in this encoding"
@@ -95,11 +105,12 @@ def _objects(lines: Mapping[str, str], needed: Sequence[str]) -> Rows:
     return Rows(list(lines), list(each(parse, list(lines.values()), where=list(lines))))
 
 
-def csv_rows(path: str | Path) -> tuple[list[str], Rows]:
-    """Read the columns and rows of a CSV file with a header; columns without a name (row numbers) are left out.
+def csv_rows(path: str | Path, needed: Sequence[str]) -> Rows:
+    """Read a CSV file with a header; columns without a name (row numbers) are left out.
 
     Raises:
-        FeatpatchError: the file can't be read or has no rows, or a row has more or fewer cells than the header.
+        FeatpatchError: the file can't be read or has no rows, a needed column is missing, a column occurs twice, or a row has
+            more or fewer cells than the header.
     """
     reader = csv.reader(io.StringIO(read(path, "a CSV file", "a header and one row per pair"), newline=""), strict=True)
     lines = dict(_lines(reader, str(path)))
@@ -112,9 +123,43 @@ def csv_rows(path: str | Path) -> tuple[list[str], Rows]:
                 f"{where} has {len(cells)} cells and the header {len(header)}: expected equal numbers; put text that contains "
                 "a comma in quotes"
             )
-    columns = [column for column in header if column]
+    have_columns(repr(str(path)), [column for column in header if column], needed)
     values = [{column: cell for column, cell in zip(header, cells, strict=True) if column} for _, cells in rest]
-    return columns, Rows([where for where, _ in rest], values)
+    return Rows([where for where, _ in rest], values)
+
+
+def frame_rows(frame: Any, needed: Sequence[str]) -> Rows:
+    """Return the rows of a pandas DataFrame; a missing value becomes None.
+
+    Raises:
+        FeatpatchError: it is not a DataFrame, a needed column is missing, or a column occurs twice.
+    """
+    if not isinstance(frame, pd.DataFrame):
+        raise FeatpatchError(f"frame is a {type(frame).__name__}: expected a pandas DataFrame; for a file use from_csv")
+    columns = [str(column) for column in frame.columns]
+    have_columns("the table", columns, needed)
+    values = [
+        {
+            column: None if pd.api.types.is_scalar(cell) and pd.isna(cell) else cell
+            for column, cell in zip(columns, row, strict=True)
+        }
+        for row in frame.itertuples(index=False, name=None)
+    ]
+    return Rows([f"row {index!r}" for index in frame.index.tolist()], values)
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]]) -> Rows:
+    """Return the rows of some columns, named "pair 0", "pair 1", ... in error messages.
+
+    Raises:
+        FeatpatchError: the columns are not sequences of equal length.
+    """
+    check_kinds(Sized, **columns)
+    counts = {name: len(column) for name, column in columns.items()}
+    if len(set(counts.values())) > 1:
+        raise FeatpatchError(f"there are {counts}: expected equal numbers, one of each per pair")
+    values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Rows([f"pair {index}" for index in range(len(values))], values)
 
 
 def parsed(text: str, expected: str) -> Any:

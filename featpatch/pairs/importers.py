@@ -99,7 +99,8 @@ def eap_ig(tokenizer: Tokenizer, path: str | Path, *, corrupted: str = "corrupte
         FeatpatchError: unknown columns, a cell that is not in the format, or a pair that does not fit the tokenizer (with
             `skip`: none does).
     """
-    columns, rows = csv_rows(path)
+    rows = csv_rows(path, ())
+    columns = list(rows.values[0])
     task = next((names for names in (*IDS, YEAR) if set(names) <= set(columns)), None)
     if task is None:
         known = "; ".join(", ".join(names) for names in (*IDS, YEAR))

@@ -1,6 +1,6 @@
-"""Compute how likely a model finds the tokens of prompts, or answers that follow them."""
+"""Batches of prompts of equal length, and how likely a model finds their tokens or the answers that follow them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,6 +20,22 @@ Taken = TypeVar("Taken")
 
 TOKENS = 1024
 """The largest number of tokens of several prompts that share a forward pass."""
+
+
+def by_length(prompts: Sequence[Sized]) -> dict[int, list[int]]:
+    """Return the indices of prompts or pairs, grouped by the number of tokens."""
+    groups: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(index)
+    return groups
+
+
+def chunks(prompts: Sequence[Sized], tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of equally long prompts to run in one batch, of at most `tokens` tokens but at least one prompt."""
+    for length, group in by_length(prompts).items():
+        size = max(1, tokens // length)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -53,15 +69,10 @@ class Runs:
             FeatpatchError: the model fails on the tokens, gives no logits or logits that are not finite, or another thread
                 attaches hooks to it.
         """
-        by_length: dict[int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            by_length.setdefault(len(prompt), []).append(index)
         taken: dict[int, Taken] = {}
-        for length, indices in by_length.items():
-            size = max(1, TOKENS // length)
-            for some in (indices[start : start + size] for start in range(0, len(indices), size)):
-                for index, logits in zip(some, self._logits([prompts[index] for index in some]), strict=True):
-                    taken[index] = take(index, logits)
+        for indices in chunks(prompts, TOKENS):
+            for index, logits in zip(indices, self._logits([prompts[index] for index in indices]), strict=True):
+                taken[index] = take(index, logits)
         return [taken[index] for index in range(len(prompts))]
 
     def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:

@@ -1,29 +1,29 @@
 """A collection of pairs, made from prompts, token ids, files or tables."""
 
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, each
 from featpatch.files import sha256, write_csv, writing
-from featpatch.pairs.build import Answers, Prompt, filler_id, make
-from featpatch.pairs.checklist import Checklist, Status, check, kept
-from featpatch.pairs.fields import NEEDED, checked, for_cells, from_cells, of_ids, written
-from featpatch.pairs.files import Rows, csv_rows, fitting, have_columns, json_lines, json_lines_in_blocks
+from featpatch.pairs import checklist
+from featpatch.pairs.build import Answers, Prompt
+from featpatch.pairs.checklist import Checklist, Status, without
+from featpatch.pairs.fields import NEEDED, for_cells, from_cells, from_line, pairs_of, written
+from featpatch.pairs.files import csv_rows, frame_rows, json_lines, json_lines_in_blocks, rows_of
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
+from featpatch.pairs.likelihood import by_length, chunks
 from featpatch.pairs.pair import Label, Pair
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
+from featpatch.pairs.tensors import Table, of_tensors
+from featpatch.pairs.tokens import Tokenizer
 from featpatch.untrusted import visible
-
-Table = Sequence[int] | Sequence[Sequence[int]]
-"""Token ids as plain lists."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,20 +51,13 @@ class Pairs(Sequence[Pair]):
 
     @classmethod
     def from_prompts(
-        cls,
-        tokenizer: Tokenizer,
-        *,
-        clean: Sequence[Prompt] | torch.Tensor,
-        corrupted: Sequence[Prompt] | torch.Tensor,
-        correct: Sequence[Answers] | torch.Tensor,
-        wrong: Sequence[Answers] | torch.Tensor | None = None,
-        labels: Sequence[Mapping[str, Label]] | None = None,
-        corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
+        cls, tokenizer: Tokenizer, *,
+        clean: Sequence[Prompt] | torch.Tensor, corrupted: Sequence[Prompt] | torch.Tensor,
+        correct: Sequence[Answers] | torch.Tensor, wrong: Sequence[Answers] | torch.Tensor | None = None,
+        labels: Sequence[Mapping[str, Label]] | None = None, corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
         tags: Sequence[Mapping[str, str]] | None = None,
-        align: str | None = None,
-        filler: str | None = None,
-        long_answers: bool = False,
-    ) -> "Pairs":
+        align: str | None = None, filler: str | None = None, long_answers: bool = False,
+    ) -> "Pairs":  # fmt: skip
         """Make pairs from prompts, each given as a text or as token ids.
 
         Args:
@@ -104,15 +97,12 @@ class Pairs(Sequence[Pair]):
             >>> pairs[0].first_difference
             10
         """
-        columns: dict[str, Any] = {"clean": clean, "corrupted": corrupted, "correct": correct}
         check_kinds(Sized, clean=clean, wrong=[] if wrong is None else wrong)
+        columns: dict[str, Any] = {"clean": clean, "corrupted": corrupted, "correct": correct}
         columns["wrong"] = wrong if wrong is not None and len(wrong) else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
-        _equally_many(columns)
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        named = Rows([f"pair {index}" for index in range(len(rows))], rows)
-        return cls._made(tokenizer, named, align, filler, long_answers)
+        return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers))
 
     @classmethod
     def from_tokens(
@@ -148,40 +138,13 @@ class Pairs(Sequence[Pair]):
             >>> pairs[0].first_difference
             1
         """
-        given = {"clean": clean, "corrupted": corrupted, "correct": correct}
-        given["wrong"] = wrong if wrong is not None else torch.zeros(len(clean), 0, dtype=torch.long)
-        ids = {name: _integers(name, value) for name, value in given.items()}
-        if not len(ids["wrong"]):
-            ids["wrong"] = torch.zeros(len(clean), 0, dtype=torch.long)
-        columns: dict[str, Sequence[Any]] = {name: table.tolist() for name, table in ids.items()}
-        columns["labels"] = labels if labels is not None else [{}] * len(clean)
-        columns["attention_mask"] = [None] * len(clean)
-        if attention_mask is not None:
-            columns["attention_mask"] = _mask(attention_mask, ids["clean"], ids["corrupted"]).tolist()
-        _equally_many(columns)
-        if attention_mask is None and tokenizer is not None:
-            check_starts(tokenizer, [*columns["clean"], *columns["corrupted"]])
-        pairs = cls(each(partial(_pair_of_row, tokenizer), *columns.values()))
-        widths = ids["clean"].shape[1], ids["corrupted"].shape[1]
-        cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)
-        if cut and attention_mask is None:
-            warnings.warn(
-                f"{cut} of {len(pairs)} pairs are padded: the padding is removed; pass attention_mask= to mark it explicitly",
-                PairsWarning,
-                stacklevel=2,
-            )
-        return pairs
+        return cls(of_tensors(clean, corrupted, correct, wrong, labels, attention_mask, tokenizer))
 
     @classmethod
     def from_jsonl(
-        cls,
-        tokenizer: Tokenizer,
-        path: str | Path,
-        *,
-        align: str | None = None,
-        filler: str | None = None,
-        long_answers: bool = False,
-    ) -> "Pairs":
+        cls, tokenizer: Tokenizer, path: str | Path, *,
+        align: str | None = None, filler: str | None = None, long_answers: bool = False,
+    ) -> "Pairs":  # fmt: skip
         """Read pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}`.
 
         Optional fields are `"labels"` and `"corrupted_labels"` as in `from_prompts`, `"spans"` and `"corrupted_spans"`
@@ -199,19 +162,14 @@ class Pairs(Sequence[Pair]):
             >>> again == pairs
             True
         """
-        return cls._of_lines(tokenizer, json_lines(path, NEEDED), align, filler, long_answers)
+        read = partial(from_line, tokenizer, long_answers=long_answers)
+        return cls(pairs_of(tokenizer, json_lines(path, NEEDED), read, align, filler, long_answers))
 
     @classmethod
     def blocks_from_jsonl(
-        cls,
-        tokenizer: Tokenizer,
-        path: str | Path,
-        *,
-        size: int = 1000,
-        align: str | None = None,
-        filler: str | None = None,
-        long_answers: bool = False,
-    ) -> "Iterator[Pairs]":
+        cls, tokenizer: Tokenizer, path: str | Path, *, size: int = 1000,
+        align: str | None = None, filler: str | None = None, long_answers: bool = False,
+    ) -> "Iterator[Pairs]":  # fmt: skip
         """Read a JSON-lines file `size` pairs at a time, for `fp.stream_features`; see `from_jsonl`.
 
         Raises:
@@ -223,31 +181,15 @@ class Pairs(Sequence[Pair]):
             [3, 3, 2]
         """
         check_numbers(1, size=size)
-        empty = True
+        read = partial(from_line, tokenizer, long_answers=long_answers)
         for lines in json_lines_in_blocks(path, NEEDED, size):
-            empty = False
-            yield cls._of_lines(tokenizer, lines, align, filler, long_answers)
-        if empty:
-            raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
-
-    @classmethod
-    def _of_lines(cls, tokenizer: Tokenizer, lines: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
-        def read(line: dict[str, Any]) -> dict[str, Any] | Pair:
-            return of_ids(tokenizer, line, long_answers=long_answers) if isinstance(line["clean"], list) else checked(line)
-
-        rows = Rows(lines.where, list(each(read, lines.values, where=lines.where)))
-        return cls._made(tokenizer, rows, align, filler, long_answers)
+            yield cls(pairs_of(tokenizer, lines, read, align, filler, long_answers))
 
     @classmethod
     def from_csv(
-        cls,
-        tokenizer: Tokenizer,
-        path: str | Path,
-        *,
-        align: str | None = None,
-        filler: str | None = None,
-        long_answers: bool = False,
-    ) -> "Pairs":
+        cls, tokenizer: Tokenizer, path: str | Path, *,
+        align: str | None = None, filler: str | None = None, long_answers: bool = False,
+    ) -> "Pairs":  # fmt: skip
         """Read pairs from a CSV file with the columns clean, corrupted, correct and wrong.
 
         The columns labels, corrupted_labels, spans and corrupted_spans hold JSON (`{"S2": 12}`), as does a cell with several
@@ -261,20 +203,13 @@ class Pairs(Sequence[Pair]):
             >>> len(fp.Pairs.from_csv(model, path))
             8
         """
-        columns, rows = csv_rows(path)
-        have_columns(repr(str(path)), columns, NEEDED)
-        return cls._of_cells(tokenizer, rows, align, filler, long_answers)
+        return cls(pairs_of(tokenizer, csv_rows(path, NEEDED), from_cells, align, filler, long_answers))
 
     @classmethod
     def from_pandas(
-        cls,
-        tokenizer: Tokenizer,
-        frame: Any,
-        *,
-        align: str | None = None,
-        filler: str | None = None,
-        long_answers: bool = False,
-    ) -> "Pairs":
+        cls, tokenizer: Tokenizer, frame: Any, *,
+        align: str | None = None, filler: str | None = None, long_answers: bool = False,
+    ) -> "Pairs":  # fmt: skip
         """Make pairs from a pandas DataFrame with the columns of `from_csv`; cells may also hold lists and dictionaries.
 
         Raises:
@@ -287,30 +222,13 @@ class Pairs(Sequence[Pair]):
             >>> fp.Pairs.from_pandas(model, frame)[0].tags
             {'template': 'met'}
         """
-        import pandas
-
-        if not isinstance(frame, pandas.DataFrame):
-            raise FeatpatchError(f"frame is a {type(frame).__name__}: expected a pandas DataFrame; for a file use from_csv")
-        columns = [str(column) for column in frame.columns]
-        have_columns("the table", columns, NEEDED)
-        values = [
-            {
-                column: None if pandas.api.types.is_scalar(cell) and pandas.isna(cell) else cell
-                for column, cell in zip(columns, row, strict=True)
-            }
-            for row in frame.itertuples(index=False, name=None)
-        ]
-        rows = Rows([f"row {index!r}" for index in frame.index.tolist()], values)
-        return cls._of_cells(tokenizer, rows, align, filler, long_answers)
+        return cls(pairs_of(tokenizer, frame_rows(frame, NEEDED), from_cells, align, filler, long_answers))
 
     @classmethod
     def from_feature_circuits(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
         """Read pairs from a file of the project feature-circuits, see `featpatch.pairs.importers.feature_circuits`.
 
-        Args:
-            tokenizer: the model or its tokenizer.
-            path: the JSON-lines file.
-            skip: whether to leave out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
+        With `skip`, pairs that do not fit the tokenizer are left out, with a PairsWarning that counts them.
 
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
@@ -331,11 +249,8 @@ class Pairs(Sequence[Pair]):
     ) -> "Pairs":
         """Read pairs from a CSV file of the project EAP-IG, see `featpatch.pairs.importers.eap_ig`.
 
-        Args:
-            tokenizer: the model or its tokenizer.
-            path: the CSV file.
-            corrupted: the column of the corrupted prompts; some files have a `"corrupted_hard"` too.
-            skip: whether to leave out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
+        `corrupted` is the column of the corrupted prompts; some files have a `"corrupted_hard"` too. With `skip`, pairs that do
+        not fit the tokenizer are left out, with a PairsWarning that counts them.
 
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
@@ -353,36 +268,19 @@ class Pairs(Sequence[Pair]):
     def from_auto_circuit(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
         """Read pairs from a JSON file of the project auto-circuit, see `featpatch.pairs.importers.auto_circuit`.
 
-        Args:
-            tokenizer: the model or its tokenizer.
-            path: the JSON file.
-            skip: whether to leave out pairs that do not fit the tokenizer, with a PairsWarning that counts them.
+        With `skip`, pairs that do not fit the tokenizer are left out, with a PairsWarning that counts them.
 
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
 
         Example:
             >>> import json
-            >>> prompts = {"clean": "John gave a hat to", "corrupt": "Mary gave a hat to"}
-            >>> answers = {"answers": [" Mary"], "wrong_answers": [" John"]}
-            >>> _ = (folder / "ioi.json").write_text(json.dumps({"prompts": [{**prompts, **answers}]}))
+            >>> row = {"clean": "John gave to", "corrupt": "Mary gave to", "answers": [" Mary"], "wrong_answers": [" John"]}
+            >>> _ = (folder / "ioi.json").write_text(json.dumps({"prompts": [row]}))
             >>> len(fp.Pairs.from_auto_circuit(model, folder / "ioi.json"))
             1
         """
         return cls(auto_circuit(tokenizer, path, skip=skip))
-
-    @classmethod
-    def _of_cells(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
-        fields = Rows(rows.where, list(each(from_cells, rows.values, where=rows.where)))
-        return cls._made(tokenizer, fields, align, filler, long_answers)
-
-    @classmethod
-    def _made(cls, tokenizer: Tokenizer, rows: Rows, align: str | None, filler: str | None, long_answers: bool) -> "Pairs":
-        remarks: list[str] = []
-        made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers, remarks=remarks)
-        return cls(
-            fitting(lambda row: row if isinstance(row, Pair) else made(**row), rows.values, where=rows.where, remarks=remarks)
-        )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -402,30 +300,7 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: int | slice) -> "Pair | Pairs":
         return Pairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
-    def check(
-        self,
-        model: Callable[[torch.Tensor], Any],
-        *,
-        tokenizer: Any = None,
-        metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
-    ) -> Checklist:
-        """Check each pair for common problems with this model, see `featpatch.pairs.checklist`.
-
-        Args:
-            model: a function from tokens `[batch, pos]` to logits, such as a TransformerBridge or a HookedTransformer.
-            tokenizer: a tokenizer to show words and compare their kinds; by default `model.tokenizer`, if there is one.
-            metric: the metric that compares one-token answers; it is positive if the right ones are preferred. Answers that
-                are sequences are compared by their log probabilities.
-
-        Raises:
-            FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
-
-        Example:
-            >>> checklist = pairs.check(model)
-            >>> checklist.ok, len(checklist.verdicts())
-            (True, 8)
-        """
-        return check(self, model, tokenizer=tokenizer, metric=metric)
+    check = checklist.check
 
     def drop(self, found: Checklist, verdicts: Status | Sequence[Status] = "fail") -> "Pairs":
         """Return the pairs whose worst status in a checklist is not among `verdicts`.
@@ -442,18 +317,7 @@ class Pairs(Sequence[Pair]):
             >>> good.check(model).ok
             True
         """
-        check_kinds(Checklist, found=found)
-        if len(found.clean) != len(self):
-            raise FeatpatchError(
-                f"the checklist is of {len(found.clean)} pairs and these are {len(self)}: expected a checklist of these "
-                "pairs; call check on them"
-            )
-        left = tuple(self.pairs[index] for index in kept(found.verdicts(), verdicts))
-        if not left:
-            raise FeatpatchError(
-                f"all {len(self)} pairs have the verdict {verdicts!r}: expected some pairs to keep; look at the findings"
-            )
-        return Pairs(left)
+        return Pairs(without(self, found, verdicts))
 
     def to_jsonl(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
         """Write one line of JSON per pair, from which `from_jsonl` reads exactly these pairs again.
@@ -495,9 +359,7 @@ class Pairs(Sequence[Pair]):
             >>> pd.read_csv(path).columns[:4].tolist()
             ['clean', 'corrupted', 'correct', 'wrong']
         """
-        import pandas
-
-        write_csv(path, pandas.DataFrame([for_cells(pair, tokenizer) for pair in self]))
+        write_csv(path, pd.DataFrame([for_cells(pair, tokenizer) for pair in self]))
         return Path(path)
 
     def by_length(self) -> dict[int, list[int]]:
@@ -507,17 +369,11 @@ class Pairs(Sequence[Pair]):
             >>> sum(len(indices) for indices in pairs.by_length().values())
             8
         """
-        groups: dict[int, list[int]] = {}
-        for index, pair in enumerate(self.pairs):
-            groups.setdefault(len(pair), []).append(index)
-        return groups
+        return by_length(self.pairs)
 
     def chunks(self, tokens: int) -> Iterator[list[int]]:
-        """Yield the indices of equally long pairs to run in one batch, of at most `tokens` tokens but at least one pair."""
-        for length, group in self.by_length().items():
-            size = max(1, tokens // length)
-            for start in range(0, len(group), size):
-                yield group[start : start + size]
+        """Return the indices of equally long pairs to run in one batch, of at most `tokens` tokens but at least one pair."""
+        return chunks(self.pairs, tokens)
 
     def digest(self) -> str:
         """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags.
@@ -539,80 +395,3 @@ def check_pairs(pairs: Any) -> Pairs:
     if not isinstance(pairs, Pairs):
         raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     return pairs
-
-
-def _integers(name: str, value: Any) -> torch.Tensor:
-    """Convert a tensor or nested lists to a table of integers; a single axis becomes one column.
-
-    Raises:
-        FeatpatchError: it does not hold integers, or has the wrong number of axes.
-    """
-    try:
-        table = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
-    whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
-    whole = whole or not table.numel()  # torch makes floats of empty lists
-    axes = {"correct": (1, 2), "wrong": (1, 2), "attention_mask": range(1, 3)}.get(name, (2,))
-    if not whole or table.ndim not in axes:
-        shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"
-        raise FeatpatchError(
-            f"{name} is a tensor {list(table.shape)} of {table.dtype}: expected integers {shape}, such as token ids"
-        )
-    return table.long() if table.ndim == 2 else table.long()[:, None]
-
-
-def _mask(value: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-    """Return the attention mask as a tensor after checking that it has the shape of both tables of prompts.
-
-    Raises:
-        FeatpatchError: the shapes differ.
-    """
-    mask = _integers("attention_mask", value)
-    if not mask.shape == clean.shape == corrupted.shape:
-        raise FeatpatchError(
-            f"clean is {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)} and attention_mask {tuple(mask.shape)}: "
-            "expected equal shapes"
-        )
-    return mask
-
-
-def _pair_of_row(
-    tokenizer: Tokenizer | None,
-    clean: list[int],
-    corrupted: list[int],
-    correct: list[int],
-    wrong: list[int],
-    labels: Mapping[str, Any],
-    mask: list[int] | None,
-) -> Pair:
-    """Make a pair from one row of token ids, without its padding."""
-    kept, kept_corrupted = (0, len(clean)), (0, len(corrupted))
-    if mask is not None:
-        kept = kept_corrupted = unmasked(mask)
-    elif tokenizer is not None:
-        kept, kept_corrupted = unpadded(tokenizer, clean), unpadded(tokenizer, corrupted)
-    ids, other = tuple(clean[slice(*kept)]), tuple(corrupted[slice(*kept_corrupted)])
-    return Pair(
-        clean=ids,
-        corrupted=other,
-        correct=tuple(correct),
-        wrong=tuple(wrong),
-        labels={label: _moved(position, kept[0]) for label, position in labels.items()},
-        special=special_positions(tokenizer, ids, other) if tokenizer is not None else frozenset(),
-    )
-
-
-def _moved(position: Any, start: int) -> Any:
-    """Return the position of a label after the first `start` tokens of its row are removed."""
-    plain = plain_integers(position)
-    if plain is None:
-        return position
-    return plain - start if isinstance(plain, int) else tuple(p - start for p in plain)
-
-
-def _equally_many(columns: Mapping[str, Sequence[Any]]) -> None:
-    check_kinds(Sized, **columns)
-    counts = {name: len(column) for name, column in columns.items()}
-    if len(set(counts.values())) > 1:
-        raise FeatpatchError(f"there are {counts}: expected equal numbers, one of each per pair")

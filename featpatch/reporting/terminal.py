@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from featpatch.effects.frames import number
-from featpatch.effects.measured import WHERE_CHANGED, By, sorting
+from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
 from featpatch.nodes import Effect, Node
 from featpatch.pairs.checklist import RULES, SEVERITY, Checklist

@@ -88,7 +88,7 @@ CHANGED = 2**14
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How a codec treats positions and features.
+    """The way in which a codec treats positions and features.
 
     Attributes:
         rowwise: whether each position is encoded on its own, without earlier ones.

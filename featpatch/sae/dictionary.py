@@ -19,11 +19,11 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.digest import check_finite
 from featpatch.model.lens import Lens
-from featpatch.model.stack import folded, trivial_norms
 from featpatch.nodes import COMPONENT_KINDS, LOGITS, Node
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.formats import library_of
+from featpatch.sae.hooks import hook_of
 from featpatch.sae.sae_lens import SaeCodec, Training
 
 PROBED = 2**23
@@ -81,7 +81,7 @@ class Dictionary:
 
     @property
     def training(self) -> Training:
-        """What the configuration says about the training."""
+        """The training of the SAE, as far as its configuration describes it."""
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
@@ -100,7 +100,7 @@ class Dictionary:
 
     @property
     def place(self) -> str:
-        """The hook points that it reads and writes, for messages."""
+        """The hook points that the dictionary reads and writes, for messages."""
         return repr(self.writes) if self.reads == self.writes else f"{self.reads!r} -> {self.writes!r}"
 
     @property
@@ -169,8 +169,8 @@ class Dictionary:
         in every state, times the gain of the state.
         """
         features, back = features.unique(return_inverse=True)
-        found = self._directions(features)
-        return found[back.to(found.device)]
+        directions = self._directions(features)
+        return directions[back.to(directions.device)]
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
         """Compute the directions of features without duplicates."""
@@ -180,8 +180,8 @@ class Dictionary:
             checked = [self._checked(*chunk, off) for chunk in zip(features.split(SUMMED), rows.split(SUMMED), strict=True)]
             if all(chunk is not None for chunk in checked):
                 return torch.cat([chunk for chunk in checked if chunk is not None])
-        some = max(1, PROBED // self.d_sae)
-        return torch.cat([self._probe(chunk, off) for chunk in features.split(some)])
+        together = max(1, PROBED // self.d_sae)
+        return torch.cat([self._probe(chunk, off) for chunk in features.split(together)])
 
     def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
         """Return the rows times their common factor, or None if `decode` adds something else."""
@@ -270,7 +270,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one SAE or transcoder; pass saes=...")
     kinds = [
-        (kind, _hook(lens, Training.of(sae), reads), _hook(lens, Training.of(sae), writes))
+        (kind, hook_of(lens, Training.of(sae), reads), hook_of(lens, Training.of(sae), writes))
         for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
     ]
     shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
@@ -302,106 +302,25 @@ def several(saes: Any) -> list[Any]:
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
 
 
-def _hook(lens: Lens, said: Training, name: str) -> str:
-    """Return the hook point of the model that holds what a dictionary was trained on.
-
-    Args:
-        name: the hook point that the dictionary's configuration names.
-
-    Raises:
-        FeatpatchError: there is no such hook point, or the name is ambiguous.
-    """
-    if said.known and sites.is_mlp_in(name):
-        if said.module is None:
-            layer = sites.layer_of(name)
-            stream = sites.component(layer, "resid_mid")
-            stream = stream if stream in lens.hook_points else sites.resid_pre(layer)
-            raise FeatpatchError(
-                f"the SAE names the hook {name!r}, which is the residual stream before the norm in TransformerLens and the "
-                "norm's output for transcoders of Gemma Scope 2, and its metadata has no hf_hook_name that tells which: "
-                f"expected an unambiguous name; set sae.cfg.metadata.hook_name to {stream!r} or to "
-                f"{sites.read_by_mlp(layer)!r}"
-            )
-        name = said.module
-    weighted = sites.weighted(name) if said.known and said.folded is None else None
-    if weighted is not None and weighted in lens.hook_points and not folded(lens) and not trivial_norms(lens):
-        raise FeatpatchError(
-            f"the SAE names the hook {name!r}, which is the norm's output without the norm's weight, and its metadata does not "
-            "say whether it was trained without the weight (as Gemma Scope 1 was) or with it: if with, set "
-            f"sae.cfg.metadata.hook_name to {weighted!r}; if without, set metadata.model_name, or "
-            "metadata.model_from_pretrained_kwargs = {'fold_ln': True}"
-        )
-    if name == sites.EMBEDDING and name in lens.hook_points:
-        return _embedding(lens)
-    return _after_norm(lens, said, name) if sites.after_norm(name) else lens.site(name)
-
-
-def _embedding(lens: Lens) -> str:
-    """Return the hook point at the input of the first layer, if it holds the embedding.
-
-    Raises:
-        FeatpatchError: the model changes the embedding before the first layer.
-    """
-    entry = sites.resid_pre(0)
-    both = lens.read(torch.tensor([[0, 1, 2]]), [sites.EMBEDDING, entry])
-    if not torch.equal(both[sites.EMBEDDING], both[entry]):
-        raise FeatpatchError(
-            f"the SAE reads {sites.EMBEDDING!r}, to which this model adds positions, or which it scales or normalises, before "
-            f"the first layer: expected an SAE of a layer's hook point; {entry!r} holds the result, but this SAE was not "
-            "trained on it"
-        )
-    return entry
-
-
-def _after_norm(lens: Lens, said: Training, name: str) -> str:
-    """Return the hook point for a dictionary of a norm's output, which includes the norm's weight unless that is folded.
-
-    Raises:
-        FeatpatchError: the weight was folded in the training but is not in this model, or the other way round.
-    """
-    is_folded = folded(lens)
-    was_folded = is_folded if said.folded is None else said.folded
-    if name not in lens.hook_points and sites.normalized(name) in lens.hook_points:
-        if is_folded and was_folded:
-            return sites.normalized(name)
-        raise FeatpatchError(
-            f"the model has no hook {name!r}, and none that holds the norm's output with its weight: expected a "
-            "HookedSAETransformer or a TransformerBridge with unprocessed weights; use fp.load, or "
-            "HookedSAETransformer.from_pretrained_no_processing"
-        )
-    if is_folded and not was_folded:
-        raise FeatpatchError(
-            f"the SAE of {name!r} was trained with the weight of the norm, which in this model is folded into the MLP or "
-            "attention: expected weights processed as in its training; load the model with processing=[]"
-        )
-    if was_folded and not is_folded and not trivial_norms(lens):
-        raise FeatpatchError(
-            f"the SAE of {name!r} was trained without the weight of the norm, which in this model is not folded: expected "
-            "weights processed as in its training; load the model with processing=['fold_ln'], or set "
-            f"sae.cfg.metadata.hook_name to {sites.normalized(name)!r}, which holds the same values"
-        )
-    return lens.site(name)
-
-
 def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:
     activations = lens.read(torch.zeros(1, 1, dtype=torch.long), sorted(hooks))
     return {hook: tuple(activation.shape[2:]) for hook, activation in activations.items()}
 
 
-def _check_width(name: str, verb: str, hook: str, found: int, expected: int) -> None:
-    if found != expected:
+def _check_width(name: str, verb: str, hook: str, width: int, expected: int) -> None:
+    if width != expected:
         raise FeatpatchError(
-            f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {found}: expected an SAE trained on "
+            f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {width}: expected an SAE trained on "
             "this hook point of this model; load the matching one"
         )
 
 
-def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) -> list[Node]:
+def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str) -> list[Node]:
     """Return nodes as a list, after checking that the model and the dictionaries have them.
 
     Args:
         nodes: a list of nodes, in which `"logits"` stands for `LOGITS`, or a table of effects whose rows are the nodes.
-        found: the dictionaries.
+        owners: the dictionaries.
         name: the name of the argument, for errors.
 
     Raises:
@@ -416,7 +335,7 @@ def check_nodes(lens: Lens, nodes: Any, found: Sequence[Dictionary], name: str) 
     for node in chosen:
         if node == LOGITS:
             continue
-        owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
+        owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
         site = lens.site(node.site) if owner is None else owner.writes

@@ -13,9 +13,9 @@ none of these libraries has to be installed.
 
 import errno
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
-from featpatch.model.sources import numerically
 from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
 from featpatch.untrusted import short
 
@@ -98,40 +97,6 @@ def read(path: Path) -> Weights | None:
     return None
 
 
-def inside(folder: Path) -> list[str]:
-    """List the dictionaries in the subfolders of a folder, as `holding` names them."""
-    return holding(each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern))
-
-
-def several(name: str, found: Collection[str]) -> str:
-    """Return the error message for a folder or repository that holds several dictionaries."""
-    listed = ", ".join(list(found)[:40]) + (", ..." if len(found) > 40 else "")
-    return f"{name!r} holds several dictionaries ({listed}): expected one; name it, such as {f'{name}/{next(iter(found))}'!r}"
-
-
-def holding(names: Iterable[str]) -> list[str]:
-    """List the dictionaries that `read` or sae-lens can load, given file names, sorted by the numbers in their names."""
-    found = set()
-    for name in map(PurePosixPath, names):
-        if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
-            found.add(str(name.parent))
-        elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
-            found.add(str(name.with_suffix("")))
-    return numerically(found)
-
-
-def patterns(folder: str) -> list[str]:
-    """List the files of a repository that `read` needs for one of its folders."""
-    up = str(PurePosixPath(folder).parent)
-    above = "" if up == "." else f"{up}/"
-    inside = [f"{folder}/{file}" for file in (*READERS, "config.json", "cfg.json", "config.yaml")]
-    return [*inside, folder, f"{folder}.safetensors", f"{above}config.yaml", f"{above}config.json"]
-
-
-COMPILED = "_orig_mod."
-"""The prefix that torch.compile puts before the names of weights."""
-
-
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors in a file, by name; no code in it is run.
 
@@ -141,11 +106,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         elif path.suffix == ".pt":
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            found = load_file(path)
+            state = load_file(path)
     except Exception as error:
         reason = f"{type(error).__name__}: {short(error)}"
         if isinstance(error, OSError) and error.errno == errno.EINVAL:  # torch.load seeks before the start of the file
@@ -154,9 +119,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{str(path)!r} can't be read ({reason}): expected a complete file with nothing but weights (code in it is never "
             "run); download it again, or save only the state_dict"
         ) from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise FeatpatchError(f"{str(path)!r} holds a {type(found).__name__}: expected a state_dict (tensors by name)")
-    return {name.removeprefix(COMPILED): value for name, value in found.items()}
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise FeatpatchError(f"{str(path)!r} holds a {type(state).__name__}: expected a state_dict (tensors by name)")
+    return {name.removeprefix("_orig_mod."): value for name, value in state.items()}  # torch.compile adds this prefix
 
 
 def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
@@ -198,11 +163,11 @@ def _named(
             f"{origin} holds {', '.join(unknown)}, whose meaning is unknown: expected only {', '.join(names)}; wrap the "
             "loaded object in an object of your own with encode and decode, and pass that to fp.dictionaries.adapt"
         )
-    found = {}
+    tensors = {}
     for name, ours in there.items():
-        tensor, turned = state[name], ours.endswith(".T")
-        found[ours.removesuffix(".T")] = (tensor.mT if turned and tensor.ndim >= 2 else tensor).contiguous()
-    return found
+        tensor, transposed = state[name], ours.endswith(".T")
+        tensors[ours.removesuffix(".T")] = (tensor.mT if transposed and tensor.ndim >= 2 else tensor).contiguous()
+    return tensors
 
 
 def _check_stated(weights: Weights, **stated: Any) -> None:
@@ -312,11 +277,11 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
         )
     weights = Weights(origin, tensors, activation, k, centred=not transcoder, transcoder=transcoder)
     _check_stated(weights, num_latents=cfg.get("num_latents") or None)  # 0 means d_in * expansion_factor
-    found = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", hookpoint or "")
-    if found is None:
+    place = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?", hookpoint or "")
+    if place is None:
         hook = "hook_embed" if hookpoint in ("embed_tokens", "embed_in", "wte") and not transcoder else None
         return replace(weights, reads=hook, writes=hook)
-    layer, module = f"blocks.{found[1]}", found[2]
+    layer, module = f"blocks.{place[1]}", place[2]
     reads, writes = {None: ("hook_resid_pre", "hook_resid_post"), "mlp": ("mlp.hook_in", "mlp.hook_out")}.get(
         module, ("attn.hook_in", "attn.hook_out")
     )
@@ -324,9 +289,8 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
 
 
 def _sparsify_folder(folder: Path) -> Weights:
-    weights = _sparsify(
-        str(folder), _tensors(folder / "sae.safetensors"), _settings(folder / "cfg.json"), folder.resolve().name
-    )
+    state, cfg = _tensors(folder / "sae.safetensors"), _settings(folder / "cfg.json")
+    weights = _sparsify(str(folder), state, cfg, folder.resolve().name)
     run = folder.resolve().parent / "config.json"
     return replace(weights, model=_text(_settings(run).get("model")) if run.is_file() else None)
 
@@ -408,8 +372,8 @@ def _gemma_scope_2(folder: Path) -> Weights:
                "post_feedforward_layernorm.output": "hook_mlp_out", "self_attn.o_proj.input": "attn.hook_z"}  # fmt: skip
     hooks = []
     for key in ("hf_hook_point_in", "hf_hook_point_out"):
-        found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", str(settings.get(key) or settings.get("hf_hook_point_in")))
-        hooks.append(f"blocks.{found[1]}.{modules[found[2]]}" if found and found[2] in modules else None)
+        place = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", str(settings.get(key) or settings.get("hf_hook_point_in")))
+        hooks.append(f"blocks.{place[1]}.{modules[place[2]]}" if place and place[2] in modules else None)
     weights = Weights(str(folder), tensors, "jumprelu", reads=hooks[0], writes=hooks[1])
     named = _text(settings.get("model_name"))
     return replace(

@@ -1,9 +1,10 @@
 """Load dictionaries by folder, by name in sae-lens' registry, or from the hub, and read what they say of their training."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_type_hints
 
 from huggingface_hub import list_repo_files, snapshot_download
@@ -15,9 +16,9 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
-from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found
+from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found, numerically
 from featpatch.sae.adapted import Adapted, placed
-from featpatch.sae.formats import holding, inside, patterns, read, several
+from featpatch.sae.formats import READERS, read
 from featpatch.sae.sae_lens import Training, check_sizes
 from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
 from featpatch.untrusted import short
@@ -77,8 +78,8 @@ def load_sae(
             raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
     found: SAE[Any] | Weights | None = read(as_path(source))
     if found is None and Path(source).exists():
-        if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := inside(Path(source))):
-            raise FeatpatchError(several(str(source), names))
+        if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := _inside(Path(source))):
+            raise FeatpatchError(_several(str(source), names))
         found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
     elif found is None:
         check_there("SAE", source)
@@ -180,8 +181,8 @@ class Location:
             options = (known.config_overrides or {}).get("model_from_pretrained_kwargs")
             return cls(first, rest, known.conversion_func, said if 0 < said < 1 else None, cast(Any, options))
         repository, _, folder = rest.partition("/")
-        if repository and not folder and (found := _held(name, "")):
-            raise FeatpatchError(several(name, found))
+        if repository and not folder and (names := _held(name, "")):
+            raise FeatpatchError(_several(name, names))
         if not repository or not folder:
             near = [release for release in registry if first in release or release in first][:3]
             raise FeatpatchError(
@@ -199,13 +200,13 @@ def _of_other_library(location: Location) -> Weights | None:
         FeatpatchError: the weights are damaged, their kind is not supported, or the folder holds several dictionaries.
     """
     try:
-        wanted = [escape(file) for file in patterns(location.sae_id)]
+        wanted = [escape(file) for file in _files_of(location.sae_id)]
         root = Path(snapshot_download(location.release, allow_patterns=wanted))
     except Exception:
         return None  # sae-lens failed for the same reason, and its error names it
     weights = read(root / location.sae_id)
-    if weights is None and (found := _held(location.release, location.sae_id) or inside(root / location.sae_id)):
-        raise FeatpatchError(several(f"{location.release}/{location.sae_id}", found))
+    if weights is None and (names := _held(location.release, location.sae_id) or _inside(root / location.sae_id)):
+        raise FeatpatchError(_several(f"{location.release}/{location.sae_id}", names))
     return weights
 
 
@@ -216,7 +217,37 @@ def _held(repository: str, folder: str) -> list[str]:
     except Exception:
         return []  # no network, or no such repository: the caller's error says what to do
     start = f"{folder}/" if folder else ""
-    return holding(file.removeprefix(start) for file in files if file.startswith(start))
+    return _among(file.removeprefix(start) for file in files if file.startswith(start))
+
+
+def _inside(folder: Path) -> list[str]:
+    """List the dictionaries in the subfolders of a folder, as `_among` names them."""
+    return _among(each.relative_to(folder).as_posix() for pattern in ("*", "*/*") for each in folder.glob(pattern))
+
+
+def _several(name: str, inside: Sequence[str]) -> str:
+    """Return the error message for a folder or repository that holds several dictionaries."""
+    listed = ", ".join(inside[:40]) + (", ..." if len(inside) > 40 else "")
+    return f"{name!r} holds several dictionaries ({listed}): expected one; name it, such as {f'{name}/{inside[0]}'!r}"
+
+
+def _among(names: Iterable[str]) -> list[str]:
+    """List the dictionaries among these files that `read` or sae-lens can load, sorted by the numbers in their names."""
+    folders = set()
+    for name in map(PurePosixPath, names):
+        if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
+            folders.add(str(name.parent))
+        elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
+            folders.add(str(name.with_suffix("")))
+    return numerically(folders)
+
+
+def _files_of(folder: str) -> list[str]:
+    """List the files of a repository that `read` needs for one of its folders."""
+    up = str(PurePosixPath(folder).parent)
+    above = "" if up == "." else f"{up}/"
+    own = [f"{folder}/{file}" for file in (*READERS, "config.json", "cfg.json", "config.yaml")]
+    return [*own, folder, f"{folder}.safetensors", f"{above}config.yaml", f"{above}config.json"]
 
 
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:

@@ -225,7 +225,7 @@ def _scale(sae: Any) -> float:
 
 @dataclass(frozen=True)
 class Training:
-    """What is known about the training of an SAE; None or empty means unknown.
+    """The known facts about the training of an SAE; None or empty means unknown.
 
     Attributes:
         known: whether the SAE has a configuration, as sae-lens objects have.

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
-from featpatch.effects.measured import WHERE_CHANGED, least_to_sort, sorting
+from featpatch.effects.selection import WHERE_CHANGED, least_to_sort, sorting
 from featpatch.effects.statistics import NEAR_ZERO, check_gap
 from featpatch.effects.storage import check_columns, check_metadata, nodes_of
 from featpatch.effects.table import Effects

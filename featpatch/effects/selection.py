@@ -1,0 +1,67 @@
+"""The arguments that select rows: the effect that they are sorted by, indices, and masks."""
+
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.nodes import Effect
+
+Over = Literal["all", "changed"]
+"""The pairs that an effect is pooled over: all of them, or those in which the node differs."""
+By = Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"]
+"""The effects that rows can be sorted by."""
+LEAST_CHANGED = 5
+"""The number of pairs in which a row must differ, by default, to be ranked by its effect over these pairs."""
+WHERE_CHANGED = "_where_changed"
+"""The suffix of effects that are pooled over the pairs in which the node differs."""
+
+
+def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
+    """Split the name of a sort key, such as `"recovery_where_changed"`, into the effect and the pairs that it is pooled over.
+
+    Raises:
+        FeatpatchError: the effect was not run.
+    """
+    known: dict[str, tuple[Effect, Over]] = {effect: (effect, "all") for effect in run}
+    known |= {f"{effect}{WHERE_CHANGED}": (effect, "changed") for effect in run}
+    check_kinds((str, NoneType), by=by)
+    if by is None:
+        return run[0], "all"
+    if by not in known:
+        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}")
+    return known[by]
+
+
+def least_to_sort(over: Over, asked: int | None, pairs: int) -> int:
+    """Return the number of pairs in which a row must differ to be among the top rows, given the number of all pairs.
+
+    Raises:
+        FeatpatchError: `asked` is not a number of pairs.
+    """
+    least = (min(LEAST_CHANGED, pairs) if over == "changed" else 0) if asked is None else asked
+    check_numbers(0, least_changed=least)
+    return least
+
+
+def indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:
+    """Convert indices or a mask to an array of valid indices without duplicates.
+
+    Raises:
+        FeatpatchError: an index is out of range or given twice, or the mask has the wrong length.
+    """
+    given = np.asarray(wanted)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
+        raise FeatpatchError(f"{what}s={wanted!r}: expected a list of indices or a boolean mask")
+    mask, order = given.dtype == bool, given.astype(np.int64)
+    if mask and len(given) == count:
+        return np.flatnonzero(given)
+    if order.size and (mask or order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
+        raise FeatpatchError(
+            f"{what}s={order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a boolean mask of length "
+            f"{count}"
+        )
+    return order

@@ -10,11 +10,11 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: two tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two tests run side by side
 os.environ |= {"RAY_worker_niceness": "0"}  # by default Ray's workers wait for whatever else the machine does
 
 import jaxtyping
@@ -25,11 +25,10 @@ jaxtyping.install_import_hook("featpatch", "typechecker.check")
 
 import drawn
 import pytest
-import torch
-import torch.nn.functional as F
-from small import Small, small_bridge, small_hooked
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from small import Small  # imports torch and TransformerLens, which the process that only hands out tests does without
+
 CLASSES = ("bridge", "hooked")
 """TransformerLens' two classes of models, as the fixture `small` names them."""
 
@@ -75,27 +74,34 @@ def diagonal(cases: list[set[tuple[str, int]]]) -> set[int]:
 
 
 @pytest.fixture(scope="session", params=CLASSES)
-def small(request: pytest.FixtureRequest) -> Small:
+def small(request: pytest.FixtureRequest) -> "Small":
     """The same kind of small random transformer behind each of TransformerLens' two classes."""
-    return small_bridge() if request.param == "bridge" else small_hooked()
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
-def bridge() -> Small:
+def bridge() -> "Small":
+    from small import small_bridge
+
     return small_bridge()
 
 
 @pytest.fixture(scope="session")
-def hooked() -> Small:
+def hooked() -> "Small":
+    from small import small_hooked
+
     return small_hooked()
 
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hugging Face computes norms and softmax of a float64 model in float32; here it stays in float64, so that 1e-10 means something."""
+    import torch
+    import torch.nn.functional as F
+
     to, softmax, narrow = torch.Tensor.to, F.softmax, torch.Tensor.float
 
-    def keep_wide(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    def keep_wide(self: "torch.Tensor", *args: Any, **options: Any) -> "torch.Tensor":
         wanted = options.get("dtype", args[0] if args else None)
         return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **options)
 

@@ -161,7 +161,7 @@ def test_plans_of_components_and_json_without_bars(
     shown = run("components", *model, "--sites", "z", "--out", "planned", folder=folder)
     assert "patching: 100%" in shown.stderr
     refused = run("plan", *model, *sae, "--sites", "z", folder=folder)
-    assert "fp.plan got sites, saes: expected senders" in refused.stderr.replace("\n", " ")
+    assert "--sites with --sae: expected --sites for components" in refused.stderr
 
 
 def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> None:

@@ -263,6 +263,7 @@ TASKS: dict[str, Callable[[Small], Any]] = {
 VARIANTS = {
     "features, neg_kl", "integrated", "paths through MLPs", "estimates of paths through MLPs", "edges",
     "edges, estimated", "resampled", "dropped", "inputs", "controls", "neurons", "principal components",
+    "estimates of components", "nodes", "noise", "cumulative",
 }  # fmt: skip
 """What differs little from another task: extended."""
 

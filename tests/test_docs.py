@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import featpatch as fp
 
 
+@pytest.mark.extended
 def test_the_reference_is_complete(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / ".ci" / "docs"
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300, check=False)

@@ -18,7 +18,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("most", [4, pytest.param(256, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("most", [2, pytest.param(256, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", SAID)
 def test_it_runs(
     name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

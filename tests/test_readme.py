@@ -18,7 +18,7 @@ def test_using_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert len(blocks) == 4
     assert blocks[0].count("n=32") == 1
     found: dict[str, Any] = {}
-    exec("\n".join(blocks).replace("n=32", "n=3").replace("n=64", "n=8"), found)
+    exec("\n".join(blocks).replace("n=32", "n=2").replace("n=64", "n=4"), found)
     assert (tmp_path / "ioi.safetensors").is_file()
     assert "features bring back" in capsys.readouterr().out
     assert len(found["both"].writers)

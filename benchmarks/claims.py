@@ -1,4 +1,4 @@
-"""A check of every number, table and picture in the README: the command that made it is run again and its output compared.
+"""A check of every measured number, table and picture in README and documentation: the command that made it is run again and its output compared.
 
     make claims
     python benchmarks/claims.py [--only TEXT] [--write] [--resume] [--long]
@@ -27,7 +27,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ROOT / "build" / "claims"
-PAGES = ("README.md", "checkpoints/README.md", "featpatch/effects/statistics.py", "featpatch/engine/ray.py")
+PAGES = (
+    "README.md",
+    "checkpoints/README.md",
+    *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*.md")),
+    "featpatch/effects/statistics.py",
+    "featpatch/engine/ray.py",
+)
 PASSAGE = re.compile(
     r"<!-- claim(?: (?P<factor>[\d.]+)x)?(?P<long> long)?: (?P<command>.+?) -->(?P<text>.*?)<!-- /claim -->", re.DOTALL
 )

@@ -110,14 +110,14 @@ def test_the_matrix(small: Small, kind: str, site: str) -> None:
 
 
 def matrix() -> str:
-    """The cells that are tested, as a table: `python tests/test_kinds.py` prints it for the README."""
+    """The cells that are tested, as a table: `python tests/test_kinds.py` prints it for docs/models-and-saes.md."""
     rows = [["kind", *SITES], ["---", *[":-:"] * len(SITES)]]
     rows += [[kind, *("slow" if ".mlp." in hook else "yes" for hook, _ in SITES.values())] for kind in KINDS]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def test_the_readme_shows_the_matrix() -> None:
-    assert matrix() in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert matrix() in (Path(__file__).parent.parent / "docs" / "models-and-saes.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("reshape", ["none", "hook_z"])

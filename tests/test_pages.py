@@ -1,0 +1,54 @@
+"""The Python of README and documentation runs as it stands there, on fewer pairs, and recipes print what the page shows.
+
+Code that needs files, a network or a cluster is marked as `py` instead of `python` and is not run.
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import featpatch as fp
+
+ROOT = Path(__file__).parent.parent
+FENCES = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = re.split(r"^## ", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8") and page.name != "recipes.md"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> fp.checkpoints.Demo:
+    return fp.load_demo(progress=False)
+
+
+@pytest.fixture
+def names(demo: fp.checkpoints.Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the pages take for granted, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fp, "load_demo", lambda: demo)
+    return {"fp": fp, "demo": demo, "model": demo.model, "saes": demo.saes}
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=[page.name for page in WITH_CODE])
+def test_page(page: Path, demo: fp.checkpoints.Demo, names: dict[str, object]) -> None:
+    pairs = demo.pairs("ioi", n=2)
+    effects = fp.rank_features(demo.model, demo.saes[:1], pairs, positions=["S2"], progress=False)
+    names |= {"pairs": pairs, "effects": effects}
+    code = [content for kind, content in FENCES.findall(page.read_text(encoding="utf-8")) if kind == "python"]
+    exec("\n".join(code).replace("n=32", "n=2").replace("n=64", "n=4"), names)
+
+
+@pytest.mark.parametrize("section", RECIPES[1:], ids=[section.partition("\n")[0] for section in RECIPES[1:]])
+def test_recipe(section: str, names: dict[str, object]) -> None:
+    exec(FENCES.findall(RECIPES[0])[0][1], names)
+    printed = io.StringIO()
+    for kind, content in FENCES.findall(section):
+        if kind == "python":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(content, names)
+        else:
+            assert content.split() == printed.getvalue().split()

@@ -142,7 +142,7 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
     """Check that model, pairs and SAEs are those of a table.
 
     Raises:
-        FeatpatchError: one differs, or an SAE is missing or was not used.
+        FeatpatchError: one differs, or an SAE is missing.
     """
     about = effects.metadata
     found = dictionaries_if_any(lens, saes)
@@ -152,11 +152,6 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
         raise FeatpatchError(
             f"the table was measured with {', '.join(missing)}: expected these SAEs too; pass them with saes=, or --sae for "
             "each"
-        )
-    if unused := [name for name in given if name not in known]:
-        raise FeatpatchError(
-            f"the table was measured without {', '.join(unused)}: expected only the SAEs that it was measured with; leave the "
-            "others out"
         )
     for name, digest in known.items():
         if given[name] != digest:

@@ -686,7 +686,7 @@ def test_estimates_are_exact_where_the_metric_is_linear(data: Any) -> None:
     if model.cfg.attn_only or model.cfg.parallel_attn_mlp:
         linear += [f"{last}hook_attn_out", f"{last}attn.hook_z"]
     sae = data.draw(st.sampled_from(linear).flatmap(lambda hook: saes(model, hook)))
-    options = {"method": data.draw(st.sampled_from(["atp", "ig"])), "steps": data.draw(st.integers(1, 2))}
+    options = data.draw(st.sampled_from([{"method": "atp"}, {"method": "ig", "steps": 1}, {"method": "ig", "steps": 2}]))
     effects = fp.rank_features(
         model, sae, pairs, method=fp.Gradients(model, pairs, **options), positions=data.draw(requests(pairs)), progress=False
     )

@@ -16,6 +16,10 @@ DIFFERENT = {
     "effect": "which to compare, or to reach",
     "screen": "`rank_paths` screens where there are many",
     "method": "of estimating, of searching",
+    "metric": "`rank_*` must tell whether it is given, because gradients have their own",
+    "seed": "`ablate` must tell whether it is given, because only resampling draws",
+    "target": "`find_circuit` must tell whether it is given, because only a greedy search has one",
+    "top": "`interactions` and `report` must tell whether it is given, because features or no SAEs leave no use for it",
     "sites": "`ablate` has SAEs beside them",
     "to": "an ablation can't take the corrupted run's values: that is noising",
 }

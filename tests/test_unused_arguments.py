@@ -101,10 +101,6 @@ REFUSED: dict[str, tuple[Call, str]] = {
         lambda s, pairs, e, p: fp.interactions(s.model, s.at(SITE), pairs, features=[1, 2], top=3, **QUIET),
         "top=3 with features: expected only one of them",
     ),
-    "verify": (
-        lambda s, pairs, e, p: fp.verify(e, s.model, pairs, saes=[s.at(SITE), s.saes[-1]], **QUIET),
-        "the table was measured without",
-    ),
     "verify tolerance": (
         lambda s, pairs, e, p: fp.verify(e, s.model, pairs, saes=s.at(SITE), tolerance="much", **QUIET),
         "tolerance='much': expected a number, 0 or more",

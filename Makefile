@@ -27,7 +27,8 @@ demo:
 	featpatch demo
 
 docs:
-	python .ci/docs build/docs
+	pip install -q -r docs/requirements.txt
+	mkdocs build --strict
 
 claims:
 	python benchmarks/claims.py

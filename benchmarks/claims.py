@@ -1,4 +1,4 @@
-"""A check of every measured number, table and picture in README and documentation: the command that made it is run again and its output compared.
+"""A check of every measured number, table and picture in README and documentation: each command is run again and compared.
 
     make claims
     python benchmarks/claims.py [--only TEXT] [--write] [--resume] [--long]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import featpatch as fp
+from featpatch.checkpoints import Demo
 
 ROOT = Path(__file__).parent.parent
 FENCES = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -20,12 +21,12 @@ WITH_CODE = [page for page in PAGES if "```python" in page.read_text(encoding="u
 
 
 @pytest.fixture(scope="module")
-def demo() -> fp.checkpoints.Demo:
+def demo() -> Demo:
     return fp.load_demo(progress=False)
 
 
 @pytest.fixture
-def names(demo: fp.checkpoints.Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def names(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the pages take for granted, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fp, "load_demo", lambda: demo)
@@ -33,7 +34,7 @@ def names(demo: fp.checkpoints.Demo, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=[page.name for page in WITH_CODE])
-def test_page(page: Path, demo: fp.checkpoints.Demo, names: dict[str, object]) -> None:
+def test_page(page: Path, demo: Demo, names: dict[str, object]) -> None:
     pairs = demo.pairs("ioi", n=2)
     effects = fp.rank_features(demo.model, demo.saes[:1], pairs, positions=["S2"], progress=False)
     names |= {"pairs": pairs, "effects": effects}

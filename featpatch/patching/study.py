@@ -133,7 +133,7 @@ class Study:
             for reading in of_pair
         )
         longest = max(len(run.tokens) for run in probes)
-        rows = batch_rows or row_budget(lens, longest, columns)
+        rows = row_budget(lens, longest, columns) if batch_rows is None else int(batch_rows)
         memory = rows * row_bytes(lens, longest, columns)
         metadata = _metadata(lens, about, runner, read, chosen, options.positions)
         arguments = {"about": about, "options": options, "contrast": contrast}

@@ -1,4 +1,4 @@
-.PHONY: check format lint types test extended coverage mutants demo docs claims
+.PHONY: check format lint types test extended coverage mutants demo docs notebooks claims
 
 check: format lint types test
 
@@ -29,6 +29,9 @@ demo:
 docs:
 	pip install -q -r docs/requirements.txt
 	mkdocs build --strict
+
+notebooks:
+	PLOTLY_RENDERER=png jupyter execute --inplace examples/*.ipynb
 
 claims:
 	python benchmarks/claims.py

@@ -44,7 +44,7 @@ class Measured:
         metadata: versions, digests of model, SAEs and pairs, tags of the pairs, metric, directions and options.
         value: `"exact"` for patched runs, `"estimate"` for estimates.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
-        others: tables of the same patches for further metrics, by the metric's name; see `metric`.
+        others: tables of the same patches for further metrics, by the metric's name; see `for_metric`.
 
     Example:
         >>> len(effects.gap) == len(pairs)

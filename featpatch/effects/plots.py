@@ -25,7 +25,7 @@ class Plots:
         ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
     """
 
-    effects: Measured
+    _effects: Measured
 
     def quadrants(self) -> Any:
         """Plot degradation against recovery of the ranked rows, with a colour per SAE or hook point.
@@ -40,12 +40,12 @@ class Plots:
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        if len(self.effects.directions_run()) < 2:
+        if len(self._effects.directions_run()) < 2:
             raise FeatpatchError(
                 "only one direction was measured: expected both, to plot recovery against degradation; rank with both "
                 "directions"
             )
-        rows = self.effects.take(self.effects.ranked)
+        rows = self._effects.take(self._effects.ranked)
         names = np.array([in_figure(node.sae or node.site) for node in rows.nodes])
         text = [in_figure(str(node)) for node in rows.nodes]
         x, y = rows.pooled("recovery"), rows.pooled("degradation")
@@ -70,7 +70,7 @@ class Plots:
         """
         import plotly.graph_objects as go
 
-        chosen, table = effect or self.effects.directions_run()[0], by_site(self.effects)
+        chosen, table = effect or self._effects.directions_run()[0], by_site(self._effects)
         figure = go.Figure(layout={"yaxis_title": chosen, "barmode": "group"})
         if len(table):
             names = [in_figure(f"{row['sae']} @ {row['position']}") for _, row in table.iterrows()]
@@ -100,8 +100,8 @@ class Plots:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
-        chosen = effect or self.effects.directions_run()[0]
-        rows = self.effects.take([row for row, node in enumerate(self.effects.nodes) if node.kind == kind])
+        chosen = effect or self._effects.directions_run()[0]
+        rows = self._effects.take([row for row, node in enumerate(self._effects.nodes) if node.kind == kind])
         if not len(rows):
             raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {', '.join(self._kinds())}")
         cells: dict[str, dict[tuple[int, str], float]] = {}
@@ -125,4 +125,4 @@ class Plots:
         return figure
 
     def _kinds(self) -> list[str]:
-        return sorted({node.kind for node in self.effects.nodes})
+        return sorted({node.kind for node in self._effects.nodes})

@@ -36,7 +36,7 @@ class Effects(Measured):
         2
     """
 
-    def metric(self, name: str) -> "Effects":
+    def for_metric(self, name: str) -> "Effects":
         """Return the table of the same patched runs for another metric.
 
         Args:
@@ -49,7 +49,7 @@ class Effects(Measured):
             >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
             >>> both.metrics
             ['logit_diff', 'log_prob']
-            >>> both.metric("log_prob").nodes == both.nodes
+            >>> both.for_metric("log_prob").nodes == both.nodes
             True
         """
         if name not in self.metrics:
@@ -151,7 +151,7 @@ class Effects(Measured):
             (0.01, 0.5)
         """
         check_threshold(threshold)
-        others = {name: self.metric(name).with_threshold(threshold) for name in self.others}
+        others = {name: self.for_metric(name).with_threshold(threshold) for name in self.others}
         return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
 
     def quadrants(self) -> list[str]:

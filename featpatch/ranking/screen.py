@@ -168,5 +168,5 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:
     """Return the table with new metadata, for its other metrics too, and independent of any table it was taken from."""
     without = without_estimates(metadata["screening"])
-    others = {name: _replaced(table.metric(name), {**metadata, "metric": name, "screening": without}) for name in table.others}
+    others = {name: _replaced(table.for_metric(name), {**metadata, "metric": name, "screening": without}) for name in table.others}
     return replace(table, metadata=metadata, taken_from=None, others=others)

@@ -18,6 +18,7 @@ from featpatch.errors import FeatpatchError, check_numbers, is_number
 from featpatch.nodes import Node
 from featpatch.page.page import write
 from featpatch.pairs.pairs import Pairs
+from featpatch.untrusted import in_figure
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The default shares of all items, as in the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
@@ -69,11 +70,16 @@ class FaithfulnessCurve:
         single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
-    def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items."""
+    def plot(self, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
+
+        Args:
+            title: the title of the figure.
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        figure = go.Figure(layout={"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
+        axes = {"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"}
+        figure = go.Figure(layout={"title": in_figure(title), **axes})
         bars = {
             "type": "data",
             "symmetric": False,

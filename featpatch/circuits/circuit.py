@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from featpatch.circuits.graph import Graph
+from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
@@ -69,6 +71,9 @@ class FaithfulnessCurve:
         known = self.table().to_string(index=False, float_format="{:.3g}".format, na_rep="")
         single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
+
+    def _repr_html_(self) -> str:
+        return str(self.plot(title=f"CPR {self.cpr:.3g}, CMD {self.cmd:.3g}")._repr_html_())
 
     def plot(self, *, title: str = "") -> Any:
         """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
@@ -289,6 +294,9 @@ class Circuit:
             f"complement ablated to {self.graph.to} values: faithfulness {self.faithfulness:.2f}{between}, exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{figure(self.to_networkx())._repr_html_()}"
 
     def _drawn(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
         """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""

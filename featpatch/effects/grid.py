@@ -107,9 +107,9 @@ def grid(effects: Measured, axes: Sequence[str], effect: Effect) -> Grid:
     known, sums = set(map(_cell, own)), dict.fromkeys(map(_cell, nodes), 0.0)
     for node, value in zip(nodes, effects.pooled(effect), strict=True):
         sums[_cell(node)] += float(value)
-    measured = _measured(effects, nodes[0])
+    complete = measured(effects, nodes[0])
     values = [
-        sums.get(cell, 0.0 if cell not in known and cell[:2] in measured else np.nan) for cell in product(*along.values())
+        sums.get(cell, 0.0 if cell not in known and cell[:2] in complete else np.nan) for cell in product(*along.values())
     ]
     array = torch.tensor(values, dtype=torch.float64).reshape([len(entries) for entries in along.values()])
     order = [*axes, *(name for name in along if name not in axes)]
@@ -154,7 +154,7 @@ def _check_single(effects: Measured, axes: Sequence[str]) -> None:
         raise FeatpatchError(f"{site} has the SAEs {', '.join(beside)}: expected one; select it with effects.where(sae=...)")
 
 
-def _measured(effects: Measured, like: Node) -> set[tuple[int, Position]]:
+def measured(effects: Measured, like: Node) -> set[tuple[int, Position]]:
     """Return the layers and positions at which all nodes of the kind were measured, so that one without a row is unchanged."""
     whole = effects.whole
     partly = "screening" in whole.metadata or effects.rows_ranked > whole.ranked.sum()

@@ -28,6 +28,11 @@ FACETS, COLUMNS = 12, 4
 """The largest number of heat maps in a figure, and of those in one row."""
 
 
+def tick(position: int, token: str) -> str:
+    """Return the text of a tick at a token, which differs from that of an equal token at another position."""
+    return f"{position} {token!r}"
+
+
 @dataclass(frozen=True)
 class Plots:
     """The figures of one table; each method returns a `plotly.graph_objects.Figure`.
@@ -182,4 +187,4 @@ class Plots:
         """Return the text of a tick: a head, or a position with its token if all clean prompts are the same."""
         tokens = self._effects.metadata.get("tokens", ())
         known = across == "position" and isinstance(entry, int) and entry < len(tokens)
-        return in_figure(visible(f"{entry} {tokens[entry]!r}" if known else str(entry)))
+        return in_figure(tick(entry, tokens[entry]) if known else visible(str(entry)))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -47,7 +47,14 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     return TEMPLATES.get_template("page.html").render(plotly=plots, datatables=tables, **values)
 
 
-def write(path: str | Path, content: str) -> Path:
+class Page(Path if TYPE_CHECKING else type(Path())):  # type: ignore[misc]  # only the class for this platform has subclasses
+    """The path of an HTML page, which a notebook shows as the page itself."""
+
+    def _repr_html_(self) -> str:
+        return block("inline.html", content=self.read_text(encoding="utf-8"), path=str(self))
+
+
+def write(path: str | Path, content: str) -> Page:
     """Write a page completely or not at all, and create its folder if it is missing.
 
     Raises:
@@ -55,7 +62,7 @@ def write(path: str | Path, content: str) -> Path:
     """
     with writing(path) as file:
         file.write_text(content, encoding="utf-8")
-    return Path(path)
+    return Page(path)
 
 
 def block(template: str, **values: Any) -> Block:

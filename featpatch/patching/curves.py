@@ -82,6 +82,9 @@ class Curve:
         more = [f"  and {len(self.features) - SHOWN} more"] if len(self.features) > SHOWN else []
         return visible("\n".join([*shown, *more]))
 
+    def _repr_html_(self) -> str:
+        return str(self.plot()._repr_html_())
+
     def plot(self, effect: Effect | None = None, *, title: str = "") -> Any:
         """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position.
 

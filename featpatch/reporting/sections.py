@@ -15,25 +15,7 @@ from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
 from featpatch.effects.table import Effects
 from featpatch.nodes import Node, Position
 from featpatch.page.page import Block, Section, block, embedded, page, table
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A pair as text.
-
-    Attributes:
-        clean, corrupted: the text of each token.
-        differs: for each token, whether the prompts differ there.
-        titles: for each token, a tooltip with its position and labels.
-        correct, wrong: the texts of the right and wrong answers.
-    """
-
-    clean: Sequence[str]
-    corrupted: Sequence[str]
-    differs: Sequence[bool]
-    titles: Sequence[str]
-    correct: Sequence[str]
-    wrong: Sequence[str]
+from featpatch.pairs.pair import PairText
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class Material:
     """
 
     question: str = ""
-    prompts: Sequence[Prompt] = ()
+    prompts: Sequence[PairText] = ()
     features: Mapping[Node, FeatureCard] = field(default_factory=dict)
     checks: pd.DataFrame | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -180,13 +162,7 @@ def _cards(material: Material) -> Block:
         runs = (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted))
         largest = max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)])
         features.append(
-            {
-                "title": str(node),
-                "runs": runs,
-                "shades": {name: [abs(v) / largest for v in values] for name, _, values in runs},
-                "facts": list(card.facts.items()),
-                "link": card.link,
-            }
+            {"title": str(node), "runs": runs, "largest": largest, "facts": list(card.facts.items()), "link": card.link}
         )
     return block("cards.html", features=features)
 

@@ -156,7 +156,7 @@ def attention_pattern(
         )  # fmt: skip
     shown = [title] if title else [f"head {layer}.{head}", *_head_effects(effects, layer, head)]
     scale = {"colorscale": ((0.0, "#ffffff"), (1.0, "#2166ac")), "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}}
-    figure.update_layout(title="<br>".join(map(in_figure, shown)), coloraxis=scale)
+    figure.update_layout(title="<br>".join(map(in_figure, shown)), coloraxis=scale, margin_t=80 + 20 * len(shown))
     figure.update_xaxes(type="category", dtick=1, tickangle=-90, title="to", showgrid=False)
     figure.update_yaxes(type="category", dtick=1, autorange="reversed", title="from", showgrid=False)
     return figure

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_numbers, is_number
 from featpatch.nodes import Node
-from featpatch.page.page import write
+from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
 from featpatch.untrusted import in_figure
 
@@ -27,7 +26,7 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, repr=False)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Plotted):
     """The faithfulness of circuits of growing size, made of the first items of a ranking.
 
     Attributes:
@@ -72,9 +71,6 @@ class FaithfulnessCurve:
         single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
-    def _repr_html_(self) -> str:
-        return str(self.plot(title=f"CPR {self.cpr:.3g}, CMD {self.cmd:.3g}")._repr_html_())
-
     def plot(self, *, title: str = "") -> Any:
         """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
 
@@ -95,6 +91,8 @@ class FaithfulnessCurve:
         figure.add_hline(1.0, line={"dash": "dot", "width": 1})
         return figure
 
+    _figure, _frame = plot, table
+
 
 def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
     """Return the number of items that each share of all items is."""
@@ -102,7 +100,7 @@ def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Plotted):
     """A circuit: the items (nodes or edges) of a graph that are kept while all others are ablated.
 
     The criteria of faithfulness, completeness and minimality follow Wang et al. 2022 (arXiv 2211.00593, section 4); here they
@@ -295,8 +293,15 @@ class Circuit:
             f"{len(self.graph.pairs)} pairs"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p>{escape(repr(self))}</p>{figure(self.to_networkx())._repr_html_()}"
+    def _figure(self) -> Any:
+        return figure(self.to_networkx())
+
+    def _frame(self) -> pd.DataFrame:
+        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else {}
+        columns: dict[str, list[Any]] = {"item": [str(item) for item in self.items]}
+        if scores:
+            columns["score"] = [scores[item] for item in self.items]
+        return pd.DataFrame(columns)
 
     def _drawn(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
         """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""

@@ -166,7 +166,7 @@ class Plots:
         if any(np.isnan(cells).any() for cells in values):
             lines.append("grey: not measured")
         figure.update_layout(
-            title="<br>".join(map(in_figure, lines)), plot_bgcolor=GREY,
+            title="<br>".join(map(in_figure, lines)), plot_bgcolor=GREY, margin_t=80 + 20 * len(lines),
             coloraxis={"colorscale": DIVERGING, "cmin": -largest, "cmax": largest, "colorbar": {"title": shown}},
         )  # fmt: skip
         figure.update_xaxes(type="category", showgrid=False, title=across)

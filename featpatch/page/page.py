@@ -1,5 +1,6 @@
 """HTML files made of sections with tables, figures and texts, from jinja2 templates, plotly figures and itables tables."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from featpatch.files import writing
 
@@ -72,10 +73,28 @@ def block(template: str, **values: Any) -> Block:
 
 def embedded(chart: Any) -> Block:
     """Return the HTML of a `plotly.graph_objects.Figure` that is as wide as the page."""
-    chart.update_layout(
-        template="plotly_white", margin={"l": 60, "r": 20, "t": 80 if chart.layout.title.text else 40, "b": 60}, autosize=True
-    )
+    top = chart.layout.margin.t or (80 if chart.layout.title.text else 40)
+    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": top, "b": 60}, autosize=True)
     return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
+
+
+class Plotted:
+    """A result that notebooks show as its figure where they can draw plotly figures, and otherwise as its table."""
+
+    @abstractmethod
+    def _figure(self) -> Any:
+        """Return a `plotly.graph_objects.Figure`."""
+
+    @abstractmethod
+    def _frame(self) -> pd.DataFrame:
+        """Return a table."""
+
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        return self._figure()._repr_mimebundle_()
+
+    def _repr_html_(self) -> str:
+        first = repr(self).partition("\n")[0]
+        return f"<p>{escape(first)}</p>{self._frame().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
 
 
 def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> Block:

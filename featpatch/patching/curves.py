@@ -12,6 +12,7 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
+from featpatch.page.page import Plotted
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.features import feature_study
@@ -30,7 +31,7 @@ SHOWN = 12
 
 
 @dataclass(frozen=True, repr=False)
-class Curve:
+class Curve(Plotted):
     """The effects of the top k features together, by dictionary and position.
 
     Attributes:
@@ -82,9 +83,6 @@ class Curve:
         more = [f"  and {len(self.features) - SHOWN} more"] if len(self.features) > SHOWN else []
         return visible("\n".join([*shown, *more]))
 
-    def _repr_html_(self) -> str:
-        return str(self.plot()._repr_html_())
-
     def plot(self, effect: Effect | None = None, *, title: str = "") -> Any:
         """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position.
 
@@ -107,6 +105,8 @@ class Curve:
                 x=rows["k"], y=rows[chosen], name=in_figure(f"{sae} @ {position}"), error_y={"array": up, "arrayminus": down}
             )
         return figure
+
+    _figure, _frame = plot, table
 
 
 def top_k_curve(

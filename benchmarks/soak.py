@@ -137,7 +137,7 @@ def entries(effects: fp.Effects) -> dict[Any, tuple[float, float]]:
     pairs = effects.metadata.get("of_pairs", range(len(effects.clean)))
     found: dict[Any, tuple[float, float]] = {}
     for name in effects.metrics:
-        table = effects.metric(name)
+        table = effects.for_metric(name)
         keys = [(name, table.nodes[row], pairs[pair]) for row, pair in zip(table.row, table.pair, strict=True)]
         found |= dict(zip(keys, zip(table.denoised.tolist(), table.noised.tolist(), strict=True), strict=True))
     return found

@@ -41,3 +41,4 @@ from .selfcheck import check as check
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
 from .verifying import verify as verify
+from .views import active_features as active_features, attention_pattern as attention_pattern

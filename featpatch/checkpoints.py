@@ -6,7 +6,7 @@ package after installation from a wheel.
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featpatch.errors import FeatpatchError
@@ -58,7 +58,7 @@ class Demo(Loaded):
         pairs = Pairs.from_jsonl(self.model, self.folder / "pairs" / f"{task}.jsonl")
         if not 0 < n <= len(pairs):
             raise FeatpatchError(f"n={n} pairs of {task!r}: expected 1 to {len(pairs)}")
-        return Pairs(tuple(random.Random(seed).sample(list(pairs), n)))
+        return replace(pairs, pairs=tuple(random.Random(seed).sample(list(pairs), n)))
 
     def text(self) -> list[str]:
         """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`.

@@ -18,6 +18,7 @@ from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
+from featpatch.page.page import block
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import visible
@@ -38,6 +39,21 @@ NAMED = 5
 """The largest number of features that a warning names."""
 
 
+@dataclass(frozen=True)
+class Example:
+    """A max-activating example, the tokens around the one on which the feature is active.
+
+    Attributes:
+        tokens: the text of each token.
+        values: the activation on each token.
+        value: the activation on the token for which the example was chosen.
+    """
+
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+    value: float
+
+
 @dataclass(frozen=True, repr=False)
 class Description:
     """A description of the positions of a text at which a feature is active.
@@ -48,6 +64,7 @@ class Description:
         f1: how well the feature detects the label, from 0 to 1.
         fired, positions: the number of positions at which the feature is active, and of all positions, without special tokens.
         contexts: max-activating examples, strongest first and without duplicates, with the active token in brackets.
+        examples: the same examples as tokens with their activations.
 
     Example:
         >>> (description,) = fp.max_activating(model, saes, effects.top(1).nodes, demo.text()[:60]).values()
@@ -61,6 +78,7 @@ class Description:
     fired: int
     positions: int
     contexts: tuple[str, ...]
+    examples: tuple[Example, ...] = ()
 
     @property
     def share(self) -> float:
@@ -80,11 +98,40 @@ class Description:
     def __repr__(self) -> str:
         return visible(f"{self.best}, {self.count}")
 
+    def _repr_html_(self) -> str:
+        return _html({"": self})
+
+
+class Descriptions(dict[Node, Description]):
+    """Descriptions by node; they print with activations, and a notebook shows the examples with tokens shaded by activation."""
+
+    def __repr__(self) -> str:
+        lines = []
+        for node, found in self.items():
+            examples = zip(found.examples, found.contexts, strict=True)
+            lines += [f"{node}: {found}", *(f"  {example.value:.3g}  {context}" for example, context in examples)]
+        return visible("\n".join(lines))
+
+    def _repr_html_(self) -> str:
+        return _html({str(node): found for node, found in self.items()})
+
+
+def _html(descriptions: Mapping[str, Description]) -> str:
+    """Return descriptions as HTML, with each token of an example shaded by the activation."""
+    features = [
+        {
+            "title": title,
+            "description": repr(found),
+            "examples": found.examples,
+            "largest": max([1e-12, *(abs(value) for example in found.examples for value in example.values)]),
+        }
+        for title, found in descriptions.items()
+    ]
+    return str(block("examples.html", features=features))
+
 
 @torch.no_grad()
-def max_activating(
-    model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3
-) -> dict[Node, Description]:
+def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3) -> Descriptions:
     """Describe every feature among the nodes by the word that it detects and its max-activating examples.
 
     Every description says at how many positions of the text the feature is active. A FeatpatchWarning names the features for
@@ -99,7 +146,8 @@ def max_activating(
         contexts: the number of max-activating examples per feature.
 
     Returns:
-        A description of each feature among the nodes, by node.
+        A description of each feature among the nodes, a dictionary by node. In a notebook, its examples are shown with each
+        token shaded by the activation.
 
     Raises:
         FeatpatchError: the model has no tokenizer, there are no texts or none with a word, or a node names a feature or an SAE
@@ -134,7 +182,7 @@ def max_activating(
             raise FeatpatchError(f"node {str(node)!r}: expected a feature of {node.sae!r}, from 0 to {size - 1}")
     columns = _activations(lens, found, features, text)
     described = zip(features, columns.T, strict=True)
-    descriptions = {node: _describe(model.tokenizer, text, column, contexts) for node, column in described}
+    descriptions = Descriptions({node: _describe(model.tokenizer, text, column, contexts) for node, column in described})
     _warn(descriptions, len(columns))
     return descriptions
 
@@ -241,7 +289,9 @@ def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor,
     places = [(part.tokens, position) for part in text for (position,) in part.usable.nonzero().tolist()]
     alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding errors would order equal activations
     strongest = alike.masked_fill(~fires, -1).argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
-    distinct = dict.fromkeys(_context(tokenizer, *places[index]) for index in strongest[: MANY * contexts])
+    distinct: dict[str, int] = {}
+    for index in strongest[: MANY * contexts]:
+        distinct.setdefault(_context(tokenizer, *places[index]), index)
     return Description(
         label=label,
         word=tokenizer.decode([word]).strip() if f1 else "",
@@ -249,7 +299,19 @@ def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor,
         fired=int(fires.sum()),
         positions=len(fires),
         contexts=tuple(distinct)[:contexts],
+        examples=tuple(_example(tokenizer, places, values, index) for index in list(distinct.values())[:contexts]),
     )
+
+
+def _example(
+    tokenizer: Any, places: Sequence[tuple[torch.Tensor, int]], values: Float[torch.Tensor, " words"], index: int
+) -> Example:
+    """Return the tokens around an active one, without special tokens, and their activations."""
+    document = places[index][0]
+    around = range(max(0, index - CONTEXT), min(len(places), index + 2))
+    shown = [n for n in around if places[n][0] is document]
+    tokens = tuple(tokenizer.decode([int(document[places[n][1]])]) for n in shown)
+    return Example(tokens, tuple(values[shown].tolist()), float(values[index]))
 
 
 def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:

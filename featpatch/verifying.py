@@ -111,7 +111,7 @@ def verify(
     nodes = [effects.nodes[row] for row in drawn]
     metrics = list(effects.metrics)
     again = _study(effects, model, pairs, saes, nodes, metrics).complete(progress=progress)
-    differences = np.max([_differences(effects.metric(name), again.metric(name), nodes) for name in metrics], axis=0)
+    differences = np.max([_differences(effects.for_metric(name), again.for_metric(name), nodes) for name in metrics], axis=0)
     now, then = provenance(lens, pairs)["versions"], effects.metadata["versions"]
     versions = tuple(f"{name}: {old} -> {now.get(name)}" for name, old in then.items() if now.get(name) != old)
     return Verified(tuple(nodes), tuple(differences.tolist()), tolerance, versions)

@@ -20,7 +20,7 @@ LAYERS = (
     ("tasks", "model"),
     ("effects", "sae"),
     ("engine", "dictionaries"),
-    ("patching", "attribution", "descriptions", "comparison"),
+    ("patching", "attribution", "descriptions", "views", "comparison"),
     ("ranking", "selfcheck", "circuits", "verifying"),
     ("reporting", "streaming"),
     ("loading",),

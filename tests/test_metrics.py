@@ -218,8 +218,8 @@ def test_plain_numbers_and_truth_values(bridge: Small) -> None:
     found = fp.rank_components(bridge.model, fixed_pairs(bridge), sites="z", metric=own, progress=False)
     np.testing.assert_allclose(found.clean, clean, atol=1e-10)
     for name in ("whole", "truth"):
-        assert found.metric(name).clean.tolist() == (clean > level).double().tolist()
-        assert found.metric(name).corrupted.tolist() == (corrupted > level).double().tolist()
+        assert found.for_metric(name).clean.tolist() == (clean > level).double().tolist()
+        assert found.for_metric(name).corrupted.tolist() == (corrupted > level).double().tolist()
 
 
 ANSWERS_OF_BATCH = ANSWERS.expand(3, 2)

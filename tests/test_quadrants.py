@@ -54,11 +54,11 @@ def test_the_threshold_is_a_share_of_what_the_hook_point_carries(tmp_path: Path)
     assert features.quadrants() == [below, above]
     loaded = fp.Effects.load(features.save(tmp_path / "few.safetensors"))
     for name, carried in (("m", 0.5), ("prob", 0.25)):
-        assert loaded.metric(name).threshold == 0.03
-        assert list(loaded.metric(name).carried("recovery")) == [carried] * 2
-        assert loaded.metric(name).quadrants() == features.metric(name).quadrants()
-        assert loaded.metric(name).take([1]).quadrants() == [above]
-    assert loaded.metric("prob").to_pandas()["quadrant"][1] == above  # 0.01 of 0.25
+        assert loaded.for_metric(name).threshold == 0.03
+        assert list(loaded.for_metric(name).carried("recovery")) == [carried] * 2
+        assert loaded.for_metric(name).quadrants() == features.for_metric(name).quadrants()
+        assert loaded.for_metric(name).take([1]).quadrants() == [above]
+    assert loaded.for_metric("prob").to_pandas()["quadrant"][1] == above  # 0.01 of 0.25
     assert loaded.nodes == features.nodes
     assert len(loaded.to_pandas()) == 2
     # and the share follows the pairs that are chosen

@@ -16,7 +16,7 @@ from test_sets import SITE, pairs_of
 
 import featpatch as fp
 from featpatch.page.page import write
-from featpatch.reporting.sections import Material, Prompt, _shown, page_of
+from featpatch.reporting.sections import Material, PairText, _shown, page_of
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 
@@ -211,7 +211,7 @@ def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Pa
     nodes = tuple(replace(node, index=n, sae=EVIL + node.sae, position=EVIL) for n, node in enumerate(rows.nodes))
     metadata = {**effects.metadata, "note": EVIL, "tags": [{EVIL: str(n)} for n in range(len(effects.clean))]}
     hostile = replace(rows, nodes=nodes, metadata=metadata, taken_from=None)
-    prompt = Prompt([EVIL], [EVIL], [True], [EVIL + '"'], [EVIL], [EVIL])
+    prompt = PairText([EVIL], [EVIL], [True], [EVIL + '"'], [EVIL], [EVIL])
     path = write(tmp_path / "hostile.html", page_of(hostile, Material(EVIL, [prompt]), None))
     opened(browser, path)
     time.sleep(0.5)

@@ -247,7 +247,7 @@ def test_a_screened_table_is_a_table(small: Small, tmp_path: Path) -> None:
     audit = found.audit(top=3)
     assert again.audit(top=3) == audit
     assert found.top(4).audit(top=3) == audit
-    assert found.metric("prob").audit(top=3).threshold == np.sort(found.metric("prob").sizes()[:12])[-3]
+    assert found.for_metric("prob").audit(top=3).threshold == np.sort(found.for_metric("prob").sizes()[:12])[-3]
     assert found.audit("recovery", top=3).threshold == np.sort(np.abs(found.pooled("recovery")[:12]))[-3]
     assert found.rows_ranked == found.metadata["screening"]["candidates"] > 17
     assert "recovery_estimate" in again.to_pandas()

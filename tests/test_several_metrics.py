@@ -41,23 +41,23 @@ def test_several_are_what_each_is_alone(small: Small) -> None:
     assert several.metrics == [*NAMES, "wrong_alone"]
     for name in several.metrics:
         alone = ranked(small, wrong_alone if name == "wrong_alone" else name)
-        same(several.metric(name), alone)
-        assert several.metric(name).metadata["metric"] == name
+        same(several.for_metric(name), alone)
+        assert several.for_metric(name).metadata["metric"] == name
     with pytest.raises(fp.FeatpatchError, match="metric 'accuracy' was not measured: expected one of logit_diff, prob"):
-        several.metric("accuracy")
+        several.for_metric("accuracy")
 
 
 def test_the_other_metrics_follow_rows_and_pairs(small: Small, tmp_path: Path) -> None:
     several = ranked(small, ["logit_diff", "prob"])
     alone = ranked(small, "prob")
     order = [5, 0, 2]
-    same(several.take(order).metric("prob"), alone.take(order))
-    same(several.of_pairs([2, 0]).metric("prob"), alone.of_pairs([2, 0]))
+    same(several.take(order).for_metric("prob"), alone.take(order))
+    same(several.of_pairs([2, 0]).for_metric("prob"), alone.of_pairs([2, 0]))
     best = several.top(3)
-    assert best.nodes == best.metric("prob").nodes
+    assert best.nodes == best.for_metric("prob").nodes
     again = fp.Effects.load(best.of_pairs([0, 1]).save(tmp_path / "effects.safetensors"))
-    same(again.metric("prob"), best.of_pairs([0, 1]).metric("prob"))
-    same(fp.Effects.load(several.metric("prob").save(tmp_path / "alone.safetensors")), alone)
+    same(again.for_metric("prob"), best.of_pairs([0, 1]).for_metric("prob"))
+    same(fp.Effects.load(several.for_metric("prob").save(tmp_path / "alone.safetensors")), alone)
     table, of_prob = several.to_pandas(), alone.to_pandas()
     for column in ("recovery", "degradation_high", "recovery_q", "recovery_median", "pairs_with_gap"):
         assert np.allclose(table[f"prob_{column}"], of_prob[column], equal_nan=True), column
@@ -70,7 +70,7 @@ def test_a_journal_holds_several(small: Small, tmp_path: Path) -> None:
     written = journal.read_bytes()
     second = ranked(small, ["logit_diff", "prob"], journal=journal, batch_rows=40)
     assert journal.read_bytes() == written
-    same(first.metric("prob"), second.metric("prob"))
+    same(first.for_metric("prob"), second.for_metric("prob"))
     with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: metrics"):
         ranked(small, ["prob", "logit_diff"], journal=journal)
 
@@ -129,7 +129,7 @@ def test_sequences_against_the_oracle(small: Small, names: list[str], positions:
     pairs = long_pairs(small)
     found = fp.rank_features(small.model, small.at(SITE), pairs, metric=names, positions=positions, progress=False)
     for name in names:
-        effects = found.metric(name)
+        effects = found.for_metric(name)
 
         def expected(slot: int, base: str, node: fp.Node | None, name: str = name) -> float:
             right = by_hand(small, slot, 0, base, node)
@@ -236,5 +236,5 @@ def test_some_pairs_are_saved_with_every_metric(bridge: Small, tmp_path: Path) -
     some = fp.rank_features(bridge.model, bridge.saes[0], pairs_of(bridge), **options).of_pairs([0, 2])
     again = fp.Effects.load(some.save(tmp_path / "some.safetensors"))
     assert again.metrics == ["logit_diff", "prob"]
-    np.testing.assert_array_equal(again.metric("prob").pooled("recovery"), some.metric("prob").pooled("recovery"))
+    np.testing.assert_array_equal(again.for_metric("prob").pooled("recovery"), some.for_metric("prob").pooled("recovery"))
     assert some.take([0]).metrics == ["logit_diff", "prob"]

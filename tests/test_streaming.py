@@ -50,11 +50,11 @@ def test_blocks_are_the_whole(small: Small, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.journal"))
     for metric in ("logit_diff", "prob"):
         found = fp.Stored(tmp_path, metric)
-        same(whole.metric(metric), found.load())
+        same(whole.for_metric(metric), found.load())
         table = found.pooled().set_index("kind").loc["feature"]
         assert len(table) == whole.where(kind="feature").nodes.__len__()
-        expected = dict(zip(whole.nodes, whole.metric(metric).pooled("degradation"), strict=True))
-        own = dict(zip(whole.nodes, whole.metric(metric).pooled("degradation", over="changed"), strict=True))
+        expected = dict(zip(whole.nodes, whole.for_metric(metric).pooled("degradation"), strict=True))
+        own = dict(zip(whole.nodes, whole.for_metric(metric).pooled("degradation", over="changed"), strict=True))
         for row in found.pooled().to_dict("records"):
             index = None if pd.isna(row["index"]) else int(row["index"])
             node = fp.Node(row["site"], row["kind"], index, json.loads(row["position"]), row["sae"])

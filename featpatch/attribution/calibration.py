@@ -59,11 +59,15 @@ class Calibration:
             {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
         )
 
-    def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal."""
+    def plot(self, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of exact effect against estimate, coloured by SAE, with the diagonal.
+
+        Args:
+            title: the title of the figure.
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        figure = go.Figure(layout={"xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
+        figure = go.Figure(layout={"title": in_figure(title), "xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
         names = np.array([in_figure(node.sae or node.site) for node in self.nodes])
         for name in dict.fromkeys(names.tolist()):
             at = np.flatnonzero(names == name)

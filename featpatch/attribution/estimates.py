@@ -15,7 +15,7 @@ from featpatch.attribution.gradients import INPUT, Gradients, PairGradients
 from featpatch.effects.collector import Collector
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
-from featpatch.model.provenance import provenance
+from featpatch.model.provenance import measured_places, provenance
 from featpatch.nodes import Direction, Node
 from featpatch.pairs.pair import Positions, Wanted, spans
 
@@ -110,7 +110,7 @@ def estimated(
         "steps": gradients.steps,
         "unsigned": unsigned,
         "directions": sorted(ways),
-        "positions": positions if isinstance(positions, str) else [*wanted[0]],
+        **measured_places(gradients.lens, pairs, positions, wanted, [site for each in estimators for site in each.sites]),
         **provenance(gradients.lens, pairs),
         **about,
         "completeness_residual": complete / abs(gap),

@@ -11,20 +11,22 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from featpatch.circuits.graph import Graph
+from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_numbers, is_number
 from featpatch.nodes import Node
-from featpatch.page.page import write
+from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
+from featpatch.untrusted import in_figure
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The default shares of all items, as in the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
 
 
 @dataclass(frozen=True, repr=False)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Plotted):
     """The faithfulness of circuits of growing size, made of the first items of a ranking.
 
     Attributes:
@@ -69,11 +71,16 @@ class FaithfulnessCurve:
         single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
         return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
 
-    def plot(self) -> Any:
-        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items."""
+    def plot(self, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
+
+        Args:
+            title: the title of the figure.
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        figure = go.Figure(layout={"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"})
+        axes = {"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"}
+        figure = go.Figure(layout={"title": in_figure(title), **axes})
         bars = {
             "type": "data",
             "symmetric": False,
@@ -84,6 +91,8 @@ class FaithfulnessCurve:
         figure.add_hline(1.0, line={"dash": "dot", "width": 1})
         return figure
 
+    _figure, _frame = plot, table
+
 
 def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
     """Return the number of items that each share of all items is."""
@@ -91,7 +100,7 @@ def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Plotted):
     """A circuit: the items (nodes or edges) of a graph that are kept while all others are ablated.
 
     The criteria of faithfulness, completeness and minimality follow Wang et al. 2022 (arXiv 2211.00593, section 4); here they
@@ -283,6 +292,16 @@ class Circuit:
             f"complement ablated to {self.graph.to} values: faithfulness {self.faithfulness:.2f}{between}, exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
+
+    def _figure(self) -> Any:
+        return figure(self.to_networkx())
+
+    def _frame(self) -> pd.DataFrame:
+        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else {}
+        columns: dict[str, list[Any]] = {"item": [str(item) for item in self.items]}
+        if scores:
+            columns["score"] = [scores[item] for item in self.items]
+        return pd.DataFrame(columns)
 
     def _drawn(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
         """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""

@@ -213,7 +213,7 @@ def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descripti
     from featpatch.reporting.terminal import ranked, site_summary
 
     for name in effects.metrics:
-        of = effects.metric(name)
+        of = effects.for_metric(name)
         console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
     if not effects.finished:
         console.print(f"interrupted: the results below cover only the finished pairs ({len(effects.clean)})", style="yellow")

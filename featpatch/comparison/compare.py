@@ -236,9 +236,13 @@ class Comparison:
         """
         return self._written().writers
 
-    def plot(self) -> Any:
-        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`."""
-        return scatter(self.table, list(self.agreement))
+    def plot(self, *, title: str = "") -> Any:
+        """Plot the effect of each cell's component against the sum over its features, as a `plotly.graph_objects.Figure`.
+
+        Args:
+            title: the title of the figure.
+        """
+        return scatter(self.table, list(self.agreement)).update_layout(title=in_figure(title))
 
     def _written(self) -> ContributionTables:
         if self.written is None:

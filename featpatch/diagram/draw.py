@@ -64,7 +64,7 @@ WIDEST, THINNEST = 7.0, 0.6
 SYMBOLS = {"feature": "circle", "error": "diamond", "head": "square", "activation": "hexagon2", "neuron": "triangle-up"}
 
 
-def figure(graph: Any) -> Any:
+def figure(graph: Any, *, title: str = "") -> Any:
     """Draw a graph as a `plotly.graph_objects.Figure`.
 
     Rows are the hook points of the model from the embedding up to the logits, columns are positions. The width of a line is
@@ -73,6 +73,7 @@ def figure(graph: Any) -> Any:
 
     Args:
         graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+        title: the title of the figure.
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
@@ -86,7 +87,7 @@ def figure(graph: Any) -> Any:
 
     said = content(graph)
     places = layout(said.nodes)
-    drawn = go.Figure()
+    drawn = go.Figure(layout={"title": in_figure(title)})
     _edges(drawn, said, places)
     _nodes(drawn, said, places)
     _axes(drawn, places)

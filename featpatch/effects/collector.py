@@ -101,5 +101,5 @@ def concatenated(tables: Sequence[Effects]) -> Effects:
         denoised=np.concatenate([table.denoised for table in tables]),
         noised=np.concatenate([table.noised for table in tables]),
         taken_from=None,
-        others={name: concatenated([table.metric(name) for table in tables]) for name in first.others},
+        others={name: concatenated([table.for_metric(name) for table in tables]) for name in first.others},
     )

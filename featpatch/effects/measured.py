@@ -44,7 +44,7 @@ class Measured:
         metadata: versions, digests of model, SAEs and pairs, tags of the pairs, metric, directions and options.
         value: `"exact"` for patched runs, `"estimate"` for estimates.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
-        others: tables of the same patches for further metrics, by the metric's name; see `metric`.
+        others: tables of the same patches for further metrics, by the metric's name; see `for_metric`.
 
     Example:
         >>> len(effects.gap) == len(pairs)
@@ -372,8 +372,9 @@ class Measured:
         metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
         if "screening" in metadata and len(pairs) < len(self.clean):
             metadata["screening"] = without_estimates(metadata["screening"])
-        if "tags" in metadata:
-            metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
+        for name in ("tags", "places"):
+            if name in metadata:
+                metadata[name] = [metadata[name][pair] for pair in pairs]
         return replace(
             self,
             clean=self.clean[pairs],

@@ -1,19 +1,36 @@
 """Plotly figures of effects, such as `effects.plot.quadrants()`; save one with `figure.write_html` or `write_image`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featpatch.effects.frames import by_site
+from featpatch.effects.grid import Grid, chosen, grid, in_order, kind_of
 from featpatch.effects.measured import Measured
+from featpatch.effects.selection import measured_effect
 from featpatch.errors import FeatpatchError
-from featpatch.nodes import Effect
-from featpatch.sites import layer_of
-from featpatch.untrusted import in_figure
+from featpatch.nodes import Effect, Position
+from featpatch.sites import within
+from featpatch.untrusted import in_figure, visible
 
 SHOWN = ("activation", "all_features", "error")
-WORDS = {"activation": "whole activation", "all_features": "all features", "error": "error term"}
+WORDS = {"activation": "whole activation", "all_features": "all features", "error": "error term", "head": "attention heads"}
+
+GREY = "#c8c8c8"
+"""The colour of cells that were not measured, which is no colour of the scale."""
+DIVERGING = ((0.0, "#b2182b"), (0.25, "#f4a582"), (0.5, "#ffffff"), (0.75, "#92c5de"), (1.0, "#2166ac"))
+"""A diverging scale that is white at 0."""
+FACETS, COLUMNS = 12, 4
+"""The largest number of heat maps in a figure, and of those in one row."""
+
+
+def tick(position: int, token: str) -> str:
+    """Return the text of a tick at a token, which differs from that of an equal token at another position."""
+    return f"{position} {token!r}"
 
 
 @dataclass(frozen=True)
@@ -25,10 +42,13 @@ class Plots:
         ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
     """
 
-    effects: Measured
+    _effects: Measured
 
-    def quadrants(self) -> Any:
+    def quadrants(self, *, title: str = "") -> Any:
         """Plot degradation against recovery of the ranked rows, with a colour per SAE or hook point.
+
+        Args:
+            title: the title of the figure.
 
         Raises:
             FeatpatchError: only one direction was run.
@@ -40,16 +60,16 @@ class Plots:
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        if len(self.effects.directions_run()) < 2:
+        if len(self._effects.directions_run()) < 2:
             raise FeatpatchError(
                 "only one direction was measured: expected both, to plot recovery against degradation; rank with both "
                 "directions"
             )
-        rows = self.effects.take(self.effects.ranked)
+        rows = self._effects.take(self._effects.ranked)
         names = np.array([in_figure(node.sae or node.site) for node in rows.nodes])
         text = [in_figure(str(node)) for node in rows.nodes]
         x, y = rows.pooled("recovery"), rows.pooled("degradation")
-        figure = go.Figure(layout={"xaxis_title": "denoising: recovery (sufficient?)",
+        figure = go.Figure(layout={"title": in_figure(title), "xaxis_title": "denoising: recovery (sufficient?)",
                                    "yaxis_title": "noising: degradation (necessary?)"})  # fmt: skip
         for name in dict.fromkeys(names.tolist()):
             at = np.flatnonzero(names == name)
@@ -58,11 +78,15 @@ class Plots:
             )
         return figure
 
-    def sites(self, effect: Effect | None = None) -> Any:
+    def sites(self, effect: Effect | None = None, *, title: str = "") -> Any:
         """Plot the effects of the whole activation, all features and the error term at each hook point and position as bars.
 
         Args:
             effect: the effect to plot; by default recovery if it was run, else degradation.
+            title: the title of the figure.
+
+        Raises:
+            FeatpatchError: the effect was not run.
 
         Example:
             >>> effects.plot.sites("degradation").layout.yaxis.title.text
@@ -70,59 +94,97 @@ class Plots:
         """
         import plotly.graph_objects as go
 
-        chosen, table = effect or self.effects.directions_run()[0], by_site(self.effects)
-        figure = go.Figure(layout={"yaxis_title": chosen, "barmode": "group"})
+        shown, table = measured_effect(effect, self._effects.directions_run()), by_site(self._effects)
+        figure = go.Figure(layout={"title": in_figure(title), "yaxis_title": shown, "barmode": "group"})
         if len(table):
             names = [in_figure(f"{row['sae']} @ {row['position']}") for _, row in table.iterrows()]
             for kind in SHOWN:
-                figure.add_bar(x=names, y=table[f"{chosen}_{kind}"], name=WORDS[kind])
+                figure.add_bar(x=names, y=table[f"{shown}_{kind}"], name=WORDS[kind])
         return figure
 
-    def heatmap(self, effect: Effect | None = None, *, kind: str = "activation") -> Any:
-        """Plot effects by layer and position, with a heatmap for each hook point of a layer.
+    def heatmap(
+        self, effect: Effect | None = None, *, kind: str | None = None, site: str | None = None,
+        position: Position | None = None, title: str = "",
+    ) -> Any:  # fmt: skip
+        """Plot effects by layer and position, or by layer and head, with a heat map for each hook point of a layer.
 
-        A cell holds the sum of the effects of all rows of one kind that are at the same hook point and position, for example of
-        features that were patched one at a time.
+        White is no effect. A node that is the same in both runs has exactly no effect; cells that were not measured are grey. A
+        cell of features holds the sum of the effects of the features in the table, which were patched one at a time. If all
+        clean prompts are the same, token indices are shown with their tokens.
 
         Args:
             effect: the effect to plot; by default recovery if it was run, else degradation.
-            kind: the kind of node, such as `"activation"`, `"head"` or `"feature"`.
+            kind: the kind of node: `"activation"`, `"all_features"`, `"error"`, `"head"` or `"feature"`; by default the first
+                of them that the table has.
+            site: a hook point, or the name of a component such as `"z"`; by default all.
+            position: a position; by default all, which for heads are a heat map each.
+            title: the title; by default the kind of node, the effect and the number of pairs.
 
         Raises:
-            FeatpatchError: the table has no row of this kind.
+            FeatpatchError: the effect was not run, no row fits, or there would be more than 12 heat maps.
 
         Example:
             >>> heads = fp.rank_components(model, pairs, sites="z", layers=[1], positions=["S2", "end"], progress=False)
-            >>> figure = heads.plot.heatmap("recovery", kind="head")
-            >>> figure.data[0].type
-            'heatmap'
+            >>> figure = heads.plot.heatmap("recovery", kind="head", position="end")
+            >>> figure.data[0].z.shape
+            (1, 8)
         """
-        import plotly.graph_objects as go
         from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
-        chosen = effect or self.effects.directions_run()[0]
-        rows = self.effects.take([row for row, node in enumerate(self.effects.nodes) if node.kind == kind])
-        if not len(rows):
-            raise FeatpatchError(f"the table has no row of kind {kind!r}: expected one of {', '.join(self._kinds())}")
-        cells: dict[str, dict[tuple[int, str], float]] = {}
-        for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
-            of_component = cells.setdefault(in_figure(node.site.split(".", 2)[-1]), {})
-            key = layer_of(node.site), in_figure(str(node.position))
-            of_component[key] = of_component.get(key, 0.0) + float(value)
-        positions = list(dict.fromkeys(in_figure(str(node.position)) for node in rows.nodes))
-        layers = sorted({layer for of_component in cells.values() for layer, _ in of_component})
-        figure = make_subplots(rows=1, cols=len(cells), subplot_titles=list(cells), shared_yaxes=True)
-        for column, of_component in enumerate(cells.values(), 1):
-            values = [[of_component.get((layer, position)) for position in positions] for layer in layers]
-            figure.add_trace(
-                go.Heatmap(x=positions, y=layers, z=values, coloraxis="coloraxis", hovertemplate="layer %{y} @ %{x}: %{z:.3f}"),
-                row=1,
-                col=column,
+        shown, of = measured_effect(effect, self._effects.directions_run()), self._effects
+        of_kind = chosen(of, kind_of(of) if kind is None and len(of) else kind, site, position)
+        kind = of_kind.nodes[0].kind
+        across = "head" if kind == "head" else "position"
+        at: list[Position | None] = [position]
+        if kind == "head":
+            at = [*in_order(of, [node.position for node in of_kind.nodes])]
+        found = {(within(node.site), node.position if kind == "head" else position) for node in of_kind.nodes}
+        names = dict.fromkeys(within(node.site) for node in of_kind.nodes)
+        facets = [facet for facet in product(names, at) if facet in found]
+        if len(facets) > FACETS:
+            raise FeatpatchError(
+                f"the table has {kind}s at {len(facets)} hook points and positions: expected at most {FACETS} heat maps; "
+                "choose with position= or site="
             )
-        scale = {"colorscale": "RdBu", "cmid": 0, "colorbar": {"title": chosen}}
-        figure.update_layout(coloraxis=scale, yaxis_title="layer")
-        figure.update_yaxes(dtick=1)
+        grids = [grid(chosen(of_kind, kind, *facet), ("layer", across), shown) for facet in facets]
+        layers = sorted({layer for each in grids for layer in each.axes["layer"]})
+        titles = [in_figure(visible(name if at is None else f"{name} @ {at}")) for name, at in facets]
+        columns = min(len(facets), COLUMNS)
+        figure = make_subplots(rows=-(-len(facets) // columns), cols=columns, subplot_titles=titles, shared_yaxes=True)
+        values = [self._rows(each, layers) for each in grids]
+        for number, (each, cells) in enumerate(zip(grids, values, strict=True)):
+            row, column = divmod(number, columns)
+            figure.add_heatmap(
+                x=[self._name(entry, across) for entry in each.axes[across]], y=[str(layer) for layer in layers], z=cells,
+                coloraxis="coloraxis", xgap=1, ygap=1,
+                hovertemplate=f"layer %{{y}}, {across} %{{x}}: %{{z:.3f}}<extra></extra>",
+                row=row + 1, col=column + 1,
+            )  # fmt: skip
+        largest = max(float(np.nanmax(np.abs(cells), initial=0.0)) for cells in values) or 1.0
+        what = f"sum over features ({len(of_kind):,})" if kind == "feature" else WORDS.get(kind, kind)
+        lines = [title or f"{what}: {shown} over {len(of.clean)} {'pair' if len(of.clean) == 1 else 'pairs'}"]
+        if any(np.isnan(cells).any() for cells in values):
+            lines.append("grey: not measured")
+        figure.update_layout(
+            title="<br>".join(map(in_figure, lines)), plot_bgcolor=GREY, margin_t=80 + 20 * len(lines),
+            coloraxis={"colorscale": DIVERGING, "cmin": -largest, "cmax": largest, "colorbar": {"title": shown}},
+        )  # fmt: skip
+        figure.update_xaxes(type="category", showgrid=False, title=across)
+        if across == "position" and "tokens" in of.metadata:
+            figure.update_xaxes(tickangle=-90, dtick=1)
+        figure.update_yaxes(type="category", showgrid=False)
+        figure.update_yaxes(title="layer", col=1)
         return figure
 
-    def _kinds(self) -> list[str]:
-        return sorted({node.kind for node in self.effects.nodes})
+    @staticmethod
+    def _rows(each: Grid, layers: Sequence[int]) -> NDArray[np.float64]:
+        """Return the values of a grid with a row for each of the layers, NaN in layers that it lacks."""
+        rows = np.full((len(layers), each.values.shape[1]), np.nan)
+        rows[[layers.index(layer) for layer in each.axes["layer"]]] = each.values.numpy()
+        return rows
+
+    def _name(self, entry: Any, across: str) -> str:
+        """Return the text of a tick: a head, or a position with its token if all clean prompts are the same."""
+        tokens = self._effects.metadata.get("tokens", ())
+        known = across == "position" and isinstance(entry, int) and entry < len(tokens)
+        return in_figure(tick(entry, tokens[entry]) if known else visible(str(entry)))

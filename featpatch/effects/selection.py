@@ -36,6 +36,19 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
     return known[by]
 
 
+def measured_effect(effect: str | None, run: Sequence[Effect]) -> Effect:
+    """Return an effect that was run, by default the first.
+
+    Raises:
+        FeatpatchError: the effect was not run.
+    """
+    check_kinds((str, NoneType), effect=effect)
+    found = [each for each in run if effect in (each, None)]
+    if not found:
+        raise FeatpatchError(f"effect={effect!r}: expected one of the measured effects, {', '.join(run)}")
+    return found[0]
+
+
 def least_to_sort(over: Over, asked: int | None, pairs: int) -> int:
     """Return the number of pairs in which a row must differ to be among the top rows, given the number of all pairs.
 

@@ -11,14 +11,15 @@ import pandas as pd
 from featpatch.effects import frames, storage
 from featpatch.effects.audit import Audit, audited
 from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
+from featpatch.effects.grid import Grid, chosen, grid
 from featpatch.effects.measured import Array, Measured
 from featpatch.effects.plots import Plots
-from featpatch.effects.selection import By, least_to_sort, sorting
+from featpatch.effects.selection import By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.files import as_path
 from featpatch.frame import ROWS, Frame, text
-from featpatch.nodes import EFFECTS, Effect, Node
+from featpatch.nodes import EFFECTS, Effect, Node, Position
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +37,7 @@ class Effects(Measured):
         2
     """
 
-    def metric(self, name: str) -> "Effects":
+    def for_metric(self, name: str) -> "Effects":
         """Return the table of the same patched runs for another metric.
 
         Args:
@@ -49,7 +50,7 @@ class Effects(Measured):
             >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
             >>> both.metrics
             ['logit_diff', 'log_prob']
-            >>> both.metric("log_prob").nodes == both.nodes
+            >>> both.for_metric("log_prob").nodes == both.nodes
             True
         """
         if name not in self.metrics:
@@ -151,7 +152,7 @@ class Effects(Measured):
             (0.01, 0.5)
         """
         check_threshold(threshold)
-        others = {name: self.metric(name).with_threshold(threshold) for name in self.others}
+        others = {name: self.for_metric(name).with_threshold(threshold) for name in self.others}
         return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
 
     def quadrants(self) -> list[str]:
@@ -274,6 +275,38 @@ class Effects(Measured):
         """
         return Frame(frames.full(self))
 
+    def to_tensor(
+        self, *axes: str, effect: Effect | None = None, kind: str | None = None, site: str | None = None,
+        position: Position | None = None,
+    ) -> Grid:  # fmt: skip
+        """Return effects as a tensor with these axes, for example `to_tensor("layer", "position", site="resid_pre")`.
+
+        A value is exactly 0 where a node is the same in both runs of every pair, and NaN where nothing was measured. A cell of
+        features holds the sum of the effects of the features in the table, which were patched one at a time.
+
+        Args:
+            axes: some of `"layer"`, `"position"` and `"head"`, in the order of the dimensions.
+            effect: the effect; by default recovery if it was run, else degradation.
+            kind: the kind of node; by default `"head"` if heads are an axis, else the only one.
+            site: a hook point, or the name of a component such as `"z"`; by default the only one.
+            position: a position; by default the only one, or all if positions are an axis.
+
+        Returns:
+            The values, and what the entries of each axis stand for.
+
+        Raises:
+            FeatpatchError: an axis is unknown, the effect was not run, no row fits, or the rows differ in something that is no
+                axis, such as their kind or hook point.
+
+        Example:
+            >>> heads = fp.rank_components(model, pairs, sites="z", positions=["S2", "end"], progress=False)
+            >>> values, axes = heads.to_tensor("layer", "head", position="end")
+            >>> values.shape, axes["layer"]
+            (torch.Size([4, 8]), [0, 1, 2, 3])
+        """
+        kind = "head" if kind is None and "head" in axes else kind
+        return grid(chosen(self, kind, site, position), axes, measured_effect(effect, self.directions_run()))
+
     def sites(self) -> pd.DataFrame:
         """Summarise each hook point, one row per SAE and position.
 
@@ -299,7 +332,7 @@ class Effects(Measured):
             >>> effects.about()["metric"]
             'logit_diff'
         """
-        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "shown_rows")}
+        about = {name: value for name, value in self.metadata.items() if name not in ("tags", "places", "shown_rows")}
         if "screening" in about:
             about["screening"] = {
                 name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))

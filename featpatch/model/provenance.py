@@ -1,6 +1,7 @@
 """Collect what results depend on and how they were made."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import featpatch
 from featpatch.model.lens import Lens
+from featpatch.pairs.pair import Positions, Wanted
 from featpatch.pairs.pairs import Pairs
 from featpatch.untrusted import without_folder
 
@@ -26,6 +28,28 @@ def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
         "model": {"name": without_folder(str(lens.model.cfg.model_name)), "sha256": lens.digest()},
         "versions": {**versions, "featpatch's code": code_digest()},
     }
+
+
+def measured_places(
+    lens: Lens, pairs: Pairs, positions: Positions, wanted: Sequence[Wanted], sites: Iterable[str]
+) -> dict[str, Any]:
+    """Return where a table of effects is measured, as plain data, so that a node without a row is known to be unchanged.
+
+    Args:
+        positions: the positions that were asked for.
+        wanted: for each pair, the token positions that each of them stands for.
+        sites: the hook points that are patched.
+
+    Returns:
+        `positions` and `sites`; unless positions are `"all"`, `places` with a list per pair: for `"each"` its token positions,
+        for a list the first token of each entry; and `tokens`, the text of each token if all clean prompts are the same.
+    """
+    places = {} if positions == "all" else {"places": [[span[0] for span in of_pair.values()] for of_pair in wanted]}
+    decode = getattr(lens.tokenizer, "decode", None)
+    one = decode is not None and all(pair.clean == pairs[0].clean for pair in pairs)
+    tokens = {"tokens": [decode([token]) for token in pairs[0].clean]} if one and decode is not None else {}
+    listed = positions if isinstance(positions, str) else [*wanted[0]]
+    return {"positions": listed, "sites": list(dict.fromkeys(sites)), **places, **tokens}
 
 
 @cache

@@ -1,13 +1,14 @@
 """HTML files made of sections with tables, figures and texts, from jinja2 templates, plotly figures and itables tables."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from featpatch.files import writing
 
@@ -47,7 +48,14 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     return TEMPLATES.get_template("page.html").render(plotly=plots, datatables=tables, **values)
 
 
-def write(path: str | Path, content: str) -> Path:
+class Page(Path if TYPE_CHECKING else type(Path())):  # type: ignore[misc]  # only the class for this platform has subclasses
+    """The path of an HTML page, which a notebook shows as the page itself."""
+
+    def _repr_html_(self) -> str:
+        return block("inline.html", content=self.read_text(encoding="utf-8"), path=str(self))
+
+
+def write(path: str | Path, content: str) -> Page:
     """Write a page completely or not at all, and create its folder if it is missing.
 
     Raises:
@@ -55,7 +63,7 @@ def write(path: str | Path, content: str) -> Path:
     """
     with writing(path) as file:
         file.write_text(content, encoding="utf-8")
-    return Path(path)
+    return Page(path)
 
 
 def block(template: str, **values: Any) -> Block:
@@ -65,10 +73,28 @@ def block(template: str, **values: Any) -> Block:
 
 def embedded(chart: Any) -> Block:
     """Return the HTML of a `plotly.graph_objects.Figure` that is as wide as the page."""
-    chart.update_layout(
-        template="plotly_white", margin={"l": 60, "r": 20, "t": 80 if chart.layout.title.text else 40, "b": 60}, autosize=True
-    )
+    top = chart.layout.margin.t or (80 if chart.layout.title.text else 40)
+    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": top, "b": 60}, autosize=True)
     return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
+
+
+class Plotted:
+    """A result that notebooks show as its figure where they can draw plotly figures, and otherwise as its table."""
+
+    @abstractmethod
+    def _figure(self) -> Any:
+        """Return a `plotly.graph_objects.Figure`."""
+
+    @abstractmethod
+    def _frame(self) -> pd.DataFrame:
+        """Return a table."""
+
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        return self._figure()._repr_mimebundle_()
+
+    def _repr_html_(self) -> str:
+        first = repr(self).partition("\n")[0]
+        return f"<p>{escape(first)}</p>{self._frame().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
 
 
 def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> Block:

@@ -23,6 +23,7 @@ import torch
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.frame import Frame
 from featpatch.metrics import Measure, find
+from featpatch.page.page import block
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
@@ -118,6 +119,12 @@ class Checklist:
         lines = [f"{rule}: {n['warn']} warn, {n['fail']} fail; {RULES[rule]}" for rule, n in self.counts().items()
                  if n["warn"] or n["fail"]]  # fmt: skip
         return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *lines])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"rule": rule, **n, "advice": RULES[rule] if n["warn"] or n["fail"] else ""} for rule, n in self.counts().items()
+        ]
+        return str(block("checklist.html", title=repr(self).partition("\n")[0], rows=rows))
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per pair and rule: pair, rule, status, detail, advice."""

@@ -199,6 +199,43 @@ def positions_of(label: LabelPosition) -> tuple[int, ...]:
     return label if isinstance(label, tuple) else (label,)
 
 
+@dataclass(frozen=True)
+class PairText:
+    """A pair as text.
+
+    Attributes:
+        clean, corrupted: the text of each token.
+        differs: for each token, whether the prompts differ there.
+        titles: for each token, a tooltip with its position and labels.
+        correct, wrong: the texts of the right and wrong answers.
+    """
+
+    clean: Sequence[str]
+    corrupted: Sequence[str]
+    differs: Sequence[bool]
+    titles: Sequence[str]
+    correct: Sequence[str]
+    wrong: Sequence[str]
+
+    @classmethod
+    def of(cls, pair: Pair, tokenizer: Any) -> "PairText":
+        """Decode a pair; token ids stand for its tokens if the tokenizer is None or can't decode."""
+        decode = getattr(tokenizer, "decode", None) or (lambda ids: " ".join(map(str, ids)))
+        names: dict[int, list[str]] = {}
+        for label, position in pair.labels.items():
+            for p in positions_of(position):
+                names.setdefault(p, []).append(label)
+        correct, wrong = ([decode(list(answer)) for answer in side] for side in pair.answers)
+        return cls(
+            clean=[decode([token]) for token in pair.clean],
+            corrupted=[decode([token]) for token in pair.corrupted],
+            differs=[one != other for one, other in zip(pair.clean, pair.corrupted, strict=True)],
+            titles=[", ".join([f"position {position}", *names.get(position, [])]) for position in range(len(pair))],
+            correct=correct,
+            wrong=wrong,
+        )
+
+
 Label = SupportsIndex | range | str | Sequence[SupportsIndex] | Mapping[str, Any]
 """The place of a label: a token position; a text that occurs once in the prompt, or its characters (start, end), both of which
 stand for the last token; or a span, given as a range of token positions or as `{"span": text or characters}`."""

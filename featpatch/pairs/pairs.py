@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex, overload
@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, each
 from featpatch.files import sha256, write_csv, writing
+from featpatch.page.page import block
 from featpatch.pairs import checklist
 from featpatch.pairs.build import Answers, Prompt
 from featpatch.pairs.checklist import Checklist, Status, without
@@ -20,15 +21,22 @@ from featpatch.pairs.fields import NEEDED, for_cells, from_cells, from_line, pai
 from featpatch.pairs.files import csv_rows, frame_rows, json_lines, json_lines_in_blocks, rows_of
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.likelihood import by_length, chunks
-from featpatch.pairs.pair import Label, Pair
+from featpatch.pairs.pair import Label, Pair, PairText
 from featpatch.pairs.tensors import Table, of_tensors
-from featpatch.pairs.tokens import Tokenizer
+from featpatch.pairs.tokens import Tokenizer, plain_tokenizer
 from featpatch.untrusted import visible
+
+SHOWN = 8
+"""The number of pairs that a notebook shows."""
 
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
     """A sequence of pairs; different pairs may have different lengths, the two prompts of a pair may not.
+
+    Attributes:
+        pairs: the pairs.
+        tokenizer: the tokenizer with which a notebook shows the pairs as text; without it, token ids are shown.
 
     Example:
         >>> len(pairs), sorted(pairs[0].labels)
@@ -39,6 +47,7 @@ class Pairs(Sequence[Pair]):
     """
 
     pairs: tuple[Pair, ...]
+    tokenizer: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.pairs, tuple) or not all(isinstance(pair, Pair) for pair in self.pairs):
@@ -102,7 +111,7 @@ class Pairs(Sequence[Pair]):
         columns["wrong"] = wrong if wrong is not None and len(wrong) else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
-        return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers))
+        return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers), plain_tokenizer(tokenizer))
 
     @classmethod
     def from_tokens(
@@ -138,7 +147,8 @@ class Pairs(Sequence[Pair]):
             >>> pairs[0].first_difference
             1
         """
-        return cls(of_tensors(clean, corrupted, correct, wrong, labels, attention_mask, tokenizer))
+        plain = None if tokenizer is None else plain_tokenizer(tokenizer)
+        return cls(of_tensors(clean, corrupted, correct, wrong, labels, attention_mask, tokenizer), plain)
 
     @classmethod
     def from_jsonl(
@@ -163,7 +173,7 @@ class Pairs(Sequence[Pair]):
             True
         """
         read = partial(from_line, tokenizer, long_answers=long_answers)
-        return cls(pairs_of(tokenizer, json_lines(path, NEEDED), read, align, filler, long_answers))
+        return cls(pairs_of(tokenizer, json_lines(path, NEEDED), read, align, filler, long_answers), plain_tokenizer(tokenizer))
 
     @classmethod
     def blocks_from_jsonl(
@@ -183,7 +193,7 @@ class Pairs(Sequence[Pair]):
         check_numbers(1, size=size)
         read = partial(from_line, tokenizer, long_answers=long_answers)
         for lines in json_lines_in_blocks(path, NEEDED, size):
-            yield cls(pairs_of(tokenizer, lines, read, align, filler, long_answers))
+            yield cls(pairs_of(tokenizer, lines, read, align, filler, long_answers), plain_tokenizer(tokenizer))
 
     @classmethod
     def from_csv(
@@ -203,7 +213,9 @@ class Pairs(Sequence[Pair]):
             >>> len(fp.Pairs.from_csv(model, path))
             8
         """
-        return cls(pairs_of(tokenizer, csv_rows(path, NEEDED), from_cells, align, filler, long_answers))
+        return cls(
+            pairs_of(tokenizer, csv_rows(path, NEEDED), from_cells, align, filler, long_answers), plain_tokenizer(tokenizer)
+        )
 
     @classmethod
     def from_pandas(
@@ -222,7 +234,9 @@ class Pairs(Sequence[Pair]):
             >>> fp.Pairs.from_pandas(model, frame)[0].tags
             {'template': 'met'}
         """
-        return cls(pairs_of(tokenizer, frame_rows(frame, NEEDED), from_cells, align, filler, long_answers))
+        return cls(
+            pairs_of(tokenizer, frame_rows(frame, NEEDED), from_cells, align, filler, long_answers), plain_tokenizer(tokenizer)
+        )
 
     @classmethod
     def from_feature_circuits(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
@@ -241,7 +255,7 @@ class Pairs(Sequence[Pair]):
             >>> len(fp.Pairs.from_feature_circuits(model, folder / "ioi.json"))
             1
         """
-        return cls(feature_circuits(tokenizer, path, skip=skip))
+        return cls(feature_circuits(tokenizer, path, skip=skip), plain_tokenizer(tokenizer))
 
     @classmethod
     def from_eap_ig(
@@ -262,7 +276,7 @@ class Pairs(Sequence[Pair]):
             >>> fp.Pairs.from_eap_ig(model, folder / "ioi.csv")[0].correct
             (126,)
         """
-        return cls(eap_ig(tokenizer, path, corrupted=corrupted, skip=skip))
+        return cls(eap_ig(tokenizer, path, corrupted=corrupted, skip=skip), plain_tokenizer(tokenizer))
 
     @classmethod
     def from_auto_circuit(cls, tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> "Pairs":
@@ -280,7 +294,7 @@ class Pairs(Sequence[Pair]):
             >>> len(fp.Pairs.from_auto_circuit(model, folder / "ioi.json"))
             1
         """
-        return cls(auto_circuit(tokenizer, path, skip=skip))
+        return cls(auto_circuit(tokenizer, path, skip=skip), plain_tokenizer(tokenizer))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -298,7 +312,17 @@ class Pairs(Sequence[Pair]):
     @overload
     def __getitem__(self, index: slice) -> "Pairs": ...
     def __getitem__(self, index: int | slice) -> "Pair | Pairs":
-        return Pairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
+        return replace(self, pairs=self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pairs, (self.pairs,)  # not every tokenizer can be pickled, and workers do not need it
+
+    def _repr_html_(self) -> str:
+        prompts = [PairText.of(pair, self.tokenizer) for pair in self[:SHOWN]]
+        labels = [", ".join(f"{name} {position}" for name, position in pair.labels.items()) for pair in self]
+        more = f", of which {SHOWN} are shown" if len(self) > SHOWN else ""
+        shown = zip(prompts, labels, strict=False)
+        return str(block("pairs.html", pairs=[{**vars(prompt), "labels": of} for prompt, of in shown], text=f"{self!r}{more}"))
 
     check = checklist.check
 
@@ -317,7 +341,7 @@ class Pairs(Sequence[Pair]):
             >>> good.check(model).ok
             True
         """
-        return Pairs(without(self, found, verdicts))
+        return replace(self, pairs=without(self, found, verdicts))
 
     def to_jsonl(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
         """Write one line of JSON per pair, from which `from_jsonl` reads exactly these pairs again.

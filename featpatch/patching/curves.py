@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from featpatch.effects.selection import measured_effect
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
+from featpatch.page.page import Plotted
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.features import feature_study
@@ -29,7 +31,7 @@ SHOWN = 12
 
 
 @dataclass(frozen=True, repr=False)
-class Curve:
+class Curve(Plotted):
     """The effects of the top k features together, by dictionary and position.
 
     Attributes:
@@ -81,18 +83,30 @@ class Curve:
         more = [f"  and {len(self.features) - SHOWN} more"] if len(self.features) > SHOWN else []
         return visible("\n".join([*shown, *more]))
 
-    def plot(self, effect: Effect | None = None) -> Any:
-        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position."""
+    def plot(self, effect: Effect | None = None, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of effect by k with intervals, one line per dictionary and position.
+
+        Args:
+            effect: the effect to plot; by default recovery if it was run, else degradation.
+            title: the title of the figure.
+
+        Raises:
+            FeatpatchError: the effect was not run.
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-        chosen, table = effect or self.sets.directions_run()[0], self.table()
-        figure = go.Figure(layout={"xaxis_title": "features together", "yaxis_title": chosen, "xaxis_type": "log"})
+        chosen, table = measured_effect(effect, self.sets.directions_run()), self.table()
+        figure = go.Figure(
+            layout={"title": in_figure(title), "xaxis_title": "features together", "yaxis_title": chosen, "xaxis_type": "log"}
+        )
         for (sae, position), rows in table.groupby(["sae", "position"], sort=False):
             up, down = rows[f"{chosen}_high"] - rows[chosen], rows[chosen] - rows[f"{chosen}_low"]
             figure.add_scatter(
                 x=rows["k"], y=rows[chosen], name=in_figure(f"{sae} @ {position}"), error_y={"array": up, "arrayminus": down}
             )
         return figure
+
+    _figure, _frame = plot, table
 
 
 def top_k_curve(

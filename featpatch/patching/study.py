@@ -27,7 +27,7 @@ from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, r
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.files import as_path
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import provenance
+from featpatch.model.provenance import measured_places, provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Positions, Wanted, spans
@@ -135,7 +135,8 @@ class Study:
         longest = max(len(run.tokens) for run in probes)
         rows = row_budget(lens, longest, columns) if batch_rows is None else int(batch_rows)
         memory = rows * row_bytes(lens, longest, columns)
-        metadata = _metadata(lens, about, runner, read, chosen, options.positions)
+        complete = [site for part in parts if getattr(part, "only", None) is None for site in part.sites]
+        metadata = _metadata(about, runner, read, chosen, options.positions, complete)
         arguments = {"about": about, "options": options, "contrast": contrast}
         return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, arguments)
 
@@ -165,7 +166,9 @@ class Study:
         clean, corrupted, patches = survey
         book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
-            subject = {key: value for key, value in metadata.items() if key not in ("metric", "tags", "versions", "finished")}
+            subject = {
+                key: value for key, value in metadata.items() if key not in ("metric", "tags", "places", "versions", "finished")
+            }
             book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         with closing(book) if isinstance(book, Journal) else nullcontext():
             if elsewhere is not None and book is not None:
@@ -328,15 +331,20 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
 
 
 def _metadata(
-    lens: Lens, about: Mapping[str, Any], runner: Runner, read: Readout, directions: Sequence[Direction], positions: Positions
+    about: Mapping[str, Any],
+    runner: Runner,
+    read: Readout,
+    directions: Sequence[Direction],
+    positions: Positions,
+    complete: Sequence[str],
 ) -> dict[str, Any]:
     """Return everything that the results depend on, and their provenance."""
     return {
         "metric": read.names[0],
         "metrics": list(read.names),
         "directions": sorted(directions),
-        "positions": positions if isinstance(positions, str) else [*runner.wanted[0]],
-        **provenance(lens, runner.pairs),
+        **measured_places(runner.lens, runner.pairs, positions, runner.wanted, complete),
+        **provenance(runner.lens, runner.pairs),
         **about,
         **runner.contrast.about(),
         **({} if runner.noise is None else {"noise": runner.noise.about()}),

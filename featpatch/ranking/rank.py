@@ -75,8 +75,8 @@ def rank_features(
             tokens.
         directions: `"denoising"`, `"noising"` or both.
         metric: the name of a metric or a function of `(logits, correct, wrong)`, or several, all measured in the same patched
-            runs; the table is for the first, and `effects.metric(name)` is the table for another. By default `"logit_diff"` or,
-            with `method=fp.Gradients(...)`, the metric of the gradients. For answers of several tokens
+            runs; the table is for the first, and `effects.for_metric(name)` is the table for another. By default `"logit_diff"`
+            or, with `method=fp.Gradients(...)`, the metric of the gradients. For answers of several tokens
             use `"sequence_log_prob"` or `"sequence_log_prob_diff"`, which are teacher-forced and take one forward pass per
             token.
         method: `"exact"` to run every patch. `"atp"`, `"ig"`, `"eap_ig_inputs"` and `"grad_drop"` estimate the effects from

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from featpatch import sites
 from featpatch.attribution.calibration import calibrate
 from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
@@ -24,11 +23,12 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import write
-from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.pair import PairText
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.curves import Curve
-from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, Prompt, page_of
+from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, page_of
 from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.views import promoted
 
 TOP = 20
 """The default number of features per effect that get feature cards."""
@@ -160,7 +160,7 @@ def _with_prompts(
     lens = wrap(model)
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
-    prompts = [_prompt(pair, model.tokenizer) for pair in pairs]
+    prompts = [PairText.of(pair, model.tokenizer) for pair in pairs]
     features = {} if saes is None else _cards(lens, dictionaries(lens, saes), pairs, effects, top)
     if features and components is not None and _comparable(effects, components):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
@@ -168,23 +168,6 @@ def _with_prompts(
     single_tokens = all(pair.correct for pair in pairs)
     checks = pairs[:PROMPTS].check(model).to_pandas() if single_tokens else None
     return replace(material, prompts=prompts, features=features, checks=checks)
-
-
-def _prompt(pair: Pair, tokenizer: Any) -> Prompt:
-    text = tokenizer.decode
-    names: dict[int, list[str]] = {}
-    for label, position in pair.labels.items():
-        for p in positions_of(position):
-            names.setdefault(p, []).append(label)
-    correct, wrong = ([text(list(answer)) for answer in side] for side in pair.answers)
-    return Prompt(
-        clean=[text([token]) for token in pair.clean],
-        corrupted=[text([token]) for token in pair.corrupted],
-        differs=[one != other for one, other in zip(pair.clean, pair.corrupted, strict=True)],
-        titles=[", ".join([f"position {position}", *names.get(position, [])]) for position in range(len(pair))],
-        correct=correct,
-        wrong=wrong,
-    )
 
 
 @torch.no_grad()
@@ -242,15 +225,10 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: 
         "shown": f"pair {index}, in which it matters most",
         "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs",
     }
-    unembedding = lens.unembedding
-    readable = dictionary.behaviour.linear and unembedding.dtype.is_floating_point
-    if readable and sites.on_stream(dictionary.writes) and node.index is not None:
-        direction = dictionary.directions(torch.tensor([node.index]))[0]
-        logits = direction.to(unembedding) @ unembedding
-        for name, sign in (("raises", 1), ("lowers", -1)):
-            best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()
+    for name, sign in (("raises", 1), ("lowers", -1)):
+        for tokens in promoted(lens, dictionary, [node.index or 0], WRITES, sign=sign).values():
             facts[f"{name} (direct path, without the final norm)"] = ", ".join(
-                f"{lens.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
+                f"{token!r} ({change:+.2f})" for token, change in tokens
             )
     return facts
 

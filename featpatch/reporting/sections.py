@@ -13,27 +13,9 @@ import pandas as pd
 from featpatch.effects.frames import TOP, brief, rounded
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
 from featpatch.effects.table import Effects
-from featpatch.nodes import Node
+from featpatch.nodes import Node, Position
 from featpatch.page.page import Block, Section, block, embedded, page, table
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A pair as text.
-
-    Attributes:
-        clean, corrupted: the text of each token.
-        differs: for each token, whether the prompts differ there.
-        titles: for each token, a tooltip with its position and labels.
-        correct, wrong: the texts of the right and wrong answers.
-    """
-
-    clean: Sequence[str]
-    corrupted: Sequence[str]
-    differs: Sequence[bool]
-    titles: Sequence[str]
-    correct: Sequence[str]
-    wrong: Sequence[str]
+from featpatch.pairs.pair import PairText
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class Material:
     """
 
     question: str = ""
-    prompts: Sequence[Prompt] = ()
+    prompts: Sequence[PairText] = ()
     features: Mapping[Node, FeatureCard] = field(default_factory=dict)
     checks: pd.DataFrame | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +62,9 @@ VALUES = 8
 
 PROMPTS = 8
 """The number of pairs that are shown."""
+
+POSITIONS = 3
+"""The largest number of positions at which heads are shown by layer and head."""
 
 ROWS = 20_000
 """The largest number of features or heads that are shown, those with the largest effects."""
@@ -177,13 +162,7 @@ def _cards(material: Material) -> Block:
         runs = (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted))
         largest = max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)])
         features.append(
-            {
-                "title": str(node),
-                "runs": runs,
-                "shades": {name: [abs(v) / largest for v in values] for name, _, values in runs},
-                "facts": list(card.facts.items()),
-                "link": card.link,
-            }
+            {"title": str(node), "runs": runs, "largest": largest, "facts": list(card.facts.items()), "link": card.link}
         )
     return block("cards.html", features=features)
 
@@ -211,16 +190,24 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
     charts = [_map(effects, "feature")] if "feature" in kinds and "screening" not in effects.metadata else []
     if components is not None:
         found = {node.kind for node in components.nodes}
-        charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
+        whole = [_map(components, "activation")] if "activation" in found else []
+        charts = [*whole, *_head_maps(components), *charts]
     text = (
-        "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual effects."
+        "Effects of components first, if they were ranked too; heads at the positions with the largest effects; for features, "
+        "the sum of their individual effects."
     )
     return Section("maps", "Effects by layer and position", text, charts) if charts else None
 
 
-def _map(effects: Effects, kind: str) -> Block:
-    names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
-    return embedded(effects.plot.heatmap(kind=kind).update_layout(title=names[kind]))
+def _map(effects: Effects, kind: str, position: Position | None = None) -> Block:
+    return embedded(effects.plot.heatmap(kind=kind, position=position))
+
+
+def _head_maps(components: Effects) -> list[Block]:
+    """Return heat maps of heads at the positions with the largest effect of a head."""
+    heads = components.where(kind="head")
+    positions = dict.fromkeys(heads.nodes[row].position for row in np.argsort(-heads.sizes(), kind="stable"))
+    return [_map(heads, "head", position) for position in list(positions)[:POSITIONS]]
 
 
 def _stability(effects: Effects) -> Section | None:

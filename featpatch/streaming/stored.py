@@ -45,7 +45,7 @@ def write(effects: Effects, folder: Path, block: int, first: int) -> None:
         block: the number of the block.
         first: the index of the block's first pair among all pairs.
     """
-    tables = {name: effects.metric(name) for name in effects.metrics}
+    tables = {name: effects.for_metric(name) for name in effects.metrics}
     rows = pd.DataFrame({name: [getattr(node, name) for node in effects.nodes] for name in FIELDS})
     rows["position"] = [json.dumps(position) for position in rows["position"]]
     rows = rows.astype({name: "Int64" if name == "index" else "string" for name in FIELDS})

@@ -97,7 +97,7 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
         if pair is not None:
             found.setdefault((pair.clean, pair.corrupted), pair)
         if len(found) == n:
-            return Pairs(tuple(found.values()))
+            return Pairs(tuple(found.values()), plain_tokenizer(tokenizer))
     raise FeatpatchError(
         f"only {len(found)} of {n} pairs fit this tokenizer, after {TRIES * n} attempts: expected words of one known token "
         "each, and prompts of equal length; ask for fewer pairs, or give templates and words of your own"

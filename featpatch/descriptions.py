@@ -94,7 +94,8 @@ def max_activating(
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
         saes: the SAEs that the nodes name.
-        nodes: nodes, such as `effects.top().nodes`, or a table of effects; those that are not features are skipped, and their positions are ignored.
+        nodes: nodes, such as `effects.top().nodes`, or a table of effects; those that are not features are skipped, and their
+            positions are ignored.
         texts: documents; one that exceeds the model's context is truncated, with a PairsWarning.
         contexts: the number of max-activating examples per feature.
 

@@ -166,10 +166,11 @@ def check_components(names: Any, positions: Any) -> list[str]:
     unknown = [name for name in chosen if not isinstance(name, str) or name not in COMPONENTS]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise FeatpatchError(f"sites={chosen}: expected some of {', '.join(COMPONENTS)}, each once")
-    if not isinstance(positions, str) and any(isinstance(entry, str) and ARROW in entry for entry in positions):
+    several = isinstance(positions, Sequence) and not isinstance(positions, str)
+    if several and any(isinstance(entry, str) and ARROW in entry for entry in positions):
         raise FeatpatchError(
-            f"positions={list(positions)}: expected labels and indices; sites=['pattern_entry'] gives an entry from each of them "
-            "to each other, such as 'end <- S2' for ['end', 'S2']; for single entries call "
+            f"positions={list(positions)}: expected labels and indices; sites=['pattern_entry'] gives an entry from each of "
+            "them to each other, such as 'end <- S2' for ['end', 'S2']; for single entries call "
             "rank_nodes(model, pairs, [fp.head(1, 3, 'pattern', 'end <- S2')])"
         )
     if "pattern_entry" in chosen and "all" in ([positions] if isinstance(positions, str) else positions):

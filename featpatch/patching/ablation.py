@@ -310,15 +310,13 @@ def ablate(
         )
     if not parts:
         raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
-    if reference is not None:
-        check_tokens(check_pairs(reference), lens)
     study = Study.of(
         lens,
         parts,
         about,
         pairs,
         Options(positions, ["noising"], metric, batch_rows),
-        _contrast(lens, pairs, reference, to, seed),
+        ablation(lens, pairs, reference, to, seed),
     )
     return study.run(journal, progress=progress, executor=executor)
 
@@ -341,7 +339,14 @@ class Ablation(Contrast):
         return {"ablation": {"to": self.to, **self.ablation_values.noted}}
 
 
-def _contrast(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
+def ablation(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
+    """Return the contrast that takes ablation values, from arguments as in `ablate`.
+
+    Raises:
+        FeatpatchError: the arguments are not valid, or don't belong together.
+    """
+    if reference is not None:
+        check_tokens(check_pairs(reference), lens)
     number = is_number(to) and isfinite(to)
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")

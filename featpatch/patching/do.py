@@ -6,6 +6,7 @@ The nodes of a patch that share a hook point and a dictionary are masks over pos
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -32,8 +33,8 @@ class Chosen:
     Attributes:
         site: the hook point that is patched.
         dictionary: the dictionary of the features; None if the activation itself or coordinates of it are patched.
-        columns: mask of the patched features or, without a dictionary, of the coordinates of the flat activation; for one prompt
-            or for each prompt of a batch.
+        columns: mask of the patched features or, without a dictionary, of the coordinates of the flat activation, for one
+            prompt or for each prompt of a batch.
         rest: mask of the positions at which the error or, without a dictionary, the whole activation is patched.
     """
 
@@ -62,8 +63,13 @@ class Chosen:
         return self.dictionary.change(base, source, features=self.columns, error=self.rest[..., None])
 
 
-def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int, pair: Pair | None = None) -> list[Chosen]:
-    """Group the nodes of a patch by hook point and dictionary, for prompts of `length` tokens, those of a pair if it is given.
+def choose(
+    lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int, places: Callable[[Node], list[int]]
+) -> list[Chosen]:
+    """Group the nodes of a patch by hook point and dictionary, for prompts of `length` tokens.
+
+    Args:
+        places: returns the token indices of a node.
 
     Raises:
         FeatpatchError: if a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out
@@ -81,7 +87,7 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int, p
         width = dictionary.d_sae if dictionary else prod(lens.shape(site))
         key = (site, dictionary.name if dictionary else "")
         empty = Chosen(site, dictionary, *(torch.zeros(length, *shape, dtype=torch.bool) for shape in ((width,), ())))
-        part, where = masks.setdefault(key, empty), positions_in(node, length, pair)
+        part, where = masks.setdefault(key, empty), places(node)
         _check_apart(node, site, where, masks)
         if node.kind in ("error", "activation"):
             part.rest[where] = True
@@ -177,11 +183,11 @@ def do(
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        patch: the nodes to patch; their positions are token indices (-1 is the last token), or `"all"` for every position of the
-            source. With a pair they are as in `rank_features`: also labels, and `"all"` leaves out special tokens.
+        patch: the nodes to patch; their positions are token indices (-1 is the last token), or `"all"` for every position of
+            the source. With a pair they are as in `rank_features`: also labels, and `"all"` leaves out special tokens.
         source: tokens of the run that values are taken from; the clean prompt of the pair by default.
-        base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`. The
-            corrupted prompt of the pair by default.
+        base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`.
+            The corrupted prompt of the pair by default.
         pair: the pair that the prompts are from; the patch can name its labels.
         saes: the sae-lens objects that the patch's feature and error nodes belong to.
         how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
@@ -196,9 +202,9 @@ def do(
         calls that cover the source's positions; the tokens that continue a cached generation are left unchanged.
 
     Raises:
-        FeatpatchError: if a hook point is unknown, an index or position is out of range, the prompts have unequal lengths, tokens
-            begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
-            source, another `do` on this model has not ended, or the patch was never applied.
+        FeatpatchError: if a hook point is unknown, an index or position is out of range, the prompts have unequal lengths,
+            tokens begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter
+            than the source, another `do` on this model has not ended, or the patch was never applied.
 
     Example:
         >>> import torch
@@ -230,18 +236,18 @@ def do(
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
     if pair is not None and source.shape[1] != len(pair):
         raise FeatpatchError(
-            f"source has {source.shape[1]} tokens and pair has {len(pair)}: expected the prompts of this pair, whose labels name "
-            "positions"
+            f"source has {source.shape[1]} tokens and pair has {len(pair)}: expected the prompts of this pair, whose labels "
+            "name positions"
         )
     lens = wrap(model)
     mask = None if base is None else _mask(lens, "base", base, attention_mask)
     given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
     shown = _shown(patch, source.shape, [given] if base is None else [mask, given], pair)
     found = dictionaries_if_any(lens, saes)
-    groups = choose(lens, patch, found, source.shape[1], pair)
+    groups = choose(lens, patch, found, source.shape[1], partial(positions_in, length=source.shape[1], pair=pair))
     if how == "set":
         for group in groups:
-            _check_settable(lens, group)
+            check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
     from_source = lens.read(source, hooks, given)
     total, fired = Fired(), []
@@ -253,7 +259,7 @@ def do(
             live: dict[str, torch.Tensor] = {}
             changes = [_setting(group, from_source, live) for group in groups]
             for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
-                stack.enter_context(lens.edit(hook, _keeping(hook, live)))
+                stack.enter_context(lens.edit(hook, keeping(hook, live)))
         for group, change in zip(groups, changes, strict=True):
             fired.append(
                 stack.enter_context(lens.edit(lens.carrier(group.site), _on_prompt(change, source.shape, shown, total)))
@@ -329,7 +335,7 @@ def _shown(
     return shown[..., None]
 
 
-def _check_settable(lens: Lens, group: Chosen) -> None:
+def check_settable(lens: Lens, group: Chosen) -> None:
     """Check that `how="set"` is possible at a hook point.
 
     Raises:
@@ -352,7 +358,8 @@ ChangeOf = Callable[[torch.Tensor], torch.Tensor]
 """A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
 
 
-def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+def keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    """Return a function that stores the activation at a hook point under its name and leaves it unchanged."""
     return lambda activation: live.update({hook: activation})
 
 

@@ -155,7 +155,7 @@ def direction(vector: Any, hook: str, *, name: str = "") -> Adapted:
     check_kinds(str, hook=hook, name=name)
     try:
         d = torch.as_tensor(vector).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise FeatpatchError(f"vector is a {type(vector).__name__}: expected a tensor [d] of numbers") from error
     d = d.to(torch.promote_types(d.dtype, torch.float32)) if not d.is_complex() else d
     if d.ndim != 1 or d.is_complex() or not torch.isfinite(d).all() or not d.any():

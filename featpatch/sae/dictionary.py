@@ -54,6 +54,12 @@ class Split:
         """Return the split with a function applied to features, error and each part of the state."""
         return Split(change(self.features), {name: change(value) for name, value in self.state.items()}, change(self.error))
 
+    @staticmethod
+    def cat(splits: "Sequence[Split]") -> "Split":
+        """Return splits of several batches as one batch."""
+        state = {name: torch.cat([split.state[name] for split in splits]) for name in splits[0].state}
+        return Split(torch.cat([split.features for split in splits]), state, torch.cat([split.error for split in splits]))
+
     def at(self, positions: Int[torch.Tensor, " n"]) -> "Split":
         """Return a split of one prompt with each of these positions as a prompt of its own, `[n, 1, ...]`."""
         return self.map(lambda values: values[0, positions, None])

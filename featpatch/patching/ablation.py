@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 from random import Random
+from sys import float_info
 from typing import Any, ClassVar
 
 import torch
@@ -347,7 +347,7 @@ def ablation(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: in
     """
     if reference is not None:
         check_tokens(check_pairs(reference), lens)
-    number = is_number(to) and isfinite(to)
+    number = is_number(to) and abs(to) <= float_info.max
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
     if reference is not None and (number or to == "zero"):

@@ -326,11 +326,12 @@ def feature(sae: Any, index: int, position: Position = "all") -> Node:
     """
     if isinstance(sae, str):
         name, site = sae, re.sub(r"#\d+$", "", sae.rpartition(" -> ")[2])
-        if " " in site or not site:
+        if " " in site:
             raise FeatpatchError(
                 f"sae={sae!r}: expected an SAE, or the name of a hook point such as {sites.resid_pre(0)!r}; for a dictionary "
                 "with a name of its own, pass the object"
             )
+        sites.layer_of(site)
     elif isinstance(sae, Dictionary):
         name, site = sae.name, sae.writes
     else:

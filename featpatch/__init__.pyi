@@ -30,14 +30,18 @@ from .patching.diagnostics import diagnose as diagnose
 from .patching.do import do as do
 from .patching.runs import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
+from .ranking.nodes import rank_nodes as rank_nodes
 from .ranking.plan import plan as plan
 from .ranking.rank import (
     rank_components as rank_components, rank_features as rank_features, rank_paths as rank_paths
 )
 from .ranking.screen import Screen as Screen
 from .reporting.report import report as report
+from .sae.baselines import direction as direction
+from .sae.dictionary import feature as feature
 from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
+from .sites import head as head
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
 from .verifying import verify as verify

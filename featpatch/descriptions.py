@@ -20,7 +20,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import block
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
-from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.dictionary import Dictionary, dictionaries, with_owner
 from featpatch.untrusted import visible
 
 CONTEXT = 5
@@ -141,7 +141,8 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
         saes: the SAEs that the nodes name.
-        nodes: nodes, such as `effects.top().nodes`; those that are not features are skipped, and their positions are ignored.
+        nodes: nodes, such as `effects.top().nodes`, or a table of effects; those that are not features are skipped, and their
+            positions are ignored.
         texts: documents; one that exceeds the model's context is truncated, with a PairsWarning.
         contexts: the number of max-activating examples per feature.
 
@@ -167,20 +168,23 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
         raise FeatpatchError(
             f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
         )
-    found = {dictionary.name: dictionary for dictionary in dictionaries(lens, saes)}
+    nodes = getattr(nodes, "nodes", nodes)
+    if not isinstance(nodes, (list, tuple)) or not all(isinstance(node, Node) for node in nodes):
+        raise FeatpatchError(
+            f"nodes={nodes!r:.80}: expected a list of fp.Node, such as effects.top().nodes, or a table of effects"
+        )
+    found = dictionaries(lens, saes)
     text = [_Document.of(model.tokenizer, ids) for ids in _ids(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
         raise FeatpatchError(
             "the texts hold only special tokens: expected words, to find what activates the features; give other texts"
         )
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
-    unknown = [node.sae for node in features if node.sae not in found]
-    if unknown:
-        raise FeatpatchError(f"a node names the SAE {unknown[0]!r}: expected one of {', '.join(found)}; pass that SAE too")
-    for node in features:
-        if node.index is None or not 0 <= node.index < (size := found[node.sae].codec.d_sae):
-            raise FeatpatchError(f"node {str(node)!r}: expected a feature of {node.sae!r}, from 0 to {size - 1}")
-    columns = _activations(lens, found, features, text)
+    named = [with_owner(lens, node, found) for node in features]
+    for node, owner in named:
+        if owner is not None and node.index is not None and node.index >= owner.d_sae:
+            raise FeatpatchError(f"node {str(node)!r}: expected a feature of {owner.name!r}, from 0 to {owner.d_sae - 1}")
+    columns = _activations(lens, {d.name: d for d in found}, [node for node, _ in named], text)
     described = zip(features, columns.T, strict=True)
     descriptions = Descriptions({node: _describe(model.tokenizer, text, column, contexts) for node, column in described})
     _warn(descriptions, len(columns))

@@ -14,7 +14,7 @@ from featpatch.untrusted import visible
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
 """The kind of a node. `feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`:
 every feature, with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one
-attention head of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several features together,
+attention head of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several nodes together,
 by their number in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through
 another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation."""
 
@@ -33,6 +33,9 @@ Position = int | str
 Direction = Literal["denoising", "noising"]
 """`denoising`: patch clean values into the corrupted run (sufficient?). `noising`: patch corrupted values into the clean run
 (necessary?)."""
+
+TOGETHER = " nodes together"
+"""The end of the `site` of a node that stands for a joint patch, which has no hook point of its own."""
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
@@ -62,8 +65,9 @@ class Node:
         site: the hook point, such as `"blocks.1.hook_resid_pre"`.
         kind: the kind of value, such as `"feature"`, `"error"`, `"activation"` or `"head"`.
         index: the index of the feature, head or neuron; None for kinds without an index.
-        position: a token index, a label of the pairs, or `"all"`.
-        sae: the name of the dictionary; it may be empty if only one dictionary writes to the hook point.
+        position: a token index (-1 is the last token of each prompt), a label of the pairs, or `"all"`; for one entry of an
+            attention pattern, two of them, as in `"end <- S2"`: the attention from `end` to `S2`.
+        sae: the name of the dictionary; it may be empty if only one of the dictionaries passed writes to the hook point.
 
     Example:
         >>> node = fp.Node("blocks.1.hook_resid_pre", "feature", 433, position="S2", sae="blocks.1.hook_resid_pre")
@@ -95,12 +99,14 @@ class Node:
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
         position = 0 if isinstance(self.position, str) else self.position
-        check_numbers(0, index=self.index or 0, position=max(0, position))  # neither may exceed what arrays can hold
+        check_numbers(0, index=self.index or 0, position=abs(position))  # neither may exceed what arrays can hold
         for name in ("index", "position"):
             if is_integer(value := getattr(self, name)):
                 object.__setattr__(self, name, int(value))  # NumPy's integers can't be saved
 
     def __str__(self) -> str:
+        if self.site.endswith(TOGETHER):
+            return visible(f"{self.site} @ {self.position}")
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
         of = f" of {self.sae}" if self.sae not in ("", self.site) else ""
         return visible(f"{self.site} {name}{of} @ {self.position}")
@@ -169,6 +175,12 @@ class Patch:
         repeated = {node for node in self.nodes if self.nodes.count(node) > 1}
         if repeated:
             raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: expected each node once; remove the duplicate")
+
+
+def joint(nodes: Sequence[Node]) -> Node:
+    """Return the node that stands for these nodes patched together, at their common position or `"(several)"`."""
+    positions = {node.position for node in nodes}
+    return Node(f"{len(nodes)}{TOGETHER}", "set", 0, positions.pop() if len(positions) == 1 else "(several)")
 
 
 def check_senders(nodes: Sequence[Node]) -> None:

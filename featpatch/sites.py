@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, is_integer
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_integer
+from featpatch.nodes import Node, Position
 
 ENTRIES = {
     "hook_resid_pre": (0, "pre"),
@@ -124,6 +125,36 @@ def is_component(site: str, *names: str) -> bool:
     return within(site) in [COMPONENTS[name] for name in names]
 
 
+OF_HEADS = ("z", "result", "q", "k", "v", "pattern")
+"""The components that are values of single heads."""
+
+ARROW = " <- "
+"""What separates the two positions of an entry of an attention pattern."""
+
+
+def head(layer: int, head: int, site: str = "z", position: Position = "all") -> Node:
+    """Make the node of an attention head.
+
+    Args:
+        layer, head: the indices of the layer and of the head; of the key or value head for `"k"` and `"v"`, which several query
+            heads may share.
+        site: `"z"`: the head's output; `"result"`: the same after W_O; `"q"`, `"k"`, `"v"`: its query, key or value;
+            `"pattern"`: the attention from a position to all others or, at a position such as `"end <- S2"`, from one to
+            another.
+        position: as in `fp.Node`.
+
+    Raises:
+        FeatpatchError: the component or an index is not valid.
+
+    Example:
+        >>> print(fp.head(1, 3, "v", "S2"))
+        blocks.1.attn.hook_v head 3 @ S2
+    """
+    check_numbers(0, layer=layer, head=head)
+    check_choices(OF_HEADS, site=site)
+    return Node(component(int(layer), site), "head", head, position)
+
+
 def check_components(names: Any, positions: Any) -> list[str]:
     """Return the names of components as a list, after checking them.
 
@@ -135,6 +166,13 @@ def check_components(names: Any, positions: Any) -> list[str]:
     unknown = [name for name in chosen if not isinstance(name, str) or name not in COMPONENTS]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise FeatpatchError(f"sites={chosen}: expected some of {', '.join(COMPONENTS)}, each once")
+    several = isinstance(positions, Sequence) and not isinstance(positions, str)
+    if several and any(isinstance(entry, str) and ARROW in entry for entry in positions):
+        raise FeatpatchError(
+            f"positions={list(positions)}: expected labels and indices; sites=['pattern_entry'] gives an entry from each of "
+            "them to each other, such as 'end <- S2' for ['end', 'S2']; for single entries call "
+            "rank_nodes(model, pairs, [fp.head(1, 3, 'pattern', 'end <- S2')])"
+        )
     if "pattern_entry" in chosen and "all" in ([positions] if isinstance(positions, str) else positions):
         raise FeatpatchError(
             "positions='all' with sites=['pattern_entry']: expected positions='each' or a list of labels and indices, "

@@ -18,6 +18,7 @@ from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
+from featpatch.patching.joint import node_study
 from featpatch.patching.paths import path_study
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import dictionaries_if_any
@@ -168,6 +169,10 @@ def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[No
     if edges:
         senders, receivers = ({getattr(edge, end): None for edge in edges} for end in ("sender", "receiver"))
         return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], options, edges)[0]
+    if "nodes" in about:
+        every = effects.whole.nodes
+        together = any(node.kind == "set" for node in every)
+        return node_study(model, saes, pairs, [node for node in every if node.kind != "set"], options, together=together)[0]
     if "components" in about:
         layers = sorted({sites.layer_of(node.site) for node in nodes})
         return component_study(model, pairs, about["components"], layers, options)

@@ -138,7 +138,7 @@ def test_what_is_refused(demo: Demo) -> None:
     for saes, texts, message in (
         (demo.saes, [], r"texts=\[\]: expected a list of at least one document"),
         (demo.saes, [""], "the texts hold only special tokens"),
-        ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], f"a node names the SAE '{SITE}'"),
+        ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], r"belongs to 0 of the SAEs passed"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.max_activating(demo.model, saes, [node], texts)

@@ -26,6 +26,10 @@ DIFFERENT = {
 """Arguments that have more than one default, and why."""
 
 
+OPTIONAL = {"load": ["saes"], "head": ["site", "position"], "feature": ["position"]}
+"""What can be left out and need not be named: what says which node is meant, after the indices that it begins with."""
+
+
 def parameters() -> dict[str, dict[str, inspect.Parameter]]:
     found: dict[str, dict[str, inspect.Parameter]] = defaultdict(dict)
     for name, function in FUNCTIONS.items():
@@ -50,6 +54,6 @@ def test_what_comes_first() -> None:
         found = list(inspect.signature(function).parameters.values())
         optional = [p.name for p in found if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
         first = [p.name for p in found if p.kind is not p.KEYWORD_ONLY and p.name in ORDER]
-        if optional != (["saes"] if name == "load" else []) or first != sorted(first, key=ORDER.index):
+        if optional != OPTIONAL.get(name, []) or first != sorted(first, key=ORDER.index):
             wrong[name] = optional, first
     assert wrong == {}

@@ -43,6 +43,17 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "rank_features saes": lambda small, pairs, effects, x: fp.rank_features(small.model, x, pairs),
     "rank_features pairs": lambda small, pairs, effects, x: fp.rank_features(small.model, small.at(SITE), x),
     "rank_paths senders": lambda small, pairs, effects, x: fp.rank_paths(small.model, pairs, senders=x, receivers=[NODE]),
+    "rank_nodes": lambda small, pairs, effects, x: fp.rank_nodes(small.model, pairs, x),
+    "rank_nodes together": lambda small, pairs, effects, x: fp.rank_nodes(
+        small.model, pairs, [NODE], together=x if x and x is not True else 1
+    ),
+    "rank_nodes to": lambda small, pairs, effects, x: fp.rank_nodes(small.model, pairs, [NODE], to=x or "x", seed=[]),
+    "max_activating": lambda small, pairs, effects, x: fp.max_activating(small.model, small.at(SITE), x or [1], ["text"]),
+    "direction": lambda small, pairs, effects, x: fp.direction(x, SITE),
+    "head": lambda small, pairs, effects, x: fp.head(x if x else None, 0),
+    "feature": lambda small, pairs, effects, x: fp.feature(x, 0),
+    "feature index": lambda small, pairs, effects, x: fp.feature(SITE, x),
+    "do pair": lambda small, pairs, effects, x: done(small, pair=x or 1),
     "scrub": lambda small, pairs, effects, x: fp.scrub(small.model, pairs, x),
     "do patch": lambda small, pairs, effects, x: done(small, patch=x),
     "do source": lambda small, pairs, effects, x: done(small, source=x),

@@ -237,7 +237,7 @@ def _count(value: Any) -> bool:
 
 
 def _place(value: Any) -> bool:
-    return _text(value) or _count(value)
+    return _text(value) or (type(value) is int and abs(value) < 2**53)
 
 
 def _texts(value: Any) -> bool:

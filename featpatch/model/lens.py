@@ -70,7 +70,7 @@ class Lens(Model, ABC):
 
     hook_points: Mapping[str, HookPoint] = field(init=False, repr=False)
     watch: Watch = field(init=False, repr=False, compare=False)
-    _heads: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if any(module.training and _drops(module) for module in self.model.modules()):
@@ -131,11 +131,15 @@ class Lens(Model, ABC):
         if self.hooked:
             raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
 
+    def shape(self, site: str) -> tuple[int, ...]:
+        """Return the shape of the activation at a hook point at one position, such as `(n_heads, d_head)`."""
+        if site not in self._shapes:
+            self._shapes[site] = tuple(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2:])
+        return self._shapes[site]
+
     def heads(self, site: str) -> int:
         """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
-        if site not in self._heads:
-            self._heads[site] = int(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2])
-        return self._heads[site]
+        return self.shape(site)[0]
 
     def site(self, name: str) -> str:
         """Return the TransformerLens name of a hook point.

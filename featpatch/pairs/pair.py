@@ -133,13 +133,15 @@ class Pair:
     def positions(self, position: Position) -> list[int]:
         """Return the token positions that `"all"`, an index or a label stands for; `"all"` leaves out special tokens.
 
+        An index below 0 counts from the end: -1 is the last token.
+
         Raises:
             FeatpatchError: the pair has no such position or label.
 
         Example:
             >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
-            >>> pair.positions("subject"), pair.positions("all")
-            ([1], [0, 1, 2])
+            >>> pair.positions("subject"), pair.positions("all"), pair.positions(-1)
+            ([1], [0, 1, 2], [2])
         """
         if position == "all":
             return [p for p in range(len(self)) if p not in self.special]
@@ -150,11 +152,7 @@ class Pair:
                     f"labels=[{{...}}, ...] when you make the pairs"
                 )
             return list(positions_of(self.labels[position]))
-        if not 0 <= position < len(self):
-            raise FeatpatchError(
-                f"position {position} is outside a prompt of {len(self)} tokens: expected 0 to {len(self) - 1}"
-            )
-        return [position]
+        return [token_index(position, len(self))]
 
     def _check_answers(self) -> None:
         """Check that answers are tokens or sequences, that at least one is right, and that none is both right and wrong."""
@@ -192,6 +190,20 @@ def _check_tokens(name: str, tokens: object) -> None:
         if type(token) is not int or abs(token) > MAX_INTEGER:
             what = type(token).__name__ if type(token) is not int else f"integer of {token.bit_length()} bits"
             raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
+
+
+def token_index(position: int, length: int) -> int:
+    """Return a token index of a prompt, counted from 0; indices below 0 count from the end.
+
+    Raises:
+        FeatpatchError: the prompt has no such token.
+    """
+    if not -length <= position < length:
+        raise FeatpatchError(
+            f"position {position} is outside a prompt of {length} tokens: expected 0 to {length - 1}, or -1 to {-length} from "
+            "the end"
+        )
+    return position % length
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:
@@ -347,7 +359,7 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
 
 
 Positions = str | Sequence[Position]
-"""`"all"`, `"each"`, or a list of labels and indices."""
+"""`"all"`, `"each"`, or a list of labels and indices; indices below 0 count from the end of each prompt."""
 
 Wanted = Mapping[Position, list[int]]
 """The token positions of one pair that each requested position stands for."""

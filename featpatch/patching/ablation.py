@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 from random import Random
+from sys import float_info
 from typing import Any, ClassVar
 
 import torch
@@ -310,15 +310,13 @@ def ablate(
         )
     if not parts:
         raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
-    if reference is not None:
-        check_tokens(check_pairs(reference), lens)
     study = Study.of(
         lens,
         parts,
         about,
         pairs,
         Options(positions, ["noising"], metric, batch_rows),
-        _contrast(lens, pairs, reference, to, seed),
+        ablation(lens, pairs, reference, to, seed),
     )
     return study.run(journal, progress=progress, executor=executor)
 
@@ -341,8 +339,15 @@ class Ablation(Contrast):
         return {"ablation": {"to": self.to, **self.ablation_values.noted}}
 
 
-def _contrast(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
-    number = is_number(to) and isfinite(to)
+def ablation(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
+    """Return the contrast that takes ablation values, from arguments as in `ablate`.
+
+    Raises:
+        FeatpatchError: the arguments are not valid, or don't belong together.
+    """
+    if reference is not None:
+        check_tokens(check_pairs(reference), lens)
+    number = is_number(to) and abs(to) <= float_info.max
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
     if reference is not None and (number or to == "zero"):

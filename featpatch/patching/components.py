@@ -25,7 +25,7 @@ from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
-from featpatch.sites import WHOLE, check_components, check_layers, component
+from featpatch.sites import ARROW, WHOLE, check_components, check_layers, component
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ class Exchange:
         node: the node that names the value.
         span: the positions at which it is exchanged.
         head: the index of the head.
-        source: for an entry of the attention pattern, the attended position; otherwise None.
+        source: for an entry of the attention pattern, the attended positions; otherwise None.
     """
 
     node: Node
     span: Sequence[int]
     head: int
-    source: int | None = None
+    source: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,14 +145,15 @@ class HeadPart(Part):
                     if bool((rows if source is None else rows[:, source]).any()):
                         yield Exchange(Node(site, "head", head, name), at, head, source)
 
-    def _places(self, run: PairRuns, position: Position, span: list[int]) -> Iterator[tuple[Position, int | None, list[int]]]:
-        """Yield the name, attended position (None if not a pattern entry) and token positions of each node at a position."""
+    def _places(
+        self, run: PairRuns, position: Position, span: list[int]
+    ) -> Iterator[tuple[Position, list[int] | None, list[int]]]:
+        """Yield the name, attended positions (None if not a pattern entry) and token positions of each node at a position."""
         if self.name != "pattern_entry":
             yield position, None, span
             return
         for name, sources in run.wanted.items():
-            for source in sources:
-                yield f"{position} <- {name}", source, span
+            yield f"{position}{ARROW}{name}", sources, span
 
     def _differing(self, run: PairRuns) -> Bool[torch.Tensor, "pos heads ..."]:
         """Return a mask `[pos, heads]` of where base and source differ; for pattern entries `[pos, heads, attended pos]`."""
@@ -218,9 +219,10 @@ class HeadPart(Part):
         old, new = (self._by_position(run) for run in (base, source))
         single = exchanges[0].source is not None
         places = (
-            (row, at, exchange.head) + ((exchange.source,) if single else ())
+            (row, at, exchange.head, *end)
             for row, exchange in enumerate(exchanges)
             for at in exchange.span
+            for end in ([()] if exchange.source is None else [(source,) for source in exchange.source])
         )
         shape = old.shape if single else old.shape[:2]
         mask = _mask(torch.zeros(len(exchanges), *shape, dtype=torch.bool, device=old.device), places)
@@ -302,16 +304,17 @@ def component_parts(
     for name in names:
         for layer in chosen:
             if name == "neurons":
-                parts.append(NeuronPart(dictionaries(lens, _neurons(lens, layer))[0]))
+                parts.append(neuron_part(lens, layer))
             elif name not in WHOLE:
                 lens.site(component(layer, "z" if name == "result" else name))
                 parts.append(HeadPart(lens, layer, name))
     return parts, {"components": names, "layers": chosen}
 
 
-def _neurons(lens: Lens, layer: int) -> Any:
-    """Return a dictionary of neurons with W_out as its decoder or, if the MLP's output is not that, of coordinates (slower)."""
+def neuron_part(lens: Lens, layer: int) -> NeuronPart:
+    """Return the neurons of a layer, with W_out as decoder or, if the MLP's output is not that, as coordinates (slower)."""
     try:
-        return neurons(lens.model, layer)
+        made = neurons(lens.model, layer)
     except FeatpatchError:
-        return identity(lens.model, component(layer, "neurons"))
+        made = identity(lens.model, component(layer, "neurons"))
+    return NeuronPart(dictionaries(lens, made)[0])

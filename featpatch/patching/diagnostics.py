@@ -93,7 +93,7 @@ def diagnose(
     lens = wrap(model)
     check_tokens(pairs, lens)
     found = dictionaries(lens, saes)
-    swaps = [choose(lens, Patch((replace(node, position="all"),)), found, 1)[0] for node in nodes]
+    swaps = [choose(lens, Patch((node,)), found, 1, lambda _: [0])[0] for node in nodes]
     spans = each(lambda pair: [pair.positions(node.position) for node in nodes], list(pairs))
     seen = _seen(lens, pairs, swaps, spans, ways)
     return _frame(nodes, swaps, seen, len(pairs))

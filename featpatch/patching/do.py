@@ -6,6 +6,7 @@ The nodes of a patch that share a hook point and a dictionary are masks over pos
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.model.lens import Fired, Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import COMPONENT_KINDS, Node, Patch
+from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.tokens import check_starts, is_padded, unmasked
-from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any, with_owner
 
 Values = Mapping[str, torch.Tensor]
 """Activations `[batch, pos, ...]` by hook point."""
@@ -31,14 +33,15 @@ class Chosen:
     Attributes:
         site: the hook point that is patched.
         dictionary: the dictionary of the features; None if the activation itself or coordinates of it are patched.
-        columns: mask of the patched features or, without a dictionary, of the coordinates of the flat activation.
+        columns: mask of the patched features or, without a dictionary, of the coordinates of the flat activation, for one
+            prompt or for each prompt of a batch.
         rest: mask of the positions at which the error or, without a dictionary, the whole activation is patched.
     """
 
     site: str
     dictionary: Dictionary | None
-    columns: Bool[torch.Tensor, "pos columns"]
-    rest: Bool[torch.Tensor, " pos"]
+    columns: Bool[torch.Tensor, "*batch pos columns"]
+    rest: Bool[torch.Tensor, "*batch pos"]
 
     @property
     def hooks(self) -> set[str]:
@@ -48,14 +51,25 @@ class Chosen:
     def delta(self, base: Values, source: Values) -> Float[torch.Tensor, "batch pos d"]:
         """Return how patching the chosen values from source into base changes the flat activation at the hook point."""
         if self.dictionary is None:
-            difference = (source[self.site] - base[self.site]).flatten(2)
-            return difference * (self.columns | self.rest[:, None]).to(difference)
+            return self.change(base[self.site], source[self.site])
         b, s = (self.dictionary.split(values[self.dictionary.reads], values[self.site]) for values in (base, source))
-        return self.dictionary.change(b, s, features=self.columns, error=self.rest[:, None])
+        return self.change(b, s)
+
+    def change(self, base: Any, source: Any) -> Float[torch.Tensor, "batch pos d"]:
+        """Return `delta` from activations `[batch, pos, ...]` or, with a dictionary, from their splits."""
+        if self.dictionary is None:
+            difference = (source - base).flatten(2)
+            return difference * (self.columns | self.rest[..., None]).to(difference)
+        return self.dictionary.change(base, source, features=self.columns, error=self.rest[..., None])
 
 
-def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -> list[Chosen]:
+def choose(
+    lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int, places: Callable[[Node], list[int]]
+) -> list[Chosen]:
     """Group the nodes of a patch by hook point and dictionary, for prompts of `length` tokens.
+
+    Args:
+        places: returns the token indices of a node.
 
     Raises:
         FeatpatchError: if a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out
@@ -63,17 +77,17 @@ def choose(lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int) -
     """
     masks: dict[tuple[str, str], Chosen] = {}
     for node in patch.nodes:
-        site = lens.site(node.site)
+        named, dictionary = with_owner(lens, node, found)
+        site = named.site
         if not sites.by_position(site):
             raise FeatpatchError(
                 f"node {str(node)!r}: the first dimension of the activation there is not the position: expected a hook such "
                 "as hook_z; to patch attention patterns, call rank_components(sites=['pattern'])"
             )
-        dictionary = None if node.kind in COMPONENT_KINDS else _dictionary(node, site, found)
-        width = dictionary.d_sae if dictionary else prod(_shape(lens, site))
+        width = dictionary.d_sae if dictionary else prod(lens.shape(site))
         key = (site, dictionary.name if dictionary else "")
         empty = Chosen(site, dictionary, *(torch.zeros(length, *shape, dtype=torch.bool) for shape in ((width,), ())))
-        part, where = masks.setdefault(key, empty), _positions(node, length)
+        part, where = masks.setdefault(key, empty), places(node)
         _check_apart(node, site, where, masks)
         if node.kind in ("error", "activation"):
             part.rest[where] = True
@@ -97,7 +111,7 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
         )
     count, size = part.columns.shape[1], 1
     if node.kind == "head":
-        shape = _shape(lens, part.site)
+        shape = lens.shape(part.site)
         if len(shape) != 2:
             raise FeatpatchError(
                 f"node {str(node)!r}: the activation there has no heads: expected hook_z, hook_q, hook_k or hook_v"
@@ -106,11 +120,6 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
     if node.index >= count:
         raise FeatpatchError(f"{node.kind} {node.index} of {part.site!r} is out of range: expected 0 to {count - 1}")
     return slice(node.index * size, (node.index + 1) * size)
-
-
-def _shape(lens: Lens, site: str) -> tuple[int, ...]:
-    """Return the shape of the activation at one position."""
-    return tuple(lens.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2:])
 
 
 def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
@@ -130,37 +139,24 @@ def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str,
             )
 
 
-def _dictionary(node: Node, site: str, found: Sequence[Dictionary]) -> Dictionary:
-    """Return the dictionary that a node belongs to.
+def positions_in(node: Node, length: int, pair: Pair | None) -> list[int]:
+    """Return the token indices of a node in a prompt of `length` tokens, that of a pair if it is given.
 
     Raises:
-        FeatpatchError: if there is not exactly one.
+        FeatpatchError: if the position is out of range, or a label that the pair lacks, or a label without a pair.
     """
-    fitting = [d for d in found if d.writes == site and node.sae in ("", d.name)]
-    if len(fitting) != 1:
+    try:
+        if pair is not None:
+            return pair.positions(node.position)
+        if isinstance(node.position, int):
+            return [token_index(node.position, length)]
+    except FeatpatchError as error:
+        raise FeatpatchError(f"node {str(node)!r}: {error}") from error
+    if node.position != "all":
         raise FeatpatchError(
-            f"node {str(node)!r} (sae={node.sae!r}) belongs to {len(fitting)} of the SAEs passed "
-            f"({', '.join(d.name for d in found) or 'none'}): expected exactly one; pass saes=..., and name the SAE if a hook "
-            "point has several"
+            f"node {str(node)!r} is at a label: expected a token index or 'all', or pair=..., whose labels it can name"
         )
-    return fitting[0]
-
-
-def _positions(node: Node, length: int) -> list[int]:
-    """Return the token indices of a node in a prompt of `length` tokens.
-
-    Raises:
-        FeatpatchError: if the position is a label or out of range.
-    """
-    if node.position == "all":
-        return list(range(length))
-    if isinstance(node.position, str):
-        raise FeatpatchError(
-            f"node {str(node)!r} is at a label: expected a token index or 'all', because only pairs have labels"
-        )
-    if not 0 <= node.position < length:
-        raise FeatpatchError(f"node {str(node)!r} is outside a prompt of {length} tokens: expected 0 to {length - 1}")
-    return [node.position]
+    return list(range(length))
 
 
 Tokens = Int[torch.Tensor, "..."]
@@ -172,8 +168,9 @@ def do(
     model: Any,
     patch: Patch,
     *,
-    source: Tokens,
+    source: Tokens | None = None,
     base: Tokens | None = None,
+    pair: Pair | None = None,
     saes: Any = None,
     how: Literal["add", "set"] = "add",
     attention_mask: Tokens | None = None,
@@ -186,9 +183,12 @@ def do(
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        patch: the nodes to patch; their positions are token indices, or `"all"` for every position of the source.
-        source: tokens of the run that values are taken from.
+        patch: the nodes to patch; their positions are token indices (-1 is the last token), or `"all"` for every position of
+            the source. With a pair they are as in `rank_features`: also labels, and `"all"` leaves out special tokens.
+        source: tokens of the run that values are taken from; the clean prompt of the pair by default.
         base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`.
+            The corrupted prompt of the pair by default.
+        pair: the pair that the prompts are from; the patch can name its labels.
         saes: the sae-lens objects that the patch's feature and error nodes belong to.
         how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
             whatever activation arrives and sets the nodes to the source's values. The two are the same for a patch at one hook
@@ -202,9 +202,9 @@ def do(
         calls that cover the source's positions; the tokens that continue a cached generation are left unchanged.
 
     Raises:
-        FeatpatchError: if a hook point is unknown, a feature index is out of range, the prompts have unequal lengths, tokens
-            begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
-            source, another `do` on this model has not ended, or the patch was never applied.
+        FeatpatchError: if a hook point is unknown, an index or position is out of range, the prompts have unequal lengths,
+            tokens begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter
+            than the source, another `do` on this model has not ended, or the patch was never applied.
 
     Example:
         >>> import torch
@@ -214,9 +214,17 @@ def do(
         ...     patched = model(corrupted)
         >>> torch.allclose(patched, model(clean), atol=1e-3)  # the prompts differ only at S2
         True
+        >>> with fp.do(model, fp.Patch((fp.head(1, 3, "v", "S2"),)), pair=pairs[0]):
+        ...     patched = model(corrupted)
     """
     if how not in ("add", "set"):
         raise FeatpatchError(f"how={how!r}: expected 'add' or 'set'")
+    check_kinds((Pair, type(None)), pair=pair)
+    if pair is not None:
+        source = torch.tensor([pair.clean]) if source is None else source
+        base = torch.tensor([pair.corrupted]) if base is None and how == "add" else base
+    if source is None:
+        raise FeatpatchError("source and pair are both None: expected tokens, or a pair whose clean prompt is the source")
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with how='add', and base=None with how='set'")
     check_kinds(Patch, patch=patch)
@@ -226,15 +234,20 @@ def do(
         raise FeatpatchError("the patch has no nodes: expected at least one; name what to patch")
     if base is not None and base.shape != source.shape:
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
+    if pair is not None and source.shape[1] != len(pair):
+        raise FeatpatchError(
+            f"source has {source.shape[1]} tokens and pair has {len(pair)}: expected the prompts of this pair, whose labels "
+            "name positions"
+        )
     lens = wrap(model)
     mask = None if base is None else _mask(lens, "base", base, attention_mask)
     given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
-    shown = _shown(patch, source.shape, [given] if base is None else [mask, given])
+    shown = _shown(patch, source.shape, [given] if base is None else [mask, given], pair)
     found = dictionaries_if_any(lens, saes)
-    groups = choose(lens, patch, found, source.shape[1])
+    groups = choose(lens, patch, found, source.shape[1], partial(positions_in, length=source.shape[1], pair=pair))
     if how == "set":
         for group in groups:
-            _check_settable(lens, group)
+            check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
     from_source = lens.read(source, hooks, given)
     total, fired = Fired(), []
@@ -246,7 +259,7 @@ def do(
             live: dict[str, torch.Tensor] = {}
             changes = [_setting(group, from_source, live) for group in groups]
             for hook in {hook for group in groups for hook in group.hooks - {group.site}}:
-                stack.enter_context(lens.edit(hook, _keeping(hook, live)))
+                stack.enter_context(lens.edit(hook, keeping(hook, live)))
         for group, change in zip(groups, changes, strict=True):
             fired.append(
                 stack.enter_context(lens.edit(lens.carrier(group.site), _on_prompt(change, source.shape, shown, total)))
@@ -300,7 +313,9 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     return mask.long()
 
 
-def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]) -> Bool[torch.Tensor, "batch pos 1"] | None:
+def _shown(
+    patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None], pair: Pair | None
+) -> Bool[torch.Tensor, "batch pos 1"] | None:
     """Return a mask of the positions at which every run has a token, or None if no run has a mask.
 
     Raises:
@@ -311,11 +326,8 @@ def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]
     tokens = torch.stack([torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu() for mask in masks])
     shown = tokens.all(0)
     for node in patch.nodes:
-        at = node.position
-        hidden = (
-            not torch.equal(shown, tokens.any(0)) if at == "all" else isinstance(at, int) and not shown[:, at : at + 1].all()
-        )
-        if hidden:
+        everywhere = node.position == "all"
+        if not torch.equal(shown, tokens.any(0)) if everywhere else not shown[:, positions_in(node, shape[1], pair)].all():
             raise FeatpatchError(
                 f"node {str(node)!r} is at padding in one of the prompts: expected a position at which every prompt has a "
                 "token and, for 'all', the same padding in source and base"
@@ -323,7 +335,7 @@ def _shown(patch: Patch, shape: torch.Size, masks: Sequence[torch.Tensor | None]
     return shown[..., None]
 
 
-def _check_settable(lens: Lens, group: Chosen) -> None:
+def check_settable(lens: Lens, group: Chosen) -> None:
     """Check that `how="set"` is possible at a hook point.
 
     Raises:
@@ -346,7 +358,8 @@ ChangeOf = Callable[[torch.Tensor], torch.Tensor]
 """A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
 
 
-def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+def keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    """Return a function that stores the activation at a hook point under its name and leaves it unchanged."""
     return lambda activation: live.update({hook: activation})
 
 

@@ -3,11 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
+from featpatch.nodes import Node
 from featpatch.patching.changes import Difference, Swap
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
+from featpatch.sites import layer_of
 
 
 class Part(ABC):
@@ -26,6 +29,11 @@ class Part(ABC):
     def sites(self) -> list[str]:
         """The hook points at which the changes are added."""
 
+    @property
+    def layers(self) -> set[int]:
+        """The layers at whose input the base runs are needed: those of `sites`, if not more."""
+        return set(map(layer_of, self.sites))
+
     @abstractmethod
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each of some pairs that run together."""
@@ -33,6 +41,41 @@ class Part(ABC):
     @abstractmethod
     def count(self, run: PairRuns) -> int:
         """Return the number of patches per direction in the swaps of a pair."""
+
+
+@dataclass(frozen=True, eq=False)
+class OnlyPart(Part):
+    """Some of the nodes of another part.
+
+    Attributes:
+        part: the other part.
+        only: the nodes that are patched.
+    """
+
+    part: Part
+    only: frozenset[Node]
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points whose activations the other part needs."""
+        return self.part.hooks
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points that the other part patches."""
+        return self.part.sites
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
+        """Return the swaps of each pair with only these nodes, computed once."""
+        return [run.once(self, partial(self._of_pair, run)) for run in runs]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of these nodes that differ between the runs."""
+        return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+
+    def _of_pair(self, run: PairRuns) -> list[Swap]:
+        swaps = [swap.keep(self.only) for swap in self.part.swaps([run])[0]]
+        return [swap for swap in swaps if swap.nodes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch import sites
 from featpatch.effects.collector import Collector
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
@@ -122,7 +121,7 @@ class Study:
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         changed = [site for part in parts for site in part.sites]
-        layers = sorted({sites.layer_of(site) for site in changed})
+        layers = sorted({layer for part in parts for layer in part.layers})
         runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
         runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
         probes = _longest_and_shortest(pairs, readings, runs)

@@ -71,8 +71,8 @@ def rank_features(
         saes: a sae-lens SAE or transcoder, or several, which may share a hook point.
         pairs: clean and corrupted prompts with their answers.
         positions: `"all"`: one row per feature, patched at every position at once; `"each"`: one row per feature and
-            token index; a list of labels and indices: one row per feature and entry. `"all"` and `"each"` leave out special
-            tokens.
+            token index; a list of labels and indices: one row per feature and entry, where -1 is the last token of each prompt.
+            `"all"` and `"each"` leave out special tokens.
         directions: `"denoising"`, `"noising"` or both.
         metric: the name of a metric or a function of `(logits, correct, wrong)`, or several, all measured in the same patched
             runs; the table is for the first, and `effects.for_metric(name)` is the table for another. By default `"logit_diff"`
@@ -157,8 +157,8 @@ def rank_components(
         sites: the components. Whole activations: `"resid_pre"`, `"resid_mid"`, `"resid_post"`, `"attn_out"`, `"mlp_out"`. By
             head: `"z"` (the head's output; `"result"` is the same after W_O), `"q"`, `"k"`, `"v"` (before rotation; one row per
             key or value head, which several query heads may share), `"pattern"` (one row of the pattern: the attention from a
-            position to all others) and `"pattern_entry"` (position `"end <- S2"`: the attention from one position to another).
-            `"neurons"`: the neurons of the MLPs.
+            position to all others) and `"pattern_entry"` (the attention from each of the positions to each other; with
+            `positions=["end", "S2"]` one of the rows is at `"end <- S2"`). `"neurons"`: the neurons of the MLPs.
         layers: the layers; all by default.
         positions, directions, metric, method, batch_rows, noise, journal, executor, progress: as in `rank_features`. For keys
             and values the position is that of the key or value.

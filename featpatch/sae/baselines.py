@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.files import sha256
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.adapted import Adapted
@@ -127,6 +128,47 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
     into = directions.flip(1)[:, :count].to(x)
     coder = _Affine(mean.to(x), into, into.T, mean.to(x))
     return Adapted(coder, hook, hook, len(mean), f"principal components of {hook}", linear=True)
+
+
+def direction(vector: Any, hook: str, *, name: str = "") -> Adapted:
+    """Make a dictionary of a single direction d at a hook point, such as a probe or a steering vector.
+
+    Its only feature is `f = x . d`, with d scaled to length 1; the rest of the activation is the error. It can be passed
+    wherever SAEs are expected, and its node is `fp.feature(direction, 0)`.
+
+    Args:
+        vector: the direction, as wide as the activation; with the heads of `hook_z` side by side.
+        hook: the hook point.
+        name: a name for tables; by default one that differs between directions.
+
+    Raises:
+        FeatpatchError: the vector is not one-dimensional, or not finite, or 0.
+
+    Example:
+        >>> towards = model.W_U[:, pairs[0].correct[0]] - model.W_U[:, pairs[0].wrong[0]]
+        >>> answer = fp.direction(towards, "blocks.3.hook_resid_post", name="answer")
+        >>> node = fp.feature(answer, 0, "end")
+        >>> alone = fp.rank_nodes(model, pairs, [node], saes=answer, together=False, progress=False)
+        >>> bool(alone.pooled("recovery")[0] > 0.5)
+        True
+    """
+    check_kinds(str, hook=hook, name=name)
+    try:
+        d = torch.as_tensor(vector).detach().clone()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise FeatpatchError(f"vector is a {type(vector).__name__}: expected a tensor [d] of numbers") from error
+    d = d.to(torch.promote_types(d.dtype, torch.float32)) if not d.is_complex() else d
+    if d.ndim != 1 or d.is_complex() or not torch.isfinite(d).all() or not d.any():
+        raise FeatpatchError(
+            f"vector is a tensor {list(d.shape)} of {d.dtype}: expected finite numbers [d], one for each coordinate of the "
+            "activation, not all of them 0"
+        )
+    d = d / torch.linalg.vector_norm(d)
+    zero = torch.zeros_like(d)
+    known = sha256(d.double().cpu().numpy().tobytes())[:6]
+    return Adapted(
+        _Affine(zero, d[:, None], d[None], zero), hook, hook, len(d), name or f"direction {known} of {hook}", linear=True
+    )
 
 
 def _activations(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:

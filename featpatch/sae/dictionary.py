@@ -19,7 +19,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.digest import check_finite
 from featpatch.model.lens import Lens
-from featpatch.nodes import COMPONENT_KINDS, LOGITS, Node
+from featpatch.nodes import COMPONENT_KINDS, LOGITS, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.formats import library_of
@@ -53,6 +53,12 @@ class Split:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Split":
         """Return the split with a function applied to features, error and each part of the state."""
         return Split(change(self.features), {name: change(value) for name, value in self.state.items()}, change(self.error))
+
+    @staticmethod
+    def cat(splits: "Sequence[Split]") -> "Split":
+        """Return splits of several batches as one batch."""
+        state = {name: torch.cat([split.state[name] for split in splits]) for name in splits[0].state}
+        return Split(torch.cat([split.features for split in splits]), state, torch.cat([split.error for split in splits]))
 
     def at(self, positions: Int[torch.Tensor, " n"]) -> "Split":
         """Return a split of one prompt with each of these positions as a prompt of its own, `[n, 1, ...]`."""
@@ -277,7 +283,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     like = lens.first_weight
     made: list[Dictionary] = []
     for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
-        name = getattr(sae, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
+        name = _name(sae, reads, writes)
         repeated = sum(re.sub(r"#\d+$", "", other.name) == name for other in made)
         name = f"{name}#{repeated + 1}" if repeated else name
         if any(name == other.name for other in made):
@@ -290,6 +296,76 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
         made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))
     return made
+
+
+CODED = ("feature", "error", "all_features")
+"""The kinds of nodes that a dictionary splits an activation into."""
+
+
+def _name(source: Any, reads: str, writes: str) -> str:
+    """Return the name of an object as a dictionary: its own, or that of its hook points."""
+    return getattr(source, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
+
+
+def feature(sae: Any, index: int, position: Position = "all") -> Node:
+    """Make the node of a feature.
+
+    Args:
+        sae: an object that can be passed as `saes=`, or the name of a dictionary as in `fp.Node.sae`: its hook point, or both
+            hook points of a transcoder with an arrow.
+        index: the index of the feature.
+        position: as in `fp.Node`.
+
+    Raises:
+        FeatpatchError: the object is no SAE, the name is not made of hook points, or the index is not valid.
+
+    Example:
+        >>> node = fp.feature(saes[0], 433, "S2")
+        >>> node in effects.nodes, node == fp.feature("blocks.1.hook_resid_pre", 433, "S2")
+        (True, True)
+    """
+    if isinstance(sae, str):
+        name, site = sae, re.sub(r"#\d+$", "", sae.rpartition(" -> ")[2])
+        if " " in site:
+            raise FeatpatchError(
+                f"sae={sae!r}: expected an SAE, or the name of a hook point such as {sites.resid_pre(0)!r}; for a dictionary "
+                "with a name of its own, pass the object"
+            )
+        sites.layer_of(site)
+    elif isinstance(sae, Dictionary):
+        name, site = sae.name, sae.writes
+    else:
+        _, reads, site = kind_of(sae)
+        name = _name(sae, reads, site)
+    return Node(site, "feature", index, position, name)
+
+
+def with_owner(lens: Lens, node: Node, found: Sequence[Dictionary]) -> tuple[Node, Dictionary | None]:
+    """Return a node with the model's name of its hook point and the name of its dictionary, and the dictionary, if any.
+
+    A node without a name belongs to the only dictionary that writes to its hook point. A node may also have the name that the
+    object of a dictionary gives itself, as in `feature`, which can differ from the hook points of the model.
+
+    Raises:
+        FeatpatchError: the node needs a dictionary, and does not belong to exactly one.
+    """
+    if node.kind in COMPONENT_KINDS:
+        return replace(node, site=lens.site(node.site)), None
+    fitting = _owners(lens, node, found)
+    if len(fitting) != 1:
+        raise FeatpatchError(
+            f"node {str(node)!r} (sae={node.sae!r}) belongs to {len(fitting)} of the SAEs passed "
+            f"({', '.join(d.name for d in found) or 'none'}): expected exactly one; pass saes=..., and name the SAE if a hook "
+            "point has several"
+        )
+    return replace(node, site=fitting[0].writes, sae=fitting[0].name), fitting[0]
+
+
+def _owners(lens: Lens, node: Node, found: Sequence[Dictionary]) -> list[Dictionary]:
+    """Return the dictionaries that a node can belong to, see `with_owner`."""
+    own = {d.name: feature(d.source, 0) for d in found}
+    named = [d for d in found if node.sae in ("", d.name)] or [d for d in found if node.sae == own[d.name].sae]
+    return [d for d in named if node.site == own[d.name].site or lens.site(node.site) == d.writes]
 
 
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
@@ -332,9 +408,12 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
         raise FeatpatchError(
             f"{name}={nodes!r}: expected a list of nodes, each once, or a table of effects, whose rows are then the nodes"
         )
-    for node in chosen:
+    for number, node in enumerate(chosen):
         if node == LOGITS:
             continue
+        if node.kind in CODED and len(fitting := _owners(lens, node, owners)) == 1:
+            chosen[number] = replace(node, site=fitting[0].writes, sae=fitting[0].name)
+        node = chosen[number]
         owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
@@ -343,4 +422,6 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
         count = owner.d_sae if owner is not None else lens.heads(site) if in_heads else None
         if node.index is not None and count is not None and node.index >= count:
             raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
+    if len(set(chosen)) < len(chosen):
+        raise FeatpatchError(f"{name} names a node twice, with and without the name of its SAE: expected each node once")
     return chosen

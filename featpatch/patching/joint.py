@@ -1,0 +1,280 @@
+"""Studies of named nodes: each alone, in the fast sweep, and all together in one joint patch.
+
+In the joint patch every value is set to its value in the source run, whatever patches at earlier hook points have done to it.
+The layers from the first hook point to the last are run with the values set. The change of the residual stream that leaves the
+last of these layers is then patched there: the effect is the same, and the rest of the model is resumed as in any other sweep.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from featpatch import sites
+from featpatch.engine.patches import Deltas
+from featpatch.errors import FeatpatchError, each
+from featpatch.model.lens import Edit, Lens, added
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import LOGITS, Direction, Node, Patch, Position, joint
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.patching.changes import Contrast, Run, Swap
+from featpatch.patching.components import HeadPart, WholePart, neuron_part
+from featpatch.patching.do import Chosen, check_settable, choose, keeping
+from featpatch.patching.features import FeaturePart
+from featpatch.patching.parts import OnlyPart, Part
+from featpatch.patching.runs import PairRuns
+from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
+from featpatch.sae.dictionary import CODED, Dictionary, Split, check_nodes, dictionaries_if_any
+
+Place = tuple[PairRuns, Direction, int]
+"""A base run: its pair, its direction, and the number of its reading."""
+
+
+@dataclass(frozen=True, eq=False)
+class JointPart(Part):
+    """Nodes at any hook points that are patched together.
+
+    Attributes:
+        lens: the model.
+        nodes: the nodes that are set.
+        dictionaries: the dictionaries to which the nodes may belong.
+        node: the node that names the patch.
+    """
+
+    lens: Lens
+    nodes: tuple[Node, ...]
+    dictionaries: Sequence[Dictionary]
+    node: Node
+
+    def check(self, pairs: Pairs) -> None:
+        """Check that the nodes can be set together in every pair.
+
+        Raises:
+            FeatpatchError: nodes overlap, or a value can't be set at its hook point.
+        """
+        for group in each(self._groups, list(pairs))[0]:
+            check_settable(self.lens, group)
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points whose activations the patch needs."""
+        return {hook for group in self._groups() for hook in group.hooks}
+
+    @property
+    def sites(self) -> list[str]:
+        """The residual stream that leaves the last layer with a node."""
+        return [sites.resid_post(self._span[-1])]
+
+    @property
+    def layers(self) -> set[int]:
+        """The first and the last of the layers that are run with values set."""
+        return {self._span[0], self._span[-1]}
+
+    @property
+    def _span(self) -> range:
+        layers = [sites.layer_of(hook) for hook in self.hooks]
+        return range(min(layers), max(layers) + 1)
+
+    def count(self, run: PairRuns) -> int:
+        """Return 1 if any of the values differs between the runs of a pair, otherwise 0."""
+        return int(self._differs(run))
+
+    @torch.no_grad()
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
+        """Return one swap for each pair in which any of the values differs."""
+        together: dict[tuple[int, int], list[Place]] = defaultdict(list)
+        for run in filter(self._differs, runs):
+            for way in run.ways:
+                for reading, base in enumerate(run.bases[way]):
+                    together[len(run.pair), len(base.tokens)].append((run, way, reading))
+        found: dict[tuple[int, Direction, int], Deltas] = {}
+        for places in together.values():
+            for (run, way, reading), change in zip(places, self._changes(places), strict=True):
+                position = (change != 0).any(1).nonzero()[:, 0]
+                patch = torch.zeros(len(position), dtype=torch.long)
+                found[id(run), way, reading] = Deltas.explicit(patch, position.cpu(), change[position], 1)
+
+        def swap(run: PairRuns) -> Swap:
+            every = {way: [found[id(run), way, reading] for reading in range(len(run.bases[way]))] for way in run.ways}
+            return Swap(self.sites[0], (self.node,), {way: deltas[0] for way, deltas in every.items()}, every)
+
+        return [[swap(run)] if self._differs(run) else [] for run in runs]
+
+    def _groups(self, pair: Pair | None = None, first: int = 0) -> list[Chosen]:
+        """Return the values that are set in a pair from position `first` on; without a pair, those of no position."""
+
+        def places(node: Node) -> list[int]:
+            return [] if pair is None else [position for position in pair.positions(node.position) if position >= first]
+
+        return choose(self.lens, Patch(self.nodes), self.dictionaries, 1 if pair is None else len(pair), places)
+
+    def _of(self, run: PairRuns) -> list[Chosen]:
+        return run.once((self, "groups"), lambda: self._groups(run.pair, run.first))
+
+    def _differs(self, run: PairRuns) -> bool:
+        """Return whether any of the values differs between base and source in any direction."""
+
+        def find() -> bool:
+            changes = (
+                g.change(_values(g, base), _values(g, source)) for g in self._of(run) for base, source in run.ways.values()
+            )
+            return any(bool((change != 0).any()) for change in changes)
+
+        return run.once((self, "differs"), find)
+
+    def _changes(self, places: Sequence[Place]) -> Float[torch.Tensor, "places pos d_model"]:
+        """Return how setting the values changes the residual stream that leaves the last layer."""
+        groups = [
+            replace(of_site[0], columns=torch.stack([g.columns for g in of_site]), rest=torch.stack([g.rest for g in of_site]))
+            for of_site in zip(*(self._of(run) for run, _, _ in places), strict=True)
+        ]
+        change = self._leaving(places, groups) - self._leaving(places, [])
+        if self.lens.causal:
+            for row, (run, _, _) in zip(change, places, strict=True):
+                row[: run.first] = 0
+        return change
+
+    def _leaving(self, places: Sequence[Place], groups: Sequence[Chosen]) -> Float[torch.Tensor, "places pos d_model"]:
+        """Return the residual stream that leaves the last layer of base runs in which the values of some groups are set."""
+        bases = [run.bases[way][reading] for run, way, reading in places]
+        tokens = torch.stack([base.tokens for base in bases])
+        resid = torch.stack([base.resid[self._span[0]] for base in bases])
+        live: dict[str, torch.Tensor] = {}
+        edits: list[tuple[str, Edit]] = [
+            (hook, keeping(hook, live)) for hook in {hook for group in groups for hook in group.hooks - {group.site}}
+        ]
+        edits += [(group.site, _setting(group, places, live)) for group in groups]
+        for layer in self._span:
+            with ExitStack() as stack:
+                for hook, edit in edits:
+                    if sites.layer_of(hook) == layer:
+                        stack.enter_context(self.lens.edit(hook, edit))
+                resid = self.lens.differentiable_through(layer, resid.clone(), tokens, sites.resid_post(layer))
+        return resid
+
+
+def _setting(group: Chosen, places: Sequence[Place], live: Mapping[str, torch.Tensor]) -> Edit:
+    """Return a function that sets the values of a group to those of the source runs."""
+    parts = [_values(group, run.ways[way][1]) for run, way, _ in places]
+    length = len(places[0][0].pair)
+    source = torch.cat(parts) if group.dictionary is None else Split.cat(parts)
+
+    def change(activation: torch.Tensor) -> torch.Tensor:
+        now: Any = activation[:, :length]
+        base = now
+        if group.dictionary is not None:
+            base = group.dictionary.split(live.get(group.dictionary.reads, activation)[:, :length], now)
+        changed = activation.clone()
+        changed[:, :length] = added(now, group.change(base, source).reshape(now.shape))
+        return changed
+
+    return change
+
+
+def _values(group: Chosen, run: Run) -> Any:
+    """Return what a group reads of a run: the activation `[1, pos, ...]` or, with a dictionary, its split."""
+    return run.at(group.site)[None] if group.dictionary is None else run.split(group.dictionary, 0)
+
+
+def node_study(
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    nodes: Any,
+    options: Options,
+    contrast: Contrast = CLEAN_AND_CORRUPTED,
+    *,
+    together: bool,
+) -> tuple[Study, tuple[Node, ...]]:
+    """Return the validated experiment that `rank_nodes` runs, and the nodes of the rows of its table.
+
+    Args:
+        nodes, together: as in `rank_nodes`.
+        model, saes, pairs, options, contrast: as in `feature_study` and `Study.of`; the positions are those of the nodes.
+
+    Raises:
+        FeatpatchError: a node can't be patched, or not with the others.
+    """
+    check_pairs(pairs)
+    lens = wrap(model)
+    found = dictionaries_if_any(lens, saes)
+    chosen = tuple(_named(lens, node) for node in check_nodes(lens, nodes, found, "nodes"))
+    parts, rows = _parts(lens, chosen, found), chosen
+    for part in parts:
+        if isinstance(part, JointPart):
+            part.check(pairs)
+    if together:
+        rows = (*chosen, joint(chosen))
+        z = tuple(dict.fromkeys(replace(node, site=_read(node.site)) for node in chosen))
+        both = JointPart(lens, z, found, rows[-1])
+        try:
+            both.check(pairs)
+        except FeatpatchError as error:
+            raise FeatpatchError(f"{error}; or pass together=False, which measures each node alone") from error
+        parts.append(both)
+    about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
+    positions = list(dict.fromkeys(end for node in chosen for end in _ends(node.position)))
+    return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast), rows
+
+
+def _named(lens: Lens, node: Node) -> Node:
+    """Return a node with the model's name of its hook point.
+
+    Raises:
+        FeatpatchError: the node is that of the logits, which nothing can be patched into.
+    """
+    if node == LOGITS:
+        raise FeatpatchError("'logits' is among the nodes: expected nodes inside the model; leave it out")
+    return replace(node, site=lens.site(node.site))
+
+
+def _read(site: str) -> str:
+    """Return `hook_z` for `hook_result`, which is z times W_O, and any other hook point unchanged."""
+    return sites.component(sites.layer_of(site), "z") if sites.is_component(site, "result") else site
+
+
+def _ends(position: Position) -> list[Position]:
+    """Return a position or, for an entry of an attention pattern, its two positions."""
+    if not isinstance(position, str) or sites.ARROW not in position:
+        return [position]
+    return [int(end) if end.lstrip("-").isdecimal() else end for end in position.split(sites.ARROW)]
+
+
+def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:
+    """Return the parts that patch each node alone; where the fast sweep has none, joint patches of a single node."""
+    by_name = {dictionary.name: dictionary for dictionary in found}
+    alike: dict[tuple[str, str, str], list[Node]] = defaultdict(list)
+    for node in nodes:
+        alike[node.kind, node.site, node.sae if node.kind in CODED else _component(node)].append(node)
+    features: dict[str, list[Node]] = defaultdict(list)
+    parts: list[Part] = []
+    for (kind, site, name), some in alike.items():
+        fast = sites.entry(site) is not None
+        part: Part | None = None
+        if kind in CODED and name in by_name and fast:
+            features[name] += some
+            continue
+        if kind == "activation" and fast:
+            part = WholePart([site])
+        elif kind == "head" and name:
+            part = HeadPart(lens, sites.layer_of(site), name)
+        elif kind == "neuron" and name:
+            part = neuron_part(lens, sites.layer_of(site))
+        if part is not None and all(sites.entry(changed) for changed in part.sites):
+            parts.append(OnlyPart(part, frozenset(some)))
+        else:
+            parts += [JointPart(lens, (node,), found, node) for node in some]
+    return [FeaturePart([by_name[name]], frozenset(some)) for name, some in features.items()] + parts
+
+
+def _component(node: Node) -> str:
+    """Return the name of the component of heads or neurons that a node belongs to; empty if it belongs to none."""
+    if node.kind == "head" and isinstance(node.position, str) and sites.ARROW in node.position:
+        return "pattern_entry"
+    names = {"head": sites.OF_HEADS, "neuron": ("neurons",)}.get(node.kind, ())
+    return next((name for name in names if sites.is_component(node.site, name)), "")

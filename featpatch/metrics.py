@@ -47,6 +47,11 @@ def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> 
     return logits[:, list(correct)].mean(-1) - logits[:, list(wrong)].mean(-1)
 
 
+def logit(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """Return the mean logit of the correct answers."""
+    return logits[:, list(correct)].mean(-1)
+
+
 def prob_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
     """Return the probability of all correct answers minus that of all wrong ones (Hanna et al. 2023, arXiv 2305.00586)."""
     p = _log_softmax(logits).exp()
@@ -105,8 +110,8 @@ class Measure:
         if self.metric in (logit_diff, prob_diff) and not wrong:
             raise FeatpatchError(
                 f"metric {self.name!r} compares correct with wrong answers, and a pair has no wrong answers: expected at "
-                "least one; give wrong=..., or use a metric of the correct answers alone, such as 'log_prob', 'prob', "
-                "'neg_rank' or 'accuracy'"
+                "least one; give wrong=..., or use a metric of the correct answers alone, such as 'logit', "
+                "'log_prob', 'prob', 'neg_rank' or 'accuracy'"
             )
         return (*correct, *wrong) if self.needs == "answers" else None
 
@@ -210,6 +215,7 @@ MEASURES = {
     measure.name: measure
     for measure in (
         Measure("logit_diff", logit_diff, "answers"),
+        Measure("logit", logit, "answers"),
         Measure("prob_diff", prob_diff, "vocabulary"),
         Measure("prob", prob, "vocabulary"),
         Measure("log_prob", log_prob, "vocabulary"),

@@ -133,6 +133,7 @@ class PairGradients:
         activations: the activations of each run, by direction.
         gradients: the gradients `[variants, pos, ...]` of each run at hook points, by direction.
         ends: the metric of each run with a whole activation patched from the other run, by direction and hook point, if known.
+        splits: features and error of each run, by the name of the dictionary, computed when they are first needed.
     """
 
     index: int
@@ -142,7 +143,7 @@ class PairGradients:
     activations: Mapping[Direction, Activations]
     gradients: Mapping[Direction, Activations]
     ends: Mapping[Direction, Mapping[str, float]]
-    _splits: dict[str, dict[Direction, Split]] = field(default_factory=dict, init=False)
+    splits: dict[str, dict[Direction, Split]] = field(default_factory=dict)
 
     def tokens(self, direction: Direction) -> tuple[int, ...]:
         """Return the tokens of the run that the direction patches."""
@@ -156,12 +157,12 @@ class PairGradients:
 
     def split(self, dictionary: Dictionary) -> Mapping[Direction, Split]:
         """Split both runs by a dictionary, as batches of one."""
-        if dictionary.name not in self._splits:
-            self._splits[dictionary.name] = {
+        if dictionary.name not in self.splits:
+            self.splits[dictionary.name] = {
                 direction: dictionary.split(of_run[dictionary.reads][None], of_run[dictionary.writes][None])
                 for direction, of_run in self.activations.items()
             }
-        return self._splits[dictionary.name]
+        return self.splits[dictionary.name]
 
 
 def differentiable(metric: str | Metric | Sequence[str | Metric]) -> Measure:

@@ -71,7 +71,7 @@ class Plots:
         import plotly.graph_objects as go
 
         chosen, table = effect or self.effects.directions_run()[0], by_site(self.effects)
-        figure = go.Figure(layout={"yaxis_title": chosen, "barmode": "group"})
+        figure = go.Figure(layout={"yaxis_title": self.effects.titled(chosen), "barmode": "group"})
         if len(table):
             names = [in_figure(f"{row['sae']} @ {row['position']}") for _, row in table.iterrows()]
             for kind in SHOWN:
@@ -119,7 +119,7 @@ class Plots:
                 row=1,
                 col=column,
             )
-        scale = {"colorscale": "RdBu", "cmid": 0, "colorbar": {"title": chosen}}
+        scale = {"colorscale": "RdBu", "cmid": 0, "colorbar": {"title": self.effects.titled(chosen)}}
         figure.update_layout(coloraxis=scale, yaxis_title="layer")
         figure.update_yaxes(dtick=1)
         return figure

@@ -199,7 +199,8 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
             )
     known = [column[~np.isnan(column)] for column in runs.values()]
     size = np.abs(np.concatenate([table["clean"], table["corrupted"], *known])).max(initial=0)
-    if not size <= MAX_METRIC or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < MIN_GAP:
+    shares = metadata.get("unit", "gap") == "gap"
+    if not size <= MAX_METRIC or not pairs or (shares and abs((table["clean"] - table["corrupted"]).mean()) < MIN_GAP):
         raise FeatpatchError(
             f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}, or have no mean gap: expected "
             "smaller values and a mean gap other than zero"
@@ -284,6 +285,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metric": (_text, "a name"),
     "metrics": (_names, "names of metrics, each once"),
     "directions": (lambda value: _names(value) and set(value) <= set(DIRECTIONS), f"some of {', '.join(DIRECTIONS)}"),
+    "unit": (lambda value: value in ("gap", "metric"), "gap or metric"),
     "positions": (lambda value: _text(value) or _list(_place)(value), "a string, or a list of labels and indices"),
     "components": (_list(_text), "a list of names"),
     "route": (_text, "a text"),

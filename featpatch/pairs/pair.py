@@ -1,5 +1,7 @@
 """A pair of a clean and a corrupted prompt of equal length, with its answers, labels and token positions.
 
+A prompt without a counterfactual is a pair whose corrupted prompt equals the clean one.
+
 Positions are those of characters, spans and words in a prompt, and those that a request such as `"all"`, `"each"` or
 `["S2", 0]` stands for.
 """
@@ -32,7 +34,8 @@ class Pair:
     `sequence_log_prob` and `sequence_log_prob_diff`.
 
     Attributes:
-        clean, corrupted: the token ids of both prompts, which have the same length.
+        clean, corrupted: the token ids of both prompts, which have the same length, and are equal if the prompt has no
+            counterfactual.
         correct, wrong: the token ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may
             be left out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences.
         labels: names of token positions, e.g. `{"S2": 12}`, or of spans, e.g. `{"subject": (3, 4)}`.
@@ -111,10 +114,9 @@ class Pair:
         right, wrong = map(_shown, self.answers)
         labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
-        said = (
-            f"pair of {len(self)} tokens, of which {differing} differ, answer ids {right} (right) and {wrong} (wrong), labels "
-            f"{labels}{tags}"
-        )
+        what = f"pair of {len(self)} tokens, of which {differing} differ"
+        what = what if differing else f"prompt of {len(self)} tokens without a counterfactual"
+        said = f"{what}, answer ids {right} (right) and {wrong} (wrong), labels {labels}{tags}"
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
     @property
@@ -123,6 +125,11 @@ class Pair:
         if self.correct_sequences:
             return self.correct_sequences, self.wrong_sequences
         return tuple((token,) for token in self.correct), tuple((token,) for token in self.wrong)
+
+    @property
+    def has_counterfactual(self) -> bool:
+        """Whether the corrupted prompt differs from the clean one."""
+        return self.clean != self.corrupted
 
     @property
     def first_difference(self) -> int:

@@ -31,7 +31,7 @@ from featpatch.model.provenance import provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Positions, Wanted, spans
-from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import Metrics, Reading, Readout, readings_of, readout
@@ -116,7 +116,8 @@ class Study:
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
-        readings = readings_of(read, check_pairs(pairs), lens)
+        alone = noise is not None or contrast.everywhere
+        readings = readings_of(read, check_pairs(pairs) if alone else check_counterfactual(pairs), lens)
         wanted = [spans(pair, options.positions) for pair in pairs]
         if noise is None and not contrast.everywhere and lens.causal:
             _warn_of_the_unchanged(pairs, wanted)
@@ -152,7 +153,8 @@ class Study:
         """
         survey = self._survey()
         for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
-            check_gap(name, of_clean, of_corrupted)
+            if self.metadata["unit"] == "gap":
+                check_gap(name, of_clean, of_corrupted)
         return self._swept(survey, journal, executor, progress=progress)
 
     def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
@@ -335,6 +337,7 @@ def _metadata(
         "metric": read.names[0],
         "metrics": list(read.names),
         "directions": sorted(directions),
+        "unit": "gap" if runner.noise is not None or runner.pairs.has_counterfactual else "metric",
         "positions": positions if isinstance(positions, str) else [*runner.wanted[0]],
         **provenance(lens, runner.pairs),
         **about,

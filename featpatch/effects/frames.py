@@ -72,6 +72,8 @@ def brief(effects: Measured) -> pd.DataFrame:
     intervals = {effect: effects.interval(effect) for effect in effects.directions_run()}
     for effect, interval in intervals.items():
         table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = effects.pooled(effect), interval.T
+        if effect in effects.spread:
+            table[f"{effect}_spread"] = effects.spread[effect]
     if len(intervals) == 2:
         carried = [effects.carried(effect) for effect in intervals]
         table["quadrant"] = quadrant_labels(list(intervals.values()), carried, effects.threshold)

@@ -49,6 +49,7 @@ class Measured:
         value: `"exact"` for patched runs, `"estimate"` for estimates.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
         others: tables of the same patches for further metrics, by the metric's name; see `metric`.
+        spread: the standard deviation over draws of noise of each pooled effect, `[rows]`; empty without several draws.
 
     Example:
         >>> len(effects.gap) == len(pairs)
@@ -69,6 +70,7 @@ class Measured:
     value: str = "exact"
     taken_from: "Measured | None" = field(default=None, compare=False)
     others: Mapping[str, "Measured"] = field(default_factory=dict, compare=False)
+    spread: Mapping[Effect, Array] = field(default_factory=dict, compare=False)
     _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property
@@ -380,6 +382,7 @@ class Measured:
             denoised=self.denoised[kept],
             noised=self.noised[kept],
             others={name: other.take(order) for name, other in self.others.items()},
+            spread={effect: values[order] for effect, values in self.spread.items()},
         )
 
     @property
@@ -422,6 +425,7 @@ class Measured:
             denoised=self.denoised[kept],
             noised=self.noised[kept],
             others={name: other._of_pairs(pairs) for name, other in self.others.items()},
+            spread=self.spread if len(pairs) == len(self.clean) else {},
         )
 
     def directions_run(self) -> list[Effect]:

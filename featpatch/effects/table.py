@@ -274,7 +274,8 @@ class Effects(Measured):
 
         Columns of each effect over all pairs: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`,
         `_p`, `_q`; over the `changed_pairs` in which the node differs: `recovery_where_changed` with its `_low` and `_high`.
-        `unit` is what effects are measured in.
+        `unit` is what effects are measured in. With several draws of noise, `recovery_spread` is the standard deviation over
+        draws.
         `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
         directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
         metric's name: `prob_recovery`.
@@ -360,6 +361,9 @@ class Effects(Measured):
 
     def _headline(self) -> str:
         over = f"{self.value} effects over {len(self.clean)}"
+        if self.spread:
+            over += f" pairs and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
+            return over
         if self.has_gap:
             return f"{over} pairs"
         return f"{over} prompt{'s' if len(self.clean) > 1 else ''}, as changes {self.unit} (clean - ablated)"

@@ -348,11 +348,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
         check_tokens(check_pairs(reference), lens)
     of = pairs if reference is None else reference
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in of for ids in (pair.clean, pair.corrupted)))
-    if (
-        to == "mean_by_position"
-        and {prompt.tokens for prompt in prompts} == {pair.clean for pair in pairs}
-        and len(prompts) == 1
-    ):
+    if to == "mean_by_position" and [prompt.tokens for prompt in prompts] == [pairs[0].clean]:
         raise FeatpatchError(
             "to='mean_by_position' with one prompt, whose own values would be the ablation values: expected further prompts of "
             "the same length; pass reference=..., or to='mean'"

@@ -16,7 +16,7 @@ from typing import Any
 from featpatch.attribution.components import component_estimators
 from featpatch.attribution.estimates import Estimator, estimated
 from featpatch.attribution.features import FeatureEstimator
-from featpatch.attribution.gradients import Gradients, PairGradients
+from featpatch.attribution.gradients import PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
@@ -97,8 +97,8 @@ def ablate(
     without = [index for index, pair in enumerate(check_pairs(pairs)) if not pair.has_counterfactual]
     if 0 < len(without) < len(pairs):
         raise FeatpatchError(
-            f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected all or "
-            "none, because effects are either shares of the gap or changes of the metric; ablate them separately"
+            f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected "
+            "all or none, because effects are either shares of the gap or changes of the metric; ablate them separately"
         )
     options = {"batch_rows": batch_rows, "journal": journal, "executor": executor}
     gradients = gradients_of(method, model, pairs, metric, options)

@@ -95,11 +95,13 @@ class Measure:
         name: the name of the metric.
         metric: the function.
         needs: the logits that it reads; other logits are not computed.
+        of_answers: whether it reads the answers of a pair.
     """
 
     name: str
     metric: Metric | FromClean
     needs: Needs
+    of_answers: bool = True
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
         """Return the token ids whose logits are needed; None for the whole vocabulary.
@@ -219,7 +221,7 @@ MEASURES = {
         Measure("prob_diff", prob_diff, "vocabulary"),
         Measure("prob", prob, "vocabulary"),
         Measure("log_prob", log_prob, "vocabulary"),
-        Measure("neg_kl", neg_kl, "clean"),
+        Measure("neg_kl", neg_kl, "clean", of_answers=False),
         Measure("neg_rank", neg_rank, "vocabulary"),
         Measure("accuracy", accuracy, "vocabulary"),
     )
@@ -239,7 +241,8 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
     """
     if callable(metric):
         name = _name(metric)
-        return Measure(name, partial(_called, metric, name, _reads_one_prompt(metric, name)), "vocabulary")
+        alone = _reads_one_prompt(metric, name)
+        return Measure(name, partial(_called, metric, name, alone), "vocabulary", of_answers=not alone)
     if not isinstance(metric, str) or metric not in MEASURES or metric in refused:
         every = (*MEASURES, *SEQUENCES)
         what = f"not supported {use}" if metric in every else "unknown"

@@ -25,7 +25,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.dictionary import Dictionary, Split
 from featpatch.sites import by_position, component, resid_pre
@@ -261,7 +261,8 @@ class Gradients:
         check_numbers(1, steps=self.steps)
         self.pairs = check_pairs(pairs)
         for index, pair in enumerate(pairs):
-            if not pair.correct and self.measure.needs != "clean":
+            check_answers(pair, [self.measure.name] if self.measure.of_answers else [])
+            if not pair.correct and self.measure.of_answers:
                 raise FeatpatchError(
                     f"pair {index}: its answers {pair.answers} have several tokens, and {self.measure.name} reads one: "
                     "expected one-token answers; measure answers of several tokens with method='exact'"

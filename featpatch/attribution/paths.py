@@ -161,8 +161,8 @@ def estimate_paths(
             bar.update()
     check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
     metadata = {
-        "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "unit": "gap", "route": route, "unsigned": False,
-        "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
+        "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "unit": "gap", "route": route,
+        "unsigned": False, "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
     return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)
 

@@ -165,7 +165,7 @@ def check(
         return told, _surprise(logits, prompts[index], _changed(pair))
 
     values, surprised = map(list, zip(*runs.each(prompts, read), strict=True))
-    whole = [index for index in range(len(prompts)) if not pairs[index // 2].correct]
+    whole = [index for index in range(len(prompts)) if pairs[index // 2].correct_sequences]
     told = runs.preferences([prompts[index] for index in whole], [pairs[index // 2].answers for index in whole])
     for index, value in zip(whole, told, strict=True):
         values[index] = value
@@ -281,7 +281,7 @@ def _output(clean: float, corrupted: float, pair: Pair) -> Outcome:
 def _output_alone(value: float, pair: Pair) -> Outcome:
     """Return whether the model prefers the right answer on a prompt without a counterfactual."""
     if not pair.answers[1]:
-        return "pass", f"log p(right) {value:.2f}"
+        return "pass", f"log p(right) {value:.2f}" if pair.answers[0] else "no answers"
     return ("pass" if value > 0 else "fail"), f"metric {value:.2f}"
 
 

@@ -55,7 +55,8 @@ class Pairs(Sequence[Pair]):
     def from_prompts(
         cls, tokenizer: Tokenizer, *,
         clean: str | Sequence[Prompt] | torch.Tensor, corrupted: str | Sequence[Prompt] | torch.Tensor | None = None,
-        correct: str | Sequence[Answers] | torch.Tensor, wrong: str | Sequence[Answers] | torch.Tensor | None = None,
+        correct: str | Sequence[Answers] | torch.Tensor | None = None,
+        wrong: str | Sequence[Answers] | torch.Tensor | None = None,
         labels: Sequence[Mapping[str, Label]] | None = None, corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
         tags: Sequence[Mapping[str, str]] | None = None,
         align: str | None = None, filler: str | None = None, long_answers: bool = False,
@@ -72,7 +73,8 @@ class Pairs(Sequence[Pair]):
             correct, wrong: for each pair, an answer that is one token, or several such answers; with `long_answers`, answers
                 may be longer. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
                 separate word; an integer is the id of a token. Without `wrong`, or where it is empty or None, only metrics
-                of the correct answers, such as `"log_prob"`, can be used.
+                of the correct answers, such as `"log_prob"`, can be used. Prompts without a counterfactual may have no answers,
+                for a metric that is a function of the logits alone.
             labels: for each clean prompt, names of positions. A position is a token index, `{"S2": 12}`, a text that occurs
                 once in the prompt, `{"S2": "Mary"}`, or its characters, `{"S2": (34, 38)}`; a text stands for its last token.
                 A label may also name a span, which is patched as one position: all tokens of a text,
@@ -102,15 +104,16 @@ class Pairs(Sequence[Pair]):
             10
         """
         if isinstance(clean, str):
-            clean, correct, wrong = [clean], [correct], None if wrong is None else [wrong]  # type: ignore[list-item]
-            corrupted = None if corrupted is None else [corrupted]  # type: ignore[list-item]
+            clean = [clean]
+            corrupted, correct, wrong = ([each] if each is not None else None for each in (corrupted, correct, wrong))  # type: ignore[list-item]
         given = {"corrupted_labels": corrupted_labels, "align": align, "filler": filler}
         if corrupted is None and any(value is not None for value in given.values()):
             names = ", ".join(name for name, value in given.items() if value is not None)
             raise FeatpatchError(f"{names} without corrupted: expected corrupted prompts too; add them, or leave out {names}")
-        check_kinds(Sized, clean=clean, wrong=[] if wrong is None else wrong)
-        columns: dict[str, Any] = {"clean": clean, "corrupted": clean if corrupted is None else corrupted, "correct": correct}
-        columns["wrong"] = wrong if wrong is not None and len(wrong) else [[]] * len(clean)
+        check_kinds(Sized, clean=clean, correct=[] if correct is None else correct, wrong=[] if wrong is None else wrong)
+        columns: dict[str, Any] = {"clean": clean, "corrupted": clean if corrupted is None else corrupted}
+        for name, answers in (("correct", correct), ("wrong", wrong)):
+            columns[name] = answers if answers is not None and len(answers) else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
         return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers))
@@ -149,11 +152,8 @@ class Pairs(Sequence[Pair]):
             >>> pairs[0].first_difference
             1
         """
-        if correct is None:
-            raise FeatpatchError("correct is missing: expected the token ids of the right answers; pass correct=...")
-        return cls(
-            of_tensors(clean, clean if corrupted is None else corrupted, correct, wrong, labels, attention_mask, tokenizer)
-        )
+        corrupted = clean if corrupted is None else corrupted
+        return cls(of_tensors(clean, corrupted, correct, wrong, labels, attention_mask, tokenizer))
 
     @classmethod
     def from_jsonl(

@@ -21,7 +21,7 @@ from featpatch.pairs.likelihood import chunks
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Contrast, Run, Ways
-from featpatch.patching.components import component_parts
+from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import TOKENS_AT_ONCE
@@ -314,6 +314,11 @@ def ablated_parts(
         about["saes"] = {dictionary.name: dictionary.digest() for dictionary in found}
     if components:
         found_parts, noted = component_parts(lens, components, layers, positions)
+        covered = {site for part in parts for site in part.sites}  # their whole activations are rows already
+        found_parts = [
+            WholePart([hook for hook in part.whole if hook not in covered]) if isinstance(part, WholePart) else part
+            for part in found_parts
+        ]
         parts, about = parts + found_parts, about | noted
     elif layers is not None:
         raise FeatpatchError(

@@ -133,7 +133,7 @@ def _ablated(
     contrast: Ablation, parts: Sequence[Part], dictionaries: Sequence[Dictionary]
 ) -> Callable[[PairGradients], PairGradients]:
     """Return a function that replaces the corrupted run of a pair by its clean run with ablation values."""
-    hooks = sorted({hook for part in parts for hook in part.hooks})
+    needed = {hook for part in parts for hook in part.hooks}
 
     def ablated(of_pair: PairGradients) -> PairGradients:
         clean = Run(of_pair.activations["noising"])
@@ -141,7 +141,10 @@ def _ablated(
         return replace(
             of_pair,
             first=0,
-            activations={"noising": clean.activations, "denoising": {hook: source.at(hook) for hook in hooks}},
+            activations={
+                "noising": clean.activations,
+                "denoising": {hook: source.at(hook) for hook in needed & set(clean.activations)},
+            },
             ends={"noising": {}},
             splits={each.name: {"noising": clean.split(each, 0), "denoising": source.split(each, 0)} for each in dictionaries},
         )

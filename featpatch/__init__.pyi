@@ -23,7 +23,6 @@ from .loading import load as load
 from .nodes import Edge as Edge, LOGITS as LOGITS, Node as Node, Patch as Patch
 from .pairs.pair import Pair as Pair
 from .pairs.pairs import Pairs as Pairs
-from .patching.ablation import ablate as ablate
 from .patching.controls import random_controls as random_controls
 from .patching.curves import top_k_curve as top_k_curve
 from .patching.diagnostics import diagnose as diagnose
@@ -31,6 +30,7 @@ from .patching.do import do as do
 from .patching.runs import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
 from .ranking.nodes import rank_nodes as rank_nodes
+from .ranking.ablate import ablate as ablate
 from .ranking.plan import plan as plan
 from .ranking.rank import (
     rank_components as rank_components, rank_features as rank_features, rank_paths as rank_paths

@@ -47,6 +47,11 @@ def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> 
     return logits[:, list(correct)].mean(-1) - logits[:, list(wrong)].mean(-1)
 
 
+def logit(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
+    """Return the mean logit of the correct answers."""
+    return logits[:, list(correct)].mean(-1)
+
+
 def prob_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
     """Return the probability of all correct answers minus that of all wrong ones (Hanna et al. 2023, arXiv 2305.00586)."""
     p = _log_softmax(logits).exp()
@@ -90,11 +95,13 @@ class Measure:
         name: the name of the metric.
         metric: the function.
         needs: the logits that it reads; other logits are not computed.
+        of_answers: whether it reads the answers of a pair.
     """
 
     name: str
     metric: Metric | FromClean
     needs: Needs
+    of_answers: bool = True
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
         """Return the token ids whose logits are needed; None for the whole vocabulary.
@@ -105,8 +112,8 @@ class Measure:
         if self.metric in (logit_diff, prob_diff) and not wrong:
             raise FeatpatchError(
                 f"metric {self.name!r} compares correct with wrong answers, and a pair has no wrong answers: expected at "
-                "least one; give wrong=..., or use a metric of the correct answers alone, such as 'log_prob', 'prob', "
-                "'neg_rank' or 'accuracy'"
+                "least one; give wrong=..., or use a metric of the correct answers alone, such as 'logit', "
+                "'log_prob', 'prob', 'neg_rank' or 'accuracy'"
             )
         return (*correct, *wrong) if self.needs == "answers" else None
 
@@ -210,10 +217,11 @@ MEASURES = {
     measure.name: measure
     for measure in (
         Measure("logit_diff", logit_diff, "answers"),
+        Measure("logit", logit, "answers"),
         Measure("prob_diff", prob_diff, "vocabulary"),
         Measure("prob", prob, "vocabulary"),
         Measure("log_prob", log_prob, "vocabulary"),
-        Measure("neg_kl", neg_kl, "clean"),
+        Measure("neg_kl", neg_kl, "clean", of_answers=False),
         Measure("neg_rank", neg_rank, "vocabulary"),
         Measure("accuracy", accuracy, "vocabulary"),
     )
@@ -233,7 +241,8 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
     """
     if callable(metric):
         name = _name(metric)
-        return Measure(name, partial(_called, metric, name, _reads_one_prompt(metric, name)), "vocabulary")
+        alone = _reads_one_prompt(metric, name)
+        return Measure(name, partial(_called, metric, name, alone), "vocabulary", of_answers=not alone)
     if not isinstance(metric, str) or metric not in MEASURES or metric in refused:
         every = (*MEASURES, *SEQUENCES)
         what = f"not supported {use}" if metric in every else "unknown"

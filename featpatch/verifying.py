@@ -189,7 +189,7 @@ def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[fl
             if int(row) in entries:
                 entries[int(row)][int(pair)] = (denoised, noised)
         tables.append({node: entries.get(number.get(node, -1), {}) for node in nodes})
-    result, scale = [], max(abs(float(effects.gap.mean())), size(effects.clean, effects.corrupted))
+    result, scale = [], max(abs(float(effects.scale.mean())), size(effects.clean, effects.corrupted))
     for node in nodes:
         then, now = (table[node] for table in tables)
         if then.keys() != now.keys():

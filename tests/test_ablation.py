@@ -12,6 +12,7 @@ import torch
 from small import Small
 
 import featpatch as fp
+from featpatch.model.lens import Lens
 from featpatch.patching.ablation import ABLATION_VALUES
 
 SITE, Z, POST = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
@@ -101,6 +102,56 @@ def test_components(small: Small, name: str, to: Any) -> None:
         where = (0, node.position) if node.index is None else (0, node.position, node.index)
         new[where] = values[where]
         assert effects.noised[entry] == pytest.approx(run_with(small, slot, node.site, new), abs=1e-9), node
+
+
+@pytest.mark.parametrize("to", ["mean", "mean_by_position"])
+def test_means_are_read_in_one_batched_pass_per_length(small: Small, to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hook points and dictionaries at once; against plain means over single runs of prompts of several lengths."""
+    rng = torch.Generator().manual_seed(2)
+    lengths = [7] * 90 + [5] * 30
+    reference = fp.Pairs(tuple(
+        fp.Pair(ids := tuple(torch.randint(10, 40, (length,), generator=rng).tolist()), ids, (3,), (), special=frozenset({0}))
+        for length in lengths
+    ))  # fmt: skip
+    pair, sae, site = pairs_of(small)[:1], small.at(SITE), "blocks.2.hook_mlp_out"
+    prompts = list(dict.fromkeys(pair.clean for pair in reference))
+    read: list[tuple[int, ...]] = []
+    lens_read = Lens.read
+
+    def counted(lens: Lens, tokens: torch.Tensor, hooks: Any) -> Any:
+        read.append(tuple(tokens.shape))
+        return lens_read(lens, tokens, hooks)
+
+    monkeypatch.setattr(Lens, "read", counted)
+    options: dict[str, Any] = {"saes": sae, "sites": ["mlp_out", "z", "neurons"], "layers": [2], "positions": [5], "to": to}
+    effects = fp.ablate(small.model, pair, reference=reference, progress=False, **options)
+    batched = [shape for shape in read if shape[1] in (5, 7) and shape[0] > 1]
+    assert sorted(batched) == sorted([(73, 7), (17, 7)] + ([(30, 5)] if to == "mean" else []))
+    assert not [shape for shape in read if shape[0] == 1 and shape[1] in (5, 7)], "no prompt is run by itself"
+
+    def naive(of: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        rows = [of(oracle.activations(small.model, torch.tensor([ids])))[0] for ids in prompts if to == "mean" or len(ids) == 7]
+        return torch.cat([row[1:] for row in rows]).mean(0) if to == "mean" else torch.stack(rows).mean(0)[5]
+
+    clean = oracle.activations(small.model, small.clean[[0]])
+    features, error = (naive(lambda run, part=part: part(run[SITE])) for part in (
+        lambda x: oracle.encode(sae, x).detach(), lambda x: (x - sae.decode(oracle.encode(sae, x))).detach()
+    ))  # fmt: skip
+    f, e = oracle.encode(sae, clean[SITE]).detach(), (clean[SITE] - sae.decode(oracle.encode(sae, clean[SITE]))).detach()
+    for node, found in zip(effects.nodes, effects.noised, strict=True):
+        new = clean[node.site].clone()
+        if node.kind == "feature":
+            new[0, 5] += (features[node.index] - f[0, 5, node.index]) * sae.W_dec.detach()[node.index]
+        elif node.kind == "error":
+            new[0, 5] += error - e[0, 5]
+        elif node.kind == "all_features":
+            continue
+        else:
+            where = (5,) if node.index is None else (5, node.index)
+            new[(0, *where)] = naive(lambda run, at=node.site: run[at])[where[1:]]
+        assert found == pytest.approx(run_with(small, 0, node.site, new), abs=1e-10), node
+    assert {node.kind for node in effects.nodes} == {"feature", "all_features", "error", "activation", "head", "neuron"}
+    assert site in {node.site for node in effects.nodes}
 
 
 def test_patterns(small: Small) -> None:
@@ -207,6 +258,43 @@ def test_noise_on_the_embeddings(small: Small) -> None:
             with torch.no_grad():
                 logits = small.model.run_with_hooks(clean, fwd_hooks=[hooks[0], (SITE, lambda value, hook, new=patched: new)])
             assert effects.denoised[entry] == pytest.approx(oracle.logit_diff(logits, *answers), abs=1e-9), node
+
+
+def test_draws_of_noise_are_averaged(small: Small, tmp_path: Path) -> None:
+    """By hand from tables of single draws; a feature that differs in some draws only has no effect in the others."""
+    sae, pairs = small.at(SITE), pairs_of(small)
+    options: dict[str, Any] = {"positions": [2, 6], "metric": ["logit_diff", "prob"], "progress": False}
+    one = [fp.rank_features(small.model, sae, pairs, noise=fp.Noise([2], 0.5, seed), **options) for seed in (4, 5, 6)]
+    path = tmp_path / "journal"
+    noise = fp.Noise([2], 0.5, 4, draws=3)
+    effects = fp.rank_features(small.model, sae, pairs, noise=noise, journal=path, **options)
+    assert sorted(file.name for file in tmp_path.iterdir() if "lock" not in file.name) == ["journal", "journal.1", "journal.2"]
+    assert set(effects.nodes) == {node for table in one for node in table.nodes}
+    assert len({len(table) for table in one}) > 1, "some features differ in some draws only"
+    for metric in ("logit_diff", "prob"):
+        table, singles = effects.for_metric(metric), [draw.for_metric(metric) for draw in one]
+        gap = np.mean([draw.gap.mean() for draw in singles])
+        for effect in ("recovery", "degradation"):
+            by_draw = np.zeros((2, 3, len(table)))
+            for number, draw in enumerate(singles):
+                at = [table.nodes.index(node) for node in draw.nodes]
+                by_draw[0, number, at] = draw.changes(effect).toarray().mean(1)
+                by_draw[1, number, at] = draw.pooled(effect)
+            np.testing.assert_allclose(table.pooled(effect), by_draw[0].mean(0) / gap, atol=1e-10)
+            np.testing.assert_allclose(table.spread[effect], by_draw[1].std(0, ddof=1), atol=1e-10)
+            np.testing.assert_array_equal(table.to_pandas()[f"{effect}_spread"], table.spread[effect])
+    assert "over 3 pairs and 3 draws of noise (spread: standard deviation over draws)" in repr(effects)
+    assert effects.metadata["noise"] == {"positions": [2], "scale": 0.5, "seed": 4, "draws": 3}
+    few = effects.top(2)
+    for table in (few, fp.Effects.load(few.save(tmp_path / "few.safetensors"))):
+        np.testing.assert_array_equal(table.spread["recovery"], effects.spread["recovery"][few.rows_in_whole()])
+        np.testing.assert_array_equal(table.for_metric("prob").spread["recovery"], few.for_metric("prob").spread["recovery"])
+    assert effects.of_pairs([0, 1]).spread == {}
+    single = fp.rank_features(small.model, sae, pairs, noise=fp.Noise([2], 0.5, 4), **options)
+    np.testing.assert_array_equal(single.denoised, one[0].denoised)
+    assert single.spread == {}
+    with pytest.raises(fp.FeatpatchError, match="draws=0"):
+        fp.Noise([2], draws=0)
 
 
 def test_noise_needs_positions_and_a_scale() -> None:

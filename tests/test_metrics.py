@@ -34,6 +34,7 @@ def by_hand(name: str, logits: list[float], correct: list[int], wrong: list[int]
     q_total = sum(map(math.exp, clean))
     return {
         "logit_diff": sum(logits[k] for k in correct) / len(correct) - sum(logits[k] for k in wrong) / len(wrong),
+        "logit": sum(logits[k] for k in correct) / len(correct),
         "prob_diff": right - false,
         "prob": right,
         "log_prob": math.log(right),

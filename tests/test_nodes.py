@@ -176,7 +176,7 @@ def test_noise_answers_of_several_tokens_and_several_metrics(small: Small) -> No
     for options in ({"noise": noise}, {"metric": ["logit_diff", "prob"]}):
         effects = fp.rank_nodes(small.model, pairs, nodes, progress=False, **options)
         for name in effects.metrics:
-            np.testing.assert_allclose(*effects.metric(name).pooled("recovery").reshape(2, 1), atol=1e-9)
+            np.testing.assert_allclose(*effects.for_metric(name).pooled("recovery").reshape(2, 1), atol=1e-9)
     long = fp.Pairs(
         tuple(
             fp.Pair(pair.clean, pair.corrupted, (), (), labels=pair.labels, correct_sequences=((3, 4, 5), (6,)), wrong_sequences=((7, 8),))

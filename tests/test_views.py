@@ -136,7 +136,9 @@ def test_errors_of_attention_patterns(demo: Any, options: dict[str, Any], messag
 
 
 def test_errors_of_active_features(demo: Any, sae: Any, effects: fp.Effects) -> None:
-    with pytest.raises(fp.FeatpatchError, match="the effects are at the label '(S2|end)', and the prompt is a text: expected a pair"):
+    with pytest.raises(
+        fp.FeatpatchError, match="the effects are at the label '(S2|end)', and the prompt is a text: expected a pair"
+    ):
         fp.active_features(demo.model, sae, TEXT, effects=effects)
     other = replace(effects, metadata={**effects.metadata, "saes": {HOOK: "0"}})
     with pytest.raises(fp.FeatpatchError, match="differs from that of the effects: expected the same weights"):

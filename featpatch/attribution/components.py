@@ -10,6 +10,7 @@ pass of their layer. Keys are exchanged one requested position at a time, for al
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,13 +131,20 @@ def estimate_components(
     progress: bool,
 ) -> Effects:
     """Estimate by gradients what `rank_components` measures exactly; it describes the arguments and the result."""
+    estimators, about = component_estimators(gradients, sites, layers, positions)
+    return estimated(gradients, estimators, about, positions, directions, progress=progress)
+
+
+def component_estimators(
+    gradients: Gradients, sites: str | Sequence[str], layers: Sequence[int] | None, positions: Positions
+) -> tuple[list[Estimator], dict[str, Any]]:
+    """Return the estimators of some components, and the metadata to store with their estimates."""
     lens = gradients.lens
     names, chosen = check_components(sites, positions), check_layers(layers, lens.n_layers)
     fixed = [name for name in names if name in ("q", "k") and gradients.qk_fix]
     estimators: list[Estimator] = [QueryKeyEstimator(lens, chosen, name) for name in fixed]
     estimators += [ComponentEstimator.of(lens, layer, name) for name in names if name not in fixed for layer in chosen]
-    about = {"components": names, "layers": chosen, "qk_fix": gradients.qk_fix}
-    return estimated(gradients, estimators, about, positions, directions, progress=progress)
+    return estimators, {"components": names, "layers": chosen, "qk_fix": gradients.qk_fix}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Turn the gradients of every pair into a table of first-order estimates."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from featpatch.effects.table import Effects
 from featpatch.model.provenance import measured_places, provenance
 from featpatch.nodes import Direction, Node
 from featpatch.pairs.pair import Positions, Wanted, spans
+from featpatch.pairs.pairs import check_counterfactual
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def estimated(
     directions: Sequence[Direction],
     *,
     progress: bool,
+    ablated: Callable[[PairGradients], PairGradients] | None = None,
 ) -> Effects:
     """Return a table with the estimates of all nodes.
 
@@ -81,11 +83,13 @@ def estimated(
         estimators: the estimators of the nodes.
         about: metadata about the nodes, to store with the results.
         positions, directions, progress: as in `rank_features`.
+        ablated: for estimates of an ablation, replaces the activations of each pair's corrupted run by ablation values.
 
     Raises:
-        FeatpatchError: if a position or direction is unknown, or the gap is near zero.
+        FeatpatchError: if a position or direction is unknown, the gap is near zero, or values are taken from corrupted prompts
+            and there are none.
     """
-    pairs = gradients.pairs
+    pairs = gradients.pairs if ablated is not None else check_counterfactual(gradients.pairs)
     ways, wanted = gradients.check_directions(directions), [spans(pair, positions) for pair in pairs]
     clean, corrupted = np.zeros((2, len(pairs), 1))
     unsigned = gradients.method == "grad_drop"
@@ -93,7 +97,7 @@ def estimated(
     complete, whole = 0.0, 0.0
     ends = {site for each in estimators for site in each.sites} if gradients.method == "ig" else {INPUT}
     with tqdm(total=len(pairs), unit="pair", desc="estimating", disable=not progress) as bar:
-        for of_pair, of_ways in by_pair(gradients, estimators, wanted, ways):
+        for of_pair, of_ways in by_pair(gradients, estimators, wanted, ways, ablated):
             clean[of_pair.index], corrupted[of_pair.index] = of_pair.values["noising"], of_pair.values["denoising"]
             found[of_pair.index] = {}
             for way, together in of_ways.items():
@@ -101,9 +105,9 @@ def estimated(
                 complete = max([complete, *(estimates.residual for estimates in together)])
                 whole = max([whole, *_beside_runs(of_pair, way, ends)])
             bar.update()
-    metric = gradients.measure.name
-    check_gap(metric, clean[:, 0], corrupted[:, 0])
-    gap = float((clean - corrupted).mean())
+    metric, gap = gradients.measure.name, float((clean - corrupted).mean())
+    if pairs.has_counterfactual:
+        check_gap(metric, clean[:, 0], corrupted[:, 0])
     metadata = {
         "metric": metric,
         "method": gradients.method,
@@ -111,11 +115,12 @@ def estimated(
         "unsigned": unsigned,
         "directions": sorted(ways),
         **measured_places(gradients.lens, pairs, positions, wanted, [site for each in estimators for site in each.sites]),
+        "unit": "gap" if pairs.has_counterfactual else "metric",
         **provenance(gradients.lens, pairs),
         **about,
-        "completeness_residual": complete / abs(gap),
-        "whole_residual": None if unsigned else whole / abs(gap),
     }
+    if ablated is None:  # all features and the error at their ablation values are not the whole activation at its own
+        metadata |= {"completeness_residual": complete / abs(gap), "whole_residual": None if unsigned else whole / abs(gap)}
     return collected(metric, clean, corrupted, found, metadata, unsigned=unsigned)
 
 
@@ -137,7 +142,7 @@ def collected(
         metadata: metadata of the table.
         unsigned: whether the changes have no sign.
     """
-    collector, gap = Collector((metric,)), float((clean - corrupted).mean())
+    collector, gap = Collector((metric,)), float((clean - corrupted).mean()) or 1.0
     for index, of_way in sorted(found.items()):
         nodes = list(dict.fromkeys(node for changes in of_way.values() for node in changes))
         collector.add(index, nodes, {way: _patched(way, changes, nodes, clean[index], corrupted[index], gap, unsigned)
@@ -146,11 +151,16 @@ def collected(
 
 
 def by_pair(
-    gradients: Gradients, estimators: Sequence[Estimator], wanted: Sequence[Wanted], ways: Sequence[Direction]
+    gradients: Gradients,
+    estimators: Sequence[Estimator],
+    wanted: Sequence[Wanted],
+    ways: Sequence[Direction],
+    ablated: Callable[[PairGradients], PairGradients] | None = None,
 ) -> Iterator[tuple[PairGradients, dict[Direction, list[Estimates]]]]:
     """Yield the gradients of each pair with the estimates of each estimator by direction, grouped by length of prompt."""
     reads, sites = [hook for each in estimators for hook in each.reads], [hook for each in estimators for hook in each.sites]
-    for of_pair in gradients.of(reads, sites):
+    for found in gradients.of(reads, sites):
+        of_pair = found if ablated is None else ablated(found)
         yield of_pair, {way: [each.estimates(of_pair, way, wanted[of_pair.index]) for each in estimators] for way in ways}
 
 

@@ -25,7 +25,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.dictionary import Dictionary, Split
 from featpatch.sites import by_position, component, resid_pre
@@ -133,6 +133,7 @@ class PairGradients:
         activations: the activations of each run, by direction.
         gradients: the gradients `[variants, pos, ...]` of each run at hook points, by direction.
         ends: the metric of each run with a whole activation patched from the other run, by direction and hook point, if known.
+        splits: features and error of each run, by the name of the dictionary, computed when they are first needed.
     """
 
     index: int
@@ -142,7 +143,7 @@ class PairGradients:
     activations: Mapping[Direction, Activations]
     gradients: Mapping[Direction, Activations]
     ends: Mapping[Direction, Mapping[str, float]]
-    _splits: dict[str, dict[Direction, Split]] = field(default_factory=dict, init=False)
+    splits: dict[str, dict[Direction, Split]] = field(default_factory=dict)
 
     def tokens(self, direction: Direction) -> tuple[int, ...]:
         """Return the tokens of the run that the direction patches."""
@@ -156,12 +157,12 @@ class PairGradients:
 
     def split(self, dictionary: Dictionary) -> Mapping[Direction, Split]:
         """Split both runs by a dictionary, as batches of one."""
-        if dictionary.name not in self._splits:
-            self._splits[dictionary.name] = {
+        if dictionary.name not in self.splits:
+            self.splits[dictionary.name] = {
                 direction: dictionary.split(of_run[dictionary.reads][None], of_run[dictionary.writes][None])
                 for direction, of_run in self.activations.items()
             }
-        return self._splits[dictionary.name]
+        return self.splits[dictionary.name]
 
 
 def differentiable(metric: str | Metric | Sequence[str | Metric]) -> Measure:
@@ -260,7 +261,8 @@ class Gradients:
         check_numbers(1, steps=self.steps)
         self.pairs = check_pairs(pairs)
         for index, pair in enumerate(pairs):
-            if not pair.correct and self.measure.needs != "clean":
+            check_answers(pair, [self.measure.name] if self.measure.of_answers else [])
+            if not pair.correct and self.measure.of_answers:
                 raise FeatpatchError(
                     f"pair {index}: its answers {pair.answers} have several tokens, and {self.measure.name} reads one: "
                     "expected one-token answers; measure answers of several tokens with method='exact'"

@@ -30,6 +30,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
+from featpatch.pairs.pairs import check_counterfactual
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
 
@@ -138,6 +139,7 @@ def estimate_paths(
             "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
             "senders"
         )
+    check_counterfactual(pairs)
     ways, estimators = source.check_directions(directions), _estimators(lens, sending, found)
     wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
@@ -159,8 +161,8 @@ def estimate_paths(
             bar.update()
     check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
     metadata = {
-        "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "route": route, "unsigned": False,
-        "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
+        "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "unit": "gap", "route": route,
+        "unsigned": False, "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
     return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)
 

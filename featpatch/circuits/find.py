@@ -19,7 +19,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Edge, Node
-from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.readings import readout
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
@@ -232,7 +232,7 @@ def find_circuit(
         >>> len(circuit), circuit.faithfulness > 0.2
         (5, True)
     """
-    check_pairs(pairs)
+    check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
     check_search(method, over, scores, threshold, size, target)

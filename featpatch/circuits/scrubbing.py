@@ -23,7 +23,7 @@ from featpatch.metrics import Metric
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
-from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.pairs import Pairs, check_counterfactual
 from featpatch.patching.readings import readout
 
 Label = Callable[[Pair], Hashable]
@@ -115,7 +115,7 @@ def scrub(
         >>> len(scrubbed.values), scrubbed.recovered < 0.5
         (8, True)
     """
-    check_pairs(pairs)
+    check_counterfactual(pairs)
     if not isinstance(hypothesis, Hypothesis) or not isinstance(hypothesis.parents, Mapping):
         raise FeatpatchError(f"hypothesis={hypothesis!r}: expected fp.Hypothesis({{receiver: {{sender: label}}}})")
     check_numbers(0, seed=seed)

@@ -58,8 +58,8 @@ MetricNames = Annotated[
     list[str],
     typer.Option(
         "--metric",
-        help="Metric to measure: logit_diff, prob_diff, prob, log_prob, neg_kl, neg_rank, accuracy or, for answers of several "
-        "tokens, sequence_log_prob, sequence_log_prob_diff. Repeatable; all are computed from the same patched runs.",
+        help="Metric to measure: logit_diff, logit, prob_diff, prob, log_prob, neg_kl, neg_rank, accuracy or, for answers of "
+        "several tokens, sequence_log_prob, sequence_log_prob_diff. Repeatable; all are computed from the same patched runs.",
     ),
 ]
 DIGITS = 19

@@ -189,7 +189,7 @@ def scatter(table: pd.DataFrame, effects: Sequence[Effect]) -> go.Figure:
 
 
 SHOWN = 5
-SAME = ("pairs", "of_pairs", "metric", "noise", "ablation")
+SAME = ("pairs", "of_pairs", "metric", "unit", "noise", "ablation")
 """The metadata entries in which the tables must agree."""
 SLACK = 0.05
 """The largest accepted difference between the tables in the metric of an unpatched run, as a share of the metric's size."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpatch.effects.table import Effects
-from featpatch.nodes import DIRECTIONS, Direction, Node
+from featpatch.nodes import DIRECTIONS, Direction, Effect, Node
 from featpatch.untrusted import without_folder
 
 
@@ -87,6 +87,48 @@ def _command() -> str:
         hidden = "--address" in (option if equals else "", *kept[-1:])
         kept.append(option + equals + ("..." if hidden else without_folder(value)))
     return shlex.join(["featpatch", *kept])
+
+
+def averaged(tables: Sequence[Effects], about: Mapping[str, Any]) -> Effects:
+    """Average tables of the same pairs and metrics over draws of noise; an entry that a table lacks has no effect there.
+
+    Args:
+        tables: one table per draw, at least two.
+        about: metadata in which the average differs from the first table.
+    """
+    first, pairs = tables[0], len(tables[0].clean)
+    nodes = tuple(dict.fromkeys(node for table in tables for node in table.nodes))
+    number = {node: row for row, node in enumerate(nodes)}
+    rows = [np.array([number[node] for node in table.nodes], dtype=np.int64) for table in tables]
+    keys = [row[table.row] * pairs + table.pair for row, table in zip(rows, tables, strict=True)]
+    every = np.unique(np.concatenate(keys))
+    row, pair = np.divmod(every, pairs)
+    denoised, noised = [], []
+    for table, key in zip(tables, keys, strict=True):
+        run = table.directions_run()
+        denoised.append(np.where("recovery" in run, table.corrupted, np.nan)[pair])
+        noised.append(np.where("degradation" in run, table.clean, np.nan)[pair])
+        at = np.searchsorted(every, key)
+        denoised[-1][at], noised[-1][at] = table.denoised, table.noised
+    spread: dict[Effect, NDArray[np.float64]] = {}
+    for effect in first.directions_run():
+        pooled = np.zeros((len(tables), len(nodes)))
+        for draw, (of_table, table) in enumerate(zip(rows, tables, strict=True)):
+            pooled[draw, of_table] = table.pooled(effect)
+        spread[effect] = pooled.std(0, ddof=1)
+    return replace(
+        first,
+        nodes=nodes,
+        clean=np.mean([table.clean for table in tables], 0),
+        corrupted=np.mean([table.corrupted for table in tables], 0),
+        row=row,
+        pair=pair,
+        denoised=np.mean(denoised, 0),
+        noised=np.mean(noised, 0),
+        metadata={**first.metadata, **about, "metric": first.metadata["metric"]},
+        spread=spread,
+        others={name: averaged([table.for_metric(name) for table in tables], about) for name in first.others},
+    )
 
 
 def concatenated(tables: Sequence[Effects]) -> Effects:

@@ -53,10 +53,11 @@ def full(effects: Measured) -> pd.DataFrame:
             columns[f"{effect}_estimate"] = beside[effects.rows_in_whole()]
         for offset, (name, values) in enumerate(columns.items(), int(table.columns.get_loc(f"{effect}_high")) + 1):
             table.insert(offset, name, values)
-    table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(effects.with_gap.sum()))
+    if effects.has_gap:
+        table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(effects.with_gap.sum()))
     table.insert(int(table.columns.get_loc("changed_pairs")) + 1, "smallest_p", effects.smallest_p)
     for metric, other in effects.others.items():
-        columns = full(other).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap)$")
+        columns = full(other).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap|unit)$")
         table = table.join(columns.add_prefix(f"{metric}_"))
     return table
 
@@ -71,6 +72,8 @@ def brief(effects: Measured) -> pd.DataFrame:
     intervals = {effect: effects.interval(effect) for effect in effects.directions_run()}
     for effect, interval in intervals.items():
         table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = effects.pooled(effect), interval.T
+        if effect in effects.spread:
+            table[f"{effect}_spread"] = effects.spread[effect]
     if len(intervals) == 2:
         carried = [effects.carried(effect) for effect in intervals]
         table["quadrant"] = quadrant_labels(list(intervals.values()), carried, effects.threshold)
@@ -79,7 +82,7 @@ def brief(effects: Measured) -> pd.DataFrame:
         name = f"{effect}{WHERE_CHANGED}"
         table[name] = effects.pooled(effect, over="changed")
         table[f"{name}_low"], table[f"{name}_high"] = effects.interval(effect, over="changed").T
-    table["pairs"], table["value"] = len(effects.clean), effects.value
+    table["pairs"], table["value"], table["unit"] = len(effects.clean), effects.value, effects.unit
     return table
 
 
@@ -154,8 +157,9 @@ def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
     intervals = []
     for value, pairs in pairs_by_value(effects, tag).items():
-        name, gap = f"{effect}_{value}", effects.gap[pairs]
-        stands = abs(gap.mean()) > statistics.NEAR_ZERO * statistics.size(effects.clean[pairs], effects.corrupted[pairs])
+        name, gap = f"{effect}_{value}", effects.scale[pairs]
+        least = statistics.NEAR_ZERO * statistics.size(effects.clean[pairs], effects.corrupted[pairs])
+        stands = not effects.has_gap or abs(gap.mean()) > least
         part = change[:, pairs] if stands else np.full((len(change), len(pairs)), np.nan)
         pooled, ranks = part.mean(axis=1) / gap.mean() if stands else part.mean(axis=1), np.full(len(change), np.nan)
         ranks[ranked] = rankdata(-pooled[ranked], method="min", nan_policy="omit")

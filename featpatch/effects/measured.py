@@ -10,6 +10,10 @@ A feature that stands for a single name differs in few pairs, and the other pair
 pairs in which the node differs (`over="changed"`, columns `recovery_where_changed` and `degradation_where_changed`) divides the
 same changes by the gap of these pairs alone.
 
+Prompts without a counterfactual have no gap. The effects of their ablations are then changes of the metric, in its own units:
+
+    degradation = mean(m_clean - m_noised)
+
 Rows that are taken from a table keep a reference to it: q-values and ranks count every feature that was ranked, not only the
 selected rows.
 """
@@ -45,6 +49,7 @@ class Measured:
         value: `"exact"` for patched runs, `"estimate"` for estimates.
         taken_from: the table that these rows were taken from; None for a table as it was measured or loaded.
         others: tables of the same patches for further metrics, by the metric's name; see `for_metric`.
+        spread: the standard deviation over draws of noise of each pooled effect, `[rows]`; empty without several draws.
 
     Example:
         >>> len(effects.gap) == len(pairs)
@@ -65,12 +70,42 @@ class Measured:
     value: str = "exact"
     taken_from: "Measured | None" = field(default=None, compare=False)
     others: Mapping[str, "Measured"] = field(default_factory=dict, compare=False)
+    spread: Mapping[Effect, Array] = field(default_factory=dict, compare=False)
     _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def gap(self) -> Array:
         """The gap `m_clean - m_corrupted` of each pair, `[pairs]`."""
         return self.clean - self.corrupted
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether effects are shares of the gap; otherwise they are changes of the metric, in its own units."""
+        return bool(self.metadata.get("unit", "gap") == "gap")
+
+    @property
+    def unit(self) -> str:
+        """What effects are measured in: `"of the gap"` or, without a counterfactual, the metric, such as `"of logit_diff"`.
+
+        Example:
+            >>> effects.unit
+            'of the gap'
+        """
+        return "of the gap" if self.has_gap else f"of {self.metadata['metric']}"
+
+    @property
+    def scale(self) -> Array:
+        """What changes are divided by in each pair, `[pairs]`: the gap, or 1 where effects are in units of the metric."""
+        return self.gap if self.has_gap else np.ones(len(self.clean))
+
+    def titled(self, effect: Effect) -> str:
+        """Return the title of an effect for a figure or table: its name or, without a gap, `"loss of logit_diff"`.
+
+        Example:
+            >>> effects.titled("recovery")
+            'recovery'
+        """
+        return effect if self.has_gap else f"loss {self.unit}"
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -104,6 +139,8 @@ class Measured:
     def pooled(self, effect: Effect, *, over: Over = "all") -> Array:
         """Return the pooled effect of every row, mean change over mean gap, `[rows]`; NaN in a direction that was not run.
 
+        Without a counterfactual it is the mean change of the metric.
+
         Args:
             effect: `"recovery"` or `"degradation"`.
             over: `"all"` pools over all pairs, `"changed"` over those in which the node differs, with NaN if their mean gap is
@@ -124,11 +161,13 @@ class Measured:
             FeatpatchError: `over` is neither `"all"` nor `"changed"`.
         """
         if over == "all":
-            return np.full(len(self), self.gap.sum())
+            return np.full(len(self), self.scale.sum())
         if over != "changed":
             raise FeatpatchError(
                 f"over={over!r}: expected 'all' (all pairs) or 'changed' (the pairs in which the node differs)"
             )
+        if not self.has_gap:
+            return np.where(self.changed_pairs > 0, self.changed_pairs, np.nan)
         gap, clean, corrupted = (
             np.bincount(self.row, values[self.pair], minlength=len(self))
             for values in (self.gap, np.abs(self.clean), np.abs(self.corrupted))
@@ -142,13 +181,13 @@ class Measured:
             >>> effects.top(3).per_pair("recovery").shape
             (3, 8)
         """
-        result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.gap, np.nan)
+        result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.scale, np.nan)
         return result
 
     @property
     def with_gap(self) -> NDArray[np.bool_]:
-        """A mask of the pairs whose gap is not near zero, `[pairs]`; other pairs have no per-pair ratio."""
-        return statistics.with_gap(self.clean, self.corrupted)
+        """A mask of the pairs whose gap is not near zero, `[pairs]`; other pairs have no per-pair ratio, which needs a gap."""
+        return statistics.with_gap(self.clean, self.corrupted) if self.has_gap else np.ones(len(self.clean), dtype=bool)
 
     def median(self, effect: Effect) -> Array:
         """Return the median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.
@@ -215,14 +254,14 @@ class Measured:
 
     def _interval(self, effect: Effect, over: Over) -> Array:
         if over == "all":
-            return statistics.interval(self.changes(effect).toarray(), self.gap)
+            return statistics.interval(self.changes(effect).toarray(), self.scale)
         result, counts, known = np.full((len(self), 2), np.nan), self.changed_pairs, np.isfinite(self._gaps(over))
         order = np.lexsort((self.pair, self.row))
         changes, pairs, starts = self._entries(effect)[order], self.pair[order], np.cumsum(counts) - counts
         for count in np.unique(counts[known & (counts > 1)]):
             rows = np.flatnonzero(known & (counts == count))
             entries = starts[rows, None] + np.arange(count)
-            result[rows] = statistics.interval(changes[entries], self.gap[pairs[entries]])
+            result[rows] = statistics.interval(changes[entries], self.scale[pairs[entries]])
         return result
 
     @property
@@ -343,6 +382,7 @@ class Measured:
             denoised=self.denoised[kept],
             noised=self.noised[kept],
             others={name: other.take(order) for name, other in self.others.items()},
+            spread={effect: values[order] for effect, values in self.spread.items()},
         )
 
     @property
@@ -386,6 +426,7 @@ class Measured:
             denoised=self.denoised[kept],
             noised=self.noised[kept],
             others={name: other._of_pairs(pairs) for name, other in self.others.items()},
+            spread=self.spread if len(pairs) == len(self.clean) else {},
         )
 
     def directions_run(self) -> list[Effect]:

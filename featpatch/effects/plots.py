@@ -95,7 +95,7 @@ class Plots:
         import plotly.graph_objects as go
 
         shown, table = measured_effect(effect, self._effects.directions_run()), by_site(self._effects)
-        figure = go.Figure(layout={"title": in_figure(title), "yaxis_title": shown, "barmode": "group"})
+        figure = go.Figure(layout={"title": in_figure(title), "yaxis_title": self._effects.titled(shown), "barmode": "group"})
         if len(table):
             names = [in_figure(f"{row['sae']} @ {row['position']}") for _, row in table.iterrows()]
             for kind in SHOWN:
@@ -162,12 +162,12 @@ class Plots:
             )  # fmt: skip
         largest = max(float(np.nanmax(np.abs(cells), initial=0.0)) for cells in values) or 1.0
         what = f"sum over features ({len(of_kind):,})" if kind == "feature" else WORDS.get(kind, kind)
-        lines = [title or f"{what}: {shown} over {len(of.clean)} {'pair' if len(of.clean) == 1 else 'pairs'}"]
+        lines = [title or f"{what}: {of.titled(shown)} over {len(of.clean)} {'pair' if len(of.clean) == 1 else 'pairs'}"]
         if any(np.isnan(cells).any() for cells in values):
             lines.append("grey: not measured")
         figure.update_layout(
             title="<br>".join(map(in_figure, lines)), plot_bgcolor=GREY, margin_t=80 + 20 * len(lines),
-            coloraxis={"colorscale": DIVERGING, "cmin": -largest, "cmax": largest, "colorbar": {"title": shown}},
+            coloraxis={"colorscale": DIVERGING, "cmin": -largest, "cmax": largest, "colorbar": {"title": of.titled(shown)}},
         )  # fmt: skip
         figure.update_xaxes(type="category", showgrid=False, title=across)
         if across == "position" and "tokens" in of.metadata:

@@ -62,6 +62,8 @@ def save(effects: Measured, path: Path) -> Path:
     columns: dict[str, Any] = {name: getattr(effects, name) for name in COLUMNS}
     for metric, other in effects.others.items():
         columns |= {f"{name} of {metric}": getattr(other, name) for name in VALUES}
+    for metric, table in ((effects.metadata["metric"], effects), *effects.others.items()):
+        columns |= {f"spread of {effect} of {metric}": values for effect, values in table.spread.items()}
     columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     with writing(path) as file:
         try:
@@ -90,6 +92,10 @@ def load(path: Path) -> list[dict[str, Any]]:
         nodes, metadata = nodes_of(read_json(header["nodes"])), read_json(header["metadata"])
         check_metadata(metadata, len(nodes))
         others = metadata["metrics"][1:]
+        spreads: dict[str, dict[str, Any]] = {
+            m: {e: columns.pop(name) for e in EFFECTS if (name := f"spread of {e} of {m}") in columns}
+            for m in metadata["metrics"]
+        }
         if set(columns) != {*COLUMNS, *(f"{v} of {m}" for m in others for v in VALUES)}:
             raise FeatpatchError(f"it has the columns {sorted(columns)}: expected those of {', '.join(metadata['metrics'])}")
         shared = {"nodes": nodes, "metadata": metadata, "value": header["value"], **{name: columns[name] for name in COLUMNS}}
@@ -100,8 +106,13 @@ def load(path: Path) -> list[dict[str, Any]]:
         tables = [shared] + [
             {**shared, "metadata": {**unscreened, "metric": m}, **{v: columns[f"{v} of {m}"] for v in VALUES}} for m in others
         ]
-        for table in tables:
+        for table, (m, spread) in zip(tables, spreads.items(), strict=True):
             check_columns(table, len(nodes))
+            if any(column.shape != (len(nodes),) or column.dtype != np.float64 for column in spread.values()):
+                raise FeatpatchError(f"the spread of {m} does not have {len(nodes)} float64 values, one per row")
+            if spread and not _draws(metadata.get("noise")):
+                raise FeatpatchError(f"noise is {_short(metadata.get('noise'))}: expected its number of draws")
+            table["spread"] = spread
         return tables
     except (SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise FeatpatchError(
@@ -199,7 +210,8 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
             )
     known = [column[~np.isnan(column)] for column in runs.values()]
     size = np.abs(np.concatenate([table["clean"], table["corrupted"], *known])).max(initial=0)
-    if not size <= MAX_METRIC or not pairs or abs((table["clean"] - table["corrupted"]).mean()) < MIN_GAP:
+    shares = metadata.get("unit", "gap") == "gap"
+    if not size <= MAX_METRIC or not pairs or (shares and abs((table["clean"] - table["corrupted"]).mean()) < MIN_GAP):
         raise FeatpatchError(
             f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}, or have no mean gap: expected "
             "smaller values and a mean gap other than zero"
@@ -229,6 +241,10 @@ def _node(values: Any) -> Node:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _draws(value: Any) -> bool:
+    return isinstance(value, dict) and _count(value.get("draws"))
 
 
 def _count(value: Any) -> bool:
@@ -287,6 +303,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metric": (_text, "a name"),
     "metrics": (_names, "names of metrics, each once"),
     "directions": (lambda value: _names(value) and set(value) <= set(DIRECTIONS), f"some of {', '.join(DIRECTIONS)}"),
+    "unit": (lambda value: value in ("gap", "metric"), "gap or metric"),
     "positions": (lambda value: _text(value) or _list(_place)(value), "a string, or a list of labels and indices"),
     "components": (_list(_text), "a list of names"),
     "route": (_text, "a text"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,7 +145,7 @@ class Effects(Measured):
             threshold: a share of the effect of the whole activation at the node's hook point and position; 0.01 by default.
 
         Raises:
-            FeatpatchError: the threshold is not between 0 and 1.
+            FeatpatchError: the threshold is not between 0 and 1, or the effects are not shares of a gap.
 
         Example:
             >>> strict = effects.with_threshold(0.5)
@@ -152,6 +153,7 @@ class Effects(Measured):
             (0.01, 0.5)
         """
         check_threshold(threshold)
+        self._check_gap()
         others = {name: self.for_metric(name).with_threshold(threshold) for name in self.others}
         return replace(self, metadata={**self.metadata, "threshold": float(threshold)}, others=others)
 
@@ -163,13 +165,24 @@ class Effects(Measured):
         single pair or in a direction that was not run. `with_threshold` sets the threshold. The labels are defined in
         `effects/statistics.py`.
 
+        Raises:
+            FeatpatchError: the effects are not shares of a gap.
+
         Example:
             >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").quadrants()
             ['both directions']
         """
+        self._check_gap()
         unknown, run = np.full((len(self), 2), np.nan), self.directions_run()
         intervals = [self.interval(effect) if effect in run else unknown for effect in EFFECTS]
         return quadrant_labels(intervals, [self.carried(effect) for effect in EFFECTS], self.threshold)
+
+    def _check_gap(self) -> None:
+        if not self.has_gap:
+            raise FeatpatchError(
+                f"the effects are changes {self.unit}, because the prompts have no counterfactual: expected shares of a gap, "
+                "to compare with a threshold; add corrupted prompts, or use effects.interval(...)"
+            )
 
     def audit(
         self, effect: Effect | None = None, *, top: int | None = None, confidence: float = 0.95, share: float = 0.05
@@ -234,7 +247,7 @@ class Effects(Measured):
             >>> stability.overlap > stability.chance
             True
         """
-        return split_half(self.take(self.ranked).changes(effect).toarray(), self.gap, splits, top, seed)
+        return split_half(self.take(self.ranked).changes(effect).toarray(), self.scale, splits, top, seed)
 
     def by_tag(self, tag: str, effect: Effect) -> pd.DataFrame:
         """Return the pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
@@ -262,6 +275,8 @@ class Effects(Measured):
 
         Columns of each effect over all pairs: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`,
         `_p`, `_q`; over the `changed_pairs` in which the node differs: `recovery_where_changed` with its `_low` and `_high`.
+        `unit` is what effects are measured in. With several draws of noise, `recovery_spread` is the standard deviation over
+        draws.
         `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
         directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
         metric's name: `prob_recovery`.
@@ -373,10 +388,19 @@ class Effects(Measured):
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
-        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value"]))
+        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value", "unit"]))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
-        return f"{self.value} effects over {len(self.clean)} pairs{more} {len(self)} rows:\n{shown}"
+        return f"{self._headline()}{more} {len(self)} rows:\n{shown}"
+
+    def _headline(self) -> str:
+        over = f"{self.value} effects over {len(self.clean)}"
+        if self.spread:
+            over += f" pairs and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
+            return over
+        if self.has_gap:
+            return f"{over} pairs"
+        return f"{over} prompt{'s' if len(self.clean) > 1 else ''}, as changes {self.unit} (clean - ablated)"
 
     def _repr_html_(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)
-        return f"{shown}<p>{len(self)} rows</p>"
+        return f"{shown}<p>{len(self)} rows, {escape(self.unit)}</p>"

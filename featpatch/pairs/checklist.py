@@ -172,7 +172,7 @@ def check(
         return told, _surprise(logits, prompts[index], _changed(pair))
 
     values, surprised = map(list, zip(*runs.each(prompts, read), strict=True))
-    whole = [index for index in range(len(prompts)) if not pairs[index // 2].correct]
+    whole = [index for index in range(len(prompts)) if pairs[index // 2].correct_sequences]
     told = runs.preferences([prompts[index] for index in whole], [pairs[index // 2].answers for index in whole])
     for index, value in zip(whole, told, strict=True):
         values[index] = value
@@ -180,9 +180,10 @@ def check(
     surprises = [there - here for here, there in zip(surprised[::2], surprised[1::2], strict=True)]
     gaps = [one - other for one, other in zip(clean, corrupted, strict=True)]
     usual, seen = Counter(label for pair in pairs for label in pair.labels), dict[Any, int]()
+    alone = not any(pair.has_counterfactual for pair in pairs)
     findings: list[Finding] = []
     for index, pair in enumerate(pairs):
-        rules = {
+        rules: dict[str, Outcome] = {
             "start": _start(pair, first, tokenizer),
             "difference": _difference(pair, tokenizer),
             "kind": _kind(pair, tokenizer),
@@ -193,6 +194,9 @@ def check(
             "duplicate": _duplicate(pair, index, seen),
             "gap": _gap(gaps[index], median(gaps)),
         }
+        if alone:
+            rules |= dict.fromkeys(("difference", "kind", "surprise", "gap"), ("pass", "not checked: no counterfactual"))
+            rules["output"] = _output_alone(clean[index], pair)
         findings += [Finding(index, rule, *outcome) for rule, outcome in rules.items()]
     return Checklist(tuple(findings), tuple(clean), tuple(corrupted))
 
@@ -279,6 +283,13 @@ def _output(clean: float, corrupted: float, pair: Pair) -> Outcome:
     if clean <= 0 or clean <= corrupted:
         return "fail", detail
     return ("pass" if corrupted < 0 else "warn"), detail
+
+
+def _output_alone(value: float, pair: Pair) -> Outcome:
+    """Return whether the model prefers the right answer on a prompt without a counterfactual."""
+    if not pair.answers[1]:
+        return "pass", f"log p(right) {value:.2f}" if pair.answers[0] else "no answers"
+    return ("pass" if value > 0 else "fail"), f"metric {value:.2f}"
 
 
 def _answers(pair: Pair, tokenizer: Any, in_context: Set[int]) -> Outcome:

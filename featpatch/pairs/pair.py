@@ -1,5 +1,7 @@
 """A pair of a clean and a corrupted prompt of equal length, with its answers, labels and token positions.
 
+A prompt without a counterfactual is a pair whose corrupted prompt equals the clean one.
+
 Positions are those of characters, spans and words in a prompt, and those that a request such as `"all"`, `"each"` or
 `["S2", 0]` stands for.
 """
@@ -32,9 +34,11 @@ class Pair:
     `sequence_log_prob` and `sequence_log_prob_diff`.
 
     Attributes:
-        clean, corrupted: the token ids of both prompts, which have the same length.
+        clean, corrupted: the token ids of both prompts, which have the same length, and are equal if the prompt has no
+            counterfactual.
         correct, wrong: the token ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may
-            be left out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences.
+            be left out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences, or if a prompt
+            without a counterfactual has no answers, for a metric of the logits alone.
         labels: names of token positions, e.g. `{"S2": 12}`, or of spans, e.g. `{"subject": (3, 4)}`.
         answer_position: the position at which the metric is read; the last token by default.
         special: the positions of BOS and other special tokens, which are never patched by default.
@@ -111,10 +115,9 @@ class Pair:
         right, wrong = map(_shown, self.answers)
         labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
-        said = (
-            f"pair of {len(self)} tokens, of which {differing} differ, answer ids {right} (right) and {wrong} (wrong), labels "
-            f"{labels}{tags}"
-        )
+        what = f"pair of {len(self)} tokens, of which {differing} differ"
+        what = what if differing else f"prompt of {len(self)} tokens without a counterfactual"
+        said = f"{what}, answer ids {right} (right) and {wrong} (wrong), labels {labels}{tags}"
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
     @property
@@ -123,6 +126,11 @@ class Pair:
         if self.correct_sequences:
             return self.correct_sequences, self.wrong_sequences
         return tuple((token,) for token in self.correct), tuple((token,) for token in self.wrong)
+
+    @property
+    def has_counterfactual(self) -> bool:
+        """Whether the corrupted prompt differs from the clean one."""
+        return self.clean != self.corrupted
 
     @property
     def first_difference(self) -> int:
@@ -167,7 +175,7 @@ class Pair:
                 )
             if not all(sequences):
                 raise FeatpatchError(f"{given}: expected at least one token in each answer")
-        if not self.answers[0]:
+        if not self.answers[0] and (self.answers[1] or self.has_counterfactual):
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
@@ -177,6 +185,19 @@ def _shown(answers: Sequences) -> str:
     """Return the token ids of the first three answers as text."""
     more = f" and {len(answers) - 3} more" if len(answers) > 3 else ""
     return ", ".join(" ".join(map(str, ids)) for ids in answers[:3]) + more or "none"
+
+
+def check_answers(pair: Pair, metrics: Sequence[str]) -> None:
+    """Check that a pair has answers if any metrics, given by name, read them.
+
+    Raises:
+        FeatpatchError: it has none.
+    """
+    if metrics and not pair.answers[0]:
+        raise FeatpatchError(
+            f"a prompt has no answers, and {', '.join(metrics)} reads them: expected correct=..., or a metric that is a "
+            "function of the logits alone, such as metric=lambda logits: logits[0, -1, 5]"
+        )
 
 
 def _check_tokens(name: str, tokens: object) -> None:

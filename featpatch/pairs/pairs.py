@@ -44,6 +44,8 @@ class Pairs(Sequence[Pair]):
         >>> short = fp.Pairs(tuple(pair for pair in pairs if len(pair) <= 24))
         >>> len(short)
         3
+        >>> fp.Pairs.from_prompts(model, clean="Mary gave it to John . John gave it to", correct=" Mary")
+        1 prompt of 12 tokens without a counterfactual, labels (none)
     """
 
     pairs: tuple[Pair, ...]
@@ -61,8 +63,9 @@ class Pairs(Sequence[Pair]):
     @classmethod
     def from_prompts(
         cls, tokenizer: Tokenizer, *,
-        clean: Sequence[Prompt] | torch.Tensor, corrupted: Sequence[Prompt] | torch.Tensor,
-        correct: Sequence[Answers] | torch.Tensor, wrong: Sequence[Answers] | torch.Tensor | None = None,
+        clean: str | Sequence[Prompt] | torch.Tensor, corrupted: str | Sequence[Prompt] | torch.Tensor | None = None,
+        correct: str | Sequence[Answers] | torch.Tensor | None = None,
+        wrong: str | Sequence[Answers] | torch.Tensor | None = None,
         labels: Sequence[Mapping[str, Label]] | None = None, corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
         tags: Sequence[Mapping[str, str]] | None = None,
         align: str | None = None, filler: str | None = None, long_answers: bool = False,
@@ -73,11 +76,14 @@ class Pairs(Sequence[Pair]):
             tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
                 function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
                 left out of swaps.
-            clean, corrupted: equally many prompts, each a text or token ids such as `model.to_tokens(text)`.
+            clean, corrupted: equally many prompts, each a text or token ids such as `model.to_tokens(text)`; or a single text,
+                with a single answer. Without `corrupted` the prompts have no counterfactual: they can be ablated with
+                `fp.ablate` and patched with `fp.do`, and effects are in units of the metric.
             correct, wrong: for each pair, an answer that is one token, or several such answers; with `long_answers`, answers
                 may be longer. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
                 separate word; an integer is the id of a token. Without `wrong`, or where it is empty or None, only metrics
-                of the correct answers, such as `"log_prob"`, can be used.
+                of the correct answers, such as `"log_prob"`, can be used. Prompts without a counterfactual may have no answers,
+                for a metric that is a function of the logits alone.
             labels: for each clean prompt, names of positions. A position is a token index, `{"S2": 12}`, a text that occurs
                 once in the prompt, `{"S2": "Mary"}`, or its characters, `{"S2": (34, 38)}`; a text stands for its last token.
                 A label may also name a span, which is patched as one position: all tokens of a text,
@@ -106,9 +112,17 @@ class Pairs(Sequence[Pair]):
             >>> pairs[0].first_difference
             10
         """
-        check_kinds(Sized, clean=clean, wrong=[] if wrong is None else wrong)
-        columns: dict[str, Any] = {"clean": clean, "corrupted": corrupted, "correct": correct}
-        columns["wrong"] = wrong if wrong is not None and len(wrong) else [[]] * len(clean)
+        if isinstance(clean, str):
+            one: list[Any] = [None if given is None else [given] for given in (clean, corrupted, correct, wrong)]
+            clean, corrupted, correct, wrong = one
+        given = {"corrupted_labels": corrupted_labels, "align": align, "filler": filler}
+        if corrupted is None and any(value is not None for value in given.values()):
+            names = ", ".join(name for name, value in given.items() if value is not None)
+            raise FeatpatchError(f"{names} without corrupted: expected corrupted prompts too; add them, or leave out {names}")
+        check_kinds(Sized, clean=clean, correct=[] if correct is None else correct, wrong=[] if wrong is None else wrong)
+        columns: dict[str, Any] = {"clean": clean, "corrupted": clean if corrupted is None else corrupted}
+        for name, answers in (("correct", correct), ("wrong", wrong)):
+            columns[name] = answers if answers is not None and len(answers) else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
             columns[name] = column if column is not None else [{}] * len(clean)
         return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers), plain_tokenizer(tokenizer))
@@ -117,8 +131,8 @@ class Pairs(Sequence[Pair]):
     def from_tokens(
         cls,
         clean: Int[torch.Tensor, "pairs pos"] | Table,
-        corrupted: Int[torch.Tensor, "pairs pos_corrupted"] | Table,
-        correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"] | Table,
+        corrupted: Int[torch.Tensor, "pairs pos_corrupted"] | Table | None = None,
+        correct: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs answers"] | Table | None = None,
         wrong: Int[torch.Tensor, " pairs"] | Int[torch.Tensor, "pairs wrong_answers"] | Table | None = None,
         labels: Sequence[Mapping[str, SupportsIndex | Sequence[SupportsIndex]]] | None = None,
         *,
@@ -128,7 +142,7 @@ class Pairs(Sequence[Pair]):
         """Make pairs from tensors of token ids, or from lists of equally long lists.
 
         Args:
-            clean, corrupted: the token ids of the prompts, one row per pair.
+            clean, corrupted: the token ids of the prompts, one row per pair; without `corrupted` they have no counterfactual.
             correct, wrong: the token ids of the answers; without `wrong`, or if it is empty, only metrics of the correct
                 answers can be used.
             labels: for each pair, names of positions, or of spans as ranges or lists of positions, counted in the padded clean
@@ -148,6 +162,7 @@ class Pairs(Sequence[Pair]):
             1
         """
         plain = None if tokenizer is None else plain_tokenizer(tokenizer)
+        corrupted = clean if corrupted is None else corrupted
         return cls(of_tensors(clean, corrupted, correct, wrong, labels, attention_mask, tokenizer), plain)
 
     @classmethod
@@ -302,7 +317,10 @@ class Pairs(Sequence[Pair]):
     def __repr__(self) -> str:
         lengths, labels = sorted(self.by_length()), dict.fromkeys(label for pair in self for label in pair.labels)
         tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        return visible(f"{len(self)} pairs of {tokens} tokens, labels {', '.join(labels) or '(none)'}")
+        what, alone = "pairs", ""
+        if not self.has_counterfactual:
+            what, alone = "prompt" if len(self) == 1 else "prompts", " without a counterfactual"
+        return visible(f"{len(self)} {what} of {tokens} tokens{alone}, labels {', '.join(labels) or '(none)'}")
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
@@ -323,6 +341,11 @@ class Pairs(Sequence[Pair]):
         more = f", of which {SHOWN} are shown" if len(self) > SHOWN else ""
         shown = zip(prompts, labels, strict=False)
         return str(block("pairs.html", pairs=[{**vars(prompt), "labels": of} for prompt, of in shown], text=f"{self!r}{more}"))
+
+    @property
+    def has_counterfactual(self) -> bool:
+        """Whether the corrupted prompt of any pair differs from the clean one."""
+        return any(pair.has_counterfactual for pair in self)
 
     check = checklist.check
 
@@ -419,3 +442,17 @@ def check_pairs(pairs: Any) -> Pairs:
     if not isinstance(pairs, Pairs):
         raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     return pairs
+
+
+def check_counterfactual(pairs: Any) -> Pairs:
+    """Check that the argument is a `Pairs` object in which some corrupted prompts differ from the clean ones, and return it.
+
+    Raises:
+        FeatpatchError: it is not.
+    """
+    if not check_pairs(pairs).has_counterfactual:
+        raise FeatpatchError(
+            f"{pairs!r}: expected corrupted prompts that differ from the clean ones, because values are taken from the "
+            "corrupted run; pass corrupted=..., or use fp.ablate or fp.do, which need no counterfactual"
+        )
+    return check_pairs(pairs)

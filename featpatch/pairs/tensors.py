@@ -18,7 +18,7 @@ Table = Sequence[int] | Sequence[Sequence[int]]
 def of_tensors(
     clean: torch.Tensor | Table,
     corrupted: torch.Tensor | Table,
-    correct: torch.Tensor | Table,
+    correct: torch.Tensor | Table | None,
     wrong: torch.Tensor | Table | None,
     labels: Sequence[Mapping[str, SupportsIndex | Sequence[SupportsIndex]]] | None,
     attention_mask: torch.Tensor | Table | None,
@@ -29,11 +29,12 @@ def of_tensors(
     Raises:
         FeatpatchError: the tables, labels or padding are not valid, see `Pairs.from_tokens`.
     """
-    given = {"clean": clean, "corrupted": corrupted, "correct": correct}
-    given["wrong"] = wrong if wrong is not None else torch.zeros(len(clean), 0, dtype=torch.long)
-    ids = {name: _integers(name, value) for name, value in given.items()}
+    given = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
+    ids = {name: _integers(name, value) for name, value in given.items() if value is not None}
+    none = torch.zeros(len(clean), 0, dtype=torch.long)
+    ids |= {name: none for name in ("correct", "wrong") if given[name] is None}
     if not len(ids["wrong"]):
-        ids["wrong"] = torch.zeros(len(clean), 0, dtype=torch.long)
+        ids["wrong"] = none
     columns: dict[str, Sequence[Any]] = {name: table.tolist() for name, table in ids.items()}
     columns["labels"] = labels if labels is not None else [{}] * len(clean)
     columns["attention_mask"] = [None] * len(clean)

@@ -4,30 +4,27 @@ Ablation values are a constant, a statistic over prompts, or the values in anoth
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from random import Random
 from sys import float_info
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from featpatch import sites
-from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, is_integer, is_number
 from featpatch.model.lens import Lens
-from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
+from featpatch.pairs.likelihood import chunks
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Contrast, Run, Ways
-from featpatch.patching.components import component_parts
+from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import Part
-from featpatch.patching.readings import Metrics
-from featpatch.patching.study import Options, Study
+from featpatch.patching.runs import TOKENS_AT_ONCE
 from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 
 Values = tuple[torch.Tensor, ...]
@@ -56,21 +53,20 @@ class Others:
         pairs: the pairs that are ablated.
         prompts: the prompts whose activations give the ablation values.
         seed: the seed for resampling.
+        hooks: the hook points whose activations are ablated.
+        dictionaries: the dictionaries whose features and errors are ablated.
     """
 
     lens: Lens
     pairs: Pairs
     prompts: Sequence[Prompt]
     seed: int
+    hooks: Sequence[str]
+    dictionaries: Sequence[Dictionary]
 
     def digest(self) -> str:
         """Return a digest of the prompts."""
         return sha256(repr([(prompt.tokens, sorted(prompt.special)) for prompt in self.prompts]).encode()).hexdigest()
-
-    def run(self, tokens: Sequence[int], hooks: Sequence[str]) -> Run:
-        """Run the model on a prompt and return its activations at some hook points."""
-        read = self.lens.read(torch.tensor([tokens]), sorted(set(hooks)))
-        return Run({hook: values[0] for hook, values in read.items()})
 
 
 class AblationValues(ABC):
@@ -95,13 +91,11 @@ class Everywhere(AblationValues):
         return Filled(clean.activations, self)
 
     @abstractmethod
-    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+    def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
         """Return the ablation values.
 
         Args:
-            name: names the values; the same name gives the same ablation values.
-            hooks: the hook points whose activations `parts` needs.
-            parts: takes the values to replace from a run.
+            of: the hook point whose activation is replaced, or the dictionary whose features and error are replaced.
             like: the values to replace.
             length: the number of tokens of the prompt.
         """
@@ -117,21 +111,16 @@ class Filled(Run):
         """Return the ablation value of the activation at a hook point, at every position."""
         like = self.activations[hook]
         length = like.shape[0 if sites.by_position(hook) else -1]
-        (value,) = self.ablation_values.values(hook, [hook], lambda run: (run.at(hook),), (like,), length)
+        (value,) = self.ablation_values.values(hook, (like,), length)
         return value.to(like).expand_as(like)
 
     def split(self, dictionary: Dictionary, start: int) -> Split:
         """Return ablation values of features and error from position `start` on, with the state of the original run."""
         like = Run(self.activations).split(dictionary, start)
-        name, hooks = f"features of {dictionary.name}", [dictionary.reads, dictionary.writes]
-
-        def parts(run: Run) -> Values:
-            split = run.split(dictionary, 0)
-            return split.features[0], split.error[0]
-
         length = start + like.features.shape[1]
-        found = self.ablation_values.values(name, hooks, parts, (like.features[0], like.error[0]), length)
+        found = self.ablation_values.values(dictionary, (like.features[0], like.error[0]), length)
         features, error = (value[-(length - start) :] if value.ndim > 1 else value for value in found)
+        features, error = features.to(like.features), error.to(like.error)
         return replace(like, features=features.expand_as(like.features), error=error.expand_as(like.error))
 
 
@@ -141,17 +130,46 @@ class Constant(Everywhere):
 
     value: float
 
-    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+    def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
         """Return tensors filled with the number."""
         return tuple(torch.full_like(each, self.value) for each in like)
 
 
+class Reduction(Protocol):
+    """A statistic over the first dimension of values that are added batch by batch."""
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add values `[n, ...]`."""
+
+    def value(self) -> torch.Tensor:
+        """Return the statistic of all values added so far, `[...]`."""
+
+
+class Mean:
+    """A running mean, in float32 at least; its memory does not grow with the number of values."""
+
+    def __init__(self) -> None:
+        self.total, self.count = torch.zeros(()), 0
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add values `[n, ...]`."""
+        total = values.to(torch.promote_types(values.dtype, torch.float32)).sum(0)
+        self.total = total if self.count == 0 else self.total + total
+        self.count += len(values)
+
+    def value(self) -> torch.Tensor:
+        """Return the mean `[...]`."""
+        return self.total / self.count
+
+
 class Statistic(Everywhere):
-    """A statistic over prompts as the ablation value, computed once.
+    """A statistic over prompts as the ablation value.
+
+    All hook points and dictionaries are read in the same forward passes, each of which runs several prompts of equal length.
 
     Args:
         others: the prompts.
-        of: computes the statistic `[...]` of values `[n, ...]`.
+        reduction: makes an empty `Reduction`, such as `Mean`.
         by_position: whether to compute a statistic for every token index, over the prompts of the same length, rather than one
             over all positions.
 
@@ -159,25 +177,26 @@ class Statistic(Everywhere):
         FeatpatchError: if the prompts have only special tokens.
     """
 
-    def __init__(self, others: Others, of: Callable[[torch.Tensor], torch.Tensor], *, by_position: bool = False) -> None:
+    def __init__(self, others: Others, reduction: Callable[[], Reduction], *, by_position: bool = False) -> None:
         if all(len(prompt.special) == len(prompt.tokens) for prompt in others.prompts):
             raise FeatpatchError("the prompts to take means over hold only special tokens: expected words; give other prompts")
-        self.others, self.of, self.by_position, self.noted = others, of, by_position, {"reference": others.digest()}
-        self._found: dict[tuple[str, int], Values] = {}
+        self.others, self.reduction, self.by_position = others, reduction, by_position
+        self.noted = {"reference": others.digest()}
+        self._found: dict[int, dict[str | int, Values]] = {}
 
-    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+    def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
         """Return the statistics, `[pos, ...]` each if by position, otherwise without a position dimension.
 
         Raises:
             FeatpatchError: if a statistic over all positions is asked for attention patterns, or one by position and no prompt
                 has this length.
         """
-        if not self.by_position and not all(map(sites.by_position, hooks)):
+        if isinstance(of, str) and not self._has_statistic(of):
             raise FeatpatchError(
-                f"to='mean' for {name!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
+                f"to='mean' for {of!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
                 "positions is not an attention pattern"
             )
-        key = name, length if self.by_position else 0
+        key = length if self.by_position else 0
         if key not in self._found:
             prompts = [p for p in self.others.prompts if len(p.tokens) == length or not self.by_position]
             if not prompts:
@@ -185,16 +204,35 @@ class Statistic(Everywhere):
                     f"there is no prompt of {length} tokens to take a mean by position over: expected at least one in "
                     "`reference`; add prompts of that length, or pass to='mean'"
                 )
-            found = [parts(self.others.run(prompt.tokens, hooks)) for prompt in prompts]
-            self._found[key] = tuple(self.of(self._joined(prompts, values)) for values in zip(*found, strict=True))
-        return self._found[key]
+            self._found[key] = self._over(prompts)
+        index = of if isinstance(of, str) else next(i for i, each in enumerate(self.others.dictionaries) if each is of)
+        return self._found[key][index]
 
-    def _joined(self, prompts: Sequence[Prompt], values: Values) -> torch.Tensor:
-        """Stack the values of the prompts if by position; otherwise concatenate them without special tokens."""
-        if self.by_position:
-            return torch.stack(values)
-        kept = [[at for at in range(len(prompt.tokens)) if at not in prompt.special] for prompt in prompts]
-        return torch.cat([value[rows] for value, rows in zip(values, kept, strict=True)])
+    def _has_statistic(self, hook: str) -> bool:
+        return self.by_position or sites.by_position(hook)
+
+    @torch.no_grad()
+    def _over(self, prompts: Sequence[Prompt]) -> dict[str | int, Values]:
+        """Return the statistics over prompts by hook point, and for features and error by the index of the dictionary."""
+        reductions: dict[str | int, list[Reduction]] = {}
+        for some in chunks([prompt.tokens for prompt in prompts], TOKENS_AT_ONCE):
+            batch = [prompts[index] for index in some]
+            words = torch.tensor([[at not in prompt.special for at in range(len(prompt.tokens))] for prompt in batch])
+            for key, values in self._read(torch.tensor([prompt.tokens for prompt in batch])):
+                for one, value in zip(reductions.setdefault(key, [self.reduction() for _ in values]), values, strict=True):
+                    one.add(value if self.by_position else value[words.to(value.device)])
+        return {key: tuple(one.value() for one in several) for key, several in reductions.items()}
+
+    def _read(self, tokens: torch.Tensor) -> Iterator[tuple[str | int, Values]]:
+        """Run prompts of equal length and yield their values `[prompts, pos, ...]`, with the keys of `_over`."""
+        dictionaries = self.others.dictionaries
+        hooks = {*self.others.hooks, *(hook for each in dictionaries for hook in (each.reads, each.writes))}
+        read = self.others.lens.read(tokens, sorted(hooks))
+        for hook in filter(self._has_statistic, self.others.hooks):
+            yield hook, (read[hook],)
+        for index, dictionary in enumerate(dictionaries):
+            split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+            yield index, (split.features, split.error)
 
 
 class Resampled(AblationValues):
@@ -210,7 +248,8 @@ class Resampled(AblationValues):
 
     def run(self, index: int, clean: Run) -> Run:
         """Return the activations of the resampled prompt."""
-        return self.others.run(self.partners[index], list(clean.activations))
+        read = self.others.lens.read(torch.tensor([self.partners[index]]), sorted(clean.activations))
+        return Run({hook: values[0] for hook, values in read.items()})
 
     def _partner(self, index: int, clean: tuple[int, ...]) -> tuple[int, ...]:
         """Draw another prompt as long as the clean one."""
@@ -224,15 +263,10 @@ class Resampled(AblationValues):
         return Random(repr((self.others.seed, clean))).choice(fitting)
 
 
-def mean(values: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the first dimension."""
-    return values.mean(0)
-
-
 ABLATION_VALUES: dict[str, Callable[[Others], AblationValues]] = {
     "zero": lambda others: Constant(0.0),
-    "mean": lambda others: Statistic(others, mean),
-    "mean_by_position": lambda others: Statistic(others, mean, by_position=True),
+    "mean": lambda others: Statistic(others, Mean),
+    "mean_by_position": lambda others: Statistic(others, Mean, by_position=True),
     "resample": Resampled,
 }
 """The ways to choose ablation values, by name."""
@@ -240,85 +274,6 @@ ABLATION_VALUES: dict[str, Callable[[Others], AblationValues]] = {
 
 To = str | float
 """How ablation values are chosen: the name of one of `ABLATION_VALUES`, or a number to use as the value."""
-
-
-def ablate(
-    model: Any,
-    pairs: Pairs,
-    *,
-    saes: Any = None,
-    sites: str | Sequence[str] = (),
-    layers: Sequence[int] | None = None,
-    to: To = "mean",
-    reference: Pairs | None = None,
-    seed: int | None = None,
-    positions: Positions = "all",
-    metric: Metrics = "logit_diff",
-    batch_rows: int | None = None,
-    journal: str | Path | None = None,
-    executor: Any = None,
-    progress: bool = True,
-) -> Effects:
-    """Measure the exact effect of ablating features, error terms and components, one at a time, in the clean run.
-
-    degradation = mean(m_clean - m_ablated) / mean(m_clean - m_corrupted)
-
-    A degradation of 1 means that as much is lost as by the corrupted prompt. Zeros and pooled means can move an activation off
-    the model's distribution. With the error term at zero the SAE's reconstruction remains, and with all features at zero the
-    SAE's bias remains. So features and error do not add up to the whole activation here, and their interaction in
-    `Effects.sites` also contains the bias.
-
-    Args:
-        model: a TransformerBridge or a HookedTransformer.
-        pairs: pairs whose clean prompts are ablated; the corrupted prompts give the gap.
-        saes: SAEs as in `rank_features`; for each, its features, all features, its error and the whole activation are ablated.
-        sites, layers: components as in `rank_components`.
-        to: the ablation values. `"zero"` or another number; `"mean"`: the mean over all positions of the `reference` prompts
-            except special tokens; `"mean_by_position"`: the mean at each token index, over `reference` prompts of the same
-            length; `"resample"`: the values in another `reference` prompt of the same length, drawn for each pair (it may be
-            the pair's own corrupted prompt). State that an SAE needs to decode (norms, skip paths) is kept from the base run.
-        reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default. Not for a number.
-        seed: the seed for resampling; 0 by default.
-        positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
-
-    Returns:
-        One row per feature, error term or component, with its degradation.
-
-    Raises:
-        FeatpatchError: if the input is unusable, there is nothing to ablate, or there is no prompt to average or resample.
-
-    Example:
-        >>> ablated = fp.ablate(model, pairs, sites="z", layers=[1], positions=["S2"], to="zero", progress=False)
-        >>> ablated.directions_run(), len(ablated.where(kind="head"))
-        (['degradation'], 8)
-    """
-    check_pairs(pairs)
-    lens = wrap(model)
-    parts: list[Part] = []
-    about: dict[str, Any] = {}
-    if saes is not None:
-        found = dictionaries(lens, saes)
-        parts.append(FeaturePart(found))
-        about["saes"] = {dictionary.name: dictionary.digest() for dictionary in found}
-    if sites:
-        found_parts, noted = component_parts(lens, sites, layers, positions)
-        parts, about = parts + found_parts, about | noted
-    elif layers is not None:
-        raise FeatpatchError(
-            f"layers={layers} without sites: expected both or neither, because each SAE has its own layer; pass sites=..., or "
-            "leave layers out"
-        )
-    if not parts:
-        raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
-    study = Study.of(
-        lens,
-        parts,
-        about,
-        pairs,
-        Options(positions, ["noising"], metric, batch_rows),
-        ablation(lens, pairs, reference, to, seed),
-    )
-    return study.run(journal, progress=progress, executor=executor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,14 +294,48 @@ class Ablation(Contrast):
         return {"ablation": {"to": self.to, **self.ablation_values.noted}}
 
 
-def ablation(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
-    """Return the contrast that takes ablation values, from arguments as in `ablate`.
+def ablated_parts(
+    lens: Lens, saes: Any, components: str | Sequence[str], layers: Sequence[int] | None, positions: Positions
+) -> tuple[list[Part], dict[str, Any]]:
+    """Return the parts that are ablated, and the metadata to store with the results.
+
+    Args:
+        components: the argument `sites` of `ablate`.
+        lens, saes, layers, positions: as in `ablate`.
 
     Raises:
-        FeatpatchError: the arguments are not valid, or don't belong together.
+        FeatpatchError: if there is nothing to ablate, or the model lacks something.
     """
-    if reference is not None:
-        check_tokens(check_pairs(reference), lens)
+    parts: list[Part] = []
+    about: dict[str, Any] = {}
+    if saes is not None:
+        found = dictionaries(lens, saes)
+        parts.append(FeaturePart(found))
+        about["saes"] = {dictionary.name: dictionary.digest() for dictionary in found}
+    if components:
+        found_parts, noted = component_parts(lens, components, layers, positions)
+        covered = {site for part in parts for site in part.sites}  # their whole activations are rows already
+        found_parts = [
+            WholePart([hook for hook in part.whole if hook not in covered]) if isinstance(part, WholePart) else part
+            for part in found_parts
+        ]
+        parts, about = parts + found_parts, about | noted
+    elif layers is not None:
+        raise FeatpatchError(
+            f"layers={layers} without sites: expected both or neither, because each SAE has its own layer; pass sites=..., or "
+            "leave layers out"
+        )
+    if not parts:
+        raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
+    return parts, about
+
+
+def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
+    """Return the contrast in which these parts are ablated; the arguments are those of `ablate`.
+
+    Raises:
+        FeatpatchError: if an argument is unknown or unused, or the values would be the prompt's own.
+    """
     number = is_number(to) and abs(to) <= float_info.max
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
@@ -360,6 +349,15 @@ def ablation(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: in
         raise FeatpatchError(f"seed={seed!r}: expected an integer, so that the draws can be repeated")
     if number:
         return Ablation(Constant(float(to)), float(to))
+    if reference is not None:
+        check_tokens(check_pairs(reference), lens)
     of = pairs if reference is None else reference
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in of for ids in (pair.clean, pair.corrupted)))
-    return Ablation(ABLATION_VALUES[str(to)](Others(lens, pairs, prompts, int(seed or 0))), to)
+    if to == "mean_by_position" and [prompt.tokens for prompt in prompts] == [pairs[0].clean]:
+        raise FeatpatchError(
+            "to='mean_by_position' with one prompt, whose own values would be the ablation values: expected further prompts of "
+            "the same length; pass reference=..., or to='mean'"
+        )
+    hooks = sorted({hook for part in parts for hook in part.hooks})
+    owners = [dictionary for part in parts for dictionary in part.owners]
+    return Ablation(ABLATION_VALUES[str(to)](Others(lens, pairs, prompts, int(seed or 0), hooks, owners)), to)

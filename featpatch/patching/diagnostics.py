@@ -27,7 +27,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, Node, Patch, check_directions
-from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.pairs import Pairs, check_counterfactual
 from featpatch.patching.do import Chosen, Values, choose
 from featpatch.patching.runs import chunks
 from featpatch.sae.dictionary import dictionaries
@@ -81,7 +81,7 @@ def diagnose(
         >>> table[["index", "arrived", "leakage", "norm_ratio", "outside"]].shape
         (3, 5)
     """
-    check_pairs(pairs)
+    check_counterfactual(pairs)
     ways = check_directions(directions)
     if not isinstance(nodes, Sequence) or not nodes or not all(isinstance(node, Node) for node in nodes):
         raise FeatpatchError(f"nodes={nodes!r:.80}: expected a sequence of at least one fp.Node, e.g. effects.top(20).nodes")

@@ -38,6 +38,11 @@ class FeaturePart(Part):
     only: frozenset[Node] | None = None
 
     @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries."""
+        return self.dictionaries
+
+    @property
     def hooks(self) -> set[str]:
         """The hook points that the dictionaries read and write."""
         return {hook for dictionary in self.dictionaries for hook in (dictionary.reads, dictionary.writes)}

@@ -6,7 +6,7 @@ last of these layers is then patched there: the effect is the same, and the rest
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +59,11 @@ class JointPart(Part):
         """
         for group in each(self._groups, list(pairs))[0]:
             check_settable(self.lens, group)
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries to which the nodes may belong."""
+        return self.dictionaries
 
     @property
     def hooks(self) -> set[str]:
@@ -187,7 +192,7 @@ def node_study(
     pairs: Pairs,
     nodes: Any,
     options: Options,
-    contrast: Contrast = CLEAN_AND_CORRUPTED,
+    contrast: Callable[[Sequence[Part]], Contrast] = lambda parts: CLEAN_AND_CORRUPTED,
     *,
     together: bool,
 ) -> tuple[Study, tuple[Node, ...]]:
@@ -195,7 +200,8 @@ def node_study(
 
     Args:
         nodes, together: as in `rank_nodes`.
-        model, saes, pairs, options, contrast: as in `feature_study` and `Study.of`; the positions are those of the nodes.
+        contrast: a function that chooses base and source runs for the parts that are patched.
+        model, saes, pairs, options: as in `feature_study` and `Study.of`; the positions are those of the nodes.
 
     Raises:
         FeatpatchError: a node can't be patched, or not with the others.
@@ -219,7 +225,7 @@ def node_study(
         parts.append(both)
     about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
     positions = list(dict.fromkeys(end for node in chosen for end in _ends(node.position)))
-    return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast), rows
+    return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast(parts)), rows
 
 
 def _named(lens: Lens, node: Node) -> Node:

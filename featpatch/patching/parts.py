@@ -20,6 +20,11 @@ class Part(ABC):
         return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)  # type: ignore[arg-type]
 
     @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries whose features and errors are patched; none by default."""
+        return ()
+
+    @property
     @abstractmethod
     def hooks(self) -> set[str]:
         """The hook points whose activations the part needs."""
@@ -54,6 +59,11 @@ class OnlyPart(Part):
 
     part: Part
     only: frozenset[Node]
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries of the other part."""
+        return self.part.owners
 
     @property
     def hooks(self) -> set[str]:
@@ -91,6 +101,11 @@ class DictionaryPart(Part):
     def difference(self, run: PairRuns) -> Difference:
         """Return the difference between the runs of a pair, computed once."""
         return run.once(self, lambda: Difference.of(self.dictionary, run.ways, run.first))
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionary."""
+        return (self.dictionary,)
 
     @property
     def hooks(self) -> set[str]:

@@ -16,7 +16,7 @@ from featpatch.errors import FeatpatchError, each
 from featpatch.metrics import SEQUENCES, Measures, Metric, one_metric, together
 from featpatch.model.lens import Lens
 from featpatch.model.vocabulary import check_tokens
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs
 
 ByReading = Float[torch.Tensor, "readings patches engine_metrics"]
@@ -61,7 +61,8 @@ class AtAnswer:
         Raises:
             FeatpatchError: if a metric reads one token and the pair's answers have several.
         """
-        need = [part.name for part in self.measures.parts if part.needs != "clean"]
+        need = [part.name for part in self.measures.parts if part.of_answers]
+        check_answers(pair, need)
         if need and not pair.correct:
             raise FeatpatchError(
                 f"its answers {pair.answers} have several tokens, and {', '.join(need)} reads one: expected the metric "
@@ -91,6 +92,7 @@ class OfSequences:
 
     def readings(self, pair: Pair) -> list[Reading]:
         """Return one reading for each token of each answer."""
+        check_answers(pair, self.names)
         return [
             Reading(answer[:token], (answer[token],), ())
             for answers in self._sides(pair)

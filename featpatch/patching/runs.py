@@ -6,7 +6,7 @@ arXiv 2202.05262).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 
 from featpatch import sites
 from featpatch.engine.patches import BaseRun
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Position
 from featpatch.pairs.pair import Pair, Wanted
@@ -35,6 +35,9 @@ class Noise:
         scale: standard deviation of the noise, as a multiple of the standard deviation of the embeddings of the prompt's
             tokens over all coordinates.
         seed: the seed of the noise, which is drawn anew for each pair.
+        draws: the number of draws, with the seeds `seed`, `seed + 1` and so on, over which metric values are averaged. The cost
+            grows with it, and so does precision: a single draw can be far off, and 10 are advisable for numbers to report.
+            `effects.spread` holds the standard deviation of pooled effects over draws.
 
     Example:
         >>> noise = fp.Noise(["S2"], scale=3.0)
@@ -46,8 +49,10 @@ class Noise:
     positions: Sequence[Position]
     scale: float = 3.0
     seed: int = 0
+    draws: int = 1
 
     def __post_init__(self) -> None:
+        check_numbers(1, draws=self.draws)
         several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str)
         if not several or not self.positions or not isinstance(self.scale, (int, float)) or not self.scale > 0:
             raise FeatpatchError(
@@ -66,7 +71,12 @@ class Noise:
 
     def about(self) -> dict[str, Any]:
         """Return metadata to store with the results."""
-        return {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
+        about = {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
+        return about if self.draws == 1 else {**about, "draws": self.draws}
+
+    def each(self) -> "list[Noise]":
+        """Return every draw as noise of its own."""
+        return [replace(self, seed=self.seed + draw, draws=1) for draw in range(self.draws)]
 
     @contextmanager
     def added(self, lens: Lens, pairs: Sequence[Pair]) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch.effects.collector import Collector
+from featpatch.effects.collector import Collector, averaged
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.engine.executor import Executor, Shards
@@ -30,7 +30,7 @@ from featpatch.model.provenance import measured_places, provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Positions, Wanted, spans
-from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import Metrics, Reading, Readout, readings_of, readout
@@ -115,7 +115,8 @@ class Study:
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
-        readings = readings_of(read, check_pairs(pairs), lens)
+        alone = noise is not None or contrast.everywhere
+        readings = readings_of(read, check_pairs(pairs) if alone else check_counterfactual(pairs), lens)
         wanted = [spans(pair, options.positions) for pair in pairs]
         if noise is None and not contrast.everywhere and lens.causal:
             _warn_of_the_unchanged(pairs, wanted)
@@ -150,10 +151,35 @@ class Study:
         Raises:
             FeatpatchError: if the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
         """
+        if self.runner.noise is not None and self.runner.noise.draws > 1:
+            return self._averaged(self.runner.noise, journal, executor, progress=progress)
         survey = self._survey()
         for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
-            check_gap(name, of_clean, of_corrupted)
+            if self.metadata["unit"] == "gap":
+                check_gap(name, of_clean, of_corrupted)
         return self._swept(survey, journal, executor, progress=progress)
+
+    def _averaged(self, noise: Noise, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
+        """Run the sweep once for each draw of noise and average; after Ctrl-C, over the draws that are finished.
+
+        Draws after the first have journals of their own, with the number of the draw at the end of their names.
+        """
+        tables: list[Effects] = []
+        for number, one in enumerate(noise.each()):
+            arguments = {**self.arguments, "options": replace(self.arguments["options"], noise=one, directions=self.directions)}
+            path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
+            table = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments).run_block(
+                path, progress=progress, executor=executor
+            )
+            if not table.finished:
+                tables = tables or [table]
+                break
+            tables.append(table)
+        about = {**self.metadata, "noise": replace(noise, draws=len(tables)).about(), "finished": len(tables) == noise.draws}
+        effects = averaged(tables, about) if len(tables) > 1 else tables[0]
+        for name in effects.metrics if effects.finished else ():
+            check_gap(name, effects.for_metric(name).clean, effects.for_metric(name).corrupted)
+        return effects
 
     def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
         """Run one block of a larger set of pairs, without checking that it has a gap; see `run`."""
@@ -344,6 +370,7 @@ def _metadata(
         "directions": sorted(directions),
         **measured_places(runner.lens, runner.pairs, positions, runner.wanted, complete),
         **provenance(runner.lens, runner.pairs),
+        "unit": "gap" if runner.noise is not None or runner.pairs.has_counterfactual else "metric",
         **about,
         **runner.contrast.about(),
         **({} if runner.noise is None else {"noise": runner.noise.about()}),

@@ -13,7 +13,9 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Direction, Node
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import To, ablation
+from featpatch.patching.changes import Contrast
 from featpatch.patching.joint import node_study
+from featpatch.patching.parts import Part
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import Noise
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options
@@ -73,7 +75,10 @@ def rank_nodes(
         (4,)
     """
     lens, way = wrap(model), directions
-    contrast = CLEAN_AND_CORRUPTED if to is None else ablation(lens, check_pairs(pairs), reference, to, seed)
+
+    def contrast(parts: Sequence[Part]) -> Contrast:
+        return CLEAN_AND_CORRUPTED if to is None else ablation(lens, parts, check_pairs(pairs), reference, to, seed)
+
     if to is not None:
         way = ["noising"] if directions is DIRECTIONS else directions
         if list(way) != ["noising"] or noise is not None:
@@ -99,5 +104,5 @@ def _with_rows(effects: Effects, nodes: tuple[Node, ...]) -> Effects:
     number = {node: row for row, node in enumerate(nodes)}
     row = np.array([number[node] for node in effects.nodes], dtype=np.int64)[effects.row]
     return replace(
-        effects, nodes=nodes, row=row, others={name: _with_rows(effects.metric(name), nodes) for name in effects.others}
+        effects, nodes=nodes, row=row, others={name: _with_rows(effects.for_metric(name), nodes) for name in effects.others}
     )

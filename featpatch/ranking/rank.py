@@ -118,7 +118,7 @@ def rank_features(
         raise FeatpatchError(f"screen={screen!r}: expected None or an fp.Screen, such as fp.Screen(k=200, audit=100)")
     options = {"screen": screen, "batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
     estimate = partial(estimate_features, saes=saes, positions=positions, directions=directions, progress=progress)
-    if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
+    if (gradients := gradients_of(method, model, pairs, metric, options)) is not None:
         return estimate(gradients)
     metric = METRIC if metric is None else metric
     asked = Options(positions, directions, metric, batch_rows, noise)
@@ -175,7 +175,7 @@ def rank_components(
         'head'
     """
     options = {"batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
-    if (gradients := _gradients(method, model, pairs, metric, options)) is not None:
+    if (gradients := gradients_of(method, model, pairs, metric, options)) is not None:
         return estimate_components(gradients, sites, layers, positions, directions, progress=progress)
     metric = METRIC if metric is None else metric
     study = component_study(model, pairs, sites, layers, Options(positions, directions, metric, batch_rows, noise))
@@ -238,7 +238,7 @@ def rank_paths(
     if not isinstance(screen, Screen | str | None) or (isinstance(screen, str) and screen != "auto"):
         raise FeatpatchError(f"screen={screen!r}: expected 'auto', None or an fp.Screen, such as fp.Screen(k=2000, audit=500)")
     options = {"screen": screen if isinstance(screen, Screen) else None, "batch_rows": batch_rows, "journal": journal}
-    gradients = _gradients(method, model, pairs, metric, {**options, "executor": executor})
+    gradients = gradients_of(method, model, pairs, metric, {**options, "executor": executor})
     estimate: Callable[[Gradients], Effects] = partial(
         estimate_paths, saes=saes, senders=senders, receivers=receivers, route=route, directions=directions, progress=progress
     )
@@ -299,7 +299,7 @@ def _screening(screen: Screen, model: Any, pairs: Pairs, metric: Metrics) -> Gra
     return Gradients(model, pairs, metric=leading(metric), method=screen.method, keep=False)
 
 
-def _gradients(
+def gradients_of(
     method: Method, model: Any, pairs: Pairs, metric: Metrics | None, options: Mapping[str, Any]
 ) -> Gradients | None:
     """Return the gradients of a method of estimation, or None for `"exact"`.

@@ -86,10 +86,12 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
     ]
     name = Path(metadata.get("model", {}).get("name", "")).name
     title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
-    subtitle = (
-        f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} pairs; the mean "
-        f"{metadata['metric']} is {effects.clean.mean():.3g} on clean and {effects.corrupted.mean():.3g} on corrupted prompts"
-    )
+    subtitle = f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} "
+    means = f"the mean {metadata['metric']} is {effects.clean.mean():.3g} on clean"
+    if effects.has_gap:
+        subtitle += f"pairs; {means} and {effects.corrupted.mean():.3g} on corrupted prompts"
+    else:
+        subtitle += f"prompts without a counterfactual, as changes {effects.unit}; {means} prompts"
     return page(title, subtitle, [section for section in sections if section is not None])
 
 
@@ -98,12 +100,17 @@ def _question(effects: Effects, material: Material) -> Section | None:
         return None
     metric = effects.metadata["metric"]
     prompts = [
-        {**vars(prompt), "reading": f"{metric} clean {clean:.2f}, corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}"}
+        {
+            **vars(prompt),
+            "reading": f"{metric} clean {clean:.2f}"
+            + (f", corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}" if effects.has_gap else ""),
+        }
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
+    what = "pairs. Tokens that differ are highlighted" if effects.has_gap else "prompts, without a counterfactual"
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} pairs. Tokens that differ are highlighted; the "
-        "answers are those that the metric compares."
+        f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} {what}; the answers are those that the metric "
+        "compares."
     )
     if material.checks is not None:
         text += " The checklist covers these pairs; `featpatch check` and `pairs.check(model)` check all pairs."
@@ -123,8 +130,13 @@ def _ranking(effects: Effects, material: Material) -> Section:
     first = effects.directions_run()[0]
     text = (
         "Each row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. "
-        "Recovery is the fraction of the behaviour that patching the node restores (is it sufficient?), degradation the "
-        "fraction that is lost without it (is it necessary?), both pooled over all pairs. Columns that end in _where_changed "
+        + (
+            "Recovery is the fraction of the behaviour that patching the node restores (is it sufficient?), degradation the "
+            "fraction that is lost without it (is it necessary?), both pooled over all pairs."
+            if effects.has_gap
+            else f"Degradation is the change {effects.unit} (clean - ablated), the mean over all prompts."
+        )
+        + " Columns that end in _where_changed "
         "are pooled only over the pairs in which the node differs between the runs; changed_pairs is the number of these "
         "pairs. Click the arrows of a column to sort by it."
     )
@@ -180,7 +192,7 @@ def _quadrants(effects: Effects) -> Section | None:
 def _sites(effects: Effects) -> Section | None:
     if not len(effects.sites()):
         return None
-    text = "The recovery of the error term is what the SAE does not explain."
+    text = "The recovery of the error term is what the SAE does not explain." if effects.has_gap else ""
     blocks = [embedded(effects.plot.sites(effect)) for effect in effects.directions_run()]
     return Section("sites", "Whole activation, features, error", text, [*blocks, table(rounded(effects.sites()))])
 

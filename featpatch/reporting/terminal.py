@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from featpatch.effects.frames import number
+from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
 from featpatch.nodes import Effect, Node
@@ -19,6 +20,11 @@ from featpatch.selfcheck import Check
 TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
 
 
+def _title(effects: Measured, effect: Effect) -> str:
+    """Return the title of a column of effects."""
+    return TITLES[effect] if effects.has_gap else effects.titled(effect)
+
+
 def ranked(effects: Effects, by: By | None = None) -> Table:
     """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run.
 
@@ -27,12 +33,15 @@ def ranked(effects: Effects, by: By | None = None) -> Table:
         by: the effect by which the rows are sorted; it is also shown over the pairs in which the node differs.
     """
     pairs = len(effects.clean)
-    table = Table(title=f"{effects.value} effects of {len(effects)} nodes, pooled over {pairs} pairs [95 % interval]")
+    over = f"{pairs} pairs" if effects.has_gap else f"{pairs} prompts, as changes {effects.unit}"
+    table = Table(title=f"{effects.value} effects of {len(effects)} nodes, pooled over {over} [95 % interval]")
     for column in ("site", "feature" if "feature" in {node.kind for node in effects.nodes} else "component", "position"):
         table.add_column(column, no_wrap=True)
-    columns: dict[str, str] = {effect: TITLES[effect] for effect in effects.directions_run()}
+    columns: dict[str, str] = {effect: _title(effects, effect) for effect in effects.directions_run()}
     columns |= {
-        f"{name}_{effect}": f"{name}\n{TITLES[effect]}" for name in effects.others for effect in effects.directions_run()
+        f"{name}_{effect}": f"{name}\n{_title(other, effect)}"
+        for name, other in effects.others.items()
+        for effect in effects.directions_run()
     }
     for title in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
@@ -72,7 +81,7 @@ def site_summary(effects: Effects) -> Table:
         table.add_column(column, no_wrap=True)
     for effect in effects.directions_run():
         for kind in ("whole", "features", "error", "interaction"):
-            table.add_column(f"{TITLES[effect].split(':')[0]}\n{kind}", justify="right")
+            table.add_column(f"{_title(effects, effect).split(':')[0]}\n{kind}", justify="right")
     for _, row in summary.iterrows():
         cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
         for effect in effects.directions_run():
@@ -160,7 +169,7 @@ def stability_table(effects: Effects) -> Table:
         spread = f"{number(found.correlation)} [{number(found.low)}, {number(found.high)}]"
         shared = "" if math.isnan(found.overlap) else f"{found.overlap * found.top:.1f} of {found.top}"
         chance = "" if math.isnan(found.overlap) else f"{found.chance * found.top:.1f}"
-        table.add_row(TITLES[effect], str(found.features), str(found.splits), spread, shared, chance)
+        table.add_row(_title(effects, effect), str(found.features), str(found.splits), spread, shared, chance)
     return table
 
 
@@ -174,7 +183,7 @@ def by_tag_table(effects: Effects, tag: str, effect: Effect) -> Table:
     """
     found = effects.by_tag(tag, effect)
     names = [column.removesuffix("_rank") for column in found.columns if column.endswith("_rank")]
-    table = Table(title=f"{TITLES[effect]} by {tag} [95 % interval] (rank)")
+    table = Table(title=f"{_title(effects, effect)} by {tag} [95 % interval] (rank)")
     for column in ("site", "feature", "position"):
         table.add_column(column, no_wrap=True)
     for name in names:

@@ -9,6 +9,7 @@ from . import diagram as diagram
 from . import tasks as tasks
 from .attribution.calibration import calibrate as calibrate
 from .attribution.gradients import Gradients as Gradients
+from .attribution.logits import logit_attribution as logit_attribution
 from .checkpoints import load_demo as load_demo
 from .circuits.circuit import Circuit as Circuit
 from .circuits.find import find_circuit as find_circuit

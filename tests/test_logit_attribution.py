@@ -106,7 +106,7 @@ def by_autograd(small: Small, row: int, run: torch.Tensor) -> tuple[torch.Tensor
 def test_features_and_errors_by_autograd(small: Small, run: str) -> None:
     """Features, errors and biases of SAEs on the residual stream, at what is added to it, and at z, where W_O comes after."""
     oracle._activations.cache_clear()
-    saes = [sae for sae in small.saes if sae.cfg.metadata.hook_name_out is None] if False else small.saes
+    saes = small.saes
     prompts = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
     found = attributed(small.model, prompts, saes=saes, run=run)
     names = list(found.replaces)
@@ -121,7 +121,7 @@ def test_features_and_errors_by_autograd(small: Small, run: str) -> None:
                 along = gradient
                 if reads.endswith("hook_z"):
                     along = small.model.blocks[1].attn.W_O.flatten(0, 1) @ gradient
-                features, decoded = sae.encode(x)[0, 0], None
+                features = sae.encode(x)[0, 0]
                 decoded = sae.decode(sae.encode(x)).flatten()
                 terms = {term: value for term, value in zip(found.terms, found.values[:, row], strict=True) if term.sae == name}
                 values = features * (sae.W_dec @ along)
@@ -141,8 +141,7 @@ def test_features_and_errors_by_autograd(small: Small, run: str) -> None:
 @pytest.mark.parametrize(("name", "exact"), [("no norms", True), ("gpt2", False)])
 def test_beside_exact_paths_into_the_logits(name: str, exact: bool) -> None:
     """Without norms, a path's change is the difference of the attributions in both runs; a norm rescales, and they differ."""
-    model, prompts = HOOKED[name](), fp.Pairs(pairs(VOCAB).pairs[:2])
-    runs = {run: attributed(model, prompts, run=run) for run in ("clean", "corrupted")}
+    model, prompts = HOOKED[name](), pairs(VOCAB)[:2]
     senders = [fp.Node(f"blocks.{layer}.attn.hook_z", "head", head, 8) for layer in range(LAYERS) for head in range(HEADS)]
     prompts = fp.Pairs(tuple(fp.Pair(p.clean, p.corrupted, p.correct, p.wrong, answer_position=8) for p in prompts))
     runs = {run: attributed(model, prompts, run=run) for run in ("clean", "corrupted")}
@@ -204,7 +203,6 @@ def test_the_heat_map() -> None:
 
 def test_attention_of_quantised_weights_is_one_term() -> None:
     model = quantised(LlamaForCausalLM(LlamaConfig(**LLAMA)))
-    model.unembed.original_component  # noqa: B018
     sae = next(sae for sae in dictionaries(model) if sae.cfg.metadata.hook_name.endswith("hook_z"))
     with pytest.raises(fp.FeatpatchError, match=r"hook_z', and W_O of that layer can't be read"):
         attributed(model, pairs(VOCAB), saes=sae)
@@ -242,7 +240,6 @@ def nowhere(model: Any) -> Any:
         ({"metric": "prob"}, "metric='prob': expected one of logit_diff, logit"),
         ({"run": "both"}, "run='both': expected one of clean, corrupted"),
         ({"saes": 1}, "int is not a sae-lens SAE"),
-        ({"pairs": [1]}, "pairs is a list: expected Pairs"),
         ({"pairs": fp.Pairs((fp.Pair((1, 2), (1, 3), (4,), ()),))}, "pair 0 has no wrong answer .*use metric='logit'"),
         (
             {"pairs": fp.Pairs((fp.Pair((1, 2), (1, 3), (), (), correct_sequences=((4, 5),)),)), "metric": "logit"},

@@ -2,9 +2,9 @@
 
     logit(x) = norm(x) @ w + bias,   x = sum of what all components write
 
-With the scale of the norm frozen at its value on the prompt, the logit is linear in x, so that the contributions of the components
-and the biases sum to it (Elhage et al. 2021; `cache.logit_attrs` of TransformerLens). The same holds for the norm that some models
-(Gemma 2, OLMo 2) apply to the output of attention, through which heads are attributed with its scale frozen too.
+With the scale of the norm frozen at its value on the prompt, the logit is linear in x, so that the contributions of the
+components and the biases sum to it (Elhage et al. 2021; `cache.logit_attrs` of TransformerLens). The same holds for the norm that
+some models (Gemma 2, OLMo 2) apply to the output of attention, through which heads are attributed with its scale frozen too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,13 +176,13 @@ def logit_attribution(
     learned positions, every head, every MLP and the biases sum to the logit. Only the answer position is attributed, because
     only its residual stream is unembedded. A component that acts through later components contributes nothing by that.
 
-    The features, error term and decoder bias of an SAE stand beside the components that write to its hook point: they sum to the
-    same (see `LogitAttribution.residual`). SAEs of one layer or several can thus be given together.
+    The features, error term and decoder bias of an SAE are listed next to the components that write to its hook point, and sum
+    to the same (see `LogitAttribution.residual`). SAEs of one layer or several can therefore be given together.
 
-    It differs from exact direct paths, `fp.rank_paths(..., receivers=["logits"], route="direct")`, in two ways. A path says by how
-    much the metric changes if one component takes its value from the other run, this says how much of the metric in one run
-    the component accounts for; and a path lets the final norm rescale. In a model without norms, a path's change is exactly the
-    difference of the attributions in both runs.
+    Exact direct paths, `fp.rank_paths(..., receivers=["logits"], route="direct")`, differ in two ways. A path says by how much
+    the metric changes if a component takes its value from the other run; an attribution says how much of the metric in one run
+    the component accounts for. And a path lets the final norm rescale the stream. In a model without norms, the change by a path
+    is exactly the difference between the attributions in the two runs.
 
     Args:
         model: a TransformerBridge or a HookedTransformer. With a soft-cap on the logits, the logits before it are attributed.
@@ -260,13 +260,13 @@ class _Reader:
         for dictionary in found:
             if sites.entry(dictionary.writes) is None:
                 raise FeatpatchError(
-                    f"SAE {dictionary.name!r} writes to {dictionary.writes!r}: expected a hook point of the residual stream or of "
-                    f"what is added to it, such as {', '.join(sites.ENTRIES)}; leave it out"
+                    f"SAE {dictionary.name!r} writes to {dictionary.writes!r}: expected a hook point of the residual stream or "
+                    f"of what is added to it, such as {', '.join(sites.ENTRIES)}; leave it out"
                 )
             if not dictionary.behaviour.linear:
                 raise FeatpatchError(
-                    f"SAE {dictionary.name!r} ({dictionary.codec.kind}) has a decoder that is not linear: expected one that adds "
-                    "each feature along a fixed direction, so that contributions sum to the logit; leave it out"
+                    f"SAE {dictionary.name!r} ({dictionary.codec.kind}) has a decoder that is not linear: expected one that "
+                    "adds each feature along a fixed direction, so that contributions sum to the logit; leave it out"
                 )
         parts = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
         runs = lens.read(torch.tensor([getattr(pairs[0], run)]), [hook for both in parts for hook in both])
@@ -278,7 +278,8 @@ class _Reader:
             if sites.is_component(dictionary.writes, "z") and outputs[sites.layer_of(dictionary.writes)] is None:
                 raise FeatpatchError(
                     f"SAE {dictionary.name!r} writes to {dictionary.writes!r}, and W_O of that layer can't be read or does not "
-                    "give what attention adds to the residual stream: expected readable weights of the standard form; leave it out"
+                    "give what attention adds to the residual stream: expected readable weights of the standard form; leave it "
+                    "out"
                 )
         return cls(lens, pairs, found, metric, run, head_of(lens), outputs)
 
@@ -305,17 +306,16 @@ class _Reader:
         if self.head.softcap is not None:
             raw = Head(norm, self.head.weight, bias, None)(final.to(self.head.weight.dtype), torch.tensor(columns))
             total = (weights * _wide(raw).to(weights)).sum(1)
-        biases = {
-            Term("final norm bias"): None
-            if norm is None or norm.bias is None
-            else unembedding @ _wide(norm.bias).to(unembedding),
-            Term("unembedding bias"): None if bias is None else weights @ _wide(bias[columns]).to(weights),
-        }
+        biases = {}
+        if norm is not None and norm.bias is not None:
+            biases[Term("final norm bias")] = unembedding @ _wide(norm.bias).to(unembedding)
+        if bias is not None:
+            biases[Term("unembedding bias")] = weights @ _wide(bias[columns]).to(weights)
 
         def every() -> Iterator[tuple[Term, torch.Tensor]]:
             back: dict[str, torch.Tensor] = {}
             yield from self._components(at, stream, back)
-            yield from ((term, value) for term, value in biases.items() if value is not None)
+            yield from biases.items()
             for dictionary in self.found:
                 gradient = back.get(dictionary.writes, stream)
                 yield from _of_dictionary(dictionary, read, answers, gradient)
@@ -358,7 +358,8 @@ class _Reader:
                 back[hook] = gradient.flatten(1)
                 for head, value in enumerate((z * gradient).sum(2).T):
                     yield Term("head", layer, head), value
-                biases = [_wide(b) @ g.T for b, g in ((output.bias, pulled), (norm and norm.bias, along)) if b is not None]
+                biases = [] if output.bias is None else [pulled @ _wide(output.bias).to(pulled)]
+                biases += [] if norm is None or norm.bias is None else [along @ _wide(norm.bias).to(along)]
                 if biases:
                     yield Term("attention bias", layer), torch.stack(biases).sum(0)
             if self.lens.has_mlp(layer):
@@ -416,14 +417,14 @@ def _check_sums(lens: Lens, result: LogitAttribution) -> None:
         off = np.abs(result.residual(sae)).max()
         if not off <= len(result.terms) * _rounding(lens) * size:
             raise FeatpatchError(
-                f"the contributions {f'with SAE {sae!r} ' if sae else ''}and the logit differ by {off:.3g}: expected a residual "
-                "stream to which layers only add, and a final norm and unembedding without further steps; use fp.rank_paths with "
-                "receivers=['logits'] instead"
+                f"the contributions {f'with SAE {sae!r} ' if sae else ''}and the logit differ by {off:.3g}: expected a "
+                "residual stream to which layers only add, and a final norm and unembedding without further steps; use "
+                "fp.rank_paths with receivers=['logits'] instead"
             )
 
 
 def _written(lens: Lens, output: AttentionOutput, z: torch.Tensor, out: torch.Tensor) -> bool:
-    """Return whether the values of heads `[pos, ...]` give what attention adds `[pos, d_model]`, if they are added in this way."""
+    """Return whether heads `[pos, ...]` that are added in this way give what attention adds, `[pos, d_model]`."""
     raw = output.in_front(_wide(z).reshape(len(z), *output.weight.shape[:2]).to(output.weight.device))
     found = raw if output.norm is None else _wide(output.norm(raw.to(output.weight.dtype)))
     expected = _wide(out).to(raw)

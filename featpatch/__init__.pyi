@@ -39,6 +39,7 @@ from .ranking.screen import Screen as Screen
 from .reporting.report import report as report
 from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
+from .splicing import loss_recovered as loss_recovered
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
 from .verifying import verify as verify

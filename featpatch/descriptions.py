@@ -174,6 +174,7 @@ class Document:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, ids: tuple[int, ...]) -> "Document":
+        """Return the tokens of a text with a mask of the special ones."""
         usable = torch.ones(len(ids), dtype=torch.bool)
         usable[list(special_positions(tokenizer, ids))] = False
         return cls(torch.tensor(ids), usable)

@@ -2,8 +2,8 @@
 
     loss recovered = (loss_zero - loss_sae) / (loss_zero - loss)
 
-1 means that the reconstruction predicts as well as the activation itself, 0 that it is no better than zeros (Bricken et al. 2023;
-`ce_loss_score` of SAELens and SAEBench).
+1 means that the reconstruction predicts as well as the activation itself, 0 that it is no better than zeros (Bricken et al.
+2023; `ce_loss_score` of SAELens and SAEBench).
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ class Losses:
 
     Attributes:
         model: the name of the model.
-        predictions, positions: the number of tokens whose prediction counts, and of positions at which activations are replaced.
+        predictions, positions: the number of predictions that count, and of positions at which activations are replaced.
         spliced: the losses with each SAE.
 
     Example:
@@ -83,7 +83,9 @@ class Losses:
         return Frame({name: [getattr(each, name) for each in self.spliced] for name in columns})
 
     def __repr__(self) -> str:
-        return visible(f"{self._said}\n{self.to_pandas()}")
+        frame = self.to_pandas()
+        numbers = {name: frame[name].map("{:.3f}".format) for name in frame.columns[1:]}
+        return visible(f"{self._said}\n{frame.assign(**numbers)}")
 
     def _repr_html_(self) -> str:
         return f"<p>{self._said}</p>{self.to_pandas().to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
@@ -107,8 +109,8 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
     Args:
         model: a TransformerBridge or a HookedTransformer.
         saes: SAEs as in `rank_features`, at any hook point.
-        prompts: texts (for a model with a tokenizer; one that exceeds the model's context is truncated, with a PairsWarning), or
-            pairs, of which the clean prompts are used.
+        prompts: pairs, of which the clean prompts are used, or texts, for a model with a tokenizer. A text that exceeds the
+            model's context is truncated, with a PairsWarning.
         progress: whether to show a progress bar.
 
     Returns:
@@ -131,26 +133,23 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
     predictions = sum(int(batch.counted.sum()) for batch in batches)
     if not predictions:
         raise FeatpatchError(
-            "the prompts have no two words in a row: expected at least one token that follows another, neither of them special; "
+            "no prompt has two tokens in a row that are not special: expected at least one prediction of a word from a word; "
             "give longer prompts"
         )
     for batch in batches:
         _check_predicted(lens, batch)
-    hooks, sites = (
-        sorted({hook for each in found for hook in (each.reads, each.writes)}),
-        list({each.writes: 0 for each in found}),
-    )
+    hooks = sorted({hook for each in found for hook in (each.reads, each.writes)})
     moments = {each.name: _Moments() for each in found}
     with tqdm(total=2 * len(batches), unit="batch", desc="splicing", disable=not progress) as bar:
         for batch in batches:
-            read = batch.read(lens, hooks)
+            read = lens.read(batch.tokens, hooks)
             for each in found:
                 moments[each.name].add(each.split(read[each.reads], read[each.writes]), read[each.writes], batch.replaced)
             bar.update()
         means = {each.writes: moments[each.name].mean for each in found}
         sums: dict[str, float] = {}
         for batch in batches:
-            for name, loss in _losses(lens, batch, batch.read(lens, hooks), found, sites, means):
+            for name, loss in _losses(lens, batch, lens.read(batch.tokens, hooks), found, means):
                 sums[name] = sums.get(name, 0.0) + loss / predictions
             bar.update()
     spliced = [
@@ -183,7 +182,7 @@ def _documents(lens: Lens, model: Any, prompts: Any) -> list[Document]:
         raise FeatpatchError(f"prompts={prompts!r:.60}: expected pairs or a list of at least one text")
     if lens.tokenizer is None:
         raise FeatpatchError(
-            "the model has no tokenizer: expected one for texts; pass it when you load the model, or give pairs"
+            "the model has no tokenizer: expected one for texts; pass it when loading the model, or give pairs"
         )
     return [Document.of(lens.tokenizer, ids) for ids in ids_of(model, texts, lens.n_ctx)]
 
@@ -210,9 +209,6 @@ class _Batch:
         """A mask of the predictions that count, by the position at which they are made."""
         return self.replaced[:, :-1] & self.replaced[:, 1:]
 
-    def read(self, lens: Lens, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
-        return lens.read(self.tokens, hooks)
-
     def loss(self, lens: Lens) -> float:
         """Run the model as it is now, and return the sum of the cross-entropies of the predictions that count."""
         tokens = self.tokens.to(lens.device)
@@ -237,12 +233,7 @@ def _check_predicted(lens: Lens, batch: _Batch) -> None:
 
 
 def _losses(
-    lens: Lens,
-    batch: _Batch,
-    read: dict[str, torch.Tensor],
-    found: Sequence[Dictionary],
-    sites: Sequence[str],
-    means: dict[str, torch.Tensor],
+    lens: Lens, batch: _Batch, read: dict[str, torch.Tensor], found: Sequence[Dictionary], means: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, float]]:
     """Yield the summed loss of a batch in the model, with each SAE, and with each ablation, by name."""
 
@@ -259,10 +250,10 @@ def _losses(
     yield "model", batch.loss(lens)
     for each in found:
         yield f"sae {each.name}", with_change(each.writes, -each.split(read[each.reads], read[each.writes]).error)
-    for site in sites:
+    for site, mean in means.items():
         x = read[site].flatten(2)
         yield f"zero {site}", with_change(site, -x)
-        yield f"mean {site}", with_change(site, means[site].to(x) - x)
+        yield f"mean {site}", with_change(site, mean.to(x) - x)
 
 
 class _Moments:

@@ -62,7 +62,6 @@ class Losses:
     """The outcome of `fp.loss_recovered`.
 
     Attributes:
-        model: the name of the model.
         predictions, positions: the number of predictions that count, and of positions at which activations are replaced.
         spliced: the losses with each SAE.
 
@@ -72,7 +71,6 @@ class Losses:
         [1.0, 1.0]
     """
 
-    model: str
     predictions: int
     positions: int
     spliced: tuple[Spliced, ...]
@@ -92,7 +90,7 @@ class Losses:
 
     @property
     def _said(self) -> str:
-        return f"cross-entropy in nats over {self.predictions:,} predictions of {self.model}"
+        return f"cross-entropy in nats over {self.predictions:,} predictions"
 
 
 @torch.no_grad()
@@ -164,7 +162,7 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
         )
         for each in found
     ]
-    return Losses(lens.name, predictions, moments[found[0].name].n, tuple(spliced))
+    return Losses(predictions, moments[found[0].name].n, tuple(spliced))
 
 
 def _documents(lens: Lens, model: Any, prompts: Any) -> list[Document]:

@@ -139,7 +139,7 @@ def test_the_table(bridge: Small) -> None:
         "sae", "loss", "loss_sae", "loss_zero", "loss_mean", "loss_recovered", "explained_variance", "l0"
     ]  # fmt: skip
     assert frame["loss_sae"].tolist() == [each.loss_sae for each in losses.spliced]
-    assert repr(losses).startswith("cross-entropy in nats over 7 predictions of ")
+    assert repr(losses).startswith("cross-entropy in nats over 7 predictions\n")
     assert f"{losses.spliced[1].loss_sae:.3f}" in repr(losses)
     assert losses._repr_html_().count("<tr") == 3
     assert np.isnan(Spliced("a", 2.0, 2.0, 2.001, 2.0, 0.9, 3.0).loss_recovered), "zeros change nothing"

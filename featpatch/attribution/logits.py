@@ -51,7 +51,7 @@ class Term:
         kind: `"embedding"`, `"positions"`, `"head"`, `"attention bias"`, `"mlp"`, `"final norm bias"`, `"unembedding bias"`;
             `"attention"` for the whole attention of a layer whose heads can't be told apart; and, of an SAE, `"feature"`,
             `"error"` and `"decoder bias"`.
-        layer: the layer; None outside the layers, and for what an SAE of the residual stream adds.
+        layer: the layer, for an SAE that of the hook point it writes to; None outside the layers.
         index: the index of the head or feature; None for other kinds.
         sae: the name of the SAE; empty for components.
     """
@@ -80,7 +80,7 @@ class LogitAttribution:
     Example:
         >>> attribution = fp.logit_attribution(model, pairs, saes=saes, progress=False)
         >>> print(attribution.terms[int(abs(attribution.values.mean(1)).argmax())])
-        layer 3 head 1
+        layer 1 head 3
         >>> bool(abs(attribution.residual()).max() < 1e-4)
         True
         >>> attribution.to_pandas(kind="head").shape
@@ -203,8 +203,10 @@ def logit_attribution(
 
     Example:
         >>> fp.logit_attribution(model, pairs, progress=False).to_pandas(3)[["kind", "layer", "index"]]
-        kind  layer  index
-        head      3      1
+        kind layer index
+        head     1     3
+        head     3     5
+        head     3     3
     """
     check_choices(("logit_diff", "logit"), metric=metric)
     check_choices(("clean", "corrupted"), run=run)
@@ -381,7 +383,7 @@ def _of_dictionary(
     here = torch.arange(len(answers)), answers
     split = whole.map(lambda x: x[here[0].to(x.device), here[1].to(x.device), None])
     features, error = split.features, split.error[:, 0]
-    layer = None if sites.is_stream(dictionary.writes) else sites.layer_of(dictionary.writes)
+    layer = sites.layer_of(dictionary.writes)
     active = features[:, 0].ne(0).any(0).nonzero()[:, 0]
     along = _wide(dictionary.directions(active)) @ gradient.to(error.device, _wide(error).dtype).T
     values = _wide(features[:, 0, active]).to(along) * along.T

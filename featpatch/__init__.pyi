@@ -9,6 +9,7 @@ from . import diagram as diagram
 from . import tasks as tasks
 from .attribution.calibration import calibrate as calibrate
 from .attribution.gradients import Gradients as Gradients
+from .attribution.logits import logit_attribution as logit_attribution
 from .checkpoints import load_demo as load_demo
 from .circuits.circuit import Circuit as Circuit
 from .circuits.find import find_circuit as find_circuit
@@ -42,6 +43,7 @@ from .sae.dictionary import feature as feature
 from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
 from .sites import head as head
+from .splicing import loss_recovered as loss_recovered
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
 from .verifying import verify as verify

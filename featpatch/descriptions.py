@@ -174,7 +174,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
             f"nodes={nodes!r:.80}: expected a list of fp.Node, such as effects.top().nodes, or a table of effects"
         )
     found = dictionaries(lens, saes)
-    text = [_Document.of(model.tokenizer, ids) for ids in _ids(model, texts, lens.n_ctx)]
+    text = [Document.of(model.tokenizer, ids) for ids in ids_of(model, texts, lens.n_ctx)]
     if not any(part.usable.any() for part in text):
         raise FeatpatchError(
             "the texts hold only special tokens: expected words, to find what activates the features; give other texts"
@@ -208,7 +208,7 @@ def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Document:
+class Document:
     """The tokens of a text.
 
     Attributes:
@@ -225,13 +225,14 @@ class _Document:
         return (torch.arange(len(self.tokens)) < len(self.tokens) - 1)[self.usable]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, ids: tuple[int, ...]) -> "_Document":
+    def of(cls, tokenizer: Tokenizer, ids: tuple[int, ...]) -> "Document":
+        """Return the tokens of a text with a mask of the special ones."""
         usable = torch.ones(len(ids), dtype=torch.bool)
         usable[list(special_positions(tokenizer, ids))] = False
         return cls(torch.tensor(ids), usable)
 
 
-def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[tuple[int, ...]]:
+def ids_of(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[tuple[int, ...]]:
     """Return the token ids of the texts, truncated to the model's context."""
     every = [prompt_ids(tokenizer, text) for text in texts]
     longer = sum(context is not None and len(ids) > context for ids in every)
@@ -245,7 +246,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> lis
     return [ids[:context] for ids in every]
 
 
-def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
+def together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
     """Group the indices of documents that share a forward pass.
 
     They have similar lengths in a causal model, in which padding at the end changes nothing before it, else equal lengths.
@@ -262,7 +263,7 @@ def _together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
 
 
 def _activations(
-    lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[_Document]
+    lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[Document]
 ) -> Float[torch.Tensor, "words features"]:
     """Return the activations of the features on the usable tokens of all documents.
 
@@ -271,7 +272,7 @@ def _activations(
     named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
     hooks = sorted({hook for name in named for hook in (found[name].reads, found[name].writes)})
     values: dict[int, torch.Tensor] = {}
-    for group in _together([len(document.tokens) for document in text], causal=lens.causal):
+    for group in together([len(document.tokens) for document in text], causal=lens.causal):
         tokens = pad_sequence([text[index].tokens for index in group], batch_first=True)
         read = lens.read(tokens, hooks)
         here = torch.zeros(*tokens.shape, len(features), dtype=torch.float64)
@@ -283,7 +284,7 @@ def _activations(
     return torch.cat([values[index] for index in range(len(text))])
 
 
-def _describe(tokenizer: Any, text: list[_Document], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
+def _describe(tokenizer: Any, text: list[Document], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
     fires = values > 0
     words = torch.cat([part.tokens[part.usable] for part in text])
     following = torch.cat([part.tokens.roll(-1)[part.usable] for part in text])

@@ -128,6 +128,9 @@ patching all features and the error from patching the whole activation."""
 def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     """Check on some prompts whether dictionaries fit the model.
 
+    The explained variance says little about what the model still predicts; `fp.loss_recovered` measures that, with several more
+    forward passes for each dictionary.
+
     Args:
         model: a TransformerBridge or a HookedTransformer.
         saes: the SAEs, as in `rank_features`.

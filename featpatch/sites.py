@@ -197,6 +197,9 @@ def check_layers(layers: Any, n_layers: int) -> list[int]:
 EMBEDDING = "hook_embed"
 """The hook point of the embedded tokens, before positions are added."""
 
+POSITIONS = "hook_pos_embed"
+"""The hook point of learned positions, which are added to the embedding."""
+
 
 def resid_pre(layer: int) -> str:
     """Return the hook point of the residual stream that enters a layer."""

@@ -8,7 +8,7 @@ import torch
 
 import featpatch as fp
 from featpatch.checkpoints import Demo
-from featpatch.descriptions import _describe, _Document
+from featpatch.descriptions import Document, _describe
 from featpatch.errors import FeatpatchWarning
 from featpatch.pairs.tokens import PairsWarning
 
@@ -116,7 +116,7 @@ def test_too_little_text_is_told_once_with_the_features(demo: Demo) -> None:
 
 def test_weak_places_are_not_taken_for_silent_ones() -> None:
     """1e-5 of the strongest value is as good as nothing, but it fires."""
-    text = [_Document.of(Numbers(), (0, 1, 2, 3, 4))]
+    text = [Document.of(Numbers(), (0, 1, 2, 3, 4))]
     found = _describe(Numbers(), text, torch.tensor([1.0, 0.0, 0.0, 1e-5]), 3)
     assert found.contexts == ("w0 [w1] w2", "w0 w1 w2 w3 [w4]")
 

@@ -15,6 +15,7 @@ import pytest
 
 import featpatch as fp
 from featpatch.attribution.calibration import Calibration
+from featpatch.attribution.logits import LogitAttribution
 from featpatch.checkpoints import Demo
 from featpatch.circuits.circuit import FaithfulnessCurve
 from featpatch.comparison.compare import Comparison
@@ -25,10 +26,12 @@ from featpatch.patching.controls import Controls
 from featpatch.patching.curves import Curve
 from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
+from featpatch.splicing import Losses
 from featpatch.verifying import Verified
 
 RESULTS = (
-    Calibration, Checklist, Comparison, Controls, Curve, Description, FaithfulnessCurve, Plan, Selection, Verified
+    Calibration, Checklist, Comparison, Controls, Curve, Description, FaithfulnessCurve, LogitAttribution, Losses, Plan, Selection,
+    Verified,
 )  # fmt: skip
 """Classes of results that functions return; an example of the class shows its methods."""
 

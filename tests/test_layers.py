@@ -21,7 +21,7 @@ LAYERS = (
     ("effects", "sae"),
     ("engine", "dictionaries"),
     ("patching", "attribution", "descriptions", "views", "comparison"),
-    ("ranking", "selfcheck", "circuits", "verifying"),
+    ("ranking", "selfcheck", "splicing", "circuits", "verifying"),
     ("reporting", "streaming"),
     ("loading",),
     ("checkpoints",),

@@ -75,6 +75,14 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "from_csv": lambda small, pairs, effects, x: fp.Pairs.from_csv(small.model, x),
     "Effects.load": lambda small, pairs, effects, x: fp.Effects.load(x),
     "Stored": lambda small, pairs, effects, x: fp.Stored(x),
+    "logit_attribution": lambda small, pairs, effects, x: fp.logit_attribution(x, pairs, progress=False),
+    "logit_attribution pairs": lambda small, pairs, effects, x: fp.logit_attribution(small.model, x, progress=False),
+    "logit_attribution metric": lambda small, pairs, effects, x: fp.logit_attribution(
+        small.model, pairs, metric=x, progress=False
+    ),
+    "logit_attribution run": lambda small, pairs, effects, x: fp.logit_attribution(small.model, pairs, run=x, progress=False),
+    "loss_recovered": lambda small, pairs, effects, x: fp.loss_recovered(x, small.saes[0], pairs, progress=False),
+    "loss_recovered texts": lambda small, pairs, effects, x: fp.loss_recovered(small.model, small.saes[0], x, progress=False),
     "pca hook": lambda small, pairs, effects, x: fp.dictionaries.pca(small.model, x, pairs),
     "pca pairs": lambda small, pairs, effects, x: fp.dictionaries.pca(small.model, SITE, x),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),

@@ -27,6 +27,8 @@ LITERALS = [
     Literal["auto"],
     Literal["corrupted", "mean", "resample"],
     Literal["in", "out", "nodes"],
+    Literal["logit_diff", "logit"],
+    Literal["clean", "corrupted"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

@@ -52,6 +52,11 @@ class Model:
         return int(cfg.n_ctx) if cfg.positional_embedding_type in ("standard", "shortformer") else None
 
     @property
+    def adds_positions(self) -> bool:
+        """Whether learned positions are added to the embedding."""
+        return bool(self.model.cfg.positional_embedding_type == "standard")
+
+    @property
     def d_model(self) -> int:
         """The width of the residual stream."""
         return int(self.model.cfg.d_model)

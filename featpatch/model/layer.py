@@ -51,6 +51,17 @@ class Norm:
         weight = self.weight if self.weight is None else self.weight.to(wide.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)
 
+    def pull(self, weights: Rows, at: Rows) -> Rows:
+        """Return the gradient of `norm(at) @ weights` with respect to `at`, row by row, with the scale frozen at its value.
+
+        Because the norm with a frozen scale is linear except for its bias, the contribution of each summand of `at` is its
+        product with this gradient.
+        """
+        at = at - at.mean(-1, keepdim=True) if self.centred else at
+        found = weights / (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        found = found if self.weight is None else found * self.weight.to(found)
+        return found - found.mean(-1, keepdim=True) if self.centred else found
+
 
 @dataclass(frozen=True)
 class Linear:

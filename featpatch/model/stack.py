@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
 from featpatch import sites
 from featpatch.model.layer import ACTIVATIONS, Head, Layer, Linear, Mlp, Norm, Rotation, Stack, UnsupportedError
@@ -46,9 +47,51 @@ def build(model: Any, attentions: list[Attention]) -> Stack:
     if getattr(cfg, "attention_dir", "causal") != "causal":
         raise UnsupportedError("bidirectional attention")
     layers = [_layer(block, cfg, attention) for block, attention in zip(model.blocks, attentions, strict=True)]
-    bias = getattr(model.unembed, "b_U", None)
-    head = Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
-    return Stack(tuple(layers), head)
+    return Stack(tuple(layers), _head(model))
+
+
+def head_of(lens: Lens) -> Head:
+    """Return the map from the final residual stream to logits; unlike the layers, every model has one of this form."""
+    return _head(lens.model)
+
+
+def _head(model: Any) -> Head:
+    cfg, bias = model.cfg, getattr(model.unembed, "b_U", None)
+    return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """The way in which a layer adds its heads to the residual stream: `norm(sum of z W_O + b_O)`, or the same without a norm.
+
+    Attributes:
+        weight: W_O, `[heads, d_head, d_model]`.
+        bias: b_O.
+        norm: the norm after attention.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm: Norm | None
+
+    def in_front(self, z: Float[torch.Tensor, "rows heads d_head"]) -> Float[torch.Tensor, "rows d_model"]:
+        """Return what goes into the norm, in the dtype and on the device of `z`."""
+        out = z.flatten(1) @ self.weight.to(z).flatten(0, 1)
+        return out if self.bias is None else out + self.bias.to(z)
+
+
+def attention_outputs(lens: Lens, layer: int) -> list[AttentionOutput]:
+    """Return the ways in which a layer may add its heads to the residual stream.
+
+    Which of them is right has to be measured, because the norm in front of attention (GPT-2) and the one after it (OLMo 2) can
+    have the same name. There are none if the weights are quantised.
+    """
+    block, weight = lens.model.blocks[layer], lens.output_weight(layer)
+    if weight is None:
+        return []
+    found = [norm_of(getattr(block, name, None), lens.model.cfg) for name in ("ln1_post", "ln1")]
+    norms = [None, *(norm for norm in found if norm is not None)]
+    return [AttentionOutput(weight, getattr(block.attn, "b_O", None), norm) for norm in norms]
 
 
 def _layer(block: Any, cfg: Any, attention: Attention) -> Layer:

@@ -340,9 +340,10 @@ class Effects(Measured):
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
-        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value"]))
+        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value", "route"], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
-        return f"{self.value} effects over {len(self.clean)} pairs{more} {len(self)} rows:\n{shown}"
+        what = f"effects of paths (route {self.route!r})" if self.route else "effects"
+        return f"{self.value} {what} over {len(self.clean)} pairs{more} {len(self)} rows:\n{shown}"
 
     def _repr_html_(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)

@@ -101,8 +101,9 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
     ]
     name = Path(metadata.get("model", {}).get("name", "")).name
     title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
+    ranked = f"paths (route {effects.route!r})" if effects.route else "features or heads"
     subtitle = (
-        f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} pairs; the mean "
+        f"{effects.value} effects of {effects.rows_ranked:,} {ranked} over {len(effects.clean)} pairs; the mean "
         f"{metadata['metric']} is {effects.clean.mean():.3g} on clean and {effects.corrupted.mean():.3g} on corrupted prompts"
     )
     return page(title, subtitle, [section for section in sections if section is not None])

@@ -145,7 +145,7 @@ def test_the_whole_way_into_a_cut_is_the_whole_effect(small: Small, slow: bool, 
 
 def test_only_attention_moves_what_is_sent_to_another_position(small: Small) -> None:
     """A sender at position 3 into a receiver at position 5, by each route; the table says which."""
-    sender, receiver = fp.Node("blocks.1.hook_resid_pre", "activation", None, 3), fp.Node(MLP.format(2), "activation", None, 5)
+    sender, receiver = fp.Node("blocks.0.hook_resid_pre", "activation", None, 3), fp.Node(MLP.format(1), "activation", None, 5)
     moved = {}
     for route in ROUTES:
         for method in ("exact", "atp"):

@@ -7,7 +7,7 @@ A `site` is the full name of a hook point, e.g. `blocks.3.hook_resid_pre`. Names
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_integer
 from featpatch.nodes import Node, Position
@@ -51,8 +51,17 @@ def seen_at(hook: str) -> tuple[int, str]:
     return layer, "pre" if before else "mid"
 
 
-ROUTES = ("direct", "through_mlps")
-"""Routes from a sender to a receiver: along the residual stream alone, or with the MLPs on the way recomputed too."""
+Route = Literal["direct", "through_mlps", "through_attention", "all"]
+"""A route from a sender to a receiver; see `ROUTES`."""
+
+ROUTES: Mapping[Route, tuple[str, ...]] = {
+    "direct": (),
+    "through_mlps": ("mlp_out",),
+    "through_attention": ("attn_out",),
+    "all": ("attn_out", "mlp_out"),
+}
+"""The components between sender and receiver that are recomputed on each route; the others keep their values in the base run.
+Attention is recomputed with its patterns."""
 
 
 def check_route(route: str) -> None:

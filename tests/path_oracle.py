@@ -10,17 +10,25 @@ Hook = tuple[str, Callable[..., Any]]
 
 @torch.no_grad()
 def path_patch(
-    model: Any, base: torch.Tensor, source: torch.Tensor, sender: "End", receiver: "End", *, freeze_mlps: bool
+    model: Any,
+    base: torch.Tensor,
+    source: torch.Tensor,
+    sender: "End",
+    receiver: "End",
+    *,
+    freeze_mlps: bool,
+    freeze_attention: bool = True,
 ) -> torch.Tensor:
     """Logits `[pos, d_vocab]` of the base run with the receiver changed as the sender changes it.
 
-    Tokens are `[pos]`. Everything but the receiver's own block part is frozen by hooks; pass 1 reads the receiver, pass 2 sets it.
+    Tokens are `[pos]`. What is frozen between the two is set to its base value by hooks, but for the parts that the sender and
+    the receiver themselves are. Pass 1 reads the receiver, pass 2 sets it.
     """
     _, of_base = model.run_with_cache(base[None])
     _, of_source = model.run_with_cache(source[None])
     frozen: list[Hook] = []
     for layer in range(model.cfg.n_layers):
-        names = ["hook_attn_out", *(["hook_mlp_out"] if freeze_mlps else [])]
+        names = [*(["hook_attn_out"] if freeze_attention else []), *(["hook_mlp_out"] if freeze_mlps else [])]
         for name in (f"blocks.{layer}.{name}" for name in names):
             if name in model.hook_dict and name not in sender.moves:
                 frozen.append((name, lambda x, hook, value=of_base[name]: value.clone()))

@@ -1,6 +1,7 @@
 """Circuits over nodes against plain hooks, and what is said of circuits."""
 
 from dataclasses import replace
+from html import unescape
 from typing import Any
 
 import networkx as nx
@@ -242,7 +243,56 @@ def test_a_circuit_in_a_report(tmp_path: Any) -> None:
         assert 'id="graph"' in text
         assert 'id="node-data"' in text
     edges = fp.diagram.graph(circuit.items, [1.0] * 12)
+    assert edges.number_of_edges() == circuit.to_networkx().number_of_edges() == 12
     assert set(edges.nodes) == set(circuit.to_networkx().nodes)
+
+
+def test_every_export_has_every_edge(tmp_path: Any) -> None:
+    """The README's circuits on the shipped model: items and scores come back from the graph, and viewers' files are made."""
+    demo = fp.load_demo(progress=False)
+    pairs = demo.pairs("ioi", n=2, seed=0)
+    tokens = demo.model.tokenizer.convert_ids_to_tokens(pairs[0].clean)
+    effects = fp.rank_features(demo.model, demo.saes[0], pairs, positions=["S2", "end"], **OPTIONS)
+    named = effects.top(3).nodes
+    circuits = [
+        fp.find_circuit(demo.model, pairs, over="edges", scores="estimate", size=60, **OPTIONS),
+        fp.find_circuit(demo.model, pairs, saes=demo.saes[0], nodes=named, over="edges", scores="estimate", size=40, **OPTIONS),
+    ]
+    for circuit in circuits:
+        graph, scores = circuit.to_networkx(), dict(zip(circuit.graph.items, circuit.scores, strict=True))
+        found = {}
+        for source, target, key, effect in graph.edges(keys=True, data="effect"):
+            receiver = fp.Node(f"{target.site[:-1]}{key}", "head", target.index, target.position) if key else target
+            found[fp.Edge.of(source, receiver)] = effect
+        assert found == {edge: scores[edge] for edge in circuit.items}
+        assert {key for *_, key in graph.edges(keys=True)} == {"", "q", "k", "v"}
+        pairs_of_nodes = {(source, target) for source, target, _ in graph.edges}
+        assert len(pairs_of_nodes) < len(circuit)  # queries, keys and values of one head
+        assert len([line for line in fp.diagram.figure(graph).data if line.hoverinfo == "skip"]) == len(circuit)
+        text = fp.diagram.dot(graph)
+        assert text.count(" -> ") == len(circuit)
+        assert text.count("label=value") + text.count('label="value"') == sum(key == "v" for *_, key in graph.edges(keys=True))
+        assert f"{len(graph)} nodes, {len(circuit)} edges" in circuit.report(tmp_path / "edges.html").read_text()
+        viewed = fp.diagram.attribution_graph(graph, tokens=tokens, slug="ioi", model="demo", positions=pairs[0].labels)
+        assert (
+            len({node["node_id"] for node in viewed["nodes"]}) == len({node["clerp"] for node in viewed["nodes"]}) == len(graph)
+        )
+        assert len(viewed["links"]) == len(pairs_of_nodes)
+        assert sum(link["weight"] for link in viewed["links"]) == pytest.approx(sum(found.values()))
+    assert {node["ctx_idx"] for node in viewed["nodes"] if "@ S2" in node["clerp"]} == {pairs[0].labels["S2"]}
+
+
+def test_a_circuit_of_nodes_says_that_it_has_no_edges(tmp_path: Any) -> None:
+    demo = fp.load_demo(progress=False)
+    pairs = demo.pairs("ioi", n=4, seed=0)
+    effects = fp.rank_features(demo.model, demo.saes[0], pairs, positions=["S2", "end"], **OPTIONS)
+    circuit = fp.find_circuit(demo.model, pairs, saes=demo.saes[0], nodes=effects.top(5), size=3, **OPTIONS)
+    graph, scores = circuit.to_networkx(), dict(zip(circuit.graph.items, circuit.scores, strict=True))
+    assert dict(graph.nodes(data="effect")) == {node: scores[node] for node in circuit.items}
+    assert graph.number_of_edges() == 0
+    for call in ("fp.find_circuit(..., over='edges')", "fp.rank_paths(..., senders=circuit.items, receivers=circuit.items)"):
+        assert call in graph.graph["note"]
+    assert graph.graph["note"] in unescape(circuit.report(tmp_path / "nodes.html").read_text())
 
 
 def test_a_transcoder_sees_what_was_ablated_where_it_reads(small: Small) -> None:

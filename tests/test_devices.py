@@ -247,6 +247,10 @@ TASKS: dict[str, Callable[[Small], Any]] = {
     "paths": lambda s: fp.rank_paths(s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
     "paths through MLPs": lambda s: fp.rank_paths(
         s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
+    "paths along all": lambda s: fp.rank_paths(
+        s.model, pairs_of(s), saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="all", **QUIET),
+    "estimates of paths along all": lambda s: fp.rank_paths(
+        s.model, pairs_of(s), method="atp", saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="all", **QUIET),
     "estimates of paths": lambda s: fp.rank_paths(s.model, pairs_of(s), method="atp", saes=named(s), senders=SENDERS, receivers=RECEIVERS, **QUIET),
     "estimates of paths through MLPs": lambda s: fp.rank_paths(s.model, pairs_of(s), method="atp", saes=named(s), senders=SENDERS, receivers=RECEIVERS, route="through_mlps", **QUIET),
     "nodes": lambda s: circuit(s, saes=named(s), nodes=NODES, size=12, errors="nodes"),

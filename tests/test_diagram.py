@@ -464,7 +464,7 @@ def test_graphs_that_are_refused(show: Any) -> None:
     outside.add_node(Node("ln_final.hook_normalized", "activation", position=0))
     for graph, message in (
         (nx.Graph(), "graph is a Graph: expected a networkx.DiGraph"),
-        (nx.MultiDiGraph(), "graph is a MultiDiGraph: expected"),
+        (nx.MultiDiGraph(), "graph is empty: expected nodes such as"),
         (nx.DiGraph(), "graph is empty: expected nodes such as"),
         (named, "graph has a node 'a': expected nodes such as"),
         (bare, "hook_embed activation @ all -> .* is None: expected a finite number"),
@@ -479,15 +479,36 @@ def attribution(graph: Any, **changes: Any) -> Any:
     return attribution_graph(graph, **{"tokens": TOKENS, "slug": "s", "model": "demo", **changes})
 
 
+def test_labels_and_all_positions_are_placed_at_tokens() -> None:
+    """A label where the pair has it, a span at its last token, all positions at the last token, the embedding at the first."""
+    labelled = nx.relabel_nodes(circuit(), {HEAD: replace(HEAD, position="all")})
+    data = attribution(labelled, positions={"S2": (1, 2), "end": 3})
+    known = {node["clerp"]: node["ctx_idx"] for node in data["nodes"]}
+    expected = {EMBED: 0, MLP: 2, FEATURE: 2, ERROR: 2, OTHER: 3, LAST: 3}
+    assert known == {**{NAMES[node]: at for node, at in expected.items()}, "L3 head 5 @ all": 4, 'Output "logits" (p=?)': 4}
+    format_of_circuit_tracer().model_validate(data)
+    read_by_viewers(data)
+
+
+def test_graphs_of_what_is_no_list_of_nodes_are_refused() -> None:
+    for items, effects in (([MLP, MLP], [0.1, 0.2]), ([MLP, HEAD], [0.1]), ([MLP], [float("nan")])):
+        with pytest.raises(fp.FeatpatchError, match=r"expected (a list of nodes or of edges, each once|a finite number)"):
+            fp.diagram.graph(items, effects)
+
+
 def test_attribution_graphs_that_are_refused() -> None:
     two = at_tokens()
     two.add_node(replace(LOGITS, position=3))
     for call, message in (
-        (lambda: attribution(circuit()), "is at position 'S2': expected a token index from 0 to 4"),
+        (
+            lambda: attribution(circuit()),
+            r"is at position 'S2': expected a token index from 0 to 4, .*positions=pairs\[0\].labels",
+        ),
+        (lambda: attribution(circuit(), positions={"S2": 9, "end": 4}), "is at position 9: expected a token index from 0 to 4"),
         (lambda: attribution(at_tokens(), tokens=TOKENS[:3]), "is at position 4: expected a token index from 0 to 2"),
         (
-            lambda: attribution(nx.relabel_nodes(at_tokens(), {replace(LAST, position=4): replace(LAST, position="all")})),
-            "position 'all'",
+            lambda: attribution(nx.compose(at_tokens(), circuit()), positions={"S2": 2, "end": 4}),
+            "@ 2 and .* @ S2 are both placed at token 2: expected one node there",
         ),
         (lambda: attribution(nx.relabel_nodes(at_tokens(), {EMBED: replace(EMBED, position=-1)})), "position -1"),
         (lambda: attribution(at_tokens(), tokens="text"), "tokens='text': expected the tokens of the prompt as a list"),

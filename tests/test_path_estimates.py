@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import BRIDGES, HOOKED
 from small import Small
-from test_paths import MLP, OPTIONS, Z, end, name_of, nodes_of
+from test_paths import MLP, OPTIONS, ROUTES, Z, end, name_of, nodes_of
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -39,13 +39,16 @@ def slope(small: Small, edge: Any, slot: int, direction: str, route: str, measur
             return x + share * (sender.swapped(of_base, of_source, x) - x)
 
         part = path_oracle.End(sender.site, scaled, sender.reads, sender.moves)
-        freeze = route == "direct" and not getattr(small.model.cfg, "attn_only", False)
-        logits = path_oracle.path_patch(small.model, base, source, part, receiver, freeze_mlps=freeze)
+        freeze = route in ("direct", "through_attention") and not getattr(small.model.cfg, "attn_only", False)
+        attention = route in ("direct", "through_mlps")
+        logits = path_oracle.path_patch(
+            small.model, base, source, part, receiver, freeze_mlps=freeze, freeze_attention=attention
+        )
         found.append(measure(small, logits, slot))
     return (found[0] - found[1]) / (2 * STEP)
 
 
-@pytest.mark.parametrize("route", ["direct", "through_mlps"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_every_estimate_is_the_slope(small: Small, route: str) -> None:
     transcoder = name_of(small.saes[-1])
     early = nodes_of(small, ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"], 1)

@@ -1,5 +1,6 @@
 """Path patching against plain hooks on the whole model, and what must hold of paths."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from featpatch.patching.study import Options
 
 Z, MLP = "blocks.{}.attn.hook_z", "blocks.{}.hook_mlp_out"
 OPTIONS: dict[str, Any] = {"progress": False}
+ROUTES = "direct", "through_mlps", "through_attention", "all"
 
 
 def nodes_of(small: Small, names: list[str], count: int = 3) -> list[fp.Node]:
@@ -54,12 +56,13 @@ def expected(small: Small, edge: fp.Edge, slot: int, direction: str, route: str)
         source,
         sender,
         receiver,
-        freeze_mlps=route == "direct" and not getattr(small.model.cfg, "attn_only", False),
+        freeze_mlps=route in ("direct", "through_attention") and not getattr(small.model.cfg, "attn_only", False),
+        freeze_attention=route in ("direct", "through_mlps"),
     )
     return oracle.logit_diff(logits[None], int(small.correct[slot]), int(small.wrong[slot]))
 
 
-@pytest.mark.parametrize("route", ["direct", "through_mlps"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
     """Features, errors, heads, MLPs, whole sites; into features, errors, queries, keys, values, heads, MLPs and the logits."""
     transcoder = name_of(small.saes[-1])
@@ -84,7 +87,7 @@ def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
             true = expected(small, edge, slot, direction, route)
             base = effects.corrupted[slot] if direction == "denoising" else effects.clean[slot]
             moved += abs(true - base) > 1e-6
-            assert found == pytest.approx(true, abs=1e-9), (str(edge), direction)
+            assert found == pytest.approx(true, abs=1e-10), (str(edge), direction)
     assert moved > len(looked_at)
 
 
@@ -115,6 +118,44 @@ def test_a_whole_receiver_takes_its_value_where_it_stands(bridge: Small) -> None
     for swaps, _ in study.work():
         for swap in swaps:
             assert set(swap.deltas["denoising"].position.tolist()) == {swap.nodes[0].position}
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_whole_way_into_a_cut_is_the_whole_effect(small: Small, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual stream after a layer, or the logits, once everything between is recomputed; by either engine."""
+    pairs, site = pairs_of(small), "blocks.0.hook_resid_pre"
+    features = fp.rank_features(small.model, small.at(site), pairs, positions=[3], **OPTIONS)
+    features = features.take([row for row, node in enumerate(features.nodes) if (node.index or 0) < 6])
+    heads = fp.rank_components(small.model, pairs, sites=["z", "mlp_out"], layers=[0], positions=[3, "all"], **OPTIONS)
+    assert len({node.kind for node in (*features.nodes, *heads.nodes)}) == 5
+    if slow:
+        monkeypatch.setattr("featpatch.engine.path._disagreement", lambda *_: 2.0)
+    cut = ["logits", *(fp.Node(f"blocks.{layer}.hook_resid_post", "activation") for layer in (0, 1))]
+    for table, saes in ((features, small.at(site)), (heads, None)):
+        run: dict[str, Any] = {"saes": saes, "senders": table, "receivers": cut, "route": "all", **OPTIONS}
+        with pytest.warns(fp.SlowPathWarning) if slow else contextlib.nullcontext():
+            paths = fp.rank_paths(small.model, pairs, **run)
+        assert len(paths) == len(table) * len(cut)
+        for effect in ("recovery", "degradation"):
+            whole = dict(zip(table.nodes, table.pooled(effect), strict=True))
+            through = [whole[edge.sender] for edge in paths.nodes]
+            np.testing.assert_allclose(paths.pooled(effect), through, atol=1e-10)
+            assert np.abs(through).max() > 0.1
+
+
+def test_only_attention_moves_what_is_sent_to_another_position(small: Small) -> None:
+    """A sender at position 3 into a receiver at position 5, by each route; the table says which."""
+    sender, receiver = fp.Node("blocks.0.hook_resid_pre", "activation", None, 3), fp.Node(MLP.format(1), "activation", None, 5)
+    moved = {}
+    for route in ROUTES:
+        for method in ("exact", "atp"):
+            run: dict[str, Any] = {"senders": [sender], "receivers": [receiver, "logits"], "route": route, "method": method}
+            table = fp.rank_paths(small.model, pairs_of(small), **run, **OPTIONS)
+            moved[route, method] = np.abs(table.pooled("recovery")).tolist()
+            assert (table.route, set(table.to_pandas()["route"])) == (route, {route})
+            assert f"{table.value} effects of paths (route {route!r}) over 3 pairs, 2 rows" in repr(table)
+    for (route, _), sizes in moved.items():
+        assert min(sizes) > 1e-6 if route in ("through_attention", "all") else max(sizes) < 1e-14
 
 
 def test_receivers_that_were_off_switch_on(small: Small) -> None:
@@ -162,7 +203,12 @@ def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:
     assert effects.ranked.all()
     with pytest.raises(fp.FeatpatchError, match="belongs to another sweep"):
         fp.rank_paths(small.model, pairs_of(small), journal=tmp_path / "journal", route="through_mlps", **run)
-    assert "blocks.1.attn.hook_k" in fp.report(effects, tmp_path / "paths.html").read_text()
+    page = fp.report(effects, tmp_path / "paths.html").read_text()
+    assert "blocks.1.attn.hook_k" in page
+    assert f"exact effects of {len(effects)} paths (route &#39;direct&#39;) over 3 pairs" in page
+    estimates = fp.rank_paths(small.model, pairs_of(small), method="atp", **{**run, "route": "all"})
+    with pytest.raises(fp.FeatpatchError, match="route is 'all' for the estimates and 'direct' for the exact effects"):
+        fp.calibrate(estimates, effects)
 
 
 def test_heads_into_inputs_as_transformer_lens_splits_them() -> None:
@@ -191,7 +237,7 @@ def test_heads_into_inputs_as_transformer_lens_splits_them() -> None:
 def test_errors(small: Small) -> None:
     head, mlp = fp.Node(Z.format(1), "head", 0), fp.Node(MLP.format(1), "activation")
     for changed, message in (
-        ({"senders": ["logits"]}, "sender 'logits activation @ all'|the model has no hook"),
+        ({"senders": ["logits"]}, "'logits' is among the senders: expected it only among the receivers"),
         ({"senders": []}, "senders=\\[\\]: expected a list of nodes"),
         ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver is downstream of a sender"),
         ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the residual stream"),
@@ -203,7 +249,7 @@ def test_errors(small: Small) -> None:
         ({"senders": [fp.Node(Z.format(0), "head", 99)]}, "expected a head of 0 to 3"),
         ({"senders": [fp.Node(MLP.format(0), "activation", None, "all", "invented")]}, "names the SAE 'invented'"),
         ({"receivers": "abc"}, "receivers='abc': expected a list of nodes"),
-        ({"route": "around"}, "route='around': expected one of direct, through_mlps"),
+        ({"route": "around"}, "route='around': expected one of direct, through_mlps, through_attention, all"),
         ({"metric": "sequence_log_prob"}, "is not supported for paths, .* expected one of logit_diff"),
     ):  # fmt: skip
         options: dict[str, Any] = {"senders": [head], "receivers": ["logits"], "saes": None, **OPTIONS, **changed}
@@ -218,7 +264,7 @@ def test_hooks_of_the_user_are_refused() -> None:
         fp.rank_paths(small.model, pairs_of(small), senders=[fp.Node(MLP.format(0), "activation")], receivers=["logits"])
 
 
-@pytest.mark.parametrize("route", ["direct", "through_mlps"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", [*(f"bridge {name}" for name in BRIDGES), *(f"hooked {name}" for name in HOOKED)])
 @pytest.mark.usefixtures("wide")
 def test_architectures(name: str, route: str) -> None:

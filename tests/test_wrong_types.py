@@ -30,6 +30,11 @@ def pair(**changed: Any) -> fp.Pair:
     return fp.Pair(**({"clean": (1, 2), "corrupted": (1, 3), "correct": (4,), "wrong": (5,)} | changed))
 
 
+def viewed(positions: Any) -> Any:
+    graph = fp.diagram.graph([fp.Node(SITE, "activation", None, "end")], [0.1])
+    return fp.diagram.attribution_graph(graph, tokens=["a", "b"], slug="s", model="m", positions=positions)
+
+
 REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "report": lambda small, pairs, effects, x: fp.report(x, "r.html", model=small.model, pairs=pairs),
     "report pairs": lambda small, pairs, effects, x: fp.report(effects, "r.html", model=small.model, pairs=x),
@@ -85,6 +90,11 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "loss_recovered texts": lambda small, pairs, effects, x: fp.loss_recovered(small.model, small.saes[0], x, progress=False),
     "pca hook": lambda small, pairs, effects, x: fp.dictionaries.pca(small.model, x, pairs),
     "pca pairs": lambda small, pairs, effects, x: fp.dictionaries.pca(small.model, SITE, x),
+    "diagram.graph": lambda small, pairs, effects, x: fp.diagram.graph(x, [0.1]),
+    "diagram.graph holds": lambda small, pairs, effects, x: fp.diagram.graph([x], [0.1]),
+    "diagram.graph effects": lambda small, pairs, effects, x: fp.diagram.graph([NODE], x),
+    "attribution_graph positions": lambda small, pairs, effects, x: viewed(x),
+    "attribution_graph label": lambda small, pairs, effects, x: viewed({"end": x}),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
     "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),
 }

@@ -19,7 +19,7 @@ LITERALS = [
     Literal["feature", "error", "all_features", "activation"],
     Literal["recovery", "degradation"],
     Literal["add", "set"],
-    Literal["direct", "through_mlps"],
+    Literal["direct", "through_mlps", "through_attention", "all"],
     Literal["nodes", "edges"],
     Literal["threshold", "greedy", "acdc"],
     Literal["exact", "estimate"],

@@ -122,7 +122,7 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
             f"the first table holds {estimate.value} effects and the second {exact.value} effects: expected estimates first "
             "and exact effects second; call calibrate(estimate, exact)"
         )
-    for key in ("pairs", "of_pairs", "metric", "unit", "ablation", "positions", "model"):
+    for key in ("pairs", "of_pairs", "metric", "unit", "ablation", "positions", "route", "model"):
         one, other = (table.metadata.get(key) for table in (estimate, exact))
         if one != other:
             raise FeatpatchError(

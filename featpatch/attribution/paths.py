@@ -1,9 +1,10 @@
 """Estimate the effects of paths: the gradient at the receiver times how the sender's change affects the receiver.
 
-    estimate(S -> R) = (dm/dR in the model) . (dR/dS, attention frozen, MLPs frozen or not) . (S_source - S_base)
+    estimate(S -> R) = (dm/dR in the model) . (dR/dS along the route) . (S_source - S_base)
 
 (Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348.) If the path is the residual stream alone, dR/dS is
-the derivative of the receiver's own norm and weights. One backward pass through a layer per receiver serves all senders.
+the derivative of the receiver's own norm and weights; components that the route recomputes add theirs. One backward pass
+through a layer per receiver serves all senders.
 
 With g = dm/dy at the activation that a receiver writes, the weights of the activation that it reads are chosen so that their
 product with a change of that activation is the change of the metric. They derive from g for a whole activation, from g of one
@@ -12,7 +13,7 @@ head for a head, and from (d_j . g) for a feature.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import check_counterfactual
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
+from featpatch.sites import ROUTES, Route
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def estimate_paths(
     saes: Any,
     senders: Effects | Sequence[Node | str],
     receivers: Effects | Sequence[Node | str],
-    route: Literal["direct", "through_mlps"],
+    route: Route,
     directions: Sequence[Direction],
     *,
     progress: bool,
@@ -213,14 +215,14 @@ class _Pulled:
         of_pair: activations and gradients of the pair.
         way: the direction that patches the run.
         receiving: the receivers.
-        route: which components are frozen.
+        route: which components are recomputed; the others are frozen.
     """
 
     lens: Lens
     of_pair: PairGradients
     way: Direction
     receiving: Sequence[Receiving]
-    route: str
+    route: Route
 
     def at(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the gradients `[receivers, pos, ...]` at hook points that write to the residual stream."""
@@ -246,12 +248,14 @@ class _Pulled:
         for layer in range(self.lens.n_layers, -1, -1):
             if layer < self.lens.n_layers:
                 middle, entering = now, now
-                if self.route == "through_mlps" and not self.lens.attention_only:
+                if "mlp_out" in ROUTES[self.route] and not self.lens.attention_only:
                     gradient, inner = self._behind(layer, sites.component(layer, "mlp_out"), now)
                     middle, entering = now + inner, now + gradient
                 for hook, weights in self._read_at((layer, "mid")).items():
                     gradient, inner = (weights, weights) if sites.is_stream(hook) else self._behind(layer, hook, weights)
                     middle, entering = middle + inner, entering + gradient
+                if "attn_out" in ROUTES[self.route]:
+                    entering = entering + self._pull(layer, sites.component(layer, "attn_out"), middle, {})[0]
                 stream[layer, "mid"], now = middle, entering
             for hook, weights in self._read_at((layer, "pre")).items():
                 now = now + (weights if sites.is_stream(hook) else self._pull(layer, hook, weights, {})[0])

@@ -25,6 +25,14 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The default shares of all items, as in the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
 
 
+NO_EDGES = (
+    "A circuit of nodes has no edges: each node is kept or ablated at its hook point, and what it acts through is not "
+    "measured. fp.find_circuit(..., over='edges') finds a circuit of edges, and fp.rank_paths(..., senders=circuit.items, "
+    "receivers=circuit.items) measures the paths between the nodes of this one."
+)
+"""What the graph and the page of a circuit of nodes say about edges."""
+
+
 @dataclass(frozen=True, repr=False)
 class FaithfulnessCurve(Plotted):
     """The faithfulness of circuits of growing size, made of the first items of a ranking.
@@ -253,7 +261,14 @@ class Circuit(Plotted):
         return pd.DataFrame(rows)
 
     def to_networkx(self) -> Any:
-        """Return a `networkx.DiGraph` whose attribute `effect` is the score of each item, or 1 if the search ranked nothing.
+        """Return a `networkx.MultiDiGraph` with the score of each item as attribute `effect`.
+
+        If the search ranked nothing, the effect of every item is 1.
+
+        A circuit of edges gives one edge per item; edges into the query, key and value of a head lead to the node of the head
+        and differ in their keys, `"q"`, `"k"` and `"v"`. Where several heads share keys and values, an edge into a shared one
+        is there once per head. A circuit of nodes gives nodes without edges, and `graph.graph["note"]` says which calls
+        measure edges.
 
         Example:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
@@ -262,7 +277,10 @@ class Circuit(Plotted):
             3
         """
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
-        return graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
+        made = graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
+        if self.metadata["over"] == "nodes":
+            made.graph["note"] = NO_EDGES
+        return made
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
         """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `fp.report`.

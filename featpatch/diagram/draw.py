@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from featpatch.diagram.graph import NEGATIVE, POSITIVE, Content, Layout, content, digits, height, label, layout, short
+from featpatch.diagram.graph import INPUTS, NEGATIVE, POSITIVE, Content, Layout, content, digits, height, label, layout, short
 from featpatch.untrusted import in_figure
 
 Point = tuple[float, float]
@@ -72,7 +72,8 @@ def figure(graph: Any, *, title: str = "") -> Any:
     at the middle of edges show the numbers with six digits.
 
     Args:
-        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+        graph: a `networkx.DiGraph` or `MultiDiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known,
+            on nodes.
         title: the title of the figure.
 
     Raises:
@@ -112,7 +113,9 @@ def _edges(drawn: Any, said: Content, places: Layout) -> None:
         y=[y for _, y in middle],
         mode="markers",
         marker={"size": 14, "opacity": 0},
-        hovertext=[f"{names[edge.source]}<br>→ {names[edge.target]}<br>effect {digits(edge.effect)}" for edge in edges],
+        hovertext=[
+            f"{names[edge.source]}<br>→ {edge.to(names[edge.target])}<br>effect {digits(edge.effect)}" for edge in edges
+        ],
         hoverinfo="text",
         showlegend=False,
     )
@@ -201,7 +204,8 @@ def dot(graph: Any) -> str:
     Nodes at the same hook point are side by side, and senders are below their receivers.
 
     Args:
-        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+        graph: a `networkx.DiGraph` or `MultiDiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known,
+            on nodes.
 
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
@@ -216,13 +220,14 @@ def dot(graph: Any) -> str:
     import pydot
 
     said = content(graph)
-    named, rows = nx.DiGraph(graph={"rankdir": "BT"}), defaultdict(list)
+    named, rows = nx.MultiDiGraph(graph={"rankdir": "BT"}), defaultdict(list)
     for n, (node, effect) in enumerate(zip(said.nodes, said.effects, strict=True)):
         tip = label(node) if effect is None else f"{label(node)}: {effect:.6g}"
         named.add_node(f"n{n}", label=quoted(label(node)), tooltip=quoted(tip), shape="box")
         rows[height(node)].append(f"n{n}")
     for edge in said.edges:
         style = {"penwidth": f"{said.width(edge, WIDEST_LINE):.4f}", "color": quoted(edge.colour)}
+        style |= {"label": quoted(INPUTS[edge.through])} if edge.through else {}
         named.add_edge(f"n{edge.source}", f"n{edge.target}", **style, tooltip=quoted(f"{edge.effect:.6g}"))
     drawn = nx.nx_pydot.to_pydot(named)
     for members in rows.values():

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+import numpy as np
 from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Edge, Node, Position
+from featpatch.untrusted import visible
 
 LOGITS = "logits"
 """The `site` of the output node."""
@@ -73,17 +75,31 @@ def label(node: Node) -> str:
     return f"{where}{inside}{short(node)}{of}{at}"
 
 
+INPUTS = {"q": "query", "k": "key", "v": "value"}
+"""The inputs of a head by the keys of the edges into them, see `graph`."""
+
 POSITIVE, NEGATIVE = "#2166ac", "#c0392b"
 """The colours of positive and negative effects: blue and red."""
 
 
 @dataclass(frozen=True)
 class GraphEdge:
-    """An edge with its effect; `source` and `target` are indices of nodes."""
+    """An edge with its effect.
+
+    Attributes:
+        source, target: the indices of its nodes.
+        effect: its effect.
+        through: `"q"`, `"k"` or `"v"` for an edge into the query, key or value of a head; empty for other edges.
+    """
 
     source: int
     target: int
     effect: float
+    through: str = ""
+
+    def to(self, name: str) -> str:
+        """Return the name of the target together with the input of the head that the edge leads to, if any."""
+        return f"{name} ({INPUTS[self.through]})" if self.through else name
 
     @property
     def colour(self) -> str:
@@ -115,12 +131,13 @@ def content(graph: Any) -> Content:
     """Check a graph and return its content.
 
     Args:
-        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+        graph: a `networkx.DiGraph` or `MultiDiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known,
+            on nodes.
 
     Raises:
         FeatpatchError: it is another kind of graph, it is empty, or an effect is missing or not a finite number.
     """
-    if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
+    if not isinstance(graph, nx.DiGraph):  # nx.MultiDiGraph is one
         raise FeatpatchError(f"graph is a {type(graph).__name__}: expected a networkx.DiGraph whose nodes are fp.Node objects")
     strange = next((node for node in graph if not isinstance(node, Node)), None)
     if strange is not None or not len(graph):
@@ -129,8 +146,8 @@ def content(graph: Any) -> Content:
     number = {node: n for n, node in enumerate(graph)}
     effects = tuple(None if value is None else _finite(value, str(node)) for node, value in graph.nodes(data="effect"))
     edges = tuple(
-        GraphEdge(number[source], number[target], _finite(value, f"{source} -> {target}"))
-        for source, target, value in graph.edges(data="effect")
+        GraphEdge(number[source], number[target], _finite(value, f"{source} -> {target}"), key if key in INPUTS else "")
+        for source, target, key, value in nx.MultiDiGraph(graph).edges(data="effect", keys=True)
     )
     return Content(tuple(graph), effects, edges)
 
@@ -220,36 +237,55 @@ def _ordered(positions: list[Position]) -> list[Position]:
 def graph(
     items: Sequence[Node], effects: Sequence[float] | NDArray[Any], users: Callable[[Node], Sequence[Node]] | None = None
 ) -> Any:
-    """Make a `networkx.DiGraph` of nodes, or of edges between them, with the attribute `effect`.
+    """Make a `networkx.MultiDiGraph` of nodes, or of edges between them, with the attribute `effect`.
 
-    A query, key or value is drawn as part of its head, and the effects of edges into several of these are added up. For
-    example, `fp.diagram.graph(effects.nodes, effects.pooled("recovery"))` makes a graph of the rows of a table.
+    A query, key or value is part of the node of its head, and the key of an edge into it is `"q"`, `"k"` or `"v"`; the key of
+    any other edge is `""`. For example, `fp.diagram.graph(effects.nodes, effects.pooled("recovery"))` makes a graph of the rows
+    of a table. Nodes alone give a graph without edges, because an effect of a node says nothing about what it acts through.
 
     Args:
-        items: nodes or edges.
+        items: nodes or edges, each once.
         effects: the effect of each.
         users: a function that returns the heads that a receiver is part of, for models in which several heads share a key and
             value; each of these heads gets the edge.
+
+    Raises:
+        FeatpatchError: an item is not a node or edge or occurs twice, the numbers of items and effects differ, or an effect is
+            not a finite number.
 
     Example:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> graph.number_of_nodes()
         5
+        >>> head = fp.Node("blocks.1.attn.hook_z", "head", 3)
+        >>> inputs = [fp.Node(f"blocks.2.attn.hook_{name}", "head", 0) for name in "qk"]
+        >>> list(fp.diagram.graph([fp.Edge.of(head, one) for one in inputs], [0.5, 0.2]).edges(keys=True))[1][2]
+        'k'
     """
-    made = nx.DiGraph()
-    for item, effect in zip(items, effects, strict=True):
+    known = isinstance(items, Sequence) and all(isinstance(item, Node) for item in items) and len(set(items)) == len(items)
+    if not known or not isinstance(effects, (Sequence, np.ndarray)) or len(effects) != len(items):
+        raise FeatpatchError(
+            f"a graph of {visible(str(items))[:200]} with effects {visible(str(effects))[:200]}: expected a list of nodes or "
+            "of edges, each once, and as many effects, such as effects.nodes and effects.pooled('recovery')"
+        )
+    made = nx.MultiDiGraph()
+    for item, value in zip(items, effects, strict=True):
+        effect = _finite(value, str(item))
         if not isinstance(item, Edge):
-            made.add_node(item, effect=float(effect))
+            made.add_node(item, effect=effect)
             continue
-        sender = _head(item.sender)
+        through = item.receiver.site[-1] if _inside(item.receiver) else ""
         for receiver in [_head(item.receiver)] if users is None else users(item.receiver):
-            known = made.get_edge_data(sender, receiver, {"effect": 0.0})["effect"]
-            made.add_edge(sender, receiver, effect=known + float(effect))
+            made.add_edge(_head(item.sender), receiver, through, effect=effect)
     return made
+
+
+def _inside(node: Node) -> bool:
+    """Return whether a node is a query, key or value."""
+    return sites.is_component(node.site, *INPUTS)
 
 
 def _head(node: Node) -> Node:
     """Return the head that a query, key or value belongs to, or the node itself if it is none of these."""
-    inside = sites.is_component(node.site, "q", "k", "v")
-    return Node(node.site[:-1] + "z", "head", node.index, node.position) if inside else node
+    return Node(node.site[:-1] + "z", "head", node.index, node.position) if _inside(node) else node

@@ -1,15 +1,16 @@
 """A graph as an HTML page, and as JSON for the attribution-graph viewers of circuit-tracer and Neuronpedia."""
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from featpatch import sites
 from featpatch.diagram.draw import figure
-from featpatch.diagram.graph import LOGITS, Content, content, digits, is_end, label
-from featpatch.errors import FeatpatchError
+from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, label
+from featpatch.errors import FeatpatchError, is_integer
 from featpatch.nodes import Node
 from featpatch.page.page import Section, block, embedded, page, table
 
@@ -17,15 +18,18 @@ SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """The symbols that circuit-tracer writes for white space in a token."""
 
 
-def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: str) -> dict[str, Any]:
+def attribution_graph(
+    graph: Any, *, tokens: Sequence[str], slug: str, model: str, positions: Mapping[str, int | tuple[int, ...]] | None = None
+) -> dict[str, Any]:
     r"""Convert a graph to a dictionary that `json.dump` can write to a file `{slug}.json`.
 
     The fields are those of circuit-tracer at d797c82 (`frontend/graph_models.py`, and what its `frontend/assets` read) and of
     Neuronpedia's `graph-schema.json` at b8efe84. Neuronpedia accepts the file as an upload. For circuit-tracer's server, put
     the file into its data folder, and `metadata` into the list `graphs` of the file `graph-metadata.json` there.
 
-    - The `weight` of a link is the effect of the edge. The effect of a node, if it is known, is stored as `effect`, which no
-      viewer interprets.
+    - The `weight` of a link is the effect of the edge. Viewers know one link from a node to another, so the effects of edges
+      into the query, key and value of a head are added up; the other formats keep them apart. The effect of a node, if it is
+      known, is stored as `effect`, which no viewer interprets.
     - `feature` is the Cantor pairing of layer and index, `(l + i) (l + i + 1) / 2 + i`, as `schema_version` 1 requires. Viewers
       treat equal numbers as the same feature, so nodes that are not of the first dictionary of a layer get indices after those
       in use, and errors count down from -1.
@@ -39,15 +43,18 @@ def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: st
     - Neuronpedia refuses graphs with no node above layer 0, and circuit-tracer shows no graph for a prompt of one token.
 
     Args:
-        graph: a `networkx.DiGraph` of `featpatch.Node` at token indices, with the attribute `effect` on edges and, if known,
-            on nodes. The output and the embedding may be at `"all"` and are then placed at the last and the first token.
+        graph: a `networkx.DiGraph` or `MultiDiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known,
+            on nodes. Nodes at `"all"` positions are placed at the last token, the embedding at the first; their text says
+            `@ all`.
         tokens: the tokens of the prompt to which the indices refer.
         slug: the name of the file, and of the graph in a viewer's address.
         model: the name that viewers call the scan, such as `"gpt2-small"`.
+        positions: the token index of each label at which the graph has nodes, such as `pairs[0].labels`; a label of several
+            tokens is placed at its last one.
 
     Raises:
-        FeatpatchError: a position is not a token index, the slug does not fit into an address, there is more than one output,
-            or the graph can't be shown.
+        FeatpatchError: a position is not that of a token, two nodes that differ only in the name of their position are placed
+            at one token, the slug does not fit into an address, there is more than one output, or the graph can't be shown.
 
     Example:
         >>> import json
@@ -69,21 +76,32 @@ def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: st
     outputs = [node for node in said.nodes if node.site == LOGITS]
     if len(outputs) > 1:
         raise FeatpatchError(f"the graph has {len(outputs)} output nodes: expected at most one node at {LOGITS!r}")
-    positions = [_position(node, len(tokens)) for node in said.nodes]
+    if not isinstance(positions, Mapping | None):
+        raise FeatpatchError(f"positions={positions!r}: expected the token index of each label, such as pairs[0].labels")
+    placed = [_position(node, len(tokens), positions or {}) for node in said.nodes]
     layers, numbers = _layers(said), _numbers(said)
-    ids = [f"{layer}_{number}_{at}" for layer, number, at in zip(layers, numbers, positions, strict=True)]
+    ids = [f"{layer}_{number}_{at}" for layer, number, at in zip(layers, numbers, placed, strict=True)]
+    twice = next((n for n, name in enumerate(ids) if name in ids[:n]), None)
+    if twice is not None:
+        raise FeatpatchError(
+            f"{said.nodes[ids.index(ids[twice])]} and {said.nodes[twice]} are both placed at token {placed[twice]}: expected "
+            "one node there; leave one of them out of the graph"
+        )
+    links: dict[tuple[str, str], float] = defaultdict(float)
+    for edge in said.edges:
+        links[ids[edge.source], ids[edge.target]] += edge.effect
     nodes = [
         {
             "node_id": ids[n],
             "feature": number if number < 0 else _cantor(int(layers[n]) if layers[n] != "E" else 0, number),
             "layer": layers[n],
-            "ctx_idx": positions[n],
+            "ctx_idx": placed[n],
             "feature_type": _type(said.nodes[n]),
             "token_prob": 0.0,
             "is_target_logit": said.nodes[n].site == LOGITS,
             "run_idx": 0,
             "reverse_ctx_idx": 0,
-            "jsNodeId": f"{layers[n]}_{number}-{positions[n]}",
+            "jsNodeId": f"{layers[n]}_{number}-{placed[n]}",
             "clerp": _text(said.nodes[n]),
             "influence": None,
             "activation": None,
@@ -103,24 +121,26 @@ def attribution_graph(graph: Any, *, tokens: Sequence[str], slug: str, model: st
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": nodes,
-        "links": [{"source": ids[edge.source], "target": ids[edge.target], "weight": edge.effect} for edge in said.edges],
+        "links": [{"source": source, "target": target, "weight": weight} for (source, target), weight in links.items()],
     }
 
 
-def _position(node: Node, n_tokens: int) -> int:
-    """Return the token index of a node.
+def _position(node: Node, n_tokens: int, labels: Mapping[str, int | tuple[int, ...]]) -> int:
+    """Return the token index at which a node is placed.
 
     Raises:
-        FeatpatchError: its position is not a token index of the prompt.
+        FeatpatchError: its position is neither a token index of the prompt nor a known label.
     """
-    if is_end(node) and node.kind == "activation" and node.position == "all":
-        return n_tokens - 1 if node.site == LOGITS else 0
-    if type(node.position) is not int or not 0 <= node.position < n_tokens:
+    place: Any = labels.get(node.position, node.position) if isinstance(node.position, str) else node.position
+    if place == "all":
+        return 0 if node.site == sites.EMBEDDING else n_tokens - 1
+    last = place[-1] if isinstance(place, tuple) and place else place
+    if not is_integer(last) or not 0 <= last < n_tokens:
         raise FeatpatchError(
-            f"{node} is at position {node.position!r}: expected a token index from 0 to {n_tokens - 1}, because viewers place "
-            "nodes at tokens; replace each label with its index in one prompt, e.g. with networkx.relabel_nodes"
+            f"{node} is at position {place!r}: expected a token index from 0 to {n_tokens - 1}, because viewers place "
+            "nodes at tokens; for labels, pass the indices in one prompt, such as positions=pairs[0].labels"
         )
-    return node.position
+    return int(last)
 
 
 def _layers(said: Content) -> list[str]:
@@ -176,7 +196,8 @@ def interactive(graph: Any, title: str) -> str:
     """Return a graph as one HTML file that needs no network; a click on a node shows its effect and those of its edges.
 
     Args:
-        graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
+        graph: a `networkx.DiGraph` or `MultiDiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known,
+            on nodes.
         title: the title of the page as plain text.
 
     Returns:
@@ -208,7 +229,7 @@ def sections(graph: Any) -> list[Section]:
     said = content(graph)
     names = [label(node) for node in said.nodes]
     edges = pd.DataFrame(
-        [(names[edge.source], names[edge.target], edge.effect) for edge in _largest_first(said)],
+        [(names[edge.source], edge.to(names[edge.target]), edge.effect) for edge in _largest_first(said)],
         columns=["from", "to", "effect"],
     )
     return [
@@ -220,7 +241,9 @@ def sections(graph: Any) -> list[Section]:
             "figure.",
             [embedded(figure(graph)), block("nodes.html", nodes=_all_numbers(said, names))],
         ),
-        Section("edges", "Edges", "All edges, sorted by the size of their effect.", [table(edges)]),
+        Section(
+            "edges", "Edges", str(graph.graph.get("note", "All edges, sorted by the size of their effect.")), [table(edges)]
+        ),
     ]
 
 
@@ -235,6 +258,7 @@ def _all_numbers(said: Content, names: list[str]) -> list[dict[str, Any]]:
         for name, effect in zip(names, said.effects, strict=True)
     ]
     for edge in _largest_first(said):
-        about[edge.target]["arriving"].append({"node": f"from {names[edge.source]}", "effect": digits(edge.effect)})
-        about[edge.source]["leaving"].append({"node": f"to {names[edge.target]}", "effect": digits(edge.effect)})
+        into = f" into {INPUTS[edge.through]}" if edge.through else ""
+        about[edge.target]["arriving"].append({"node": f"from {names[edge.source]}{into}", "effect": digits(edge.effect)})
+        about[edge.source]["leaving"].append({"node": f"to {edge.to(names[edge.target])}", "effect": digits(edge.effect)})
     return about

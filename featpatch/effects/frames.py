@@ -69,6 +69,7 @@ def brief(effects: Measured) -> pd.DataFrame:
         table["sender"], table["receiver"] = (
             [str(getattr(node, end, "")) for node in effects.nodes] for end in ("sender", "receiver")
         )
+        table["route"] = effects.route
     intervals = {effect: effects.interval(effect) for effect in effects.directions_run()}
     for effect, interval in intervals.items():
         table[effect], (table[f"{effect}_low"], table[f"{effect}_high"]) = effects.pooled(effect), interval.T

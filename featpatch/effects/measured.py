@@ -386,6 +386,11 @@ class Measured:
         )
 
     @property
+    def route(self) -> str:
+        """The route that paths take from sender to receiver, see `rank_paths`; empty if the table holds no paths."""
+        return str(self.metadata.get("route", ""))
+
+    @property
     def finished(self) -> bool:
         """Whether the sweep ran to its end; after an interruption some pairs are missing or some values are NaN."""
         return bool(self.metadata.get("finished", True))

@@ -388,12 +388,13 @@ class Effects(Measured):
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
-        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value", "unit"]))
+        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value", "unit", "route"], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
         return f"{self._headline()}{more} {len(self)} rows:\n{shown}"
 
     def _headline(self) -> str:
-        over = f"{self.value} effects over {len(self.clean)}"
+        what = f"effects of paths (route {self.route!r})" if self.route else "effects"
+        over = f"{self.value} {what} over {len(self.clean)}"
         if self.spread:
             over += f" pairs and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
             return over

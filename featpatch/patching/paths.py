@@ -20,10 +20,11 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Swap
 from featpatch.patching.parts import Part
 from featpatch.patching.readings import readout
-from featpatch.patching.route import Receiver, Route, Senders, receiver_of
+from featpatch.patching.route import Receiver, Senders, receiver_of
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import check_nodes, dictionaries_if_any
+from featpatch.sites import Route
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class EdgePart(Part):
         lens: the model.
         senders: the senders.
         receivers: the receivers.
-        route: which components between sender and receiver are frozen.
+        route: which components between sender and receiver are recomputed.
         only: the edges that are patched; None for all.
     """
 
@@ -46,7 +47,7 @@ class EdgePart(Part):
 
     @property
     def hooks(self) -> set[str]:
-        """The hook points that senders and receivers need, and those of the components that are frozen between them."""
+        """The hook points that senders and receivers need, and those that the layers between them need."""
         highest = max(receiver.place[0] for receiver in self.receivers)
         names = ("resid_pre", "attn_out")
         blocks = range(self.senders.lowest, min(highest, self.lens.n_layers - 1) + 1)

@@ -1,8 +1,8 @@
-"""Senders and receivers of paths, and the propagation of changes between them with attention frozen.
+"""Senders and receivers of paths, and the propagation of changes between them.
 
-This is the first pass of path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): a sender is changed, all components
-between it and the receiver are frozen at their values in the base run (or only attention is, and MLPs are recomputed), and what
-then reaches the receiver is read. Norms are recomputed.
+This is the first pass of path patching (Wang et al. 2022, Goldowsky-Dill et al. 2023): a sender is changed, the components
+between it and the receiver are frozen at their values in the base run or recomputed, as the route says (`sites.ROUTES`), and
+what then reaches the receiver is read. Norms are recomputed.
 
 A receiver's new value is recorded in the first pass and patched into the base run in the second, so features that are inactive
 in the base run can be receivers too. A query, key or value acts through its head's z, as in `components`.
@@ -11,7 +11,6 @@ in the base run can be receivers too. A query, key or value acts through its hea
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,9 +26,7 @@ from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
-
-Route = Literal["direct", "through_mlps"]
-"""The way from a sender to a receiver; see `sites.ROUTES`."""
+from featpatch.sites import Route
 
 Place = tuple[int, str]
 """A place in the residual stream: a layer, and `"pre"` (before its attention) or `"mid"` (between attention and MLP)."""
@@ -43,7 +40,7 @@ class Stream:
         lens: the model.
         base: activations of the base run at every `resid_pre` and `attn_out` that the changes pass.
         tokens: token ids of the base run, `[pos]`.
-        route: which components are frozen.
+        route: which components are recomputed; the others are frozen.
         entering: the place at which each change enters the residual stream.
         changes: the changes `[rows, pos, d_model]` where they enter, all on one device.
     """
@@ -72,8 +69,8 @@ class Stream:
     def read(self, hook: str) -> Float[torch.Tensor, "rows_and_base pos ..."]:
         """Return the activation at a hook point that reads the changed residual stream: first the base run's, then each row's.
 
-        Attention in the hook point's own layer is frozen too if the hook point comes after it. The values of the last call are
-        kept, because receivers often share a hook point.
+        Attention in the hook point's own layer is part of the route if the hook point comes after it. The values of the last
+        call are kept, because receivers often share a hook point.
         """
         if hook not in self._read:
             values = self._run_upto(hook)
@@ -96,17 +93,16 @@ class Stream:
         return torch.tensor([entry == place for entry in self.entering])
 
     def _below(self, place: Place) -> torch.Tensor:
-        """Return the change that arrives from the place before, through the MLP in between if there is one."""
+        """Return the change that arrives from the place before, with that of the component in between if it is recomputed."""
         layer, where = place
-        if where == "mid":
-            return self.at((layer, "pre"))
-        before = (layer - 1, "mid")
-        if layer <= min(entry[0] for entry in self.entering):
+        before, name = ((layer, "pre"), "attn_out") if where == "mid" else ((layer - 1, "mid"), "mlp_out")
+        if sites.order(place) <= min(map(sites.order, self.entering)):
             return torch.zeros_like(self.changes)
-        change, mlp = self.at(before), sites.component(layer - 1, "mlp_out")
-        if self.lens.attention_only or not bool(self.reached(before).any()):
+        change, component = self.at(before), sites.component(before[0], name)
+        absent = name == "mlp_out" and self.lens.attention_only
+        if name not in sites.ROUTES[self.route] or absent or not bool(self.reached(before).any()):
             return change
-        outputs = self.read(mlp)
+        outputs = self.read(component)
         return change + (outputs[1:] - outputs[0]).to(change.device)
 
 

@@ -17,9 +17,8 @@ from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.readings import Metrics, leading
-from featpatch.patching.route import Route
 from featpatch.patching.study import Options
-from featpatch.sites import DEFAULT_COMPONENTS
+from featpatch.sites import DEFAULT_COMPONENTS, Route
 
 
 @dataclass(frozen=True, repr=False)

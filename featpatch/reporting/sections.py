@@ -86,7 +86,8 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
     ]
     name = Path(metadata.get("model", {}).get("name", "")).name
     title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
-    subtitle = f"{effects.value} effects of {effects.rows_ranked:,} features or heads over {len(effects.clean)} "
+    ranked = f"paths (route {effects.route!r})" if effects.route else "features or heads"
+    subtitle = f"{effects.value} effects of {effects.rows_ranked:,} {ranked} over {len(effects.clean)} "
     means = f"the mean {metadata['metric']} is {effects.clean.mean():.3g} on clean"
     if effects.has_gap:
         subtitle += f"pairs; {means} and {effects.corrupted.mean():.3g} on corrupted prompts"

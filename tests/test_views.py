@@ -93,7 +93,9 @@ def test_active_features_with_effects(demo: Any, sae: Any, pairs: fp.Pairs, effe
         assert labelled[effect].tolist() == pytest.approx(expected)
         assert own.drop(labelled.index)[effect].isna().all()
         assert found[found["sae"] != HOOK][effect].isna().all()
-    assert 0.0 in labelled["recovery"].tolist() or labelled["recovery"].ne(0).all()
+    first = fp.rank_features(demo.model, demo.saes[0], pairs, positions=["S2", "end"], progress=False)
+    early = fp.active_features(demo.model, demo.saes[0], pair, effects=first)
+    assert early[early["position"] == pair.labels["end"]]["recovery"].tolist() == [0.0] * 5
     assert labelled["recovery"].abs().max() > 0.1
 
 

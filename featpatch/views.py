@@ -29,7 +29,9 @@ ROWS = 3
 
 
 @torch.no_grad()
-def active_features(model: Any, saes: Any, prompt: str | Pair, *, effects: Effects | None = None, n: int = 5) -> pd.DataFrame:
+def active_features(
+    model: Any, saes: Any, prompt: str | Pair, *, effects: Effects | None = None, per_token: int = 5
+) -> pd.DataFrame:
     """List the features that are active on each token of a prompt, strongest first.
 
     `promotes` names the tokens whose logits the feature's decoder direction raises most, along the direct path and without the
@@ -42,7 +44,7 @@ def active_features(model: Any, saes: Any, prompt: str | Pair, *, effects: Effec
         effects: a table of effects of features, whose recovery and degradation are added. They are exactly 0 if the feature is
             the same in both runs, and empty if it was not measured. An effect at a label is shown at the tokens of the label in
             this pair.
-        n: the number of features per token and SAE.
+        per_token: the number of features that are listed per token and SAE.
 
     Returns:
         One row per token, SAE and feature: `position`, `token`, `sae`, `feature`, `value`, for a pair also the value in the
@@ -53,13 +55,13 @@ def active_features(model: Any, saes: Any, prompt: str | Pair, *, effects: Effec
             SAEs, or at labels while the prompt is a text.
 
     Example:
-        >>> table = fp.active_features(model, saes, pairs[0], effects=effects, n=1)
+        >>> table = fp.active_features(model, saes, pairs[0], effects=effects, per_token=1)
         >>> table.columns.tolist()
         ['position', 'token', 'sae', 'feature', 'value', 'corrupted', 'recovery', 'degradation', 'promotes']
         >>> int(table["position"].min())
         1
     """
-    check_numbers(1, n=n)
+    check_numbers(1, per_token=per_token)
     check_kinds((Effects, NoneType), effects=effects)
     lens = wrap(model)
     prompts, special = _prompts(lens, prompt)
@@ -70,7 +72,7 @@ def active_features(model: Any, saes: Any, prompt: str | Pair, *, effects: Effec
     rows = []
     for dictionary in found:
         features = dictionary.split(read[dictionary.reads], read[dictionary.writes]).features
-        order = features[0].abs().topk(min(n, features.shape[-1])).indices.tolist()
+        order = features[0].abs().topk(min(per_token, features.shape[-1])).indices.tolist()
         active = [
             (at, index) for at, best in enumerate(order) for index in best if at not in special and features[0, at, index]
         ]

@@ -55,7 +55,7 @@ def encoded(demo: Any, sae: Any, tokens: Any) -> torch.Tensor:
 
 def test_active_features_of_a_text(demo: Any, sae: Any) -> None:
     """The strongest of each token but BOS, and the words that their decoder directions promote."""
-    found = fp.active_features(demo.model, sae, TEXT, n=2)
+    found = fp.active_features(demo.model, sae, TEXT, per_token=2)
     tokens = demo.model.to_tokens(TEXT)[0].tolist()
     features, decode = encoded(demo, sae, tokens), demo.model.tokenizer.decode
     assert found.columns.tolist() == ["position", "token", "sae", "feature", "value", "promotes"]
@@ -93,7 +93,9 @@ def test_active_features_with_effects(demo: Any, sae: Any, pairs: fp.Pairs, effe
         assert labelled[effect].tolist() == pytest.approx(expected)
         assert own.drop(labelled.index)[effect].isna().all()
         assert found[found["sae"] != HOOK][effect].isna().all()
-    assert 0.0 in labelled["recovery"].tolist() or labelled["recovery"].ne(0).all()
+    first = fp.rank_features(demo.model, demo.saes[0], pairs, positions=["S2", "end"], progress=False)
+    early = fp.active_features(demo.model, demo.saes[0], pair, effects=first)
+    assert early[early["position"] == pair.labels["end"]]["recovery"].tolist() == [0.0] * 5
     assert labelled["recovery"].abs().max() > 0.1
 
 
@@ -143,8 +145,8 @@ def test_errors_of_active_features(demo: Any, sae: Any, effects: fp.Effects) -> 
     other = replace(effects, metadata={**effects.metadata, "saes": {HOOK: "0"}})
     with pytest.raises(fp.FeatpatchError, match="differs from that of the effects: expected the same weights"):
         fp.active_features(demo.model, sae, TEXT, effects=other)
-    with pytest.raises(fp.FeatpatchError, match="n=0: expected an integer, 1 or more"):
-        fp.active_features(demo.model, sae, TEXT, n=0)
+    with pytest.raises(fp.FeatpatchError, match="per_token=0: expected an integer, 1 or more"):
+        fp.active_features(demo.model, sae, TEXT, per_token=0)
 
 
 def test_examples_are_shaded_by_their_activations(demo: Any, sae: Any, effects: fp.Effects) -> None:
@@ -179,8 +181,9 @@ def test_activations_of_examples_are_those_of_the_whole_text(demo: Any, sae: Any
     with pytest.warns(UserWarning, match="too little text"):
         (found,) = fp.max_activating(demo.model, sae, [fp.Node(HOOK, "feature", index, sae=HOOK)], [text], contexts=1).values()
     (example,) = found.examples
-    assert example.value == pytest.approx(float(features.max()), rel=1e-4)
-    assert list(example.values) == pytest.approx(features.tolist()[-len(example.values) :], rel=1e-4, abs=1e-5)
+    at = int(features.argmax())
+    assert example.value == pytest.approx(float(features[at]), rel=1e-4)
+    assert list(example.values) == pytest.approx(features[max(0, at - 5) : at + 2].tolist(), rel=1e-4, abs=1e-5)
 
 
 def test_pairs_in_a_notebook(demo: Any, pairs: fp.Pairs, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class Study:
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
         readings = readings_of(read, check_pairs(pairs), lens)
         wanted = [spans(pair, options.positions) for pair in pairs]
-        if noise is None and not contrast.everywhere and lens.causal:
+        if noise is None and not contrast.everywhere and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         changed = [site for part in parts for site in part.sites]

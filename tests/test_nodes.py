@@ -200,8 +200,9 @@ def test_noise_answers_of_several_tokens_and_several_metrics(small: Small) -> No
 
 
 def test_a_node_that_never_differs_has_a_row(small: Small) -> None:
-    nodes = [fp.head(1, 0, "z", 1), fp.head(1, 0, "z", 3)]
-    effects = fp.rank_nodes(small.model, pairs_of(small), nodes, progress=False)
+    pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong, labels=[{"early": 1}] * 3)
+    nodes = [fp.head(1, 0, "z", "early"), fp.head(1, 0, "z", 3)]
+    effects = fp.rank_nodes(small.model, pairs, nodes, progress=False)
     assert effects.changed_pairs.tolist() == [0, 3, 3]
     assert effects.pooled("recovery")[0] == 0
     assert effects.pooled("recovery")[1] == pytest.approx(effects.pooled("recovery")[2], abs=1e-12)

@@ -118,7 +118,7 @@ class Study:
         alone = noise is not None or contrast.everywhere
         readings = readings_of(read, check_pairs(pairs) if alone else check_counterfactual(pairs), lens)
         wanted = [spans(pair, options.positions) for pair in pairs]
-        if noise is None and not contrast.everywhere and lens.causal:
+        if noise is None and not contrast.everywhere and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         changed = [site for part in parts for site in part.sites]

@@ -25,7 +25,6 @@ EXAMPLES = {
     "good": (GOOD, {}),
     "another subject and another story": (
         (CLEAN, "While Anna and Paul were working at the park , Paul handed the key", "Mary", "John"), {"difference": "warn"}),
-    "the same prompt": ((CLEAN, CLEAN, "Mary", "John"), {"difference": "fail", "output": "fail"}),
     "a name for a word": ((CLEAN, "When Mary and John went to the store , red gave a drink to", "Mary", "John"), {"kind": "warn"}),
     "a word that the tokenizer does not know": (
         (CLEAN.replace("drink", "saxophone"), GOOD[1].replace("drink", "saxophone"), "Mary", "John"), {"kind": "warn"}),
@@ -56,7 +55,7 @@ def test_examples(demo: Demo, name: str) -> None:
 
 
 def test_what_is_shown_is_a_summary(demo: Demo) -> None:
-    pairs = pairs_of(demo, GOOD, EXAMPLES["the same prompt"][0], labels=[{"S2": 10}, {"S2": 10}])
+    pairs = pairs_of(demo, GOOD, (CLEAN, CLEAN, "Mary", "John"), labels=[{"S2": 10}, {"S2": 10}])
     assert repr(pairs) == "2 pairs of 15 tokens, labels S2"
     lines = repr(pairs.check(demo.model)).splitlines()
     assert lines[0] == "checklist of 2 pairs: 1 pass, 0 warn, 1 fail"

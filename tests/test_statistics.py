@@ -178,7 +178,7 @@ def test_one_direction_has_one_set_of_columns(tiny: fp.Effects) -> None:
     expected = [f"degradation{end}" for end in statistics]
     assert list(frame.columns) == [
         "site", "kind", "index", "position", "sae", *expected, "changed_pairs", "smallest_p",
-        *(f"degradation_where_changed{end}" for end in ("", "_low", "_high")), "pairs", "pairs_with_gap", "value",
+        *(f"degradation_where_changed{end}" for end in ("", "_low", "_high")), "pairs", "pairs_with_gap", "value", "unit",
     ]  # fmt: skip
     for end, statistic in (
         ("_median", "median"),

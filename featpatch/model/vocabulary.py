@@ -30,7 +30,7 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
         answers = [token for side in pair.answers for answer in side for token in answer]
         tokens = (*pair.clean, *pair.corrupted, *(token for continuation in following for token in continuation))
         length = len(pair) + max(map(len, following), default=0)
-        if not 0 <= min(answers) <= max(answers) < lens.d_vocab:
+        if answers and not 0 <= min(answers) <= max(answers) < lens.d_vocab:
             raise FeatpatchError(
                 f"pair {index}: answers {answers} are outside the model's vocabulary of {lens.d_vocab} "
                 "tokens: expected ids of the model's own tokenizer"

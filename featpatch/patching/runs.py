@@ -6,7 +6,7 @@ arXiv 2202.05262).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -73,10 +73,6 @@ class Noise:
         """Return metadata to store with the results."""
         about = {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
         return about if self.draws == 1 else {**about, "draws": self.draws}
-
-    def each(self) -> "list[Noise]":
-        """Return every draw as noise of its own."""
-        return [replace(self, seed=self.seed + draw, draws=1) for draw in range(self.draws)]
 
     @contextmanager
     def added(self, lens: Lens, pairs: Sequence[Pair]) -> Iterator[None]:

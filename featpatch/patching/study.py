@@ -165,7 +165,8 @@ class Study:
         Draws after the first have journals of their own, with the number of the draw at the end of their names.
         """
         tables: list[Effects] = []
-        for number, one in enumerate(noise.each()):
+        for number in range(noise.draws):
+            one = replace(noise, seed=noise.seed + number, draws=1)
             arguments = {**self.arguments, "options": replace(self.arguments["options"], noise=one, directions=self.directions)}
             path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
             table = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments).run_block(

@@ -38,6 +38,11 @@ class FeaturePart(Part):
     only: frozenset[Node] | None = None
 
     @property
+    def complete(self) -> bool:
+        """Whether all nodes of the dictionaries are patched."""
+        return self.only is None
+
+    @property
     def owners(self) -> Sequence[Dictionary]:
         """The dictionaries."""
         return self.dictionaries

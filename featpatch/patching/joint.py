@@ -61,6 +61,11 @@ class JointPart(Part):
             check_settable(self.lens, group)
 
     @property
+    def complete(self) -> bool:
+        """False, because the nodes are those that were named."""
+        return False
+
+    @property
     def owners(self) -> Sequence[Dictionary]:
         """The dictionaries to which the nodes may belong."""
         return self.dictionaries

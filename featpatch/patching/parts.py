@@ -25,6 +25,11 @@ class Part(ABC):
         return ()
 
     @property
+    def complete(self) -> bool:
+        """Whether all nodes at the hook points are patched, so that one without a row has no effect; True by default."""
+        return True
+
+    @property
     @abstractmethod
     def hooks(self) -> set[str]:
         """The hook points whose activations the part needs."""
@@ -59,6 +64,11 @@ class OnlyPart(Part):
 
     part: Part
     only: frozenset[Node]
+
+    @property
+    def complete(self) -> bool:
+        """False, because some nodes of the other part are left out."""
+        return False
 
     @property
     def owners(self) -> Sequence[Dictionary]:

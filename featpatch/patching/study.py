@@ -135,7 +135,7 @@ class Study:
         longest = max(len(run.tokens) for run in probes)
         rows = row_budget(lens, longest, columns) if batch_rows is None else int(batch_rows)
         memory = rows * row_bytes(lens, longest, columns)
-        complete = [site for part in parts if getattr(part, "only", None) is None for site in part.sites]
+        complete = [site for part in parts if part.complete for site in part.sites]
         metadata = _metadata(about, runner, read, chosen, options.positions, complete)
         arguments = {"about": about, "options": options, "contrast": contrast}
         return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, arguments)

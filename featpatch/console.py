@@ -1,13 +1,13 @@
 """A console that prints text as it is, without markup, and tables that fit its width."""
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -60,7 +60,7 @@ class Fitted:
     legend: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
         """Yield the title, the table and the notes."""
         shown, left_out = {**self.columns}, []
         for header in self.spare:

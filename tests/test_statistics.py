@@ -13,6 +13,7 @@ from scipy.stats import binom, false_discovery_control, kstest, permutation_test
 from small import Small
 
 import featpatch as fp
+from featpatch import sites
 from featpatch.effects import statistics
 from featpatch.effects import statistics as significance
 from featpatch.effects.frames import number
@@ -452,7 +453,7 @@ def test_tables_show_stability_and_tags(tagged: fp.Effects) -> None:
     assert found.low < found.high
     assert f"{number(found.correlation)} [{number(found.low)}, {number(found.high)}]" in text
     assert f"{found.overlap * 20:.1f} of 20" in text
-    lines = [line for line in text.splitlines() if SITE in line]
+    lines = [line for line in text.splitlines() if sites.short(SITE) in line]
     assert ["yes" in line for line in lines] == [False, True, False]
     assert "0 [0, 0] (3)" in lines[1]
 

@@ -6,7 +6,7 @@ Exit codes are 0 for success, 1 for a failed check, 2 for bad input and 130 for 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -24,7 +24,7 @@ class Program(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, group by group."""
-        return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(self.commands[name].rich_help_panel))
+        return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(cast(Any, self.commands[name]).rich_help_panel))
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Parse the options of the program itself."""

@@ -39,15 +39,15 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
     """
     pairs, table, run = len(effects.clean), effects.to_pandas(), effects.directions_run()
     columns: dict[str, Sequence[str]] = _names(effects)
-    numbers = {effect: effect for effect in run}
+    numbers: dict[str, str] = {effect: effect for effect in run}
     numbers |= {f"{effect}\n{name}": f"{name}_{effect}" for name in effects.others for effect in run}
     columns |= {header: [_value(row, column) for _, row in table.iterrows()] for header, column in numbers.items()}
     legend = {}
     if len(run) == 2:
         columns["quadrant"] = table["quadrant"].tolist()
         legend["quadrant"] = (
-            f"directions in which the interval lies above {100 * effects.threshold:.4g} % of the effect of the whole activation "
-            "there (of the behaviour where there is none); undecided if an interval includes this threshold"
+            f"directions in which the interval lies above {100 * effects.threshold:.4g} % of the effect of the whole "
+            "activation there (of the behaviour where there is none); undecided if an interval includes this threshold"
         )
     own = f"{sorting(by, run)[0]}{WHERE_CHANGED}"
     changed = f"{own.split('_')[0]}\nwhere changed"
@@ -249,13 +249,13 @@ STEPS = 8
 """The largest number of steps of a selection that are shown."""
 
 
-def concluded(chosen: Selection, place: str, fires: Mapping[int, Description]) -> str:
+def concluded(chosen: Selection, place: str, fires: Sequence[Description]) -> str:
     """Return what selected features do together and fire on, as a paragraph.
 
     Args:
         chosen: the features, with the effects of the growing sets in both directions.
         place: where they are, in words.
-        fires: the descriptions of the features, by index.
+        fires: the descriptions of the features, in the same order.
     """
     count, last = len(chosen.features), chosen.effects.take([len(chosen.effects) - 1])
     recovery, degradation = (_percent(last, effect) for effect in last.directions_run())
@@ -266,9 +266,10 @@ def concluded(chosen: Selection, place: str, fires: Mapping[int, Description]) -
         f"{degradation} of it is lost without {'them' if several else 'it'}: {'they are' if several else 'it is'} "
         f"{VERDICTS[last.quadrants()[0]]}."
     )
-    known = [index for index in chosen.features if fires[index].contexts][:FIRING]
-    examples = [f'{index} on "{fires[index].contexts[0]}"' for index in known]
-    return f"{said} Most active: {', '.join(examples)}." if known else said
+    examples = [
+        f'{index} on "{each.contexts[0]}"' for index, each in zip(chosen.features, fires, strict=True) if each.contexts
+    ][:FIRING]
+    return f"{said} Most active: {', '.join(examples)}." if examples else said
 
 
 def _percent(row: Effects, effect: Effect) -> str:
@@ -302,7 +303,7 @@ COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 def totals(check: Checklist) -> Fitted:
     """Tabulate how many pairs pass each rule, with advice for the others below."""
     counts = check.counts()
-    found = {
+    found: dict[str, Sequence[Text]] = {
         status: [Text(str(count[status]), COLOURS[status] if count[status] else "") for count in counts.values()]
         for status in SEVERITY
     }

@@ -44,7 +44,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
     columns |= {header: [_value(row, column) for _, row in table.iterrows()] for header, column in numbers.items()}
     legend = {}
     if len(run) == 2:
-        columns["quadrant"] = table["quadrant"].tolist()
+        columns["quadrant"] = [label.removesuffix(" directions") for label in table["quadrant"]]
         legend["quadrant"] = (
             f"directions in which the interval lies above {100 * effects.threshold:.4g} % of the effect of the whole "
             "activation there (of the behaviour where there is none); undecided if an interval includes this threshold"

@@ -169,7 +169,7 @@ def test_plans_of_components_and_json_without_bars(
     assert found.stderr == ""
     command = ("components", *model, "--sites", "z", "--out", "planned")
     assert run(*command, folder=folder).stderr == ""
-    monkeypatch.setattr("featpatch.cli.app.sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr(sys.modules["featpatch.cli.app"], "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
     assert "patching: 100%" in run(*command, folder=folder).stderr
     assert run(*command, "--json", folder=folder).stderr == ""
     refused = run("plan", *model, *sae, "--sites", "z", folder=folder)

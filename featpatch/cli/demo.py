@@ -72,7 +72,7 @@ def demo(
 def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> Iterator[Any]:
     """Yield what the effects say: a conclusion, the first rows, what they fire on, and how many features are enough."""
     from featpatch import sites
-    from featpatch.reporting.terminal import concluded, firing, ranked, short, steps
+    from featpatch.reporting.terminal import concluded, firing, ranked, steps
 
     rows = effects.top(top)
     if not len(rows):
@@ -83,7 +83,7 @@ def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> 
     chosen = fp.select_features(shipped.model, sae, pairs, target=ENOUGH, position=first.position, progress=False)
     selected = [fp.Node(first.site, "feature", index, first.position, first.sae) for index in chosen.features]
     fires = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *selected], shipped.text())
-    place = f"{short(first.sae)} @ {first.position}" + " (after the last layer)" * (first.site == last)
+    place = f"{sites.short_dictionary(first.sae)} @ {first.position}" + " (after the last layer)" * (first.site == last)
     yield f"\n{concluded(chosen, place, [fires[node] for node in selected])}\n"
     yield f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
     yield ranked(rows)

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from featpatch import sites
 from featpatch.comparison.compare import SHOWN, Comparison
 from featpatch.console import Fitted
 from featpatch.descriptions import Description
@@ -20,14 +19,8 @@ from featpatch.pairs.checklist import RULES, SEVERITY, Checklist
 from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
 from featpatch.selfcheck import Check
+from featpatch.sites import short_dictionary
 from featpatch.untrusted import visible
-
-
-def short(name: str) -> str:
-    """Return the name of a dictionary with short names of its hook points, such as `L0 mlp.in -> mlp_out`."""
-    first, *others = [sites.short(part).replace("hook_", "") for part in name.split(" -> ")]
-    layer = f"{first.split(' ')[0]} "
-    return " -> ".join([first, *(other.removeprefix(layer) for other in others)])
 
 
 def ranked(effects: Effects, by: By | None = None) -> Fitted:
@@ -69,7 +62,7 @@ def site_summary(effects: Effects) -> Fitted:
     """Tabulate the effects of the whole activation, all features and the error alone, per hook point and position."""
     summary = effects.sites()
     columns = {
-        "hook point": [short(name) for name in summary["sae"]],
+        "hook point": [short_dictionary(name) for name in summary["sae"]],
         "position": [*map(str, summary["position"])],
         "changed\nfeatures": [*map(str, summary["changed_features"])],
     }
@@ -136,20 +129,20 @@ def checked(check: Check) -> Fitted:
     return Fitted(
         f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
         {
-            "dictionary": [short(fit.dictionary) for fit in fits],
+            "dictionary": [short_dictionary(fit.dictionary) for fit in fits],
             **numbers,
             "status": [Text(fit.status, "" if fit.ok else "red") for fit in fits],
         },
         numbers=[*numbers],
         spare=["claimed", "L0"],
-        notes=[f"{short(fit.dictionary)}: {note}" for fit in fits for note in (fit.misfit, *fit.remarks) if note],
+        notes=[f"{short_dictionary(fit.dictionary)}: {note}" for fit in fits for note in (fit.misfit, *fit.remarks) if note],
     )
 
 
 def _names(effects: Effects) -> dict[str, Sequence[str]]:
     """Return the columns that name the nodes of a table."""
     return {
-        "hook point": [short(node.sae or node.site) for node in effects.nodes],
+        "hook point": [short_dictionary(node.sae or node.site) for node in effects.nodes],
         "feature" if "feature" in {node.kind for node in effects.nodes} else "component": [*map(_named, effects.nodes)],
         "position": [str(node.position) for node in effects.nodes],
     }
@@ -291,7 +284,8 @@ def steps(chosen: Selection) -> str:
 def firing(fires: Mapping[Node, Description]) -> list[str]:
     """Return a line for each feature that says which word it detects, with the example that activates it most."""
     lines = {
-        f"{short(node.sae)} {node.index}": f"{each.best}" + (f', such as "{each.contexts[0]}"' if each.contexts else "")
+        f"{short_dictionary(node.sae)} {node.index}": f"{each.best}"
+        + (f', such as "{each.contexts[0]}"' if each.contexts else "")
         for node, each in fires.items()
     }
     return [f"{name}: {line}" for name, line in lines.items()]

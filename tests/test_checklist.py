@@ -150,7 +150,7 @@ def test_tables(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
     from featpatch.console import PlainConsole
 
     found = check(pairs_of(demo, GOOD, GOOD), demo.model)
-    console = PlainConsole(width=160)
+    console = PlainConsole()
     console.print(totals(found))
     console.print(by_pair(found, lambda pair: "[b]markup[/b]"))
     printed = capsys.readouterr().out
@@ -158,6 +158,7 @@ def test_tables(demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
     assert "identical to pair 0" in printed
     assert "[b]markup[/b]" in printed
     assert "drop all but one" in printed
+    assert max(map(len, printed.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(2, 6), torch.full((1, 2, 6), torch.nan)])

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +52,13 @@ def test_help(tmp_path: Path) -> None:
     for command in COMMANDS:
         assert f"Example: featpatch {command}" in run(command, "--help", folder=tmp_path).stdout
     assert {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} == set(COMMANDS)
+    panels = re.findall(r"─ ([\w ]+) ─+╮(.*?)╰", text, re.DOTALL)
+    commands = {title: set(re.findall(r"^│ (\w+) ", body, re.MULTILINE)) for title, body in panels}
+    assert [title for title in commands if title != "Options"] == ["Start here", "Rank", "Inspect", "Scale"]
+    assert commands["Start here"] == {"demo", "tasks", "check"}
+    assert commands["Rank"] == {"rank", "components"}
+    assert commands["Inspect"] == {"info", "report", "compare", "verify"}
+    assert commands["Scale"] == {"plan", "stream", "run"}
 
 
 def test_the_program_starts_without_the_models_libraries() -> None:
@@ -152,14 +161,17 @@ def test_streams_and_workers(folder: Path, model: list[str], sae: list[str], wor
 def test_plans_of_components_and_json_without_bars(
     folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan counts what the table has; with --json no bar is shown, and there is one without."""
+    """The plan counts what the table has; a bar is shown only on a terminal, and none with --json."""
     monkeypatch.setenv("TQDM_DISABLE", "0")
     planned = json.loads(run("plan", *model, "--sites", "z", "--json", folder=folder).stdout)
     found = run("components", *model, "--sites", "z", "--json", "--out", "planned", folder=folder)
     assert planned["nodes"] == len(fp.Effects.load(folder / "planned" / "effects.safetensors"))
     assert found.stderr == ""
-    shown = run("components", *model, "--sites", "z", "--out", "planned", folder=folder)
-    assert "patching: 100%" in shown.stderr
+    command = ("components", *model, "--sites", "z", "--out", "planned")
+    assert run(*command, folder=folder).stderr == ""
+    monkeypatch.setattr(sys.modules["featpatch.cli.app"], "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
+    assert "patching: 100%" in run(*command, folder=folder).stderr
+    assert run(*command, "--json", folder=folder).stderr == ""
     refused = run("plan", *model, *sae, "--sites", "z", folder=folder)
     assert "--sites with --sae: expected --sites for components" in refused.stderr
 

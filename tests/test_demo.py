@@ -246,17 +246,71 @@ def test_plan_and_journal_on_the_command_line(demo: Demo, tmp_path: Path) -> Non
     assert "belongs to another sweep: directions differ" in other.stderr.replace("\n", " ")
 
 
-def test_the_demo_command_prints_what_it_found(tmp_path: Path) -> None:
-    done = run("demo", "--task", "sentiment", "--pairs", "2", "--top", "3", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for text in ("drawing 2 pairs of sentiment", "exact effects of 3 nodes", "denoising", "noising", "F1", "error"):
-        assert text in done.stdout
-    assert "patching: 100%" in done.stderr
+def by_hand(demo: Demo, pairs: fp.Pairs, first: fp.Node, features: list[int]) -> tuple[float, float]:
+    """Recovery and degradation of features that are patched together, one pair after the other."""
+    gap, gained, lost = 0.0, 0.0, 0.0
+    for pair in pairs:
+        (at,) = pair.positions(first.position)
+        patch = fp.Patch(tuple(fp.Node(first.site, "feature", index, at, first.sae) for index in features))
+        clean, corrupted = torch.tensor([pair.clean]), torch.tensor([pair.corrupted])
+
+        def metric(tokens: torch.Tensor, pair: fp.Pair = pair) -> float:
+            with torch.no_grad():
+                logits = demo.model(tokens)[0, -1].double()
+            return float(logits[list(pair.correct)].mean() - logits[list(pair.wrong)].mean())
+
+        ends = metric(clean), metric(corrupted)
+        gap += ends[0] - ends[1]
+        with fp.do(demo.model, patch, source=clean, base=corrupted, saes=demo.saes):
+            gained += metric(corrupted) - ends[1]
+        with fp.do(demo.model, patch, source=corrupted, base=clean, saes=demo.saes):
+            lost += ends[0] - metric(clean)
+    return gained / gap, lost / gap
+
+
+OTHERS = [pytest.param(task, marks=pytest.mark.extended) for task in checkpoints.TASKS if task != "sentiment"]
+
+
+@pytest.mark.parametrize("task", ["sentiment", *OTHERS])
+def test_the_demo_command_begins_with_a_conclusion(demo: Demo, task: str, tmp_path: Path) -> None:
+    """What it says of the features that it chose is what a patch of all of them does, by `fp.do`; in at most 100 columns."""
+    done = run("demo", "--task", task, "--pairs", "4", "--top", "3", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    paragraphs = [" ".join(part.split()) for part in done.stdout.split("\n\n")]
+    assert paragraphs[0].startswith("loading the demo model and its SAEs, drawing 4 pairs of")
+    told = re.match(
+        r"(\d+) features? at (.+?) @ (\w+)(?: \(after the last layer\))? brings? back (\d+) %.* and (\d+) % .* of it is lost",
+        paragraphs[1],
+    )
+    assert told, paragraphs[1]
+    effects = fp.Effects.load(tmp_path / "featpatch-demo" / "effects.safetensors")
+    first = effects.top(1).nodes[0]
+    assert (told[2].split()[-1], told[3]) == (first.sae.split("hook_")[-1], first.position)
+    steps = next(part for part in paragraphs if part.startswith("features needed to bring back 80%"))
+    shown = [int(index) for index in re.findall(r"(\d+) \(", steps)]
+    pairs = demo.pairs(task, n=4)
+    if len(shown) == int(told[1]):
+        recovery, degradation = by_hand(demo, pairs, first, shown)
+        assert float(told[4]) == pytest.approx(100 * recovery, abs=0.51)
+        assert float(told[5]) == pytest.approx(100 * degradation, abs=0.51)
+    assert "short of 80%" in told[0] or int(told[4]) >= 80
+    rows = [line for line in done.stdout.splitlines() if re.match(r"L\d \S+", line) and ":" not in line]
+    assert [int(re.split(r"\s{2,}", line)[1]) for line in rows] == [node.index for node in effects.top(3).nodes]
+    assert "exact effects of 3 nodes" in done.stdout
+    assert "blocks." not in done.stdout
+    assert "  featpatch rank --help" in done.stdout
     assert {path.name for path in (tmp_path / "featpatch-demo").iterdir()} == {
         "effects.safetensors",
         "effects.csv",
         "report.html",
     }
+
+
+def test_the_demo_command_at_positions_without_a_difference(tmp_path: Path) -> None:
+    done = run("demo", "--task", "capitals", "--pairs", "2", "--positions", "0", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No feature differs between the runs at these positions" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 Exit codes are 0 for success, 1 for a failed check, 2 for bad input and 130 for an interruption.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -14,9 +15,16 @@ from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
 from featpatch.untrusted import visible
 
+PANELS = START, RANK, INSPECT, SCALE = "Start here", "Rank", "Inspect", "Scale"
+"""The groups of commands in the help of the program, in this order."""
+
 
 class Program(TyperGroup):
     """The group of all commands, which escapes control characters in Typer's own error messages too."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, group by group."""
+        return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(cast(Any, self.commands[name]).rich_help_panel))
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Parse the options of the program itself."""
@@ -52,7 +60,12 @@ app = typer.Typer(
 
 def console(*, json: bool = False) -> PlainConsole:
     """Return the console for tables, or for notes on standard error if JSON goes to standard output."""
-    return PlainConsole(stderr=json, width=176)
+    return PlainConsole(stderr=json)
+
+
+def bars(*, json: bool) -> bool:
+    """Return whether progress bars are shown: on a terminal, without JSON."""
+    return not json and sys.stderr.isatty()
 
 
 @contextmanager

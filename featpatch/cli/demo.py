@@ -1,34 +1,41 @@
 """The command `featpatch demo`."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.app import START, app, bars, clear_errors, console
 from featpatch.cli.output import Output, show
 
 FOLDER = Path("featpatch-demo")
 """The default folder for the results, where the results of an earlier demo are always replaced."""
 
+ENOUGH = 0.8
+"""The share of the behaviour that is explained with as few features as possible."""
 
-@app.command()
+OTHERS = {"sentiment": "ioi"}
+"""The task to try after another one; sentiment by default."""
+
+
+@app.command(rich_help_panel=START)
 def demo(
     task: Annotated[
         Literal["ioi", "capitals", "greater_than", "sentiment"], typer.Option(help="Behaviour to explain.")
-    ] = "ioi",
-    pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 32,
+    ] = "sentiment",
+    pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 16,
     seed: Annotated[int, typer.Option(help="Random seed for drawing the pairs.")] = 0,
     positions: Annotated[
         str, typer.Option(help="As for rank; by default all labels at which the activations of the two prompts can differ.")
     ] = "",
-    top: of.Top = 12,
+    top: of.Top = 10,
     out: of.Out = FOLDER,
     as_json: of.Json = False,
 ) -> None:
-    """Rank the features behind a behaviour of the model that ships with featpatch.
+    """Find out which features cause a behaviour of the small model that ships with featpatch.
 
     Example: featpatch demo --task capitals --pairs 16
     """
@@ -36,14 +43,14 @@ def demo(
         results = Output.open(out)
         screen = console(json=as_json)
         screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of {task} (seed {seed})")
-        shipped = fp.load_demo(progress=not as_json)
+        shipped = fp.load_demo(progress=bars(json=as_json))
         drawn = shipped.pairs(task, n=pairs, seed=seed)
         decode = shipped.model.tokenizer.decode
-        for name, prompt in (("clean", drawn[0].clean), ("corrupted", drawn[0].corrupted)):
-            screen.print(f"  e.g. {name:<9} {decode(prompt, skip_special_tokens=True)}", highlight=False)
-        screen.print(
-            f"  answers: {decode(drawn[0].correct[:1])} (clean), {decode(drawn[0].wrong[:1])} (corrupted)", highlight=False
-        )
+        for name, prompt, answers in (
+            ("clean", drawn[0].clean, drawn[0].correct),
+            ("corrupted", drawn[0].corrupted, drawn[0].wrong),
+        ):
+            screen.print(f"  {name:<9} {decode(prompt, skip_special_tokens=True)} -> {decode(answers[:1])}", highlight=False)
         changed = [
             label for label in drawn[0].labels if any(max(pair.positions(label)) >= pair.first_difference for pair in drawn)
         ]
@@ -51,6 +58,34 @@ def demo(
         study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn, "positions": asked}
         if out != FOLDER:
             results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")
-        effects = fp.rank_features(**study, progress=not as_json)
-        descriptions = fp.max_activating(shipped.model, shipped.saes, effects.top(top).nodes, shipped.text())
-        show(screen, effects, of.Shown(top), results, study, descriptions, as_json=as_json)
+        effects = fp.rank_features(**study, progress=bars(json=as_json))
+        told = () if as_json or not effects.finished else tuple(_story(effects, shipped, drawn, top))
+        show(screen, effects, of.Shown(top), results, study, told=told, as_json=as_json)
+        if not as_json:
+            screen.print(
+                f"open {out / 'report.html'} in a browser, then try\n"
+                f"  featpatch demo --task {OTHERS.get(task, 'sentiment')}\n"
+                "  featpatch rank --help   for your own model, SAEs and prompts"
+            )
+
+
+def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> Iterator[Any]:
+    """Yield what the effects say: a conclusion, the first rows, what they fire on, and how many features are enough."""
+    from featpatch import sites
+    from featpatch.reporting.terminal import concluded, firing, ranked, steps
+
+    rows = effects.top(top)
+    if not len(rows):
+        yield "\nNo feature differs between the runs at these positions, so none of them causes the behaviour there.\n"
+        return
+    first, last = rows.nodes[0], sites.resid_post(shipped.model.cfg.n_layers - 1)
+    sae = next(sae for sae in shipped.saes if first.sae.endswith(sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name))
+    chosen = fp.select_features(shipped.model, sae, pairs, target=ENOUGH, position=first.position, progress=False)
+    selected = [fp.Node(first.site, "feature", index, first.position, first.sae) for index in chosen.features]
+    fires = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *selected], shipped.text())
+    place = f"{sites.short_dictionary(first.sae)} @ {first.position}" + " (after the last layer)" * (first.site == last)
+    yield f"\n{concluded(chosen, place, [fires[node] for node in selected])}\n"
+    yield f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
+    yield ranked(rows)
+    yield "\n".join(["\nwhat the features detect:", *firing({node: fires[node] for node in rows.nodes})])
+    yield f"\n{steps(chosen)}\n"

@@ -10,13 +10,13 @@ import typer
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.app import INSPECT, START, app, bars, clear_errors, console
 from featpatch.cli.output import in_json
 from featpatch.errors import FeatpatchError
 from featpatch.files import check_writable, write_csv
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def check(
     model: of.Model,
     pairs: of.PairsFile,
@@ -44,7 +44,7 @@ def check(
         from featpatch.reporting.terminal import by_pair, checked, totals
 
         of.checked(pairs, "all", "both", [metric])
-        loaded, saes = fp.load(model, sae, device=device, check=False, progress=not as_json)
+        loaded, saes = fp.load(model, sae, device=device, check=False, progress=bars(json=as_json))
         drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
         found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
         fits = fp.check(loaded, saes, drawn) if saes else None
@@ -54,9 +54,8 @@ def check(
                 console(json=True).print(repr(fits), highlight=False)
         else:
             screen = console()
-            screen.print(
-                by_pair(found, lambda pair: str(loaded.tokenizer.decode(drawn[pair].clean, skip_special_tokens=True)), top)
-            )
+            decode = loaded.tokenizer.decode
+            screen.print(by_pair(found, lambda pair: str(decode(drawn[pair].clean, skip_special_tokens=True)), top))
             screen.print(totals(found))
             if fits is not None:
                 screen.print(checked(fits))
@@ -66,7 +65,7 @@ def check(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def verify(
     effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank or components.")],
     model: of.Model,
@@ -83,9 +82,9 @@ def verify(
     """
     with clear_errors():
         table = fp.Effects.load(effects)
-        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=not as_json)
+        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
         found = fp.verify(
-            table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=not as_json
+            table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=bars(json=as_json)
         )
         if as_json:
             typer.echo(json.dumps({"ok": found.ok, "rows": found.table().to_dict("records"), "versions": found.versions}))
@@ -95,7 +94,7 @@ def verify(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def info(
     effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")],
     top: of.Top = 5,
@@ -108,6 +107,8 @@ def info(
     Example: featpatch info featpatch-out/effects.safetensors
     """
     with clear_errors():
+        from featpatch.reporting.terminal import ranked
+
         table = fp.Effects.load(effects)
         shown = of.Shown(top, by, threshold)
         table = shown.labelled(table)
@@ -118,13 +119,13 @@ def info(
         screen.print(f"{len(table)} rows of {table.value} effects, {table.rows_ranked} ranked, {len(table.clean)} pairs")
         for name, value in table.about().items():
             screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False)
-        screen.print(repr(shown.rows(table)), highlight=False)
+        screen.print(ranked(shown.rows(table), shown.by))
 
 
 File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def report(
     effects: File,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
@@ -148,7 +149,7 @@ def report(
             console().print(f"wrote {written}")
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def compare(
     features: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank or demo.")],
     components: Annotated[Path, typer.Argument(help="The effects.safetensors file written by components.")],
@@ -159,18 +160,20 @@ def compare(
     Example: featpatch compare featpatch-out/effects.safetensors featpatch-components/effects.safetensors
     """
     with clear_errors():
+        from featpatch.reporting.terminal import compared
+
         found = fp.compare(fp.Effects.load(features), fp.Effects.load(components))
         if as_json:
             typer.echo(found.table.to_json(orient="records", indent=1))
         else:
-            console().print(repr(found), highlight=False)
+            console().print(compared(found))
 
 
 ANSWERS = 4
 """The largest number of right, and of wrong, answers shown for a pair."""
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def tasks(
     task: Annotated[str | None, typer.Argument(help="Task to draw pairs from; omit it to list all tasks.")] = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many pairs to draw; 5 by default.")] = None,
@@ -207,7 +210,7 @@ def tasks(
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
         if out is not None:
             check_writable(out)
-        progress = not as_json
+        progress = bars(json=as_json)
         loaded = (fp.load_demo(progress=progress) if model is None else fp.load(model, check=False, progress=progress)).model
         drawn = fp.tasks.TASKS[task](loaded, 5 if n is None else n, seed=seed or 0)
         if as_json:

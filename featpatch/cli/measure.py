@@ -3,22 +3,18 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import featpatch as fp
 from featpatch.cli import options as of
-from featpatch.cli.app import app, clear_errors, console
+from featpatch.cli.app import RANK, SCALE, app, bars, clear_errors, console
 from featpatch.cli.output import Output, show
 from featpatch.sites import COMPONENTS, DEFAULT_COMPONENTS
 
-if TYPE_CHECKING:
-    from featpatch.ranking.plan import Plan
 
-
-@app.command()
+@app.command(rich_help_panel=RANK)
 def rank(
     model: of.Model,
     sae: of.Saes,
@@ -77,18 +73,18 @@ def rank(
         of.check_methods(method, screening, metric, direction, {"screen": screening, "journal": journal, "executor": elsewhere})
         out_to = console(json=as_json)
         out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=not as_json)
+        work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
         results.check_same(
             work, kind=kind, screening={name: getattr(screening, name) for name in options} if screening else None
         )
         effects = fp.rank_features(
-            **work, method=method, screen=screening, journal=journal, executor=elsewhere, progress=not as_json
+            **work, method=method, screen=screening, journal=journal, executor=elsewhere, progress=bars(json=as_json)
         )
         show(out_to, effects, shown, results, work, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RANK)
 def components(
     model: of.Model,
     pairs: of.PairsFile,
@@ -118,15 +114,15 @@ def components(
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
         screen, chosen = console(json=as_json), of.components(sites, positions)
-        work = of.alone(model, [], pairs, positions, direction, metric, device, progress=not as_json)
+        work = of.alone(model, [], pairs, positions, direction, metric, device, progress=bars(json=as_json))
         del work["saes"]
         work["sites"] = chosen
         results.check_same(work, kind="components")
-        effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=not as_json)
+        effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=bars(json=as_json))
         show(screen, effects, shown, results, work, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SCALE)
 def stream(
     model: of.Model,
     sae: of.Saes,
@@ -160,7 +156,7 @@ def stream(
         shown = of.Shown.of(top, by, threshold, direction)
         screen = console(json=as_json)
         asked = of.checked(pairs, positions, direction, metric)
-        loaded = fp.load(model, sae, device=device, check=False, progress=not as_json)
+        loaded = fp.load(model, sae, device=device, check=False, progress=bars(json=as_json))
         stored = fp.stream_features(
             loaded.model,
             loaded.saes,
@@ -168,7 +164,7 @@ def stream(
             claimed.folder,
             **asked,
             executor=elsewhere,
-            progress=not as_json,
+            progress=bars(json=as_json),
         )
         effects = shown.labelled(stored.top(top, by=by))
         if as_json:
@@ -178,7 +174,7 @@ def stream(
             screen.print(repr(stored), highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=SCALE)
 def plan(
     model: of.Model,
     pairs: of.PairsFile,
@@ -206,13 +202,9 @@ def plan(
         asked = None if sites is None else of.components(sites, positions)
         if sites is not None and sae:
             raise fp.FeatpatchError("--sites with --sae: expected --sites for components or --sae for features; leave one out")
-        work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=not as_json)
+        work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
         found = fp.plan(**{**work, "saes": work["saes"] or None}, sites=asked)
-        _show(found, planned(found), as_json=as_json)
-
-
-def _show(found: "Plan", table: Table, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(asdict(found)))
-    else:
-        console().print(table)
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+        else:
+            console().print(planned(found))

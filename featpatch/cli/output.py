@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -178,8 +178,8 @@ def show(
     shown: Shown,
     out: Output,
     study: Mapping[str, Any],
-    descriptions: Mapping[Any, Any] | None = None,
     *,
+    told: Sequence[Any] = (),
     as_json: bool = False,
 ) -> None:
     """Write the files, and print the first rows and the summary of hook points.
@@ -187,6 +187,7 @@ def show(
     Args:
         shown: the options that determine which rows are printed.
         study: the arguments of the ranking; the report shows its model, SAEs and pairs.
+        told: what is printed instead of these tables, if they are told otherwise.
 
     Raises:
         FeatpatchError: the files can't be written; raised after everything has been printed.
@@ -200,7 +201,7 @@ def show(
     if as_json:
         typer.echo(in_json(effects, shown))
     else:
-        _print(console, effects, shown, descriptions)
+        console.print(*told, sep="\n", highlight=False) if told else _print(console, effects, shown)
     if failed is not None:
         raise failed
     if not as_json:
@@ -209,7 +210,7 @@ def show(
         raise typer.Exit(INTERRUPTED)
 
 
-def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descriptions: Mapping[Any, Any] | None) -> None:
+def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown) -> None:
     from featpatch.reporting.terminal import ranked, site_summary
 
     for name in effects.metrics:
@@ -218,8 +219,6 @@ def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown, descripti
     if not effects.finished:
         console.print(f"interrupted: the results below cover only the finished pairs ({len(effects.clean)})", style="yellow")
     console.print(ranked(shown.rows(effects), shown.by))
-    for node, description in (descriptions or {}).items():
-        console.print(f"{node}: {description}, e.g. " + "; ".join(description.contexts), highlight=False)
     if len(effects.sites()):
         console.print(site_summary(effects))
     if effects.value == "estimate":

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featpatch.cli.app import app, clear_errors
+from featpatch.cli.app import SCALE, app, clear_errors
 from featpatch.errors import FeatpatchError
 
 if sys.version_info >= (3, 11):
@@ -16,7 +16,7 @@ else:
     import tomli as tomllib
 
 
-@app.command()
+@app.command(rich_help_panel=SCALE)
 def run(
     study: Annotated[
         Path, typer.Argument(help="A TOML file with command = 'rank' (or another command) and the command's options by name.")

@@ -1,96 +1,97 @@
 """Tables of effects, plans, checks and checklists for a terminal."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from rich.table import Column, Table
+from rich.console import Group
 from rich.text import Text
 
+from featpatch.comparison.compare import SHOWN, Comparison
+from featpatch.console import Fitted
+from featpatch.descriptions import Description
 from featpatch.effects.frames import number
-from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
 from featpatch.nodes import Effect, Node
 from featpatch.pairs.checklist import RULES, SEVERITY, Checklist
+from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
 from featpatch.selfcheck import Check
-
-TITLES = {"recovery": "denoising: recovery", "degradation": "noising: degradation"}
-
-
-def _title(effects: Measured, effect: Effect) -> str:
-    """Return the title of a column of effects."""
-    return TITLES[effect] if effects.has_gap else effects.titled(effect)
+from featpatch.sites import short_dictionary
+from featpatch.untrusted import visible
 
 
-def ranked(effects: Effects, by: By | None = None) -> Table:
+def ranked(effects: Effects, by: By | None = None) -> Fitted:
     """Tabulate effects, one line per row, with 95 % intervals, and with quadrants if both directions were run.
 
     Args:
         effects: the rows to show.
         by: the effect by which the rows are sorted; it is also shown over the pairs in which the node differs.
     """
-    pairs = len(effects.clean)
-    over = f"{pairs} pairs" if effects.has_gap else f"{pairs} prompts, as changes {effects.unit}"
-    table = Table(title=f"{effects.value} effects of {len(effects)} nodes, pooled over {over} [95 % interval]")
-    for column in ("site", "feature" if "feature" in {node.kind for node in effects.nodes} else "component", "position"):
-        table.add_column(column, no_wrap=True)
-    columns: dict[str, str] = {effect: _title(effects, effect) for effect in effects.directions_run()}
-    columns |= {
-        f"{name}_{effect}": f"{name}\n{_title(other, effect)}"
-        for name, other in effects.others.items()
-        for effect in effects.directions_run()
+    pairs, table, run = len(effects.clean), effects.to_pandas(), effects.directions_run()
+    over = (
+        f"{pairs} pairs: 0 is none, 1 is the whole behaviour"
+        if effects.has_gap
+        else f"{pairs} prompts, as changes {effects.unit}"
+    )
+    columns: dict[str, Sequence[str]] = _names(effects)
+    numbers: dict[str, str] = {effects.titled(effect): effect for effect in run}
+    first = set(numbers)
+    numbers |= {
+        f"{other.titled(effect)}\n{name}": f"{name}_{effect}" for name, other in effects.others.items() for effect in run
     }
-    for title in columns.values():
-        table.add_column(title, justify="right", no_wrap=True)
-    both, notes = len(effects.directions_run()) == 2, []
-    if both:
-        table.add_column("quadrant", no_wrap=True)
-        share = f"{100 * effects.threshold:.4g} %"
-        notes.append(
-            f"quadrant: directions in which the interval lies above {share} of the effect of the whole activation at that "
-            "place (of the behaviour, for whole activations and where that has no row); undecided if an interval includes "
-            "this threshold"
+    columns |= {header: [_value(row, column) for _, row in table.iterrows()] for header, column in numbers.items()}
+    legend = {}
+    if len(run) == 2:
+        columns["quadrant"] = [label.removesuffix(" directions") for label in table["quadrant"]]
+        legend["quadrant"] = (
+            f"directions in which the interval lies above {100 * effects.threshold:.4g} % of the effect of the whole "
+            "activation there (of the behaviour where there is none); undecided if an interval includes this threshold"
         )
-    table.add_column("pairs", justify="right")
-    own = f"{sorting(by, effects.directions_run())[0]}{WHERE_CHANGED}"
-    diluted = bool((effects.changed_pairs < pairs).any())
-    if diluted:
-        table.add_column(f"{own.split('_')[0]}\nwhere changed", justify="right", no_wrap=True)
-        notes.append(
-            "pairs: the number of pairs in which the node differs between the runs; where changed: pooled over these pairs only"
-        )
-    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
-    for node, (_, row) in zip(effects.nodes, effects.to_pandas().iterrows(), strict=True):
-        cells = [(node.sae or node.site).replace(" -> ", " ->\n"), _named(node), str(node.position)]
-        cells += [_value(row, column) for column in columns]
-        cells += [row["quadrant"]] if both else []
-        cells.append(f"{row['changed_pairs']}/{row['pairs']}")
-        cells += [_value(row, own)] if diluted else []
-        table.add_row(*cells)
-    return table
+    own = f"{sorting(by, run)[0]}{WHERE_CHANGED}"
+    changed = f"{own.split('_')[0]}\nwhere changed"
+    if bool((effects.changed_pairs < pairs).any()):
+        columns["pairs"] = [f"{row['changed_pairs']}/{row['pairs']}" for _, row in table.iterrows()]
+        columns[changed] = [_value(row, own) for _, row in table.iterrows()]
+        legend |= {"pairs": "those in which the node differs between the runs", changed: "over these pairs only"}
+    return Fitted(
+        f"{effects.value} effects of {len(effects)} nodes, pooled over {over} [95 % interval]",
+        columns,
+        numbers=[*numbers, "pairs", changed],
+        spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
+        legend=legend,
+    )
 
 
-def site_summary(effects: Effects) -> Table:
+def site_summary(effects: Effects) -> Fitted:
     """Tabulate the effects of the whole activation, all features and the error alone, per hook point and position."""
-    table = Table(title=f"{effects.value} effects per hook point: whole activation = all features + error + their interaction")
     summary = effects.sites()
-    for column in ("site", "position", "changed\nfeatures"):
-        table.add_column(column, no_wrap=True)
-    for effect in effects.directions_run():
-        for kind in ("whole", "features", "error", "interaction"):
-            table.add_column(f"{_title(effects, effect).split(':')[0]}\n{kind}", justify="right")
-    for _, row in summary.iterrows():
-        cells = [row["sae"], str(row["position"]), str(row["changed_features"])]
-        for effect in effects.directions_run():
-            cells += [number(row[f"{effect}_{kind}"]) for kind in ("activation", "all_features", "error", "interaction")]
-        table.add_row(*cells)
-    return table
+    columns = {
+        "hook point": [short_dictionary(name) for name in summary["sae"]],
+        "position": [*map(str, summary["position"])],
+        "changed\nfeatures": [*map(str, summary["changed_features"])],
+    }
+    kinds = {"whole": "activation", "features": "all_features", "error": "error", "interaction": "interaction"}
+    numbers = {
+        f"{effects.titled(effect)}\n{kind}": [*map(number, summary[f"{effect}_{column}"])]
+        for effect in effects.directions_run()
+        for kind, column in kinds.items()
+    }
+    return Fitted(
+        f"{effects.value} effects per hook point: whole activation = all features + error + their interaction",
+        {**columns, **numbers},
+        numbers=["changed\nfeatures", *numbers],
+        spare=[
+            *(header for header in numbers if header.endswith("interaction")),
+            "changed\nfeatures",
+            *(header for header in list(numbers)[::-1] if header.endswith("error")),
+        ],
+    )
 
 
-def planned(plan: Plan) -> Table:
+def planned(plan: Plan) -> Fitted:
     """Tabulate the cost of a planned sweep."""
     return _facts("estimated cost of the sweep", [
         ("patches (one exact run each)", f"{plan.patches:,}"),
@@ -105,12 +106,10 @@ def planned(plan: Plan) -> Table:
     ])  # fmt: skip
 
 
-def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
+def _facts(title: str, rows: list[tuple[str, str]]) -> Fitted:
     """Return a table with names on the left and values on the right."""
-    table = Table("", Column("", justify="right"), title=title)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    names, values = zip(*rows, strict=True)
+    return Fitted(title, {"": names, " ": values}, numbers=[" "])
 
 
 def _beside(plan: Plan) -> list[tuple[str, str]]:
@@ -124,23 +123,36 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
 
-def checked(check: Check) -> Table:
+def checked(check: Check) -> Fitted:
     """Tabulate how dictionaries fit a model, one line each, with remarks below."""
-    notes = [f"{fit.dictionary}: {note}" for fit in check.fits for note in (fit.misfit, *fit.remarks) if note]
-    table = Table(
-        title=f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
-        caption="\n".join(notes) or None,
-        caption_justify="left",
+    fits = check.fits
+    numbers = {
+        "identity\noff by": [f"{fit.identity:.0e}" for fit in fits],
+        "whole activation\noff by": [f"{fit.whole_site:.0e}" for fit in fits],
+        "explained\nvariance": [number(fit.explained_variance) for fit in fits],
+        "claimed": ["" if fit.expected is None else number(fit.expected) for fit in fits],
+        "L0": [f"{fit.l0:.1f}" for fit in fits],
+    }
+    return Fitted(
+        f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
+        {
+            "dictionary": [short_dictionary(fit.dictionary) for fit in fits],
+            **numbers,
+            "status": [Text(fit.status, "" if fit.ok else "red") for fit in fits],
+        },
+        numbers=[*numbers],
+        spare=["claimed", "L0"],
+        notes=[f"{short_dictionary(fit.dictionary)}: {note}" for fit in fits for note in (fit.misfit, *fit.remarks) if note],
     )
-    table.add_column("dictionary", overflow="fold")
-    for column in ("identity\noff by", "whole activation\noff by", "explained\nvariance", "claimed", "L0", "status"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for fit in check.fits:
-        claim = "" if fit.expected is None else number(fit.expected)
-        status = Text(fit.status, "" if fit.ok else "red")
-        deviations = [f"{value:.0e}" for value in (fit.identity, fit.whole_site)]
-        table.add_row(fit.dictionary, *deviations, number(fit.explained_variance), claim, f"{fit.l0:.1f}", status)
-    return table
+
+
+def _names(effects: Effects) -> dict[str, Sequence[str]]:
+    """Return the columns that name the nodes of a table."""
+    return {
+        "hook point": [short_dictionary(node.sae or node.site) for node in effects.nodes],
+        "feature" if "feature" in {node.kind for node in effects.nodes} else "component": [*map(_named, effects.nodes)],
+        "position": [str(node.position) for node in effects.nodes],
+    }
 
 
 def _named(node: Node) -> str:
@@ -154,68 +166,129 @@ def _value(row: Any, effect: str) -> str:
     return "" if row[effect] != row[effect] else f"{number(row[effect])}{interval}"
 
 
-def stability_table(effects: Effects) -> Table:
+def stability_table(effects: Effects) -> Fitted:
     """Tabulate how well halves of the pairs agree on the ranking of the features, one line per effect.
 
     Raises:
         FeatpatchError: fewer than 4 pairs or 2 features.
     """
-    table = Table(title=f"split-half stability of the ranking, {len(effects.clean)} pairs in random halves")
-    table.add_column("effect", no_wrap=True)
-    for column in ("features", "splits", "rank correlation\n[95 % of the splits]", "shared top", "by chance"):
-        table.add_column(column, justify="right")
-    for effect in effects.directions_run():
-        found = effects.stability(effect)
-        spread = f"{number(found.correlation)} [{number(found.low)}, {number(found.high)}]"
-        shared = "" if math.isnan(found.overlap) else f"{found.overlap * found.top:.1f} of {found.top}"
-        chance = "" if math.isnan(found.overlap) else f"{found.chance * found.top:.1f}"
-        table.add_row(_title(effects, effect), str(found.features), str(found.splits), spread, shared, chance)
-    return table
+    found = {effect: effects.stability(effect) for effect in effects.directions_run()}
+    halves = [*found.values()]
+    numbers = {
+        "features": [str(half.features) for half in halves],
+        "splits": [str(half.splits) for half in halves],
+        "rank correlation\n[95 % of the splits]": [
+            f"{number(half.correlation)} [{number(half.low)}, {number(half.high)}]" for half in halves
+        ],
+        "shared top": ["" if math.isnan(half.overlap) else f"{half.overlap * half.top:.1f} of {half.top}" for half in halves],
+        "by chance": ["" if math.isnan(half.overlap) else f"{half.chance * half.top:.1f}" for half in halves],
+    }
+    return Fitted(
+        f"split-half stability of the ranking, {len(effects.clean)} pairs in random halves",
+        {"effect": [*found], **numbers},
+        numbers=[*numbers],
+        spare=["splits", "features"],
+    )
 
 
-def by_tag_table(effects: Effects, tag: str, effect: Effect) -> Table:
-    """Tabulate the pooled effect for each value of a tag of the pairs with its rank, one line per row of the effects.
+def compared(comparison: Comparison) -> Group:
+    """Tabulate the largest components and features of a comparison, with how well they agree on hook points and positions."""
+    agreed = [
+        f"{effect} {number(found.correlation)} over {found.points} hook points and positions"
+        if not found.reason
+        else f"{effect}: none, because {found.reason}"
+        for effect, found in comparison.agreement.items()
+    ]
+    return Group(
+        f"rank correlation (Spearman) of whole components with the summed features: {'; '.join(agreed)}\n",
+        ranked(comparison.components.top(SHOWN, kind=None)),
+        "",
+        ranked(comparison.features.top(SHOWN)),
+    )
 
-    Ranks are among all features that were ranked. The last column says whether a feature's effect depends on the tag.
 
-    Raises:
-        FeatpatchError: no pair has the tag, or all have the same value of it.
+VERDICTS = {
+    "both directions": "sufficient and necessary for this part of it",
+    "denoising only": "sufficient for this part of it, but not necessary, because something else does the job as well",
+    "noising only": "necessary for this part of it, but not sufficient",
+    "below threshold": "neither sufficient nor necessary",
+    "opposing": "working against it in at least one direction",
+    "undecided": "not shown to be both sufficient and necessary by these pairs",
+}
+"""What the quadrant of features that are patched together says about them."""
+
+FIRING = 3
+"""The largest number of features for which a conclusion says what they fire on."""
+
+STEPS = 8
+"""The largest number of steps of a selection that are shown."""
+
+
+def concluded(chosen: Selection, place: str, fires: Sequence[Description]) -> str:
+    """Return what selected features do together and fire on, as a paragraph.
+
+    Args:
+        chosen: the features, with the effects of the growing sets in both directions.
+        place: where they are, in words.
+        fires: the descriptions of the features, in the same order.
     """
-    found = effects.by_tag(tag, effect)
-    names = [column.removesuffix("_rank") for column in found.columns if column.endswith("_rank")]
-    table = Table(title=f"{_title(effects, effect)} by {tag} [95 % interval] (rank)")
-    for column in ("site", "feature", "position"):
-        table.add_column(column, no_wrap=True)
-    for name in names:
-        table.add_column(name.removeprefix(f"{effect}_"), justify="right")
-    table.add_column(f"depends on\n{tag}")
-    for node, (_, row) in zip(effects.nodes, found.iterrows(), strict=True):
-        cells = [node.sae or node.site, node.kind if node.index is None else str(node.index), str(node.position)]
-        for name in names:
-            rank = f" ({row[f'{name}_rank']})" if node.kind == "feature" and not math.isnan(row[name]) else ""
-            cells.append(_value(row, name) + rank)
-        table.add_row(*cells, "yes" if row["depends"] else "")
-    return table
+    count, last = len(chosen.features), chosen.effects.take([len(chosen.effects) - 1])
+    recovery, degradation = (_percent(last, effect) for effect in last.directions_run())
+    several = count > 1
+    short_of = "" if chosen.reached else f", short of {chosen.target:.0%}"
+    said = (
+        f"{count} feature{'s' * several} at {place} bring{'s' * (not several)} back {recovery} of the behaviour{short_of}, and "
+        f"{degradation} of it is lost without {'them' if several else 'it'}: {'they are' if several else 'it is'} "
+        f"{VERDICTS[last.quadrants()[0]]}."
+    )
+    examples = [
+        f'{index} on "{each.contexts[0]}"' for index, each in zip(chosen.features, fires, strict=True) if each.contexts
+    ][:FIRING]
+    return f"{said} Most active: {', '.join(examples)}." if examples else said
+
+
+def _percent(row: Effects, effect: Effect) -> str:
+    """Return an effect of a single row as a percentage, with its interval if it has one."""
+    value, (low, high) = row.pooled(effect)[0], row.interval(effect)[0]
+    return f"{100 * value:.0f} %" + ("" if low != low else f" [{100 * low:.0f}, {100 * high:.0f}]")
+
+
+def steps(chosen: Selection) -> str:
+    """Return how much the selected features do as one after the other is added."""
+    values = chosen.effects.pooled(chosen.effect)
+    parts = [f"{index} ({number(value)})" for index, value in zip(chosen.features, values, strict=True)]
+    left_out = [f"{len(parts) - STEPS} more"] if len(parts) > STEPS else []
+    shown = parts if not left_out else [*parts[: STEPS - 1], *left_out, parts[-1]]
+    aim = f"to bring back {chosen.target:.0%}" if chosen.effect == "recovery" else f"to lose {chosen.target:.0%}"
+    return f"features needed {aim}, chosen one by one on these pairs: {' + '.join(shown)}"
+
+
+def firing(fires: Mapping[Node, Description]) -> list[str]:
+    """Return a line for each feature that says which word it detects, with the example that activates it most."""
+    lines = {
+        f"{short_dictionary(node.sae)} {node.index}": f"{each.best}"
+        + (f', such as "{each.contexts[0]}"' if each.contexts else "")
+        for node, each in fires.items()
+    }
+    return [f"{name}: {line}" for name, line in lines.items()]
 
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
-def totals(check: Checklist) -> Table:
-    """Tabulate how many pairs pass each rule, with advice for the others."""
-    table = Table(title=repr(check).splitlines()[0])
-    table.add_column("rule", no_wrap=True)
-    for status in SEVERITY:
-        table.add_column(status, justify="right")
-    table.add_column("warnings and failures")
-    for rule, counts in check.counts().items():
-        advice = RULES[rule] if counts["warn"] or counts["fail"] else ""
-        table.add_row(rule, *(Text(str(n), COLOURS[s] if n else "") for s, n in counts.items()), advice)
-    return table
+def totals(check: Checklist) -> Fitted:
+    """Tabulate how many pairs pass each rule, with advice for the others below."""
+    counts = check.counts()
+    found: dict[str, Sequence[Text]] = {
+        status: [Text(str(count[status]), COLOURS[status] if count[status] else "") for count in counts.values()]
+        for status in SEVERITY
+    }
+    advice = [f"{rule}: {RULES[rule]}" for rule, count in counts.items() if count["warn"] or count["fail"]]
+    return Fitted(repr(check).splitlines()[0], {"rule": [*counts], **found}, numbers=[*found], notes=advice)
 
 
-def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Table:
-    """Tabulate the pairs that do not pass with their findings, the worst first.
+def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Text:
+    """Return the pairs that do not pass with their findings, the worst first.
 
     Args:
         check: the checklist.
@@ -224,10 +297,9 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tab
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
-    table = Table(title=f"{len(worst)} pairs to look at" + (f", the first {most}" if len(worst) > most else ""))
-    for column in ("pair", "verdict", "found", "clean prompt"):
-        table.add_column(column)
+    lines = Text(f"{len(worst)} pairs to look at" + (f", the first {most}" if len(worst) > most else "") + "\n", "bold")
     for pair in worst[:most]:
-        found = [f"{f.rule}: {f.detail}" for f in check.findings if f.pair == pair and f.status != "pass"]
-        table.add_row(str(pair), Text(verdicts[pair], COLOURS[verdicts[pair]]), "; ".join(found), text(pair))
-    return table
+        found = [f"  {f.rule}: {f.detail}\n" for f in check.findings if f.pair == pair and f.status != "pass"]
+        lines.append(f"pair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])
+        lines.append(visible(f": {text(pair)}\n{''.join(found)}"), "not bold")
+    return lines

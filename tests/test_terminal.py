@@ -1,0 +1,140 @@
+"""Tables for a terminal: never wider than the console, a line for each row, and a conclusion that says what the numbers do."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import featpatch as fp
+from featpatch.console import Fitted, PlainConsole
+from featpatch.descriptions import Description
+from featpatch.effects.frames import number
+from featpatch.patching.sets import Selection
+from featpatch.reporting import terminal
+
+HOOKS = ("blocks.0.mlp.hook_in", "blocks.3.hook_resid_post")
+
+
+def printed(table: Any, width: int = 100) -> list[str]:
+    console = Console(width=width, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().splitlines()
+
+
+@pytest.fixture(scope="module")
+def ranked() -> fp.Effects:
+    """The effects of a transcoder, whose name is the longest, and of another SAE, by three metrics."""
+    demo = fp.load_demo(progress=False)
+    saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in HOOKS]
+    return fp.rank_features(
+        demo.model,
+        saes,
+        demo.pairs("ioi", n=4),
+        positions=["S2", "end"],
+        metric=["logit_diff", "prob", "log_prob"],
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("width", [80, 100, 300])
+def test_effects_fit_every_console(ranked: fp.Effects, width: int) -> None:
+    """Each row is on one line with its index and its recovery; columns are left out from the least important one on."""
+    top = ranked.top(12)
+    lines = printed(terminal.ranked(top), width)
+    assert max(map(len, lines)) <= width
+    rule = next(n for n, line in enumerate(lines) if set(line.strip()) == {"─"})
+    for node, value, line in zip(top.nodes, top.pooled("recovery"), lines[rule + 1 :], strict=False):
+        assert re.split(r"\s{2,}", line)[1] == str(node.index)
+        assert f" {number(value)} [" in line
+    text = " ".join(" ".join(lines).split())
+    assert ("left out of this table for lack of space: recovery where changed, degradation log_prob" in text) == (width <= 100)
+    assert ("where changed: over these pairs only" in text) == (width > 100)
+    assert "blocks." not in text
+    summary = printed(terminal.site_summary(ranked), width)
+    assert max(map(len, summary)) <= width
+    assert sum(line.startswith(("L0 mlp.in -> mlp_out", "L3 resid_post")) for line in summary) == len(ranked.sites())
+
+
+def test_a_table_leaves_out_columns_and_then_cuts_off_names() -> None:
+    table = Fitted(
+        "numbers", {"name": ["a name of twenty-two"], "value": ["0.25"], "more": ["0.125"]}, numbers=["value", "more"],
+        spare=["more"], legend={"more": "eighths", "value": "quarters"}, notes=["a note"],
+    )  # fmt: skip
+    assert printed(table, 60) == [
+        "numbers", "name                  value   more", "──────────────────────────────────",
+        "a name of twenty-two   0.25  0.125", "more: eighths", "value: quarters", "a note",
+    ]  # fmt: skip
+    narrow = [line.rstrip() for line in printed(table, 27)]
+    assert narrow[3:] == [
+        "a name of twenty-two   0.25",
+        "value: quarters",
+        "a note",
+        "left out of this table for",
+        "lack of space: more",
+    ]
+    assert printed(table, 22)[3].startswith("a name of twen…")
+    assert printed(table, 22)[3].rstrip().endswith(" 0.25")
+
+
+def test_output_that_goes_to_no_terminal_is_100_columns_wide(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainConsole().print("word " * 50)
+    PlainConsole(stderr=True).print("word " * 50)
+    for text in capsys.readouterr():
+        assert max(len(line.rstrip()) for line in text.splitlines()) == 99
+
+
+def selection(recovery: list[list[float]], degradation: list[float], target: float = 0.8) -> Selection:
+    """Sets of one, two, ... features with these recoveries per pair, and the last of them with these degradations; gaps of 1."""
+    denoised = np.array(recovery)
+    noised = 1 - np.array([[0.0] * len(degradation)] * (len(recovery) - 1) + [degradation])
+    row, pair = np.indices(denoised.shape).reshape(2, -1)
+    nodes = tuple(fp.Node("blocks.3.hook_resid_post", "set", n, "end") for n in range(len(recovery)))
+    effects = fp.Effects(
+        nodes, np.ones(denoised.shape[1]), np.zeros(denoised.shape[1]), row, pair, denoised.ravel(), noised.ravel(),
+        {"metric": "m", "directions": ["denoising", "noising"]},
+    )  # fmt: skip
+    return Selection([7, 8, 9][: len(recovery)], effects, "recovery", target, float(denoised[-1].mean()) >= target)
+
+
+SAME = Description("on", "word", 0.5, 10, 100, ("the [word] that",))
+NEVER = replace(SAME, word="", f1=0.0, fired=0, contexts=())
+
+ALL, NONE, MIXED = [0.9] * 8, [0.0] * 8, [1.0, -1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("recovery", "degradation", "said"),
+    [
+        ([[0.5] * 8, ALL], [0.8] * 8, "2 features at here bring back 90 % [90, 90] of the behaviour, and 80 % [80, 80] of it is "
+         "lost without them: they are sufficient and necessary for this part of it."),
+        ([ALL], NONE, "1 feature at here brings back 90 % [90, 90] of the behaviour, and 0 % [0, 0] of it is lost without it: it "
+         "is sufficient for this part of it, but not necessary, because something else does the job as well."),
+        ([[0.3] * 8], ALL, "1 feature at here brings back 30 % [30, 30] of the behaviour, short of 80%, and 90 % [90, 90] of it "
+         "is lost without it: it is sufficient and necessary for this part of it."),
+        ([NONE], ALL, "it is necessary for this part of it, but not sufficient."),
+        ([NONE], NONE, "1 feature at here brings back 0 % [0, 0] of the behaviour, short of 80%, and 0 % [0, 0] of it is lost "
+         "without it: it is neither sufficient nor necessary."),
+        ([MIXED], ALL, "it is not shown to be both sufficient and necessary by these pairs."),
+        ([[0.9]], [0.9], "1 feature at here brings back 90 % of the behaviour, and 90 % of it is lost without it: it is not shown "
+         "to be both sufficient and necessary by these pairs."),
+        ([[-0.5] * 8], ALL, "it is working against it in at least one direction."),
+    ],
+)  # fmt: skip
+def test_the_conclusion_says_what_the_numbers_do(recovery: list[list[float]], degradation: list[float], said: str) -> None:
+    chosen = selection(recovery, degradation)
+    assert terminal.concluded(chosen, "here", [NEVER] * len(recovery)).endswith(said)
+    fires = [SAME, *[NEVER] * (len(recovery) - 1)]
+    assert terminal.concluded(chosen, "here", fires).endswith(f'{said} Most active: 7 on "the [word] that".')
+
+
+def test_the_steps_of_a_selection() -> None:
+    assert terminal.steps(selection([[0.5] * 8, ALL], ALL)) == (
+        "features needed to bring back 80%, chosen one by one on these pairs: 7 (0.50) + 8 (0.90)"
+    )
+    twelve = selection([[n / 12] * 8 for n in range(1, 13)], ALL)
+    shown = terminal.steps(replace(twelve, features=range(12))).split(": ")[1].split(" + ")
+    assert (len(shown), shown[0], shown[-3:]) == (9, "0 (0.083)", ["6 (0.58)", "4 more", "11 (1.00)"])

@@ -24,7 +24,7 @@ from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.frame import Frame
 from featpatch.metrics import Measure, find
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
-from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.pair import Pair, check_by_position, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
 Status = Literal["pass", "warn", "fail"]
@@ -156,6 +156,7 @@ def check(
         )
     measure, runs, first = find(metric), Runs(model), first_token(model)
     in_context = _in_context(pairs, tokenizer)
+    check_by_position(pairs)
     prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
 
     def read(index: int, logits: Logits) -> tuple[float, float]:

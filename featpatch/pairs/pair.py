@@ -1,4 +1,7 @@
-"""A pair of a clean and a corrupted prompt of equal length, with its answers, labels and token positions.
+"""A pair of a clean and a corrupted prompt, with its answers, labels and token positions.
+
+The two prompts have equal lengths, and a position is the same in both, unless a pair has `corrupted_labels`. Then each label
+has a place in either prompt, and the prompts are patched label by label.
 
 Positions are those of characters, spans and words in a prompt, and those that a request such as `"all"`, `"each"` or
 `["S2", 0]` stands for.
@@ -32,19 +35,25 @@ class Pair:
     `sequence_log_prob` and `sequence_log_prob_diff`.
 
     Attributes:
-        clean, corrupted: the token ids of both prompts, which have the same length.
+        clean, corrupted: the token ids of both prompts, of the same length unless there are `corrupted_labels`.
         correct, wrong: the token ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may
             be left out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences.
         labels: names of token positions, e.g. `{"S2": 12}`, or of spans, e.g. `{"subject": (3, 4)}`.
-        answer_position: the position at which the metric is read; the last token by default.
+        answer_position: the position at which the metric is read; the last token by default, and always with
+            `corrupted_labels`.
         special: the positions of BOS and other special tokens, which are never patched by default.
         tags: a description of how the pair was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
         correct_sequences, wrong_sequences: the token ids of each right and each wrong answer, e.g. `((5, 9), (7,))`.
+        corrupted_labels: the places of the same labels in the corrupted prompt, if they differ from those in the clean prompt,
+            e.g. because the lengths differ. Such a pair is patched only at its labels. Empty if the places are the same.
 
     Example:
         >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
         >>> pair.first_difference
         1
+        >>> longer = fp.Pair((5, 6, 7), (5, 8, 8, 7), (9,), (10,), labels={"end": 2}, corrupted_labels={"end": 3})
+        >>> longer.by_label
+        True
     """
 
     clean: tuple[int, ...]
@@ -57,6 +66,7 @@ class Pair:
     tags: Mapping[str, str] = field(default_factory=dict)
     correct_sequences: Sequences = ()
     wrong_sequences: Sequences = ()
+    corrupted_labels: Mapping[str, LabelPosition] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted", "correct", "wrong"):
@@ -65,14 +75,14 @@ class Pair:
             check_kinds(tuple, **{name: getattr(self, name)})
             for answer in getattr(self, name):
                 _check_tokens(name, answer)
-        check_kinds(Mapping, labels=self.labels, tags=self.tags)
+        check_kinds(Mapping, labels=self.labels, tags=self.tags, corrupted_labels=self.corrupted_labels)
         check_kinds(Set, special=self.special)
         if not is_integer(self.answer_position):
             raise FeatpatchError(f"answer_position={self.answer_position!r}: expected an integer, a position of the prompt")
         n = len(self.clean)
         if n == 0:
             raise FeatpatchError("the clean prompt has no tokens: expected at least one")
-        if len(self.corrupted) != n:
+        if len(self.corrupted) != n and (not self.corrupted_labels or not self.corrupted):
             raise FeatpatchError(
                 f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because activations "
                 "are patched position by position; replace words with words of the same number of tokens, or see align= of "
@@ -89,30 +99,23 @@ class Pair:
                 f"answer_position is {self.answer_position} and the answers have several tokens: expected the last position, "
                 f"{n - 1}, because such answers follow the prompt; cut the prompts off at the answer position"
             )
-        plain = {label: plain_integers(position) for label, position in self.labels.items()}
-        object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
-        for label, position in self.labels.items():
-            span = positions_of(position)
-            if not isinstance(label, str) or label in ("all", "each") or not span or not all(type(p) is int for p in span):
-                raise FeatpatchError(
-                    f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and a name other "
-                    "than 'all' and 'each'"
-                )
-            if not 0 <= span[0] <= span[-1] < n:
-                raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
-            if span != tuple(range(span[0], span[-1] + 1)):
-                raise FeatpatchError(f"label {label!r} is at positions {position}: expected consecutive positions")
+        for name, tokens in (("labels", self.clean), ("corrupted_labels", self.corrupted)):
+            object.__setattr__(self, name, _checked_labels(getattr(self, name), len(tokens)))
+        self._check_corrupted_labels()
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def __repr__(self) -> str:
-        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=True))
+        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=False))
+        size = f"{len(self)} tokens, of which {differing} differ"
+        if self.by_label:
+            size = f"{len(self)} and {len(self.corrupted)} tokens, patched label by label"
         right, wrong = map(_shown, self.answers)
-        labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
+        labels = ", ".join(map(self._label, self.labels)) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
         said = (
-            f"pair of {len(self)} tokens, of which {differing} differ, answer ids {right} (right) and {wrong} (wrong), labels "
+            f"pair of {size}, answer ids {right} (right) and {wrong} (wrong), labels "
             f"{labels}{tags}"
         )
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
@@ -127,11 +130,32 @@ class Pair:
     @property
     def first_difference(self) -> int:
         """The first position at which the prompts differ; the number of tokens if they are equal."""
-        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=True)) if one != other)
-        return next(differing, len(self))
+        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=False)) if one != other)
+        return next(differing, min(len(self), len(self.corrupted)))
+
+    @property
+    def by_label(self) -> bool:
+        """Whether the places of labels in the two prompts differ, so that the prompts are patched only at labels."""
+        return bool(self.corrupted_labels)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The number of tokens of the clean and of the corrupted prompt."""
+        return len(self.clean), len(self.corrupted)
+
+    def places(self, label: str) -> list[tuple[int, int]]:
+        """Return the positions of a label in the clean prompt, each with its position in the corrupted prompt.
+
+        Raises:
+            FeatpatchError: the pair has no such label.
+        """
+        here = self.positions(label)
+        return list(zip(here, positions_of(self.corrupted_labels[label]) if self.by_label else here, strict=True))
 
     def positions(self, position: Position) -> list[int]:
-        """Return the token positions that `"all"`, an index or a label stands for; `"all"` leaves out special tokens.
+        """Return the token positions that `"all"`, an index or a label stands for in the clean prompt.
+
+        `"all"` leaves out special tokens.
 
         Raises:
             FeatpatchError: the pair has no such position or label.
@@ -156,6 +180,42 @@ class Pair:
             )
         return [position]
 
+    def _label(self, name: str) -> str:
+        """Return a label and its place as text, with both places if they differ."""
+        elsewhere = f" ({self.corrupted_labels[name]} in the corrupted prompt)" if self.by_label else ""
+        return f"{name} {self.labels[name]}{elsewhere}"
+
+    def _check_corrupted_labels(self) -> None:
+        """Check that the labels of the corrupted prompt match those of the clean prompt; forget them if they are the same.
+
+        Raises:
+            FeatpatchError: the labels or the lengths of their spans differ, or the answer is not read at the end.
+        """
+        here, there = self.labels, self.corrupted_labels
+        if not there:
+            return
+        if len(self.clean) == len(self.corrupted) and there == here:
+            object.__setattr__(self, "corrupted_labels", {})
+            return
+        if set(there) != set(here):
+            raise FeatpatchError(
+                f"the labels are {sorted(here)} in the clean and {sorted(there)} in the corrupted prompt: expected the same "
+                "names; give each label in labels and in corrupted_labels"
+            )
+        for name in here:
+            one, other = len(positions_of(here[name])), len(positions_of(there[name]))
+            if one != other:
+                raise FeatpatchError(
+                    f"label {name!r} is at {here[name]} in the clean and at {there[name]} in the corrupted prompt, {one} and "
+                    f"{other} tokens: expected spans of equal length, which are patched token by token; label one token of "
+                    "each, such as the last"
+                )
+        if self.answer_position != len(self) - 1:
+            raise FeatpatchError(
+                f"answer_position is {self.answer_position} in a pair with corrupted_labels: expected the last position, "
+                f"{len(self) - 1}, because the metric is read at the end of both prompts; cut the prompts off there"
+            )
+
     def _check_answers(self) -> None:
         """Check that answers are tokens or sequences, that at least one is right, and that none is both right and wrong."""
         given = f"correct={self.correct}, wrong={self.wrong}"
@@ -175,6 +235,29 @@ class Pair:
             raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
 
 
+def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPosition]:
+    """Return the labels of a prompt of `n` tokens with plain integers as positions.
+
+    Raises:
+        FeatpatchError: a label has no valid name or place.
+    """
+    checked: dict[str, LabelPosition] = {}
+    for label, position in labels.items():
+        plain = plain_integers(position)
+        span = positions_of(position if plain is None else plain)
+        if not isinstance(label, str) or label in ("all", "each") or not span or plain is None:
+            raise FeatpatchError(
+                f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and a name other "
+                "than 'all' and 'each'"
+            )
+        if not 0 <= span[0] <= span[-1] < n:
+            raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
+        if span != tuple(range(span[0], span[-1] + 1)):
+            raise FeatpatchError(f"label {label!r} is at positions {position}: expected consecutive positions")
+        checked[label] = plain
+    return checked
+
+
 def _shown(answers: Sequences) -> str:
     """Return the token ids of the first three answers as text."""
     more = f" and {len(answers) - 3} more" if len(answers) > 3 else ""
@@ -192,6 +275,21 @@ def _check_tokens(name: str, tokens: object) -> None:
         if type(token) is not int or abs(token) > MAX_INTEGER:
             what = type(token).__name__ if type(token) is not int else f"integer of {token.bit_length()} bits"
             raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
+
+
+def check_by_position(pairs: Sequence[Pair]) -> None:
+    """Check that no pair is patched label by label.
+
+    Raises:
+        FeatpatchError: one is.
+    """
+    for index, pair in enumerate(pairs):
+        if pair.by_label:
+            raise FeatpatchError(
+                f"pair {index} is patched label by label ({pair!r}): expected prompts that correspond position by position; "
+                "use rank_features, rank_components or ablate with method='exact' and without screen, or make the pairs with "
+                "align='labels' and a filler="
+            )
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:

@@ -292,7 +292,7 @@ def ablate(
         >>> ablated.directions_run(), len(ablated.where(kind="head"))
         (['degradation'], 8)
     """
-    check_pairs(pairs)
+    check_pairs(pairs, by_label=True)
     lens = wrap(model)
     parts: list[Part] = []
     about: dict[str, Any] = {}
@@ -311,7 +311,7 @@ def ablate(
     if not parts:
         raise FeatpatchError("nothing to ablate: expected saes=..., sites=... or both")
     if reference is not None:
-        check_tokens(check_pairs(reference), lens)
+        check_tokens(check_pairs(reference, by_label=True), lens)
     study = Study.of(
         lens,
         parts,

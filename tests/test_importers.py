@@ -220,6 +220,7 @@ def test_lines_that_are_refused(words: Any, tmp_path: Path, fields: dict[str, An
 # Alignment by labels.
 
 
+@pytest.mark.filterwarnings("ignore:fillers change:featpatch.pairs.tokens.PairsWarning")
 def test_alignment(words: Any, tmp_path: Path) -> None:
     """Whichever prompt is shorter gets filler, behind the label in front; the labels and the ends stand side by side."""
     spans = {"comma": [24, 25], "S2": [26, 30]}
@@ -235,7 +236,6 @@ def test_alignment(words: Any, tmp_path: Path) -> None:
     assert (second.clean, second.corrupted, second.labels) == (ids(words, LONG), filled, first.labels)
     assert (third, fourth) == (expected(words), expected(words, labels={"S2": 7}))
     columns = {key: [value] for key, value in {**PAIR, "clean": SHORT, "corrupted": LONG}.items()}
-    warnings.simplefilter("ignore", PairsWarning)  # shown above
     labels = {"labels": [{"comma": ",", "S2": 7}], "corrupted_labels": [{"comma": 6, "S2": "new John"}]}
     assert fp.Pairs.from_prompts(words, **columns, **labels, **options)[0] == first
     table = pandas.DataFrame([row])

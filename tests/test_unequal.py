@@ -67,7 +67,7 @@ def test_features_at_labels(small: Small, hook: str, wide: None) -> None:
         effects = fp.rank_features(small.model, sae, PAIRS, positions=list(LABELS), progress=False)
     assert {node.position for node in effects.nodes} == set(LABELS) - {"same"}
     for row, node in enumerate(effects.nodes):
-        if node.kind == "feature" and node.index % 5:
+        if node.kind == "feature" and node.index % 8:
             continue
 
         def change(base: Any, source: Any, to: list[int], of: list[int], node: fp.Node = node) -> list[Any]:
@@ -109,3 +109,76 @@ def test_components_at_labels(small: Small, name: str, wide: None) -> None:
 
         for index, pair in enumerate(PAIRS):
             compare(effects, row, index, by_hand(small.model, pair, str(node.position), change))
+
+
+def test_prompts_of_one_length_and_labels_at_the_same_places_are_patched_by_position() -> None:
+    pair = fp.Pair(prompt(7, 5), prompt(7, 7), (7,), (8,), labels=LABELS, corrupted_labels=LABELS)
+    assert pair == PAIRS[3]
+    assert not pair.by_label
+    assert fp.Pairs((pair,)).digest() == fp.Pairs((PAIRS[3],)).digest()
+
+
+def test_sets_of_features_at_labels(hooked: Small, wide: None) -> None:
+    """Two features together, with the features' own decoder: the sum of what they add where the label is in each prompt."""
+    sae = hooked.at("blocks.1.hook_resid_pre")
+    effects = fp.rank_features(hooked.model, sae, PAIRS, positions=["subject"], progress=False)
+    chosen = [node.index for node in effects.top(2, by="recovery").nodes]
+    together = fp.interactions(hooked.model, sae, PAIRS, features=chosen, position="subject", progress=False)
+
+    def change(base: Any, source: Any, to: list[int], of: list[int]) -> list[Any]:
+        hook = "blocks.1.hook_resid_pre"
+        f_base, f_source = encode(sae, base[hook]), encode(sae, source[hook])
+        new = f_base.clone()
+        for feature in chosen:
+            new[0, to, feature] = f_source[0, of, feature]
+        return replacing(hook, base[hook] + sae.decode(new) - sae.decode(f_base))
+
+    expected = [by_hand(hooked.model, pair, "subject", change)["denoising"] for pair in PAIRS]
+    found = together.effects if hasattr(together, "effects") else together
+    assert found is not None
+    assert expected
+
+
+def test_ablation_is_of_the_clean_prompt_alone(small: Small, wide: None) -> None:
+    effects = fp.ablate(small.model, PAIRS, sites="z", layers=[1], positions=["verb"], to=0.0, progress=False)
+    hook = "blocks.1.attn.hook_z"
+    for row, node in enumerate(effects.nodes):
+        for index, pair in enumerate(PAIRS):
+            new = activations(small.model, torch.tensor([pair.clean]))[hook].clone()
+            new[:, at(pair, "verb")[0], node.index] = 0
+            with torch.no_grad():
+                logits = small.model.run_with_hooks(torch.tensor([pair.clean]), fwd_hooks=replacing(hook, new))
+            expected = effects.clean[index] - logit_diff(logits, pair.correct[0], pair.wrong[0])
+            assert effects.changes("degradation").toarray()[row, index] == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("positions", ["all", "each", ["end", 3]])
+def test_other_positions_are_refused(hooked: Small, positions: Any) -> None:
+    message = r"pair 0 has 7 tokens in the clean and 9 in the corrupted prompt, and .* is not the same place in both: expected"
+    with pytest.raises(fp.FeatpatchError, match=f"{message} labels.*positions=\\['same', 'subject'\\]"):
+        fp.rank_components(hooked.model, PAIRS, sites="z", positions=positions, progress=False)
+
+
+def test_what_needs_prompts_that_correspond_is_refused(hooked: Small) -> None:
+    model, sae, positions = hooked.model, hooked.at("blocks.1.hook_resid_pre"), ["verb"]
+    calls: list[Any] = [
+        lambda: fp.rank_features(model, sae, PAIRS, positions=positions, method="atp", progress=False),
+        lambda: fp.rank_features(model, sae, PAIRS, positions=positions, screen=fp.Screen(k=2, audit=2), progress=False),
+        lambda: fp.rank_components(model, PAIRS, positions=positions, method="atp", progress=False),
+        lambda: fp.rank_paths(model, PAIRS, senders=[fp.Node("blocks.0.attn.hook_z", "head", 0)], receivers=["logits"]),
+        lambda: fp.find_circuit(model, PAIRS),
+        lambda: fp.check(model, sae, PAIRS),
+        lambda: PAIRS.check(model),
+    ]
+    for call in calls:
+        with pytest.raises(fp.FeatpatchError, match=r"pair 0 is patched label by label .*: expected prompts that correspond"):
+            call()
+    with pytest.raises(fp.FeatpatchError, match=r"sites=\['pattern'\] with pair 0, which is patched label by label: expected prompts of"):
+        fp.rank_components(model, PAIRS, sites=["pattern", "z"], positions=positions, progress=False)
+
+
+def test_joining(hooked: Small) -> None:
+    one, other = PAIRS[:1], PAIRS[1:]
+    assert one + other == PAIRS
+    with pytest.raises(fp.FeatpatchError, match="pairs is a tuple: expected Pairs"):
+        one + PAIRS.pairs

@@ -17,7 +17,7 @@ from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.model.provenance import provenance
 from featpatch.nodes import Direction, Node
-from featpatch.pairs.pair import Positions, Wanted, spans
+from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def estimated(
         "positions": positions if isinstance(positions, str) else [*wanted[0]],
         **provenance(gradients.lens, pairs),
         **about,
+        **lengths_if_pooled(list(pairs), positions),
         "completeness_residual": complete / abs(gap),
         "whole_residual": None if unsigned else whole / abs(gap),
     }

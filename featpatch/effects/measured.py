@@ -372,8 +372,8 @@ class Measured:
         metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
         if "screening" in metadata and len(pairs) < len(self.clean):
             metadata["screening"] = without_estimates(metadata["screening"])
-        if "tags" in metadata:
-            metadata["tags"] = [metadata["tags"][pair] for pair in pairs]
+        for name in {"tags", "lengths"} & set(metadata):
+            metadata[name] = [metadata[name][pair] for pair in pairs]
         return replace(
             self,
             clean=self.clean[pairs],

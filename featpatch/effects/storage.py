@@ -204,7 +204,7 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
             f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}, or have no mean gap: expected "
             "smaller values and a mean gap other than zero"
         )
-    for name in ("tags", "of_pairs"):
+    for name in ("tags", "lengths", "of_pairs"):
         if name in metadata and len(metadata[name]) != pairs:
             raise FeatpatchError(f"{name} has {len(metadata[name])} entries: expected {pairs}, one per pair")
 
@@ -292,6 +292,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "saes": (_texts, "digests by name"),
     "versions": (_texts, "versions by name"),
     "tags": (_list(_texts), "an object of strings per pair"),
+    "lengths": (_list(_count), "a number of tokens per pair"),
     "of_pairs": (_list(_count), "a list of indices"),
     "rows_ranked": (_count, "a number of rows"),
     "threshold": (lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1"),

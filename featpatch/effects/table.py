@@ -340,7 +340,9 @@ class Effects(Measured):
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
-        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value"]))
+        table = frames.brief(first)
+        pooled = ["pairs"] if set(table["pairs"]) <= {len(self.clean)} else []
+        shown = text(table.drop(columns=["sae", *pooled, "value"]))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
         return f"{self.value} effects over {len(self.clean)} pairs{more} {len(self)} rows:\n{shown}"
 

@@ -7,12 +7,13 @@ Positions are those of characters, spans and words in a prompt, and those that a
 `["S2", 0]` stands for.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds, is_integer
+from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer
 from featpatch.nodes import Position
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
 from featpatch.untrusted import visible
@@ -410,6 +411,8 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
 Positions = str | Sequence[Position]
 """`"all"`, `"each"`, or a list of labels and indices."""
 
+
+
 Wanted = Mapping[Position, list[int]]
 """The token positions of one pair that each requested position stands for."""
 
@@ -430,6 +433,27 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
     if not wanted:
         raise FeatpatchError("positions is empty: expected 'all', 'each' or a list of labels and indices")
     return {position: pair.positions(position) for position in wanted}
+
+
+def lengths_if_pooled(pairs: Sequence[Pair], positions: Positions) -> dict[str, list[int]]:
+    """Return the number of tokens of each pair as metadata, with a warning, if `"each"` pools different words of the pairs.
+
+    That is so if the pairs have different lengths, or a label at different indices.
+    """
+    lengths, labels = [len(pair) for pair in pairs], dict.fromkeys(label for pair in pairs for label in pair.labels)
+    places = {label: sorted({str(pair.labels[label]) for pair in pairs if label in pair.labels}) for label in labels}
+    moving = next((label for label, at in places.items() if len(at) > 1), None)
+    if positions != "each" or not (moving or len(set(lengths)) > 1):
+        return {}
+    several = f"label {moving!r} is at {' and '.join(places[moving][:2])}, ..." if moving else "their ends are at different ones"
+    warnings.warn(
+        f"positions='each' pools token indices over pairs of {min(lengths)} to {max(lengths)} tokens, in which the same index is "
+        f"not the same word ({several}): the column `pairs` says how many pairs have an index; use labels instead, such as "
+        f"positions={list(labels)[:2] or ['S2']}",
+        FeatpatchWarning,
+        stacklevel=5,
+    )
+    return {"lengths": lengths}
 
 
 def _plain(entry: object) -> Position:

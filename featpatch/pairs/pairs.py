@@ -121,7 +121,7 @@ class Pairs(Sequence[Pair]):
         attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Make pairs from tensors of token ids, or from lists of equally long lists.
+        """Make pairs from token ids: tensors, arrays, or lists of lists (or of tensors), whose lengths may differ from pair to pair.
 
         Args:
             clean, corrupted: the token ids of the prompts, one row per pair.

@@ -30,7 +30,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
-from featpatch.pairs.pair import Positions, Wanted, spans
+from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
 from featpatch.patching.parts import Part
@@ -136,7 +136,8 @@ class Study:
         longest = max(len(run.tokens) for run in probes)
         rows = batch_rows or row_budget(lens, longest, columns)
         memory = rows * row_bytes(lens, longest, columns)
-        metadata = _metadata(lens, about, runner, read, chosen, options.positions)
+        about_study = {**about, **lengths_if_pooled(list(pairs), options.positions)}
+        metadata = _metadata(lens, about_study, runner, read, chosen, options.positions)
         arguments = {"about": about, "options": options, "contrast": contrast}
         return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, arguments)
 

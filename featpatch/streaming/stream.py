@@ -19,7 +19,7 @@ from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Options, Study
 from featpatch.streaming.stored import FORMAT, Stored, digests_of, write
 
-OWN = ("pairs", "tags", "finished", "finished_at", "command", "metric")
+OWN = ("pairs", "tags", "lengths", "finished", "finished_at", "command", "metric")
 """The metadata entries of a table that differ between blocks."""
 
 

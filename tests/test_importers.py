@@ -350,7 +350,7 @@ def test_label_by_label(words: Any, tmp_path: Path) -> None:
     assert pairs[0].places("S2") == [(7, 10)]
     assert pairs[1] == expected(words, labels={"S2": 7})
     assert "12 and 15 tokens, patched label by label" in repr(pairs[0])
-    assert "S2 7 (10 in the corrupted prompt)" in repr(pairs[0])
+    assert "S2 7 / 10" in repr(pairs[0])
     assert repr(pairs) == "2 pairs of 12 to 15 tokens, labels comma, S2, 1 of them patched label by label"
     assert fp.Pairs.from_jsonl(words, pairs.to_jsonl(tmp_path / "again.jsonl", tokenizer=words)) == pairs
     assert fp.Pairs.from_csv(words, pairs.to_csv(tmp_path / "again.csv", tokenizer=words), align="labels") == pairs

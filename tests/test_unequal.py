@@ -124,19 +124,21 @@ def test_sets_of_features_at_labels(hooked: Small, wide: None) -> None:
     effects = fp.rank_features(hooked.model, sae, PAIRS, positions=["subject"], progress=False)
     chosen = [node.index for node in effects.top(2, by="recovery").nodes]
     together = fp.interactions(hooked.model, sae, PAIRS, features=chosen, position="subject", progress=False)
+    hook = "blocks.1.hook_resid_pre"
 
     def change(base: Any, source: Any, to: list[int], of: list[int]) -> list[Any]:
-        hook = "blocks.1.hook_resid_pre"
         f_base, f_source = encode(sae, base[hook]), encode(sae, source[hook])
         new = f_base.clone()
         for feature in chosen:
             new[0, to, feature] = f_source[0, of, feature]
         return replacing(hook, base[hook] + sae.decode(new) - sae.decode(f_base))
 
-    expected = [by_hand(hooked.model, pair, "subject", change)["denoising"] for pair in PAIRS]
-    found = together.effects if hasattr(together, "effects") else together
-    assert found is not None
-    assert expected
+    patched = [by_hand(hooked.model, pair, "subject", change) for pair in PAIRS]
+    gap = float((effects.clean - effects.corrupted).sum())
+    recovery = sum(runs["denoising"] for runs in patched) - float(effects.corrupted.sum())
+    degradation = float(effects.clean.sum()) - sum(runs["noising"] for runs in patched)
+    assert together["recovery"].tolist() == [pytest.approx(recovery / gap, abs=1e-9)]
+    assert together["degradation"].tolist() == [pytest.approx(degradation / gap, abs=1e-9)]
 
 
 def test_ablation_is_of_the_clean_prompt_alone(small: Small, wide: None) -> None:
@@ -155,7 +157,7 @@ def test_ablation_is_of_the_clean_prompt_alone(small: Small, wide: None) -> None
 @pytest.mark.parametrize("positions", ["all", "each", ["end", 3]])
 def test_other_positions_are_refused(hooked: Small, positions: Any) -> None:
     message = r"pair 0 has 7 tokens in the clean and 9 in the corrupted prompt, and .* is not the same place in both: expected"
-    with pytest.raises(fp.FeatpatchError, match=f"{message} labels.*positions=\\['same', 'subject'\\]"):
+    with pytest.raises(fp.FeatpatchError, match=rf"{message} labels.*positions=\['same', 'subject'\]"):
         fp.rank_components(hooked.model, PAIRS, sites="z", positions=positions, progress=False)
 
 
@@ -182,3 +184,25 @@ def test_joining(hooked: Small) -> None:
     assert one + other == PAIRS
     with pytest.raises(fp.FeatpatchError, match="pairs is a tuple: expected Pairs"):
         one + PAIRS.pairs
+
+
+def test_indices_that_are_pooled_over_different_words(hooked: Small) -> None:
+    """A warning names the label to use instead, and each row says how many pairs are long enough."""
+    pairs = fp.Pairs(
+        (
+            fp.Pair(prompt(7, 1), prompt(7, 2), (3,), (4,), labels={"end": 6}),
+            fp.Pair(prompt(9, 3), prompt(9, 4), (5,), (6,), labels={"end": 8}),
+        )
+    )
+    options: dict[str, Any] = {"sites": "resid_pre", "layers": [1], "progress": False}
+    message = r"'each' pools token indices over pairs of 7 to 9 tokens.* \(label 'end' is at 6 and 8, ...\): .*positions=\['end'\]"
+    for method in ("exact", "atp"):
+        with pytest.warns(FeatpatchWarning, match=message):
+            effects = fp.rank_components(hooked.model, pairs, positions="each", method=method, **options)
+        table = effects.to_pandas().set_index("position")["pairs"]
+        assert table.to_dict() == {3: 2, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1}
+        assert effects.of_pairs([0]).to_pandas()["pairs"].tolist() == [1] * 4
+    assert " pairs" in repr(effects).splitlines()[1]
+    same = fp.rank_components(hooked.model, pairs[:1], positions="each", **options)
+    assert same.to_pandas()["pairs"].tolist() == [1] * 4
+    assert " pairs " not in repr(same).splitlines()[1].replace("changed_pairs", "")

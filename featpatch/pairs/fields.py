@@ -36,7 +36,7 @@ def pairs_of(
     """
     fields = each(read, rows.values, where=rows.where)
     remarks: list[str] = []
-    options = {"by_label": align is not None, "filler": filler_id(tokenizer, align, filler), "long_answers": long_answers}
+    options: dict[str, Any] = {"by_label": align is not None, "filler": filler_id(tokenizer, align, filler), "long_answers": long_answers}
     made = partial(make, tokenizer, remarks=remarks, **options)
     return fitting(lambda row: row if isinstance(row, Pair) else made(**row), fields, where=rows.where, remarks=remarks)
 
@@ -137,6 +137,8 @@ def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) ->
     answer_position = row.get("answer_position", -1)
     if type(answer_position) is not int:
         raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
+    labels: dict[str, Any]
+    there: dict[str, Any]
     labels, there = ({name: plain_integers(at) for name, at in row.get(field, {}).items()} for field in OBJECTS[:2])
     if None in (*labels.values(), *there.values()):
         raise FeatpatchError(

@@ -182,8 +182,8 @@ class Pair:
         return [position]
 
     def _label(self, name: str) -> str:
-        """Return a label and its place as text, with both places if they differ."""
-        elsewhere = f" ({self.corrupted_labels[name]} in the corrupted prompt)" if self.by_label else ""
+        """Return a label and its place as text, with the places in both prompts if the pair is patched label by label."""
+        elsewhere = f" / {self.corrupted_labels[name]}" if self.by_label else ""
         return f"{name} {self.labels[name]}{elsewhere}"
 
     def _check_corrupted_labels(self) -> None:

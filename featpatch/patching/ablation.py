@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, ClassVar
 
 import torch
+from transformer_lens import ActivationCache
 
 from featpatch import sites
 from featpatch.effects.table import Effects
@@ -197,6 +198,41 @@ class Statistic(Everywhere):
         return torch.cat([value[rows] for value, rows in zip(values, kept, strict=True)])
 
 
+class Means(Everywhere):
+    """Given activations, averaged over their prompts and positions, as ablation values.
+
+    Args:
+        lens: the model.
+        given: an `ActivationCache` or a mapping of activations, as in `Lens.cached`.
+    """
+
+    def __init__(self, lens: Lens, given: Any) -> None:
+        self.lens, self.given = lens, dict(getattr(given, "cache_dict", given))
+        sums = [(hook, str(self.given[hook].shape), float(self.given[hook].double().sum())) for hook in sorted(self.given)]
+        self.noted = {"activations": sha256(repr(sums).encode()).hexdigest()}
+
+    def values(self, name: str, hooks: Sequence[str], parts: Callable[[Run], Values], like: Values, length: int) -> Values:
+        """Return the means.
+
+        Raises:
+            FeatpatchError: if the activations of a hook point are missing, do not have its shape, or are means themselves and
+                those of features are needed.
+        """
+        if not all(map(sites.by_position, hooks)):
+            raise FeatpatchError(
+                f"to=activations for {name!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
+                "positions is not an attention pattern"
+            )
+        found = self.lens.cached("to", self.given, hooks)
+        if name not in hooks and any(self.given.get(hook, values).ndim < values.ndim for hook, values in found.items()):
+            raise FeatpatchError(
+                f"to={{hook: tensor}} for the {name}: expected activations [batch, pos, ...], whose features have a mean; pass "
+                "a cache, or to='mean' with reference"
+            )
+        runs = [Run({hook: values[row] for hook, values in found.items()}) for row in range(len(found[hooks[0]]))]
+        return tuple(mean(torch.cat(values)) for values in zip(*map(parts, runs), strict=True))
+
+
 class Resampled(AblationValues):
     """The values in another prompt of the same length, drawn for each pair, as ablation values.
 
@@ -238,8 +274,8 @@ ABLATION_VALUES: dict[str, Callable[[Others], AblationValues]] = {
 """The ways to choose ablation values, by name."""
 
 
-To = str | float
-"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, or a number to use as the value."""
+To = str | float | ActivationCache | Mapping[str, torch.Tensor]
+"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, a number to use as the value, or activations to average."""
 
 
 def ablate(
@@ -276,7 +312,8 @@ def ablate(
         to: the ablation values. `"zero"` or another number; `"mean"`: the mean over all positions of the `reference` prompts
             except special tokens; `"mean_by_position"`: the mean at each token index, over `reference` prompts of the same
             length; `"resample"`: the values in another `reference` prompt of the same length, drawn for each pair (it may be
-            the pair's own corrupted prompt). State that an SAE needs to decode (norms, skip paths) is kept from the base run.
+            the pair's own corrupted prompt). An `ActivationCache` of TransformerLens, or `{hook: tensor}`: the mean of these
+            activations over all prompts and positions (also special tokens), or a tensor `[d_model]` as it is. State that an SAE needs to decode (norms, skip paths) is kept from the base run.
         reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default. Not for a number.
         seed: the seed for resampling; 0 by default.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
@@ -338,13 +375,21 @@ class Ablation(Contrast):
 
     def about(self) -> dict[str, Any]:
         """Return metadata that says which ablation values were used."""
-        return {"ablation": {"to": self.to, **self.ablation_values.noted}}
+        to = self.to if isinstance(self.to, str | float) else "activations"
+        return {"ablation": {"to": to, **self.ablation_values.noted}}
 
 
 def _contrast(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: int | None) -> Ablation:
+    if isinstance(to, ActivationCache | Mapping):
+        if reference is not None or seed is not None:
+            raise FeatpatchError(
+                f"to=activations with reference={reference!r}, seed={seed!r}: expected neither, because the values are given; "
+                "leave them out"
+            )
+        return Ablation(Means(lens, to), to)
     number = is_number(to) and isfinite(to)
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
-        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
+        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations")
     if reference is not None and (number or to == "zero"):
         raise FeatpatchError(f"to={to!r} with reference: expected no prompts, because a constant needs none; leave it out")
     if seed is not None and to != "resample":

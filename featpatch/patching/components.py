@@ -25,7 +25,7 @@ from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
-from featpatch.sites import WHOLE, check_components, check_layers, component
+from featpatch.sites import WHOLE, check_components_and_layers, component
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,15 +285,17 @@ def component_study(
     model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, options: Options
 ) -> Study:
     """Return the validated experiment that `rank_components` runs with these arguments."""
-    labelled = [index for index, pair in enumerate(check_pairs(pairs, by_label=True)) if pair.by_label]
-    patterns = [name for name in check_components(sites, options.positions) if name.startswith("pattern")]
-    if labelled and patterns and options.noise is None:
+    check_pairs(pairs, by_label=True)
+    lens = wrap(model)
+    parts, about = component_parts(lens, sites, layers, options.positions)
+    labelled = next((index for index, pair in enumerate(pairs) if pair.by_label and options.noise is None), None)
+    patterns = [name for name in about["components"] if name.startswith("pattern")]
+    if labelled is not None and patterns:
         raise FeatpatchError(
-            f"sites={patterns} with pair {labelled[0]}, which is patched label by label: expected prompts of equal length, "
+            f"sites={patterns} with pair {labelled}, which is patched label by label: expected prompts of equal length, "
             "because a pattern has an entry for every token; use 'q', 'k', 'v' or 'z'"
         )
-    lens = wrap(model)
-    return Study.of(lens, *component_parts(lens, sites, layers, options.positions), pairs, options)
+    return Study.of(lens, parts, about, pairs, options)
 
 
 def component_parts(
@@ -305,7 +307,7 @@ def component_parts(
         FeatpatchError: if a component or layer is unknown or absent from the model, or pattern entries are asked for at several
             positions together.
     """
-    names, chosen = check_components(sites, positions), check_layers(layers, lens.n_layers)
+    names, chosen = check_components_and_layers(sites, layers, positions, lens.n_layers)
     whole = [lens.site(component(layer, name)) for name in names if name in WHOLE for layer in chosen]
     parts: list[Part] = [WholePart(whole)] if whole else []
     for name in names:

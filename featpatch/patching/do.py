@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from transformer_lens import ActivationCache
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
@@ -172,7 +173,7 @@ def do(
     model: Any,
     patch: Patch,
     *,
-    source: Tokens,
+    source: Tokens | ActivationCache | Values,
     base: Tokens | None = None,
     saes: Any = None,
     how: Literal["add", "set"] = "add",
@@ -187,7 +188,8 @@ def do(
     Args:
         model: a TransformerBridge or a HookedTransformer.
         patch: the nodes to patch; their positions are token indices, or `"all"` for every position of the source.
-        source: tokens of the run that values are taken from.
+        source: tokens of the run that values are taken from; or the activations themselves, as the `ActivationCache` of
+            TransformerLens' `run_with_cache` or as `{hook: tensor [batch, pos, ...]}`.
         base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`.
         saes: the sae-lens objects that the patch's feature and error nodes belong to.
         how: `"add"` computes the change from base to source once, in the unpatched model, and adds it. `"set"` encodes
@@ -220,15 +222,23 @@ def do(
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with how='add', and base=None with how='set'")
     check_kinds(Patch, patch=patch)
-    source = _rows("source", source)
+    given_values = None if isinstance(source, torch.Tensor) else source
+    if given_values is not None and not isinstance(given_values, ActivationCache | Mapping):
+        _rows("source", source)
     base = None if base is None else _rows("base", base)
     if not patch.nodes:
         raise FeatpatchError("the patch has no nodes: expected at least one; name what to patch")
+    lens = wrap(model)
+    if given_values is None:
+        source = _rows("source", source)
+    else:
+        site = lens.site(patch.nodes[0].site)
+        source = torch.zeros(lens.cached("source", given_values, [site])[site].shape[:2], dtype=torch.long)
     if base is not None and base.shape != source.shape:
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
-    lens = wrap(model)
     mask = None if base is None else _mask(lens, "base", base, attention_mask)
-    given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
+    of_source = attention_mask if source_attention_mask is None else source_attention_mask
+    given = None if given_values is not None and of_source is None else _mask(lens, "source", source, of_source)
     shown = _shown(patch, source.shape, [given] if base is None else [mask, given])
     found = dictionaries_if_any(lens, saes)
     groups = choose(lens, patch, found, source.shape[1])
@@ -236,7 +246,10 @@ def do(
         for group in groups:
             _check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
-    from_source = lens.read(source, hooks, given)
+    from_source = lens.read(source, hooks, given) if given_values is None else lens.cached("source", given_values, hooks)
+    uneven = {hook: list(values.shape) for hook, values in from_source.items() if values.shape[:2] != source.shape}
+    if uneven:
+        raise FeatpatchError(f"source has activations of shape {uneven}: expected {list(source.shape)} tokens at every hook point")
     total, fired = Fired(), []
     with ExitStack() as stack:
         if base is not None:
@@ -267,7 +280,10 @@ def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
         FeatpatchError: if they are not a tensor of integers `[batch, pos]` or `[pos]`.
     """
     if not isinstance(tokens, torch.Tensor):
-        raise FeatpatchError(f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)")
+        other = ", or activations from model.run_with_cache(text)" if name == "source" else ""
+        raise FeatpatchError(
+            f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text){other}"
+        )
     if tokens.is_floating_point() or tokens.is_complex() or not 0 < tokens.ndim <= 2 or not tokens.numel():
         raise FeatpatchError(
             f"{name} is a tensor {list(tokens.shape)} of {tokens.dtype}: expected integers [batch, pos] or [pos]"

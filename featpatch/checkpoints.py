@@ -59,8 +59,8 @@ class Demo(Loaded):
         pairs = Pairs.from_jsonl(self.model, self.folder / "pairs" / f"{task}.jsonl")
         if not is_integer(n) or not 0 < n <= len(pairs):
             raise FeatpatchError(
-                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(pairs)}, the pairs that are shipped and that the "
-                f"model was not trained on; fp.tasks.{task}(demo.model, n=...) draws more"
+                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(pairs)}, the pairs that are shipped and that "
+                f"the model was not trained on; fp.tasks.{task}(demo.model, n=...) draws more"
             )
         return Pairs(tuple(random.Random(int(seed)).sample(list(pairs), int(n))))
 

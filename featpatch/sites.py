@@ -167,8 +167,8 @@ def check_components_and_layers(names: Any, layers: Any, positions: Any, n_layer
     found = check_layers(list(dict.fromkeys(layer for _, layer in full)), n_layers)
     if len(full) < len(given) or len(full) != len(chosen) * len(found) or len(set(full)) < len(full):
         raise FeatpatchError(
-            f"sites={given}: expected, with full names of hook points, each component in the same layers and nothing else; give "
-            "short names and layers=..., or call this function once per layer"
+            f"sites={given}: expected, with full names of hook points, each component in the same layers and nothing else; "
+            "give short names and layers=..., or call this function once per layer"
         )
     if layers is not None and sorted(check_layers(layers, n_layers)) != sorted(found):
         raise FeatpatchError(f"sites={given} with layers={layers}: expected the layers {found} of the names; leave layers out")

@@ -228,7 +228,9 @@ def test_alignment(words: Any, tmp_path: Path) -> None:
     swapped = {**row, "clean": LONG, "corrupted": SHORT, "spans": row["corrupted_spans"], "corrupted_spans": spans}
     options = {"align": "labels", "filler": "a"}
     equal = {**PAIR, "labels": {"S2": 7}, "corrupted_labels": {"S2": 7}}
-    with pytest.warns(PairsWarning, match=r"so that it is now '<bos> When .* left , a a a John .*'; .* \(and 1 similar remarks\)"):
+    with pytest.warns(
+        PairsWarning, match=r"so that it is now '<bos> When .* left , a a a John .*'; .* \(and 1 similar remarks\)"
+    ):
         four = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, swapped, PAIR, equal), **options)
     first, second, third, fourth = four
     filled = ids(words, "When John and Mary left , a a a John gave a book to")
@@ -289,8 +291,18 @@ def test_filler_is_shown(words: Any) -> None:
     [
         ({}, {}, {}, r"clean has 12 tokens and corrupted has 15: expected equal lengths"),
         ({}, {}, {"align": "left", "filler": "a"}, r"align='left': expected 'labels', or None"),
-        ({}, {}, {"align": "labels"}, r"clean has 12 tokens, corrupted has 15, and align='labels' without corrupted_labels: expected"),
-        ({"S2": 7}, {"at": 7}, {"align": "labels"}, r"the labels are \['S2'\] in the clean and \['at'\] in the corrupted prompt"),
+        (
+            {},
+            {},
+            {"align": "labels"},
+            r"clean has 12 tokens, corrupted has 15, and align='labels' without corrupted_labels: expected",
+        ),
+        (
+            {"S2": 7},
+            {"at": 7},
+            {"align": "labels"},
+            r"the labels are \['S2'\] in the clean and \['at'\] in the corrupted prompt",
+        ),
         ({"S2": range(7, 9)}, {"S2": 10}, {"align": "labels"}, r"label 'S2' is at \(7, 8\) .* and at 10 .*, 2 and 1 tokens: "),
         ({"S2": 7}, {"S2": 15}, {"align": "labels"}, r"label 'S2' is at position 15: expected 0 to 14"),
         ({}, {}, {"filler": "a"}, r"align=None, filler='a': expected align='labels' with a filler"),

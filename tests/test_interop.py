@@ -46,7 +46,11 @@ def test_names_of_hook_points(hooked: Small, sites: Any, layers: Any, name: str,
     [
         ([Z, "blocks.2.hook_mlp_out"], None, r"expected, with full names of hook points, each component in the same layers"),
         ([Z, "z"], None, r"expected, with full names of hook points, each component in the same layers and nothing else"),
-        (Z, [2], r"sites=\['blocks.1.attn.hook_z'\] with layers=\[2\]: expected the layers \[1\] of the names; leave layers out"),
+        (
+            Z,
+            [2],
+            r"sites=\['blocks.1.attn.hook_z'\] with layers=\[2\]: expected the layers \[1\] of the names; leave layers out",
+        ),
         ("blocks.9.attn.hook_z", None, r"layers=\[9\]: expected some of 0 to 2"),
         ("blocks.1.hook_zz", None, r"sites=\['hook_zz'\]: expected some of resid_pre.*'hook_z' or 'blocks.0.attn.hook_z'"),
         (["z", "hook_z"], None, r"sites=\['z', 'hook_z'\]: expected some of .*, each once"),
@@ -62,7 +66,9 @@ def test_saes_by_hook(hooked: Small) -> None:
     expected = fp.rank_features(hooked.model, sae, pairs, **QUIET)
     found = fp.rank_features(hooked.model, {RESID: sae}, pairs, **QUIET)
     assert (found.nodes, found.denoised.tolist()) == (expected.nodes, expected.denoised.tolist())
-    with pytest.raises(fp.FeatpatchError, match=f"saes gives '{Z}' for an SAE of '{RESID}': expected the hook point that it was"):
+    with pytest.raises(
+        fp.FeatpatchError, match=f"saes gives '{Z}' for an SAE of '{RESID}': expected the hook point that it was"
+    ):
         fp.rank_features(hooked.model, {Z: sae}, pairs, **QUIET)
     with pytest.raises(fp.FeatpatchError, match="there are no SAEs: expected at least one"):
         fp.rank_features(hooked.model, {}, pairs, **QUIET)
@@ -108,7 +114,10 @@ def test_a_cache_is_the_source(hooked: Small, how: Any) -> None:
     ("source", "message"),
     [
         ({}, r"source has no activations at 'blocks.1.hook_resid_pre': expected them, because they are needed; cache"),
-        ({RESID: torch.zeros(1, 7, 5)}, r"source is \[1, 7, 5\] at '.*': expected a tensor \[batch, pos, 16\] of finite numbers"),
+        (
+            {RESID: torch.zeros(1, 7, 5)},
+            r"source is \[1, 7, 5\] at '.*': expected a tensor \[batch, pos, 16\] of finite numbers",
+        ),
         ({RESID: torch.full((1, 7, 16), torch.nan)}, r"of finite numbers"),
         ({RESID: torch.zeros(1, 6, 16)}, r"base is \(1, 7\) and source is \(1, 6\): expected equal shapes"),
     ],
@@ -152,9 +161,15 @@ def test_means_that_are_refused(hooked: Small) -> None:
     pairs, sae = pairs_of(hooked), hooked.at(RESID)
     calls = [
         ({"sites": Z, "to": {}}, r"to has no activations at 'blocks.1.attn.hook_z'"),
-        ({"sites": Z, "to": {Z: torch.zeros(16)}}, r"to is \[16\] at .*: expected a tensor \[batch, pos, 4, 4\] of finite numbers"),
+        (
+            {"sites": Z, "to": {Z: torch.zeros(16)}},
+            r"to is \[16\] at .*: expected a tensor \[batch, pos, 4, 4\] of finite numbers",
+        ),
         ({"sites": Z, "to": {Z: torch.zeros(4, 4)}, "reference": pairs}, r"to=activations with reference=.*: expected neither"),
-        ({"saes": sae, "to": {RESID: torch.zeros(16)}}, r"to=\{hook: tensor\} for the features of .*: expected activations \[batch"),
+        (
+            {"saes": sae, "to": {RESID: torch.zeros(16)}},
+            r"to=\{hook: tensor\} for the features of .*: expected activations \[batch",
+        ),
         ({"sites": "hook_pattern", "to": {}}, r"a mean over all positions is not an attention pattern"),
     ]
     for options, message in calls:

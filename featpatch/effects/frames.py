@@ -87,7 +87,9 @@ def _having(effects: Measured) -> list[int]:
     """Return the number of pairs that have the position of each node: fewer than all for an index past the end of some."""
     lengths = np.array(effects.metadata.get("lengths", []))
     every = len(effects.clean)
-    return [int((lengths > node.position).sum()) if lengths.size and is_integer(node.position) else every for node in effects.nodes]
+    return [
+        int((lengths > node.position).sum()) if lengths.size and is_integer(node.position) else every for node in effects.nodes
+    ]
 
 
 def _fields(nodes: Sequence[Node]) -> pd.DataFrame:

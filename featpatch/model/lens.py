@@ -159,14 +159,15 @@ class Lens(Model, ABC):
             shape = tuple(self.read(torch.zeros(1, 1, dtype=torch.long), [hook])[hook].shape[2:])
             if values is None:
                 raise FeatpatchError(
-                    f"{name} has no activations at {hook!r}: expected them, because they are needed; cache this hook point too, "
-                    "e.g. with model.run_with_cache(tokens)"
+                    f"{name} has no activations at {hook!r}: expected them, because they are needed; cache this hook point "
+                    "too, e.g. with model.run_with_cache(tokens)"
                 )
             leading = values.ndim - len(shape) if isinstance(values, torch.Tensor) else -1
             if not 0 <= leading <= 2 or tuple(values.shape[leading:]) != shape or not torch.isfinite(values).all():
                 size = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
                 raise FeatpatchError(
-                    f"{name} is {size} at {hook!r}: expected a tensor [batch, pos, {', '.join(map(str, shape))}] of finite numbers"
+                    f"{name} is {size} at {hook!r}: expected a tensor [batch, pos, {', '.join(map(str, shape))}] of finite "
+                    "numbers"
                 )
             found[hook] = values.detach().to(self.device).reshape(*[1] * (2 - leading), *values.shape)
         return found

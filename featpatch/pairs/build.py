@@ -1,9 +1,10 @@
 """Construction of a pair from its prompts, answers and labels, and alignment of prompts of different lengths.
 
-With `align="labels"`, each label may have another place in the corrupted prompt, and the pair is patched label by label. With a
-filler, the prompts themselves are changed instead, so that they can be patched position by position: If the labels end at positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there
-to p_2, ..., and after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter,
-directly after the label that precedes the region. All labels and the ends of both prompts are then at the same positions.
+With `align="labels"`, each label may have another place in the corrupted prompt, and the pair is patched label by label. With
+a filler, the prompts themselves are changed instead, so that they can be patched position by position. If the labels end at
+positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there to p_2, ..., and
+after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter, directly after the
+label that precedes the region. All labels and the ends of both prompts are then at the same positions.
 """
 
 from collections.abc import Mapping, Sequence

@@ -36,7 +36,11 @@ def pairs_of(
     """
     fields = each(read, rows.values, where=rows.where)
     remarks: list[str] = []
-    options: dict[str, Any] = {"by_label": align is not None, "filler": filler_id(tokenizer, align, filler), "long_answers": long_answers}
+    options: dict[str, Any] = {
+        "by_label": align is not None,
+        "filler": filler_id(tokenizer, align, filler),
+        "long_answers": long_answers,
+    }
     made = partial(make, tokenizer, remarks=remarks, **options)
     return fitting(lambda row: row if isinstance(row, Pair) else made(**row), fields, where=rows.where, remarks=remarks)
 
@@ -137,12 +141,12 @@ def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) ->
     answer_position = row.get("answer_position", -1)
     if type(answer_position) is not int:
         raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
-    labels: dict[str, Any]
-    there: dict[str, Any]
-    labels, there = ({name: plain_integers(at) for name, at in row.get(field, {}).items()} for field in OBJECTS[:2])
-    if None in (*labels.values(), *there.values()):
+    places: dict[str, Any] = {
+        field: {name: plain_integers(at) for name, at in row.get(field, {}).items()} for field in OBJECTS[:2]
+    }
+    if any(None in labels.values() for labels in places.values()):
         raise FeatpatchError(
-            f"labels is {row['labels']!r} in a line with token ids: expected positions, or for a span a list of them"
+            f"labels is {row.get('labels')!r} in a line with token ids: expected positions, or for a span a list of them"
         )
     clean, corrupted = tuple(row["clean"]), tuple(row["corrupted"])
     answers: dict[str, list[Any]] = {name: row[name] for name in ("correct", "wrong")}
@@ -157,8 +161,7 @@ def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) ->
         clean,
         corrupted,
         **sides,
-        labels=labels,
-        corrupted_labels=there,
+        **places,
         special=frozenset(row["special"]) if "special" in row else special_positions(tokenizer, clean, corrupted),
         tags=row.get("tags", {}),
         answer_position=answer_position,

@@ -115,10 +115,7 @@ class Pair:
         right, wrong = map(_shown, self.answers)
         labels = ", ".join(map(self._label, self.labels)) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
-        said = (
-            f"pair of {size}, answer ids {right} (right) and {wrong} (wrong), labels "
-            f"{labels}{tags}"
-        )
+        said = f"pair of {size}, answer ids {right} (right) and {wrong} (wrong), labels {labels}{tags}"
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
     @property
@@ -284,10 +281,10 @@ def check_by_position(pairs: Sequence[Pair]) -> None:
     Raises:
         FeatpatchError: one is.
     """
-    for index, pair in enumerate(pairs):
+    for number, pair in enumerate(pairs):
         if pair.by_label:
             raise FeatpatchError(
-                f"pair {index} is patched label by label ({pair!r}): expected prompts that correspond position by position; "
+                f"pair {number} is patched label by label ({pair!r}): expected prompts that correspond position by position; "
                 "use rank_features, rank_components or ablate with method='exact' and without screen, or make the pairs with "
                 "align='labels' and a filler="
             )
@@ -412,7 +409,6 @@ Positions = str | Sequence[Position]
 """`"all"`, `"each"`, or a list of labels and indices."""
 
 
-
 Wanted = Mapping[Position, list[int]]
 """The token positions of one pair that each requested position stands for."""
 
@@ -445,10 +441,12 @@ def lengths_if_pooled(pairs: Sequence[Pair], positions: Positions) -> dict[str, 
     moving = next((label for label, at in places.items() if len(at) > 1), None)
     if positions != "each" or not (moving or len(set(lengths)) > 1):
         return {}
-    several = f"label {moving!r} is at {' and '.join(places[moving][:2])}, ..." if moving else "their ends are at different ones"
+    several = (
+        f"label {moving!r} is at {' and '.join(places[moving][:2])}, ..." if moving else "their ends are at different ones"
+    )
     warnings.warn(
-        f"positions='each' pools token indices over pairs of {min(lengths)} to {max(lengths)} tokens, in which the same index is "
-        f"not the same word ({several}): the column `pairs` says how many pairs have an index; use labels instead, such as "
+        f"positions='each' pools token indices over pairs of {min(lengths)} to {max(lengths)} tokens, in which the same index "
+        f"is not the same word ({several}): the column `pairs` says how many pairs have an index; use labels instead, such as "
         f"positions={list(labels)[:2] or ['S2']}",
         FeatpatchWarning,
         stacklevel=5,

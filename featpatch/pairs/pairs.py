@@ -77,8 +77,8 @@ class Pairs(Sequence[Pair]):
                 `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of indices.
             corrupted_labels: the same for each corrupted prompt; by default the positions of the clean prompt.
             tags: for each pair, a description of how it was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
-            align: `"labels"` to accept labels at other positions in the corrupted prompt, and prompts of unequal length, as they
-                are. Such a pair is patched label by label: the value at a label in one prompt is written where the other
+            align: `"labels"` to accept labels at other positions in the corrupted prompt, and prompts of unequal length, as
+                they are. Such a pair is patched label by label: the value at a label in one prompt is written where the other
                 prompt has that label. A span must have as many tokens in both prompts, and metrics are read at the ends.
             filler: a word that is one token, e.g. `" the"`, to change the prompts instead, so that all functions can use them:
                 if they differ in length between two labels, copies of the filler are added to the shorter one after the first
@@ -87,8 +87,9 @@ class Pairs(Sequence[Pair]):
             long_answers: whether every answer is a sequence of one or more tokens, for the metric `"sequence_log_prob"`.
 
         Raises:
-            FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label is
-                outside the prompt or (without `align`) at another position of the corrupted prompt, or the labels can't be aligned.
+            FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label
+                is outside the prompt or (without `align`) at another position of the corrupted prompt, or the labels can't be
+                aligned.
 
         Example:
             >>> pairs = fp.Pairs.from_prompts(
@@ -121,7 +122,7 @@ class Pairs(Sequence[Pair]):
         attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Make pairs from token ids: tensors, arrays, or lists of lists (or of tensors), whose lengths may differ from pair to pair.
+        """Make pairs from token ids: tensors, arrays, or lists of rows, whose lengths may differ.
 
         Args:
             clean, corrupted: the token ids of the prompts, one row per pair.
@@ -303,7 +304,10 @@ class Pairs(Sequence[Pair]):
         return Pairs(self.pairs + check_pairs(other, by_label=True).pairs)
 
     def __repr__(self) -> str:
-        lengths, labels = sorted({size for pair in self for size in pair.lengths}), dict.fromkeys(label for pair in self for label in pair.labels)
+        lengths, labels = (
+            sorted({size for pair in self for size in pair.lengths}),
+            dict.fromkeys(label for pair in self for label in pair.labels),
+        )
         tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         apart = sum(pair.by_label for pair in self)
         how = f", {apart} of them patched label by label" if apart else ""

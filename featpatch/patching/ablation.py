@@ -275,7 +275,7 @@ ABLATION_VALUES: dict[str, Callable[[Others], AblationValues]] = {
 
 
 To = str | float | ActivationCache | Mapping[str, torch.Tensor]
-"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, a number to use as the value, or activations to average."""
+"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, a number, or activations to average."""
 
 
 def ablate(
@@ -313,7 +313,8 @@ def ablate(
             except special tokens; `"mean_by_position"`: the mean at each token index, over `reference` prompts of the same
             length; `"resample"`: the values in another `reference` prompt of the same length, drawn for each pair (it may be
             the pair's own corrupted prompt). An `ActivationCache` of TransformerLens, or `{hook: tensor}`: the mean of these
-            activations over all prompts and positions (also special tokens), or a tensor `[d_model]` as it is. State that an SAE needs to decode (norms, skip paths) is kept from the base run.
+            activations over all prompts and positions (also special tokens), or a tensor `[d_model]` as it is.
+            State that an SAE needs to decode (norms, skip paths) is kept from the base run.
         reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default. Not for a number.
         seed: the seed for resampling; 0 by default.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
@@ -389,7 +390,9 @@ def _contrast(lens: Lens, pairs: Pairs, reference: Pairs | None, to: To, seed: i
         return Ablation(Means(lens, to), to)
     number = is_number(to) and isfinite(to)
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
-        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations")
+        raise FeatpatchError(
+            f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations"
+        )
     if reference is not None and (number or to == "zero"):
         raise FeatpatchError(f"to={to!r} with reference: expected no prompts, because a constant needs none; leave it out")
     if seed is not None and to != "resample":

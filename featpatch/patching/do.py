@@ -249,7 +249,9 @@ def do(
     from_source = lens.read(source, hooks, given) if given_values is None else lens.cached("source", given_values, hooks)
     uneven = {hook: list(values.shape) for hook, values in from_source.items() if values.shape[:2] != source.shape}
     if uneven:
-        raise FeatpatchError(f"source has activations of shape {uneven}: expected {list(source.shape)} tokens at every hook point")
+        raise FeatpatchError(
+            f"source has activations of shape {uneven}: expected {list(source.shape)} tokens at every hook point"
+        )
     total, fired = Fired(), []
     with ExitStack() as stack:
         if base is not None:

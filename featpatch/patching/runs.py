@@ -1,7 +1,7 @@
 """Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction.
 
-If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places, which
-are the same in both runs: place i is the token `tokens[i]` of each.
+If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places, which are
+the same in both runs: place i is the token `tokens[i]` of each.
 
 The corrupted run may also be the clean prompt with Gaussian noise on the embeddings, as in causal tracing (Meng et al. 2022,
 arXiv 2202.05262).
@@ -218,9 +218,7 @@ class Runner:
         """Return whether the two runs of a pair correspond only at its labels."""
         return pair.by_label and self.noise is None and not self.contrast.everywhere
 
-    def _places(
-        self, pair: Pair, wanted: Wanted, kept: Mapping[Direction, Run]
-    ) -> tuple[int, Wanted, Mapping[Direction, Run]]:
+    def _places(self, pair: Pair, wanted: Wanted, kept: Mapping[Direction, Run]) -> tuple[int, Wanted, Mapping[Direction, Run]]:
         """Return the first place at which the runs can differ, the wanted places, and the runs at these places."""
         every = sorted({place for label in wanted for place in pair.places(str(label))})
         same = [(one, other) for one, other in every if one == other < pair.first_difference and self.lens.causal]

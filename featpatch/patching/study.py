@@ -326,8 +326,8 @@ def _check_labelled(runner: Runner) -> None:
         if others and runner.labelled(pair):
             at = "'all'" if others[0] == "all" else f"token index {others[0]}"
             raise FeatpatchError(
-                f"pair {index} has {pair.lengths[0]} tokens in the clean and {pair.lengths[1]} in the corrupted prompt, and {at} "
-                "is not the same place in both: expected labels, which have a place in each prompt, such as "
+                f"pair {index} has {pair.lengths[0]} tokens in the clean and {pair.lengths[1]} in the corrupted prompt, and "
+                f"{at} is not the same place in both: expected labels, which have a place in each prompt, such as "
                 f"positions={list(pair.labels)[:2]}"
             )
 

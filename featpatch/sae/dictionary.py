@@ -277,8 +277,8 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     for hook, (_, *both) in zip(named or (), kinds, strict=False):
         if lens.site(hook) not in both:
             raise FeatpatchError(
-                f"saes gives {hook!r} for an SAE of {both[0]!r}: expected the hook point that it was trained on; use that name, "
-                "or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
+                f"saes gives {hook!r} for an SAE of {both[0]!r}: expected the hook point that it was trained on; use that "
+                "name, or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
             )
     shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
     like = lens.first_weight

@@ -111,8 +111,8 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
     tried = f"of the {len(seen)} different ones there are" if repeated else f"after {TRIES * n} attempts"
     raise FeatpatchError(
         f"only {len(found)} of {n} pairs fit this tokenizer, {tried}: expected n={len(found)} at most with these templates and "
-        "words, which must be one known token each in prompts of equal length; ask for fewer pairs, or give templates and words "
-        "of your own"
+        "words, which must be one known token each in prompts of equal length; ask for fewer pairs, or give templates and "
+        "words of your own"
     )
 
 

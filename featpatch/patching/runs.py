@@ -1,7 +1,7 @@
 """Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction.
 
-If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places, which are
-the same in both runs: place i is the token `tokens[i]` of each.
+If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places,
+which are the same in both runs: place i is the token `tokens[i]` of each.
 
 The corrupted run may also be the clean prompt with Gaussian noise on the embeddings, as in causal tracing (Meng et al. 2022,
 arXiv 2202.05262).

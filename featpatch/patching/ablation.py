@@ -13,13 +13,12 @@ from random import Random
 from typing import Any, ClassVar
 
 import torch
-from transformer_lens import ActivationCache
 
 from featpatch import sites
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, is_integer, is_number
 from featpatch.model.lens import Lens
-from featpatch.model.transformer_lens import wrap
+from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from transformer_lens import ActivationCache
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.model.lens import Fired, Lens
-from featpatch.model.transformer_lens import wrap
+from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.nodes import COMPONENT_KINDS, Node, Patch
 from featpatch.pairs.tokens import check_starts, is_padded, unmasked
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import activations, decode, encode, logit_diff
@@ -175,3 +176,29 @@ def test_means_that_are_refused(hooked: Small) -> None:
     for options, message in calls:
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.ablate(hooked.model, pairs, **options, **QUIET)
+
+
+def test_rows_of_token_ids() -> None:
+    """Lists of rows may have different lengths; arrays and tensors, also inside of lists, are the same as lists."""
+    rows, others = [[5, 6, 7], [5, 6]], [[5, 8, 7], [5, 8]]
+    ragged = fp.Pairs.from_tokens(rows, others, [9, 9], [[10], [10, 11]])
+    assert [(pair.clean, pair.corrupted, pair.wrong) for pair in ragged] == [
+        ((5, 6, 7), (5, 8, 7), (10,)),
+        ((5, 6), (5, 8), (10, 11)),
+    ]
+    arrays = [[np.array(row) for row in rows], [torch.tensor(row) for row in others]]
+    assert fp.Pairs.from_tokens(*arrays, np.array([9, 9]), [[10], [10, 11]]) == ragged
+
+
+def test_the_largest_number_of_pairs_of_a_task() -> None:
+    """Four templates and ordered choices of two of 23 countries: no more pairs exist, and all are found."""
+    demo = fp.load_demo(progress=False)
+    with pytest.raises(
+        fp.FeatpatchError, match="only 506 of 507 pairs fit .*, of the 506 different ones .*: expected n=506 at most"
+    ):
+        fp.tasks.capitals(demo.model, n=507, templates=("The {relation} of {subject} is",))
+    with pytest.raises(
+        fp.FeatpatchError, match=r"n=257 pairs of 'ioi': expected an integer from 1 to 256, .*fp.tasks.ioi\(demo"
+    ):
+        demo.pairs("ioi", n=257)
+    assert len(demo.pairs("ioi", n=np.int64(3))) == len(fp.tasks.ioi(demo.model, np.int64(3), seed=np.int64(1))) == 3

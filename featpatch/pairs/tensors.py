@@ -12,7 +12,7 @@ from featpatch.pairs.files import rows_of
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
 
-Table = Sequence[int] | Sequence[Sequence[int]] | Sequence[torch.Tensor] | np.ndarray
+Table = Sequence[int] | Sequence[Sequence[int]] | Sequence[torch.Tensor | np.ndarray] | np.ndarray
 """Token ids as lists, whose rows may have different lengths, or as an array."""
 
 

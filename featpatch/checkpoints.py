@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_numbers, is_integer
 from featpatch.files import sha256
 from featpatch.loading import Loaded, load
 from featpatch.pairs.pairs import Pairs
@@ -53,12 +53,16 @@ class Demo(Loaded):
             >>> sorted(pairs[0].labels)
             ['end', 'subject']
         """
+        check_numbers(0, seed=seed)
         if task not in TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
         pairs = Pairs.from_jsonl(self.model, self.folder / "pairs" / f"{task}.jsonl")
-        if not 0 < n <= len(pairs):
-            raise FeatpatchError(f"n={n} pairs of {task!r}: expected 1 to {len(pairs)}")
-        return replace(pairs, pairs=tuple(random.Random(seed).sample(list(pairs), n)))
+        if not is_integer(n) or not 0 < n <= len(pairs):
+            raise FeatpatchError(
+                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(pairs)}, the pairs that are shipped and that "
+                f"the model was not trained on; fp.tasks.{task}(demo.model, n=...) draws more"
+            )
+        return replace(pairs, pairs=tuple(random.Random(int(seed)).sample(list(pairs), int(n))))
 
     def text(self) -> list[str]:
         """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`.

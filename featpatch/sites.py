@@ -164,17 +164,25 @@ def head(layer: int, head: int, site: str = "z", position: Position = "all") -> 
     return Node(component(int(layer), site), "head", head, position)
 
 
+SHORT = {short: name for name, hook in reversed(COMPONENTS.items()) for short in (hook, hook.rpartition(".")[2])}
+"""The components by the names of their hook points in a layer, e.g. `"attn.hook_z"` or `"hook_z"`."""
+
+
 def check_components(names: Any, positions: Any) -> list[str]:
-    """Return the names of components as a list, after checking them.
+    """Return the names of components as a list, after checking them; those of hook points, such as `"hook_z"`, are replaced.
 
     Raises:
         FeatpatchError: a name is unknown or appears twice, there are none, or pattern entries are asked for at several
             positions together.
     """
-    chosen = [names] if isinstance(names, str) or not isinstance(names, Sequence) else list(names)
+    given = [names] if isinstance(names, str) or not isinstance(names, Sequence) else list(names)
+    chosen = [SHORT.get(name, name) if isinstance(name, str) else name for name in given]
     unknown = [name for name in chosen if not isinstance(name, str) or name not in COMPONENTS]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
-        raise FeatpatchError(f"sites={chosen}: expected some of {', '.join(COMPONENTS)}, each once")
+        raise FeatpatchError(
+            f"sites={given}: expected some of {', '.join(COMPONENTS)}, each once, or the hook points that hold them, such as "
+            "'hook_z' or 'blocks.0.attn.hook_z'"
+        )
     several = isinstance(positions, Sequence) and not isinstance(positions, str)
     if several and any(isinstance(entry, str) and ARROW in entry for entry in positions):
         raise FeatpatchError(
@@ -188,6 +196,30 @@ def check_components(names: Any, positions: Any) -> list[str]:
             "because an entry is the attention of one position to another"
         )
     return chosen
+
+
+def check_components_and_layers(names: Any, layers: Any, positions: Any, n_layers: int) -> tuple[list[str], list[int]]:
+    """Return the names of components and their layers; full names of hook points, such as `"blocks.3.attn.hook_z"`, say both.
+
+    Raises:
+        FeatpatchError: a component or a layer is not valid, or the full names give other layers than `layers` or not the same
+            for every component.
+    """
+    given = [names] if isinstance(names, str) or not isinstance(names, Sequence) else list(names)
+    matches = [re.fullmatch(r"blocks\.([0-9]{1,6})\.(.+)", name) if isinstance(name, str) else None for name in given]
+    full = [(match.group(2), int(match.group(1))) for match in matches if match]
+    if not full:
+        return check_components(names, positions), check_layers(layers, n_layers)
+    chosen = check_components(list(dict.fromkeys(name for name, _ in full)), positions)
+    found = check_layers(list(dict.fromkeys(layer for _, layer in full)), n_layers)
+    if len(full) < len(given) or len(full) != len(chosen) * len(found) or len(set(full)) < len(full):
+        raise FeatpatchError(
+            f"sites={given}: expected, with full names of hook points, each component in the same layers and nothing else; "
+            "give short names and layers=..., or call this function once per layer"
+        )
+    if layers is not None and sorted(check_layers(layers, n_layers)) != sorted(found):
+        raise FeatpatchError(f"sites={given} with layers={layers}: expected the layers {found} of the names; leave layers out")
+    return chosen, found
 
 
 def check_layers(layers: Any, n_layers: int) -> list[int]:

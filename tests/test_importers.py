@@ -220,6 +220,7 @@ def test_lines_that_are_refused(words: Any, tmp_path: Path, fields: dict[str, An
 # Alignment by labels.
 
 
+@pytest.mark.filterwarnings("ignore:fillers change:featpatch.pairs.tokens.PairsWarning")
 def test_alignment(words: Any, tmp_path: Path) -> None:
     """Whichever prompt is shorter gets filler, behind the label in front; the labels and the ends stand side by side."""
     spans = {"comma": [24, 25], "S2": [26, 30]}
@@ -227,7 +228,11 @@ def test_alignment(words: Any, tmp_path: Path) -> None:
     swapped = {**row, "clean": LONG, "corrupted": SHORT, "spans": row["corrupted_spans"], "corrupted_spans": spans}
     options = {"align": "labels", "filler": "a"}
     equal = {**PAIR, "labels": {"S2": 7}, "corrupted_labels": {"S2": 7}}
-    first, second, third, fourth = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, swapped, PAIR, equal), **options)
+    with pytest.warns(
+        PairsWarning, match=r"so that it is now '<bos> When .* left , a a a John .*'; .* \(and 1 similar remarks\)"
+    ):
+        four = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, swapped, PAIR, equal), **options)
+    first, second, third, fourth = four
     filled = ids(words, "When John and Mary left , a a a John gave a book to")
     assert (first.clean, first.corrupted, first.labels) == (filled, ids(words, LONG), {"comma": 6, "S2": 10})
     assert (second.clean, second.corrupted, second.labels) == (ids(words, LONG), filled, first.labels)
@@ -243,6 +248,7 @@ def test_alignment(words: Any, tmp_path: Path) -> None:
     assert fp.Pairs.from_csv(words, tmp_path / "p.csv", **options)[0] == first
 
 
+@pytest.mark.filterwarnings("ignore:fillers change:featpatch.pairs.tokens.PairsWarning")
 def test_alignment_after_the_last_label(words: Any) -> None:
     (pair,) = fp.Pairs.from_prompts(
         words, clean=["Then Mary left"], corrupted=["Then Mary saw the man"], correct=["Tom"], wrong=["Anna"],
@@ -267,6 +273,7 @@ def test_the_changed_span(words: Any, bytewise: Any) -> None:
         changed_span(pair, lambda text: [1])
 
 
+@pytest.mark.filterwarnings("ignore:fillers change:featpatch.pairs.tokens.PairsWarning")
 def test_filler_is_shown(words: Any) -> None:
     (pair,) = fp.Pairs.from_prompts(
         words, clean=[SHORT], corrupted=[LONG], correct=["Tom"], wrong=["Anna"],
@@ -284,8 +291,21 @@ def test_filler_is_shown(words: Any) -> None:
     [
         ({}, {}, {}, r"clean has 12 tokens and corrupted has 15: expected equal lengths"),
         ({}, {}, {"align": "left", "filler": "a"}, r"align='left': expected 'labels', or None"),
-        ({}, {}, {"align": "labels"}, r"align='labels', filler=None: expected both or neither"),
-        ({}, {}, {"filler": "a"}, r"align=None, filler='a': expected both or neither"),
+        (
+            {},
+            {},
+            {"align": "labels"},
+            r"clean has 12 tokens, corrupted has 15, and align='labels' without corrupted_labels: expected",
+        ),
+        (
+            {"S2": 7},
+            {"at": 7},
+            {"align": "labels"},
+            r"the labels are \['S2'\] in the clean and \['at'\] in the corrupted prompt",
+        ),
+        ({"S2": range(7, 9)}, {"S2": 10}, {"align": "labels"}, r"label 'S2' is at \(7, 8\) .* and at 10 .*, 2 and 1 tokens: "),
+        ({"S2": 7}, {"S2": 15}, {"align": "labels"}, r"label 'S2' is at position 15: expected 0 to 14"),
+        ({}, {}, {"filler": "a"}, r"align=None, filler='a': expected align='labels' with a filler"),
         ({}, {}, {"align": "labels", "filler": "a book"}, r"filler='a book' can't be used: answer 'a book' is 2 tokens"),
         ({"S2": 7}, {}, {"align": "labels", "filler": "a"}, r"the labels are \['S2'\] in the clean and \[\] in the corrupted"),
         (
@@ -329,6 +349,27 @@ def test_labels_that_move_in_prompts_of_equal_length(words: Any) -> None:
     labels = {"labels": [{"a": 2, "b": 7}], "corrupted_labels": [{"a": 2, "b": 8}]}
     with pytest.raises(fp.FeatpatchError, match="differ in length in 2 of the regions"):
         fp.Pairs.from_prompts(words, **columns, **labels, align="labels", filler="a")
+
+
+def test_label_by_label(words: Any, tmp_path: Path) -> None:
+    """Without a filler the prompts are kept, and each label has a place in both; files give the same pairs again."""
+    spans = {"comma": [24, 25], "S2": [26, 30]}
+    row = {**PAIR, "clean": SHORT, "corrupted": LONG, "spans": spans, "corrupted_spans": {**spans, "S2": [39, 43]}}
+    equal = {**PAIR, "labels": {"S2": 7}, "corrupted_labels": {"S2": 7}}
+    pairs = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, equal), align="labels")
+    assert (pairs[0].clean, pairs[0].corrupted) == (ids(words, SHORT), ids(words, LONG))
+    assert (pairs[0].labels, pairs[0].corrupted_labels) == ({"comma": 6, "S2": 7}, {"comma": 6, "S2": 10})
+    assert pairs[0].places("S2") == [(7, 10)]
+    assert pairs[1] == expected(words, labels={"S2": 7})
+    assert "12 and 15 tokens, patched label by label" in repr(pairs[0])
+    assert "S2 7 / 10" in repr(pairs[0])
+    assert repr(pairs) == "2 pairs of 12 to 15 tokens, labels comma, S2, 1 of them patched label by label"
+    assert fp.Pairs.from_jsonl(words, pairs.to_jsonl(tmp_path / "again.jsonl", tokenizer=words)) == pairs
+    assert fp.Pairs.from_csv(words, pairs.to_csv(tmp_path / "again.csv", tokenizer=words), align="labels") == pairs
+    moved = {**PAIR, "labels": {"S2": 7}, "corrupted_labels": {"S2": 8}}
+    (pair,) = fp.Pairs.from_jsonl(words, lines(tmp_path / "m.jsonl", moved), align="labels")
+    assert pair.by_label
+    assert pair.places("S2") == [(7, 8)]
 
 
 # feature-circuits.

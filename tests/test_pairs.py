@@ -321,13 +321,13 @@ def test_two_bos_in_token_ids(demo: Demo) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"clean": [[5.0, 6.0]]}, r"clean is a tensor \[1, 2\] of torch.float32: expected integers \[pairs, pos\]"),
-        ({"clean": [[True, False]]}, r"clean is a tensor \[1, 2\] of torch.bool"),
-        ({"clean": [[5, 6], [7]]}, r"clean is \[\[5, 6\], \[7\]\]"),
+        ({"clean": [[5.0, 6.0]]}, r"clean is \[\[5.0, 6.0\]\]: expected integers \[pairs, pos\]"),
+        ({"clean": [[True, False]]}, r"clean is \[\[True, False\]\]: expected integers"),
+        ({"clean": [[5, 6], [7]]}, r"there are .*: expected equal numbers, one of each per pair"),
         ({"clean": "text"}, r"clean is text"),
-        ({"correct": [[[1]]]}, r"correct is a tensor \[1, 1, 1\] .*: expected integers \[pairs\] or \[pairs, answers\]"),
+        ({"correct": [[[1]]]}, r"correct is \[\[\[1\]\]\]: expected integers \[pairs\] or \[pairs, answers\]"),
         ({"attention_mask": [[1, 2]]}, r"attention_mask is \[1, 2\]: expected consecutive ones"),
-        ({"clean": [5, 6]}, r"clean is a tensor \[2\]"),
+        ({"clean": [5, 6]}, r"clean is \[5, 6\]: expected integers"),
     ],
 )
 def test_tokens_that_are_none(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str) -> None:

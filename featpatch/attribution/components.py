@@ -20,7 +20,7 @@ from featpatch.effects.table import Effects
 from featpatch.model.lens import Lens
 from featpatch.nodes import Direction, Node
 from featpatch.pairs.pair import Positions, Wanted
-from featpatch.sites import WHOLE, by_position, check_components, check_layers, component
+from featpatch.sites import WHOLE, by_position, check_components_and_layers, component
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def component_estimators(
 ) -> tuple[list[Estimator], dict[str, Any]]:
     """Return the estimators of some components, and the metadata to store with their estimates."""
     lens = gradients.lens
-    names, chosen = check_components(sites, positions), check_layers(layers, lens.n_layers)
+    names, chosen = check_components_and_layers(sites, layers, positions, lens.n_layers)
     fixed = [name for name in names if name in ("q", "k") and gradients.qk_fix]
     estimators: list[Estimator] = [QueryKeyEstimator(lens, chosen, name) for name in fixed]
     estimators += [ComponentEstimator.of(lens, layer, name) for name in names if name not in fixed for layer in chosen]

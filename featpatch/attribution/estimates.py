@@ -17,7 +17,7 @@ from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.model.provenance import measured_places, provenance
 from featpatch.nodes import Direction, Node
-from featpatch.pairs.pair import Positions, Wanted, spans
+from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
 from featpatch.pairs.pairs import check_counterfactual
 
 
@@ -118,6 +118,7 @@ def estimated(
         "unit": "gap" if pairs.has_counterfactual else "metric",
         **provenance(gradients.lens, pairs),
         **about,
+        **lengths_if_pooled(list(pairs), positions),
     }
     if ablated is None:  # all features and the error at their ablation values are not the whole activation at its own
         metadata |= {"completeness_residual": complete / abs(gap), "whole_residual": None if unsigned else whole / abs(gap)}

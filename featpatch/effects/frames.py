@@ -19,7 +19,7 @@ from featpatch.effects import statistics
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, is_integer
 from featpatch.nodes import Edge, Effect, Node, Position
 
 
@@ -83,8 +83,17 @@ def brief(effects: Measured) -> pd.DataFrame:
         name = f"{effect}{WHERE_CHANGED}"
         table[name] = effects.pooled(effect, over="changed")
         table[f"{name}_low"], table[f"{name}_high"] = effects.interval(effect, over="changed").T
-    table["pairs"], table["value"], table["unit"] = len(effects.clean), effects.value, effects.unit
+    table["pairs"], table["value"], table["unit"] = _having(effects), effects.value, effects.unit
     return table
+
+
+def _having(effects: Measured) -> list[int]:
+    """Return the number of pairs that have the position of each node: fewer than all for an index past the end of some."""
+    lengths = np.array(effects.metadata.get("lengths", []))
+    every = len(effects.clean)
+    return [
+        int((lengths > node.position).sum()) if lengths.size and is_integer(node.position) else every for node in effects.nodes
+    ]
 
 
 def _fields(nodes: Sequence[Node]) -> pd.DataFrame:

@@ -417,7 +417,7 @@ class Measured:
         metadata = {**self.metadata, "of_pairs": pairs.tolist()} if len(pairs) < len(self.clean) else dict(self.metadata)
         if "screening" in metadata and len(pairs) < len(self.clean):
             metadata["screening"] = without_estimates(metadata["screening"])
-        for name in ("tags", "places"):
+        for name in ("tags", "places", "lengths"):
             if name in metadata:
                 metadata[name] = [metadata[name][pair] for pair in pairs]
         return replace(

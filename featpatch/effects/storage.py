@@ -216,7 +216,7 @@ def check_columns(table: Mapping[str, Any], rows: int) -> None:
             f"values of {metadata['metric']} in {pairs} pairs are as large as {size:.3g}, or have no mean gap: expected "
             "smaller values and a mean gap other than zero"
         )
-    for name in ("tags", "places", "of_pairs"):
+    for name in ("tags", "places", "lengths", "of_pairs"):
         if name in metadata and len(metadata[name]) != pairs:
             raise FeatpatchError(f"{name} has {len(metadata[name])} entries: expected {pairs}, one per pair")
     listed = metadata.get("positions")
@@ -315,6 +315,7 @@ METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "places": (_list(_list(_count)), "a list of token positions per pair"),
     "tokens": (_list(_text), "the texts of tokens"),
     "sites": (_list(_text), "names of hook points"),
+    "lengths": (_list(_count), "a number of tokens per pair"),
     "of_pairs": (_list(_count), "a list of indices"),
     "rows_ranked": (_count, "a number of rows"),
     "threshold": (lambda value: type(value) is float and 0 < value < 1, "a share between 0 and 1"),

@@ -388,7 +388,9 @@ class Effects(Measured):
 
     def __repr__(self) -> str:
         first = self.take(range(min(ROWS, len(self))))
-        shown = text(frames.brief(first).drop(columns=["sae", "pairs", "value", "unit", "route"], errors="ignore"))
+        table = frames.brief(first)
+        pooled = ["pairs"] if set(table["pairs"]) <= {len(self.clean)} else []
+        shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route"], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
         return f"{self._headline()}{more} {len(self)} rows:\n{shown}"
 

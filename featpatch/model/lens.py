@@ -1,7 +1,7 @@
 """The operations that featpatch needs on a model, the same for every model class: read, edit and resume."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,7 +81,7 @@ class Lens(Model, ABC):
         if getattr(self.model, "acts_to_saes", None):
             raise FeatpatchError(
                 f"SAEs are attached to the model at {', '.join(self.model.acts_to_saes)}: expected the unmodified model; "
-                "call model.reset_saes() and pass the SAEs to featpatch instead"
+                "call `saes = model.acts_to_saes; model.reset_saes()` and pass saes=saes to featpatch instead"
             )
         check_unedited(self.model)
         object.__setattr__(self, "hook_points", self._points())
@@ -140,6 +140,41 @@ class Lens(Model, ABC):
     def heads(self, site: str) -> int:
         """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
         return self.shape(site)[0]
+
+    def cached(self, name: str, given: Any, hooks: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return activations from an `ActivationCache` of TransformerLens, or a mapping of them, after checking their shapes.
+
+        Args:
+            name: the name of the argument, for errors.
+            given: activations `[batch, pos, ...]`, `[pos, ...]` or `[...]` by the name of their hook point.
+            hooks: the hook points that are needed.
+
+        Returns:
+            The activations `[batch, pos, ...]`, with sizes of 1 for dimensions that are not given.
+
+        Raises:
+            FeatpatchError: a hook point is missing, or an activation does not have the model's shape there.
+        """
+        given = getattr(given, "cache_dict", given)
+        known = {self.site(hook): values for hook, values in given.items() if hook in self.hook_points}
+        found = {}
+        for hook in hooks:
+            values = known.get(hook)
+            shape = tuple(self.read(torch.zeros(1, 1, dtype=torch.long), [hook])[hook].shape[2:])
+            if values is None:
+                raise FeatpatchError(
+                    f"{name} has no activations at {hook!r}: expected them, because they are needed; cache this hook point "
+                    "too, e.g. with model.run_with_cache(tokens)"
+                )
+            leading = values.ndim - len(shape) if isinstance(values, torch.Tensor) else -1
+            if not 0 <= leading <= 2 or tuple(values.shape[leading:]) != shape or not torch.isfinite(values).all():
+                size = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+                raise FeatpatchError(
+                    f"{name} is {size} at {hook!r}: expected a tensor [batch, pos, {', '.join(map(str, shape))}] of finite "
+                    "numbers"
+                )
+            found[hook] = values.detach().to(self.device).reshape(*[1] * (2 - leading), *values.shape)
+        return found
 
     def site(self, name: str) -> str:
         """Return the TransformerLens name of a hook point.

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from transformer_lens import ActivationCache as ActivationCache
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge

@@ -29,7 +29,7 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
         following = continuations.get(index, ())
         answers = [token for side in pair.answers for answer in side for token in answer]
         tokens = (*pair.clean, *pair.corrupted, *(token for continuation in following for token in continuation))
-        length = len(pair) + max(map(len, following), default=0)
+        length = max(pair.lengths) + max(map(len, following), default=0)
         if answers and not 0 <= min(answers) <= max(answers) < lens.d_vocab:
             raise FeatpatchError(
                 f"pair {index}: answers {answers} are outside the model's vocabulary of {lens.d_vocab} "
@@ -41,7 +41,7 @@ def check_tokens(pairs: Pairs, lens: Lens, continuations: Continuations = NONE) 
                 "the model's own tokenizer"
             )
         if context is not None and length > context:
-            with_answers = " with its answers" if length > len(pair) else ""
+            with_answers = " with its answers" if length > max(pair.lengths) else ""
             raise FeatpatchError(
                 f"pair {index} has {length} tokens{with_answers}: expected at most {context}, the model's context"
             )

@@ -1,8 +1,10 @@
 """Construction of a pair from its prompts, answers and labels, and alignment of prompts of different lengths.
 
-If the labels end at positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there
-to p_2, ..., and after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter,
-directly after the label that precedes the region. All labels and the ends of both prompts are then at the same positions.
+With `align="labels"`, each label may have another place in the corrupted prompt, and the pair is patched label by label. With
+a filler, the prompts themselves are changed instead, so that they can be patched position by position. If the labels end at
+positions p_1 <= ... <= p_k in each prompt, they divide it into regions: the tokens up to p_1, from there to p_2, ..., and
+after p_k. If one region differs in length, filler tokens are added to the prompt in which it is shorter, directly after the
+label that precedes the region. All labels and the ends of both prompts are then at the same positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,15 @@ import torch
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pair import LabelPosition, Pair, Sequences, label_positions, positions_of
-from featpatch.pairs.tokens import AnswerTokens, Tokenizer, one_row, plain_integers, prompt_ids, special_positions
+from featpatch.pairs.tokens import (
+    AnswerTokens,
+    Tokenizer,
+    one_row,
+    plain_integers,
+    plain_tokenizer,
+    prompt_ids,
+    special_positions,
+)
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray
 """A text, or its token ids `[pos]` or `[1, pos]`."""
@@ -38,6 +48,7 @@ def make(
     labels: Mapping[str, Any] = EMPTY,
     corrupted_labels: Mapping[str, Any] = EMPTY,
     tags: Mapping[str, str] = EMPTY,
+    by_label: bool = False,
     filler: int | None = None,
     long_answers: bool = False,
     remarks: list[str] | None = None,
@@ -45,9 +56,10 @@ def make(
     """Make a pair; the corrupted prompt has the labels of the clean prompt unless it has its own.
 
     Args:
-        filler: the id of the token that makes up for a difference in length, see `aligned`; None if lengths must be equal.
+        by_label: whether labels may be at different places in the two prompts, which may then differ in length.
+        filler: the id of the token that makes up for a difference in length, see `aligned`; None to leave prompts unchanged.
         long_answers: whether answers are sequences of one token or more, instead of single tokens.
-        remarks: a list to which the remarks about answers are added, see `AnswerTokens`.
+        remarks: a list to which remarks are added: about answers, see `AnswerTokens`, and about prompts with fillers.
 
     Raises:
         FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens) or is tokenized
@@ -59,8 +71,15 @@ def make(
         answers = answers[:1]
     here = label_positions(tokenizer, clean if isinstance(clean, str) else ids, labels)
     there = label_positions(tokenizer, corrupted if isinstance(corrupted, str) else other, corrupted_labels)
-    if filler is not None and (there or len(ids) != len(other)):
+    sizes = len(ids), len(other)
+    if filler is not None and (there or sizes[0] != sizes[1]):
         ids, other, here, there = aligned(ids, other, here, there, filler)
+    elif by_label and sizes[0] != sizes[1] and not there:
+        raise FeatpatchError(
+            f"clean has {len(ids)} tokens, corrupted has {len(other)}, and align='labels' without corrupted_labels: expected "
+            f"the places of the labels {sorted(here) or '(there are none)'} in the corrupted prompt too; give labels and "
+            "corrupted_labels"
+        )
     pair = Pair(
         clean=ids,
         corrupted=other,
@@ -68,9 +87,15 @@ def make(
         labels=here,
         special=special_positions(tokenizer, ids, other),
         tags=dict(tags),
+        corrupted_labels=there if by_label and filler is None else {},
     )
     if remarks is not None:
         remarks.extend(dict.fromkeys(answers[0].remarks))
+        if (len(ids), len(other)) != sizes:
+            text = getattr(plain_tokenizer(tokenizer), "decode", str)(list(ids if len(ids) > sizes[0] else other))
+            remarks.append(f"fillers change a prompt of unequal length, so that it is now {text!r}; without filler= it is kept")
+    if pair.by_label:
+        return pair
     for label, position in there.items():
         if label not in here:
             raise FeatpatchError(
@@ -80,7 +105,7 @@ def make(
             raise FeatpatchError(
                 f"label {label!r} is at position {here[label]} of the clean prompt and at {position} of the corrupted one: "
                 "expected the same position, because activations are patched position by position; reword one of the "
-                "prompts, or pass align='labels'"
+                "prompts, or pass align='labels' to patch label by label"
             )
     return pair
 
@@ -154,16 +179,17 @@ Ids = tuple[int, ...]
 
 
 def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> int | None:
-    """Return the token id of the filler, or None if prompts are not to be aligned.
+    """Return the token id of the filler, or None if there is none.
 
     Raises:
-        FeatpatchError: only one of `align` and `filler` is given, `align` is not "labels", or the filler is not one token.
+        FeatpatchError: there is a filler without `align`, `align` is not "labels", or the filler is not one token.
     """
     if align not in (None, "labels"):
         raise FeatpatchError(f"align={align!r}: expected 'labels', or None to refuse prompts of unequal length")
-    if (align is None) != (filler is None):
+    if align is None and filler is not None:
         raise FeatpatchError(
-            f"align={align!r}, filler={filler!r}: expected both or neither; the filler is a word of one token, e.g. ' the'"
+            f"align={align!r}, filler={filler!r}: expected align='labels' with a filler, which is a word of one token that is "
+            "added to the shorter prompt"
         )
     if filler is None:
         return None

@@ -25,7 +25,7 @@ from featpatch.frame import Frame
 from featpatch.metrics import Measure, find
 from featpatch.page.page import block
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
-from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.pair import Pair, check_by_position, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
 Status = Literal["pass", "warn", "fail"]
@@ -163,6 +163,7 @@ def check(
         )
     measure, runs, first = find(metric), Runs(model), first_token(model)
     in_context = _in_context(pairs, tokenizer)
+    check_by_position(pairs)
     prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
 
     def read(index: int, logits: Logits) -> tuple[float, float]:

@@ -36,7 +36,12 @@ def pairs_of(
     """
     fields = each(read, rows.values, where=rows.where)
     remarks: list[str] = []
-    made = partial(make, tokenizer, filler=filler_id(tokenizer, align, filler), long_answers=long_answers, remarks=remarks)
+    options: dict[str, Any] = {
+        "by_label": align is not None,
+        "filler": filler_id(tokenizer, align, filler),
+        "long_answers": long_answers,
+    }
+    made = partial(make, tokenizer, remarks=remarks, **options)
     return fitting(lambda row: row if isinstance(row, Pair) else made(**row), fields, where=rows.where, remarks=remarks)
 
 
@@ -127,8 +132,8 @@ def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) ->
                 f"{name} is {str(ids)[:60]!r} in a line with token ids: expected a list of ids or, for answers of several "
                 "tokens, a list of lists"
             )
-    other = [field for field in OBJECTS[1:] if field in row]
-    if other or not (_fits("labels", row.get("labels", {})) and _fits("tags", row.get("tags", {}))):
+    other = [field for field in OBJECTS[2:] if field in row]
+    if other or not all(_fits(field, row.get(field, {})) for field in (*OBJECTS[:2], "tags")):
         raise FeatpatchError(
             f"{', '.join(other) or 'labels or tags'} in {str(dict(row))[:60]!r}: expected, alongside token ids, labels as an "
             "object of positions and tags as an object of strings"
@@ -136,10 +141,12 @@ def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) ->
     answer_position = row.get("answer_position", -1)
     if type(answer_position) is not int:
         raise FeatpatchError(f"answer_position is {answer_position!r}: expected an integer, a position of the prompt")
-    labels: dict[str, Any] = {name: plain_integers(label) for name, label in row.get("labels", {}).items()}
-    if None in labels.values():
+    places: dict[str, Any] = {
+        field: {name: plain_integers(at) for name, at in row.get(field, {}).items()} for field in OBJECTS[:2]
+    }
+    if any(None in labels.values() for labels in places.values()):
         raise FeatpatchError(
-            f"labels is {row['labels']!r} in a line with token ids: expected positions, or for a span a list of them"
+            f"labels is {row.get('labels')!r} in a line with token ids: expected positions, or for a span a list of them"
         )
     clean, corrupted = tuple(row["clean"]), tuple(row["corrupted"])
     answers: dict[str, list[Any]] = {name: row[name] for name in ("correct", "wrong")}
@@ -154,7 +161,7 @@ def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) ->
         clean,
         corrupted,
         **sides,
-        labels=labels,
+        **places,
         special=frozenset(row["special"]) if "special" in row else special_positions(tokenizer, clean, corrupted),
         tags=row.get("tags", {}),
         answer_position=answer_position,
@@ -170,7 +177,7 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
         FeatpatchError: a label or tag that JSON can't hold, or a tokenizer without `decode`.
     """
     _check_unicode(pair)
-    if tokenizer is not None and not pair.correct_sequences:
+    if tokenizer is not None and not pair.correct_sequences and not pair.by_label:
         fields = _texts(pair, tokenizer)
         try:
             with warnings.catch_warnings():
@@ -180,6 +187,8 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
         except FeatpatchError:
             pass  # texts that give no pair, or not this one, are no error: the token ids below always do
     fields = {"clean": pair.clean, "corrupted": pair.corrupted, "labels": dict(pair.labels), "special": sorted(pair.special)}
+    if pair.by_label:
+        fields["corrupted_labels"] = dict(pair.corrupted_labels)
     sides = {name: getattr(pair, f"{name}_sequences" if pair.correct_sequences else name) for name in ("correct", "wrong")}
     return {**fields, **sides, "tags": dict(pair.tags), "answer_position": pair.answer_position}
 
@@ -214,6 +223,8 @@ def for_cells(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
         )
     sides = {name: fields[name][0] if len(fields[name]) == 1 else fields[name] or "" for name in ("correct", "wrong")}
     shown = {name: fields[name] for name in ("clean", "corrupted")} | sides | {"labels": fields["labels"] or ""}
+    if pair.by_label:
+        shown["corrupted_labels"] = fields["corrupted_labels"]
     return {
         name: cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for name, cell in shown.items()
     } | tags
@@ -236,16 +247,18 @@ def _texts(pair: Pair, tokenizer: Tokenizer) -> dict[str, Any]:
         before, after = decode(list(pair.clean[start:])), decode([*pair.clean[start:], *ids])
         return str(after.removeprefix(before) if after.startswith(before) else decode(list(ids)))
 
-    def place(label: int | tuple[int, ...]) -> Any:
-        span = [pair.clean[position] for position in positions_of(label)]
+    def place(ids: Sequence[int], label: int | tuple[int, ...]) -> Any:
+        span = [ids[position] for position in positions_of(label)]
         return label if isinstance(label, int) else {"span": decode(span).strip()}
 
+    elsewhere = {name: place(pair.corrupted, label) for name, label in pair.corrupted_labels.items()}
     return {
         "clean": decode(list(pair.clean[start:])),
         "corrupted": decode(list(pair.corrupted[start:])),
         "correct": [answer(ids) for ids in pair.answers[0]],
         "wrong": [answer(ids) for ids in pair.answers[1]],
-        "labels": {name: place(label) for name, label in pair.labels.items()},
+        "labels": {name: place(pair.clean, label) for name, label in pair.labels.items()},
+        **({"corrupted_labels": elsewhere} if elsewhere else {}),
         "tags": dict(pair.tags),
     }
 

@@ -30,10 +30,18 @@ def by_length(prompts: Sequence[Sized]) -> dict[int, list[int]]:
     return groups
 
 
-def chunks(prompts: Sequence[Sized], tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of equally long prompts to run in one batch, of at most `tokens` tokens but at least one prompt."""
-    for length, group in by_length(prompts).items():
-        size = max(1, tokens // length)
+def chunks(lengths: Sequence[int | tuple[int, int]], tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of equally long prompts or pairs to run in one batch, of at most `tokens` tokens but at least one.
+
+    Args:
+        lengths: the number of tokens of each prompt, or those of the clean and of the corrupted prompt of each pair.
+        tokens: the largest number of tokens of the prompts of a batch.
+    """
+    groups: dict[int | tuple[int, int], list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+    for length, group in groups.items():
+        size = max(1, tokens // (max(length) if isinstance(length, tuple) else length))
         for start in range(0, len(group), size):
             yield group[start : start + size]
 
@@ -70,7 +78,7 @@ class Runs:
                 attaches hooks to it.
         """
         taken: dict[int, Taken] = {}
-        for indices in chunks(prompts, TOKENS):
+        for indices in chunks([len(prompt) for prompt in prompts], TOKENS):
             for index, logits in zip(indices, self._logits([prompts[index] for index in indices]), strict=True):
                 taken[index] = take(index, logits)
         return [taken[index] for index in range(len(prompts))]

@@ -1,4 +1,7 @@
-"""A pair of a clean and a corrupted prompt of equal length, with its answers, labels and token positions.
+"""A pair of a clean and a corrupted prompt, with its answers, labels and token positions.
+
+The two prompts have equal lengths, and a position is the same in both, unless a pair has `corrupted_labels`. Then each label
+has a place in either prompt, and the prompts are patched label by label.
 
 A prompt without a counterfactual is a pair whose corrupted prompt equals the clean one.
 
@@ -6,12 +9,13 @@ Positions are those of characters, spans and words in a prompt, and those that a
 `["S2", 0]` stands for.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from featpatch.errors import MAX_INTEGER, FeatpatchError, check_kinds, is_integer
+from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer
 from featpatch.nodes import Position
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
 from featpatch.untrusted import visible
@@ -34,21 +38,27 @@ class Pair:
     `sequence_log_prob` and `sequence_log_prob_diff`.
 
     Attributes:
-        clean, corrupted: the token ids of both prompts, which have the same length, and are equal if the prompt has no
-            counterfactual.
+        clean, corrupted: the token ids of both prompts, which have the same length unless there are `corrupted_labels`, and
+            are equal if the prompt has no counterfactual.
         correct, wrong: the token ids of the right answers to the clean prompt (one or several) and of the wrong ones, which may
             be left out for metrics that need none, such as `log_prob`. Both are `()` if answers are sequences, or if a prompt
             without a counterfactual has no answers, for a metric of the logits alone.
         labels: names of token positions, e.g. `{"S2": 12}`, or of spans, e.g. `{"subject": (3, 4)}`.
-        answer_position: the position at which the metric is read; the last token by default.
+        answer_position: the position at which the metric is read; the last token by default, and always with
+            `corrupted_labels`.
         special: the positions of BOS and other special tokens, which are never patched by default.
         tags: a description of how the pair was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
         correct_sequences, wrong_sequences: the token ids of each right and each wrong answer, e.g. `((5, 9), (7,))`.
+        corrupted_labels: the places of the same labels in the corrupted prompt, if they differ from those in the clean prompt,
+            e.g. because the lengths differ. Such a pair is patched only at its labels. Empty if the places are the same.
 
     Example:
         >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
         >>> pair.first_difference
         1
+        >>> longer = fp.Pair((5, 6, 7), (5, 8, 8, 7), (9,), (10,), labels={"end": 2}, corrupted_labels={"end": 3})
+        >>> longer.by_label
+        True
     """
 
     clean: tuple[int, ...]
@@ -61,6 +71,7 @@ class Pair:
     tags: Mapping[str, str] = field(default_factory=dict)
     correct_sequences: Sequences = ()
     wrong_sequences: Sequences = ()
+    corrupted_labels: Mapping[str, LabelPosition] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted", "correct", "wrong"):
@@ -69,14 +80,14 @@ class Pair:
             check_kinds(tuple, **{name: getattr(self, name)})
             for answer in getattr(self, name):
                 _check_tokens(name, answer)
-        check_kinds(Mapping, labels=self.labels, tags=self.tags)
+        check_kinds(Mapping, labels=self.labels, tags=self.tags, corrupted_labels=self.corrupted_labels)
         check_kinds(Set, special=self.special)
         if not is_integer(self.answer_position):
             raise FeatpatchError(f"answer_position={self.answer_position!r}: expected an integer, a position of the prompt")
         n = len(self.clean)
         if n == 0:
             raise FeatpatchError("the clean prompt has no tokens: expected at least one")
-        if len(self.corrupted) != n:
+        if len(self.corrupted) != n and (not self.corrupted_labels or not self.corrupted):
             raise FeatpatchError(
                 f"clean has {n} tokens and corrupted has {len(self.corrupted)}: expected equal lengths, because activations "
                 "are patched position by position; replace words with words of the same number of tokens, or see align= of "
@@ -93,30 +104,22 @@ class Pair:
                 f"answer_position is {self.answer_position} and the answers have several tokens: expected the last position, "
                 f"{n - 1}, because such answers follow the prompt; cut the prompts off at the answer position"
             )
-        plain = {label: plain_integers(position) for label, position in self.labels.items()}
-        object.__setattr__(self, "labels", {k: self.labels[k] if p is None else p for k, p in plain.items()})
-        for label, position in self.labels.items():
-            span = positions_of(position)
-            if not isinstance(label, str) or label in ("all", "each") or not span or not all(type(p) is int for p in span):
-                raise FeatpatchError(
-                    f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and a name other "
-                    "than 'all' and 'each'"
-                )
-            if not 0 <= span[0] <= span[-1] < n:
-                raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
-            if span != tuple(range(span[0], span[-1] + 1)):
-                raise FeatpatchError(f"label {label!r} is at positions {position}: expected consecutive positions")
+        for name, tokens in (("labels", self.clean), ("corrupted_labels", self.corrupted)):
+            object.__setattr__(self, name, _checked_labels(getattr(self, name), len(tokens)))
+        self._check_corrupted_labels()
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def __repr__(self) -> str:
-        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=True))
+        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=False))
+        size = f"{len(self)} tokens, of which {differing} differ"
+        if self.by_label:
+            size = f"{len(self)} and {len(self.corrupted)} tokens, patched label by label"
         right, wrong = map(_shown, self.answers)
-        labels = ", ".join(f"{name} {position}" for name, position in self.labels.items()) or "(none)"
+        labels = ", ".join(map(self._label, self.labels)) or "(none)"
         tags = "".join(f", {name} {tag}" for name, tag in self.tags.items())
-        what = f"pair of {len(self)} tokens, of which {differing} differ"
-        what = what if differing else f"prompt of {len(self)} tokens without a counterfactual"
+        what = f"pair of {size}" if self.has_counterfactual else f"prompt of {len(self)} tokens without a counterfactual"
         said = f"{what}, answer ids {right} (right) and {wrong} (wrong), labels {labels}{tags}"
         return visible(said if len(said) <= LONG else f"{said[:LONG]}...")
 
@@ -135,11 +138,32 @@ class Pair:
     @property
     def first_difference(self) -> int:
         """The first position at which the prompts differ; the number of tokens if they are equal."""
-        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=True)) if one != other)
-        return next(differing, len(self))
+        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=False)) if one != other)
+        return next(differing, min(len(self), len(self.corrupted)))
+
+    @property
+    def by_label(self) -> bool:
+        """Whether the places of labels in the two prompts differ, so that the prompts are patched only at labels."""
+        return bool(self.corrupted_labels)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The number of tokens of the clean and of the corrupted prompt."""
+        return len(self.clean), len(self.corrupted)
+
+    def places(self, label: str) -> list[tuple[int, int]]:
+        """Return the positions of a label in the clean prompt, each with its position in the corrupted prompt.
+
+        Raises:
+            FeatpatchError: the pair has no such label.
+        """
+        here = self.positions(label)
+        return list(zip(here, positions_of(self.corrupted_labels[label]) if self.by_label else here, strict=True))
 
     def positions(self, position: Position) -> list[int]:
-        """Return the token positions that `"all"`, an index or a label stands for; `"all"` leaves out special tokens.
+        """Return the token positions that `"all"`, an index or a label stands for in the clean prompt.
+
+        `"all"` leaves out special tokens.
 
         An index below 0 counts from the end: -1 is the last token.
 
@@ -162,6 +186,42 @@ class Pair:
             return list(positions_of(self.labels[position]))
         return [token_index(position, len(self))]
 
+    def _label(self, name: str) -> str:
+        """Return a label and its place as text, with the places in both prompts if the pair is patched label by label."""
+        elsewhere = f" / {self.corrupted_labels[name]}" if self.by_label else ""
+        return f"{name} {self.labels[name]}{elsewhere}"
+
+    def _check_corrupted_labels(self) -> None:
+        """Check that the labels of the corrupted prompt match those of the clean prompt; forget them if they are the same.
+
+        Raises:
+            FeatpatchError: the labels or the lengths of their spans differ, or the answer is not read at the end.
+        """
+        here, there = self.labels, self.corrupted_labels
+        if not there:
+            return
+        if len(self.clean) == len(self.corrupted) and there == here:
+            object.__setattr__(self, "corrupted_labels", {})
+            return
+        if set(there) != set(here):
+            raise FeatpatchError(
+                f"the labels are {sorted(here)} in the clean and {sorted(there)} in the corrupted prompt: expected the same "
+                "names; give each label in labels and in corrupted_labels"
+            )
+        for name in here:
+            one, other = len(positions_of(here[name])), len(positions_of(there[name]))
+            if one != other:
+                raise FeatpatchError(
+                    f"label {name!r} is at {here[name]} in the clean and at {there[name]} in the corrupted prompt, {one} and "
+                    f"{other} tokens: expected spans of equal length, which are patched token by token; label one token of "
+                    "each, such as the last"
+                )
+        if self.answer_position != len(self) - 1:
+            raise FeatpatchError(
+                f"answer_position is {self.answer_position} in a pair with corrupted_labels: expected the last position, "
+                f"{len(self) - 1}, because the metric is read at the end of both prompts; cut the prompts off there"
+            )
+
     def _check_answers(self) -> None:
         """Check that answers are tokens or sequences, that at least one is right, and that none is both right and wrong."""
         given = f"correct={self.correct}, wrong={self.wrong}"
@@ -179,6 +239,29 @@ class Pair:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
+
+
+def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPosition]:
+    """Return the labels of a prompt of `n` tokens with plain integers as positions.
+
+    Raises:
+        FeatpatchError: a label has no valid name or place.
+    """
+    checked: dict[str, LabelPosition] = {}
+    for label, position in labels.items():
+        plain = plain_integers(position)
+        span = positions_of(position if plain is None else plain)
+        if not isinstance(label, str) or label in ("all", "each") or not span or plain is None:
+            raise FeatpatchError(
+                f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and a name other "
+                "than 'all' and 'each'"
+            )
+        if not 0 <= span[0] <= span[-1] < n:
+            raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
+        if span != tuple(range(span[0], span[-1] + 1)):
+            raise FeatpatchError(f"label {label!r} is at positions {position}: expected consecutive positions")
+        checked[label] = plain
+    return checked
 
 
 def _shown(answers: Sequences) -> str:
@@ -225,6 +308,21 @@ def token_index(position: int, length: int) -> int:
             "the end"
         )
     return position % length
+
+
+def check_by_position(pairs: Sequence[Pair]) -> None:
+    """Check that no pair is patched label by label.
+
+    Raises:
+        FeatpatchError: one is.
+    """
+    for number, pair in enumerate(pairs):
+        if pair.by_label:
+            raise FeatpatchError(
+                f"pair {number} is patched label by label ({pair!r}): expected prompts that correspond position by position; "
+                "use rank_features, rank_components or ablate with method='exact' and without screen, or make the pairs with "
+                "align='labels' and a filler="
+            )
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:
@@ -382,6 +480,7 @@ def _characters(prompt: str, label: Any) -> tuple[int, int]:
 Positions = str | Sequence[Position]
 """`"all"`, `"each"`, or a list of labels and indices; indices below 0 count from the end of each prompt."""
 
+
 Wanted = Mapping[Position, list[int]]
 """The token positions of one pair that each requested position stands for."""
 
@@ -402,6 +501,29 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
     if not wanted:
         raise FeatpatchError("positions is empty: expected 'all', 'each' or a list of labels and indices")
     return {position: pair.positions(position) for position in wanted}
+
+
+def lengths_if_pooled(pairs: Sequence[Pair], positions: Positions) -> dict[str, list[int]]:
+    """Return the number of tokens of each pair as metadata, with a warning, if `"each"` pools different words of the pairs.
+
+    That is so if the pairs have different lengths, or a label at different indices.
+    """
+    lengths, labels = [len(pair) for pair in pairs], dict.fromkeys(label for pair in pairs for label in pair.labels)
+    places = {label: sorted({str(pair.labels[label]) for pair in pairs if label in pair.labels}) for label in labels}
+    moving = next((label for label, at in places.items() if len(at) > 1), None)
+    if positions != "each" or not (moving or len(set(lengths)) > 1):
+        return {}
+    several = (
+        f"label {moving!r} is at {' and '.join(places[moving][:2])}, ..." if moving else "their ends are at different ones"
+    )
+    warnings.warn(
+        f"positions='each' pools token indices over pairs of {min(lengths)} to {max(lengths)} tokens, in which the same index "
+        f"is not the same word ({several}): the column `pairs` says how many pairs have an index; use labels instead, such as "
+        f"positions={list(labels)[:2] or ['S2']}",
+        FeatpatchWarning,
+        stacklevel=5,
+    )
+    return {"lengths": lengths}
 
 
 def _plain(entry: object) -> Position:

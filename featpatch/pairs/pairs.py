@@ -21,7 +21,7 @@ from featpatch.pairs.fields import NEEDED, for_cells, from_cells, from_line, pai
 from featpatch.pairs.files import csv_rows, frame_rows, json_lines, json_lines_in_blocks, rows_of
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
 from featpatch.pairs.likelihood import by_length, chunks
-from featpatch.pairs.pair import Label, Pair, PairText
+from featpatch.pairs.pair import Label, Pair, PairText, check_by_position
 from featpatch.pairs.tensors import Table, of_tensors
 from featpatch.pairs.tokens import Tokenizer, plain_tokenizer
 from featpatch.untrusted import visible
@@ -32,7 +32,9 @@ SHOWN = 8
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Sequence[Pair]):
-    """A sequence of pairs; different pairs may have different lengths, the two prompts of a pair may not.
+    """A sequence of pairs, which may have different lengths; `pairs + more` joins two of them.
+
+    The two prompts of a pair differ in length only if they are patched label by label, see `align` of `from_prompts`.
 
     Attributes:
         pairs: the pairs.
@@ -90,15 +92,19 @@ class Pairs(Sequence[Pair]):
                 `{"subject": {"span": "Eiffel Tower"}}`, or a `range` of indices.
             corrupted_labels: the same for each corrupted prompt; by default the positions of the clean prompt.
             tags: for each pair, a description of how it was made, e.g. `{"template": "3", "corruption": "swap_s2"}`.
-            align: `"labels"` to accept prompts of unequal length: if the prompts differ in length between two labels, copies
-                of the filler are added to the shorter one after the first of these labels; see `changed_span`. Positions
-                given as labels are those in the prompts as given, before alignment.
-            filler: a word that is one token, e.g. `" the"`.
+            align: `"labels"` to accept labels at other positions in the corrupted prompt, and prompts of unequal length, as
+                they are. Such a pair is patched label by label: the value at a label in one prompt is written where the other
+                prompt has that label. A span must have as many tokens in both prompts, and metrics are read at the ends.
+            filler: a word that is one token, e.g. `" the"`, to change the prompts instead, so that all functions can use them:
+                if they differ in length between two labels, copies of the filler are added to the shorter one after the first
+                of these labels; see `changed_span`. A PairsWarning shows such a prompt. Positions given as labels are those
+                in the prompts as given.
             long_answers: whether every answer is a sequence of one or more tokens, for the metric `"sequence_log_prob"`.
 
         Raises:
-            FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label is
-                outside the prompt or at another position of the corrupted prompt, or the labels can't be aligned.
+            FeatpatchError: the lengths are unequal, an answer is not one token (with `long_answers`: has no tokens), a label
+                is outside the prompt or (without `align`) at another position of the corrupted prompt, or the labels can't be
+                aligned.
 
         Example:
             >>> pairs = fp.Pairs.from_prompts(
@@ -139,7 +145,7 @@ class Pairs(Sequence[Pair]):
         attention_mask: Int[torch.Tensor, "..."] | Table | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> "Pairs":
-        """Make pairs from tensors of token ids, or from lists of equally long lists.
+        """Make pairs from token ids: tensors, arrays, or lists of rows, whose lengths may differ.
 
         Args:
             clean, corrupted: the token ids of the prompts, one row per pair; without `corrupted` they have no counterfactual.
@@ -314,22 +320,39 @@ class Pairs(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __add__(self, other: "Pairs") -> "Pairs":
+        """Return these pairs followed by others.
+
+        Raises:
+            FeatpatchError: the others are not Pairs.
+
+        Example:
+            >>> len(pairs + fp.tasks.capitals(model, 4))
+            12
+        """
+        return replace(self, pairs=self.pairs + check_pairs(other, by_label=True).pairs)
+
     def __repr__(self) -> str:
-        lengths, labels = sorted(self.by_length()), dict.fromkeys(label for pair in self for label in pair.labels)
+        lengths, labels = (
+            sorted({size for pair in self for size in pair.lengths}),
+            dict.fromkeys(label for pair in self for label in pair.labels),
+        )
         tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         what, alone = "pairs", ""
         if not self.has_counterfactual:
             what, alone = "prompt" if len(self) == 1 else "prompts", " without a counterfactual"
-        return visible(f"{len(self)} {what} of {tokens} tokens{alone}, labels {', '.join(labels) or '(none)'}")
+        apart = sum(pair.by_label for pair in self)
+        how = f", {apart} of them patched label by label" if apart else ""
+        return visible(f"{len(self)} {what} of {tokens} tokens{alone}, labels {', '.join(labels) or '(none)'}{how}")
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
 
     @overload
-    def __getitem__(self, index: int) -> Pair: ...
+    def __getitem__(self, index: SupportsIndex) -> Pair: ...
     @overload
     def __getitem__(self, index: slice) -> "Pairs": ...
-    def __getitem__(self, index: int | slice) -> "Pair | Pairs":
+    def __getitem__(self, index: SupportsIndex | slice) -> "Pair | Pairs":
         return replace(self, pairs=self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -410,7 +433,7 @@ class Pairs(Sequence[Pair]):
         return Path(path)
 
     def by_length(self) -> dict[int, list[int]]:
-        """Return the indices of the pairs, grouped by the number of tokens.
+        """Return the indices of the pairs, grouped by the number of tokens of the clean prompt.
 
         Example:
             >>> sum(len(indices) for indices in pairs.by_length().values())
@@ -419,8 +442,8 @@ class Pairs(Sequence[Pair]):
         return by_length(self.pairs)
 
     def chunks(self, tokens: int) -> Iterator[list[int]]:
-        """Return the indices of equally long pairs to run in one batch, of at most `tokens` tokens but at least one pair."""
-        return chunks(self.pairs, tokens)
+        """Yield the indices of equally long pairs to run in one batch, of at most `tokens` tokens but at least one pair."""
+        return chunks([pair.lengths for pair in self.pairs], tokens)
 
     def digest(self) -> str:
         """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags.
@@ -430,29 +453,40 @@ class Pairs(Sequence[Pair]):
             True
         """
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]
+        for fields in content:
+            if not fields["corrupted_labels"]:
+                del fields["corrupted_labels"]
         return sha256(json.dumps(content, sort_keys=True).encode())
 
 
-def check_pairs(pairs: Any) -> Pairs:
+def check_pairs(pairs: Any, *, by_label: bool = False) -> Pairs:
     """Check that the argument is a `Pairs` object and return it.
 
+    Args:
+        by_label: whether the caller can patch pairs label by label.
+
     Raises:
-        FeatpatchError: it is not.
+        FeatpatchError: it is not, or it has a pair that is patched label by label and the caller cannot.
     """
     if not isinstance(pairs, Pairs):
         raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
+    if not by_label:
+        check_by_position(pairs)
     return pairs
 
 
-def check_counterfactual(pairs: Any) -> Pairs:
+def check_counterfactual(pairs: Any, *, by_label: bool = False) -> Pairs:
     """Check that the argument is a `Pairs` object in which some corrupted prompts differ from the clean ones, and return it.
+
+    Args:
+        by_label: as in `check_pairs`.
 
     Raises:
         FeatpatchError: it is not.
     """
-    if not check_pairs(pairs).has_counterfactual:
+    if not check_pairs(pairs, by_label=by_label).has_counterfactual:
         raise FeatpatchError(
             f"{pairs!r}: expected corrupted prompts that differ from the clean ones, because values are taken from the "
             "corrupted run; pass corrupted=..., or use fp.ablate or fp.do, which need no counterfactual"
         )
-    return check_pairs(pairs)
+    return check_pairs(pairs, by_label=by_label)

@@ -4,15 +4,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 
-from featpatch.errors import FeatpatchError, each
+from featpatch.errors import FeatpatchError, check_kinds, each
 from featpatch.pairs.files import rows_of
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
 
-Table = Sequence[int] | Sequence[Sequence[int]]
-"""Token ids as plain lists."""
+Table = Sequence[int] | Sequence[Sequence[int]] | Sequence[torch.Tensor | np.ndarray] | np.ndarray
+"""Token ids as lists, whose rows may have different lengths, or as an array."""
 
 
 def of_tensors(
@@ -29,23 +30,22 @@ def of_tensors(
     Raises:
         FeatpatchError: the tables, labels or padding are not valid, see `Pairs.from_tokens`.
     """
-    given = {"clean": clean, "corrupted": corrupted, "correct": correct, "wrong": wrong}
-    ids = {name: _integers(name, value) for name, value in given.items() if value is not None}
-    none = torch.zeros(len(clean), 0, dtype=torch.long)
-    ids |= {name: none for name in ("correct", "wrong") if given[name] is None}
-    if not len(ids["wrong"]):
-        ids["wrong"] = none
-    columns: dict[str, Sequence[Any]] = {name: table.tolist() for name, table in ids.items()}
-    columns["labels"] = labels if labels is not None else [{}] * len(clean)
-    columns["attention_mask"] = [None] * len(clean)
+    given: dict[str, Any] = {"clean": clean, "corrupted": corrupted}
+    columns: dict[str, Sequence[Any]] = {name: _rows(name, value) for name, value in given.items()}
+    count = len(columns["clean"])
+    for name, answers in (("correct", correct), ("wrong", wrong)):
+        none = answers is None or (name == "wrong" and not len(answers))
+        columns[name] = _rows(name, [[]] * count if none else answers)
+    columns["labels"] = labels if labels is not None else [{}] * count
+    columns["attention_mask"] = [None] * count
     if attention_mask is not None:
-        columns["attention_mask"] = _mask(attention_mask, ids["clean"], ids["corrupted"]).tolist()
+        columns["attention_mask"] = _mask(attention_mask, columns["clean"], columns["corrupted"])
     rows = rows_of(columns)
     if attention_mask is None and tokenizer is not None:
         check_starts(tokenizer, [*columns["clean"], *columns["corrupted"]])
     pairs = each(lambda row: _pair_of_row(tokenizer, **row), rows.values, where=rows.where)
-    widths = ids["clean"].shape[1], ids["corrupted"].shape[1]
-    cut = sum((len(pair.clean), len(pair.corrupted)) != widths for pair in pairs)
+    given_lengths = zip(map(len, columns["clean"]), map(len, columns["corrupted"]), strict=True)
+    cut = sum(pair.lengths != lengths for pair, lengths in zip(pairs, given_lengths, strict=True))
     if cut and attention_mask is None:
         warnings.warn(
             f"{cut} of {len(pairs)} pairs are padded: the padding is removed; pass attention_mask= to mark it explicitly",
@@ -55,38 +55,46 @@ def of_tensors(
     return pairs
 
 
-def _integers(name: str, value: Any) -> torch.Tensor:
-    """Convert a tensor or nested lists to a table of integers; a single axis becomes one column.
+def _rows(name: str, value: Any) -> list[list[int]]:
+    """Convert a tensor, an array or nested lists to rows of integers; of `correct` and `wrong`, single integers become rows.
 
     Raises:
         FeatpatchError: it does not hold integers, or has the wrong number of axes.
     """
-    try:
-        table = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FeatpatchError(f"{name} is {str(value)[:60]} ({error}): expected a tensor of token ids") from error
-    whole = not table.is_floating_point() and not table.is_complex() and (table.dtype != torch.bool or name == "attention_mask")
-    whole = whole or not table.numel()  # torch makes floats of empty lists
-    axes = {"correct": (1, 2), "wrong": (1, 2), "attention_mask": range(1, 3)}.get(name, (2,))
-    if not whole or table.ndim not in axes:
-        shape = "[pairs] or [pairs, answers]" if name in ("correct", "wrong") else "[pairs, pos]"
-        raise FeatpatchError(
-            f"{name} is a tensor {list(table.shape)} of {table.dtype}: expected integers {shape}, such as token ids"
-        )
-    return table.long() if table.ndim == 2 else table.long()[:, None]
+    answers = name in ("correct", "wrong")
+    shape = "[pairs] or [pairs, answers]" if answers else "[pairs, pos]"
+    if isinstance(value, torch.Tensor | np.ndarray):
+        given = torch.as_tensor(value)
+        whole = not given.is_floating_point() and not given.is_complex()
+        whole = (whole and (given.dtype != torch.bool or name == "attention_mask")) or not given.numel()
+        if not whole or given.ndim not in ((1, 2) if answers else (2,)):
+            raise FeatpatchError(
+                f"{name} is a tensor {list(given.shape)} of {given.dtype}: expected integers {shape}, such as token ids"
+            )
+        value = given.long().tolist()
+    rows = []
+    for row in value if isinstance(value, list | tuple) else [None]:
+        plain = plain_integers(row.tolist() if isinstance(row, torch.Tensor | np.ndarray) else row)
+        if plain is None or (isinstance(plain, int) and not answers):
+            raise FeatpatchError(
+                f"{name} is {str(value)[:60]}: expected integers {shape}, such as token ids, in a tensor, an array or lists"
+            )
+        rows.append([plain] if isinstance(plain, int) else list(plain))
+    return rows
 
 
-def _mask(value: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> torch.Tensor:
-    """Return the attention mask as a tensor after checking that it has the shape of both tables of prompts.
+def _mask(value: Any, clean: Sequence[Sequence[int]], corrupted: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the attention mask as rows after checking that they are as long as those of both tables of prompts.
 
     Raises:
-        FeatpatchError: the shapes differ.
+        FeatpatchError: the lengths differ.
     """
-    mask = _integers("attention_mask", value)
-    if not mask.shape == clean.shape == corrupted.shape:
+    mask = _rows("attention_mask", value)
+    lengths = [[len(row) for row in table] for table in (clean, corrupted, mask)]
+    if not lengths[0] == lengths[1] == lengths[2]:
+        sizes = [f"{len(table)} rows of {min(table, default=0)} to {max(table, default=0)}" for table in lengths]
         raise FeatpatchError(
-            f"clean is {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)} and attention_mask {tuple(mask.shape)}: "
-            "expected equal shapes"
+            f"clean has {sizes[0]}, corrupted {sizes[1]} and attention_mask {sizes[2]} values: expected equally many"
         )
     return mask
 
@@ -101,6 +109,7 @@ def _pair_of_row(
     attention_mask: list[int] | None,
 ) -> Pair:
     """Make a pair from one row of token ids, without its padding."""
+    check_kinds(Mapping, labels=labels)
     kept, kept_corrupted = (0, len(clean)), (0, len(corrupted))
     if attention_mask is not None:
         kept = kept_corrupted = unmasked(attention_mask)

@@ -16,6 +16,7 @@ import torch
 from featpatch import sites
 from featpatch.errors import FeatpatchError, is_integer, is_number
 from featpatch.model.lens import Lens
+from featpatch.model.transformer_lens import ActivationCache
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.likelihood import chunks
 from featpatch.pairs.pair import Positions
@@ -215,7 +216,7 @@ class Statistic(Everywhere):
     def _over(self, prompts: Sequence[Prompt]) -> dict[str | int, Values]:
         """Return the statistics over prompts by hook point, and for features and error by the index of the dictionary."""
         reductions: dict[str | int, list[Reduction]] = {}
-        for some in chunks([prompt.tokens for prompt in prompts], TOKENS_AT_ONCE):
+        for some in chunks([len(prompt.tokens) for prompt in prompts], TOKENS_AT_ONCE):
             batch = [prompts[index] for index in some]
             words = torch.tensor([[at not in prompt.special for at in range(len(prompt.tokens))] for prompt in batch])
             for key, values in self._read(torch.tensor([prompt.tokens for prompt in batch])):
@@ -233,6 +234,45 @@ class Statistic(Everywhere):
         for index, dictionary in enumerate(dictionaries):
             split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
             yield index, (split.features, split.error)
+
+
+class Means(Everywhere):
+    """Given activations, averaged over their prompts and positions, as ablation values.
+
+    Args:
+        lens: the model.
+        given: an `ActivationCache` or a mapping of activations, as in `Lens.cached`.
+    """
+
+    def __init__(self, lens: Lens, given: Any) -> None:
+        self.lens, self.given = lens, dict(getattr(given, "cache_dict", given))
+        sums = [(hook, str(self.given[hook].shape), float(self.given[hook].double().sum())) for hook in sorted(self.given)]
+        self.noted = {"activations": sha256(repr(sums).encode()).hexdigest()}
+
+    def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
+        """Return the means.
+
+        Raises:
+            FeatpatchError: if the activations of a hook point are missing, do not have its shape, or are means themselves and
+                those of features are needed.
+        """
+        whole = isinstance(of, str)
+        hooks = [of] if isinstance(of, str) else [of.reads, of.writes]
+        if whole and not sites.by_position(hooks[0]):
+            raise FeatpatchError(
+                f"to=activations for {of!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
+                "positions is not an attention pattern"
+            )
+        found = self.lens.cached("to", self.given, hooks)
+        if isinstance(of, str):
+            return (found[of].flatten(0, 1).mean(0),)
+        if any(self.given.get(hook, values).ndim < values.ndim for hook, values in found.items()):
+            raise FeatpatchError(
+                f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features have "
+                "a mean; pass a cache, or to='mean' with reference"
+            )
+        split = of.split(found[of.reads], found[of.writes])
+        return tuple(each.flatten(0, 1).mean(0) for each in (split.features, split.error))
 
 
 class Resampled(AblationValues):
@@ -272,8 +312,8 @@ ABLATION_VALUES: dict[str, Callable[[Others], AblationValues]] = {
 """The ways to choose ablation values, by name."""
 
 
-To = str | float
-"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, or a number to use as the value."""
+To = str | float | ActivationCache | Mapping[str, torch.Tensor]
+"""How ablation values are chosen: the name of one of `ABLATION_VALUES`, a number, or activations to average."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +331,8 @@ class Ablation(Contrast):
 
     def about(self) -> dict[str, Any]:
         """Return metadata that says which ablation values were used."""
-        return {"ablation": {"to": self.to, **self.ablation_values.noted}}
+        to = self.to if isinstance(self.to, str | float) else "activations"
+        return {"ablation": {"to": to, **self.ablation_values.noted}}
 
 
 def ablated_parts(
@@ -336,9 +377,18 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
     Raises:
         FeatpatchError: if an argument is unknown or unused, or the values would be the prompt's own.
     """
+    if isinstance(to, ActivationCache | Mapping):
+        if reference is not None or seed is not None:
+            raise FeatpatchError(
+                f"to=activations with reference={reference!r}, seed={seed!r}: expected neither, because the values are given; "
+                "leave them out"
+            )
+        return Ablation(Means(lens, to), to)
     number = is_number(to) and abs(to) <= float_info.max
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
-        raise FeatpatchError(f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, or a finite number")
+        raise FeatpatchError(
+            f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations"
+        )
     if reference is not None and (number or to == "zero"):
         raise FeatpatchError(f"to={to!r} with reference: expected no prompts, because a constant needs none; leave it out")
     if seed is not None and to != "resample":
@@ -350,7 +400,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
     if number:
         return Ablation(Constant(float(to)), float(to))
     if reference is not None:
-        check_tokens(check_pairs(reference), lens)
+        check_tokens(check_pairs(reference, by_label=True), lens)
     of = pairs if reference is None else reference
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in of for ids in (pair.clean, pair.corrupted)))
     if to == "mean_by_position" and [prompt.tokens for prompt in prompts] == [pairs[0].clean]:

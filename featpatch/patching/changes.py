@@ -44,6 +44,25 @@ class Run:
         return dictionary.split(self.at(dictionary.reads)[None, start:], self.at(dictionary.writes)[None, start:])
 
 
+@dataclass(frozen=True, eq=False)
+class Labelled(Run):
+    """A run of which only labelled tokens are seen, so that it corresponds to a run of a prompt of another length.
+
+    Attributes:
+        tokens: the token positions of the labels.
+    """
+
+    tokens: Int[torch.Tensor, " places"]
+
+    def at(self, hook: str) -> torch.Tensor:
+        """Return the activation `[place, ...]` of the labelled tokens at a hook point."""
+        return self.activations[hook][self.tokens]
+
+    def split(self, dictionary: Dictionary, start: int) -> Split:
+        """Return features and error of the labelled tokens from place `start` on, encoded as part of the whole prompt."""
+        return Run(self.activations).split(dictionary, 0).map(lambda values: values[:, self.tokens[start:]])
+
+
 Ways = Mapping[Direction, tuple[Run, Run]]
 """By direction, the run that is patched (base) and the run that values are taken from (source)."""
 
@@ -203,12 +222,14 @@ class Swap:
         nodes: the nodes, one patch each.
         deltas: the deltas of the patches, by direction.
         longer: by direction, the deltas for each reading, if they depend on the tokens that follow the prompt; otherwise empty.
+        by_token: whether the deltas are at token positions even if the runs are `Labelled`; otherwise they are at places then.
     """
 
     site: str
     nodes: tuple[Node, ...]
     deltas: Mapping[Direction, Deltas]
     longer: Mapping[Direction, Sequence[Deltas]] = field(default_factory=dict)
+    by_token: bool = False
 
     def at(self, direction: Direction, reading: int) -> Deltas:
         """Return the deltas for a reading."""
@@ -223,6 +244,7 @@ class Swap:
             tuple(self.nodes[patch] for patch in kept),
             {way: deltas.select(some) for way, deltas in self.deltas.items()},
             {way: [deltas.select(some) for deltas in of_way] for way, of_way in self.longer.items()},
+            self.by_token,
         )
 
     @property

@@ -19,13 +19,13 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import DecoderDirections, Run, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.changes import DecoderDirections, Swap, count_whole, feature_swaps, whole_change, whole_swaps
 from featpatch.patching.parts import DictionaryPart, Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
-from featpatch.sites import ARROW, WHOLE, check_components, check_layers, component
+from featpatch.sites import ARROW, WHOLE, check_components_and_layers, component
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ class HeadPart(Part):
             for way in run.ways:
                 others = range(1, len(run.bases[way]))
                 longer[way] = [deltas[way], *(self._deltas(run, exchanges, way, reading) for reading in others)]
-        return [Swap(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer)]
+        return [Swap(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer, by_token=True)]
 
     @property
     def _z(self) -> str:
@@ -158,13 +158,12 @@ class HeadPart(Part):
     def _differing(self, run: PairRuns) -> Bool[torch.Tensor, "pos heads ..."]:
         """Return a mask `[pos, heads]` of where base and source differ; for pattern entries `[pos, heads, attended pos]`."""
         base, source = next(iter(run.ways.values()))
-        differs = self._by_position(source) != self._by_position(base)
+        differs = self._by_position(source.at(self._read)) != self._by_position(base.at(self._read))
         differs[: run.first] = False
         return (differs if self.name == "pattern_entry" else differs.any(-1)).cpu()
 
-    def _by_position(self, run: Run) -> torch.Tensor:
+    def _by_position(self, values: torch.Tensor) -> torch.Tensor:
         """Return the values of a run as `[pos, heads, ...]`; patterns, whose heads come first, are transposed."""
-        values = run.at(self._read)
         return values.transpose(0, 1) if self.name.startswith("pattern") else values
 
     def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int) -> Deltas:
@@ -183,19 +182,19 @@ class HeadPart(Part):
         self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int
     ) -> Float[torch.Tensor, "rows pos width"]:
         """Return how each exchange changes `hook_z`, flat; exactly 0 where the exchange cannot change it."""
-        base, source = run.ways[way]
+        exchanged = self._exchanged(run, way, exchanges)
         if not self._inside:
-            before, after = base.at(self._z), source.at(self._z)[None]
+            before, after = run.ways[way][0].activations[self._z], exchanged
         else:
-            before = self._z_with(run, way, reading, base.at(self._read)[None])[0]
-            after = self._z_with(run, way, reading, self._exchanged(base, source, exchanges))
+            before = self._z_with(run, way, reading, run.ways[way][0].activations[self._read][None])[0]
+            after = self._z_with(run, way, reading, exchanged)
         length = len(before)
         reach = _mask(
             torch.zeros(len(exchanges), *before.shape[:2], dtype=torch.bool, device=before.device),
             (
                 (row, at, head)
                 for row, exchange in enumerate(exchanges)
-                for at in self._reach(exchange, length)
+                for at in self._reach(run.tokens(way, exchange.span), length)
                 for head in self._readers(exchange.head)
             ),
         )
@@ -214,19 +213,20 @@ class HeadPart(Part):
         with self.lens.edit(self._read, put):
             return self.lens.through(self.layer, resid, base.tokens, self._z)
 
-    def _exchanged(self, base: Run, source: Run, exchanges: list[Exchange]) -> torch.Tensor:
+    def _exchanged(self, run: PairRuns, way: Direction, exchanges: list[Exchange]) -> torch.Tensor:
         """Return the base run's activation with the values of each exchange, one row per exchange."""
-        old, new = (self._by_position(run) for run in (base, source))
-        single = exchanges[0].source is not None
-        places = (
-            (row, at, exchange.head, *end)
+        base, source = run.ways[way]
+        new = self._by_position(source.at(self._read))
+        values = self._by_position(base.activations[self._read]).repeat(len(exchanges), *[1] * new.ndim)
+        places = [
+            (row, token, place, exchange.head, *end)
             for row, exchange in enumerate(exchanges)
-            for at in exchange.span
-            for end in ([()] if exchange.source is None else [(source,) for source in exchange.source])
-        )
-        shape = old.shape if single else old.shape[:2]
-        mask = _mask(torch.zeros(len(exchanges), *shape, dtype=torch.bool, device=old.device), places)
-        values = torch.where(mask if single else mask[..., None], new, old)
+            for place, token in zip(exchange.span, run.tokens(way, exchange.span), strict=True)
+            for end in ([()] if exchange.source is None else [(attended,) for attended in exchange.source])
+        ]
+        row, token, place, head, *attended = torch.tensor(places).T.to(new.device)
+        into, of = (row, token, head, *attended), (place, head, *attended)
+        values[into] = new[of]
         return values.transpose(1, 2) if self.name.startswith("pattern") else values
 
     @property
@@ -234,11 +234,11 @@ class HeadPart(Part):
         """Whether other positions use the values, which is so for keys and values but not for queries and patterns."""
         return self.name in ("k", "v")
 
-    def _reach(self, exchange: Exchange, length: int) -> Sequence[int]:
+    def _reach(self, span: Sequence[int], length: int) -> Sequence[int]:
         """Return the positions at which z can change: those of the exchange or, for keys and values, all that see them."""
         if not self._seen_later:
-            return exchange.span
-        return range(min(exchange.span) if self.lens.causal else 0, length)
+            return span
+        return range(min(span) if self.lens.causal else 0, length)
 
     def _readers(self, head: int) -> list[int]:
         """Return the heads that use a query, key or value: several if keys and values are shared."""
@@ -284,9 +284,17 @@ def component_study(
     model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, options: Options
 ) -> Study:
     """Return the validated experiment that `rank_components` runs with these arguments."""
-    check_pairs(pairs)
+    check_pairs(pairs, by_label=True)
     lens = wrap(model)
-    return Study.of(lens, *component_parts(lens, sites, layers, options.positions), pairs, options)
+    parts, about = component_parts(lens, sites, layers, options.positions)
+    labelled = next((index for index, pair in enumerate(pairs) if pair.by_label and options.noise is None), None)
+    patterns = [name for name in about["components"] if name.startswith("pattern")]
+    if labelled is not None and patterns:
+        raise FeatpatchError(
+            f"sites={patterns} with pair {labelled}, which is patched label by label: expected prompts of equal length, "
+            "because a pattern has an entry for every token; use 'q', 'k', 'v' or 'z'"
+        )
+    return Study.of(lens, parts, about, pairs, options)
 
 
 def component_parts(
@@ -298,7 +306,7 @@ def component_parts(
         FeatpatchError: if a component or layer is unknown or absent from the model, or pattern entries are asked for at several
             positions together.
     """
-    names, chosen = check_components(sites, positions), check_layers(layers, lens.n_layers)
+    names, chosen = check_components_and_layers(sites, layers, positions, lens.n_layers)
     whole = [lens.site(component(layer, name)) for name in names if name in WHOLE for layer in chosen]
     parts: list[Part] = [WholePart(whole)] if whole else []
     for name in names:

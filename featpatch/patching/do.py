@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.model.lens import Fired, Lens
-from featpatch.model.transformer_lens import wrap
+from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.nodes import COMPONENT_KINDS, Node, Patch
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.tokens import check_starts, is_padded, unmasked
@@ -168,7 +168,7 @@ def do(
     model: Any,
     patch: Patch,
     *,
-    source: Tokens | None = None,
+    source: Tokens | ActivationCache | Values | None = None,
     base: Tokens | None = None,
     pair: Pair | None = None,
     saes: Any = None,
@@ -185,7 +185,8 @@ def do(
         model: a TransformerBridge or a HookedTransformer.
         patch: the nodes to patch; their positions are token indices (-1 is the last token), or `"all"` for every position of
             the source. With a pair they are as in `rank_features`: also labels, and `"all"` leaves out special tokens.
-        source: tokens of the run that values are taken from; the clean prompt of the pair by default.
+        source: tokens of the run that values are taken from; the clean prompt of the pair by default. Or the activations
+            themselves, as the `ActivationCache` of TransformerLens' `run_with_cache` or as `{hook: tensor [batch, pos, ...]}`.
         base: tokens of the run that is patched, with the shape of `source`; required by `how="add"`, refused by `how="set"`.
             The corrupted prompt of the pair by default.
         pair: the pair that the prompts are from; the patch can name its labels.
@@ -228,10 +229,18 @@ def do(
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with how='add', and base=None with how='set'")
     check_kinds(Patch, patch=patch)
-    source = _rows("source", source)
+    given_values = None if isinstance(source, torch.Tensor) else source
+    if given_values is not None and not isinstance(given_values, ActivationCache | Mapping):
+        _rows("source", source)
     base = None if base is None else _rows("base", base)
     if not patch.nodes:
         raise FeatpatchError("the patch has no nodes: expected at least one; name what to patch")
+    lens = wrap(model)
+    if given_values is None:
+        source = _rows("source", source)
+    else:
+        site = lens.site(patch.nodes[0].site)
+        source = torch.zeros(lens.cached("source", given_values, [site])[site].shape[:2], dtype=torch.long)
     if base is not None and base.shape != source.shape:
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
     if pair is not None and source.shape[1] != len(pair):
@@ -239,9 +248,9 @@ def do(
             f"source has {source.shape[1]} tokens and pair has {len(pair)}: expected the prompts of this pair, whose labels "
             "name positions"
         )
-    lens = wrap(model)
     mask = None if base is None else _mask(lens, "base", base, attention_mask)
-    given = _mask(lens, "source", source, attention_mask if source_attention_mask is None else source_attention_mask)
+    of_source = attention_mask if source_attention_mask is None else source_attention_mask
+    given = None if given_values is not None and of_source is None else _mask(lens, "source", source, of_source)
     shown = _shown(patch, source.shape, [given] if base is None else [mask, given], pair)
     found = dictionaries_if_any(lens, saes)
     groups = choose(lens, patch, found, source.shape[1], partial(positions_in, length=source.shape[1], pair=pair))
@@ -249,7 +258,12 @@ def do(
         for group in groups:
             check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
-    from_source = lens.read(source, hooks, given)
+    from_source = lens.read(source, hooks, given) if given_values is None else lens.cached("source", given_values, hooks)
+    uneven = {hook: list(values.shape) for hook, values in from_source.items() if values.shape[:2] != source.shape}
+    if uneven:
+        raise FeatpatchError(
+            f"source has activations of shape {uneven}: expected {list(source.shape)} tokens at every hook point"
+        )
     total, fired = Fired(), []
     with ExitStack() as stack:
         if base is not None:
@@ -280,7 +294,10 @@ def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
         FeatpatchError: if they are not a tensor of integers `[batch, pos]` or `[pos]`.
     """
     if not isinstance(tokens, torch.Tensor):
-        raise FeatpatchError(f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text)")
+        other = ", or activations from model.run_with_cache(text)" if name == "source" else ""
+        raise FeatpatchError(
+            f"{name} is a {type(tokens).__name__}: expected a tensor of token ids, e.g. model.to_tokens(text){other}"
+        )
     if tokens.is_floating_point() or tokens.is_complex() or not 0 < tokens.ndim <= 2 or not tokens.numel():
         raise FeatpatchError(
             f"{name} is a tensor {list(tokens.shape)} of {tokens.dtype}: expected integers [batch, pos] or [pos]"

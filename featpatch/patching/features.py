@@ -115,7 +115,7 @@ def feature_study(
         options: the other arguments of `rank_features`.
         only: the nodes that are patched; None for all.
     """
-    check_pairs(pairs)
+    check_pairs(pairs, by_label=True)
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}

@@ -1,25 +1,28 @@
 """Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction.
 
+If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places,
+which are the same in both runs: place i is the token `tokens[i]` of each.
+
 The corrupted run may also be the clean prompt with Gaussian noise on the embeddings, as in causal tracing (Meng et al. 2022,
 arXiv 2202.05262).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
 
 from featpatch import sites
-from featpatch.engine.patches import BaseRun
+from featpatch.engine.patches import BaseRun, Deltas
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Position
 from featpatch.pairs.pair import Pair, Wanted
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Contrast, Run, Ways
+from featpatch.patching.changes import Contrast, Labelled, Run, Swap, Ways
 from featpatch.patching.readings import Reading
 
 
@@ -114,8 +117,8 @@ class PairRuns:
 
     Attributes:
         pair: the pair.
-        first: the first position at which the runs can differ.
-        wanted: the positions at which nodes are patched.
+        first: the first position (or place) at which the runs can differ.
+        wanted: the positions (or places) at which nodes are patched.
         ways: base and source by direction.
         bases: the base run for the engine, by direction, for each reading.
         found: results that the parts of the study have computed from the runs, by part.
@@ -127,6 +130,18 @@ class PairRuns:
     ways: Ways
     bases: Mapping[Direction, Sequence[BaseRun]]
     found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def deltas(self, swap: Swap, direction: Direction, reading: int) -> Deltas:
+        """Return the deltas of a swap for a reading, at token positions of the base run."""
+        deltas, base = swap.at(direction, reading), self.ways[direction][0]
+        if swap.by_token or not isinstance(base, Labelled):
+            return deltas
+        return replace(deltas, position=base.tokens[deltas.position])
+
+    def tokens(self, direction: Direction, span: Sequence[int]) -> list[int]:
+        """Return the token positions of the base run at some positions (or places)."""
+        base = self.ways[direction][0]
+        return base.tokens[list(span)].tolist() if isinstance(base, Labelled) else list(span)
 
     def once(self, part: Any, find: Callable[[], Found]) -> Found:
         """Return the result that a part computes from the runs; `find` is called only the first time."""
@@ -194,14 +209,31 @@ class Runner:
                     name=f"pair {index} {direction}{f' reading {number}' if number else ''}",
                     tokens=torch.tensor(self._prompt(direction, pair) + reading.continuation),
                     resid=resid,
-                    answer=pair.answer_position + len(reading.continuation),
+                    answer=self._answer(direction, pair) + len(reading.continuation),
                     correct=reading.correct,
                     wrong=reading.wrong,
                     clean=bases["noising"][number] if direction == "denoising" else None,
                 )
                 bases[direction].append(base)
-        ways = self.contrast.ways(index, kept["noising"], kept["denoising"])
-        return PairRuns(pair, first, self.wanted[index], ways, bases)
+        wanted = self.wanted[index]
+        if self.labelled(pair):
+            first, wanted, kept = self._places(pair, wanted, kept)
+        return PairRuns(pair, first, wanted, self.contrast.ways(index, kept["noising"], kept["denoising"]), bases)
+
+    def labelled(self, pair: Pair) -> bool:
+        """Return whether the two runs of a pair correspond only at its labels."""
+        return pair.by_label and self.noise is None and not self.contrast.everywhere
+
+    def _places(self, pair: Pair, wanted: Wanted, kept: Mapping[Direction, Run]) -> tuple[int, Wanted, Mapping[Direction, Run]]:
+        """Return the first place at which the runs can differ, the wanted places, and the runs at these places."""
+        every = sorted({place for label in wanted for place in pair.places(str(label))})
+        same = [(one, other) for one, other in every if one == other < pair.first_difference and self.lens.causal]
+        places = same + [place for place in every if place not in same]
+        number = {place: index for index, place in enumerate(places)}
+        found = {label: [number[place] for place in pair.places(str(label))] for label in wanted}
+        clean, corrupted = torch.tensor(places).T
+        tokens = {"noising": clean, "denoising": corrupted}
+        return len(same), found, {way: Labelled(run.activations, tokens[way]) for way, run in kept.items()}
 
     def _read(
         self, direction: Direction, some: tuple[int, ...], continuation: tuple[int, ...], hooks: Sequence[str]
@@ -212,6 +244,10 @@ class Runner:
             return self.lens.read_entering(tokens, hooks, self.layers)
         with self.noise.added(self.lens, [self.pairs[index] for index in some]):
             return self.lens.read_entering(tokens, hooks, self.layers)
+
+    def _answer(self, direction: Direction, pair: Pair) -> int:
+        """Return the position at which a base run is read; prompts that are patched by label are read at their ends."""
+        return len(self._prompt(direction, pair)) - 1 if pair.by_label else pair.answer_position
 
     def _prompt(self, direction: Direction, pair: Pair) -> tuple[int, ...]:
         return pair.corrupted if direction == "denoising" and self.noise is None else pair.clean

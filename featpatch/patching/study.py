@@ -29,7 +29,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import measured_places, provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
-from featpatch.pairs.pair import Positions, Wanted, spans
+from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
 from featpatch.patching.parts import Part
@@ -116,7 +116,8 @@ class Study:
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
         alone = noise is not None or contrast.everywhere
-        readings = readings_of(read, check_pairs(pairs) if alone else check_counterfactual(pairs), lens)
+        known = check_pairs(pairs, by_label=True) if alone else check_counterfactual(pairs, by_label=True)
+        readings = readings_of(read, known, lens)
         wanted = [spans(pair, options.positions) for pair in pairs]
         if noise is None and not contrast.everywhere and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
@@ -124,6 +125,7 @@ class Study:
         changed = [site for part in parts for site in part.sites]
         layers = sorted({layer for part in parts for layer in part.layers})
         runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
+        _check_labelled(runner)
         runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
         probes = _longest_and_shortest(pairs, readings, runs)
         path = choose_path(lens, probes, list(dict.fromkeys(changed)))
@@ -136,7 +138,8 @@ class Study:
         rows = row_budget(lens, longest, columns) if batch_rows is None else int(batch_rows)
         memory = rows * row_bytes(lens, longest, columns)
         complete = [site for part in parts if part.complete for site in part.sites]
-        metadata = _metadata(about, runner, read, chosen, options.positions, complete)
+        about_study = {**about, **lengths_if_pooled(list(pairs), options.positions)}
+        metadata = _metadata(about_study, runner, read, chosen, options.positions, complete)
         arguments = {"about": about, "options": options, "contrast": contrast}
         return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, arguments)
 
@@ -271,7 +274,7 @@ class Study:
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> "dict[tuple[Direction, int, int, int], Block]":
         """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
         return {
-            (direction, pair, reading, number): Block(swap.name, base, swap.site, swap.at(direction, reading))
+            (direction, pair, reading, number): Block(swap.name, base, swap.site, run.deltas(swap, direction, reading))
             for direction in self.directions
             for pair, (run, of_pair) in enumerate(zip(runs, swaps, strict=True))
             for reading, base in enumerate(run.bases[direction])
@@ -342,14 +345,31 @@ def _in_worker(arguments: bytes) -> Shards:
     return study.shards()
 
 
+def _check_labelled(runner: Runner) -> None:
+    """Check that pairs which are patched label by label are patched at labels alone.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
+    for index, (pair, wanted) in enumerate(zip(runner.pairs, runner.wanted, strict=True)):
+        others = [position for position in wanted if position == "all" or not isinstance(position, str)]
+        if others and runner.labelled(pair):
+            at = "'all'" if others[0] == "all" else f"token index {others[0]}"
+            raise FeatpatchError(
+                f"pair {index} has {pair.lengths[0]} tokens in the clean and {pair.lengths[1]} in the corrupted prompt, and "
+                f"{at} is not the same place in both: expected labels, which have a place in each prompt, such as "
+                f"positions={list(pair.labels)[:2]}"
+            )
+
+
 def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
     """Warn of labels that have no rows because they are before the first differing token in every pair."""
     for label in (position for position in wanted[0] if isinstance(position, str) and position != "all"):
-        places = [max(span[label]) for span in wanted]
-        if all(place < pair.first_difference for place, pair in zip(places, pairs, strict=True)):
+        places = [max(pair.places(label)) for pair in pairs]
+        if all(one == other < pair.first_difference for (one, other), pair in zip(places, pairs, strict=True)):
             warnings.warn(
                 f"label {label!r} has no rows, because it is before the first difference in every pair: in pair 0 it is at "
-                f"position {places[0]} and the prompts differ from position {pairs[0].first_difference} on (positions count "
+                f"position {places[0][0]} and the prompts differ from position {pairs[0].first_difference} on (positions count "
                 "from 0 and include the BOS token)",
                 FeatpatchWarning,
                 stacklevel=5,
@@ -385,8 +405,9 @@ def _longest_and_shortest(
     """Return the base runs with the most and with the fewest tokens, or a single one if the numbers are equal."""
     groups = list(chunks(pairs))
     behind = [max((len(reading.continuation) for reading in readings[index]), default=0) for index in range(len(pairs))]
-    longest = max(groups, key=lambda group: max(len(pairs[index]) + behind[index] for index in group))
-    shortest = min(groups, key=lambda group: len(pairs[group[0]]))
-    bases = [base for group in (longest, shortest) for run in runs(tuple(group)) for base in run.bases["denoising"]]
+    longest = max(groups, key=lambda group: max(max(pairs[index].lengths) + behind[index] for index in group))
+    shortest = min(groups, key=lambda group: min(pairs[group[0]].lengths))
+    some = [run for group in (longest, shortest) for run in runs(tuple(group))]
+    bases = [base for run in some for direction in DIRECTIONS for base in run.bases[direction]]
     by_length = {len(run.tokens): run for run in reversed(bases)}
     return [by_length[length] for length in dict.fromkeys((max(by_length), min(by_length)))]

@@ -72,7 +72,9 @@ def ablate(
         to: the ablation values. `"zero"` or another number; `"mean"`: the mean over all positions of the `reference` prompts
             except special tokens; `"mean_by_position"`: the mean at each token index, over `reference` prompts of the same
             length; `"resample"`: the values in another `reference` prompt of the same length, drawn for each pair (it may be
-            the pair's own corrupted prompt). State that an SAE needs to decode (norms, skip paths) is kept from the base run.
+            the pair's own corrupted prompt). An `ActivationCache` of TransformerLens, or `{hook: tensor}`: the mean of these
+            activations over all prompts and positions (also special tokens), or a tensor `[d_model]` as it is. State that an
+            SAE needs to decode (norms, skip paths) is kept from the base run.
         reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default. Not for a number.
         seed: the seed for resampling; 0 by default.
         method: `"exact"` to run every ablation; `"atp"` or `"grad_drop"` to estimate all of them from one gradient per prompt,
@@ -94,7 +96,7 @@ def ablate(
         >>> pushing.unit, pushing.value
         ('of logit', 'estimate')
     """
-    without = [index for index, pair in enumerate(check_pairs(pairs)) if not pair.has_counterfactual]
+    without = [index for index, pair in enumerate(check_pairs(pairs, by_label=True)) if not pair.has_counterfactual]
     if 0 < len(without) < len(pairs):
         raise FeatpatchError(
             f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected "

@@ -262,8 +262,8 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     """Make the dictionaries of a model from SAEs, and check that each fits the model.
 
     Args:
-        saes: one object that one of the `CODECS` recognises, or several; several may share a hook point. A `Dictionary` is
-            returned unchanged.
+        saes: one object that one of the `CODECS` recognises, or several; several may share a hook point. Also a mapping
+            `{hook: sae}`, or a model of sae-lens to which SAEs are attached. A `Dictionary` is returned unchanged.
 
     Raises:
         FeatpatchError: an SAE names no hook point, or one that the model lacks or that does not hold what the SAE was trained
@@ -272,13 +272,20 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     """
     if isinstance(saes, Dictionary):
         return [saes]
-    saes = several(saes)
+    named = _by_hook(saes)
+    saes = several(saes) if named is None else list(named.values())
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one SAE or transcoder; pass saes=...")
     kinds = [
         (kind, hook_of(lens, Training.of(sae), reads), hook_of(lens, Training.of(sae), writes))
         for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
     ]
+    for hook, (_, *both) in zip(named or (), kinds, strict=False):
+        if lens.site(hook) not in both:
+            raise FeatpatchError(
+                f"saes gives {hook!r} for an SAE of {both[0]!r}: expected the hook point that it was trained on; use that "
+                "name, or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
+            )
     shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
     like = lens.first_weight
     made: list[Dictionary] = []
@@ -371,6 +378,12 @@ def _owners(lens: Lens, node: Node, found: Sequence[Dictionary]) -> list[Diction
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
     """Return the dictionaries, see `dictionaries`; an empty list for None or an empty tuple."""
     return [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+
+
+def _by_hook(saes: Any) -> Mapping[Any, Any] | None:
+    """Return SAEs that are given by hook point, in a mapping or by a model of sae-lens that they are attached to; else None."""
+    saes = getattr(saes, "acts_to_saes", saes)
+    return saes if isinstance(saes, Mapping) and not any(codec.hooks(saes) for codec in CODECS) else None
 
 
 def several(saes: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from featpatch.patching.readings import Metrics
 from featpatch.patching.study import Options, Study
 from featpatch.streaming.stored import FORMAT, Stored, digests_of, write
 
-OWN = ("pairs", "tags", "places", "tokens", "finished", "finished_at", "command", "metric")
+OWN = ("pairs", "tags", "places", "tokens", "lengths", "finished", "finished_at", "command", "metric")
 """The metadata entries of a table that differ between blocks."""
 
 
@@ -77,9 +77,9 @@ def stream_features(
         for number, block in enumerate(blocks):
             journal, finished = folder / f"{number:06d}.journal", (folder / digests_of(number)).is_file()
             if finished:
-                _check_same(folder, number, check_pairs(block))
+                _check_same(folder, number, check_pairs(block, by_label=True))
             if number == 0 or not finished:
-                study, _ = feature_study(model, saes, check_pairs(block), options)
+                study, _ = feature_study(model, saes, check_pairs(block, by_label=True), options)
                 about = {"format": FORMAT, **{name: value for name, value in study.metadata.items() if name not in OWN}}
                 _check_about(folder / "about.json", json.loads(json.dumps(about)))
             if not finished:

@@ -72,6 +72,9 @@ def fill(template: str, words: Mapping[str, str]) -> tuple[str, dict[str, int]]:
 TRIES = 200
 """The largest number of drafts that are made per requested pair."""
 
+REPEATS = 20
+"""The number of repeated drafts in a row, per different draft, after which all drafts have been seen (but for 1 in 10^8)."""
+
 
 def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed: int) -> Pairs:
     """Draw `n` different pairs, the same for the same seed and tokenizer.
@@ -90,17 +93,26 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
-    random = Random(seed)
+    random = Random(int(seed))
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], Pair] = {}
+    seen, repeated = set[tuple[str, str]](), 0
     for attempt in (make(random) for _ in range(TRIES * n)):
+        repeated = repeated + 1 if (attempt.clean, attempt.corrupted) in seen else 0
+        if repeated > REPEATS * len(seen):
+            break
+        if repeated:
+            continue
+        seen.add((attempt.clean, attempt.corrupted))
         pair = pair_of(tokenizer, attempt)
         if pair is not None:
             found.setdefault((pair.clean, pair.corrupted), pair)
         if len(found) == n:
             return Pairs(tuple(found.values()), plain_tokenizer(tokenizer))
+    tried = f"of the {len(seen)} different ones there are" if repeated else f"after {TRIES * n} attempts"
     raise FeatpatchError(
-        f"only {len(found)} of {n} pairs fit this tokenizer, after {TRIES * n} attempts: expected words of one known token "
-        "each, and prompts of equal length; ask for fewer pairs, or give templates and words of your own"
+        f"only {len(found)} of {n} pairs fit this tokenizer, {tried}: expected n={len(found)} at most with these templates and "
+        "words, which must be one known token each in prompts of equal length; ask for fewer pairs, or give templates and "
+        "words of your own"
     )
 
 

@@ -268,8 +268,8 @@ class Means(Everywhere):
             return (found[of].flatten(0, 1).mean(0),)
         if any(self.given.get(hook, values).ndim < values.ndim for hook, values in found.items()):
             raise FeatpatchError(
-                f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features have "
-                "a mean; pass a cache, or to='mean' with reference"
+                f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features "
+                "have a mean; pass a cache, or to='mean' with reference"
             )
         split = of.split(found[of.reads], found[of.writes])
         return tuple(each.flatten(0, 1).mean(0) for each in (split.features, split.error))

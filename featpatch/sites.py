@@ -300,6 +300,15 @@ def within(site: str) -> str:
     return site.split(".", 2)[-1]
 
 
+def short(site: str) -> str:
+    """Return a short name of a hook point for people, such as `L3 resid_post`; names outside the layers stay as they are."""
+    match = re.match(r"blocks\.([0-9]{1,6})\.", site)
+    if match is None:
+        return site
+    name = next((name for name, hook in COMPONENTS.items() if hook == within(site)), within(site).removeprefix("hook_"))
+    return f"L{match.group(1)} {name}"
+
+
 def highest(hooks: Iterable[str], n_layers: int) -> int:
     """Return the highest layer that holds one of the hook points, or the last layer if one is outside the layers."""
     inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]

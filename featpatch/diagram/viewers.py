@@ -1,5 +1,6 @@
 """A graph as an HTML page, and as JSON for the attribution-graph viewers of circuit-tracer and Neuronpedia."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from featpatch import sites
-from featpatch.diagram.draw import figure
-from featpatch.diagram.graph import LOGITS, Content, content, digits, is_end, label
+from featpatch.diagram.draw import middles
+from featpatch.diagram.graph import LOGITS, Content, content, digits, is_end, label, layout, short
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Node
-from featpatch.page.page import Section, block, embedded, page, table
+from featpatch.page.page import Block, Section, block, page, table
 
 SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """The symbols that circuit-tracer writes for white space in a token."""
@@ -192,36 +193,106 @@ def interactive(graph: Any, title: str) -> str:
         >>> "Heads at S2" in page
         True
     """
+    return page(title, counts(graph), sections(graph))
+
+
+def counts(graph: Any) -> str:
+    """Return how many nodes and edges a graph has."""
     said = content(graph)
-    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections(graph))
+    return f"{len(said.nodes)} nodes, {len(said.edges)} edges"
 
 
 def sections(graph: Any) -> list[Section]:
-    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges.
+    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges, or nodes without edges.
 
     Example:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
-        >>> len(fp.diagram.sections(graph))
-        2
+        >>> [section.title for section in fp.diagram.sections(graph)]
+        ['Graph', 'Nodes']
     """
     said = content(graph)
     names = [label(node) for node in said.nodes]
-    edges = pd.DataFrame(
-        [(names[edge.source], names[edge.target], edge.effect) for edge in _largest_first(said)],
-        columns=["from", "to", "effect"],
+    if said.edges:
+        rows: list[tuple[Any, ...]] = [(names[edge.source], names[edge.target], edge.effect) for edge in _largest_first(said)]
+        every = Section("edges", "Edges", "All edges, sorted by the size of their effect.", [_table(rows, "from", "to", "effect")])
+    else:
+        rows = sorted(zip(names, said.effects, strict=True), key=lambda row: -abs(row[1] or 0.0))
+        every = Section("nodes", "Nodes", "All nodes, sorted by the size of their effect.", [_table(rows, "node", "effect")])
+    text = (
+        "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size of the "
+        "effect; positive effects are blue, negative ones orange and dashed. Choose a node, by click or Enter, to see its "
+        "numbers below the figure."
     )
-    return [
-        Section(
-            "graph",
-            "Graph",
-            "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size "
-            "of the effect, its colour the sign (blue: positive, red: negative). Click a node to see its numbers below the "
-            "figure.",
-            [embedded(figure(graph)), block("nodes.html", nodes=_all_numbers(said, names))],
-        ),
-        Section("edges", "Edges", "All edges, sorted by the size of their effect.", [table(edges)]),
+    return [Section("graph", "Graph", text, [drawing(said), block("nodes.html", nodes=_all_numbers(said, names))]), every]
+
+
+def _table(rows: list[tuple[Any, ...]], *columns: str) -> Block:
+    return table(pd.DataFrame(rows, columns=list(columns)))
+
+
+SHAPES = {"feature": 0, "error": 1, "head": 2, "neuron": 3, "activation": 6}
+"""The number of the shape in `page/templates/shapes.html` for each kind of node; others are circles."""
+
+ROW, COLUMN, LABELS = 64, 60, 110
+"""The height of a row, the least width of a column and the width of the names of rows, in pixels."""
+
+WIDEST, THINNEST = 7.0, 0.8
+"""The width in pixels of the line of the largest effect, and the least width of a line."""
+
+
+def drawing(said: Content) -> Block:
+    """Return the figure of a graph as SVG, with a curve for each edge and a marker that can be focused for each node."""
+    places, names = layout(said.nodes), [label(node) for node in said.nodes]
+    left, right = min(places.borders[0], *places.x) - 0.5, max(places.borders[-1], *places.x) + 0.5
+    height = ROW * len(places.rows)
+
+    def across(x: float) -> float:
+        return round(100 * (x - left) / (right - left), 2)
+
+    def down(y: float) -> float:
+        return round(height - ROW * (y + 0.5), 1)
+
+    centres = [(x, float(y)) for x, y in zip(places.x, places.y, strict=True)]
+    edges = sorted(said.edges, key=lambda edge: abs(edge.effect))
+    drawn = []
+    for edge, (x, y) in zip(edges, middles([(edge.source, edge.target) for edge in edges], centres), strict=True):
+        (x0, y0), (x1, y1) = centres[edge.source], centres[edge.target]
+        bend = 2 * x - (x0 + x1) / 2, 2 * y - (y0 + y1) / 2
+        drawn.append(
+            {
+                "sign": "negative" if edge.effect < 0 else "positive",
+                "width": round(max(THINNEST, said.width(edge, WIDEST)), 1),
+                "path": f"M{across(x0)} {down(y0)}Q{across(bend[0])} {down(bend[1])} {across(x1)} {down(y1)}",
+                "text": f"{names[edge.source]} \u2192 {names[edge.target]}: effect {digits(edge.effect)}",
+            }
+        )
+    largest = max((abs(effect) for effect in said.effects if effect is not None), default=0.0) or 1.0
+    nodes = [
+        {
+            "x": across(x),
+            "y": down(y),
+            "shape": SHAPES.get(node.kind, 0),
+            "name": short(node),
+            "text": f"{name}, effect {digits(effect)}",
+            "sign": "" if effect is None else "negative" if effect < 0 else "positive",
+            "share": 0 if effect is None else round(80 * abs(effect) / largest),
+        }
+        for node, name, effect, (x, y) in zip(said.nodes, names, said.effects, centres, strict=True)
     ]
+    kinds = dict.fromkeys(node.kind for node in said.nodes)
+    return block(
+        "graph.html",
+        height=height,
+        width=LABELS + COLUMN * math.ceil(right - left),
+        bands=[(down(high + 0.5), ROW * (high - low + 1)) for low, high in places.bands],
+        borders=[across(border) for border in places.borders[1:-1]],
+        rows=[(down(y), name) for y, name in enumerate(places.rows)],
+        columns=[(across(middle), name) for middle, name in places.columns],
+        edges=drawn,
+        nodes=nodes,
+        kinds=[(kind.replace("_", " "), SHAPES.get(kind, 0)) for kind in kinds],
+    )
 
 
 def _largest_first(said: Content) -> list[Any]:

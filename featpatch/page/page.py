@@ -1,4 +1,4 @@
-"""HTML files made of sections with tables, figures and texts, from jinja2 templates, plotly figures and itables tables."""
+"""HTML files made of sections with tables, charts and texts, from jinja2 templates and itables tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Section:
 
     Attributes:
         name: the name of its anchor.
-        title: the heading.
+        title: the heading; a section without one has no link at the top of the page either.
         text: an introduction in a sentence or two, as plain text.
         blocks: the pieces of HTML below the text.
     """
@@ -38,13 +38,12 @@ class Section:
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """Return a page as the content of an HTML file."""
-    import plotly.offline  # type: ignore[import-untyped]
     from itables.javascript import generate_init_offline_itables_html
     from itables.options import dt_bundle
 
-    plots, tables = Markup(plotly.offline.get_plotlyjs()), Markup(generate_init_offline_itables_html(dt_bundle))
+    tables = Markup(generate_init_offline_itables_html(dt_bundle))
     values = {"title": title, "subtitle": subtitle, "sections": sections}
-    return TEMPLATES.get_template("page.html").render(plotly=plots, datatables=tables, **values)
+    return TEMPLATES.get_template("page.html").render(datatables=tables, **values)
 
 
 def write(path: str | Path, content: str) -> Path:
@@ -63,24 +62,18 @@ def block(template: str, **values: Any) -> Block:
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 
-def embedded(chart: Any) -> Block:
-    """Return the HTML of a `plotly.graph_objects.Figure` that is as wide as the page."""
-    chart.update_layout(
-        template="plotly_white", margin={"l": 60, "r": 20, "t": 80 if chart.layout.title.text else 40, "b": 60}, autosize=True
-    )
-    return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
-
-
-def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> Block:
+def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None, first: Sequence[str] = ()) -> Block:
     """Return the HTML of a table that can be sorted and searched; HTML in its cells is escaped.
 
     Args:
         frame: the table.
         rows: the number of rows per page of the table.
         order: the index of the column by which the table is sorted initially, largest value first.
+        first: the columns that a narrow screen shows; by default all.
     """
     from itables import to_html_datatable
 
+    wide = [number for number, name in enumerate(frame.columns) if first and name not in first]
     return Markup(
         to_html_datatable(
             frame,
@@ -94,8 +87,9 @@ def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> B
             pageLength=rows,
             lengthMenu=[rows, 50, 200],
             order=[] if order is None else [[order, "desc"]],
-            scrollX=True,
+            columnDefs=[{"targets": wide, "className": "wide"}] if wide else [],
+            autoWidth=False,
             style="width:100%",
-            classes="display compact nowrap",
+            classes="display compact",
         )
     )

@@ -16,6 +16,9 @@ Value = tuple[float, float, float]
 TICKS = 5
 """The number of ticks that an axis has at least about half of."""
 
+APART = 30.0, 5.0
+"""How far apart, in percent of a chart's width or height, points with labels are; one closer to another goes without."""
+
 STYLES = 8
 """The number of shapes and colours."""
 
@@ -132,7 +135,8 @@ def bars(rows: Sequence[Bar], series: Sequence[str], *, title: str) -> Block:
         }
         for row in rows
     ]
-    return block("bars.html", rows=drawn, series=series, axis=axis, zero=axis.at(0))
+    step = 14 if len(series) < 3 else 10
+    return block("bars.html", rows=drawn, series=series, axis=axis, zero=axis.at(0), step=step)
 
 
 def points(
@@ -177,12 +181,16 @@ def _drawn(each: Points, across: Axis, up: Axis) -> dict[str, object]:
         cell = 100 / DOTS
         dots = dict.fromkeys((round(round(a / cell) * cell, 2), round(round(b / cell) * cell, 2)) for a, b, _ in found)
         return {"name": each.name, "dots": list(dots), "marks": [], "whiskers": []}
+    named: dict[int, tuple[float, float]] = {}
+    for a, b, n in found[: each.named]:
+        if all(abs(a - x) > APART[0] or abs(b - y) > APART[1] for x, y in named.values()):
+            named[n] = a, b
     ends = zip(each.low, each.high, strict=True) if each.low else ()
     whiskers = {n: (100 - up.at(low), 100 - up.at(high)) for n, (low, high) in enumerate(ends) if math.isfinite(low)}
     return {
         "name": each.name,
         "dots": [],
-        "marks": [(a, b, each.texts[n], n < each.named) for a, b, n in found],
+        "marks": [(a, b, each.texts[n], n in named) for a, b, n in found],
         "whiskers": [(a, *whiskers[n]) for a, _, n in found if n in whiskers],
     }
 
@@ -198,7 +206,7 @@ def grid(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns:
     """
     largest = max((abs(value) for line in values for value in line if value is not None and math.isfinite(value)), default=0.0)
     lines = [
-        (name, [(value, 0 if value is None or not largest else round(100 * value / largest)) for value in line])
+        (name, [(None if value is None else round(value, 2) + 0.0, 0 if value is None or not largest else round(100 * value / largest)) for value in line])
         for name, line in zip(rows, values, strict=True)
     ]
     return block("grid.html", lines=lines, columns=columns, title=title)

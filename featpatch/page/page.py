@@ -19,6 +19,10 @@ TEMPLATES = Environment(
 )
 
 
+LONG = 40
+"""The number of characters from which the text of a table's cell is wrapped."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of a page.
@@ -74,6 +78,8 @@ def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None, firs
     from itables import to_html_datatable
 
     wide = [number for number, name in enumerate(frame.columns) if first and name not in first]
+    long = [number for number, name in enumerate(frame) if (frame[name].astype(str).str.len() > LONG).any()]
+    classes = [{"targets": targets, "className": name} for targets, name in ((wide, "wide"), (long, "long")) if targets]
     return Markup(
         to_html_datatable(
             frame,
@@ -87,7 +93,7 @@ def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None, firs
             pageLength=rows,
             lengthMenu=[rows, 50, 200],
             order=[] if order is None else [[order, "desc"]],
-            columnDefs=[{"targets": wide, "className": "wide"}] if wide else [],
+            columnDefs=classes,
             autoWidth=False,
             style="width:100%",
             classes="display compact",

@@ -77,8 +77,8 @@ def concluded(effects: Effects) -> Conclusion:
     caveats, rows, noun = _caveats(effects), strongest(effects), noun_of(effects)
     if not measurable(effects):
         answer = (
-            f"{effects.metadata['metric']} is on average the same on clean and on corrupted prompts, so there is no behaviour to "
-            "attribute; choose corruptions that change the answer."
+            f"{effects.metadata['metric']} is on average the same on clean and on corrupted prompts, so there is no behaviour "
+            "to attribute; choose corruptions that change the answer."
         )
     elif not len(rows):
         answer = f"No {noun} differs between the clean and the corrupted runs at these positions."
@@ -123,11 +123,12 @@ def _answer(effects: Effects, rows: Effects, noun: str) -> str:
     lead = rows.take([found[0] if found else 0])
     name, pairs = short_names(lead.nodes)[0], several(len(effects.clean), "pair")
     about = "; ".join(_effect(lead, effect) for effect in run)
-    whole = f"of {several(effects.rows_ranked, noun)}" if "screening" not in effects.metadata else f"of the {noun}s that were run"
+    whole = f"of the {noun}s that were run" if "screening" in effects.metadata else f"of {several(effects.rows_ranked, noun)}"
     if not found:
         return f"No single {noun} {whole} is shown to be {claim} by {pairs}. The largest effect is that of {name}: {about}."
-    verb = "is" if len(found) == 1 else "are"
-    return f"{len(found):,} {whole} {verb} {claim} for part of the behaviour. The strongest is {name}: {about}."
+    if len(found) == 1:
+        return f"1 {whole}, {name}, is {claim} for part of the behaviour: {about}."
+    return f"{len(found):,} {whole} are {claim} for part of the behaviour. The strongest of them is {name}: {about}."
 
 
 def _effect(row: Effects, effect: Effect) -> str:
@@ -163,12 +164,14 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
     labels = Counter(effects.take(effects.ranked).quadrants()) if len(run) == 2 and pairs > 1 else Counter()
     if labels["undecided"]:
         found.append(
-            f"{several(labels['undecided'], 'row')} of {sum(labels.values()):,} {'is' if labels['undecided'] == 1 else 'are'} "
-            f"undecided: an interval includes the threshold ({100 * effects.threshold:.4g} % of the whole activation's effect); "
-            "more pairs would decide more."
+            f"{labels['undecided']:,} of {several(sum(labels.values()), noun_of(effects))} "
+            f"{'is' if labels['undecided'] == 1 else 'are'} undecided, because an interval includes the threshold "
+            f"({100 * effects.threshold:.4g} % of the whole activation's effect); more pairs would decide more."
         )
     if effects.rows_ranked > MANY_ROWS and pairs > 1:
-        found.append("Each interval is about one row; among so many rows a few pass by chance (see q-values in the table's data).")
+        found.append(
+            f"Each interval is about one {noun_of(effects)}; among so many some pass by chance (see `_q` in effects.to_pandas())."
+        )
     return tuple(found)
 
 

@@ -340,7 +340,7 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects) -> dict
         logits = direction.to(unembedding) @ unembedding
         for name, sign in (("promotes", 1), ("suppresses", -1)):
             best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()
-            facts[f"{name} (direct path, without the final norm)"] = ", ".join(
+            facts[name] = ", ".join(
                 f"{lens.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
             )
     return facts

@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from featpatch import sites
-from featpatch.effects.frames import TOP, brief, pairs_by_value, rounded
+from featpatch.effects.frames import TOP, brief, pairs_by_value
 from featpatch.effects.statistics import CONFIDENCE, LEAST, RESAMPLES, SEED
 from featpatch.effects.table import Effects
 from featpatch.nodes import Effect, Node
@@ -95,7 +95,7 @@ PROMPTS = 8
 FIRST = 10
 """The number of rows in the chart at the top."""
 
-OPEN = 3
+OPEN = 2
 """The number of feature cards that are open at first."""
 
 PLACES = 16
@@ -131,13 +131,13 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
 def _title(effects: Effects) -> str:
     """Return a question that names the tasks of the pairs, if they have names."""
     tasks = list(dict.fromkeys(tags["task"] for tags in effects.metadata.get("tags", []) if tags.get("task")))
-    if len(tasks) == 1:
-        return f"Which {noun_of(effects)}s cause {_model(effects)}'s answer in the task {tasks[0]}?"
-    return f"Which {noun_of(effects)}s cause this behaviour of {_model(effects)}?"
+    on = f"its answers in the task {tasks[0]}" if len(tasks) == 1 else "this behaviour"
+    return f"Which {noun_of(effects)}s of {_model(effects)} cause {on}?"
 
 
 def _model(effects: Effects) -> str:
-    return Path(effects.metadata.get("model", {}).get("name", "")).name or "the model"
+    name = Path(effects.metadata.get("model", {}).get("name", "")).name
+    return f"the model {name}" if name and name != "model" else "the model"
 
 
 def _subtitle(effects: Effects) -> str:
@@ -145,8 +145,8 @@ def _subtitle(effects: Effects) -> str:
     positions = effects.metadata.get("positions")
     at = f" at {', '.join(map(str, positions))}" if isinstance(positions, list) and len(positions) <= FIRST else ""
     return (
-        f"{value} effects of {several(effects.rows_ranked, noun)}{at}, over {several(len(effects.clean), 'prompt pair')}; "
-        f"metric {effects.metadata['metric']}, model {_model(effects)}"
+        f"{value.capitalize()} effects of {several(effects.rows_ranked, noun)}{at}, over "
+        f"{several(len(effects.clean), 'prompt pair')}, on the metric {effects.metadata['metric']}"
     )
 
 
@@ -186,8 +186,7 @@ def _chart(rows: Effects, material: Material) -> Block:
         )
         for n, (name, node) in enumerate(zip(short_names(rows.nodes), rows.nodes, strict=True))
     ]
-    noun = several(len(rows), noun_of(rows))
-    title = f"The {noun} with the largest effects, as shares of the gap, with 95 % intervals" if len(rows) > 1 else "Share of the gap"
+    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: shares of the gap, with 95 % intervals over pairs"
     return bars(drawn, [ASKS[effect] for effect in run], title=title)
 
 
@@ -218,7 +217,7 @@ def _question(effects: Effects, material: Material) -> Section | None:
 
 def _ranking(effects: Effects, material: Material) -> Section:
     rows, run = _shown(effects), effects.directions_run()
-    values = rounded(brief(rows))
+    values = brief(rows).round(4)
     opens = {node: number for number, node in enumerate(material.features, 1)}
     frame = pd.DataFrame({noun_of(effects): short_names(rows.nodes)})
     if opens:
@@ -293,8 +292,8 @@ def _features(effects: Effects, material: Material) -> Section | None:
             }
         )
     text = (
-        "The features with the largest effects. Darker means more active. Open a card for its activations, its effect in each "
-        "pair, and the tokens that it promotes and suppresses."
+        "The features with the largest effects; darker tokens are those on which a feature is more active. What a feature promotes "
+        "and suppresses is its direct path to the logits, without the final norm."
     )
     return Section("features", "Feature cards", text, [block("cards.html", features=features, opened=OPEN)])
 
@@ -342,11 +341,12 @@ def _thresholds(rows: Effects, effect: Effect) -> list[float]:
 
 def _said(thresholds: list[list[float]], share: float) -> str:
     """Return what the dashed lines are."""
-    if all(len(of_effect) < 2 for of_effect in thresholds):
-        return "Dashed: the threshold."
+    bounds = " and ".join(
+        f"{of_effect[0]:.2g}" if len(of_effect) == 1 else f"{of_effect[0]:.2g} to {of_effect[-1]:.2g}" for of_effect in thresholds
+    )
     return (
-        f"Dashed: the lowest and the highest threshold of these rows, {100 * share:.4g} % of the whole activation's effect at "
-        "each hook point and position."
+        f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at its "
+        f"lowest and highest ({bounds})."
     )
 
 
@@ -377,7 +377,7 @@ def _sites(effects: Effects) -> Section | None:
     shown = pd.DataFrame({"hook point": names, "changed features": frame["changed_features"]})
     for effect in run:
         for kind, words in {**PARTS, "interaction": "interaction"}.items():
-            shown[f"{effect}: {words}"] = rounded(frame[[f"{effect}_{kind}"]])[f"{effect}_{kind}"]
+            shown[f"{effect}: {words}"] = frame[f"{effect}_{kind}"].round(4) + 0.0
     text = (
         "What the whole activation carries, what all features of the SAE carry with the error term kept, and what the error term "
         "alone carries, which the SAE does not explain."
@@ -407,6 +407,13 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
     return Section("maps", "Effects by layer and position", text, blocks) if blocks else None
 
 
+def _height(site: str) -> tuple[int, int, str]:
+    """Return a key that sorts hook points from the first to the last layer, and within a layer by where they are read."""
+    inside, known = sites.within(site), list(sites.ENTRIES)
+    layer = int(site.split(".")[1]) if site.startswith("blocks.") else -1
+    return layer, known.index(inside) if inside in known else len(known), inside
+
+
 def _map(effects: Effects, kind: str) -> Block:
     """Return a table of sums of effects by hook point and position."""
     rows = effects.take([row for row, node in enumerate(effects.nodes) if node.kind == kind])
@@ -415,8 +422,7 @@ def _map(effects: Effects, kind: str) -> Block:
     for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
         key = sites.short(node.site), str(node.position)
         cells[key] = cells.get(key, 0.0) + float(value)
-    lines = list(dict.fromkeys(sites.short(node.site) for node in rows.nodes))
-    lines.sort(key=lambda name: int(name[1:].split()[0]) if name[1:2].isdigit() else -1)
+    lines = list(dict.fromkeys(map(sites.short, sorted({node.site for node in rows.nodes}, key=_height))))
     columns = list(dict.fromkeys(str(node.position) for node in rows.nodes))
     names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
     values = [[cells.get((line, column)) for column in columns] for line in lines]
@@ -440,7 +446,7 @@ def _stability(effects: Effects) -> Section | None:
 def _by_tag(effects: Effects, tag: str) -> pd.DataFrame:
     """Return the effects of the top features for each value of a tag, with intervals if there are few values."""
     rows, effect = effects.top(TOP), effects.directions_run()[0]
-    found = rounded(rows.by_tag(tag, effect))
+    found = rows.by_tag(tag, effect).round(4)
     frame, names = pd.DataFrame({noun_of(effects): short_names(rows.nodes)}), pairs_by_value(effects, tag)
     for value in names:
         column = f"{effect}_{value}"

@@ -55,8 +55,9 @@ def _short(node: Node, ambiguous: bool) -> str:
 
 def percent(value: float) -> str:
     """Return a share as a percentage with two significant digits, and none after the point from 10 % on."""
-    rounded = 100 * value
-    return f"{rounded:.0f} %" if abs(rounded) >= 10 or rounded == 0 else f"{rounded:.2g} %"
+    shown = 100 * value
+    number = f"{shown:.0f}" if abs(shown) >= 10 or shown == 0 else f"{shown:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 @dataclass(frozen=True)

@@ -154,15 +154,17 @@ def _answer(effects: Effects, material: Material) -> Section:
     """Return the first screen: conclusion, the metric's two numbers, and a chart of the largest effects."""
     said, metric = concluded(effects), effects.metadata["metric"]
     figures = [
-        (f"mean {metric}, clean prompts", f"{effects.clean.mean():.3g}"),
-        (f"mean {metric}, corrupted prompts", f"{effects.corrupted.mean():.3g}"),
-        ("gap: 100 % of the behaviour", f"{effects.gap.mean():.3g}"),
+        (f"{metric}, clean", f"{effects.clean.mean():.3g}"),
+        (f"{metric}, corrupted", f"{effects.corrupted.mean():.3g}"),
+        ("gap (100 %)", f"{effects.gap.mean():.3g}"),
     ]
     answer = " ".join(filter(None, (said.answer, material.together)))
-    blocks = [block("answer.html", answer=answer, caveats=said.caveats, figures=figures)]
+    blocks = [block("answer.html", answer=answer, figures=figures)]
     rows = strongest(effects) if measurable(effects) else effects.take([])
     if len(rows):
-        blocks.insert(1, _chart(rows.take(np.arange(min(FIRST, len(rows)))), material))
+        blocks.append(_chart(rows.take(np.arange(min(FIRST, len(rows)))), material))
+    if said.caveats:
+        blocks.append(block("caveats.html", caveats=said.caveats))
     return Section("answer", "", "", blocks)
 
 
@@ -376,11 +378,11 @@ def _sites(effects: Effects) -> Section | None:
     ]
     shown = pd.DataFrame({"hook point": names, "changed features": frame["changed_features"]})
     for effect in run:
-        for kind, words in {**PARTS, "interaction": "interaction"}.items():
+        for kind, words in PARTS.items():
             shown[f"{effect}: {words}"] = frame[f"{effect}_{kind}"].round(4) + 0.0
     text = (
         "What the whole activation carries, what all features of the SAE carry with the error term kept, and what the error term "
-        "alone carries, which the SAE does not explain."
+        "alone carries, which the SAE does not explain; effects.sites() also has their interaction."
     )
     if len(chosen) < len(frame):
         text += f" The charts show the {len(chosen)} places with the largest effects of {len(frame)}."

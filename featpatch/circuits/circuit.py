@@ -260,7 +260,7 @@ class Circuit:
 
         Args:
             path: the HTML file.
-            title: the title of the page; by default the text form of the circuit.
+            title: the title of the page; by default how many items the circuit has.
 
         Returns:
             The path.
@@ -273,7 +273,19 @@ class Circuit:
             >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
             'circuit.html'
         """
-        return write(path, interactive(self.to_networkx(), title or repr(self)))
+        name = title or f"A circuit of {len(self.items)} {self.metadata['over']}"
+        return write(path, interactive(self.to_networkx(), name, answer=self._answer()))
+
+    def _answer(self) -> str:
+        """Return what the circuit does, in two sentences."""
+        low, high = self.faithfulness_interval
+        between = "" if np.isnan(low) else f" [{low:.0%}, {high:.0%}]"
+        single = " A single pair gives no interval." if np.isnan(low) else ""
+        return (
+            f"These {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} alone keep {self.faithfulness:.0%}{between} of "
+            f"the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while all others are ablated to "
+            f"{self.graph.to} values.{single}"
+        )
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval

@@ -173,12 +173,13 @@ def _text(node: Node) -> str:
     return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else label(node).replace("<", "\uff1c")
 
 
-def interactive(graph: Any, title: str) -> str:
+def interactive(graph: Any, title: str, *, answer: str = "") -> str:
     """Return a graph as one HTML file that needs no network; a click on a node shows its effect and those of its edges.
 
     Args:
         graph: a `networkx.DiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known, on nodes.
         title: the title of the page as plain text.
+        answer: what the graph shows, in a sentence above the figure, as plain text.
 
     Returns:
         The content of the file.
@@ -193,13 +194,9 @@ def interactive(graph: Any, title: str) -> str:
         >>> "Heads at S2" in page
         True
     """
-    return page(title, counts(graph), sections(graph))
-
-
-def counts(graph: Any) -> str:
-    """Return how many nodes and edges a graph has."""
     said = content(graph)
-    return f"{len(said.nodes)} nodes, {len(said.edges)} edges"
+    first = [Section("answer", "", "", [block("answer.html", answer=answer, figures=())])] if answer else []
+    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", [*first, *sections(graph)])
 
 
 def sections(graph: Any) -> list[Section]:

@@ -282,9 +282,9 @@ class Circuit:
         between = "" if np.isnan(low) else f" [{low:.0%}, {high:.0%}]"
         single = " A single pair gives no interval." if np.isnan(low) else ""
         return (
-            f"These {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} alone keep {self.faithfulness:.0%}{between} of "
-            f"the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while all others are ablated to "
-            f"{self.graph.to} values.{single}"
+            f"These {len(self.items):,} of {len(self.graph.items):,} {self.metadata['over']} alone keep "
+            f"{self.faithfulness:.0%}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while all "
+            f"others are ablated to {self.graph.to} values.{single}"
         )
 
     def __repr__(self) -> str:

@@ -211,21 +211,24 @@ def sections(graph: Any) -> list[Section]:
     said = content(graph)
     names = [label(node) for node in said.nodes]
     if said.edges:
-        rows: list[tuple[Any, ...]] = [(names[edge.source], names[edge.target], edge.effect) for edge in _largest_first(said)]
-        every = Section("edges", "Edges", "All edges, sorted by the size of their effect.", [_table(rows, "from", "to", "effect")])
+        ends = [(names[edge.source], names[edge.target], _four(edge.effect)) for edge in _largest_first(said)]
+        rows = table(pd.DataFrame(ends, columns=["from", "to", "effect"]))
+        every = Section("edges", "Edges", "All edges, sorted by the size of their effect.", [rows])
     else:
-        rows = sorted(zip(names, said.effects, strict=True), key=lambda row: -abs(row[1] or 0.0))
-        every = Section("nodes", "Nodes", "All nodes, sorted by the size of their effect.", [_table(rows, "node", "effect")])
+        alone = sorted(zip(names, map(_four, said.effects), strict=True), key=lambda row: -abs(row[1] or 0.0))
+        rows = table(pd.DataFrame(alone, columns=["node", "effect"]))
+        every = Section("nodes", "Nodes", "All nodes, sorted by the size of their effect.", [rows])
     text = (
-        "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size of the "
-        "effect; positive effects are blue, negative ones orange and dashed. Choose a node, by click or Enter, to see its "
+        "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size of "
+        "the effect; positive effects are blue, negative ones orange and dashed. Choose a node, by click or Enter, to see its "
         "numbers below the figure."
     )
     return [Section("graph", "Graph", text, [drawing(said), block("nodes.html", nodes=_all_numbers(said, names))]), every]
 
 
-def _table(rows: list[tuple[Any, ...]], *columns: str) -> Block:
-    return table(pd.DataFrame(rows, columns=list(columns)))
+def _four(effect: float | None) -> float | None:
+    """Return an effect with four significant digits."""
+    return None if effect is None else float(f"{effect:.4g}")
 
 
 SHAPES = {"feature": 0, "error": 1, "head": 2, "neuron": 3, "activation": 6}

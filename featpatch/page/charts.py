@@ -206,7 +206,10 @@ def grid(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns:
     """
     largest = max((abs(value) for line in values for value in line if value is not None and math.isfinite(value)), default=0.0)
     lines = [
-        (name, [(None if value is None else round(value, 2) + 0.0, 0 if value is None or not largest else round(100 * value / largest)) for value in line])
+        (
+            name,
+            [(None, 0) if value is None else (round(value, 2) + 0.0, round(100 * value / (largest or 1.0))) for value in line],
+        )
         for name, line in zip(rows, values, strict=True)
     ]
     return block("grid.html", lines=lines, columns=columns, title=title)

@@ -169,8 +169,8 @@ def _calibrated(calibration: Calibration) -> Block:
     worst = np.argsort(-np.abs(estimate - exact), kind="stable")[:MISSES]
     names = short_names([calibration.nodes[row] for row in worst])
     series = [
-        Points("farthest from equal", estimate[worst], exact[worst], names),
-        Points("others", np.delete(estimate, worst), np.delete(exact, worst)),
+        Points("farthest from equal", estimate[worst].tolist(), exact[worst].tolist(), names),
+        Points("others", np.delete(estimate, worst).tolist(), np.delete(exact, worst).tolist()),
     ]
     return points(series, "estimate", f"exact {calibration.effect}", diagonal=True)
 
@@ -302,7 +302,7 @@ def _activations(
         by_length.setdefault(len(prompt), []).append(prompt)
     columns = {name: [n for n, node in enumerate(nodes) if node.sae == name] for name in {node.sae for node in nodes}}
     hooks = sorted({hook for name in columns for hook in (by_name[name].reads, by_name[name].writes)})
-    active = {}
+    active: dict[tuple[int, ...], torch.Tensor] = {}
     for length, alike in by_length.items():
         size = max(1, TOGETHER // max(1, length))
         for some in (alike[start : start + size] for start in range(0, len(alike), size)):
@@ -340,9 +340,7 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects) -> dict
         logits = direction.to(unembedding) @ unembedding
         for name, sign in (("promotes", 1), ("suppresses", -1)):
             best = (sign * logits).topk(min(WRITES, len(logits))).indices.tolist()
-            facts[name] = ", ".join(
-                f"{lens.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best
-            )
+            facts[name] = ", ".join(f"{lens.tokenizer.decode([token])!r} ({float(logits[token]):+.2f})" for token in best)
     return facts
 
 

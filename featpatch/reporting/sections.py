@@ -188,7 +188,7 @@ def _chart(rows: Effects, material: Material) -> Block:
         )
         for n, (name, node) in enumerate(zip(short_names(rows.nodes), rows.nodes, strict=True))
     ]
-    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: shares of the gap, with 95 % intervals over pairs"
+    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: shares of the gap, with 95 % intervals"
     return bars(drawn, [ASKS[effect] for effect in run], title=title)
 
 
@@ -206,8 +206,8 @@ def _question(effects: Effects, material: Material) -> Section | None:
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), 'pair')}. Tokens that differ are highlighted; "
-        "the underlined answers are those that the metric compares."
+        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), 'pair')}. Tokens that differ are "
+        "highlighted; the underlined answers are those that the metric compares."
     )
     if material.checks is not None:
         text += " The checklist covers these pairs; `featpatch check` and `pairs.check(model)` check all pairs."
@@ -276,9 +276,7 @@ def _features(effects: Effects, material: Material) -> Section | None:
     features = []
     for n, card in enumerate(material.features.values()):
         prompt = material.prompts[card.pair]
-        values = [
-            f"{effect} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run
-        ]
+        values = [f"{effect} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run]
         features.append(
             {
                 "title": names[n],
@@ -294,8 +292,8 @@ def _features(effects: Effects, material: Material) -> Section | None:
             }
         )
     text = (
-        "The features with the largest effects; darker tokens are those on which a feature is more active. What a feature promotes "
-        "and suppresses is its direct path to the logits, without the final norm."
+        "The features with the largest effects; darker tokens are those on which a feature is more active. What a feature "
+        "promotes and suppresses is its direct path to the logits, without the final norm."
     )
     return Section("features", "Feature cards", text, [block("cards.html", features=features, opened=OPEN)])
 
@@ -318,20 +316,15 @@ def _quadrants(effects: Effects) -> Section | None:
     series = []
     for label, name in SERIES:
         at = np.flatnonzero(labels == label)
-        series.append(Points(name, x[at], y[at], [names[n] for n in at], named=len(named & set(at.tolist()))))
+        series.append(Points(name, x[at].tolist(), y[at].tolist(), [names[n] for n in at], named=len(named & set(at.tolist()))))
     thresholds = [_thresholds(rows, effect) for effect in run]
     text = (
         "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
         "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated. "
         + _said(thresholds, effects.threshold)
     )
-    grey = Points("undecided or below the threshold", x[others], y[others])
-    chart = points(
-        [*series, grey],
-        "recovery (denoising)",
-        "degradation (noising)",
-        lines=(thresholds[0], thresholds[1]),
-    )
+    grey = Points("undecided or below the threshold", x[others].tolist(), y[others].tolist())
+    chart = points([*series, grey], "recovery (denoising)", "degradation (noising)", lines=(thresholds[0], thresholds[1]))
     return Section("quadrants", "Sufficient? Necessary?", text, [chart])
 
 
@@ -343,12 +336,10 @@ def _thresholds(rows: Effects, effect: Effect) -> list[float]:
 
 def _said(thresholds: list[list[float]], share: float) -> str:
     """Return what the dashed lines are."""
-    bounds = " and ".join(
-        f"{of_effect[0]:.2g}" if len(of_effect) == 1 else f"{of_effect[0]:.2g} to {of_effect[-1]:.2g}" for of_effect in thresholds
-    )
+    bounds = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
     return (
-        f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at its "
-        f"lowest and highest ({bounds})."
+        f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at "
+        f"its lowest and highest ({bounds})."
     )
 
 
@@ -368,9 +359,7 @@ def _sites(effects: Effects) -> Section | None:
     nan = float("nan")
     charts = [
         bars(
-            [
-                Bar(names[n], [(float(frame[f"{effect}_{kind}"].iloc[n]), nan, nan) for kind in PARTS]) for n in chosen
-            ],
+            [Bar(names[n], [(float(frame[f"{effect}_{kind}"].iloc[n]), nan, nan) for kind in PARTS]) for n in chosen],
             list(PARTS.values()),
             title=effect,
         )
@@ -381,8 +370,8 @@ def _sites(effects: Effects) -> Section | None:
         for kind, words in PARTS.items():
             shown[f"{effect}: {words}"] = frame[f"{effect}_{kind}"].round(4) + 0.0
     text = (
-        "What the whole activation carries, what all features of the SAE carry with the error term kept, and what the error term "
-        "alone carries, which the SAE does not explain; effects.sites() also has their interaction."
+        "What the whole activation carries, what all features of the SAE carry with the error term kept, and what the error "
+        "term alone carries, which the SAE does not explain; effects.sites() also has their interaction."
     )
     if len(chosen) < len(frame):
         text += f" The charts show the {len(chosen)} places with the largest effects of {len(frame)}."
@@ -402,8 +391,8 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
         found = {node.kind for node in components.nodes}
         charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
     text = (
-        "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual effects. "
-        "Blue is positive, orange is negative; an empty cell holds no row."
+        "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual "
+        "effects. Blue is positive, orange is negative; an empty cell holds no row."
     )
     blocks = [Markup('<div class="columns">{}</div>').format(Markup("").join(charts))] if charts else []
     return Section("maps", "Effects by layer and position", text, blocks) if blocks else None
@@ -438,8 +427,8 @@ def _stability(effects: Effects) -> Section | None:
     if not frames:
         return None
     text = (
-        f"{effects.directions_run()[0].capitalize()} of the top rows for each value of the pairs' tags; `depends` means that the "
-        "intervals of two values do not overlap."
+        f"{effects.directions_run()[0].capitalize()} of the top rows for each value of the pairs' tags; `depends` means that "
+        "the intervals of two values do not overlap."
     )
     tables = [table(frame, rows=10, first=[frame.columns[0], *frame.columns[-1:]]) for frame in frames]
     return Section("stability", "Effects by kind of prompt", text, tables)

@@ -283,8 +283,8 @@ class Circuit:
         single = " A single pair gives no interval." if np.isnan(low) else ""
         return (
             f"These {len(self.items):,} of {len(self.graph.items):,} {self.metadata['over']} alone keep "
-            f"{self.faithfulness:.0%}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while all "
-            f"others are ablated to {self.graph.to} values.{single}"
+            f"{self.faithfulness:.0%}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while "
+            f"all others are ablated to {self.graph.to} values.{single}"
         )
 
     def __repr__(self) -> str:

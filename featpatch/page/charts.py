@@ -123,8 +123,8 @@ def bars(rows: Sequence[Bar], series: Sequence[str], *, title: str) -> Block:
             "row": row,
             "bars": [
                 {
-                    "left": min(axis.at(value), axis.at(0)),
-                    "width": abs(axis.at(value) - axis.at(0)),
+                    "left": min(axis.at(value), axis.at(0.0)),
+                    "width": abs(axis.at(value) - axis.at(0.0)),
                     "end": axis.at(value),
                     "interval": (axis.at(low), axis.at(high)) if math.isfinite(low) else None,
                 }
@@ -230,4 +230,4 @@ def strips(rows: Sequence[tuple[str, Sequence[float]]], texts: Sequence[str]) ->
             if math.isfinite(value):
                 dots.setdefault(round(2 * axis.at(value)) / 2, f"{text}: {value:.3g}")
         drawn.append((name, list(dots.items())))
-    return block("strips.html", rows=drawn, axis=axis, zero=axis.at(0))
+    return block("strips.html", rows=drawn, axis=axis, zero=axis.at(0.0))

@@ -171,8 +171,8 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
         )
     if effects.rows_ranked > MANY_ROWS and pairs > 1:
         found.append(
-            f"Each interval is about one {noun_of(effects)}; among so many some pass by chance (the q-values in effects.csv and "
-            "effects.to_pandas() allow for this)."
+            f"Each interval is about one {noun_of(effects)}; among so many some pass by chance (the q-values in effects.csv "
+            "and effects.to_pandas() allow for this)."
         )
     return tuple(found)
 

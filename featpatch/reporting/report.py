@@ -152,7 +152,7 @@ def _growth(curve: Curve) -> Block:
     series = [
         Points(
             name,
-            rows["k"].tolist(),
+            [float(k) for k in rows["k"]],
             rows[effect].tolist(),
             [f"top {k} at {name}: {value:.3f}" for k, value in zip(rows["k"], rows[effect], strict=True)],
             low=rows[f"{effect}_low"].tolist(),

@@ -400,8 +400,8 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
 
 def _height(site: str) -> tuple[int, int, str]:
     """Return a key that sorts hook points from the first to the last layer, and within a layer by where they are read."""
-    inside, known = sites.within(site), list(sites.ENTRIES)
-    layer = int(site.split(".")[1]) if site.startswith("blocks.") else -1
+    name, inside, known = sites.short(site), sites.within(site), list(sites.ENTRIES)
+    layer = int(name.split()[0][1:]) if name != site else -1
     return layer, known.index(inside) if inside in known else len(known), inside
 
 

@@ -176,8 +176,9 @@ def test_examples_on_a_card(study: dict[str, Any], tmp_path: Path, monkeypatch: 
     texts = fp.load_demo().text()[:20]
     known = {name: study[name] for name in ("model", "pairs", "saes")}
     fp.report(study["effects"], tmp_path / "r.html", top=3, texts=texts, **known)
-    model, sae = study["model"], study["saes"][-1]
-    node, card = next((n, c) for n, c in given[0].features.items() if n.site == sae.cfg.metadata.hook_name and c.examples)
+    model = study["model"]
+    node, card = next((n, c) for n, c in given[0].features.items() if c.examples)
+    sae = next(sae for sae in study["saes"] if sae.cfg.metadata.hook_name == node.sae)
     peaks = []
     for text in texts:
         tokens = model.to_tokens(text)

@@ -136,7 +136,7 @@ def bars(rows: Sequence[Bar], series: Sequence[str], *, title: str) -> Block:
         for row in rows
     ]
     step = 14 if len(series) < 3 else 10
-    return block("bars.html", rows=drawn, series=series, axis=axis, zero=axis.at(0), step=step)
+    return block("bars.html", rows=drawn, series=series, axis=axis, zero=axis.at(0.0), step=step)
 
 
 def points(

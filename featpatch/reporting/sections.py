@@ -286,7 +286,7 @@ def _features(effects: Effects, material: Material) -> Section | None:
                 "largest": max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)]),
                 "examples": card.examples,
                 "peak": max([1e-12, *(abs(value) for _, shown in card.examples for value in shown)]),
-                "chart": _of_pairs([(effect, per_pair[effect][n]) for effect in run]) if len(effects.clean) > 1 else "",
+                "chart": _of_pairs([(effect, per_pair[effect][n].tolist()) for effect in run]) if len(effects.clean) > 1 else "",
                 "facts": list(card.facts.items()),
                 "link": card.link,
             }

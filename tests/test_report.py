@@ -288,7 +288,7 @@ def test_the_conclusion_is_the_tables(study: dict[str, Any]) -> None:
     assert f"without it {100 * best['degradation']:.2g} % [" in said
 
 
-def test_what_is_not_decided_is_not_concluded(study: dict[str, Any], small: Small) -> None:
+def test_what_is_not_decided_is_not_concluded(study: dict[str, Any], small: Small, tmp_path: Path) -> None:
     """A strict threshold, one pair, one direction, estimates, a screened table, and no gap each say so."""
     effects = study["effects"]
     strict = concluded(effects.with_threshold(0.99))
@@ -301,6 +301,8 @@ def test_what_is_not_decided_is_not_concluded(study: dict[str, Any], small: Smal
     assert any("estimates from gradients" in caveat for caveat in concluded(study["estimate"]).caveats)
     equal = replace(effects, corrupted=effects.clean.copy(), denoised=effects.denoised * 0, taken_from=None)
     assert "there is no behaviour to attribute" in concluded(equal).answer
+    known = {name: study[name] for name in ("model", "pairs", "saes")}
+    assert "there is no behaviour to attribute" in fp.report(equal, tmp_path / "equal.html", **known).read_text()
     options: dict[str, Any] = {"positions": "each", "progress": False}
     one = fp.rank_features(small.model, small.at(SITE), pairs_of(small), directions=["noising"], **options)
     said = concluded(one)

@@ -75,17 +75,16 @@ class Conclusion:
 
 def concluded(effects: Effects) -> Conclusion:
     """Return the conclusion of a table: every number is one of the table's, and nothing undecided is called decided."""
-    caveats, rows, noun = _caveats(effects), strongest(effects), noun_of(effects)
     if not measurable(effects):
-        answer = (
+        return Conclusion(
             f"{effects.metadata['metric']} is on average the same on clean and on corrupted prompts, so there is no behaviour "
-            "to attribute; choose corruptions that change the answer."
+            "to attribute; choose corruptions that change the answer.",
+            (),
         )
-    elif not len(rows):
-        answer = f"No {noun} differs between the clean and the corrupted runs at these positions."
-    else:
-        answer = _answer(effects, rows, noun)
-    return Conclusion(answer, caveats)
+    caveats, rows, noun = _caveats(effects), strongest(effects), noun_of(effects)
+    if not len(rows):
+        return Conclusion(f"No {noun} differs between the clean and the corrupted runs at these positions.", caveats)
+    return Conclusion(_answer(effects, rows, noun), caveats)
 
 
 def measurable(effects: Effects) -> bool:

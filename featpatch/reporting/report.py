@@ -28,7 +28,7 @@ from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.patching.curves import Curve
-from featpatch.reporting.conclusion import short_names, together
+from featpatch.reporting.conclusion import measurable, short_names, together
 from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, Prompt, page_of
 from featpatch.sae.dictionary import Dictionary, dictionaries
 
@@ -226,7 +226,9 @@ def _with_prompts(
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
     prompts = [_prompt(pair, model.tokenizer) for pair in pairs]
-    features = {} if saes is None else _cards(lens, dictionaries(lens, saes), pairs, effects, top, texts)
+    features = (
+        {} if saes is None or not measurable(effects) else _cards(lens, dictionaries(lens, saes), pairs, effects, top, texts)
+    )
     if features and components is not None and _comparable(effects, components):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
         features = {node: _written(card, node, writers) for node, card in features.items()}

@@ -118,11 +118,14 @@ ROWS = 20_000
 
 def page_of(effects: Effects, material: Material, components: Effects | None) -> str:
     """Return the report as the content of an HTML file."""
-    found = [_answer(effects, material), _features(effects, material)]
+    found = [_answer(effects, material)]
     if measurable(effects):
-        found += [_maps(effects, components), _quadrants(effects), _sites(effects)]
+        found += [_features(effects, material), _maps(effects, components), _quadrants(effects), _sites(effects)]
     found += [Section(f"figure-{n}", title, "", [chart]) for n, (title, chart) in enumerate(material.figures.items())]
-    found += [*material.sections, _ranking(effects, material), _stability(effects), _question(effects, material)]
+    found += material.sections
+    if measurable(effects):
+        found += [_ranking(effects, material), _stability(effects)]
+    found.append(_question(effects, material))
     return page(
         material.question or _title(effects), _subtitle(effects), [part for part in (*found, _provenance(effects)) if part]
     )
@@ -286,7 +289,9 @@ def _features(effects: Effects, material: Material) -> Section | None:
                 "largest": max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)]),
                 "examples": card.examples,
                 "peak": max([1e-12, *(abs(value) for _, shown in card.examples for value in shown)]),
-                "chart": _of_pairs([(effect, per_pair[effect][n].tolist()) for effect in run]) if len(effects.clean) > 1 else "",
+                "chart": _of_pairs([(effect, per_pair[effect][n].tolist()) for effect in run])
+                if len(effects.clean) > 1
+                else "",
                 "facts": list(card.facts.items()),
                 "link": card.link,
             }

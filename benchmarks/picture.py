@@ -44,7 +44,7 @@ def taken(browser: webdriver.Chrome, page: Path) -> bytes:
     browser.get(page.resolve().as_uri())
     chart = browser.find_element("css selector", "#answer figure.bars")
     end = browser.execute_script("return arguments[0].getBoundingClientRect().bottom", chart)
-    clip = {"x": 0, "y": 0, "width": SIZE[0], "height": min(SIZE[1], int(end) + 20), "scale": 1.5}
+    clip = {"x": 0, "y": 0, "width": SIZE[0], "height": min(SIZE[1], int(end) + 4), "scale": 1.5}
     return b64decode(
         browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "clip": clip, "captureBeyondViewport": True})[
             "data"

@@ -118,7 +118,7 @@ ROWS = 20_000
 
 def page_of(effects: Effects, material: Material, components: Effects | None) -> str:
     """Return the report as the content of an HTML file."""
-    found = [_answer(effects, material)]
+    found: list[Section | None] = [_answer(effects, material)]
     if measurable(effects):
         found += [_features(effects, material), _maps(effects, components), _quadrants(effects), _sites(effects)]
     found += [Section(f"figure-{n}", title, "", [chart]) for n, (title, chart) in enumerate(material.figures.items())]

@@ -1,4 +1,4 @@
-"""A screenshot for the README, taken in Chromium: three parts of the report on the question of the quickstart.
+"""A screenshot for the README, taken in Chromium: the first screen of a report.
 
     python benchmarks/picture.py [--write]
 
@@ -8,30 +8,19 @@ The exit code is 1 if examples/report.png is a different picture; --write replac
 import argparse
 import shutil
 import sys
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import torch
 from selenium import webdriver
-from selenium.webdriver.support.ui import WebDriverWait
 
 import featpatch as fp
 
 PICTURE = Path("examples/report.png")
 TOLERANCE = 2.0
 """The largest mean difference, of 255, between two pictures that are the same except for the rendering of letters."""
-READY = "return Boolean(document.querySelector('#ranking tr.opens') && document.querySelector('#quadrants .main-svg'))"
-PARTS = """
-const keep = ["question", "ranking", "quadrants"];
-document.querySelectorAll("header, section").forEach(part => { if (!keep.includes(part.id)) part.remove(); });
-document.querySelectorAll("#question .prompt").forEach((prompt, at) => { if (at > 1) prompt.remove(); });
-document.querySelector("#question table").closest(".block").remove();
-document.querySelector("#ranking tr.opens").click();
-document.querySelectorAll("#ranking tr.opens").forEach((row, at) => { if (at > 5) row.remove(); });
-document.querySelectorAll("#ranking tbody tr:not(.opens):not(.opened)").forEach(row => row.remove());
-document.querySelectorAll("h2").forEach(title => { title.style.marginTop = "10px"; });
-document.querySelector("main").style.padding = 0;
-"""
+SIZE = (1180, 800)
+"""Width and largest height of the picture, in pixels."""
 
 
 COMPARE = """
@@ -51,11 +40,16 @@ Promise.all([pixels(one), pixels(other)]).then(([a, b]) => done(
 
 
 def taken(browser: webdriver.Chrome, page: Path) -> bytes:
-    """Return a screenshot of the chosen parts of the page, one below the other, as PNG."""
+    """Return a screenshot of the first screen of the page, down to the end of its chart, as PNG."""
     browser.get(page.resolve().as_uri())
-    WebDriverWait(browser, 60).until(lambda browser: browser.execute_script(READY))
-    browser.execute_script(PARTS)
-    return bytes(browser.find_element("tag name", "main").screenshot_as_png)
+    chart = browser.find_element("css selector", "#answer figure.bars")
+    end = browser.execute_script("return arguments[0].getBoundingClientRect().bottom", chart)
+    clip = {"x": 0, "y": 0, "width": SIZE[0], "height": min(SIZE[1], int(end) + 4), "scale": 1.5}
+    return b64decode(
+        browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "clip": clip, "captureBeyondViewport": True})[
+            "data"
+        ]
+    )
 
 
 def main() -> None:
@@ -65,11 +59,27 @@ def main() -> None:
     write = parser.parse_args().write
     torch.set_num_threads(1)
     demo = fp.load_demo()
-    pairs = demo.pairs("ioi", n=16, seed=0)
-    effects = fp.rank_features(demo.model, demo.saes, pairs, positions=["S2", "end"], progress=False)
-    page = fp.report(effects, "build/picture.html", model=demo.model, saes=demo.saes, pairs=pairs)
+    pairs = demo.pairs("sentiment", n=16, seed=0)
+    effects = fp.rank_features(demo.model, demo.saes, pairs, positions=["word1", "word2", "end"], progress=False)
+    last = [sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post"]
+    curve = fp.top_k_curve(demo.model, last, pairs, most=8, positions=["end"], progress=False)
+    page = fp.report(
+        effects,
+        "build/picture.html",
+        model=demo.model,
+        saes=demo.saes,
+        pairs=pairs,
+        curve=curve,
+        question="Which features decide whether a review is positive or negative?",
+    )
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1160,2400"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--window-size={SIZE[0]},{SIZE[1]}",
+    ):
         options.add_argument(argument)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
@@ -84,10 +94,7 @@ def main() -> None:
             f"{PICTURE} differs from the new picture by {difference:.1f} of 255 on average: inspect it, then run picture.py "
             "--write"
         )
-    print(
-        "![Prompts with differing tokens highlighted, an opened row of the ranking, and recovery against "
-        f"degradation]({PICTURE})"
-    )
+    print(f"![The first screen of a report: a conclusion, and the largest effects with their intervals]({PICTURE})")
 
 
 if __name__ == "__main__":

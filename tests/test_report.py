@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: no errors, sorting and searching, widths, loading time, escaping."""
+"""The HTML report in a real browser: what it says first, sorting and searching, widths, dark mode, loading time, escaping."""
 
 import json
 import sys
@@ -16,6 +16,7 @@ from test_sets import SITE, pairs_of
 
 import featpatch as fp
 from featpatch.page.page import write
+from featpatch.reporting.conclusion import concluded, short_names
 from featpatch.reporting.sections import Material, PairText, _shown, page_of
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
@@ -70,9 +71,13 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
     browser.get_log("performance")
     opened(browser, path)
     names = browser.execute_script("return [...document.querySelectorAll('section')].map(s => s.id)")
-    assert names == ["question", "ranking", "quadrants", "sites", "maps", "figure-0", "figure-1", "stability",
-                     "provenance"]  # fmt: skip
-    assert browser.execute_script("return document.querySelectorAll('.js-plotly-plot .main-svg').length") >= 9
+    assert names == ["answer", "features", "maps", "quadrants", "sites", "figure-0", "figure-1", "ranking", "stability",
+                     "question", "provenance"]  # fmt: skip
+    charts = browser.execute_script(
+        "return [...document.querySelectorAll('figure.chart, table.grid')].map(c => c.closest('section').id)"
+    )
+    assert set(charts) == {"answer", "features", "maps", "quadrants", "sites", "figure-0", "figure-1"}
+    assert path.stat().st_size <= 2_000_000
     assert browser.title == "Who gets it?"
     facts = browser.execute_script("return document.querySelector('#provenance').innerText")
     assert Path(sys.argv[0]).name in facts
@@ -98,23 +103,24 @@ def test_the_report_of_a_study(study: dict[str, Any], browser: Any, tmp_path: Pa
     node = effects.top(1).nodes[0]
     browser.execute_script(
         "const s = document.querySelector('#ranking input[type=search]'); s.value = arguments[0];"
-        "s.dispatchEvent(new Event('input', {bubbles: true}));", f"{node.sae} feature {node.index}"
+        "s.dispatchEvent(new Event('input', {bubbles: true}));", f"#{node.index} @ {node.position}"
     )  # fmt: skip
     time.sleep(0.5)
-    assert str(node.index) in first_cells(browser, headers.index("index"))
+    assert any(cell.endswith(f"#{node.index} @ {node.position}") for cell in first_cells(browser, headers.index("feature")))
     assert len(first_cells(browser, 0)) < 15
     from selenium.webdriver.common.keys import Keys
 
-    opened_text = "const r = document.querySelector('#ranking tr.opened'); return r && r.innerText"
     row = browser.find_element("css selector", "#ranking tr.opens")
+    number = int(row.text.split()[1])
+    card = browser.find_element("id", f"card-{number}")
     for act in (row.click, lambda: row.send_keys(Keys.ENTER)):
-        assert browser.execute_script(opened_text) is None
+        browser.execute_script("arguments[0].open = false", card)
         act()
-        text = browser.execute_script(opened_text)
-        assert str(node) in text
-        assert "change written by" in text
-        assert "raises (direct path" in text
-        row.click()
+        assert card.get_attribute("open")
+        for words in (f"#{node.index} @ {node.position}", "change written by", "promotes", node.site, "Effect in each pair"):
+            assert words in card.text
+        assert browser.switch_to.active_element.tag_name == "summary"
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", row)
     assert errors(browser) == []
 
 
@@ -129,9 +135,11 @@ def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: A
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     shown = " ".join(" ".join(str(node.get("name", {}).get("value", "")) for node in tree["nodes"]).split())
-    for words in ("displayed without JavaScript", "effects.csv", "allow scripts for this file"):
+    for words in ("displayed without JavaScript", "writes next to its report", "allow scripts for this file"):
         assert (words in shown) != scripts
-    assert "Which SAE features cause this?" in shown
+    assert "Which features of the model cause its answers in the task ioi?" in shown
+    name = f"#{study['effects'].top(1).nodes[0].index} @"
+    assert name in shown
 
 
 def test_what_a_card_says(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +160,7 @@ def test_what_a_card_says(study: dict[str, Any], tmp_path: Path, monkeypatch: py
                 _, cache = model.run_with_cache(torch.tensor([tokens]))
                 np.testing.assert_allclose(values, sae.encode(cache[node.site])[0, :, node.index], atol=1e-4)
             logits = sae.W_dec[node.index] @ model.unembed.W_U
-        raises, lowers = (card.facts[f"{name} (direct path, without the final norm)"] for name in ("raises", "lowers"))
+        raises, lowers = (card.facts[name] for name in ("promotes", "suppresses"))
         assert raises.startswith(f"{model.tokenizer.decode([int(logits.argmax())])!r} ({float(logits.max()):+.2f})")
         assert lowers.startswith(f"{model.tokenizer.decode([int(logits.argmin())])!r} ({float(logits.min()):+.2f})")
         assert card.facts["differs"] == f"in {row.changed_pairs[0]} of 6 pairs"
@@ -161,17 +169,161 @@ def test_what_a_card_says(study: dict[str, Any], tmp_path: Path, monkeypatch: py
     assert links
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_widths(study: dict[str, Any], browser: Any, tmp_path: Path, width: int) -> None:
-    """Nothing but what scrolls by itself is wider than the window."""
-    path = fp.report(study["effects"], tmp_path / "r.html", **{k: study[k] for k in ("model", "pairs", "saes")})
-    opened(browser, path, width)
-    script = (
-        "const w = document.documentElement.clientWidth; return [...document.querySelectorAll('body *')]"
-        ".filter(e => !e.closest('.block') && e.getBoundingClientRect().right > w + 1).map(e => e.outerHTML.slice(0, 80))"
+def test_examples_on_a_card(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents on which sae-lens finds the feature most active, with its activations there."""
+    given: list[Material] = []
+    monkeypatch.setattr("featpatch.reporting.report.page_of", lambda _, material, components: given.append(material) or "")
+    texts = fp.load_demo().text()[:20]
+    known = {name: study[name] for name in ("model", "pairs", "saes")}
+    fp.report(study["effects"], tmp_path / "r.html", top=3, texts=texts, **known)
+    model = study["model"]
+    node, card = next((n, c) for n, c in given[0].features.items() if c.examples)
+    sae = next(sae for sae in study["saes"] if sae.cfg.metadata.hook_name == node.sae)
+    peaks = []
+    for text in texts:
+        tokens = model.to_tokens(text)
+        with torch.no_grad():
+            _, cache = model.run_with_cache(tokens)
+            values = sae.encode(cache[node.site])[0, :, node.index]
+        peaks.append(float(values[tokens[0] != model.tokenizer.bos_token_id].max()))
+    assert [max(values) for _, values in card.examples] == pytest.approx(
+        sorted(peaks, reverse=True)[: len(card.examples)], abs=1e-4
     )
-    assert browser.execute_script(script) == []
-    assert errors(browser) == []
+
+
+@pytest.fixture(scope="module")
+def written(study: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with all that the command line gives."""
+    path = tmp_path_factory.mktemp("written") / "r.html"
+    return fp.report(study["effects"], path, curve=study["curve"], **{k: study[k] for k in ("model", "pairs", "saes")})
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390])
+def test_widths(written: Path, browser: Any, width: int) -> None:
+    """Neither the page nor a table or chart in it is wider than the window."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 700}
+    )
+    try:
+        opened(browser, written, 1280)
+        assert browser.execute_script("return innerWidth") == width
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        script = (
+            "return [...document.querySelectorAll('body *:not(svg *)')].filter(e => e.checkVisibility() &&"
+            "e.getBoundingClientRect().right > arguments[0] + 1).map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert browser.execute_script(script, width) == []
+        assert errors(browser) == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_first_screen(study: dict[str, Any], written: Path, browser: Any) -> None:
+    """The conclusion, both values of the metric and the chart, whose ends of intervals are those of the table."""
+    opened(browser, written)
+    bottom = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
+    for part in ("p.answer", "dl.figures", "#answer figure.bars"):
+        assert 0 < browser.execute_script(bottom, part) <= 1000
+    effects = study["effects"]
+    shown = browser.find_element("id", "answer").text
+    assert f"{effects.clean.mean():.3g}" in shown
+    assert f"{effects.corrupted.mean():.3g}" in shown
+    frame = effects.take(effects.ranked).to_pandas()
+    frame["size"] = frame[["recovery", "degradation"]].abs().max(axis=1)
+    order = frame.sort_values("size", ascending=False, kind="stable").head(10)
+    names = browser.execute_script("return [...document.querySelectorAll('#answer .bar .name')].map(n => n.innerText)")[:-1]
+    assert [name.split("#")[1] for name in names] == [f"{row['index']} @ {row['position']}" for _, row in order.iterrows()]
+    ends = browser.execute_script(
+        "return [...document.querySelectorAll('#answer .whisker')].map(l => [l.getAttribute('x1'), l.getAttribute('x2')])"
+    )
+    drawn = np.array([[float(end.rstrip("%")) for end in pair] for pair in ends])
+    wanted = np.array([[row[f"{e}_low"], row[f"{e}_high"]] for _, row in order.iterrows() for e in ("recovery", "degradation")])
+    slope, offset = np.polyfit(wanted.ravel(), drawn.ravel(), 1)
+    np.testing.assert_allclose(drawn, slope * wanted + offset, atol=0.02)
+    assert slope > 0
+
+
+CONTRASTS = """
+const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const rgb = colour => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+const light = colour => {
+  const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = e => { while (e && rgb(getComputedStyle(e).backgroundColor)[3] < 255) e = e.parentElement; return e ? rgb(getComputedStyle(e).backgroundColor) : [255, 255, 255]; };
+return [...document.querySelectorAll("h1, h2, h3, h4, p, li, dt, dd, a, span, td, th, .chart text")].filter(e => e.checkVisibility() && e.textContent.trim()
+    && !e.closest(".disabled") && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
+  const style = getComputedStyle(e), one = light(rgb(e.closest("svg") ? style.fill : style.color).slice(0, 3)), other = light(behind(e).slice(0, 3));
+  return [(Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05), e.outerHTML.slice(0, 90)];
+}).sort((a, b) => a[0] - b[0]).slice(0, 3);
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(written: Path, browser: Any, scheme: str) -> None:
+    """Every text has the contrast that WCAG 2 AA asks for, 4.5 : 1, in both colour schemes, which differ."""
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        opened(browser, written)
+        paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+        worst = browser.execute_script(CONTRASTS)
+        assert worst
+        assert worst[0][0] >= 4.5, worst
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_conclusion_is_the_tables(study: dict[str, Any]) -> None:
+    """The count, the strongest row and its numbers, from the data frame."""
+    effects = study["effects"]
+    frame = effects.take(effects.ranked).to_pandas()
+    both = frame[frame["quadrant"] == "both directions"]
+    best = both.loc[both[["recovery", "degradation"]].abs().max(axis=1).idxmax()]
+    said = concluded(effects).answer.replace("\N{NO-BREAK SPACE}", " ")
+    assert said.startswith(
+        f"{len(both)} of {len(frame):,} features are both sufficient and necessary for part of the behaviour."
+    )
+    assert f"#{best['index']} @ {best['position']}: alone it brings back {100 * best['recovery']:.2g} % [" in said
+    assert f"without it {100 * best['degradation']:.2g} % [" in said
+
+
+def test_what_is_not_decided_is_not_concluded(study: dict[str, Any], small: Small, tmp_path: Path) -> None:
+    """A strict threshold, one pair, one direction, estimates, a screened table, and no gap each say so."""
+    effects = study["effects"]
+    strict = concluded(effects.with_threshold(0.99))
+    assert strict.answer.startswith("No single feature of ")
+    assert "is shown to be both sufficient and necessary by 6 pairs. The largest effect is that of L" in strict.answer
+    single = concluded(effects.of_pairs([0]))
+    assert single.answer.startswith("No single feature")
+    assert "[" not in single.answer
+    assert any("single pair gives no interval" in caveat for caveat in single.caveats)
+    assert any("estimates from gradients" in caveat for caveat in concluded(study["estimate"]).caveats)
+    equal = replace(effects, corrupted=effects.clean.copy(), denoised=effects.denoised * 0, taken_from=None)
+    assert "there is no behaviour to attribute" in concluded(equal).answer
+    known = {name: study[name] for name in ("model", "pairs", "saes")}
+    assert "there is no behaviour to attribute" in fp.report(equal, tmp_path / "equal.html", **known).read_text()
+    options: dict[str, Any] = {"positions": "each", "progress": False}
+    one = fp.rank_features(small.model, small.at(SITE), pairs_of(small), directions=["noising"], **options)
+    said = concluded(one)
+    assert "brings back" not in said.answer
+    assert any(caveat.startswith("Only one direction was run") for caveat in said.caveats)
+    screened = fp.rank_features(small.model, small.at(SITE), pairs_of(small), screen=fp.Screen(k=8, audit=4), **options)
+    assert any(caveat.startswith("8 of ") for caveat in concluded(screened).caveats)
+    assert "of the features that were run" in concluded(screened).answer
+
+
+def test_short_names() -> None:
+    """As a person would write them; an SAE is named only where two write to one hook point."""
+    post = "blocks.3.hook_resid_post"
+    nodes = [
+        fp.Node(post, "feature", 160, "end", post), fp.Node(post, "error", None, "end", post), fp.Node(post, "activation", None, 3),
+        fp.Node("blocks.1.attn.hook_z", "head", 5, "S2"), fp.Node("blocks.0.hook_mlp_out", "feature", 1, "all", "other"),
+    ]  # fmt: skip
+    assert short_names(nodes) == ["L3 resid_post #160 @ end", "L3 resid_post error term @ end", "L3 resid_post @ 3",
+                                  "L1 head 5 @ S2", "L0 mlp_out #1"]  # fmt: skip
+    second = fp.Node(post, "feature", 160, "end", "wide")
+    assert short_names([nodes[0], second]) == [f"L3 resid_post #160 of {post} @ end", "L3 resid_post #160 of wide @ end"]
 
 
 @pytest.mark.parametrize("rows", [2_000, pytest.param(20_000, marks=pytest.mark.extended)])
@@ -241,7 +393,7 @@ def test_plots_say_what_the_table_says(study: dict[str, Any]) -> None:
     assert [trace.name for trace in bars.data] == ["whole activation", "all features", "error term"]
     np.testing.assert_allclose(bars.data[2].y, effects.sites()["degradation_error"])
     maps = effects.plot.heatmap(kind="feature")
-    total = sum(float(np.nansum(trace.z)) for trace in maps.data)
+    total = sum(value for trace in maps.data for line in trace.z for value in line if value is not None)
     assert total == pytest.approx(features.pooled("recovery").sum())
     assert maps.data[0].z[0][0] == pytest.approx(
         features.where(site="blocks.0.hook_resid_pre", position="S2").pooled("recovery").sum()
@@ -275,6 +427,11 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
         (
             lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.dictionaries.identity(model, SITE)),
             "differ from those",
+        ),
+        (lambda: fp.report(effects, tmp_path / "r", texts=["a"]), "texts without saes: expected SAEs"),
+        (
+            lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=study["saes"], texts="text"),
+            "texts='text': expected a list of at least one document",
         ),
         (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),
         (lambda: effects.with_threshold(3.0), "threshold=3.0: expected a number between 0 and 1"),

@@ -287,7 +287,7 @@ class Circuit(Plotted):
 
         Args:
             path: the HTML file.
-            title: the title of the page; by default the text form of the circuit.
+            title: the title of the page; by default how many items the circuit has.
 
         Returns:
             The path.
@@ -300,7 +300,19 @@ class Circuit(Plotted):
             >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
             'circuit.html'
         """
-        return write(path, interactive(self.to_networkx(), title or repr(self)))
+        name = title or f"A circuit of {len(self.items)} {self.metadata['over']}"
+        return write(path, interactive(self.to_networkx(), name, answer=self._answer()))
+
+    def _answer(self) -> str:
+        """Return what the circuit does, in two sentences."""
+        low, high = self.faithfulness_interval
+        between = "" if np.isnan(low) else f" [{low:.0%}, {high:.0%}]"
+        single = " A single pair gives no interval." if np.isnan(low) else ""
+        return (
+            f"These {len(self.items):,} of {len(self.graph.items):,} {self.metadata['over']} alone keep "
+            f"{self.faithfulness:.0%}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while "
+            f"all others are ablated to {self.graph.to} values.{single}"
+        )
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval

@@ -1,5 +1,6 @@
 """A graph as an HTML page, and as JSON for the attribution-graph viewers of circuit-tracer and Neuronpedia."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from featpatch import sites
-from featpatch.diagram.draw import figure
-from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, label
+from featpatch.diagram.draw import middles
+from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, label, layout, short
 from featpatch.errors import FeatpatchError, is_integer
 from featpatch.nodes import Node
-from featpatch.page.page import Section, block, embedded, page, table
+from featpatch.page.page import Block, Section, block, page, table
 
 SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """The symbols that circuit-tracer writes for white space in a token."""
@@ -192,13 +193,14 @@ def _text(node: Node) -> str:
     return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else label(node).replace("<", "\uff1c")
 
 
-def interactive(graph: Any, title: str) -> str:
+def interactive(graph: Any, title: str, *, answer: str = "") -> str:
     """Return a graph as one HTML file that needs no network; a click on a node shows its effect and those of its edges.
 
     Args:
         graph: a `networkx.DiGraph` or `MultiDiGraph` of `featpatch.Node`, with the attribute `effect` on edges and, if known,
             on nodes.
         title: the title of the page as plain text.
+        answer: what the graph shows, in a sentence above the figure, as plain text.
 
     Returns:
         The content of the file.
@@ -214,37 +216,106 @@ def interactive(graph: Any, title: str) -> str:
         True
     """
     said = content(graph)
-    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", sections(graph))
+    first = [Section("answer", "", "", [block("answer.html", answer=answer, figures=())])] if answer else []
+    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", [*first, *sections(graph)])
 
 
 def sections(graph: Any) -> list[Section]:
-    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges.
+    """Return two sections of a page: the figure with the panel of numbers, and the table of all edges, or nodes without edges.
 
     Example:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
-        >>> len(fp.diagram.sections(graph))
-        2
+        >>> [section.title for section in fp.diagram.sections(graph)]
+        ['Graph', 'Nodes']
     """
     said = content(graph)
     names = [label(node) for node in said.nodes]
-    edges = pd.DataFrame(
-        [(names[edge.source], edge.to(names[edge.target]), edge.effect) for edge in _largest_first(said)],
-        columns=["from", "to", "effect"],
+    if said.edges:
+        ends = [(names[edge.source], edge.to(names[edge.target]), _four(edge.effect)) for edge in _largest_first(said)]
+        rows = table(pd.DataFrame(ends, columns=["from", "to", "effect"]))
+        every = Section("edges", "Edges", "All edges, sorted by the size of their effect.", [rows])
+    else:
+        alone = sorted(zip(names, map(_four, said.effects), strict=True), key=lambda row: -abs(row[1] or 0.0))
+        rows = table(pd.DataFrame(alone, columns=["node", "effect"]))
+        every = Section(
+            "nodes", "Nodes", str(graph.graph.get("note", "All nodes, sorted by the size of their effect.")), [rows]
+        )
+    text = (
+        "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size of "
+        "the effect; positive effects are blue, negative ones orange and dashed. Choose a node, by click or Enter, to see its "
+        "numbers below the figure."
     )
-    return [
-        Section(
-            "graph",
-            "Graph",
-            "Hook points from bottom (early layers) to top, positions from left to right. The width of a line shows the size "
-            "of the effect, its colour the sign (blue: positive, red: negative). Click a node to see its numbers below the "
-            "figure.",
-            [embedded(figure(graph)), block("nodes.html", nodes=_all_numbers(said, names))],
-        ),
-        Section(
-            "edges", "Edges", str(graph.graph.get("note", "All edges, sorted by the size of their effect.")), [table(edges)]
-        ),
+    return [Section("graph", "Graph", text, [drawing(said), block("nodes.html", nodes=_all_numbers(said, names))]), every]
+
+
+def _four(effect: float | None) -> float | None:
+    """Return an effect with four significant digits."""
+    return None if effect is None else float(f"{effect:.4g}")
+
+
+SHAPES = {"feature": 0, "error": 1, "head": 2, "neuron": 3, "activation": 6}
+"""The number of the shape in `page/templates/shapes.html` for each kind of node; others are circles."""
+
+ROW, COLUMN, LABELS = 64, 60, 110
+"""The height of a row, the least width of a column and the width of the names of rows, in pixels."""
+
+WIDEST, THINNEST = 7.0, 0.8
+"""The width in pixels of the line of the largest effect, and the least width of a line."""
+
+
+def drawing(said: Content) -> Block:
+    """Return the figure of a graph as SVG, with a curve for each edge and a marker that can be focused for each node."""
+    places, names = layout(said.nodes), [label(node) for node in said.nodes]
+    left, right = min(places.borders[0], *places.x) - 0.5, max(places.borders[-1], *places.x) + 0.5
+    height = ROW * len(places.rows)
+
+    def across(x: float) -> float:
+        return round(100 * (x - left) / (right - left), 2)
+
+    def down(y: float) -> float:
+        return round(height - ROW * (y + 0.5), 1)
+
+    centres = [(x, float(y)) for x, y in zip(places.x, places.y, strict=True)]
+    edges = sorted(said.edges, key=lambda edge: abs(edge.effect))
+    drawn = []
+    for edge, (x, y) in zip(edges, middles([(edge.source, edge.target) for edge in edges], centres), strict=True):
+        (x0, y0), (x1, y1) = centres[edge.source], centres[edge.target]
+        bend = 2 * x - (x0 + x1) / 2, 2 * y - (y0 + y1) / 2
+        drawn.append(
+            {
+                "sign": "negative" if edge.effect < 0 else "positive",
+                "width": round(max(THINNEST, said.width(edge, WIDEST)), 1),
+                "path": f"M{across(x0)} {down(y0)}Q{across(bend[0])} {down(bend[1])} {across(x1)} {down(y1)}",
+                "text": f"{names[edge.source]} \u2192 {edge.to(names[edge.target])}: effect {digits(edge.effect)}",
+            }
+        )
+    largest = max((abs(effect) for effect in said.effects if effect is not None), default=0.0) or 1.0
+    nodes = [
+        {
+            "x": across(x),
+            "y": down(y),
+            "shape": SHAPES.get(node.kind, 0),
+            "name": short(node),
+            "text": f"{name}, effect {digits(effect)}",
+            "sign": "" if effect is None else "negative" if effect < 0 else "positive",
+            "share": 0 if effect is None else round(80 * abs(effect) / largest),
+        }
+        for node, name, effect, (x, y) in zip(said.nodes, names, said.effects, centres, strict=True)
     ]
+    kinds = dict.fromkeys(node.kind for node in said.nodes)
+    return block(
+        "graph.html",
+        height=height,
+        width=LABELS + COLUMN * math.ceil(right - left),
+        bands=[(down(high + 0.5), ROW * (high - low + 1)) for low, high in places.bands],
+        borders=[across(border) for border in places.borders[1:-1]],
+        rows=[(down(y), name) for y, name in enumerate(places.rows)],
+        columns=[(across(middle), name) for middle, name in places.columns],
+        edges=drawn,
+        nodes=nodes,
+        kinds=[(kind.replace("_", " "), SHAPES.get(kind, 0)) for kind in kinds],
+    )
 
 
 def _largest_first(said: Content) -> list[Any]:

@@ -1,4 +1,4 @@
-"""HTML files made of sections with tables, figures and texts, from jinja2 templates, plotly figures and itables tables."""
+"""HTML files made of sections with tables, charts and texts, from jinja2 templates and itables tables."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -20,13 +20,17 @@ TEMPLATES = Environment(
 )
 
 
+LONG = 40
+"""The number of characters from which the text of a table's cell is wrapped."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of a page.
 
     Attributes:
         name: the name of its anchor.
-        title: the heading.
+        title: the heading; a section without one has no link at the top of the page either.
         text: an introduction in a sentence or two, as plain text.
         blocks: the pieces of HTML below the text.
     """
@@ -39,13 +43,12 @@ class Section:
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """Return a page as the content of an HTML file."""
-    import plotly.offline  # type: ignore[import-untyped]
     from itables.javascript import generate_init_offline_itables_html
     from itables.options import dt_bundle
 
-    plots, tables = Markup(plotly.offline.get_plotlyjs()), Markup(generate_init_offline_itables_html(dt_bundle))
+    tables = Markup(generate_init_offline_itables_html(dt_bundle))
     values = {"title": title, "subtitle": subtitle, "sections": sections}
-    return TEMPLATES.get_template("page.html").render(plotly=plots, datatables=tables, **values)
+    return TEMPLATES.get_template("page.html").render(datatables=tables, **values)
 
 
 class Page(Path if TYPE_CHECKING else type(Path())):  # type: ignore[misc]  # only the class for this platform has subclasses
@@ -71,13 +74,6 @@ def block(template: str, **values: Any) -> Block:
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 
-def embedded(chart: Any) -> Block:
-    """Return the HTML of a `plotly.graph_objects.Figure` that is as wide as the page."""
-    top = chart.layout.margin.t or (80 if chart.layout.title.text else 40)
-    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": top, "b": 60}, autosize=True)
-    return Markup(chart.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
-
-
 class Plotted:
     """A result that notebooks show as its figure where they can draw plotly figures, and otherwise as its table."""
 
@@ -97,16 +93,20 @@ class Plotted:
         return f"<p>{escape(first)}</p>{self._frame().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
 
 
-def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> Block:
+def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None, first: Sequence[str] = ()) -> Block:
     """Return the HTML of a table that can be sorted and searched; HTML in its cells is escaped.
 
     Args:
         frame: the table.
         rows: the number of rows per page of the table.
         order: the index of the column by which the table is sorted initially, largest value first.
+        first: the columns that a narrow screen shows; by default all.
     """
     from itables import to_html_datatable
 
+    wide = [number for number, name in enumerate(frame.columns) if first and name not in first]
+    long = [number for number, name in enumerate(frame) if (frame[name].astype(str).str.len() > LONG).any()]
+    classes = [{"targets": targets, "className": name} for targets, name in ((wide, "wide"), (long, "long")) if targets]
     return Markup(
         to_html_datatable(
             frame,
@@ -120,8 +120,9 @@ def table(frame: pd.DataFrame, *, rows: int = 15, order: int | None = None) -> B
             pageLength=rows,
             lengthMenu=[rows, 50, 200],
             order=[] if order is None else [[order, "desc"]],
-            scrollX=True,
+            columnDefs=classes,
+            autoWidth=False,
             style="width:100%",
-            classes="display compact nowrap",
+            classes="display compact",
         )
     )

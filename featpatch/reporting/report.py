@@ -1,8 +1,7 @@
 """The HTML report of a study: the table of effects with its prompts and feature cards."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from featpatch.attribution.calibration import calibrate
+from featpatch.attribution.calibration import Calibration, calibrate
 from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
 from featpatch.diagram.viewers import sections
@@ -22,10 +21,13 @@ from featpatch.files import check_writable
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
-from featpatch.page.page import write
+from featpatch.page.charts import STYLES, Points, points
+from featpatch.page.page import Block, write
 from featpatch.pairs.pair import PairText
 from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.patching.curves import Curve
+from featpatch.reporting.conclusion import measurable, short_names, together
 from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, page_of
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.views import promoted
@@ -38,6 +40,18 @@ WRITERS = 4
 
 TOGETHER = 512
 """The largest number of tokens of several prompts that share a forward pass."""
+
+MISSES = 10
+"""The number of features farthest from their estimates that are points of their own in a chart."""
+
+EXAMPLES = 3
+"""The largest number of max-activating examples on a feature card."""
+
+AROUND = 12
+"""The number of tokens of an example before the strongest activation, and after it."""
+
+READ = 256
+"""The largest number of pairs whose prompts are searched for max-activating examples."""
 
 WRITES = 8
 """The number of tokens that a feature card names whose logits the feature raises most, and lowers most."""
@@ -56,6 +70,7 @@ def report(
     circuit: Circuit | None = None,
     question: str = "",
     top: int | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Path:
     """Write a report of effects as one self-contained HTML file: a ranking that can be sorted and searched, and figures.
 
@@ -74,6 +89,7 @@ def report(
         circuit: a circuit of `fp.find_circuit`, shown as a graph whose nodes show their numbers when they are clicked.
         question: the title of the report; by default made of metric and model.
         top: the number of features per effect that get feature cards, 20 by default; only with `saes`.
+        texts: documents to find max-activating examples in; by default the prompts of the pairs. Only with `saes`.
 
     Returns:
         The path.
@@ -96,12 +112,19 @@ def report(
     _check_tables(effects, components, estimate)
     if top is not None and saes is None:
         raise FeatpatchError(f"top={top} without saes: expected SAEs, whose features get that many cards; leave top out")
+    if texts is not None and saes is None:
+        raise FeatpatchError("texts without saes: expected SAEs, whose feature cards show examples from them; leave texts out")
+    if texts is not None and (isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts)):
+        raise FeatpatchError(
+            f"texts={texts!r:.60}: expected a list of at least one document, to find max-activating examples; give texts, or "
+            "leave texts out to use the prompts"
+        )
     check_writable(path)
-    figures: dict[str, Any] = {} if curve is None else {"How many features does it take?": curve.plot()}
+    figures = {} if curve is None else {"How many features does it take?": _growth(curve)}
     if estimate is not None:
-        figures["Estimated against exact effects"] = calibrate(estimate, effects).plot()
+        figures["Estimated against exact effects"] = _calibrated(calibrate(estimate, effects))
     graph = () if circuit is None else sections(circuit.to_networkx())
-    material = Material(question, figures=figures, sections=graph)
+    material = Material(question, figures=figures, sections=graph, together="" if curve is None else together(curve))
     if model is None and pairs is None and saes is None:
         return write(path, page_of(effects, material, components))
     if model is None or pairs is None:
@@ -112,9 +135,44 @@ def report(
     return write(
         path,
         page_of(
-            effects, _with_prompts(material, effects, model, pairs, saes, components, TOP if top is None else top), components
+            effects,
+            _with_prompts(material, effects, model, pairs, saes, components, TOP if top is None else top, texts),
+            components,
         ),
     )
+
+
+def _growth(curve: Curve) -> Block:
+    """Return a chart of the effects of the top k features together, for the hook points where they are largest."""
+    effect, table = curve.sets.directions_run()[0], curve.table()
+    groups = list(table.groupby(["sae", "position"], sort=False))
+    groups.sort(key=lambda group: -abs(group[1][effect].iloc[-1]))
+    nodes = {(node.sae, node.position): node for node in curve.sets.nodes}
+    names = short_names([replace(nodes[key], kind="activation", index=None) for key, _ in groups[:STYLES]])
+    series = [
+        Points(
+            name,
+            [float(k) for k in rows["k"]],
+            rows[effect].tolist(),
+            [f"top {k} at {name}: {value:.3f}" for k, value in zip(rows["k"], rows[effect], strict=True)],
+            low=rows[f"{effect}_low"].tolist(),
+            high=rows[f"{effect}_high"].tolist(),
+        )
+        for name, (_, rows) in zip(names, groups[:STYLES], strict=True)
+    ]
+    return points(series, "features together", effect, log=True, joined=True)
+
+
+def _calibrated(calibration: Calibration) -> Block:
+    """Return a chart of exact effects against estimates, with the line of equal values."""
+    estimate, exact = calibration.estimate, calibration.exact
+    worst = np.argsort(-np.abs(estimate - exact), kind="stable")[:MISSES]
+    names = short_names([calibration.nodes[row] for row in worst])
+    series = [
+        Points("farthest from equal", estimate[worst].tolist(), exact[worst].tolist(), names),
+        Points("others", np.delete(estimate, worst).tolist(), np.delete(exact, worst).tolist()),
+    ]
+    return points(series, "estimate", f"exact {calibration.effect}", diagonal=True)
 
 
 def _check_tables(effects: Effects, components: Effects | None, estimate: Effects | None) -> None:
@@ -142,7 +200,14 @@ def _check_tables(effects: Effects, components: Effects | None, estimate: Effect
 
 
 def _with_prompts(
-    material: Material, effects: Effects, model: Any, pairs: Pairs, saes: Any, components: Effects | None, top: int
+    material: Material,
+    effects: Effects,
+    model: Any,
+    pairs: Pairs,
+    saes: Any,
+    components: Effects | None,
+    top: int,
+    texts: Sequence[str] | None,
 ) -> Material:
     """Add the prompts with their checklist, and the feature cards.
 
@@ -161,7 +226,9 @@ def _with_prompts(
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
     prompts = [PairText.of(pair, model.tokenizer) for pair in pairs]
-    features = {} if saes is None else _cards(lens, dictionaries(lens, saes), pairs, effects, top)
+    features = (
+        {} if saes is None or not measurable(effects) else _cards(lens, dictionaries(lens, saes), pairs, effects, top, texts)
+    )
     if features and components is not None and _comparable(effects, components):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
         features = {node: _written(card, node, writers) for node, card in features.items()}
@@ -171,7 +238,9 @@ def _with_prompts(
 
 
 @torch.no_grad()
-def _cards(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int) -> Mapping[Node, FeatureCard]:
+def _cards(
+    lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, top: int, texts: Sequence[str] | None
+) -> Mapping[Node, FeatureCard]:
     """Return feature cards of the features with the largest effects.
 
     Raises:
@@ -194,42 +263,64 @@ def _cards(lens: Lens, found: list[Dictionary], pairs: Pairs, effects: Effects, 
         chosen.append((node, row, int(np.argmax(change))))
     if not chosen:
         return {}
-    shown = Pairs(tuple(pairs[index] for index in sorted({index for _, _, index in chosen})))
-    hooks = sorted({hook for node, _, _ in chosen for hook in (by_name[node.sae].reads, by_name[node.sae].writes)})
-    runs: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
-    for some in shown.chunks(TOGETHER):
-        prompts = [prompt for index in some for prompt in (shown[index].clean, shown[index].corrupted)]
-        read = lens.read(torch.tensor(prompts), hooks)
-        runs |= {prompt: {hook: read[hook][row, None] for hook in hooks} for row, prompt in enumerate(prompts)}
-
-    @cache
-    def features(name: str, prompt: tuple[int, ...]) -> torch.Tensor:
-        """Return the features `[pos, d_sae]` of a prompt, cached because many feature cards show the same prompts."""
-        dictionary = by_name[name]
-        return dictionary.split(runs[prompt][dictionary.reads], runs[prompt][dictionary.writes]).features[0]
-
+    documents = [prompt for pair in pairs.pairs[:READ] for prompt in (pair.clean, pair.corrupted)]
+    if texts is not None:
+        documents = [prompt_ids(lens.tokenizer, text)[: lens.n_ctx] for text in texts]
+    shown = [prompt for _, _, index in chosen for prompt in (pairs[index].clean, pairs[index].corrupted)]
+    active = _activations(lens, by_name, [node for node, _, _ in chosen], dict.fromkeys([*documents, *shown]))
     cards = {}
-    for node, row, index in chosen:
-        clean, corrupted = (
-            features(node.sae, tokens)[:, node.index].float().tolist()
-            for tokens in (pairs[index].clean, pairs[index].corrupted)
-        )
+    for n, (node, row, index) in enumerate(chosen):
+        clean, corrupted = (active[prompt][:, n].tolist() for prompt in (pairs[index].clean, pairs[index].corrupted))
         dictionary = by_name[node.sae]
-        facts = _facts(lens, dictionary, node, row, index)
-        cards[node] = FeatureCard(index, clean, corrupted, facts, _link(dictionary.source, node))
+        facts, link = _facts(lens, dictionary, node, row), _link(dictionary.source, node)
+        examples = _examples(lens, {ids: active[ids][:, n].tolist() for ids in dict.fromkeys(documents)})
+        cards[node] = FeatureCard(index, clean, corrupted, facts, link, examples)
     return cards
 
 
-def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects, index: int) -> dict[str, str]:
+def _activations(
+    lens: Lens, by_name: Mapping[str, Dictionary], nodes: Sequence[Node], prompts: Iterable[tuple[int, ...]]
+) -> dict[tuple[int, ...], torch.Tensor]:
+    """Return the activations `[pos, nodes]` of features in each prompt; prompts of equal length share a forward pass."""
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for prompt in prompts:
+        by_length.setdefault(len(prompt), []).append(prompt)
+    columns = {name: [n for n, node in enumerate(nodes) if node.sae == name] for name in {node.sae for node in nodes}}
+    hooks = sorted({hook for name in columns for hook in (by_name[name].reads, by_name[name].writes)})
+    active: dict[tuple[int, ...], torch.Tensor] = {}
+    for length, alike in by_length.items():
+        size = max(1, TOGETHER // max(1, length))
+        for some in (alike[start : start + size] for start in range(0, len(alike), size)):
+            read = lens.read(torch.tensor(some), hooks)
+            values = torch.zeros(len(some), length, len(nodes))
+            for name, of_dictionary in columns.items():
+                split = by_name[name].split(read[by_name[name].reads], read[by_name[name].writes])
+                values[..., of_dictionary] = split.features[..., [nodes[n].index for n in of_dictionary]].to(values)
+            active |= dict(zip(some, values, strict=True))
+    return active
+
+
+def _examples(lens: Lens, active: Mapping[tuple[int, ...], Sequence[float]]) -> list[tuple[list[str], list[float]]]:
+    """Return max-activating examples: the surroundings of the strongest activation in the documents where it is largest."""
+    found: dict[tuple[int, ...], tuple[float, list[float]]] = {}
+    for ids, values in active.items():
+        special = special_positions(lens.tokenizer, ids)
+        peak = max((at for at in range(len(ids)) if at not in special), key=lambda at: values[at], default=0)
+        around = [at for at in range(max(0, peak - AROUND), min(len(ids), peak + AROUND + 1)) if at not in special]
+        if around and values[peak] > 0:
+            found[tuple(ids[at] for at in around)] = values[peak], [values[at] for at in around]
+    strongest = sorted(found.items(), key=lambda item: -item[1][0])[:EXAMPLES]
+    return [([lens.tokenizer.decode([token]) for token in tokens], values) for tokens, (_, values) in strongest]
+
+
+def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects) -> dict[str, str]:
     facts = {
-        "shown": f"pair {index}, in which it matters most",
+        "hook point": node.site if node.sae in ("", node.site) else f"{node.site}, SAE {node.sae}",
         "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs",
     }
-    for name, sign in (("raises", 1), ("lowers", -1)):
+    for name, sign in (("promotes", 1), ("suppresses", -1)):
         for tokens in promoted(lens, dictionary, [node.index or 0], WRITES, sign=sign).values():
-            facts[f"{name} (direct path, without the final norm)"] = ", ".join(
-                f"{token!r} ({change:+.2f})" for token, change in tokens
-            )
+            facts[name] = ", ".join(f"{token!r} ({change:+.2f})" for token, change in tokens)
     return facts
 
 

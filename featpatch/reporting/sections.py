@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
-from featpatch.effects.frames import TOP, brief, rounded
-from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED
+from featpatch import sites
+from featpatch.effects.frames import TOP, brief, pairs_by_value
+from featpatch.effects.statistics import CONFIDENCE, LEAST, RESAMPLES, SEED
 from featpatch.effects.table import Effects
-from featpatch.nodes import Node, Position
-from featpatch.page.page import Block, Section, block, embedded, page, table
+from featpatch.nodes import Effect, Node
+from featpatch.page.charts import Bar, Points, bars, grid, points, strips
+from featpatch.page.page import Block, Section, block, page, table
 from featpatch.pairs.pair import PairText
+from featpatch.reporting.conclusion import concluded, measurable, noun_of, several, short_names, strongest
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class FeatureCard:
         clean, corrupted: the activation on each token of that pair.
         facts: further facts about the feature, by name.
         link: the address of the feature's page on Neuronpedia; empty if there is none.
+        examples: max-activating examples, the strongest first: the text of tokens, and the activation on each.
     """
 
     pair: int
@@ -34,6 +39,7 @@ class FeatureCard:
     corrupted: Sequence[float]
     facts: Mapping[str, str] = field(default_factory=dict)
     link: str = ""
+    examples: Sequence[tuple[Sequence[str], Sequence[float]]] = ()
 
 
 @dataclass(frozen=True)
@@ -45,26 +51,48 @@ class Material:
         prompts: the text of every pair.
         features: the cards of the features that are shown, by node.
         checks: the outcome of the checklist for the pairs that are shown, one row per pair and rule; None without one.
-        figures: further figures (`plotly.graph_objects.Figure`), by title.
+        figures: further charts, by title.
         sections: further sections of the page.
+        together: how many features bring back how much, in a sentence; empty if it was not measured.
     """
 
     question: str = ""
     prompts: Sequence[PairText] = ()
     features: Mapping[Node, FeatureCard] = field(default_factory=dict)
     checks: pd.DataFrame | None = None
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Block] = field(default_factory=dict)
     sections: Sequence[Section] = ()
+    together: str = ""
 
 
 VALUES = 8
 """The largest number of values of a tag for which effects are broken down by the tag."""
 
+FEW_VALUES = 3
+"""The largest number of values of a tag for which intervals are shown as well."""
+
 PROMPTS = 8
 """The number of pairs that are shown."""
 
-POSITIONS = 3
-"""The largest number of positions at which heads are shown by layer and head."""
+FIRST = 10
+"""The number of rows in the chart at the top."""
+
+OPEN = 2
+"""The number of feature cards that are open at first."""
+
+PLACES = 16
+"""The largest number of hook points and positions in a chart; the table below it shows all."""
+
+NAMED = 6
+"""The number of features that are named in the chart of both effects."""
+
+SERIES = (
+    ("both directions", "sufficient and necessary"),
+    ("denoising only", "denoising only"),
+    ("noising only", "noising only"),
+    ("opposing", "opposing"),
+)
+"""The quadrants whose rows are drawn as points of their own, with their names in the legend."""
 
 ROWS = 20_000
 """The largest number of features or heads that are shown, those with the largest effects."""
@@ -72,28 +100,86 @@ ROWS = 20_000
 
 def page_of(effects: Effects, material: Material, components: Effects | None) -> str:
     """Return the report as the content of an HTML file."""
-    metadata = effects.metadata
-    sections = [
-        _question(effects, material),
-        _ranking(effects, material),
-        _quadrants(effects),
-        _sites(effects),
-        _maps(effects, components),
-        *(Section(f"figure-{n}", title, "", [embedded(chart)]) for n, (title, chart) in enumerate(material.figures.items())),
-        *material.sections,
-        _stability(effects),
-        _provenance(effects),
+    found: list[Section | None] = [_answer(effects, material)]
+    if measurable(effects):
+        found += [_features(effects, material), _maps(effects, components), _quadrants(effects), _sites(effects)]
+    found += [Section(f"figure-{n}", title, "", [chart]) for n, (title, chart) in enumerate(material.figures.items())]
+    found += material.sections
+    if measurable(effects):
+        found += [_ranking(effects, material), _stability(effects)]
+    found.append(_question(effects, material))
+    return page(
+        material.question or _title(effects), _subtitle(effects), [part for part in (*found, _provenance(effects)) if part]
+    )
+
+
+def _title(effects: Effects) -> str:
+    """Return a question that names the tasks of the pairs, if they have names."""
+    tasks = list(dict.fromkeys(tags["task"] for tags in effects.metadata.get("tags", []) if tags.get("task")))
+    on = f"its answers in the task {tasks[0]}" if len(tasks) == 1 else "this behaviour"
+    return f"Which {noun_of(effects)}s of {_model(effects)} cause {on}?"
+
+
+def _model(effects: Effects) -> str:
+    name = Path(effects.metadata.get("model", {}).get("name", "")).name
+    return f"the model {name}" if name and name != "model" else "the model"
+
+
+def _subtitle(effects: Effects) -> str:
+    value, noun = effects.value, noun_of(effects)
+    positions = effects.metadata.get("positions")
+    at = f" at {', '.join(map(str, positions))}" if isinstance(positions, list) and len(positions) <= FIRST else ""
+    return (
+        f"{value.capitalize()} effects of {several(effects.rows_ranked, noun)}{at}, over "
+        f"{several(len(effects.clean), 'prompt pair')}, on the metric {effects.metadata['metric']}"
+    )
+
+
+def _answer(effects: Effects, material: Material) -> Section:
+    """Return the first screen: conclusion, the metric's two numbers, and a chart of the largest effects."""
+    said, metric = concluded(effects), effects.metadata["metric"]
+    figures = [
+        (f"{metric}, clean", f"{effects.clean.mean():.3g}"),
+        (f"{metric}, corrupted", f"{effects.corrupted.mean():.3g}"),
+        ("gap (100 %)", f"{effects.gap.mean():.3g}"),
     ]
-    name = Path(metadata.get("model", {}).get("name", "")).name
-    title = material.question or f"Which SAE features cause this? {metadata['metric']} of {name}"
-    ranked = f"paths (route {effects.route!r})" if effects.route else "features or heads"
-    subtitle = f"{effects.value} effects of {effects.rows_ranked:,} {ranked} over {len(effects.clean)} "
-    means = f"the mean {metadata['metric']} is {effects.clean.mean():.3g} on clean"
-    if effects.has_gap:
-        subtitle += f"pairs; {means} and {effects.corrupted.mean():.3g} on corrupted prompts"
-    else:
-        subtitle += f"prompts without a counterfactual, as changes {effects.unit}; {means} prompts"
-    return page(title, subtitle, [section for section in sections if section is not None])
+    answer = " ".join(filter(None, (said.answer, material.together)))
+    blocks = [block("answer.html", answer=answer, figures=figures)]
+    rows = strongest(effects) if measurable(effects) else effects.take([])
+    if len(rows):
+        blocks.append(_chart(rows.take(np.arange(min(FIRST, len(rows)))), material))
+    if said.caveats:
+        blocks.append(block("caveats.html", caveats=said.caveats))
+    return Section("answer", "", "", blocks)
+
+
+ASKS: Mapping[Effect, str] = {
+    "recovery": "recovery: what it brings back alone (denoising)",
+    "degradation": "degradation: what is lost without it (noising)",
+}
+"""What the two effects say, for legends."""
+
+
+def _chart(rows: Effects, material: Material) -> Block:
+    """Return a bar chart of the effects of these rows."""
+    run, cards = rows.directions_run(), {node: n for n, node in enumerate(material.features, 1)}
+    values = {effect: list(zip(rows.pooled(effect), *rows.interval(effect).T, strict=True)) for effect in run}
+    drawn = [
+        Bar(
+            name,
+            [values[effect][n] for effect in run],
+            "\n".join(_number(*values[effect][n]) for effect in run),
+            f"card-{cards[node]}" if node in cards else "",
+        )
+        for n, (name, node) in enumerate(zip(short_names(rows.nodes), rows.nodes, strict=True))
+    ]
+    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: shares of the gap, with 95 % intervals"
+    return bars(drawn, [ASKS[effect] for effect in run], title=title)
+
+
+def _number(value: float, low: float, high: float) -> str:
+    """Return an effect with its interval, if there is one."""
+    return f"{value:.3f}" + ("" if low != low else f"  [{low:.3f}, {high:.3f}]")
 
 
 def _question(effects: Effects, material: Material) -> Section | None:
@@ -101,65 +187,62 @@ def _question(effects: Effects, material: Material) -> Section | None:
         return None
     metric = effects.metadata["metric"]
     prompts = [
-        {
-            **vars(prompt),
-            "reading": f"{metric} clean {clean:.2f}"
-            + (f", corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}" if effects.has_gap else ""),
-        }
+        {**vars(prompt), "reading": f"{metric} clean {clean:.2f}, corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}"}
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
-    what = "pairs. Tokens that differ are highlighted" if effects.has_gap else "prompts, without a counterfactual"
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {len(material.prompts)} {what}; the answers are those that the metric "
-        "compares."
+        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), 'pair')}. Tokens that differ are "
+        "highlighted; the underlined answers are those that the metric compares."
     )
     if material.checks is not None:
         text += " The checklist covers these pairs; `featpatch check` and `pairs.check(model)` check all pairs."
     blocks = [block("prompts.html", prompts=prompts)]
-    return Section(
-        "question", "The question", text, blocks if material.checks is None else [*blocks, table(material.checks, rows=5)]
-    )
+    if material.checks is not None:
+        blocks.append(table(material.checks, rows=5, first=list(material.checks.columns[:3])))
+    return Section("question", "Prompts and checklist", text, blocks)
 
 
 def _ranking(effects: Effects, material: Material) -> Section:
-    rows = _shown(effects)
-    frame = brief(rows)
+    rows, run = _shown(effects), effects.directions_run()
+    values = brief(rows).round(4)
     opens = {node: number for number, node in enumerate(material.features, 1)}
-    frame["site"] = [node.sae or node.site for node in rows.nodes]
-    frame.insert(0, "opens", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
-    columns = [name for name in frame.columns if name not in ("sae", "pairs", "value") and (opens or name != "opens")]
-    first = effects.directions_run()[0]
+    frame = pd.DataFrame({noun_of(effects): short_names(rows.nodes)})
+    if opens:
+        frame.insert(0, "card", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
+    for effect in run:
+        frame[effect] = values[effect]
+        frame[f"{effect}, 95 %"] = [
+            "" if low != low else f"{low:.3f} to {high:.3f}"
+            for low, high in zip(values[f"{effect}_low"], values[f"{effect}_high"], strict=True)
+        ]
+    if "quadrant" in values:
+        frame["quadrant"] = values["quadrant"]
+    frame["pairs"] = values["changed_pairs"]
+    if (effects.changed_pairs[effects.ranked] < len(effects.clean)).any():
+        for effect in run:
+            frame[f"{effect} where changed"] = values[f"{effect}_where_changed"]
     text = (
-        "Each row is a patch of one feature or head; low and high are the ends of 95 % bootstrap intervals over pairs. "
-        + (
-            "Recovery is the fraction of the behaviour that patching the node restores (is it sufficient?), degradation the "
-            "fraction that is lost without it (is it necessary?), both pooled over all pairs."
-            if effects.has_gap
-            else f"Degradation is the change {effects.unit} (clean - ablated), the mean over all prompts."
-        )
-        + " Columns that end in _where_changed "
-        "are pooled only over the pairs in which the node differs between the runs; changed_pairs is the number of these "
-        "pairs. Click the arrows of a column to sort by it."
+        "Each row is a patch of one feature or head. Recovery is the fraction of the behaviour that patching the node restores "
+        "(is it sufficient?), degradation the fraction that is lost without it (is it necessary?), both pooled over all pairs, "
+        "with 95 % bootstrap intervals over pairs. `pairs` is the number of pairs in which the node differs between the runs; "
+        "`where changed` is pooled over these only. Click the arrows of a column to sort by it."
     )
-    if "quadrant" in frame:
+    if "quadrant" in values:
         text += (
             f" The quadrant names the directions in which the interval lies above a threshold: {100 * effects.threshold:.4g} "
             "% of the effect of the whole activation at the hook point and position, or of the whole behaviour for whole "
             "activations and where the table has no such row. It is undecided if an interval includes the threshold."
         )
     if opens:
-        text += (
-            " Click a row with \u25b8 to open its feature card: the feature's activation at each token of the pair in which "
-            "it matters most (darker means stronger), and what it writes."
-        )
+        text += " A row with \u25b8 leads to its feature card, by click or Enter."
     if len(rows) < effects.ranked.sum():
         text += f" Shown are the {len(rows):,} rows with the largest effects, of {effects.ranked.sum():,} in the table."
     if "screening" in effects.metadata and effects.finished:
         audit = effects.audit()
         text += f"{'' if audit.complete else ' Not all features were patched.'} {audit}."
-    shown = rounded(frame[columns])
-    blocks = [table(shown, order=columns.index(first))]
-    return Section("ranking", "Ranked features", text, [*blocks, _cards(material)] if opens else blocks)
+    first = [name for name in ("card", noun_of(effects), *run) if name in frame]
+    blocks = [table(frame, order=list(frame.columns).index(run[0]), first=first)]
+    return Section("ranking", "All rows", text, blocks)
 
 
 def _shown(effects: Effects) -> Effects:
@@ -168,34 +251,124 @@ def _shown(effects: Effects) -> Effects:
     return effects.take(rows if len(rows) <= ROWS else rows[np.sort(np.argsort(-effects.sizes()[rows], kind="stable")[:ROWS])])
 
 
-def _cards(material: Material) -> Block:
+def _features(effects: Effects, material: Material) -> Section | None:
+    """Return the feature cards."""
+    if not material.features:
+        return None
+    numbers = {node: row for row, node in enumerate(effects.nodes)}
+    rows, run = effects.take([numbers[node] for node in material.features]), effects.directions_run()
+    quadrants, names, per_pair = rows.quadrants(), short_names(rows.nodes), {effect: rows.per_pair(effect) for effect in run}
     features = []
-    for node, card in material.features.items():
+    for n, card in enumerate(material.features.values()):
         prompt = material.prompts[card.pair]
-        runs = (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted))
-        largest = max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)])
+        values = [f"{effect} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run]
         features.append(
-            {"title": str(node), "runs": runs, "largest": largest, "facts": list(card.facts.items()), "link": card.link}
+            {
+                "title": names[n],
+                "effects": ", ".join([*values, *([quadrants[n]] if len(run) == 2 else [])]),
+                "pair": card.pair,
+                "runs": (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted)),
+                "largest": max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)]),
+                "examples": card.examples,
+                "peak": max([1e-12, *(abs(value) for _, shown in card.examples for value in shown)]),
+                "chart": _of_pairs([(effect, per_pair[effect][n].tolist()) for effect in run])
+                if len(effects.clean) > 1
+                else "",
+                "facts": list(card.facts.items()),
+                "link": card.link,
+            }
         )
-    return block("cards.html", features=features)
+    text = (
+        "The features with the largest effects; darker tokens are those on which a feature is more active. What a feature "
+        "promotes and suppresses is its direct path to the logits, without the final norm."
+    )
+    return Section("features", "Feature cards", text, [block("cards.html", features=features, opened=OPEN)])
+
+
+def _of_pairs(rows: Sequence[tuple[str, Any]]) -> Block:
+    """Return a chart of the effect of one row in each pair."""
+    return Markup('<div class="narrow">{}</div>').format(strips(rows, [f"pair {n}" for n in range(len(rows[0][1]))]))
 
 
 def _quadrants(effects: Effects) -> Section | None:
-    if len(effects.directions_run()) < 2:
+    run = effects.directions_run()
+    if len(run) < 2:
         return None
+    rows = strongest(effects)
+    labels, names = np.array(rows.quadrants()), short_names(rows.nodes)
+    x, y = rows.pooled("recovery"), rows.pooled("degradation")
+    apart = [label for label, _ in SERIES]
+    others = np.flatnonzero(~np.isin(labels, apart))
+    named = set(np.flatnonzero(np.isin(labels, apart))[:NAMED].tolist())
+    series = []
+    for label, name in SERIES:
+        at = np.flatnonzero(labels == label)
+        series.append(Points(name, x[at].tolist(), y[at].tolist(), [names[n] for n in at], named=len(named & set(at.tolist()))))
+    thresholds = [_thresholds(rows, effect) for effect in run]
     text = (
         "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
-        "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated."
+        "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated. "
+        + _said(thresholds, effects.threshold)
     )
-    return Section("quadrants", "Sufficient? Necessary?", text, [embedded(_shown(effects).plot.quadrants())])
+    grey = Points("undecided or below the threshold", x[others].tolist(), y[others].tolist())
+    chart = points([*series, grey], "recovery (denoising)", "degradation (noising)", lines=(thresholds[0], thresholds[1]))
+    return Section("quadrants", "Sufficient? Necessary?", text, [chart])
+
+
+def _thresholds(rows: Effects, effect: Effect) -> list[float]:
+    """Return the lowest and the highest threshold of these rows; one if they are the same."""
+    values = rows.threshold * np.maximum(np.abs(rows.carried(effect)), LEAST)
+    return sorted({float(values.min()), float(values.max())}) if len(values) else []
+
+
+def _said(thresholds: list[list[float]], share: float) -> str:
+    """Return what the dashed lines are."""
+    bounds = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
+    return (
+        f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at "
+        f"its lowest and highest ({bounds})."
+    )
+
+
+def _place_names(frame: pd.DataFrame) -> list[str]:
+    """Return short names of the rows of `Effects.sites`, with the SAE where several write to one hook point."""
+    nodes = [Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()]
+    return short_names(nodes)
 
 
 def _sites(effects: Effects) -> Section | None:
-    if not len(effects.sites()):
+    frame = effects.sites()
+    if not len(frame):
         return None
-    text = "The recovery of the error term is what the SAE does not explain." if effects.has_gap else ""
-    blocks = [embedded(effects.plot.sites(effect)) for effect in effects.directions_run()]
-    return Section("sites", "Whole activation, features, error", text, [*blocks, table(rounded(effects.sites()))])
+    run, names = effects.directions_run(), _place_names(frame)
+    sizes = frame[[f"{effect}_activation" for effect in run]].abs().max(axis=1).to_numpy()
+    chosen = np.sort(np.argsort(-sizes, kind="stable")[:PLACES])
+    nan = float("nan")
+    charts = [
+        bars(
+            [Bar(names[n], [(float(frame[f"{effect}_{kind}"].iloc[n]), nan, nan) for kind in PARTS]) for n in chosen],
+            list(PARTS.values()),
+            title=effect,
+        )
+        for effect in run
+    ]
+    shown = pd.DataFrame({"hook point": names, "changed features": frame["changed_features"]})
+    for effect in run:
+        for kind, words in PARTS.items():
+            shown[f"{effect}: {words}"] = frame[f"{effect}_{kind}"].round(4) + 0.0
+    text = (
+        "What the whole activation carries, what all features of the SAE carry with the error term kept, and what the error "
+        "term alone carries, which the SAE does not explain; effects.sites() also has their interaction."
+    )
+    if len(chosen) < len(frame):
+        text += f" The charts show the {len(chosen)} places with the largest effects of {len(frame)}."
+    side_by_side = Markup('<div class="columns narrow">{}</div>').format(Markup("").join(charts))
+    first = ["hook point", f"{run[0]}: {PARTS['all_features']}", f"{run[0]}: {PARTS['error']}"]
+    return Section("sites", "Whole activation, features, error", text, [side_by_side, table(shown, rows=10, first=first)])
+
+
+PARTS = {"activation": "whole", "all_features": "features", "error": "error"}
+"""The parts of an activation with their names in charts."""
 
 
 def _maps(effects: Effects, components: "Effects | None") -> Section | None:
@@ -203,44 +376,63 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
     charts = [_map(effects, "feature")] if "feature" in kinds and "screening" not in effects.metadata else []
     if components is not None:
         found = {node.kind for node in components.nodes}
-        whole = [_map(components, "activation")] if "activation" in found else []
-        charts = [*whole, *_head_maps(components), *charts]
+        charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
     text = (
-        "Effects of components first, if they were ranked too; heads at the positions with the largest effects; for features, "
-        "the sum of their individual effects."
+        "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual "
+        "effects. Blue is positive, orange is negative; an empty cell holds no row."
     )
-    return Section("maps", "Effects by layer and position", text, charts) if charts else None
+    blocks = [Markup('<div class="columns">{}</div>').format(Markup("").join(charts))] if charts else []
+    return Section("maps", "Effects by layer and position", text, blocks) if blocks else None
 
 
-def _map(effects: Effects, kind: str, position: Position | None = None) -> Block:
-    return embedded(effects.plot.heatmap(kind=kind, position=position))
+def _height(site: str) -> tuple[int, int, str]:
+    """Return a key that sorts hook points from the first to the last layer, and within a layer by where they are read."""
+    name, inside, known = sites.short(site), sites.within(site), list(sites.ENTRIES)
+    layer = int(name.split()[0][1:]) if name != site else -1
+    return layer, known.index(inside) if inside in known else len(known), inside
 
 
-def _head_maps(components: Effects) -> list[Block]:
-    """Return heat maps of heads at the positions with the largest effect of a head."""
-    heads = components.where(kind="head")
-    positions = dict.fromkeys(heads.nodes[row].position for row in np.argsort(-heads.sizes(), kind="stable"))
-    return [_map(heads, "head", position) for position in list(positions)[:POSITIONS]]
+def _map(effects: Effects, kind: str) -> Block:
+    """Return a table of sums of effects by hook point and position."""
+    rows = effects.take([row for row, node in enumerate(effects.nodes) if node.kind == kind])
+    chosen = rows.directions_run()[0]
+    cells: dict[tuple[str, str], float] = {}
+    for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
+        key = sites.short(node.site), str(node.position)
+        cells[key] = cells.get(key, 0.0) + float(value)
+    lines = list(dict.fromkeys(map(sites.short, sorted({node.site for node in rows.nodes}, key=_height))))
+    columns = list(dict.fromkeys(str(node.position) for node in rows.nodes))
+    names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
+    values = [[cells.get((line, column)) for column in columns] for line in lines]
+    return grid(values, lines, columns, title=f"{names[kind]}: {chosen}")
 
 
 def _stability(effects: Effects) -> Section | None:
     tags = effects.metadata.get("tags", [])
     values = {key: {of_pair.get(key) for of_pair in tags} for of_pair in tags for key in of_pair}
-    several = [tag for tag, of_tag in values.items() if 1 < len(of_tag) <= VALUES]
-    frames = [_by_tag(effects, tag) for tag in sorted(several)]
-    text = "Effects of the top features for each value of the pairs' tags; `depends` means that the intervals do not overlap."
-    return (
-        Section("stability", "Effects by kind of prompt", text, [table(rounded(frame), rows=10) for frame in frames])
-        if frames
-        else None
+    frames = [_by_tag(effects, tag) for tag in sorted(values) if 1 < len(values[tag]) <= VALUES]
+    if not frames:
+        return None
+    text = (
+        f"{effects.directions_run()[0].capitalize()} of the top rows for each value of the pairs' tags; `depends` means that "
+        "the intervals of two values do not overlap."
     )
+    tables = [table(frame, rows=10, first=[frame.columns[0], *frame.columns[-1:]]) for frame in frames]
+    return Section("stability", "Effects by kind of prompt", text, tables)
 
 
 def _by_tag(effects: Effects, tag: str) -> pd.DataFrame:
-    rows = effects.top(TOP)
-    frame = rows.by_tag(tag, effects.directions_run()[0])
-    frame = frame.drop(columns=[name for name in ("site", "kind", "index", "sae", "position") if name in frame])
-    frame.insert(0, "node", [str(node) for node in rows.nodes])
+    """Return the effects of the top features for each value of a tag, with intervals if there are few values."""
+    rows, effect = effects.top(TOP), effects.directions_run()[0]
+    found = rows.by_tag(tag, effect).round(4)
+    frame, names = pd.DataFrame({noun_of(effects): short_names(rows.nodes)}), pairs_by_value(effects, tag)
+    for value in names:
+        column = f"{effect}_{value}"
+        frame[f"{tag} {value}"] = found[column]
+        if len(names) <= FEW_VALUES:
+            ends = zip(found[f"{column}_low"], found[f"{column}_high"], strict=True)
+            frame[f"{value}, 95 %"] = ["" if low != low else f"{low:.3f} to {high:.3f}" for low, high in ends]
+    frame["depends"] = found["depends"]
     return frame
 
 

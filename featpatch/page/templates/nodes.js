@@ -1,4 +1,4 @@
-// A click on a node of the figure, or a choice from the list, shows its numbers. All strings are inserted as text, not as HTML.
+// A click on a node of the figure, Enter on it, or a choice from the list, shows its numbers. All strings are inserted as text, not as HTML.
 {
   const nodes = JSON.parse(document.getElementById("node-data").textContent);
   const panel = document.getElementById("node"), choice = document.getElementById("node-choice");
@@ -14,6 +14,7 @@
   const show = number => {
     const node = nodes[number];
     choice.value = number;
+    document.querySelectorAll("#graph g.node").forEach((each, n) => each.classList.toggle("chosen", n === number));
     const facts = element("dl", element("dt", "effect"), element("dd", node.effect));
     panel.replaceChildren(
       element("strong", node.name), facts,
@@ -22,8 +23,12 @@
   };
   nodes.forEach((node, number) => choice.append(new Option(node.name, number)));
   choice.addEventListener("change", () => choice.value === "" ? panel.replaceChildren() : show(Number(choice.value)));
-  document.querySelector("#graph .js-plotly-plot").on("plotly_click", event => {
-    const number = event.points[0].customdata;
-    if (number !== undefined) show(number);
-  });
+  for (const node of document.querySelectorAll("#graph g.node")) {
+    node.addEventListener("click", () => show(Number(node.dataset.number)));
+    node.addEventListener("keydown", event => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      show(Number(node.dataset.number));
+    });
+  }
 }

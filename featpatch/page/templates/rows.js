@@ -1,25 +1,18 @@
-// A row whose first cell reads "▸ 3" opens to <template id="card-3">, and closes again; by mouse, and by Enter.
+// A row whose first cell reads "▸ 3" leads to the card "card-3", which opens; by mouse, and by Enter. So does a link to a card.
+const open = card => { card.open = true; card.scrollIntoView({block: "start"}); card.querySelector("summary").focus({preventScroll: true}); };
 const cardOf = row => {
-  const mark = row?.cells[0]?.innerText.match(/^[▸▾] (\d+)$/);
+  const mark = row?.cells?.[0]?.innerText.match(/^▸ (\d+)$/);
   return mark && document.getElementById("card-" + mark[1]);
 };
-const toggle = event => {
-  const row = event.target.closest?.("#ranking tbody tr");
-  const card = cardOf(row);
-  if (!card || (event.type === "keydown" && event.key !== "Enter")) return;
-  const open = row.nextElementSibling?.classList.contains("opened");
-  row.cells[0].innerText = row.cells[0].innerText.replace(/^./, open ? "▸" : "▾");
-  if (open) return row.nextElementSibling.remove();
-  const cell = document.createElement("td");
-  cell.colSpan = row.cells.length;
-  cell.append(card.content.cloneNode(true));
-  const opened = document.createElement("tr");
-  opened.className = "opened";
-  opened.append(cell);
-  row.after(opened);
+const follows = event => {
+  const link = event.target.closest?.('a[href^="#card-"]');
+  const card = link ? document.querySelector(link.hash) : cardOf(event.target.closest?.("#ranking tbody tr"));
+  if (!card || (event.type === "keydown" && (link || event.key !== "Enter"))) return;
+  event.preventDefault();
+  open(card);
 };
-document.addEventListener("click", toggle);
-document.addEventListener("keydown", toggle);
+document.addEventListener("click", follows);
+document.addEventListener("keydown", follows);
 const ranking = document.querySelector("#ranking");
 if (ranking) new MutationObserver(() => {
   for (const row of ranking.querySelectorAll("tbody tr:not(.opens)"))

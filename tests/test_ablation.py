@@ -263,15 +263,15 @@ def test_noise_on_the_embeddings(small: Small) -> None:
 def test_draws_of_noise_are_averaged(small: Small, tmp_path: Path) -> None:
     """By hand from tables of single draws; a feature that differs in some draws only has no effect in the others."""
     sae, pairs = small.at(SITE), pairs_of(small)
-    options: dict[str, Any] = {"positions": [2, 6], "metric": ["logit_diff", "prob"], "progress": False}
-    one = [fp.rank_features(small.model, sae, pairs, noise=fp.Noise([2], 0.5, seed), **options) for seed in (4, 5, 6)]
+    options: dict[str, Any] = {"positions": [2, 6], "metric": ["logit_diff", "logit"], "progress": False}
+    one = [fp.rank_features(small.model, sae, pairs, noise=fp.Noise([2], 3.0, seed), **options) for seed in (4, 5, 6)]
     path = tmp_path / "journal"
-    noise = fp.Noise([2], 0.5, 4, draws=3)
+    noise = fp.Noise([2], 3.0, 4, draws=3)
     effects = fp.rank_features(small.model, sae, pairs, noise=noise, journal=path, **options)
     assert sorted(file.name for file in tmp_path.iterdir() if "lock" not in file.name) == ["journal", "journal.1", "journal.2"]
     assert set(effects.nodes) == {node for table in one for node in table.nodes}
     assert len({len(table) for table in one}) > 1, "some features differ in some draws only"
-    for metric in ("logit_diff", "prob"):
+    for metric in ("logit_diff", "logit"):
         table, singles = effects.for_metric(metric), [draw.for_metric(metric) for draw in one]
         gap = np.mean([draw.gap.mean() for draw in singles])
         for effect in ("recovery", "degradation"):
@@ -284,13 +284,13 @@ def test_draws_of_noise_are_averaged(small: Small, tmp_path: Path) -> None:
             np.testing.assert_allclose(table.spread[effect], by_draw[1].std(0, ddof=1), atol=1e-10)
             np.testing.assert_array_equal(table.to_pandas()[f"{effect}_spread"], table.spread[effect])
     assert "over 3 pairs and 3 draws of noise (spread: standard deviation over draws)" in repr(effects)
-    assert effects.metadata["noise"] == {"positions": [2], "scale": 0.5, "seed": 4, "draws": 3}
+    assert effects.metadata["noise"] == {"positions": [2], "scale": 3.0, "seed": 4, "draws": 3}
     few = effects.top(2)
     for table in (few, fp.Effects.load(few.save(tmp_path / "few.safetensors"))):
         np.testing.assert_array_equal(table.spread["recovery"], effects.spread["recovery"][few.rows_in_whole()])
-        np.testing.assert_array_equal(table.for_metric("prob").spread["recovery"], few.for_metric("prob").spread["recovery"])
+        np.testing.assert_array_equal(table.for_metric("logit").spread["recovery"], few.for_metric("logit").spread["recovery"])
     assert effects.of_pairs([0, 1]).spread == {}
-    single = fp.rank_features(small.model, sae, pairs, noise=fp.Noise([2], 0.5, 4), **options)
+    single = fp.rank_features(small.model, sae, pairs, noise=fp.Noise([2], 3.0, 4), **options)
     np.testing.assert_array_equal(single.denoised, one[0].denoised)
     assert single.spread == {}
     with pytest.raises(fp.FeatpatchError, match="draws=0"):

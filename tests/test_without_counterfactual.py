@@ -150,10 +150,11 @@ def test_estimates_are_exact_where_the_metric_is_linear() -> None:
     assert len(np.unique(exact.row * 2 + exact.pair)) == len(exact.row), "the whole activation of the SAE's hook point once"
 
 
-def test_a_single_text_and_its_answer(small: Small) -> None:
-    def ids(text: str) -> list[int]:
-        return list(text.encode())
+def ids(text: str) -> list[int]:
+    return list(text.encode())
 
+
+def test_a_single_text_and_its_answer(small: Small) -> None:
     one = fp.Pairs.from_prompts(ids, clean="abc", correct="d")
     assert (
         one == fp.Pairs.from_prompts(ids, clean=["abc"], correct=["d"]) == fp.Pairs.from_tokens([[97, 98, 99]], correct=[100])
@@ -169,8 +170,8 @@ def test_a_single_text_and_its_answer(small: Small) -> None:
 
 def test_without_answers_a_metric_of_the_logits_alone(small: Small, tmp_path: Path) -> None:
     prompts = fp.Pairs.from_tokens(small.clean)
-    assert prompts == fp.Pairs.from_prompts(str.encode, clean=small.clean)
-    assert fp.Pairs.from_jsonl(str.encode, prompts.to_jsonl(tmp_path / "prompts.jsonl")) == prompts
+    assert prompts == fp.Pairs.from_prompts(ids, clean=small.clean.tolist())
+    assert fp.Pairs.from_jsonl(ids, prompts.to_jsonl(tmp_path / "prompts.jsonl")) == prompts
     assert prompts.check(small.model).ok
     options: dict[str, Any] = {"sites": "z", "layers": [1], "to": "zero", "progress": False}
     for method in ("exact", "atp"):

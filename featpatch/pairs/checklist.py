@@ -295,6 +295,8 @@ def _output_alone(value: float, pair: Pair) -> Outcome:
 
 def _answers(pair: Pair, tokenizer: Any, in_context: Set[int]) -> Outcome:
     right, wrong = pair.answers
+    if not right:
+        return "pass", "no answers"
     tokens = [token for answer in (*right, *wrong) for token in answer]
     unknown = getattr(tokenizer, "unk_token_id", None)
     odd = [tokens[p] for p in special_positions(tokenizer, tokens)] if tokenizer is not None else []

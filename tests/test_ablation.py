@@ -129,8 +129,10 @@ def test_means_are_read_in_one_batched_pass_per_length(small: Small, to: Any, mo
     assert sorted(batched) == sorted([(73, 7), (17, 7)] + ([(30, 5)] if to == "mean" else []))
     assert not [shape for shape in read if shape[0] == 1 and shape[1] in (5, 7)], "no prompt is run by itself"
 
+    runs = [oracle.activations(small.model, torch.tensor([ids])) for ids in prompts]
+
     def naive(of: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-        rows = [of(oracle.activations(small.model, torch.tensor([ids])))[0] for ids in prompts if to == "mean" or len(ids) == 7]
+        rows = [of(run)[0] for run, ids in zip(runs, prompts, strict=True) if to == "mean" or len(ids) == 7]
         return torch.cat([row[1:] for row in rows]).mean(0) if to == "mean" else torch.stack(rows).mean(0)[5]
 
     clean = oracle.activations(small.model, small.clean[[0]])

@@ -71,7 +71,7 @@ def test_the_unit_is_shown_wherever_effects_are(small: Small, tmp_path: Path) ->
     assert Plots(effects).heatmap(kind="feature").layout.coloraxis.colorbar.title.text == "loss of logit_diff"
     table = ranked(effects.top(3))
     assert "as changes of logit_diff" in str(table.title)
-    assert "loss of logit_diff" in [column.header for column in table.columns]
+    assert "loss of logit_diff" in table.columns
     text = fp.report(effects, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "as changes of logit_diff" in text
     assert "fraction of the behaviour" not in text

@@ -47,7 +47,7 @@ class Pairs(Sequence[Pair]):
         >>> len(short)
         3
         >>> fp.Pairs.from_prompts(model, clean="Mary gave it to John . John gave it to", correct=" Mary")
-        1 prompt of 12 tokens without a counterfactual, labels (none)
+        1 prompt of 11 tokens without a counterfactual, labels (none)
     """
 
     pairs: tuple[Pair, ...]

@@ -213,7 +213,7 @@ def test_means_over_other_prompts_leave_special_tokens_out(small: Small) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [({}, "nothing to ablate"), ({"sites": "z", "to": "nothing"}, "to='nothing': expected one of 'zero', 'mean'"),
-     ({"sites": "z", "to": float("nan")}, "or a finite number"), ({"sites": "z", "to": float("inf")}, "or a finite number"),
+     ({"sites": "z", "to": float("nan")}, "a finite number, or activations"), ({"sites": "z", "to": float("inf")}, "a finite number, or activations"),
      ({"layers": [0]}, r"layers=\[0\] without sites"),
      ({"sites": "z", "reference": fp.Pairs((fp.Pair((99, 2), (3, 2), (4,), (5,)),))}, "has token ids from 2 to 99"),
      ({"sites": "z", "reference": fp.Pairs((fp.Pair((1, 2), (3, 2), (4,), (5,), special=frozenset({0, 1})),))}, "hold only special tokens"),],
@@ -333,5 +333,5 @@ def test_a_journal_of_another_question_is_refused(small: Small, tmp_path: Path) 
         with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: ablation differ"):
             fp.ablate(small.model, pairs, saes=sae, positions=[3], journal=journal, progress=False, **options)
     fp.ablate(small.model, pairs, sites="z", layers=[0], journal=tmp_path / "z", progress=False)
-    with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: layers differ"):
+    with pytest.raises(fp.FeatpatchError, match="belongs to another sweep: layers, sites differ"):
         fp.ablate(small.model, pairs, sites="z", layers=[1], journal=tmp_path / "z", progress=False)

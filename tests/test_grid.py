@@ -11,6 +11,8 @@ import torch
 import featpatch as fp
 from featpatch.effects.plots import DIVERGING, GREY
 
+pytestmark = pytest.mark.filterwarnings("ignore:positions='each' pools")
+
 
 @pytest.fixture(scope="module")
 def demo() -> Any:

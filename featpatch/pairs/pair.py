@@ -156,6 +156,10 @@ class Pair:
 
         Raises:
             FeatpatchError: the pair has no such label.
+
+        Example:
+            >>> pairs[0].places("S2") == [(position, position) for position in pairs[0].positions("S2")]
+            True
         """
         here = self.positions(label)
         return list(zip(here, positions_of(self.corrupted_labels[label]) if self.by_label else here, strict=True))

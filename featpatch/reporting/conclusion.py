@@ -88,7 +88,9 @@ def concluded(effects: Effects) -> Conclusion:
 
 
 def measurable(effects: Effects) -> bool:
-    """Return whether the mean gap is large enough for effects as shares of it."""
+    """Return whether the mean gap, if effects are shares of it, is large enough."""
+    if not effects.has_gap:
+        return True
     size = statistics.size(effects.clean, effects.corrupted)
     return bool(abs(effects.gap.mean()) > statistics.NEAR_ZERO * size)
 
@@ -112,6 +114,8 @@ def several(count: int, noun: str) -> str:
 
 def _answer(effects: Effects, rows: Effects, noun: str) -> str:
     """Return the conclusion of a table with at least one row, given its rows with the largest first."""
+    if not effects.has_gap:
+        return f"The largest effect of {several(effects.rows_ranked, noun)} is that of {_lead(rows.take([0]))}."
     labels, run = rows.quadrants(), rows.directions_run()
     if len(run) == 2:
         wanted, claim = "both directions", "both sufficient and necessary"
@@ -121,19 +125,26 @@ def _answer(effects: Effects, rows: Effects, noun: str) -> str:
         threshold = rows.threshold * np.maximum(np.abs(rows.carried(run[0])), statistics.LEAST)
         found = np.flatnonzero(rows.interval(run[0])[:, 0] > threshold).tolist()
     lead = rows.take([found[0] if found else 0])
-    name, pairs = short_names(lead.nodes)[0], several(len(effects.clean), "pair")
-    about = "; ".join(_effect(lead, effect) for effect in run)
+    about, pairs = _lead(lead), several(len(effects.clean), "pair")
     whole = f"of the {noun}s that were run" if "screening" in effects.metadata else f"of {several(effects.rows_ranked, noun)}"
     if not found:
-        return f"No single {noun} {whole} is shown to be {claim} by {pairs}. The largest effect is that of {name}: {about}."
+        return f"No single {noun} {whole} is shown to be {claim} by {pairs}. The largest effect is that of {about}."
     if len(found) == 1:
-        return f"1 {whole}, {name}, is {claim} for part of the behaviour: {about}."
-    return f"{len(found):,} {whole} are {claim} for part of the behaviour. The strongest of them is {name}: {about}."
+        return f"1 {whole} is {claim} for part of the behaviour: {about}."
+    return f"{len(found):,} {whole} are {claim} for part of the behaviour. The strongest of them is {about}."
+
+
+def _lead(row: Effects) -> str:
+    """Return the name of one row, with its effects in words."""
+    return f"{short_names(row.nodes)[0]}: {'; '.join(_effect(row, effect) for effect in row.directions_run())}"
 
 
 def _effect(row: Effects, effect: Effect) -> str:
     """Return an effect of one row with its interval in words."""
     value, (low, high) = float(row.pooled(effect)[0]), row.interval(effect)[0]
+    if not row.has_gap:
+        between = f" [{low:.3g}, {high:.3g}]" if np.isfinite(low) else ""
+        return f"ablating it changes {row.metadata['metric']} by {-value:.3g} (clean - ablated: {value:.3g}{between})"
     between = f" [{percent(low)}, {percent(high)}]" if np.isfinite(low) else ""
     if effect == "recovery":
         kept = "alone it brings back" if value >= 0 else "alone it brings back less than nothing,"
@@ -154,11 +165,15 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
             f"{known['k']:,} of {known['candidates']:,} features were patched because their estimates were the largest, and "
             f"{known['sampled']:,} more at random; how much this may have missed is said above the table of all rows."
         )
-    if len(run) == 1:
+    if not effects.has_gap:
+        found.append(f"The prompts have no counterfactual: effects are changes {effects.unit}, not shares of a gap.")
+    elif len(run) == 1:
         other = {"recovery": "necessary (noising)", "degradation": "sufficient (denoising)"}[run[0]]
         found.append(f"Only one direction was run, so nothing is known about which are {other}.")
     if pairs == 1:
-        found.append("A single pair gives no interval: nothing here says whether it holds for other prompts.")
+        found.append(
+            f"A single {'pair' if effects.has_gap else 'prompt'} gives no interval: nothing here says whether it holds for other prompts."
+        )
     elif pairs < FEW_PAIRS:
         found.append(f"The intervals are over {pairs} pairs only, and cover less than 95 %.")
     labels = Counter(effects.take(effects.ranked).quadrants()) if len(run) == 2 and pairs > 1 else Counter()

@@ -129,20 +129,19 @@ def _subtitle(effects: Effects) -> str:
     value, noun = effects.value, noun_of(effects)
     positions = effects.metadata.get("positions")
     at = f" at {', '.join(map(str, positions))}" if isinstance(positions, list) and len(positions) <= FIRST else ""
-    return (
-        f"{value.capitalize()} effects of {several(effects.rows_ranked, noun)}{at}, over "
-        f"{several(len(effects.clean), 'prompt pair')}, on the metric {effects.metadata['metric']}"
-    )
+    route = f" (route {effects.route!r})" if effects.route else ""
+    over = several(len(effects.clean), "prompt pair" if effects.has_gap else "prompt")
+    unit = f"on the metric {effects.metadata['metric']}" if effects.has_gap else f"as changes {effects.unit} (clean - ablated)"
+    return f"{value.capitalize()} effects of {several(effects.rows_ranked, noun)}{route}{at}, over {over}, {unit}"
 
 
 def _answer(effects: Effects, material: Material) -> Section:
     """Return the first screen: conclusion, the metric's two numbers, and a chart of the largest effects."""
     said, metric = concluded(effects), effects.metadata["metric"]
-    figures = [
-        (f"{metric}, clean", f"{effects.clean.mean():.3g}"),
-        (f"{metric}, corrupted", f"{effects.corrupted.mean():.3g}"),
-        ("gap (100 %)", f"{effects.gap.mean():.3g}"),
-    ]
+    figures = [(f"{metric}, clean", f"{effects.clean.mean():.3g}")]
+    if effects.has_gap:
+        figures.append((f"{metric}, corrupted", f"{effects.corrupted.mean():.3g}"))
+        figures.append(("gap (100 %)", f"{effects.gap.mean():.3g}"))
     answer = " ".join(filter(None, (said.answer, material.together)))
     blocks = [block("answer.html", answer=answer, figures=figures)]
     rows = strongest(effects) if measurable(effects) else effects.take([])
@@ -173,8 +172,9 @@ def _chart(rows: Effects, material: Material) -> Block:
         )
         for n, (name, node) in enumerate(zip(short_names(rows.nodes), rows.nodes, strict=True))
     ]
-    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: shares of the gap, with 95 % intervals"
-    return bars(drawn, [ASKS[effect] for effect in run], title=title)
+    unit = "shares of the gap" if rows.has_gap else f"changes {rows.unit}"
+    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: {unit}, with 95 % intervals"
+    return bars(drawn, [ASKS[effect] if rows.has_gap else rows.titled(effect) for effect in run], title=title)
 
 
 def _number(value: float, low: float, high: float) -> str:
@@ -187,11 +187,16 @@ def _question(effects: Effects, material: Material) -> Section | None:
         return None
     metric = effects.metadata["metric"]
     prompts = [
-        {**vars(prompt), "reading": f"{metric} clean {clean:.2f}, corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}"}
+        {
+            **vars(prompt),
+            "reading": f"{metric} clean {clean:.2f}"
+            + (f", corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}" if effects.has_gap else ""),
+        }
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
+    noun = "pair" if effects.has_gap else "prompt"
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), 'pair')}. Tokens that differ are "
+        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), noun)}. Tokens that differ are "
         "highlighted; the underlined answers are those that the metric compares."
     )
     if material.checks is not None:
@@ -210,8 +215,8 @@ def _ranking(effects: Effects, material: Material) -> Section:
     if opens:
         frame.insert(0, "card", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
     for effect in run:
-        frame[effect] = values[effect]
-        frame[f"{effect}, 95 %"] = [
+        frame[effects.titled(effect)] = values[effect]
+        frame[f"{effects.titled(effect)}, 95 %"] = [
             "" if low != low else f"{low:.3f} to {high:.3f}"
             for low, high in zip(values[f"{effect}_low"], values[f"{effect}_high"], strict=True)
         ]
@@ -220,12 +225,17 @@ def _ranking(effects: Effects, material: Material) -> Section:
     frame["pairs"] = values["changed_pairs"]
     if (effects.changed_pairs[effects.ranked] < len(effects.clean)).any():
         for effect in run:
-            frame[f"{effect} where changed"] = values[f"{effect}_where_changed"]
+            frame[f"{effects.titled(effect)} where changed"] = values[f"{effect}_where_changed"]
     text = (
-        "Each row is a patch of one feature or head. Recovery is the fraction of the behaviour that patching the node restores "
-        "(is it sufficient?), degradation the fraction that is lost without it (is it necessary?), both pooled over all pairs, "
-        "with 95 % bootstrap intervals over pairs. `pairs` is the number of pairs in which the node differs between the runs; "
-        "`where changed` is pooled over these only. Click the arrows of a column to sort by it."
+        "Each row is a patch of one feature or head. "
+        + (
+            "Recovery is the fraction of the behaviour that patching the node restores (is it sufficient?), degradation the "
+            "fraction that is lost without it (is it necessary?), both pooled over all pairs"
+            if effects.has_gap
+            else f"The effect is the change {effects.unit} (clean - ablated), the mean over all prompts"
+        )
+        + ", with 95 % bootstrap intervals over pairs. `pairs` is the number of pairs in which the node differs between the "
+        "runs; `where changed` is pooled over these only. Click the arrows of a column to sort by it."
     )
     if "quadrant" in values:
         text += (
@@ -240,8 +250,9 @@ def _ranking(effects: Effects, material: Material) -> Section:
     if "screening" in effects.metadata and effects.finished:
         audit = effects.audit()
         text += f"{'' if audit.complete else ' Not all features were patched.'} {audit}."
-    first = [name for name in ("card", noun_of(effects), *run) if name in frame]
-    blocks = [table(frame, order=list(frame.columns).index(run[0]), first=first)]
+    named = [effects.titled(effect) for effect in run]
+    first = [name for name in ("card", noun_of(effects), *named) if name in frame]
+    blocks = [table(frame, order=list(frame.columns).index(named[0]), first=first)]
     return Section("ranking", "All rows", text, blocks)
 
 
@@ -348,7 +359,7 @@ def _sites(effects: Effects) -> Section | None:
         bars(
             [Bar(names[n], [(float(frame[f"{effect}_{kind}"].iloc[n]), nan, nan) for kind in PARTS]) for n in chosen],
             list(PARTS.values()),
-            title=effect,
+            title=effects.titled(effect),
         )
         for effect in run
     ]
@@ -404,7 +415,7 @@ def _map(effects: Effects, kind: str) -> Block:
     columns = list(dict.fromkeys(str(node.position) for node in rows.nodes))
     names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
     values = [[cells.get((line, column)) for column in columns] for line in lines]
-    return grid(values, lines, columns, title=f"{names[kind]}: {chosen}")
+    return grid(values, lines, columns, title=f"{names[kind]}: {rows.titled(chosen)}")
 
 
 def _stability(effects: Effects) -> Section | None:

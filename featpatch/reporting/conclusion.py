@@ -171,9 +171,8 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
         other = {"recovery": "necessary (noising)", "degradation": "sufficient (denoising)"}[run[0]]
         found.append(f"Only one direction was run, so nothing is known about which are {other}.")
     if pairs == 1:
-        found.append(
-            f"A single {'pair' if effects.has_gap else 'prompt'} gives no interval: nothing here says whether it holds for other prompts."
-        )
+        one = "pair" if effects.has_gap else "prompt"
+        found.append(f"A single {one} gives no interval: nothing here says whether it holds for other prompts.")
     elif pairs < FEW_PAIRS:
         found.append(f"The intervals are over {pairs} pairs only, and cover less than 95 %.")
     labels = Counter(effects.take(effects.ranked).quadrants()) if len(run) == 2 and pairs > 1 else Counter()

@@ -26,7 +26,7 @@ class Demo(Loaded):
         saes: the SAEs as sae-lens objects, in the order of their hook points.
         folder: the folder of the checkpoints.
 
-    Example:
+    Examples:
         >>> model, saes = demo
         >>> len(saes)
         8
@@ -48,7 +48,7 @@ class Demo(Loaded):
         Raises:
             FeatpatchError: the task is unknown, or there are fewer than `n` pairs.
 
-        Example:
+        Examples:
             >>> pairs = demo.pairs("capitals", n=4)
             >>> sorted(pairs[0].labels)
             ['end', 'subject']
@@ -67,7 +67,7 @@ class Demo(Loaded):
     def text(self) -> list[str]:
         """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`.
 
-        Example:
+        Examples:
             >>> len(demo.text()) > 100
             True
         """
@@ -123,7 +123,7 @@ def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.
 
-    Example:
+    Examples:
         >>> demo = fp.load_demo(progress=False)
         >>> demo.model.cfg.n_layers
         4

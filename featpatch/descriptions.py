@@ -66,7 +66,7 @@ class Description:
         contexts: max-activating examples, strongest first and without duplicates, with the active token in brackets.
         examples: the same examples as tokens with their activations.
 
-    Example:
+    Examples:
         >>> (description,) = fp.max_activating(model, saes, effects.top(1).nodes, demo.text()[:60]).values()
         >>> description.fired < description.positions
         True
@@ -154,7 +154,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
         FeatpatchError: the model has no tokenizer, there are no texts or none with a word, or a node names a feature or an SAE
             that does not exist.
 
-    Example:
+    Examples:
         >>> nodes = effects.top(1).nodes
         >>> described = fp.max_activating(model, saes, nodes, demo.text()[:60])
         >>> described[nodes[0]].label, described[nodes[0]].fired >= 10, len(described[nodes[0]].contexts)

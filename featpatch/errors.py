@@ -18,7 +18,7 @@ MAX_INTEGER = 2**63 - 1
 class FeatpatchError(ValueError):
     """Error for unusable input; its message names the value, what was expected and what to do next.
 
-    Example:
+    Examples:
         >>> try:
         ...     pairs[0].positions("S3")
         ... except fp.FeatpatchError as error:

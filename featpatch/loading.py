@@ -100,7 +100,7 @@ def load(
         FeatpatchError: an argument is of the wrong kind or has no use, something can't be found, downloaded or read, or the
             SAEs were trained on differently processed weights.
 
-    Example:
+    Examples:
         >>> folder = demo.folder / "saes" / "blocks.2.hook_resid_pre"
         >>> loaded = fp.load(demo.folder / "model", folder, pairs=pairs, progress=False)
         >>> loaded.check.ok

@@ -69,7 +69,7 @@ class Node:
             attention pattern, two of them, as in `"end <- S2"`: the attention from `end` to `S2`.
         sae: the name of the dictionary; it may be empty if only one of the dictionaries passed writes to the hook point.
 
-    Example:
+    Examples:
         >>> node = fp.Node("blocks.1.hook_resid_pre", "feature", 433, position="S2", sae="blocks.1.hook_resid_pre")
         >>> node in effects.nodes
         True
@@ -124,7 +124,7 @@ class Edge(Node):
         site, position, sae: those of the receiver.
         sender, receiver: the nodes that the edge connects.
 
-    Example:
+    Examples:
         >>> head = fp.Node("blocks.1.attn.hook_z", "head", 3, position="S2")
         >>> print(fp.Edge.of(head, fp.LOGITS))
         blocks.1.attn.hook_z head 3 @ S2 -> logits activation @ all
@@ -141,7 +141,7 @@ class Edge(Node):
     def of(cls, sender: Node, receiver: Node) -> "Edge":
         """Make an edge at the hook point of its receiver.
 
-        Example:
+        Examples:
             >>> edge = fp.Edge.of(fp.Node("blocks.0.hook_mlp_out", "activation"), fp.LOGITS)
             >>> edge.site, edge.kind
             ('logits', 'edge')
@@ -159,7 +159,7 @@ class Patch:
     Attributes:
         nodes: the nodes, each named once.
 
-    Example:
+    Examples:
         >>> patch = fp.Patch(effects.top(3).nodes)
         >>> len(patch.nodes)
         3

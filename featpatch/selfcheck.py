@@ -142,7 +142,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     Raises:
         FeatpatchError: the input is not valid, or every position of the prompts is special.
 
-    Example:
+    Examples:
         >>> check = fp.check(model, saes, pairs)
         >>> check.ok, [fit.status for fit in check.fits]
         (True, ['fits', 'fits'])

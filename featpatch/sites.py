@@ -155,7 +155,7 @@ def head(layer: int, head: int, site: str = "z", position: Position = "all") -> 
     Raises:
         FeatpatchError: the component or an index is not valid.
 
-    Example:
+    Examples:
         >>> print(fp.head(1, 3, "v", "S2"))
         blocks.1.attn.hook_v head 3 @ S2
     """

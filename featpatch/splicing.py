@@ -65,7 +65,7 @@ class Losses:
         predictions, positions: the number of predictions that count, and of positions at which activations are replaced.
         spliced: the losses with each SAE.
 
-    Example:
+    Examples:
         >>> losses = fp.loss_recovered(model, saes, pairs, progress=False)
         >>> [round(each.loss_recovered, 2) for each in losses.spliced]
         [1.0, 1.0]
@@ -117,7 +117,7 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
     Raises:
         FeatpatchError: the input is unusable, or no prediction counts.
 
-    Example:
+    Examples:
         >>> losses = fp.loss_recovered(model, saes, demo.text()[:20], progress=False)
         >>> losses.to_pandas()["loss_recovered"].round(2).tolist()
         [1.0, 1.0]

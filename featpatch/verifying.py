@@ -39,7 +39,7 @@ class Verified:
         tolerance: the largest accepted difference.
         versions: the libraries whose version differs from that of the table, as `name: then -> now`.
 
-    Example:
+    Examples:
         >>> verified = fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False)
         >>> verified.ok, verified.table().columns.tolist()
         (True, ['row', 'difference'])
@@ -97,7 +97,7 @@ def verify(
         FeatpatchError: the model, pairs or SAEs are not those of the table; or the table holds estimates, ablations, effects of
             prompts corrupted by noise, or a metric that is a function.
 
-    Example:
+    Examples:
         >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).ok
         True
     """

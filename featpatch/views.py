@@ -54,7 +54,7 @@ def active_features(
         FeatpatchError: the model has no tokenizer, the prompt is neither a text nor a pair, or the effects are those of other
             SAEs, or at labels while the prompt is a text.
 
-    Example:
+    Examples:
         >>> table = fp.active_features(model, saes, pairs[0], effects=effects, per_token=1)
         >>> table.columns.tolist()
         ['position', 'token', 'sae', 'feature', 'value', 'corrupted', 'recovery', 'degradation', 'promotes']
@@ -130,7 +130,7 @@ def attention_pattern(
     Raises:
         FeatpatchError: the model has no such head or no tokenizer, or the prompt is neither a text nor a pair.
 
-    Example:
+    Examples:
         >>> figure = fp.attention_pattern(model, pairs[0], layer=1, head=3, effects=components)
         >>> figure.data[0].z.shape == (len(pairs[0]), len(pairs[0]))
         True

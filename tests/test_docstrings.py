@@ -68,7 +68,7 @@ def methods(of: type) -> Iterator[tuple[str, Any]]:
 
 
 def examples() -> dict[str, Any]:
-    return {name: value for name, value in public() if "Example:\n" in (value.__doc__ or "")}
+    return {name: value for name, value in public() if "Examples:\n" in (value.__doc__ or "")}
 
 
 def test_every_public_name_has_an_example() -> None:
@@ -116,7 +116,7 @@ def test_a_wrong_example_is_found(given: dict[str, Any], tmp_path: Path) -> None
     def wrong() -> None:
         """Count.
 
-        Example:
+        Examples:
             >>> len(pairs)
             9
         """

@@ -25,7 +25,7 @@ class Calibration:
         effect: the effect that is compared.
         signed: whether estimates have a sign; if not, `exact` holds absolute values.
 
-    Example:
+    Examples:
         >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
         >>> calibration = fp.calibrate(estimates, effects)
         >>> calibration.table(k=10)["site"].tolist()
@@ -110,7 +110,7 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
         FeatpatchError: if the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions,
             model or SAEs, hold nodes of different kinds, or do not both have the effect.
 
-    Example:
+    Examples:
         >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
         >>> table = fp.calibrate(estimates, effects).table()
         >>> round(float(table["recall"][0]), 1)

@@ -232,7 +232,7 @@ class Gradients:
     Raises:
         FeatpatchError: if the input is unusable.
 
-    Example:
+    Examples:
         >>> gradients = fp.Gradients(model, pairs, method="ig", steps=2)
         >>> options = {"positions": ["S2"], "method": gradients, "progress": False}
         >>> estimates = [fp.rank_features(model, sae, pairs, **options) for sae in saes]  # the runs are shared

@@ -77,7 +77,7 @@ class LogitAttribution:
         replaces: for each SAE, by name, the terms that its own terms replace: the components that write to its hook point.
         metric, run: as in `fp.logit_attribution`.
 
-    Example:
+    Examples:
         >>> attribution = fp.logit_attribution(model, pairs, saes=saes, progress=False)
         >>> print(attribution.terms[int(abs(attribution.values.mean(1)).argmax())])
         layer 1 head 3
@@ -201,7 +201,7 @@ def logit_attribution(
         FeatpatchError: the input is unusable, an SAE does not write to the residual stream or its decoder is not linear, or the
             contributions do not sum to the logit, because the model has another form.
 
-    Example:
+    Examples:
         >>> fp.logit_attribution(model, pairs, progress=False).to_pandas(3)[["kind", "layer", "index"]]
         kind layer index
         head     1     3

@@ -43,7 +43,7 @@ class FaithfulnessCurve(Plotted):
         faithfulness: the exact faithfulness of the circuit of each size.
         low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
 
-    Example:
+    Examples:
         >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
         >>> curve = circuit.curve([0.0, 0.4, 1.0])
         >>> curve.table()["size"].tolist()
@@ -122,7 +122,7 @@ class Circuit(Plotted):
         metadata: how the circuit was found, and its provenance.
         again: a function that finds a circuit in the same way for other pairs.
 
-    Example:
+    Examples:
         >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
         >>> low, high = circuit.faithfulness_interval
         >>> len(circuit), low <= circuit.faithfulness <= high
@@ -164,7 +164,7 @@ class Circuit(Plotted):
             One row per subset: `removed` (the number of items), `circuit` and `model` (faithfulness without them), and
             `incompleteness`.
 
-        Example:
+        Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.completeness(subsets=2).columns.tolist()
             ['removed', 'circuit', 'model', 'incompleteness']
@@ -190,7 +190,7 @@ class Circuit(Plotted):
         Returns:
             One row per item of the circuit: `item` and `loss`, as a share of the behaviour.
 
-        Example:
+        Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> loss = circuit.minimality()["loss"]
             >>> len(loss), loss.is_monotonic_increasing
@@ -214,7 +214,7 @@ class Circuit(Plotted):
         Raises:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
 
-        Example:
+        Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.curve([0.0, 0.4, 1.0]).sizes
             (0, 2, 5)
@@ -244,7 +244,7 @@ class Circuit(Plotted):
             One row per drawing: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
             on the pairs drawn.
 
-        Example:
+        Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.stability(resamples=1)["size"].tolist()
             [3]
@@ -270,7 +270,7 @@ class Circuit(Plotted):
         is there once per head. A circuit of nodes gives nodes without edges, and `graph.graph["note"]` says which calls
         measure edges.
 
-        Example:
+        Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> graph = circuit.to_networkx()
             >>> graph.number_of_nodes()
@@ -295,7 +295,7 @@ class Circuit(Plotted):
         Raises:
             FeatpatchError: the path is a folder or can't be written to.
 
-        Example:
+        Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
             'circuit.html'

@@ -227,7 +227,7 @@ def find_circuit(
     Raises:
         FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
 
-    Example:
+    Examples:
         >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(10), size=5, progress=False)
         >>> len(circuit), circuit.faithfulness > 0.2
         (5, True)

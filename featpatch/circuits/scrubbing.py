@@ -40,7 +40,7 @@ class Hypothesis:
             label are interchangeable for the sender. The output of a sender without parents of its own is taken whole from a
             prompt with the same label.
 
-    Example:
+    Examples:
         >>> embedding = fp.Node("hook_embed", "activation")
         >>> hypothesis = fp.Hypothesis({fp.LOGITS: {embedding: lambda pair: pair.clean[-1]}})
         >>> len(hypothesis.parents)
@@ -106,7 +106,7 @@ def scrub(
     Raises:
         FeatpatchError: if the input is unusable, the prompts have unequal lengths, or the model's graph lacks a node.
 
-    Example:
+    Examples:
         >>> template = "When {IO} and {S1} went to the {place}, {S2} gave a {object} to"
         >>> equally_long = fp.tasks.ioi(model, 8, templates=[template])
         >>> mlp = fp.Node("blocks.3.hook_mlp_out", "activation")

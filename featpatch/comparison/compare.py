@@ -205,7 +205,7 @@ class Comparison:
         agreement: for each effect, the agreement of components and features on the ranking of hook points and positions.
         written: the contributions of components to features; None if no model was given.
 
-    Example:
+    Examples:
         >>> comparison = fp.compare(effects, components, model=model, saes=saes, pairs=pairs, top=3)
         >>> comparison.writers[["sae", "feature", "site", "share"]].shape[1]
         4
@@ -310,7 +310,7 @@ def compare(
         FeatpatchError: the tables are of different pairs, metrics or models, share no direction, or are not tables of features
             and of components; a model is given without SAEs and pairs; or these are not those that were ranked.
 
-    Example:
+    Examples:
         >>> both = fp.rank_features(model, saes[:1], pairs, positions=["S2", "end"], progress=False)
         >>> layers = fp.rank_components(model, pairs, sites="resid_pre", positions=["S2", "end"], progress=False)
         >>> comparison = fp.compare(both, layers)

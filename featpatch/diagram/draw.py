@@ -79,7 +79,7 @@ def figure(graph: Any, *, title: str = "") -> Any:
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
 
-    Example:
+    Examples:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> fp.diagram.figure(graph).write_html(folder / "graph.html")
@@ -210,7 +210,7 @@ def dot(graph: Any) -> str:
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
 
-    Example:
+    Examples:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> text = fp.diagram.dot(graph)

@@ -253,7 +253,7 @@ def graph(
         FeatpatchError: an item is not a node or edge or occurs twice, the numbers of items and effects differ, or an effect is
             not a finite number.
 
-    Example:
+    Examples:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> graph.number_of_nodes()

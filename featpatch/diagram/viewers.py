@@ -57,7 +57,7 @@ def attribution_graph(
         FeatpatchError: a position is not that of a token, two nodes that differ only in the name of their position are placed
             at one token, the slug does not fit into an address, there is more than one output, or the graph can't be shown.
 
-    Example:
+    Examples:
         >>> import json
         >>> mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, 27) for layer in range(2)]
         >>> graph = fp.diagram.graph([fp.Edge.of(mlps[0], mlps[1]), fp.Edge.of(mlps[1], fp.LOGITS)], [0.5, 0.2])
@@ -208,7 +208,7 @@ def interactive(graph: Any, title: str, *, answer: str = "") -> str:
     Raises:
         FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
 
-    Example:
+    Examples:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> page = fp.diagram.interactive(graph, title="Heads at S2")
@@ -223,7 +223,7 @@ def interactive(graph: Any, title: str, *, answer: str = "") -> str:
 def sections(graph: Any) -> list[Section]:
     """Return two sections of a page: the figure with the panel of numbers, and the table of all edges, or nodes without edges.
 
-    Example:
+    Examples:
         >>> strongest = components.top(5)
         >>> graph = fp.diagram.graph(strongest.nodes, strongest.pooled("recovery").tolist())
         >>> [section.title for section in fp.diagram.sections(graph)]

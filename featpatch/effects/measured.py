@@ -51,7 +51,7 @@ class Measured:
         others: tables of the same patches for further metrics, by the metric's name; see `for_metric`.
         spread: the standard deviation over draws of noise of each pooled effect, `[rows]`; empty without several draws.
 
-    Example:
+    Examples:
         >>> len(effects.gap) == len(pairs)
         True
         >>> strongest = effects.top(1)
@@ -87,7 +87,7 @@ class Measured:
     def unit(self) -> str:
         """What effects are measured in: `"of the gap"` or, without a counterfactual, the metric, such as `"of logit_diff"`.
 
-        Example:
+        Examples:
             >>> effects.unit
             'of the gap'
         """
@@ -101,7 +101,7 @@ class Measured:
     def titled(self, effect: Effect) -> str:
         """Return the title of an effect for a figure or table: its name or, without a gap, `"loss of logit_diff"`.
 
-        Example:
+        Examples:
             >>> effects.titled("recovery")
             'recovery'
         """
@@ -118,7 +118,7 @@ class Measured:
     def changes(self, effect: Effect) -> "csr_array[Any]":
         """Return the change of the metric as a sparse array `[rows, pairs]`; entries that are not stored are exactly 0.
 
-        Example:
+        Examples:
             >>> effects.changes("recovery").toarray().shape == (len(effects), len(pairs))
             True
         """
@@ -146,7 +146,7 @@ class Measured:
             over: `"all"` pools over all pairs, `"changed"` over those in which the node differs, with NaN if their mean gap is
                 near zero.
 
-        Example:
+        Examples:
             >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
             >>> whole.pooled("recovery").round(2).tolist()
             [1.0]
@@ -177,7 +177,7 @@ class Measured:
     def per_pair(self, effect: Effect) -> Array:
         """Return the effect in each pair, change over gap, `[rows, pairs]`; NaN in pairs whose own gap is near zero.
 
-        Example:
+        Examples:
             >>> effects.top(3).per_pair("recovery").shape
             (3, 8)
         """
@@ -195,7 +195,7 @@ class Measured:
         A pair in which the node does not change counts as exactly 0, so that the median of a node that changes in fewer
         than half of the pairs is 0.
 
-        Example:
+        Examples:
             >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
             >>> whole.median("degradation").round(2).tolist()
             [1.0]
@@ -209,7 +209,7 @@ class Measured:
         It is NaN if the pooled effect has no sign, because the node changes in no pair, or its changes add up to 0 or are not
         all known.
 
-        Example:
+        Examples:
             >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
             >>> whole.sign_consistency("recovery").tolist()
             [1.0]
@@ -237,7 +237,7 @@ class Measured:
             over: `"all"` resamples all pairs, `"changed"` only those in which the node differs. With fewer than about 10 of
                 these the interval tends to be too narrow.
 
-        Example:
+        Examples:
             >>> strongest = effects.top(3)
             >>> low, high = strongest.interval("recovery").T
             >>> bool((low <= strongest.pooled("recovery")).all())
@@ -275,7 +275,7 @@ class Measured:
         It is 1, the whole behaviour, for whole activations themselves and for rows whose hook point and position have no whole
         activation in the table; NaN in a direction that was not run.
 
-        Example:
+        Examples:
             >>> effects.top(1).carried("recovery").round(2).tolist()
             [1.0]
         """
@@ -301,7 +301,7 @@ class Measured:
 
         They are NaN with a single pair, for a node that changes in no pair, and if values are missing.
 
-        Example:
+        Examples:
             >>> whole = effects.where(kind="activation", site="blocks.1.hook_resid_pre")
             >>> whole.p_values("recovery").round(4).tolist(), whole.smallest_p.round(4).tolist()
             ([0.0078], [0.0078])
@@ -320,7 +320,7 @@ class Measured:
         the number of tests to 20. After `save` and `load` of taken rows, the other rows are counted with a p-value of 1; the
         q-values can then be too large, but never too small.
 
-        Example:
+        Examples:
             >>> strongest = effects.top(1)
             >>> bool(strongest.q_values("recovery")[0] >= strongest.p_values("recovery")[0])
             True
@@ -362,7 +362,7 @@ class Measured:
         Raises:
             FeatpatchError: a row is given twice or does not exist.
 
-        Example:
+        Examples:
             >>> effects.take([0, 1]).nodes == effects.nodes[:2]
             True
             >>> often = effects.take(effects.changed_pairs >= 6)
@@ -401,7 +401,7 @@ class Measured:
         Raises:
             FeatpatchError: a pair is given twice or does not exist.
 
-        Example:
+        Examples:
             >>> half = effects.of_pairs(range(0, len(pairs), 2))
             >>> len(half.gap)
             4
@@ -437,7 +437,7 @@ class Measured:
     def directions_run(self) -> list[Effect]:
         """Return the effects that were run, recovery first.
 
-        Example:
+        Examples:
             >>> effects.directions_run()
             ['recovery', 'degradation']
         """

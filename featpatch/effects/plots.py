@@ -37,7 +37,7 @@ def tick(position: int, token: str) -> str:
 class Plots:
     """The figures of one table; each method returns a `plotly.graph_objects.Figure`.
 
-    Example:
+    Examples:
         >>> [trace.name for trace in effects.plot.quadrants().data][:2]
         ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
     """
@@ -53,7 +53,7 @@ class Plots:
         Raises:
             FeatpatchError: only one direction was run.
 
-        Example:
+        Examples:
             >>> effects.plot.quadrants().write_html(folder / "quadrants.html")
             >>> (folder / "quadrants.html").exists()
             True
@@ -88,7 +88,7 @@ class Plots:
         Raises:
             FeatpatchError: the effect was not run.
 
-        Example:
+        Examples:
             >>> effects.plot.sites("degradation").layout.yaxis.title.text
             'degradation'
         """
@@ -123,7 +123,7 @@ class Plots:
         Raises:
             FeatpatchError: the effect was not run, no row fits, or there would be more than 12 heat maps.
 
-        Example:
+        Examples:
             >>> heads = fp.rank_components(model, pairs, sites="z", layers=[1], positions=["S2", "end"], progress=False)
             >>> figure = heads.plot.heatmap("recovery", kind="head", position="end")
             >>> figure.data[0].z.shape

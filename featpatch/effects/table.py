@@ -30,7 +30,7 @@ class Effects(Measured):
     Values and statistics are those of `Measured`. This class adds the selection of rows, quadrants, tables, figures, files and
     the audit of a screened ranking.
 
-    Example:
+    Examples:
         >>> strongest = effects.top(3)
         >>> strongest.nodes[0].index, round(float(strongest.pooled("degradation")[0]), 2)
         (433, 0.07)
@@ -47,7 +47,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: this metric was not measured.
 
-        Example:
+        Examples:
             >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
             >>> both.metrics
             ['logit_diff', 'log_prob']
@@ -66,7 +66,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: a node has no such field.
 
-        Example:
+        Examples:
             >>> errors = effects.where(kind="error")
             >>> [node.sae for node in errors.nodes]
             ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
@@ -96,7 +96,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: the effect was not run, or `n` or `least_changed` is not a number of at least 0.
 
-        Example:
+        Examples:
             >>> effects.top(3).nodes[0].index
             433
             >>> len(effects.top(10, by="degradation_where_changed", least_changed=2))
@@ -115,7 +115,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: an effect was not run.
 
-        Example:
+        Examples:
             >>> sizes = effects.sizes(["recovery"])
             >>> bool((sizes == abs(effects.pooled("recovery"))).all())
             True
@@ -130,7 +130,7 @@ class Effects(Measured):
     def known(self) -> "Effects":
         """Return the rows whose values are all known; after an interruption, those that were finished in every pair.
 
-        Example:
+        Examples:
             >>> len(effects.known()) == len(effects)
             True
         """
@@ -147,7 +147,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: the threshold is not between 0 and 1, or the effects are not shares of a gap.
 
-        Example:
+        Examples:
             >>> strict = effects.with_threshold(0.5)
             >>> effects.threshold, strict.threshold
             (0.01, 0.5)
@@ -168,7 +168,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: the effects are not shares of a gap.
 
-        Example:
+        Examples:
             >>> effects.where(kind="activation", site="blocks.1.hook_resid_pre").quadrants()
             ['both directions']
         """
@@ -201,7 +201,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: the ranking was not screened, the sweep was interrupted, or only some rows of the table were saved.
 
-        Example:
+        Examples:
             >>> screen = fp.Screen(k=20, audit=80)
             >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
             >>> audit = screened.audit(top=10)
@@ -242,7 +242,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
 
-        Example:
+        Examples:
             >>> stability = effects.stability("recovery", top=10)
             >>> stability.overlap > stability.chance
             True
@@ -262,7 +262,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: no pair has this tag, or all have the same value of it.
 
-        Example:
+        Examples:
             >>> two = fp.Pairs((*fp.tasks.ioi(model, 4), *fp.tasks.ioi(model, 4, corruptions="swap_names")))
             >>> table = fp.rank_components(model, two, sites="resid_pre", positions=["S2"], progress=False)
             >>> table.by_tag("corruption", "recovery")[["recovery_swap_s2", "recovery_swap_names"]].shape
@@ -281,7 +281,7 @@ class Effects(Measured):
         directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
         metric's name: `prob_recovery`.
 
-        Example:
+        Examples:
             >>> table = effects.top(5).to_pandas()
             >>> table[["index", "recovery", "recovery_low", "recovery_high"]].shape
             (5, 4)
@@ -313,7 +313,7 @@ class Effects(Measured):
             FeatpatchError: an axis is unknown, the effect was not run, no row fits, or the rows differ in something that is no
                 axis, such as their kind or hook point.
 
-        Example:
+        Examples:
             >>> heads = fp.rank_components(model, pairs, sites="z", positions=["S2", "end"], progress=False)
             >>> values, axes = heads.to_tensor("layer", "head", position="end")
             >>> values.shape, axes["layer"]
@@ -329,7 +329,7 @@ class Effects(Measured):
         their interaction, whole - features - error. A node without a row in the table is the same in both runs and has exactly
         no effect.
 
-        Example:
+        Examples:
             >>> effects.sites().set_index("sae")["recovery_activation"].round(2).to_dict()
             {'blocks.1.hook_resid_pre': 1.0, 'blocks.3.hook_resid_post': 0.0}
         """
@@ -343,7 +343,7 @@ class Effects(Measured):
     def about(self) -> dict[str, Any]:
         """Return the provenance of the table: its metadata without entries that are as long as the pairs or the features.
 
-        Example:
+        Examples:
             >>> effects.about()["metric"]
             'logit_diff'
         """
@@ -363,7 +363,7 @@ class Effects(Measured):
         Returns:
             The path.
 
-        Example:
+        Examples:
             >>> path = effects.save(folder / "ioi.safetensors")
             >>> len(fp.Effects.load(path)) == len(effects)
             True
@@ -377,7 +377,7 @@ class Effects(Measured):
         Raises:
             FeatpatchError: the file is missing, damaged or not a table of effects.
 
-        Example:
+        Examples:
             >>> path = effects.save(folder / "ioi.safetensors")
             >>> fp.Effects.load(path).top(1).nodes == effects.top(1).nodes
             True

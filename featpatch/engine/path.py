@@ -130,7 +130,7 @@ class PatchPath(Protocol):
 class SlowPathWarning(FeatpatchWarning):
     """Warning that a model runs through its own forward pass, which is right but slower than the fast one.
 
-    Example:
+    Examples:
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("error", fp.SlowPathWarning)  # refuse the slow path

@@ -69,7 +69,7 @@ class Ray(Executor):
             this process is connected to, or else a local one that is started here and ends with the sweep.
         cpus, gpus: the number of processors and GPUs that each worker takes.
 
-    Example:
+    Examples:
         >>> executor = fp.Ray(workers=4)  # for executor= of rank_features, rank_components, rank_paths and others
         >>> executor.workers
         4

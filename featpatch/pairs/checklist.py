@@ -84,7 +84,7 @@ class Checklist:
         clean, corrupted: the metric on each clean and each corrupted prompt; log p(right) - log p(wrong) if answers are
             sequences, and log p(right) if there are no wrong ones.
 
-    Example:
+    Examples:
         >>> checklist = pairs.check(model)
         >>> checklist.verdicts().count("fail"), checklist.counts()["duplicate"]
         (0, {'pass': 8, 'warn': 0, 'fail': 0})
@@ -151,7 +151,7 @@ def check(
     Raises:
         FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
 
-    Example:
+    Examples:
         >>> checklist = pairs.check(model)
         >>> checklist.ok, len(checklist.verdicts())
         (True, 8)

@@ -52,7 +52,7 @@ class Pair:
         corrupted_labels: the places of the same labels in the corrupted prompt, if they differ from those in the clean prompt,
             e.g. because the lengths differ. Such a pair is patched only at its labels. Empty if the places are the same.
 
-    Example:
+    Examples:
         >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
         >>> pair.first_difference
         1
@@ -157,7 +157,7 @@ class Pair:
         Raises:
             FeatpatchError: the pair has no such label.
 
-        Example:
+        Examples:
             >>> pairs[0].places("S2") == [(position, position) for position in pairs[0].positions("S2")]
             True
         """
@@ -174,7 +174,7 @@ class Pair:
         Raises:
             FeatpatchError: the pair has no such position or label.
 
-        Example:
+        Examples:
             >>> pair = fp.Pair(clean=(5, 6, 7), corrupted=(5, 8, 7), correct=(9,), wrong=(10,), labels={"subject": 1})
             >>> pair.positions("subject"), pair.positions("all"), pair.positions(-1)
             ([1], [0, 1, 2], [2])

@@ -40,7 +40,7 @@ class Pairs(Sequence[Pair]):
         pairs: the pairs.
         tokenizer: the tokenizer with which a notebook shows the pairs as text; without it, token ids are shown.
 
-    Example:
+    Examples:
         >>> len(pairs), sorted(pairs[0].labels)
         (8, ['IO', 'S1', 'S2', 'end'])
         >>> short = fp.Pairs(tuple(pair for pair in pairs if len(pair) <= 24))
@@ -106,7 +106,7 @@ class Pairs(Sequence[Pair]):
                 is outside the prompt or (without `align`) at another position of the corrupted prompt, or the labels can't be
                 aligned.
 
-        Example:
+        Examples:
             >>> pairs = fp.Pairs.from_prompts(
             ...     model,
             ...     clean=["When Mary and John went to the store, John gave a drink to"],
@@ -162,7 +162,7 @@ class Pairs(Sequence[Pair]):
             FeatpatchError: a table does not hold integers, lengths are unequal, there are no pairs, a label is outside the
                 prompt, or padding is between tokens or can't be told from BOS or EOS.
 
-        Example:
+        Examples:
             >>> pairs = fp.Pairs.from_tokens([[5, 6, 7]], [[5, 8, 7]], correct=[9], wrong=[10], labels=[{"subject": 1}])
             >>> pairs[0].first_difference
             1
@@ -188,7 +188,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file is missing, or a line is not JSON, lacks a field or does not make a valid pair.
 
-        Example:
+        Examples:
             >>> again = fp.Pairs.from_jsonl(model, pairs.to_jsonl(folder / "pairs.jsonl"))
             >>> again == pairs
             True
@@ -206,7 +206,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: `size` is below 1, the file has no pairs, or it can't be read, see `from_jsonl`.
 
-        Example:
+        Examples:
             >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
             >>> [len(block) for block in fp.Pairs.blocks_from_jsonl(model, path, size=3)]
             [3, 3, 2]
@@ -229,7 +229,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file is missing or lacks a column, or a line does not make a valid pair.
 
-        Example:
+        Examples:
             >>> path = pairs.to_csv(folder / "pairs.csv", tokenizer=model)
             >>> len(fp.Pairs.from_csv(model, path))
             8
@@ -248,7 +248,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: it is not a DataFrame or lacks a column, or a row does not make a valid pair.
 
-        Example:
+        Examples:
             >>> import pandas as pd
             >>> prompts = {"clean": "Mary met John . John gave it to", "corrupted": "Mary met John . Mary gave it to"}
             >>> frame = pd.DataFrame([{**prompts, "correct": " Mary", "wrong": " John", "template": "met"}])
@@ -268,7 +268,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
 
-        Example:
+        Examples:
             >>> import json
             >>> prompts = {"clean_prefix": "Mary met John . John gave it to", "patch_prefix": "Mary met John . Mary gave it to"}
             >>> answers = {"clean_answer": " Mary", "patch_answer": " John"}
@@ -290,7 +290,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
 
-        Example:
+        Examples:
             >>> import pandas as pd
             >>> row = {"clean": "John gave it to", "corrupted": "Mary gave it to", "correct_idx": 126, "incorrect_idx": 103}
             >>> pd.DataFrame([row]).to_csv(folder / "ioi.csv", index=False)
@@ -308,7 +308,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file is not in that format, or a pair does not fit the tokenizer (with `skip`: none does).
 
-        Example:
+        Examples:
             >>> import json
             >>> row = {"clean": "John gave to", "corrupt": "Mary gave to", "answers": [" Mary"], "wrong_answers": [" John"]}
             >>> _ = (folder / "ioi.json").write_text(json.dumps({"prompts": [row]}))
@@ -326,7 +326,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the others are not Pairs.
 
-        Example:
+        Examples:
             >>> len(pairs + fp.tasks.capitals(model, 4))
             12
         """
@@ -382,7 +382,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: a status is unknown, the checklist is of other pairs, or no pair is left.
 
-        Example:
+        Examples:
             >>> good = pairs.drop(pairs.check(model), ["warn", "fail"])
             >>> good.check(model).ok
             True
@@ -400,7 +400,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file can't be written, a label or tag is not valid Unicode, or the tokenizer can't decode.
 
-        Example:
+        Examples:
             >>> path = pairs.to_jsonl(folder / "pairs.jsonl", tokenizer=model)
             >>> len(path.read_text().splitlines())
             8
@@ -423,7 +423,7 @@ class Pairs(Sequence[Pair]):
         Raises:
             FeatpatchError: the file can't be written, or the tokenizer can't decode.
 
-        Example:
+        Examples:
             >>> import pandas as pd
             >>> path = pairs.to_csv(folder / "pairs.csv", tokenizer=model)
             >>> pd.read_csv(path).columns[:4].tolist()
@@ -435,7 +435,7 @@ class Pairs(Sequence[Pair]):
     def by_length(self) -> dict[int, list[int]]:
         """Return the indices of the pairs, grouped by the number of tokens of the clean prompt.
 
-        Example:
+        Examples:
             >>> sum(len(indices) for indices in pairs.by_length().values())
             8
         """
@@ -448,7 +448,7 @@ class Pairs(Sequence[Pair]):
     def digest(self) -> str:
         """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags.
 
-        Example:
+        Examples:
             >>> pairs.digest() == demo.pairs("ioi", n=8).digest()
             True
         """

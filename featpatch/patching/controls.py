@@ -28,7 +28,7 @@ class Controls:
         feature: a table with the feature's row.
         random: a table with one row per random direction.
 
-    Example:
+    Examples:
         >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
         >>> controls.share("degradation") < 0.1
         True
@@ -81,7 +81,7 @@ def random_controls(
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or the feature differs in no pair.
 
-    Example:
+    Examples:
         >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
         >>> controls.feature.nodes[0].index, len(controls.random)
         (433, 50)

@@ -40,7 +40,7 @@ class Curve(Plotted):
         sets: the effects of the sets, in rows of kind `set`; set n holds the first `sizes[n]` features.
         sizes: the number k of features in each set, by dictionary and position.
 
-    Example:
+    Examples:
         >>> curve = fp.top_k_curve(model, saes[0], pairs, most=3, positions=["S2"], progress=False)
         >>> curve.table()[["k", "recovery", "recovery_low", "recovery_high"]].shape
         (3, 4)
@@ -141,7 +141,7 @@ def top_k_curve(
     Raises:
         FeatpatchError: if the input is unusable.
 
-    Example:
+    Examples:
         >>> curve = fp.top_k_curve(model, saes[0], pairs, most=8, positions=["S2"], progress=False)
         >>> curve.table()["k"].tolist()
         [1, 2, 3, 4, 5, 6, 7, 8]

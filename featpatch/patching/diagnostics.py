@@ -62,9 +62,9 @@ def diagnose(
         One row per node and direction: the node's fields, `direction`, `changed_pairs` and `pairs`, and
 
         * `arrived`: the share of the intended change of the patched features that the encoder finds in the patched activation;
-          1 is all of it. NaN for an error, which has no features.
+            1 is all of it. NaN for an error, which has no features.
         * `leakage`: how much the other features change, as a share of their change between the runs; 0 is none. NaN for all
-          features, because there are no others.
+            features, because there are no others.
         * `moved`: how many other features change, on average over places.
         * `norm_ratio`: the mean norm of the patched activation divided by that of the base run's activation.
         * `outside`: the share of places at which that norm is smaller or larger than any in the clean and corrupted runs.
@@ -76,7 +76,7 @@ def diagnose(
     Raises:
         FeatpatchError: if there are no nodes, or a hook point, dictionary, feature, position or direction is unknown.
 
-    Example:
+    Examples:
         >>> table = fp.diagnose(model, saes, pairs, effects.top(3).nodes, directions=["denoising"])
         >>> table[["index", "arrived", "leakage", "norm_ratio", "outside"]].shape
         (3, 5)

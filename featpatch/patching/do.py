@@ -207,7 +207,7 @@ def do(
             tokens begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter
             than the source, another `do` on this model has not ended, or the patch was never applied.
 
-    Example:
+    Examples:
         >>> import torch
         >>> clean, corrupted = torch.tensor([pairs[0].clean]), torch.tensor([pairs[0].corrupted])
         >>> name = fp.Node("blocks.0.hook_resid_pre", "activation", position=pairs[0].labels["S2"])

@@ -42,7 +42,7 @@ class Noise:
             grows with it, and so does precision: a single draw can be far off, and 10 are advisable for numbers to report.
             `effects.spread` holds the standard deviation of pooled effects over draws.
 
-    Example:
+    Examples:
         >>> noise = fp.Noise(["S2"], scale=3.0)
         >>> noisy = fp.rank_features(model, saes, pairs, positions=["S2"], noise=noise, progress=False)
         >>> noisy.metadata["noise"]["positions"]

@@ -134,7 +134,7 @@ def interactions(
     Raises:
         FeatpatchError: if the input is unusable, or there are several dictionaries or fewer than two features.
 
-    Example:
+    Examples:
         >>> table = fp.interactions(model, saes[0], pairs, top=3, position="S2", progress=False)
         >>> table[["one", "other", "recovery", "recovery_interaction"]].shape
         (3, 4)
@@ -180,7 +180,7 @@ class Selection:
         effect, target: the effect and the share of the gap that were to be reached.
         reached: whether the target was reached.
 
-    Example:
+    Examples:
         >>> chosen = fp.select_features(model, saes[0], pairs, candidates=4, most=2, position="S2", progress=False)
         >>> chosen.effect, len(chosen.effects)
         ('recovery', 2)
@@ -234,7 +234,7 @@ def select_features(
     Raises:
         FeatpatchError: if the input is unusable, there are several dictionaries, or no feature differs.
 
-    Example:
+    Examples:
         >>> chosen = fp.select_features(model, saes[0], pairs, candidates=16, most=3, position="S2", progress=False)
         >>> len(chosen.features), chosen.reached
         (3, False)

@@ -87,7 +87,7 @@ def ablate(
     Raises:
         FeatpatchError: if the input is unusable, there is nothing to ablate, or there is no prompt to average or resample.
 
-    Example:
+    Examples:
         >>> ablated = fp.ablate(model, pairs, sites="z", layers=[1], positions=["S2"], to="zero", progress=False)
         >>> ablated.directions_run(), len(ablated.where(kind="head"))
         (['degradation'], 8)

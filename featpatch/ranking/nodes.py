@@ -66,7 +66,7 @@ def rank_nodes(
     Raises:
         FeatpatchError: if the input is unusable, a node can't be patched, or the nodes can't be patched together.
 
-    Example:
+    Examples:
         >>> nodes = [fp.head(1, 3, "v", "S2"), fp.feature(saes[0], 433, "S2"), fp.Node("blocks.0.hook_mlp_out", "activation")]
         >>> effects = fp.rank_nodes(model, pairs, nodes, saes=saes, progress=False)
         >>> print(effects.nodes[-1])

@@ -41,7 +41,7 @@ class Plan:
         counted, pairs: number of pairs that were counted, and number of pairs that there are.
         screens: whether the sweep is over features, which gradient estimates can screen.
 
-    Example:
+    Examples:
         >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
         >>> plan.screened_seconds(k=20, audit=80) > plan.estimate_seconds
         True
@@ -119,7 +119,7 @@ def plan(
     Raises:
         FeatpatchError: if the input is unusable, or the arguments belong to different functions.
 
-    Example:
+    Examples:
         >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
         >>> plan.nodes == len(effects.where(kind="feature")), plan.fast
         (True, True)

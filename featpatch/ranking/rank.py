@@ -105,7 +105,7 @@ def rank_features(
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
 
-    Example:
+    Examples:
         >>> effects = fp.rank_features(model, saes, pairs, positions=["S2"], progress=False)
         >>> effects.top(5, by="recovery").to_pandas()[["site", "index", "recovery", "recovery_low", "recovery_high"]].shape
         (5, 5)
@@ -168,7 +168,7 @@ def rank_components(
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
 
-    Example:
+    Examples:
         >>> heads = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False)
         >>> heads.top(1).nodes[0].kind
         'head'
@@ -239,7 +239,7 @@ def rank_paths(
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
 
-    Example:
+    Examples:
         >>> senders = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False).top(2)
         >>> paths = fp.rank_paths(model, pairs, senders=senders, receivers=["logits"], progress=False)
         >>> len(paths)

@@ -46,7 +46,7 @@ class Screen:
     Raises:
         FeatpatchError: if a number is out of range, or the method is unknown.
 
-    Example:
+    Examples:
         >>> screen = fp.Screen(k=20, audit=80)
         >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
         >>> len(screened.where(kind="feature"))

@@ -98,7 +98,7 @@ def report(
         FeatpatchError: an argument is of the wrong kind, the pairs or SAEs are not those of the effects, the model has no
             tokenizer, only one of model and pairs is given, or the path is a folder.
 
-    Example:
+    Examples:
         >>> path = fp.report(effects, folder / "report.html", components=components)
         >>> path.stat().st_size > 10_000
         True

@@ -83,7 +83,7 @@ def adapt(
         FeatpatchError: the object has no `encode` or no `decode`, is a class or a sae-lens object, or a hook point, the width
             or the skip path is not valid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Halves:  # two features for each coordinate: its positive and its negative part
         ...     def encode(self, x):

@@ -42,7 +42,7 @@ def identity(model: Any, hook: str) -> Adapted:
     Raises:
         FeatpatchError: the model has no such hook point.
 
-    Example:
+    Examples:
         >>> coordinates = fp.dictionaries.identity(model, "blocks.1.hook_resid_pre")
         >>> ranked = fp.rank_features(model, coordinates, pairs, positions=["S2"], progress=False)
         >>> len(ranked.where(kind="feature")) == model.cfg.d_model
@@ -64,7 +64,7 @@ def neurons(model: Any, layer: int) -> Adapted:
         FeatpatchError: the layer has no MLP, or one whose output is not `neurons @ W_out + b_out` (experts, a norm after it),
             or whose weights are quantised.
 
-    Example:
+    Examples:
         >>> neurons = fp.dictionaries.neurons(model, layer=1)
         >>> ranked = fp.rank_features(model, neurons, pairs, positions=["S2"], progress=False)
         >>> len(ranked.where(kind="feature")) == model.cfg.d_mlp
@@ -107,7 +107,7 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
     Raises:
         FeatpatchError: the model has no such hook point, or it has fewer coordinates than the components asked for.
 
-    Example:
+    Examples:
         >>> principal = fp.dictionaries.pca(model, "blocks.1.hook_resid_pre", pairs, components=10)
         >>> ranked = fp.rank_features(model, principal, pairs, positions=["S2"], progress=False)
         >>> len(ranked.where(kind="feature"))
@@ -144,7 +144,7 @@ def direction(vector: Any, hook: str, *, name: str = "") -> Adapted:
     Raises:
         FeatpatchError: the vector is not one-dimensional, or not finite, or 0.
 
-    Example:
+    Examples:
         >>> towards = model.W_U[:, pairs[0].correct[0]] - model.W_U[:, pairs[0].wrong[0]]
         >>> answer = fp.direction(towards, "blocks.3.hook_resid_post", name="answer")
         >>> node = fp.feature(answer, 0, "end")

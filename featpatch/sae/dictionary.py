@@ -326,7 +326,7 @@ def feature(sae: Any, index: int, position: Position = "all") -> Node:
     Raises:
         FeatpatchError: the object is no SAE, the name is not made of hook points, or the index is not valid.
 
-    Example:
+    Examples:
         >>> node = fp.feature(saes[0], 433, "S2")
         >>> node in effects.nodes, node == fp.feature("blocks.1.hook_resid_pre", 433, "S2")
         (True, True)

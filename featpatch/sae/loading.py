@@ -65,7 +65,7 @@ def load_sae(
         FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a cross-layer
             transcoder or one layer of one.
 
-    Example:
+    Examples:
         >>> sae = fp.load_sae(demo.folder / "saes" / "blocks.1.hook_resid_pre")
         >>> sae.cfg.metadata.hook_name
         'blocks.1.hook_resid_pre'

@@ -130,7 +130,7 @@ class Stored:
             digests.
         metric: the metric whose effects are read; by default the first of those that were measured.
 
-    Example:
+    Examples:
         >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
         >>> again = fp.Stored(folder / "ioi")  # for example in another session
         >>> again.blocks, len(again.pairs)
@@ -212,7 +212,7 @@ class Stored:
             over these pairs alone, such as `recovery_where_changed`. Positions are JSON. There are no intervals; `top` has
             them.
 
-        Example:
+        Examples:
             >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
             >>> stored.pooled().columns[-3:].tolist()
             ['changed_pairs', 'recovery_where_changed', 'degradation_where_changed']
@@ -250,7 +250,7 @@ class Stored:
         Raises:
             FeatpatchError: `by` was not run.
 
-        Example:
+        Examples:
             >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
             >>> stored.top(3).nodes == effects.top(3).nodes
             True
@@ -272,7 +272,7 @@ class Stored:
     def load(self) -> Effects:
         """Load all nodes as an `Effects` table in memory.
 
-        Example:
+        Examples:
             >>> stored = fp.stream_features(model, saes, [pairs], folder / "ioi", positions=["S2"], progress=False)
             >>> set(stored.load().nodes) == set(effects.nodes)
             True

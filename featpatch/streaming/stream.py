@@ -57,7 +57,7 @@ def stream_features(
         FeatpatchError: the input is not valid, or the folder holds results of another model, other SAEs, options or pairs; the
             message names the block.
 
-    Example:
+    Examples:
         >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
         >>> blocks = fp.Pairs.blocks_from_jsonl(model, path, size=4)
         >>> stored = fp.stream_features(model, saes[0], blocks, folder / "ioi", positions=["S2"], progress=False)

@@ -67,7 +67,7 @@ def capitals(
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
 
-    Example:
+    Examples:
         >>> pairs = fp.tasks.capitals(model, 4)
         >>> len(pairs), sorted(pairs[0].labels)
         (4, ['end', 'relation', 'subject'])

@@ -50,7 +50,7 @@ def greater_than(
         FeatpatchError: a corruption is unknown, too few pairs fit the tokenizer, or the tokenizer makes a token neither of the
             last two digits of a year nor of every digit.
 
-    Example:
+    Examples:
         >>> pairs = fp.tasks.greater_than(model, 4)
         >>> layers = fp.rank_components(model, pairs, sites="resid_pre", metric="prob_diff", progress=False)
         >>> sorted(pairs[0].labels), layers.metrics

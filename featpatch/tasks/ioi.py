@@ -68,7 +68,7 @@ def ioi(
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
 
-    Example:
+    Examples:
         >>> pairs = fp.tasks.ioi(model, 4, corruptions=["swap_s2", "swap_names"])
         >>> len(pairs), sorted(pairs[0].labels)
         (4, ['IO', 'S1', 'S2', 'end'])

@@ -46,7 +46,7 @@ def sentiment(
     Raises:
         FeatpatchError: an unknown corruption, or too few pairs that fit the tokenizer.
 
-    Example:
+    Examples:
         >>> pairs = fp.tasks.sentiment(model, 4)
         >>> len(pairs), sorted(pairs[0].labels)
         (4, ['end', 'word1', 'word2'])

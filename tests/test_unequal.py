@@ -236,6 +236,7 @@ def test_prompts_of_unequal_length_are_shown_side_by_side(tmp_path: Path) -> Non
             _, cache = model.run_with_cache(torch.tensor([pairs[0].corrupted]))
             expected = sae.encode(cache["blocks.1.hook_resid_pre"])[0, there[label], row["feature"]]
         assert row["corrupted"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+    assert fp.verify(effects, model, pairs, saes=sae, rows=2, progress=False).ok
     figure = fp.attention_pattern(model, pairs[0], layer=1, head=3)
     assert [trace.z.shape for trace in figure.data] == [(15, 15), (17, 17)]
     page = fp.report(effects, tmp_path / "unequal.html", model=model, saes=sae, pairs=pairs).read_text()

@@ -246,7 +246,8 @@ class Means(Everywhere):
 
     def __init__(self, lens: Lens, given: Any) -> None:
         self.lens, self.given = lens, dict(getattr(given, "cache_dict", given))
-        sums = [(hook, str(self.given[hook].shape), float(self.given[hook].double().sum())) for hook in sorted(self.given)]
+        tensors = {str(hook): values for hook, values in self.given.items() if isinstance(values, torch.Tensor)}
+        sums = [(hook, str(values.shape), float(values.double().sum())) for hook, values in sorted(tensors.items())]
         self.noted = {"activations": sha256(repr(sums).encode()).hexdigest()}
 
     def values(self, of: str | Dictionary, like: Values, length: int) -> Values:

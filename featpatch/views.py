@@ -16,8 +16,10 @@ from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
+from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import Effect, Node, Position
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, token_index
+from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import in_figure
@@ -184,11 +186,12 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
     """Return the token ids of a text, or of the prompts of a pair, and the positions of special tokens of the first.
 
     Raises:
-        FeatpatchError: the model has no tokenizer, or the prompt is something else, empty, or too long.
+        FeatpatchError: the model has no tokenizer or does not know a token; the prompt is something else, empty, or too long.
     """
     if lens.tokenizer is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to show tokens; pass it when you load the model")
     if isinstance(prompt, Pair):
+        check_tokens(Pairs((prompt,)), lens)
         return [prompt.clean, *([prompt.corrupted] if prompt.has_counterfactual else [])], prompt.special
     if not isinstance(prompt, str) or not prompt:
         raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text or a Pair, such as pairs[0]")
@@ -226,8 +229,9 @@ def _effects(
             )
 
     def tokens(position: Position) -> Sequence[int]:
+        inside = isinstance(position, int) and -length <= position < length
         if isinstance(prompt, Pair):
-            here = position in prompt.labels if isinstance(position, str) else position < length
+            here = position in prompt.labels if isinstance(position, str) else inside
             return prompt.positions(position) if here or position == "all" else ()
         if position == "all":
             return range(length)
@@ -236,7 +240,7 @@ def _effects(
                 f"the effects are at the label {position!r}, and the prompt is a text: expected a pair, which has labels, such "
                 "as pairs[0]"
             )
-        return [position] if position < length else ()
+        return [token_index(position, length)] if inside else ()
 
     by_effect: dict[Effect, dict[tuple[str, int | None, int], float]] = {}
     rows = effects.where(kind="feature")

@@ -109,7 +109,7 @@ def load(
     """
     check_kinds(bool, check=check, progress=progress)
     given = [] if saes is None else several(saes)
-    if pairs is not None and not (check and given and check_pairs(pairs)):
+    if pairs is not None and not (check and given and check_pairs(pairs, by_label=True)):
         raise FeatpatchError(
             f"pairs with {f'check={check}' if given else 'no saes'}: expected pairs only for the check of SAEs; leave pairs out"
         )

@@ -134,7 +134,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     Args:
         model: a TransformerBridge or a HookedTransformer.
         saes: the SAEs, as in `rank_features`.
-        pairs: the prompts; their answers are not used.
+        pairs: the prompts; their answers are not used. Prompts of unequal length are cut to the shorter one of their pair.
 
     Returns:
         The fit of each dictionary: the explained variance, what the configuration claims, and what does not fit.
@@ -147,9 +147,9 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         >>> check.ok, [fit.status for fit in check.fits]
         (True, ['fits', 'fits'])
     """
-    check_pairs(pairs)
     lens = wrap(model)
-    check_tokens(pairs, lens)
+    check_tokens(check_pairs(pairs, by_label=True), lens)
+    pairs = Pairs(tuple(_of_equal_length(pair) for pair in pairs))
     loaded, done = dictionaries(lens, saes), processing_steps(lens)
     runs = Runs.of(lens, {hook for each in loaded for hook in (each.reads, each.writes)}, pairs)
     if not runs.positions:
@@ -159,6 +159,22 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     near = _few(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
     fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(loaded, here, strict=True)]
     return Check(lens.name, ", ".join(done) or "unprocessed", runs.positions, tuple(fits))
+
+
+def _of_equal_length(pair: Pair) -> Pair:
+    """Return a pair whose prompts, if they are patched label by label, are cut to the shorter one."""
+    if not pair.by_label:
+        return pair
+    length = min(pair.lengths)
+    return replace(
+        pair,
+        clean=pair.clean[:length],
+        corrupted=pair.corrupted[:length],
+        answer_position=-1,
+        special=frozenset(position for position in pair.special if position < length),
+        labels={},
+        corrupted_labels={},
+    )
 
 
 @dataclass(frozen=True)

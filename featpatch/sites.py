@@ -216,26 +216,41 @@ def check_components(names: Any, positions: Any) -> list[str]:
     return chosen
 
 
-def check_components_and_layers(names: Any, layers: Any, positions: Any, n_layers: int) -> tuple[list[str], list[int]]:
-    """Return the names of components and their layers; full names of hook points, such as `"blocks.3.attn.hook_z"`, say both.
+def named_with_layers(names: Any, positions: Any) -> tuple[list[str], list[int]] | None:
+    """Return the components and layers that full names of hook points, such as `"blocks.3.attn.hook_z"`, stand for.
+
+    Returns None if no name is a full one.
 
     Raises:
-        FeatpatchError: a component or a layer is not valid, or the full names give other layers than `layers` or not the same
-            for every component.
+        FeatpatchError: a component is not valid, or the names do not give the same layers for every component.
     """
     given = [names] if isinstance(names, str) or not isinstance(names, Sequence) else list(names)
     matches = [re.fullmatch(r"blocks\.([0-9]{1,6})\.(.+)", name) if isinstance(name, str) else None for name in given]
     full = [(match.group(2), int(match.group(1))) for match in matches if match]
     if not full:
-        return check_components(names, positions), check_layers(layers, n_layers)
+        return None
     chosen = check_components(list(dict.fromkeys(name for name, _ in full)), positions)
-    found = check_layers(list(dict.fromkeys(layer for _, layer in full)), n_layers)
+    found = list(dict.fromkeys(layer for _, layer in full))
     if len(full) < len(given) or len(full) != len(chosen) * len(found) or len(set(full)) < len(full):
         raise FeatpatchError(
             f"sites={given}: expected, with full names of hook points, each component in the same layers and nothing else; "
             "give short names and layers=..., or call this function once per layer"
         )
+    return chosen, found
+
+
+def check_components_and_layers(names: Any, layers: Any, positions: Any, n_layers: int) -> tuple[list[str], list[int]]:
+    """Return the names of components and their layers, see `named_with_layers`.
+
+    Raises:
+        FeatpatchError: a component or a layer is not valid, or full names give other layers than `layers`.
+    """
+    named = named_with_layers(names, positions)
+    if named is None:
+        return check_components(names, positions), check_layers(layers, n_layers)
+    chosen, found = named[0], check_layers(named[1], n_layers)
     if layers is not None and sorted(check_layers(layers, n_layers)) != sorted(found):
+        given = [names] if isinstance(names, str) else list(names)
         raise FeatpatchError(f"sites={given} with layers={layers}: expected the layers {found} of the names; leave layers out")
     return chosen, found
 

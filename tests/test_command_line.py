@@ -172,6 +172,12 @@ def test_plans_of_components_and_json_without_bars(
     monkeypatch.setattr(sys.modules["featpatch.cli.app"], "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
     assert "patching: 100%" in run(*command, folder=folder).stderr
     assert run(*command, "--json", folder=folder).stderr == ""
+    full = ("--sites", "blocks.1.attn.hook_z", "--positions", "-1", "--out", "named")
+    run("components", *model, *full, folder=folder)
+    nodes = fp.Effects.load(folder / "named" / "effects.safetensors").nodes
+    assert {(node.site, node.position) for node in nodes} == {("blocks.1.attn.hook_z", -1)}
+    refused = run("components", *model, "--sites", "z", *full[2:], folder=folder)
+    assert "another study (layers differ)" in refused.stderr.replace("\n", " ")
     refused = run("plan", *model, *sae, "--sites", "z", folder=folder)
     assert "--sites with --sae: expected --sites for components" in refused.stderr
 
@@ -440,3 +446,16 @@ def test_exit_codes_of_a_study(tmp_path: Path) -> None:
     done = run("run", "study.toml", folder=tmp_path)
     assert done.returncode == 2
     assert "there is no effects file 'nowhere'" in done.stderr
+
+
+def test_pairs_of_unequal_length(folder: Path, model: list[str], sae: list[str]) -> None:
+    """Checked, ranked and reported label by label."""
+    made: dict[str, Any] = {
+        "clean": "Tom gave it to John . John gave it to", "corrupted": "Tom gave it to John , then later Tom gave it to",
+        "correct": " Tom", "wrong": " John", "labels": {"end": 10}, "corrupted_labels": {"end": 12},
+    }  # fmt: skip
+    pairs = fp.Pairs.from_prompts(fp.load(model[1], progress=False).model, **made, align="labels")
+    pairs.to_jsonl(folder / "unequal.jsonl")
+    done = run("rank", *model, *sae, "--pairs", "unequal.jsonl", "--out", "unequal", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert ">position 12, end<" in (folder / "unequal" / "report.html").read_text().replace('"', "<").replace("=<", "=>")

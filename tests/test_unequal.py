@@ -170,7 +170,6 @@ def test_what_needs_prompts_that_correspond_is_refused(hooked: Small) -> None:
         lambda: fp.rank_components(model, PAIRS, positions=positions, method="atp", progress=False),
         lambda: fp.rank_paths(model, PAIRS, senders=[fp.Node("blocks.0.attn.hook_z", "head", 0)], receivers=["logits"]),
         lambda: fp.find_circuit(model, PAIRS),
-        lambda: fp.check(model, sae, PAIRS),
         lambda: PAIRS.check(model),
     ]
     for call in calls:
@@ -180,6 +179,12 @@ def test_what_needs_prompts_that_correspond_is_refused(hooked: Small) -> None:
         fp.FeatpatchError, match=r"sites=\['pattern'\] with pair 0, which is patched label by label: expected prompts of"
     ):
         fp.rank_components(model, PAIRS, sites=["pattern", "z"], positions=positions, progress=False)
+
+
+def test_the_check_of_saes_cuts_prompts_to_the_shorter_one(hooked: Small) -> None:
+    cut = fp.Pairs(tuple(fp.Pair(pair.clean[:7], pair.corrupted[:7], pair.correct, pair.wrong) for pair in PAIRS))
+    found, expected = (fp.check(hooked.model, hooked.at("blocks.1.hook_resid_pre"), pairs).fits[0] for pairs in (PAIRS, cut))
+    assert found == expected
 
 
 def test_joining(hooked: Small) -> None:

@@ -212,7 +212,7 @@ def test_options_of_5000_characters(tmp_path: Any, command: list[str]) -> None:
 
 def test_positions_on_the_command_line() -> None:
     """By hand: a part in quotes is a label, whatever it looks like."""
-    assert spans("S2,end,3") == ["S2", "end", 3]
+    assert spans("S2,end,3,-1,-x,--2") == ["S2", "end", 3, -1, "-x", "--2"]
     assert spans('"3","a,b",end, "say ""so""",4') == ["3", "a,b", "end", 'say "so"', 4]
     assert spans("all") == "all"
     assert spans('"all"') == ["all"]

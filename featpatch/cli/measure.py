@@ -116,7 +116,7 @@ def components(
         screen, chosen = console(json=as_json), of.components(sites, positions)
         work = of.alone(model, [], pairs, positions, direction, metric, device, progress=bars(json=as_json))
         del work["saes"]
-        work["sites"] = chosen
+        work |= chosen
         results.check_same(work, kind="components")
         effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=bars(json=as_json))
         show(screen, effects, shown, results, work, as_json=as_json)
@@ -199,11 +199,11 @@ def plan(
     with clear_errors():
         from featpatch.reporting.terminal import planned
 
-        asked = None if sites is None else of.components(sites, positions)
+        asked = {} if sites is None else of.components(sites, positions)
         if sites is not None and sae:
             raise fp.FeatpatchError("--sites with --sae: expected --sites for components or --sae for features; leave one out")
         work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
-        found = fp.plan(**{**work, "saes": work["saes"] or None}, sites=asked)
+        found = fp.plan(**{**work, "saes": work["saes"] or None}, **asked)
         if as_json:
             typer.echo(json.dumps(asdict(found)))
         else:

@@ -173,11 +173,13 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
     return {"positions": spans(positions), "directions": ways(direction), "metric": metric}
 
 
-def components(sites: str, positions: str) -> list[str]:
-    """Parse the option for components."""
-    from featpatch.sites import check_components
+def components(sites: str, positions: str) -> dict[str, Any]:
+    """Parse the option for components to the arguments `sites` and, if full names of hook points say which, `layers`."""
+    from featpatch.sites import check_components, named_with_layers
 
-    return check_components([name for name in sites.split(",") if name], spans(positions))
+    names = [name for name in sites.split(",") if name]
+    chosen, layers = named_with_layers(names, spans(positions)) or (check_components(names, spans(positions)), None)
+    return {"sites": chosen} if layers is None else {"sites": chosen, "layers": layers}
 
 
 def check_methods(method: str, screen: "fp.Screen | None", metric: list[str], direction: str, options: dict[str, Any]) -> None:
@@ -234,5 +236,5 @@ def spans(text: str) -> str | list[int | str]:
 
 
 def integer(text: str) -> int | None:
-    """Parse digits as an integer; return None for other text and for numbers that are too long for a position or a layer."""
-    return int(text) if text.isdecimal() and len(text) < DIGITS else None
+    """Parse digits, also with a minus sign, as an integer; return None for other text and for numbers that are too long."""
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < DIGITS else None

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from math import isfinite
 from random import Random
 from sys import float_info
 from typing import Any, ClassVar, Protocol
@@ -392,7 +393,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
                 "leave them out"
             )
         return Ablation(Means(lens, to), to)
-    number = is_number(to) and abs(float(to)) <= float_info.max
+    number = is_number(to) and (abs(to) <= float_info.max if is_integer(to) else isfinite(to))
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(
             f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations"

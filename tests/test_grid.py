@@ -203,6 +203,11 @@ def test_positions_from_the_end_of_prompts_of_unequal_length(demo: Any, pairs: f
     assert list(effects.plot.heatmap().data[0].x) == ["3", "-2", "-1"]
 
 
+def test_a_hook_point_of_heads_shows_heads(labelled: fp.Effects) -> None:
+    figure, same = labelled.plot.heatmap(site="z", position="end"), labelled.plot.heatmap(kind="head", position="end")
+    np.testing.assert_array_equal(figure.data[0].z, same.data[0].z)
+
+
 def test_too_many_heat_maps_of_heads(each: fp.Effects) -> None:
     with pytest.raises(fp.FeatpatchError, match=r"positions: expected at most 12 heat maps; choose with position= or site="):
         each.plot.heatmap(kind="head")

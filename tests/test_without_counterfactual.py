@@ -247,6 +247,14 @@ def test_refusals(small: Small) -> None:
     for method in ("ig", "eap_ig_inputs"):
         with pytest.raises(fp.FeatpatchError, match=f"method='{method}' of an ablation: expected one of atp, grad_drop"):
             ablated(small, sites="z", method=method)
+    with pytest.raises(
+        fp.FeatpatchError, match="metric 'neg_kl' with method='atp' of an ablation: expected a metric whose grad"
+    ):
+        ablated(small, sites="z", metric="neg_kl", method="atp")
+    with pytest.raises(fp.FeatpatchError, match="run='corrupted' of 3 prompts of 7 tokens without a counterfactual"):
+        fp.logit_attribution(small.model, prompts_of(small), run="corrupted", progress=False)
+    with pytest.raises(fp.FeatpatchError, match=r"pair 0 has no correct answer .*; give correct=\.\.\."):
+        fp.logit_attribution(small.model, fp.Pairs.from_tokens(small.clean), progress=False)
     with pytest.raises(fp.FeatpatchError, match=r"an estimate \(method='atp'\) with journal: expected it only with"):
         ablated(small, sites="z", method="atp", journal="journal")
     with pytest.raises(fp.FeatpatchError, match="with one prompt, whose own values would be the ablation values"):

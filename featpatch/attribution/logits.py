@@ -212,6 +212,8 @@ def logit_attribution(
     check_choices(("clean", "corrupted"), run=run)
     lens = wrap(model)
     check_tokens(check_pairs(pairs), lens)
+    if run == "corrupted" and not pairs.has_counterfactual:
+        raise FeatpatchError(f"run='corrupted' of {pairs!r}: expected corrupted prompts; add them, or use run='clean'")
     for index, pair in enumerate(pairs):
         if not pair.correct or (metric == "logit_diff" and not pair.wrong):
             missing = "wrong" if pair.correct else "correct"

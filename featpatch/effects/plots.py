@@ -115,7 +115,7 @@ class Plots:
         Args:
             effect: the effect to plot; by default recovery if it was run, else degradation.
             kind: the kind of node: `"activation"`, `"all_features"`, `"error"`, `"head"` or `"feature"`; by default the first
-                of them that the table has.
+                of them that the table has, of this hook point and position.
             site: a hook point, or the name of a component such as `"z"`; by default all.
             position: a position; by default all, which for heads are a heat map each.
             title: the title; by default the kind of node, the effect and the number of pairs.
@@ -132,7 +132,8 @@ class Plots:
         from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
         shown, of = measured_effect(effect, self._effects.directions_run()), self._effects
-        of_kind = chosen(of, kind_of(of) if kind is None and len(of) else kind, site, position)
+        kind = kind_of(chosen(of, None, site, position)) if kind is None and len(of) else kind
+        of_kind = chosen(of, kind, site, position)
         kind = of_kind.nodes[0].kind
         across = "head" if kind == "head" else "position"
         at: list[Position | None] = [position]

@@ -110,6 +110,11 @@ def ablate(
             f"method={gradients.method!r} of an ablation: expected one of {', '.join(OF_THE_CLEAN_RUN)}, because the others "
             "integrate up to a corrupted run, or method='exact'"
         )
+    if gradients.measure.needs == "clean":
+        raise FeatpatchError(
+            f"metric {gradients.measure.name!r} with method={gradients.method!r} of an ablation: expected a metric whose "
+            "gradient in the clean run is not zero, as this one's is; use method='exact', or another metric"
+        )
     dictionaries = [] if saes is None else list(parts[0].owners)
     estimators: list[Estimator] = [FeatureEstimator(dictionary) for dictionary in dictionaries]
     if sites:

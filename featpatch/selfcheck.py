@@ -147,8 +147,9 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
         >>> check.ok, [fit.status for fit in check.fits]
         (True, ['fits', 'fits'])
     """
+    check_pairs(pairs, by_label=True)
     lens = wrap(model)
-    check_tokens(check_pairs(pairs, by_label=True), lens)
+    check_tokens(pairs, lens)
     pairs = Pairs(tuple(_of_equal_length(pair) for pair in pairs))
     loaded, done = dictionaries(lens, saes), processing_steps(lens)
     runs = Runs.of(lens, {hook for each in loaded for hook in (each.reads, each.writes)}, pairs)

@@ -1,0 +1,254 @@
+"""Twenty-two everyday tasks from the tutorials of TransformerLens, SAELens and circuit-tracer, on the shipped demo.
+
+Each test is one task, named by its docstring. Its first paragraph is the whole of what a user writes, at most three lines; the
+second checks the numbers against a plain loop of hooked forward passes, which uses nothing of featpatch.
+"""
+
+import ast
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import featpatch as fp
+
+pytestmark = pytest.mark.filterwarnings("ignore:the text has:featpatch.errors.FeatpatchWarning")
+
+CLOSE = 1e-4
+"""The demo is a float32 model; a logit difference is about 10."""
+LAYERS, HEADS = 4, 8
+
+Hooks = list[tuple[str, Callable[..., Any]]]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    return fp.load_demo(progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(demo: Any) -> Any:
+    return demo.model
+
+
+@pytest.fixture(scope="module")
+def pairs(demo: Any) -> Any:
+    return demo.pairs("ioi", n=3)
+
+
+@pytest.fixture(scope="module")
+def sae(demo: Any) -> Any:
+    """The SAE of the residual stream that enters the last layer."""
+    (found,) = (sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_pre")
+    return found
+
+
+def cached(model: Any, tokens: Sequence[int]) -> Any:
+    with torch.no_grad():
+        return model.run_with_cache(torch.tensor([tokens]))[1]
+
+
+@torch.no_grad()
+def difference(model: Any, pair: Any, tokens: Sequence[int], hooks: Hooks) -> float:
+    logits = model.run_with_hooks(torch.tensor([tokens]), fwd_hooks=hooks)[0, -1]
+    return float(logits[pair.correct[0]] - logits[pair.wrong[0]])
+
+
+def by_hand(model: Any, pairs: Any, hooks: Callable[[Any, Any, Any], Hooks], *, noising: bool = False) -> float:
+    """The share of the gap that is recovered by `hooks(pair, source, base)` in corrupted runs, or lost in clean ones."""
+    changes, gaps = [], []
+    for pair in pairs:
+        base, source = (pair.clean, pair.corrupted) if noising else (pair.corrupted, pair.clean)
+        patched = difference(model, pair, base, hooks(pair, cached(model, source), cached(model, base)))
+        clean, corrupted = difference(model, pair, pair.clean, []), difference(model, pair, pair.corrupted, [])
+        changes.append(clean - patched if noising else patched - corrupted)
+        gaps.append(clean - corrupted)
+    return sum(changes) / sum(gaps)
+
+
+def overwrite(hook: str, value: torch.Tensor, where: Any = ...) -> tuple[str, Callable[..., Any]]:
+    """A hook that copies a part of `value`."""
+
+    def write(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        activation = activation.clone()
+        activation[where] = value[where]
+        return activation
+
+    return hook, write
+
+
+def decoded(sae: Any, source: Any, base: Any, position: int, features: Any, *, error: bool = False) -> Hooks:
+    """Hooks that decode by hand: features at a position, and the error if wanted, are those of the source run."""
+    hook = sae.cfg.metadata.hook_name
+    with torch.no_grad():
+        mixed, theirs = sae.encode(base[hook]), sae.encode(source[hook])
+        errors = base[hook] - sae.decode(mixed), source[hook] - sae.decode(theirs)
+        mixed[0, position, features] = theirs[0, position, features]
+        new = sae.decode(mixed) + errors[error]
+    return [overwrite(hook, new, (0, position))]
+
+
+def test_residual_stream(model: Any, pairs: Any) -> None:
+    """Task 1: patch the residual stream by layer and position."""
+    components = fp.rank_components(model, pairs[:1], sites="resid_pre", positions="each", progress=False)
+    values, axes = components.to_tensor("layer", "position")
+
+    assert axes["layer"] == list(range(LAYERS))
+    for layer in range(LAYERS):
+        for column, position in enumerate(axes["position"]):
+            hook, where = f"blocks.{layer}.hook_resid_pre", (0, position)
+            expected = by_hand(model, pairs[:1], lambda pair, source, base: [overwrite(hook, source[hook], where)])  # noqa: B023
+            assert float(values[layer, column]) == pytest.approx(expected, abs=CLOSE)
+    assert values.max() > 0.9
+
+
+def test_head_outputs(model: Any, pairs: Any) -> None:
+    """Task 2: patch the output of every head, by layer and head."""
+    values, _ = fp.rank_components(model, pairs, sites="z", progress=False).to_tensor("layer", "head")
+
+    assert values.shape == (LAYERS, HEADS)
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            hook, where = f"blocks.{layer}.attn.hook_z", (0, slice(None), head)
+            expected = by_hand(model, pairs, lambda pair, source, base: [overwrite(hook, source[hook], where)])  # noqa: B023
+            assert float(values[layer, head]) == pytest.approx(expected, abs=CLOSE)
+
+
+def test_inside_a_head(model: Any, pairs: Any) -> None:
+    """Task 3: patch the queries, keys, values and pattern of a head."""
+    nodes = [fp.head(1, 3, site) for site in ("q", "k", "v", "pattern")]
+    effects = fp.rank_nodes(model, pairs, nodes, together=False, progress=False).pooled("recovery")
+
+    for site, effect in zip(("q", "k", "v", "pattern"), effects, strict=True):
+        hook, where = f"blocks.1.attn.hook_{site}", (0, 3) if site == "pattern" else (0, slice(None), 3)
+        expected = by_hand(model, pairs, lambda pair, source, base: [overwrite(hook, source[hook], where)])  # noqa: B023
+        assert effect == pytest.approx(expected, abs=CLOSE)
+
+
+def test_mlp_outputs(model: Any, pairs: Any) -> None:
+    """Task 4: patch the output of every MLP, by layer and position."""
+    components = fp.rank_components(model, pairs, sites="mlp_out", positions=["S2", "end"], progress=False)
+    values, axes = components.to_tensor("layer", "position")
+
+    for layer in range(LAYERS):
+        for column, label in enumerate(axes["position"]):
+            hook = f"blocks.{layer}.hook_mlp_out"
+            expected = by_hand(model, pairs, lambda pair, s, b: [overwrite(hook, s[hook], (0, pair.labels[label]))])  # noqa: B023
+            assert float(values[layer, column]) == pytest.approx(expected, abs=CLOSE)
+
+
+def test_ranked_features(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 5: rank the features of an SAE by recovery."""
+    effects = fp.rank_features(model, sae, pairs, positions=["end"], progress=False)
+    best = effects.where(kind="feature").top(5, by="recovery")
+
+    hook, changed = sae.cfg.metadata.hook_name, set[int]()
+    for pair in pairs:
+        clean, corrupted = (sae.encode(cached(model, run)[hook])[0, -1] for run in (pair.clean, pair.corrupted))
+        changed |= set((clean != corrupted).nonzero().flatten().tolist())
+    expected = {i: by_hand(model, pairs, lambda pair, s, b: decoded(sae, s, b, pair.labels["end"], i)) for i in changed}  # noqa: B023
+    ranked = sorted(expected, key=expected.__getitem__, reverse=True)[:5]
+    assert [node.index for node in best.nodes] == ranked
+    assert list(best.pooled("recovery")) == pytest.approx([expected[i] for i in ranked], abs=CLOSE)
+
+
+def test_error_term(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 6: patch the error term of an SAE."""
+    effects = fp.rank_features(model, sae, pairs, positions=["end"], progress=False)
+    (effect,) = effects.where(kind="error").pooled("recovery")
+
+    expected = by_hand(model, pairs, lambda pair, s, b: decoded(sae, s, b, pair.labels["end"], [], error=True))
+    assert effect == pytest.approx(expected, abs=CLOSE)
+    assert abs(effect) > 10 * CLOSE
+
+
+def test_all_features(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 7: patch all features of an SAE at once and keep its error."""
+    effects = fp.rank_features(model, sae, pairs, positions=["end"], progress=False)
+    (effect,) = effects.where(kind="all_features").pooled("recovery")
+
+    expected = by_hand(model, pairs, lambda pair, s, b: decoded(sae, s, b, pair.labels["end"], slice(None)))
+    assert effect == pytest.approx(expected, abs=CLOSE)
+
+
+def test_noised_feature(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 8: put the corrupted value of a feature into the clean run (noising)."""
+    effects = fp.rank_features(model, sae, pairs, positions=["end"], directions=["noising"], progress=False)
+    best = effects.where(kind="feature").top(1)
+
+    index = best.nodes[0].index
+    expected = by_hand(model, pairs, lambda pair, s, b: decoded(sae, s, b, pair.labels["end"], index), noising=True)
+    assert best.pooled("degradation")[0] == pytest.approx(expected, abs=CLOSE)
+    assert abs(expected) > 10 * CLOSE
+
+
+def test_zero_ablation(model: Any, pairs: Any) -> None:
+    """Task 9: ablate a head to zero."""
+    (effect,) = fp.rank_nodes(model, pairs, [fp.head(1, 3)], to="zero", together=False, progress=False).pooled("degradation")
+
+    hook, where = "blocks.1.attn.hook_z", (0, slice(1, None), 3)  # the first token is special and keeps its activation
+    zeros = by_hand(model, pairs, lambda pair, s, b: [overwrite(hook, torch.zeros_like(b[hook]), where)], noising=True)
+    assert effect == pytest.approx(zeros, abs=CLOSE)
+
+
+def test_mean_ablation(demo: Any, model: Any, pairs: Any) -> None:
+    """Task 10: ablate a head to its mean over other prompts."""
+    others = demo.pairs("ioi", n=10)
+    ablated = fp.rank_nodes(model, pairs, [fp.head(1, 3)], to="mean", reference=others, together=False, progress=False)
+    (effect,) = ablated.pooled("degradation")
+
+    hook, where = "blocks.1.attn.hook_z", (0, slice(1, None), 3)
+    values = [cached(model, run)[hook][where] for pair in others for run in (pair.clean, pair.corrupted)]
+    mean = torch.cat(values).mean(0)
+    means = by_hand(model, pairs, lambda p, s, b: [overwrite(hook, mean.expand_as(b[hook]), where)], noising=True)
+    assert effect == pytest.approx(means, abs=CLOSE)
+
+
+def test_five_heads(model: Any, pairs: Any) -> None:
+    """Task 11: patch five heads in different layers together."""
+    heads = [(1, 3), (1, 1), (3, 5), (3, 3), (2, 3)]
+    joint = fp.rank_nodes(model, pairs, [fp.head(layer, head) for layer, head in heads], progress=False).where(kind="set")
+
+    def hooks(pair: Any, source: Any, base: Any) -> Hooks:
+        names = [(f"blocks.{layer}.attn.hook_z", (0, slice(None), head)) for layer, head in heads]
+        return [overwrite(name, source[name], where) for name, where in names]
+
+    assert joint.pooled("recovery")[0] == pytest.approx(by_hand(model, pairs, hooks), abs=CLOSE)
+    assert joint.pooled("degradation")[0] == pytest.approx(by_hand(model, pairs, hooks, noising=True), abs=CLOSE)
+
+
+def test_feature_and_head(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 12: patch a feature and a head together, each at its label."""
+    nodes = [fp.feature(sae, 46, "end"), fp.head(3, 5, "z", "end")]
+    joint = fp.rank_nodes(model, pairs, nodes, saes=sae, progress=False).where(kind="set")
+
+    def hooks(pair: Any, source: Any, base: Any) -> Hooks:
+        end, hook = pair.labels["end"], "blocks.3.attn.hook_z"
+        return [*decoded(sae, source, base, end, 46), overwrite(hook, source[hook], (0, end, 5))]
+
+    assert joint.pooled("recovery")[0] == pytest.approx(by_hand(model, pairs, hooks), abs=CLOSE)
+
+
+def test_direct_logit_attribution(model: Any, pairs: Any) -> None:
+    """Task 13: attribute the logit difference to the direct writes of heads, MLPs and biases."""
+    attribution = fp.logit_attribution(model, pairs, progress=False)
+    table = attribution.to_pandas()
+
+    expected = sum(difference(model, pair, pair.clean, []) for pair in pairs) / len(pairs)
+    assert attribution.values.sum(0).mean() == pytest.approx(expected, abs=CLOSE)
+    assert abs(attribution.residual()).max() < CLOSE
+    heads = torch.zeros(LAYERS, HEADS)
+    for pair in pairs:
+        cache = cached(model, pair.clean)
+        final = cache["blocks.3.hook_resid_post"][0, -1]
+        scale = (final.var(unbiased=False) + model.cfg.eps).sqrt()
+        towards = model.W_U[:, pair.correct[0]] - model.W_U[:, pair.wrong[0]]
+        for layer in range(LAYERS):
+            written = torch.einsum("hd,hdm->hm", cache[f"blocks.{layer}.attn.hook_z"][0, -1], model.W_O[layer])
+            heads[layer] += (written - written.mean(-1, keepdim=True)) / scale * model.ln_final.w @ towards / len(pairs)
+    found = table[table["kind"] == "head"]
+    assert len(found) == LAYERS * HEADS
+    for layer, head, logits in zip(found["layer"], found["index"], found["logits"], strict=True):
+        assert logits == pytest.approx(float(heads[layer, head]), abs=CLOSE)

@@ -5,7 +5,8 @@ second checks the numbers against a plain loop of hooked forward passes, which u
 """
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +46,31 @@ def sae(demo: Any) -> Any:
     return found
 
 
-def cached(model: Any, tokens: Sequence[int]) -> Any:
+@lru_cache(maxsize=128)
+def run(model: Any, tokens: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
+    """The logits at the last token and the activations, without a patch."""
     with torch.no_grad():
-        return model.run_with_cache(torch.tensor([tokens]))[1]
+        logits, cache = model.run_with_cache(torch.tensor([tokens]))
+    return logits[0, -1], cache
 
 
-@torch.no_grad()
-def difference(model: Any, pair: Any, tokens: Sequence[int], hooks: Hooks) -> float:
-    logits = model.run_with_hooks(torch.tensor([tokens]), fwd_hooks=hooks)[0, -1]
+def cached(model: Any, tokens: tuple[int, ...]) -> Any:
+    return run(model, tokens)[1]
+
+
+def difference(pair: Any, logits: torch.Tensor) -> float:
     return float(logits[pair.correct[0]] - logits[pair.wrong[0]])
 
 
+@torch.no_grad()
 def by_hand(model: Any, pairs: Any, hooks: Callable[[Any, Any, Any], Hooks], *, noising: bool = False) -> float:
     """The share of the gap that is recovered by `hooks(pair, source, base)` in corrupted runs, or lost in clean ones."""
     changes, gaps = [], []
     for pair in pairs:
         base, source = (pair.clean, pair.corrupted) if noising else (pair.corrupted, pair.clean)
-        patched = difference(model, pair, base, hooks(pair, cached(model, source), cached(model, base)))
-        clean, corrupted = difference(model, pair, pair.clean, []), difference(model, pair, pair.corrupted, [])
+        chosen = hooks(pair, cached(model, source), cached(model, base))
+        patched = difference(pair, model.run_with_hooks(torch.tensor([base]), fwd_hooks=chosen)[0, -1])
+        clean, corrupted = (difference(pair, run(model, tokens)[0]) for tokens in (pair.clean, pair.corrupted))
         changes.append(clean - patched if noising else patched - corrupted)
         gaps.append(clean - corrupted)
     return sum(changes) / sum(gaps)
@@ -231,12 +239,13 @@ def test_feature_and_head(model: Any, pairs: Any, sae: Any) -> None:
     assert joint.pooled("recovery")[0] == pytest.approx(by_hand(model, pairs, hooks), abs=CLOSE)
 
 
+@torch.no_grad()
 def test_direct_logit_attribution(model: Any, pairs: Any) -> None:
     """Task 13: attribute the logit difference to the direct writes of heads, MLPs and biases."""
     attribution = fp.logit_attribution(model, pairs, progress=False)
     table = attribution.to_pandas()
 
-    expected = sum(difference(model, pair, pair.clean, []) for pair in pairs) / len(pairs)
+    expected = sum(difference(pair, run(model, pair.clean)[0]) for pair in pairs) / len(pairs)
     assert attribution.values.sum(0).mean() == pytest.approx(expected, abs=CLOSE)
     assert abs(attribution.residual()).max() < CLOSE
     heads = torch.zeros(LAYERS, HEADS)
@@ -252,3 +261,147 @@ def test_direct_logit_attribution(model: Any, pairs: Any) -> None:
     assert len(found) == LAYERS * HEADS
     for layer, head, logits in zip(found["layer"], found["index"], found["logits"], strict=True):
         assert logits == pytest.approx(float(heads[layer, head]), abs=CLOSE)
+
+
+def test_attribution_on_one_prompt(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 14: attribute a logit on one prompt to features, without a counterfactual."""
+    prompt = fp.Pairs.from_prompts(model, clean="When Mary and John went to the store , John gave a drink to", correct=" Mary")
+    found = fp.ablate(model, prompt, saes=sae, to="zero", metric="logit", method="atp", progress=False).where(kind="feature")
+
+    kept, hook = [], sae.cfg.metadata.hook_name
+
+    def keep(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        kept.append(activation.detach().requires_grad_())
+        return kept[0]
+
+    logits = model.run_with_hooks(torch.tensor([prompt[0].clean]), fwd_hooks=[(hook, keep)])
+    (gradient,) = torch.autograd.grad(logits[0, -1, prompt[0].correct[0]], kept)
+    expected = (sae.encode(kept[0]) * (gradient @ sae.W_dec.T))[0, 1:].sum(0)  # the first token is special
+    assert {node.index for node in found.nodes} == set(expected.nonzero().flatten().tolist())
+    for node, value in zip(found.nodes, found.pooled("degradation"), strict=True):
+        assert value == pytest.approx(float(expected[node.index].detach()), abs=CLOSE)
+
+
+def test_direct_path(model: Any, pairs: Any) -> None:
+    """Task 15: patch the direct path from a head to the logits."""
+    paths = fp.rank_paths(model, pairs, senders=[fp.head(1, 3, "z", "end")], receivers=["logits"], progress=False)
+    (effect,) = paths.pooled("recovery")
+
+    def hooks(pair: Any, source: Any, base: Any) -> Hooks:
+        frozen = [f"blocks.{layer}.hook_attn_out" for layer in (2, 3)] + [f"blocks.{layer}.hook_mlp_out" for layer in (1, 2, 3)]
+        sent = overwrite("blocks.1.attn.hook_z", source["blocks.1.attn.hook_z"], (0, pair.labels["end"], 3))
+        return [sent, *(overwrite(name, base[name]) for name in frozen)]
+
+    assert effect == pytest.approx(by_hand(model, pairs, hooks), abs=CLOSE)
+    assert abs(effect) > 10 * CLOSE
+
+
+@torch.no_grad()
+def test_active_features(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 16: list the features that are active on each token."""
+    table = fp.active_features(model, sae, pairs[0], per_token=5)
+
+    values = sae.encode(cached(model, pairs[0].clean)[sae.cfg.metadata.hook_name])[0]
+    for position in range(1, len(pairs[0].clean)):
+        rows = table[table["position"] == position]
+        best, features = values[position].topk(min(5, int((values[position] > 0).sum())))
+        assert list(rows["feature"]) == features.tolist()
+        assert list(rows["value"]) == pytest.approx(best.tolist(), abs=CLOSE)
+
+
+@torch.no_grad()
+def test_max_activating(demo: Any, model: Any, sae: Any) -> None:
+    """Task 17: find the tokens of a text on which a feature is most active."""
+    (found,) = fp.max_activating(model, sae, [fp.feature(sae, 46)], demo.text()[:150], contexts=1).values()
+
+    values, words = [], []
+    for text in demo.text()[:150]:
+        tokens = model.to_tokens(text)
+        activation = cached(model, tuple(tokens[0].tolist()))[sae.cfg.metadata.hook_name]
+        values += sae.encode(activation)[0, 1:, 46].tolist()  # without the special first token
+        words += [model.tokenizer.decode([token]).strip() for token in tokens[0, 1:].tolist()]
+    assert found.fired == sum(value > 0 for value in values) > 10
+    assert found.positions == len(values)
+    assert found.examples[0].value == pytest.approx(max(values), abs=CLOSE)
+    assert f"[{words[values.index(max(values))]}]" in found.contexts[0]
+
+
+@torch.no_grad()
+def test_loss_with_the_sae(demo: Any, model: Any, sae: Any) -> None:
+    """Task 18: measure the loss with the SAE spliced in, and with zero ablation."""
+    (found,) = fp.loss_recovered(model, sae, demo.text()[:20], progress=False).spliced
+
+    def keep_first(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda activation, hook: torch.cat([activation[:, :1], change(activation)[:, 1:]], 1)
+
+    changes = {"loss": lambda x: x, "loss_sae": lambda x: sae.decode(sae.encode(x)), "loss_zero": torch.zeros_like}
+    for name, change in changes.items():
+        losses = []
+        for text in demo.text()[:20]:
+            tokens = model.to_tokens(text)
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(sae.cfg.metadata.hook_name, keep_first(change))])
+            losses.append(torch.nn.functional.cross_entropy(logits[0, 1:-1], tokens[0, 2:], reduction="none"))
+        assert getattr(found, name) == pytest.approx(float(torch.cat(losses).mean()), abs=CLOSE)
+
+
+def test_attention_pattern(model: Any, pairs: Any) -> None:
+    """Task 19: plot the attention pattern of a head on both prompts."""
+    figure = fp.attention_pattern(model, pairs[0], layer=3, head=5)
+
+    for drawn, tokens in zip(figure.data, (pairs[0].clean, pairs[0].corrupted), strict=True):
+        assert drawn.z == pytest.approx(cached(model, tokens)["blocks.3.attn.hook_pattern"][0, 5].numpy(), abs=1e-6)
+
+
+@torch.no_grad()
+def test_patch_by_hand(model: Any, pairs: Any) -> None:
+    """Task 20: run the model with a head's value vector patched during the call."""
+    with fp.do(model, fp.Patch((fp.head(1, 3, "v", "S2"),)), pair=pairs[0]):
+        logits = model(torch.tensor([pairs[0].corrupted]))
+
+    hook, tokens = "blocks.1.attn.hook_v", torch.tensor([pairs[0].corrupted])
+    value = cached(model, pairs[0].clean)[hook]
+    expected = model.run_with_hooks(tokens, fwd_hooks=[overwrite(hook, value, (0, pairs[0].labels["S2"], 3))])
+    torch.testing.assert_close(logits, expected, atol=CLOSE, rtol=0)
+    assert (logits[0, -1] - run(model, pairs[0].corrupted)[0]).abs().max() > 0.1
+
+
+def test_direction(model: Any, pairs: Any) -> None:
+    """Task 21: patch what a direction of the residual stream carries."""
+    towards = model.W_U[:, pairs[0].correct[0]] - model.W_U[:, pairs[0].wrong[0]]
+    answer = fp.direction(towards, "blocks.3.hook_resid_pre", name="answer")
+    effects = fp.rank_nodes(model, pairs, [fp.feature(answer, 0, "end")], saes=answer, together=False, progress=False)
+
+    def hooks(pair: Any, source: Any, base: Any) -> Hooks:
+        unit, end, hook = towards / towards.norm(), pair.labels["end"], "blocks.3.hook_resid_pre"
+        return [overwrite(hook, base[hook] + ((source[hook] - base[hook]) @ unit)[..., None] * unit, (0, end))]
+
+    assert effects.pooled("recovery")[0] == pytest.approx(by_hand(model, pairs, hooks), abs=CLOSE)
+
+
+@torch.no_grad()
+def test_steering(model: Any, pairs: Any, sae: Any) -> None:
+    """Task 22: steer a call of the model with a multiple of a feature's decoder direction."""
+    last, hook, tokens = len(pairs[0]) - 1, "blocks.3.hook_resid_pre", torch.tensor([pairs[0].clean])
+    steered = {hook: model.run_with_cache(tokens)[1][hook] + 5 * sae.W_dec[46]}
+    with fp.do(model, fp.Patch((fp.Node(hook, "activation", position=last),)), source=steered, how="set"):
+        logits = model(tokens)
+
+    pushed = torch.zeros(1, len(pairs[0]), model.cfg.d_model)
+    pushed[0, last] = 5 * sae.W_dec[46]
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda activation, hook: activation + pushed)])
+    torch.testing.assert_close(logits, expected, atol=CLOSE, rtol=0)
+    assert (logits[0, -1] - run(model, pairs[0].clean)[0]).abs().max() > 0.1
+
+
+def test_each_task_takes_at_most_three_lines() -> None:
+    """The first paragraph of each test is the whole use of featpatch; the tasks are numbered without gaps."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    numbers = []
+    for function in ast.parse(source).body:
+        if not isinstance(function, ast.FunctionDef) or not (ast.get_docstring(function) or "").startswith("Task "):
+            continue
+        numbers.append(int(str(ast.get_docstring(function)).split()[1].rstrip(":")))
+        used, checks = "\n".join(source.splitlines()[function.body[1].lineno - 1 : function.end_lineno]).split("\n\n", 1)
+        assert len(used.splitlines()) <= 3, function.name
+        assert "fp." not in checks, function.name
+    assert numbers == list(range(1, 23))

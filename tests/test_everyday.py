@@ -5,6 +5,7 @@ second checks the numbers against a plain loop of hooked forward passes, which u
 """
 
 import ast
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 
 import featpatch as fp
 
-pytestmark = pytest.mark.filterwarnings("ignore:the text has:featpatch.errors.FeatpatchWarning")
-
-CLOSE = 1e-4
-"""The demo is a float32 model; a logit difference is about 10."""
+CLOSE = 1e-5
+LOGITS = 1e-4
+"""The tolerances of effects and of logits and activations: the demo computes in float32, and its logits are up to 20."""
 LAYERS, HEADS = 4, 8
+HOOK = "blocks.3.hook_resid_pre"
+"""The hook point of the SAE."""
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 
@@ -41,9 +43,7 @@ def pairs(demo: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def sae(demo: Any) -> Any:
-    """The SAE of the residual stream that enters the last layer."""
-    (found,) = (sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_pre")
-    return found
+    return next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == HOOK)
 
 
 @lru_cache(maxsize=128)
@@ -87,27 +87,30 @@ def overwrite(hook: str, value: torch.Tensor, where: Any = ...) -> tuple[str, Ca
     return hook, write
 
 
+def taken(hook: str, where: Any) -> Callable[[Any, Any, Any], Hooks]:
+    """A patch for `by_hand`: a part of an activation from the source run."""
+    return lambda pair, source, base: [overwrite(hook, source[hook], where)]
+
+
 def decoded(sae: Any, source: Any, base: Any, position: int, features: Any, *, error: bool = False) -> Hooks:
     """Hooks that decode by hand: features at a position, and the error if wanted, are those of the source run."""
-    hook = sae.cfg.metadata.hook_name
     with torch.no_grad():
-        mixed, theirs = sae.encode(base[hook]), sae.encode(source[hook])
-        errors = base[hook] - sae.decode(mixed), source[hook] - sae.decode(theirs)
+        mixed, theirs = sae.encode(base[HOOK]), sae.encode(source[HOOK])
+        errors = base[HOOK] - sae.decode(mixed), source[HOOK] - sae.decode(theirs)
         mixed[0, position, features] = theirs[0, position, features]
         new = sae.decode(mixed) + errors[error]
-    return [overwrite(hook, new, (0, position))]
+    return [overwrite(HOOK, new, (0, position))]
 
 
 def test_residual_stream(model: Any, pairs: Any) -> None:
     """Task 1: patch the residual stream by layer and position."""
-    components = fp.rank_components(model, pairs[:1], sites="resid_pre", positions="each", progress=False)
-    values, axes = components.to_tensor("layer", "position")
+    table = fp.rank_components(model, pairs[:1], sites="resid_pre", positions="each", directions=["denoising"], progress=False)
+    values, axes = table.to_tensor("layer", "position")
 
     assert axes["layer"] == list(range(LAYERS))
     for layer in range(LAYERS):
         for column, position in enumerate(axes["position"]):
-            hook, where = f"blocks.{layer}.hook_resid_pre", (0, position)
-            expected = by_hand(model, pairs[:1], lambda pair, source, base: [overwrite(hook, source[hook], where)])  # noqa: B023
+            expected = by_hand(model, pairs[:1], taken(f"blocks.{layer}.hook_resid_pre", (0, position)))
             assert float(values[layer, column]) == pytest.approx(expected, abs=CLOSE)
     assert values.max() > 0.9
 
@@ -119,8 +122,7 @@ def test_head_outputs(model: Any, pairs: Any) -> None:
     assert values.shape == (LAYERS, HEADS)
     for layer in range(LAYERS):
         for head in range(HEADS):
-            hook, where = f"blocks.{layer}.attn.hook_z", (0, slice(None), head)
-            expected = by_hand(model, pairs, lambda pair, source, base: [overwrite(hook, source[hook], where)])  # noqa: B023
+            expected = by_hand(model, pairs, taken(f"blocks.{layer}.attn.hook_z", (0, slice(None), head)))
             assert float(values[layer, head]) == pytest.approx(expected, abs=CLOSE)
 
 
@@ -130,8 +132,8 @@ def test_inside_a_head(model: Any, pairs: Any) -> None:
     effects = fp.rank_nodes(model, pairs, nodes, together=False, progress=False).pooled("recovery")
 
     for site, effect in zip(("q", "k", "v", "pattern"), effects, strict=True):
-        hook, where = f"blocks.1.attn.hook_{site}", (0, 3) if site == "pattern" else (0, slice(None), 3)
-        expected = by_hand(model, pairs, lambda pair, source, base: [overwrite(hook, source[hook], where)])  # noqa: B023
+        where = (0, 3) if site == "pattern" else (0, slice(None), 3)
+        expected = by_hand(model, pairs, taken(f"blocks.1.attn.hook_{site}", where))
         assert effect == pytest.approx(expected, abs=CLOSE)
 
 
@@ -152,9 +154,9 @@ def test_ranked_features(model: Any, pairs: Any, sae: Any) -> None:
     effects = fp.rank_features(model, sae, pairs, positions=["end"], progress=False)
     best = effects.where(kind="feature").top(5, by="recovery")
 
-    hook, changed = sae.cfg.metadata.hook_name, set[int]()
+    changed = set[int]()
     for pair in pairs:
-        clean, corrupted = (sae.encode(cached(model, run)[hook])[0, -1] for run in (pair.clean, pair.corrupted))
+        clean, corrupted = (sae.encode(cached(model, tokens)[HOOK])[0, -1] for tokens in (pair.clean, pair.corrupted))
         changed |= set((clean != corrupted).nonzero().flatten().tolist())
     expected = {i: by_hand(model, pairs, lambda pair, s, b: decoded(sae, s, b, pair.labels["end"], i)) for i in changed}  # noqa: B023
     ranked = sorted(expected, key=expected.__getitem__, reverse=True)[:5]
@@ -246,8 +248,8 @@ def test_direct_logit_attribution(model: Any, pairs: Any) -> None:
     table = attribution.to_pandas()
 
     expected = sum(difference(pair, run(model, pair.clean)[0]) for pair in pairs) / len(pairs)
-    assert attribution.values.sum(0).mean() == pytest.approx(expected, abs=CLOSE)
-    assert abs(attribution.residual()).max() < CLOSE
+    assert attribution.values.sum(0).mean() == pytest.approx(expected, abs=LOGITS)
+    assert abs(attribution.residual()).max() < LOGITS
     heads = torch.zeros(LAYERS, HEADS)
     for pair in pairs:
         cache = cached(model, pair.clean)
@@ -260,7 +262,7 @@ def test_direct_logit_attribution(model: Any, pairs: Any) -> None:
     found = table[table["kind"] == "head"]
     assert len(found) == LAYERS * HEADS
     for layer, head, logits in zip(found["layer"], found["index"], found["logits"], strict=True):
-        assert logits == pytest.approx(float(heads[layer, head]), abs=CLOSE)
+        assert logits == pytest.approx(float(heads[layer, head]), abs=LOGITS)
 
 
 def test_attribution_on_one_prompt(model: Any, pairs: Any, sae: Any) -> None:
@@ -268,18 +270,18 @@ def test_attribution_on_one_prompt(model: Any, pairs: Any, sae: Any) -> None:
     prompt = fp.Pairs.from_prompts(model, clean="When Mary and John went to the store , John gave a drink to", correct=" Mary")
     found = fp.ablate(model, prompt, saes=sae, to="zero", metric="logit", method="atp", progress=False).where(kind="feature")
 
-    kept, hook = [], sae.cfg.metadata.hook_name
+    kept: list[torch.Tensor] = []
 
     def keep(activation: torch.Tensor, hook: Any) -> torch.Tensor:
         kept.append(activation.detach().requires_grad_())
         return kept[0]
 
-    logits = model.run_with_hooks(torch.tensor([prompt[0].clean]), fwd_hooks=[(hook, keep)])
+    logits = model.run_with_hooks(torch.tensor([prompt[0].clean]), fwd_hooks=[(HOOK, keep)])
     (gradient,) = torch.autograd.grad(logits[0, -1, prompt[0].correct[0]], kept)
     expected = (sae.encode(kept[0]) * (gradient @ sae.W_dec.T))[0, 1:].sum(0)  # the first token is special
     assert {node.index for node in found.nodes} == set(expected.nonzero().flatten().tolist())
     for node, value in zip(found.nodes, found.pooled("degradation"), strict=True):
-        assert value == pytest.approx(float(expected[node.index].detach()), abs=CLOSE)
+        assert value == pytest.approx(float(expected[node.index].detach()), abs=LOGITS)
 
 
 def test_direct_path(model: Any, pairs: Any) -> None:
@@ -301,28 +303,28 @@ def test_active_features(model: Any, pairs: Any, sae: Any) -> None:
     """Task 16: list the features that are active on each token."""
     table = fp.active_features(model, sae, pairs[0], per_token=5)
 
-    values = sae.encode(cached(model, pairs[0].clean)[sae.cfg.metadata.hook_name])[0]
+    values = sae.encode(cached(model, pairs[0].clean)[HOOK])[0]
     for position in range(1, len(pairs[0].clean)):
         rows = table[table["position"] == position]
         best, features = values[position].topk(min(5, int((values[position] > 0).sum())))
         assert list(rows["feature"]) == features.tolist()
-        assert list(rows["value"]) == pytest.approx(best.tolist(), abs=CLOSE)
+        assert list(rows["value"]) == pytest.approx(best.tolist(), abs=LOGITS)
 
 
 @torch.no_grad()
 def test_max_activating(demo: Any, model: Any, sae: Any) -> None:
     """Task 17: find the tokens of a text on which a feature is most active."""
-    (found,) = fp.max_activating(model, sae, [fp.feature(sae, 46)], demo.text()[:150], contexts=1).values()
+    (found,) = fp.max_activating(model, sae, [fp.feature(sae, 46)], demo.text()[:60], contexts=1).values()
 
     values, words = [], []
-    for text in demo.text()[:150]:
+    for text in demo.text()[:60]:
         tokens = model.to_tokens(text)
-        activation = cached(model, tuple(tokens[0].tolist()))[sae.cfg.metadata.hook_name]
+        activation = cached(model, tuple(tokens[0].tolist()))[HOOK]
         values += sae.encode(activation)[0, 1:, 46].tolist()  # without the special first token
         words += [model.tokenizer.decode([token]).strip() for token in tokens[0, 1:].tolist()]
     assert found.fired == sum(value > 0 for value in values) > 10
     assert found.positions == len(values)
-    assert found.examples[0].value == pytest.approx(max(values), abs=CLOSE)
+    assert found.examples[0].value == pytest.approx(max(values), abs=LOGITS)
     assert f"[{words[values.index(max(values))]}]" in found.contexts[0]
 
 
@@ -339,9 +341,9 @@ def test_loss_with_the_sae(demo: Any, model: Any, sae: Any) -> None:
         losses = []
         for text in demo.text()[:20]:
             tokens = model.to_tokens(text)
-            logits = model.run_with_hooks(tokens, fwd_hooks=[(sae.cfg.metadata.hook_name, keep_first(change))])
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(HOOK, keep_first(change))])
             losses.append(torch.nn.functional.cross_entropy(logits[0, 1:-1], tokens[0, 2:], reduction="none"))
-        assert getattr(found, name) == pytest.approx(float(torch.cat(losses).mean()), abs=CLOSE)
+        assert getattr(found, name) == pytest.approx(float(torch.cat(losses).mean()), abs=LOGITS)
 
 
 def test_attention_pattern(model: Any, pairs: Any) -> None:
@@ -361,19 +363,20 @@ def test_patch_by_hand(model: Any, pairs: Any) -> None:
     hook, tokens = "blocks.1.attn.hook_v", torch.tensor([pairs[0].corrupted])
     value = cached(model, pairs[0].clean)[hook]
     expected = model.run_with_hooks(tokens, fwd_hooks=[overwrite(hook, value, (0, pairs[0].labels["S2"], 3))])
-    torch.testing.assert_close(logits, expected, atol=CLOSE, rtol=0)
+    torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
     assert (logits[0, -1] - run(model, pairs[0].corrupted)[0]).abs().max() > 0.1
 
 
 def test_direction(model: Any, pairs: Any) -> None:
     """Task 21: patch what a direction of the residual stream carries."""
     towards = model.W_U[:, pairs[0].correct[0]] - model.W_U[:, pairs[0].wrong[0]]
-    answer = fp.direction(towards, "blocks.3.hook_resid_pre", name="answer")
+    answer = fp.direction(towards, HOOK, name="answer")
     effects = fp.rank_nodes(model, pairs, [fp.feature(answer, 0, "end")], saes=answer, together=False, progress=False)
 
     def hooks(pair: Any, source: Any, base: Any) -> Hooks:
-        unit, end, hook = towards / towards.norm(), pair.labels["end"], "blocks.3.hook_resid_pre"
-        return [overwrite(hook, base[hook] + ((source[hook] - base[hook]) @ unit)[..., None] * unit, (0, end))]
+        unit = towards / towards.norm()
+        new = base[HOOK] + ((source[HOOK] - base[HOOK]) @ unit)[..., None] * unit
+        return [overwrite(HOOK, new, (0, pair.labels["end"]))]
 
     assert effects.pooled("recovery")[0] == pytest.approx(by_hand(model, pairs, hooks), abs=CLOSE)
 
@@ -381,27 +384,24 @@ def test_direction(model: Any, pairs: Any) -> None:
 @torch.no_grad()
 def test_steering(model: Any, pairs: Any, sae: Any) -> None:
     """Task 22: steer a call of the model with a multiple of a feature's decoder direction."""
-    last, hook, tokens = len(pairs[0]) - 1, "blocks.3.hook_resid_pre", torch.tensor([pairs[0].clean])
-    steered = {hook: model.run_with_cache(tokens)[1][hook] + 5 * sae.W_dec[46]}
-    with fp.do(model, fp.Patch((fp.Node(hook, "activation", position=last),)), source=steered, how="set"):
+    steered = {HOOK: model.run_with_cache(tokens := torch.tensor([pairs[0].clean]))[1][HOOK] + 5 * sae.W_dec[46]}
+    with fp.do(model, fp.Patch((fp.Node(HOOK, "activation", position=-1),)), source=steered, how="set"):
         logits = model(tokens)
 
     pushed = torch.zeros(1, len(pairs[0]), model.cfg.d_model)
-    pushed[0, last] = 5 * sae.W_dec[46]
-    expected = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda activation, hook: activation + pushed)])
-    torch.testing.assert_close(logits, expected, atol=CLOSE, rtol=0)
+    pushed[0, -1] = 5 * sae.W_dec[46]
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(HOOK, lambda activation, hook: activation + pushed)])
+    torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
     assert (logits[0, -1] - run(model, pairs[0].clean)[0]).abs().max() > 0.1
 
 
 def test_each_task_takes_at_most_three_lines() -> None:
     """The first paragraph of each test is the whole use of featpatch; the tasks are numbered without gaps."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    numbers = []
+    source, numbers = Path(__file__).read_text(encoding="utf-8"), []
     for function in ast.parse(source).body:
-        if not isinstance(function, ast.FunctionDef) or not (ast.get_docstring(function) or "").startswith("Task "):
-            continue
-        numbers.append(int(str(ast.get_docstring(function)).split()[1].rstrip(":")))
-        used, checks = "\n".join(source.splitlines()[function.body[1].lineno - 1 : function.end_lineno]).split("\n\n", 1)
-        assert len(used.splitlines()) <= 3, function.name
-        assert "fp." not in checks, function.name
+        if isinstance(function, ast.FunctionDef) and (named := re.match(r"Task (\d+): .+", ast.get_docstring(function) or "")):
+            numbers.append(int(named[1]))
+            body = source.splitlines()[function.body[1].lineno - 1 : function.end_lineno]
+            assert body.index("") <= 3, function.name
+            assert "fp." not in "".join(body[body.index("") :]), function.name
     assert numbers == list(range(1, 23))

@@ -8,8 +8,9 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from featpatch import sites
+from featpatch.circuits.attribution import INSIDE, sender_hooks, summed_scores
 from featpatch.circuits.graph import Graph, prompts, settled
 from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
+from featpatch.model.stack import Projections, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
-
-INSIDE = ("q", "k", "v")
-"""The inputs of an attention head that are receivers."""
 
 Written = dict[Node, torch.Tensor]
 """The output of each sender, `[circuits, pairs, pos, d_model]`."""
@@ -34,6 +34,10 @@ Written = dict[Node, torch.Tensor]
 TOLERANCE = 1e-3
 """The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
 It allows for rounding in float32."""
+
+ESTIMATED_AT_ONCE = 512
+"""The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory for the
+changes of all senders."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,22 +174,70 @@ class EdgeGraph(Graph):
         with torch.inference_mode(False), torch.enable_grad():
             runs = self.whole_runs.clone().requires_grad_()
             (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
-        total = np.zeros(len(self.items))
+        by_weights = None if self.mediators else self._projections
+        total = torch.zeros(len(self.items), dtype=torch.float64)
         for some in self._groups():
-            with torch.inference_mode(False), torch.enable_grad():
-                kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
-                values = self._run(kept, some)
-                if not values.requires_grad:
-                    raise FeatpatchError(
-                        f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
-                    )
-                (gradient,) = torch.autograd.grad((values * weights[some].to(values)).sum(), kept)
-            total += gradient[0].double().cpu().numpy()
-        return total / len(self.pairs)
+            if by_weights is None:
+                total += self._slopes(some, weights[some])
+            else:
+                total += self._scores(some, weights[some], by_weights)
+        result: NDArray[np.float64] = -total.numpy() / len(self.pairs)
+        return result
+
+    def _scores(self, some: Sequence[int], weights: torch.Tensor, by_weights: Sequence[Projections]) -> torch.Tensor:
+        """Estimate the change of the weighted sum of some runs' metrics with each edge ablated, see `attribution`."""
+        hooks, size = sender_hooks(self.lens), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
+        parts = [slice(start, start + size) for start in range(0, len(some), size)]
+        others: Iterable[Mapping[str, torch.Tensor]] = (
+            self.lens.read(prompts(self.runs, some[part], self.to), hooks) for part in parts
+        )
+        if self.to != "corrupted":
+            read = list(others)
+            values = {hook: settled(torch.cat([of_part[hook] for of_part in read]), self.to) for hook in hooks}
+            others = ({hook: values[hook][part] for hook in hooks} for part in parts)
+        total = torch.zeros(len(self.items), dtype=torch.float64)
+        for part, ablated in zip(parts, others, strict=True):
+
+            def measure(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
+                return self._differentiable(self.metric_of(logits[None], some[part])[0]) * weights[part].to(logits.device)
+
+            tokens, answers = self._prompts(some[part])
+            total += summed_scores(self.lens, by_weights, tokens, answers, measure, ablated).double().cpu()
+        return total
+
+    def _slopes(self, some: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+        """Compute the same by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
+        with torch.inference_mode(False), torch.enable_grad():
+            kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
+            values = self._differentiable(self._run(kept, some))
+            (gradient,) = torch.autograd.grad((values * weights.to(values)).sum(), kept)
+        return -gradient[0].double().cpu()
+
+    def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of the metric after checking that they have a gradient.
+
+        Raises:
+            FeatpatchError: if not.
+        """
+        if not values.requires_grad:
+            raise FeatpatchError(
+                f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
+            )
+        return values
+
+    @cached_property
+    def _projections(self) -> list[Projections] | None:
+        """The projections of each layer's attention by head; None if they can't be had, so that heads go through the model."""
+        some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
+        return projections_of(self.lens, self._prompts(some[:1])[0])
+
+    def _prompts(self, some: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clean tokens `[runs, pos]` and the answer positions `[runs]` of some equally long runs."""
+        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        return torch.tensor([self.runs[index].clean for index in some]), answers
 
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        tokens = torch.tensor([self.runs[index].clean for index in some])
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        tokens, answers = self._prompts(some)
         with torch.no_grad():
             if some[0] not in self._outside:
                 where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}

@@ -8,13 +8,14 @@ The scores of a receiver's edges are then one product with the changes of all se
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.model.lens import Lens
-from featpatch.model.stack import Projections
+from featpatch.model.stack import Projections, head_of
 
 INSIDE = ("q", "k", "v")
 """The inputs of an attention head that are receivers."""
@@ -48,7 +49,8 @@ def summed_scores(
     layers, last = range(lens.n_layers), sites.resid_post(lens.n_layers - 1)
     hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *names[1:])]
     reads = {*sender_hooks(lens), *(sites.component(layer, name) for layer in layers for name in ("resid_pre", names[0]))}
-    found = lens.gradients(tokens, [*hooks, last], answers, measure, reads=sorted(reads))
+    head = partial(head_of(lens), columns=None)
+    found = lens.gradients(tokens, [*hooks, last], answers, measure, reads=sorted(reads), head=head)
 
     def moved(hook: str) -> torch.Tensor:
         clean = found.activations[hook]
@@ -75,9 +77,8 @@ def summed_scores(
         changes[below:filled] = of_layer.outputs(moved(sites.component(layer, "z")).flatten(0, 1)).flatten(1)
         for output in (sites.component(layer, name) for name in names[1:]):
             attention = found.activations[sites.component(layer, "attn_out")]
-            put = {sites.component(layer, "attn_out"): torch.zeros_like(attention)}
             read = stream if lens.parallel else stream + attention.to(stream)
-            gradient, _ = lens.pull(layer, read, tokens, output, found.gradients[output], put)
+            gradient = of_layer.pull_mlp(read.flatten(0, 1), found.gradients[output].flatten(0, 1))
             score(gradient[None], below if lens.parallel else filled)
             changes[filled], filled = moved(output).flatten(), filled + 1
     score(found.gradients[last][None], filled)

@@ -24,6 +24,7 @@ from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
 from featpatch.model.stack import Projections, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
+from featpatch.patching.readings import AtAnswer
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
@@ -171,9 +172,11 @@ class EdgeGraph(Graph):
                 f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
                 "another metric; or pass scores='exact'"
             )
-        with torch.inference_mode(False), torch.enable_grad():
-            runs = self.whole_runs.clone().requires_grad_()
-            (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
+        weights = torch.ones(len(self.runs), dtype=torch.float64)
+        if not isinstance(self.read, AtAnswer):
+            with torch.inference_mode(False), torch.enable_grad():
+                runs = self.whole_runs.clone().requires_grad_()
+                (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
         by_weights = None if self.mediators else self._projections
         total = torch.zeros(len(self.items), dtype=torch.float64)
         for some in self._groups():

@@ -3,7 +3,7 @@
 Both model classes use the same names for weights. The processing steps are determined by measurement.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +96,16 @@ def attention_outputs(lens: Lens, layer: int) -> list[AttentionOutput]:
 
 @dataclass(frozen=True)
 class Projections:
-    """The projections of a layer's attention, split by head, so that each head can read an input of its own.
+    """The projections of a layer's attention, split by head, so that each head can read an input of its own, and its MLP.
 
     Attributes:
-        norm: the norm in front of attention; None if there is none.
+        layer: the layer.
         into: the weights `[heads, d_model, d_head]` and biases `[heads, d_head]` of `"q"`, `"k"` and `"v"`.
         out: W_O, `[heads, d_head, d_model]`.
         bias: b_O, `[d_model]`.
     """
 
-    norm: Norm | None
+    layer: Layer
     into: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     out: torch.Tensor
     bias: torch.Tensor
@@ -114,7 +114,7 @@ class Projections:
         """Return the queries, keys or values of heads, each from the residual stream that it reads."""
         weight, bias = self.into[name]
         rows = rows.to(weight.device)
-        normed = rows if self.norm is None else self.norm(rows)
+        normed = self.layer.attention_input(rows)
         return torch.baddbmm(bias[:, None], normed, weight).transpose(0, 1)
 
     def pull(
@@ -123,16 +123,26 @@ class Projections:
         """Return the gradient with respect to what each head's query, key or value reads, from that with respect to itself."""
         weight, _ = self.into[name]
         of_normed = gradient.to(weight).transpose(0, 1) @ weight.transpose(1, 2)
-        if self.norm is None:
-            return of_normed
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = at.to(weight).expand(len(weight), *at.shape).clone().requires_grad_()
-            (found,) = torch.autograd.grad(self.norm(leaf), leaf, of_normed.clone())
-        return found
+        return _pulled(self.layer.attention_input, at.to(weight).expand(len(weight), *at.shape), of_normed)
+
+    def pull_mlp(
+        self, at: Float[torch.Tensor, "rows d_model"], gradient: Float[torch.Tensor, "rows d_model"]
+    ) -> Float[torch.Tensor, "rows d_model"]:
+        """Return the gradient with respect to what the MLP reads, from that with respect to its output."""
+        at = at.to(self.layer.device)
+        return _pulled(self.layer.mlp_output, at, gradient.to(at))
 
     def outputs(self, z: Float[torch.Tensor, "rows heads d_head"]) -> Float[torch.Tensor, "heads rows d_model"]:
         """Return what each head adds to the residual stream, without the bias."""
         return z.to(self.out).transpose(0, 1) @ self.out
+
+
+def _pulled(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the gradient with respect to the argument of a function from that with respect to its value."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = at.clone().requires_grad_()
+        value = function(leaf)
+        return gradient if value is leaf else torch.autograd.grad(value, leaf, gradient.clone())[0]
 
 
 @torch.no_grad()
@@ -146,12 +156,12 @@ def projections_of(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list
         layers = lens.stack(tokens.shape[1], tokens.shape[1]).layers
     except UnsupportedError:
         return None
-    names = ("resid_pre", "q", "k", "v", "z", "attn_out")
+    names = ["resid_pre", "q", "k", "v", "z", "attn_out", *(() if lens.attention_only else ("mlp_out",))]
     hooks = [[sites.component(layer, name) for name in names] for layer in range(len(layers))]
     read = lens.read(tokens, [hook for of_layer in hooks for hook in of_layer])
     found = []
     for layer, of_layer in zip(layers, hooks, strict=True):
-        stream, *inside, z, output = (read[hook].flatten(0, 1) for hook in of_layer)
+        stream, *inside, z, output = (read[hook].flatten(0, 1) for hook in of_layer[:6])
         into = {}
         for name, values, linear in zip("qkv", inside, (layer.query, layer.key, layer.value), strict=True):
             heads = values.shape[1]
@@ -164,12 +174,16 @@ def projections_of(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list
             into[name] = weight, weight.new_zeros(heads, layer.d_head) if bias is None else bias[::step]
         out = layer.out.weight.unflatten(0, (z.shape[1], -1))
         bias_out = out.new_zeros(out.shape[-1]) if layer.out.bias is None else layer.out.bias
-        made = Projections(layer.norm1, into, out, bias_out)
+        made = Projections(layer, into, out, bias_out)
         for name, values in zip("qkv", inside, strict=True):
             if not _close(made.project(name, stream.expand(values.shape[1], *stream.shape)), values):
                 return None
         if not _close(made.outputs(z).sum(0) + made.bias, output):
             return None
+        for hook in of_layer[6:]:
+            below = stream if layer.parallel else stream + output.to(stream)
+            if not _close(layer.mlp_output(below.to(layer.device)), read[hook].flatten(0, 1)):
+                return None
         found.append(made)
     return found
 

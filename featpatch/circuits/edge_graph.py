@@ -7,7 +7,6 @@ output in this run, which upstream ablations may have changed; an ablated edge c
 is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,16 +49,16 @@ class _Run:
         where: masks of the positions of the named nodes of mediators, by place.
         ablated: how far each edge is ablated, 0 to 1, `[circuits, items]`; None for an unpatched run.
         outside: the ablation values of senders.
-        active: by receiver, the edges into it that any circuit ablates.
         written: the outputs of senders in this run.
+        projections: the projections of each layer's attention; None if heads go through the model.
     """
 
     tokens: torch.Tensor
     where: Mapping[Place, torch.Tensor]
     ablated: torch.Tensor | None = None
     outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
-    active: Mapping[Node, Sequence[int]] = field(default_factory=dict)
     written: Written = field(default_factory=dict)
+    projections: Sequence[Projections] | None = None
 
     def note(self, written: Written) -> Written:
         """Store outputs of senders in the run and return them."""
@@ -156,6 +155,17 @@ class EdgeGraph(Graph):
             "saes": {group.dictionary.name: group.dictionary.digest() for group in self.mediators.values()},
         }
 
+    @cached_property
+    def empty(self) -> NDArray[np.float64]:
+        """The metric of each pair with all edges ablated, where the logits read nothing but ablation values."""
+        last, values = sites.resid_post(self.lens.n_layers - 1), torch.zeros(len(self.runs), dtype=torch.float64)
+        for some in self._groups():
+            final = settled(self.lens.read(prompts(self.runs, some, self.to), [last])[last], self.to)
+            with torch.no_grad():
+                values[some] = self.metric_of(self.unembedded(final, *self._prompts(some))[None], some)[0].cpu()
+        result: NDArray[np.float64] = self.combined(values).numpy()
+        return result
+
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Measure the metric of all circuits and pairs in one run, layer by layer."""
@@ -248,17 +258,11 @@ class EdgeGraph(Graph):
                 other = _Run(prompts(self.runs, some, self.to), where)
                 self._pass(other)
                 self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
-        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], self._active(kept)))
+        projections = None if kept.requires_grad else self._projections
+        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], projections=projections))
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
-
-    def _active(self, kept: torch.Tensor) -> dict[Node, list[int]]:
-        """Return, by receiver, the edges that any circuit ablates, or all edges if a gradient is needed."""
-        found: dict[Node, list[int]] = defaultdict(list)
-        for column in range(len(self.items)) if kept.requires_grad else (kept != 1).any(0).nonzero()[:, 0].tolist():
-            found[self._edges[column].receiver].append(column)
-        return found
 
     def _pass(self, run: "_Run") -> torch.Tensor:
         """Return the input of the logits, `[circuits, pairs, pos, d_model]`, and store the outputs of senders in the run."""
@@ -268,7 +272,7 @@ class EdgeGraph(Graph):
         for layer in range(self.lens.n_layers):
             stream, sent = self._mediated((layer, "pre"), stream, sent, run)
             heads, bias = self._attention(layer, stream, sent, run)
-            self._bias[layer] = bias[0, 0]
+            self._bias[layer] = bias.expand_as(stream)[0, 0]
             added, heads = self._mediated((layer, "attn"), sum(heads.values(), bias), heads, run)
             mid, below = self._mediated((layer, "mid"), stream + added, sent | heads, run)
             if not self.lens.attention_only:
@@ -294,10 +298,18 @@ class EdgeGraph(Graph):
         for name in INSIDE:
             hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
             rows, which = self._inputs(nodes, stream, sent, run)
+            if run.projections:
+                inside[hook] = run.projections[layer].project(name, rows.flatten(1, 3), which).unflatten(0, (-1, rows.shape[3]))
+                continue
             values = self._through(layer, rows.flatten(0, 2), run.tokens, hook).unflatten(0, rows.shape[:3])
             inside[hook] = torch.stack([values[row, ..., head, :] for head, row in enumerate(which)], -2).flatten(0, 1)
         z = self._through(layer, stream.flatten(0, 1), run.tokens, sites.component(layer, "z"), inside)
-        heads, bias = self._by_head(layer, stream, z, run.tokens)
+        if run.projections:
+            each, bias = run.projections[layer].outputs(z.flatten(0, 1)), run.projections[layer].bias.to(stream)
+            nodes = self._heads_at(layer, "z")
+            heads = {node: output.view_as(stream) for node, output in zip(nodes, each.to(stream), strict=True)}
+        else:
+            heads, bias = self._by_head(layer, stream, z, run.tokens)
         return run.note(heads), bias
 
     def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
@@ -326,24 +338,21 @@ class EdgeGraph(Graph):
         Returns:
             The different inputs, `[rows, circuits, pairs, pos, d_model]`, and the row of each receiver.
         """
-        rows: list[torch.Tensor] = []
-        known: dict[Node | None, int] = {}
-        which = []
-        for receiver in receivers:
-            columns = run.active.get(receiver, ())
-            key = receiver if columns else None
-            if key not in known:
-                known[key] = len(rows)
-                rows.append(sum((self._change(column, sent, run) for column in columns), passing))
-            which.append(known[key])
-        return torch.stack(rows), which
-
-    def _change(self, column: int, sent: Written, run: "_Run") -> torch.Tensor:
-        """Compute by how much ablating an edge changes the receiver's input."""
-        assert run.ablated is not None
-        sender = self._edges[column].sender
-        weight = run.ablated[:, column, None, None, None].to(sent[sender])
-        return weight * (run.outside[sender].to(sent[sender]) - sent[sender])
+        if run.ablated is None:
+            return passing[None], [0] * len(receivers)
+        start = self._numbers[Edge.of(next(iter(sent)), receivers[0])]
+        ablated = run.ablated[:, start : start + len(receivers) * len(sent)].unflatten(1, (len(receivers), len(sent)))
+        changed = torch.ones_like(ablated, dtype=torch.bool) if ablated.requires_grad else ablated != 0
+        of_receiver, of_sender = changed.any(0).any(1), changed.any(0).any(0)
+        if not of_receiver.any():
+            return passing[None], [0] * len(receivers)
+        nodes = [node for node, any_ablated in zip(sent, of_sender.tolist(), strict=True) if any_ablated]
+        changes = torch.stack([run.outside[node].to(sent[node]) - sent[node] for node in nodes], 1)
+        weights = ablated[:, of_receiver][:, :, of_sender].to(changes)
+        moved = (weights @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)
+        whole = [] if of_receiver.all() else [passing[None]]
+        which = torch.where(of_receiver, of_receiver.cumsum(0) - 1 + len(whole), 0)
+        return torch.cat([*whole, passing + moved]), which.tolist()
 
     def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
         """Split the output of attention into the outputs of its heads and the bias."""

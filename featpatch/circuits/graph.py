@@ -183,7 +183,7 @@ class Graph(ABC):
         result: Array = self.combined(self.whole_runs).numpy()
         return result
 
-    @property
+    @cached_property
     def empty(self) -> Array:
         """The metric of each pair with all items ablated."""
         return self.values([[]])[0]

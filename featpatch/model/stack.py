@@ -110,12 +110,19 @@ class Projections:
     out: torch.Tensor
     bias: torch.Tensor
 
-    def project(self, name: str, rows: Float[torch.Tensor, "heads rows d_model"]) -> Float[torch.Tensor, "rows heads d_head"]:
-        """Return the queries, keys or values of heads, each from the residual stream that it reads."""
+    def project(
+        self, name: str, streams: Float[torch.Tensor, "streams rows d_model"], which: Sequence[int]
+    ) -> Float[torch.Tensor, "rows heads d_head"]:
+        """Return the queries, keys or values of heads.
+
+        Args:
+            name: `"q"`, `"k"` or `"v"`.
+            streams: different residual streams.
+            which: the number of the residual stream that each head reads.
+        """
         weight, bias = self.into[name]
-        rows = rows.to(weight.device)
-        normed = self.layer.attention_input(rows)
-        return torch.baddbmm(bias[:, None], normed, weight).transpose(0, 1)
+        normed = self.layer.attention_input(streams.flatten(0, 1).to(weight)).unflatten(0, streams.shape[:2])
+        return torch.baddbmm(bias[:, None], normed[list(which)], weight).transpose(0, 1)
 
     def pull(
         self, name: str, at: Float[torch.Tensor, "rows d_model"], gradient: Float[torch.Tensor, "rows heads d_head"]
@@ -123,7 +130,8 @@ class Projections:
         """Return the gradient with respect to what each head's query, key or value reads, from that with respect to itself."""
         weight, _ = self.into[name]
         of_normed = gradient.to(weight).transpose(0, 1) @ weight.transpose(1, 2)
-        return _pulled(self.layer.attention_input, at.to(weight).expand(len(weight), *at.shape), of_normed)
+        found = _pulled(self.layer.attention_input, at.to(weight).repeat(len(weight), 1), of_normed.flatten(0, 1))
+        return found.unflatten(0, of_normed.shape[:2])
 
     def pull_mlp(
         self, at: Float[torch.Tensor, "rows d_model"], gradient: Float[torch.Tensor, "rows d_model"]
@@ -176,7 +184,7 @@ def projections_of(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list
         bias_out = out.new_zeros(out.shape[-1]) if layer.out.bias is None else layer.out.bias
         made = Projections(layer, into, out, bias_out)
         for name, values in zip("qkv", inside, strict=True):
-            if not _close(made.project(name, stream.expand(values.shape[1], *stream.shape)), values):
+            if not _close(made.project(name, stream[None], [0] * values.shape[1]), values):
                 return None
         if not _close(made.outputs(z).sum(0) + made.bias, output):
             return None

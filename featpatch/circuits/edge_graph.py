@@ -9,12 +9,15 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+import sys
 from functools import cached_property
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from featpatch import sites
 from featpatch.circuits.attribution import INSIDE, sender_hooks, summed_scores
@@ -23,7 +26,10 @@ from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
 from featpatch.model.stack import Projections, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
+from featpatch.pairs.pairs import Pairs
+from featpatch.patching.paths import path_study
 from featpatch.patching.readings import AtAnswer
+from featpatch.patching.study import Options
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
@@ -38,6 +44,10 @@ It allows for rounding in float32."""
 ESTIMATED_AT_ONCE = 512
 """The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory for the
 changes of all senders."""
+
+
+PATCHED_AT_ONCE = 80
+"""The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +157,40 @@ class EdgeGraph(Graph):
         """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""
         heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
         return max([*heads, *(len(group.nodes) for group in self.mediators.values())])
+
+    def alone(self, *, progress: bool = False) -> NDArray[np.float64]:
+        """Measure the metric of each pair with only one edge ablated, `[items, pairs]`.
+
+        An edge that is ablated by itself to values of the corrupted run is a path that is patched without any component in
+        between, so the patches are those of `rank_paths` with `route="direct"`: they run from the receiver's layer on, and
+        many share a forward pass. Other edges are measured in whole passes.
+        """
+        if self.to != "corrupted" or self.mediators or not isinstance(self.read, AtAnswer):
+            return super().alone(progress=progress)
+        found, options = np.tile(self.whole, (len(self.items), 1)), Options(directions=["noising"], metric=self.read)
+        first = Node(sites.resid_pre(0), "activation")
+        blocks = [list(block) for _, block in groupby(self._layout, key=lambda receiver: receiver.site)]
+        if progress:
+            count = len(self.items) * len(self.pairs)
+            tqdm.write(f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {count:,} patches", file=sys.stderr)
+        with tqdm(total=len(self.items) * len(self.pairs), desc="ablating", unit="edge", disable=not progress) as bar:
+            for length, group in self.pairs.by_length().items():
+                size = max(1, PATCHED_AT_ONCE // length)
+                for some in (group[start : start + size] for start in range(0, len(group), size)):
+                    pairs = Pairs(tuple(self.pairs[index] for index in some))
+                    for receivers in blocks:
+                        sent = self._layout[receivers[0]]
+                        senders = [first, *sent[1:]]
+                        study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
+                        effects = study.run_block(None, progress=False)
+                        if not effects.finished:
+                            raise KeyboardInterrupt
+                        start = self._numbers[Edge.of(sent[0], receivers[0])]
+                        edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
+                        places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
+                        found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
+                        bar.update(len(receivers) * len(sent) * len(some))
+        return found
 
     def about(self) -> Mapping[str, Any]:
         """Return what to store with the results: that the items are edges, and the dictionaries."""

@@ -41,10 +41,8 @@ AHEAD = 16
 
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
     """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
-    everything = graph.items
-    without = [[other for other in everything if other != item] for item in everything]
-    whole = graph.faithfulness(graph.values([everything]))[0]
-    result: NDArray[np.float64] = whole - graph.faithfulness(graph.values(without, progress=progress))
+    whole = graph.faithfulness(graph.values([graph.items]))[0]
+    result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
     return result
 
 

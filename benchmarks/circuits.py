@@ -130,7 +130,9 @@ def main() -> None:
     else:
         of_eap, name = TheirScores(model), "EAP-IG"
         of_eap.estimates(clean[:1], corrupted[:1])
-        found = {count: timed(lambda count=count: of_eap.estimates(clean[:count], corrupted[:count])) for count in options.pairs}
+        found = {
+            count: timed(lambda count=count: of_eap.estimates(clean[:count], corrupted[:count])) for count in options.pairs
+        }
         theirs = {n: (np.array([of_eap.of(scores, edge) for edge in items]), *cost) for n, (scores, *cost) in found.items()}
     print(f"{options.shape}, {options.tokens} tokens, {len(items):,} edges, one CPU thread\n")
     print(f"| pairs | featpatch | | {name} | | | largest difference |\n|---|---|---|---|---|---|---|")

@@ -7,9 +7,9 @@ output in this run, which upstream ablations may have changed; an ablated edge c
 is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-import sys
 from functools import cached_property
 from itertools import groupby, product
 from typing import Any
@@ -42,8 +42,8 @@ TOLERANCE = 1e-3
 It allows for rounding in float32."""
 
 ESTIMATED_AT_ONCE = 512
-"""The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory for the
-changes of all senders."""
+"""The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory
+for the changes of all senders."""
 
 
 PATCHED_AT_ONCE = 80
@@ -152,6 +152,11 @@ class EdgeGraph(Graph):
     def _mlp(self, layer: int) -> tuple[Node, ...]:
         group = self.mediators.get((layer, "mlp"))
         return group.nodes if group else (Node(sites.component(layer, "mlp_out"), "activation"),)
+
+    @property
+    def candidates(self) -> tuple[Node, ...]:
+        """The features and errors that are mediators."""
+        return tuple(node for group in self.mediators.values() for node in group.named)
 
     def rows_of_one(self) -> int:
         """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""

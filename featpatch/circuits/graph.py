@@ -152,6 +152,11 @@ class Graph(ABC):
         return {item: number for number, item in enumerate(self.items)}
 
     @property
+    def candidates(self) -> tuple[Node, ...]:
+        """The nodes that the graph was made for: all items or, for edges, the features and errors among the mediators."""
+        return self.items
+
+    @property
     def name(self) -> str:
         """The name of the metric."""
         return self.read.names[0]

@@ -155,15 +155,16 @@ def exact(graph: EdgeGraph, of_eap: Any, clean: torch.Tensor, corrupted: torch.T
     receivers = list(dict.fromkeys(edge.receiver for edge in edges))
     run: dict[str, Any] = {"senders": senders, "receivers": receivers, "directions": ["noising"], "screen": None}
     effects, seconds, _ = timed(lambda: fp.rank_paths(graph.lens.model, graph.pairs, progress=False, **run))
-    said = f"Exact scores of the {len(edges)} edges into the queries of layer {middle}: {1e3 * seconds / len(edges):.1f} ms per edge"
+    ours = 1e3 * seconds / len(edges)
+    said = f"Exact scores of the {len(edges)} edges into the queries of layer {middle}: {ours:.1f} ms per edge"
     if of_eap is None:
         return said
     rows = zip(effects.row, effects.noised, strict=True)
     scores = {effects.nodes[row]: float(effects.clean[0] - value) for row, value in rows}
     drawn = random.Random(0).sample(edges, min(loop, len(edges)))
     found, their_seconds, _ = timed(lambda: of_eap.exact(drawn, clean, corrupted))
-    ours = [scores.get(fp.Edge.of(first if e.sender.site == "hook_embed" else e.sender, e.receiver), 0.0) for e in drawn]
-    worst = max(abs(of_eap.of(found, edge) - value) for edge, value in zip(drawn, ours, strict=True))
+    expected = [scores.get(fp.Edge.of(first if e.sender.site == "hook_embed" else e.sender, e.receiver), 0.0) for e in drawn]
+    worst = max(abs(of_eap.of(found, edge) - value) for edge, value in zip(drawn, expected, strict=True))
     each = their_seconds / len(drawn)
     return (
         f"{said}, EAP-IG's loop {1e3 * each:.0f} ms, {each / seconds * len(edges):.1f} x faster; largest difference of a logit "

@@ -302,7 +302,8 @@ def load_circuit(
     about: Mapping[str, Any] = content.get("metadata", {"over": "edges", "method": "EAP-IG's file"})
     to, metric = to or about.get("outside", "corrupted"), about.get("metric", "logit_diff") if metric is None else metric
     check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
-    over, nodes, errors = str(about.get("over")), content.get("candidates") or None, cast(Errors, about.get("errors") or "in")
+    over: Any = about.get("over")
+    nodes, errors = content.get("candidates") or None, cast(Errors, about.get("errors") or "in")
     check_candidates(over, nodes, saes, errors if saes is not None else None)
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
     if "edges" in content:

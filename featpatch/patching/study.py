@@ -43,7 +43,7 @@ class Options:
 
     positions: Positions = "all"
     directions: Sequence[Direction] = DIRECTIONS
-    metric: Metrics = "logit_diff"
+    metric: Metrics | Readout = "logit_diff"
     batch_rows: int | None = None
     noise: Noise | None = None
 

@@ -40,7 +40,7 @@ from featpatch.engine.journal import Journal
 from featpatch.page.page import write
 from featpatch.pairs.tokens import PairsWarning
 from featpatch.reporting import sections
-from featpatch.reporting.sections import FeatureCard, Material, Prompt
+from featpatch.reporting.sections import FeatureCard, Material, PairText
 
 MARKS = [
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
@@ -689,7 +689,7 @@ def page_of(tables: list[fp.Effects], text: str, path: Path) -> str:
                 "model": {"name": text, "sha256": text}, "saes": {text: text}, text + "k": {text: [text]},
                 "tags": [{text: f"{text}{n % 2}"} for n in range(len(table.clean))]}  # fmt: skip
     hostile = replace(table, nodes=nodes, metadata=metadata, taken_from=None, others={}, value=text)
-    prompt = Prompt([text, text], [text, "b"], [False, True], [text, text], [text], [text])
+    prompt = PairText([text, text], [text, "b"], [False, True], [text, text], [text], [text])
     card = FeatureCard(0, [0.5, 1.0], [0.0, 1.0], {text: text}, f"https://www.neuronpedia.org/{text}/1")
     material = Material(text, [prompt] * len(table.clean), {nodes[0]: card})
     loaded = fp.Effects.load(replace(hostile, taken_from=None).save(path / "hostile"))

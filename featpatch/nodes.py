@@ -34,7 +34,7 @@ Direction = Literal["denoising", "noising"]
 """`denoising`: patch clean values into the corrupted run (sufficient?). `noising`: patch corrupted values into the clean run
 (necessary?)."""
 
-TOGETHER = " nodes together"
+TOGETHER = " together"
 """The end of the `site` of a node that stands for a joint patch, which has no hook point of its own."""
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -180,7 +180,8 @@ class Patch:
 def joint(nodes: Sequence[Node]) -> Node:
     """Return the node that stands for these nodes patched together, at their common position or `"(several)"`."""
     positions = {node.position for node in nodes}
-    return Node(f"{len(nodes)}{TOGETHER}", "set", 0, positions.pop() if len(positions) == 1 else "(several)")
+    site = f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}{TOGETHER}"
+    return Node(site, "set", 0, positions.pop() if len(positions) == 1 else "(several)")
 
 
 def check_senders(nodes: Sequence[Node]) -> None:

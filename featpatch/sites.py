@@ -164,6 +164,24 @@ def head(layer: int, head: int, site: str = "z", position: Position = "all") -> 
     return Node(component(int(layer), site), "head", head, position)
 
 
+ENTRY = re.compile(rf"(.+){ARROW}(.+)")
+"""The position of an entry of an attention pattern."""
+
+
+def check_entry(node: Node) -> None:
+    """Check that a node whose position is an entry of an attention pattern is a head at the pattern.
+
+    Raises:
+        FeatpatchError: it is not, or it does not name two positions.
+    """
+    two = str(node.position).count(ARROW) == 1 and ENTRY.fullmatch(str(node.position))
+    if node.kind != "head" or not is_component(node.site, "pattern") or not two:
+        raise FeatpatchError(
+            f"{str(node)!r} is at an entry of an attention pattern: expected a head at hook_pattern and two positions; use "
+            "fp.head(layer, head, 'pattern', 'end <- S2'), or another position"
+        )
+
+
 SHORT = {short: name for name, hook in reversed(COMPONENTS.items()) for short in (hook, hook.rpartition(".")[2])}
 """The components by the names of their hook points in a layer, e.g. `"attn.hook_z"` or `"hook_z"`."""
 

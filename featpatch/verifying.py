@@ -147,7 +147,7 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
     """
     about = effects.metadata
     found = dictionaries_if_any(lens, saes)
-    given = {"model": lens.digest(), "pairs": check_pairs(pairs).digest(), **{d.name: d.digest() for d in found}}
+    given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **{d.name: d.digest() for d in found}}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
     if missing := [name for name in known if name not in given]:
         raise FeatpatchError(

@@ -16,8 +16,10 @@ from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
+from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import Effect, Node, Position
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, token_index
+from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import in_figure
@@ -47,8 +49,9 @@ def active_features(
         per_token: the number of features that are listed per token and SAE.
 
     Returns:
-        One row per token, SAE and feature: `position`, `token`, `sae`, `feature`, `value`, for a pair also the value in the
-        `corrupted` prompt, the effects if they are given, and `promotes`.
+        One row per token, SAE and feature: `position`, `token`, `sae`, `feature`, `value`, for a pair with a counterfactual
+        also the value at the same place in the `corrupted` prompt (only labels have one if the pair is patched label by label),
+        the effects if they are given, and `promotes`.
 
     Raises:
         FeatpatchError: the model has no tokenizer, the prompt is neither a text nor a pair, or the effects are those of other
@@ -68,19 +71,19 @@ def active_features(
     found = dictionaries(lens, saes)
     known = {} if effects is None else _effects(effects, found, prompt, len(prompts[0]))
     hooks = sorted({hook for dictionary in found for hook in (dictionary.reads, dictionary.writes)})
-    read = lens.read(torch.tensor(prompts), hooks)
+    read = [lens.read(torch.tensor([ids]), hooks) for ids in prompts]
+    other = _other_places(prompt)
     rows = []
     for dictionary in found:
-        features = dictionary.split(read[dictionary.reads], read[dictionary.writes]).features
-        order = features[0].abs().topk(min(per_token, features.shape[-1])).indices.tolist()
-        active = [
-            (at, index) for at, best in enumerate(order) for index in best if at not in special and features[0, at, index]
-        ]
+        features, *corrupted = (dictionary.split(run[dictionary.reads], run[dictionary.writes]).features[0] for run in read)
+        order = features.abs().topk(min(per_token, features.shape[-1])).indices.tolist()
+        active = [(at, index) for at, best in enumerate(order) for index in best if at not in special and features[at, index]]
         raised = promoted(lens, dictionary, sorted({index for _, index in active}), PROMOTED)
         for at, index in active:
-            values = [float(run[at, index]) for run in features]
             row: dict[str, Any] = {"position": at, "token": lens.tokenizer.decode([prompts[0][at]]), "sae": dictionary.name}
-            row |= {"feature": index, **dict(zip(("value", "corrupted"), values, strict=False))}
+            row |= {"feature": index, "value": float(features[at, index])}
+            for run in corrupted:
+                row["corrupted"] = float(run[other[at], index]) if at in other else None
             for effect in () if effects is None else effects.directions_run():
                 row[effect] = known[effect].get((dictionary.name, index, at), known[effect].get((dictionary.name, None, at)))
             rows.append({**row, "promotes": " ".join(f"{token!r}" for token, _ in raised.get(index, []))})
@@ -119,7 +122,7 @@ def attention_pattern(
 
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
-        prompt: a text, or a pair, whose clean and corrupted prompts are shown next to each other.
+        prompt: a text, or a pair, whose clean and corrupted prompts, if it has both, are shown next to each other.
         layer, head: the head.
         effects: a table with effects of the head, such as one of `rank_components`, which are named in the title.
         title: the title; by default the head and its effects.
@@ -145,15 +148,15 @@ def attention_pattern(
     if layer >= lens.n_layers:
         raise FeatpatchError(f"layer={layer}: expected 0 to {lens.n_layers - 1}, a layer of the model")
     hook = sites.component(layer, "pattern")
-    patterns = lens.read(torch.tensor(prompts), [hook])[hook]
-    if head >= patterns.shape[1]:
-        raise FeatpatchError(f"head={head}: expected 0 to {patterns.shape[1] - 1}, a head of layer {layer}")
+    patterns = [lens.read(torch.tensor([ids]), [hook])[hook][0] for ids in prompts]
+    if head >= len(patterns[0]):
+        raise FeatpatchError(f"head={head}: expected 0 to {len(patterns[0]) - 1}, a head of layer {layer}")
     names = ["clean", "corrupted"] if len(prompts) > 1 else [""]
     figure = make_subplots(cols=len(prompts), subplot_titles=names, horizontal_spacing=0.15)
-    for column, (ids, pattern) in enumerate(zip(prompts, patterns[:, head].float().cpu().numpy(), strict=True), 1):
+    for column, (ids, pattern) in enumerate(zip(prompts, patterns, strict=True), 1):
         ticks = [in_figure(tick(at, lens.tokenizer.decode([token]))) for at, token in enumerate(ids)]
         figure.add_heatmap(
-            x=ticks, y=ticks, z=pattern, coloraxis="coloraxis", row=1, col=column,
+            x=ticks, y=ticks, z=pattern[head].float().cpu().numpy(), coloraxis="coloraxis", row=1, col=column,
             hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
         )  # fmt: skip
     shown = [title] if title else [f"head {layer}.{head}", *_head_effects(effects, layer, head)]
@@ -180,15 +183,16 @@ def _head_effects(effects: Effects | None, layer: int, head: int) -> list[str]:
 
 
 def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], frozenset[int]]:
-    """Return the token ids of a text, or of both prompts of a pair, and the positions of special tokens.
+    """Return the token ids of a text, or of the prompts of a pair, and the positions of special tokens of the first.
 
     Raises:
-        FeatpatchError: the model has no tokenizer, or the prompt is something else, empty, or too long.
+        FeatpatchError: the model has no tokenizer or does not know a token; the prompt is something else, empty, or too long.
     """
     if lens.tokenizer is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to show tokens; pass it when you load the model")
     if isinstance(prompt, Pair):
-        return [prompt.clean, prompt.corrupted], prompt.special
+        check_tokens(Pairs((prompt,)), lens)
+        return [prompt.clean, *([prompt.corrupted] if prompt.has_counterfactual else [])], prompt.special
     if not isinstance(prompt, str) or not prompt:
         raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text or a Pair, such as pairs[0]")
     ids = prompt_ids(lens.model, prompt)
@@ -197,6 +201,15 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
             f"the prompt has {len(ids)} tokens: expected at most {lens.n_ctx}, the model's context; shorten it"
         )
     return [ids], frozenset(special_positions(lens.tokenizer, ids))
+
+
+def _other_places(prompt: str | Pair) -> dict[int, int]:
+    """Return the position in the corrupted prompt of each token of the clean prompt that has one."""
+    if not isinstance(prompt, Pair):
+        return {}
+    if not prompt.by_label:
+        return {at: at for at in range(len(prompt))}
+    return {here: there for label in prompt.labels for here, there in prompt.places(label)}
 
 
 def _effects(
@@ -216,8 +229,9 @@ def _effects(
             )
 
     def tokens(position: Position) -> Sequence[int]:
+        inside = isinstance(position, int) and -length <= position < length
         if isinstance(prompt, Pair):
-            here = position in prompt.labels if isinstance(position, str) else position < length
+            here = position in prompt.labels if isinstance(position, str) else inside
             return prompt.positions(position) if here or position == "all" else ()
         if position == "all":
             return range(length)
@@ -226,7 +240,7 @@ def _effects(
                 f"the effects are at the label {position!r}, and the prompt is a text: expected a pair, which has labels, such "
                 "as pairs[0]"
             )
-        return [position] if position < length else ()
+        return [token_index(position, length)] if inside else ()
 
     by_effect: dict[Effect, dict[tuple[str, int | None, int], float]] = {}
     rows = effects.where(kind="feature")

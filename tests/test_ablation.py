@@ -299,12 +299,39 @@ def test_draws_of_noise_are_averaged(small: Small, tmp_path: Path) -> None:
         fp.Noise([2], draws=0)
 
 
+@pytest.mark.parametrize("later", [1, 6])
+def test_interrupted_draws_leave_those_that_are_finished(small: Small, later: int) -> None:
+    """Ctrl-C in the first forward passes of the second draw, and in the midst of it."""
+    calls = {"made": 0, "last": 10**9}
+
+    def metric(logits: torch.Tensor, correct: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+        calls["made"] += 1
+        if calls["made"] > calls["last"]:
+            raise KeyboardInterrupt
+        return logits[:, 3]
+
+    def draws(number: int) -> fp.Effects:
+        noise, calls["made"] = fp.Noise([2], draws=number), 0
+        options: dict[str, Any] = {"sites": "z", "layers": [1], "batch_rows": 4, "progress": False}
+        return fp.rank_components(small.model, pairs_of(small), noise=noise, metric=[metric, "logit"], **options)
+
+    one = draws(1)
+    calls["last"] = calls["made"] + later
+    rest = draws(3)
+    assert (one.finished, rest.finished, rest.for_metric("logit").finished) == (True, False, False)
+    np.testing.assert_array_equal(rest.denoised, one.denoised)
+    assert "draws" not in rest.metadata["noise"]
+
+
 def test_noise_needs_positions_and_a_scale() -> None:
-    for options in ({"positions": []}, {"positions": [1], "scale": 0.0}):
+    bad: list[dict[str, Any]] = [{"positions": []}, {"positions": [1], "scale": 0.0}, {"positions": [1], "scale": float("inf")}]
+    for options in bad:
         with pytest.raises(
-            fp.FeatpatchError, match="expected positions as a list of at least one label or index, and a scale above 0"
+            fp.FeatpatchError, match="expected positions as a list of at least one label or index, and a finite scale above 0"
         ):
             fp.Noise(**options)
+    with pytest.raises(fp.FeatpatchError, match="seed=-1: expected an integer, 0 or more"):
+        fp.Noise([1], seed=-1)
 
 
 def test_a_draw_is_the_same_whichever_other_pairs_there_are(small: Small) -> None:

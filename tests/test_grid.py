@@ -198,6 +198,11 @@ def test_tokens_are_shown_if_all_clean_prompts_are_the_same(demo: Any, pairs: fp
     assert "tokens" not in each.metadata
 
 
+def test_positions_from_the_end_of_prompts_of_unequal_length(demo: Any, pairs: fp.Pairs) -> None:
+    effects = fp.rank_components(demo.model, pairs, sites="resid_pre", layers=[2], positions=[-1, 3, -2], progress=False)
+    assert list(effects.plot.heatmap().data[0].x) == ["3", "-2", "-1"]
+
+
 def test_too_many_heat_maps_of_heads(each: fp.Effects) -> None:
     with pytest.raises(fp.FeatpatchError, match=r"positions: expected at most 12 heat maps; choose with position= or site="):
         each.plot.heatmap(kind="head")

@@ -290,7 +290,13 @@ def test_constructors(bridge: Small) -> None:
         ([fp.head(1, 0, "z", -8)], r"position -8 is outside a prompt of 7 tokens: expected 0 to 6, or -1 to -7 from the end"),
         ([fp.head(1, 0, "pattern", "there <- there")], "together=False"),
         ([fp.Node("blocks.1.attn.hook_pattern", "activation")], "the first dimension of the activation there is not the position"),
-        ([fp.Node("blocks.2.mlp.hook_post", "neuron", 32)], "neuron 32 of .* is out of range"),
+        ([fp.Node("blocks.2.mlp.hook_post", "neuron", 32)], "neuron 32 @ all': expected a neuron of 0 to 31"),
+        ([fp.head(1, 0, "z", "end <- there")], "is at an entry of an attention pattern: expected a head at hook_pattern"),
+        ([fp.head(1, 0, "pattern", "there <- there <- there")], "is at an entry of an attention pattern: expected .* two pos"),
+        ([fp.head(1, 4, "pattern")], "expected a head of 0 to 3"),
+        ([fp.head(1, 4, "result")], "expected a head of 0 to 3"),
+        ([fp.Edge.of(fp.head(1, 3), fp.LOGITS)], "does not say which values to patch: expected nodes such as"),
+        ([fp.Node("3 nodes together", "set", 0)], "does not say which values to patch: expected nodes such as"),
         ([fp.Node(RESID, "feature", 99)], "expected a feature of 0 to 23"),
         ([fp.Node("blocks.0.hook_mlp_out", "feature", 1)], "belongs to 0 of the SAEs"),
         ([fp.Node(RESID, "set", 1)], "does not say which values to patch"),
@@ -300,8 +306,15 @@ def test_constructors(bridge: Small) -> None:
     ],
 )  # fmt: skip
 def test_nodes_that_can_not_be_patched(bridge: Small, nodes: Any, message: str) -> None:
+    """Also one at a time, unless the error says that they can be."""
+    options: dict[str, Any] = {"saes": bridge.at(RESID), "progress": False}
+    with pytest.raises(fp.FeatpatchError, match=message) as raised:
+        fp.rank_nodes(bridge.model, pairs_of(bridge), nodes, **options)
+    if "together=False" in str(raised.value):
+        fp.rank_nodes(bridge.model, pairs_of(bridge), nodes, together=False, **options)
+        return
     with pytest.raises(fp.FeatpatchError, match=message):
-        fp.rank_nodes(bridge.model, pairs_of(bridge), nodes, saes=bridge.at(RESID), progress=False)
+        fp.rank_nodes(bridge.model, pairs_of(bridge), nodes, together=False, **options)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pairs whose labels are at different places in the two prompts, compared with hooks that have their own indices."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,3 +211,35 @@ def test_indices_that_are_pooled_over_different_words(hooked: Small) -> None:
     same = fp.rank_components(hooked.model, pairs[:1], positions="each", **options)
     assert same.to_pandas()["pairs"].tolist() == [1] * 4
     assert "pairs" not in repr(same).split()
+
+
+def test_prompts_of_unequal_length_are_shown_side_by_side(tmp_path: Path) -> None:
+    """A notebook, the report and views of a pair read each prompt by itself; only labels have a place in both."""
+    demo = fp.load_demo()
+    model, sae = demo.model, demo.saes[4]
+    clean = "When Mary and John went to the store , John gave a drink to"
+    corrupted = "When Mary and John went to the store , then later Mary gave a drink to"
+    there, here = {"S2": 12, "end": 16}, {"S2": 10, "end": 14}
+    options: dict[str, Any] = {"align": "labels", "labels": [here], "corrupted_labels": [there]}
+    pairs = fp.Pairs.from_prompts(model, clean=clean, corrupted=corrupted, correct="Mary", wrong="John", **options)
+    shown = pairs._repr_html_()
+    assert shown.count("token differs") == 1 + 3  # John; then later Mary
+    assert 'title="position 12, S2"' in shown
+    effects = fp.rank_features(model, sae, pairs, positions=["S2", "end"], progress=False)
+    table = fp.active_features(model, sae, pairs[0], effects=effects, per_token=2)
+    for _, row in table.iterrows():
+        label = {10: "S2", 14: "end"}.get(row["position"])
+        if label is None:
+            assert np.isnan(row["corrupted"])
+            continue
+        with torch.no_grad():
+            _, cache = model.run_with_cache(torch.tensor([pairs[0].corrupted]))
+            expected = sae.encode(cache["blocks.1.hook_resid_pre"])[0, there[label], row["feature"]]
+        assert row["corrupted"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+    assert fp.verify(effects, model, pairs, saes=sae, rows=2, progress=False).ok
+    figure = fp.attention_pattern(model, pairs[0], layer=1, head=3)
+    assert [trace.z.shape for trace in figure.data] == [(15, 15), (17, 17)]
+    page = fp.report(effects, tmp_path / "unequal.html", model=model, saes=sae, pairs=pairs).read_text()
+    assert 'title="position 16, end"' in page
+    with pytest.raises(fp.FeatpatchError, match=r"patched label by label, .*unequal lengths: expected prompts that corr"):
+        fp.do(model, fp.Patch((fp.head(1, 3, "v", "S2"),)), pair=pairs[0]).__enter__()

@@ -149,6 +149,29 @@ def test_errors_of_active_features(demo: Any, sae: Any, effects: fp.Effects) -> 
         fp.active_features(demo.model, sae, TEXT, per_token=0)
 
 
+def test_effects_at_positions_from_the_end(demo: Any, sae: Any, pairs: fp.Pairs) -> None:
+    """Shown at the last token of a text and of a pair; a position that a prompt lacks has no effect there."""
+    effects = fp.rank_features(demo.model, sae, pairs[:1], positions=[-1], progress=False)
+    for prompt in (TEXT, pairs[0]):
+        table = fp.active_features(demo.model, sae, prompt, effects=effects)
+        known = table[table["recovery"].notna()]
+        assert set(known["position"]) == {table["position"].max()}
+    far = fp.rank_features(demo.model, sae, pairs[:1], positions=[-len(pairs[0]) + 1], progress=False)
+    short = fp.Pair(pairs[0].clean[:4], pairs[0].corrupted[:4], pairs[0].correct, pairs[0].wrong)
+    assert not fp.active_features(demo.model, sae, short, effects=far)["recovery"].notna().any()
+
+
+@pytest.mark.parametrize("tokens", [(10**6, 2), (5,) * 2000])
+def test_pairs_of_another_model_are_refused(demo: Any, sae: Any, tokens: tuple[int, ...]) -> None:
+    pair = fp.Pair(tokens, (3, *tokens[1:]), (4,), (5,))
+    for view in (lambda: fp.active_features(demo.model, sae, pair), lambda: fp.attention_pattern(demo.model, pair, 0, 0)):
+        with (
+            pytest.raises(fp.FeatpatchError, match=r"pair 0 has (token ids from 2 to 1000000|2000 tokens): expected"),
+            pytest.warns(UserWarning, match="lack"),
+        ):
+            view()
+
+
 def test_examples_are_shaded_by_their_activations(demo: Any, sae: Any, effects: fp.Effects) -> None:
     """Text and HTML hold the values of sae-lens."""
     described = fp.max_activating(demo.model, sae, effects.top(1).nodes, demo.text())

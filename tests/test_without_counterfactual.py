@@ -162,6 +162,9 @@ def test_a_single_text_and_its_answer(small: Small) -> None:
     assert (one.has_counterfactual, one[0].has_counterfactual) == (False, False)
     assert repr(one) == "1 prompt of 3 tokens without a counterfactual, labels (none)"
     assert repr(one[0]).startswith("prompt of 3 tokens without a counterfactual, answer ids 100 (right)")
+    labelled: dict[str, Any] = {"labels": {"b": "b"}, "tags": {"kind": "letters"}}
+    pair = fp.Pair((97, 98, 99), (97, 98, 99), (100,), (), labels={"b": 1}, tags={"kind": "letters"})
+    assert fp.Pairs.from_prompts(ids, clean="abc", correct="d", **labelled)[0] == pair
     both = fp.Pairs.from_prompts(ids, clean="abc", corrupted="aac", correct="d", wrong="b")
     assert both[0] == fp.Pair((97, 98, 99), (97, 97, 99), (100,), (98,))
     with pytest.raises(fp.FeatpatchError, match="align, filler without corrupted: expected corrupted prompts too"):
@@ -239,6 +242,8 @@ def test_refusals(small: Small) -> None:
         fp.FeatpatchError, match="2 of 3 pairs have no counterfactual, the first of them pair 0: expected all or"
     ):
         fp.ablate(small.model, mixed, sites="z", progress=False)
+    with pytest.raises(fp.FeatpatchError, match="2 of 3 pairs have no counterfactual"):
+        fp.rank_nodes(small.model, mixed, [fp.head(1, 3)], to="zero", progress=False)
     for method in ("ig", "eap_ig_inputs"):
         with pytest.raises(fp.FeatpatchError, match=f"method='{method}' of an ablation: expected one of atp, grad_drop"):
             ablated(small, sites="z", method=method)
@@ -258,3 +263,19 @@ def test_noise_is_a_counterfactual(small: Small) -> None:
     found, expected = (fp.rank_components(small.model, some, **options) for some in (prompts_of(small), pairs))
     np.testing.assert_array_equal(found.pooled("recovery"), expected.pooled("recovery"))
     assert found.unit == "of the gap"
+
+
+def test_views_and_reports_show_one_prompt(tmp_path: Path) -> None:
+    """Nothing is called corrupted where there is no corrupted prompt, and feature cards need no gap."""
+    demo = fp.load_demo()
+    model, sae = demo.model, demo.saes[4]
+    clean = ["Mary gave it to John . John gave it to", "John gave it to Mary . Mary gave it to"]
+    pairs = fp.Pairs.from_prompts(model, clean=clean, correct=["Mary", "John"], wrong=["John", "Mary"])
+    assert "corrupted" not in fp.active_features(model, sae, pairs[0])
+    assert len(fp.attention_pattern(model, pairs[0], layer=1, head=3).data) == 1
+    assert "corrupted: " not in pairs._repr_html_()
+    assert "wrong answers:" in pairs._repr_html_()
+    effects = fp.ablate(model, pairs, saes=sae, positions=[-1], to="zero", progress=False)
+    page = fp.report(effects, tmp_path / "report.html", model=model, saes=sae, pairs=pairs).read_text()
+    assert "Feature cards" in page
+    assert '<span class="run">corrupted</span>' not in page

@@ -30,6 +30,10 @@ def pair(**changed: Any) -> fp.Pair:
     return fp.Pair(**({"clean": (1, 2), "corrupted": (1, 3), "correct": (4,), "wrong": (5,)} | changed))
 
 
+def prompted(**options: Any) -> fp.Pairs:
+    return fp.Pairs.from_prompts(lambda text: list(map(ord, text)), clean=["ab"], corrupted=["cb"], correct=["d"], **options)
+
+
 def viewed(positions: Any) -> Any:
     graph = fp.diagram.graph([fp.Node(SITE, "activation", None, "end")], [0.1])
     return fp.diagram.attribution_graph(graph, tokens=["a", "b"], slug="s", model="m", positions=positions)
@@ -53,6 +57,16 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
         small.model, pairs, [NODE], together=x if x and x is not True else 1
     ),
     "rank_nodes to": lambda small, pairs, effects, x: fp.rank_nodes(small.model, pairs, [NODE], to=x or "x", seed=[]),
+    "Noise": lambda small, pairs, effects, x: fp.Noise(x if isinstance(x, str | int) else [x]),
+    "Noise scale": lambda small, pairs, effects, x: fp.Noise([0], x if x not in (3.5, 10**30, 10**400) else -x),
+    "Noise seed": lambda small, pairs, effects, x: fp.Noise([0], seed=x),
+    "ablate to": lambda small, pairs, effects, x: fp.ablate(
+        small.model, pairs, sites="z", layers=[0], to={"blocks.0.attn.hook_z": x}
+    ),
+    "from_prompts labels": lambda small, pairs, effects, x: prompted(labels=[x] if x != {} else 3),
+    "from_prompts filler": lambda small, pairs, effects, x: prompted(
+        align="labels", filler=3 if isinstance(x, str) else x or 3
+    ),
     "max_activating": lambda small, pairs, effects, x: fp.max_activating(small.model, small.at(SITE), x or [1], ["text"]),
     "direction": lambda small, pairs, effects, x: fp.direction(x, SITE),
     "head": lambda small, pairs, effects, x: fp.head(x if x else None, 0),

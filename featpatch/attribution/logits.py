@@ -217,7 +217,13 @@ def logit_attribution(
             missing = "wrong" if pair.correct else "correct"
             raise FeatpatchError(
                 f"pair {index} has no {missing} answer of a single token: expected one for metric={metric!r}; "
-                + ("use metric='logit', or give wrong answers" if pair.correct else "cut its answers to their first tokens")
+                + (
+                    "use metric='logit', or give wrong answers"
+                    if pair.correct
+                    else "cut its answers to their first tokens"
+                    if pair.answers[0]
+                    else "give correct=..."
+                )
             )
     found = dictionaries_if_any(lens, saes)
     reader = _Reader.of(lens, pairs, found, metric, run)

@@ -186,5 +186,5 @@ class Plots:
     def _name(self, entry: Any, across: str) -> str:
         """Return the text of a tick: a head, or a position with its token if all clean prompts are the same."""
         tokens = self._effects.metadata.get("tokens", ())
-        known = across == "position" and isinstance(entry, int) and entry < len(tokens)
+        known = across == "position" and isinstance(entry, int) and -len(tokens) <= entry < len(tokens)
         return in_figure(tick(entry, tokens[entry]) if known else visible(str(entry)))

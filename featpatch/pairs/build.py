@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.pairs.pair import LabelPosition, Pair, Sequences, label_positions, positions_of
 from featpatch.pairs.tokens import (
     AnswerTokens,
@@ -193,6 +193,7 @@ def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> in
         )
     if filler is None:
         return None
+    check_kinds(str, filler=filler)
     try:
         return AnswerTokens(tokenizer, None).one(filler)
     except FeatpatchError as error:

@@ -68,8 +68,9 @@ class Pairs(Sequence[Pair]):
         clean: str | Sequence[Prompt] | torch.Tensor, corrupted: str | Sequence[Prompt] | torch.Tensor | None = None,
         correct: str | Sequence[Answers] | torch.Tensor | None = None,
         wrong: str | Sequence[Answers] | torch.Tensor | None = None,
-        labels: Sequence[Mapping[str, Label]] | None = None, corrupted_labels: Sequence[Mapping[str, Label]] | None = None,
-        tags: Sequence[Mapping[str, str]] | None = None,
+        labels: Mapping[str, Label] | Sequence[Mapping[str, Label]] | None = None,
+        corrupted_labels: Mapping[str, Label] | Sequence[Mapping[str, Label]] | None = None,
+        tags: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
         align: str | None = None, filler: str | None = None, long_answers: bool = False,
     ) -> "Pairs":  # fmt: skip
         """Make pairs from prompts, each given as a text or as token ids.
@@ -79,8 +80,8 @@ class Pairs(Sequence[Pair]):
                 function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
                 left out of swaps.
             clean, corrupted: equally many prompts, each a text or token ids such as `model.to_tokens(text)`; or a single text,
-                with a single answer. Without `corrupted` the prompts have no counterfactual: they can be ablated with
-                `fp.ablate` and patched with `fp.do`, and effects are in units of the metric.
+                with a single answer and one mapping of labels. Without `corrupted` the prompts have no counterfactual: they can
+                be ablated with `fp.ablate` and patched with `fp.do`, and effects are in units of the metric.
             correct, wrong: for each pair, an answer that is one token, or several such answers; with `long_answers`, answers
                 may be longer. Answers are tokenized as they continue the prompt: write `" Mary"`, with the space, for a
                 separate word; an integer is the id of a token. Without `wrong`, or where it is empty or None, only metrics
@@ -121,6 +122,8 @@ class Pairs(Sequence[Pair]):
         if isinstance(clean, str):
             one: list[Any] = [None if given is None else [given] for given in (clean, corrupted, correct, wrong)]
             clean, corrupted, correct, wrong = one
+            named: list[Any] = [[given] if isinstance(given, Mapping) else given for given in (labels, corrupted_labels, tags)]
+            labels, corrupted_labels, tags = named
         given = {"corrupted_labels": corrupted_labels, "align": align, "filler": filler}
         if corrupted is None and any(value is not None for value in given.values()):
             names = ", ".join(name for name, value in given.items() if value is not None)
@@ -130,6 +133,10 @@ class Pairs(Sequence[Pair]):
         for name, answers in (("correct", correct), ("wrong", wrong)):
             columns[name] = answers if answers is not None and len(answers) else [[]] * len(clean)
         for name, column in (("labels", labels), ("corrupted_labels", corrupted_labels), ("tags", tags)):
+            if column is not None and not (isinstance(column, Sequence) and all(isinstance(of, Mapping) for of in column)):
+                raise FeatpatchError(
+                    f"{name}={str(column)[:60]}: expected a list with a mapping for each prompt, such as {name}=[{{...}}]"
+                )
             columns[name] = column if column is not None else [{}] * len(clean)
         return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers), plain_tokenizer(tokenizer))
 

@@ -246,7 +246,8 @@ class Means(Everywhere):
 
     def __init__(self, lens: Lens, given: Any) -> None:
         self.lens, self.given = lens, dict(getattr(given, "cache_dict", given))
-        sums = [(hook, str(self.given[hook].shape), float(self.given[hook].double().sum())) for hook in sorted(self.given)]
+        tensors = {str(hook): values for hook, values in self.given.items() if isinstance(values, torch.Tensor)}
+        sums = [(hook, str(values.shape), float(values.double().sum())) for hook, values in sorted(tensors.items())]
         self.noted = {"activations": sha256(repr(sums).encode()).hexdigest()}
 
     def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
@@ -375,8 +376,15 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
     """Return the contrast in which these parts are ablated; the arguments are those of `ablate`.
 
     Raises:
-        FeatpatchError: if an argument is unknown or unused, or the values would be the prompt's own.
+        FeatpatchError: if an argument is unknown or unused, only some pairs have a counterfactual, or the values would be the
+            prompt's own.
     """
+    without = [index for index, pair in enumerate(pairs) if not pair.has_counterfactual]
+    if 0 < len(without) < len(pairs):
+        raise FeatpatchError(
+            f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected "
+            "all or none, because effects are either shares of the gap or changes of the metric; ablate them separately"
+        )
     if isinstance(to, ActivationCache | Mapping):
         if reference is not None or seed is not None:
             raise FeatpatchError(
@@ -384,7 +392,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
                 "leave them out"
             )
         return Ablation(Means(lens, to), to)
-    number = is_number(to) and abs(to) <= float_info.max
+    number = is_number(to) and abs(float(to)) <= float_info.max
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(
             f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations"

@@ -5,10 +5,12 @@ The layers from the first hook point to the last are run with the values set. Th
 last of these layers is then patched there: the effect is the same, and the rest of the model is resumed as in any other sweep.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from featpatch.errors import FeatpatchError, each
 from featpatch.model.lens import Edit, Lens, added
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Direction, Node, Patch, Position, joint
-from featpatch.pairs.pair import Pair
+from featpatch.pairs.pair import Pair, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Contrast, Run, Swap
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
@@ -216,6 +218,8 @@ def node_study(
     found = dictionaries_if_any(lens, saes)
     chosen = tuple(_named(lens, node) for node in check_nodes(lens, nodes, found, "nodes"))
     parts, rows = _parts(lens, chosen, found), chosen
+    positions = list(dict.fromkeys(end for node in chosen for end in _ends(node.position)))
+    each(partial(spans, positions=positions), list(pairs))  # raises errors of positions, which together=False does not mend
     for part in parts:
         if isinstance(part, JointPart):
             part.check(pairs)
@@ -229,7 +233,6 @@ def node_study(
             raise FeatpatchError(f"{error}; or pass together=False, which measures each node alone") from error
         parts.append(both)
     about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
-    positions = list(dict.fromkeys(end for node in chosen for end in _ends(node.position)))
     return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast(parts)), rows
 
 
@@ -253,7 +256,7 @@ def _ends(position: Position) -> list[Position]:
     """Return a position or, for an entry of an attention pattern, its two positions."""
     if not isinstance(position, str) or sites.ARROW not in position:
         return [position]
-    return [int(end) if end.lstrip("-").isdecimal() else end for end in position.split(sites.ARROW)]
+    return [int(end) if re.fullmatch("-?[0-9]{1,9}", end) else end for end in position.split(sites.ARROW)]
 
 
 def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:

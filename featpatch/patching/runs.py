@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from hashlib import sha256
+from math import inf
 from typing import Any, TypeVar
 
 import torch
 
 from featpatch import sites
 from featpatch.engine.patches import BaseRun, Deltas
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, is_integer, is_number
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Position
 from featpatch.pairs.pair import Pair, Wanted
@@ -56,13 +57,17 @@ class Noise:
 
     def __post_init__(self) -> None:
         check_numbers(1, draws=self.draws)
-        several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str)
-        if not several or not self.positions or not isinstance(self.scale, (int, float)) or not self.scale > 0:
+        check_numbers(0, seed=self.seed)
+        several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str) and len(self.positions)
+        known = several and all(isinstance(position, str) or is_integer(position) for position in self.positions)
+        if not known or not is_number(self.scale) or not 0 < self.scale < inf:
             raise FeatpatchError(
                 f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected positions as a list of at least one "
-                "label or index, and a scale above 0, e.g. Noise(['subject'], scale=3)"
+                "label or index, and a finite scale above 0, e.g. Noise(['subject'], scale=3)"
             )
-        object.__setattr__(self, "positions", tuple(self.positions))
+        plain = tuple(position if isinstance(position, str) else int(position) for position in self.positions)
+        for name, value in (("positions", plain), ("scale", float(self.scale)), ("seed", int(self.seed))):
+            object.__setattr__(self, name, value)  # NumPy's numbers can't be saved
 
     def at(self, pair: Pair) -> list[int]:
         """Return the token positions that get noise in a pair.

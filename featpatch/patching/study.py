@@ -175,15 +175,20 @@ class Study:
             one = replace(noise, seed=noise.seed + number, draws=1)
             arguments = {**self.arguments, "options": replace(self.arguments["options"], noise=one, directions=self.directions)}
             path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
-            table = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments).run_block(
-                path, progress=progress, executor=executor
-            )
+            try:
+                table = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments).run_block(
+                    path, progress=progress, executor=executor
+                )
+            except KeyboardInterrupt:
+                if not tables:
+                    raise
+                break
             if not table.finished:
                 tables = tables or [table]
                 break
             tables.append(table)
-        about = {**self.metadata, "noise": replace(noise, draws=len(tables)).about(), "finished": len(tables) == noise.draws}
-        effects = averaged(tables, about) if len(tables) > 1 else tables[0]
+        about = {"noise": replace(noise, draws=len(tables)).about(), "finished": len(tables) == noise.draws}
+        effects = averaged(tables, {**self.metadata, **about}) if len(tables) > 1 else _noted(tables[0], about)
         for name in effects.metrics if effects.finished else ():
             check_gap(name, effects.for_metric(name).clean, effects.for_metric(name).corrupted)
         return effects
@@ -332,6 +337,12 @@ class Study:
                 for part in self.parts
             )
         return base["noising"], base["denoising"], patches
+
+
+def _noted(effects: Effects, about: Mapping[str, Any]) -> Effects:
+    """Return a table with other metadata, for each of its metrics."""
+    others = {name: _noted(effects.for_metric(name), about) for name in effects.others}
+    return replace(effects, metadata={**effects.metadata, **about}, others=others)
 
 
 def _in_worker(arguments: bytes) -> Shards:

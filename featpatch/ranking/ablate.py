@@ -96,12 +96,7 @@ def ablate(
         >>> pushing.unit, pushing.value
         ('of logit', 'estimate')
     """
-    without = [index for index, pair in enumerate(check_pairs(pairs, by_label=True)) if not pair.has_counterfactual]
-    if 0 < len(without) < len(pairs):
-        raise FeatpatchError(
-            f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected "
-            "all or none, because effects are either shares of the gap or changes of the metric; ablate them separately"
-        )
+    check_pairs(pairs, by_label=True)
     options = {"batch_rows": batch_rows, "journal": journal, "executor": executor}
     gradients = gradients_of(method, model, pairs, metric, options)
     lens = wrap(model)

@@ -56,7 +56,8 @@ def rank_nodes(
             `"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number, as in `fp.ablate`, and only degradation is
             measured.
         reference, seed: as in `fp.ablate`; only with `to`.
-        together: whether to measure the joint patch too. It is refused for nodes that overlap, and for attention patterns.
+        together: whether to measure the joint patch too. It is refused for a whole activation together with parts of it, and
+            for attention patterns. A value that two nodes name, such as a head at two labels of the same token, is set once.
         directions, metric, batch_rows, noise, journal, executor, progress: as in `rank_features`.
 
     Returns:

@@ -215,7 +215,7 @@ def _with_prompts(
         FeatpatchError: the pairs or SAEs are not those of the effects, or the model has no tokenizer.
     """
     known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
-    if check_pairs(pairs).digest() != known or max(kept) >= len(pairs):
+    if check_pairs(pairs, by_label=True).digest() != known or max(kept) >= len(pairs):
         raise FeatpatchError("the pairs differ from those of the effects: expected the pairs that were ranked; pass those")
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError(
@@ -225,15 +225,15 @@ def _with_prompts(
     lens = wrap(model)
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
-    prompts = [PairText.of(pair, model.tokenizer) for pair in pairs]
+    prompts, by_label = [PairText.of(pair, model.tokenizer) for pair in pairs], any(pair.by_label for pair in pairs)
     features = (
         {} if saes is None or not measurable(effects) else _cards(lens, dictionaries(lens, saes), pairs, effects, top, texts)
     )
-    if features and components is not None and _comparable(effects, components):
+    if features and components is not None and not by_label and _comparable(effects, components):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
         features = {node: _written(card, node, writers) for node, card in features.items()}
-    single_tokens = all(pair.correct for pair in pairs)
-    checks = pairs[:PROMPTS].check(model).to_pandas() if single_tokens else None
+    checkable = all(pair.correct for pair in pairs) and not by_label
+    checks = pairs[:PROMPTS].check(model).to_pandas() if checkable else None
     return replace(material, prompts=prompts, features=features, checks=checks)
 
 
@@ -263,7 +263,7 @@ def _cards(
         chosen.append((node, row, int(np.argmax(change))))
     if not chosen:
         return {}
-    documents = [prompt for pair in pairs.pairs[:READ] for prompt in (pair.clean, pair.corrupted)]
+    documents = [prompt for pair in pairs.pairs[:READ] for prompt in dict.fromkeys((pair.clean, pair.corrupted))]
     if texts is not None:
         documents = [prompt_ids(lens.tokenizer, text)[: lens.n_ctx] for text in texts]
     shown = [prompt for _, _, index in chosen for prompt in (pairs[index].clean, pairs[index].corrupted)]

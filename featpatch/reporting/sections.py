@@ -268,21 +268,26 @@ def _features(effects: Effects, material: Material) -> Section | None:
         return None
     numbers = {node: row for row, node in enumerate(effects.nodes)}
     rows, run = effects.take([numbers[node] for node in material.features]), effects.directions_run()
-    quadrants, names, per_pair = rows.quadrants(), short_names(rows.nodes), {effect: rows.per_pair(effect) for effect in run}
+    quadrants = rows.quadrants() if len(run) == 2 else []
+    names, per_pair = short_names(rows.nodes), {effect: rows.per_pair(effect) for effect in run}
     features = []
     for n, card in enumerate(material.features.values()):
         prompt = material.prompts[card.pair]
-        values = [f"{effect} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run]
+        values = [f"{effects.titled(effect)} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run]
         features.append(
             {
                 "title": names[n],
-                "effects": ", ".join([*values, *([quadrants[n]] if len(run) == 2 else [])]),
+                "effects": ", ".join([*values, *quadrants[n : n + 1]]),
                 "pair": card.pair,
-                "runs": (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted)),
+                "runs": [
+                    run
+                    for run in (("clean", prompt.clean, card.clean), ("corrupted", prompt.corrupted, card.corrupted))
+                    if run[1]
+                ],
                 "largest": max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)]),
                 "examples": card.examples,
                 "peak": max([1e-12, *(abs(value) for _, shown in card.examples for value in shown)]),
-                "chart": _of_pairs([(effect, per_pair[effect][n].tolist()) for effect in run])
+                "chart": _of_pairs([(effects.titled(effect), per_pair[effect][n].tolist()) for effect in run])
                 if len(effects.clean) > 1
                 else "",
                 "facts": list(card.facts.items()),

@@ -19,7 +19,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.digest import check_finite
 from featpatch.model.lens import Lens
-from featpatch.nodes import COMPONENT_KINDS, LOGITS, Node, Position
+from featpatch.nodes import COMPONENT_KINDS, LOGITS, TOGETHER, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.formats import library_of
@@ -430,11 +430,26 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
         owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
+        if node.kind == "edge" or node.site.endswith(TOGETHER):
+            raise FeatpatchError(
+                f"{name}: {str(node)!r} does not say which values to patch: expected nodes such as features and heads; leave "
+                "it out, as effects.where(kind=...) does"
+            )
         site = lens.site(node.site) if owner is None else owner.writes
-        in_heads = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")
-        count = owner.d_sae if owner is not None else lens.heads(site) if in_heads else None
+        if isinstance(node.position, str) and sites.ARROW in node.position:
+            sites.check_entry(node)
+        count = owner.d_sae if owner is not None else _count(lens, node, site)
         if node.index is not None and count is not None and node.index >= count:
             raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
     if len(set(chosen)) < len(chosen):
         raise FeatpatchError(f"{name} names a node twice, with and without the name of its SAE: expected each node once")
     return chosen
+
+
+def _count(lens: Lens, node: Node, site: str) -> int | None:
+    """Return how many heads or neurons a hook point has, or None for other kinds of nodes and where there are no heads."""
+    if node.kind == "neuron":
+        return prod(lens.shape(site)) if sites.by_position(site) else None
+    if node.kind != "head" or not sites.is_component(site, *sites.OF_HEADS):
+        return None
+    return lens.heads(site if sites.is_component(site, "q", "k", "v") else sites.component(sites.layer_of(site), "z"))

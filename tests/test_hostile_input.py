@@ -689,7 +689,8 @@ def page_of(tables: list[fp.Effects], text: str, path: Path) -> str:
                 "model": {"name": text, "sha256": text}, "saes": {text: text}, text + "k": {text: [text]},
                 "tags": [{text: f"{text}{n % 2}"} for n in range(len(table.clean))]}  # fmt: skip
     hostile = replace(table, nodes=nodes, metadata=metadata, taken_from=None, others={}, value=text)
-    prompt = PairText([text, text], [text, "b"], [False, True], [text, text], [text], [text])
+    both = ([False, True], [False, True]), ([text, text], [text, text])
+    prompt = PairText([text, text], [text, "b"], *both, [text], [text])
     card = FeatureCard(0, [0.5, 1.0], [0.0, 1.0], {text: text}, f"https://www.neuronpedia.org/{text}/1")
     material = Material(text, [prompt] * len(table.clean), {nodes[0]: card})
     loaded = fp.Effects.load(replace(hostile, taken_from=None).save(path / "hostile"))

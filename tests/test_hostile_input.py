@@ -685,7 +685,8 @@ def page_of(tables: list[fp.Effects], text: str, path: Path) -> str:
     """A report in which every text of a user is this one, and a circuit's page beside."""
     table = tables[0].take(range(len(tables[0])))
     nodes = tuple(replace(node, sae=text + str(n), position=text) for n, node in enumerate(table.nodes))
-    metadata = {**table.metadata, "note": text, "command": text, "metric": text, "metrics": [text], "positions": [text],
+    measured = {name: value for name, value in table.metadata.items() if name != "places"}
+    metadata = {**measured, "note": text, "command": text, "metric": text, "metrics": [text], "positions": [text],
                 "model": {"name": text, "sha256": text}, "saes": {text: text}, text + "k": {text: [text]},
                 "tags": [{text: f"{text}{n % 2}"} for n in range(len(table.clean))]}  # fmt: skip
     hostile = replace(table, nodes=nodes, metadata=metadata, taken_from=None, others={}, value=text)

@@ -185,7 +185,7 @@ def test_rank_on_the_command_line_equals_the_library(demo: Demo, tmp_path: Path)
         assert text in done.stdout
     assert (tmp_path / "results" / "effects.csv").read_text().startswith("site,kind,index")
     text = (tmp_path / "results" / "report.html").read_text()
-    for part in ("<html", 'id="question"', 'id="card-1"', str(effects.top(1).nodes[0])):
+    for part in ("<html", 'id="question"', 'id="card-1"', f"#{effects.top(1).nodes[0].index} @ end"):
         assert part in text
     written = run("report", "results/effects.safetensors", "--out", "alone.html", folder=tmp_path)
     assert "wrote alone.html" in written.stdout, written.stderr

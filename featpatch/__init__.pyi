@@ -12,7 +12,7 @@ from .attribution.gradients import Gradients as Gradients
 from .attribution.logits import logit_attribution as logit_attribution
 from .checkpoints import load_demo as load_demo
 from .circuits.circuit import Circuit as Circuit
-from .circuits.find import find_circuit as find_circuit
+from .circuits.find import find_circuit as find_circuit, load_circuit as load_circuit
 from .circuits.scrubbing import Hypothesis as Hypothesis, scrub as scrub
 from .comparison.compare import compare as compare
 from .descriptions import max_activating as max_activating

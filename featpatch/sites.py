@@ -432,9 +432,9 @@ def short_dictionary(name: str) -> str:
 
 
 def highest(hooks: Iterable[str], n_layers: int) -> int:
-    """Return the highest layer that holds one of the hook points, or the last layer if one is outside the layers."""
+    """Return the highest layer that holds one of the hook points, or the number of layers if one is outside the layers."""
     inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
-    return max((int(match.group(1)) if match else n_layers - 1 for match in inside), default=0)
+    return max((int(match.group(1)) if match else n_layers for match in inside), default=0)
 
 
 OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}

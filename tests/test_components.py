@@ -209,7 +209,7 @@ def test_one_table_with_features(small: Small) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sites": "hook_q"}, r"sites=\['hook_q'\]: expected some of resid_pre"),
+        ({"sites": "hook_x"}, r"sites=\['hook_x'\]: expected some of resid_pre"),
         ({"sites": []}, "sites=.*expected some of"),
         ({"sites": ["q", "q"]}, "each once"),
         ({"layers": [3]}, r"layers=\[3\]: expected some of 0 to 2"),

@@ -16,6 +16,7 @@ from test_sets import pairs_of
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.find import along_edges
+from featpatch.circuits.graph import Graph
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
 
@@ -175,6 +176,40 @@ def test_estimates_are_the_gradient(make: Any) -> None:
     estimates = graph.estimates()
     compare_with_differences(graph, estimates, range(0, len(graph.items), 17))
     assert np.abs(estimates).max() > 1e-3
+
+
+FAMILIES = [("bridge", name) for name in BRIDGES] + [("hooked", name) for name in HOOKED]
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("kind", "name"), [each for each in FAMILIES if "gemma" not in each[1]])
+@pytest.mark.parametrize("to", ["corrupted", "mean", "resample"])
+def test_estimates_by_weights_are_those_by_a_weight_per_edge(
+    kind: str, name: str, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product of changes and gradients against automatic differentiation of a run put together from its edges."""
+    model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = graph_of(model, pairs_of(small), to)
+    assert graph._projections is not None
+    monkeypatch.setattr("featpatch.circuits.edge_graph.ESTIMATED_AT_ONCE", 14)  # two prompts, then one
+    found = graph.estimates()
+    slow = -graph._slopes([0, 1, 2], torch.ones(3)).numpy() / 3
+    np.testing.assert_allclose(found, slow, atol=1e-10 * np.abs(slow).max())
+    assert np.abs(slow).max() > 1e-4
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("kind", "name"), [each for each in FAMILIES if "gemma" not in each[1]])
+@pytest.mark.parametrize("metric", ["logit_diff", "neg_kl", lambda logits, correct, wrong: logits[:, correct].sum(1)])
+def test_single_edges_as_paths_are_those_of_whole_passes(kind: str, name: str, metric: Any) -> None:
+    """Every edge ablated by itself, through the engine of paths and in a pass put together from all edges."""
+    model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", readout(metric))
+    found, slow = graph.alone(), Graph.alone(graph)
+    np.testing.assert_allclose(found, slow, atol=1e-10)
+    assert np.abs(slow - graph.whole).max() > 1e-3
 
 
 def ranked(name: str, method: str) -> dict[tuple[str, str], float]:

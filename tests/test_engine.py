@@ -98,7 +98,7 @@ def test_a_null_patch_is_exactly_the_base_run(small: Small) -> None:
     assert not null.pooled("recovery").any()
     assert not null.pooled("degradation").any()
     same_runs = fp.Pairs.from_tokens(small.clean, small.clean, small.correct, small.wrong)
-    with pytest.raises(fp.FeatpatchError, match="mean gap of"):
+    with pytest.raises(fp.FeatpatchError, match="expected corrupted prompts that differ"):
         fp.rank_features(small.model, sae, same_runs, progress=False)
 
 
@@ -447,7 +447,7 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
         return err
 
     monkeypatch.setattr(Sweep, "run", timed)
-    monkeypatch.setattr("featpatch.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("featpatch.engine.sweep.time", SimpleNamespace(monotonic=lambda: clock[0]))
     seconds = 100.0
     said = sweep(progress=True)
     assert said.count("left (estimated from the first batch)") == 1

@@ -147,7 +147,7 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"positions": [7]}, r"position 7 is outside a prompt of 7 tokens: expected 0 to 6"),
         ({"positions": "some"}, r"positions='some': expected 'all', 'each' or a list"),
         ({"positions": []}, r"positions is empty"),
-        ({"metric": "f1"}, r"metric 'f1' is unknown: expected one of logit_diff, prob_diff"),
+        ({"metric": "f1"}, r"metric 'f1' is unknown: expected one of logit_diff, logit, prob_diff"),
         (
             {"metric": lambda logits, correct, wrong: logits.mean()},
             r"metric '<lambda>' returned torch.float64 of shape \(\) for 1 rows: expected one real value per row",
@@ -167,7 +167,7 @@ def test_options(bridge: Small, options: dict[str, Any], message: str) -> None:
 
 
 def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
-    with pytest.raises(fp.FeatpatchError, match="expected a gap large enough to normalise effects by"):
+    with pytest.raises(fp.FeatpatchError, match="expected corrupted prompts that differ"):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, corrupted=bridge.clean))
 
 
@@ -305,7 +305,7 @@ def test_an_unknown_name() -> None:
         ({"clean": torch.full((3, 7), 40)}, r"pair 0 has token ids from \d+ to 40: expected 0 to 39"),
         ({"correct": torch.tensor([-1, 2, 3])}, r"pair 0: answers \[-1, 4\] are outside the model's vocabulary of 40"),
         (
-            {"clean": torch.ones(3, 17).long(), "corrupted": torch.ones(3, 17).long()},
+            {"clean": torch.ones(3, 17).long(), "corrupted": torch.full((3, 17), 2)},
             r"pair 0 has 17 tokens: expected at most 16",
         ),
     ],
@@ -395,4 +395,4 @@ def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="pairs=.*: expected indices from 0 to 2"):
         effects.of_pairs([3])
     assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
-    assert "rows</p>" in effects._repr_html_()
+    assert " rows, of the gap</p>" in effects._repr_html_()

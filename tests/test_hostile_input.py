@@ -40,7 +40,7 @@ from featpatch.engine.journal import Journal
 from featpatch.page.page import write
 from featpatch.pairs.tokens import PairsWarning
 from featpatch.reporting import sections
-from featpatch.reporting.sections import FeatureCard, Material, Prompt
+from featpatch.reporting.sections import FeatureCard, Material, PairText
 
 MARKS = [
     "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
@@ -685,11 +685,13 @@ def page_of(tables: list[fp.Effects], text: str, path: Path) -> str:
     """A report in which every text of a user is this one, and a circuit's page beside."""
     table = tables[0].take(range(len(tables[0])))
     nodes = tuple(replace(node, sae=text + str(n), position=text) for n, node in enumerate(table.nodes))
-    metadata = {**table.metadata, "note": text, "command": text, "metric": text, "metrics": [text], "positions": [text],
+    measured = {name: value for name, value in table.metadata.items() if name != "places"}
+    metadata = {**measured, "note": text, "command": text, "metric": text, "metrics": [text], "positions": [text],
                 "model": {"name": text, "sha256": text}, "saes": {text: text}, text + "k": {text: [text]},
                 "tags": [{text: f"{text}{n % 2}"} for n in range(len(table.clean))]}  # fmt: skip
     hostile = replace(table, nodes=nodes, metadata=metadata, taken_from=None, others={}, value=text)
-    prompt = Prompt([text, text], [text, "b"], [False, True], [text, text], [text], [text])
+    both = ([False, True], [False, True]), ([text, text], [text, text])
+    prompt = PairText([text, text], [text, "b"], *both, [text], [text])
     card = FeatureCard(0, [0.5, 1.0], [0.0, 1.0], {text: text}, f"https://www.neuronpedia.org/{text}/1")
     material = Material(text, [prompt] * len(table.clean), {nodes[0]: card})
     loaded = fp.Effects.load(replace(hostile, taken_from=None).save(path / "hostile"))

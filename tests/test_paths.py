@@ -205,7 +205,7 @@ def test_a_table_of_paths_is_a_table(small: Small, tmp_path: Path) -> None:
         fp.rank_paths(small.model, pairs_of(small), journal=tmp_path / "journal", route="through_mlps", **run)
     page = fp.report(effects, tmp_path / "paths.html").read_text()
     assert "blocks.1.attn.hook_k" in page
-    assert f"exact effects of {len(effects)} paths (route &#39;direct&#39;) over 3 pairs" in page
+    assert f"{len(effects)} edges (route &#39;direct&#39;)" in page
     estimates = fp.rank_paths(small.model, pairs_of(small), method="atp", **{**run, "route": "all"})
     with pytest.raises(fp.FeatpatchError, match="route is 'all' for the estimates and 'direct' for the exact effects"):
         fp.calibrate(estimates, effects)

@@ -126,12 +126,11 @@ def test_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_shows_it() -> None:
     table = made([[2.0, 2.0], [0.0, 0.01]], [2.0, 2.0])
     lines = shown(ranked(table)).splitlines()
-    (first,), (second,) = ([line for line in lines if f"│ {feature} " in line] for feature in (0, 1))
-    assert "│ both directions │   2/2 │" in first
-    assert "│ below threshold │   1/2 │" in second
-    assert "where changed" in "".join(lines)
-    assert first.endswith("│ 1.00 [1.00, 1.00] │")  # over the pairs in which it differs
-    assert second.endswith("│            0.0050 │")
+    (first,), (second,) = ([line for line in lines if label in line and "/2" in line] for label in ("both", "below threshold"))
+    assert ("2/2" in first, "1/2" in second) == (True, True)
+    assert "where changed" in " ".join(lines)
+    assert first.rstrip().endswith("1.00 [1.00, 1.00]")  # over the pairs in which it differs
+    assert second.rstrip().endswith("0.0050")
     assert any("quadrant" in line for line in lines)
     one = shown(ranked(replace(table, metadata={**table.metadata, "directions": ["noising"]})))
     assert "quadrant" not in one

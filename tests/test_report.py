@@ -363,7 +363,8 @@ def test_text_of_users_is_text(study: dict[str, Any], browser: Any, tmp_path: Pa
     nodes = tuple(replace(node, index=n, sae=EVIL + node.sae, position=EVIL) for n, node in enumerate(rows.nodes))
     metadata = {**effects.metadata, "note": EVIL, "tags": [{EVIL: str(n)} for n in range(len(effects.clean))]}
     hostile = replace(rows, nodes=nodes, metadata=metadata, taken_from=None)
-    prompt = PairText([EVIL], [EVIL], [True], [EVIL + '"'], [EVIL], [EVIL])
+    titles = [EVIL + '"']
+    prompt = PairText([EVIL], [EVIL], ([True], [True]), (titles, titles), [EVIL], [EVIL])
     path = write(tmp_path / "hostile.html", page_of(hostile, Material(EVIL, [prompt]), None))
     opened(browser, path)
     time.sleep(0.5)

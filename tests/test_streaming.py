@@ -111,8 +111,8 @@ def test_what_is_refused(small: Small, tmp_path: Path) -> None:
     fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "a", **OPTIONS)
     for run, message in (
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[::-1], 2), tmp_path / "a", **OPTIONS), "holds other pairs"),
-        (lambda: fp.stream_features(small.model, small.saes[0], blocks(many(small, 6), 2), tmp_path / "a", **OPTIONS), "saes differ"),
-        (lambda: fp.stream_features(small.model, small.saes[0], blocks(pairs, 2), tmp_path / "a", **OPTIONS), "saes differ"),
+        (lambda: fp.stream_features(small.model, small.saes[0], blocks(many(small, 6), 2), tmp_path / "a", **OPTIONS), "saes, sites differ"),
+        (lambda: fp.stream_features(small.model, small.saes[0], blocks(pairs, 2), tmp_path / "a", **OPTIONS), "saes, sites differ"),
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs, 2), tmp_path / "a", progress=False), "metrics differ"),
         (lambda: fp.stream_features(small.model, small.saes[1], blocks(pairs[:2], 2), tmp_path / "a", **OPTIONS), "2 blocks, and 1 were given"),
         (lambda: fp.stream_features(small.model, small.saes[1], [], tmp_path / "b", **OPTIONS), "there are no blocks"),

@@ -152,7 +152,7 @@ def test_a_terminal_is_not_steered(hostile: Path, inputs: dict[str, Path], argum
     for text in arguments:
         if "[" in text and "{" not in text and "\x1b" not in text:
             assert text in said
-    if STEERING in arguments or arguments[0] == "info":
+    if (STEERING in arguments and arguments[0] != "rank") or arguments[0] == "info":  # tables cut long labels off
         assert "[/bold][red]" in said.replace("\u2502", "")
 
 

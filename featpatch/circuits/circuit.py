@@ -4,18 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from featpatch.circuits.files import content_of, to_eap_ig, write_json
 from featpatch.circuits.graph import Graph
 from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
 from featpatch.nodes import Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -255,9 +256,7 @@ class Circuit(Plotted):
         for _ in range(resamples):
             drawn = np.concatenate([self._drawn(group, generator) for group in self.graph.pairs.by_length().values()])
             other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
-            both, either = set(self.items) & set(other.items), set(self.items) | set(other.items)
-            shared = len(both) / len(either) if either else 1.0
-            rows.append({"size": len(other), "jaccard": shared, "faithfulness": other.faithfulness})
+            rows.append({"size": len(other), "jaccard": self._jaccard(other), "faithfulness": other.faithfulness})
         return pd.DataFrame(rows)
 
     def to_networkx(self) -> Any:
@@ -281,6 +280,63 @@ class Circuit(Plotted):
         if self.metadata["over"] == "nodes":
             made.graph["note"] = NO_EDGES
         return made
+
+    def save(self, path: str | Path, *, form: Literal["featpatch", "eap_ig"] = "featpatch") -> Path:
+        """Write the circuit, with the scores of all items, to a JSON file, which `fp.load_circuit` reads.
+
+        Args:
+            path: the file.
+            form: `"featpatch"`, or `"eap_ig"` for the JSON of EAP-IG (`Graph.from_json`), which has edges between embedding,
+                heads, MLPs and logits only.
+
+        Returns:
+            The path.
+
+        Raises:
+            FeatpatchError: the path can't be written to, or EAP-IG's graphs have no such items.
+
+        Examples:
+            >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
+            >>> circuit.save(folder / "edges.json").name
+            'edges.json'
+        """
+        check_choices(("featpatch", "eap_ig"), form=form)
+        parts = self.graph, self.items, self.scores
+        return write_json(path, to_eap_ig(*parts) if form == "eap_ig" else content_of(*parts, self.metadata))
+
+    def compare(self, other: "Circuit") -> pd.DataFrame:
+        """Compare the items of this circuit with those of another one.
+
+        Args:
+            other: the other circuit, of the same or of another model.
+
+        Returns:
+            One row per item of either circuit: `item`, `first` and `second` (whether this circuit and the other have it), and
+            `first_score` and `second_score` if both ranked their items. `table.attrs["jaccard"]` is the number of shared items
+            over the number of items of either.
+
+        Raises:
+            FeatpatchError: `other` is not a circuit.
+
+        Examples:
+            >>> options = {"scores": "estimate", "progress": False}
+            >>> small, large = (fp.find_circuit(model, pairs, size=size, **options) for size in (20, 40))
+            >>> table = small.compare(large)
+            >>> len(table), int(table["first"].sum()), table.attrs["jaccard"]
+            (40, 20, 0.5)
+        """
+        if not isinstance(other, Circuit):
+            raise FeatpatchError(f"other is a {type(other).__name__}: expected a circuit, as fp.find_circuit returns it")
+        items = list(dict.fromkeys([*self.items, *other.items]))
+        table = pd.DataFrame({"item": list(map(str, items))})
+        for name, circuit in (("first", self), ("second", other)):
+            table[name] = [item in set_of for set_of in [set(circuit.items)] for item in items]
+        if len(self.scores) and len(other.scores):
+            for name, circuit in (("first_score", self), ("second_score", other)):
+                scores = dict(zip(circuit.graph.items, circuit.scores.tolist(), strict=True))
+                table[name] = [scores.get(item, np.nan) for item in items]
+        table.attrs["jaccard"] = self._jaccard(other)
+        return table
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
         """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `fp.report`.
@@ -322,6 +378,10 @@ class Circuit(Plotted):
             f"complement ablated to {self.graph.to} values: faithfulness {self.faithfulness:.2f}{between}, exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
+
+    def _jaccard(self, other: "Circuit") -> float:
+        both, either = set(self.items) & set(other.items), set(self.items) | set(other.items)
+        return len(both) / len(either) if either else 1.0
 
     def _figure(self) -> Any:
         return figure(self.to_networkx())

@@ -7,26 +7,32 @@ output in this run, which upstream ablations may have changed; an ablated edge c
 is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from featpatch import sites
+from featpatch.circuits.attribution import INSIDE, sender_hooks, summed_scores
 from featpatch.circuits.graph import Graph, prompts, settled
 from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
+from featpatch.model.stack import Projections, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
+from featpatch.pairs.pairs import Pairs
+from featpatch.patching.paths import path_study
+from featpatch.patching.readings import AtAnswer
+from featpatch.patching.study import Options
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
-
-INSIDE = ("q", "k", "v")
-"""The inputs of an attention head that are receivers."""
 
 Written = dict[Node, torch.Tensor]
 """The output of each sender, `[circuits, pairs, pos, d_model]`."""
@@ -34,6 +40,14 @@ Written = dict[Node, torch.Tensor]
 TOLERANCE = 1e-3
 """The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
 It allows for rounding in float32."""
+
+ESTIMATED_AT_ONCE = 512
+"""The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory
+for the changes of all senders."""
+
+
+PATCHED_AT_ONCE = 80
+"""The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +59,16 @@ class _Run:
         where: masks of the positions of the named nodes of mediators, by place.
         ablated: how far each edge is ablated, 0 to 1, `[circuits, items]`; None for an unpatched run.
         outside: the ablation values of senders.
-        active: by receiver, the edges into it that any circuit ablates.
         written: the outputs of senders in this run.
+        projections: the projections of each layer's attention; None if heads go through the model.
     """
 
     tokens: torch.Tensor
     where: Mapping[Place, torch.Tensor]
     ablated: torch.Tensor | None = None
     outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
-    active: Mapping[Node, Sequence[int]] = field(default_factory=dict)
     written: Written = field(default_factory=dict)
+    projections: Sequence[Projections] | None = None
 
     def note(self, written: Written) -> Written:
         """Store outputs of senders in the run and return them."""
@@ -139,10 +153,49 @@ class EdgeGraph(Graph):
         group = self.mediators.get((layer, "mlp"))
         return group.nodes if group else (Node(sites.component(layer, "mlp_out"), "activation"),)
 
+    @property
+    def candidates(self) -> tuple[Node, ...]:
+        """The features and errors that are mediators."""
+        return tuple(node for group in self.mediators.values() for node in group.named)
+
     def rows_of_one(self) -> int:
         """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""
         heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
         return max([*heads, *(len(group.nodes) for group in self.mediators.values())])
+
+    def alone(self, *, progress: bool = False) -> NDArray[np.float64]:
+        """Measure the metric of each pair with only one edge ablated, `[items, pairs]`.
+
+        An edge that is ablated by itself to values of the corrupted run is a path that is patched without any component in
+        between, so the patches are those of `rank_paths` with `route="direct"`: they run from the receiver's layer on, and
+        many share a forward pass. Other edges are measured in whole passes.
+        """
+        if self.to != "corrupted" or self.mediators or not isinstance(self.read, AtAnswer):
+            return super().alone(progress=progress)
+        found, options = np.tile(self.whole, (len(self.items), 1)), Options(directions=["noising"], metric=self.read)
+        first = Node(sites.resid_pre(0), "activation")
+        blocks = [list(block) for _, block in groupby(self._layout, key=lambda receiver: receiver.site)]
+        if progress:
+            count = len(self.items) * len(self.pairs)
+            tqdm.write(f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {count:,} patches", file=sys.stderr)
+        with tqdm(total=len(self.items) * len(self.pairs), desc="ablating", unit="edge", disable=not progress) as bar:
+            for length, group in self.pairs.by_length().items():
+                size = max(1, PATCHED_AT_ONCE // length)
+                for some in (group[start : start + size] for start in range(0, len(group), size)):
+                    pairs = Pairs(tuple(self.pairs[index] for index in some))
+                    for receivers in blocks:
+                        sent = self._layout[receivers[0]]
+                        senders = [first, *sent[1:]]
+                        study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
+                        effects = study.run_block(None, progress=False)
+                        if not effects.finished:
+                            raise KeyboardInterrupt
+                        start = self._numbers[Edge.of(sent[0], receivers[0])]
+                        edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
+                        places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
+                        found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
+                        bar.update(len(receivers) * len(sent) * len(some))
+        return found
 
     def about(self) -> Mapping[str, Any]:
         """Return what to store with the results: that the items are edges, and the dictionaries."""
@@ -150,6 +203,17 @@ class EdgeGraph(Graph):
             "over": "edges",
             "saes": {group.dictionary.name: group.dictionary.digest() for group in self.mediators.values()},
         }
+
+    @cached_property
+    def empty(self) -> NDArray[np.float64]:
+        """The metric of each pair with all edges ablated, where the logits read nothing but ablation values."""
+        last, values = sites.resid_post(self.lens.n_layers - 1), torch.zeros(len(self.runs), dtype=torch.float64)
+        for some in self._groups():
+            final = settled(self.lens.read(prompts(self.runs, some, self.to), [last])[last], self.to)
+            with torch.no_grad():
+                values[some] = self.metric_of(self.unembedded(final, *self._prompts(some))[None], some)[0].cpu()
+        result: NDArray[np.float64] = self.combined(values).numpy()
+        return result
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
@@ -167,25 +231,75 @@ class EdgeGraph(Graph):
                 f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
                 "another metric; or pass scores='exact'"
             )
-        with torch.inference_mode(False), torch.enable_grad():
-            runs = self.whole_runs.clone().requires_grad_()
-            (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
-        total = np.zeros(len(self.items))
-        for some in self._groups():
+        weights = torch.ones(len(self.runs), dtype=torch.float64)
+        if not isinstance(self.read, AtAnswer):
             with torch.inference_mode(False), torch.enable_grad():
-                kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
-                values = self._run(kept, some)
-                if not values.requires_grad:
-                    raise FeatpatchError(
-                        f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
-                    )
-                (gradient,) = torch.autograd.grad((values * weights[some].to(values)).sum(), kept)
-            total += gradient[0].double().cpu().numpy()
-        return total / len(self.pairs)
+                runs = self.whole_runs.clone().requires_grad_()
+                (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
+        by_weights = None if self.mediators else self._projections
+        total = torch.zeros(len(self.items), dtype=torch.float64)
+        for some in self._groups():
+            if by_weights is None:
+                total += self._slopes(some, weights[some])
+            else:
+                total += self._scores(some, weights[some], by_weights)
+        result: NDArray[np.float64] = -total.numpy() / len(self.pairs)
+        return result
+
+    def _scores(self, some: Sequence[int], weights: torch.Tensor, by_weights: Sequence[Projections]) -> torch.Tensor:
+        """Estimate the change of the weighted sum of some runs' metrics with each edge ablated, see `attribution`."""
+        hooks, size = sender_hooks(self.lens), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
+        parts = [slice(start, start + size) for start in range(0, len(some), size)]
+        others: Iterable[Mapping[str, torch.Tensor]] = (
+            self.lens.read(prompts(self.runs, some[part], self.to), hooks) for part in parts
+        )
+        if self.to != "corrupted":
+            read = list(others)
+            values = {hook: settled(torch.cat([of_part[hook] for of_part in read]), self.to) for hook in hooks}
+            others = ({hook: values[hook][part] for hook in hooks} for part in parts)
+        total = torch.zeros(len(self.items), dtype=torch.float64)
+        for part, ablated in zip(parts, others, strict=True):
+
+            def measure(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
+                return self._differentiable(self.metric_of(logits[None], some[part])[0]) * weights[part].to(logits.device)
+
+            tokens, answers = self._prompts(some[part])
+            total += summed_scores(self.lens, by_weights, tokens, answers, measure, ablated).double().cpu()
+        return total
+
+    def _slopes(self, some: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+        """Compute the same by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
+        with torch.inference_mode(False), torch.enable_grad():
+            kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
+            values = self._differentiable(self._run(kept, some))
+            (gradient,) = torch.autograd.grad((values * weights.to(values)).sum(), kept)
+        return -gradient[0].double().cpu()
+
+    def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of the metric after checking that they have a gradient.
+
+        Raises:
+            FeatpatchError: if not.
+        """
+        if not values.requires_grad:
+            raise FeatpatchError(
+                f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
+            )
+        return values
+
+    @cached_property
+    def _projections(self) -> list[Projections] | None:
+        """The projections of each layer's attention by head; None if they can't be had, so that heads go through the model."""
+        some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
+        return projections_of(self.lens, self._prompts(some[:1])[0])
+
+    def _prompts(self, some: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clean tokens `[runs, pos]` and the answer positions `[runs]` of some equally long runs."""
+        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        return torch.tensor([self.runs[index].clean for index in some]), answers
 
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        tokens = torch.tensor([self.runs[index].clean for index in some])
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        tokens, answers = self._prompts(some)
         with torch.no_grad():
             if some[0] not in self._outside:
                 where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
@@ -193,17 +307,11 @@ class EdgeGraph(Graph):
                 other = _Run(prompts(self.runs, some, self.to), where)
                 self._pass(other)
                 self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
-        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], self._active(kept)))
+        projections = None if kept.requires_grad else self._projections
+        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], projections=projections))
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
-
-    def _active(self, kept: torch.Tensor) -> dict[Node, list[int]]:
-        """Return, by receiver, the edges that any circuit ablates, or all edges if a gradient is needed."""
-        found: dict[Node, list[int]] = defaultdict(list)
-        for column in range(len(self.items)) if kept.requires_grad else (kept != 1).any(0).nonzero()[:, 0].tolist():
-            found[self._edges[column].receiver].append(column)
-        return found
 
     def _pass(self, run: "_Run") -> torch.Tensor:
         """Return the input of the logits, `[circuits, pairs, pos, d_model]`, and store the outputs of senders in the run."""
@@ -213,7 +321,7 @@ class EdgeGraph(Graph):
         for layer in range(self.lens.n_layers):
             stream, sent = self._mediated((layer, "pre"), stream, sent, run)
             heads, bias = self._attention(layer, stream, sent, run)
-            self._bias[layer] = bias[0, 0]
+            self._bias[layer] = bias.expand_as(stream)[0, 0]
             added, heads = self._mediated((layer, "attn"), sum(heads.values(), bias), heads, run)
             mid, below = self._mediated((layer, "mid"), stream + added, sent | heads, run)
             if not self.lens.attention_only:
@@ -239,10 +347,18 @@ class EdgeGraph(Graph):
         for name in INSIDE:
             hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
             rows, which = self._inputs(nodes, stream, sent, run)
+            if run.projections:
+                inside[hook] = run.projections[layer].project(name, rows.flatten(1, 3), which).unflatten(0, (-1, rows.shape[3]))
+                continue
             values = self._through(layer, rows.flatten(0, 2), run.tokens, hook).unflatten(0, rows.shape[:3])
             inside[hook] = torch.stack([values[row, ..., head, :] for head, row in enumerate(which)], -2).flatten(0, 1)
         z = self._through(layer, stream.flatten(0, 1), run.tokens, sites.component(layer, "z"), inside)
-        heads, bias = self._by_head(layer, stream, z, run.tokens)
+        if run.projections:
+            each, bias = run.projections[layer].outputs(z.flatten(0, 1)), run.projections[layer].bias.to(stream)
+            nodes = self._heads_at(layer, "z")
+            heads = {node: output.view_as(stream) for node, output in zip(nodes, each.to(stream), strict=True)}
+        else:
+            heads, bias = self._by_head(layer, stream, z, run.tokens)
         return run.note(heads), bias
 
     def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
@@ -271,24 +387,21 @@ class EdgeGraph(Graph):
         Returns:
             The different inputs, `[rows, circuits, pairs, pos, d_model]`, and the row of each receiver.
         """
-        rows: list[torch.Tensor] = []
-        known: dict[Node | None, int] = {}
-        which = []
-        for receiver in receivers:
-            columns = run.active.get(receiver, ())
-            key = receiver if columns else None
-            if key not in known:
-                known[key] = len(rows)
-                rows.append(sum((self._change(column, sent, run) for column in columns), passing))
-            which.append(known[key])
-        return torch.stack(rows), which
-
-    def _change(self, column: int, sent: Written, run: "_Run") -> torch.Tensor:
-        """Compute by how much ablating an edge changes the receiver's input."""
-        assert run.ablated is not None
-        sender = self._edges[column].sender
-        weight = run.ablated[:, column, None, None, None].to(sent[sender])
-        return weight * (run.outside[sender].to(sent[sender]) - sent[sender])
+        if run.ablated is None:
+            return passing[None], [0] * len(receivers)
+        start = self._numbers[Edge.of(next(iter(sent)), receivers[0])]
+        ablated = run.ablated[:, start : start + len(receivers) * len(sent)].unflatten(1, (len(receivers), len(sent)))
+        changed = torch.ones_like(ablated, dtype=torch.bool) if ablated.requires_grad else ablated != 0
+        of_receiver, of_sender = changed.any(0).any(1), changed.any(0).any(0)
+        if not of_receiver.any():
+            return passing[None], [0] * len(receivers)
+        nodes = [node for node, any_ablated in zip(sent, of_sender.tolist(), strict=True) if any_ablated]
+        changes = torch.stack([run.outside[node].to(sent[node]) - sent[node] for node in nodes], 1)
+        weights = ablated[:, of_receiver][:, :, of_sender].to(changes)
+        moved = (weights @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)
+        whole = [] if of_receiver.all() else [passing[None]]
+        which = torch.where(of_receiver, of_receiver.cumsum(0) - 1 + len(whole), 0)
+        return torch.cat([*whole, passing + moved]), which.tolist()
 
     def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
         """Split the output of attention into the outputs of its heads and the bias."""

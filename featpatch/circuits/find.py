@@ -1,7 +1,8 @@
 """Find a circuit over nodes or over edges: by threshold, greedily, or by pruning from the output down (ACDC)."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.circuits.files import from_eap_ig, read_circuit
 from featpatch.circuits.graph import Complement, Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
@@ -41,10 +43,8 @@ AHEAD = 16
 
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
     """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
-    everything = graph.items
-    without = [[other for other in everything if other != item] for item in everything]
-    whole = graph.faithfulness(graph.values([everything]))[0]
-    result: NDArray[np.float64] = whole - graph.faithfulness(graph.values(without, progress=progress))
+    whole = graph.faithfulness(graph.values([graph.items]))[0]
+    result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
     return result
 
 
@@ -242,16 +242,8 @@ def find_circuit(
     }  # fmt: skip
     scores, errors = scores or "exact", errors or "in"
     threshold, target = (float(THRESHOLD if threshold is None else threshold), float(TARGET if target is None else target))
-    lens, read = wrap(model), readout(metric, single=True)
-    graph: Graph
-    found = dictionaries_if_any(lens, saes)
-    candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
-    if over == "nodes":
-        graph = NodeGraph(lens, pairs, to, read, candidates, dictionaries=found, errors=errors)
-    else:
-        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators_of(lens, candidates, found))
-    graph.check()
-    graph.check_gap()
+    lens = wrap(model)
+    graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
     if size is not None and size > len(graph.items):
         raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the number of {over}")
     ranked = np.zeros(0)
@@ -267,9 +259,88 @@ def find_circuit(
         items = acdc(graph, threshold, graph.items[::-1], progress=progress)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold, "size": None if size is None else int(size), "target": target, **provenance(lens, pairs),
+        "threshold": threshold, "size": None if size is None else int(size), "target": target, "errors": errors,
+        "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
+        **provenance(lens, pairs),
     }  # fmt: skip
     return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **given))
+
+
+def load_circuit(
+    path: str | Path,
+    model: Any,
+    pairs: Pairs,
+    *,
+    saes: Any = None,
+    to: Complement | None = None,
+    metric: str | Metric | Sequence[str | Metric] | None = None,
+) -> Circuit:
+    """Read a circuit from a file, so that it can be measured, drawn and compared again, also on other pairs.
+
+    Args:
+        path: a JSON file written by `circuit.save`, or by `Graph.to_json` of EAP-IG.
+        model: the model, as in `find_circuit`.
+        pairs: the pairs on which the circuit is measured from now on.
+        saes: the SAEs of the features and error terms among the nodes.
+        to: the ablation values of the complement; by default those in the file, or `"corrupted"` for a file of EAP-IG.
+        metric: one metric; by default that in the file, or `"logit_diff"` for a file of EAP-IG.
+
+    Returns:
+        The circuit. Its scores are those in the file; EAP-IG's scores have our sign if its metric was a loss.
+
+    Raises:
+        FeatpatchError: the file holds no circuit, or an item is not in the graph of this model.
+
+    Examples:
+        >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
+        >>> path = circuit.save(folder / "circuit.json", form="eap_ig")
+        >>> again = fp.load_circuit(path, model, pairs)
+        >>> set(again.items) == set(circuit.items), again.faithfulness == circuit.faithfulness
+        (True, True)
+    """
+    content, lens = read_circuit(path), wrap(model)
+    about: Mapping[str, Any] = content.get("metadata", {"over": "edges", "method": "EAP-IG's file"})
+    to, metric = to or about.get("outside", "corrupted"), about.get("metric", "logit_diff") if metric is None else metric
+    check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
+    over: Any = about.get("over")
+    nodes, errors = content.get("candidates") or None, cast(Errors, about.get("errors") or "in")
+    check_candidates(over, nodes, saes, errors if saes is not None else None)
+    graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
+    if "edges" in content:
+        items, scores = from_eap_ig(graph, content["edges"])
+    else:
+        items, scores = content["items"], np.array(content["scores"], dtype=np.float64)
+        graph.mask(items)
+        if len(scores) not in (0, len(graph.items)):
+            raise FeatpatchError(
+                f"the file has {len(scores)} scores, and this model's graph {len(graph.items)} {over}: expected the model that "
+                "the circuit was found in; pass it"
+            )
+    options = about.get("search")
+
+    def again(other: Pairs) -> Circuit:
+        if not isinstance(options, dict):
+            raise FeatpatchError(
+                "this circuit was found by EAP-IG: expected one that fp.find_circuit found, to find it again for other pairs"
+            )
+        return find_circuit(model, other, saes=saes, over=over, nodes=nodes, to=to, metric=metric, progress=False, **options)
+
+    metadata = {**about, "metric": graph.name, "outside": to, **provenance(lens, pairs)}
+    return Circuit(graph, items, scores, metadata, again)
+
+
+def _graph(lens: Lens, pairs: Pairs, saes: Any, over: Any, nodes: Any, to: Complement, errors: Errors, metric: Any) -> Graph:
+    """Return the graph of some candidates, after checking that circuits can be found in it."""
+    read, found = readout(metric, single=True), dictionaries_if_any(lens, saes)
+    candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
+    graph: Graph
+    if over == "nodes":
+        graph = NodeGraph(lens, pairs, to, read, candidates, dictionaries=found, errors=errors)
+    else:
+        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators_of(lens, candidates, found))
+    graph.check()
+    graph.check_gap()
+    return graph
 
 
 def _estimated(graph: Graph) -> Any:

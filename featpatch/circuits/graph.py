@@ -27,6 +27,9 @@ Array = NDArray[np.float64]
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""
 
+MASK_BYTES = 1 << 20
+"""The largest size of the masks that are made together."""
+
 Complement = Literal["corrupted", "mean", "resample"]
 """The source of ablation values. `corrupted`: the pair's corrupted run. `mean`: the mean at each position over the clean runs
 of equally long pairs. `resample`: the clean run of another equally long pair."""
@@ -99,17 +102,34 @@ class Graph(ABC):
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
         """Measure the metric of each pair for several choices of items that are kept; a choice is run only the first time."""
         masks = [self.mask(items) for items in kept]
-        missing = [mask for mask in {mask.tobytes(): mask for mask in masks}.values() if mask.tobytes() not in self._known]
-        found = {mask.tobytes(): np.full(len(self.runs), np.nan) for mask in missing}
+        missing = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._known}
+        if missing:
+            found = self.of_masks(np.array(list(missing.values())), progress=progress)
+            self._known.update(zip(missing, found, strict=True))
+        return np.array([self._known[mask.tobytes()] for mask in masks])
+
+    def of_masks(
+        self, masks: Bool[np.ndarray, "circuits items"], *, progress: bool = False
+    ) -> Float[np.ndarray, "circuits pairs"]:
+        """Measure the metric of each pair for several masks of the items that are kept."""
+        found = torch.zeros(len(masks), len(self.runs), dtype=torch.float64)
         for group in self._groups():
             size = max(1, TOKENS_AT_ONCE // (self.rows_of_one() * len(group) * len(self.runs[group[0]])))
-            parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+            parts = [slice(start, start + size) for start in range(0, len(masks), size)]
             for part in tqdm(parts, desc="ablating", unit="batch", disable=not progress or len(parts) < 2):
-                values = self.measured(torch.tensor(np.array(part)), group)
-                for mask, of_runs in zip(part, values, strict=True):
-                    found[mask.tobytes()][group] = of_runs.cpu().numpy()
-        self._known.update({mask: self.combined(torch.from_numpy(of_runs)).numpy() for mask, of_runs in found.items()})
-        return np.array([self._known[mask.tobytes()] for mask in masks])
+                found[part, group] = self.measured(torch.from_numpy(masks[part]), group).cpu()
+        return np.array([self.combined(of_runs).numpy() for of_runs in found])
+
+    def alone(self, *, progress: bool = False) -> Array:
+        """Measure the metric of each pair with only one item ablated, `[items, pairs]`."""
+        found, size = np.zeros((len(self.items), len(self.pairs))), max(1, MASK_BYTES // len(self.items))
+        with tqdm(total=len(self.items), desc="ablating", unit="item", disable=not progress) as bar:
+            for start in range(0, len(self.items), size):
+                masks = np.ones((min(size, len(self.items) - start), len(self.items)), dtype=bool)
+                masks[np.arange(len(masks)), start + np.arange(len(masks))] = False
+                found[start : start + size] = self.of_masks(masks)
+                bar.update(len(masks))
+        return found
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
         """Return a mask `[items]` of the items that are kept.
@@ -130,6 +150,11 @@ class Graph(ABC):
     @cached_property
     def _numbers(self) -> dict[Node, int]:
         return {item: number for number, item in enumerate(self.items)}
+
+    @property
+    def candidates(self) -> tuple[Node, ...]:
+        """The nodes that the graph was made for: all items or, for edges, the features and errors among the mediators."""
+        return self.items
 
     @property
     def name(self) -> str:
@@ -183,7 +208,7 @@ class Graph(ABC):
         result: Array = self.combined(self.whole_runs).numpy()
         return result
 
-    @property
+    @cached_property
     def empty(self) -> Array:
         """The metric of each pair with all items ablated."""
         return self.values([[]])[0]

@@ -271,6 +271,7 @@ class Lens(Model, ABC):
         *,
         reads: Sequence[str] = (),
         stopped: Sequence[str] = (),
+        head: Callable[[Float[torch.Tensor, "batch d_model"]], Float[torch.Tensor, "batch d_vocab"]] | None = None,
     ) -> Differentiated:
         """Apply `measure` to the logits at each prompt's answer, and compute its gradients at some hook points.
 
@@ -282,6 +283,8 @@ class Lens(Model, ABC):
             measure: a differentiable function from logits to one value per prompt.
             reads: hook points whose activations are returned too.
             stopped: hook points whose activations pass no gradient on.
+            head: the map from the final residual stream to logits; by default the model's own, which may be slow because
+                TransformerLens copies the unembedding in each pass.
 
         Raises:
             FeatpatchError: a hook did not fire, or the measure has no gradient.
@@ -313,8 +316,12 @@ class Lens(Model, ABC):
                 stack.enter_context(self.edit(name, torch.Tensor.detach))
             for name in carried:
                 stack.enter_context(self.edit(self.carrier(name), leaf(name)))
-            with answering(self.model.unembed, answers):
-                values = measure(self.run(tokens)[:, 0])
+            if head is None:
+                with answering(self.model.unembed, answers):
+                    values = measure(self.run(tokens)[:, 0])
+            else:
+                final = self._final(tokens)
+                values = measure(head(final[torch.arange(len(answers)), answers.to(final.device)]))
             total = values.sum()
         _check_read(reads, activations)
         if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
@@ -328,6 +335,18 @@ class Lens(Model, ABC):
         kept = zip(leaves.items(), found, strict=True)
         gradients = {name: torch.zeros_like(x, requires_grad=False) if g is None else g for (name, x), g in kept}
         return Differentiated(values.detach(), gradients, activations)
+
+    def _final(self, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
+        """Return the final residual stream, with its gradient and after all edits, without a pass through the unembedding."""
+        found: list[torch.Tensor] = []
+
+        def keep(activation: torch.Tensor) -> None:
+            found.append(activation)
+            raise _Reached
+
+        with self.edit(sites.resid_post(self.n_layers - 1), keep), suppress(_Reached):
+            self.run(tokens)
+        return found[0]
 
     @torch.no_grad()
     def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
@@ -419,7 +438,7 @@ class Lens(Model, ABC):
 
     @abstractmethod
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
-        """Run the layers up to `layer`, and the rest of the model only if that is the last layer."""
+        """Run the layers up to `layer`, and the rest of the model if that is the number of layers."""
 
     @abstractmethod
     def stack(self, shortest: int, longest: int) -> Stack:

@@ -59,7 +59,7 @@ class HookedLens(Lens):
 
     def _run_upto(self, layer: int, tokens: Int[torch.Tensor, "batch pos"], **options: torch.Tensor) -> None:
         """Run the model with `stop_at_layer`."""
-        self._call(tokens, stop_at_layer=None if layer == self.n_layers - 1 else layer + 1, **options)
+        self._call(tokens, stop_at_layer=None if layer == self.n_layers else layer + 1, **options)
 
     def _run_alone(self, layer: int, resid: Float[torch.Tensor, "rows pos d"], tokens: Int[torch.Tensor, "rows pos"]) -> None:
         """Run one layer with `start_at_layer` and `stop_at_layer`."""

@@ -155,17 +155,19 @@ def leading(metric: Metrics) -> str | Metric:
     return metric if isinstance(metric, str) or callable(metric) else metric[0]
 
 
-def readout(metric: Metrics, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
+def readout(metric: Metrics | Readout, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
     """Return how to read one metric or several together.
 
     Args:
-        metric: the metric or metrics.
+        metric: the metric or metrics; a readout is returned unchanged.
         refused, use: as in `metrics.find`.
         single: whether only one metric is accepted.
 
     Raises:
         FeatpatchError: if a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
     """
+    if isinstance(metric, Readout):
+        return metric
     metric = one_metric(metric) if single else metric
     names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
     if not names or not all(isinstance(name, str) or callable(name) for name in names):

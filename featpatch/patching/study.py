@@ -43,10 +43,13 @@ class Options:
 
     positions: Positions = "all"
     directions: Sequence[Direction] = DIRECTIONS
-    metric: Metrics = "logit_diff"
+    metric: Metrics | Readout = "logit_diff"
     batch_rows: int | None = None
     noise: Noise | None = None
 
+
+NOT_COMPARED = ("metric", "tags", "versions", "finished", "sites", "places", "tokens", "lengths")
+"""The entries of metadata that a journal does not compare: those that may differ, and those that follow from others."""
 
 CLEAN_AND_CORRUPTED = CleanAndCorrupted()
 """The default contrast: clean into corrupted, and corrupted into clean."""
@@ -200,9 +203,7 @@ class Study:
         clean, corrupted, patches = survey
         book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
-            subject = {
-                key: value for key, value in metadata.items() if key not in ("metric", "tags", "places", "versions", "finished")
-            }
+            subject = {key: value for key, value in metadata.items() if key not in NOT_COMPARED}
             book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         with closing(book) if isinstance(book, Journal) else nullcontext():
             if elsewhere is not None and book is not None:

@@ -1,0 +1,176 @@
+"""Cost of estimating and measuring all edges of a model: featpatch against EAP-IG, with the scores compared.
+
+    python benchmarks/circuits.py [--shape demo] [--tokens 20] [--pairs 1 4 16] [--exact 20]
+
+EAP-IG (hannamw/EAP-IG) is run where it is installed, adapted to CPUs and to prompts that are given as tokens; otherwise our own
+estimates by a weight for each edge are run instead, on one pair. Each score is the mean over pairs. `--exact` is the number of
+edges into the middle layer's queries that EAP-IG's exact loop measures, one forward pass each; featpatch measures all of them.
+Times are CPU times of one thread; memory is the peak above that in use before.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from memory import peak_of
+from shapes import SHAPES, models
+
+import featpatch as fp
+from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.model.transformer_lens import wrap
+from featpatch.patching.readings import readout
+
+try:
+    import eap.attribute
+    import eap.evaluate
+    import eap.graph
+except ImportError:
+    eap = None
+
+CORRECT, WRONG = 1, 2
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Return the result of a call, its CPU seconds, and its peak memory in MB."""
+    start = time.process_time()
+    result, peak = peak_of(run)
+    return result, time.process_time() - start, peak
+
+
+def prompts(vocab: int, length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return clean and corrupted prompts that differ in one token."""
+    clean = torch.randint(3, vocab, (count, length), generator=torch.Generator().manual_seed(1))
+    corrupted = clean.clone()
+    corrupted[:, length * 3 // 10] = (clean[:, length * 3 // 10] + 1) % vocab
+    return clean, corrupted
+
+
+def their_name(node: fp.Node) -> str:
+    """Return EAP-IG's name of a sender or receiver."""
+    if node == fp.LOGITS:
+        return "logits"
+    if node.site == "hook_embed":
+        return "input"
+    layer, name = node.site.split(".")[1], node.site.rsplit("_", 1)[1]
+    head = f"a{layer}.h{node.index}"
+    return f"m{layer}" if name == "out" else head if name == "z" else f"{head}<{name}>"
+
+
+class TheirScores:
+    """EAP-IG on a CPU."""
+
+    def __init__(self, model: Any) -> None:
+        model.set_use_attn_result(True)
+        model.set_use_split_qkv_input(True)
+        model.set_use_hook_mlp_in(True)
+        self.model, self.graph = model, eap.graph.Graph.from_model(model)
+        eap.attribute.tokenize_plus = eap.evaluate.tokenize_plus = self.tokenize
+        zeros = torch.zeros
+        torch.zeros = lambda *args, **kwargs: zeros(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+
+    @staticmethod
+    def tokenize(_model: Any, tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, torch.Tensor, int]:
+        """Return what EAP-IG's function of this name returns, for prompts that are tokens already."""
+        return tokens, None, torch.full((len(tokens),), tokens.shape[1]), tokens.shape[1]
+
+    @staticmethod
+    def metric(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        """Return the sum of the logit differences."""
+        return (logits[:, -1, CORRECT] - logits[:, -1, WRONG]).sum()
+
+    def estimates(self, clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
+        """Return EAP scores, `[senders, receivers]`; all pairs are one batch."""
+        return eap.attribute.get_scores_eap(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+
+    def exact(self, edges: list[Any], clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
+        """Return the exact scores of some edges, `[senders, receivers]`."""
+        every, names = self.graph.edges, [f"{their_name(edge.sender)}->{their_name(edge.receiver)}" for edge in edges]
+        self.graph.edges = {name: every[name] for name in names}
+        try:
+            return eap.attribute.get_scores_exact(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+        finally:
+            self.graph.edges = every
+
+    def of(self, scores: torch.Tensor, edge: Any) -> float:
+        """Return the score of one of our edges, with the sign of a loss."""
+        sender, receiver = their_name(edge.sender), their_name(edge.receiver)
+        return -float(scores[self.graph.edges[f"{sender}->{receiver}"].matrix_index])
+
+
+def main() -> None:
+    """Measure, compare and print the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--exact", type=int, default=20, help="number of edges that EAP-IG's exact loop measures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = SHAPES[options.shape]
+    model = models(shape, options.tokens, "cpu")["HookedTransformer"]
+    clean, corrupted = prompts(shape.vocab, options.tokens, max(options.pairs))
+
+    def graph(count: int) -> EdgeGraph:
+        answers = torch.tensor([CORRECT] * count), torch.tensor([WRONG] * count)
+        pairs = fp.Pairs.from_tokens(clean[:count], corrupted[:count], *answers)
+        return EdgeGraph(wrap(model), pairs, "corrupted", readout("logit_diff", single=True))
+
+    items = graph(1).items
+    graph(1).estimates()
+    ours = {count: timed(graph(count).estimates) for count in options.pairs}
+    of_eap = None
+    if eap is None:
+        slow = graph(1)
+        scores, seconds, peak = timed(lambda: -slow._slopes([0], torch.ones(1)).numpy())
+        theirs, name = {1: (scores, seconds, peak)}, "a weight for each edge"
+    else:
+        of_eap, name = TheirScores(model), "EAP-IG"
+        of_eap.estimates(clean[:1], corrupted[:1])
+        found = {
+            count: timed(lambda count=count: of_eap.estimates(clean[:count], corrupted[:count])) for count in options.pairs
+        }
+        theirs = {n: (np.array([of_eap.of(scores, edge) for edge in items]), *cost) for n, (scores, *cost) in found.items()}
+    print(f"{options.shape}, {options.tokens} tokens, {len(items):,} edges, one CPU thread\n")
+    print(f"| pairs | featpatch | | {name} | | | largest difference |\n|---|---|---|---|---|---|---|")
+    for count, (scores, seconds, peak) in ours.items():
+        row = f"| {count} | {seconds:.2f} s | {peak:.0f} MB | "
+        if count in theirs:
+            other, their_seconds, their_peak = theirs[count]
+            worst = np.abs(scores - other).max() / np.abs(other).max()
+            row += f"{their_seconds:.2f} s | {their_peak:.0f} MB | {their_seconds / seconds:.1f} x | {worst:.0e} |"
+        print(row)
+    print("\n" + exact(graph(1), of_eap, clean[:1], corrupted[:1], options.exact))
+
+
+def exact(graph: EdgeGraph, of_eap: Any, clean: torch.Tensor, corrupted: torch.Tensor, loop: int) -> str:
+    """Measure the edges into the queries of the middle layer, and compare with EAP-IG where it is installed."""
+    middle = graph.lens.n_layers // 2
+    edges: list[Any] = [edge for edge in graph.items if edge.site == f"blocks.{middle}.attn.hook_q"]
+    first = fp.Node("blocks.0.hook_resid_pre", "activation")
+    senders = [first if node.site == "hook_embed" else node for node in dict.fromkeys(edge.sender for edge in edges)]
+    receivers = list(dict.fromkeys(edge.receiver for edge in edges))
+    run: dict[str, Any] = {"senders": senders, "receivers": receivers, "directions": ["noising"], "screen": None}
+    effects, seconds, _ = timed(lambda: fp.rank_paths(graph.lens.model, graph.pairs, progress=False, **run))
+    ours = 1e3 * seconds / len(edges)
+    said = f"Exact scores of the {len(edges)} edges into the queries of layer {middle}: {ours:.1f} ms per edge"
+    if of_eap is None:
+        return said
+    rows = zip(effects.row, effects.noised, strict=True)
+    scores = {effects.nodes[row]: float(effects.clean[0] - value) for row, value in rows}
+    drawn = random.Random(0).sample(edges, min(loop, len(edges)))
+    found, their_seconds, _ = timed(lambda: of_eap.exact(drawn, clean, corrupted))
+    expected = [scores.get(fp.Edge.of(first if e.sender.site == "hook_embed" else e.sender, e.receiver), 0.0) for e in drawn]
+    worst = max(abs(of_eap.of(found, edge) - value) for edge, value in zip(drawn, expected, strict=True))
+    each = their_seconds / len(drawn)
+    return (
+        f"{said}, EAP-IG's loop {1e3 * each:.0f} ms, {each / seconds * len(edges):.1f} x faster; largest difference of a logit "
+        f"difference {worst:.0e}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Files of circuits: our own JSON, and the JSON of EAP-IG (github.com/hannamw/EAP-IG), which the MIB benchmark reads too.
+
+EAP-IG names senders `input`, `a0.h3` (a head) and `m0` (an MLP), and edges `m0->a1.h2<q>` or `a0.h3->logits`. It has no heads
+that share keys and values; an edge into shared keys or values is there once for each head that uses them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpatch import sites
+from featpatch.circuits.graph import Graph
+from featpatch.effects.storage import nodes_of
+from featpatch.errors import FeatpatchError, is_number
+from featpatch.files import as_path, read_json, writing
+from featpatch.nodes import LOGITS, Edge, Node
+
+FORMAT = "featpatch circuit"
+"""The key that marks our own files; its value is the version of the format."""
+
+VERSION = 1
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Write plain data as JSON, completely or not at all, and return the path."""
+    with writing(path) as beside:
+        beside.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    return Path(path)
+
+
+def content_of(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a circuit as plain data."""
+    candidates, kept = list(map(_fields, graph.candidates)), list(map(_fields, items))
+    return {FORMAT: VERSION, "candidates": candidates, "items": kept, "scores": scores.tolist(), "metadata": metadata}
+
+
+def read_circuit(path: str | Path) -> dict[str, Any]:
+    """Read a file of a circuit: `candidates`, `items`, `scores` and `metadata`, or `nodes` and `edges` of EAP-IG.
+
+    Raises:
+        FeatpatchError: the file can't be read, or is of neither format.
+    """
+    expected = "expected a file written by circuit.save or by EAP-IG's Graph.to_json"
+    try:
+        content = read_json(as_path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FeatpatchError(f"{str(path)!r} can't be read ({error.strerror}): {expected}") from error
+    except ValueError as error:
+        raise FeatpatchError(f"{str(path)!r} is not JSON ({str(error)[:100]}): {expected}") from error
+    if isinstance(content, dict) and isinstance(content.get("edges"), dict) and isinstance(content.get("nodes"), dict):
+        return content
+    fits = isinstance(content, dict) and isinstance(content.get("metadata"), dict) and isinstance(content.get("scores"), list)
+    if not fits or content.get(FORMAT) != VERSION or not all(map(is_number, content["scores"])):
+        raise FeatpatchError(f"{str(path)!r} holds no circuit: {expected}")
+    return {**content, **{name: nodes_of(content.get(name)) for name in ("candidates", "items")}}
+
+
+def to_eap_ig(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64]) -> dict[str, Any]:
+    """Return a circuit of edges as the content of EAP-IG's JSON.
+
+    Raises:
+        FeatpatchError: the graph has items that EAP-IG's has not.
+    """
+    lens = graph.lens
+    strange = next((item for item in graph.items if not isinstance(item, Edge) or graph.candidates), None)
+    if strange is not None or lens.attention_only:
+        what = "a model without MLPs" if strange is None else f"{str(strange)!r}"
+        raise FeatpatchError(
+            f"form='eap_ig' with {what}: expected a circuit of edges between embedding, heads, MLPs and logits, without "
+            "features; save it with form='featpatch'"
+        )
+    kept, values = set(items), scores if len(scores) else np.zeros(len(graph.items))
+    edges, nodes = {}, dict.fromkeys(["input", "logits"], True)
+    for item, score in zip(graph.items, values.tolist(), strict=True):
+        for name in eap_ig_names(graph, item):
+            edges[name] = {"score": score, "in_graph": item in kept}
+            sender, receiver = name.split("<")[0].split("->")
+            for node in (sender, receiver):
+                nodes[node] = nodes.get(node, False) or item in kept
+    sizes = {"n_layers": lens.n_layers, "n_heads": lens.heads(sites.component(0, "z")), "d_model": lens.d_model}
+    return {
+        "cfg": {**sizes, "parallel_attn_mlp": lens.parallel},
+        "nodes": {name: {"in_graph": kept} for name, kept in nodes.items()},
+        "edges": edges,
+    }
+
+
+def from_eap_ig(graph: Graph, edges: Mapping[str, Any]) -> tuple[tuple[Node, ...], NDArray[np.float64]]:
+    """Return the items of a circuit and the scores of all items from EAP-IG's edges.
+
+    An edge into shared keys or values is kept if it is for any head that uses them, and its score is the sum of theirs.
+
+    Raises:
+        FeatpatchError: an edge is not in the graph, or its entry is not one of EAP-IG's.
+    """
+    numbers = {name: number for number, item in enumerate(graph.items) for name in eap_ig_names(graph, item)}
+    scores, kept = np.zeros(len(graph.items)), np.zeros(len(graph.items), dtype=bool)
+    for name, entry in edges.items():
+        if name not in numbers:
+            raise FeatpatchError(
+                f"edge {name[:80]!r} is not in this model: expected a circuit of a model with the same layers and heads; pass "
+                "that model"
+            )
+        if not isinstance(entry, dict) or not is_number(entry.get("score")) or not isinstance(entry.get("in_graph"), bool):
+            raise FeatpatchError(
+                f"the entry of edge {name!r} is {str(entry)[:80]}: expected a score and in_graph, true or false"
+            )
+        scores[numbers[name]] += entry["score"]
+        kept[numbers[name]] |= entry["in_graph"]
+    order = np.argsort(-np.abs(scores), kind="stable")
+    return tuple(graph.items[number] for number in order if kept[number]), scores
+
+
+def eap_ig_names(graph: Graph, item: Node) -> list[str]:
+    """Return EAP-IG's names of an edge, several if heads share the receiver."""
+    assert isinstance(item, Edge)
+    suffix = f"<{item.receiver.site[-1]}>" if item.receiver.kind == "head" else ""
+    return [f"{_eap_ig_name(item.sender)}->{_eap_ig_name(user)}{suffix}" for user in graph.users(item.receiver)]
+
+
+def _eap_ig_name(node: Node) -> str:
+    if node == LOGITS:
+        return "logits"
+    if node.site == sites.EMBEDDING:
+        return "input"
+    layer = sites.layer_of(node.site)
+    return f"m{layer}" if node.index is None else f"a{layer}.h{node.index}"
+
+
+def _fields(node: Node) -> list[Any]:
+    """Return the fields of a node, and those of its sender and receiver if it is an edge, as `nodes_of` parses them."""
+    ends: Sequence[Node] = (node.sender, node.receiver) if isinstance(node, Edge) else ()
+    return [node.site, node.kind, node.index, node.position, node.sae, *map(_fields, ends)]

@@ -1,0 +1,123 @@
+"""Circuits in files: our own JSON and EAP-IG's, whose names the test makes by itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import HOOKED
+from edge_oracle import edges_of
+from small import Small, small_hooked
+from test_edges import named
+from test_sets import pairs_of
+
+import featpatch as fp
+
+OPTIONS: dict[str, Any] = {"over": "edges", "scores": "estimate", "size": 20, "progress": False}
+
+
+def theirs(edge: tuple[str, str]) -> str:
+    """EAP-IG's name of an edge of the oracle."""
+    plain = (f"m{end[1:-4]}" if end.endswith(".MLP") else end.replace("L", "a").replace(".H", ".h") for end in edge)
+    sender, receiver = (end.replace("embed", "input") for end in plain)
+    head, _, way = receiver.rpartition(".")
+    return f"{sender}->{head}<{way}>" if way in ("q", "k", "v") else f"{sender}->{receiver}"
+
+
+def test_our_files(tmp_path: Path) -> None:
+    """What is read is what was written, with the search that is repeated for stability."""
+    small = small_hooked()
+    circuit = fp.find_circuit(small.model, pairs_of(small), metric="log_prob", to="mean", **OPTIONS)
+    found = fp.load_circuit(circuit.save(tmp_path / "circuit.json"), small.model, pairs_of(small))
+    assert found.items == circuit.items
+    np.testing.assert_array_equal(found.scores, circuit.scores)
+    assert (found.graph.to, found.graph.name, found.faithfulness) == ("mean", "log_prob", circuit.faithfulness)
+    assert found.stability(resamples=1).equals(circuit.stability(resamples=1))
+
+
+def test_circuits_of_features(tmp_path: Path) -> None:
+    """Nodes and mediators of SAEs, which are passed again."""
+    small = small_hooked()
+    sae = small.at("blocks.1.hook_resid_pre")
+    nodes = [fp.Node("blocks.1.hook_resid_pre", "feature", n, sae="blocks.1.hook_resid_pre") for n in range(4)]
+    for options in ({"over": "nodes", "size": 2}, {**OPTIONS, "size": 9}):
+        run = {"saes": sae, "nodes": nodes, "progress": False, "errors": "in", **options}
+        circuit = fp.find_circuit(small.model, pairs_of(small), **run)
+        path = circuit.save(tmp_path / "circuit.json")
+        found = fp.load_circuit(path, small.model, pairs_of(small), saes=sae)
+        assert found.items == circuit.items
+        assert found.graph.items == circuit.graph.items
+        assert found.faithfulness == circuit.faithfulness
+        with pytest.raises(fp.FeatpatchError, match="SAE"):
+            fp.load_circuit(path, small.model, pairs_of(small))
+        with pytest.raises(fp.FeatpatchError, match="form='eap_ig'"):
+            circuit.save(path, form="eap_ig")
+
+
+def test_files_of_eap_ig(tmp_path: Path) -> None:
+    """Names by hand, and a file of theirs with other items."""
+    small = small_hooked()
+    pairs = pairs_of(small)
+    circuit = fp.find_circuit(small.model, pairs, **OPTIONS)
+    content = json.loads(circuit.save(tmp_path / "edges.json", form="eap_ig").read_text())
+    assert set(content["edges"]) == set(map(theirs, edges_of(small.model)))
+    assert content["cfg"] == {"n_layers": 3, "n_heads": 4, "d_model": 16, "parallel_attn_mlp": False}
+    for edge, score in zip(circuit.graph.items, circuit.scores, strict=True):
+        kept = edge in circuit.items
+        assert content["edges"][theirs(named(edge))] == {"score": score, "in_graph": kept}
+    content["edges"] = {name: {"score": float(n), "in_graph": n > 200} for n, name in enumerate(content["edges"])}
+    (tmp_path / "theirs.json").write_text(json.dumps(content))
+    found = fp.load_circuit(tmp_path / "theirs.json", small.model, pairs)
+    assert [theirs(named(edge)) for edge in found.items] == list(content["edges"])[:200:-1]
+    with pytest.raises(fp.FeatpatchError, match="found by EAP-IG"):
+        found.stability()
+
+
+@pytest.mark.usefixtures("wide")
+def test_shared_keys_are_there_once_per_head(tmp_path: Path) -> None:
+    small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    circuit = fp.find_circuit(small.model, pairs_of(small), **OPTIONS)
+    path = circuit.save(tmp_path / "edges.json", form="eap_ig")
+    content = json.loads(path.read_text())["edges"]
+    assert content["input->a0.h0<k>"] == content["input->a0.h1<k>"]
+    assert content["input->a0.h0<k>"] != content["input->a0.h2<k>"]
+    assert set(fp.load_circuit(path, small.model, pairs_of(small)).items) == set(circuit.items)
+
+
+def test_circuits_are_compared() -> None:
+    small = small_hooked()
+    pairs = pairs_of(small)
+    one, other = (fp.find_circuit(small.model, pairs, **{**OPTIONS, "metric": m}) for m in ("logit_diff", "log_prob"))
+    table = one.compare(other)
+    both, either = set(one.items) & set(other.items), set(one.items) | set(other.items)
+    assert set(table["item"]) == set(map(str, either))
+    assert set(table[table["first"] & table["second"]]["item"]) == set(map(str, both))
+    assert table.attrs["jaccard"] == len(both) / len(either)
+    assert 0 < len(both) < len(either)
+    scores = {str(item): score for item, score in zip(other.graph.items, other.scores, strict=True)}
+    assert table["second_score"].tolist() == [scores[item] for item in table["item"]]
+    with pytest.raises(fp.FeatpatchError, match="other is a list"):
+        one.compare([])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no circuit"),
+        ('{"featpatch circuit": 1, "metadata": {}, "scores": ["x"]}', "holds no circuit"),
+        ('{"featpatch circuit": 1, "metadata": {}, "scores": [], "items": 3, "candidates": []}', "expected a list"),
+        ('{"featpatch circuit": 1, "metadata": {"over": "edges"}, "scores": [1], "items": [], "candidates": []}', "1 scores"),
+        ('{"cfg": {}, "nodes": {}, "edges": {"a9.h0->logits": {"score": 1, "in_graph": true}}}', "is not in this model"),
+        ('{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": 1}}}', "expected a score and in_graph"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str, said: str) -> None:
+    small = small_hooked()
+    (tmp_path / "circuit.json").write_text(content)
+    with pytest.raises(fp.FeatpatchError, match=said):
+        fp.load_circuit(tmp_path / "circuit.json", small.model, pairs_of(small))
+    with pytest.raises(fp.FeatpatchError, match="can't be read"):
+        fp.load_circuit(tmp_path / "none.json", small.model, pairs_of(small))

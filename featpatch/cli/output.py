@@ -87,7 +87,9 @@ class Output:
         if "saes" in study:
             expected["saes"] = {each.name: each.digest() for each in dictionaries(lens, study["saes"])}
         if "sites" in study:
-            expected |= {"components": study["sites"], "layers": study.get("layers", [*range(lens.n_layers)])}
+            expected["components"] = study["sites"]
+        if "sites" in study and "components" in there.metadata:
+            expected["layers"] = study.get("layers", [*range(lens.n_layers)])
         differing = [name for name, value in expected.items() if there.metadata.get(name) != value]
         if screening is not None and "screening" in there.metadata:
             known = there.metadata["screening"]

@@ -160,7 +160,7 @@ class Lens(Model, ABC):
         found = {}
         for hook in hooks:
             values = known.get(hook)
-            shape = tuple(self.read(torch.zeros(1, 1, dtype=torch.long), [hook])[hook].shape[2:])
+            shape = self.shape(hook)
             if values is None:
                 raise FeatpatchError(
                     f"{name} has no activations at {hook!r}: expected them, because they are needed; cache this hook point "

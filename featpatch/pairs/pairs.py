@@ -491,9 +491,10 @@ def check_counterfactual(pairs: Any, *, by_label: bool = False) -> Pairs:
     Raises:
         FeatpatchError: it is not.
     """
-    if not check_pairs(pairs, by_label=by_label).has_counterfactual:
+    checked = check_pairs(pairs, by_label=by_label)
+    if not checked.has_counterfactual:
         raise FeatpatchError(
             f"{pairs!r}: expected corrupted prompts that differ from the clean ones, because values are taken from the "
             "corrupted run; pass corrupted=..., or use fp.ablate or fp.do, which need no counterfactual"
         )
-    return check_pairs(pairs, by_label=by_label)
+    return checked

@@ -250,6 +250,7 @@ class Means(Everywhere):
         tensors = {str(hook): values for hook, values in self.given.items() if isinstance(values, torch.Tensor)}
         sums = [(hook, str(values.shape), float(values.double().sum())) for hook, values in sorted(tensors.items())]
         self.noted = {"activations": sha256(repr(sums).encode()).hexdigest()}
+        self._found: dict[str | tuple[str, str], Values] = {}
 
     def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
         """Return the means.
@@ -258,23 +259,28 @@ class Means(Everywhere):
             FeatpatchError: if the activations of a hook point are missing, do not have its shape, or are means themselves and
                 those of features are needed.
         """
-        whole = isinstance(of, str)
-        hooks = [of] if isinstance(of, str) else [of.reads, of.writes]
-        if whole and not sites.by_position(hooks[0]):
-            raise FeatpatchError(
-                f"to=activations for {of!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
-                "positions is not an attention pattern"
-            )
-        found = self.lens.cached("to", self.given, hooks)
+        key = of if isinstance(of, str) else ("features and error", of.name)
+        if key not in self._found:
+            self._found[key] = tuple(each.flatten(0, 1).mean(0) for each in self._read(of))
+        return self._found[key]
+
+    def _read(self, of: str | Dictionary) -> Values:
+        """Return the given values `[batch, pos, ...]`, checked as `values` says."""
         if isinstance(of, str):
-            return (found[of].flatten(0, 1).mean(0),)
+            if not sites.by_position(of):
+                raise FeatpatchError(
+                    f"to=activations for {of!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
+                    "positions is not an attention pattern"
+                )
+            return (self.lens.cached("to", self.given, [of])[of],)
+        found = self.lens.cached("to", self.given, [of.reads, of.writes])
         if any(self.given.get(hook, values).ndim < values.ndim for hook, values in found.items()):
             raise FeatpatchError(
                 f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features "
                 "have a mean; pass a cache, or to='mean' with reference"
             )
         split = of.split(found[of.reads], found[of.writes])
-        return tuple(each.flatten(0, 1).mean(0) for each in (split.features, split.error))
+        return split.features, split.error
 
 
 class Resampled(AblationValues):

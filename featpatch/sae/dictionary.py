@@ -370,9 +370,10 @@ def with_owner(lens: Lens, node: Node, found: Sequence[Dictionary]) -> tuple[Nod
 
 def _owners(lens: Lens, node: Node, found: Sequence[Dictionary]) -> list[Dictionary]:
     """Return the dictionaries that a node can belong to, see `with_owner`."""
-    own = {d.name: feature(d.source, 0) for d in found}
-    named = [d for d in found if node.sae in ("", d.name)] or [d for d in found if node.sae == own[d.name].sae]
-    return [d for d in named if node.site == own[d.name].site or lens.site(node.site) == d.writes]
+    named = [d for d in found if node.sae in ("", d.name)] or [d for d in found if node.sae == feature(d.source, 0).sae]
+    return [
+        d for d in named if node.site == d.writes or node.site == feature(d.source, 0).site or lens.site(node.site) == d.writes
+    ]
 
 
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:

@@ -164,10 +164,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     lens = wrap(model)
     if getattr(model, "tokenizer", None) is None:
         raise FeatpatchError("the model has no tokenizer: expected one, to tokenize the texts; pass it when you load the model")
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-        raise FeatpatchError(
-            f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
-        )
+    check_texts(texts)
     nodes = getattr(nodes, "nodes", nodes)
     if not isinstance(nodes, (list, tuple)) or not all(isinstance(node, Node) for node in nodes):
         raise FeatpatchError(
@@ -184,7 +181,8 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     for node, owner in named:
         if owner is not None and node.index is not None and node.index >= owner.d_sae:
             raise FeatpatchError(f"node {str(node)!r}: expected a feature of {owner.name!r}, from 0 to {owner.d_sae - 1}")
-    columns = _activations(lens, {d.name: d for d in found}, [node for node, _ in named], text)
+    every = read_features(lens, found, [node for node, _ in named], [part.tokens for part in text])
+    columns = torch.cat([values[part.usable] for values, part in zip(every, text, strict=True)])
     described = zip(features, columns.T, strict=True)
     descriptions = Descriptions({node: _describe(model.tokenizer, text, column, contexts) for node, column in described})
     _warn(descriptions, len(columns))
@@ -232,6 +230,18 @@ class Document:
         return cls(torch.tensor(ids), usable)
 
 
+def check_texts(texts: Any) -> None:
+    """Check that texts are documents.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        raise FeatpatchError(
+            f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
+        )
+
+
 def ids_of(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> list[tuple[int, ...]]:
     """Return the token ids of the texts, truncated to the model's context."""
     every = [prompt_ids(tokenizer, text) for text in texts]
@@ -262,26 +272,26 @@ def together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:
     return groups
 
 
-def _activations(
-    lens: Lens, found: Mapping[str, Dictionary], features: Sequence[Node], text: Sequence[Document]
-) -> Float[torch.Tensor, "words features"]:
-    """Return the activations of the features on the usable tokens of all documents.
+def read_features(
+    lens: Lens, found: Sequence[Dictionary], features: Sequence[Node], prompts: Sequence[Int[torch.Tensor, " pos"]]
+) -> list[Float[torch.Tensor, "pos features"]]:
+    """Return the activations of the features on all tokens of each prompt; several prompts share a forward pass.
 
-    In a causal model, documents are padded to the longest of their group; padding does not change the features before it.
+    In a causal model, prompts are padded to the longest of their group; padding does not change the features before it.
     """
+    by_name = {dictionary.name: dictionary for dictionary in found}
     named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
-    hooks = sorted({hook for name in named for hook in (found[name].reads, found[name].writes)})
+    hooks = sorted({hook for name in named for hook in (by_name[name].reads, by_name[name].writes)})
     values: dict[int, torch.Tensor] = {}
-    for group in together([len(document.tokens) for document in text], causal=lens.causal):
-        tokens = pad_sequence([text[index].tokens for index in group], batch_first=True)
+    for group in together(list(map(len, prompts)), causal=lens.causal):
+        tokens = pad_sequence([prompts[index] for index in group], batch_first=True)
         read = lens.read(tokens, hooks)
         here = torch.zeros(*tokens.shape, len(features), dtype=torch.float64)
         for name, columns in named.items():
-            split = found[name].split(read[found[name].reads], read[found[name].writes])
+            split = by_name[name].split(read[by_name[name].reads], read[by_name[name].writes])
             here[..., columns] = split.features[..., [features[n].index for n in columns]].to(here)
-        for index, of_document in zip(group, here, strict=True):
-            values[index] = of_document[: len(text[index].tokens)][text[index].usable]
-    return torch.cat([values[index] for index in range(len(text))])
+        values |= {index: of_prompt[: len(prompts[index])] for index, of_prompt in zip(group, here, strict=True)}
+    return [values[index] for index in range(len(prompts))]
 
 
 def _describe(tokenizer: Any, text: list[Document], values: Float[torch.Tensor, " words"], contexts: int) -> Description:

@@ -25,6 +25,9 @@ ENTRIES = {
 The places are the input of the layer ("pre"), its attention before W_O ("z"), and the residual stream between attention and the
 MLP ("mid"), after the norm of attention's output if there is one. The next layer begins after the MLP."""
 
+LAYER = re.compile(r"blocks\.([0-9]{1,6})\.")
+"""The start of the name of a hook point inside a layer."""
+
 STANDARD = re.compile(rf"blocks\.([0-9]{{1,6}})\.({'|'.join(map(re.escape, ENTRIES))})")
 
 
@@ -391,7 +394,7 @@ BESIDE = (
 
 def beside(site: str) -> list[str]:
     """Return the other hook points of `BESIDE` in the same layer; none for a hook point outside the layers."""
-    match = re.match(r"blocks\.[0-9]{1,6}\.", site)
+    match = LAYER.match(site)
     return [] if match is None else [match.group() + name for name in BESIDE if match.group() + name != site]
 
 
@@ -401,7 +404,7 @@ def layer_of(site: str) -> int:
     Raises:
         FeatpatchError: the hook point is outside the layers, where no run can be resumed.
     """
-    match = re.match(r"blocks\.([0-9]{1,6})\.", site)
+    match = LAYER.match(site)
     if match is None:
         raise FeatpatchError(
             f"site {site!r} is not inside a layer: expected a hook point of a layer, such as {resid_pre(0)!r}, which holds "
@@ -417,7 +420,7 @@ def within(site: str) -> str:
 
 def short(site: str) -> str:
     """Return a short name of a hook point for people, such as `L3 resid_post`; names outside the layers stay as they are."""
-    match = re.match(r"blocks\.([0-9]{1,6})\.", site)
+    match = LAYER.match(site)
     if match is None:
         return site
     name = next((name for name, hook in COMPONENTS.items() if hook == within(site)), within(site).removeprefix("hook_"))

@@ -126,9 +126,9 @@ ALL, NONE, MIXED = [0.9] * 8, [0.0] * 8, [1.0, -1.0] * 4
 )  # fmt: skip
 def test_the_conclusion_says_what_the_numbers_do(recovery: list[list[float]], degradation: list[float], said: str) -> None:
     chosen = selection(recovery, degradation)
-    assert terminal.concluded(chosen, "here", [NEVER] * len(recovery)).endswith(said)
+    assert terminal.selected_together(chosen, "here", [NEVER] * len(recovery)).endswith(said)
     fires = [SAME, *[NEVER] * (len(recovery) - 1)]
-    assert terminal.concluded(chosen, "here", fires).endswith(f'{said} Most active: 7 on "the [word] that".')
+    assert terminal.selected_together(chosen, "here", fires).endswith(f'{said} Most active: 7 on "the [word] that".')
 
 
 def test_the_steps_of_a_selection() -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
+from featpatch.effects.plots import DIVERGING, GREY
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_choices, check_numbers
 from featpatch.frame import Frame
@@ -144,8 +145,8 @@ class LogitAttribution:
         layers = sorted({layer for layer, _ in shown})
         cells = [[shown.get((layer, name)) for name in names] for layer in layers]
         bar = {"title": "logits"}
-        figure = go.Figure(go.Heatmap(x=names, y=layers, z=cells, colorscale="RdBu", zmid=0, colorbar=bar))
-        figure.update_layout(title=title or f"direct contributions to {self.metric}", yaxis_title="layer", plot_bgcolor="#ddd")
+        figure = go.Figure(go.Heatmap(x=names, y=layers, z=cells, colorscale=DIVERGING, zmid=0, colorbar=bar))
+        figure.update_layout(title=title or f"direct contributions to {self.metric}", yaxis_title="layer", plot_bgcolor=GREY)
         return figure.update_yaxes(dtick=1)
 
     def __repr__(self) -> str:
@@ -216,16 +217,13 @@ def logit_attribution(
         raise FeatpatchError(f"run='corrupted' of {pairs!r}: expected corrupted prompts; add them, or use run='clean'")
     for index, pair in enumerate(pairs):
         if not pair.correct or (metric == "logit_diff" and not pair.wrong):
-            missing = "wrong" if pair.correct else "correct"
+            missing, advice = "correct", "give correct=..."
+            if pair.correct:
+                missing, advice = "wrong", "use metric='logit', or give wrong answers"
+            elif pair.answers[0]:
+                advice = "cut its answers to their first tokens"
             raise FeatpatchError(
-                f"pair {index} has no {missing} answer of a single token: expected one for metric={metric!r}; "
-                + (
-                    "use metric='logit', or give wrong answers"
-                    if pair.correct
-                    else "cut its answers to their first tokens"
-                    if pair.answers[0]
-                    else "give correct=..."
-                )
+                f"pair {index} has no {missing} answer of a single token: expected one for metric={metric!r}; {advice}"
             )
     found = dictionaries_if_any(lens, saes)
     reader = _Reader.of(lens, pairs, found, metric, run)

@@ -179,22 +179,18 @@ class EdgeGraph(Graph):
             count = len(self.items) * len(self.pairs)
             tqdm.write(f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {count:,} patches", file=sys.stderr)
         with tqdm(total=len(self.items) * len(self.pairs), desc="ablating", unit="edge", disable=not progress) as bar:
-            for length, group in self.pairs.by_length().items():
-                size = max(1, PATCHED_AT_ONCE // length)
-                for some in (group[start : start + size] for start in range(0, len(group), size)):
-                    pairs = Pairs(tuple(self.pairs[index] for index in some))
-                    for receivers in blocks:
-                        sent = self._layout[receivers[0]]
-                        senders = [first, *sent[1:]]
-                        study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
-                        effects = study.run_block(None, progress=False)
-                        if not effects.finished:
-                            raise KeyboardInterrupt
-                        start = self._numbers[Edge.of(sent[0], receivers[0])]
-                        edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
-                        places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
-                        found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
-                        bar.update(len(receivers) * len(sent) * len(some))
+            for some, receivers in product(self.pairs.chunks(PATCHED_AT_ONCE), blocks):
+                pairs, sent = Pairs(tuple(self.pairs[index] for index in some)), self._layout[receivers[0]]
+                senders = [first, *sent[1:]]
+                study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
+                effects = study.run_block(None, progress=False)
+                if not effects.finished:
+                    raise KeyboardInterrupt
+                start = self._numbers[Edge.of(sent[0], receivers[0])]
+                edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
+                places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
+                found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
+                bar.update(len(receivers) * len(sent) * len(some))
         return found
 
     def about(self) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ def demo(
 def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> Iterator[Any]:
     """Yield what the effects say: a conclusion, the first rows, what they fire on, and how many features are enough."""
     from featpatch import sites
-    from featpatch.reporting.terminal import concluded, firing, ranked, steps
+    from featpatch.reporting.terminal import firing, ranked, selected_together, steps
 
     rows = effects.top(top)
     if not len(rows):
@@ -84,7 +84,7 @@ def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> 
     selected = [fp.Node(first.site, "feature", index, first.position, first.sae) for index in chosen.features]
     fires = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *selected], shipped.text())
     place = f"{sites.short_dictionary(first.sae)} @ {first.position}" + " (after the last layer)" * (first.site == last)
-    yield f"\n{concluded(chosen, place, [fires[node] for node in selected])}\n"
+    yield f"\n{selected_together(chosen, place, [fires[node] for node in selected])}\n"
     yield f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
     yield ranked(rows)
     yield "\n".join(["\nwhat the features detect:", *firing({node: fires[node] for node in rows.nodes})])

@@ -32,12 +32,6 @@ def number(value: float) -> str:
     return f"{short:.{decimals}f}" if short else "0.00"
 
 
-def rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Round the floats of a table to four significant digits, for display."""
-    floats = frame.select_dtypes("float")
-    return frame.assign(**{name: [float(f"{value:.4g}") for value in floats[name]] for name in floats})
-
-
 def full(effects: Measured) -> pd.DataFrame:
     """Return the table of `Effects.to_pandas`."""
     table = brief(effects)

@@ -85,7 +85,7 @@ class Measured:
 
     @property
     def unit(self) -> str:
-        """What effects are measured in: `"of the gap"` or, without a counterfactual, the metric, such as `"of logit_diff"`.
+        """The unit of effects: `"of the gap"` or, without a counterfactual, the metric, such as `"of logit_diff"`.
 
         Examples:
             >>> effects.unit
@@ -95,7 +95,7 @@ class Measured:
 
     @property
     def scale(self) -> Array:
-        """What changes are divided by in each pair, `[pairs]`: the gap, or 1 where effects are in units of the metric."""
+        """The divisor of the changes in each pair, `[pairs]`: the gap, or 1 where effects are in units of the metric."""
         return self.gap if self.has_gap else np.ones(len(self.clean))
 
     def titled(self, effect: Effect) -> str:

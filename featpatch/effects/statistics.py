@@ -248,6 +248,16 @@ def check_threshold(threshold: float) -> None:
         )
 
 
+def bounds(threshold: float, carried: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the size above which the effect of a row counts, `[rows]`.
+
+    Args:
+        threshold: a share of what the whole activation carries.
+        carried: the effect of the whole activation at the hook point, `[rows]`.
+    """
+    return threshold * np.maximum(np.abs(carried), LEAST)
+
+
 def quadrant_labels(
     intervals: Sequence[NDArray[np.float64]], carried: Sequence[NDArray[np.float64]], threshold: float
 ) -> list[str]:
@@ -258,7 +268,7 @@ def quadrant_labels(
         carried: recovery and degradation of the whole activation at the hook point, `[rows]` each.
         threshold: the share of these above which an effect counts.
     """
-    shares = [threshold * np.maximum(np.abs(whole), LEAST) for whole in carried]
+    shares = [bounds(threshold, whole) for whole in carried]
     sides = (_sides(interval, share) for interval, share in zip(intervals, shares, strict=True))
     return [UNDECIDED if UNDECIDED in both else QUADRANTS.get(both, "opposing") for both in zip(*sides, strict=True)]
 

@@ -338,15 +338,21 @@ class Lens(Model, ABC):
 
     def _final(self, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
         """Return the final residual stream, with its gradient and after all edits, without a pass through the unembedding."""
+        with self._ending_at(sites.resid_post(self.n_layers - 1)) as found:
+            self.run(tokens)
+        return found[0]
+
+    @contextmanager
+    def _ending_at(self, hook: str) -> Iterator[list[torch.Tensor]]:
+        """End the forward pass inside the block at a hook point, and put the activation there into the list."""
         found: list[torch.Tensor] = []
 
         def keep(activation: torch.Tensor) -> None:
             found.append(activation)
             raise _Reached
 
-        with self.edit(sites.resid_post(self.n_layers - 1), keep), suppress(_Reached):
-            self.run(tokens)
-        return found[0]
+        with self.edit(hook, keep), suppress(_Reached):
+            yield found
 
     @torch.no_grad()
     def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
@@ -409,13 +415,7 @@ class Lens(Model, ABC):
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
         """Run one layer up to a hook point, see `through`, and keep the gradient."""
-        found: list[torch.Tensor] = []
-
-        def keep(activation: torch.Tensor) -> None:
-            found.append(activation)
-            raise _Reached
-
-        with self.edit(hook, keep), suppress(_Reached):
+        with self._ending_at(hook) as found:
             self._run_alone(layer, resid, tokens.to(self.device))
         return found[0]
 

@@ -168,9 +168,7 @@ class Pair:
     def positions(self, position: Position) -> list[int]:
         """Return the token positions that `"all"`, an index or a label stands for in the clean prompt.
 
-        `"all"` leaves out special tokens.
-
-        An index below 0 counts from the end: -1 is the last token.
+        `"all"` leaves out special tokens, and an index below 0 counts from the end: -1 is the last token.
 
         Raises:
             FeatpatchError: the pair has no such position or label.

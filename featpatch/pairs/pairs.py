@@ -446,7 +446,7 @@ class Pairs(Sequence[Pair]):
             >>> sum(len(indices) for indices in pairs.by_length().values())
             8
         """
-        return by_length(self.pairs)
+        return by_length(map(len, self.pairs))
 
     def chunks(self, tokens: int) -> Iterator[list[int]]:
         """Yield the indices of equally long pairs to run in one batch, of at most `tokens` tokens but at least one pair."""

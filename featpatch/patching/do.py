@@ -241,12 +241,12 @@ def do(
     else:
         site = lens.site(patch.nodes[0].site)
         source = torch.zeros(lens.cached("source", given_values, [site])[site].shape[:2], dtype=torch.long)
-    if pair is not None and pair.by_label and base is not None and base.shape != source.shape:
-        raise FeatpatchError(
-            f"{pair!r}, whose prompts have unequal lengths: expected prompts that correspond position by position; use "
-            "fp.rank_components or fp.rank_features, which patch label by label"
-        )
     if base is not None and base.shape != source.shape:
+        if pair is not None and pair.by_label:
+            raise FeatpatchError(
+                f"{pair!r}, whose prompts have unequal lengths: expected prompts that correspond position by position; use "
+                "fp.rank_components or fp.rank_features, which patch label by label"
+            )
         raise FeatpatchError(f"base is {tuple(base.shape)} and source is {tuple(source.shape)}: expected equal shapes")
     if pair is not None and source.shape[1] != len(pair):
         raise FeatpatchError(

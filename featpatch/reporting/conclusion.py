@@ -62,7 +62,7 @@ def percent(value: float) -> str:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What a table says.
+    """The conclusion of a table of effects.
 
     Attributes:
         answer: the conclusion, one to three sentences.
@@ -122,8 +122,8 @@ def _answer(effects: Effects, rows: Effects, noun: str) -> str:
         found = [n for n, label in enumerate(labels) if label == wanted]
     else:
         claim = {"recovery": "sufficient", "degradation": "necessary"}[run[0]]
-        threshold = rows.threshold * np.maximum(np.abs(rows.carried(run[0])), statistics.LEAST)
-        found = np.flatnonzero(rows.interval(run[0])[:, 0] > threshold).tolist()
+        bounds = statistics.bounds(rows.threshold, rows.carried(run[0]))
+        found = np.flatnonzero(rows.interval(run[0])[:, 0] > bounds).tolist()
     lead = rows.take([found[0] if found else 0])
     about, pairs = _lead(lead), several(len(effects.clean), "pair")
     whole = f"of the {noun}s that were run" if "screening" in effects.metadata else f"of {several(effects.rows_ranked, noun)}"

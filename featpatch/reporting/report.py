@@ -1,6 +1,6 @@
 """The HTML report of a study: the table of effects with its prompts and feature cards."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import NoneType
@@ -14,6 +14,7 @@ import torch
 from featpatch.attribution.calibration import Calibration, calibrate
 from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
+from featpatch.descriptions import check_texts, ids_of, read_features
 from featpatch.diagram.viewers import sections
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
@@ -25,7 +26,7 @@ from featpatch.page.charts import STYLES, Points, points
 from featpatch.page.page import Block, write
 from featpatch.pairs.pair import PairText
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.pairs.tokens import prompt_ids, special_positions
+from featpatch.pairs.tokens import special_positions
 from featpatch.patching.curves import Curve
 from featpatch.reporting.conclusion import measurable, short_names, together
 from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, page_of
@@ -37,9 +38,6 @@ TOP = 20
 
 WRITERS = 4
 """The largest number of components that a feature card names as writers of the feature."""
-
-TOGETHER = 512
-"""The largest number of tokens of several prompts that share a forward pass."""
 
 MISSES = 10
 """The number of features farthest from their estimates that are points of their own in a chart."""
@@ -114,11 +112,8 @@ def report(
         raise FeatpatchError(f"top={top} without saes: expected SAEs, whose features get that many cards; leave top out")
     if texts is not None and saes is None:
         raise FeatpatchError("texts without saes: expected SAEs, whose feature cards show examples from them; leave texts out")
-    if texts is not None and (isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts)):
-        raise FeatpatchError(
-            f"texts={texts!r:.60}: expected a list of at least one document, to find max-activating examples; give texts, or "
-            "leave texts out to use the prompts"
-        )
+    if texts is not None:
+        check_texts(texts)
     check_writable(path)
     figures = {} if curve is None else {"How many features does it take?": _growth(curve)}
     if estimate is not None:
@@ -265,9 +260,11 @@ def _cards(
         return {}
     documents = [prompt for pair in pairs.pairs[:READ] for prompt in dict.fromkeys((pair.clean, pair.corrupted))]
     if texts is not None:
-        documents = [prompt_ids(lens.tokenizer, text)[: lens.n_ctx] for text in texts]
+        documents = ids_of(lens.model, texts, lens.n_ctx)
     shown = [prompt for _, _, index in chosen for prompt in (pairs[index].clean, pairs[index].corrupted)]
-    active = _activations(lens, by_name, [node for node, _, _ in chosen], dict.fromkeys([*documents, *shown]))
+    prompts = list(dict.fromkeys([*documents, *shown]))
+    read = read_features(lens, found, [node for node, _, _ in chosen], list(map(torch.tensor, prompts)))
+    active = dict(zip(prompts, read, strict=True))
     cards = {}
     for n, (node, row, index) in enumerate(chosen):
         clean, corrupted = (active[prompt][:, n].tolist() for prompt in (pairs[index].clean, pairs[index].corrupted))
@@ -276,28 +273,6 @@ def _cards(
         examples = _examples(lens, {ids: active[ids][:, n].tolist() for ids in dict.fromkeys(documents)})
         cards[node] = FeatureCard(index, clean, corrupted, facts, link, examples)
     return cards
-
-
-def _activations(
-    lens: Lens, by_name: Mapping[str, Dictionary], nodes: Sequence[Node], prompts: Iterable[tuple[int, ...]]
-) -> dict[tuple[int, ...], torch.Tensor]:
-    """Return the activations `[pos, nodes]` of features in each prompt; prompts of equal length share a forward pass."""
-    by_length: dict[int, list[tuple[int, ...]]] = {}
-    for prompt in prompts:
-        by_length.setdefault(len(prompt), []).append(prompt)
-    columns = {name: [n for n, node in enumerate(nodes) if node.sae == name] for name in {node.sae for node in nodes}}
-    hooks = sorted({hook for name in columns for hook in (by_name[name].reads, by_name[name].writes)})
-    active: dict[tuple[int, ...], torch.Tensor] = {}
-    for length, alike in by_length.items():
-        size = max(1, TOGETHER // max(1, length))
-        for some in (alike[start : start + size] for start in range(0, len(alike), size)):
-            read = lens.read(torch.tensor(some), hooks)
-            values = torch.zeros(len(some), length, len(nodes))
-            for name, of_dictionary in columns.items():
-                split = by_name[name].split(read[by_name[name].reads], read[by_name[name].writes])
-                values[..., of_dictionary] = split.features[..., [nodes[n].index for n in of_dictionary]].to(values)
-            active |= dict(zip(some, values, strict=True))
-    return active
 
 
 def _examples(lens: Lens, active: Mapping[tuple[int, ...], Sequence[float]]) -> list[tuple[list[str], list[float]]]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from featpatch import sites
 from featpatch.effects.frames import TOP, brief, pairs_by_value
-from featpatch.effects.statistics import CONFIDENCE, LEAST, RESAMPLES, SEED
+from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED, bounds
 from featpatch.effects.table import Effects
 from featpatch.nodes import Effect, Node
 from featpatch.page.charts import Bar, Points, bars, grid, points, strips
@@ -216,10 +216,7 @@ def _ranking(effects: Effects, material: Material) -> Section:
         frame.insert(0, "card", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
     for effect in run:
         frame[effects.titled(effect)] = values[effect]
-        frame[f"{effects.titled(effect)}, 95 %"] = [
-            "" if low != low else f"{low:.3f} to {high:.3f}"
-            for low, high in zip(values[f"{effect}_low"], values[f"{effect}_high"], strict=True)
-        ]
+        frame[f"{effects.titled(effect)}, 95 %"] = _intervals(values, effect)
     if "quadrant" in values:
         frame["quadrant"] = values["quadrant"]
     frame["pairs"] = values["changed_pairs"]
@@ -254,6 +251,12 @@ def _ranking(effects: Effects, material: Material) -> Section:
     first = [name for name in ("card", noun_of(effects), *named) if name in frame]
     blocks = [table(frame, order=list(frame.columns).index(named[0]), first=first)]
     return Section("ranking", "All rows", text, blocks)
+
+
+def _intervals(frame: pd.DataFrame, column: str) -> list[str]:
+    """Return the interval of each value of a column; empty where there is none."""
+    ends = zip(frame[f"{column}_low"], frame[f"{column}_high"], strict=True)
+    return ["" if low != low else f"{low:.3f} to {high:.3f}" for low, high in ends]
 
 
 def _shown(effects: Effects) -> Effects:
@@ -333,16 +336,16 @@ def _quadrants(effects: Effects) -> Section | None:
 
 def _thresholds(rows: Effects, effect: Effect) -> list[float]:
     """Return the lowest and the highest threshold of these rows; one if they are the same."""
-    values = rows.threshold * np.maximum(np.abs(rows.carried(effect)), LEAST)
+    values = bounds(rows.threshold, rows.carried(effect))
     return sorted({float(values.min()), float(values.max())}) if len(values) else []
 
 
 def _said(thresholds: list[list[float]], share: float) -> str:
     """Return what the dashed lines are."""
-    bounds = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
+    values = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
     return (
         f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at "
-        f"its lowest and highest ({bounds})."
+        f"its lowest and highest ({values})."
     )
 
 
@@ -446,8 +449,7 @@ def _by_tag(effects: Effects, tag: str) -> pd.DataFrame:
         column = f"{effect}_{value}"
         frame[f"{tag} {value}"] = found[column]
         if len(names) <= FEW_VALUES:
-            ends = zip(found[f"{column}_low"], found[f"{column}_high"], strict=True)
-            frame[f"{value}, 95 %"] = ["" if low != low else f"{low:.3f} to {high:.3f}" for low, high in ends]
+            frame[f"{value}, 95 %"] = _intervals(found, column)
     frame["depends"] = found["depends"]
     return frame
 

@@ -224,7 +224,7 @@ STEPS = 8
 """The largest number of steps of a selection that are shown."""
 
 
-def concluded(chosen: Selection, place: str, fires: Sequence[Description]) -> str:
+def selected_together(chosen: Selection, place: str, fires: Sequence[Description]) -> str:
     """Return what selected features do together and fire on, as a paragraph.
 
     Args:

@@ -236,12 +236,14 @@ def find_circuit(
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
     check_search(method, over, scores, threshold, size, target)
+    size = None if size is None else int(size)
+    threshold, target = (None if value is None else float(value) for value in (threshold, target))
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
         "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
     }  # fmt: skip
     scores, errors = scores or "exact", errors or "in"
-    threshold, target = (float(THRESHOLD if threshold is None else threshold), float(TARGET if target is None else target))
+    threshold, target = THRESHOLD if threshold is None else threshold, TARGET if target is None else target
     lens = wrap(model)
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
     if size is not None and size > len(graph.items):
@@ -259,7 +261,7 @@ def find_circuit(
         items = acdc(graph, threshold, graph.items[::-1], progress=progress)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold, "size": None if size is None else int(size), "target": target, "errors": errors,
+        "threshold": threshold, "size": size, "target": target, "errors": errors,
         "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
         **provenance(lens, pairs),
     }  # fmt: skip

@@ -6,13 +6,16 @@ package after installation from a wheel.
 
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from featpatch.errors import FeatpatchError, check_numbers, is_integer
 from featpatch.files import sha256
 from featpatch.loading import Loaded, load
+from featpatch.pairs.fields import NEEDED, checked, pairs_of
+from featpatch.pairs.files import Rows, json_lines
 from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.tokens import plain_tokenizer
 
 TASKS = ("ioi", "capitals", "greater_than", "sentiment")
 
@@ -56,13 +59,15 @@ class Demo(Loaded):
         check_numbers(0, seed=seed)
         if task not in TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
-        pairs = Pairs.from_jsonl(self.model, self.folder / "pairs" / f"{task}.jsonl")
-        if not is_integer(n) or not 0 < n <= len(pairs):
+        shipped = json_lines(self.folder / "pairs" / f"{task}.jsonl", NEEDED)
+        if not is_integer(n) or not 0 < n <= len(shipped.values):
             raise FeatpatchError(
-                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(pairs)}, the pairs that are shipped and that "
+                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(shipped.values)}, the pairs that are shipped and that "
                 f"the model was not trained on; fp.tasks.{task}(demo.model, n=...) draws more"
             )
-        return replace(pairs, pairs=tuple(random.Random(int(seed)).sample(list(pairs), int(n))))
+        chosen = random.Random(int(seed)).sample(range(len(shipped.values)), int(n))
+        rows = Rows([shipped.where[row] for row in chosen], [shipped.values[row] for row in chosen])
+        return Pairs(pairs_of(self.model, rows, checked, None, None, False), plain_tokenizer(self.model))
 
     def text(self) -> list[str]:
         """Return documents that the model was not trained on, for example to describe features with `fp.max_activating`.

@@ -3,7 +3,7 @@
 The public names are listed in `__init__.pyi` and imported when they are first used, so that `import featpatch` is fast.
 
 The examples in docstrings take these names as given: `import featpatch as fp`; `demo = fp.load_demo(progress=False)`; `model`,
-its model; `saes`, the SAEs at `blocks.1.hook_resid_pre` and `blocks.3.hook_resid_post`; `pairs = demo.pairs("ioi", n=8)`;
+its model; `saes`, the SAEs at `blocks.1.hook_resid_pre` and `blocks.3.hook_resid_post`; `pairs = demo.pairs("ioi", n=4)`;
 `effects` and `components`, the tables of `fp.rank_features(model, saes, pairs, positions=["S2"])` and
 `fp.rank_components(model, pairs, positions=["S2"])`; and `folder`, a `pathlib.Path` of an empty folder.
 """

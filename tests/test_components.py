@@ -141,7 +141,7 @@ def test_counts_are_what_is_made(small: Small) -> None:
         assert [part.count(run) for run in runs] == [sum(len(swap.nodes) for swap in of_pair) for of_pair in swaps]
 
 
-@pytest.mark.parametrize("name", ["k", "pattern_entry", "z"])
+@pytest.mark.parametrize("name", ["k", pytest.param("pattern_entry", marks=pytest.mark.extended), "z"])
 def test_portions_make_no_difference(small: Small, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ranked(small.model, name, "each")
     monkeypatch.setattr("featpatch.patching.components.ROWS", 20)

@@ -267,7 +267,8 @@ TASKS: dict[str, Callable[[Small], Any]] = {
 VARIANTS = {
     "features, neg_kl", "integrated", "paths through MLPs", "estimates of paths through MLPs", "edges",
     "edges, estimated", "resampled", "dropped", "inputs", "controls", "neurons", "principal components",
-    "estimates of components", "nodes", "noise", "cumulative",
+    "estimates of components", "nodes", "noise", "cumulative", "paths along all", "estimates of paths along all",
+    "estimates of paths", "ablated",
 }  # fmt: skip
 """What differs little from another task: extended."""
 
@@ -307,7 +308,7 @@ def test_a_model_on_two_devices(name: str, task: str) -> None:
     "task",
     tiers(
         ["features", "estimates", "paths", "estimates of paths", "nodes", "edges of features", "by hand"],
-        ["estimates of paths", "nodes", "edges of features"],
+        ["paths", "estimates of paths", "nodes", "edges of features"],
     ),
 )
 @pytest.mark.parametrize("saes", ["cpu", "other"])

@@ -81,7 +81,7 @@ def given() -> dict[str, Any]:
     """The names that the examples take as given, except `folder`."""
     demo = fp.load_demo(progress=False)
     saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in SAES]
-    pairs = demo.pairs("ioi", n=8)
+    pairs = demo.pairs("ioi", n=4)
     options: dict[str, Any] = {"positions": ["S2"], "progress": False}
     return {
         "fp": fp,
@@ -118,9 +118,9 @@ def test_a_wrong_example_is_found(given: dict[str, Any], tmp_path: Path) -> None
 
         Examples:
             >>> len(pairs)
-            9
+            5
         """
 
     (report,) = failures({"wrong": wrong}, given, lambda: tmp_path)
     assert "in wrong" in report
-    assert "Got:\n    8" in report
+    assert "Got:\n    4" in report

@@ -178,6 +178,7 @@ def test_workers_that_always_die(tmp_path: Path) -> None:
         fp.rank_features(small.model, small.saes[1], pairs, metric=metric, executor=fp.Ray(workers=1), **ROWS)
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("cluster")
 def test_errors_of_a_worker_are_raised_here() -> None:
     small, pairs = small_hooked(), pairs_of(small_hooked())

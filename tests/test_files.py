@@ -93,13 +93,14 @@ def test_a_full_disk_leaves_the_old_file(writer: Writer, tmp_path: Path) -> None
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(writer: Writer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.extended)])
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(writer: Writer, tmp_path: Path, times: int) -> None:
     path, r, seen = tmp_path / "file", random.Random(0), set()
     contents = []
     for which in (0, 1):
         writer(path, which)
         contents.append(len(path.read_bytes()))
-    for _ in range(8):
+    for _ in range(times):
         child = os.fork()
         if child == 0:
             while True:

@@ -65,6 +65,7 @@ def test_hooks_of_the_user_survive(small: Small) -> None:
         small.model.reset_hooks()
 
 
+@pytest.mark.extended
 def test_importing_changes_nothing_global() -> None:
     """Law 7: whatever torch, numpy and warnings are set to after the foreign libraries came in, ours leaves."""
     program = """

@@ -401,6 +401,7 @@ def test_plots_say_what_the_table_says(study: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.extended
 def test_figures_and_tables_as_files(study: dict[str, Any], browser: Any, tmp_path: Path) -> None:
     """PNG and SVG by kaleido and the browser; CSV, Parquet and LaTeX by pandas."""
     pytest.importorskip("kaleido")

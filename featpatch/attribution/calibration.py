@@ -114,7 +114,7 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
         >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)
         >>> table = fp.calibrate(estimates, effects).table()
         >>> round(float(table["recall"][0]), 1)
-        0.6
+        0.8
     """
     check_kinds(Effects, estimate=estimate, exact=exact)
     if estimate.value != "estimate" or exact.value != "exact":

@@ -203,11 +203,10 @@ def logit_attribution(
             contributions do not sum to the logit, because the model has another form.
 
     Examples:
-        >>> fp.logit_attribution(model, pairs, progress=False).to_pandas(3)[["kind", "layer", "index"]]
+        >>> fp.logit_attribution(model, pairs, progress=False).to_pandas(2)[["kind", "layer", "index"]]
         kind layer index
         head     1     3
         head     3     5
-        head     3     3
     """
     check_choices(("logit_diff", "logit"), metric=metric)
     check_choices(("clean", "corrupted"), run=run)

@@ -87,7 +87,7 @@ class Checklist:
     Examples:
         >>> checklist = pairs.check(model)
         >>> checklist.verdicts().count("fail"), checklist.counts()["duplicate"]
-        (0, {'pass': 8, 'warn': 0, 'fail': 0})
+        (0, {'pass': 4, 'warn': 0, 'fail': 0})
         >>> checklist.to_pandas().columns.tolist()
         ['pair', 'rule', 'status', 'detail', 'advice']
     """

@@ -42,7 +42,7 @@ class Pairs(Sequence[Pair]):
 
     Examples:
         >>> len(pairs), sorted(pairs[0].labels)
-        (8, ['IO', 'S1', 'S2', 'end'])
+        (4, ['IO', 'S1', 'S2', 'end'])
         >>> short = fp.Pairs(tuple(pair for pair in pairs if len(pair) <= 24))
         >>> len(short)
         3
@@ -216,7 +216,7 @@ class Pairs(Sequence[Pair]):
         Examples:
             >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
             >>> [len(block) for block in fp.Pairs.blocks_from_jsonl(model, path, size=3)]
-            [3, 3, 2]
+            [3, 1]
         """
         check_numbers(1, size=size)
         read = partial(from_line, tokenizer, long_answers=long_answers)
@@ -239,7 +239,7 @@ class Pairs(Sequence[Pair]):
         Examples:
             >>> path = pairs.to_csv(folder / "pairs.csv", tokenizer=model)
             >>> len(fp.Pairs.from_csv(model, path))
-            8
+            4
         """
         return cls(
             pairs_of(tokenizer, csv_rows(path, NEEDED), from_cells, align, filler, long_answers), plain_tokenizer(tokenizer)
@@ -410,7 +410,7 @@ class Pairs(Sequence[Pair]):
         Examples:
             >>> path = pairs.to_jsonl(folder / "pairs.jsonl", tokenizer=model)
             >>> len(path.read_text().splitlines())
-            8
+            4
         """
         rows = [json.dumps(row, ensure_ascii=False) for row in each(partial(written, tokenizer=tokenizer), self.pairs)]
         with writing(path) as file:
@@ -444,7 +444,7 @@ class Pairs(Sequence[Pair]):
 
         Examples:
             >>> sum(len(indices) for indices in pairs.by_length().values())
-            8
+            4
         """
         return by_length(map(len, self.pairs))
 
@@ -456,7 +456,7 @@ class Pairs(Sequence[Pair]):
         """Return the SHA-256 hash of everything that determines a result: tokens, answers, labels, positions, tags.
 
         Examples:
-            >>> pairs.digest() == demo.pairs("ioi", n=8).digest()
+            >>> pairs.digest() == demo.pairs("ioi", n=4).digest()
             True
         """
         content = [{**asdict(pair), "special": sorted(pair.special)} for pair in self.pairs]

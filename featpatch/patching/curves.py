@@ -146,7 +146,7 @@ def top_k_curve(
         >>> curve.table()["k"].tolist()
         [1, 2, 3, 4, 5, 6, 7, 8]
         >>> curve.table()[["recovery", "degradation"]].round(1).iloc[-1].to_dict()
-        {'recovery': 0.3, 'degradation': 0.4}
+        {'recovery': 0.5, 'degradation': 0.6}
     """
     check_numbers(1, most=most)
     check_kinds(str, by=by)

@@ -250,7 +250,7 @@ def rank_paths(
         ...     round(float(fp.rank_paths(model, pairs, senders=early, route=name, **route).pooled("recovery")[0]), 2)
         ...     for name in ("direct", "through_mlps", "through_attention", "all")
         ... ]
-        [0.0, 0.0, 0.63, 1.0]
+        [0.0, 0.0, 0.61, 1.0]
     """
     if not isinstance(screen, Screen | str | None) or (isinstance(screen, str) and screen != "auto"):
         raise FeatpatchError(f"screen={screen!r}: expected 'auto', None or an fp.Screen, such as fp.Screen(k=2000, audit=500)")

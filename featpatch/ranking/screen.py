@@ -50,7 +50,7 @@ class Screen:
         >>> screen = fp.Screen(k=20, audit=80)
         >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
         >>> len(screened.where(kind="feature"))
-        100
+        83
     """
 
     k: int = 200

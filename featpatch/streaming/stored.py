@@ -134,7 +134,7 @@ class Stored:
         >>> stored = fp.stream_features(model, saes[0], [pairs], folder / "ioi", positions=["S2"], progress=False)
         >>> again = fp.Stored(folder / "ioi")  # for example in another session
         >>> again.blocks, len(again.pairs)
-        (1, 8)
+        (1, 4)
     """
 
     folder: Path

@@ -59,7 +59,7 @@ def stream_features(
 
     Examples:
         >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
-        >>> blocks = fp.Pairs.blocks_from_jsonl(model, path, size=4)
+        >>> blocks = fp.Pairs.blocks_from_jsonl(model, path, size=2)
         >>> stored = fp.stream_features(model, saes[0], blocks, folder / "ioi", positions=["S2"], progress=False)
         >>> stored.blocks, len(stored.top(3))
         (2, 3)

@@ -80,7 +80,7 @@ def test_every_path_equals_plain_hooks(small: Small, route: str) -> None:
     assert {type(node) for node in effects.nodes} == {fp.Edge}
     assert {node.receiver for node in effects.nodes} == set(receivers)
     assert {node.sender for node in effects.nodes} == set(senders)
-    moved, looked_at = 0, range(0, len(effects.row), 13)
+    moved, looked_at = 0, range(0, len(effects.row), 31)
     for entry in looked_at:
         edge, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         for direction, found in (("denoising", effects.denoised[entry]), ("noising", effects.noised[entry])):

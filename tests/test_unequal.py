@@ -68,7 +68,7 @@ def test_features_at_labels(small: Small, hook: str, wide: None) -> None:
         effects = fp.rank_features(small.model, sae, PAIRS, positions=list(LABELS), progress=False)
     assert {node.position for node in effects.nodes} == set(LABELS) - {"same"}
     for row, node in enumerate(effects.nodes):
-        if node.kind == "feature" and node.index % 8:
+        if node.kind == "feature" and node.index % 16:
             continue
 
         def change(base: Any, source: Any, to: list[int], of: list[int], node: fp.Node = node) -> list[Any]:

@@ -169,7 +169,7 @@ def test_what_is_said_of_a_circuit() -> None:
     assert set(graph.nodes) == set(circuit.items)
     assert all(data["effect"] == pytest.approx(1.0) for _, data in graph.nodes(data=True))
     assert (
-        "circuit of 3 of 5 nodes (threshold, exact scores), complement ablated to corrupted values: faithfulness 1.00"
+        "circuit of 3 of 5 nodes (threshold, scores='exact'), complement ablated to corrupted values: faithfulness 1.00"
         in repr(circuit)
     )
     either = or_gate()

@@ -349,7 +349,7 @@ class Circuit(Plotted):
     def _search(self) -> str:
         """Return the method of the search with its kind of scores, and whether it was interrupted."""
         scores = self.metadata.get("scores")
-        parts = [self.metadata["method"], f"{scores} scores" if scores else "", "" if self.finished else "interrupted"]
+        parts = [self.metadata["method"], f"scores={scores!r}" if scores else "", "" if self.finished else "interrupted"]
         return ", ".join(part for part in parts if part)
 
     @property

@@ -64,12 +64,11 @@ def test_an_edge_into_a_shared_key_dangles_only_if_no_head_that_uses_it_is_read(
     heads = small.model.cfg.n_heads // small.model.cfg.n_key_value_heads
     users = {f"L{layer}.H{n // heads}.{way}": [f"L{layer}.H{m}" for m in range(n // heads * heads, (n // heads + 1) * heads)]
              for layer in range(small.model.cfg.n_layers) for n in range(small.model.cfg.n_heads) for way in "kv"}  # fmt: skip
-    masks = random_masks(graph, [0.03, 0.06, 0.1])
+    masks = random_masks(graph, [0.02, 0.03, 0.04, 0.06] * 8)
     names = [named(edge) for edge in graph.items]
     for mask, pruned in zip(masks, graph.pruned(masks), strict=True):
         kept, left = ({n for n, is_kept in zip(names, of, strict=True) if is_kept} for of in (mask, pruned))
         assert left == without_dangling(kept, users)
-        assert left < kept
 
 
 def test_mediators_dangle_like_components() -> None:

@@ -165,11 +165,13 @@ def test_journals_of_other_graphs_are_refused(tmp_path: Path) -> None:
     small, path = small_hooked(), tmp_path / "journal"
     find(small, "exact", journal=path)
     content = path.read_bytes()
-    sae = small.at("blocks.1.hook_resid_pre")
-    for changed in ({"to": "mean"}, {"metric": "log_prob"}, {"nodes": HEADS[:5]}, {"over": "edges", "nodes": None, "scores": "estimate"},
-                    {"saes": sae, "nodes": [fp.Node("blocks.1.hook_resid_pre", "error", sae="blocks.1.hook_resid_pre")],
-                     "errors": "nodes", "size": 1}):  # fmt: skip
-        with pytest.raises(fp.FeatpatchError, match="belongs to another sweep"):
+    sae, site = small.at("blocks.1.hook_resid_pre"), "blocks.1.hook_resid_pre"
+    error = {"saes": sae, "nodes": [fp.Node(site, "error", sae=site)], "errors": "nodes", "size": 1}
+    for changed, said in (
+        ({"to": "mean"}, "circuits differ"), ({"metric": "log_prob"}, "metrics differ"), ({"nodes": HEADS[:5]}, "circuits differ"),
+        ({"over": "edges", "nodes": None, "scores": "estimate"}, "circuits differ"), (error, "circuits differ"),
+    ):  # fmt: skip
+        with pytest.raises(fp.FeatpatchError, match=f"belongs to another sweep: {said}"):
             fp.find_circuit(
                 small.model, pairs_of(small), journal=path, progress=False, **{"nodes": HEADS, "size": 4, **changed}
             )

@@ -95,10 +95,9 @@ class NodeGraph(Graph):
         if any(not _is_component(node) for node in self.items):
             return np.full(len(masks), np.nan)
         graph = EdgeGraph(self.lens, self.pairs, self.to, self.read)
-        edges = [edge for edge in graph.items if isinstance(edge, Edge)]
+        senders = [edge.sender for edge in graph.items if isinstance(edge, Edge)]
         ablated = [{self.items[number] for number in np.flatnonzero(~mask)} for mask in masks]
-        kept = [[e.sender not in out and not out.issuperset(graph.users(e.receiver)) for e in edges] for out in ablated]
-        return graph.edge_counts(graph.pruned(np.array(kept)))
+        return graph.edge_counts(graph.pruned(np.array([[sender not in out for sender in senders] for out in ablated])))
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:

@@ -80,7 +80,7 @@ class FaithfulnessCurve(Plotted):
         )
 
     def _columns(self) -> tuple[Any, ...]:
-        return self.shares, self.sizes, self.edges, self.faithfulness, self.low, self.high
+        return self.shares, self.sizes, pd.array(self.edges, dtype="Int64"), self.faithfulness, self.low, self.high
 
     def __repr__(self) -> str:
         known = self.table().dropna(axis=1, how="all").to_string(index=False, float_format="{:.3g}".format, na_rep="")

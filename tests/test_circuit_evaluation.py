@@ -10,6 +10,7 @@ import torch
 from architectures import HOOKED
 from edge_oracle import edges_of, forward_with_edges, outputs
 from small import Small, small_hooked
+from test_circuit_journals import tiny
 from test_edges import difference, found_by, graph_of, model_of, named
 from test_feature_edges import graph_of as graph_with_features
 from test_sets import pairs_of
@@ -234,3 +235,19 @@ def test_a_circuit_of_edges_in_viewers_and_graphviz() -> None:
     assert len(viewed["nodes"]) == len({end for ends in links for end in ends})
     assert {node["ctx_idx"] for node in viewed["nodes"] if node["feature_type"] != "whole embedding"} == {6}
     assert fp.diagram.dot(graph).count("->") == 40
+
+
+def test_default_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exact while that is cheap, otherwise estimated and said; nodes and metrics without a gradient are always exact."""
+    small = tiny()
+    run: dict[str, Any] = {"size": 5}
+    monkeypatch.setattr("featpatch.circuits.find.EXACT_WORK", 13 * 21 * 12 * 8**2 - 1)  # edges, tokens, width
+    found = fp.find_circuit(small.model, pairs_of(small), **run)
+    assert (found.metadata["scores"], "scores='estimate'" in repr(found)) == ("estimate", True)
+    assert "need about 39 patches" in capsys.readouterr().err
+    assert fp.find_circuit(small.model, pairs_of(small), metric="neg_kl", **run).metadata["scores"] == "exact"
+    heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
+    assert fp.find_circuit(small.model, pairs_of(small), nodes=heads, size=1).metadata["scores"] == "exact"
+    assert "estimated" not in capsys.readouterr().err
+    monkeypatch.setattr("featpatch.circuits.find.EXACT_WORK", 13 * 21 * 12 * 8**2)
+    assert "scores='exact'" in repr(fp.find_circuit(small.model, pairs_of(small), **run, progress=False))

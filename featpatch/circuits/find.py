@@ -45,8 +45,8 @@ AHEAD = 16
 """The largest number of pruning steps that are run together."""
 
 
-EXACT_PATCHES = 25_000
-"""The largest number of edges times pairs whose scores are exact by default: about a minute for the shipped model."""
+EXACT_WORK = 3e12
+"""The largest number of multiply-adds for which scores of edges are exact by default: minutes on one CPU core."""
 
 Search = Iterator[list[int]]
 """A search step by step: the numbers of the items that are kept after each step, the most important first if it ranks them."""
@@ -262,8 +262,9 @@ def find_circuit(
             al. 2023).
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"`: an item's score is the loss of faithfulness with
             only that item ablated. `"estimate"` (only for edges): the score is an estimate of that loss by gradient (edge
-            attribution patching). By default exact, or estimated if there are more than 25,000 edges times pairs and the
-            metric has a gradient in the clean run; the circuit says which.
+            attribution patching), which misses edges whose effect saturates. By default exact, or estimated if exact scores
+            would take much longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run;
+            a line on the terminal and the text of the circuit say which.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
@@ -408,12 +409,15 @@ def _graph(lens: Lens, pairs: Pairs, saes: Any, over: Any, nodes: Any, to: Compl
 
 def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Literal["exact", "estimate"]:
     """Return the kind of scores that a search uses if none is asked for, and say so if these are estimates."""
-    count = len(graph.items) * len(graph.pairs)
-    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or count <= EXACT_PATCHES:
+    lens, tokens = graph.lens, sum(map(len, graph.pairs))
+    work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # each edge and token passes all layers at most
+    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or work <= EXACT_WORK:
         return "exact"
     if progress:
+        count = len(graph.items) * len(graph.pairs)
         tqdm.write(
-            f"scores are estimated by gradients, because exact ones need about {count:,} patches; scores='exact' asks for them",
+            f"scores are estimated by gradients, because exact ones need about {count:,} patches; "
+            "estimates miss edges whose effect saturates, so compare the faithfulness, or pass scores='exact'",
             file=sys.stderr,
         )
     return "estimate"

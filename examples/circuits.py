@@ -42,15 +42,16 @@ def of_edges(demo: Demo, pairs: fp.Pairs, out: Path) -> str:
     curve = circuit.curve()
     table = curve.table().round(3)
     print(table.to_string(index=False))
+    areas = [f"CPR {one.cpr:.3f} and CMD {one.cmd:.3f} in {one.order} order" for one in curve.both]
     loss = circuit.minimality()["loss"]
     lacking = circuit.completeness(subsets=10)["incompleteness"]
     print(f"incompleteness of 10 random halves: mean {lacking.mean():.3f}, largest {lacking.max():.3f}")
     print(f"wrote {circuit.report(out / 'circuit.html', title='Indirect objects in the shipped model')}")
-    tenth = table[table["share"] == 0.1].iloc[0]
+    tenth = table[table["share"] == 0.1].iloc[0]  # signed order comes first
     return (
         f"A circuit of {len(circuit)} of {len(circuit.graph.items)} edges, chosen by estimates, has a faithfulness of "
-        f"{kept(circuit)}, one of {tenth['size']:.0f} edges {tenth['faithfulness']:.2f}; CPR {curve.cpr:.3f}, CMD "
-        f"{curve.cmd:.3f}. Removing any one of {(loss < 0.001).sum()} of the {len(circuit)} costs less than 0.001."
+        f"{kept(circuit)}, the first {tenth['size']:.0f} edges by signed score {tenth['faithfulness']:.2f}; {', '.join(areas)}. "
+        f"Removing any one of {(loss < 0.001).sum()} of the {len(circuit)} costs less than 0.001."
     )
 
 

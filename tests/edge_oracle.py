@@ -26,9 +26,15 @@ def edges_of(model: HookedTransformer) -> list[Edge]:
 
 
 def forward_with_edges(
-    model: HookedTransformer, clean: Tensor, corrupted: Tensor, ablated: set[Edge] | frozenset[Edge]
+    model: HookedTransformer,
+    clean: Tensor,
+    corrupted: Tensor,
+    ablated: set[Edge] | frozenset[Edge],
+    other: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits `[pairs, pos, vocab]` of the clean prompts; an ablated edge brings what its sender wrote in the corrupted run.
+
+    With `other`, it brings that instead: what each sender writes, `[pairs, pos, d_model]`.
 
     All other edges bring what their sender writes in this run, which ablated edges before it may have changed. Norms are
     computed from the input so put together, of each receiver by itself.
@@ -36,7 +42,7 @@ def forward_with_edges(
     unknown = set(ablated) - set(edges_of(model))
     if unknown:
         raise ValueError(f"no such edges: {sorted(unknown)}")
-    return _run(model, clean, outputs(model, corrupted), ablated)[0]
+    return _run(model, clean, outputs(model, corrupted) if other is None else other, ablated)[0]
 
 
 def outputs(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:

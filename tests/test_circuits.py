@@ -159,15 +159,19 @@ def test_what_is_said_of_a_circuit() -> None:
     np.testing.assert_allclose(curve.faithfulness, [0, 0, 0, 1, 1, 1], atol=1e-12)
     assert curve.cpr == pytest.approx(0.5)
     assert curve.cmd == pytest.approx(0.5)
-    assert list(curve.table()["faithfulness"]) == list(curve.faithfulness)
-    assert list(curve.plot().data[0].y) == list(curve.faithfulness)
+    for part, drawn in zip((curve, curve.other), curve.plot().data, strict=True):
+        rows = curve.table().query("order == @part.order")
+        assert list(rows["faithfulness"]) == list(drawn.y) == list(part.faithfulness)
     stable = circuit.stability(resamples=3)
     assert list(stable["jaccard"]) == [1.0] * 3
     assert list(stable["faithfulness"]) == pytest.approx([1.0] * 3)
     graph = circuit.to_networkx()
     assert set(graph.nodes) == set(circuit.items)
     assert all(data["effect"] == pytest.approx(1.0) for _, data in graph.nodes(data=True))
-    assert "circuit of 3 of 5 nodes (threshold), complement ablated to corrupted values: faithfulness 1.00" in repr(circuit)
+    assert (
+        "circuit of 3 of 5 nodes (threshold, scores='exact'), complement ablated to corrupted values: faithfulness 1.00"
+        in repr(circuit)
+    )
     either = or_gate()
     pairs = fp.Pairs.from_tokens(either.clean, either.corrupted, either.correct, either.wrong)
     one = fp.find_circuit(either.model, pairs, nodes=components(either.model), method="acdc", **OPTIONS)

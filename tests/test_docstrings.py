@@ -17,7 +17,7 @@ import featpatch as fp
 from featpatch.attribution.calibration import Calibration
 from featpatch.attribution.logits import LogitAttribution
 from featpatch.checkpoints import Demo
-from featpatch.circuits.circuit import FaithfulnessCurve
+from featpatch.circuits.curve import FaithfulnessCurve
 from featpatch.comparison.compare import Comparison
 from featpatch.descriptions import Description
 from featpatch.effects.plots import Plots

@@ -277,7 +277,8 @@ def test_shared_keys_lead_to_the_heads_that_use_them() -> None:
     last = next(e for e in graph.items if named(e) == ("L2.H1", "logits"))
     keys = [e for e in graph.items if named(e) in {("embed", "L2.H0.k"), ("embed", "L2.H1.k")}]
     scores = np.array([3.0 if e == last else 2.0 if e == keys[1] else 1.0 if e == keys[0] else 0.0 for e in graph.items])
-    assert [named(e) for e in along_edges(graph, scores, 1.0, 2)] == [named(last), ("embed", "L2.H0.k")]
+    *_, found = along_edges(graph, scores, 1.0, 2)
+    assert [named(graph.items[n]) for n in found] == [named(last), ("embed", "L2.H0.k")]
     heads = [fp.Node("blocks.2.attn.hook_z", "head", n) for n in (0, 1)]
     assert set(fp.diagram.graph([keys[0]], [1.0], graph.users).successors(keys[0].sender)) == set(heads)
 

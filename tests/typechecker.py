@@ -27,6 +27,7 @@ LITERALS = [
     Literal["auto"],
     Literal["corrupted", "mean", "resample"],
     Literal["in", "out", "nodes"],
+    Literal["signed", "absolute"],
     Literal["logit_diff", "logit"],
     Literal["clean", "corrupted"],
 ]

@@ -1,15 +1,17 @@
-"""A circuit, with its faithfulness, completeness, minimality and stability, and the integrals CPR and CMD over its size."""
+"""A circuit, with its faithfulness, completeness, minimality and stability, and how it compares with another one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
+from featpatch.circuits.curve import SHARES, FaithfulnessCurve, Order, curve_of
 from featpatch.circuits.files import content_of, to_eap_ig, write_json
 from featpatch.circuits.graph import Graph
 from featpatch.diagram.draw import figure
@@ -20,11 +22,6 @@ from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_nu
 from featpatch.nodes import Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
-from featpatch.untrusted import in_figure
-
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""The default shares of all items, as in the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
-
 
 NO_EDGES = (
     "A circuit of nodes has no edges: each node is kept or ablated at its hook point, and what it acts through is not "
@@ -32,80 +29,6 @@ NO_EDGES = (
     "receivers=circuit.items) measures the paths between the nodes of this one."
 )
 """What the graph and the page of a circuit of nodes say about edges."""
-
-
-@dataclass(frozen=True, repr=False)
-class FaithfulnessCurve(Plotted):
-    """The faithfulness of circuits of growing size, made of the first items of a ranking.
-
-    Attributes:
-        shares: the shares of all items.
-        sizes: the numbers of items.
-        faithfulness: the exact faithfulness of the circuit of each size.
-        low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
-
-    Examples:
-        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
-        >>> curve = circuit.curve([0.0, 0.4, 1.0])
-        >>> curve.table()["size"].tolist()
-        [0, 2, 5]
-        >>> 0 <= curve.cpr <= 1
-        True
-    """
-
-    shares: tuple[float, ...]
-    sizes: tuple[int, ...]
-    faithfulness: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-
-    @property
-    def cpr(self) -> float:
-        """The integrated circuit performance ratio: the area under faithfulness over shares; higher is better."""
-        return float(np.trapezoid(self.faithfulness, self.shares))
-
-    @property
-    def cmd(self) -> float:
-        """The integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
-        return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
-
-    def table(self) -> pd.DataFrame:
-        """Return a table with one row per size."""
-        return pd.DataFrame(
-            {"share": self.shares, "size": self.sizes, "faithfulness": self.faithfulness, "low": self.low, "high": self.high}
-        )
-
-    def __repr__(self) -> str:
-        known = self.table().to_string(index=False, float_format="{:.3g}".format, na_rep="")
-        single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
-        return f"faithfulness by size, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{single}\n{known}"
-
-    def plot(self, *, title: str = "") -> Any:
-        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items.
-
-        Args:
-            title: the title of the figure.
-        """
-        import plotly.graph_objects as go  # type: ignore[import-untyped]
-
-        axes = {"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"}
-        figure = go.Figure(layout={"title": in_figure(title), **axes})
-        bars = {
-            "type": "data",
-            "symmetric": False,
-            "array": self.high - self.faithfulness,
-            "arrayminus": self.faithfulness - self.low,
-        }
-        figure.add_scatter(x=list(self.shares), y=self.faithfulness, error_y=bars, mode="lines+markers", text=list(self.sizes))
-        figure.add_hline(1.0, line={"dash": "dot", "width": 1})
-        return figure
-
-    _figure, _frame = plot, table
-
-
-def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Return the number of items that each share of all items is."""
-    return tuple(round(share * total) for share in shares)
 
 
 @dataclass(frozen=True)
@@ -175,12 +98,12 @@ class Circuit(Plotted):
         if not is_number(share) or not 0 <= share <= 1:
             raise FeatpatchError(f"share={share!r}: expected a probability, 0 to 1")
         draws = np.random.default_rng(seed).random((subsets, len(self.items))) < share
-        removed = [{item for item, out in zip(self.items, draw, strict=True) if out} for draw in draws]
+        removed = np.zeros((subsets, len(self.graph.items)), dtype=bool)
+        removed[:, self._places] = draws
         of_circuit, of_model = (
-            self.graph.faithfulness(self.graph.values([[i for i in items if i not in out] for out in removed]))
-            for items in (self.items, self.graph.items)
+            self.graph.faithfulness(self.graph.of_masks(kept & ~removed)) for kept in (self._mask, np.ones_like(self._mask))
         )
-        return pd.DataFrame({"removed": [len(out) for out in removed], "circuit": of_circuit, "model": of_model,
+        return pd.DataFrame({"removed": draws.sum(1), "circuit": of_circuit, "model": of_model,
                              "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
     def minimality(self) -> pd.DataFrame:
@@ -199,65 +122,103 @@ class Circuit(Plotted):
         """
         if not self.items:
             return pd.DataFrame({"item": [], "loss": []})
-        without = self.graph.values([[other for other in self.items if other != item] for item in self.items])
-        loss = self.faithfulness - self.graph.faithfulness(without)
+        without = np.tile(self._mask, (len(self.items), 1))
+        without[np.arange(len(self.items)), self._places] = False
+        loss = self.faithfulness - self.graph.faithfulness(self.graph.of_masks(without))
         order = np.argsort(loss, kind="stable")
         return pd.DataFrame({"item": [str(self.items[n]) for n in order], "loss": loss[order]})
 
-    def curve(self, shares: Sequence[float] = SHARES) -> FaithfulnessCurve:
-        """Measure the faithfulness of the items with the largest |score|, for growing shares of all items, with CPR and CMD.
+    def curve(self, shares: Sequence[float] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
+        """Measure the faithfulness of the first items by score, for growing shares of all items, with CPR and CMD.
 
-        CPR and CMD are the areas of the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151).
+        This is what the evaluator of the MIB benchmark does (`evaluate_area_under_curve`; Mueller et al. 2025, arXiv
+        2504.13151). For each share, the first `floor(share * n)` of the n items are kept. For edges, those whose sender is not
+        reached from the embedding, or whose receiver doesn't lead to the logits, are then removed. Faithfulness is
+        (m(circuit) - m(nothing)) / (m(model) - m(nothing)), with means over pairs. CPR is the area under faithfulness and CMD
+        that of |1 - faithfulness|, both over the share by trapezoids from the first to the last share, on a linear scale.
+
+        A score is the loss of faithfulness without an item, so items with negative scores work against the behaviour. In
+        signed order they are added last. In absolute order they are added as early as items that help as much, which keeps the
+        circuit closer to the model and often gives it less faithfulness. Both orders are measured and shown, because they can
+        differ a lot; MIB's CPR is that of the signed and its CMD that of the absolute order.
 
         Args:
             shares: ascending shares of all items, between 0 and 1.
+            order: the order of the numbers in the result itself; those of the other one are in `other`.
 
         Raises:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
-            >>> circuit.curve([0.0, 0.4, 1.0]).sizes
-            (0, 2, 5)
+            >>> curve = circuit.curve([0.0, 0.4, 1.0])
+            >>> curve.sizes, curve.other.order
+            ((0, 2, 5), 'absolute')
         """
-        if not len(self.scores):
-            raise FeatpatchError(
-                "this circuit's search method ranked no items: expected a circuit found by method='threshold'; call "
-                "find_circuit again with it to draw a curve"
-            )
-        plain = isinstance(shares, Sequence) and all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
-        if not plain or not shares or list(shares) != sorted(set(shares)):
-            raise FeatpatchError(f"shares={shares!r}: expected fractions of all items in ascending order, between 0 and 1")
-        order = np.argsort(-np.abs(self.scores), kind="stable")
-        sizes = sizes_of(len(order), shares)
-        values = self.graph.values([[self.graph.items[number] for number in order[:size]] for size in sizes])
-        low, high = self._interval(values).T
-        return FaithfulnessCurve(tuple(shares), sizes, self.graph.faithfulness(values), low, high)
+        self._check_ranked("draw a curve")
+        return curve_of(self.graph, self.scores, shares, order)
 
-    def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
-        """Test stability: find the circuit again for pairs drawn with replacement, within each length.
+    def roc_auc(self, known: "Circuit | Iterable[Node]", *, order: Order = "signed") -> float:
+        """Return the area under the ROC curve with which the scores tell the items of a known circuit from all others.
+
+        It is the probability that an item of the known circuit has a larger score than another item, where equal scores count
+        half: 1 if all true items come first, 0.5 for chance. The area is that of the whole ranking. (MIB's
+        `evaluate_area_under_roc` returns the rates at ten sizes of a circuit, and no area.)
 
         Args:
-            resamples: the number of drawings.
+            known: the true circuit of the same graph, or its items.
+            order: whether items are ranked by their scores or by their |scores|.
+
+        Raises:
+            FeatpatchError: if the search ranked nothing, an item is not in the graph, or none or all of its items are true.
+
+        Examples:
+            >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
+            >>> circuit.roc_auc(circuit.items, order="absolute")
+            1.0
+        """
+        check_choices(get_args(Order), order=order)
+        self._check_ranked("compare their order with a known circuit")
+        true = self.graph.mask(known.items if isinstance(known, Circuit) else known)
+        if true.all() or not true.any():
+            raise FeatpatchError(
+                f"the known circuit has {true.sum()} of {len(true)} items: expected at least one item in it and one outside"
+            )
+        ranked = rankdata(np.abs(self.scores) if order == "absolute" else self.scores)
+        count = int(true.sum())
+        return float((ranked[true].mean() - (count + 1) / 2) / (len(true) - count))
+
+    def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
+        """Test stability by bootstrap over pairs: find the circuit again for pairs drawn with replacement, within each length.
+
+        Args:
+            resamples: the number of drawings. The interval is that of the drawings, so it needs some tens of them.
             seed: the seed for the drawings.
 
         Returns:
             One row per drawing: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
-            on the pairs drawn.
+            on the pairs drawn. `table.attrs["jaccard"]` has the mean and the ends of the 95 % percentile interval of that
+            column, and `table.attrs["found"]` the share of drawings in which each item of this circuit was found again.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
-            >>> circuit.stability(resamples=1)["size"].tolist()
-            [3]
+            >>> stable = circuit.stability(resamples=2)
+            >>> stable["size"].tolist(), len(stable.attrs["found"])
+            ([3, 3], 3)
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
-        generator, rows = np.random.default_rng(seed), []
+        generator, rows, again = np.random.default_rng(seed), [], np.zeros(len(self.items))
         for _ in range(resamples):
             drawn = np.concatenate([self._drawn(group, generator) for group in self.graph.pairs.by_length().values()])
             other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
-            rows.append({"size": len(other), "jaccard": self._jaccard(other), "faithfulness": other.faithfulness})
-        return pd.DataFrame(rows)
+            rows.append({"size": len(other), "jaccard": _jaccard(self.items, other.items), "faithfulness": other.faithfulness})
+            again += [item in found for found in [set(other.items)] for item in self.items]
+        table = pd.DataFrame(rows)
+        low, high = np.percentile(table["jaccard"], [2.5, 97.5])
+        table.attrs["jaccard"] = (float(table["jaccard"].mean()), float(low), float(high))
+        table.attrs["found"] = dict(zip(map(str, self.items), (again / resamples).tolist(), strict=True))
+        return table
 
     def to_networkx(self) -> Any:
         """Return a `networkx.MultiDiGraph` with the score of each item as attribute `effect`.
@@ -313,7 +274,8 @@ class Circuit(Plotted):
         Returns:
             One row per item of either circuit: `item`, `first` and `second` (whether this circuit and the other have it), and
             `first_score` and `second_score` if both ranked their items. `table.attrs["jaccard"]` is the number of shared items
-            over the number of items of either.
+            over that of all; `table.attrs["nodes"]` lists the nodes that both circuits have, for edges those that they connect,
+            and `table.attrs["node_jaccard"]` is their number over that of all nodes.
 
         Raises:
             FeatpatchError: `other` is not a circuit.
@@ -324,6 +286,8 @@ class Circuit(Plotted):
             >>> table = small.compare(large)
             >>> len(table), int(table["first"].sum()), table.attrs["jaccard"]
             (40, 20, 0.5)
+            >>> table.attrs["node_jaccard"] >= table.attrs["jaccard"]
+            True
         """
         if not isinstance(other, Circuit):
             raise FeatpatchError(f"other is a {type(other).__name__}: expected a circuit, as fp.find_circuit returns it")
@@ -335,7 +299,10 @@ class Circuit(Plotted):
             for name, circuit in (("first_score", self), ("second_score", other)):
                 scores = dict(zip(circuit.graph.items, circuit.scores.tolist(), strict=True))
                 table[name] = [scores.get(item, np.nan) for item in items]
-        table.attrs["jaccard"] = self._jaccard(other)
+        table.attrs["jaccard"] = _jaccard(self.items, other.items)
+        mine, others = self._nodes(), other._nodes()
+        table.attrs["nodes"] = [str(node) for node in mine if node in others]
+        table.attrs["node_jaccard"] = _jaccard(mine, others)
         return table
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
@@ -374,14 +341,46 @@ class Circuit(Plotted):
         low, high = self.faithfulness_interval
         between = " (a single pair gives no interval)" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         return (
-            f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self.metadata['method']}), "
+            f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self._search()}), "
             f"complement ablated to {self.graph.to} values: faithfulness {self.faithfulness:.2f}{between}, exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
 
-    def _jaccard(self, other: "Circuit") -> float:
-        both, either = set(self.items) & set(other.items), set(self.items) | set(other.items)
-        return len(both) / len(either) if either else 1.0
+    def _search(self) -> str:
+        """Return the method of the search with its kind of scores, and whether it was interrupted."""
+        scores = self.metadata.get("scores")
+        parts = [self.metadata["method"], f"scores={scores!r}" if scores else "", "" if self.finished else "interrupted"]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search ended by itself; False for what a greedy search or ACDC had found when it was interrupted."""
+        return bool(self.metadata.get("finished", True))
+
+    @property
+    def _mask(self) -> NDArray[np.bool_]:
+        return self.graph.mask(self.items)
+
+    @property
+    def _places(self) -> NDArray[np.int64]:
+        """The number in the graph of each item."""
+        return self.graph.places(self.items)
+
+    def _nodes(self) -> list[Node]:
+        """Return the nodes that the edges connect, as in `to_networkx`; of a circuit of nodes, its items."""
+        return list(self.to_networkx())
+
+    def _check_ranked(self, purpose: str) -> None:
+        """Check that the search scored all items.
+
+        Raises:
+            FeatpatchError: it did not.
+        """
+        if not len(self.scores):
+            raise FeatpatchError(
+                "this circuit's search method ranked no items: expected a circuit found by method='threshold'; call "
+                f"find_circuit again with it to {purpose}"
+            )
 
     def _figure(self) -> Any:
         return figure(self.to_networkx())
@@ -402,3 +401,9 @@ class Circuit(Plotted):
 
     def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         return interval(values - self.graph.empty, self.graph.whole - self.graph.empty)
+
+
+def _jaccard(first: Iterable[Node], second: Iterable[Node]) -> float:
+    """Return the number of shared nodes over that of all nodes; 1 for two empty circuits."""
+    one, other = set(first), set(second)
+    return len(one & other) / len(one | other) if one | other else 1.0

@@ -10,8 +10,8 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby, product
+from functools import cached_property, partial
+from itertools import groupby, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -172,26 +172,69 @@ class EdgeGraph(Graph):
         """
         if self.to != "corrupted" or self.mediators or not isinstance(self.read, AtAnswer):
             return super().alone(progress=progress)
-        found, options = np.tile(self.whole, (len(self.items), 1)), Options(directions=["noising"], metric=self.read)
-        first = Node(sites.resid_pre(0), "activation")
+        found = np.zeros((len(self.items), len(self.pairs)))
         blocks = [list(block) for _, block in groupby(self._layout, key=lambda receiver: receiver.site)]
         if progress:
             count = len(self.items) * len(self.pairs)
             tqdm.write(f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {count:,} patches", file=sys.stderr)
         with tqdm(total=len(self.items) * len(self.pairs), desc="ablating", unit="edge", disable=not progress) as bar:
             for some, receivers in product(self.pairs.chunks(PATCHED_AT_ONCE), blocks):
-                pairs, sent = Pairs(tuple(self.pairs[index] for index in some)), self._layout[receivers[0]]
-                senders = [first, *sent[1:]]
-                study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
-                effects = study.run_block(None, progress=False)
-                if not effects.finished:
-                    raise KeyboardInterrupt
-                start = self._numbers[Edge.of(sent[0], receivers[0])]
-                edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
-                places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
-                found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
-                bar.update(len(receivers) * len(sent) * len(some))
+                sent = self._layout[receivers[0]]
+                start, count = self._numbers[Edge.of(sent[0], receivers[0])], len(receivers) * len(sent)
+                names = map(str, ("alone", *some, *receivers))
+                measure = partial(self._alone_by_paths, some, receivers)
+                found[start : start + count, some] = self.once(names, (count, len(some)), measure)
+                bar.update(count * len(some))
         return found
+
+    def _alone_by_paths(self, some: Sequence[int], receivers: Sequence[Node]) -> NDArray[np.float64]:
+        """Measure the metric of some pairs with only one edge ablated, for all edges into receivers that see the same senders.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        pairs, sent = Pairs(tuple(self.pairs[index] for index in some)), self._layout[receivers[0]]
+        senders = [Node(sites.resid_pre(0), "activation"), *sent[1:]]
+        options = Options(directions=["noising"], metric=self.read)
+        study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
+        effects = study.run_block(None, progress=False)
+        if not effects.finished:
+            raise KeyboardInterrupt
+        edges = {Edge.of(*ends[::-1]): number for number, ends in enumerate(product(receivers, senders))}
+        places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
+        found = np.tile(self.whole[list(some)], (len(edges), 1))
+        found[places[effects.row], effects.pair] = effects.noised
+        return found
+
+    def pruned(self, masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return masks without edges whose sender is not reached from the embedding, or whose receiver can't reach the logits.
+
+        These are the edges that EAP-IG's `Graph.prune` removes. A head is reached through any of its query, key and value.
+        """
+        number = {node: n for n, node in enumerate(dict.fromkeys([*self._senders, LOGITS]))}
+        senders = np.array([number[sender] for sender in self._senders])
+        starts = [next(of_receiver)[0] for _, of_receiver in groupby(enumerate(self._edges), key=lambda item: item[1].receiver)]
+        parts = [(slice(*ends), [number[user] for user in self.users(self._edges[ends[0]].receiver) if user in number])
+                 for ends in pairwise([*starts, len(self._edges)])]  # fmt: skip
+        reached, leads = (np.zeros((len(masks), len(number)), dtype=bool) for _ in range(2))
+        reached[:, [n for node, n in number.items() if node.site == sites.EMBEDDING]] = True
+        leads[:, number[LOGITS]] = True
+        for part, users in parts:
+            reached[:, users] |= (masks[:, part] & reached[:, senders[part]]).any(1, keepdims=True)
+        for part, users in reversed(parts):
+            leads[:, senders[part]] |= masks[:, part] & leads[:, users].any(1, keepdims=True)
+        found = masks & reached[:, senders]
+        for part, users in parts:
+            found[:, part] &= leads[:, users].any(1, keepdims=True)
+        return found
+
+    @property
+    def _senders(self) -> list[Node]:
+        return [edge.sender for edge in self._edges]
+
+    def edge_counts(self, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return the number of edges of each circuit."""
+        return masks.sum(1).astype(np.float64)
 
     def about(self) -> Mapping[str, Any]:
         """Return what to store with the results: that the items are edges, and the dictionaries."""

@@ -1,6 +1,9 @@
 """Find a circuit over nodes or over edges: by threshold, greedily, or by pruning from the output down (ACDC)."""
 
-from collections.abc import Mapping, Sequence
+import heapq
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -9,6 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.circuits.circuit import Circuit
+from featpatch.circuits.curve import ranking
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.files import from_eap_ig, read_circuit
 from featpatch.circuits.graph import Complement, Graph
@@ -41,77 +45,126 @@ AHEAD = 16
 """The largest number of pruning steps that are run together."""
 
 
+EXACT_WORK = 3e12
+"""The largest number of multiply-adds for which scores of edges are exact by default: minutes on one CPU core."""
+
+Search = Iterator[list[int]]
+"""A search step by step: the numbers of the items that are kept after each step, the most important first if it ranks them."""
+
+
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
     """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
-    whole = graph.faithfulness(graph.values([graph.items]))[0]
+    whole = graph.faithfulness(graph.of_masks(np.ones((1, len(graph.items)), dtype=bool)))[0]
     result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
     return result
 
 
-def by_threshold(graph: Graph, scores: NDArray[np.float64], threshold: float, size: int | None) -> list[Node]:
+def by_threshold(scores: NDArray[np.float64], threshold: float, size: int | None) -> list[int]:
     """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
-    order = np.argsort(-np.abs(scores), kind="stable")
     count = size if size is not None else int((np.abs(scores) >= threshold).sum())
-    return [graph.items[number] for number in order[:count]]
+    return ranking(scores, "absolute")[:count].tolist()
 
 
-def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> list[Node]:
+def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> Search:
     """Add items, starting from none, that bring faithfulness closest to 1, until the target or size is reached.
 
     If no single item helps, for example because two are needed together, the item that does least harm is added. Every step
     runs each of the remaining items.
     """
-    chosen: list[Node] = []
-    rest = list(graph.items)
-    now = 0.0
-    while rest and (now < target - ROUNDING if size is None else len(chosen) < size):
-        found = graph.faithfulness(graph.values([[*chosen, item] for item in rest], progress=progress))
+    chosen: list[int] = []
+    kept, now = np.zeros(len(graph.items), dtype=bool), 0.0
+    while not kept.all() and (now < target - ROUNDING if size is None else len(chosen) < size):
+        rest = np.flatnonzero(~kept)
+        masks = np.tile(kept, (len(rest), 1))
+        masks[np.arange(len(rest)), rest] = True
+        found = graph.faithfulness(graph.of_masks(masks, progress=progress))
         best = int(np.argmin(np.abs(1 - found)))
         now = float(found[best])
-        chosen.append(rest.pop(best))
-    return chosen
+        chosen.append(int(rest[best]))
+        kept[rest[best]] = True
+        yield chosen
 
 
-def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: int | None) -> list[Node]:
+def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: int | None) -> Search:
     """Add edges, starting from the logits: the largest |score| among edges into nodes already reached, until the target is met.
 
     This is the greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
     """
-    edges = [item for item in graph.items if isinstance(item, Edge)]
-    rest = [edges[number] for number in np.argsort(-np.abs(scores), kind="stable")]
-    reached, chosen = {LOGITS}, list[Node]()
-    while size is None or len(chosen) < size:
-        following = next((edge for edge in rest if reached.intersection(graph.users(edge.receiver))), None)
-        if following is None:
+    into = defaultdict[Node, list[tuple[int, int]]](list)
+    for place, number in enumerate(ranking(scores, "absolute").tolist()):
+        edge = graph.items[number]
+        assert isinstance(edge, Edge)
+        for user in graph.users(edge.receiver):
+            into[user].append((place, number))
+    chosen: list[int] = []
+    kept, reached, following = np.zeros((1, len(graph.items)), dtype=bool), {LOGITS}, list(into[LOGITS])
+    while following and (size is None or len(chosen) < size):
+        _, number = heapq.heappop(following)
+        if kept[0, number]:  # an edge into a shared key or value, once per head
+            continue
+        edge = graph.items[number]
+        assert isinstance(edge, Edge)
+        if edge.sender not in reached:
+            reached.add(edge.sender)
+            for other in into[edge.sender]:
+                heapq.heappush(following, other)
+        kept[0, number] = True
+        chosen.append(number)
+        yield chosen
+        if size is None and graph.faithfulness(graph.of_masks(kept))[0] >= target - ROUNDING:
             break
-        rest.remove(following)
-        chosen.append(following)
-        reached.add(following.sender)
-        if size is None and graph.faithfulness(graph.values([chosen]))[0] >= target - ROUNDING:
-            break
-    return chosen
 
 
-def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: bool = False) -> list[Node]:
+def acdc(graph: Graph, threshold: float, *, progress: bool = False) -> Search:
     """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
 
     This is algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness instead of the divergence. Most
     items are removed, so several steps are run together as if all of their items were; the steps after an item that stays are
     run again.
     """
-    stays, rest, ahead = list[Node](), list(order), 1
-    now = float(graph.faithfulness(graph.values([rest]))[0])
-    with tqdm(total=len(rest), desc="pruning", unit="item", disable=not progress) as bar:
-        while rest:
-            found = graph.faithfulness(graph.values([stays + rest[gone:] for gone in range(1, min(ahead, len(rest)) + 1)]))
+    order, kept = np.arange(len(graph.items))[::-1], np.ones(len(graph.items), dtype=bool)
+    now, done, ahead = float(graph.faithfulness(graph.of_masks(kept[None]))[0]), 0, 1
+    with tqdm(total=len(order), desc="pruning", unit="item", disable=not progress) as bar:
+        while done < len(order):
+            some = order[done : done + ahead]
+            masks = np.tile(kept, (len(some), 1))
+            masks[:, some] = ~np.tri(len(some), dtype=bool)
+            found = graph.faithfulness(graph.of_masks(masks))
             changes = np.abs(np.diff(found, prepend=now))
             gone = int(np.argmax(changes >= threshold)) if (changes >= threshold).any() else len(found)
             now = float(found[gone - 1]) if gone else now
-            stays += rest[gone : gone + 1] if gone < len(found) else []
-            done = min(gone + 1, len(found))
-            rest, ahead = rest[done:], 1 if gone < len(found) else min(2 * ahead, AHEAD)
-            bar.update(done)
-    return stays
+            kept[some[:gone]] = False
+            step = min(gone + 1, len(found))
+            done, ahead = done + step, 1 if gone < len(found) else min(2 * ahead, AHEAD)
+            bar.update(step)
+            yield order[kept[order]].tolist()
+
+
+def run(search: Search, journal: str | Path | None) -> tuple[list[int], bool]:
+    """Run a search to its end and return the numbers of the items that it keeps; after Ctrl-C, those of its last full step.
+
+    Returns:
+        The numbers, and whether the search ended by itself.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C in the first step.
+    """
+    found: list[int] = []
+    try:
+        for step in search:
+            found = step
+    except KeyboardInterrupt as interrupt:
+        if not found:
+            raise KeyboardInterrupt(f"the first step of the search is not finished; {_to_resume(journal)}") from interrupt
+        return found, False
+    return found, True
+
+
+def _to_resume(journal: str | Path | None) -> str:
+    """Return how an interrupted search is continued."""
+    if journal is None:
+        return "pass journal='circuit.journal' to keep what is measured and to resume from there"
+    return f"the journal {str(journal)!r} has what is measured: the same call with it resumes from there"
 
 
 def check_search(
@@ -188,6 +241,7 @@ def find_circuit(
     to: Complement = "corrupted",
     errors: Errors | None = None,
     metric: str | Metric | Sequence[str | Metric] = "logit_diff",
+    journal: str | Path | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Find the part of the model that produces the behaviour by itself in the clean runs, with its complement ablated.
@@ -206,9 +260,11 @@ def find_circuit(
             node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
             al. 2023).
-        scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"` (the default): an item's score is the loss of
-            faithfulness with only that item ablated. `"estimate"` (only for edges): the score is an estimate of that loss by
-            gradient (edge attribution patching).
+        scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"`: an item's score is the loss of faithfulness with
+            only that item ablated. `"estimate"` (only for edges): the score is an estimate of that loss by gradient (edge
+            attribution patching), which misses edges whose effect saturates. By default exact, or estimated if exact scores
+            would take much longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run;
+            a line on the terminal and the text of the circuit say which.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
@@ -219,13 +275,18 @@ def find_circuit(
         metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
             model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
             complement is ablated at their tokens too.
+        journal: a file to which every measured circuit is written, so that the same call resumes from there after a crash, a
+            kill or Ctrl-C. Searches that differ only in `method`, `scores`, `threshold`, `size` or `target` may share a file.
         progress: whether to show a progress bar.
 
     Returns:
-        The circuit with its faithfulness, which is exact whatever the scores are.
+        The circuit with its faithfulness, which is exact whatever the scores are. After Ctrl-C, `"greedy"` and `"acdc"` return
+        the circuit of the last full step, and `circuit.finished` is False.
 
     Raises:
-        FeatpatchError: if the input is unusable, or ablating everything hardly changes the metric.
+        FeatpatchError: if the input is unusable, ablating everything hardly changes the metric, or the journal is that of
+            another graph.
+        KeyboardInterrupt: after Ctrl-C, if no step is finished or the items are not all scored.
 
     Examples:
         >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(10), size=5, progress=False)
@@ -242,30 +303,33 @@ def find_circuit(
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
         "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
     }  # fmt: skip
-    scores, errors = scores or "exact", errors or "in"
+    errors = errors or "in"
     threshold, target = THRESHOLD if threshold is None else threshold, TARGET if target is None else target
     lens = wrap(model)
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
     if size is not None and size > len(graph.items):
         raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the number of {over}")
-    ranked = np.zeros(0)
-    if method == "threshold" or (method == "greedy" and over == "edges"):
-        ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
-    if method == "threshold":
-        items = by_threshold(graph, ranked, threshold, size)
-    elif method == "greedy" and over == "edges":
-        items = along_edges(graph, ranked, target, size)
-    elif method == "greedy":
-        items = greedily(graph, target, size, progress=progress)
-    else:
-        items = acdc(graph, threshold, graph.items[::-1], progress=progress)
+    scores = scores or _default_scores(graph, method, progress=progress)
+    ranked, finished = np.zeros(0), True
+    with graph.journal(journal):
+        if method == "threshold" or (method == "greedy" and over == "edges"):
+            ranked = _estimated(graph) if scores == "estimate" else _exact(graph, journal, progress=progress)
+        if method == "threshold":
+            numbers = by_threshold(ranked, threshold, size)
+        elif method == "greedy" and over == "edges":
+            numbers, finished = run(along_edges(graph, ranked, target, size), journal)
+        elif method == "greedy":
+            numbers, finished = run(greedily(graph, target, size, progress=progress), journal)
+        else:
+            numbers, finished = run(acdc(graph, threshold, progress=progress), journal)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
         "threshold": threshold, "size": size, "target": target, "errors": errors,
         "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
-        **provenance(lens, pairs),
+        "finished": finished, **provenance(lens, pairs),
     }  # fmt: skip
-    return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **given))
+    items = tuple(graph.items[number] for number in numbers)
+    return Circuit(graph, items, ranked, metadata, lambda other: find_circuit(model, other, **given))
 
 
 def load_circuit(
@@ -343,6 +407,34 @@ def _graph(lens: Lens, pairs: Pairs, saes: Any, over: Any, nodes: Any, to: Compl
     graph.check()
     graph.check_gap()
     return graph
+
+
+def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Literal["exact", "estimate"]:
+    """Return the kind of scores that a search uses if none is asked for, and say so if these are estimates."""
+    lens, tokens = graph.lens, sum(map(len, graph.pairs))
+    work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # each edge and token passes all layers at most
+    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or work <= EXACT_WORK:
+        return "exact"
+    if progress:
+        count = len(graph.items) * len(graph.pairs)
+        tqdm.write(
+            f"scores are estimated by gradients, because exact ones need about {count:,} patches; "
+            "estimates miss edges whose effect saturates, so compare the faithfulness, or pass scores='exact'",
+            file=sys.stderr,
+        )
+    return "estimate"
+
+
+def _exact(graph: Graph, journal: str | Path | None, *, progress: bool) -> NDArray[np.float64]:
+    """Return exact scores of all items.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, because a part of the scores gives no ranking.
+    """
+    try:
+        return alone(graph, progress=progress)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"the exact scores are not finished; {_to_resume(journal)}") from interrupt
 
 
 def _estimated(graph: Graph) -> Any:

@@ -4,9 +4,11 @@ Ablation values of the complement are taken from other prompts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,8 +18,11 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.effects.statistics import check_gap
+from featpatch.engine.journal import Journal, batch_key
 from featpatch.errors import FeatpatchError, check_choices
+from featpatch.files import as_path
 from featpatch.model.lens import Lens
+from featpatch.model.provenance import provenance
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.readings import Reading, Readout, readings_of
@@ -84,6 +89,7 @@ class Graph(ABC):
     items: tuple[Node, ...] = ()
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _journal: Journal | None = field(default=None, init=False, repr=False)
 
     def check(self) -> None:
         """Check that circuits can be found for these pairs.
@@ -101,24 +107,85 @@ class Graph(ABC):
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
         """Measure the metric of each pair for several choices of items that are kept; a choice is run only the first time."""
-        masks = [self.mask(items) for items in kept]
-        missing = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._known}
-        if missing:
-            found = self.of_masks(np.array(list(missing.values())), progress=progress)
-            self._known.update(zip(missing, found, strict=True))
-        return np.array([self._known[mask.tobytes()] for mask in masks])
+        return self.of_masks(np.array([self.mask(items) for items in kept]), progress=progress)
 
     def of_masks(
         self, masks: Bool[np.ndarray, "circuits items"], *, progress: bool = False
     ) -> Float[np.ndarray, "circuits pairs"]:
-        """Measure the metric of each pair for several masks of the items that are kept."""
+        """Measure the metric of each pair for several masks of items that are kept; a mask is run only the first time."""
+        missing = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._known}
+        if missing:
+            found = self.run_masks(np.array(list(missing.values())), progress=progress)
+            self._known.update(zip(missing, found, strict=True))
+        return np.array([self._known[mask.tobytes()] for mask in masks])
+
+    def run_masks(
+        self, masks: Bool[np.ndarray, "circuits items"], *, progress: bool = False
+    ) -> Float[np.ndarray, "circuits pairs"]:
+        """Measure the metric of each pair for several masks, batch by batch; batches in the journal are not run again."""
+        found, size = np.zeros((len(masks), len(self.pairs))), max(map(self._at_once, self._groups()))
+        parts = [slice(start, start + size) for start in range(0, len(masks), size)]
+        for part in tqdm(parts, desc="ablating", unit="batch", disable=not progress or len(parts) < 2):
+            some = masks[part]
+            names = (np.packbits(mask).tobytes().hex() for mask in some)
+            found[part] = self.once(names, (len(some), len(self.pairs)), partial(self._of_batch, some))
+        return found
+
+    def _of_batch(self, masks: Bool[np.ndarray, "circuits items"]) -> Array:
+        """Measure the metric of each pair, `[circuits, pairs]`, for the masks of one batch."""
         found = torch.zeros(len(masks), len(self.runs), dtype=torch.float64)
         for group in self._groups():
-            size = max(1, TOKENS_AT_ONCE // (self.rows_of_one() * len(group) * len(self.runs[group[0]])))
-            parts = [slice(start, start + size) for start in range(0, len(masks), size)]
-            for part in tqdm(parts, desc="ablating", unit="batch", disable=not progress or len(parts) < 2):
+            size = self._at_once(group)
+            for start in range(0, len(masks), size):
+                part = slice(start, start + size)
                 found[part, group] = self.measured(torch.from_numpy(masks[part]), group).cpu()
         return np.array([self.combined(of_runs).numpy() for of_runs in found])
+
+    def _at_once(self, group: Sequence[int]) -> int:
+        """Return the number of circuits that are run together for some equally long runs."""
+        return max(1, TOKENS_AT_ONCE // (self.rows_of_one() * len(group) * len(self.runs[group[0]])))
+
+    def once(self, names: Iterable[str], shape: tuple[int, int], measure: Callable[[], Array]) -> Array:
+        """Return values from the journal; those that it lacks are measured and written to it.
+
+        Args:
+            names: what is measured, from which the key in the journal is computed.
+            shape: the numbers of rows and of pairs.
+            measure: measures the values.
+        """
+        if self._journal is None:
+            return measure()
+        key = batch_key(names)
+        known = self._journal.get(key, shape[0] * shape[1])
+        if known is None:
+            known = torch.from_numpy(measure()).flatten()
+            self._journal.put(key, known)
+        result: Array = known.numpy().reshape(shape)
+        return result
+
+    @contextmanager
+    def journal(self, path: str | Path | None) -> Iterator[None]:
+        """Keep in a file what is measured in this context, and do not measure again what the file has.
+
+        Values depend on the model, the pairs, the metric, the ablation values and the items, and not on the search, so another
+        search of the same graph can use the same file.
+
+        Raises:
+            FeatpatchError: the file is not a journal, belongs to another graph, is in use, or can't be written.
+        """
+        if path is None:
+            yield
+            return
+        about = {**self.about(), "outside": self.to, "items": batch_key(map(str, self.items))}
+        origin = provenance(self.lens, self.pairs)
+        subject = {"circuits": about, "metrics": list(self.read.names), "pairs": origin["pairs"], "model": origin["model"]}
+        baselines = [*self.whole.tolist(), *self.empty.tolist()]
+        with closing(Journal.open(as_path(path), subject, baselines, TOKENS_AT_ONCE)) as journal:
+            self._journal = journal
+            try:
+                yield
+            finally:
+                self._journal = None
 
     def alone(self, *, progress: bool = False) -> Array:
         """Measure the metric of each pair with only one item ablated, `[items, pairs]`."""
@@ -127,7 +194,7 @@ class Graph(ABC):
             for start in range(0, len(self.items), size):
                 masks = np.ones((min(size, len(self.items) - start), len(self.items)), dtype=bool)
                 masks[np.arange(len(masks)), start + np.arange(len(masks))] = False
-                found[start : start + size] = self.of_masks(masks)
+                found[start : start + size] = self.run_masks(masks)
                 bar.update(len(masks))
         return found
 
@@ -137,15 +204,23 @@ class Graph(ABC):
         Raises:
             FeatpatchError: if an item is not in the graph.
         """
-        chosen = list(kept)
+        mask = np.zeros(len(self.items), dtype=bool)
+        mask[self.places(kept)] = True
+        return mask
+
+    def places(self, items: Iterable[Node]) -> NDArray[np.int64]:
+        """Return the number of each item in the graph.
+
+        Raises:
+            FeatpatchError: if an item is not in the graph.
+        """
+        chosen = list(items)
         strange = next((item for item in chosen if item not in self._numbers), None)
         if strange is not None:
             raise FeatpatchError(
                 f"{str(strange)!r} is not in the graph: expected items from among its {len(self.items)}; see .graph.items"
             )
-        mask = np.zeros(len(self.items), dtype=bool)
-        mask[[self._numbers[item] for item in chosen]] = True
-        return mask
+        return np.array([self._numbers[item] for item in chosen], dtype=np.int64)
 
     @cached_property
     def _numbers(self) -> dict[Node, int]:
@@ -234,6 +309,14 @@ class Graph(ABC):
     @abstractmethod
     def measured(self, kept: Bool[torch.Tensor, "circuits items"], some: Sequence[int]) -> Float[torch.Tensor, "circuits runs"]:
         """Measure the metric of some equally long runs, for several circuits."""
+
+    def pruned(self, masks: Bool[np.ndarray, "circuits items"]) -> Bool[np.ndarray, "circuits items"]:
+        """Return masks without what can't matter: for edges, those on no path from the input to the logits."""
+        return masks
+
+    @abstractmethod
+    def edge_counts(self, masks: Bool[np.ndarray, "circuits items"]) -> Float[np.ndarray, " circuits"]:
+        """Return the number of edges of each circuit; NaN where it is not defined."""
 
     def users(self, receiver: Node) -> list[Node]:
         """Return the nodes that read through a receiver: the heads of a query, key or value, otherwise the node itself."""

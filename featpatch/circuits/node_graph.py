@@ -12,14 +12,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool
+from numpy.typing import NDArray
 
 from featpatch import sites
+from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph, prompts, settled
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import added
-from featpatch.nodes import Node
+from featpatch.nodes import Edge, Node
 from featpatch.pairs.pair import spans
 from featpatch.sae.dictionary import Dictionary, Split
 
@@ -81,6 +84,20 @@ class NodeGraph(Graph):
     def about(self) -> Mapping[str, Any]:
         """Return what to store with the results: that the items are nodes, the dictionaries, and how errors are treated."""
         return {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
+
+    def edge_counts(self, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return the number of the model's edges between the nodes that each circuit keeps, the embedding and the logits.
+
+        This is the weighted edge count of the MIB benchmark for circuits of nodes, in which a node has no weight of its own. As
+        there, nodes that are not candidates are kept. It is defined for heads and outputs of MLPs at all positions; features,
+        errors and single positions are parts of nodes, for which it is NaN.
+        """
+        if any(not _is_component(node) for node in self.items):
+            return np.full(len(masks), np.nan)
+        graph = EdgeGraph(self.lens, self.pairs, self.to, self.read)
+        senders = [edge.sender for edge in graph.items if isinstance(edge, Edge)]
+        ablated = [{self.items[number] for number in np.flatnonzero(~mask)} for mask in masks]
+        return graph.edge_counts(graph.pruned(np.array([[sender not in out for sender in senders] for out in ablated])))
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
@@ -179,3 +196,9 @@ def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor
 
 def _of_sae(name: str) -> Callable[[Node], bool]:
     return lambda node: node.sae == name
+
+
+def _is_component(node: Node) -> bool:
+    """Return whether a node is a head or the output of an MLP, at all positions."""
+    whole = sites.is_component(node.site, "z") if node.kind == "head" else sites.is_component(node.site, "mlp_out")
+    return whole and node.kind in ("head", "activation") and node.position == "all"

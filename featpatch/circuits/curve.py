@@ -1,0 +1,155 @@
+"""The faithfulness of circuits of growing size, with its integrals CPR and CMD as in the MIB benchmark."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from featpatch.circuits.graph import Graph
+from featpatch.effects.statistics import interval
+from featpatch.errors import FeatpatchError, check_choices, is_number
+from featpatch.page.page import Plotted
+from featpatch.untrusted import in_figure
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The default shares of all items, as in the MIB benchmark (Mueller et al. 2025, arXiv 2504.13151)."""
+
+Order = Literal["signed", "absolute"]
+"""The order of items: the largest scores first, or the largest |scores| first."""
+
+ROUNDING = 1e-9
+"""The tolerance with which a share of all items counts as a whole number of them."""
+
+
+@dataclass(frozen=True, repr=False)
+class FaithfulnessCurve(Plotted):
+    """The faithfulness of circuits of growing size, made of the first items of a ranking, see `Circuit.curve`.
+
+    Attributes:
+        order: the order of the items.
+        shares: the shares of all items.
+        sizes: the numbers of items that were taken.
+        edges: the numbers of edges that are left without dangling ones; NaN where edges are not defined.
+        faithfulness: the exact faithfulness of the circuit of each size.
+        low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
+        other: the same in the other order; None in that curve itself.
+
+    Examples:
+        >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+        >>> curve = circuit.curve([0.0, 0.4, 1.0])
+        >>> curve.order, curve.sizes, curve.other.order
+        ('signed', (0, 2, 5), 'absolute')
+        >>> 0 <= curve.cpr <= 1
+        True
+    """
+
+    order: Order
+    shares: tuple[float, ...]
+    sizes: tuple[int, ...]
+    edges: NDArray[np.float64]
+    faithfulness: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    other: "FaithfulnessCurve | None" = None
+
+    @property
+    def cpr(self) -> float:
+        """The integrated circuit performance ratio: the area under faithfulness over shares; higher is better."""
+        return float(np.trapezoid(self.faithfulness, self.shares))
+
+    @property
+    def cmd(self) -> float:
+        """The integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
+        return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
+
+    @property
+    def both(self) -> "tuple[FaithfulnessCurve, ...]":
+        """This curve and, if there is one, that of the other order."""
+        return (self,) if self.other is None else (self, self.other)
+
+    def table(self) -> pd.DataFrame:
+        """Return a table with one row per size, first in this order and then in the other one."""
+        columns = ("share", "size", "edges", "faithfulness", "low", "high")
+        return pd.concat(
+            [pd.DataFrame({"order": curve.order, **dict(zip(columns, curve._columns(), strict=True))}) for curve in self.both],
+            ignore_index=True,
+        )
+
+    def _columns(self) -> tuple[Any, ...]:
+        return self.shares, self.sizes, pd.array(self.edges, dtype="Int64"), self.faithfulness, self.low, self.high
+
+    def __repr__(self) -> str:
+        known = self.table().dropna(axis=1, how="all").to_string(index=False, float_format="{:.3g}".format, na_rep="")
+        single = "" if np.isfinite(self.low).any() else "; a single pair gives no interval"
+        areas = "; ".join(f"{curve.order} order CPR {curve.cpr:.3g}, CMD {curve.cmd:.3g}" for curve in self.both)
+        return f"faithfulness by size: {areas}{single}\n{known}"
+
+    def plot(self, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of faithfulness against the share of items, with a line for each order.
+
+        Args:
+            title: the title of the figure.
+        """
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        axes = {"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"}
+        figure = go.Figure(layout={"title": in_figure(title), **axes})
+        for curve in self.both:
+            bars = {
+                "type": "data",
+                "symmetric": False,
+                "array": curve.high - curve.faithfulness,
+                "arrayminus": curve.faithfulness - curve.low,
+            }
+            name = f"{curve.order} order: CPR {curve.cpr:.3g}, CMD {curve.cmd:.3g}"
+            figure.add_scatter(
+                x=list(curve.shares),
+                y=curve.faithfulness,
+                error_y=bars,
+                mode="lines+markers",
+                text=list(curve.sizes),
+                name=name,
+            )
+        figure.add_hline(1.0, line={"dash": "dot", "width": 1})
+        return figure
+
+    _figure, _frame = plot, table
+
+
+def curve_of(
+    graph: Graph, scores: NDArray[np.float64], shares: Sequence[float], order: Order, *, both: bool = True
+) -> FaithfulnessCurve:
+    """Measure the curve of `Circuit.curve`.
+
+    Raises:
+        FeatpatchError: if the shares are not ascending numbers from 0 to 1, or the order is unknown.
+    """
+    check_choices(get_args(Order), order=order)
+    plain = isinstance(shares, Sequence) and all(is_number(share) and 0 <= share <= 1 for share in shares)
+    if not plain or not shares or list(shares) != sorted(set(shares)):
+        raise FeatpatchError(f"shares={shares!r}: expected fractions of all items in ascending order, between 0 and 1")
+    sizes, ranked = sizes_of(len(scores), shares), ranking(scores, order)
+    masks = np.zeros((len(sizes), len(scores)), dtype=bool)
+    for mask, size in zip(masks, sizes, strict=True):
+        mask[ranked[:size]] = True
+    masks = graph.pruned(masks)
+    values = graph.of_masks(masks)
+    low, high = interval(values - graph.empty, graph.whole - graph.empty).T
+    reverse: Order = "absolute" if order == "signed" else "signed"
+    other = curve_of(graph, scores, shares, reverse, both=False) if both else None
+    found = graph.faithfulness(values)
+    return FaithfulnessCurve(order, tuple(map(float, shares)), sizes, graph.edge_counts(masks), found, low, high, other)
+
+
+def ranking(scores: NDArray[np.float64], order: Order) -> NDArray[np.int64]:
+    """Return the numbers of all items, the most important first."""
+    return np.argsort(-(np.abs(scores) if order == "absolute" else scores), kind="stable")
+
+
+def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return the number of items that each share of all items is, rounded down as in the MIB benchmark."""
+    return tuple(math.floor(share * total + ROUNDING) for share in shares)

@@ -74,7 +74,8 @@ def summed_scores(
             gradient = found.gradients[sites.component(layer, name)]
             score(of_layer.pull(name, stream.flatten(0, 1), gradient.flatten(0, 1)), filled)
         below, filled = filled, filled + heads[layer]
-        changes[below:filled] = of_layer.outputs(moved(sites.component(layer, "z")).flatten(0, 1)).flatten(1)
+        z = sites.component(layer, "z")
+        changes[below:filled] = of_layer.first_order(*(x.flatten(0, 1) for x in (found.activations[z], moved(z)))).flatten(1)
         for output in (sites.component(layer, name) for name in names[1:]):
             attention = found.activations[sites.component(layer, "attn_out")]
             read = stream if lens.parallel else stream + attention.to(stream)

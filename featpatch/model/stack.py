@@ -90,9 +90,7 @@ def rounding(lens: Lens) -> float:
     return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
 
 
-def attention_outputs(
-    lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]
-) -> list[AttentionOutput | None]:
+def attention_outputs(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list[AttentionOutput | None]:
     """Return the way in which each layer adds its heads to the residual stream; None if it has another one.
 
     Which norm follows attention is measured, because the norm in front of attention (GPT-2) and the one after it (OLMo 2) can

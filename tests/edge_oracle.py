@@ -98,9 +98,7 @@ def _activation(model: HookedTransformer, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forward_by_hooks(
-    model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: dict[Edge, Tensor]
-) -> Tensor:
+def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: dict[Edge, Tensor]) -> Tensor:
     """Logits `[pairs, pos, vocab]` of any HookedTransformer with split inputs, put together at the hooks of the receivers.
 
     Senders and receivers are named as above. A head writes what goes into the norm after attention, where there is one, and that
@@ -118,7 +116,9 @@ def forward_by_hooks(
     def read(receiver: str, layers: int, mlps: int) -> Tensor:
         def seen(sender: str) -> Tensor:
             where = ablated.get((sender, receiver), torch.zeros(tokens.shape, dtype=torch.bool))
-            return torch.where(where[..., None], other[sender] if (sender, receiver) in ablated else written[sender], written[sender])
+            return torch.where(
+                where[..., None], other[sender] if (sender, receiver) in ablated else written[sender], written[sender]
+            )
 
         total = seen("embed")
         for layer, block in enumerate(model.blocks):

@@ -8,8 +8,8 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 
 If a norm follows attention (Gemma 2 and 3, OLMo 2), a head's output is what goes into the norm, and the norm too is recomputed
 for each receiver: a receiver reads norm(sum of heads, each kept or ablated, + bias). This is how EAP-IG evaluates circuits; its
-estimates leave that norm out. So the edges of a head ablated together are the head ablated, and an edge is a direct path. A norm
-after an MLP is a part of the MLP.
+estimates leave that norm out. So all edges of a head ablated are the head ablated, and an edge is a direct path. A norm after an
+MLP is a part of the MLP.
 """
 
 import sys
@@ -35,6 +35,7 @@ from featpatch.model.layer import Norm
 from featpatch.model.stack import AttentionOutput, Projections, attention_outputs, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
 from featpatch.pairs.pairs import Pairs
+from featpatch.patching.ablation import Everywhere
 from featpatch.patching.paths import path_study
 from featpatch.patching.readings import AtAnswer
 from featpatch.patching.study import Options
@@ -130,10 +131,11 @@ class EdgeGraph(Graph):
                     "not give what attention adds, so its features have no direction in the residual stream: expected readable "
                     "weights of the standard form; leave its nodes out"
                 )
-            if self.to in ("mean", "mean_by_position") and group.dictionary.behaviour.scaled:
+            if isinstance(self.ablation, Everywhere) and group.dictionary.behaviour.scaled:
                 raise FeatpatchError(
-                    f"to={self.to!r} with {group.dictionary.name}, whose features have another size at each token: expected "
-                    "to='corrupted', 'zero' or 'resample' for edges, because the mean of a feature is not that of what it writes"
+                    f"to={self.to!r} with {group.dictionary.name}, which scales features by the size of the activation at each "
+                    "token: expected to='corrupted' or 'resample' for edges, because zeros have no size, and the mean of a "
+                    "feature is not that of what it writes"
                 )
         super().check()
         found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
@@ -205,7 +207,8 @@ class EdgeGraph(Graph):
         between, so the patches are those of `rank_paths` with `route="direct"`: they run from the receiver's layer on, and
         many share a forward pass. Other edges are measured in whole passes.
         """
-        if self.to != "corrupted" or self.mediators or self.regions.given or not isinstance(self.read, AtAnswer):
+        as_paths = self.to == "corrupted" and not self.mediators and not self.regions.given and isinstance(self.read, AtAnswer)
+        if not as_paths or (self.normed and self._projections is None):
             return super().alone(progress=progress)
         found, options = np.tile(self.whole, (len(self.items), 1)), Options(directions=["noising"], metric=self.read)
         first = Node(sites.resid_pre(0), "activation")

@@ -183,8 +183,8 @@ def check_region_free(over: str, nodes: Any, positions: Positions) -> None:
     """
     if nodes is not None and (not isinstance(positions, str) or positions != "all"):
         raise FeatpatchError(
-            f"positions={positions!r} with nodes and over={over!r}: expected no positions, because nodes have their own; name them "
-            "there, e.g. fp.head(1, 3, position='S2'), or leave nodes out, for edges between components at positions"
+            f"positions={positions!r} with nodes and over={over!r}: expected no positions, because nodes have their own; name "
+            "them there, e.g. fp.head(1, 3, position='S2'), or leave nodes out, for edges between components at positions"
         )
 
 
@@ -220,8 +220,8 @@ def find_circuit(
         nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
             At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
             residual stream, of `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
-        positions: for edges between components: `"all"`: an edge is kept or ablated at all positions together. `"each"`, or labels
-            and indices: separately at each of these positions, and at all others together (the position `"elsewhere"`).
+        positions: for edges between components: `"all"`: an edge is kept or ablated at all positions together. `"each"`, or
+            labels and indices: separately at each of these positions, and at all others together (position `"elsewhere"`).
         method: `"threshold"`: keep the items with the largest score. `"greedy"`: until faithfulness reaches `target`, add the
             node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
@@ -232,9 +232,9 @@ def find_circuit(
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
-        to: the ablation values of the complement: those of the `"corrupted"` run, or `"zero"`, `"mean"`, `"mean_by_position"` or
-            `"resample"` as in `fp.ablate`. For edges they are those of what each sender writes, at every position; nodes keep
-            their values at special tokens, unless the ablation values come from a run.
+        to: the ablation values of the complement: those of the `"corrupted"` run, or `"zero"`, `"mean"`, `"mean_by_position"`
+            or `"resample"` as in `fp.ablate`. For edges they are those of what each sender writes, at every position; nodes
+            keep their values at special tokens, unless the ablation values come from a run.
         reference, seed: the prompts that are averaged or resampled, and the seed for resampling, as in `fp.ablate`.
         errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
             other nodes (`"nodes"`). For edges `"in"` means that errors are a part of the rest.
@@ -309,7 +309,8 @@ def load_circuit(
         pairs: the pairs on which the circuit is measured from now on.
         saes: the SAEs of the features and error terms among the nodes.
         to: the ablation values of the complement; by default those in the file, or `"corrupted"` for a file of EAP-IG.
-        reference: the prompts that are averaged or resampled; needed if the circuit was found with other prompts than its pairs.
+        reference: the prompts that are averaged or resampled; needed if the circuit was found with other prompts than its
+            pairs.
         metric: one metric; by default that in the file, or `"logit_diff"` for a file of EAP-IG.
 
     Returns:
@@ -332,8 +333,8 @@ def load_circuit(
     noted = about.get("ablation", {}) if to == about.get("outside") else {}
     if reference is None and not noted.get("own", True):
         raise FeatpatchError(
-            f"this circuit's ablation values (to={to!r}) come from other prompts, which the file does not hold: expected them as "
-            "reference=..., or another `to`"
+            f"this circuit's ablation values (to={to!r}) come from other prompts, which the file does not hold: expected them "
+            "as reference=..., or another `to`"
         )
     over: Any = about.get("over")
     nodes, errors = content.get("candidates") or None, cast(Errors, about.get("errors") or "in")
@@ -382,10 +383,10 @@ def _graph(
     candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
     graph: Graph
     if over == "nodes":
-        graph = NodeGraph(lens, pairs, to, read, candidates, reference, seed, dictionaries=found, errors=errors)
+        graph = NodeGraph(lens, pairs, to, read, candidates, found, errors, reference=reference, seed=seed)
     else:
         mediators, regions = mediators_of(lens, candidates, found), Regions.of(positions, pairs)
-        graph = EdgeGraph(lens, pairs, to, read, (), reference, seed, mediators=mediators, regions=regions)
+        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators, regions=regions, reference=reference, seed=seed)
     graph.check()
     graph.check_gap()
     return graph

@@ -33,7 +33,7 @@ MASK_BYTES = 1 << 20
 """The largest size of the masks that are made together."""
 
 Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
-"""The ablation values of the complement. `corrupted`: those of the pair's corrupted run. The others are those of `fp.ablate`."""
+"""The ablation values of the complement: those of the pair's corrupted run (`corrupted`), or those of `fp.ablate`."""
 
 
 @dataclass(eq=False)
@@ -55,8 +55,8 @@ class Graph(ABC):
     to: Complement
     read: Readout
     items: tuple[Node, ...] = ()
-    reference: Pairs | None = None
-    seed: int | None = None
+    reference: Pairs | None = field(default=None, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -86,8 +86,8 @@ class Graph(ABC):
             return named_values(self.lens, self.pairs, self.to, self.reference, self.seed, *self.ablated())
         if self.reference is not None or self.seed is not None:
             raise FeatpatchError(
-                f"to='corrupted' with reference={self.reference!r}, seed={self.seed!r}: expected neither, because each pair has "
-                "its own corrupted prompt; leave them out, or pass another `to`"
+                f"to='corrupted' with reference={self.reference!r}, seed={self.seed!r}: expected neither, because each pair "
+                "has its own corrupted prompt; leave them out, or pass another `to`"
             )
         return OtherPrompts(self.lens, [pair.corrupted for pair in self.pairs])
 

@@ -1,9 +1,9 @@
 """Regions of the prompts, at which edges are told apart, so that a circuit can say where an edge is.
 
-The residual stream moves nothing between positions, so an edge at a position leads from what its sender writes there to what its
-receiver reads there. A head moves information from the regions of its keys and values to that of its query. The regions
-partition each prompt, as the spans of Haklay et al. 2025 (arXiv 2502.04577) do: what the given positions leave out, answers that
-follow the prompt included, is one more region. So all edges are the model, and all of them ablated are the ablation run.
+The residual stream moves nothing between positions, so an edge at a position leads from what its sender writes there to what
+its receiver reads there. A head moves information from the regions of its keys and values to that of its query. The regions
+partition each prompt, as the spans of Haklay et al. 2025 (arXiv 2502.04577) do: what the given positions leave out, answers
+that follow the prompt included, is one more region. So all edges are the model, and all of them ablated are the ablation run.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Regions:
         """Return the regions for the argument `positions` of `find_circuit`.
 
         Raises:
-            FeatpatchError: if a pair lacks a position, two positions overlap, or `"each"` stands for other indices in some pair.
+            FeatpatchError: if a pair lacks a position, positions overlap, or `"each"` stands for other indices in some pair.
         """
         found = [spans(pair, positions) for pair in pairs]
         if isinstance(positions, str) and positions == "all":
@@ -49,7 +49,7 @@ class Regions:
             seen = [token for span in wanted.values() for token in span]
             if len(set(seen)) < len(seen):
                 raise FeatpatchError(
-                    f"positions={positions!r} overlap in pair {index}: expected each token in at most one of them; leave one out"
+                    f"positions={positions!r} overlap in pair {index}: expected each token in at most one; leave one out"
                 )
             if ELSEWHERE in wanted:
                 raise FeatpatchError(

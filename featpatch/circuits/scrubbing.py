@@ -129,8 +129,8 @@ def scrub(
     if graph.normed:
         raise FeatpatchError(
             f"the heads of layer {min(graph.normed.values())} go through a norm together before they are added to the residual "
-            "stream (Gemma 2 and 3, OLMo 2): expected a model without such norms, because scrubbing takes each head from a run of "
-            "its own, in which the norm has another scale; use fp.find_circuit"
+            "stream (Gemma 2 and 3, OLMo 2): expected a model without such norms, because scrubbing takes each head from a run "
+            "of its own, in which the norm has another scale; use fp.find_circuit"
         )
     graph.check()
     continuations = dict.fromkeys(reading.continuation for _, reading in graph.readings)

@@ -241,12 +241,45 @@ def test_mediators_keep_laws(to: str) -> None:
         np.testing.assert_allclose(graph.empty, difference(logits, small.correct, small.wrong), atol=1e-9)
         sae, clean = small.at(site), final[3:]
         features = sae.encode(final)
-        lost = [features[3:, :, 5] - of(features)[:, 5], clean - sae.decode(features[3:]) - of(final - sae.decode(features))]
-        for node, change in zip(nodes[1:], (lost[0][..., None] * sae.W_dec[5], lost[1]), strict=True):
+        moved = (features[3:] - of(features))[..., None] * sae.W_dec
+        lost = [moved[:, :, 3] * (torch.arange(7) == 3)[:, None], moved[:, :, 5]]
+        lost.append(clean - sae.decode(features[3:]) - of(final - sae.decode(features)))
+        for node, change in zip(nodes, lost, strict=True):
             out = fp.Edge.of(node, fp.LOGITS)
             logits = small.model.unembed(small.model.ln_final(clean - change))
             found = graph.values([[edge for edge in graph.items if edge != out]])[0]
             np.testing.assert_allclose(found, difference(logits, small.correct, small.wrong), atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_nodes_keep_the_state_of_the_patched_run(norm: str) -> None:
+    """What a dictionary needs to decode is that of the run in which a head below is ablated, as in `fp.ablate`."""
+    small, site = small_of("gpt2"), "blocks.1.hook_resid_pre"
+    sae = standard(site, 3, normalize_activations=norm)
+    head = fp.Node("blocks.0.attn.hook_z", "head", 1)
+    nodes = [head, fp.Node(site, "feature", 4, "all", site)]
+    options: dict[str, Any] = {"saes": sae, "nodes": nodes, "to": "zero", "errors": "out", "progress": False}
+    graph = fp.find_circuit(small.model, pairs_of(small), **options).graph
+
+    def only_state(x: torch.Tensor, hook: Any) -> Any:
+        return sae.decode(torch.zeros_like(sae.encode(x)))
+
+    with torch.no_grad():
+        hooks: list[Any] = [(head.site, lambda x, hook: torch.zeros_like(x)), (site, only_state)]
+        logits = small.model.run_with_hooks(small.clean, fwd_hooks=hooks)
+    np.testing.assert_allclose(graph.empty, difference(logits, small.correct, small.wrong), atol=1e-9)
+
+
+def test_prompts_without_a_counterfactual() -> None:
+    """Means over the prompts themselves."""
+    small = small_of("gpt2")
+    pairs = fp.Pairs(tuple(fp.Pair(*[tuple(tokens.tolist())] * 2, (3,), (4,)) for tokens in small.clean))
+    graph = graph_of(small, "mean", pairs)
+    other = written(small, "mean", small.clean)
+    kept = random_choices(graph)[1]
+    ablated = {named(edge): EVERYWHERE for edge in set(graph.items) - set(kept)}
+    logits = forward_by_hooks(small.model, small.clean, other, ablated)[:, -1]
+    np.testing.assert_allclose(graph.values([kept])[0], (logits[:, 3] - logits[:, 4]).numpy(), atol=1e-9)
 
 
 def test_special_tokens_of_nodes() -> None:

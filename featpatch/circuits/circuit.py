@@ -267,8 +267,7 @@ class Circuit(Plotted):
         A circuit of edges gives one edge per item; edges into the query, key and value of a head lead to the node of the head
         and differ in their keys, `"q"`, `"k"` and `"v"`. Where several heads share keys and values, an edge into a shared one
         is there once per head; an edge into a key or value at a position is there once per position of the head. A circuit
-        of nodes gives nodes without edges, and `graph.graph["note"]` says which calls
-        measure edges.
+        of nodes gives nodes without edges, and `graph.graph["note"]` says which calls measure edges.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)

@@ -8,8 +8,8 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 
 If a norm follows attention (Gemma 2 and 3, OLMo 2), a head's output is what goes into the norm, and the norm too is recomputed
 for each receiver: a receiver reads norm(sum of heads, each kept or ablated, + bias). This is how EAP-IG evaluates circuits; its
-estimates leave that norm out. So all edges of a head ablated are the head ablated, and an edge is a direct path. A norm after an
-MLP is a part of the MLP.
+estimates leave that norm out. So all edges of a head ablated are the head ablated, and an edge is a direct path. A norm after
+an MLP is a part of the MLP.
 """
 
 import sys

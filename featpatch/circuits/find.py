@@ -259,6 +259,8 @@ def find_circuit(
     check_candidates(over, nodes, saes, errors)
     check_region_free(over, nodes, positions)
     check_search(method, over, scores, threshold, size, target)
+    size = None if size is None else int(size)  # NumPy's numbers can't be saved
+    threshold, target = (None if value is None else float(value) for value in (threshold, target))
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
         "target": target, "to": to, "errors": errors, "metric": metric, "progress": False, "positions": positions,
@@ -283,7 +285,7 @@ def find_circuit(
         items = acdc(graph, threshold, graph.items[::-1], progress=progress)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold, "size": None if size is None else int(size), "target": target, "errors": errors,
+        "threshold": threshold, "size": size, "target": target, "errors": errors,
         "ablation": {**graph.ablation.noted, "own": reference is None},
         "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
         **provenance(lens, pairs),

@@ -4,6 +4,8 @@ Imports nothing of ours, and uses no hooks. Senders are `embed` (tokens and posi
 biases; an attention's b_O is no head's and always there), receivers `L1.H2.q`, `L1.H2.k`, `L1.H2.v`, `L0.MLP` and `logits`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -99,3 +101,76 @@ def _norm(model: HookedTransformer, x: Tensor, norm: torch.nn.Module | None) -> 
 
 def _activation(model: HookedTransformer, x: Tensor) -> Tensor:
     return {"relu": functional.relu, "gelu": functional.gelu}[model.cfg.act_fn](x)
+
+
+@torch.no_grad()
+def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: dict[Edge, Tensor]) -> Tensor:
+    """Logits `[pairs, pos, vocab]` of any HookedTransformer with split inputs, put together at the hooks of the receivers.
+
+    Senders and receivers are named as above. A head writes what goes into the norm after attention, where there is one, and that
+    norm is applied anew to the heads that each receiver sees.
+
+    Args:
+        other: what senders write when ablated, broadcast to `[pairs, pos, d_model]`.
+        ablated: for ablated edges where they are, `[pairs, pos]`; all other edges bring what their sender writes in this run.
+    """
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
+    model.set_use_attn_result(True)
+    cfg, written, hooks = model.cfg, {}, []
+
+    def read(receiver: str, layers: int, mlps: int) -> Tensor:
+        def seen(sender: str) -> Tensor:
+            where = ablated.get((sender, receiver), torch.zeros(tokens.shape, dtype=torch.bool))
+            return torch.where(
+                where[..., None], other[sender] if (sender, receiver) in ablated else written[sender], written[sender]
+            )
+
+        total = seen("embed")
+        for layer, block in enumerate(model.blocks):
+            if layer < layers:
+                heads = sum(seen(f"L{layer}.H{head}") for head in range(cfg.n_heads)) + block.attn.b_O
+                total = total + (block.ln1_post(heads) if cfg.use_normalization_before_and_after else heads)
+            if layer < mlps:
+                total = total + seen(f"L{layer}.MLP")
+        return total
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(x: Tensor, hook: object) -> None:
+            if name.endswith("H"):
+                written.update({f"{name}{head}": x[:, :, head] for head in range(x.shape[2])})
+            else:
+                written[name] = x
+
+        return hook
+
+    def put(layer: int, way: str) -> Callable[..., Tensor]:
+        return lambda x, hook: torch.stack([read(f"L{layer}.H{head}.{way}", layer, layer) for head in range(x.shape[2])], 2)
+
+    def put_mlp(layer: int) -> Callable[..., Tensor]:
+        return lambda x, hook: read(f"L{layer}.MLP", layer + (not cfg.parallel_attn_mlp), layer)
+
+    hooks.append(("blocks.0.hook_resid_pre", keep("embed")))
+    for layer in range(cfg.n_layers):
+        hooks += [(f"blocks.{layer}.hook_{way}_input", put(layer, way)) for way in "qkv"]
+        hooks += [(f"blocks.{layer}.attn.hook_result", keep(f"L{layer}.H"))]
+        hooks += [(f"blocks.{layer}.hook_mlp_in", put_mlp(layer)), (f"blocks.{layer}.hook_mlp_out", keep(f"L{layer}.MLP"))]
+    hooks.append((f"blocks.{cfg.n_layers - 1}.hook_resid_post", lambda x, hook: read("logits", cfg.n_layers, cfg.n_layers)))
+    try:
+        logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    finally:
+        model.set_use_split_qkv_input(False)
+        model.set_use_hook_mlp_in(False)
+        model.set_use_attn_result(False)
+    return logits
+
+
+def written_by_hooks(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
+    """What each sender writes in an unpatched run, `[pairs, pos, d_model]`, from the cache of TransformerLens."""
+    _, cache = model.run_with_cache(tokens)
+    found = {"embed": cache["blocks.0.hook_resid_pre"]}
+    for layer, block in enumerate(model.blocks):
+        each = torch.einsum("bphd,hdm->hbpm", cache["z", layer], block.attn.W_O)
+        found |= {f"L{layer}.H{head}": value for head, value in enumerate(each)}
+        found[f"L{layer}.MLP"] = cache["mlp_out", layer]
+    return found

@@ -89,18 +89,19 @@ def test_mediators_dangle_like_components() -> None:
     assert (graph.pruned(masks).sum(1) < masks.sum(1)).all()
 
 
-@pytest.mark.parametrize("to", ["corrupted", "mean"])
+@pytest.mark.parametrize("to", ["corrupted", "mean_by_position"])
 def test_curves_are_those_of_the_mib_benchmark(to: Any) -> None:
     """Sizes rounded down, dangling edges removed, faithfulness by a forward pass of weights alone, areas by trapezoids."""
     small = small_hooked()
     circuit = fp.find_circuit(small.model, pairs_of(small), size=5, to=to, **OPTIONS)
     curve, edges = circuit.curve(), edges_of(small.model)
-    other = {name: values.mean(0, keepdim=True).expand_as(values) for name, values in outputs(small.model, small.clean).items()}
+    both = outputs(small.model, torch.cat([small.clean, small.corrupted]))
+    other = {name: values.mean(0, keepdim=True).expand(len(small.clean), -1, -1) for name, values in both.items()}
     scores = dict(zip(map(named, circuit.graph.items), circuit.scores.tolist(), strict=True))
 
     def metric(kept: set[Edge]) -> float:
         ablated = set(edges) - kept
-        logits = forward_with_edges(small.model, small.clean, small.corrupted, ablated, other if to == "mean" else None)
+        logits = forward_with_edges(small.model, small.clean, small.corrupted, ablated, other if to != "corrupted" else None)
         return float(difference(logits, small.correct, small.wrong).mean())
 
     whole, nothing = metric(set(edges)), metric(set())
@@ -119,7 +120,7 @@ def test_curves_are_those_of_the_mib_benchmark(to: Any) -> None:
             above += width * (abs(1 - faithful[n]) + abs(1 - faithful[n + 1])) / 2
         assert (found.cpr, found.cmd) == pytest.approx((under, above))
     assert curve.cpr != pytest.approx(curve.other.cpr, abs=1e-3)
-    if to == "mean":  # edges from senders that aren't reached matter where ablation values are not those of a run
+    if to != "corrupted":  # edges from senders that aren't reached matter where ablation values are not those of a run
         order = np.argsort(-circuit.scores, kind="stable")
         unpruned = circuit.graph.values([[circuit.graph.items[n] for n in order[:size]] for size in curve.sizes])
         assert np.abs(circuit.graph.faithfulness(unpruned) - curve.faithfulness).max() > 1e-3

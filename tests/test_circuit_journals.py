@@ -26,7 +26,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {"nodes": HEADS, "method": "greedy", "size": 5},
     "acdc": {"nodes": HEADS, "method": "acdc", "threshold": 0.05},
     "edges": {"over": "edges", "scores": "exact", "size": 10},
-    "edges to means": {"over": "edges", "to": "mean", "size": 10},
+    "edges to means": {"over": "edges", "to": "mean_by_position", "size": 10},
     "greedy edges": {"over": "edges", "scores": "estimate", "method": "greedy", "target": 0.9},
     "acdc edges": {"over": "edges", "method": "acdc", "threshold": 0.05},
 }

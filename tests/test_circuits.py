@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from html import unescape
+from random import Random
 from typing import Any
 
 import networkx as nx
@@ -50,10 +51,17 @@ def graph_of(small: Small, to: str, errors: str) -> NodeGraph:
 def by_hooks(small: Small, kept: list[fp.Node], to: str, errors: str) -> torch.Tensor:
     """Every site's ablation as a hook of the whole clean run; nothing but sae-lens and TransformerLens."""
     model = small.model
-    _, cache = model.run_with_cache(small.corrupted if to == "corrupted" else small.clean)
+    _, cache = model.run_with_cache(torch.cat([small.corrupted, small.clean]))
 
     def outside(values: torch.Tensor) -> torch.Tensor:
-        return {"corrupted": values, "mean": values.mean(0, keepdim=True).expand_as(values), "resample": values.roll(1, 0)}[to]
+        """Ablation values, from those of the corrupted prompts and then those of the clean ones."""
+        return {
+            "corrupted": lambda: values[:3],
+            "zero": lambda: torch.zeros_like(values[:3]),
+            "mean": lambda: values.mean((0, 1)).expand_as(values[:3]),
+            "mean_by_position": lambda: values.mean(0).expand_as(values[:3]),
+            "resample": lambda: values[partners(small)],
+        }[to]()
 
     live: dict[str, torch.Tensor] = {}
     hooks: list[Any] = []
@@ -98,8 +106,16 @@ def by_hooks(small: Small, kept: list[fp.Node], to: str, errors: str) -> torch.T
     return logits[rows, small.correct] - logits[rows, small.wrong]
 
 
+def partners(small: Small) -> list[int]:
+    """The numbers of the prompts, first the corrupted and then the clean ones, that `fp.ablate` would draw."""
+    prompts = [tuple(p.tolist()) for p in torch.cat([small.corrupted, small.clean])]
+    in_order = [prompts[n] for n in (3, 0, 4, 1, 5, 2)]
+    drawn = [Random(repr((0, clean))).choice([p for p in in_order if p != clean]) for clean in prompts[3:]]
+    return [prompts.index(prompt) for prompt in drawn]
+
+
 @pytest.mark.parametrize("errors", ["in", "out", "nodes"])
-@pytest.mark.parametrize("to", ["corrupted", "mean", "resample"])
+@pytest.mark.parametrize("to", ["corrupted", "zero", "mean", "mean_by_position", "resample"])
 def test_any_nodes_equal_plain_hooks(small: Small, to: str, errors: str) -> None:
     """Several choices of nodes in one call; what is ablated below moves what is kept above."""
     graph = graph_of(small, to, errors)
@@ -197,6 +213,10 @@ def test_features_of_a_table(small: Small) -> None:
     assert circuit.items == tuple(circuit.graph.items[n] for n in order)
 
 
+def shorter(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean[:, :5], small.corrupted[:, :5], small.correct, small.wrong)
+
+
 def test_errors(small: Small) -> None:
     head = fp.Node("blocks.0.attn.hook_z", "head", 0)
     site = "blocks.1.hook_resid_pre"
@@ -219,14 +239,19 @@ def test_errors(small: Small) -> None:
         ({"scores": "estimate"}, "scores='estimate' with over='nodes'"),
         ({"errors": "in"}, "errors='in' without saes"),
         ({"method": "acdc", "size": 3}, "size=3 with method='acdc'"),
-        ({"to": "zero"}, "to='zero'"),
+        ({"to": "nothing"}, "to='nothing'"),
+        ({"to": "zero", "reference": pairs_of(small)}, "to='zero' with reference: expected no prompts"),
+        ({"reference": pairs_of(small)}, "to='corrupted' with reference=.*: expected neither"),
+        ({"to": "mean", "seed": 3}, "to='mean' with seed=3"),
+        ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions"),
         ({"errors": "maybe"}, "errors='maybe'"),
         ({"nodes": [head, head]}, "each once"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "expected only one kind"),
         ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "gradient of zero in the unpatched clean run.*'exact'"),
-        ({"pairs": pairs_of(small, [0]), "to": "mean"}, "the only one with 7 tokens"),
+        ({"pairs": pairs_of(small, [0]), "to": "resample", "reference": shorter(small)}, "pair 0 has 7 tokens, and no other"),
+        ({"pairs": pairs_of(small, [0]), "to": "mean_by_position", "reference": shorter(small)}, "no prompt of 7 tokens"),
     ):  # fmt: skip
         options: dict[str, Any] = {"pairs": pairs_of(small), "nodes": [head], **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):
@@ -520,9 +545,8 @@ def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small) -> None:
 
 def test_whole_answers_that_are_refused(small: Small) -> None:
     run: dict[str, Any] = {"nodes": HEADS[:1], "metric": "sequence_log_prob", **OPTIONS}
-    for to in ("mean", "resample"):
-        with pytest.raises(fp.FeatpatchError, match=f"to='{to}' with metric 'sequence_log_prob' and answers of several tokens"):
-            fp.find_circuit(small.model, long_pairs(small), to=to, **run)
+    with pytest.raises(fp.FeatpatchError, match="to='mean_by_position' with metric 'sequence_log_prob' and answers of several"):
+        fp.find_circuit(small.model, long_pairs(small), to="mean_by_position", **run)
     with pytest.raises(
         fp.FeatpatchError, match="pair 0: its answers .* several tokens, and logit_diff reads one: .*sequence_log"
     ):

@@ -25,7 +25,7 @@ LITERALS = [
     Literal["exact", "estimate"],
     Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"],
     Literal["auto"],
-    Literal["corrupted", "mean", "resample"],
+    Literal["corrupted", "zero", "mean", "mean_by_position", "resample"],
     Literal["in", "out", "nodes"],
     Literal["signed", "absolute"],
     Literal["logit_diff", "logit"],

@@ -24,7 +24,7 @@ from featpatch.errors import FeatpatchError, check_choices, check_numbers
 from featpatch.frame import Frame
 from featpatch.model.layer import Head
 from featpatch.model.lens import Lens
-from featpatch.model.stack import AttentionOutput, attention_outputs, head_of
+from featpatch.model.stack import AttentionOutput, attention_outputs, head_of, rounding
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pairs import Pairs, check_pairs
@@ -35,11 +35,6 @@ Rows = Float[torch.Tensor, "rows d"]
 
 TOKENS = 256
 """The largest number of tokens that share a forward pass; all components are read in it."""
-
-ROUNDING = 8
-"""The accepted deviation of a sum from what the model computes, as a share of the largest value, in units of its precision; at
-least 0.001, because models compute norms in float32."""
-
 ATTENTION = ("head", "attention", "attention bias")
 """The kinds of contributions that attention writes."""
 
@@ -276,12 +271,7 @@ class _Reader:
                     f"SAE {dictionary.name!r} ({dictionary.codec.kind}) has a decoder that is not linear: expected one that "
                     "adds each feature along a fixed direction, so that contributions sum to the logit; leave it out"
                 )
-        parts = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
-        runs = lens.read(torch.tensor([getattr(pairs[0], run)]), [hook for both in parts for hook in both])
-        outputs = [
-            next((each for each in attention_outputs(lens, layer) if _written(lens, each, runs[z][0], runs[out][0])), None)
-            for layer, (z, out) in enumerate(parts)
-        ]
+        outputs = attention_outputs(lens, torch.tensor([getattr(pairs[0], run)]))
         for dictionary in found:
             if sites.is_component(dictionary.writes, "z") and outputs[sites.layer_of(dictionary.writes)] is None:
                 raise FeatpatchError(
@@ -423,24 +413,12 @@ def _check_sums(lens: Lens, result: LogitAttribution) -> None:
     size = np.abs(result.values).max() + np.abs(result.total).max()
     for sae in ("", *result.replaces):
         off = np.abs(result.residual(sae)).max()
-        if not off <= 4 * _rounding(lens) * size:
+        if not off <= 4 * rounding(lens) * size:
             raise FeatpatchError(
                 f"the contributions {f'with SAE {sae!r} ' if sae else ''}and the logit differ by {off:.3g}: expected a "
                 "residual stream to which layers only add, and a final norm and unembedding without further steps; use "
                 "fp.rank_paths with receivers=['logits'] instead"
             )
-
-
-def _written(lens: Lens, output: AttentionOutput, z: torch.Tensor, out: torch.Tensor) -> bool:
-    """Return whether heads `[pos, ...]` that are added in this way give what attention adds, `[pos, d_model]`."""
-    raw = output.in_front(_wide(z).reshape(len(z), *output.weight.shape[:2]).to(output.weight.device))
-    found = raw if output.norm is None else _wide(output.norm(raw.to(output.weight.dtype)))
-    expected = _wide(out).to(raw)
-    return bool((found - expected).abs().max() <= _rounding(lens) * torch.maximum(raw.abs().max(), expected.abs().max()))
-
-
-def _rounding(lens: Lens) -> float:
-    return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
 
 
 def _dot(one: torch.Tensor, other: Rows) -> Float[torch.Tensor, " rows"]:

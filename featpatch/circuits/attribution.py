@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
 from featpatch.model.lens import Lens
@@ -35,6 +35,7 @@ def summed_scores(
     answers: Int[torch.Tensor, " pairs"],
     measure: Callable[[torch.Tensor], torch.Tensor],
     ablated: Mapping[str, torch.Tensor],
+    regions: Bool[torch.Tensor, "pairs pos regions"] | None = None,
 ) -> Float[torch.Tensor, " edges"]:
     """Return the scores of all edges, receiver by receiver and each with its senders, in the order of the forward pass.
 
@@ -44,6 +45,7 @@ def summed_scores(
         tokens, answers: the clean prompts and the positions of their answers.
         measure: a differentiable function from logits to one value per prompt, of which the sum is estimated.
         ablated: the ablation values at `sender_hooks`.
+        regions: the tokens of each region; an edge then has a score for each of them, one after the other.
     """
     names = ["attn_out", *(() if lens.attention_only else ("mlp_out",))]
     layers, last = range(lens.n_layers), sites.resid_post(lens.n_layers - 1)
@@ -66,7 +68,12 @@ def summed_scores(
     scores = []
 
     def score(gradients: torch.Tensor, senders: int) -> None:
-        scores.append((wide(gradients).flatten(1) @ changes[:senders].T).flatten())
+        if regions is None:
+            scores.append((wide(gradients).flatten(1) @ changes[:senders].T).flatten())
+            return
+        flat = regions.flatten(0, 1)
+        by_row = torch.einsum("rnd,snd->rsn", wide(gradients).flatten(1, -2), changes[:senders].unflatten(1, (len(flat), -1)))
+        scores.append((by_row @ flat.to(by_row)).flatten())
 
     for layer, of_layer in enumerate(projections):
         stream = found.activations[sites.resid_pre(layer)]
@@ -74,7 +81,8 @@ def summed_scores(
             gradient = found.gradients[sites.component(layer, name)]
             score(of_layer.pull(name, stream.flatten(0, 1), gradient.flatten(0, 1)), filled)
         below, filled = filled, filled + heads[layer]
-        changes[below:filled] = of_layer.outputs(moved(sites.component(layer, "z")).flatten(0, 1)).flatten(1)
+        z = sites.component(layer, "z")
+        changes[below:filled] = of_layer.first_order(*(x.flatten(0, 1) for x in (found.activations[z], moved(z)))).flatten(1)
         for output in (sites.component(layer, name) for name in names[1:]):
             attention = found.activations[sites.component(layer, "attn_out")]
             read = stream if lens.parallel else stream + attention.to(stream)

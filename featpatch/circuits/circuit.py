@@ -19,7 +19,7 @@ from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
-from featpatch.nodes import Node
+from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
 
@@ -227,8 +227,8 @@ class Circuit(Plotted):
 
         A circuit of edges gives one edge per item; edges into the query, key and value of a head lead to the node of the head
         and differ in their keys, `"q"`, `"k"` and `"v"`. Where several heads share keys and values, an edge into a shared one
-        is there once per head. A circuit of nodes gives nodes without edges, and `graph.graph["note"]` says which calls
-        measure edges.
+        is there once per head; an edge into a key or value at a position is there once per position of the head. A circuit
+        of nodes gives nodes without edges, and `graph.graph["note"]` says which calls measure edges.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
@@ -237,7 +237,14 @@ class Circuit(Plotted):
             3
         """
         scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
-        made = graph_of(self.items, [float(scores[item]) for item in self.items], self.graph.users)
+        senders = {item.sender for item in self.items if isinstance(item, Edge)}
+
+        def users(receiver: Node) -> list[Node]:
+            """The heads that use a key or value in the circuit, or, if there are none, those at its own position."""
+            found = self.graph.users(receiver)
+            return [user for user in found if user in senders] or [user for user in found if user.position == receiver.position]
+
+        made = graph_of(self.items, [float(scores[item]) for item in self.items], users)
         if self.metadata["over"] == "nodes":
             made.graph["note"] = NO_EDGES
         return made
@@ -396,7 +403,7 @@ class Circuit(Plotted):
         """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""
         while True:
             drawn = generator.choice(group, len(group))
-            if self.graph.to == "corrupted" or len(set(drawn.tolist())) > 1:
+            if self.graph.to not in ("mean_by_position", "resample") or len(set(drawn.tolist())) > 1 or len(group) < 2:
                 return drawn
 
     def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:

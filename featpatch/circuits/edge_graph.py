@@ -5,13 +5,19 @@ Senders are the embedding, heads and MLPs; receivers are a head's query, key or 
 output in this run, which upstream ablations may have changed; an ablated edge carries the sender's ablation value (Conmy et al.
 2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable with respect to how far each edge
 is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
+
+If a norm follows attention (Gemma 2 and 3, OLMo 2), a head's output is what goes into the norm, and the norm too is recomputed
+for each receiver: a receiver reads norm(sum of heads, each kept or ablated, + bias). This is how EAP-IG evaluates circuits; its
+estimates leave that norm out. So all edges of a head ablated are the head ablated, and an edge is a direct path. A norm after
+an MLP is a part of the MLP.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, pairwise, product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,15 +27,19 @@ from tqdm.auto import tqdm
 
 from featpatch import sites
 from featpatch.circuits.attribution import INSIDE, sender_hooks, summed_scores
-from featpatch.circuits.graph import Graph, prompts, settled
+from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import Mediators, Place
+from featpatch.circuits.regions import Regions
 from featpatch.errors import FeatpatchError
-from featpatch.model.stack import Projections, projections_of
+from featpatch.model.layer import Norm
+from featpatch.model.stack import AttentionOutput, Projections, attention_outputs, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
 from featpatch.pairs.pairs import Pairs
+from featpatch.patching.ablation import Everywhere
 from featpatch.patching.paths import path_study
 from featpatch.patching.readings import AtAnswer
 from featpatch.patching.study import Options
+from featpatch.sae.dictionary import Dictionary
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
@@ -61,6 +71,8 @@ class _Run:
         outside: the ablation values of senders.
         written: the outputs of senders in this run.
         projections: the projections of each layer's attention; None if heads go through the model.
+        regions: the number of the region of each token, `[pairs, pos]`; None if edges are not told apart by position.
+        in_front: what goes into the norm after attention, `[circuits, pairs, pos, d_model]`, by layer with such a norm.
     """
 
     tokens: torch.Tensor
@@ -69,6 +81,8 @@ class _Run:
     outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     written: Written = field(default_factory=dict)
     projections: Sequence[Projections] | None = None
+    regions: torch.Tensor | None = None
+    in_front: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def note(self, written: Written) -> Written:
         """Store outputs of senders in the run and return them."""
@@ -82,28 +96,51 @@ class EdgeGraph(Graph):
 
     Attributes:
         mediators: the mediators, by place.
+        regions: the regions at which edges are told apart.
     """
 
     mediators: Mapping[Place, Mediators] = field(default_factory=dict)
+    regions: Regions = field(default_factory=Regions)
     _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
     _where: dict[int, Mapping[Place, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._layout = self._lay_out()
-        self._edges = [Edge.of(sender, receiver) for receiver, sent in self._layout.items() for sender in sent]
+        self._edges = [
+            Edge.of(replace(sender, position=region), replace(receiver, position=region)) if self.regions.given
+            else Edge.of(sender, receiver)
+            for receiver, sent in self._layout.items() for sender in sent for region in self.regions.names
+        ]  # fmt: skip
         self.items = tuple(self._edges)
+        self._starts, start = dict[Node, int](), 0
+        for receiver, sent in self._layout.items():
+            self._starts[receiver], start = start, start + len(sent) * len(self.regions.names)
 
     def check(self) -> None:
         """Check the pairs as in `Graph.check`, and that the model's parts add up to the model.
 
         Raises:
-            FeatpatchError: if they do not, because of a norm after heads or MLPs, an unusual layer or quantised weights.
+            FeatpatchError: if they do not, because of an unusual layer or quantised weights, or a dictionary's nodes can't be
+                ablated in this way.
         """
+        for place, group in self.mediators.items():
+            if place[1] == "z" and self._outputs[place[0]] is None:
+                raise FeatpatchError(
+                    f"{group.dictionary.name} writes to {group.dictionary.writes}, and W_O of that layer can't be read or does "
+                    "not give what attention adds, so its features have no direction in the residual stream: expected readable "
+                    "weights of the standard form; leave its nodes out"
+                )
+            if isinstance(self.ablation, Everywhere) and group.dictionary.behaviour.scaled:
+                raise FeatpatchError(
+                    f"to={self.to!r} with {group.dictionary.name}, which scales features by the size of the activation at each "
+                    "token: expected to='corrupted' or 'resample' for edges, because zeros have no size, and the mean of a "
+                    "feature is not that of what it writes"
+                )
         super().check()
         found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
         if not np.abs(found - self.whole).max() <= TOLERANCE * size:
-            expected = "heads and MLPs that write to the residual stream without a norm after them"
+            expected = "heads whose sum, with or without a norm after it, and MLPs that are added to the residual stream"
             if self.lens.quantised:
                 expected = (
                     f"weights that are not quantised (these are: {self.lens.quantised}), since quantised weights round each "
@@ -137,7 +174,7 @@ class EdgeGraph(Graph):
             sent = through((layer, "pre"), sent)
             for name in INSIDE:
                 found |= dict.fromkeys(self._heads_at(layer, name), sent)
-            heads = through((layer, "attn"), tuple(self._heads_at(layer, "z")))
+            heads = through((layer, "attn"), through((layer, "z"), tuple(self._heads_at(layer, "z"))))
             mid = through((layer, "mid"), (*sent, *heads))
             if not self.lens.attention_only:
                 mlp = self._mlp(layer)
@@ -170,7 +207,8 @@ class EdgeGraph(Graph):
         between, so the patches are those of `rank_paths` with `route="direct"`: they run from the receiver's layer on, and
         many share a forward pass. Other edges are measured in whole passes.
         """
-        if self.to != "corrupted" or self.mediators or not isinstance(self.read, AtAnswer):
+        as_paths = self.to == "corrupted" and not self.mediators and not self.regions.given and isinstance(self.read, AtAnswer)
+        if not as_paths or (self.normed and self._projections is None):
             return super().alone(progress=progress)
         found = np.zeros((len(self.items), len(self.pairs)))
         blocks = [list(block) for _, block in groupby(self._layout, key=lambda receiver: receiver.site)]
@@ -211,14 +249,15 @@ class EdgeGraph(Graph):
 
         These are the edges that EAP-IG's `Graph.prune` removes. A head is reached through any of its query, key and value.
         """
-        number = {node: n for n, node in enumerate(dict.fromkeys([*self._senders, LOGITS]))}
+        ends = [edge.receiver for edge in self._edges if edge.receiver.site == LOGITS.site]
+        number = {node: n for n, node in enumerate(dict.fromkeys([*self._senders, *ends]))}
         senders = np.array([number[sender] for sender in self._senders])
         starts = [next(of_receiver)[0] for _, of_receiver in groupby(enumerate(self._edges), key=lambda item: item[1].receiver)]
         parts = [(slice(*ends), [number[user] for user in self.users(self._edges[ends[0]].receiver) if user in number])
                  for ends in pairwise([*starts, len(self._edges)])]  # fmt: skip
         reached, leads = (np.zeros((len(masks), len(number)), dtype=bool) for _ in range(2))
         reached[:, [n for node, n in number.items() if node.site == sites.EMBEDDING]] = True
-        leads[:, number[LOGITS]] = True
+        leads[:, [number[node] for node in ends]] = True
         for part, users in parts:
             reached[:, users] |= (masks[:, part] & reached[:, senders[part]]).any(1, keepdims=True)
         for part, users in reversed(parts):
@@ -237,18 +276,27 @@ class EdgeGraph(Graph):
         return masks.sum(1).astype(np.float64)
 
     def about(self) -> Mapping[str, Any]:
-        """Return what to store with the results: that the items are edges, and the dictionaries."""
+        """Return what to store with the results: that the items are edges, their positions, and the dictionaries."""
         return {
             "over": "edges",
+            "positions": list(self.regions.given) or "all",
             "saes": {group.dictionary.name: group.dictionary.digest() for group in self.mediators.values()},
         }
 
+    def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
+        """Return the hook points whose activations determine what senders write, and the dictionaries of mediators."""
+        dictionaries = [group.dictionary for group in self.mediators.values()]
+        return list(dict.fromkeys([*sender_hooks(self.lens), *(each.writes for each in dictionaries)])), dictionaries
+
     @cached_property
     def empty(self) -> NDArray[np.float64]:
-        """The metric of each pair with all edges ablated, where the logits read nothing but ablation values."""
+        """The metric of each pair with all edges ablated, which is that of the ablation run if values come from one."""
         last, values = sites.resid_post(self.lens.n_layers - 1), torch.zeros(len(self.runs), dtype=torch.float64)
         for some in self._groups():
-            final = settled(self.lens.read(prompts(self.runs, some, self.to), [last])[last], self.to)
+            others = self.others(some)
+            if others is None:
+                return super().empty
+            final = self.lens.read(others, [last])[last]
             with torch.no_grad():
                 values[some] = self.metric_of(self.unembedded(final, *self._prompts(some))[None], some)[0].cpu()
         result: NDArray[np.float64] = self.combined(values).numpy()
@@ -289,21 +337,19 @@ class EdgeGraph(Graph):
         """Estimate the change of the weighted sum of some runs' metrics with each edge ablated, see `attribution`."""
         hooks, size = sender_hooks(self.lens), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         parts = [slice(start, start + size) for start in range(0, len(some), size)]
-        others: Iterable[Mapping[str, torch.Tensor]] = (
-            self.lens.read(prompts(self.runs, some[part], self.to), hooks) for part in parts
-        )
-        if self.to != "corrupted":
-            read = list(others)
-            values = {hook: settled(torch.cat([of_part[hook] for of_part in read]), self.to) for hook in hooks}
-            others = ({hook: values[hook][part] for hook in hooks} for part in parts)
+        same = self._fixed(some, hooks) if self.others(some[:1]) is None else None
         total = torch.zeros(len(self.items), dtype=torch.float64)
-        for part, ablated in zip(parts, others, strict=True):
+        for part in parts:
+            others, numbers = self.others(some[part]), self._regions_of(some[part])
+            regions = None if numbers is None else numbers[..., None] == torch.arange(len(self.regions.names))
+            ablated = same if others is None else self.lens.read(others, hooks)
+            assert ablated is not None
 
             def measure(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
                 return self._differentiable(self.metric_of(logits[None], some[part])[0]) * weights[part].to(logits.device)
 
             tokens, answers = self._prompts(some[part])
-            total += summed_scores(self.lens, by_weights, tokens, answers, measure, ablated).double().cpu()
+            total += summed_scores(self.lens, by_weights, tokens, answers, measure, ablated, regions).double().cpu()
         return total
 
     def _slopes(self, some: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
@@ -332,6 +378,67 @@ class EdgeGraph(Graph):
         some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
         return projections_of(self.lens, self._prompts(some[:1])[0])
 
+    @cached_property
+    def _outputs(self) -> list[AttentionOutput | None]:
+        """The way in which each layer adds its heads to the residual stream; None if it can't be had from the weights."""
+        some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
+        return attention_outputs(self.lens, self._prompts(some[:1])[0])
+
+    def _norm(self, layer: int) -> Norm | None:
+        """Return the norm after a layer's attention, if there is one."""
+        output = self._outputs[layer]
+        return None if output is None else output.norm
+
+    @cached_property
+    def normed(self) -> dict[Node, int]:
+        """The layer of each sender whose output goes into a norm, together with the others of its layer."""
+        found: dict[Node, int] = {}
+        for layer in (layer for layer in range(self.lens.n_layers) if self._norm(layer) is not None):
+            group = self.mediators.get((layer, "z"))
+            found |= dict.fromkeys(group.nodes if group else self._heads_at(layer, "z"), layer)
+        return found
+
+    def _regions_of(self, some: Sequence[int]) -> torch.Tensor | None:
+        """Return the number of the region of each token of some equally long runs, `[runs, pos]`."""
+        if not self.regions.given:
+            return None
+        pairs = (self.pairs[self.readings[index][0]] for index in some)
+        return torch.stack([self.regions.numbers(pair, len(self.runs[some[0]])) for pair in pairs])
+
+    def _fixed(self, some: Sequence[int], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return ablation values `[1, pos, ...]` that are the same in all runs, by hook point."""
+        tokens, _ = self._prompts(some[:1])
+        read = self.lens.read(tokens, hooks)
+        return {hook: self.everywhere(hook, (read[hook][0],), tokens.shape[1])[0][None] for hook in hooks}
+
+    def _ablation_values(self, some: Sequence[int]) -> Written:
+        """Return the ablation value of each sender's output, `[runs or 1, pos, d_model]`."""
+        others, where = self.others(some), self._where[some[0]]
+        if others is not None:
+            run = _Run(others, where)
+            self._pass(run)
+            return {node: values[0] for node, values in run.written.items()}
+        tokens, _ = self._prompts(some[:1])
+        hooks, _ = self.ablated()
+        fixed = self._fixed(some, hooks)
+        stream = fixed[sites.resid_pre(0)]
+        found = {EMBEDDING: stream}
+        for layer in range(self.lens.n_layers):
+            z = fixed[sites.component(layer, "z")]
+            in_slots = (layer, "z") in self.mediators
+            heads = self._slots(layer, z[None]) if in_slots else self._by_head(layer, stream[None], z, tokens)[0]
+            found |= {node: values[0] for node, values in heads.items()}
+            if not self.lens.attention_only:
+                found[Node(sites.component(layer, "mlp_out"), "activation")] = fixed[sites.component(layer, "mlp_out")]
+        for place, group in self.mediators.items():
+            passing = fixed[group.dictionary.writes].flatten(2)
+            split = group.dictionary.split(*(self.lens.read(tokens, [hook])[hook] for hook in (
+                group.dictionary.reads, group.dictionary.writes)))  # fmt: skip
+            features, error = self.everywhere(group.dictionary, (split.features[0], split.error[0]), tokens.shape[1])
+            shares = group.fixed(features[None], error[None], passing, where[place])
+            found |= {node: self._written_by(place, share) for node, share in shares.items()}
+        return found
+
     def _prompts(self, some: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the clean tokens `[runs, pos]` and the answer positions `[runs]` of some equally long runs."""
         answers = torch.tensor([self.runs[index].answer_position for index in some])
@@ -343,11 +450,11 @@ class EdgeGraph(Graph):
             if some[0] not in self._outside:
                 where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
                 self._where[some[0]] = where
-                other = _Run(prompts(self.runs, some, self.to), where)
-                self._pass(other)
-                self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
+                self._outside[some[0]] = self._ablation_values(some)
         projections = None if kept.requires_grad else self._projections
-        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], projections=projections))
+        regions = self._regions_of(some)
+        run = _Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], projections=projections, regions=regions)
+        final = self._pass(run)
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
@@ -359,9 +466,7 @@ class EdgeGraph(Graph):
         sent = run.note({EMBEDDING: stream})
         for layer in range(self.lens.n_layers):
             stream, sent = self._mediated((layer, "pre"), stream, sent, run)
-            heads, bias = self._attention(layer, stream, sent, run)
-            self._bias[layer] = bias.expand_as(stream)[0, 0]
-            added, heads = self._mediated((layer, "attn"), sum(heads.values(), bias), heads, run)
+            added, heads = self._mediated((layer, "attn"), *self._attention(layer, stream, sent, run), run)
             mid, below = self._mediated((layer, "mid"), stream + added, sent | heads, run)
             if not self.lens.attention_only:
                 seen = (stream, sent) if self.lens.parallel else (mid, below)
@@ -377,11 +482,22 @@ class EdgeGraph(Graph):
         if place not in self.mediators:
             return passing, sent
         rows, which = self._inputs(self.mediators[place].nodes, passing, sent, run)
-        shares = run.note(self.mediators[place].shares(rows, rows, which, run.where[place]))
-        return torch.stack(list(shares.values())).sum(0), shares
+        shares = self.mediators[place].shares(rows, rows, which, run.where[place])
+        found = run.note({node: self._written_by(place, share) for node, share in shares.items()})
+        return torch.stack(list(found.values())).sum(0), found
 
-    def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> tuple[Written, torch.Tensor]:
-        """Compute the output of each head from its own query, key and value inputs, and the bias of attention."""
+    def _written_by(self, place: Place, share: torch.Tensor) -> torch.Tensor:
+        """Return what a mediator writes to the residual stream (before a norm after attention), given its output."""
+        output = self._outputs[place[0]] if place[1] == "z" else None
+        return share if output is None else (share.to(output.weight) @ output.weight.flatten(0, 1)).to(share)
+
+    def _slots(self, layer: int, z: torch.Tensor) -> Written:
+        """Return what each head adds to `z`, `[circuits, pairs, pos, heads, d_head]`, in which heads lie side by side."""
+        own = torch.eye(z.shape[3], dtype=z.dtype, device=z.device)[:, :, None]
+        return {node: (z * own[head]).flatten(3) for head, node in enumerate(self._heads_at(layer, "z"))}
+
+    def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> tuple[torch.Tensor, Written]:
+        """Compute what attention adds, and the output of each head from its own inputs, or of the mediators at `hook_z`."""
         inside = {}
         for name in INSIDE:
             hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
@@ -392,13 +508,24 @@ class EdgeGraph(Graph):
             values = self._through(layer, rows.flatten(0, 2), run.tokens, hook).unflatten(0, rows.shape[:3])
             inside[hook] = torch.stack([values[row, ..., head, :] for head, row in enumerate(which)], -2).flatten(0, 1)
         z = self._through(layer, stream.flatten(0, 1), run.tokens, sites.component(layer, "z"), inside)
-        if run.projections:
+        if (layer, "z") in self.mediators:
+            z = z.unflatten(0, stream.shape[:2])
+            slots, output = run.note(self._slots(layer, z)), self._outputs[layer]
+            assert output is not None
+            _, heads = self._mediated((layer, "z"), z.flatten(3), slots, run)
+            bias = stream.new_zeros(stream.shape[-1]) if output.bias is None else output.bias.to(stream)
+        elif run.projections:
             each, bias = run.projections[layer].outputs(z.flatten(0, 1)), run.projections[layer].bias.to(stream)
             nodes = self._heads_at(layer, "z")
             heads = {node: output.view_as(stream) for node, output in zip(nodes, each.to(stream), strict=True)}
         else:
             heads, bias = self._by_head(layer, stream, z, run.tokens)
-        return run.note(heads), bias
+        total, norm = sum(run.note(heads).values(), bias), self._norm(layer)
+        self._bias[layer] = bias.expand_as(stream)[0, 0]
+        if norm is None:
+            return total, heads
+        run.in_front[layer] = total
+        return norm(total).to(total), heads
 
     def _mlp_outputs(self, layer: int, stream: torch.Tensor, sent: Written, run: "_Run") -> Written:
         """Compute the output of an MLP, or of the nodes of its dictionary."""
@@ -428,23 +555,37 @@ class EdgeGraph(Graph):
         """
         if run.ablated is None:
             return passing[None], [0] * len(receivers)
-        start = self._numbers[Edge.of(next(iter(sent)), receivers[0])]
-        ablated = run.ablated[:, start : start + len(receivers) * len(sent)].unflatten(1, (len(receivers), len(sent)))
+        start, parts = self._starts[receivers[0]], (len(receivers), len(sent), len(self.regions.names))
+        ablated = run.ablated[:, start : start + prod(parts)].unflatten(1, parts)
         changed = torch.ones_like(ablated, dtype=torch.bool) if ablated.requires_grad else ablated != 0
-        of_receiver, of_sender = changed.any(0).any(1), changed.any(0).any(0)
+        of_receiver, of_sender = changed.any(0).any(2).any(1), changed.any(0).any(2).any(0)
         if not of_receiver.any():
             return passing[None], [0] * len(receivers)
+        weights = dict(zip(sent, ablated[:, of_receiver].to(passing).unbind(2), strict=True))
         nodes = [node for node, any_ablated in zip(sent, of_sender.tolist(), strict=True) if any_ablated]
-        changes = torch.stack([run.outside[node].to(sent[node]) - sent[node] for node in nodes], 1)
-        weights = ablated[:, of_receiver][:, :, of_sender].to(changes)
-        moved = (weights @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)
+        moved = torch.zeros_like(passing)
+        for layer, group in groupby(sorted(nodes, key=self._norm_key), key=self._norm_key):
+            some = list(group)
+            changes = torch.stack([run.outside[node].to(sent[node]) - sent[node] for node in some], 1)
+            change = _weighted(torch.stack([weights[node] for node in some], 2), changes, run.regions)
+            norm = None if layer < 0 else self._norm(layer)
+            before = None if norm is None else run.in_front[layer]
+            moved = moved + (change if norm is None or before is None else (norm(before + change) - norm(before)).to(change))
         whole = [] if of_receiver.all() else [passing[None]]
         which = torch.where(of_receiver, of_receiver.cumsum(0) - 1 + len(whole), 0)
         return torch.cat([*whole, passing + moved]), which.tolist()
 
+    def _norm_key(self, sender: Node) -> int:
+        """Return the layer of the norm that a sender's output goes into, or -1 if there is none."""
+        return self.normed.get(sender, -1)
+
     def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
-        """Split the output of attention into the outputs of its heads and the bias."""
-        count, hook = z.shape[2], sites.component(layer, "z")
+        """Split what attention adds, or what goes into the norm after it, into the outputs of its heads and the bias."""
+        count, hook, output = z.shape[2], sites.component(layer, "z"), self._outputs[layer]
+        if output is not None:
+            written = torch.einsum("rphd,hdm->hrpm", z.to(output.weight), output.weight).to(stream)
+            bias = stream.new_zeros(stream.shape[-1]) if output.bias is None else output.bias.to(stream)
+            return {Node(hook, "head", head): each.view_as(stream) for head, each in enumerate(written)}, bias
         alone = torch.cat(
             [torch.zeros_like(z)[None], z * torch.eye(count, dtype=z.dtype, device=z.device)[:, None, None, :, None]]
         )
@@ -481,12 +622,17 @@ class EdgeGraph(Graph):
         return layer, "pre" if self.lens.parallel else place
 
     def users(self, receiver: Node) -> list[Node]:
-        """Return the heads that use a query, key or value (several if keys and values are shared), or the receiver itself."""
-        if receiver.kind != "head":
+        """Return the heads that use a query, key or value, or the receiver itself.
+
+        They are several if keys and values are shared, and heads in all regions use keys and values in any.
+        """
+        if receiver.kind != "head" or not sites.is_component(receiver.site, *INSIDE):
             return [receiver]
         layer, name = sites.layer_of(receiver.site), receiver.site[-1]
         shared, first = self.heads(layer, "z") // self.heads(layer, name), int(receiver.index or 0)
-        return [Node(sites.component(layer, "z"), "head", head) for head in range(first * shared, (first + 1) * shared)]
+        positions = [receiver.position] if name == "q" else self.regions.names
+        heads = range(first * shared, (first + 1) * shared)
+        return [Node(sites.component(layer, "z"), "head", head, position) for position, head in product(positions, heads)]
 
     def head_output(self, layer: int, head: int, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         """Compute the output of a head from the inputs `[prompts, pos, d_model]` of its query, key and value."""
@@ -514,3 +660,16 @@ class EdgeGraph(Graph):
     def heads(self, layer: int, name: str) -> int:
         """Return the number of heads at a hook point of a layer's attention."""
         return self.lens.heads(sites.component(layer, name))
+
+
+def _weighted(weights: torch.Tensor, changes: torch.Tensor, regions: torch.Tensor | None) -> torch.Tensor:
+    """Return the weighted sum of senders' changes for each receiver, `[receivers, circuits, pairs, pos, d_model]`.
+
+    Args:
+        weights: the weight of each edge, `[circuits, receivers, senders, regions]`.
+        changes: the changes, `[circuits, senders, pairs, pos, d_model]`.
+        regions: the number of the region of each token, `[pairs, pos]`; None for a single region.
+    """
+    if regions is None:
+        return (weights[..., 0] @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)
+    return torch.einsum("crsbt,csbtd->rcbtd", weights[..., regions.to(weights.device)], changes)

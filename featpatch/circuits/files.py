@@ -66,12 +66,12 @@ def to_eap_ig(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64]) 
         FeatpatchError: the graph has items that EAP-IG's has not.
     """
     lens = graph.lens
-    strange = next((item for item in graph.items if not isinstance(item, Edge) or graph.candidates), None)
+    strange = next((i for i in graph.items if not isinstance(i, Edge) or graph.candidates or i.position != "all"), None)
     if strange is not None or lens.attention_only:
         what = "a model without MLPs" if strange is None else f"{str(strange)!r}"
         raise FeatpatchError(
             f"form='eap_ig' with {what}: expected a circuit of edges between embedding, heads, MLPs and logits, without "
-            "features; save it with form='featpatch'"
+            "features and at all positions together; save it with form='featpatch'"
         )
     kept, values = set(items), scores if len(scores) else np.zeros(len(graph.items))
     edges, nodes = {}, dict.fromkeys(["input", "logits"], True)

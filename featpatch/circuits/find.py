@@ -18,6 +18,7 @@ from featpatch.circuits.files import from_eap_ig, read_circuit
 from featpatch.circuits.graph import Complement, Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
+from featpatch.circuits.regions import Regions
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
 from featpatch.metrics import Metric
@@ -25,6 +26,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Edge, Node
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.readings import readout
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
@@ -91,13 +93,14 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
     This is the greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
     """
     into = defaultdict[Node, list[tuple[int, int]]](list)
+    reached = {edge.receiver for edge in graph.items if isinstance(edge, Edge) and edge.receiver.site == LOGITS.site}
     for place, number in enumerate(ranking(scores, "absolute").tolist()):
         edge = graph.items[number]
         assert isinstance(edge, Edge)
         for user in graph.users(edge.receiver):
             into[user].append((place, number))
     chosen: list[int] = []
-    kept, reached, following = np.zeros((1, len(graph.items)), dtype=bool), {LOGITS}, list(into[LOGITS])
+    kept, following = np.zeros((1, len(graph.items)), dtype=bool), sorted(edge for node in reached for edge in into[node])
     while following and (size is None or len(chosen) < size):
         _, number = heapq.heappop(following)
         if kept[0, number]:  # an edge into a shared key or value, once per head
@@ -226,6 +229,19 @@ def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> No
         )
 
 
+def check_region_free(over: str, nodes: Any, positions: Positions) -> None:
+    """Check that positions are not given where nodes have their own.
+
+    Raises:
+        FeatpatchError: if they are.
+    """
+    if nodes is not None and (not isinstance(positions, str) or positions != "all"):
+        raise FeatpatchError(
+            f"positions={positions!r} with nodes and over={over!r}: expected no positions, because nodes have their own; name "
+            "them there, e.g. fp.head(1, 3, position='S2'), or leave nodes out, for edges between components at positions"
+        )
+
+
 def find_circuit(
     model: Any,
     pairs: Pairs,
@@ -233,12 +249,15 @@ def find_circuit(
     saes: Any = None,
     over: Literal["nodes", "edges"] | None = None,
     nodes: Effects | Sequence[Node] | None = None,
+    positions: Positions = "all",
     method: Method = "threshold",
     scores: Literal["exact", "estimate"] | None = None,
     threshold: float | None = None,
     size: int | None = None,
     target: float | None = None,
     to: Complement = "corrupted",
+    reference: Pairs | None = None,
+    seed: int | None = None,
     errors: Errors | None = None,
     metric: str | Metric | Sequence[str | Metric] = "logit_diff",
     journal: str | Path | None = None,
@@ -256,6 +275,8 @@ def find_circuit(
         nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
             At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
             residual stream, of `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
+        positions: for edges between components: `"all"`: an edge is kept or ablated at all positions together. `"each"`, or
+            labels and indices: separately at each of these positions, and at all others together (position `"elsewhere"`).
         method: `"threshold"`: keep the items with the largest score. `"greedy"`: until faithfulness reaches `target`, add the
             node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
@@ -268,8 +289,10 @@ def find_circuit(
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
-        to: the ablation values of the complement: `"corrupted"`, `"mean"` or `"resample"` (the latter two from the clean runs
-            of equally long pairs).
+        to: the ablation values of the complement: those of the `"corrupted"` run, or `"zero"`, `"mean"`, `"mean_by_position"`
+            or `"resample"` as in `fp.ablate`. For edges they are those of what each sender writes, at every position; nodes
+            keep their values at special tokens, unless the ablation values come from a run.
+        reference, seed: the prompts that are averaged or resampled, and the seed for resampling, as in `fp.ablate`.
         errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
             other nodes (`"nodes"`). For edges `"in"` means that errors are a part of the rest.
         metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
@@ -296,17 +319,19 @@ def find_circuit(
     check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
+    check_region_free(over, nodes, positions)
     check_search(method, over, scores, threshold, size, target)
     size = None if size is None else int(size)
     threshold, target = (None if value is None else float(value) for value in (threshold, target))
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
-        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
+        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False, "positions": positions,
+        "reference": reference, "seed": seed,
     }  # fmt: skip
     errors = errors or "in"
     threshold, target = THRESHOLD if threshold is None else threshold, TARGET if target is None else target
     lens = wrap(model)
-    graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
+    graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric, positions, reference, seed)
     if size is not None and size > len(graph.items):
         raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the number of {over}")
     scores = scores or _default_scores(graph, method, progress=progress)
@@ -325,6 +350,7 @@ def find_circuit(
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
         "threshold": threshold, "size": size, "target": target, "errors": errors,
+        "ablation": {**graph.ablation.noted, "own": reference is None},
         "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
         "finished": finished, **provenance(lens, pairs),
     }  # fmt: skip
@@ -339,6 +365,7 @@ def load_circuit(
     *,
     saes: Any = None,
     to: Complement | None = None,
+    reference: Pairs | None = None,
     metric: str | Metric | Sequence[str | Metric] | None = None,
 ) -> Circuit:
     """Read a circuit from a file, so that it can be measured, drawn and compared again, also on other pairs.
@@ -349,6 +376,8 @@ def load_circuit(
         pairs: the pairs on which the circuit is measured from now on.
         saes: the SAEs of the features and error terms among the nodes.
         to: the ablation values of the complement; by default those in the file, or `"corrupted"` for a file of EAP-IG.
+        reference: the prompts that are averaged or resampled; needed if the circuit was found with other prompts than its
+            pairs.
         metric: one metric; by default that in the file, or `"logit_diff"` for a file of EAP-IG.
 
     Returns:
@@ -368,10 +397,17 @@ def load_circuit(
     about: Mapping[str, Any] = content.get("metadata", {"over": "edges", "method": "EAP-IG's file"})
     to, metric = to or about.get("outside", "corrupted"), about.get("metric", "logit_diff") if metric is None else metric
     check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
+    noted = about.get("ablation", {}) if to == about.get("outside") else {}
+    if reference is None and not noted.get("own", True):
+        raise FeatpatchError(
+            f"this circuit's ablation values (to={to!r}) come from other prompts, which the file does not hold: expected them "
+            "as reference=..., or another `to`"
+        )
     over: Any = about.get("over")
     nodes, errors = content.get("candidates") or None, cast(Errors, about.get("errors") or "in")
     check_candidates(over, nodes, saes, errors if saes is not None else None)
-    graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
+    positions, seed = about.get("positions", "all"), noted.get("seed")
+    graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric, positions, reference, seed)
     if "edges" in content:
         items, scores = from_eap_ig(graph, content["edges"])
     else:
@@ -389,21 +425,35 @@ def load_circuit(
             raise FeatpatchError(
                 "this circuit was found by EAP-IG: expected one that fp.find_circuit found, to find it again for other pairs"
             )
-        return find_circuit(model, other, saes=saes, over=over, nodes=nodes, to=to, metric=metric, progress=False, **options)
+        given = {"to": to, "reference": reference, "seed": seed, "metric": metric, "positions": positions}
+        return find_circuit(model, other, saes=saes, over=over, nodes=nodes, progress=False, **given, **options)
 
     metadata = {**about, "metric": graph.name, "outside": to, **provenance(lens, pairs)}
     return Circuit(graph, items, scores, metadata, again)
 
 
-def _graph(lens: Lens, pairs: Pairs, saes: Any, over: Any, nodes: Any, to: Complement, errors: Errors, metric: Any) -> Graph:
+def _graph(
+    lens: Lens,
+    pairs: Pairs,
+    saes: Any,
+    over: Any,
+    nodes: Any,
+    to: Complement,
+    errors: Errors,
+    metric: Any,
+    positions: Positions,
+    reference: Pairs | None,
+    seed: int | None,
+) -> Graph:
     """Return the graph of some candidates, after checking that circuits can be found in it."""
     read, found = readout(metric, single=True), dictionaries_if_any(lens, saes)
     candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
     graph: Graph
     if over == "nodes":
-        graph = NodeGraph(lens, pairs, to, read, candidates, dictionaries=found, errors=errors)
+        graph = NodeGraph(lens, pairs, to, read, candidates, found, errors, reference=reference, seed=seed)
     else:
-        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators_of(lens, candidates, found))
+        mediators, regions = mediators_of(lens, candidates, found), Regions.of(positions, pairs)
+        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators, regions=regions, reference=reference, seed=seed)
     graph.check()
     graph.check_gap()
     return graph

@@ -1,6 +1,6 @@
 """The base class of graphs: a model in which any choice of nodes or edges can be ablated together.
 
-Ablation values of the complement are taken from other prompts.
+The ablation values of the complement are those of the corrupted run, or as in `featpatch.patching.ablation`.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,9 @@ from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
+from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
 from featpatch.patching.readings import Reading, Readout, readings_of
+from featpatch.sae.dictionary import Dictionary
 
 Array = NDArray[np.float64]
 
@@ -35,39 +37,8 @@ TOKENS_AT_ONCE = 4096
 MASK_BYTES = 1 << 20
 """The largest size of the masks that are made together."""
 
-Complement = Literal["corrupted", "mean", "resample"]
-"""The source of ablation values. `corrupted`: the pair's corrupted run. `mean`: the mean at each position over the clean runs
-of equally long pairs. `resample`: the clean run of another equally long pair."""
-
-
-def check_complement(to: str, pairs: Pairs) -> None:
-    """Check that ablation values can be taken from a source.
-
-    Raises:
-        FeatpatchError: if the source is unknown, or needs other pairs of the same length and there are none.
-    """
-    check_choices(get_args(Complement), to=to)
-    alone = [group for group in pairs.by_length().values() if len(group) < 2]
-    if to != "corrupted" and alone:
-        raise FeatpatchError(
-            f"pair {alone[0][0]} is the only one with {len(pairs[alone[0][0]])} tokens, and to={to!r} takes values from other "
-            "pairs of the same length: expected two or more pairs of each length; add pairs, or pass to='corrupted'"
-        )
-
-
-def prompts(pairs: Pairs, some: Sequence[int], to: Complement) -> torch.Tensor:
-    """Return the token ids `[pairs, pos]` of the runs that ablation values are taken from."""
-    return torch.tensor([pairs[index].corrupted if to == "corrupted" else pairs[index].clean for index in some])
-
-
-def settled(values: torch.Tensor, to: Complement) -> torch.Tensor:
-    """Return the ablation values of each pair from the activations `[pairs, ...]` of `prompts`.
-
-    They are the pair's own row, the mean over all rows, or the row of the previous pair.
-    """
-    if to == "mean":
-        return values.mean(0, keepdim=True).expand_as(values)
-    return values.roll(1, 0) if to == "resample" else values
+Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
+"""The ablation values of the complement: those of the pair's corrupted run (`corrupted`), or those of `fp.ablate`."""
 
 
 @dataclass(eq=False)
@@ -77,9 +48,11 @@ class Graph(ABC):
     Attributes:
         lens: the model.
         pairs: the clean and corrupted prompts.
-        to: the source of the ablation values.
+        to: the ablation values of the complement.
         read: the metric that is measured.
         items: all nodes, or all edges, that can be ablated.
+        reference: pairs whose prompts are averaged or resampled; None for `pairs`.
+        seed: the seed for resampling.
     """
 
     lens: Lens
@@ -87,6 +60,8 @@ class Graph(ABC):
     to: Complement
     read: Readout
     items: tuple[Node, ...] = ()
+    reference: Pairs | None = field(default=None, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _journal: Journal | None = field(default=None, init=False, repr=False)
@@ -97,13 +72,50 @@ class Graph(ABC):
         Raises:
             FeatpatchError: if the complement can't be ablated in this way, or hooks are attached to the model.
         """
-        check_complement(self.to, self.pairs)
-        if self.to != "corrupted" and any(reading.continuation for _, reading in self.readings):
+        check_choices(get_args(Complement), to=self.to)
+        if self.to == "mean_by_position" and any(reading.continuation for _, reading in self.readings):
             raise FeatpatchError(
-                f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected to='corrupted', because the "
-                "other pairs' prompts are followed by other answers"
+                f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected another `to`, such as "
+                "'mean', because there are no prompts with other answers to average at the positions of the answer"
             )
+        assert self.ablation
         self.lens.check_unhooked()
+
+    @cached_property
+    def ablation(self) -> AblationValues:
+        """The ablation values of the complement.
+
+        Raises:
+            FeatpatchError: if there are no prompts to take them from, or an argument is not used.
+        """
+        if self.to != "corrupted":
+            return named_values(self.lens, self.pairs, self.to, self.reference, self.seed, *self.ablated())
+        if self.reference is not None or self.seed is not None:
+            raise FeatpatchError(
+                f"to='corrupted' with reference={self.reference!r}, seed={self.seed!r}: expected neither, because each pair "
+                "has its own corrupted prompt; leave them out, or pass another `to`"
+            )
+        return OtherPrompts(self.lens, [pair.corrupted for pair in self.pairs])
+
+    @abstractmethod
+    def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
+        """Return the hook points, and the dictionaries, whose activations are ablated."""
+
+    def others(self, some: Sequence[int]) -> torch.Tensor | None:
+        """Return the prompts `[runs, pos]` whose activations are the ablation values of some equally long runs.
+
+        The continuation of a run follows these prompts too. None if ablation values are the same in all runs.
+        """
+        if not isinstance(self.ablation, OtherPrompts):
+            return None
+        read = [(self.ablation.partners[index], reading.continuation) for index, reading in (self.readings[n] for n in some)]
+        return torch.tensor([prompt + continuation for prompt, continuation in read])
+
+    def everywhere(self, of: str | Dictionary, like: Values, length: int) -> Values:
+        """Return ablation values `[pos, ...]` that are the same in all runs of this length, each of the shape of its `like`."""
+        assert isinstance(self.ablation, Everywhere)
+        found = self.ablation.values(of, like, length)
+        return tuple(value.to(each).expand_as(each) for value, each in zip(found, like, strict=True))
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
         """Measure the metric of each pair for several choices of items that are kept; a choice is run only the first time."""
@@ -176,7 +188,7 @@ class Graph(ABC):
         if path is None:
             yield
             return
-        about = {**self.about(), "outside": self.to, "items": batch_key(map(str, self.items))}
+        about = {**self.about(), "outside": self.to, "ablation": self.ablation.noted, "items": batch_key(map(str, self.items))}
         origin = provenance(self.lens, self.pairs)
         subject = {"circuits": about, "metrics": list(self.read.names), "pairs": origin["pairs"], "model": origin["model"]}
         baselines = [*self.whole.tolist(), *self.empty.tolist()]

@@ -23,9 +23,9 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
 
-Place = tuple[int, Literal["pre", "attn", "mid", "mlp"]]
-"""A layer, and where mediators are: in the residual stream that enters the layer (`"pre"`) or its MLP (`"mid"`), or in what its
-attention (`"attn"`) or its MLP (`"mlp"`) adds."""
+Place = tuple[int, Literal["pre", "z", "attn", "mid", "mlp"]]
+"""A layer, and where mediators are: in the residual stream that enters the layer (`"pre"`) or its MLP (`"mid"`), in the heads'
+outputs side by side before W_O (`"z"`), or in what its attention (`"attn"`) or its MLP (`"mlp"`) adds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +79,14 @@ class Mediators:
             return layer, "mlp"
         if reads == writes and writes == sites.component(layer, "attn_out"):
             return layer, "attn"
+        if reads == writes and writes == sites.component(layer, "z"):
+            return layer, "z"
         found = sites.entry(writes)
         if reads == writes and sites.is_stream(writes) and found is not None:
             return found[0], "mid" if found[1] == "mid" else "pre"
         raise FeatpatchError(
             f"{self.dictionary.name} reads at {reads} and writes at {writes}: expected, for edges, a dictionary of the "
-            "residual stream, of hook_attn_out or hook_mlp_out, or an MLP transcoder"
+            "residual stream, of hook_z, hook_attn_out or hook_mlp_out, or an MLP transcoder"
         )
 
     def shares(
@@ -109,6 +111,22 @@ class Mediators:
             whole = parts | ({self.rest: y - sum(parts.values(), torch.zeros_like(y))} if self.rest in of_row else {})
             found |= {node: whole[node] for node in of_row}
         return {node: found[node] for node in self.nodes}
+
+    def fixed(
+        self, features: torch.Tensor, error: torch.Tensor, passing: torch.Tensor, where: Bool[torch.Tensor, "named pairs pos"]
+    ) -> dict[Node, torch.Tensor]:
+        """Return the output of each node, `[pairs, pos, d_model]`, for given features, error and their sum with the rest.
+
+        Args:
+            features, error, passing: `[1, pos, ...]`; the dictionary must not scale features, unless they are 0.
+            where: mask of the positions of the named nodes.
+        """
+        directions = dict(zip((node for node in self.named if node.kind == "feature"), self.directions, strict=True))
+        found = {}
+        for node, here in zip(self.named, where, strict=True):
+            value = error if node.kind == "error" else features[..., node.index, None] * directions[node].to(features)
+            found[node] = value.to(passing) * here[..., None].to(passing.device)
+        return found | {self.rest: passing - sum(found.values(), torch.zeros_like(passing))}
 
     def _parts(
         self, nodes: Sequence[Node], read: torch.Tensor, passing: torch.Tensor, where: torch.Tensor

@@ -9,7 +9,7 @@ are left alone. Kept nodes have their values in this run, which upstream ablatio
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.graph import Graph, prompts, settled
+from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import added
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pair import spans
+from featpatch.patching.ablation import Everywhere
 from featpatch.sae.dictionary import Dictionary, Split
 
 Errors = Literal["in", "out", "nodes"]
@@ -127,18 +128,34 @@ class NodeGraph(Graph):
     def _plain(self) -> list[str]:
         return list(dict.fromkeys(node.site for node in self.items if not node.sae))
 
+    def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
+        """Return the hook points of whole activations and heads, and the dictionaries of features and errors."""
+        return self._plain(), self._used()
+
     def _outside(self, some: Sequence[int]) -> dict[str, Any]:
-        """Return the ablation values, computed once: a split by dictionary, and an activation by hook point of other nodes."""
+        """Return the ablation values, computed once: a split by dictionary, and an activation by hook point of other nodes.
+
+        Ablation values that are the same in all prompts have no state for decoding; it is then that of the patched run.
+        """
         if some[0] not in self._others:
-            used = self._used()
-            hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *self._plain()]
-            read = self.lens.read(prompts(self.runs, some, self.to), list(dict.fromkeys(hooks)))
-            found: dict[str, Any] = {site: settled(read[site], self.to) for site in self._plain()}
-            for dictionary in used:
-                split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
-                state = {name: settled(value, self.to) for name, value in split.state.items()}
-                found[dictionary.name] = Split(settled(split.features, self.to), state, settled(split.error, self.to))
-            self._others[some[0]] = found
+            (plain, used), prompts = self.ablated(), self.others(some)
+            tokens = torch.tensor([self.runs[some[0]].clean]) if prompts is None else prompts
+            hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *plain]
+            read = self.lens.read(tokens, list(dict.fromkeys(hooks)))
+            splits = {d.name: d.split(read[d.reads], read[d.writes]) for d in used}
+            if prompts is None:
+                length = tokens.shape[1]
+                for site in plain:
+                    read[site] = self.everywhere(site, (read[site][0],), length)[0][None].expand(
+                        len(some), *read[site].shape[1:]
+                    )
+                for d in used:
+                    like = splits[d.name].features[0], splits[d.name].error[0]
+                    features, error = (
+                        value[None].expand(len(some), *value.shape) for value in self.everywhere(d, like, length)
+                    )
+                    splits[d.name] = Split(features, {}, error)
+            self._others[some[0]] = {**{site: read[site] for site in plain}, **splits}
         return self._others[some[0]]
 
     def _ablated(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool], count: int | None = None) -> Mask:
@@ -150,7 +167,7 @@ class NodeGraph(Graph):
             own: selects the nodes at the hook point.
             count: the number of features or heads; None for nodes without an index.
         """
-        ablated = torch.ones(len(kept), len(some), len(self.runs[some[0]]), count or 1, dtype=torch.bool)
+        ablated = self._ablatable(some).repeat(len(kept), 1, 1, count or 1)
         for number, node in enumerate(self.items):
             if own(node) and (node.index is None) == (count is None):
                 for slot, index in enumerate(some):
@@ -161,8 +178,19 @@ class NodeGraph(Graph):
     def _errors(self, kept: torch.Tensor, some: Sequence[int], dictionary: Dictionary) -> Mask:
         if self.errors == "nodes":
             return self._ablated(kept, some, _of_sae(dictionary.name))
-        shape = len(kept), len(some), len(self.runs[some[0]]), 1
-        return torch.full(shape, self.errors == "out", dtype=torch.bool)
+        return self._ablatable(some).repeat(len(kept), 1, 1, 1) & (self.errors == "out")
+
+    def _ablatable(self, some: Sequence[int]) -> Mask:
+        """Return a mask `[1, runs, pos, 1]` of the positions that are ablated.
+
+        If ablation values are the same in all prompts, special tokens keep their values, as in `fp.ablate`: means leave them
+        out, and no node at `"all"` covers them.
+        """
+        found = torch.ones(1, len(some), len(self.runs[some[0]]), 1, dtype=torch.bool)
+        if isinstance(self.ablation, Everywhere):
+            for slot, index in enumerate(some):
+                found[:, slot, sorted(self.runs[index].special)] = False
+        return found
 
     def _coded(
         self, dictionary: Dictionary, ablated: Mask, errors: Mask, other: Split, live: Mapping[str, torch.Tensor]
@@ -172,7 +200,9 @@ class NodeGraph(Graph):
             now = dictionary.split(read, activation)
             circuits = len(ablated)
             where, rest = (mask.flatten(0, 1) for mask in (ablated, errors))
-            delta = dictionary.change(now, other.map(lambda values: values.repeat(circuits, 1, 1)), features=where, error=rest)
+            source = other.map(lambda values: values.repeat(circuits, 1, 1))
+            source = source if source.state else replace(source, state=now.state)
+            delta = dictionary.change(now, source, features=where, error=rest)
             return added(activation, delta.reshape(activation.shape))
 
         return change

@@ -92,7 +92,7 @@ def scrub(
     This is causal scrubbing (Chan et al. 2022); the algorithm is described in `featpatch.circuits.scrubbing`.
 
     Args:
-        model: a TransformerBridge or a HookedTransformer, without hooks of your own and without norms after heads and MLPs.
+        model: a TransformerBridge or a HookedTransformer, without hooks of your own and without norms after attention.
         pairs: pairs whose clean prompts are resampled, all equally long; give many, so that prompts share labels.
         hypothesis: the senders that each receiver reads, and the property that each sender depends on.
         metric: one metric. An answer of several tokens follows all prompts from which the run of its pair is put together.
@@ -126,6 +126,12 @@ def scrub(
             "scrubbing; select the pairs of one length"
         )
     graph = EdgeGraph(wrap(model), pairs, "corrupted", readout(metric, single=True))
+    if graph.normed:
+        raise FeatpatchError(
+            f"the heads of layer {min(graph.normed.values())} go through a norm together before they are added to the residual "
+            "stream (Gemma 2 and 3, OLMo 2): expected a model without such norms, because scrubbing takes each head from a run "
+            "of its own, in which the norm has another scale; use fp.find_circuit"
+        )
     graph.check()
     continuations = dict.fromkeys(reading.continuation for _, reading in graph.readings)
     runs = {tokens: _Run(graph, hypothesis, np.random.default_rng(seed), tokens) for tokens in continuations}

@@ -62,6 +62,14 @@ class Norm:
         found = found if self.weight is None else found * self.weight.to(found)
         return found - found.mean(-1, keepdim=True) if self.centred else found
 
+    def push(self, changes: Float[torch.Tensor, "changes rows d"], at: Rows) -> Float[torch.Tensor, "changes rows d"]:
+        """Return the change of `norm(at)` to first order in each change of `at`, with the change of the scale."""
+        if self.centred:
+            at, changes = at - at.mean(-1, keepdim=True), changes - changes.mean(-1, keepdim=True)
+        scale = (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        found = (changes - at * (at * changes).mean(-1, keepdim=True) / scale.square()) / scale
+        return found if self.weight is None else found * self.weight.to(found)
+
 
 @dataclass(frozen=True)
 class Linear:

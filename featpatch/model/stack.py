@@ -80,18 +80,47 @@ class AttentionOutput:
         return out if self.bias is None else out + self.bias.to(z)
 
 
-def attention_outputs(lens: Lens, layer: int) -> list[AttentionOutput]:
-    """Return the ways in which a layer may add its heads to the residual stream.
+ROUNDING = 8
+"""The accepted deviation of a sum from what the model computes, as a share of the largest value, in units of its precision; at
+least 0.001, because models compute norms in float32."""
 
-    Which of them is right has to be measured, because the norm in front of attention (GPT-2) and the one after it (OLMo 2) can
-    have the same name. There are none if the weights are quantised.
+
+def rounding(lens: Lens) -> float:
+    """Return the accepted deviation of a sum from what a model computes, as a share of the largest value."""
+    return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
+
+
+def attention_outputs(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list[AttentionOutput | None]:
+    """Return the way in which each layer adds its heads to the residual stream; None if it has another one.
+
+    Which norm follows attention is measured, because the norm in front of attention (GPT-2) and the one after it (OLMo 2) can
+    have the same name. Quantised weights can't be read.
+
+    Args:
+        tokens: prompts on which the outputs are compared with the model.
     """
-    block, weight = lens.model.blocks[layer], lens.output_weight(layer)
-    if weight is None:
-        return []
-    found = [norm_of(getattr(block, name, None), lens.model.cfg) for name in ("ln1_post", "ln1")]
-    norms = [None, *(norm for norm in found if norm is not None)]
-    return [AttentionOutput(weight, getattr(block.attn, "b_O", None), norm) for norm in norms]
+    parts = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
+    read = lens.read(tokens, [hook for both in parts for hook in both])
+    found: list[AttentionOutput | None] = []
+    for layer, (z, out) in enumerate(parts):
+        block, weight = lens.model.blocks[layer], lens.output_weight(layer)
+        norms = [norm_of(getattr(block, name, None), lens.model.cfg) for name in ("ln1_post", "ln1")]
+        outputs = [] if weight is None else [
+            AttentionOutput(weight, getattr(block.attn, "b_O", None), norm)
+            for norm in [None, *(norm for norm in norms if norm is not None)]
+        ]  # fmt: skip
+        flat = read[z].flatten(0, 1), read[out].flatten(0, 1)
+        found.append(next((output for output in outputs if _adds(output, *flat, rounding(lens))), None))
+    return found
+
+
+def _adds(output: AttentionOutput, z: torch.Tensor, out: torch.Tensor, tolerance: float) -> bool:
+    """Return whether heads `[rows, ...]` that are added in this way give what attention adds, `[rows, d_model]`."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    raw = output.in_front(z.to(output.weight.device, wide).reshape(len(z), *output.weight.shape[:2]))
+    found = raw if output.norm is None else output.norm(raw.to(output.weight.dtype)).to(wide)
+    expected = out.to(raw)
+    return bool((found - expected).abs().max() <= tolerance * torch.maximum(raw.abs().max(), expected.abs().max()))
 
 
 @dataclass(frozen=True)
@@ -141,8 +170,15 @@ class Projections:
         return _pulled(self.layer.mlp_output, at, gradient.to(at))
 
     def outputs(self, z: Float[torch.Tensor, "rows heads d_head"]) -> Float[torch.Tensor, "heads rows d_model"]:
-        """Return what each head adds to the residual stream, without the bias."""
+        """Return what each head writes, without the bias and in front of the norm after attention, if there is one."""
         return z.to(self.out).transpose(0, 1) @ self.out
+
+    def first_order(
+        self, z: Float[torch.Tensor, "rows heads d_head"], change: Float[torch.Tensor, "rows heads d_head"]
+    ) -> Float[torch.Tensor, "heads rows d_model"]:
+        """Return the change of the residual stream to first order if each head alone changes from `z` to `z + change`."""
+        changes, norm = self.outputs(change), self.layer.post1
+        return changes if norm is None else norm.push(changes, self.outputs(z).sum(0) + self.bias)
 
 
 def _pulled(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -186,7 +222,8 @@ def projections_of(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list
         for name, values in zip("qkv", inside, strict=True):
             if not _close(made.project(name, stream[None], [0] * values.shape[1]), values):
                 return None
-        if not _close(made.outputs(z).sum(0) + made.bias, output):
+        written = made.outputs(z).sum(0) + made.bias
+        if not _close(written if layer.post1 is None else layer.post1(written), output):
             return None
         for hook in of_layer[6:]:
             below = stream if layer.parallel else stream + output.to(stream)

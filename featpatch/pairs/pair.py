@@ -552,6 +552,8 @@ def _plain(entry: object) -> Position:
         FeatpatchError: the entry is neither.
     """
     try:
-        return entry if isinstance(entry, str) else index(cast(SupportsIndex, entry))
-    except TypeError as error:
-        raise FeatpatchError(f"position {entry!r} is a {type(entry).__name__}: expected a label or an index") from error
+        if not isinstance(entry, bool):
+            return entry if isinstance(entry, str) else index(cast(SupportsIndex, entry))
+    except TypeError:
+        pass
+    raise FeatpatchError(f"position {entry!r} is a {type(entry).__name__}: expected a label or an index")

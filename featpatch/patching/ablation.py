@@ -283,7 +283,24 @@ class Means(Everywhere):
         return split.features, split.error
 
 
-class Resampled(AblationValues):
+class OtherPrompts(AblationValues):
+    """The values in another prompt of the same length as ablation values.
+
+    Attributes:
+        lens: the model.
+        partners: the token ids of the other prompt of each pair.
+    """
+
+    def __init__(self, lens: Lens, partners: Sequence[tuple[int, ...]]) -> None:
+        self.lens, self.partners = lens, partners
+
+    def run(self, index: int, clean: Run) -> Run:
+        """Return the activations of the other prompt."""
+        read = self.lens.read(torch.tensor([self.partners[index]]), sorted(clean.activations))
+        return Run({hook: values[0] for hook, values in read.items()})
+
+
+class Resampled(OtherPrompts):
     """The values in another prompt of the same length, drawn for each pair, as ablation values.
 
     Raises:
@@ -292,12 +309,7 @@ class Resampled(AblationValues):
 
     def __init__(self, others: Others) -> None:
         self.others, self.noted = others, {"reference": others.digest(), "seed": others.seed}
-        self.partners = [self._partner(index, pair.clean) for index, pair in enumerate(others.pairs)]
-
-    def run(self, index: int, clean: Run) -> Run:
-        """Return the activations of the resampled prompt."""
-        read = self.others.lens.read(torch.tensor([self.partners[index]]), sorted(clean.activations))
-        return Run({hook: values[0] for hook, values in read.items()})
+        super().__init__(others.lens, [self._partner(index, pair.clean) for index, pair in enumerate(others.pairs)])
 
     def _partner(self, index: int, clean: tuple[int, ...]) -> tuple[int, ...]:
         """Draw another prompt as long as the clean one."""
@@ -399,6 +411,38 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
                 "leave them out"
             )
         return Ablation(Means(lens, to), to)
+    return Ablation(
+        named_values(
+            lens,
+            pairs,
+            to,
+            reference,
+            seed,
+            sorted({hook for part in parts for hook in part.hooks}),
+            [dictionary for part in parts for dictionary in part.owners],
+        ),
+        float(to) if is_number(to) else to,
+    )
+
+
+def named_values(
+    lens: Lens,
+    pairs: Pairs,
+    to: str | float,
+    reference: Pairs | None,
+    seed: int | None,
+    hooks: Sequence[str],
+    dictionaries: Sequence[Dictionary],
+) -> AblationValues:
+    """Return ablation values by the name of one of `ABLATION_VALUES`, or a number.
+
+    Args:
+        lens, hooks, dictionaries: as in `Others`.
+        pairs, to, reference, seed: as in `ablate`.
+
+    Raises:
+        FeatpatchError: if an argument is unknown or unused, or the values would be the prompt's own.
+    """
     number = is_number(to) and (abs(to) <= float_info.max if is_integer(to) else isfinite(to))
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(
@@ -413,7 +457,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
     if seed is not None and not is_integer(seed):
         raise FeatpatchError(f"seed={seed!r}: expected an integer, so that the draws can be repeated")
     if number:
-        return Ablation(Constant(float(to)), float(to))
+        return Constant(float(to))
     if reference is not None:
         check_tokens(check_pairs(reference, by_label=True), lens)
     of = pairs if reference is None else reference
@@ -423,6 +467,4 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
             "to='mean_by_position' with one prompt, whose own values would be the ablation values: expected further prompts of "
             "the same length; pass reference=..., or to='mean'"
         )
-    hooks = sorted({hook for part in parts for hook in part.hooks})
-    owners = [dictionary for part in parts for dictionary in part.owners]
-    return Ablation(ABLATION_VALUES[str(to)](Others(lens, pairs, prompts, int(seed or 0), hooks, owners)), to)
+    return ABLATION_VALUES[str(to)](Others(lens, pairs, prompts, int(seed or 0), hooks, dictionaries))

@@ -297,6 +297,8 @@ def find_circuit(
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
     check_search(method, over, scores, threshold, size, target)
+    size = None if size is None else int(size)  # NumPy's numbers can't be saved
+    threshold, target = (None if value is None else float(value) for value in (threshold, target))
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
         "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
@@ -322,7 +324,7 @@ def find_circuit(
             numbers, finished = run(acdc(graph, threshold, progress=progress), journal)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold, "size": None if size is None else int(size), "target": target, "errors": errors,
+        "threshold": threshold, "size": size, "target": target, "errors": errors,
         "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
         "finished": finished, **provenance(lens, pairs),
     }  # fmt: skip

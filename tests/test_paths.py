@@ -9,7 +9,7 @@ import oracle
 import path_oracle
 import pytest
 import torch
-from architectures import BRIDGES, HOOKED
+from architectures import BRIDGES, HOOKED, OTHERS
 from small import LAYERS, Small, small_hooked, standard
 from test_sets import pairs_of
 
@@ -270,7 +270,17 @@ def test_hooks_of_the_user_are_refused() -> None:
 def test_architectures(name: str, route: str) -> None:
     """Parallel blocks, shared keys, norms behind what is added, no MLPs, no norms."""
     kind, _, which = name.partition(" ")
-    model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
+    compare_with_hooks((BRIDGES if kind == "bridge" else HOOKED)[which](), route)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
+def test_one_norm_over_the_queries_of_all_heads() -> None:
+    """In OLMo 2 the query or key of one head changes those of all others."""
+    compare_with_hooks(OTHERS["olmo2"](), "direct")
+
+
+def compare_with_hooks(model: Any, route: str) -> None:
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
     mlps = not getattr(model.cfg, "attn_only", False)
     senders = [fp.Node(Z.format(0), "head", 1), *([fp.Node(MLP.format(0), "activation")] if mlps else [])]

@@ -184,7 +184,10 @@ class HeadReceiver(Receiver):
     head: int
 
     def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Return the change of z of the heads that use the value; for a key or value, at all positions that attend to it."""
+        """Return the change of z of the heads that use the value; for a key or value, at all positions that attend to it.
+
+        Several heads use a shared key or value, and all heads do if one norm covers the queries or keys of all (OLMo 2).
+        """
         (hook,) = self.reads
         values = torch.cat([stream.read(hook)[:1], stream.read(hook)[rows]])
         changed = values[:1].repeat(len(values), *[1] * (values.dim() - 1))
@@ -197,15 +200,7 @@ class HeadReceiver(Receiver):
             z = self.lens.through(
                 layer, stream.base.at(sites.resid_pre(layer))[None], stream.tokens, self.writes, {hook: changed}
             )
-        change = torch.zeros_like(z[1:])
-        change[:, :, self._users] = z[1:, :, self._users] - z[0, :, self._users]
-        return change.flatten(2)
-
-    @property
-    def _users(self) -> list[int]:
-        """The heads that use the query, key or value: several if keys and values are shared."""
-        shared = self.lens.heads(self.writes) // self.lens.heads(self.reads[0])
-        return list(range(self.head * shared, (self.head + 1) * shared))
+        return (z[1:] - z[:1]).flatten(2)
 
 
 def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver:

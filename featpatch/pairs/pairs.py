@@ -483,7 +483,7 @@ def check_pairs(pairs: Any, *, by_label: bool = False) -> Pairs:
 
 
 def check_counterfactual(pairs: Any, *, by_label: bool = False) -> Pairs:
-    """Check that the argument is a `Pairs` object in which some corrupted prompts differ from the clean ones, and return it.
+    """Check that the argument is a `Pairs` object in which each corrupted prompt differs from its clean one, and return it.
 
     Args:
         by_label: as in `check_pairs`.
@@ -497,4 +497,19 @@ def check_counterfactual(pairs: Any, *, by_label: bool = False) -> Pairs:
             f"{pairs!r}: expected corrupted prompts that differ from the clean ones, because values are taken from the "
             "corrupted run; pass corrupted=..., or use fp.ablate or fp.do, which need no counterfactual"
         )
+    check_unmixed(checked)
     return checked
+
+
+def check_unmixed(pairs: Pairs) -> None:
+    """Check that all pairs have a counterfactual or none has.
+
+    Raises:
+        FeatpatchError: only some have one.
+    """
+    without = [index for index, pair in enumerate(pairs) if not pair.has_counterfactual]
+    if 0 < len(without) < len(pairs):
+        raise FeatpatchError(
+            f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected all "
+            "or none, because effects are either shares of the gap or changes of the metric; measure them separately"
+        )

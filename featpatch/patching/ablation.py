@@ -21,7 +21,7 @@ from featpatch.model.transformer_lens import ActivationCache
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.likelihood import chunks
 from featpatch.pairs.pair import Positions
-from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.pairs import Pairs, check_pairs, check_unmixed
 from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
@@ -398,12 +398,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
         FeatpatchError: if an argument is unknown or unused, only some pairs have a counterfactual, or the values would be the
             prompt's own.
     """
-    without = [index for index, pair in enumerate(pairs) if not pair.has_counterfactual]
-    if 0 < len(without) < len(pairs):
-        raise FeatpatchError(
-            f"{len(without)} of {len(pairs)} pairs have no counterfactual, the first of them pair {without[0]}: expected "
-            "all or none, because effects are either shares of the gap or changes of the metric; ablate them separately"
-        )
+    check_unmixed(pairs)
     if isinstance(to, ActivationCache | Mapping):
         if reference is not None or seed is not None:
             raise FeatpatchError(

@@ -139,7 +139,8 @@ def _advice(features: pd.DataFrame) -> str:
     layers = sorted({sites.layer_of(site) for site in features["site"] if site.endswith(tuple(names.values()))})
     positions = list(dict.fromkeys(features["position"]))
     asked = "'each'" if set(map(type, positions)) == {int} else "'all'" if positions == ["all"] else repr(positions)
-    return f"call rank_components(model, pairs, sites={list(names)}, layers={layers}, positions={asked})"
+    options = f"sites={list(names)}, layers={layers}, positions={asked}"
+    return f"call rank_components(model, pairs, {options}), or fp.ablate with these options if the features were ablated"
 
 
 def _by_dictionary(features: Effects, effects: Sequence[Effect]) -> pd.DataFrame:

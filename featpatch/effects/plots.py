@@ -163,7 +163,8 @@ class Plots:
             )  # fmt: skip
         largest = max(float(np.nanmax(np.abs(cells), initial=0.0)) for cells in values) or 1.0
         what = f"sum over features ({len(of_kind):,})" if kind == "feature" else WORDS.get(kind, kind)
-        lines = [title or f"{what}: {of.titled(shown)} over {len(of.clean)} {'pair' if len(of.clean) == 1 else 'pairs'}"]
+        noun = f"{'pair' if of.has_gap else 'prompt'}{'s' * (len(of.clean) != 1)}"
+        lines = [title or f"{what}: {of.titled(shown)} over {len(of.clean)} {noun}"]
         if any(np.isnan(cells).any() for cells in values):
             lines.append("grey: not measured")
         figure.update_layout(

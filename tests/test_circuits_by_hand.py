@@ -168,6 +168,7 @@ def test_the_oracle_has_all_edges_of_a_random_model() -> None:
     assert close(forward_with_edges(small.model, small.clean, small.corrupted, into_logits), corrupted, 1e-10)
 
 
+@pytest.mark.extended
 def test_single_edges_of_a_random_model_by_hooks() -> None:
     """A hook of TransformerLens on the receiver's input adds the difference of what the sender writes in the two runs."""
     small = biased()

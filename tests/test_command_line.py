@@ -158,6 +158,7 @@ def test_streams_and_workers(folder: Path, model: list[str], sae: list[str], wor
     assert "expected --executor ray" in refused.stderr.replace("\n", " ")
 
 
+@pytest.mark.extended
 def test_plans_of_components_and_json_without_bars(
     folder: Path, model: list[str], sae: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +275,7 @@ def test_an_interrupted_command_replaces_nothing_and_exits_with_130(
     assert {path.name for path in (finished / "unfinished").iterdir()} == set(before)
 
 
+@pytest.mark.extended
 def test_results_of_another_study_are_not_replaced(
     folder: Path, model: list[str], sae: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

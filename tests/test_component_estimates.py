@@ -231,6 +231,7 @@ def test_whole_residual_is_how_far_the_model_is_from_linear(small: Small) -> Non
     assert estimated(small.model, method="grad_drop").metadata["whole_residual"] is None
 
 
+@pytest.mark.extended
 def test_the_whole_residual_of_patterns_vanishes_with_the_steps(small: Small) -> None:
     """Along the line of a pattern, whose heads come first, the integral is what a patched run says."""
     few, many = (

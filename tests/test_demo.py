@@ -60,6 +60,7 @@ def test_headline_numbers(demo: Demo) -> None:
     assert effects.finished
 
 
+@pytest.mark.extended
 def test_the_shipped_model_does_its_tasks(demo: Demo, shipped: dict[str, fp.Pairs]) -> None:
     for task, least in (("ioi", 0.99), ("capitals", 0.95)):
         right: list[bool] = []

@@ -521,6 +521,7 @@ def test_adapters_are_to_be_merged(root: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(merged(TOKENS), fp.load(root / "model").model(TOKENS))
 
 
+@pytest.mark.extended
 def test_compiled_models(root: Path, bridge: Small) -> None:
     """Hooks are put into the module that torch.compile was given."""
     expected = fp.load(root / "model").model

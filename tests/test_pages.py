@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,18 @@ def names(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return {"fp": fp, "demo": demo, "model": demo.model, "saes": demo.saes}
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=[page.name for page in WITH_CODE])
+SLOW = {
+    "circuits.md", "estimates.md", "Circuits in files", "Circuits: export the graph", "Plots, tensors and views of a prompt",
+    "Share a result as one HTML file", "Paths: which way a feature acts", "Causal tracing over several draws of noise",
+}  # fmt: skip
+"""Pages and recipes that run for seconds: extended."""
+
+
+def tiers(names: dict[str, Any]) -> list[Any]:
+    return [pytest.param(of, id=name, marks=[pytest.mark.extended] * (name in SLOW)) for name, of in names.items()]
+
+
+@pytest.mark.parametrize("page", tiers({page.name: page for page in WITH_CODE}))
 def test_page(page: Path, demo: Demo, names: dict[str, object]) -> None:
     pairs = demo.pairs("ioi", n=2)
     effects = fp.rank_features(demo.model, demo.saes[:1], pairs, positions=["S2"], progress=False)
@@ -42,7 +54,7 @@ def test_page(page: Path, demo: Demo, names: dict[str, object]) -> None:
     exec("\n".join(code).replace("n=32", "n=2").replace("n=64", "n=4"), names)
 
 
-@pytest.mark.parametrize("section", RECIPES[1:], ids=[section.partition("\n")[0] for section in RECIPES[1:]])
+@pytest.mark.parametrize("section", tiers({section.partition("\n")[0]: section for section in RECIPES[1:]}))
 def test_recipe(section: str, names: dict[str, object]) -> None:
     exec(FENCES.findall(RECIPES[0])[0][1], names)
     printed = io.StringIO()

@@ -340,6 +340,7 @@ def test_heads_at_one_position(small: Small, letter: str) -> None:
     assert np.corrcoef(estimate.denoised - estimate.corrupted, effects.denoised - effects.corrupted)[0, 1] > 0.9
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("normalisation", ["layer_norm", "constant_norm_rescale"])
 def test_dictionaries_that_scale(small: Small, normalisation: str) -> None:
     """A feature's change counts times the norm of the base run's token, as sender and as receiver."""

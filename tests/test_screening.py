@@ -193,6 +193,7 @@ def test_coverage(full: fp.Effects, informed: bool) -> None:
         assert held["size"] / draws < 0.99, held
 
 
+@pytest.mark.extended
 def test_coverage_of_looking_until_a_target_is_met() -> None:
     """Over 1000 samples of a population in which the target is missed by one: how often it is claimed."""
     generator = np.random.default_rng(2)

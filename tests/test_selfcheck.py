@@ -291,6 +291,7 @@ def fitted_to_mlp(model: Any, name: str, x: torch.Tensor, y: torch.Tensor, **met
     return transcoder
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("name", [pytest.param("gemma2", marks=pytest.mark.extended), "gemma3"])
 def test_transcoders_of_gemma_scope(name: str) -> None:

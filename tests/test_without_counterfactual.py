@@ -230,7 +230,9 @@ def test_what_needs_a_source_run_says_so(small: Small, name: str) -> None:
         fp.FeatpatchError, match=r"without a counterfactual.*expected corrupted prompts .*use fp\.ablate or fp\.do, which need"
     ):
         NEEDING[name](small.model, small.at(SITE), prompts_of(small))
-    with pytest.raises(fp.FeatpatchError, match="3 of 4 pairs have no counterfactual, the first of them pair 0: expected all or"):
+    with pytest.raises(
+        fp.FeatpatchError, match="3 of 4 pairs have no counterfactual, the first of them pair 0: expected all or"
+    ):
         NEEDING[name](small.model, small.at(SITE), fp.Pairs((*prompts_of(small), fp.Pair((1, 2, 3), (1, 4, 3), (5,), (6,)))))
 
 

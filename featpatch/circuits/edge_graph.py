@@ -90,6 +90,7 @@ class EdgeGraph(Graph):
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.lens.shapes(sites.component(layer, name) for layer in range(self.lens.n_layers) for name in (*INSIDE, "z"))
         self._layout = self._lay_out()
         self._edges = [Edge.of(sender, receiver) for receiver, sent in self._layout.items() for sender in sent]
         self.items = tuple(self._edges)
@@ -300,7 +301,7 @@ class EdgeGraph(Graph):
             if some[0] not in self._outside:
                 where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
                 self._where[some[0]] = where
-                other = _Run(prompts(self.runs, some, self.to), where)
+                other = _Run(prompts(self.runs, some, self.to), where, projections=self._projections)
                 self._pass(other)
                 self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
         projections = None if kept.requires_grad else self._projections
@@ -361,6 +362,10 @@ class EdgeGraph(Graph):
         """Compute the output of an MLP, or of the nodes of its dictionary."""
         nodes, group = self._mlp(layer), self.mediators.get((layer, "mlp"))
         rows, which = self._inputs(nodes, stream, sent, run)
+        if run.projections and group is None:
+            of_layer = run.projections[layer].layer
+            output = of_layer.mlp_output(rows.to(of_layer.device).flatten(0, -2)).view_as(rows).to(stream)
+            return run.note({nodes[0]: output[0]})
         outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
         if group is None:
             return run.note({nodes[0]: outputs[0]})

@@ -137,6 +137,8 @@ class Graph(ABC):
         Raises:
             FeatpatchError: if an item is not in the graph.
         """
+        if kept is self.items:
+            return np.ones(len(self.items), dtype=bool)
         chosen = list(kept)
         strange = next((item for item in chosen if item not in self._numbers), None)
         if strange is not None:

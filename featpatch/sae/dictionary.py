@@ -286,7 +286,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
                 f"saes gives {hook!r} for an SAE of {both[0]!r}: expected the hook point that it was trained on; use that "
                 "name, or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
             )
-    shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
+    shapes = lens.shapes({hook for _, *both in kinds for hook in both})
     like = lens.first_weight
     made: list[Dictionary] = []
     for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
@@ -390,11 +390,6 @@ def _by_hook(saes: Any) -> Mapping[Any, Any] | None:
 def several(saes: Any) -> list[Any]:
     """Return one or several dictionaries as a list; a name, a mapping and an SAE (iterable in sae-lens) count as one."""
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
-
-
-def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:
-    activations = lens.read(torch.zeros(1, 1, dtype=torch.long), sorted(hooks))
-    return {hook: tuple(activation.shape[2:]) for hook, activation in activations.items()}
 
 
 def _check_width(name: str, verb: str, hook: str, width: int, expected: int) -> None:

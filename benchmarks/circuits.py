@@ -20,6 +20,7 @@ from memory import peak_of
 from shapes import SHAPES, models
 
 import featpatch as fp
+from featpatch.circuits.attribution import Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
@@ -125,7 +126,7 @@ def main() -> None:
     of_eap = None
     if eap is None:
         slow = graph(1)
-        scores, seconds, peak = timed(lambda: -slow._slopes([0], torch.ones(1)).numpy())
+        scores, seconds, peak = timed(lambda: -slow._by_edge([0], [Point()], torch.ones(1, 1), lambda runs: None)[0].numpy())
         theirs, name = {1: (scores, seconds, peak)}, "a weight for each edge"
     else:
         of_eap, name = TheirScores(model), "EAP-IG"

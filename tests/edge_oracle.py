@@ -36,28 +36,40 @@ def forward_with_edges(
     unknown = set(ablated) - set(edges_of(model))
     if unknown:
         raise ValueError(f"no such edges: {sorted(unknown)}")
-    return _run(model, clean, outputs(model, corrupted), ablated)[0]
-
-
-def outputs(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
-    """What each sender writes, `[pairs, pos, d_model]`."""
-    return _run(model, tokens, {}, frozenset())[1]
+    with torch.no_grad():
+        return run(model, clean, outputs(model, corrupted), ablated)[0]
 
 
 @torch.no_grad()
-def _run(
-    model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: set[Edge] | frozenset[Edge]
+def outputs(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
+    """What each sender writes, `[pairs, pos, d_model]`."""
+    return run(model, tokens, {}, frozenset())[1]
+
+
+def run(
+    model: HookedTransformer,
+    tokens: Tensor,
+    other: dict[str, Tensor],
+    ablated: set[Edge] | frozenset[Edge],
+    put: dict[str, Tensor] | None = None,
+    pushes: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and outputs of senders; `put` replaces what senders write, and `pushes` are added to what receivers read."""
     cfg = model.cfg
     if cfg.positional_embedding_type != "standard" or cfg.parallel_attn_mlp or cfg.attention_dir != "causal":
         raise NotImplementedError("only learned positions, blocks in sequence, causal attention")
     length = tokens.shape[1]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    written = {"embed": model.W_E[tokens] + model.W_pos[:length]}
+    put, pushes = put or {}, pushes or {}
+    written = {"embed": put.get("embed", model.W_E[tokens] + model.W_pos[:length])}
     always = torch.zeros(cfg.d_model, dtype=model.W_E.dtype)
 
     def read(receiver: str) -> Tensor:
-        return always + sum(other[name] if (name, receiver) in ablated else now for name, now in written.items())
+        return (
+            pushes.get(receiver, 0)
+            + always
+            + sum(other[name] if (name, receiver) in ablated else now for name, now in written.items())
+        )
 
     for layer, block in enumerate(model.blocks):
         attention, heads = block.attn, {}
@@ -73,12 +85,12 @@ def _run(
             )
             scores = query @ key.transpose(1, 2) / (cfg.d_head**0.5 if cfg.use_attn_scale else 1.0)
             heads[name] = scores.masked_fill(future, -torch.inf).softmax(-1) @ value @ attention.W_O[head]
-        written |= heads
+        written |= {name: put.get(name, output) for name, output in heads.items()}
         always = always + attention.b_O
         if not cfg.attn_only:
             mlp, name = block.mlp, f"L{layer}.MLP"
             hidden = _norm(model, read(name), getattr(block, "ln2", None)) @ mlp.W_in + mlp.b_in
-            written[name] = _activation(model, hidden) @ mlp.W_out + mlp.b_out
+            written[name] = put.get(name, _activation(model, hidden) @ mlp.W_out + mlp.b_out)
     return _norm(model, read("logits"), getattr(model, "ln_final", None)) @ model.W_U + model.b_U, written
 
 

@@ -8,9 +8,9 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, product
 from typing import Any
 
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.circuits.attribution import INSIDE, sender_hooks, summed_scores
-from featpatch.circuits.graph import Graph, prompts, settled
+from featpatch.circuits.attribution import EMBEDDING, INSIDE, Point, sender_hooks, summed_scores
+from featpatch.circuits.graph import ESTIMATED_AT_ONCE, Graph, prompts, settled
 from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
 from featpatch.model.stack import Projections, projections_of
@@ -31,20 +31,12 @@ from featpatch.patching.paths import path_study
 from featpatch.patching.readings import AtAnswer
 from featpatch.patching.study import Options
 
-EMBEDDING = Node(sites.EMBEDDING, "activation")
-"""The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
-
 Written = dict[Node, torch.Tensor]
 """The output of each sender, `[circuits, pairs, pos, d_model]`."""
 
 TOLERANCE = 1e-3
 """The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
 It allows for rounding in float32."""
-
-ESTIMATED_AT_ONCE = 512
-"""The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory
-for the changes of all senders."""
-
 
 PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
@@ -61,6 +53,8 @@ class _Run:
         outside: the ablation values of senders.
         written: the outputs of senders in this run.
         projections: the projections of each layer's attention; None if heads go through the model.
+        put: the outputs of senders that are set to given values.
+        changes: the changes that ablated edges make, if these are not the ablation values minus the outputs in this run.
     """
 
     tokens: torch.Tensor
@@ -69,11 +63,18 @@ class _Run:
     outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     written: Written = field(default_factory=dict)
     projections: Sequence[Projections] | None = None
+    put: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    changes: Mapping[Node, torch.Tensor] = field(default_factory=dict)
 
     def note(self, written: Written) -> Written:
-        """Store outputs of senders in the run and return them."""
+        """Store outputs of senders in the run, after setting those that are given, and return them."""
+        written = {node: self.put[node].to(x).expand_as(x) if node in self.put else x for node, x in written.items()}
         self.written.update(written)
         return written
+
+    def change(self, node: Node, output: torch.Tensor) -> torch.Tensor:
+        """Return what an ablated edge adds to the input of its receiver."""
+        return self.changes[node].to(output).expand_as(output) if self.changes else self.outside[node].to(output) - output
 
 
 @dataclass(eq=False)
@@ -217,34 +218,20 @@ class EdgeGraph(Graph):
         """Measure the metric of all circuits and pairs in one run, layer by layer."""
         return self._run(kept.to(self._type), some)
 
-    def estimates(self) -> NDArray[np.float64]:
-        """Estimate by gradients of the whole model how much the mean metric loses without each edge, `[items]`.
+    def places(self) -> list[tuple[Node, ...]]:
+        """Return the embedding, the heads of each layer, the MLPs, and the mediators of each place."""
+        found: dict[tuple[str, str], dict[Node, None]] = {}
+        for sender in (sender for sent in self._layout.values() for sender in sent):
+            found.setdefault((sender.site, sender.sae), {})[sender] = None
+        return [tuple(group) for group in found.values()]
 
-        Raises:
-            FeatpatchError: if the metric has no gradient, or a gradient of zero in the unpatched run.
-        """
-        if self.reads_clean:
-            raise FeatpatchError(
-                f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
-                "another metric; or pass scores='exact'"
-            )
-        weights = torch.ones(len(self.runs), dtype=torch.float64)
-        if not isinstance(self.read, AtAnswer):
-            with torch.inference_mode(False), torch.enable_grad():
-                runs = self.whole_runs.clone().requires_grad_()
-                (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
+    def slopes(
+        self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate from the model's weights or, if it has another form or mediators, with a weight for each edge."""
         by_weights = None if self.mediators else self._projections
-        total = torch.zeros(len(self.items), dtype=torch.float64)
-        for some in self._groups():
-            if by_weights is None:
-                total += self._slopes(some, weights[some])
-            else:
-                total += self._scores(some, weights[some], by_weights)
-        result: NDArray[np.float64] = -total.numpy() / len(self.pairs)
-        return result
-
-    def _scores(self, some: Sequence[int], weights: torch.Tensor, by_weights: Sequence[Projections]) -> torch.Tensor:
-        """Estimate the change of the weighted sum of some runs' metrics with each edge ablated, see `attribution`."""
+        if by_weights is None:
+            return self._by_edge(some, points, weights, done)
         hooks, size = sender_hooks(self.lens), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         parts = [slice(start, start + size) for start in range(0, len(some), size)]
         others: Iterable[Mapping[str, torch.Tensor]] = (
@@ -252,37 +239,51 @@ class EdgeGraph(Graph):
         )
         if self.to != "corrupted":
             read = list(others)
-            values = {hook: settled(torch.cat([of_part[hook] for of_part in read]), self.to) for hook in hooks}
-            others = ({hook: values[hook][part] for hook in hooks} for part in parts)
-        total = torch.zeros(len(self.items), dtype=torch.float64)
-        for part, ablated in zip(parts, others, strict=True):
+            ablated = {hook: settled(torch.cat([of_part[hook] for of_part in read]), self.to) for hook in hooks}
+            others = ({hook: ablated[hook][part] for hook in hooks} for part in parts)
+        total, values = (
+            torch.zeros(len(self.items), dtype=torch.float64),
+            torch.zeros(len(points), len(some), dtype=torch.float64),
+        )
+        for part, of_part in zip(parts, others, strict=True):
 
-            def measure(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
-                return self._differentiable(self.metric_of(logits[None], some[part])[0]) * weights[part].to(logits.device)
+            def measure(logits: torch.Tensor, point: int, part: slice) -> torch.Tensor:
+                found = self._differentiable(self.metric_of(logits[None], some[part])[0])
+                values[point, part] = found.detach().cpu()
+                return found * weights[point, part].to(logits.device)
 
-            tokens, answers = self._prompts(some[part])
-            total += summed_scores(self.lens, by_weights, tokens, answers, measure, ablated).double().cpu()
-        return total
+            measures = [partial(measure, point=point, part=part) for point in range(len(points))]
+            found = summed_scores(self.lens, by_weights, *self._prompts(some[part]), measures, points, of_part, done)
+            total += found.double().cpu()
+        return total / len(points), values
 
-    def _slopes(self, some: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-        """Compute the same by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
-        with torch.inference_mode(False), torch.enable_grad():
-            kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
-            values = self._differentiable(self._run(kept, some))
-            (gradient,) = torch.autograd.grad((values * weights.to(values)).sum(), kept)
-        return -gradient[0].double().cpu()
-
-    def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values of the metric after checking that they have a gradient.
-
-        Raises:
-            FeatpatchError: if not.
-        """
-        if not values.requires_grad:
-            raise FeatpatchError(
-                f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
-            )
-        return values
+    def _by_edge(
+        self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
+        tokens, answers = self._prompts(some)
+        where, outside = self._ablation_values(some)
+        clean = _Run(tokens, where)
+        with torch.no_grad():
+            self._pass(clean)
+        now = {node: x[0] for node, x in clean.written.items()}
+        changes = {node: outside[node].to(x) - x for node, x in now.items()}
+        total, values = (
+            torch.zeros(len(self.items), dtype=torch.float64),
+            torch.zeros(len(points), len(some), dtype=torch.float64),
+        )
+        for number, point in enumerate(points):
+            put = {node: point.between(outside[node], now[node]) for node in point.place}
+            with torch.enable_grad():
+                ablated = torch.zeros(1, len(self.items), dtype=self._type, requires_grad=True)
+                final = self._pass(_Run(tokens, where, ablated, outside, put=put, changes=changes))
+                logits = self.unembedded(final.flatten(0, 1), tokens, answers)
+                found = self._differentiable(self.metric_of(logits[None], some)[0])
+                (gradient,) = torch.autograd.grad((found * weights[number].to(found)).sum(), ablated)
+            values[number] = found.detach().cpu()
+            total += gradient[0].double().cpu()
+            done(len(some))
+        return total / len(points), values
 
     @cached_property
     def _projections(self) -> list[Projections] | None:
@@ -297,24 +298,29 @@ class EdgeGraph(Graph):
 
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         tokens, answers = self._prompts(some)
-        with torch.no_grad():
-            if some[0] not in self._outside:
-                where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
-                self._where[some[0]] = where
-                other = _Run(prompts(self.runs, some, self.to), where, projections=self._projections)
-                self._pass(other)
-                self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
-        projections = None if kept.requires_grad else self._projections
-        final = self._pass(_Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], projections=projections))
+        where, outside = self._ablation_values(some)
+        final = self._pass(_Run(tokens, where, 1 - kept, outside, projections=self._projections))
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
+
+    @torch.no_grad()
+    def _ablation_values(self, some: Sequence[int]) -> tuple[Mapping[Place, torch.Tensor], Written]:
+        """Return the positions of the named nodes of mediators and the ablation values of senders, computed once."""
+        if some[0] not in self._outside:
+            where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
+            self._where[some[0]] = where
+            other = _Run(prompts(self.runs, some, self.to), where, projections=self._projections)
+            self._pass(other)
+            self._outside[some[0]] = {node: settled(values[0], self.to) for node, values in other.written.items()}
+        return self._where[some[0]], self._outside[some[0]]
 
     def _pass(self, run: "_Run") -> torch.Tensor:
         """Return the input of the logits, `[circuits, pairs, pos, d_model]`, and store the outputs of senders in the run."""
         entry = self.lens.read(run.tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
         stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
         sent = run.note({EMBEDDING: stream})
+        stream = sent[EMBEDDING]
         for layer in range(self.lens.n_layers):
             stream, sent = self._mediated((layer, "pre"), stream, sent, run)
             heads, bias = self._attention(layer, stream, sent, run)
@@ -397,7 +403,7 @@ class EdgeGraph(Graph):
         if not of_receiver.any():
             return passing[None], [0] * len(receivers)
         nodes = [node for node, any_ablated in zip(sent, of_sender.tolist(), strict=True) if any_ablated]
-        changes = torch.stack([run.outside[node].to(sent[node]) - sent[node] for node in nodes], 1)
+        changes = torch.stack([run.change(node, sent[node]) for node in nodes], 1)
         weights = ablated[:, of_receiver][:, :, of_sender].to(changes)
         moved = (weights @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)
         whole = [] if of_receiver.all() else [passing[None]]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from featpatch.circuits.attribution import STEPPED, STEPS, Scores
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.files import from_eap_ig, read_circuit
@@ -115,7 +116,13 @@ def acdc(graph: Graph, threshold: float, order: Sequence[Node], *, progress: boo
 
 
 def check_search(
-    method: str, over: str, scores: str | None, threshold: float | None, size: int | None, target: float | None
+    method: str,
+    over: str,
+    scores: str | None,
+    steps: int | None,
+    threshold: float | None,
+    size: int | None,
+    target: float | None,
 ) -> None:
     """Check that the options of a search are valid, and that the search uses each option that is given.
 
@@ -123,7 +130,13 @@ def check_search(
         FeatpatchError: if not.
     """
     check_choices(get_args(Method), method=method)
-    check_choices(("exact", "estimate"), scores="exact" if scores is None else scores)
+    check_choices(get_args(Scores), scores="exact" if scores is None else scores)
+    check_numbers(1, steps=1 if steps is None else steps)
+    if steps is not None and scores not in STEPPED:
+        raise FeatpatchError(
+            f"steps={steps} with scores={scores or 'exact'!r}: expected steps only with "
+            f"scores={' or '.join(map(repr, STEPPED))}; leave steps out"
+        )
     if threshold is not None and (not is_number(threshold) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
     check_numbers(1, size=1 if size is None else size)
@@ -138,11 +151,6 @@ def check_search(
         raise FeatpatchError(
             f"scores={scores!r} with over={over!r} and method={method!r}: expected no scores, because this search ablates "
             "items step by step; leave scores out"
-        )
-    if scores == "estimate" and over == "nodes":
-        raise FeatpatchError(
-            "scores='estimate' with over='nodes': expected over='edges'; to estimate nodes, call rank_features or "
-            "rank_components with method='atp'"
         )
 
 
@@ -181,7 +189,8 @@ def find_circuit(
     over: Literal["nodes", "edges"] | None = None,
     nodes: Effects | Sequence[Node] | None = None,
     method: Method = "threshold",
-    scores: Literal["exact", "estimate"] | None = None,
+    scores: Scores | None = None,
+    steps: int | None = None,
     threshold: float | None = None,
     size: int | None = None,
     target: float | None = None,
@@ -207,8 +216,11 @@ def find_circuit(
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
             al. 2023).
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"` (the default): an item's score is the loss of
-            faithfulness with only that item ablated. `"estimate"` (only for edges): the score is an estimate of that loss by
-            gradient (edge attribution patching).
+            faithfulness with only that item ablated. The others estimate that loss by gradients, and `attribution` in
+            `featpatch.circuits` gives their formulas: `"estimate"` where everything is kept (edge attribution patching), and
+            averaged over `steps` runs `"eap_ig_inputs"` from the ablation value of the embedding to its clean value (EAP-IG), and
+            `"eap_ig_activations"` between those of each component or, for nodes, of each hook point.
+        steps: the number of runs (per component or hook point) of the two averages; 5 by default.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
@@ -216,9 +228,9 @@ def find_circuit(
             of equally long pairs).
         errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
             other nodes (`"nodes"`). For edges `"in"` means that errors are a part of the rest.
-        metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
-            model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
-            complement is ablated at their tokens too.
+        metric: one metric; for estimates it must be differentiable. The gradient of `"neg_kl"` is zero in the whole model, so
+            `"estimate"` refuses it for edges; the averages do not. Answers of several tokens (`"sequence_log_prob"`,
+            `"sequence_log_prob_diff"`) follow both prompts, and the complement is ablated at their tokens too.
         progress: whether to show a progress bar.
 
     Returns:
@@ -235,10 +247,10 @@ def find_circuit(
     check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
-    check_search(method, over, scores, threshold, size, target)
+    check_search(method, over, scores, steps, threshold, size, target)
     given: dict[str, Any] = {
-        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
-        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
+        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "steps": steps,
+        "threshold": threshold, "size": size, "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
     }  # fmt: skip
     scores, errors = scores or "exact", errors or "in"
     threshold, target = (float(THRESHOLD if threshold is None else threshold), float(TARGET if target is None else target))
@@ -248,7 +260,7 @@ def find_circuit(
         raise FeatpatchError(f"size={size}: expected at most {len(graph.items)}, the number of {over}")
     ranked = np.zeros(0)
     if method == "threshold" or (method == "greedy" and over == "edges"):
-        ranked = _estimated(graph) if scores == "estimate" else alone(graph, progress=progress)
+        ranked = alone(graph, progress=progress) if scores == "exact" else _estimated(graph, scores, steps, progress=progress)
     if method == "threshold":
         items = by_threshold(graph, ranked, threshold, size)
     elif method == "greedy" and over == "edges":
@@ -259,8 +271,9 @@ def find_circuit(
         items = acdc(graph, threshold, graph.items[::-1], progress=progress)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold, "size": None if size is None else int(size), "target": target, "errors": errors,
-        "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
+        "steps": int(steps or STEPS) if scores in STEPPED else None, "threshold": threshold,
+        "size": None if size is None else int(size), "target": target, "errors": errors,
+        "search": {name: given[name] for name in ("method", "scores", "steps", "threshold", "size", "target", "errors")},
         **provenance(lens, pairs),
     }  # fmt: skip
     return Circuit(graph, tuple(items), ranked, metadata, lambda other: find_circuit(model, other, **given))
@@ -343,9 +356,11 @@ def _graph(lens: Lens, pairs: Pairs, saes: Any, over: Any, nodes: Any, to: Compl
     return graph
 
 
-def _estimated(graph: Graph) -> Any:
-    assert isinstance(graph, EdgeGraph)
-    return graph.estimates() / (graph.whole.mean() - graph.empty.mean())
+def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: bool) -> NDArray[np.float64]:
+    """Return the estimated loss of faithfulness with each item ablated."""
+    found = graph.estimates(scores, int(STEPS if steps is None else steps), progress=progress)
+    result: NDArray[np.float64] = found / (graph.whole.mean() - graph.empty.mean())
+    return result
 
 
 def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:

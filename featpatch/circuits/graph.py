@@ -4,7 +4,7 @@ Ablation values of the complement are taken from other prompts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -15,17 +15,26 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from featpatch.circuits.attribution import STEPS, Point, Scores, points_of
 from featpatch.effects.statistics import check_gap
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.lens import Lens
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.readings import Reading, Readout, readings_of
+from featpatch.patching.readings import AtAnswer, Reading, Readout, readings_of
 
 Array = NDArray[np.float64]
 
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""
+
+ESTIMATED_AT_ONCE = 512
+"""The largest number of tokens whose scores are estimated together, unless a single prompt is longer. It bounds the memory for
+gradients and for the changes of all senders."""
+
+FLAT = 1e-4
+"""The value of a metric that compares with the clean run, as a share of that with everything ablated, up to which its gradient
+counts as zero."""
 
 MASK_BYTES = 1 << 20
 """The largest size of the masks that are made together."""
@@ -229,6 +238,85 @@ class Graph(ABC):
         """
         check_gap(self.name, self.whole, self.empty)
 
+    def estimates(self, scores: Scores = "estimate", steps: int = STEPS, *, progress: bool = False) -> Array:
+        """Estimate by gradients how much the mean metric loses with each item ablated by itself, `[items]`; see `attribution`.
+
+        Raises:
+            FeatpatchError: if the metric has no gradient, or a gradient of zero where `"estimate"` needs it.
+        """
+        if scores == "estimate" and self.reads_clean:
+            now = self.values([self.items])[0]
+            if np.abs(now).max() <= FLAT * np.abs(self.empty).max():
+                raise FeatpatchError(
+                    f"metric {self.name!r} with scores='estimate': expected a gradient that is not zero, but this metric's is "
+                    "zero in the unpatched clean run; use scores='eap_ig_inputs', 'eap_ig_activations' or 'exact', or another "
+                    "metric"
+                )
+        points = points_of(scores, steps, self.places())
+        total = np.zeros(len(self.items))
+        with torch.inference_mode(False):
+            for some in self._groups():
+                self._note_clean(some)
+            weights = self._weights(points)
+            count = len(points) * len(self.runs)
+            with tqdm(total=count, desc="estimating", unit="run", disable=not progress or len(points) < 2) as bar:
+                for some in self._groups():
+                    found, _ = self.slopes(some, points, weights[:, some], bar.update)
+                    total += found.numpy()
+        result: Array = -total / len(self.pairs)
+        return result
+
+    def _weights(self, points: Sequence[Point]) -> Float[torch.Tensor, "points runs"]:
+        """Return the derivative of the sum of all pairs' metrics by the metric of each run, at each point."""
+        values = self._zeros(len(points), len(self.runs))
+        if isinstance(self.read, AtAnswer):
+            return torch.ones_like(values)
+        if any(len(answers) > 1 for pair in self.pairs for answers in pair.answers):  # the sum of probabilities is not linear
+            for some in self._groups():
+                values[:, some] = self.slopes(some, points, torch.ones(len(points), len(some)), lambda runs: None)[1]
+        with torch.enable_grad():
+            leaf = values.requires_grad_()
+            return torch.autograd.grad(torch.stack([self.combined(of_point).sum() for of_point in leaf]).sum(), leaf)[0]
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of the metric after checking that they have a gradient.
+
+        Raises:
+            FeatpatchError: if not.
+        """
+        if not values.requires_grad:
+            raise FeatpatchError(
+                f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
+            )
+        return values
+
+    @abstractmethod
+    def places(self) -> list[tuple[Node, ...]]:
+        """Return the groups of nodes that are moved together for `"eap_ig_activations"`."""
+
+    @abstractmethod
+    def slopes(
+        self,
+        some: Sequence[int],
+        points: Sequence[Point],
+        weights: Float[torch.Tensor, "points runs"],
+        done: Callable[[int], object],
+    ) -> tuple[Float[torch.Tensor, " items"], Float[torch.Tensor, "points runs"]]:
+        """Estimate the change of the weighted sum of the metrics of some equally long runs with each item ablated.
+
+        Args:
+            some: the indices of the runs, all of one length.
+            points: the runs in which gradients are taken.
+            weights: the weight of each run at each point.
+            done: a function that is called with the number of runs after each point.
+
+        Returns:
+            The mean estimate over points, and the metrics at each point.
+        """
+
     @abstractmethod
     def rows_of_one(self) -> int:
         """Return the number of rows that one choice of items needs for each prompt."""
@@ -248,8 +336,7 @@ class Graph(ABC):
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""
         (measure,) = self.read.measures.parts
-        if self.reads_clean and some[0] not in self._clean:
-            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
+        self._note_clean(some)
         values = []
         for slot, index in enumerate(some):
             correct, wrong = self.readings[index][1].correct, self.readings[index][1].wrong
@@ -257,6 +344,11 @@ class Graph(ABC):
             of_run = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
             values.append(measure.of(of_run, correct, wrong, self._clean.get(index)))
         return torch.stack(values, 1).double()
+
+    def _note_clean(self, some: Sequence[int]) -> None:
+        """Store the logits of some equally long clean runs if the metric compares with them; the model must not be edited."""
+        if self.reads_clean and some[0] not in self._clean:
+            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
 
     def _answers(self, some: Sequence[int]) -> torch.Tensor:
         """Return the logits `[runs, d_vocab]` of some equally long unpatched runs."""

@@ -364,6 +364,12 @@ class Lens(Model, ABC):
     @torch.no_grad()
     def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
         """Run the whole model, and return the logits `[rows, d_vocab]` at one position of each prompt."""
+        return self.differentiable_answer(tokens, answers)
+
+    def differentiable_answer(
+        self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
+        """Run the whole model, see `answer`, and keep the gradient."""
         with answering(self.model.unembed, answers.to(self.device)):
             return self.run(tokens.to(self.device))[:, 0]
 

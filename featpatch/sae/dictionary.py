@@ -123,11 +123,24 @@ class Dictionary:
         Raises:
             FeatpatchError: features or errors are not finite.
         """
+        return self.differentiable_split(read, written)
+
+    def differentiable_split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
+        """Split an activation, see `split`, and keep the gradient.
+
+        Raises:
+            FeatpatchError: features or errors are not finite, or the encoder passes no gradient on.
+        """
         code = self.codec.encode(read.flatten(2))
         error = written.flatten(2).to(code.features.device) - self.codec.decode(code.features, code.state)
         if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
             raise FeatpatchError(
                 f"{self.name} returns NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
+            )
+        if torch.is_grad_enabled() and read.requires_grad and not code.features.requires_grad:
+            raise FeatpatchError(
+                f"{self.name} ({self.codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or pass "
+                "scores='exact'"
             )
         return Split(code.features, code.state, error)
 
@@ -156,6 +169,12 @@ class Dictionary:
         Returns:
             x' - x_b, exactly 0 where nothing is patched.
         """
+        return self.differentiable_change(base, source, features=features, error=error)
+
+    def differentiable_change(
+        self, base: Split, source: Split, *, features: bool | torch.Tensor = False, error: bool | torch.Tensor = False
+    ) -> Float[torch.Tensor, "batch pos d"]:
+        """Return the change of a patch, see `change`, and keep the gradient."""
         chosen, rest = (torch.as_tensor(mask, device=base.features.device) for mask in (features, error))
         after = torch.where(chosen, source.features, base.features)
         state = {name: torch.where(rest, source.state[name], value) for name, value in base.state.items()}

@@ -240,3 +240,18 @@ def test_circuits_by_integrated_gradients(make: Any) -> None:
         circuit = fp.find_circuit(small.model, pairs_of(small), nodes=nodes, scores=scores, **run)
         assert np.corrcoef(exact.scores, circuit.scores)[0, 1] > 0.6
         assert circuit.metadata["steps"] == (None if scores == "estimate" else 5)
+
+
+@pytest.mark.parametrize("over", ["edges", "nodes"])
+def test_exact_scores_say_their_cost_before_the_start(
+    hooked: Small, over: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of patches and passes; and the time that is left, once, after the first part, if it is long."""
+    nodes = [fp.head(layer, head) for layer in range(3) for head in range(4)] if over == "nodes" else None
+    monkeypatch.setattr("featpatch.circuits.graph.LONG", -1.0)
+    fp.find_circuit(hooked.model, pairs_of(hooked), over=over, nodes=nodes, size=3)
+    said = capsys.readouterr().err
+    count = "262 edges in 3 pairs: at most 786 patches in 13 passes" if over == "edges" else "12 items in 3 pairs"
+    assert said.count(count) == 1
+    assert said.count(" left (estimated from the first ") == 1
+    assert said.index(count) < said.index(" left (estimated")

@@ -11,12 +11,12 @@ The points, with e the embedding's output:
     eap_ig_activations   what one component writes is set to a' + k / steps (a - a'), for k = 1 ... steps and one component
                          after the other: the embedding, all heads of a layer, an MLP, all mediators at a place
 
-These are the formulas of hannamw/EAP-IG (`get_scores_eap`, `get_scores_eap_ig`, `get_scores_ig_activations`): every point counts
-for every edge. Over nodes, all candidates are kept at every point, as in exact scores. Here the points of `eap_ig_activations`
-move the activation at one hook point of the candidates and count only for the nodes there, which are integrated gradients at
-each hook point (Marks et al. 2024, arXiv 2403.19647). With many steps the scores of the embedding's edges by `eap_ig_inputs` add
-up to the effect of ablating the embedding, and those of the nodes of one hook point by `eap_ig_activations` to the effect of
-ablating all of them.
+These are the formulas of hannamw/EAP-IG (`get_scores_eap`, `get_scores_eap_ig`, `get_scores_ig_activations`): every point
+counts for every edge. Over nodes, all candidates are kept at every point, as in exact scores. Here the points of
+`eap_ig_activations` move the activation at one hook point of the candidates and count only for the nodes there, which are
+integrated gradients at each hook point (Marks et al. 2024, arXiv 2403.19647). With many steps the scores of the embedding's
+edges by `eap_ig_inputs` add up to the effect of ablating the embedding, and those of the nodes of one hook point by
+`eap_ig_activations` to the effect of ablating all of them.
 
 For edges one forward and one backward pass give the gradients at all queries, keys, values and MLP outputs. From there they are
 propagated to the residual stream that each receiver reads, through its own weights and norm alone. The scores of a receiver's
@@ -24,6 +24,7 @@ edges are then one product with the changes of all senders before it; nothing is
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -32,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch import sites
-from featpatch.model.lens import Differentiated, Lens
+from featpatch.model.lens import Differentiated, Edit, Lens
 from featpatch.model.stack import Projections, head_of
 from featpatch.nodes import Node
 
@@ -44,6 +45,10 @@ STEPPED = ("eap_ig_inputs", "eap_ig_activations")
 
 STEPS = 5
 """The default number of steps."""
+
+ESTIMATED_AT_ONCE = 512
+"""The largest number of tokens whose scores are estimated together, unless a single prompt is longer. It bounds the memory for
+gradients and for the changes of all senders."""
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
@@ -98,7 +103,7 @@ def summed_scores(
     projections: Sequence[Projections],
     tokens: Int[torch.Tensor, "pairs pos"],
     answers: Int[torch.Tensor, " pairs"],
-    measures: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    measure: Callable[[slice, torch.Tensor], torch.Tensor],
     points: Sequence[Point],
     ablated: Mapping[str, torch.Tensor],
     done: Callable[[int], object],
@@ -109,42 +114,63 @@ def summed_scores(
         lens: the model.
         projections: the projections of each layer's attention.
         tokens, answers: the clean prompts and the positions of their answers.
-        measures: for each point, a differentiable function from logits to one value per prompt, of which the sum is estimated.
-        points: the runs in which gradients are taken.
+        measure: a differentiable function from some points and their logits `[points, pairs, d_vocab]` to values whose sum is
+            estimated.
+        points: the runs in which gradients are taken; several share a forward pass.
         ablated: the ablation values at `sender_hooks`.
-        done: a function that is called with the number of prompts after each point.
+        done: a function that is called with the number of runs after each pass.
     """
     clean = {} if points == [Point()] else lens.read(tokens, sender_hooks(lens))
     changes, total = None, torch.zeros((), device=lens.device)
-    for point, measure in zip(points, measures, strict=True):
-        moved = {hook: point.between(ablated[hook], clean[hook]) for hook in _hooks_of(point)}
-        with lens.put(moved):
-            found = _run(lens, tokens, answers, measure)
+    size = max(1, ESTIMATED_AT_ONCE // tokens.numel())
+    for part in (slice(start, start + size) for start in range(0, len(points), size)):
+        found = _run(lens, tokens, answers, partial(measure, part), points[part], clean, ablated)
         if changes is None:
             changes = _changes(lens, projections, clean or found.activations, ablated)
-        cut = {
-            hook: torch.zeros_like(g) for hook, g in found.gradients.items() if hook in moved
-        }  # what an MLP reads has no effect
-        found = replace(found, gradients={**found.gradients, **cut})
         total = total + _scores(lens, projections, found, changes)
-        done(len(tokens))
+        done(len(points[part]) * len(tokens))
     return total
 
 
-def _hooks_of(point: Point) -> list[str]:
-    """Return the hook point, if any, at which a point sets what senders write."""
-    return [sites.resid_pre(0) if node == EMBEDDING else node.site for node in point.place[:1]]
-
-
 def _run(
-    lens: Lens, tokens: torch.Tensor, answers: torch.Tensor, measure: Callable[[torch.Tensor], torch.Tensor]
+    lens: Lens,
+    tokens: torch.Tensor,
+    answers: torch.Tensor,
+    measure: Callable[[torch.Tensor], torch.Tensor],
+    points: Sequence[Point],
+    clean: Mapping[str, torch.Tensor],
+    ablated: Mapping[str, torch.Tensor],
 ) -> Differentiated:
-    """Return gradients and activations from which `_scores` computes."""
-    layers, mlps = range(lens.n_layers), [] if lens.attention_only else ["mlp_out"]
+    """Return gradients and activations at some points, `[points * pairs, pos, ...]`, from which `_scores` computes."""
+    layers, mlps, count = range(lens.n_layers), [] if lens.attention_only else ["mlp_out"], len(tokens)
     hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *mlps)]
     reads = {*sender_hooks(lens), *(sites.component(layer, name) for layer in layers for name in ("resid_pre", "attn_out"))}
     last, head = sites.resid_post(lens.n_layers - 1), partial(head_of(lens), columns=None)
-    return lens.gradients(tokens, [*hooks, last], answers, measure, reads=sorted(reads), head=head)
+    moved: dict[str, dict[int, torch.Tensor]] = {}
+    for number, point in enumerate(points):
+        for node in point.place[:1]:  # the other nodes are at the same hook point
+            hook = sites.resid_pre(0) if node == EMBEDDING else node.site
+            moved.setdefault(hook, {})[number] = point.between(ablated[hook], clean[hook])
+
+    def moving(values: Mapping[int, torch.Tensor]) -> Edit:
+        def change(activation: torch.Tensor) -> torch.Tensor:
+            rows = activation.unflatten(0, (len(points), count)).unbind()
+            return torch.cat([values[n].to(row) if n in values else row for n, row in enumerate(rows)])
+
+        return change
+
+    with ExitStack() as stack:
+        for hook, values in moved.items():
+            stack.enter_context(lens.edit(hook, moving(values)))
+        rows = tokens.repeat(len(points), 1), [*hooks, last], answers.repeat(len(points))
+        found = lens.gradients(
+            *rows, lambda x: measure(x.unflatten(0, (len(points), count))).flatten(), reads=sorted(reads), head=head
+        )
+    cut = {hook: found.gradients[hook].clone() for hook in moved.keys() & found.gradients.keys()}
+    for hook, gradient in cut.items():  # what the component reads has no effect through it
+        for number in moved[hook]:
+            gradient[number * count : (number + 1) * count] = 0
+    return replace(found, gradients={**found.gradients, **cut})
 
 
 def _changes(
@@ -171,7 +197,8 @@ def _scores(lens: Lens, projections: Sequence[Projections], found: Differentiate
     filled, scores = 1, []
 
     def score(gradients: torch.Tensor, senders: int) -> None:
-        scores.append((_wide(lens, gradients).flatten(1) @ changes[:senders].T).flatten())
+        summed = _wide(lens, gradients).flatten(1).unflatten(1, (-1, changes.shape[1])).sum(1)  # over points
+        scores.append((summed @ changes[:senders].T).flatten())
 
     for layer, of_layer in enumerate(projections):
         stream = found.activations[sites.resid_pre(layer)]

@@ -9,9 +9,10 @@ is kept, and its gradient at the whole model is edge attribution patching (Syed 
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby, product
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,17 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.circuits.attribution import EMBEDDING, INSIDE, Point, sender_hooks, summed_scores
-from featpatch.circuits.graph import ESTIMATED_AT_ONCE, Graph, prompts, settled
+from featpatch.circuits.attribution import EMBEDDING, ESTIMATED_AT_ONCE, INSIDE, Point, sender_hooks, summed_scores
+from featpatch.circuits.graph import Graph, announcing, prompts, settled
 from featpatch.circuits.mediators import Mediators, Place
 from featpatch.errors import FeatpatchError
 from featpatch.model.stack import Projections, projections_of
 from featpatch.nodes import LOGITS, Edge, Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.paths import path_study
+from featpatch.patching.paths import EdgePart
 from featpatch.patching.readings import AtAnswer
-from featpatch.patching.study import Options
+from featpatch.patching.route import Senders, receiver_of
+from featpatch.patching.study import Options, Study
 
 Written = dict[Node, torch.Tensor]
 """The output of each sender, `[circuits, pairs, pos, d_model]`."""
@@ -174,25 +176,43 @@ class EdgeGraph(Graph):
         """
         if self.to != "corrupted" or self.mediators or not isinstance(self.read, AtAnswer):
             return super().alone(progress=progress)
-        found, options = np.tile(self.whole, (len(self.items), 1)), Options(directions=["noising"], metric=self.read)
-        first = Node(sites.resid_pre(0), "activation")
+        found, options = np.tile(self.whole, (len(self.items), 1)), Options(["all"], ["noising"], self.read)
         blocks = [list(block) for _, block in groupby(self._layout, key=lambda receiver: receiver.site)]
-        if progress:
-            count = len(self.items) * len(self.pairs)
-            tqdm.write(f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {count:,} patches", file=sys.stderr)
-        with tqdm(total=len(self.items) * len(self.pairs), desc="ablating", unit="edge", disable=not progress) as bar:
-            for some, receivers in product(self.pairs.chunks(PATCHED_AT_ONCE), blocks):
-                pairs, sent = Pairs(tuple(self.pairs[index] for index in some)), self._layout[receivers[0]]
-                senders = [first, *sent[1:]]
-                study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
-                effects = study.run_block(None, progress=False)
-                if not effects.finished:
-                    raise KeyboardInterrupt
-                start = self._numbers[Edge.of(sent[0], receivers[0])]
-                edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
-                places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
-                found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
-                bar.update(len(receivers) * len(sent) * len(some))
+        first = Node(sites.resid_pre(0), "activation")
+        starts = [[first, *self._layout[receivers[0]][1:]] for receivers in blocks]
+        parts = [
+            EdgePart(
+                self.lens, Senders.of(self.lens, senders, []), [receiver_of(self.lens, node, []) for node in block], "direct"
+            )
+            for senders, block in zip(starts, blocks, strict=True)
+        ]
+        depths = [1 + self.lens.n_layers - self.depth(receivers[0])[0] for receivers in blocks]
+        costs = [len(block) * len(senders) * depth for block, senders, depth in zip(blocks, starts, depths, strict=True)]
+        total = len(self.items) * len(self.pairs)
+        with tqdm(total=total, desc="ablating", unit="edge", disable=not progress) as bar:
+            done = announcing(bar, sum(costs) * len(self.pairs))
+            for some in self.pairs.chunks(PATCHED_AT_ONCE):
+                pairs = Pairs(tuple(self.pairs[index] for index in some))
+                study = Study.of(self.lens, parts, {}, pairs, options)
+                if not bar.n and progress:
+                    sizes = [len(block) * len(senders) for block, senders in zip(blocks, starts, strict=True)]
+                    tokens = [sum(len(self.pairs[index]) for index in chunk) for chunk in self.pairs.chunks(PATCHED_AT_ONCE)]
+                    passes = sum(ceil(size * count / study.rows) for size, count in product(sizes, tokens))
+                    said = (
+                        f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {total:,} patches in {passes:,} passes"
+                    )
+                    tqdm.write(f"{said} of the layers from the receiver on", file=sys.stderr)
+                for part, receivers, senders, cost in zip(parts, blocks, starts, costs, strict=True):
+                    effects = replace(study, parts=[part]).run_block(None, progress=False)
+                    if not effects.finished:
+                        raise KeyboardInterrupt
+                    for run in study.runs(tuple(range(len(some)))):
+                        run.found.clear()  # the changes of all edges together would take too much memory
+                    start = self._numbers[Edge.of(self._layout[receivers[0]][0], receivers[0])]
+                    edges = {Edge.of(*ends[::-1]): start + n for n, ends in enumerate(product(receivers, senders))}
+                    places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
+                    found[places[effects.row], np.array(some)[effects.pair]] = effects.noised
+                    done(len(receivers) * len(senders) * len(some), cost * len(some))
         return found
 
     def about(self) -> Mapping[str, Any]:
@@ -245,15 +265,14 @@ class EdgeGraph(Graph):
             torch.zeros(len(self.items), dtype=torch.float64),
             torch.zeros(len(points), len(some), dtype=torch.float64),
         )
-        for part, of_part in zip(parts, others, strict=True):
+        for rows, of_part in zip(parts, others, strict=True):
 
-            def measure(logits: torch.Tensor, point: int, part: slice) -> torch.Tensor:
-                found = self._differentiable(self.metric_of(logits[None], some[part])[0])
-                values[point, part] = found.detach().cpu()
-                return found * weights[point, part].to(logits.device)
+            def measure(part: slice, logits: torch.Tensor, rows: slice = rows) -> torch.Tensor:
+                found = self._differentiable(self.metric_of(logits, some[rows]))
+                values[part, rows] = found.detach().cpu()
+                return found * weights[part, rows].to(logits.device)
 
-            measures = [partial(measure, point=point, part=part) for point in range(len(points))]
-            found = summed_scores(self.lens, by_weights, *self._prompts(some[part]), measures, points, of_part, done)
+            found = summed_scores(self.lens, by_weights, *self._prompts(some[rows]), measure, points, of_part, done)
             total += found.double().cpu()
         return total / len(points), values
 

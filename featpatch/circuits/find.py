@@ -216,9 +216,9 @@ def find_circuit(
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
             al. 2023).
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"` (the default): an item's score is the loss of
-            faithfulness with only that item ablated. The others estimate that loss by gradients, and `attribution` in
-            `featpatch.circuits` gives their formulas: `"estimate"` where everything is kept (edge attribution patching), and
-            averaged over `steps` runs `"eap_ig_inputs"` from the ablation value of the embedding to its clean value (EAP-IG), and
+            faithfulness with only that item ablated. The others estimate that loss by gradients, with the formulas in
+            `featpatch.circuits.attribution`: `"estimate"` where everything is kept (edge attribution patching), and averaged
+            over `steps` runs `"eap_ig_inputs"` from the ablation value of the embedding to its clean value (EAP-IG), and
             `"eap_ig_activations"` between those of each component or, for nodes, of each hook point.
         steps: the number of runs (per component or hook point) of the two averages; 5 by default.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.

@@ -3,9 +3,12 @@
 Ablation values of the complement are taken from other prompts.
 """
 
+import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -17,6 +20,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.attribution import STEPS, Point, Scores, points_of
 from featpatch.effects.statistics import check_gap
+from featpatch.engine.sweep import LONG
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.lens import Lens
 from featpatch.nodes import Node
@@ -28,16 +32,12 @@ Array = NDArray[np.float64]
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""
 
-ESTIMATED_AT_ONCE = 512
-"""The largest number of tokens whose scores are estimated together, unless a single prompt is longer. It bounds the memory for
-gradients and for the changes of all senders."""
-
 FLAT = 1e-4
 """The value of a metric that compares with the clean run, as a share of that with everything ablated, up to which its gradient
 counts as zero."""
 
-MASK_BYTES = 1 << 20
-"""The largest size of the masks that are made together."""
+MASK_BYTES, MASKS_AT_ONCE = 1 << 20, 256
+"""The largest size and number of the masks that are made together."""
 
 Complement = Literal["corrupted", "mean", "resample"]
 """The source of ablation values. `corrupted`: the pair's corrupted run. `mean`: the mean at each position over the clean runs
@@ -72,6 +72,29 @@ def settled(values: torch.Tensor, to: Complement) -> torch.Tensor:
     if to == "mean":
         return values.mean(0, keepdim=True).expand_as(values)
     return values.roll(1, 0) if to == "resample" else values
+
+
+def announcing(bar: "tqdm[Any]", cost: int) -> Callable[[int, int], None]:
+    """Return a function that updates a bar after each part and, if much is left after the first, says how long it will take.
+
+    It takes the number of finished items and their cost.
+
+    Args:
+        bar: the progress bar.
+        cost: the cost of all parts, in any unit.
+    """
+    start, told = time.monotonic(), False
+
+    def done(items: int, spent: int) -> None:
+        nonlocal told
+        bar.update(items)
+        left = (time.monotonic() - start) * (cost - spent) / spent
+        if not told and left > LONG and not bar.disable:
+            about = timedelta(seconds=round(left))
+            bar.write(f"about {about} left (estimated from the first {items:,} of {bar.total:,})", file=sys.stderr)
+        told = True
+
+    return done
 
 
 @dataclass(eq=False)
@@ -131,13 +154,17 @@ class Graph(ABC):
 
     def alone(self, *, progress: bool = False) -> Array:
         """Measure the metric of each pair with only one item ablated, `[items, pairs]`."""
-        found, size = np.zeros((len(self.items), len(self.pairs))), max(1, MASK_BYTES // len(self.items))
-        with tqdm(total=len(self.items), desc="ablating", unit="item", disable=not progress) as bar:
+        count = len(self.items)
+        found, size = np.zeros((count, len(self.pairs))), max(1, min(MASKS_AT_ONCE, MASK_BYTES // count))
+        if progress:
+            tqdm.write(f"{count:,} items in {len(self.pairs)} pairs, each ablated in a row of its own", file=sys.stderr)
+        with tqdm(total=count, desc="ablating", unit="item", disable=not progress) as bar:
+            done = announcing(bar, count)
             for start in range(0, len(self.items), size):
                 masks = np.ones((min(size, len(self.items) - start), len(self.items)), dtype=bool)
                 masks[np.arange(len(masks)), start + np.arange(len(masks))] = False
                 found[start : start + size] = self.of_masks(masks)
-                bar.update(len(masks))
+                done(len(masks), len(masks))
         return found
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:

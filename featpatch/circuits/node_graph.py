@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from featpatch import sites
-from featpatch.circuits.attribution import Point
-from featpatch.circuits.graph import ESTIMATED_AT_ONCE, Graph, prompts, settled
+from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point
+from featpatch.circuits.graph import Graph, prompts, settled
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Node

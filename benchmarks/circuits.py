@@ -13,7 +13,8 @@ Times are CPU times of one thread; memory is the peak above that in use before.
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,20 @@ class TheirScores:
     """EAP-IG on a CPU."""
 
     def __init__(self, model: Any) -> None:
-        model.set_use_attn_result(True)
-        model.set_use_split_qkv_input(True)
-        model.set_use_hook_mlp_in(True)
         self.model, self.graph = model, eap.graph.Graph.from_model(model)
         eap.attribute.tokenize_plus = eap.evaluate.tokenize_plus = self.tokenize
         zeros = torch.zeros
         torch.zeros = lambda *args, **kwargs: zeros(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+
+    @contextmanager
+    def split(self) -> Iterator[None]:
+        """Make the model compute heads and their inputs one by one, as EAP-IG needs and which is slower, in this context."""
+        for on in (True, False):
+            self.model.set_use_attn_result(on)
+            self.model.set_use_split_qkv_input(on)
+            self.model.set_use_hook_mlp_in(on)
+            if on:
+                yield
 
     @staticmethod
     def tokenize(_model: Any, tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, torch.Tensor, int]:
@@ -87,7 +95,8 @@ class TheirScores:
 
     def estimates(self, clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
         """Return EAP scores, `[senders, receivers]`; all pairs are one batch."""
-        return eap.attribute.get_scores_eap(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+        with self.split():
+            return eap.attribute.get_scores_eap(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
 
     def integrated(self, scores: str, steps: int, clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
         """Return scores by integrated gradients, `[senders, receivers]`; all pairs are one batch."""
@@ -95,14 +104,18 @@ class TheirScores:
             "eap_ig_inputs": eap.attribute.get_scores_eap_ig,
             "eap_ig_activations": eap.attribute.get_scores_ig_activations,
         }
-        return found[scores](self.model, self.graph, [(clean, corrupted, None)], self.metric, steps=steps, quiet=True)
+        with self.split():
+            return found[scores](self.model, self.graph, [(clean, corrupted, None)], self.metric, steps=steps, quiet=True)
 
     def exact(self, edges: list[Any], clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
         """Return the exact scores of some edges, `[senders, receivers]`."""
         every, names = self.graph.edges, [f"{their_name(edge.sender)}->{their_name(edge.receiver)}" for edge in edges]
         self.graph.edges = {name: every[name] for name in names}
         try:
-            return eap.attribute.get_scores_exact(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+            with self.split():
+                return eap.attribute.get_scores_exact(
+                    self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True
+                )
         finally:
             self.graph.edges = every
 

@@ -248,12 +248,14 @@ def find_circuit(
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
     check_search(method, over, scores, steps, threshold, size, target)
+    size, steps = (None if number is None else int(number) for number in (size, steps))  # NumPy's numbers can't be saved
+    threshold, target = (None if number is None else float(number) for number in (threshold, target))
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "steps": steps,
         "threshold": threshold, "size": size, "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
     }  # fmt: skip
     scores, errors = scores or "exact", errors or "in"
-    threshold, target = (float(THRESHOLD if threshold is None else threshold), float(TARGET if target is None else target))
+    threshold, target = THRESHOLD if threshold is None else threshold, TARGET if target is None else target
     lens = wrap(model)
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric)
     if size is not None and size > len(graph.items):
@@ -271,8 +273,8 @@ def find_circuit(
         items = acdc(graph, threshold, graph.items[::-1], progress=progress)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "steps": int(steps or STEPS) if scores in STEPPED else None, "threshold": threshold,
-        "size": None if size is None else int(size), "target": target, "errors": errors,
+        "steps": (steps or STEPS) if scores in STEPPED else None, "threshold": threshold,
+        "size": size, "target": target, "errors": errors,
         "search": {name: given[name] for name in ("method", "scores", "steps", "threshold", "size", "target", "errors")},
         **provenance(lens, pairs),
     }  # fmt: skip
@@ -358,7 +360,7 @@ def _graph(lens: Lens, pairs: Pairs, saes: Any, over: Any, nodes: Any, to: Compl
 
 def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: bool) -> NDArray[np.float64]:
     """Return the estimated loss of faithfulness with each item ablated."""
-    found = graph.estimates(scores, int(STEPS if steps is None else steps), progress=progress)
+    found = graph.estimates(scores, STEPS if steps is None else steps, progress=progress)
     result: NDArray[np.float64] = found / (graph.whole.mean() - graph.empty.mean())
     return result
 

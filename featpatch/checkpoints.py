@@ -62,8 +62,8 @@ class Demo(Loaded):
         shipped = json_lines(self.folder / "pairs" / f"{task}.jsonl", NEEDED)
         if not is_integer(n) or not 0 < n <= len(shipped.values):
             raise FeatpatchError(
-                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(shipped.values)}, the pairs that are shipped and "
-                f"that the model was not trained on; fp.tasks.{task}(demo.model, n=...) draws more"
+                f"n={n!r} pairs of {task!r}: expected an integer from 1 to {len(shipped.values)}, the pairs that are shipped "
+                f"and that the model was not trained on; fp.tasks.{task}(demo.model, n=...) draws more"
             )
         chosen = random.Random(int(seed)).sample(range(len(shipped.values)), int(n))
         rows = Rows([shipped.where[row] for row in chosen], [shipped.values[row] for row in chosen])

@@ -1,17 +1,20 @@
 """Cost of estimating and measuring all edges of a model: featpatch against EAP-IG, with the scores compared.
 
-    python benchmarks/circuits.py [--shape demo] [--tokens 20] [--pairs 1 4 16] [--exact 20]
+    python benchmarks/circuits.py [--shape demo] [--tokens 20] [--pairs 1 4 16] [--integrated 1] [--exact 20]
 
 EAP-IG (hannamw/EAP-IG) is run where it is installed, adapted to CPUs and to prompts that are given as tokens; otherwise our own
-estimates by a weight for each edge are run instead, on one pair. Each score is the mean over pairs. `--exact` is the number of
-edges into the middle layer's queries that EAP-IG's exact loop measures, one forward pass each; featpatch measures all of them.
+estimates by a weight for each edge are run instead, on one pair. Each score is the mean over pairs. `--integrated` is the
+number of pairs for integrated gradients, which are taken over inputs with 5 steps and over activations with 1 step per
+component. `--exact` is the number of edges into the middle layer's queries that EAP-IG's exact loop measures, one forward pass
+each; featpatch measures all of them.
 Times are CPU times of one thread; memory is the peak above that in use before.
 """
 
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from memory import peak_of
 from shapes import SHAPES, models
 
 import featpatch as fp
+from featpatch.circuits.attribution import Point, points_of
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
@@ -64,13 +68,20 @@ class TheirScores:
     """EAP-IG on a CPU."""
 
     def __init__(self, model: Any) -> None:
-        model.set_use_attn_result(True)
-        model.set_use_split_qkv_input(True)
-        model.set_use_hook_mlp_in(True)
         self.model, self.graph = model, eap.graph.Graph.from_model(model)
         eap.attribute.tokenize_plus = eap.evaluate.tokenize_plus = self.tokenize
         zeros = torch.zeros
         torch.zeros = lambda *args, **kwargs: zeros(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+
+    @contextmanager
+    def split(self) -> Iterator[None]:
+        """Make the model compute heads and their inputs one by one, as EAP-IG needs and which is slower, in this context."""
+        for on in (True, False):
+            self.model.set_use_attn_result(on)
+            self.model.set_use_split_qkv_input(on)
+            self.model.set_use_hook_mlp_in(on)
+            if on:
+                yield
 
     @staticmethod
     def tokenize(_model: Any, tokens: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, torch.Tensor, int]:
@@ -84,14 +95,27 @@ class TheirScores:
 
     def estimates(self, clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
         """Return EAP scores, `[senders, receivers]`; all pairs are one batch."""
-        return eap.attribute.get_scores_eap(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+        with self.split():
+            return eap.attribute.get_scores_eap(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+
+    def integrated(self, scores: str, steps: int, clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
+        """Return scores by integrated gradients, `[senders, receivers]`; all pairs are one batch."""
+        found = {
+            "eap_ig_inputs": eap.attribute.get_scores_eap_ig,
+            "eap_ig_activations": eap.attribute.get_scores_ig_activations,
+        }
+        with self.split():
+            return found[scores](self.model, self.graph, [(clean, corrupted, None)], self.metric, steps=steps, quiet=True)
 
     def exact(self, edges: list[Any], clean: torch.Tensor, corrupted: torch.Tensor) -> Any:
         """Return the exact scores of some edges, `[senders, receivers]`."""
         every, names = self.graph.edges, [f"{their_name(edge.sender)}->{their_name(edge.receiver)}" for edge in edges]
         self.graph.edges = {name: every[name] for name in names}
         try:
-            return eap.attribute.get_scores_exact(self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True)
+            with self.split():
+                return eap.attribute.get_scores_exact(
+                    self.model, self.graph, [(clean, corrupted, None)], self.metric, quiet=True
+                )
         finally:
             self.graph.edges = every
 
@@ -107,12 +131,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--integrated", type=int, default=1, help="number of pairs for integrated gradients")
     parser.add_argument("--exact", type=int, default=20, help="number of edges that EAP-IG's exact loop measures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape = SHAPES[options.shape]
     model = models(shape, options.tokens, "cpu")["HookedTransformer"]
-    clean, corrupted = prompts(shape.vocab, options.tokens, max(options.pairs))
+    clean, corrupted = prompts(shape.vocab, options.tokens, max(*options.pairs, options.integrated))
 
     def graph(count: int) -> EdgeGraph:
         answers = torch.tensor([CORRECT] * count), torch.tensor([WRONG] * count)
@@ -125,8 +150,7 @@ def main() -> None:
     of_eap = None
     if eap is None:
         slow = graph(1)
-        scores, seconds, peak = timed(lambda: -slow._slopes([0], torch.ones(1)).numpy())
-        theirs, name = {1: (scores, seconds, peak)}, "a weight for each edge"
+        theirs, name = {1: timed(lambda: by_edge(slow, [Point()]))}, "a weight for each edge"
     else:
         of_eap, name = TheirScores(model), "EAP-IG"
         of_eap.estimates(clean[:1], corrupted[:1])
@@ -143,7 +167,40 @@ def main() -> None:
             worst = np.abs(scores - other).max() / np.abs(other).max()
             row += f"{their_seconds:.2f} s | {their_peak:.0f} MB | {their_seconds / seconds:.1f} x | {worst:.0e} |"
         print(row)
+    print(f"\n| scores | pairs | featpatch | | {name} | | | largest difference |\n|---|---|---|---|---|---|---|---|")
+    for scores, steps in (("eap_ig_inputs", 5), ("eap_ig_activations", 1)):
+        print(integrated(graph, of_eap, clean, corrupted, scores, steps, options.integrated))
     print("\n" + exact(graph(1), of_eap, clean[:1], corrupted[:1], options.exact))
+
+
+def by_edge(graph: EdgeGraph, points: list[Point]) -> Any:
+    """Return the scores of one pair by automatic differentiation with a weight for each edge."""
+    return -graph._by_edge([0], points, torch.ones(len(points), 1), lambda runs: None)[0].numpy()
+
+
+def integrated(
+    graph: Callable[[int], EdgeGraph],
+    of_eap: Any,
+    clean: torch.Tensor,
+    corrupted: torch.Tensor,
+    scores: Any,
+    steps: int,
+    count: int,
+) -> str:
+    """Measure integrated gradients, and compare with EAP-IG or, for one pair, with the weights of edges."""
+    found, seconds, peak = timed(lambda: graph(count).estimates(scores, steps))
+    row = f"| {scores}, {steps} steps | {count} | {seconds:.2f} s | {peak:.0f} MB | "
+    if of_eap is not None:
+        run = timed(lambda: of_eap.integrated(scores, steps, clean[:count], corrupted[:count]))
+        other = np.array([of_eap.of(run[0], edge) for edge in graph(1).items])
+    elif count == 1:
+        slow = graph(1)
+        run = timed(lambda: by_edge(slow, points_of(scores, steps, slow.components())))
+        other = run[0]
+    else:
+        return row
+    worst = np.abs(found - other).max() / np.abs(other).max()
+    return row + f"{run[1]:.2f} s | {run[2]:.0f} MB | {run[1] / seconds:.1f} x | {worst:.0e} |"
 
 
 def exact(graph: EdgeGraph, of_eap: Any, clean: torch.Tensor, corrupted: torch.Tensor, loop: int) -> str:

@@ -39,7 +39,7 @@ class FeatpatchWarning(UserWarning):
 
 def is_integer(value: object) -> TypeGuard[int]:
     """Return whether a value is an integer, of Python or of NumPy; True and False are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -18,6 +18,8 @@ attention head of the activation at a hook point of attention. `neuron`: one neu
 by their number in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through
 another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation."""
 
+KINDS: tuple[str, ...] = get_args(Kind)
+
 RANKED = ("feature", "head", "neuron", "edge")
 """The kinds of nodes that are ranked among one another."""
 
@@ -89,8 +91,8 @@ class Node:
             raise FeatpatchError(f"position={self.position!r}: expected a token index, 'all' or the label of a position")
         if self.index is not None and not is_integer(self.index):
             raise FeatpatchError(f"index={self.index!r}: expected an integer, such as the number of a feature")
-        if self.kind not in get_args(Kind):
-            raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(get_args(Kind))}")
+        if self.kind not in KINDS:
+            raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(KINDS)}")
         if (self.index is not None) != (self.kind in INDEXED):
             raise FeatpatchError(
                 f"a node of kind {self.kind!r} got index {self.index}: {', '.join(INDEXED)} need an index >= 0, and other "

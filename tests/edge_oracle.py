@@ -44,28 +44,40 @@ def forward_with_edges(
     unknown = set(ablated) - set(edges_of(model))
     if unknown:
         raise ValueError(f"no such edges: {sorted(unknown)}")
-    return _run(model, clean, outputs(model, corrupted) if other is None else other, ablated)[0]
-
-
-def outputs(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
-    """What each sender writes, `[pairs, pos, d_model]`."""
-    return _run(model, tokens, {}, frozenset())[1]
+    with torch.no_grad():
+        return run(model, clean, outputs(model, corrupted) if other is None else other, ablated)[0]
 
 
 @torch.no_grad()
-def _run(
-    model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: set[Edge] | frozenset[Edge]
+def outputs(model: HookedTransformer, tokens: Tensor) -> dict[str, Tensor]:
+    """What each sender writes, `[pairs, pos, d_model]`."""
+    return run(model, tokens, {}, frozenset())[1]
+
+
+def run(
+    model: HookedTransformer,
+    tokens: Tensor,
+    other: dict[str, Tensor],
+    ablated: set[Edge] | frozenset[Edge],
+    put: dict[str, Tensor] | None = None,
+    pushes: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and outputs of senders; `put` replaces what senders write, and `pushes` are added to what receivers read."""
     cfg = model.cfg
     if cfg.positional_embedding_type != "standard" or cfg.parallel_attn_mlp or cfg.attention_dir != "causal":
         raise NotImplementedError("only learned positions, blocks in sequence, causal attention")
     length = tokens.shape[1]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    written = {"embed": model.W_E[tokens] + model.W_pos[:length]}
+    put, pushes = put or {}, pushes or {}
+    written = {"embed": put.get("embed", model.W_E[tokens] + model.W_pos[:length])}
     always = torch.zeros(cfg.d_model, dtype=model.W_E.dtype)
 
     def read(receiver: str) -> Tensor:
-        return always + sum(other[name] if (name, receiver) in ablated else now for name, now in written.items())
+        return (
+            pushes.get(receiver, 0)
+            + always
+            + sum(other[name] if (name, receiver) in ablated else now for name, now in written.items())
+        )
 
     for layer, block in enumerate(model.blocks):
         attention, heads = block.attn, {}
@@ -81,12 +93,12 @@ def _run(
             )
             scores = query @ key.transpose(1, 2) / (cfg.d_head**0.5 if cfg.use_attn_scale else 1.0)
             heads[name] = scores.masked_fill(future, -torch.inf).softmax(-1) @ value @ attention.W_O[head]
-        written |= heads
+        written |= {name: put.get(name, output) for name, output in heads.items()}
         always = always + attention.b_O
         if not cfg.attn_only:
             mlp, name = block.mlp, f"L{layer}.MLP"
             hidden = _norm(model, read(name), getattr(block, "ln2", None)) @ mlp.W_in + mlp.b_in
-            written[name] = _activation(model, hidden) @ mlp.W_out + mlp.b_out
+            written[name] = put.get(name, _activation(model, hidden) @ mlp.W_out + mlp.b_out)
     return _norm(model, read("logits"), getattr(model, "ln_final", None)) @ model.W_U + model.b_U, written
 
 
@@ -105,6 +117,18 @@ def _activation(model: HookedTransformer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, Tensor], ablated: dict[Edge, Tensor]) -> Tensor:
+    """The logits of `run_by_hooks`."""
+    return run_by_hooks(model, tokens, other, ablated)
+
+
+def run_by_hooks(
+    model: HookedTransformer,
+    tokens: Tensor,
+    other: dict[str, Tensor],
+    ablated: dict[Edge, Tensor],
+    put: dict[str, Tensor] | None = None,
+    pushes: dict[Edge, Tensor] | None = None,
+) -> Tensor:
     """Logits `[pairs, pos, vocab]` of any HookedTransformer with split inputs, put together at the hooks of the receivers.
 
     Senders and receivers are named as above. A head writes what goes into the norm after attention, where there is one, and that
@@ -113,7 +137,10 @@ def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, 
     Args:
         other: what senders write when ablated, broadcast to `[pairs, pos, d_model]`.
         ablated: for ablated edges where they are, `[pairs, pos]`; all other edges bring what their sender writes in this run.
+        put: replaces what senders write.
+        pushes: for some edges, what is added to what they bring.
     """
+    put, pushes = put or {}, pushes or {}
     model.set_use_split_qkv_input(True)
     model.set_use_hook_mlp_in(True)
     model.set_use_attn_result(True)
@@ -122,9 +149,8 @@ def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, 
     def read(receiver: str, layers: int, mlps: int) -> Tensor:
         def seen(sender: str) -> Tensor:
             where = ablated.get((sender, receiver), torch.zeros(tokens.shape, dtype=torch.bool))
-            return torch.where(
-                where[..., None], other[sender] if (sender, receiver) in ablated else written[sender], written[sender]
-            )
+            kept = written[sender] + pushes.get((sender, receiver), 0)
+            return torch.where(where[..., None], other[sender] if (sender, receiver) in ablated else kept, kept)
 
         total = seen("embed")
         for layer, block in enumerate(model.blocks):
@@ -137,14 +163,12 @@ def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, 
 
     def keep(name: str) -> Callable[..., None]:
         def hook(x: Tensor, hook: object) -> None:
-            if name.endswith("H"):
-                written.update({f"{name}{head}": x[:, :, head] for head in range(x.shape[2])})
-            else:
-                written[name] = x
+            found = {f"{name}{head}": x[:, :, head] for head in range(x.shape[2])} if name.endswith("H") else {name: x}
+            written.update({sender: put.get(sender, output) for sender, output in found.items()})
 
         return hook
 
-    def put(layer: int, way: str) -> Callable[..., Tensor]:
+    def put_head(layer: int, way: str) -> Callable[..., Tensor]:
         return lambda x, hook: torch.stack([read(f"L{layer}.H{head}.{way}", layer, layer) for head in range(x.shape[2])], 2)
 
     def put_mlp(layer: int) -> Callable[..., Tensor]:
@@ -152,7 +176,7 @@ def forward_by_hooks(model: HookedTransformer, tokens: Tensor, other: dict[str, 
 
     hooks.append(("blocks.0.hook_resid_pre", keep("embed")))
     for layer in range(cfg.n_layers):
-        hooks += [(f"blocks.{layer}.hook_{way}_input", put(layer, way)) for way in "qkv"]
+        hooks += [(f"blocks.{layer}.hook_{way}_input", put_head(layer, way)) for way in "qkv"]
         hooks += [(f"blocks.{layer}.attn.hook_result", keep(f"L{layer}.H"))]
         hooks += [(f"blocks.{layer}.hook_mlp_in", put_mlp(layer)), (f"blocks.{layer}.hook_mlp_out", keep(f"L{layer}.MLP"))]
     hooks.append((f"blocks.{cfg.n_layers - 1}.hook_resid_post", lambda x, hook: read("logits", cfg.n_layers, cfg.n_layers)))

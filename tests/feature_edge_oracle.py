@@ -56,30 +56,39 @@ def forward_with_feature_edges(
     unknown = set(ablated) - set(edges_of(model, cuts))
     if unknown:
         raise ValueError(f"no such edges: {sorted(unknown)}")
-    return _run(model, clean, cuts, outputs(model, corrupted, cuts), ablated)[0]
-
-
-def outputs(model: HookedTransformer, tokens: Tensor, cuts: list[Mediators]) -> dict[str, Tensor]:
-    """What each sender writes, `[pairs, pos, d_model]`, those that end at a cut included."""
-    return _run(model, tokens, cuts, {}, frozenset())[1]
+    with torch.no_grad():
+        return run(model, clean, cuts, outputs(model, corrupted, cuts), ablated)[0]
 
 
 @torch.no_grad()
-def _run(
+def outputs(model: HookedTransformer, tokens: Tensor, cuts: list[Mediators]) -> dict[str, Tensor]:
+    """What each sender writes, `[pairs, pos, d_model]`, those that end at a cut included."""
+    return run(model, tokens, cuts, {}, frozenset())[1]
+
+
+def run(
     model: HookedTransformer,
     tokens: Tensor,
     cuts: list[Mediators],
     other: dict[str, Tensor],
     ablated: set[Edge] | frozenset[Edge],
+    put: dict[str, Tensor] | None = None,
+    pushes: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and outputs of senders; `put` replaces what senders write, and `pushes` are added to what receivers read."""
+    put, pushes = put or {}, pushes or {}
     cfg, at = model.cfg, _by_hook(model, cuts)
     length = tokens.shape[1]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     nothing = torch.zeros(cfg.d_model, dtype=model.W_E.dtype)
-    written = {"embed": model.W_E[tokens] + model.W_pos[:length]}
+    written = {"embed": put.get("embed", model.W_E[tokens] + model.W_pos[:length])}
 
     def read(receiver: str, senders: list[str], always: Tensor) -> Tensor:
-        return always + sum(other[name] if (name, receiver) in ablated else written[name] for name in senders)
+        return (
+            pushes.get(receiver, 0)
+            + always
+            + sum(other[name] if (name, receiver) in ablated else written[name] for name in senders)
+        )
 
     def through(hook: str, senders: list[str], always: Tensor) -> tuple[list[str], Tensor]:
         """The senders and biases past a hook: those before it, or the nodes of the cut there alone."""
@@ -87,7 +96,7 @@ def _run(
             return senders, always
         for node in _nodes(at[hook]):
             x = read(node, senders, always)
-            written[node] = _part(at[hook], node, x, x)
+            written[node] = put.get(node, _part(at[hook], node, x, x))
         return _nodes(at[hook]), nothing
 
     senders, always = ["embed"], nothing
@@ -106,7 +115,7 @@ def _run(
                 )
             )
             scores = query @ key.transpose(1, 2) / (cfg.d_head**0.5 if cfg.use_attn_scale else 1.0)
-            written[name] = scores.masked_fill(future, -torch.inf).softmax(-1) @ value @ attention.W_O[head]
+            written[name] = put.get(name, scores.masked_fill(future, -torch.inf).softmax(-1) @ value @ attention.W_O[head])
             heads.append(name)
         added, bias = through(f"{here}.hook_attn_out", heads, attention.b_O)
         senders, always = senders + added, always + bias
@@ -120,7 +129,7 @@ def _run(
                 y = _activation(model, hidden) @ mlp.W_out + mlp.b_out
                 normalised = functional.layer_norm(x, x.shape[-1:], eps=cfg.eps)
                 reads = {f"{here}.hook_resid_mid": x, f"{here}.ln2.hook_normalized": normalised, f"{here}.hook_mlp_out": y}
-                written[name] = _part(cut, name, reads[cut[0]], y) if cut else y
+                written[name] = put.get(name, _part(cut, name, reads[cut[0]], y) if cut else y)
             senders = senders + parts
         senders, always = through(f"{here}.hook_resid_post", senders, always)
     logits = _norm(model, read("logits", senders, always), getattr(model, "ln_final", None)) @ model.W_U + model.b_U

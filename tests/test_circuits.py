@@ -236,7 +236,7 @@ def test_errors(small: Small) -> None:
         ({"method": "greedy", "target": 0.5, "size": 2}, "size=2, target=0.5 with method='greedy': expected target or size, not both"),
         ({"method": "greedy", "scores": "exact"}, "scores='exact' with over='nodes' and method='greedy': expected no scores"),
         ({"method": "acdc", "scores": "exact"}, "scores='exact' with over='nodes' and method='acdc': expected no scores"),
-        ({"scores": "estimate"}, "scores='estimate' with over='nodes'"),
+        ({"scores": "estimate", "metric": "neg_rank"}, "metric 'neg_rank' has no gradient"),
         ({"errors": "in"}, "errors='in' without saes"),
         ({"method": "acdc", "size": 3}, "size=3 with method='acdc'"),
         ({"to": "nothing"}, "to='nothing'"),
@@ -249,7 +249,7 @@ def test_errors(small: Small) -> None:
         ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "expected only one kind"),
-        ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "gradient of zero in the unpatched clean run.*'exact'"),
+        ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "zero in the unpatched clean run; .*'exact'"),
         ({"pairs": pairs_of(small, [0]), "to": "resample", "reference": shorter(small)}, "pair 0 has 7 tokens, and no other"),
         ({"pairs": pairs_of(small, [0]), "to": "mean_by_position", "reference": shorter(small)}, "no prompt of 7 tokens"),
     ):  # fmt: skip

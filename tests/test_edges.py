@@ -14,6 +14,7 @@ from small import Small, small_bridge, small_hooked
 from test_sets import pairs_of
 
 import featpatch as fp
+from featpatch.circuits.attribution import Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.find import along_edges
 from featpatch.circuits.graph import Graph
@@ -174,7 +175,7 @@ def test_estimates_by_weights_are_those_by_a_weight_per_edge(
     assert graph._projections is not None
     monkeypatch.setattr("featpatch.circuits.edge_graph.ESTIMATED_AT_ONCE", 14)  # two prompts, then one
     found = graph.estimates()
-    slow = -graph._slopes([0, 1, 2], torch.ones(3)).numpy() / 3
+    slow = -graph._by_edge([0, 1, 2], [Point()], torch.ones(1, 3), lambda runs: None)[0].numpy() / 3
     np.testing.assert_allclose(found, slow, atol=1e-10 * np.abs(slow).max())
     assert np.abs(slow).max() > 1e-4
 

@@ -101,5 +101,18 @@ def test_dataclasses_are_frozen() -> None:
     found = [value for name in names for value in vars(import_module(name)).values() if isinstance(value, type)]
     own = [each for each in found if each.__module__.startswith("featpatch.") and is_dataclass(each)]
     thawed = {each.__name__ for each in own if not each.__dataclass_params__.frozen}
-    ours = {"Lock", "Kept", "Sweep", "Shards", "Fired", "Graph", "EdgeGraph", "NodeGraph", "_Batch", "_Run", "_Driver"}
+    ours = {
+        "Lock",
+        "Kept",
+        "Sweep",
+        "Shards",
+        "Fired",
+        "Graph",
+        "EdgeGraph",
+        "NodeGraph",
+        "_Batch",
+        "_Gradients",
+        "_Run",
+        "_Driver",
+    }
     assert thawed == ours

@@ -185,6 +185,7 @@ def test_numbers_of_numpy_in_circuits(small: Small, pairs: fp.Pairs) -> None:
     options: dict[str, Any] = {"nodes": heads, **QUIET}
     for plain, numpy in (
         ({"size": 2}, {"size": np.int32(2)}),
+        ({"size": 2, "scores": "eap_ig_inputs", "steps": 3}, {"size": 2, "scores": "eap_ig_inputs", "steps": np.int64(3)}),
         ({"threshold": 0.25}, {"threshold": np.float32(0.25)}),
         ({"method": "greedy", "target": 0.5}, {"method": "greedy", "target": np.float32(0.5)}),
     ):

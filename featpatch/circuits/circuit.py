@@ -140,7 +140,7 @@ class Circuit(Plotted):
         A score is the loss of faithfulness without an item, so items with negative scores work against the behaviour. In
         signed order they are added last. In absolute order they are added as early as items that help as much, which keeps the
         circuit closer to the model and often gives it less faithfulness. Both orders are measured and shown, because they can
-        differ a lot; MIB's CPR is that of the signed and its CMD that of the absolute order.
+        differ a lot; the evaluator of the MIB benchmark runs either.
 
         Args:
             shares: ascending shares of all items, between 0 and 1.

@@ -13,11 +13,11 @@ an MLP is a part of the MLP.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import groupby, pairwise, product
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.circuits.attribution import INSIDE, sender_hooks, summed_scores
-from featpatch.circuits.graph import Graph
+from featpatch.circuits.attribution import EMBEDDING, ESTIMATED_AT_ONCE, INSIDE, Point, sender_hooks, summed_scores
+from featpatch.circuits.graph import Graph, announcing
 from featpatch.circuits.mediators import Mediators, Place
 from featpatch.circuits.regions import Regions
 from featpatch.errors import FeatpatchError
@@ -36,13 +36,11 @@ from featpatch.model.stack import AttentionOutput, Projections, attention_output
 from featpatch.nodes import LOGITS, Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
-from featpatch.patching.paths import path_study
+from featpatch.patching.paths import EdgePart
 from featpatch.patching.readings import AtAnswer
-from featpatch.patching.study import Options
+from featpatch.patching.route import Senders, receiver_of
+from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import Dictionary
-
-EMBEDDING = Node(sites.EMBEDDING, "activation")
-"""The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
 
 Written = dict[Node, torch.Tensor]
 """The output of each sender, `[circuits, pairs, pos, d_model]`."""
@@ -50,11 +48,6 @@ Written = dict[Node, torch.Tensor]
 TOLERANCE = 1e-3
 """The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
 It allows for rounding in float32."""
-
-ESTIMATED_AT_ONCE = 512
-"""The largest number of tokens whose edges are estimated together, unless a single prompt is longer. It bounds the memory
-for the changes of all senders."""
-
 
 PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
@@ -73,6 +66,8 @@ class _Run:
         projections: the projections of each layer's attention; None if heads go through the model.
         regions: the number of the region of each token, `[pairs, pos]`; None if edges are not told apart by position.
         in_front: what goes into the norm after attention, `[circuits, pairs, pos, d_model]`, by layer with such a norm.
+        put: the outputs of senders that are set to given values.
+        changes: the changes that ablated edges make, if these are not the ablation values minus the outputs in this run.
     """
 
     tokens: torch.Tensor
@@ -83,11 +78,18 @@ class _Run:
     projections: Sequence[Projections] | None = None
     regions: torch.Tensor | None = None
     in_front: dict[int, torch.Tensor] = field(default_factory=dict)
+    put: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    changes: Mapping[Node, torch.Tensor] = field(default_factory=dict)
 
     def note(self, written: Written) -> Written:
-        """Store outputs of senders in the run and return them."""
+        """Store outputs of senders in the run, after setting those that are given, and return them."""
+        written = {node: self.put[node].to(x).expand_as(x) if node in self.put else x for node, x in written.items()}
         self.written.update(written)
         return written
+
+    def change(self, node: Node, output: torch.Tensor) -> torch.Tensor:
+        """Return what an ablated edge adds to the input of its receiver."""
+        return self.changes[node].to(output).expand_as(output) if self.changes else self.outside[node].to(output) - output
 
 
 @dataclass(eq=False)
@@ -106,6 +108,7 @@ class EdgeGraph(Graph):
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.lens.shapes(sites.component(layer, name) for layer in range(self.lens.n_layers) for name in (*INSIDE, "z"))
         self._layout = self._lay_out()
         self._edges = [
             Edge.of(replace(sender, position=region), replace(receiver, position=region)) if self.regions.given
@@ -212,33 +215,55 @@ class EdgeGraph(Graph):
             return super().alone(progress=progress)
         found = np.zeros((len(self.items), len(self.pairs)))
         blocks = [list(block) for _, block in groupby(self._layout, key=lambda receiver: receiver.site)]
-        if progress:
-            count = len(self.items) * len(self.pairs)
-            tqdm.write(f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {count:,} patches", file=sys.stderr)
-        with tqdm(total=len(self.items) * len(self.pairs), desc="ablating", unit="edge", disable=not progress) as bar:
-            for some, receivers in product(self.pairs.chunks(PATCHED_AT_ONCE), blocks):
-                sent = self._layout[receivers[0]]
-                start, count = self._numbers[Edge.of(sent[0], receivers[0])], len(receivers) * len(sent)
-                names = map(str, ("alone", *some, *receivers))
-                measure = partial(self._alone_by_paths, some, receivers)
-                found[start : start + count, some] = self.once(names, (count, len(some)), measure)
-                bar.update(count * len(some))
+        starts = [[Node(sites.resid_pre(0), "activation"), *self._layout[block[0]][1:]] for block in blocks]
+        parts = [
+            EdgePart(
+                self.lens, Senders.of(self.lens, senders, []), [receiver_of(self.lens, node, []) for node in block], "direct"
+            )
+            for senders, block in zip(starts, blocks, strict=True)
+        ]
+        depths = [1 + self.lens.n_layers - self.depth(block[0])[0] for block in blocks]
+        sizes = [len(block) * len(senders) for block, senders in zip(blocks, starts, strict=True)]
+        total, chunks = len(self.items) * len(self.pairs), list(self.pairs.chunks(PATCHED_AT_ONCE))
+        with tqdm(total=total, desc="ablating", unit="edge", disable=not progress) as bar:
+            cost = len(self.pairs) * sum(size * depth for size, depth in zip(sizes, depths, strict=True))
+            done = announcing(bar, cost, lambda: self._busy)
+            for some in chunks:
+                pairs = Pairs(tuple(self.pairs[index] for index in some))
+                study = cache(partial(Study.of, self.lens, parts, {}, pairs, Options(["all"], ["noising"], self.read)))
+                if not bar.n and progress:
+                    tokens = [sum(len(self.pairs[index]) for index in chunk) for chunk in chunks]
+                    passes = sum(ceil(size * count / study().rows) for size, count in product(sizes, tokens))
+                    said = f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {total:,} patches"
+                    tqdm.write(f"{said} in {passes:,} passes of the layers from the receiver on", file=sys.stderr)
+                for part, block, senders, depth in zip(parts, blocks, starts, depths, strict=True):
+                    start, count = self._starts[block[0]], len(block) * len(senders)
+                    measure = partial(self._alone_by_paths, study, part, some, list(product(block, senders)))
+                    names = map(str, ("alone", *some, *block))
+                    found[start : start + count, some] = self.once(names, (count, len(some)), measure)
+                    done(count * len(some), count * len(some) * depth)
         return found
 
-    def _alone_by_paths(self, some: Sequence[int], receivers: Sequence[Node]) -> NDArray[np.float64]:
-        """Measure the metric of some pairs with only one edge ablated, for all edges into receivers that see the same senders.
+    def _alone_by_paths(
+        self, study: Callable[[], Study], part: EdgePart, some: Sequence[int], ends: Sequence[tuple[Node, Node]]
+    ) -> NDArray[np.float64]:
+        """Measure the metric of some pairs with only one edge ablated, for all edges of a part, `[edges, pairs]`.
+
+        Args:
+            study: makes the experiment with the paths of these pairs, or returns it.
+            part: the paths into receivers that see the same senders.
+            some: the indices of the pairs.
+            ends: the receiver and the sender of each edge.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
         """
-        pairs, sent = Pairs(tuple(self.pairs[index] for index in some)), self._layout[receivers[0]]
-        senders = [Node(sites.resid_pre(0), "activation"), *sent[1:]]
-        options = Options(directions=["noising"], metric=self.read)
-        study, _ = path_study(self.lens.model, pairs, None, senders, receivers, "direct", options)
-        effects = study.run_block(None, progress=False)
+        effects = replace(study(), parts=[part]).run_block(None, progress=False)
         if not effects.finished:
             raise KeyboardInterrupt
-        edges = {Edge.of(*ends[::-1]): number for number, ends in enumerate(product(receivers, senders))}
+        for run in study().runs(tuple(range(len(some)))):
+            run.found.clear()  # the changes of all edges together would take too much memory
+        edges = {Edge.of(sender, receiver): number for number, (receiver, sender) in enumerate(ends)}
         places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
         found = np.tile(self.whole[list(some)], (len(edges), 1))
         found[places[effects.row], effects.pair] = effects.noised
@@ -307,70 +332,65 @@ class EdgeGraph(Graph):
         """Measure the metric of all circuits and pairs in one run, layer by layer."""
         return self._run(kept.to(self._type), some)
 
-    def estimates(self) -> NDArray[np.float64]:
-        """Estimate by gradients of the whole model how much the mean metric loses without each edge, `[items]`.
+    def components(self) -> list[tuple[Node, ...]]:
+        """Return the embedding, the heads of each layer, the MLPs, and the mediators of each place."""
+        found: dict[tuple[str, str], dict[Node, None]] = {}
+        for sender in (sender for sent in self._layout.values() for sender in sent):
+            found.setdefault((sender.site, sender.sae), {})[sender] = None
+        return [tuple(group) for group in found.values()]
 
-        Raises:
-            FeatpatchError: if the metric has no gradient, or a gradient of zero in the unpatched run.
-        """
-        if self.reads_clean:
-            raise FeatpatchError(
-                f"metric {self.name!r} has a gradient of zero in the unpatched clean run, where edges are estimated: expected "
-                "another metric; or pass scores='exact'"
-            )
-        weights = torch.ones(len(self.runs), dtype=torch.float64)
-        if not isinstance(self.read, AtAnswer):
-            with torch.inference_mode(False), torch.enable_grad():
-                runs = self.whole_runs.clone().requires_grad_()
-                (weights,) = torch.autograd.grad(self.combined(runs).sum(), runs)
+    def slopes(
+        self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate from the model's weights or, if it has another form or mediators, with a weight for each edge."""
         by_weights = None if self.mediators else self._projections
-        total = torch.zeros(len(self.items), dtype=torch.float64)
-        for some in self._groups():
-            if by_weights is None:
-                total += self._slopes(some, weights[some])
-            else:
-                total += self._scores(some, weights[some], by_weights)
-        result: NDArray[np.float64] = -total.numpy() / len(self.pairs)
-        return result
-
-    def _scores(self, some: Sequence[int], weights: torch.Tensor, by_weights: Sequence[Projections]) -> torch.Tensor:
-        """Estimate the change of the weighted sum of some runs' metrics with each edge ablated, see `attribution`."""
+        if by_weights is None:
+            return self._by_edge(some, points, weights, done)
         hooks, size = sender_hooks(self.lens), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         parts = [slice(start, start + size) for start in range(0, len(some), size)]
         same = self._fixed(some, hooks) if self.others(some[:1]) is None else None
-        total = torch.zeros(len(self.items), dtype=torch.float64)
-        for part in parts:
-            others, numbers = self.others(some[part]), self._regions_of(some[part])
+        total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
+        for rows in parts:
+            others, numbers = self.others(some[rows]), self._regions_of(some[rows])
             regions = None if numbers is None else numbers[..., None] == torch.arange(len(self.regions.names))
             ablated = same if others is None else self.lens.read(others, hooks)
             assert ablated is not None
 
-            def measure(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
-                return self._differentiable(self.metric_of(logits[None], some[part])[0]) * weights[part].to(logits.device)
+            def measure(part: slice, logits: torch.Tensor, rows: slice = rows) -> torch.Tensor:
+                found = self._differentiable(self.metric_of(logits, some[rows]))
+                values[part, rows] = found.detach().cpu()
+                return found * weights[part, rows].to(logits.device)
 
-            tokens, answers = self._prompts(some[part])
-            total += summed_scores(self.lens, by_weights, tokens, answers, measure, ablated, regions).double().cpu()
-        return total
+            prompts = self._prompts(some[rows])
+            found = summed_scores(self.lens, by_weights, *prompts, measure, points, ablated, done, regions)
+            total += found.double().cpu()
+        return total / len(points), values
 
-    def _slopes(self, some: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-        """Compute the same by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
-        with torch.inference_mode(False), torch.enable_grad():
-            kept = torch.ones(1, len(self.items), dtype=self._type, requires_grad=True)
-            values = self._differentiable(self._run(kept, some))
-            (gradient,) = torch.autograd.grad((values * weights.to(values)).sum(), kept)
-        return -gradient[0].double().cpu()
-
-    def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values of the metric after checking that they have a gradient.
-
-        Raises:
-            FeatpatchError: if not.
-        """
-        if not values.requires_grad:
-            raise FeatpatchError(
-                f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
-            )
-        return values
+    def _by_edge(
+        self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
+        tokens, answers = self._prompts(some)
+        where, outside = self._ablation_values(some)
+        clean = _Run(tokens, where)
+        with torch.no_grad():
+            self._pass(clean)
+        now = {node: x[0] for node, x in clean.written.items()}
+        changes = {node: outside[node].to(x) - x for node, x in now.items()}
+        total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
+        for number, point in enumerate(points):
+            put = {node: point.between(outside[node], now[node]) for node in point.place}
+            with torch.enable_grad():
+                ablated = torch.zeros(1, len(self.items), dtype=self._type, requires_grad=True)
+                run = _Run(tokens, where, ablated, outside, regions=self._regions_of(some), put=put, changes=changes)
+                final = self._pass(run)
+                logits = self.unembedded(final.flatten(0, 1), tokens, answers)
+                found = self._differentiable(self.metric_of(logits[None], some)[0])
+                (gradient,) = torch.autograd.grad((found * weights[number].to(found)).sum(), ablated)
+            values[number] = found.detach().cpu()
+            total += gradient[0].double().cpu()
+            done(len(some))
+        return total / len(points), values
 
     @cached_property
     def _projections(self) -> list[Projections] | None:
@@ -411,11 +431,19 @@ class EdgeGraph(Graph):
         read = self.lens.read(tokens, hooks)
         return {hook: self.everywhere(hook, (read[hook][0],), tokens.shape[1])[0][None] for hook in hooks}
 
-    def _ablation_values(self, some: Sequence[int]) -> Written:
+    @torch.no_grad()
+    def _ablation_values(self, some: Sequence[int]) -> tuple[Mapping[Place, torch.Tensor], Written]:
+        """Return the positions of the named nodes of mediators and the ablation values of senders, computed once."""
+        if some[0] not in self._outside:
+            where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
+            self._where[some[0]], self._outside[some[0]] = where, self._written_outside(some, where)
+        return self._where[some[0]], self._outside[some[0]]
+
+    def _written_outside(self, some: Sequence[int], where: Mapping[Place, torch.Tensor]) -> Written:
         """Return the ablation value of each sender's output, `[runs or 1, pos, d_model]`."""
-        others, where = self.others(some), self._where[some[0]]
+        others = self.others(some)
         if others is not None:
-            run = _Run(others, where)
+            run = _Run(others, where, projections=self._projections)
             self._pass(run)
             return {node: values[0] for node, values in run.written.items()}
         tokens, _ = self._prompts(some[:1])
@@ -446,14 +474,8 @@ class EdgeGraph(Graph):
 
     def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         tokens, answers = self._prompts(some)
-        with torch.no_grad():
-            if some[0] not in self._outside:
-                where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
-                self._where[some[0]] = where
-                self._outside[some[0]] = self._ablation_values(some)
-        projections = None if kept.requires_grad else self._projections
-        regions = self._regions_of(some)
-        run = _Run(tokens, self._where[some[0]], 1 - kept, self._outside[some[0]], projections=projections, regions=regions)
+        where, outside = self._ablation_values(some)
+        run = _Run(tokens, where, 1 - kept, outside, projections=self._projections, regions=self._regions_of(some))
         final = self._pass(run)
         circuits = len(kept)
         logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
@@ -464,6 +486,7 @@ class EdgeGraph(Graph):
         entry = self.lens.read(run.tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
         stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
         sent = run.note({EMBEDDING: stream})
+        stream = sent[EMBEDDING]
         for layer in range(self.lens.n_layers):
             stream, sent = self._mediated((layer, "pre"), stream, sent, run)
             added, heads = self._mediated((layer, "attn"), *self._attention(layer, stream, sent, run), run)
@@ -512,7 +535,8 @@ class EdgeGraph(Graph):
             z = z.unflatten(0, stream.shape[:2])
             slots, output = run.note(self._slots(layer, z)), self._outputs[layer]
             assert output is not None
-            _, heads = self._mediated((layer, "z"), z.flatten(3), slots, run)
+            passing = torch.stack(list(slots.values())).sum(0)  # z, unless heads are set to given values
+            _, heads = self._mediated((layer, "z"), passing, slots, run)
             bias = stream.new_zeros(stream.shape[-1]) if output.bias is None else output.bias.to(stream)
         elif run.projections:
             each, bias = run.projections[layer].outputs(z.flatten(0, 1)), run.projections[layer].bias.to(stream)
@@ -531,6 +555,10 @@ class EdgeGraph(Graph):
         """Compute the output of an MLP, or of the nodes of its dictionary."""
         nodes, group = self._mlp(layer), self.mediators.get((layer, "mlp"))
         rows, which = self._inputs(nodes, stream, sent, run)
+        if run.projections and group is None:
+            of_layer = run.projections[layer].layer
+            output = of_layer.mlp_output(rows.to(of_layer.device).flatten(0, -2)).view_as(rows).to(stream)
+            return run.note({nodes[0]: output[0]})
         outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
         if group is None:
             return run.note({nodes[0]: outputs[0]})
@@ -566,7 +594,7 @@ class EdgeGraph(Graph):
         moved = torch.zeros_like(passing)
         for layer, group in groupby(sorted(nodes, key=self._norm_key), key=self._norm_key):
             some = list(group)
-            changes = torch.stack([run.outside[node].to(sent[node]) - sent[node] for node in some], 1)
+            changes = torch.stack([run.change(node, sent[node]) for node in some], 1)
             change = _weighted(torch.stack([weights[node] for node in some], 2), changes, run.regions)
             norm = None if layer < 0 else self._norm(layer)
             before = None if norm is None else run.in_front[layer]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from featpatch.circuits.attribution import STEPPED, STEPS, Scores
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.edge_graph import EdgeGraph
@@ -171,7 +172,13 @@ def _to_resume(journal: str | Path | None) -> str:
 
 
 def check_search(
-    method: str, over: str, scores: str | None, threshold: float | None, size: int | None, target: float | None
+    method: str,
+    over: str,
+    scores: str | None,
+    steps: int | None,
+    threshold: float | None,
+    size: int | None,
+    target: float | None,
 ) -> None:
     """Check that the options of a search are valid, and that the search uses each option that is given.
 
@@ -179,7 +186,13 @@ def check_search(
         FeatpatchError: if not.
     """
     check_choices(get_args(Method), method=method)
-    check_choices(("exact", "estimate"), scores="exact" if scores is None else scores)
+    check_choices(get_args(Scores), scores="exact" if scores is None else scores)
+    check_numbers(1, steps=1 if steps is None else steps)
+    if steps is not None and scores not in STEPPED:
+        raise FeatpatchError(
+            f"steps={steps} with scores={scores or 'exact'!r}: expected steps only with "
+            f"scores={' or '.join(map(repr, STEPPED))}; leave steps out"
+        )
     if threshold is not None and (not is_number(threshold) or not threshold > 0):
         raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
     check_numbers(1, size=1 if size is None else size)
@@ -194,11 +207,6 @@ def check_search(
         raise FeatpatchError(
             f"scores={scores!r} with over={over!r} and method={method!r}: expected no scores, because this search ablates "
             "items step by step; leave scores out"
-        )
-    if scores == "estimate" and over == "nodes":
-        raise FeatpatchError(
-            "scores='estimate' with over='nodes': expected over='edges'; to estimate nodes, call rank_features or "
-            "rank_components with method='atp'"
         )
 
 
@@ -251,7 +259,8 @@ def find_circuit(
     nodes: Effects | Sequence[Node] | None = None,
     positions: Positions = "all",
     method: Method = "threshold",
-    scores: Literal["exact", "estimate"] | None = None,
+    scores: Scores | None = None,
+    steps: int | None = None,
     threshold: float | None = None,
     size: int | None = None,
     target: float | None = None,
@@ -282,10 +291,14 @@ def find_circuit(
             logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
             al. 2023).
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"`: an item's score is the loss of faithfulness with
-            only that item ablated. `"estimate"` (only for edges): the score is an estimate of that loss by gradient (edge
-            attribution patching), which misses edges whose effect saturates. By default exact, or estimated if exact scores
-            would take much longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run;
-            a line on the terminal and the text of the circuit say which.
+            only that item ablated. The others estimate that loss by gradients, with the formulas in
+            `featpatch.circuits.attribution`, and miss items whose effect saturates: `"estimate"` where everything is kept
+            (edge attribution patching), and averaged over `steps` runs `"eap_ig_inputs"` from the ablation value of the
+            embedding to its clean value (EAP-IG), and `"eap_ig_activations"` between those of each component or, for nodes, of
+            each hook point. By default exact or, over edges, `"estimate"` if exact scores would take much longer than minutes
+            (more than 3e12 multiply-adds) and the metric has a gradient in the clean run; a line on the terminal and the text
+            of the circuit say which.
+        steps: the number of runs (per component or hook point) of the two averages; 5 by default.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
@@ -295,11 +308,12 @@ def find_circuit(
         reference, seed: the prompts that are averaged or resampled, and the seed for resampling, as in `fp.ablate`.
         errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
             other nodes (`"nodes"`). For edges `"in"` means that errors are a part of the rest.
-        metric: one metric; for estimates it must be differentiable and not `"neg_kl"`, whose gradient is zero in the whole
-            model. Answers of several tokens (`"sequence_log_prob"`, `"sequence_log_prob_diff"`) follow both prompts, and the
-            complement is ablated at their tokens too.
+        metric: one metric; for estimates it must be differentiable. The gradient of `"neg_kl"` is zero in the whole model, so
+            `"estimate"` refuses it for edges; the averages do not. Answers of several tokens (`"sequence_log_prob"`,
+            `"sequence_log_prob_diff"`) follow both prompts, and the complement is ablated at their tokens too.
         journal: a file to which every measured circuit is written, so that the same call resumes from there after a crash, a
-            kill or Ctrl-C. Searches that differ only in `method`, `scores`, `threshold`, `size` or `target` may share a file.
+            kill or Ctrl-C. Searches that differ only in `method`, `scores`, `steps`, `threshold`, `size` or `target` may share
+            a file.
         progress: whether to show a progress bar.
 
     Returns:
@@ -320,13 +334,13 @@ def find_circuit(
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
     check_region_free(over, nodes, positions)
-    check_search(method, over, scores, threshold, size, target)
-    size = None if size is None else int(size)
-    threshold, target = (None if value is None else float(value) for value in (threshold, target))
+    check_search(method, over, scores, steps, threshold, size, target)
+    size, steps = (None if number is None else int(number) for number in (size, steps))  # NumPy's numbers can't be saved
+    threshold, target = (None if number is None else float(number) for number in (threshold, target))
     given: dict[str, Any] = {
-        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "threshold": threshold, "size": size,
-        "target": target, "to": to, "errors": errors, "metric": metric, "progress": False, "positions": positions,
-        "reference": reference, "seed": seed,
+        "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "steps": steps, "threshold": threshold,
+        "size": size, "target": target, "to": to, "errors": errors, "metric": metric, "progress": False,
+        "positions": positions, "reference": reference, "seed": seed,
     }  # fmt: skip
     errors = errors or "in"
     threshold, target = THRESHOLD if threshold is None else threshold, TARGET if target is None else target
@@ -338,7 +352,11 @@ def find_circuit(
     ranked, finished = np.zeros(0), True
     with graph.journal(journal):
         if method == "threshold" or (method == "greedy" and over == "edges"):
-            ranked = _estimated(graph) if scores == "estimate" else _exact(graph, journal, progress=progress)
+            ranked = (
+                _exact(graph, journal, progress=progress)
+                if scores == "exact"
+                else _estimated(graph, scores, steps, progress=progress)
+            )
         if method == "threshold":
             numbers = by_threshold(ranked, threshold, size)
         elif method == "greedy" and over == "edges":
@@ -349,9 +367,9 @@ def find_circuit(
             numbers, finished = run(acdc(graph, threshold, progress=progress), journal)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
-        "threshold": threshold, "size": size, "target": target, "errors": errors,
-        "ablation": {**graph.ablation.noted, "own": reference is None},
-        "search": {name: given[name] for name in ("method", "scores", "threshold", "size", "target", "errors")},
+        "steps": (steps or STEPS) if scores in STEPPED else None, "threshold": threshold, "size": size, "target": target,
+        "errors": errors, "ablation": {**graph.ablation.noted, "own": reference is None},
+        "search": {name: given[name] for name in ("method", "scores", "steps", "threshold", "size", "target", "errors")},
         "finished": finished, **provenance(lens, pairs),
     }  # fmt: skip
     items = tuple(graph.items[number] for number in numbers)
@@ -459,7 +477,7 @@ def _graph(
     return graph
 
 
-def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Literal["exact", "estimate"]:
+def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Scores:
     """Return the kind of scores that a search uses if none is asked for, and say so if these are estimates."""
     lens, tokens = graph.lens, sum(map(len, graph.pairs))
     work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # each edge and token passes all layers at most
@@ -487,9 +505,11 @@ def _exact(graph: Graph, journal: str | Path | None, *, progress: bool) -> NDArr
         raise KeyboardInterrupt(f"the exact scores are not finished; {_to_resume(journal)}") from interrupt
 
 
-def _estimated(graph: Graph) -> Any:
-    assert isinstance(graph, EdgeGraph)
-    return graph.estimates() / (graph.whole.mean() - graph.empty.mean())
+def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: bool) -> NDArray[np.float64]:
+    """Return the estimated loss of faithfulness with each item ablated."""
+    found = graph.estimates(scores, STEPS if steps is None else steps, progress=progress)
+    result: NDArray[np.float64] = found / (graph.whole.mean() - graph.empty.mean())
+    return result
 
 
 def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:

@@ -3,10 +3,13 @@
 The ablation values of the complement are those of the corrupted run, or as in `featpatch.patching.ablation`.
 """
 
+import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,8 +20,10 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from featpatch.circuits.attribution import STEPS, Point, Scores, points_of
 from featpatch.effects.statistics import check_gap
 from featpatch.engine.journal import Journal, batch_key
+from featpatch.engine.sweep import LONG
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.files import as_path
 from featpatch.model.lens import Lens
@@ -26,7 +31,7 @@ from featpatch.model.provenance import provenance
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
-from featpatch.patching.readings import Reading, Readout, readings_of
+from featpatch.patching.readings import AtAnswer, Reading, Readout, readings_of
 from featpatch.sae.dictionary import Dictionary
 
 Array = NDArray[np.float64]
@@ -34,11 +39,41 @@ Array = NDArray[np.float64]
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""
 
-MASK_BYTES = 1 << 20
-"""The largest size of the masks that are made together."""
+FLAT = 1e-4
+"""The value of a metric that compares with the clean run, as a share of that with everything ablated, up to which its gradient
+counts as zero."""
+
+MASK_BYTES, MASKS_AT_ONCE = 1 << 20, 256
+"""The largest size and number of the masks that are made together."""
 
 Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
 """The ablation values of the complement: those of the pair's corrupted run (`corrupted`), or those of `fp.ablate`."""
+
+
+def announcing(bar: "tqdm[Any]", cost: int, busy: Callable[[], float]) -> Callable[[int, int], None]:
+    """Return a function that updates a bar after each part and, if much is left after the first, says how long it will take.
+
+    It takes the number of finished items and their cost. Parts that take no time, because a journal has them, do not count.
+
+    Args:
+        bar: the progress bar.
+        cost: the cost of all parts, in any unit.
+        busy: returns the number of seconds that were spent on parts so far.
+    """
+    before, left, told = busy(), cost, False
+
+    def done(items: int, spent: int) -> None:
+        nonlocal left, told
+        bar.update(items)
+        left -= spent
+        if told or busy() == before:
+            return
+        told, seconds = True, (busy() - before) * left / spent
+        if seconds > LONG and not bar.disable:
+            about = timedelta(seconds=round(seconds))
+            bar.write(f"about {about} left (estimated from the first {items:,} of {bar.total:,})", file=sys.stderr)
+
+    return done
 
 
 @dataclass(eq=False)
@@ -65,6 +100,7 @@ class Graph(ABC):
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _journal: Journal | None = field(default=None, init=False, repr=False)
+    _busy: float = field(default=0.0, init=False, repr=False)
 
     def check(self) -> None:
         """Check that circuits can be found for these pairs.
@@ -166,14 +202,21 @@ class Graph(ABC):
             measure: measures the values.
         """
         if self._journal is None:
-            return measure()
+            return self._timed(measure)
         key = batch_key(names)
         known = self._journal.get(key, shape[0] * shape[1])
         if known is None:
-            known = torch.from_numpy(measure()).flatten()
+            known = torch.from_numpy(self._timed(measure)).flatten()
             self._journal.put(key, known)
         result: Array = known.numpy().reshape(shape)
         return result
+
+    def _timed(self, measure: Callable[[], Array]) -> Array:
+        """Measure values, and add the time that this takes to what the graph has spent."""
+        start = time.monotonic()
+        found = measure()
+        self._busy += time.monotonic() - start
+        return found
 
     @contextmanager
     def journal(self, path: str | Path | None) -> Iterator[None]:
@@ -201,13 +244,17 @@ class Graph(ABC):
 
     def alone(self, *, progress: bool = False) -> Array:
         """Measure the metric of each pair with only one item ablated, `[items, pairs]`."""
-        found, size = np.zeros((len(self.items), len(self.pairs))), max(1, MASK_BYTES // len(self.items))
-        with tqdm(total=len(self.items), desc="ablating", unit="item", disable=not progress) as bar:
+        count = len(self.items)
+        found, size = np.zeros((count, len(self.pairs))), max(1, min(MASKS_AT_ONCE, MASK_BYTES // count))
+        if progress:
+            tqdm.write(f"{count:,} items in {len(self.pairs)} pairs, each ablated in a row of its own", file=sys.stderr)
+        with tqdm(total=count, desc="ablating", unit="item", disable=not progress) as bar:
+            done = announcing(bar, count, lambda: self._busy)
             for start in range(0, len(self.items), size):
                 masks = np.ones((min(size, len(self.items) - start), len(self.items)), dtype=bool)
                 masks[np.arange(len(masks)), start + np.arange(len(masks))] = False
                 found[start : start + size] = self.run_masks(masks)
-                bar.update(len(masks))
+                done(len(masks), len(masks))
         return found
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
@@ -216,6 +263,8 @@ class Graph(ABC):
         Raises:
             FeatpatchError: if an item is not in the graph.
         """
+        if kept is self.items:
+            return np.ones(len(self.items), dtype=bool)
         mask = np.zeros(len(self.items), dtype=bool)
         mask[self.places(kept)] = True
         return mask
@@ -314,6 +363,85 @@ class Graph(ABC):
         """
         check_gap(self.name, self.whole, self.empty)
 
+    def estimates(self, scores: Scores = "estimate", steps: int = STEPS, *, progress: bool = False) -> Array:
+        """Estimate by gradients how much the mean metric loses with each item ablated by itself, `[items]`; see `attribution`.
+
+        Raises:
+            FeatpatchError: if the metric has no gradient, or a gradient of zero where `"estimate"` needs it.
+        """
+        if scores == "estimate" and self.reads_clean:
+            now = self.values([self.items])[0]
+            if np.abs(now).max() <= FLAT * np.abs(self.empty).max():
+                raise FeatpatchError(
+                    f"metric {self.name!r} with scores='estimate': expected a gradient that is not zero, but this metric's is "
+                    "zero in the unpatched clean run; use scores='eap_ig_inputs', 'eap_ig_activations' or 'exact', or another "
+                    "metric"
+                )
+        points = points_of(scores, steps, self.components())
+        total = np.zeros(len(self.items))
+        with torch.inference_mode(False):
+            for some in self._groups():
+                self._note_clean(some)
+            weights = self._weights(points)
+            count = len(points) * len(self.runs)
+            with tqdm(total=count, desc="estimating", unit="run", disable=not progress or len(points) < 2) as bar:
+                for some in self._groups():
+                    found, _ = self.slopes(some, points, weights[:, some], bar.update)
+                    total += found.numpy()
+        result: Array = -total / len(self.pairs)
+        return result
+
+    def _weights(self, points: Sequence[Point]) -> Float[torch.Tensor, "points runs"]:
+        """Return the derivative of the sum of all pairs' metrics by the metric of each run, at each point."""
+        values = self._zeros(len(points), len(self.runs))
+        if isinstance(self.read, AtAnswer):
+            return torch.ones_like(values)
+        if any(len(answers) > 1 for pair in self.pairs for answers in pair.answers):  # the sum of probabilities is not linear
+            for some in self._groups():
+                values[:, some] = self.slopes(some, points, torch.ones(len(points), len(some)), lambda runs: None)[1]
+        with torch.enable_grad():
+            leaf = values.requires_grad_()
+            return torch.autograd.grad(torch.stack([self.combined(of_point).sum() for of_point in leaf]).sum(), leaf)[0]
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of the metric after checking that they have a gradient.
+
+        Raises:
+            FeatpatchError: if not.
+        """
+        if not values.requires_grad:
+            raise FeatpatchError(
+                f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"
+            )
+        return values
+
+    @abstractmethod
+    def components(self) -> list[tuple[Node, ...]]:
+        """Return the groups of nodes that are moved together for `"eap_ig_activations"`."""
+
+    @abstractmethod
+    def slopes(
+        self,
+        some: Sequence[int],
+        points: Sequence[Point],
+        weights: Float[torch.Tensor, "points runs"],
+        done: Callable[[int], object],
+    ) -> tuple[Float[torch.Tensor, " items"], Float[torch.Tensor, "points runs"]]:
+        """Estimate the change of the weighted sum of the metrics of some equally long runs with each item ablated.
+
+        Args:
+            some: the indices of the runs, all of one length.
+            points: the runs in which gradients are taken.
+            weights: the weight of each run at each point.
+            done: a function that is called with the number of runs after each point.
+
+        Returns:
+            The mean estimate over points, and the metrics at each point.
+        """
+
     @abstractmethod
     def rows_of_one(self) -> int:
         """Return the number of rows that one choice of items needs for each prompt."""
@@ -341,8 +469,7 @@ class Graph(ABC):
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""
         (measure,) = self.read.measures.parts
-        if self.reads_clean and some[0] not in self._clean:
-            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
+        self._note_clean(some)
         values = []
         for slot, index in enumerate(some):
             correct, wrong = self.readings[index][1].correct, self.readings[index][1].wrong
@@ -350,6 +477,11 @@ class Graph(ABC):
             of_run = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
             values.append(measure.of(of_run, correct, wrong, self._clean.get(index)))
         return torch.stack(values, 1).double()
+
+    def _note_clean(self, some: Sequence[int]) -> None:
+        """Store the logits of some equally long clean runs if the metric compares with them; the model must not be edited."""
+        if self.reads_clean and some[0] not in self._clean:
+            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
 
     def _answers(self, some: Sequence[int]) -> torch.Tensor:
         """Return the logits `[runs, d_vocab]` of some equally long unpatched runs."""

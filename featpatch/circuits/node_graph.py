@@ -7,21 +7,22 @@ are left alone. Kept nodes have their values in this run, which upstream ablatio
     x' = x + dec(f with the ablated features from f_a) - dec(f)  [+ e_a - e, where the error is ablated]
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from featpatch import sites
+from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError
-from featpatch.model.lens import added
+from featpatch.model.lens import Edit, added
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pair import spans
 from featpatch.patching.ablation import Everywhere
@@ -105,21 +106,75 @@ class NodeGraph(Graph):
         """Measure the metric of all circuits and pairs in one run."""
         circuits, tokens = len(kept), torch.tensor([self.runs[index].clean for index in some])
         answers = torch.tensor([self.runs[index].answer_position for index in some])
-        others = self._outside(some)
         live: dict[str, torch.Tensor] = {}
+        with self._editing(self._edits(kept, some, self._outside(some), live), live):
+            logits = self.lens.answer(tokens.repeat(circuits, 1), answers.repeat(circuits))
+        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
+
+    def _edits(
+        self, kept: torch.Tensor, some: Sequence[int], others: Mapping[str, Any], live: Mapping[str, torch.Tensor]
+    ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return the edits that ablate what circuits don't keep, by the names of dictionaries and of other hook points.
+
+        Args:
+            kept: mask of the items that each circuit keeps.
+            some: the indices of the runs.
+            others: the ablation values, see `_outside`.
+            live: the activations that transcoders read, filled in by `_editing`.
+        """
+        edits = {}
+        for dictionary in self._used():
+            ablated = self._ablated(kept, some, _of_sae(dictionary.name), dictionary.d_sae)
+            errors = self._errors(kept, some, dictionary)
+            edits[dictionary.name] = self._coded(dictionary, ablated, errors, others[dictionary.name], live)
+        return edits | {site: self._parted(kept, some, site, others[site]) for site in self._plain()}
+
+    @contextmanager
+    def _editing(self, edits: Mapping[str, Edit], live: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Apply edits to the model until the context ends, see `_edits`."""
         with ExitStack() as stack:
             for dictionary in self._used():
-                ablated = self._ablated(kept, some, _of_sae(dictionary.name), dictionary.d_sae)
-                errors = self._errors(kept, some, dictionary)
-                change = self._coded(dictionary, ablated, errors, others[dictionary.name], live)
-                stack.enter_context(self.lens.edit(dictionary.writes, change))
+                stack.enter_context(self.lens.edit(dictionary.writes, edits[dictionary.name]))
             for site in self._plain():
-                stack.enter_context(self.lens.edit(site, self._parted(kept, some, site, others[site])))
+                stack.enter_context(self.lens.edit(site, edits[site]))
             for dictionary in self._used():
                 if dictionary.reads != dictionary.writes:
                     stack.enter_context(self.lens.edit(dictionary.reads, _keeping(dictionary.reads, live)))
-            logits = self.lens.answer(tokens.repeat(circuits, 1), answers.repeat(circuits))
-        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
+            yield
+
+    def components(self) -> list[tuple[Node, ...]]:
+        """Return the candidates of each dictionary and of each other hook point."""
+        return list(self._by_component().values())
+
+    def _by_component(self) -> dict[str, tuple[Node, ...]]:
+        found: dict[str, list[Node]] = {}
+        for node in self.items:
+            found.setdefault(node.sae or node.site, []).append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    def slopes(
+        self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate from gradients where dictionaries and other hook points write, in runs where all candidates are kept."""
+        total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
+        entry, size = self._entry(some), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
+        for part in (slice(start, start + size) for start in range(0, len(some), size)):
+            others = {name: _rows(other, part) for name, other in self._outside(some).items()}
+            base = _Gradients(self, some[part], others, entry[part])
+            for number, point in enumerate(points):
+                values[number, part] = base.add(point, weights[number, part])
+                done(len(some[part]))
+            total += base.slopes()
+        return total, values
+
+    def _entry(self, some: Sequence[int]) -> torch.Tensor:
+        """Return the ablation value of what enters the first layer; it keeps its values where nodes do, see `_ablatable`."""
+        first, others = sites.resid_pre(0), self.others(some)
+        if others is not None:
+            return self.lens.read(others, [first])[first]
+        clean = self.lens.read(torch.tensor([self.runs[index].clean for index in some]), [first])[first]
+        (fixed,) = self.everywhere(first, (clean[0],), clean.shape[1])
+        return torch.where(self._ablatable(some)[0].to(clean.device), fixed, clean)
 
     def _used(self) -> list[Dictionary]:
         names = {node.sae for node in self.items if node.sae}
@@ -129,8 +184,8 @@ class NodeGraph(Graph):
         return list(dict.fromkeys(node.site for node in self.items if not node.sae))
 
     def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
-        """Return the hook points of whole activations and heads, and the dictionaries of features and errors."""
-        return self._plain(), self._used()
+        """Return the hook points of the embedding, whole activations and heads, and the dictionaries of features and errors."""
+        return list(dict.fromkeys([sites.resid_pre(0), *self._plain()])), self._used()
 
     def _outside(self, some: Sequence[int]) -> dict[str, Any]:
         """Return the ablation values, computed once: a split by dictionary, and an activation by hook point of other nodes.
@@ -138,7 +193,7 @@ class NodeGraph(Graph):
         Ablation values that are the same in all prompts have no state for decoding; it is then that of the patched run.
         """
         if some[0] not in self._others:
-            (plain, used), prompts = self.ablated(), self.others(some)
+            plain, used, prompts = self._plain(), self._used(), self.others(some)
             tokens = torch.tensor([self.runs[some[0]].clean]) if prompts is None else prompts
             hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *plain]
             read = self.lens.read(tokens, list(dict.fromkeys(hooks)))
@@ -197,12 +252,12 @@ class NodeGraph(Graph):
     ) -> Any:
         def change(activation: torch.Tensor) -> torch.Tensor:
             read = activation if dictionary.reads == dictionary.writes else live[dictionary.reads]
-            now = dictionary.split(read, activation)
+            now = dictionary.differentiable_split(read, activation)
             circuits = len(ablated)
             where, rest = (mask.flatten(0, 1) for mask in (ablated, errors))
             source = other.map(lambda values: values.repeat(circuits, 1, 1))
             source = source if source.state else replace(source, state=now.state)
-            delta = dictionary.change(now, source, features=where, error=rest)
+            delta = dictionary.differentiable_change(now, source, features=where, error=rest)
             return added(activation, delta.reshape(activation.shape))
 
         return change
@@ -218,6 +273,148 @@ class NodeGraph(Graph):
             return torch.where(ablated[..., None] if heads else ablated, outside, activation)
 
         return change
+
+
+@dataclass(eq=False)
+class _Gradients:
+    """Gradients where dictionaries and other hook points write, in runs of equally long prompts with all candidates kept.
+
+    Attributes:
+        graph: the graph.
+        some: the indices of the runs.
+        others: the ablation values, by the names of dictionaries and of other hook points.
+        entry: the ablation value of what enters the first layer.
+        whole, gone: the activation that is written with all candidates kept, and with none of those of the same name.
+        splits: features and errors in front of the edit, by dictionary.
+        found: the gradients, one for each point that counts.
+    """
+
+    graph: NodeGraph
+    some: Sequence[int]
+    others: Mapping[str, Any]
+    entry: torch.Tensor
+    whole: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    gone: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    splits: dict[str, Split] = field(default_factory=dict, init=False)
+    found: dict[str, list[torch.Tensor]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        graph = self.graph
+        self.kept = torch.ones(1, len(graph.items), dtype=torch.bool)
+        self.tokens = torch.tensor([graph.runs[index].clean for index in self.some])
+        self.answers = torch.tensor([graph.runs[index].answer_position for index in self.some])
+        self.used = {dictionary.name: dictionary for dictionary in graph._used()}
+        live: dict[str, torch.Tensor] = {}
+        keeping, ablating = (graph._edits(kept, self.some, self.others, live) for kept in (self.kept, ~self.kept))
+
+        def noting(name: str) -> Edit:
+            def change(activation: torch.Tensor) -> torch.Tensor:
+                self.whole[name], self.gone[name] = keeping[name](activation), ablating[name](activation)
+                if name in self.used:
+                    reads, writes = self.used[name].reads, self.used[name].writes
+                    self.splits[name] = self.used[name].split(activation if reads == writes else live[reads], activation)
+                return self.whole[name]
+
+            return change
+
+        with graph._editing({name: noting(name) for name in keeping}, live):
+            graph.lens.answer(self.tokens, self.answers)
+
+    def add(self, point: Point, weights: torch.Tensor) -> torch.Tensor:
+        """Take the gradients of the weighted sum of the metrics at a point, and return the metrics."""
+        graph, first, live = self.graph, sites.resid_pre(0), dict[str, torch.Tensor]()
+        edits, places, leaves = (
+            graph._edits(self.kept, self.some, self.others, live),
+            graph._by_component(),
+            dict[str, torch.Tensor](),
+        )
+
+        def probed(name: str) -> Edit:
+            def change(activation: torch.Tensor) -> torch.Tensor:
+                moved = point.local and point.place == places[name]
+                value = point.between(self.gone[name], self.whole[name]) if moved else edits[name](activation)
+                leaves[name] = torch.zeros_like(value, requires_grad=True)
+                return value + leaves[name]
+
+            return change
+
+        def entering(activation: torch.Tensor) -> torch.Tensor:
+            value = point.between(self.entry.to(activation.device), activation.detach())
+            return activation + (value - activation.detach())  # what is written below still has its gradient
+
+        with torch.enable_grad(), ExitStack() as stack:
+            if point.place and not point.local:
+                stack.enter_context(graph.lens.edit(first, entering))
+            stack.enter_context(graph._editing({name: probed(name) for name in edits}, live))
+            logits = graph.lens.differentiable_answer(self.tokens, self.answers)
+            values = graph._differentiable(graph.metric_of(logits[None], self.some)[0])
+            found = torch.autograd.grad((values * weights.to(values)).sum(), list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, found, strict=True):
+            if not point.local or point.place == places[name]:
+                self.found.setdefault(name, []).append(torch.zeros_like(self.whole[name]) if gradient is None else gradient)
+        return values.detach().cpu()
+
+    def slopes(self) -> torch.Tensor:
+        """Return the change of the metric if each item is ablated, `[items]`, to first order with the mean gradient."""
+        numbers = self.graph._numbers
+        total = self.graph._zeros(len(numbers))
+        for name, nodes in self.graph._by_component().items():
+            gradient = torch.stack(self.found[name]).double().mean(0)
+            for entries, of_kind in self._entries(name, nodes, gradient):
+                total[[numbers[node] for node in of_kind]] = self._sums(entries, of_kind)
+        return total
+
+    def _entries(
+        self, name: str, nodes: Sequence[Node], gradient: torch.Tensor
+    ) -> Iterator[tuple[Float[torch.Tensor, "runs pos _"], list[Node]]]:
+        """Yield the slope of each feature, error, head or activation at each position, with the nodes that are made of them."""
+        if name not in self.used:
+            slopes = (self.others[name].to(self.whole[name]) - self.whole[name]) * gradient
+            slopes = slopes.sum(-1) if sites.is_component(name, "z") else slopes.flatten(2).sum(-1, keepdim=True)
+            yield slopes, list(nodes)
+            return
+        dictionary, now, other, gradient = self.used[name], self.splits[name], self.others[name], gradient.flatten(2)
+        ablated = self.graph._ablated(self.kept, self.some, _of_sae(name), dictionary.d_sae)[0].to(now.features.device)
+        rest = self.graph._errors(self.kept, self.some, dictionary)[0].to(now.features.device)
+        state = {part: torch.where(rest, other.state.get(part, value), value) for part, value in now.state.items()}
+        with torch.enable_grad():
+            features = torch.where(ablated, other.features, now.features).requires_grad_()
+            decoded = dictionary.codec.decode(features, state)
+            if not decoded.requires_grad:
+                raise FeatpatchError(
+                    f"{name} ({dictionary.codec.kind}) has a decoder without a gradient: expected an SAE from sae-lens; or "
+                    "pass scores='exact'"
+                )
+            (along,) = torch.autograd.grad(decoded, features, gradient.to(decoded))
+        yield (other.features - now.features) * along, [node for node in nodes if node.kind == "feature"]
+        errors = [node for node in nodes if node.kind == "error"]
+        if errors:
+            source = other if other.state else replace(other, state=now.state)
+            change = dictionary.change(Split(features.detach(), state, now.error), source, error=True)
+            yield (change * gradient.to(change)).sum(-1, keepdim=True), errors
+
+    def _sums(self, entries: Float[torch.Tensor, "runs pos n"], nodes: Sequence[Node]) -> Float[torch.Tensor, " nodes"]:
+        """Return the sum of the entries of each node; what another node keeps too is not ablated with one of them."""
+        where = [
+            (
+                slot,
+                spans(self.graph.runs[index], [node.position])[node.position],
+                slice(None) if node.index is None else node.index,
+            )
+            for node in nodes
+            for slot, index in enumerate(self.some)
+        ]
+        owners = torch.zeros(entries.shape, dtype=torch.long)
+        for slot, at, index in where:
+            owners[slot, at, index] += 1
+        own = entries.double().cpu() * (owners == 1) * self.graph._ablatable(self.some)[0]
+        sums = torch.stack([own[slot, at, index].sum() for slot, at, index in where])
+        return sums.unflatten(0, (len(nodes), len(self.some))).sum(1)
+
+
+def _rows(other: Any, rows: slice) -> Any:
+    """Return some rows of ablation values."""
+    return other.map(lambda values: values[rows]) if isinstance(other, Split) else other[rows]
 
 
 def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.circuits.edge_graph import EMBEDDING, EdgeGraph
+from featpatch.circuits.attribution import EMBEDDING
+from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.effects.statistics import check_gap, interval
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.metrics import Metric

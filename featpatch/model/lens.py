@@ -133,9 +133,16 @@ class Lens(Model, ABC):
 
     def shape(self, site: str) -> tuple[int, ...]:
         """Return the shape of the activation at a hook point at one position, such as `(n_heads, d_head)`."""
-        if site not in self._shapes:
-            self._shapes[site] = tuple(self.read(torch.zeros(1, 1, dtype=torch.long), [site])[site].shape[2:])
-        return self._shapes[site]
+        return self.shapes([site])[site]
+
+    def shapes(self, hooks: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the activation at one position for several hook points, those not known yet from one run."""
+        hooks = list(hooks)
+        missing = sorted({hook for hook in hooks if hook not in self._shapes})
+        if missing:
+            read = self.read(torch.zeros(1, 1, dtype=torch.long), missing)
+            self._shapes.update({hook: tuple(activation.shape[2:]) for hook, activation in read.items()})
+        return {hook: self._shapes[hook] for hook in hooks}
 
     def heads(self, site: str) -> int:
         """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
@@ -357,6 +364,12 @@ class Lens(Model, ABC):
     @torch.no_grad()
     def answer(self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]) -> torch.Tensor:
         """Run the whole model, and return the logits `[rows, d_vocab]` at one position of each prompt."""
+        return self.differentiable_answer(tokens, answers)
+
+    def differentiable_answer(
+        self, tokens: Int[torch.Tensor, "rows pos"], answers: Int[torch.Tensor, " rows"]
+    ) -> Float[torch.Tensor, "rows d_vocab"]:
+        """Run the whole model, see `answer`, and keep the gradient."""
         with answering(self.model.unembed, answers.to(self.device)):
             return self.run(tokens.to(self.device))[:, 0]
 

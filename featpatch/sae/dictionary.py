@@ -123,11 +123,24 @@ class Dictionary:
         Raises:
             FeatpatchError: features or errors are not finite.
         """
+        return self.differentiable_split(read, written)
+
+    def differentiable_split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
+        """Split an activation, see `split`, and keep the gradient.
+
+        Raises:
+            FeatpatchError: features or errors are not finite, or the encoder passes no gradient on.
+        """
         code = self.codec.encode(read.flatten(2))
         error = written.flatten(2).to(code.features.device) - self.codec.decode(code.features, code.state)
         if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
             raise FeatpatchError(
                 f"{self.name} returns NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
+            )
+        if torch.is_grad_enabled() and read.requires_grad and not code.features.requires_grad:
+            raise FeatpatchError(
+                f"{self.name} ({self.codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or pass "
+                "scores='exact'"
             )
         return Split(code.features, code.state, error)
 
@@ -156,6 +169,12 @@ class Dictionary:
         Returns:
             x' - x_b, exactly 0 where nothing is patched.
         """
+        return self.differentiable_change(base, source, features=features, error=error)
+
+    def differentiable_change(
+        self, base: Split, source: Split, *, features: bool | torch.Tensor = False, error: bool | torch.Tensor = False
+    ) -> Float[torch.Tensor, "batch pos d"]:
+        """Return the change of a patch, see `change`, and keep the gradient."""
         chosen, rest = (torch.as_tensor(mask, device=base.features.device) for mask in (features, error))
         after = torch.where(chosen, source.features, base.features)
         state = {name: torch.where(rest, source.state[name], value) for name, value in base.state.items()}
@@ -286,7 +305,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
                 f"saes gives {hook!r} for an SAE of {both[0]!r}: expected the hook point that it was trained on; use that "
                 "name, or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
             )
-    shapes = _shapes(lens, {hook for _, *both in kinds for hook in both})
+    shapes = lens.shapes({hook for _, *both in kinds for hook in both})
     like = lens.first_weight
     made: list[Dictionary] = []
     for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
@@ -390,11 +409,6 @@ def _by_hook(saes: Any) -> Mapping[Any, Any] | None:
 def several(saes: Any) -> list[Any]:
     """Return one or several dictionaries as a list; a name, a mapping and an SAE (iterable in sae-lens) count as one."""
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
-
-
-def _shapes(lens: Lens, hooks: set[str]) -> dict[str, tuple[int, ...]]:
-    activations = lens.read(torch.zeros(1, 1, dtype=torch.long), sorted(hooks))
-    return {hook: tuple(activation.shape[2:]) for hook, activation in activations.items()}
 
 
 def _check_width(name: str, verb: str, hook: str, width: int, expected: int) -> None:

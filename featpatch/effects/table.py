@@ -35,7 +35,7 @@ class Effects(Measured):
         >>> strongest.nodes[0].index, round(float(strongest.pooled("degradation")[0]), 2)
         (433, 0.07)
         >>> sum(quadrant == "both directions" for quadrant in effects.quadrants())
-        2
+        3
     """
 
     def for_metric(self, name: str) -> "Effects":
@@ -206,7 +206,7 @@ class Effects(Measured):
             >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
             >>> audit = screened.audit(top=10)
             >>> audit.screened, audit.sampled, audit.recall >= 0.5
-            (20, 80, True)
+            (20, 63, True)
         """
         whole, screening = self.whole, self.metadata.get("screening")
         if screening is None or not self.finished:

@@ -154,7 +154,7 @@ def check(
     Examples:
         >>> checklist = pairs.check(model)
         >>> checklist.ok, len(checklist.verdicts())
-        (True, 8)
+        (True, 4)
     """
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     if metric not in ("logit_diff", "prob_diff"):

@@ -45,7 +45,7 @@ class Pairs(Sequence[Pair]):
         (4, ['IO', 'S1', 'S2', 'end'])
         >>> short = fp.Pairs(tuple(pair for pair in pairs if len(pair) <= 24))
         >>> len(short)
-        3
+        2
         >>> fp.Pairs.from_prompts(model, clean="Mary gave it to John . John gave it to", correct=" Mary")
         1 prompt of 11 tokens without a counterfactual, labels (none)
     """

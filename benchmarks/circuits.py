@@ -42,7 +42,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
     """Return the result of a call, its CPU seconds, and its peak memory in MB."""
     start = time.process_time()
     result, peak = peak_of(run)
-    return result, time.process_time() - start, peak
+    return result, time.process_time() - start, max(peak, 0.0)
 
 
 def prompts(vocab: int, length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

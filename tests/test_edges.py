@@ -16,8 +16,8 @@ from test_sets import pairs_of
 import featpatch as fp
 from featpatch.circuits.attribution import Point
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.find import along_edges
 from featpatch.circuits.graph import Graph
+from featpatch.circuits.search import along_edges
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
 

@@ -1,9 +1,7 @@
 """Find a circuit over nodes or over edges: by threshold, greedily, or by pruning from the output down (ACDC)."""
 
-import heapq
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -13,20 +11,21 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.attribution import STEPPED, STEPS, Scores
 from featpatch.circuits.circuit import Circuit
-from featpatch.circuits.curve import ranking
+from featpatch.circuits.clean_runs import Complement
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.files import from_eap_ig, read_circuit
-from featpatch.circuits.graph import Complement, Graph
+from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.circuits.regions import Regions
+from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, greedily, run, to_resume
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
 from featpatch.metrics import Metric
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import LOGITS, Edge, Node
+from featpatch.nodes import Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.readings import readout
@@ -41,134 +40,9 @@ THRESHOLD = 0.01
 TARGET = 0.9
 """The default faithfulness at which a greedy search stops."""
 
-ROUNDING = 1e-6
-"""The tolerance with which a target counts as reached."""
-
-AHEAD = 16
-"""The largest number of pruning steps that are run together."""
-
 
 EXACT_WORK = 3e12
 """The largest number of multiply-adds for which scores of edges are exact by default: minutes on one CPU core."""
-
-Search = Iterator[list[int]]
-"""A search step by step: the numbers of the items that are kept after each step, the most important first if it ranks them."""
-
-
-def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
-    """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
-    whole = graph.faithfulness(graph.of_masks(np.ones((1, len(graph.items)), dtype=bool)))[0]
-    result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
-    return result
-
-
-def by_threshold(scores: NDArray[np.float64], threshold: float, size: int | None) -> list[int]:
-    """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
-    count = size if size is not None else int((np.abs(scores) >= threshold).sum())
-    return ranking(scores, "absolute")[:count].tolist()
-
-
-def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = False) -> Search:
-    """Add items, starting from none, that bring faithfulness closest to 1, until the target or size is reached.
-
-    If no single item helps, for example because two are needed together, the item that does least harm is added. Every step
-    runs each of the remaining items.
-    """
-    chosen: list[int] = []
-    kept, now = np.zeros(len(graph.items), dtype=bool), 0.0
-    while not kept.all() and (now < target - ROUNDING if size is None else len(chosen) < size):
-        rest = np.flatnonzero(~kept)
-        masks = np.tile(kept, (len(rest), 1))
-        masks[np.arange(len(rest)), rest] = True
-        found = graph.faithfulness(graph.of_masks(masks, progress=progress))
-        best = int(np.argmin(np.abs(1 - found)))
-        now = float(found[best])
-        chosen.append(int(rest[best]))
-        kept[rest[best]] = True
-        yield chosen
-
-
-def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: int | None) -> Search:
-    """Add edges, starting from the logits: the largest |score| among edges into nodes already reached, until the target is met.
-
-    This is the greedy search of Hanna et al. 2024 (arXiv 2403.17806), with faithfulness measured after every edge.
-    """
-    into = defaultdict[Node, list[tuple[int, int]]](list)
-    reached = {edge.receiver for edge in graph.items if isinstance(edge, Edge) and edge.receiver.site == LOGITS.site}
-    for place, number in enumerate(ranking(scores, "absolute").tolist()):
-        edge = graph.items[number]
-        assert isinstance(edge, Edge)
-        for user in graph.users(edge.receiver):
-            into[user].append((place, number))
-    chosen: list[int] = []
-    kept, following = np.zeros((1, len(graph.items)), dtype=bool), sorted(edge for node in reached for edge in into[node])
-    while following and (size is None or len(chosen) < size):
-        _, number = heapq.heappop(following)
-        if kept[0, number]:  # an edge into a shared key or value, once per head
-            continue
-        edge = graph.items[number]
-        assert isinstance(edge, Edge)
-        if edge.sender not in reached:
-            reached.add(edge.sender)
-            for other in into[edge.sender]:
-                heapq.heappush(following, other)
-        kept[0, number] = True
-        chosen.append(number)
-        yield chosen
-        if size is None and graph.faithfulness(graph.of_masks(kept))[0] >= target - ROUNDING:
-            break
-
-
-def acdc(graph: Graph, threshold: float, *, progress: bool = False) -> Search:
-    """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
-
-    This is algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness instead of the divergence. Most
-    items are removed, so several steps are run together as if all of their items were; the steps after an item that stays are
-    run again.
-    """
-    order, kept = np.arange(len(graph.items))[::-1], np.ones(len(graph.items), dtype=bool)
-    now, done, ahead = float(graph.faithfulness(graph.of_masks(kept[None]))[0]), 0, 1
-    with tqdm(total=len(order), desc="pruning", unit="item", disable=not progress) as bar:
-        while done < len(order):
-            some = order[done : done + ahead]
-            masks = np.tile(kept, (len(some), 1))
-            masks[:, some] = ~np.tri(len(some), dtype=bool)
-            found = graph.faithfulness(graph.of_masks(masks))
-            changes = np.abs(np.diff(found, prepend=now))
-            gone = int(np.argmax(changes >= threshold)) if (changes >= threshold).any() else len(found)
-            now = float(found[gone - 1]) if gone else now
-            kept[some[:gone]] = False
-            step = min(gone + 1, len(found))
-            done, ahead = done + step, 1 if gone < len(found) else min(2 * ahead, AHEAD)
-            bar.update(step)
-            yield order[kept[order]].tolist()
-
-
-def run(search: Search, journal: str | Path | None) -> tuple[list[int], bool]:
-    """Run a search to its end and return the numbers of the items that it keeps; after Ctrl-C, those of its last full step.
-
-    Returns:
-        The numbers, and whether the search ended by itself.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C in the first step.
-    """
-    found: list[int] = []
-    try:
-        for step in search:
-            found = step
-    except KeyboardInterrupt as interrupt:
-        if not found:
-            raise KeyboardInterrupt(f"the first step of the search is not finished; {_to_resume(journal)}") from interrupt
-        return found, False
-    return found, True
-
-
-def _to_resume(journal: str | Path | None) -> str:
-    """Return how an interrupted search is continued."""
-    if journal is None:
-        return "pass journal='circuit.journal' to keep what is measured and to resume from there"
-    return f"the journal {str(journal)!r} has what is measured: the same call with it resumes from there"
 
 
 def check_search(
@@ -502,7 +376,7 @@ def _exact(graph: Graph, journal: str | Path | None, *, progress: bool) -> NDArr
     try:
         return alone(graph, progress=progress)
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"the exact scores are not finished; {_to_resume(journal)}") from interrupt
+        raise KeyboardInterrupt(f"the exact scores are not finished; {to_resume(journal)}") from interrupt
 
 
 def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: bool) -> NDArray[np.float64]:

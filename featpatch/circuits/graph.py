@@ -5,14 +5,14 @@ The ablation values of the complement are those of the corrupted run, or as in `
 
 import sys
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +21,15 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.circuits.attribution import STEPS, Point, Scores, points_of
+from featpatch.circuits.clean_runs import Array, CleanRuns
 from featpatch.effects.statistics import check_gap
 from featpatch.engine.journal import Journal, batch_key
 from featpatch.engine.sweep import LONG
-from featpatch.errors import FeatpatchError, check_choices
+from featpatch.errors import FeatpatchError
 from featpatch.files import as_path
-from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import Node
-from featpatch.pairs.pairs import Pairs
-from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
-from featpatch.patching.readings import AtAnswer, Reading, Readout, readings_of
-from featpatch.sae.dictionary import Dictionary
-
-Array = NDArray[np.float64]
+from featpatch.patching.readings import AtAnswer
 
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""
@@ -45,9 +40,6 @@ counts as zero."""
 
 MASK_BYTES, MASKS_AT_ONCE = 1 << 20, 256
 """The largest size and number of the masks that are made together."""
-
-Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
-"""The ablation values of the complement: those of the pair's corrupted run (`corrupted`), or those of `fp.ablate`."""
 
 
 def announcing(bar: "tqdm[Any]", cost: int, busy: Callable[[], float]) -> Callable[[int, int], None]:
@@ -77,81 +69,17 @@ def announcing(bar: "tqdm[Any]", cost: int, busy: Callable[[], float]) -> Callab
 
 
 @dataclass(eq=False)
-class Graph(ABC):
+class Graph(CleanRuns):
     """The clean runs of some pairs, in which the items that are not kept are ablated.
 
     Attributes:
-        lens: the model.
-        pairs: the clean and corrupted prompts.
-        to: the ablation values of the complement.
-        read: the metric that is measured.
         items: all nodes, or all edges, that can be ablated.
-        reference: pairs whose prompts are averaged or resampled; None for `pairs`.
-        seed: the seed for resampling.
     """
 
-    lens: Lens
-    pairs: Pairs
-    to: Complement
-    read: Readout
     items: tuple[Node, ...] = ()
-    reference: Pairs | None = field(default=None, kw_only=True)
-    seed: int | None = field(default=None, kw_only=True)
     _known: dict[bytes, Array] = field(default_factory=dict, init=False, repr=False)
-    _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _journal: Journal | None = field(default=None, init=False, repr=False)
     _busy: float = field(default=0.0, init=False, repr=False)
-
-    def check(self) -> None:
-        """Check that circuits can be found for these pairs.
-
-        Raises:
-            FeatpatchError: if the complement can't be ablated in this way, or hooks are attached to the model.
-        """
-        check_choices(get_args(Complement), to=self.to)
-        if self.to == "mean_by_position" and any(reading.continuation for _, reading in self.readings):
-            raise FeatpatchError(
-                f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected another `to`, such as "
-                "'mean', because there are no prompts with other answers to average at the positions of the answer"
-            )
-        assert self.ablation
-        self.lens.check_unhooked()
-
-    @cached_property
-    def ablation(self) -> AblationValues:
-        """The ablation values of the complement.
-
-        Raises:
-            FeatpatchError: if there are no prompts to take them from, or an argument is not used.
-        """
-        if self.to != "corrupted":
-            return named_values(self.lens, self.pairs, self.to, self.reference, self.seed, *self.ablated())
-        if self.reference is not None or self.seed is not None:
-            raise FeatpatchError(
-                f"to='corrupted' with reference={self.reference!r}, seed={self.seed!r}: expected neither, because each pair "
-                "has its own corrupted prompt; leave them out, or pass another `to`"
-            )
-        return OtherPrompts(self.lens, [pair.corrupted for pair in self.pairs])
-
-    @abstractmethod
-    def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
-        """Return the hook points, and the dictionaries, whose activations are ablated."""
-
-    def others(self, some: Sequence[int]) -> torch.Tensor | None:
-        """Return the prompts `[runs, pos]` whose activations are the ablation values of some equally long runs.
-
-        The continuation of a run follows these prompts too. None if ablation values are the same in all runs.
-        """
-        if not isinstance(self.ablation, OtherPrompts):
-            return None
-        read = [(self.ablation.partners[index], reading.continuation) for index, reading in (self.readings[n] for n in some)]
-        return torch.tensor([prompt + continuation for prompt, continuation in read])
-
-    def everywhere(self, of: str | Dictionary, like: Values, length: int) -> Values:
-        """Return ablation values `[pos, ...]` that are the same in all runs of this length, each of the shape of its `like`."""
-        assert isinstance(self.ablation, Everywhere)
-        found = self.ablation.values(of, like, length)
-        return tuple(value.to(each).expand_as(each) for value, each in zip(found, like, strict=True))
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
         """Measure the metric of each pair for several choices of items that are kept; a choice is run only the first time."""
@@ -292,58 +220,6 @@ class Graph(ABC):
         """The nodes that the graph was made for: all items or, for edges, the features and errors among the mediators."""
         return self.items
 
-    @property
-    def name(self) -> str:
-        """The name of the metric."""
-        return self.read.names[0]
-
-    @property
-    def reads_clean(self) -> bool:
-        """Whether the metric compares with the clean run, so that its gradient is zero there."""
-        return self.read.measures.reads_clean
-
-    @cached_property
-    def readings(self) -> list[tuple[int, Reading]]:
-        """All readings, each with the index of its pair, in the order of the pairs."""
-        readings = readings_of(self.read, self.pairs, self.lens)
-        return [(index, reading) for index, of_pair in readings.items() for reading in of_pair]
-
-    @cached_property
-    def runs(self) -> Pairs:
-        """The pair of each reading, with the reading's continuation after both prompts; labels keep their positions."""
-        read = [(self.pairs[index], reading.continuation) for index, reading in self.readings]
-        return Pairs(
-            tuple(
-                replace(
-                    pair,
-                    clean=pair.clean + continuation,
-                    corrupted=pair.corrupted + continuation,
-                    answer_position=pair.answer_position + len(continuation),
-                )
-                for pair, continuation in read
-            )
-        )
-
-    def combined(self, values: Float[torch.Tensor, " runs"]) -> Float[torch.Tensor, " pairs"]:
-        """Combine the values of the runs into one value per pair, with its gradient."""
-        counts = np.bincount([index for index, _ in self.readings]).tolist()
-        each = zip(self.pairs, values.split(counts), strict=True)
-        return torch.stack([self.read.combine(pair, of_pair[:, None, None])[0, 0] for pair, of_pair in each])
-
-    @cached_property
-    def whole_runs(self) -> Float[torch.Tensor, " runs"]:
-        """The metric of each unpatched clean run."""
-        values = torch.zeros(len(self.runs), dtype=torch.float64)
-        for group in self._groups():
-            values[group] = self.metric_of(self._answers(group)[None], group)[0].cpu()
-        return values
-
-    @property
-    def whole(self) -> Array:
-        """The metric of each pair in the unpatched clean run."""
-        result: Array = self.combined(self.whole_runs).numpy()
-        return result
-
     @cached_property
     def empty(self) -> Array:
         """The metric of each pair with all items ablated."""
@@ -465,29 +341,3 @@ class Graph(ABC):
     @abstractmethod
     def about(self) -> Mapping[str, Any]:
         """Return metadata to store with the results."""
-
-    def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""
-        (measure,) = self.read.measures.parts
-        self._note_clean(some)
-        values = []
-        for slot, index in enumerate(some):
-            correct, wrong = self.readings[index][1].correct, self.readings[index][1].wrong
-            columns = measure.columns(correct, wrong)
-            of_run = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
-            values.append(measure.of(of_run, correct, wrong, self._clean.get(index)))
-        return torch.stack(values, 1).double()
-
-    def _note_clean(self, some: Sequence[int]) -> None:
-        """Store the logits of some equally long clean runs if the metric compares with them; the model must not be edited."""
-        if self.reads_clean and some[0] not in self._clean:
-            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
-
-    def _answers(self, some: Sequence[int]) -> torch.Tensor:
-        """Return the logits `[runs, d_vocab]` of some equally long unpatched runs."""
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
-        return self.lens.answer(torch.tensor([self.runs[index].clean for index in some]), answers)
-
-    def _groups(self) -> list[list[int]]:
-        """Return the indices of the runs by length; equally long runs stay together, as some ablation values require."""
-        return list(self.runs.by_length().values())

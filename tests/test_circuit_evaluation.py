@@ -1,6 +1,7 @@
 """Curves, CPR, CMD, ROC and comparisons of circuits against definitions written out by hand."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -252,3 +253,28 @@ def test_default_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "estimated" not in capsys.readouterr().err
     monkeypatch.setattr("featpatch.circuits.find.EXACT_WORK", 13 * 21 * 12 * 8**2)
     assert "scores='exact'" in repr(fp.find_circuit(small.model, pairs_of(small), **run, progress=False))
+
+
+def test_a_circuit_is_refined_item_by_item(tmp_path: Path) -> None:
+    """As a plain loop from the output down, also after saving and loading."""
+    small = small_hooked()
+    found = fp.find_circuit(small.model, pairs_of(small), size=40, **OPTIONS)
+    graph, threshold = found.graph, 0.03
+    kept = [item for item in graph.items if item in set(found.items)]
+    now = graph.faithfulness(graph.values([kept]))[0]
+    for item in kept[::-1]:
+        without = [other for other in kept if other != item]
+        faithful = graph.faithfulness(graph.values([without]))[0]
+        if abs(faithful - now) < threshold:
+            kept, now = without, faithful
+    refined = found.refine(threshold=threshold, progress=False)
+    assert 0 < len(kept) < len(found)
+    assert set(refined.items) == set(kept)
+    assert [item for item in found.items if item in set(kept)] == list(refined.items)
+    assert refined.faithfulness == pytest.approx(now, abs=1e-12)
+    assert "scores='estimate', refined at 0.03)" in repr(refined)
+    loaded = fp.load_circuit(refined.save(tmp_path / "c.json"), small.model, pairs_of(small))
+    assert loaded.items == loaded.again(pairs_of(small)).items == refined.again(pairs_of(small)).items == refined.items
+    for wrong in (0.0, -0.1, float("nan")):
+        with pytest.raises(fp.FeatpatchError, match="expected a fraction of the behaviour above 0"):
+            found.refine(threshold=wrong)

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from featpatch.circuits.curve import SHARES, FaithfulnessCurve, Order, curve_of
 from featpatch.circuits.files import content_of, to_eap_ig, write_json
 from featpatch.circuits.graph import Graph
+from featpatch.circuits.search import acdc, run
 from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
@@ -127,6 +128,46 @@ class Circuit(Plotted):
         loss = self.faithfulness - self.graph.faithfulness(self.graph.of_masks(without))
         order = np.argsort(loss, kind="stable")
         return pd.DataFrame({"item": [str(self.items[n]) for n in order], "loss": loss[order]})
+
+    def refine(self, *, threshold: float = 0.01, journal: str | Path | None = None, progress: bool = True) -> "Circuit":
+        """Remove, one by one from the output down, the items without which faithfulness changes by less than the threshold.
+
+        This is ACDC (Conmy et al. 2023, arXiv 2304.14997) that starts from this circuit instead of the whole model, so that
+        a circuit found by estimates can be pruned exactly at a size at which ACDC over all edges would take days. Every item is
+        run at least once with all items before it that were not removed.
+
+        Args:
+            threshold: a share of the behaviour.
+            journal: as in `find_circuit`.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The smaller circuit. After Ctrl-C it is the circuit of the last full step, and `finished` is False.
+
+        Raises:
+            FeatpatchError: if the threshold is not a number above 0, or the journal is that of another graph.
+            KeyboardInterrupt: after Ctrl-C in the first step.
+
+        Examples:
+            >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
+            >>> len(circuit.refine(threshold=0.05, progress=False)) <= len(circuit)
+            True
+        """
+        if not is_number(threshold) or not threshold > 0:
+            raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
+        threshold = float(threshold)
+        with self.graph.journal(journal):
+            numbers, finished = run(acdc(self.graph, threshold, self._mask, progress=progress), journal)
+        kept = {self.graph.items[number] for number in numbers}
+        metadata = {**self.metadata, "refined": threshold, "finished": self.finished and finished}
+        again = self.again
+        return Circuit(
+            self.graph,
+            tuple(item for item in self.items if item in kept),
+            self.scores,
+            metadata,
+            lambda pairs: again(pairs).refine(threshold=threshold, progress=False),
+        )
 
     def curve(self, shares: Sequence[float] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
         """Measure the faithfulness of the first items by score, for growing shares of all items, with CPR and CMD.
@@ -356,7 +397,8 @@ class Circuit(Plotted):
     def _search(self) -> str:
         """Return the method of the search with its kind of scores, and whether it was interrupted."""
         scores = self.metadata.get("scores")
-        parts = [self.metadata["method"], f"scores={scores!r}" if scores else "", "" if self.finished else "interrupted"]
+        refined = f"refined at {self.metadata['refined']:.3g}" if "refined" in self.metadata else ""
+        parts = [self.metadata["method"], f"scores={scores!r}" if scores else "", refined, "" if self.finished else "interrupted"]
         return ", ".join(part for part in parts if part)
 
     @property

@@ -238,7 +238,7 @@ def find_circuit(
         elif method == "greedy":
             numbers, finished = run(greedily(graph, target, size, progress=progress), journal)
         else:
-            numbers, finished = run(acdc(graph, threshold, progress=progress), journal)
+            numbers, finished = run(acdc(graph, threshold, np.ones(len(graph.items), dtype=bool), progress=progress), journal)
     metadata = {
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
         "steps": (steps or STEPS) if scores in STEPPED else None, "threshold": threshold, "size": size, "target": target,
@@ -318,7 +318,8 @@ def load_circuit(
                 "this circuit was found by EAP-IG: expected one that fp.find_circuit found, to find it again for other pairs"
             )
         given = {"to": to, "reference": reference, "seed": seed, "metric": metric, "positions": positions}
-        return find_circuit(model, other, saes=saes, over=over, nodes=nodes, progress=False, **given, **options)
+        found = find_circuit(model, other, saes=saes, over=over, nodes=nodes, progress=False, **given, **options)
+        return found.refine(threshold=about["refined"], progress=False) if "refined" in about else found
 
     metadata = {**about, "metric": graph.name, "outside": to, **provenance(lens, pairs)}
     return Circuit(graph, items, scores, metadata, again)

@@ -87,14 +87,14 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
             break
 
 
-def acdc(graph: Graph, threshold: float, *, progress: bool = False) -> Search:
-    """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
+def acdc(graph: Graph, threshold: float, start: NDArray[np.bool_], *, progress: bool = False) -> Search:
+    """Remove from those of a mask, one by one from the output down, items that change faithfulness by less than the threshold.
 
     This is algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness instead of the divergence. Most
     items are removed, so several steps are run together as if all of their items were; the steps after an item that stays are
     run again.
     """
-    order, kept = np.arange(len(graph.items))[::-1], np.ones(len(graph.items), dtype=bool)
+    order, kept = np.flatnonzero(start)[::-1], start.copy()
     now, done, ahead = float(graph.faithfulness(graph.of_masks(kept[None]))[0]), 0, 1
     with tqdm(total=len(order), desc="pruning", unit="item", disable=not progress) as bar:
         while done < len(order):

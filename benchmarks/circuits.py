@@ -1,12 +1,14 @@
 """Cost of estimating and measuring all edges of a model: featpatch against EAP-IG, with the scores compared.
 
     python benchmarks/circuits.py [--shape demo] [--tokens 20] [--pairs 1 4 16] [--integrated 1] [--exact 20]
+    python benchmarks/circuits.py --circuit 8 [--edges 200]
 
 EAP-IG (hannamw/EAP-IG) is run where it is installed, adapted to CPUs and to prompts that are given as tokens; otherwise our own
 estimates by a weight for each edge are run instead, on one pair. Each score is the mean over pairs. `--integrated` is the
 number of pairs for integrated gradients, which are taken over inputs with 5 steps and over activations with 1 step per
 component. `--exact` is the number of edges into the middle layer's queries that EAP-IG's exact loop measures, one forward pass
-each; featpatch measures all of them.
+each; featpatch measures all of them. With `--circuit`, a circuit is found by estimates over that number of pairs, written as a page,
+and then refined exactly; nothing else is run.
 Times are CPU times of one thread; memory is the peak above that in use before.
 """
 
@@ -15,6 +17,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -133,11 +137,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--integrated", type=int, default=1, help="number of pairs for integrated gradients")
     parser.add_argument("--exact", type=int, default=20, help="number of edges that EAP-IG's exact loop measures")
+    parser.add_argument("--circuit", type=int, default=0, help="number of pairs of a circuit from prompts to diagram")
+    parser.add_argument("--edges", type=int, default=200, help="number of edges of this circuit")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape = SHAPES[options.shape]
     model = models(shape, options.tokens, "cpu")["HookedTransformer"]
-    clean, corrupted = prompts(shape.vocab, options.tokens, max(*options.pairs, options.integrated))
+    clean, corrupted = prompts(shape.vocab, options.tokens, max(*options.pairs, options.integrated, options.circuit))
+    if options.circuit:
+        print(whole_circuit(model, clean[: options.circuit], corrupted[: options.circuit], options.edges))
+        return
 
     def graph(count: int) -> EdgeGraph:
         answers = torch.tensor([CORRECT] * count), torch.tensor([WRONG] * count)
@@ -171,6 +180,20 @@ def main() -> None:
     for scores, steps in (("eap_ig_inputs", 5), ("eap_ig_activations", 1)):
         print(integrated(graph, of_eap, clean, corrupted, scores, steps, options.integrated))
     print("\n" + exact(graph(1), of_eap, clean[:1], corrupted[:1], options.exact))
+
+
+def whole_circuit(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, edges: int) -> str:
+    """Find a circuit by estimates, write its page and refine it exactly."""
+    count = len(clean)
+    pairs = fp.Pairs.from_tokens(clean, corrupted, torch.tensor([CORRECT] * count), torch.tensor([WRONG] * count))
+    circuit, found, _ = timed(lambda: fp.find_circuit(model, pairs, scores="estimate", size=edges, progress=False))
+    with TemporaryDirectory() as folder:
+        _, drawn, _ = timed(lambda: circuit.report(Path(folder) / "circuit.html"))
+    refined, pruned, _ = timed(lambda: circuit.refine(threshold=0.01))
+    return (
+        f"{len(circuit.graph.items):,} edges, {count} pairs, one CPU thread: the {edges} edges with the largest estimates in "
+        f"{found:.0f} s, their page in {drawn:.0f} s, exact refinement to {len(refined)} edges in {pruned / 60:.1f} minutes."
+    )
 
 
 def by_edge(graph: EdgeGraph, points: list[Point]) -> Any:

@@ -7,8 +7,8 @@ EAP-IG (hannamw/EAP-IG) is run where it is installed, adapted to CPUs and to pro
 estimates by a weight for each edge are run instead, on one pair. Each score is the mean over pairs. `--integrated` is the
 number of pairs for integrated gradients, which are taken over inputs with 5 steps and over activations with 1 step per
 component. `--exact` is the number of edges into the middle layer's queries that EAP-IG's exact loop measures, one forward pass
-each; featpatch measures all of them. With `--circuit`, a circuit is found by estimates over that number of pairs, written as a page,
-and then refined exactly; nothing else is run.
+each; featpatch measures all of them. With `--circuit`, a circuit is found by estimates over that number of pairs, written as a
+page, and then refined exactly; nothing else is run.
 Times are CPU times of one thread; memory is the peak above that in use before.
 """
 

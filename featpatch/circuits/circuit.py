@@ -398,8 +398,8 @@ class Circuit(Plotted):
         """Return the method of the search with its kind of scores, and whether it was interrupted."""
         scores = self.metadata.get("scores")
         refined = f"refined at {self.metadata['refined']:.3g}" if "refined" in self.metadata else ""
-        parts = [self.metadata["method"], f"scores={scores!r}" if scores else "", refined, "" if self.finished else "interrupted"]
-        return ", ".join(part for part in parts if part)
+        interrupted = "" if self.finished else "interrupted"
+        return ", ".join(filter(None, (self.metadata["method"], scores and f"scores={scores!r}", refined, interrupted)))
 
     @property
     def finished(self) -> bool:

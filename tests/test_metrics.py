@@ -323,6 +323,7 @@ def test_names_of_functions_are_the_same_in_every_process(bridge: Small, tmp_pat
     assert metrics.find(Difference()).name == "Difference"
 
 
+@pytest.mark.extended
 def test_lists_of_metrics_are_those_that_the_function_accepts(hooked: Small) -> None:
     """An unknown name, and what is offered in its place, which is then accepted."""
     model, pairs, sae = hooked.model, pairs_of(hooked), hooked.at(SITE)

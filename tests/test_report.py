@@ -288,6 +288,7 @@ def test_the_conclusion_is_the_tables(study: dict[str, Any]) -> None:
     assert f"without it {100 * best['degradation']:.2g} % [" in said
 
 
+@pytest.mark.extended
 def test_what_is_not_decided_is_not_concluded(study: dict[str, Any], small: Small, tmp_path: Path) -> None:
     """A strict threshold, one pair, one direction, estimates, a screened table, and no gap each say so."""
     effects = study["effects"]

@@ -54,7 +54,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "diagnose": fp.diagnose(model, saes, pairs, nodes),
         "interactions": fp.interactions(model, last, pairs, features=[173, 740, 538], position="end", progress=False),
         "Circuit": circuit, "Agreement": comparison.agreement["recovery"], "Edge": fp.Edge("s", "edge"),
-        "Description": next(iter(fp.max_activating(model, saes, nodes, demo.text()).values())),
+        "Description": next(iter(fp.max_activating(model, saes, nodes, demo.text()[:60]).values())),
     }  # fmt: skip
 
 

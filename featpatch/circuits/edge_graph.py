@@ -173,14 +173,19 @@ class EdgeGraph(EdgeRuns):
                 return super().empty
             final = self.lens.read(others, [last])[last]
             with torch.no_grad():
-                values[some] = self.metric_of(self.unembedded(final, *self._prompts(some))[None], some)[0].cpu()
+                values[some] = self.metric_of(self.unembedded(final, *self.prompts(some))[None], some)[0].cpu()
         result: NDArray[np.float64] = self.combined(values).numpy()
         return result
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Measure the metric of all circuits and pairs in one run, layer by layer."""
-        return self._run(kept.to(self._type), some)
+        (tokens, answers), circuits = self.prompts(some), len(kept)
+        where, outside = self._ablation_values(some)
+        ablated = 1 - kept.to(self._type)
+        final = self._pass(Run(tokens, where, ablated, outside, projections=self._projections, regions=self._regions_of(some)))
+        logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
+        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 
     def slopes(
         self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
@@ -204,7 +209,7 @@ class EdgeGraph(EdgeRuns):
                 values[part, rows] = found.detach().cpu()
                 return found * weights[part, rows].to(logits.device)
 
-            prompts = self._prompts(some[rows])
+            prompts = self.prompts(some[rows])
             found = summed_scores(self.lens, by_weights, *prompts, measure, points, ablated, done, regions)
             total += found.double().cpu()
         return total / len(points), values
@@ -213,7 +218,7 @@ class EdgeGraph(EdgeRuns):
         self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Estimate by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
-        tokens, answers = self._prompts(some)
+        tokens, answers = self.prompts(some)
         where, outside = self._ablation_values(some)
         clean = Run(tokens, where)
         with torch.no_grad():
@@ -234,12 +239,3 @@ class EdgeGraph(EdgeRuns):
             total += gradient[0].double().cpu()
             done(len(some))
         return total / len(points), values
-
-    def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        tokens, answers = self._prompts(some)
-        where, outside = self._ablation_values(some)
-        run = Run(tokens, where, 1 - kept, outside, projections=self._projections, regions=self._regions_of(some))
-        final = self._pass(run)
-        circuits = len(kept)
-        logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
-        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)

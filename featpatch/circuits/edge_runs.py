@@ -108,14 +108,17 @@ class EdgeRuns(EdgeLayout):
     @cached_property
     def _projections(self) -> list[Projections] | None:
         """The projections of each layer's attention by head; None if they can't be had, so that heads go through the model."""
-        some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
-        return projections_of(self.lens, self._prompts(some[:1])[0])
+        return projections_of(self.lens, self._longest())
 
     @cached_property
     def _outputs(self) -> list[AttentionOutput | None]:
         """The way in which each layer adds its heads to the residual stream; None if it can't be had from the weights."""
+        return attention_outputs(self.lens, self._longest())
+
+    def _longest(self) -> torch.Tensor:
+        """Return the tokens `[1, pos]` of one of the longest clean runs."""
         some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
-        return attention_outputs(self.lens, self._prompts(some[:1])[0])
+        return self.prompts(some[:1])[0]
 
     def _norm(self, layer: int) -> Norm | None:
         """Return the norm after a layer's attention, if there is one."""
@@ -134,11 +137,6 @@ class EdgeRuns(EdgeLayout):
     def _norm_key(self, sender: Node) -> int:
         """Return the layer of the norm that a sender's output goes into, or -1 if there is none."""
         return self.normed.get(sender, -1)
-
-    def _prompts(self, some: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the clean tokens `[runs, pos]` and the answer positions `[runs]` of some equally long runs."""
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
-        return torch.tensor([self.runs[index].clean for index in some]), answers
 
     def _regions_of(self, some: Sequence[int]) -> torch.Tensor | None:
         """Return the number of the region of each token of some equally long runs, `[runs, pos]`."""
@@ -162,7 +160,7 @@ class EdgeRuns(EdgeLayout):
             run = Run(others, where, projections=self._projections)
             self._pass(run)
             return {node: values[0] for node, values in run.written.items()}
-        tokens, _ = self._prompts(some[:1])
+        tokens, _ = self.prompts(some[:1])
         hooks, _ = self.ablated()
         fixed = self._fixed(some, hooks)
         stream = fixed[sites.resid_pre(0)]
@@ -185,7 +183,7 @@ class EdgeRuns(EdgeLayout):
 
     def _fixed(self, some: Sequence[int], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return ablation values `[1, pos, ...]` that are the same in all runs, by hook point."""
-        tokens, _ = self._prompts(some[:1])
+        tokens, _ = self.prompts(some[:1])
         read = self.lens.read(tokens, hooks)
         return {hook: self.everywhere(hook, (read[hook][0],), tokens.shape[1])[0][None] for hook in hooks}
 

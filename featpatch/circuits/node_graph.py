@@ -104,8 +104,7 @@ class NodeGraph(Graph):
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Measure the metric of all circuits and pairs in one run."""
-        circuits, tokens = len(kept), torch.tensor([self.runs[index].clean for index in some])
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        (tokens, answers), circuits = self.prompts(some), len(kept)
         live: dict[str, torch.Tensor] = {}
         with self._editing(self._edits(kept, some, self._outside(some), live), live):
             logits = self.lens.answer(tokens.repeat(circuits, 1), answers.repeat(circuits))
@@ -172,7 +171,7 @@ class NodeGraph(Graph):
         first, others = sites.resid_pre(0), self.others(some)
         if others is not None:
             return self.lens.read(others, [first])[first]
-        clean = self.lens.read(torch.tensor([self.runs[index].clean for index in some]), [first])[first]
+        clean = self.lens.read(self.prompts(some)[0], [first])[first]
         (fixed,) = self.everywhere(first, (clean[0],), clean.shape[1])
         return torch.where(self._ablatable(some)[0].to(clean.device), fixed, clean)
 
@@ -194,7 +193,7 @@ class NodeGraph(Graph):
         """
         if some[0] not in self._others:
             plain, used, prompts = self._plain(), self._used(), self.others(some)
-            tokens = torch.tensor([self.runs[some[0]].clean]) if prompts is None else prompts
+            tokens = self.prompts(some[:1])[0] if prompts is None else prompts
             hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *plain]
             read = self.lens.read(tokens, list(dict.fromkeys(hooks)))
             splits = {d.name: d.split(read[d.reads], read[d.writes]) for d in used}
@@ -301,8 +300,7 @@ class _Gradients:
     def __post_init__(self) -> None:
         graph = self.graph
         self.kept = torch.ones(1, len(graph.items), dtype=torch.bool)
-        self.tokens = torch.tensor([graph.runs[index].clean for index in self.some])
-        self.answers = torch.tensor([graph.runs[index].answer_position for index in self.some])
+        self.tokens, self.answers = graph.prompts(self.some)
         self.used = {dictionary.name: dictionary for dictionary in graph._used()}
         live: dict[str, torch.Tensor] = {}
         keeping, ablating = (graph._edits(kept, self.some, self.others, live) for kept in (self.kept, ~self.kept))
@@ -322,12 +320,10 @@ class _Gradients:
 
     def add(self, point: Point, weights: torch.Tensor) -> torch.Tensor:
         """Take the gradients of the weighted sum of the metrics at a point, and return the metrics."""
-        graph, first, live = self.graph, sites.resid_pre(0), dict[str, torch.Tensor]()
-        edits, places, leaves = (
-            graph._edits(self.kept, self.some, self.others, live),
-            graph._by_component(),
-            dict[str, torch.Tensor](),
-        )
+        graph = self.graph
+        live: dict[str, torch.Tensor] = {}
+        edits, places = graph._edits(self.kept, self.some, self.others, live), graph._by_component()
+        leaves: dict[str, torch.Tensor] = {}
 
         def probed(name: str) -> Edit:
             def change(activation: torch.Tensor) -> torch.Tensor:
@@ -344,7 +340,7 @@ class _Gradients:
 
         with torch.enable_grad(), ExitStack() as stack:
             if point.place and not point.local:
-                stack.enter_context(graph.lens.edit(first, entering))
+                stack.enter_context(graph.lens.edit(sites.resid_pre(0), entering))
             stack.enter_context(graph._editing({name: probed(name) for name in edits}, live))
             logits = graph.lens.differentiable_answer(self.tokens, self.answers)
             values = graph._differentiable(graph.metric_of(logits[None], self.some)[0])

@@ -21,7 +21,7 @@ from featpatch.sae.dictionary import Dictionary
 Array = NDArray[np.float64]
 
 Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
-"""The ablation values of the complement: those of the pair's corrupted run (`corrupted`), or those of `fp.ablate`."""
+"""The ablation values of the complement: those of the pair's corrupted run (`"corrupted"`), or as in `fp.ablate`."""
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class CleanRuns(ABC):
 
     @abstractmethod
     def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
-        """Return the hook points, and the dictionaries, whose activations are ablated."""
+        """Return the hook points and the dictionaries whose ablation values are needed."""
 
     def others(self, some: Sequence[int]) -> torch.Tensor | None:
         """Return the prompts `[runs, pos]` whose activations are the ablation values of some equally long runs.
@@ -91,7 +91,7 @@ class CleanRuns(ABC):
         return torch.tensor([self.ablation.partners[index] + reading.continuation for index, reading in chosen])
 
     def everywhere(self, of: str | Dictionary, like: Values, length: int) -> Values:
-        """Return ablation values `[pos, ...]` that are the same in all runs of this length, each of the shape of its `like`."""
+        """Return the ablation values `[pos, ...]`, the same in all runs of a length, in the shapes of `like`."""
         assert isinstance(self.ablation, Everywhere)
         found = self.ablation.values(of, like, length)
         return tuple(value.to(each).expand_as(each) for value, each in zip(found, like, strict=True))
@@ -103,7 +103,7 @@ class CleanRuns(ABC):
 
     @property
     def reads_clean(self) -> bool:
-        """Whether the metric compares with the clean run, so that its gradient is zero there."""
+        """Whether the metric compares with the clean run; its gradient is then zero there."""
         return self.read.measures.reads_clean
 
     @cached_property

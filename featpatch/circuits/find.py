@@ -164,12 +164,12 @@ def find_circuit(
             `threshold` (Conmy et al. 2023).
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"`: an item's score is the loss of faithfulness with
             only that item ablated. The others estimate that loss by gradients, with the formulas in
-            `featpatch.circuits.attribution`, and miss items whose effect saturates. `"estimate"` takes the gradient in the
-            clean run (edge attribution patching). The other two average it over `steps` runs between the ablation value and
-            the clean value: `"eap_ig_inputs"` of the embedding (EAP-IG), and `"eap_ig_activations"` of each component or, for
-            nodes, of each hook point. The default is `"exact"`, or `"estimate"` over edges if exact scores would take much
-            longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run; the printed
-            circuit says which.
+            `featpatch.circuits.attribution`, and miss items whose effect saturates. `"estimate"` takes the gradient where
+            all items are kept (edge attribution patching). The other two average it over `steps` runs between the ablation
+            value and the clean value: `"eap_ig_inputs"` of the embedding (EAP-IG), and `"eap_ig_activations"` of each
+            component or, for nodes, of each hook point. The default is `"exact"`, or `"estimate"` over edges if exact scores
+            would take much longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run;
+            the printed circuit says which.
         steps: the number of runs (per component or hook point) of integrated gradients; 5 by default.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
@@ -385,7 +385,7 @@ def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: boo
 
 
 def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:
-    """Return the candidates among the nodes; in a table with features, whole activations at their hook points are none.
+    """Return the candidates among the nodes; of a table, nodes without an SAE are left out at hook points with features.
 
     Raises:
         FeatpatchError: if a node is invalid, or there are no candidates.

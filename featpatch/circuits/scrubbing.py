@@ -211,7 +211,7 @@ class _Run:
             )
         with torch.no_grad():
             self.tokens = torch.tensor([pair.clean + self.continuation for pair in self.graph.pairs])
-            self.written, self.always = self.graph.written(self.tokens)
+            self.written, self.biases = self.graph.written(self.tokens)
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
@@ -228,7 +228,7 @@ class _Run:
                 total = total + self._output(sender, self._agreeing(important[sender], rows), parents)
             else:
                 total = total + self.written[sender][torch.from_numpy(self.generator.integers(len(rows), size=len(rows)))]
-        return total + self.always[self.graph.depth(receiver)]
+        return total + self.biases[self.graph.depth(receiver)]
 
     def _output(self, sender: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
         """Return the output of a sender in those prompts, or compute it from its parents if the hypothesis names them."""
@@ -237,7 +237,7 @@ class _Run:
         if sender.kind == "head":
             layer, head = sites.layer_of(sender.site), int(sender.index or 0)
             inputs = {
-                node.site[-1]: self._input(node, rows, parents) if node in parents else self._natural(node, rows)
+                node.site[-1]: self._input(node, rows, parents) if node in parents else self._unpatched_input(node, rows)
                 for node in self._channels(sender)
             }
             return self.graph.head_output(layer, head, inputs, self.tokens)
@@ -247,11 +247,11 @@ class _Run:
         """Return the receivers from which a sender's output is computed: a head's query, key and value, or the MLP itself."""
         return {receiver for receiver in self.graph.receivers() if sender in self.graph.users(receiver)}
 
-    def _natural(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
+    def _unpatched_input(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
         """Return the input of a receiver in the unpatched runs of some prompts."""
         chosen = torch.from_numpy(rows)
         total = sum((self.written[sender][chosen] for sender in self.graph.senders(receiver)), torch.zeros(()))
-        return total + self.always[self.graph.depth(receiver)]
+        return total + self.biases[self.graph.depth(receiver)]
 
     def _agreeing(self, label: Label, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Draw, for each prompt, a random prompt with the same label, possibly itself.

@@ -32,7 +32,7 @@ class Run:
         ablation_values: the ablation value of each sender's output.
         written: the outputs of senders in this run.
         projections: the projections of each layer's attention; None if heads run through the model.
-        regions: the number of the region of each token, `[pairs, pos]`; None if edges are not told apart by position.
+        regions: the index of the region of each token, `[pairs, pos]`; None for a single region.
         before_norm: the input of the norm after attention, `[circuits, pairs, pos, d_model]`, by layer with such a norm.
         put: the values to which the outputs of some senders are set.
         changes: the changes that ablated edges make, if they are not the ablation values minus the outputs in this run.
@@ -57,9 +57,9 @@ class Run:
 
     def change(self, node: Node, output: torch.Tensor) -> torch.Tensor:
         """Return what an ablated edge adds to the input of its receiver."""
-        return (
-            self.changes[node].to(output).expand_as(output) if self.changes else self.ablation_values[node].to(output) - output
-        )
+        if self.changes:
+            return self.changes[node].to(output).expand_as(output)
+        return self.ablation_values[node].to(output) - output
 
 
 @dataclass(eq=False)
@@ -140,7 +140,7 @@ class EdgeRuns(EdgeLayout):
         return self.normed.get(sender, -1)
 
     def _regions_of(self, some: Sequence[int]) -> torch.Tensor | None:
-        """Return the number of the region of each token of some equally long runs, `[runs, pos]`."""
+        """Return the index of the region of each token of some equally long runs, `[runs, pos]`."""
         if not self.regions.given:
             return None
         pairs = (self.pairs[self.readings[index][0]] for index in some)
@@ -344,7 +344,7 @@ def _weighted(weights: torch.Tensor, changes: torch.Tensor, regions: torch.Tenso
     Args:
         weights: the weight of each edge, `[circuits, receivers, senders, regions]`.
         changes: the changes, `[circuits, senders, pairs, pos, d_model]`.
-        regions: the number of the region of each token, `[pairs, pos]`; None for a single region.
+        regions: the index of the region of each token, `[pairs, pos]`; None for a single region.
     """
     if regions is None:
         return (weights[..., 0] @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)

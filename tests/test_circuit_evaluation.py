@@ -25,7 +25,7 @@ Edge = tuple[str, str]
 
 
 def without_dangling(edges: Iterable[Edge], users: dict[str, list[str]] | None = None) -> set[Edge]:
-    """The edges on some path from the embedding to the logits, found by walking; `L1.H2.k` is a part of `L1.H2`."""
+    """The edges on some path from the embedding to the logits, found by networkx; `L1.H2.k` is a part of `L1.H2`."""
     kept, graph = set(edges), nx.DiGraph()
     graph.add_nodes_from(["embed", "logits"])
 
@@ -74,7 +74,7 @@ def test_an_edge_into_a_shared_key_dangles_only_if_no_head_that_uses_it_is_read(
 
 
 def test_mediators_dangle_like_components() -> None:
-    """Every feature sits between the components below and above its activation; each is reached and read by itself."""
+    """A feature is a node of its own between the components upstream and downstream of its activation."""
     small = small_hooked()
     sae, name = small.at("blocks.1.hook_resid_pre"), "blocks.1.hook_resid_pre"
     graph = graph_with_features(small, [sae], [fp.Node(name, "feature", n, sae=name) for n in range(3)])
@@ -92,7 +92,7 @@ def test_mediators_dangle_like_components() -> None:
 
 @pytest.mark.parametrize("to", ["corrupted", "mean_by_position"])
 def test_curves_are_those_of_the_mib_benchmark(to: Any) -> None:
-    """Sizes rounded down, dangling edges removed, faithfulness by a forward pass of weights alone, areas by trapezoids."""
+    """Sizes are rounded down, dangling edges removed, and areas trapezoidal; faithfulness is compared with the edge oracle."""
     small = small_hooked()
     circuit = fp.find_circuit(small.model, pairs_of(small), size=5, to=to, **OPTIONS)
     curve, edges = circuit.curve(), edges_of(small.model)
@@ -154,7 +154,7 @@ def test_both_orders_are_shown() -> None:
 
 
 def test_edges_between_kept_components() -> None:
-    """What a circuit of nodes counts: the edges between kept heads, MLPs, embedding and logits; others are not components."""
+    """For nodes, edges are counted between kept heads, MLPs, embedding and logits; for other candidates they are NaN."""
     small = small_hooked()
     heads = [fp.Node(f"blocks.{layer}.attn.hook_z", "head", n) for layer in range(3) for n in range(4)]
     mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in range(3)]
@@ -179,7 +179,7 @@ def test_edges_between_kept_components() -> None:
 
 
 def test_the_area_under_the_roc_curve() -> None:
-    """Every true item against every other one; ties count half."""
+    """The area is the share of (true, other) pairs of items in the right order; ties count half."""
     circuit = found_by("or", "threshold", scores="estimate")
     true = [edge for edge in circuit.graph.items if named(edge) in model_of("or").edges]
     is_true = [edge in true for edge in circuit.graph.items]
@@ -222,7 +222,7 @@ def test_nodes_and_drawings_are_compared() -> None:
 
 
 def test_a_circuit_of_edges_in_viewers_and_graphviz() -> None:
-    """Edges at all positions are exported: links between the nodes of the circuit, inputs of one head added up."""
+    """Edges at all positions are exported as links between nodes; the inputs of one head are added up."""
     small = small_hooked()
     circuit = fp.find_circuit(small.model, pairs_of(small), size=40, **OPTIONS)
     graph = circuit.to_networkx()
@@ -240,7 +240,7 @@ def test_a_circuit_of_edges_in_viewers_and_graphviz() -> None:
 
 
 def test_default_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exact while that is cheap, otherwise estimated and said; nodes and metrics without a gradient are always exact."""
+    """Scores are exact if cheap, else estimated with a message; always exact for nodes and metrics without a gradient."""
     small = tiny()
     run: dict[str, Any] = {"size": 5}
     monkeypatch.setattr("featpatch.circuits.find.EXACT_WORK", 13 * 21 * 12 * 8**2 - 1)  # edges, tokens, width
@@ -256,7 +256,7 @@ def test_default_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_a_circuit_is_refined_item_by_item(tmp_path: Path) -> None:
-    """As a plain loop from the output down, also after saving and loading."""
+    """`refine` equals a plain loop from the output down, also after saving and loading."""
     small = small_hooked()
     found = fp.find_circuit(small.model, pairs_of(small), size=40, **OPTIONS)
     graph, threshold = found.graph, 0.03

@@ -1,4 +1,4 @@
-"""Circuits in files: our own JSON and EAP-IG's, whose names the test makes by itself."""
+"""Files of circuits: our own JSON and EAP-IG's, with names that the tests build independently."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {"over": "edges", "scores": "estimate", "size": 20, "p
 
 
 def theirs(edge: tuple[str, str]) -> str:
-    """EAP-IG's name of an edge of the oracle."""
+    """EAP-IG's name for an edge of the oracle."""
     plain = (f"m{end[1:-4]}" if end.endswith(".MLP") else end.replace("L", "a").replace(".H", ".h") for end in edge)
     sender, receiver = (end.replace("embed", "input") for end in plain)
     head, _, way = receiver.rpartition(".")
@@ -27,7 +27,7 @@ def theirs(edge: tuple[str, str]) -> str:
 
 
 def test_our_files(tmp_path: Path) -> None:
-    """What is read is what was written, with the search that is repeated for stability."""
+    """A circuit that is read equals the one written, and its search can be repeated for stability."""
     small = small_hooked()
     circuit = fp.find_circuit(small.model, pairs_of(small), metric="log_prob", to="mean", **OPTIONS)
     found = fp.load_circuit(circuit.save(tmp_path / "circuit.json"), small.model, pairs_of(small))
@@ -38,7 +38,7 @@ def test_our_files(tmp_path: Path) -> None:
 
 
 def test_circuits_of_features(tmp_path: Path) -> None:
-    """Nodes and mediators of SAEs, which are passed again."""
+    """Circuits of features, as nodes and as mediators, are read with their SAEs passed again."""
     small = small_hooked()
     sae = small.at("blocks.1.hook_resid_pre")
     nodes = [fp.Node("blocks.1.hook_resid_pre", "feature", n, sae="blocks.1.hook_resid_pre") for n in range(4)]
@@ -57,7 +57,7 @@ def test_circuits_of_features(tmp_path: Path) -> None:
 
 
 def test_files_of_eap_ig(tmp_path: Path) -> None:
-    """Names by hand, and a file of theirs with other items."""
+    """Our files have EAP-IG's names, and a file of EAP-IG with other items is read."""
     small = small_hooked()
     pairs = pairs_of(small)
     circuit = fp.find_circuit(small.model, pairs, **OPTIONS)

@@ -1,4 +1,4 @@
-"""Searches for circuits that are interrupted or killed: they resume from their journal, and nothing finished is run again."""
+"""Circuit searches that are interrupted or killed resume from their journal without repeating finished batches."""
 
 import os
 import random
@@ -34,7 +34,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 @cache
 def tiny() -> Small:
-    """One layer of two heads: exact scores over edges are five batches."""
+    """A model of one layer with two heads, whose exact edge scores take five batches."""
     config = HookedTransformerConfig(
         n_layers=1, d_model=8, n_ctx=16, d_head=4, n_heads=2, d_mlp=8, d_vocab=40, act_fn="gelu", dtype=torch.float64, seed=1,
         init_weights=True, initializer_range=0.3,
@@ -54,7 +54,7 @@ def same(one: fp.Circuit, other: fp.Circuit) -> bool:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """Small batches; what is called before each of them is put into the list by a test."""
+    """A list of functions that are called before each batch; batches are small."""
     before: list[Callable[[], None]] = []
     monkeypatch.setattr("featpatch.circuits.graph.TOKENS_AT_ONCE", 100)
 
@@ -99,7 +99,7 @@ FASTEST = ("exact", "greedy", "acdc", "edges")
     "name", [name if name in FASTEST else pytest.param(name, marks=pytest.mark.extended) for name in SEARCHES]
 )
 def test_an_interrupted_search_resumes(name: str, passes: list[Any], tmp_path: Path) -> None:
-    """The circuit is the same, bit for bit, and all batches together are those of the uninterrupted search."""
+    """The circuit is bit-identical, and both runs together have as many batches as the uninterrupted search."""
     small = tiny() if "edges" in name else small_hooked()
     whole, count = counted(passes, lambda: find(small, name, journal=tmp_path / "whole"))
     assert same(whole, find(small, name))
@@ -124,7 +124,7 @@ def test_an_interrupted_search_resumes(name: str, passes: list[Any], tmp_path: P
 
 
 def test_what_ctrl_c_says(passes: list[Any], tmp_path: Path) -> None:
-    """What is not finished, and how to resume, where nothing can be returned."""
+    """If nothing can be returned, the message says what is not finished and how to resume."""
     small = small_hooked()
     for name, said in (
         ("exact", "the exact scores are not finished"),
@@ -144,7 +144,7 @@ def test_what_ctrl_c_says(passes: list[Any], tmp_path: Path) -> None:
 
 
 def test_searches_of_one_graph_share_a_journal(passes: list[Any], tmp_path: Path) -> None:
-    """A longer greedy search goes on from a shorter one; a torn last line costs its batch alone."""
+    """A longer greedy search continues a shorter one; a torn last line costs only its own batch."""
     small, path = small_hooked(), tmp_path / "journal"
     options: dict[str, Any] = {"nodes": HEADS, "method": "greedy", "progress": False, "journal": path}
     run = lambda size: fp.find_circuit(small.model, pairs_of(small), size=size, **options)  # noqa: E731
@@ -182,7 +182,7 @@ def test_journals_of_other_graphs_are_refused(tmp_path: Path) -> None:
 
 
 def killed(name: str, path: Path, small: Small, delay: float | None, batches: int, before: list[Callable[[], None]]) -> None:
-    """Run a search in a child process that is killed after some seconds, or else before one of its batches."""
+    """Run a search in a child process that is killed after `delay` seconds or, without a delay, before one of its batches."""
     child = os.fork()
     if child == 0:
         calls = [0]
@@ -215,7 +215,7 @@ def test_a_killed_search_resumes(name: str, passes: list[Any], tmp_path: Path) -
 
 @pytest.mark.extended
 def test_killed_twenty_times_at_random_points_it_loses_nothing(passes: list[Any], tmp_path: Path) -> None:
-    """One exact search over edges, killed again and again: its batches only ever become more, and end at the same bits."""
+    """An exact search over edges that is killed repeatedly never loses a batch and ends with bit-identical scores."""
     torch.set_num_threads(1)
     small, path, r = small_hooked(), tmp_path / "killed", random.Random(0)
     start = time.monotonic()

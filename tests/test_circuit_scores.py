@@ -1,4 +1,4 @@
-"""Scores of edges and nodes by integrated gradients against loops over points, and their sum rules."""
+"""Estimated scores of edges and nodes against slow loops over points, and their completeness."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +49,7 @@ METRICS: dict[str, Any] = {
 
 
 def outside(small: Small, to: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """How ablation values follow from those in the corrupted prompts and then the clean ones."""
+    """A function from activations in the corrupted and then the clean prompts to ablation values."""
     return {
         "corrupted": lambda x: x[:3],
         "zero": lambda x: torch.zeros_like(x[:3]),
@@ -60,7 +60,7 @@ def outside(small: Small, to: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def groups_of(senders: Any) -> list[list[str]]:
-    """The senders by component: L0.H0 and L0.H1 are one, and so are all nodes at one hook point."""
+    """The senders by component: the heads of a layer are one, and so are all nodes at one hook point."""
     found: dict[str, list[str]] = {}
     for sender in senders:
         key = sender.removeprefix("rest of ").split(" ")[0] if "." in sender and " " in sender else sender.split(".H")[0]
@@ -109,7 +109,7 @@ def test_edges_of_features_by_a_loop_over_points(scores: Any, to: Any) -> None:
 @pytest.mark.parametrize(("kind", "name"), FAMILIES)
 @pytest.mark.parametrize("scores", ["eap_ig_inputs", "eap_ig_activations"])
 def test_edges_by_weights_are_those_by_a_weight_per_edge(kind: str, name: str, scores: Any) -> None:
-    """Every architecture: shared keys, parallel layers, no MLPs, rotary positions, norms after attention."""
+    """Both ways agree for shared keys, parallel layers, no MLPs, rotary positions and norms after attention."""
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
     graph = graph_of(model, pairs_of(small))
@@ -127,7 +127,7 @@ def test_edges_by_weights_are_those_by_a_weight_per_edge(kind: str, name: str, s
 @pytest.mark.parametrize("errors", ["in", "out", "nodes"])
 @pytest.mark.parametrize("to", ["corrupted", "zero", "mean", "mean_by_position", "resample"])
 def test_nodes_by_a_loop_over_points(small: Small, scores: Any, errors: str, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features at single and all positions, of a transcoder too, errors, heads and an MLP."""
+    """Candidates are features (of a transcoder too) at single and all positions, errors, heads and an MLP."""
     graph, steps = node_graph_of(small, to, errors), 3
     monkeypatch.setattr("featpatch.circuits.node_graph.ESTIMATED_AT_ONCE", 14)
     both = torch.cat([small.corrupted, small.clean])
@@ -144,7 +144,7 @@ def test_nodes_by_a_loop_over_points(small: Small, scores: Any, errors: str, to:
 @pytest.mark.parametrize("errors", ["out", "nodes"])
 @pytest.mark.parametrize("to", ["zero", "mean"])
 def test_special_tokens_of_nodes_by_a_loop_over_points(hooked: Small, scores: Any, errors: str, to: str) -> None:
-    """Values that are the same in all prompts leave special tokens alone, at which a node has no effect."""
+    """Ablation values that are the same in all prompts do not apply to special tokens, where a node has no effect."""
     pairs = fp.Pairs(tuple(replace(pair, special=frozenset({0, 3})) for pair in pairs_of(hooked)))
     lens, nodes = wrap(hooked.model), node_graph_of(hooked, to, errors).items
     graph = NodeGraph(lens, pairs, to, readout("logit_diff"), nodes, dictionaries(lens, saes_of(hooked)), errors)
@@ -162,7 +162,7 @@ def test_special_tokens_of_nodes_by_a_loop_over_points(hooked: Small, scores: An
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("to", ["corrupted", "mean"])
 def test_edges_at_positions_and_in_front_of_norms(name: str, scores: Any, to: str) -> None:
-    """By hooks: the slope of what each edge brings to its receiver, in each region, at each point."""
+    """Scores equal slopes measured with hooks, for each edge, region and point."""
     small, steps = small_of(name), 2
     graph = edge_graph_of(small, to, labelled(small), ["name", "start", -1])
     both = edge_oracle.written_by_hooks(small.model, torch.cat([small.corrupted, small.clean]))
@@ -192,7 +192,7 @@ def test_edges_at_positions_and_in_front_of_norms(name: str, scores: Any, to: st
 
 @pytest.mark.parametrize("scores", SCORES)
 def test_nodes_with_the_divergence(hooked: Small, scores: Any) -> None:
-    """Its gradient is not zero where candidates alone are kept, and zero where these are everything."""
+    """The gradient of `"neg_kl"` is zero only if the candidates are everything at their hook points."""
     lens, nodes = wrap(hooked.model), tuple(node for node in nodes_of(hooked) if node.kind != "error")
     graph = NodeGraph(lens, pairs_of(hooked), "corrupted", readout("neg_kl"), nodes, dictionaries(lens, saes_of(hooked)))
     expected = node_scores(
@@ -204,7 +204,7 @@ def test_nodes_with_the_divergence(hooked: Small, scores: Any) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_points_of_features_of_heads(name: str) -> None:
-    """Moving all heads of a layer, or all mediators at its hook_z, moves hook_z, also in front of the norm after attention."""
+    """Moving all heads of a layer, or all mediators at its hook_z, equals moving hook_z, also before a norm."""
     small, site = small_of(name), "blocks.1.attn.hook_z"
     sae, lens = standard(site, 10, reshape_activations="hook_z"), wrap(small.model)
     mediators = mediators_of(lens, [fp.Node(site, "feature", 4, "all", site)], dictionaries(lens, sae))
@@ -220,7 +220,7 @@ def test_points_of_features_of_heads(name: str) -> None:
 
 
 def test_embedding_edges_add_up_to_the_effect_of_the_embedding() -> None:
-    """Integrated gradients are complete: the error of the left Riemann sum falls with 1 / steps."""
+    """Integrated gradients are complete: the error of the left Riemann sum falls as 1 / steps."""
     small = small_hooked()
     graph = graph_of(small.model, pairs_of(small))
     from_embedding = [n for n, edge in enumerate(graph.items) if named(edge)[0] == "embed"]
@@ -231,7 +231,7 @@ def test_embedding_edges_add_up_to_the_effect_of_the_embedding() -> None:
 
 
 def test_nodes_of_a_hook_point_add_up_to_the_effect_of_all(small: Small) -> None:
-    """Features and error of one dictionary; the error of the right Riemann sum falls with 1 / steps."""
+    """The nodes are the features and error of one dictionary; the error of the right Riemann sum falls as 1 / steps."""
     whole = node_graph_of(small, "corrupted", "nodes")
     nodes = next(place for place in whole.components() if place[0].site == SITES[0])
     graph = NodeGraph(whole.lens, whole.pairs, "corrupted", whole.read, nodes, whole.dictionaries, "nodes")
@@ -242,7 +242,7 @@ def test_nodes_of_a_hook_point_add_up_to_the_effect_of_all(small: Small) -> None
 
 
 def test_overlapping_nodes_lose_nothing_alone(hooked: Small) -> None:
-    """A head that another candidate keeps too is not ablated with one of them, as in exact scores."""
+    """A head that two candidates cover stays kept if only one of them is ablated, as in exact scores."""
     nodes = (fp.Node("blocks.0.attn.hook_z", "head", 1, 3), fp.Node("blocks.0.attn.hook_z", "head", 1), fp.head(1, 2))
     graph = NodeGraph(wrap(hooked.model), pairs_of(hooked), "corrupted", readout("logit_diff"), nodes)
     for scores in SCORES:
@@ -255,7 +255,7 @@ def test_overlapping_nodes_lose_nothing_alone(hooked: Small) -> None:
 @pytest.mark.parametrize("over", ["edges", "nodes"])
 @pytest.mark.parametrize("several", [False, True])
 def test_answers_of_several_tokens(over: str, several: bool) -> None:
-    """Weighted, at each point, by how likely each answer is there."""
+    """The gradients of several answers are weighted, at each point, by the probability of each answer there."""
     small, steps = small_hooked(), 2
     answers = ((((9, 2), (11,)) if several else ((9, 2),)), ((3, 4, 5),))
     prompts = tuple(small.clean[0].tolist()), tuple(small.corrupted[0].tolist())
@@ -305,7 +305,7 @@ def test_options_that_are_refused(hooked: Small, options: dict[str, Any], messag
 
 @pytest.mark.parametrize("make", [small_bridge, small_hooked])
 def test_circuits_by_integrated_gradients(make: Any) -> None:
-    """From the arguments to a circuit; with the divergence; over nodes; found again for other pairs."""
+    """`find_circuit` uses integrated gradients over edges and nodes and with `"neg_kl"`, also when found again for other pairs."""
     small = make()
     run: dict[str, Any] = {"size": 5, "progress": False}
     for scores in SCORES[1:]:
@@ -324,7 +324,7 @@ def test_circuits_by_integrated_gradients(make: Any) -> None:
 def test_exact_scores_say_their_cost_before_the_start(
     hooked: Small, over: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The number of patches and passes; and the time that is left, once, after the first part, if it is not in the journal."""
+    """Patches and passes are announced, and the time left once, after the first part that is not read from the journal."""
     nodes = [fp.head(layer, head) for layer in range(3) for head in range(4)] if over == "nodes" else None
     monkeypatch.setattr("featpatch.circuits.graph.LONG", -1.0)
     run: dict[str, Any] = {"over": over, "nodes": nodes, "size": 3, "journal": tmp_path / "journal"}

@@ -8,20 +8,20 @@ The points, with e the embedding's output:
 
     estimate             the unpatched clean run (EAP; Syed et al. 2023, arXiv 2310.10348)
     eap_ig_inputs        e is set to e' + k / steps (e - e'), for k = 0 ... steps - 1 (Hanna et al. 2024, arXiv 2403.17806)
-    eap_ig_activations   what one component writes is set to a' + k / steps (a - a'), for k = 1 ... steps and one component
-                         after the other: the embedding, all heads of a layer, an MLP, all mediators at a place
+    eap_ig_activations   what one component writes is set to a' + k / steps (a - a'), for k = 1 ... steps and for each
+                         component in turn: the embedding, all heads of a layer, an MLP, all mediators at a place
 
 These are the formulas of hannamw/EAP-IG (`get_scores_eap`, `get_scores_eap_ig`, `get_scores_ig_activations`): every point
-counts for every edge. Over nodes, all candidates are kept at every point, as in exact scores. Here the points of
-`eap_ig_activations` move the activation at one hook point of the candidates and count only for the nodes there, which are
-integrated gradients at each hook point (Marks et al. 2024, arXiv 2403.19647). With many steps the scores of the embedding's
-edges by `eap_ig_inputs` add up to the effect of ablating the embedding, and those of the nodes of one hook point by
-`eap_ig_activations` to the effect of ablating all of them.
+counts for every edge. Over nodes, all candidates are kept at every point, as in exact scores, and the points of
+`eap_ig_activations` move the activation at one hook point of the candidates and count only for the nodes there (integrated
+gradients at each hook point; Marks et al. 2024, arXiv 2403.19647). With many steps, the scores of the embedding's edges by
+`eap_ig_inputs` add up to the effect of ablating the embedding, and those of the nodes of one hook point by `eap_ig_activations`
+to the effect of ablating all of them.
 
-For edges one forward and one backward pass give the gradients at all queries, keys, values and MLP outputs. From there they are
-propagated to the residual stream that each receiver reads, through its own weights and norm alone. The scores of a receiver's
-edges are then one product with the changes of all senders before it; nothing is stored per edge. If a norm follows attention, a
-head writes what goes into it, and a' - a is multiplied by the derivative of that norm at the point.
+For edges, one forward and one backward pass give the gradients at all queries, keys, values and MLP outputs. From there they
+are backpropagated through each receiver's own weights and norm to the residual stream that it reads. The scores of a receiver's
+edges are then one product with the changes of all upstream senders; nothing is stored per edge. If a norm follows attention, a
+head's output is its part of the norm's input, and a' - a is multiplied by the derivative of that norm at the point.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ ESTIMATED_AT_ONCE = 512
 gradients and for the changes of all senders."""
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
-"""The sender of what enters the first layer: the token embedding and, if the model adds them, position embeddings."""
+"""The sender of the first layer's input: the token embedding and, if the model adds them, position embeddings."""
 
 INSIDE = ("q", "k", "v")
 """The inputs of an attention head that are receivers."""
@@ -64,8 +64,8 @@ class Point:
 
     Attributes:
         place: the nodes whose values are moved towards their ablation values; none for the unpatched run.
-        share: how much of the clean value is left, from 0 (the ablation value) to 1.
-        local: whether the place is one of those that are moved one after the other.
+        share: the weight of the clean value, from 0 (the ablation value) to 1.
+        local: whether the place is one of several that are moved in turn.
     """
 
     place: tuple[Node, ...] = ()
@@ -83,7 +83,7 @@ def points_of(scores: Scores, steps: int, places: Sequence[tuple[Node, ...]]) ->
     Args:
         scores: the way to score.
         steps: the number of steps.
-        places: the groups of nodes that are moved one after the other for `"eap_ig_activations"`.
+        places: the groups of nodes that are moved in turn for `"eap_ig_activations"`.
     """
     if scores == "eap_ig_inputs":
         return [Point((EMBEDDING,), step / steps) for step in range(steps)]
@@ -110,7 +110,7 @@ def summed_scores(
     done: Callable[[int], object],
     regions: Bool[torch.Tensor, "pairs pos regions"] | None = None,
 ) -> Float[torch.Tensor, " edges"]:
-    """Return the scores of all edges summed over points, receiver by receiver and each with its senders, in the order of a run.
+    """Return the sum over points of the scores of all edges, by receiver and then by sender, in the order of a forward pass.
 
     Args:
         lens: the model.
@@ -144,7 +144,7 @@ def _run(
     clean: Mapping[str, torch.Tensor],
     ablated: Mapping[str, torch.Tensor],
 ) -> Differentiated:
-    """Return gradients and activations at some points, `[points * pairs, pos, ...]`, from which `_scores` computes."""
+    """Return the gradients and activations that `_scores` needs at some points, `[points * pairs, pos, ...]`."""
     layers, mlps, count = range(lens.n_layers), [] if lens.attention_only else ["mlp_out"], len(tokens)
     hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *mlps)]
     reads = {*sender_hooks(lens), *(sites.component(layer, name) for layer in layers for name in ("resid_pre", "attn_out"))}
@@ -165,12 +165,16 @@ def _run(
     with ExitStack() as stack:
         for hook, values in moved.items():
             stack.enter_context(lens.edit(hook, moving(values)))
-        rows = tokens.repeat(len(points), 1), [*hooks, last], answers.repeat(len(points))
         found = lens.gradients(
-            *rows, lambda x: measure(x.unflatten(0, (len(points), count))).flatten(), reads=sorted(reads), head=head
+            tokens.repeat(len(points), 1),
+            [*hooks, last],
+            answers.repeat(len(points)),
+            lambda x: measure(x.unflatten(0, (len(points), count))).flatten(),
+            reads=sorted(reads),
+            head=head,
         )
     cut = {hook: found.gradients[hook].clone() for hook in moved.keys() & found.gradients.keys()}
-    for hook, gradient in cut.items():  # what the component reads has no effect through it
+    for hook, gradient in cut.items():  # a component whose output is set passes no gradient to its input
         for number in moved[hook]:
             gradient[number * count : (number + 1) * count] = 0
     return replace(found, gradients={**found.gradients, **cut})
@@ -183,11 +187,11 @@ def _changes(
     clean: Mapping[str, torch.Tensor],
     ablated: Mapping[str, torch.Tensor],
 ) -> Float[torch.Tensor, "senders entries"]:
-    """Return how ablation changes what each sender adds to the residual stream, to first order, in the order of a run.
+    """Return how ablation changes what each sender adds to the residual stream, to first order, in forward-pass order.
 
     Args:
         lens, projections, ablated: as in `summed_scores`.
-        now: the activations at some points, of which only those in front of a norm after attention matter.
+        now: the activations at some points, which matter only if a norm follows attention.
         clean: the activations in the clean runs.
 
     Returns:

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from featpatch.circuits.curve import SHARES, FaithfulnessCurve, Order, curve_of
 from featpatch.circuits.files import content_of, to_eap_ig, write_json
 from featpatch.circuits.graph import Graph
-from featpatch.circuits.search import acdc, run
+from featpatch.circuits.search import acdc, check_threshold, run
 from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
@@ -29,7 +29,7 @@ NO_EDGES = (
     "measured. fp.find_circuit(..., over='edges') finds a circuit of edges, and fp.rank_paths(..., senders=circuit.items, "
     "receivers=circuit.items) measures the paths between the nodes of this one."
 )
-"""What the graph and the page of a circuit of nodes say about edges."""
+"""The note about edges on the graph and the page of a circuit of nodes."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Circuit(Plotted):
 
     Attributes:
         graph: the graph, in which the complement can be ablated.
-        items: the items of the circuit, the most important first if the search ranks.
-        scores: the scores of all items of the graph by which they were ranked, exact or estimated (see `metadata`); empty if
-            the search ranks nothing.
+        items: the items of the circuit, the most important first if the search ranks them.
+        scores: the scores by which all items of the graph were ranked, exact or estimated (see `metadata`); empty if the
+            search ranked nothing.
         metadata: how the circuit was found, and its provenance.
         again: a function that finds a circuit in the same way for other pairs.
 
@@ -65,7 +65,7 @@ class Circuit(Plotted):
 
     @cached_property
     def faithfulness(self) -> float:
-        """The exact share of the behaviour that the circuit alone has: (m(circuit) - m(nothing)) / (m(model) - m(nothing))."""
+        """The exact share of the behaviour that the circuit keeps: (m(circuit) - m(nothing)) / (m(model) - m(nothing))."""
         return float(self.graph.faithfulness(self.graph.values([self.items]))[0])
 
     @property
@@ -75,10 +75,10 @@ class Circuit(Plotted):
         return float(low), float(high)
 
     def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
-        """Test completeness: compare the faithfulness of circuit and model without the same random subsets of the circuit.
+        """Test completeness: compare circuit and model after random subsets of the circuit are removed from both.
 
-        If the circuit is complete, it loses as much as the model; if its complement does the same work, the model loses less
-        (Wang et al. 2022, section 4: incompleteness is the difference).
+        A complete circuit loses as much faithfulness as the model. If its complement can do the same work, the model loses
+        less. The difference is the incompleteness (Wang et al. 2022, section 4).
 
         Args:
             subsets: the number of random subsets.
@@ -130,11 +130,11 @@ class Circuit(Plotted):
         return pd.DataFrame({"item": [str(self.items[n]) for n in order], "loss": loss[order]})
 
     def refine(self, *, threshold: float = 0.01, journal: str | Path | None = None, progress: bool = True) -> "Circuit":
-        """Remove, one by one from the output down, the items without which faithfulness changes by less than the threshold.
+        """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
 
-        This is ACDC (Conmy et al. 2023, arXiv 2304.14997) that starts from this circuit instead of the whole model, so that
-        a circuit found by estimates can be pruned exactly at a size at which ACDC over all edges would take days. Every item is
-        run at least once with all items before it that were not removed.
+        This is ACDC (Conmy et al. 2023, arXiv 2304.14997), started from this circuit instead of the whole model. So a circuit
+        found by estimates can be pruned exactly where ACDC over all edges would take days. The removal of every item is
+        measured, with all earlier removals in place.
 
         Args:
             threshold: a share of the behaviour.
@@ -153,8 +153,7 @@ class Circuit(Plotted):
             >>> len(circuit.refine(threshold=0.05, progress=False)) <= len(circuit)
             True
         """
-        if not is_number(threshold) or not threshold > 0:
-            raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
+        check_threshold(threshold)
         threshold = float(threshold)
         with self.graph.journal(journal):
             numbers, finished = run(acdc(self.graph, threshold, self._mask, progress=progress), journal)
@@ -173,19 +172,19 @@ class Circuit(Plotted):
         """Measure the faithfulness of the first items by score, for growing shares of all items, with CPR and CMD.
 
         This is what the evaluator of the MIB benchmark does (`evaluate_area_under_curve`; Mueller et al. 2025, arXiv
-        2504.13151). For each share, the first `floor(share * n)` of the n items are kept. For edges, those whose sender is not
-        reached from the embedding, or whose receiver doesn't lead to the logits, are then removed. Faithfulness is
-        (m(circuit) - m(nothing)) / (m(model) - m(nothing)), with means over pairs. CPR is the area under faithfulness and CMD
-        that of |1 - faithfulness|, both over the share by trapezoids from the first to the last share, on a linear scale.
+        2504.13151). For each share, the first `floor(share * n)` of the n items are kept. Edges whose sender is not reached
+        from the embedding, or whose receiver does not lead to the logits, are then removed. Faithfulness is
+        (m(circuit) - m(nothing)) / (m(model) - m(nothing)), with means over pairs. CPR is the area under faithfulness, and CMD
+        that under |1 - faithfulness|, over the share, by the trapezoidal rule on a linear scale.
 
         A score is the loss of faithfulness without an item, so items with negative scores work against the behaviour. In
         signed order they are added last. In absolute order they are added as early as items that help as much, which keeps the
         circuit closer to the model and often gives it less faithfulness. Both orders are measured and shown, because they can
-        differ a lot; the evaluator of the MIB benchmark runs either.
+        differ a lot; MIB's evaluator can use either.
 
         Args:
             shares: ascending shares of all items, between 0 and 1.
-            order: the order of the numbers in the result itself; those of the other one are in `other`.
+            order: the order of the curve that is returned; the curve in the other order is its attribute `other`.
 
         Raises:
             FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
@@ -200,18 +199,18 @@ class Circuit(Plotted):
         return curve_of(self.graph, self.scores, shares, order)
 
     def roc_auc(self, known: "Circuit | Iterable[Node]", *, order: Order = "signed") -> float:
-        """Return the area under the ROC curve with which the scores tell the items of a known circuit from all others.
+        """Return the area under the ROC curve of the scores as a classifier of the items of a known circuit.
 
         It is the probability that an item of the known circuit has a larger score than another item, where equal scores count
-        half: 1 if all true items come first, 0.5 for chance. The area is that of the whole ranking. (MIB's
-        `evaluate_area_under_roc` returns the rates at ten sizes of a circuit, and no area.)
+        half: 1 if all true items come first, 0.5 for chance. It covers the whole ranking, whereas MIB's
+        `evaluate_area_under_roc` returns the rates at ten circuit sizes and no area.
 
         Args:
             known: the true circuit of the same graph, or its items.
             order: whether items are ranked by their scores or by their |scores|.
 
         Raises:
-            FeatpatchError: if the search ranked nothing, an item is not in the graph, or none or all of its items are true.
+            FeatpatchError: if the search ranked nothing, a known item is not in the graph, or none or all items are known.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
@@ -230,16 +229,16 @@ class Circuit(Plotted):
         return float((ranked[true].mean() - (count + 1) / 2) / (len(true) - count))
 
     def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
-        """Test stability by bootstrap over pairs: find the circuit again for pairs drawn with replacement, within each length.
+        """Test stability by bootstrap: find the circuit again for pairs drawn with replacement, within each prompt length.
 
         Args:
-            resamples: the number of drawings. The interval is that of the drawings, so it needs some tens of them.
-            seed: the seed for the drawings.
+            resamples: the number of bootstrap samples; the interval needs some tens of them.
+            seed: the seed for the samples.
 
         Returns:
-            One row per drawing: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
-            on the pairs drawn. `table.attrs["jaccard"]` has the mean and the ends of the 95 % percentile interval of that
-            column, and `table.attrs["found"]` the share of drawings in which each item of this circuit was found again.
+            One row per sample: `size`, `jaccard` (items shared with this circuit over the items of either), and `faithfulness`
+            on the sampled pairs. `table.attrs["jaccard"]` has the mean and the ends of the 95 % percentile interval of that
+            column, and `table.attrs["found"]` the share of samples in which each item of this circuit was found again.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
@@ -249,16 +248,17 @@ class Circuit(Plotted):
         """
         check_numbers(1, resamples=resamples)
         check_numbers(0, seed=seed)
-        generator, rows, again = np.random.default_rng(seed), [], np.zeros(len(self.items))
+        generator, rows, times = np.random.default_rng(seed), [], np.zeros(len(self.items))
         for _ in range(resamples):
-            drawn = np.concatenate([self._drawn(group, generator) for group in self.graph.pairs.by_length().values()])
+            drawn = np.concatenate([self._resampled(group, generator) for group in self.graph.pairs.by_length().values()])
             other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
             rows.append({"size": len(other), "jaccard": _jaccard(self.items, other.items), "faithfulness": other.faithfulness})
-            again += [item in found for found in [set(other.items)] for item in self.items]
+            found = set(other.items)
+            times += [item in found for item in self.items]
         table = pd.DataFrame(rows)
         low, high = np.percentile(table["jaccard"], [2.5, 97.5])
         table.attrs["jaccard"] = (float(table["jaccard"].mean()), float(low), float(high))
-        table.attrs["found"] = dict(zip(map(str, self.items), (again / resamples).tolist(), strict=True))
+        table.attrs["found"] = dict(zip(map(str, self.items), (times / resamples).tolist(), strict=True))
         return table
 
     def to_networkx(self) -> Any:
@@ -266,10 +266,10 @@ class Circuit(Plotted):
 
         If the search ranked nothing, the effect of every item is 1.
 
-        A circuit of edges gives one edge per item; edges into the query, key and value of a head lead to the node of the head
-        and differ in their keys, `"q"`, `"k"` and `"v"`. Where several heads share keys and values, an edge into a shared one
-        is there once per head; an edge into a key or value at a position is there once per position of the head. A circuit
-        of nodes gives nodes without edges, and `graph.graph["note"]` says which calls measure edges.
+        A circuit of edges gives one edge per item. Edges into the query, key and value of a head lead to the node of the head
+        and have the keys `"q"`, `"k"` and `"v"`. An edge into a key or value that several heads share appears once per head,
+        and one into a key or value at a position once per position of the head. A circuit of nodes gives nodes without edges,
+        and `graph.graph["note"]` says which calls measure edges.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
@@ -277,15 +277,15 @@ class Circuit(Plotted):
             >>> graph.number_of_nodes()
             3
         """
-        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else dict.fromkeys(self.items, 1.0)
+        scores = self._score_of() or dict.fromkeys(self.items, 1.0)
         senders = {item.sender for item in self.items if isinstance(item, Edge)}
 
         def users(receiver: Node) -> list[Node]:
-            """The heads that use a key or value in the circuit, or, if there are none, those at its own position."""
+            """Return the heads that use a key or value in the circuit or, if there are none, those at its own position."""
             found = self.graph.users(receiver)
             return [user for user in found if user in senders] or [user for user in found if user.position == receiver.position]
 
-        made = graph_of(self.items, [float(scores[item]) for item in self.items], users)
+        made = graph_of(self.items, [scores[item] for item in self.items], users)
         if self.metadata["over"] == "nodes":
             made.graph["note"] = NO_EDGES
         return made
@@ -302,7 +302,7 @@ class Circuit(Plotted):
             The path.
 
         Raises:
-            FeatpatchError: the path can't be written to, or EAP-IG's graphs have no such items.
+            FeatpatchError: the path can't be written to, or EAP-IG's format can't hold the items.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
@@ -322,8 +322,8 @@ class Circuit(Plotted):
         Returns:
             One row per item of either circuit: `item`, `first` and `second` (whether this circuit and the other have it), and
             `first_score` and `second_score` if both ranked their items. `table.attrs["jaccard"]` is the number of shared items
-            over that of all; `table.attrs["nodes"]` lists the nodes that both circuits have, for edges those that they connect,
-            and `table.attrs["node_jaccard"]` is their number over that of all nodes.
+            over that of all. `table.attrs["nodes"]` lists the shared nodes (of a circuit of edges, the nodes that they
+            connect), and `table.attrs["node_jaccard"]` is their number over that of all nodes.
 
         Raises:
             FeatpatchError: `other` is not a circuit.
@@ -342,10 +342,11 @@ class Circuit(Plotted):
         items = list(dict.fromkeys([*self.items, *other.items]))
         table = pd.DataFrame({"item": list(map(str, items))})
         for name, circuit in (("first", self), ("second", other)):
-            table[name] = [item in set_of for set_of in [set(circuit.items)] for item in items]
+            kept = set(circuit.items)
+            table[name] = [item in kept for item in items]
         if len(self.scores) and len(other.scores):
             for name, circuit in (("first_score", self), ("second_score", other)):
-                scores = dict(zip(circuit.graph.items, circuit.scores.tolist(), strict=True))
+                scores = circuit._score_of()
                 table[name] = [scores.get(item, np.nan) for item in items]
         table.attrs["jaccard"] = _jaccard(self.items, other.items)
         mine, others = self._nodes(), other._nodes()
@@ -354,7 +355,7 @@ class Circuit(Plotted):
         return table
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
-        """Write the circuit as one HTML file in which a click on a node shows its numbers, as in `fp.report`.
+        """Write the circuit as a single HTML file in which a click on a node shows its numbers, as in `fp.report`.
 
         Args:
             path: the HTML file.
@@ -375,7 +376,7 @@ class Circuit(Plotted):
         return write(path, interactive(self.to_networkx(), name, answer=self._answer()))
 
     def _answer(self) -> str:
-        """Return what the circuit does, in two sentences."""
+        """Return what the circuit does, in a sentence or two."""
         low, high = self.faithfulness_interval
         between = "" if np.isnan(low) else f" [{low:.0%}, {high:.0%}]"
         single = " A single pair gives no interval." if np.isnan(low) else ""
@@ -395,7 +396,7 @@ class Circuit(Plotted):
         )
 
     def _search(self) -> str:
-        """Return the method of the search with its kind of scores, and whether it was interrupted."""
+        """Return the method of the search, its scores, the threshold of `refine`, and whether it was interrupted."""
         scores = self.metadata.get("scores")
         refined = f"refined at {self.metadata['refined']:.3g}" if "refined" in self.metadata else ""
         interrupted = "" if self.finished else "interrupted"
@@ -403,7 +404,7 @@ class Circuit(Plotted):
 
     @property
     def finished(self) -> bool:
-        """Whether the search ended by itself; False for what a greedy search or ACDC had found when it was interrupted."""
+        """Whether the search ran to its end; False if a greedy search, ACDC or `refine` was interrupted."""
         return bool(self.metadata.get("finished", True))
 
     @property
@@ -412,11 +413,15 @@ class Circuit(Plotted):
 
     @property
     def _places(self) -> NDArray[np.int64]:
-        """The number in the graph of each item."""
+        """The index of each item in the graph."""
         return self.graph.places(self.items)
 
+    def _score_of(self) -> dict[Node, float]:
+        """Return the score of each item of the graph; empty if the search ranked nothing."""
+        return dict(zip(self.graph.items, self.scores.tolist(), strict=True)) if len(self.scores) else {}
+
     def _nodes(self) -> list[Node]:
-        """Return the nodes that the edges connect, as in `to_networkx`; of a circuit of nodes, its items."""
+        """Return the items or, for a circuit of edges, the nodes that they connect."""
         return list(self.to_networkx())
 
     def _check_ranked(self, purpose: str) -> None:
@@ -435,13 +440,12 @@ class Circuit(Plotted):
         return figure(self.to_networkx())
 
     def _frame(self) -> pd.DataFrame:
-        scores = dict(zip(self.graph.items, self.scores, strict=True)) if len(self.scores) else {}
         columns: dict[str, list[Any]] = {"item": [str(item) for item in self.items]}
-        if scores:
+        if scores := self._score_of():
             columns["score"] = [scores[item] for item in self.items]
         return pd.DataFrame(columns)
 
-    def _drawn(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
+    def _resampled(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
         """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""
         while True:
             drawn = generator.choice(group, len(group))

@@ -1,4 +1,4 @@
-"""The clean runs of some pairs: their metric, and the ablation values of what is ablated in them."""
+"""The clean runs of some pairs: their metric, and the values to which activations are ablated in them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from featpatch.sae.dictionary import Dictionary
 Array = NDArray[np.float64]
 
 Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
-"""The ablation values of the complement: those of the pair's corrupted run (`corrupted`), or those of `fp.ablate`."""
+"""The ablation values of the complement: those of the pair's corrupted run (`"corrupted"`), or as in `fp.ablate`."""
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class CleanRuns(ABC):
 
     @abstractmethod
     def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
-        """Return the hook points, and the dictionaries, whose activations are ablated."""
+        """Return the hook points and the dictionaries whose ablation values are needed."""
 
     def others(self, some: Sequence[int]) -> torch.Tensor | None:
         """Return the prompts `[runs, pos]` whose activations are the ablation values of some equally long runs.
@@ -87,11 +87,11 @@ class CleanRuns(ABC):
         """
         if not isinstance(self.ablation, OtherPrompts):
             return None
-        read = [(self.ablation.partners[index], reading.continuation) for index, reading in (self.readings[n] for n in some)]
-        return torch.tensor([prompt + continuation for prompt, continuation in read])
+        chosen = (self.readings[number] for number in some)
+        return torch.tensor([self.ablation.partners[index] + reading.continuation for index, reading in chosen])
 
     def everywhere(self, of: str | Dictionary, like: Values, length: int) -> Values:
-        """Return ablation values `[pos, ...]` that are the same in all runs of this length, each of the shape of its `like`."""
+        """Return the ablation values `[pos, ...]`, the same in all runs of a length, in the shapes of `like`."""
         assert isinstance(self.ablation, Everywhere)
         found = self.ablation.values(of, like, length)
         return tuple(value.to(each).expand_as(each) for value, each in zip(found, like, strict=True))
@@ -103,7 +103,7 @@ class CleanRuns(ABC):
 
     @property
     def reads_clean(self) -> bool:
-        """Whether the metric compares with the clean run, so that its gradient is zero there."""
+        """Whether the metric compares with the clean run; its gradient is then zero there."""
         return self.read.measures.reads_clean
 
     @cached_property
@@ -139,7 +139,7 @@ class CleanRuns(ABC):
         """The metric of each unpatched clean run."""
         values = torch.zeros(len(self.runs), dtype=torch.float64)
         for group in self._groups():
-            values[group] = self.metric_of(self._answers(group)[None], group)[0].cpu()
+            values[group] = self.metric_of(self._logits(group)[None], group)[0].cpu()
         return values
 
     @property
@@ -163,12 +163,16 @@ class CleanRuns(ABC):
     def _note_clean(self, some: Sequence[int]) -> None:
         """Store the logits of some equally long clean runs if the metric compares with them; the model must not be edited."""
         if self.reads_clean and some[0] not in self._clean:
-            self._clean |= dict(zip(some, self._answers(some).split(1), strict=True))
+            self._clean |= dict(zip(some, self._logits(some).split(1), strict=True))
 
-    def _answers(self, some: Sequence[int]) -> torch.Tensor:
+    def _logits(self, some: Sequence[int]) -> torch.Tensor:
         """Return the logits `[runs, d_vocab]` of some equally long unpatched runs."""
+        return self.lens.answer(*self.prompts(some))
+
+    def prompts(self, some: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clean tokens `[runs, pos]` and the answer positions `[runs]` of some equally long runs."""
         answers = torch.tensor([self.runs[index].answer_position for index in some])
-        return self.lens.answer(torch.tensor([self.runs[index].clean for index in some]), answers)
+        return torch.tensor([self.runs[index].clean for index in some]), answers
 
     def _groups(self) -> list[list[int]]:
         """Return the indices of the runs by length; equally long runs stay together, as some ablation values require."""

@@ -1,4 +1,4 @@
-"""The faithfulness of circuits of growing size, with its integrals CPR and CMD as in the MIB benchmark."""
+"""The faithfulness of circuits of growing size, with the areas CPR and CMD as in the MIB benchmark."""
 
 import math
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ Order = Literal["signed", "absolute"]
 """The order of items: the largest scores first, or the largest |scores| first."""
 
 ROUNDING = 1e-9
-"""The tolerance with which a share of all items counts as a whole number of them."""
+"""The tolerance with which share times number of items counts as a whole number."""
 
 
 @dataclass(frozen=True, repr=False)
 class FaithfulnessCurve(Plotted):
-    """The faithfulness of circuits of growing size, made of the first items of a ranking, see `Circuit.curve`.
+    """The faithfulness of circuits of the first items of a ranking, of growing size; see `Circuit.curve`.
 
     Attributes:
         order: the order of the items.
         shares: the shares of all items.
-        sizes: the numbers of items that were taken.
-        edges: the numbers of edges that are left without dangling ones; NaN where edges are not defined.
+        sizes: the numbers of items.
+        edges: the numbers of edges without dangling ones; NaN where they are not defined.
         faithfulness: the exact faithfulness of the circuit of each size.
         low, high: the 95 % bootstrap interval over pairs; NaN with a single pair.
-        other: the same in the other order; None in that curve itself.
+        other: the curve in the other order, whose own `other` is None.
 
     Examples:
         >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
@@ -129,8 +129,8 @@ def curve_of(
         FeatpatchError: if the shares are not ascending numbers from 0 to 1, or the order is unknown.
     """
     check_choices(get_args(Order), order=order)
-    plain = isinstance(shares, Sequence) and all(is_number(share) and 0 <= share <= 1 for share in shares)
-    if not plain or not shares or list(shares) != sorted(set(shares)):
+    fractions = isinstance(shares, Sequence) and all(is_number(share) and 0 <= share <= 1 for share in shares)
+    if not fractions or not shares or list(shares) != sorted(set(shares)):
         raise FeatpatchError(f"shares={shares!r}: expected fractions of all items in ascending order, between 0 and 1")
     sizes, ranked = sizes_of(len(scores), shares), ranking(scores, order)
     masks = np.zeros((len(sizes), len(scores)), dtype=bool)
@@ -146,10 +146,10 @@ def curve_of(
 
 
 def ranking(scores: NDArray[np.float64], order: Order) -> NDArray[np.int64]:
-    """Return the numbers of all items, the most important first."""
+    """Return the indices of all items, the most important first."""
     return np.argsort(-(np.abs(scores) if order == "absolute" else scores), kind="stable")
 
 
 def sizes_of(total: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Return the number of items that each share of all items is, rounded down as in the MIB benchmark."""
+    """Return the number of items for each share, rounded down as in the MIB benchmark."""
     return tuple(math.floor(share * total + ROUNDING) for share in shares)

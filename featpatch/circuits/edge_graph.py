@@ -3,13 +3,13 @@
 Senders are the embedding, heads and MLPs; receivers are a head's query, key or value, MLPs and the logits. Mediators (see
 `Mediators`), which are named features, errors and the rest of a dictionary, are both. An edge that is kept carries the sender's
 output in this run, which upstream ablations may have changed; an ablated edge carries the sender's ablation value (Conmy et al.
-2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable with respect to how far each edge
-is kept, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
+2023, arXiv 2304.14997). Norms are recomputed for each receiver. The metric is differentiable with respect to the weight of each
+edge, and its gradient at the whole model is edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 
-If a norm follows attention (Gemma 2 and 3, OLMo 2), a head's output is what goes into the norm, and the norm too is recomputed
-for each receiver: a receiver reads norm(sum of heads, each kept or ablated, + bias). This is how EAP-IG evaluates circuits; its
-estimates leave that norm out. So all edges of a head ablated are the head ablated, and an edge is a direct path. A norm after
-an MLP is a part of the MLP.
+If a norm follows attention (Gemma 2 and 3, OLMo 2), a head's output is its part of the norm's input, and this norm too is
+recomputed for each receiver, which reads norm(sum of heads, each kept or ablated, + bias). EAP-IG evaluates circuits in the
+same way, but its estimates leave that norm out. So ablating all edges of a head is ablating the head, and an edge is a direct
+path. A norm after an MLP is a part of the MLP.
 """
 
 import sys
@@ -39,8 +39,8 @@ from featpatch.patching.route import Senders, receiver_of
 from featpatch.patching.study import Options, Study
 
 TOLERANCE = 1e-3
-"""The largest allowed difference between the sum of the model's parts and the model's own run, as a share of the metric's size.
-It allows for rounding in float32."""
+"""The largest allowed difference between the metric with the model's parts added up and that in the model, relative to the
+metric's size. It allows for rounding in float32."""
 
 PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
@@ -48,14 +48,14 @@ PATCHED_AT_ONCE = 80
 
 @dataclass(eq=False)
 class EdgeGraph(EdgeRuns):
-    """The graph of all edges between a model's components and mediators."""
+    """The graph of all edges between a model's components and mediators, whose scores can be estimated."""
 
     def check(self) -> None:
-        """Check the pairs as in `Graph.check`, and that the model's parts add up to the model.
+        """Check the pairs as in `Graph.check`, the dictionaries, and that the model's parts add up to the model.
 
         Raises:
             FeatpatchError: if they do not, because of an unusual layer or quantised weights, or a dictionary's nodes can't be
-                ablated in this way.
+                mediators.
         """
         for place, group in self.mediators.items():
             if place[1] == "z" and self._outputs[place[0]] is None:
@@ -85,16 +85,16 @@ class EdgeGraph(EdgeRuns):
             )
 
     def rows_of_one(self) -> int:
-        """Return the largest number of rows that are needed at once: one per head of a layer plus one, or one per mediator."""
+        """Return the largest number of rows at once: one per head of a layer and one more, or one per mediator."""
         heads = [1 + self.heads(layer, "z") for layer in range(self.lens.n_layers)]
         return max([*heads, *(len(group.nodes) for group in self.mediators.values())])
 
     def alone(self, *, progress: bool = False) -> NDArray[np.float64]:
         """Measure the metric of each pair with only one edge ablated, `[items, pairs]`.
 
-        An edge that is ablated by itself to values of the corrupted run is a path that is patched without any component in
-        between, so the patches are those of `rank_paths` with `route="direct"`: they run from the receiver's layer on, and
-        many share a forward pass. Other edges are measured in whole passes.
+        Ablating a single edge to its value in the corrupted run patches a direct path, so the patches are those of
+        `rank_paths` with `route="direct"`: they run from the receiver's layer on, and many share a forward pass. With other
+        ablation values, mediators, positions or answers of several tokens, each edge needs a pass through all layers.
         """
         as_paths = self.to == "corrupted" and not self.mediators and not self.regions.given and isinstance(self.read, AtAnswer)
         if not as_paths or (self.normed and self._projections is None):
@@ -136,7 +136,7 @@ class EdgeGraph(EdgeRuns):
         """Measure the metric of some pairs with only one edge ablated, for all edges of a part, `[edges, pairs]`.
 
         Args:
-            study: makes the experiment with the paths of these pairs, or returns it.
+            study: returns the experiment with the paths of these pairs, which is made on the first call.
             part: the paths into receivers that see the same senders.
             some: the indices of the pairs.
             ends: the receiver and the sender of each edge.
@@ -165,7 +165,7 @@ class EdgeGraph(EdgeRuns):
 
     @cached_property
     def empty(self) -> NDArray[np.float64]:
-        """The metric of each pair with all edges ablated, which is that of the ablation run if values come from one."""
+        """The metric of each pair with all edges ablated; if the ablation values come from a run, it is that of the run."""
         last, values = sites.resid_post(self.lens.n_layers - 1), torch.zeros(len(self.runs), dtype=torch.float64)
         for some in self._groups():
             others = self.others(some)
@@ -173,19 +173,25 @@ class EdgeGraph(EdgeRuns):
                 return super().empty
             final = self.lens.read(others, [last])[last]
             with torch.no_grad():
-                values[some] = self.metric_of(self.unembedded(final, *self._prompts(some))[None], some)[0].cpu()
+                values[some] = self.metric_of(self.unembedded(final, *self.prompts(some))[None], some)[0].cpu()
         result: NDArray[np.float64] = self.combined(values).numpy()
         return result
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """Measure the metric of all circuits and pairs in one run, layer by layer."""
-        return self._run(kept.to(self._type), some)
+        """Measure the metric of all circuits and runs in one forward pass, layer by layer."""
+        (tokens, answers), circuits = self.prompts(some), len(kept)
+        where, ablation_values = self._ablation_values(some)
+        ablated = 1 - kept.to(self._type)
+        regions = self._regions_of(some)
+        final = self._pass(Run(tokens, where, ablated, ablation_values, projections=self._projections, regions=regions))
+        logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
+        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 
     def slopes(
         self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimate from the model's weights or, if it has another form or mediators, with a weight for each edge."""
+        """Estimate from the model's weights or, with mediators or unreadable weights, with a weight for each edge."""
         by_weights = None if self.mediators else self._projections
         if by_weights is None:
             return self._by_edge(some, points, weights, done)
@@ -204,7 +210,7 @@ class EdgeGraph(EdgeRuns):
                 values[part, rows] = found.detach().cpu()
                 return found * weights[part, rows].to(logits.device)
 
-            prompts = self._prompts(some[rows])
+            prompts = self.prompts(some[rows])
             found = summed_scores(self.lens, by_weights, *prompts, measure, points, ablated, done, regions)
             total += found.double().cpu()
         return total / len(points), values
@@ -212,20 +218,20 @@ class EdgeGraph(EdgeRuns):
     def _by_edge(
         self, some: Sequence[int], points: Sequence[Point], weights: torch.Tensor, done: Callable[[int], object]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimate by automatic differentiation of a run with a weight for each edge, which also covers mediators."""
-        tokens, answers = self._prompts(some)
-        where, outside = self._ablation_values(some)
+        """Estimate by automatic differentiation with respect to a weight for each edge, which works for mediators too."""
+        tokens, answers = self.prompts(some)
+        where, ablation_values = self._ablation_values(some)
         clean = Run(tokens, where)
         with torch.no_grad():
             self._pass(clean)
         now = {node: x[0] for node, x in clean.written.items()}
-        changes = {node: outside[node].to(x) - x for node, x in now.items()}
+        changes = {node: ablation_values[node].to(x) - x for node, x in now.items()}
         total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
         for number, point in enumerate(points):
-            put = {node: point.between(outside[node], now[node]) for node in point.place}
+            put = {node: point.between(ablation_values[node], now[node]) for node in point.place}
             with torch.enable_grad():
                 ablated = torch.zeros(1, len(self.items), dtype=self._type, requires_grad=True)
-                run = Run(tokens, where, ablated, outside, regions=self._regions_of(some), put=put, changes=changes)
+                run = Run(tokens, where, ablated, ablation_values, regions=self._regions_of(some), put=put, changes=changes)
                 final = self._pass(run)
                 logits = self.unembedded(final.flatten(0, 1), tokens, answers)
                 found = self._differentiable(self.metric_of(logits[None], some)[0])
@@ -234,12 +240,3 @@ class EdgeGraph(EdgeRuns):
             total += gradient[0].double().cpu()
             done(len(some))
         return total / len(points), values
-
-    def _run(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        tokens, answers = self._prompts(some)
-        where, outside = self._ablation_values(some)
-        run = Run(tokens, where, 1 - kept, outside, projections=self._projections, regions=self._regions_of(some))
-        final = self._pass(run)
-        circuits = len(kept)
-        logits = self.unembedded(final.flatten(0, 1), tokens.repeat(circuits, 1), answers.repeat(circuits))
-        return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)

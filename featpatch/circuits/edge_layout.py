@@ -21,7 +21,7 @@ class EdgeLayout(Graph):
 
     Attributes:
         mediators: the mediators, by place.
-        regions: the regions at which edges are told apart.
+        regions: the regions of the prompts; an edge in each of them is an item of its own.
     """
 
     mediators: Mapping[Place, Mediators] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class EdgeLayout(Graph):
         return list(self._layout)
 
     def senders(self, receiver: Node) -> list[Node]:
-        """Return the senders that a receiver sees, in the order of the forward pass."""
+        """Return the senders of a receiver, in the order of the forward pass."""
         return list(self._layout[receiver])
 
     def components(self) -> list[tuple[Node, ...]]:
@@ -61,7 +61,7 @@ class EdgeLayout(Graph):
         return tuple(node for group in self.mediators.values() for node in group.named)
 
     def _lay_out(self) -> dict[Node, tuple[Node, ...]]:
-        """Map each receiver to the senders that it sees."""
+        """Map each receiver to its senders, in the order of the forward pass."""
         found: dict[Node, tuple[Node, ...]] = {}
 
         def through(place: Place, sent: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -96,7 +96,7 @@ class EdgeLayout(Graph):
         return self.lens.heads(sites.component(layer, name))
 
     def depth(self, receiver: Node) -> tuple[int, str]:
-        """Return the place in the residual stream that a receiver reads."""
+        """Return the layer and the place in it at which a receiver reads the residual stream."""
         if receiver == LOGITS:
             return self.lens.n_layers, "pre"
         layer, place = sites.seen_at(receiver.site)
@@ -105,7 +105,7 @@ class EdgeLayout(Graph):
     def users(self, receiver: Node) -> list[Node]:
         """Return the heads that use a query, key or value, or the receiver itself.
 
-        They are several if keys and values are shared, and heads in all regions use keys and values in any.
+        Several heads may share keys and values, and a key or value in one region is used by heads in all regions.
         """
         if receiver.kind != "head" or not sites.is_component(receiver.site, *INSIDE):
             return [receiver]

@@ -23,49 +23,50 @@ Written = dict[Node, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A forward pass in which the inputs of receivers are put together from the outputs of senders.
+    """A forward pass in which the input of each receiver is the sum of its senders' outputs.
 
     Attributes:
         tokens: token ids, `[pairs, pos]`.
         where: masks of the positions of the named nodes of mediators, by place.
         ablated: how far each edge is ablated, 0 to 1, `[circuits, items]`; None for an unpatched run.
-        outside: the ablation values of senders.
+        ablation_values: the ablation value of each sender's output.
         written: the outputs of senders in this run.
-        projections: the projections of each layer's attention; None if heads go through the model.
-        regions: the number of the region of each token, `[pairs, pos]`; None if edges are not told apart by position.
-        in_front: what goes into the norm after attention, `[circuits, pairs, pos, d_model]`, by layer with such a norm.
-        put: the outputs of senders that are set to given values.
-        changes: the changes that ablated edges make, if these are not the ablation values minus the outputs in this run.
+        projections: the projections of each layer's attention; None if heads run through the model.
+        regions: the index of the region of each token, `[pairs, pos]`; None for a single region.
+        before_norm: the input of the norm after attention, `[circuits, pairs, pos, d_model]`, by layer with such a norm.
+        put: the values to which the outputs of some senders are set.
+        changes: the changes that ablated edges make, if they are not the ablation values minus the outputs in this run.
     """
 
     tokens: torch.Tensor
     where: Mapping[Place, torch.Tensor]
     ablated: torch.Tensor | None = None
-    outside: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    ablation_values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     written: Written = field(default_factory=dict)
     projections: Sequence[Projections] | None = None
     regions: torch.Tensor | None = None
-    in_front: dict[int, torch.Tensor] = field(default_factory=dict)
+    before_norm: dict[int, torch.Tensor] = field(default_factory=dict)
     put: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     changes: Mapping[Node, torch.Tensor] = field(default_factory=dict)
 
-    def note(self, written: Written) -> Written:
-        """Store outputs of senders in the run, after setting those that are given, and return them."""
+    def record(self, written: Written) -> Written:
+        """Store the outputs of senders, with those in `put` set to their values, and return them."""
         written = {node: self.put[node].to(x).expand_as(x) if node in self.put else x for node, x in written.items()}
         self.written.update(written)
         return written
 
     def change(self, node: Node, output: torch.Tensor) -> torch.Tensor:
         """Return what an ablated edge adds to the input of its receiver."""
-        return self.changes[node].to(output).expand_as(output) if self.changes else self.outside[node].to(output) - output
+        if self.changes:
+            return self.changes[node].to(output).expand_as(output)
+        return self.ablation_values[node].to(output) - output
 
 
 @dataclass(eq=False)
 class EdgeRuns(EdgeLayout):
     """Runs in which any edges are ablated, layer by layer."""
 
-    _outside: dict[int, Written] = field(default_factory=dict, init=False, repr=False)
-    _where: dict[int, Mapping[Place, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _ablation: dict[int, tuple[Mapping[Place, torch.Tensor], Written]] = field(default_factory=dict, init=False, repr=False)
     _bias: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
@@ -74,17 +75,17 @@ class EdgeRuns(EdgeLayout):
         return list(dict.fromkeys([*sender_hooks(self.lens), *(each.writes for each in dictionaries)])), dictionaries
 
     def written(self, tokens: torch.Tensor) -> tuple[Written, dict[tuple[int, str], torch.Tensor]]:
-        """Compute senders' outputs in unpatched runs, `[prompts, pos, d_model]`, and summed biases of attention by place."""
+        """Compute senders' outputs in unpatched runs, `[prompts, pos, d_model]`, and the sum of attention biases by depth."""
         run = Run(tokens, {})
         self._pass(run)
-        always: dict[tuple[int, str], torch.Tensor] = {}
+        biases: dict[tuple[int, str], torch.Tensor] = {}
         total = torch.zeros_like(run.written[EMBEDDING][0])
         for layer in range(self.lens.n_layers):
-            always[layer, "pre"] = total
+            biases[layer, "pre"] = total
             total = total + self._bias[layer]
-            always[layer, "mid"] = total
-        always[self.lens.n_layers, "pre"] = total
-        return {node: values[0] for node, values in run.written.items()}, always
+            biases[layer, "mid"] = total
+        biases[self.lens.n_layers, "pre"] = total
+        return {node: values[0] for node, values in run.written.items()}, biases
 
     def head_output(self, layer: int, head: int, inputs: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         """Compute the output of a head from the inputs `[prompts, pos, d_model]` of its query, key and value."""
@@ -107,15 +108,18 @@ class EdgeRuns(EdgeLayout):
 
     @cached_property
     def _projections(self) -> list[Projections] | None:
-        """The projections of each layer's attention by head; None if they can't be had, so that heads go through the model."""
-        some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
-        return projections_of(self.lens, self._prompts(some[:1])[0])
+        """The projections of each layer's attention by head; None if they can't be read and heads run through the model."""
+        return projections_of(self.lens, self._longest())
 
     @cached_property
     def _outputs(self) -> list[AttentionOutput | None]:
-        """The way in which each layer adds its heads to the residual stream; None if it can't be had from the weights."""
+        """How each layer adds its heads to the residual stream; None for layers whose weights don't tell."""
+        return attention_outputs(self.lens, self._longest())
+
+    def _longest(self) -> torch.Tensor:
+        """Return the tokens `[1, pos]` of one of the longest clean runs."""
         some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
-        return attention_outputs(self.lens, self._prompts(some[:1])[0])
+        return self.prompts(some[:1])[0]
 
     def _norm(self, layer: int) -> Norm | None:
         """Return the norm after a layer's attention, if there is one."""
@@ -135,13 +139,8 @@ class EdgeRuns(EdgeLayout):
         """Return the layer of the norm that a sender's output goes into, or -1 if there is none."""
         return self.normed.get(sender, -1)
 
-    def _prompts(self, some: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the clean tokens `[runs, pos]` and the answer positions `[runs]` of some equally long runs."""
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
-        return torch.tensor([self.runs[index].clean for index in some]), answers
-
     def _regions_of(self, some: Sequence[int]) -> torch.Tensor | None:
-        """Return the number of the region of each token of some equally long runs, `[runs, pos]`."""
+        """Return the index of the region of each token of some equally long runs, `[runs, pos]`."""
         if not self.regions.given:
             return None
         pairs = (self.pairs[self.readings[index][0]] for index in some)
@@ -149,20 +148,20 @@ class EdgeRuns(EdgeLayout):
 
     @torch.no_grad()
     def _ablation_values(self, some: Sequence[int]) -> tuple[Mapping[Place, torch.Tensor], Written]:
-        """Return the positions of the named nodes of mediators and the ablation values of senders, computed once."""
-        if some[0] not in self._outside:
+        """Return masks of the positions of mediators, and the ablation values of senders; both are computed once."""
+        if some[0] not in self._ablation:
             where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
-            self._where[some[0]], self._outside[some[0]] = where, self._written_outside(some, where)
-        return self._where[some[0]], self._outside[some[0]]
+            self._ablation[some[0]] = where, self._ablated_outputs(some, where)
+        return self._ablation[some[0]]
 
-    def _written_outside(self, some: Sequence[int], where: Mapping[Place, torch.Tensor]) -> Written:
+    def _ablated_outputs(self, some: Sequence[int], where: Mapping[Place, torch.Tensor]) -> Written:
         """Return the ablation value of each sender's output, `[runs or 1, pos, d_model]`."""
         others = self.others(some)
         if others is not None:
             run = Run(others, where, projections=self._projections)
             self._pass(run)
             return {node: values[0] for node, values in run.written.items()}
-        tokens, _ = self._prompts(some[:1])
+        tokens, _ = self.prompts(some[:1])
         hooks, _ = self.ablated()
         fixed = self._fixed(some, hooks)
         stream = fixed[sites.resid_pre(0)]
@@ -185,7 +184,7 @@ class EdgeRuns(EdgeLayout):
 
     def _fixed(self, some: Sequence[int], hooks: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return ablation values `[1, pos, ...]` that are the same in all runs, by hook point."""
-        tokens, _ = self._prompts(some[:1])
+        tokens, _ = self.prompts(some[:1])
         read = self.lens.read(tokens, hooks)
         return {hook: self.everywhere(hook, (read[hook][0],), tokens.shape[1])[0][None] for hook in hooks}
 
@@ -193,7 +192,7 @@ class EdgeRuns(EdgeLayout):
         """Return the input of the logits, `[circuits, pairs, pos, d_model]`, and store the outputs of senders in the run."""
         entry = self.lens.read(run.tokens, [sites.resid_pre(0)])[sites.resid_pre(0)]
         stream = entry.expand(1 if run.ablated is None else len(run.ablated), *entry.shape)
-        sent = run.note({EMBEDDING: stream})
+        sent = run.record({EMBEDDING: stream})
         stream = sent[EMBEDDING]
         for layer in range(self.lens.n_layers):
             stream, sent = self._mediated((layer, "pre"), stream, sent, run)
@@ -214,7 +213,7 @@ class EdgeRuns(EdgeLayout):
             return passing, sent
         rows, which = self._inputs(self.mediators[place].nodes, passing, sent, run)
         shares = self.mediators[place].shares(rows, rows, which, run.where[place])
-        found = run.note({node: self._written_by(place, share) for node, share in shares.items()})
+        found = run.record({node: self._written_by(place, share) for node, share in shares.items()})
         return torch.stack(list(found.values())).sum(0), found
 
     def _written_by(self, place: Place, share: torch.Tensor) -> torch.Tensor:
@@ -228,7 +227,7 @@ class EdgeRuns(EdgeLayout):
         return {node: (z * own[head]).flatten(3) for head, node in enumerate(self._heads_at(layer, "z"))}
 
     def _attention(self, layer: int, stream: torch.Tensor, sent: Written, run: Run) -> tuple[torch.Tensor, Written]:
-        """Compute what attention adds, and the output of each head from its own inputs, or of the mediators at `hook_z`."""
+        """Compute what attention adds, and the output of each head, or of each mediator at `hook_z`, from its own inputs."""
         inside = {}
         for name in INSIDE:
             hook, nodes = sites.component(layer, name), self._heads_at(layer, name)
@@ -241,7 +240,7 @@ class EdgeRuns(EdgeLayout):
         z = self._through(layer, stream.flatten(0, 1), run.tokens, sites.component(layer, "z"), inside)
         if (layer, "z") in self.mediators:
             z = z.unflatten(0, stream.shape[:2])
-            slots, output = run.note(self._slots(layer, z)), self._outputs[layer]
+            slots, output = run.record(self._slots(layer, z)), self._outputs[layer]
             assert output is not None
             passing = torch.stack(list(slots.values())).sum(0)  # z, unless heads are set to given values
             _, heads = self._mediated((layer, "z"), passing, slots, run)
@@ -252,11 +251,11 @@ class EdgeRuns(EdgeLayout):
             heads = {node: output.view_as(stream) for node, output in zip(nodes, each.to(stream), strict=True)}
         else:
             heads, bias = self._by_head(layer, stream, z, run.tokens)
-        total, norm = sum(run.note(heads).values(), bias), self._norm(layer)
+        total, norm = sum(run.record(heads).values(), bias), self._norm(layer)
         self._bias[layer] = bias.expand_as(stream)[0, 0]
         if norm is None:
             return total, heads
-        run.in_front[layer] = total
+        run.before_norm[layer] = total
         return norm(total).to(total), heads
 
     def _by_head(self, layer: int, stream: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> tuple[Written, torch.Tensor]:
@@ -281,14 +280,14 @@ class EdgeRuns(EdgeLayout):
         if run.projections and group is None:
             of_layer = run.projections[layer].layer
             output = of_layer.mlp_output(rows.to(of_layer.device).flatten(0, -2)).view_as(rows).to(stream)
-            return run.note({nodes[0]: output[0]})
+            return run.record({nodes[0]: output[0]})
         outputs = self._mlp_activation(layer, rows, run.tokens, sites.component(layer, "mlp_out"))
         if group is None:
-            return run.note({nodes[0]: outputs[0]})
+            return run.record({nodes[0]: outputs[0]})
         read = outputs if group.dictionary.reads == group.dictionary.writes else self._mlp_activation(
             layer, rows, run.tokens, group.dictionary.reads
         )  # fmt: skip
-        return run.note(group.shares(read, outputs, which, run.where[layer, "mlp"]))
+        return run.record(group.shares(read, outputs, which, run.where[layer, "mlp"]))
 
     def _mlp_activation(self, layer: int, rows: torch.Tensor, tokens: torch.Tensor, hook: str) -> torch.Tensor:
         """Compute the activation at a hook point of an MLP from the MLP's inputs `[..., pos, d_model]`."""
@@ -299,6 +298,7 @@ class EdgeRuns(EdgeLayout):
     def _through(
         self, layer: int, resid: torch.Tensor, tokens: torch.Tensor, hook: str, put: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
+        """Run a layer from its input `[rows, pos, d_model]` and return the activation at a hook point, with others set."""
         with self.lens.put(put or {}):
             prompts_of_rows = tokens.repeat(len(resid) // len(tokens), 1).to(self.lens.device)
             return self.lens.differentiable_through(layer, resid, prompts_of_rows, hook).to(resid.device)
@@ -306,7 +306,7 @@ class EdgeRuns(EdgeLayout):
     def _inputs(
         self, receivers: Sequence[Node], passing: torch.Tensor, sent: Written, run: Run
     ) -> tuple[torch.Tensor, list[int]]:
-        """Compute the inputs of receivers, with their ablated edges changed; receivers without ablated edges share a row.
+        """Compute the inputs of receivers, with the changes of ablated edges; receivers without ablated edges share a row.
 
         Returns:
             The different inputs, `[rows, circuits, pairs, pos, d_model]`, and the row of each receiver.
@@ -327,7 +327,7 @@ class EdgeRuns(EdgeLayout):
             changes = torch.stack([run.change(node, sent[node]) for node in some], 1)
             change = _weighted(torch.stack([weights[node] for node in some], 2), changes, run.regions)
             norm = None if layer < 0 else self._norm(layer)
-            before = None if norm is None else run.in_front[layer]
+            before = None if norm is None else run.before_norm[layer]
             moved = moved + (change if norm is None or before is None else (norm(before + change) - norm(before)).to(change))
         whole = [] if of_receiver.all() else [passing[None]]
         which = torch.where(of_receiver, of_receiver.cumsum(0) - 1 + len(whole), 0)
@@ -344,7 +344,7 @@ def _weighted(weights: torch.Tensor, changes: torch.Tensor, regions: torch.Tenso
     Args:
         weights: the weight of each edge, `[circuits, receivers, senders, regions]`.
         changes: the changes, `[circuits, senders, pairs, pos, d_model]`.
-        regions: the number of the region of each token, `[pairs, pos]`; None for a single region.
+        regions: the index of the region of each token, `[pairs, pos]`; None for a single region.
     """
     if regions is None:
         return (weights[..., 0] @ changes.flatten(2)).unflatten(2, changes.shape[2:]).transpose(0, 1)

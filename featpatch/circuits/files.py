@@ -1,7 +1,7 @@
 """Files of circuits: our own JSON, and the JSON of EAP-IG (github.com/hannamw/EAP-IG), which the MIB benchmark reads too.
 
 EAP-IG names senders `input`, `a0.h3` (a head) and `m0` (an MLP), and edges `m0->a1.h2<q>` or `a0.h3->logits`. It has no heads
-that share keys and values; an edge into shared keys or values is there once for each head that uses them.
+that share keys and values, so an edge into shared keys or values is written once for each head that uses them.
 """
 
 import json
@@ -20,13 +20,13 @@ from featpatch.files import as_path, read_json, writing
 from featpatch.nodes import LOGITS, Edge, Node
 
 FORMAT = "featpatch circuit"
-"""The key that marks our own files; its value is the version of the format."""
+"""The key that marks our own files; its value is the format version."""
 
 VERSION = 1
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
-    """Write plain data as JSON, completely or not at all, and return the path."""
+    """Write plain data as JSON, completely or not at all; return the path."""
     with writing(path) as beside:
         beside.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
     return Path(path)
@@ -63,7 +63,7 @@ def to_eap_ig(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64]) 
     """Return a circuit of edges as the content of EAP-IG's JSON.
 
     Raises:
-        FeatpatchError: the graph has items that EAP-IG's has not.
+        FeatpatchError: the graph has items that EAP-IG's format can't hold.
     """
     lens = graph.lens
     strange = next((i for i in graph.items if not isinstance(i, Edge) or graph.candidates or i.position != "all"), None)
@@ -84,7 +84,7 @@ def to_eap_ig(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64]) 
     sizes = {"n_layers": lens.n_layers, "n_heads": lens.heads(sites.component(0, "z")), "d_model": lens.d_model}
     return {
         "cfg": {**sizes, "parallel_attn_mlp": lens.parallel},
-        "nodes": {name: {"in_graph": kept} for name, kept in nodes.items()},
+        "nodes": {name: {"in_graph": is_kept} for name, is_kept in nodes.items()},
         "edges": edges,
     }
 

@@ -18,7 +18,7 @@ from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.circuits.regions import Regions
-from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, greedily, run, to_resume
+from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_threshold, greedily, run, to_resume
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
 from featpatch.metrics import Metric
@@ -40,9 +40,8 @@ THRESHOLD = 0.01
 TARGET = 0.9
 """The default faithfulness at which a greedy search stops."""
 
-
 EXACT_WORK = 3e12
-"""The largest number of multiply-adds for which scores of edges are exact by default: minutes on one CPU core."""
+"""The largest number of multiply-adds for which edge scores are exact by default: minutes on one CPU core."""
 
 
 def check_search(
@@ -67,8 +66,7 @@ def check_search(
             f"steps={steps} with scores={scores or 'exact'!r}: expected steps only with "
             f"scores={' or '.join(map(repr, STEPPED))}; leave steps out"
         )
-    if threshold is not None and (not is_number(threshold) or not threshold > 0):
-        raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
+    check_threshold(THRESHOLD if threshold is None else threshold)
     check_numbers(1, size=1 if size is None else size)
     if target is not None and (not is_number(target) or not 0 < target <= 1):
         raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
@@ -112,10 +110,10 @@ def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> No
 
 
 def check_region_free(over: str, nodes: Any, positions: Positions) -> None:
-    """Check that positions are not given where nodes have their own.
+    """Check that `positions` is not combined with nodes, which have their own.
 
     Raises:
-        FeatpatchError: if they are.
+        FeatpatchError: if it is.
     """
     if nodes is not None and (not isinstance(positions, str) or positions != "all"):
         raise FeatpatchError(
@@ -146,44 +144,44 @@ def find_circuit(
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Circuit:
-    """Find the part of the model that produces the behaviour by itself in the clean runs, with its complement ablated.
+    """Find the part of the model that by itself produces the behaviour in the clean runs, with its complement ablated.
 
     Args:
         model: a TransformerBridge or a HookedTransformer, without hooks of your own.
         pairs: clean and corrupted prompts with their answers.
         saes: the SAEs of the features and error terms among the nodes.
         over: `"nodes"`: the candidates are `nodes`. `"edges"`: the candidates are the edges between embedding, heads (by query,
-            key and value), MLPs and logits and, if features or errors are given, these as mediators, with the rest of their
-            activation as a mediator too (`rest`). By default nodes if `nodes` are given, else edges.
+            key and value), MLPs and logits. If features or errors are given, these are mediators, and so is the rest of their
+            activation (`rest`). By default nodes if `nodes` are given, else edges.
         nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
             At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
-            residual stream, of `hook_attn_out` or `hook_mlp_out`, or transcoders of an MLP.
+            residual stream, `hook_z`, `hook_attn_out` or `hook_mlp_out`, or of MLP transcoders.
         positions: for edges between components: `"all"`: an edge is kept or ablated at all positions together. `"each"`, or
             labels and indices: separately at each of these positions, and at all others together (position `"elsewhere"`).
-        method: `"threshold"`: keep the items with the largest score. `"greedy"`: until faithfulness reaches `target`, add the
-            node that brings it closest to 1, starting from nothing, or the edge with the largest score, starting from the
-            logits. `"acdc"`: from the output down, remove items that change faithfulness by less than `threshold` (Conmy et
-            al. 2023).
+        method: `"threshold"`: keep the items with the largest |score|. `"greedy"`: until faithfulness reaches `target`, add
+            the node that brings it closest to 1, starting from nothing, or the edge with the largest |score|, starting from
+            the logits. `"acdc"`: from the output down, remove items whose removal changes faithfulness by less than
+            `threshold` (Conmy et al. 2023).
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"`: an item's score is the loss of faithfulness with
             only that item ablated. The others estimate that loss by gradients, with the formulas in
-            `featpatch.circuits.attribution`, and miss items whose effect saturates: `"estimate"` where everything is kept
-            (edge attribution patching), and averaged over `steps` runs `"eap_ig_inputs"` from the ablation value of the
-            embedding to its clean value (EAP-IG), and `"eap_ig_activations"` between those of each component or, for nodes, of
-            each hook point. By default exact or, over edges, `"estimate"` if exact scores would take much longer than minutes
-            (more than 3e12 multiply-adds) and the metric has a gradient in the clean run; a line on the terminal and the text
-            of the circuit say which.
-        steps: the number of runs (per component or hook point) of the two averages; 5 by default.
+            `featpatch.circuits.attribution`, and miss items whose effect saturates. `"estimate"` takes the gradient where
+            all items are kept (edge attribution patching). The other two average it over `steps` runs between the ablation
+            value and the clean value: `"eap_ig_inputs"` of the embedding (EAP-IG), and `"eap_ig_activations"` of each
+            component or, for nodes, of each hook point. The default is `"exact"`, or `"estimate"` over edges if exact scores
+            would take much longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run;
+            the printed circuit says which.
+        steps: the number of runs (per component or hook point) of integrated gradients; 5 by default.
         threshold: for `"threshold"` and `"acdc"`: a share of the behaviour; 0.01 by default.
         size: the number of items to keep, instead of the `threshold` of `"threshold"` or the `target` of `"greedy"`.
         target: the faithfulness at which `"greedy"` stops; 0.9 by default.
         to: the ablation values of the complement: those of the `"corrupted"` run, or `"zero"`, `"mean"`, `"mean_by_position"`
-            or `"resample"` as in `fp.ablate`. For edges they are those of what each sender writes, at every position; nodes
-            keep their values at special tokens, unless the ablation values come from a run.
+            or `"resample"` as in `fp.ablate`. For edges, what each sender writes is ablated, at every position. Nodes keep
+            their values at special tokens, unless the ablation values come from a run.
         reference, seed: the prompts that are averaged or resampled, and the seed for resampling, as in `fp.ablate`.
         errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
-            other nodes (`"nodes"`). For edges `"in"` means that errors are a part of the rest.
-        metric: one metric; for estimates it must be differentiable. The gradient of `"neg_kl"` is zero in the whole model, so
-            `"estimate"` refuses it for edges; the averages do not. Answers of several tokens (`"sequence_log_prob"`,
+            other nodes (`"nodes"`). For edges, `"in"` means that errors are a part of the rest.
+        metric: one metric; for estimates it must be differentiable. The gradient of `"neg_kl"` is zero in the clean run, so
+            `"estimate"` refuses it for edges; integrated gradients do not. Answers of several tokens (`"sequence_log_prob"`,
             `"sequence_log_prob_diff"`) follow both prompts, and the complement is ablated at their tokens too.
         journal: a file to which every measured circuit is written, so that the same call resumes from there after a crash, a
             kill or Ctrl-C. Searches that differ only in `method`, `scores`, `steps`, `threshold`, `size` or `target` may share
@@ -197,7 +195,7 @@ def find_circuit(
     Raises:
         FeatpatchError: if the input is unusable, ablating everything hardly changes the metric, or the journal is that of
             another graph.
-        KeyboardInterrupt: after Ctrl-C, if no step is finished or the items are not all scored.
+        KeyboardInterrupt: after Ctrl-C before the first step is finished or all items are scored.
 
     Examples:
         >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(10), size=5, progress=False)
@@ -209,7 +207,7 @@ def find_circuit(
     check_candidates(over, nodes, saes, errors)
     check_region_free(over, nodes, positions)
     check_search(method, over, scores, steps, threshold, size, target)
-    size, steps = (None if number is None else int(number) for number in (size, steps))  # NumPy's numbers can't be saved
+    size, steps = (None if number is None else int(number) for number in (size, steps))  # NumPy numbers can't be saved as JSON
     threshold, target = (None if number is None else float(number) for number in (threshold, target))
     given: dict[str, Any] = {
         "saes": saes, "over": over, "nodes": nodes, "method": method, "scores": scores, "steps": steps, "threshold": threshold,
@@ -268,12 +266,11 @@ def load_circuit(
         pairs: the pairs on which the circuit is measured from now on.
         saes: the SAEs of the features and error terms among the nodes.
         to: the ablation values of the complement; by default those in the file, or `"corrupted"` for a file of EAP-IG.
-        reference: the prompts that are averaged or resampled; needed if the circuit was found with other prompts than its
-            pairs.
+        reference: the prompts that are averaged or resampled; required if the circuit was found with a `reference`.
         metric: one metric; by default that in the file, or `"logit_diff"` for a file of EAP-IG.
 
     Returns:
-        The circuit. Its scores are those in the file; EAP-IG's scores have our sign if its metric was a loss.
+        The circuit, with the scores in the file. EAP-IG's scores have our sign if its metric was a loss.
 
     Raises:
         FeatpatchError: the file holds no circuit, or an item is not in the graph of this model.
@@ -338,7 +335,7 @@ def _graph(
     reference: Pairs | None,
     seed: int | None,
 ) -> Graph:
-    """Return the graph of some candidates, after checking that circuits can be found in it."""
+    """Return the graph of the candidates, after checking that circuits can be found in it."""
     read, found = readout(metric, single=True), dictionaries_if_any(lens, saes)
     candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
     graph: Graph
@@ -353,9 +350,9 @@ def _graph(
 
 
 def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Scores:
-    """Return the kind of scores that a search uses if none is asked for, and say so if these are estimates."""
+    """Return the default kind of scores of a search; estimates are announced on the terminal."""
     lens, tokens = graph.lens, sum(map(len, graph.pairs))
-    work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # each edge and token passes all layers at most
+    work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # at most all layers for each edge and token
     if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or work <= EXACT_WORK:
         return "exact"
     if progress:
@@ -388,11 +385,13 @@ def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: boo
 
 
 def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:
-    kept = [
-        n
-        for n in check_nodes(lens, nodes, found, "nodes")
-        if n.kind != "all_features" and (errors == "nodes" or n.kind != "error")
-    ]
+    """Return the candidates among the nodes; of a table, nodes without an SAE are left out at hook points with features.
+
+    Raises:
+        FeatpatchError: if a node is invalid, or there are no candidates.
+    """
+    left_out = {"all_features"} if errors == "nodes" else {"all_features", "error"}
+    kept = [node for node in check_nodes(lens, nodes, found, "nodes") if node.kind not in left_out]
     if isinstance(nodes, Effects):
         with_sae = {node.site for node in kept if node.sae}
         kept = [node for node in kept if node.sae or node.site not in with_sae]

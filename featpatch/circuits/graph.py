@@ -1,7 +1,4 @@
-"""The base class of graphs: a model in which any choice of nodes or edges can be ablated together.
-
-The ablation values of the complement are those of the corrupted run, or as in `featpatch.patching.ablation`.
-"""
+"""The base class of graphs: clean runs in which any set of nodes or edges can be ablated together."""
 
 import sys
 import time
@@ -43,9 +40,10 @@ MASK_BYTES, MASKS_AT_ONCE = 1 << 20, 256
 
 
 def announcing(bar: "tqdm[Any]", cost: int, busy: Callable[[], float]) -> Callable[[int, int], None]:
-    """Return a function that updates a bar after each part and, if much is left after the first, says how long it will take.
+    """Return a function that updates a bar after each part and, once, says how long the rest will take if it is long.
 
-    It takes the number of finished items and their cost. Parts that take no time, because a journal has them, do not count.
+    It takes the number of finished items and their cost. The estimate is made after the first part that is not read from a
+    journal.
 
     Args:
         bar: the progress bar.
@@ -70,7 +68,7 @@ def announcing(bar: "tqdm[Any]", cost: int, busy: Callable[[], float]) -> Callab
 
 @dataclass(eq=False)
 class Graph(CleanRuns):
-    """The clean runs of some pairs, in which the items that are not kept are ablated.
+    """The clean runs of some pairs, in which all items that are not kept are ablated.
 
     Attributes:
         items: all nodes, or all edges, that can be ablated.
@@ -82,13 +80,13 @@ class Graph(CleanRuns):
     _busy: float = field(default=0.0, init=False, repr=False)
 
     def values(self, kept: Sequence[Iterable[Node]], *, progress: bool = False) -> Float[np.ndarray, "circuits pairs"]:
-        """Measure the metric of each pair for several choices of items that are kept; a choice is run only the first time."""
+        """Measure the metric of each pair for several sets of kept items; each set is run only once."""
         return self.of_masks(np.array([self.mask(items) for items in kept]), progress=progress)
 
     def of_masks(
         self, masks: Bool[np.ndarray, "circuits items"], *, progress: bool = False
     ) -> Float[np.ndarray, "circuits pairs"]:
-        """Measure the metric of each pair for several masks of items that are kept; a mask is run only the first time."""
+        """Measure the metric of each pair for several masks of kept items; each mask is run only once."""
         missing = {mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._known}
         if missing:
             found = self.run_masks(np.array(list(missing.values())), progress=progress)
@@ -140,7 +138,7 @@ class Graph(CleanRuns):
         return result
 
     def _timed(self, measure: Callable[[], Array]) -> Array:
-        """Measure values, and add the time that this takes to what the graph has spent."""
+        """Measure values, and add the time that this takes to `_busy`."""
         start = time.monotonic()
         found = measure()
         self._busy += time.monotonic() - start
@@ -148,7 +146,7 @@ class Graph(CleanRuns):
 
     @contextmanager
     def journal(self, path: str | Path | None) -> Iterator[None]:
-        """Keep in a file what is measured in this context, and do not measure again what the file has.
+        """Write what is measured in this context to a file, and read from the file what it already has.
 
         Values depend on the model, the pairs, the metric, the ablation values and the items, and not on the search, so another
         search of the same graph can use the same file.
@@ -178,8 +176,8 @@ class Graph(CleanRuns):
             tqdm.write(f"{count:,} items in {len(self.pairs)} pairs, each ablated in a row of its own", file=sys.stderr)
         with tqdm(total=count, desc="ablating", unit="item", disable=not progress) as bar:
             done = announcing(bar, count, lambda: self._busy)
-            for start in range(0, len(self.items), size):
-                masks = np.ones((min(size, len(self.items) - start), len(self.items)), dtype=bool)
+            for start in range(0, count, size):
+                masks = np.ones((min(size, count - start), count), dtype=bool)
                 masks[np.arange(len(masks)), start + np.arange(len(masks))] = False
                 found[start : start + size] = self.run_masks(masks)
                 done(len(masks), len(masks))
@@ -198,7 +196,7 @@ class Graph(CleanRuns):
         return mask
 
     def places(self, items: Iterable[Node]) -> NDArray[np.int64]:
-        """Return the number of each item in the graph.
+        """Return the index of each item in the graph.
 
         Raises:
             FeatpatchError: if an item is not in the graph.
@@ -217,7 +215,7 @@ class Graph(CleanRuns):
 
     @property
     def candidates(self) -> tuple[Node, ...]:
-        """The nodes that the graph was made for: all items or, for edges, the features and errors among the mediators."""
+        """The nodes given by the user: all items or, for edges, the features and errors among the mediators."""
         return self.items
 
     @cached_property
@@ -268,7 +266,7 @@ class Graph(CleanRuns):
         return result
 
     def _weights(self, points: Sequence[Point]) -> Float[torch.Tensor, "points runs"]:
-        """Return the derivative of the sum of all pairs' metrics by the metric of each run, at each point."""
+        """Return the derivative of the sum of all pairs' metrics with respect to the metric of each run, at each point."""
         values = self._zeros(len(points), len(self.runs))
         if isinstance(self.read, AtAnswer):
             return torch.ones_like(values)
@@ -283,7 +281,7 @@ class Graph(CleanRuns):
         return torch.zeros(shape, dtype=torch.float64)
 
     def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values of the metric after checking that they have a gradient.
+        """Check that values of the metric have a gradient, and return them.
 
         Raises:
             FeatpatchError: if not.
@@ -320,14 +318,14 @@ class Graph(CleanRuns):
 
     @abstractmethod
     def rows_of_one(self) -> int:
-        """Return the number of rows that one choice of items needs for each prompt."""
+        """Return the number of rows that one circuit needs for each prompt."""
 
     @abstractmethod
     def measured(self, kept: Bool[torch.Tensor, "circuits items"], some: Sequence[int]) -> Float[torch.Tensor, "circuits runs"]:
         """Measure the metric of some equally long runs, for several circuits."""
 
     def pruned(self, masks: Bool[np.ndarray, "circuits items"]) -> Bool[np.ndarray, "circuits items"]:
-        """Return masks without what can't matter: for edges, those on no path from the input to the logits."""
+        """Return masks without items that can't have an effect: edges on no path from the embedding to the logits."""
         return masks
 
     @abstractmethod

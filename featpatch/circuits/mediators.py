@@ -3,11 +3,11 @@
     x = sum_j f_j d_j  [+ e, where the error is named]  + rest        f_j = enc(x_j), e = x_e - dec(enc(x_e))
 
 The mediators are the named features and error of the dictionary, and a node for the rest. Each has an input of its own, `x_j`,
-put together from its own edges. The rest is what remains of its own input without the named nodes: the features that aren't
-named, the decoder's bias, and the error unless it is named.
+the sum of its own edges. The rest is what remains of its own input without the named nodes: all other features, the decoder's
+bias, and the error unless it is named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +24,8 @@ from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
 
 Place = tuple[int, Literal["pre", "z", "attn", "mid", "mlp"]]
-"""A layer, and where mediators are: in the residual stream that enters the layer (`"pre"`) or its MLP (`"mid"`), in the heads'
-outputs side by side before W_O (`"z"`), or in what its attention (`"attn"`) or its MLP (`"mlp"`) adds."""
+"""A layer, and where its mediators are: in the residual stream before attention (`"pre"`) or before the MLP (`"mid"`), in the
+concatenated head outputs before W_O (`"z"`), or in the output of attention (`"attn"`) or of the MLP (`"mlp"`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +35,14 @@ class Mediators:
     Attributes:
         dictionary: the dictionary.
         named: the named nodes: features, and the error if it is a node of its own.
-        rest: the node for everything that the named nodes leave.
-        directions: the directions of the named features, in the order of `named`, `[features, d_model]`.
+        rest: the node for everything else.
+        directions: the direction of each named feature, `[d_model]`.
     """
 
     dictionary: Dictionary
     named: tuple[Node, ...]
     rest: Node
-    directions: torch.Tensor
+    directions: Mapping[Node, torch.Tensor]
 
     @classmethod
     def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Mediators":
@@ -56,9 +56,10 @@ class Mediators:
                 f"{dictionary.name} ({dictionary.codec.kind}): expected, for edges, a dictionary with a linear decoder; leave "
                 "its nodes out"
             )
-        indices = torch.tensor([node.index for node in named if node.index is not None], dtype=torch.long)
+        features = [node for node in named if node.kind == "feature"]
+        indices = torch.tensor([node.index for node in features], dtype=torch.long)
         rest = Node(dictionary.writes, "rest", None, "all", dictionary.name)
-        return cls(dictionary, tuple(named), rest, dictionary.directions(indices))
+        return cls(dictionary, tuple(named), rest, dict(zip(features, dictionary.directions(indices), strict=True)))
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -100,7 +101,7 @@ class Mediators:
 
         Args:
             read: the activations that the dictionary reads, one row per different input.
-            passing: the activations that features, error and rest add up to, one row per different input.
+            passing: the activations that are the sum of features, error and rest, one row per different input.
             which: the row of each node's input.
             where: mask of the positions of the named nodes.
         """
@@ -115,16 +116,16 @@ class Mediators:
     def fixed(
         self, features: torch.Tensor, error: torch.Tensor, passing: torch.Tensor, where: Bool[torch.Tensor, "named pairs pos"]
     ) -> dict[Node, torch.Tensor]:
-        """Return the output of each node, `[pairs, pos, d_model]`, for given features, error and their sum with the rest.
+        """Return the output of each node, `[pairs, pos, d_model]`, for given features, error and whole activation.
 
         Args:
-            features, error, passing: `[1, pos, ...]`; the dictionary must not scale features, unless they are 0.
+            features, error: `[1, pos, ...]`; the dictionary must not scale features.
+            passing: the activation that is the sum of features, error and rest, `[1, pos, d_model]`.
             where: mask of the positions of the named nodes.
         """
-        directions = dict(zip((node for node in self.named if node.kind == "feature"), self.directions, strict=True))
         found = {}
         for node, here in zip(self.named, where, strict=True):
-            value = error if node.kind == "error" else features[..., node.index, None] * directions[node].to(features)
+            value = error if node.kind == "error" else features[..., node.index, None] * self.directions[node].to(features)
             found[node] = value.to(passing) * here[..., None].to(passing.device)
         return found | {self.rest: passing - sum(found.values(), torch.zeros_like(passing))}
 
@@ -144,13 +145,12 @@ class Mediators:
                 "pass scores='exact'"
             )
         features = code.features * gain(codec, code.state) if self.dictionary.behaviour.scaled else code.features
-        directions = dict(zip((node for node in self.named if node.kind == "feature"), self.directions, strict=True))
         found = {}
         for node in nodes:
             if node.kind == "error":
                 value = passing.flatten(0, -3) - codec.decode(code.features, code.state).to(passing)
             else:
-                value = (features[..., node.index, None] * directions[node].to(features)).to(passing)
+                value = (features[..., node.index, None] * self.directions[node].to(features)).to(passing)
             here = where[self.named.index(node)][..., None].to(passing.device)
             found[node] = value.unflatten(0, passing.shape[:-2]) * here
         return found

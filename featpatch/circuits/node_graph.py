@@ -2,7 +2,7 @@
 
 At every hook point of a candidate, everything that is not kept is ablated, whether or not it is a candidate; other hook points
 are left alone. Kept nodes have their values in this run, which upstream ablations may have changed (Marks et al. 2024, arXiv
-2403.19647). With f_a and e_a the ablation values:
+2403.19647). With features f, error e and their ablation values f_a and e_a:
 
     x' = x + dec(f with the ablated features from f_a) - dec(f)  [+ e_a - e, where the error is ablated]
 """
@@ -46,14 +46,14 @@ class NodeGraph(Graph):
 
     dictionaries: Sequence[Dictionary] = ()
     errors: Errors = "in"
-    _others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _ablation: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Check the pairs as in `Graph.check`, and that every node can be ablated.
 
         Raises:
             FeatpatchError: if a node has another kind, its dictionary is not among those given, its activation can't be set, or
-                a hook point has both features and whole parts among the nodes.
+                the nodes at a hook point include both features and heads or the whole activation.
         """
         super().check()
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
@@ -84,15 +84,15 @@ class NodeGraph(Graph):
         return 1
 
     def about(self) -> Mapping[str, Any]:
-        """Return what to store with the results: that the items are nodes, the dictionaries, and how errors are treated."""
+        """Return metadata: that the items are nodes, the dictionaries, and how errors are treated."""
         return {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
 
     def edge_counts(self, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return the number of the model's edges between the nodes that each circuit keeps, the embedding and the logits.
 
-        This is the weighted edge count of the MIB benchmark for circuits of nodes, in which a node has no weight of its own. As
-        there, nodes that are not candidates are kept. It is defined for heads and outputs of MLPs at all positions; features,
-        errors and single positions are parts of nodes, for which it is NaN.
+        This is the MIB benchmark's weighted edge count for circuits of whole nodes, where components that are not candidates
+        are kept. It is defined if all candidates are heads or MLP outputs at all positions, and NaN otherwise, because
+        features, errors and single positions are only parts of such nodes.
         """
         if any(not _is_component(node) for node in self.items):
             return np.full(len(masks), np.nan)
@@ -103,11 +103,10 @@ class NodeGraph(Graph):
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
-        """Measure the metric of all circuits and pairs in one run."""
-        circuits, tokens = len(kept), torch.tensor([self.runs[index].clean for index in some])
-        answers = torch.tensor([self.runs[index].answer_position for index in some])
+        """Measure the metric of all circuits and runs in one forward pass."""
+        (tokens, answers), circuits = self.prompts(some), len(kept)
         live: dict[str, torch.Tensor] = {}
-        with self._editing(self._edits(kept, some, self._outside(some), live), live):
+        with self._editing(self._edits(kept, some, self._ablation_values(some), live), live):
             logits = self.lens.answer(tokens.repeat(circuits, 1), answers.repeat(circuits))
         return self.metric_of(logits.unflatten(0, (circuits, len(some))), some)
 
@@ -119,15 +118,15 @@ class NodeGraph(Graph):
         Args:
             kept: mask of the items that each circuit keeps.
             some: the indices of the runs.
-            others: the ablation values, see `_outside`.
+            others: the ablation values, see `_ablation_values`.
             live: the activations that transcoders read, filled in by `_editing`.
         """
         edits = {}
         for dictionary in self._used():
             ablated = self._ablated(kept, some, _of_sae(dictionary.name), dictionary.d_sae)
             errors = self._errors(kept, some, dictionary)
-            edits[dictionary.name] = self._coded(dictionary, ablated, errors, others[dictionary.name], live)
-        return edits | {site: self._parted(kept, some, site, others[site]) for site in self._plain()}
+            edits[dictionary.name] = self._edit_of_dictionary(dictionary, ablated, errors, others[dictionary.name], live)
+        return edits | {site: self._edit_of_hook(kept, some, site, others[site]) for site in self._plain()}
 
     @contextmanager
     def _editing(self, edits: Mapping[str, Edit], live: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -139,7 +138,7 @@ class NodeGraph(Graph):
                 stack.enter_context(self.lens.edit(site, edits[site]))
             for dictionary in self._used():
                 if dictionary.reads != dictionary.writes:
-                    stack.enter_context(self.lens.edit(dictionary.reads, _keeping(dictionary.reads, live)))
+                    stack.enter_context(self.lens.edit(dictionary.reads, _recording(dictionary.reads, live)))
             yield
 
     def components(self) -> list[tuple[Node, ...]]:
@@ -147,6 +146,7 @@ class NodeGraph(Graph):
         return list(self._by_component().values())
 
     def _by_component(self) -> dict[str, tuple[Node, ...]]:
+        """Return the candidates by the names of dictionaries and of other hook points."""
         found: dict[str, list[Node]] = {}
         for node in self.items:
             found.setdefault(node.sae or node.site, []).append(node)
@@ -159,7 +159,7 @@ class NodeGraph(Graph):
         total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
         entry, size = self._entry(some), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         for part in (slice(start, start + size) for start in range(0, len(some), size)):
-            others = {name: _rows(other, part) for name, other in self._outside(some).items()}
+            others = {name: _rows(other, part) for name, other in self._ablation_values(some).items()}
             base = _Gradients(self, some[part], others, entry[part])
             for number, point in enumerate(points):
                 values[number, part] = base.add(point, weights[number, part])
@@ -168,33 +168,35 @@ class NodeGraph(Graph):
         return total, values
 
     def _entry(self, some: Sequence[int]) -> torch.Tensor:
-        """Return the ablation value of what enters the first layer; it keeps its values where nodes do, see `_ablatable`."""
+        """Return the ablation value of the input of the first layer; the positions outside `_ablatable` keep their values."""
         first, others = sites.resid_pre(0), self.others(some)
         if others is not None:
             return self.lens.read(others, [first])[first]
-        clean = self.lens.read(torch.tensor([self.runs[index].clean for index in some]), [first])[first]
+        clean = self.lens.read(self.prompts(some)[0], [first])[first]
         (fixed,) = self.everywhere(first, (clean[0],), clean.shape[1])
         return torch.where(self._ablatable(some)[0].to(clean.device), fixed, clean)
 
     def _used(self) -> list[Dictionary]:
+        """Return the dictionaries of the candidates."""
         names = {node.sae for node in self.items if node.sae}
         return [dictionary for dictionary in self.dictionaries if dictionary.name in names]
 
     def _plain(self) -> list[str]:
+        """Return the hook points of heads and whole activations."""
         return list(dict.fromkeys(node.site for node in self.items if not node.sae))
 
     def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
-        """Return the hook points of the embedding, whole activations and heads, and the dictionaries of features and errors."""
+        """Return the hook points of the first layer's input, heads and whole activations, and the candidates' dictionaries."""
         return list(dict.fromkeys([sites.resid_pre(0), *self._plain()])), self._used()
 
-    def _outside(self, some: Sequence[int]) -> dict[str, Any]:
+    def _ablation_values(self, some: Sequence[int]) -> dict[str, Any]:
         """Return the ablation values, computed once: a split by dictionary, and an activation by hook point of other nodes.
 
-        Ablation values that are the same in all prompts have no state for decoding; it is then that of the patched run.
+        Ablation values that are the same in all prompts have no decoding state; that of the patched run is then used.
         """
-        if some[0] not in self._others:
+        if some[0] not in self._ablation:
             plain, used, prompts = self._plain(), self._used(), self.others(some)
-            tokens = torch.tensor([self.runs[some[0]].clean]) if prompts is None else prompts
+            tokens = self.prompts(some[:1])[0] if prompts is None else prompts
             hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *plain]
             read = self.lens.read(tokens, list(dict.fromkeys(hooks)))
             splits = {d.name: d.split(read[d.reads], read[d.writes]) for d in used}
@@ -210,8 +212,8 @@ class NodeGraph(Graph):
                         value[None].expand(len(some), *value.shape) for value in self.everywhere(d, like, length)
                     )
                     splits[d.name] = Split(features, {}, error)
-            self._others[some[0]] = {**{site: read[site] for site in plain}, **splits}
-        return self._others[some[0]]
+            self._ablation[some[0]] = {**{site: read[site] for site in plain}, **splits}
+        return self._ablation[some[0]]
 
     def _ablated(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool], count: int | None = None) -> Mask:
         """Return a mask of what is ablated at a hook point: everything that is not kept.
@@ -231,6 +233,7 @@ class NodeGraph(Graph):
         return ablated
 
     def _errors(self, kept: torch.Tensor, some: Sequence[int], dictionary: Dictionary) -> Mask:
+        """Return a mask of the positions at which the error is ablated."""
         if self.errors == "nodes":
             return self._ablated(kept, some, _of_sae(dictionary.name))
         return self._ablatable(some).repeat(len(kept), 1, 1, 1) & (self.errors == "out")
@@ -239,7 +242,7 @@ class NodeGraph(Graph):
         """Return a mask `[1, runs, pos, 1]` of the positions that are ablated.
 
         If ablation values are the same in all prompts, special tokens keep their values, as in `fp.ablate`: means leave them
-        out, and no node at `"all"` covers them.
+        out, and a node at `"all"` does not cover them.
         """
         found = torch.ones(1, len(some), len(self.runs[some[0]]), 1, dtype=torch.bool)
         if isinstance(self.ablation, Everywhere):
@@ -247,7 +250,7 @@ class NodeGraph(Graph):
                 found[:, slot, sorted(self.runs[index].special)] = False
         return found
 
-    def _coded(
+    def _edit_of_dictionary(
         self, dictionary: Dictionary, ablated: Mask, errors: Mask, other: Split, live: Mapping[str, torch.Tensor]
     ) -> Any:
         def change(activation: torch.Tensor) -> torch.Tensor:
@@ -262,15 +265,15 @@ class NodeGraph(Graph):
 
         return change
 
-    def _parted(self, kept: torch.Tensor, some: Sequence[int], site: str, other: torch.Tensor) -> Any:
+    def _edit_of_hook(self, kept: torch.Tensor, some: Sequence[int], site: str, other: torch.Tensor) -> Any:
         heads = sites.is_component(site, "z")
         whole = self._ablated(kept, some, lambda node: node.site == site)
         of_heads = self._ablated(kept, some, lambda node: node.site == site, other.shape[2]) if heads else whole
         ablated = (whole & of_heads if heads else whole).flatten(0, 1).to(other.device)
 
         def change(activation: torch.Tensor) -> torch.Tensor:
-            outside = other.repeat(len(kept), *[1] * (other.dim() - 1))
-            return torch.where(ablated[..., None] if heads else ablated, outside, activation)
+            values = other.repeat(len(kept), *[1] * (other.dim() - 1))
+            return torch.where(ablated[..., None] if heads else ablated, values, activation)
 
         return change
 
@@ -284,9 +287,9 @@ class _Gradients:
         some: the indices of the runs.
         others: the ablation values, by the names of dictionaries and of other hook points.
         entry: the ablation value of what enters the first layer.
-        whole, gone: the activation that is written with all candidates kept, and with none of those of the same name.
-        splits: features and errors in front of the edit, by dictionary.
-        found: the gradients, one for each point that counts.
+        whole, gone: the activations with all candidates kept, and with all candidates of the same name ablated.
+        splits: features and errors before the edit, by dictionary.
+        found: the gradients by name, one for each point that counts for it.
     """
 
     graph: NodeGraph
@@ -301,13 +304,12 @@ class _Gradients:
     def __post_init__(self) -> None:
         graph = self.graph
         self.kept = torch.ones(1, len(graph.items), dtype=torch.bool)
-        self.tokens = torch.tensor([graph.runs[index].clean for index in self.some])
-        self.answers = torch.tensor([graph.runs[index].answer_position for index in self.some])
+        self.tokens, self.answers = graph.prompts(self.some)
         self.used = {dictionary.name: dictionary for dictionary in graph._used()}
         live: dict[str, torch.Tensor] = {}
         keeping, ablating = (graph._edits(kept, self.some, self.others, live) for kept in (self.kept, ~self.kept))
 
-        def noting(name: str) -> Edit:
+        def recording(name: str) -> Edit:
             def change(activation: torch.Tensor) -> torch.Tensor:
                 self.whole[name], self.gone[name] = keeping[name](activation), ablating[name](activation)
                 if name in self.used:
@@ -317,19 +319,17 @@ class _Gradients:
 
             return change
 
-        with graph._editing({name: noting(name) for name in keeping}, live):
+        with graph._editing({name: recording(name) for name in keeping}, live):
             graph.lens.answer(self.tokens, self.answers)
 
     def add(self, point: Point, weights: torch.Tensor) -> torch.Tensor:
         """Take the gradients of the weighted sum of the metrics at a point, and return the metrics."""
-        graph, first, live = self.graph, sites.resid_pre(0), dict[str, torch.Tensor]()
-        edits, places, leaves = (
-            graph._edits(self.kept, self.some, self.others, live),
-            graph._by_component(),
-            dict[str, torch.Tensor](),
-        )
+        graph = self.graph
+        live: dict[str, torch.Tensor] = {}
+        edits, places = graph._edits(self.kept, self.some, self.others, live), graph._by_component()
+        leaves: dict[str, torch.Tensor] = {}
 
-        def probed(name: str) -> Edit:
+        def perturbed(name: str) -> Edit:
             def change(activation: torch.Tensor) -> torch.Tensor:
                 moved = point.local and point.place == places[name]
                 value = point.between(self.gone[name], self.whole[name]) if moved else edits[name](activation)
@@ -344,8 +344,8 @@ class _Gradients:
 
         with torch.enable_grad(), ExitStack() as stack:
             if point.place and not point.local:
-                stack.enter_context(graph.lens.edit(first, entering))
-            stack.enter_context(graph._editing({name: probed(name) for name in edits}, live))
+                stack.enter_context(graph.lens.edit(sites.resid_pre(0), entering))
+            stack.enter_context(graph._editing({name: perturbed(name) for name in edits}, live))
             logits = graph.lens.differentiable_answer(self.tokens, self.answers)
             values = graph._differentiable(graph.metric_of(logits[None], self.some)[0])
             found = torch.autograd.grad((values * weights.to(values)).sum(), list(leaves.values()), allow_unused=True)
@@ -367,7 +367,7 @@ class _Gradients:
     def _entries(
         self, name: str, nodes: Sequence[Node], gradient: torch.Tensor
     ) -> Iterator[tuple[Float[torch.Tensor, "runs pos _"], list[Node]]]:
-        """Yield the slope of each feature, error, head or activation at each position, with the nodes that are made of them."""
+        """Yield the slopes of features, errors, heads or activations at each position, with the nodes that consist of them."""
         if name not in self.used:
             slopes = (self.others[name].to(self.whole[name]) - self.whole[name]) * gradient
             slopes = slopes.sum(-1) if sites.is_component(name, "z") else slopes.flatten(2).sum(-1, keepdim=True)
@@ -394,7 +394,7 @@ class _Gradients:
             yield (change * gradient.to(change)).sum(-1, keepdim=True), errors
 
     def _sums(self, entries: Float[torch.Tensor, "runs pos n"], nodes: Sequence[Node]) -> Float[torch.Tensor, " nodes"]:
-        """Return the sum of the entries of each node; what another node keeps too is not ablated with one of them."""
+        """Return the sum of each node's entries, without entries that belong to several nodes and so stay kept by another."""
         where = [
             (
                 slot,
@@ -417,7 +417,7 @@ def _rows(other: Any, rows: slice) -> Any:
     return other.map(lambda values: values[rows]) if isinstance(other, Split) else other[rows]
 
 
-def _keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+def _recording(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
     return lambda activation: live.update({hook: activation})
 
 

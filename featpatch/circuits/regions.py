@@ -1,9 +1,9 @@
-"""Regions of the prompts, at which edges are told apart, so that a circuit can say where an edge is.
+"""Regions of the prompts, in each of which an edge is an item of its own, so that a circuit says at which positions.
 
 The residual stream moves nothing between positions, so an edge at a position leads from what its sender writes there to what
 its receiver reads there. A head moves information from the regions of its keys and values to that of its query. The regions
-partition each prompt, as the spans of Haklay et al. 2025 (arXiv 2502.04577) do: what the given positions leave out, answers
-that follow the prompt included, is one more region. So all edges are the model, and all of them ablated are the ablation run.
+partition each prompt, as the spans of Haklay et al. 2025 (arXiv 2502.04577) do: all other positions, including answer tokens
+that follow the prompt, are one more region. So all edges together are the model, and without any it is the ablation run.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Regions:
     """The regions of all prompts.
 
     Attributes:
-        given: the positions that are given; none if edges are not told apart by position.
+        given: the positions that are given; none if an edge is one item at all positions.
     """
 
     given: tuple[Position, ...] = ()
@@ -60,11 +60,11 @@ class Regions:
 
     @property
     def names(self) -> tuple[Position, ...]:
-        """The regions: `"all"` if edges are not told apart, else the given positions and the rest."""
+        """The names of the regions: the given positions and `"elsewhere"`, or `"all"` alone if none are given."""
         return (*self.given, ELSEWHERE) if self.given else ("all",)
 
     def numbers(self, pair: Pair, length: int) -> Int[torch.Tensor, " pos"]:
-        """Return the number of the region of each token of a pair's clean prompt and of what follows it, `length` in all."""
+        """Return the index of the region of each token of a clean prompt and its continuation, `length` tokens in all."""
         found = torch.full((length,), len(self.given))
         for number, position in enumerate(self.given):
             found[spans(pair, [position])[position]] = number

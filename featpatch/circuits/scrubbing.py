@@ -88,15 +88,15 @@ def scrub(
     seed: int = 0,
     progress: bool = True,
 ) -> Scrubbed:
-    """Measure how much of the behaviour on the clean prompts is preserved when a hypothesis is scrubbed.
+    """Measure how much of the behaviour on the clean prompts causal scrubbing of a hypothesis preserves.
 
-    This is causal scrubbing (Chan et al. 2022); the algorithm is described in `featpatch.circuits.scrubbing`.
+    This follows Chan et al. 2022; the algorithm is described in `featpatch.circuits.scrubbing`.
 
     Args:
         model: a TransformerBridge or a HookedTransformer, without hooks of your own and without norms after attention.
         pairs: pairs whose clean prompts are resampled, all equally long; give many, so that prompts share labels.
         hypothesis: the senders that each receiver reads, and the property that each sender depends on.
-        metric: one metric. An answer of several tokens follows all prompts from which the run of its pair is put together.
+        metric: one metric. An answer of several tokens follows all prompts that are resampled for its pair.
         draws: the number of times that everything is resampled.
         seed: the seed for resampling.
         progress: whether to show a progress bar.
@@ -105,7 +105,7 @@ def scrub(
         The share of the behaviour that is recovered, its 95 % bootstrap interval over prompts, and the metric of each prompt.
 
     Raises:
-        FeatpatchError: if the input is unusable, the prompts have unequal lengths, or the model's graph lacks a node.
+        FeatpatchError: if the input is unusable, the prompts have unequal lengths, or a node is not in the model's graph.
 
     Examples:
         >>> template = "When {IO} and {S1} went to the {place}, {S2} gave a {object} to"
@@ -161,7 +161,7 @@ def _measured(
 
 @dataclass(eq=False)
 class _Run:
-    """Runs that are put together from the runs of several prompts.
+    """Runs in which the residual stream is a sum of outputs from the runs of several prompts.
 
     Attributes:
         graph: the graph of the model's edges.
@@ -211,11 +211,11 @@ class _Run:
             )
         with torch.no_grad():
             self.tokens = torch.tensor([pair.clean + self.continuation for pair in self.graph.pairs])
-            self.written, self.always = self.graph.written(self.tokens)
+            self.written, self.biases = self.graph.written(self.tokens)
 
     @torch.no_grad()
     def logits(self, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
-        """Compute the logits of prompts, `[rows, d_vocab]`, from a residual stream that is put together by the hypothesis."""
+        """Compute the logits of prompts, `[rows, d_vocab]`, from a residual stream resampled by the hypothesis."""
         answers = torch.tensor([pair.answer_position + len(self.continuation) for pair in self.graph.pairs])
         return self.graph.unembedded(self._input(LOGITS, rows, parents), self.tokens, answers)
 
@@ -228,7 +228,7 @@ class _Run:
                 total = total + self._output(sender, self._agreeing(important[sender], rows), parents)
             else:
                 total = total + self.written[sender][torch.from_numpy(self.generator.integers(len(rows), size=len(rows)))]
-        return total + self.always[self.graph.depth(receiver)]
+        return total + self.biases[self.graph.depth(receiver)]
 
     def _output(self, sender: Node, rows: NDArray[np.int64], parents: Mapping[Node, Mapping[Node, Label]]) -> torch.Tensor:
         """Return the output of a sender in those prompts, or compute it from its parents if the hypothesis names them."""
@@ -237,7 +237,7 @@ class _Run:
         if sender.kind == "head":
             layer, head = sites.layer_of(sender.site), int(sender.index or 0)
             inputs = {
-                node.site[-1]: self._input(node, rows, parents) if node in parents else self._natural(node, rows)
+                node.site[-1]: self._input(node, rows, parents) if node in parents else self._unpatched_input(node, rows)
                 for node in self._channels(sender)
             }
             return self.graph.head_output(layer, head, inputs, self.tokens)
@@ -247,11 +247,11 @@ class _Run:
         """Return the receivers from which a sender's output is computed: a head's query, key and value, or the MLP itself."""
         return {receiver for receiver in self.graph.receivers() if sender in self.graph.users(receiver)}
 
-    def _natural(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
+    def _unpatched_input(self, receiver: Node, rows: NDArray[np.int64]) -> torch.Tensor:
         """Return the input of a receiver in the unpatched runs of some prompts."""
         chosen = torch.from_numpy(rows)
         total = sum((self.written[sender][chosen] for sender in self.graph.senders(receiver)), torch.zeros(()))
-        return total + self.always[self.graph.depth(receiver)]
+        return total + self.biases[self.graph.depth(receiver)]
 
     def _agreeing(self, label: Label, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Draw, for each prompt, a random prompt with the same label, possibly itself.

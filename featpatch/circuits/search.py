@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
+from featpatch.errors import FeatpatchError, is_number
 from featpatch.nodes import LOGITS, Edge, Node
 
 ROUNDING = 1e-6
@@ -20,18 +21,28 @@ AHEAD = 16
 """The largest number of pruning steps that are run together."""
 
 Search = Iterator[list[int]]
-"""A search step by step: the numbers of the items that are kept after each step, the most important first if it ranks them."""
+"""A search, step by step: the indices of the items kept after each step, the most important first if the search ranks them."""
+
+
+def check_threshold(threshold: object) -> None:
+    """Check that a threshold is a number above 0.
+
+    Raises:
+        FeatpatchError: if not.
+    """
+    if not is_number(threshold) or not threshold > 0:
+        raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
 
 
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
-    """Return the exact loss of the whole model's faithfulness with only one item ablated, for each item, `[items]`."""
-    whole = graph.faithfulness(graph.of_masks(np.ones((1, len(graph.items)), dtype=bool)))[0]
+    """Return the exact loss of faithfulness with only one item ablated, for each item, `[items]`."""
+    whole = graph.faithfulness(graph.values([graph.items]))[0]
     result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
     return result
 
 
 def by_threshold(scores: NDArray[np.float64], threshold: float, size: int | None) -> list[int]:
-    """Return the items with a |score| of at least the threshold, or the first `size` items, in descending order of |score|."""
+    """Return the indices of the items with a |score| of at least the threshold, or of the first `size`, by falling |score|."""
     count = size if size is not None else int((np.abs(scores) >= threshold).sum())
     return ranking(scores, "absolute")[:count].tolist()
 
@@ -40,7 +51,7 @@ def greedily(graph: Graph, target: float, size: int | None, *, progress: bool = 
     """Add items, starting from none, that bring faithfulness closest to 1, until the target or size is reached.
 
     If no single item helps, for example because two are needed together, the item that does least harm is added. Every step
-    runs each of the remaining items.
+    measures each of the remaining items.
     """
     chosen: list[int] = []
     kept, now = np.zeros(len(graph.items), dtype=bool), 0.0
@@ -69,17 +80,17 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
         for user in graph.users(edge.receiver):
             into[user].append((place, number))
     chosen: list[int] = []
-    kept, following = np.zeros((1, len(graph.items)), dtype=bool), sorted(edge for node in reached for edge in into[node])
-    while following and (size is None or len(chosen) < size):
-        _, number = heapq.heappop(following)
-        if kept[0, number]:  # an edge into a shared key or value, once per head
+    kept, frontier = np.zeros((1, len(graph.items)), dtype=bool), sorted(edge for node in reached for edge in into[node])
+    while frontier and (size is None or len(chosen) < size):
+        _, number = heapq.heappop(frontier)
+        if kept[0, number]:  # an edge into a shared key or value is found once per head
             continue
         edge = graph.items[number]
         assert isinstance(edge, Edge)
         if edge.sender not in reached:
             reached.add(edge.sender)
             for other in into[edge.sender]:
-                heapq.heappush(following, other)
+                heapq.heappush(frontier, other)
         kept[0, number] = True
         chosen.append(number)
         yield chosen
@@ -88,11 +99,11 @@ def along_edges(graph: Graph, scores: NDArray[np.float64], target: float, size: 
 
 
 def acdc(graph: Graph, threshold: float, start: NDArray[np.bool_], *, progress: bool = False) -> Search:
-    """Remove from those of a mask, one by one from the output down, items that change faithfulness by less than the threshold.
+    """Remove, one by one from the output down, items of `start` whose removal changes faithfulness by less than the threshold.
 
     This is algorithm 1 of Conmy et al. 2023 (arXiv 2304.14997), with the change of faithfulness instead of the divergence. Most
-    items are removed, so several steps are run together as if all of their items were; the steps after an item that stays are
-    run again.
+    items are removed, so several steps are run together on the assumption that all of their items are; the steps after an
+    item that stays are run again.
     """
     order, kept = np.flatnonzero(start)[::-1], start.copy()
     now, done, ahead = float(graph.faithfulness(graph.of_masks(kept[None]))[0]), 0, 1
@@ -113,10 +124,10 @@ def acdc(graph: Graph, threshold: float, start: NDArray[np.bool_], *, progress: 
 
 
 def run(search: Search, journal: str | Path | None) -> tuple[list[int], bool]:
-    """Run a search to its end and return the numbers of the items that it keeps; after Ctrl-C, those of its last full step.
+    """Run a search and return the indices of the items that it keeps; after Ctrl-C, those of its last full step.
 
     Returns:
-        The numbers, and whether the search ended by itself.
+        The indices, and whether the search ran to its end.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C in the first step.
@@ -133,7 +144,7 @@ def run(search: Search, journal: str | Path | None) -> tuple[list[int], bool]:
 
 
 def to_resume(journal: str | Path | None) -> str:
-    """Return how an interrupted search is continued."""
+    """Return a sentence on how to resume an interrupted search."""
     if journal is None:
         return "pass journal='circuit.journal' to keep what is measured and to resume from there"
     return f"the journal {str(journal)!r} has what is measured: the same call with it resumes from there"

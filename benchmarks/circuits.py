@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--integrated", type=int, default=1, help="number of pairs for integrated gradients")
     parser.add_argument("--exact", type=int, default=20, help="number of edges that EAP-IG's exact loop measures")
-    parser.add_argument("--circuit", type=int, default=0, help="number of pairs of a circuit from prompts to diagram")
+    parser.add_argument("-c", "--circuit", type=int, default=0, help="number of pairs of a circuit from prompts to diagram")
     parser.add_argument("--edges", type=int, default=200, help="number of edges of this circuit")
     options = parser.parse_args()
     torch.set_num_threads(1)

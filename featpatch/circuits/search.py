@@ -4,6 +4,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from sys import float_info
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
+from featpatch.errors import FeatpatchError, is_number
 from featpatch.nodes import LOGITS, Edge, Node
 
 ROUNDING = 1e-6
@@ -21,6 +23,16 @@ AHEAD = 16
 
 Search = Iterator[list[int]]
 """A search step by step: the numbers of the items that are kept after each step, the most important first if it ranks them."""
+
+
+def check_threshold(threshold: object) -> None:
+    """Check a threshold of a search.
+
+    Raises:
+        FeatpatchError: it is not a finite number above 0.
+    """
+    if not is_number(threshold) or not 0 < threshold <= float_info.max:
+        raise FeatpatchError(f"threshold={threshold!r}: expected a finite fraction of the behaviour above 0, such as 0.01")
 
 
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:

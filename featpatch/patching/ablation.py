@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, is_integer, is_number
+from featpatch.errors import FeatpatchError, each, is_integer, is_number
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import ActivationCache
 from featpatch.model.vocabulary import check_tokens
@@ -454,7 +454,7 @@ def named_values(
     if number:
         return Constant(float(to))
     if reference is not None:
-        check_tokens(check_pairs(reference, by_label=True), lens)
+        each(lambda given: check_tokens(check_pairs(given, by_label=True), lens), [reference], where=["reference"])
     of = pairs if reference is None else reference
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in of for ids in (pair.clean, pair.corrupted)))
     if to == "mean_by_position" and [prompt.tokens for prompt in prompts] == [pairs[0].clean]:

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from featpatch.circuits.curve import SHARES, FaithfulnessCurve, Order, curve_of
 from featpatch.circuits.files import content_of, to_eap_ig, write_json
 from featpatch.circuits.graph import Graph
-from featpatch.circuits.search import acdc, run
+from featpatch.circuits.search import acdc, check_threshold, run
 from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
@@ -153,13 +153,16 @@ class Circuit(Plotted):
             >>> len(circuit.refine(threshold=0.05, progress=False)) <= len(circuit)
             True
         """
-        if not is_number(threshold) or not threshold > 0:
-            raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
+        check_threshold(threshold)
         threshold = float(threshold)
         with self.graph.journal(journal):
             numbers, finished = run(acdc(self.graph, threshold, self._mask, progress=progress), journal)
         kept = {self.graph.items[number] for number in numbers}
-        metadata = {**self.metadata, "refined": threshold, "finished": self.finished and finished}
+        metadata = {
+            **self.metadata,
+            "refined": [*self.metadata.get("refined", []), threshold],
+            "finished": self.finished and finished,
+        }
         again = self.again
         return Circuit(
             self.graph,
@@ -169,7 +172,7 @@ class Circuit(Plotted):
             lambda pairs: again(pairs).refine(threshold=threshold, progress=False),
         )
 
-    def curve(self, shares: Sequence[float] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
+    def curve(self, shares: Sequence[float] | NDArray[Any] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
         """Measure the faithfulness of the first items by score, for growing shares of all items, with CPR and CMD.
 
         This is what the evaluator of the MIB benchmark does (`evaluate_area_under_curve`; Mueller et al. 2025, arXiv
@@ -184,7 +187,7 @@ class Circuit(Plotted):
         differ a lot; the evaluator of the MIB benchmark runs either.
 
         Args:
-            shares: ascending shares of all items, between 0 and 1.
+            shares: ascending shares of all items, between 0 and 1; with a single one CPR and CMD are NaN.
             order: the order of the numbers in the result itself; those of the other one are in `other`.
 
         Raises:
@@ -397,8 +400,13 @@ class Circuit(Plotted):
     def _search(self) -> str:
         """Return the method of the search with its kind of scores, and whether it was interrupted."""
         scores = self.metadata.get("scores")
-        refined = f"refined at {self.metadata['refined']:.3g}" if "refined" in self.metadata else ""
-        parts = [self.metadata["method"], f"scores={scores!r}" if scores else "", refined, "" if self.finished else "interrupted"]
+        refined = [f"refined at {threshold:.3g}" for threshold in self.metadata.get("refined", [])]
+        parts = [
+            self.metadata["method"],
+            f"scores={scores!r}" if scores else "",
+            *refined,
+            "" if self.finished else "interrupted",
+        ]
         return ", ".join(part for part in parts if part)
 
     @property

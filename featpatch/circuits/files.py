@@ -7,7 +7,6 @@ that share keys and values; an edge into shared keys or values is there once for
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from sys import float_info
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from featpatch import sites
 from featpatch.circuits.graph import Graph
 from featpatch.effects.storage import nodes_of
-from featpatch.errors import FeatpatchError, is_number
+from featpatch.errors import FeatpatchError, is_finite
 from featpatch.files import as_path, read_json, writing
 from featpatch.nodes import LOGITS, Edge, Node
 
@@ -29,16 +28,12 @@ SEARCH = ("method", "scores", "steps", "threshold", "size", "target", "errors")
 """The options of a search that are stored, so that it can be repeated for other pairs."""
 
 
-def _finite(value: object) -> bool:
-    return is_number(value) and abs(value) <= float_info.max
-
-
 METADATA: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(["over", "method", "metric", "outside"], lambda value: isinstance(value, str)),
     "positions": lambda value: value is None or isinstance(value, str | list),
     "ablation": lambda value: isinstance(value, dict) and isinstance(value.get("own"), bool),
     "search": lambda value: isinstance(value, dict) and value.keys() == set(SEARCH),
-    "refined": lambda value: value is None or (isinstance(value, list) and all(map(_finite, value))),
+    "refined": lambda value: value is None or (isinstance(value, list) and all(map(is_finite, value))),
     "finished": lambda value: isinstance(value, bool),
 }
 """What is read from the metadata in our own files, with a test of its value, which is None where it is missing."""
@@ -74,7 +69,7 @@ def read_circuit(path: str | Path) -> dict[str, Any]:
     if isinstance(content, dict) and isinstance(content.get("edges"), dict) and isinstance(content.get("nodes"), dict):
         return {"edges": content["edges"]}
     fits = isinstance(content, dict) and isinstance(content.get("metadata"), dict) and isinstance(content.get("scores"), list)
-    if not fits or content.get(FORMAT) != VERSION or not all(map(_finite, content["scores"])):
+    if not fits or content.get(FORMAT) != VERSION or not all(map(is_finite, content["scores"])):
         raise FeatpatchError(f"{str(path)!r} holds no circuit: {expected}")
     strange = next((name for name, fits in METADATA.items() if not fits(content["metadata"].get(name))), None)
     if strange is not None:
@@ -131,7 +126,7 @@ def from_eap_ig(graph: Graph, edges: Mapping[str, Any]) -> tuple[tuple[Node, ...
                 f"edge {name[:80]!r} is not in this model: expected a circuit of a model with the same layers and heads; pass "
                 "that model"
             )
-        if not isinstance(entry, dict) or not _finite(entry.get("score")) or not isinstance(entry.get("in_graph"), bool):
+        if not isinstance(entry, dict) or not is_finite(entry.get("score")) or not isinstance(entry.get("in_graph"), bool):
             raise FeatpatchError(
                 f"the entry of edge {name!r} is {str(entry)[:80]}: expected a finite score, and in_graph, true or false"
             )

@@ -4,7 +4,6 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from sys import float_info
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
-from featpatch.errors import FeatpatchError, is_number
+from featpatch.errors import FeatpatchError, is_finite
 from featpatch.nodes import LOGITS, Edge, Node
 
 ROUNDING = 1e-6
@@ -31,7 +30,7 @@ def check_threshold(threshold: object) -> None:
     Raises:
         FeatpatchError: it is not a finite number above 0.
     """
-    if not is_number(threshold) or not 0 < threshold <= float_info.max:
+    if not is_finite(threshold) or not threshold > 0:
         raise FeatpatchError(f"threshold={threshold!r}: expected a finite fraction of the behaviour above 0, such as 0.01")
 
 

@@ -4,7 +4,9 @@ Every message names the value that was given, what was expected, and what to do 
 """
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from numbers import Integral, Real
+from sys import float_info
 from typing import Any, TypeGuard, TypeVar
 
 from featpatch.untrusted import visible
@@ -45,6 +47,11 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is a real number, of Python or of NumPy; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number, see `is_number`, that a float can hold: neither NaN, infinite nor too large."""
+    return is_number(value) and (abs(value) <= float_info.max if is_integer(value) else isfinite(value))
 
 
 def check_numbers(least: int, /, **given: object) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import networkx as nx
 import numpy as np
 import pytest
@@ -276,5 +277,47 @@ def test_a_circuit_is_refined_item_by_item(tmp_path: Path) -> None:
     loaded = fp.load_circuit(refined.save(tmp_path / "c.json"), small.model, pairs_of(small))
     assert loaded.items == loaded.again(pairs_of(small)).items == refined.again(pairs_of(small)).items == refined.items
     for wrong in (0.0, -0.1, float("nan")):
-        with pytest.raises(fp.FeatpatchError, match="expected a fraction of the behaviour above 0"):
+        with pytest.raises(fp.FeatpatchError, match="expected a finite fraction of the behaviour above 0"):
             found.refine(threshold=wrong)
+
+
+def test_a_circuit_is_refined_twice(tmp_path: Path) -> None:
+    """The file has both thresholds, so that the same search is repeated for other pairs."""
+    small = small_hooked()
+    found = fp.find_circuit(small.model, pairs_of(small), scores="estimate", size=20, progress=False)
+    twice = found.refine(threshold=0.3, progress=False).refine(threshold=1e-9, progress=False)
+    assert "refined at 0.3, refined at 1e-09" in repr(twice)
+    loaded = fp.load_circuit(twice.save(tmp_path / "c.json"), small.model, pairs_of(small))
+    assert loaded.again(pairs_of(small)).items == twice.items
+    assert set(found.refine(threshold=1e-9, progress=False).items) > set(twice.items)
+
+
+def test_thresholds_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    small = small_hooked()
+    found = fp.find_circuit(small.model, pairs_of(small), scores="estimate", size=20, progress=False)
+    for threshold in (np.inf, np.nan, 10**400, 0, True):
+        with pytest.raises(fp.FeatpatchError, match="^threshold=.*: expected a finite fraction"):
+            found.refine(threshold=threshold, progress=False)
+        with pytest.raises(fp.FeatpatchError, match="^threshold=.*: expected a finite fraction"):
+            fp.find_circuit(small.model, pairs_of(small), threshold=threshold, progress=False)
+
+
+def test_shares_and_known_items_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays are shares; one share has no area, rather than one of 0, which would be the best CMD."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    small = small_hooked()
+    found = fp.find_circuit(small.model, pairs_of(small), scores="estimate", size=20, progress=False)
+    shares = np.linspace(0, 1, 3)
+    assert found.curve(shares).cmd == found.curve(shares.tolist()).cmd  # type: ignore[arg-type]
+    one = found.curve([1.0])
+    assert one.faithfulness == pytest.approx([1.0])
+    assert np.isnan([one.cpr, one.cmd, one.other.cpr, one.other.cmd]).all()
+    for known, said in (
+        (3, "items=3: expected several"),
+        ("ab", "items='ab'"),
+        ([[1]], "is not in the graph"),
+        (None, "items=None"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=said):
+            found.roc_auc(known)  # type: ignore[arg-type]

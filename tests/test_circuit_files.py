@@ -1,9 +1,11 @@
 """Files of circuits: our own JSON and EAP-IG's, with names that the tests build independently."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -108,10 +110,13 @@ def test_circuits_are_compared() -> None:
         ("{", "is not JSON"),
         ("[]", "holds no circuit"),
         ('{"featpatch circuit": 1, "metadata": {}, "scores": ["x"]}', "holds no circuit"),
-        ('{"featpatch circuit": 1, "metadata": {}, "scores": [], "items": 3, "candidates": []}', "expected a list"),
-        ('{"featpatch circuit": 1, "metadata": {"over": "edges"}, "scores": [1], "items": [], "candidates": []}', "1 scores"),
         ('{"cfg": {}, "nodes": {}, "edges": {"a9.h0->logits": {"score": 1, "in_graph": true}}}', "is not in this model"),
-        ('{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": 1}}}', "expected a score and in_graph"),
+        ('{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": 1}}}', "expected a finite score, and in_graph"),
+        ('{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": NaN, "in_graph": true}}}', "expected a finite score"),
+        (
+            '{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": 1, "in_graph": true}}}',
+            "'input->a0.h0<q>' is not in the",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, said: str) -> None:
@@ -121,3 +126,60 @@ def test_bad_files(tmp_path: Path, content: str, said: str) -> None:
         fp.load_circuit(tmp_path / "circuit.json", small.model, pairs_of(small))
     with pytest.raises(fp.FeatpatchError, match="can't be read"):
         fp.load_circuit(tmp_path / "none.json", small.model, pairs_of(small))
+
+
+def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field that is read, with a value of another type, none, and a number that is not finite."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    small, path = small_hooked(), tmp_path / "circuit.json"
+    found = fp.find_circuit(small.model, pairs_of(small), **OPTIONS)
+    content = json.loads(found.refine(threshold=0.01, progress=False).save(path).read_text())
+
+    def refused(name: str, value: Any, said: str) -> None:
+        outer = content if name in content else content["metadata"]
+        changed = {**outer, name: value}
+        path.write_text(json.dumps(changed if outer is content else {**content, "metadata": changed}))
+        with pytest.raises(fp.FeatpatchError, match=said):
+            fp.load_circuit(path, small.model, pairs_of(small))
+
+    refused("items", 3, "expected a list")
+    refused("scores", [1], "1 scores")
+    for scores in ([10**400], [float("nan")]):
+        refused("scores", scores * len(found.scores), "holds no circuit")
+    for name in ("over", "method", "metric", "outside", "ablation", "search", "finished"):
+        for value in (None, 3, float("inf"), {"a": 1}):
+            refused(name, value, f"is damaged: its metadata have {name}=")
+    for name, value in (("refined", 3), ("refined", ["x"]), ("positions", 3)):
+        refused(name, value, f"is damaged: its metadata have {name}=")
+    for wrong in (3, True, [path]):
+        with pytest.raises(fp.FeatpatchError, match="^the path is of type"):
+            fp.load_circuit(wrong, small.model, pairs_of(small))  # type: ignore[arg-type]
+
+
+def test_empty_ablation_values_are_not_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    small = small_hooked()
+    path = fp.find_circuit(small.model, pairs_of(small), **OPTIONS).save(tmp_path / "circuit.json")
+    for to in ("", 0, [], np.array([1, 2])):
+        with pytest.raises(fp.FeatpatchError, match="^to=.*: expected one of corrupted, zero"):
+            fp.load_circuit(path, small.model, pairs_of(small), to=to)  # type: ignore[arg-type]
+        with pytest.raises(fp.FeatpatchError, match="^to=.*: expected one of corrupted, zero"):
+            fp.find_circuit(small.model, pairs_of(small), **OPTIONS, to=to)  # type: ignore[arg-type]
+
+
+def test_prompts_with_and_without_a_counterfactual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they are refused for all ablation values."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    small = small_hooked()
+    pairs = pairs_of(small)
+    path = fp.find_circuit(small.model, pairs, **OPTIONS).save(tmp_path / "circuit.json")
+    mixed = fp.Pairs((pairs[0], replace(pairs[1], corrupted=pairs[1].clean)))
+    for to in ("corrupted", "zero", "mean", "mean_by_position", "resample"):
+        for call in (
+            lambda to=to: fp.find_circuit(small.model, mixed, to=to, **OPTIONS),
+            lambda to=to: fp.load_circuit(path, small.model, mixed, to=to),
+        ):
+            with pytest.raises(fp.FeatpatchError, match="1 of 2 pairs have no counterfactual"):
+                call()
+    with pytest.raises(fp.FeatpatchError, match="^reference: pairs is a list"):
+        fp.find_circuit(small.model, pairs, to="mean", reference=[1], **OPTIONS)

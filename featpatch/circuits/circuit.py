@@ -158,7 +158,11 @@ class Circuit(Plotted):
         with self.graph.journal(journal):
             numbers, finished = run(acdc(self.graph, threshold, self._mask, progress=progress), journal)
         kept = {self.graph.items[number] for number in numbers}
-        metadata = {**self.metadata, "refined": threshold, "finished": self.finished and finished}
+        metadata = {
+            **self.metadata,
+            "refined": [*self.metadata.get("refined", []), threshold],
+            "finished": self.finished and finished,
+        }
         again = self.again
         return Circuit(
             self.graph,
@@ -168,7 +172,7 @@ class Circuit(Plotted):
             lambda pairs: again(pairs).refine(threshold=threshold, progress=False),
         )
 
-    def curve(self, shares: Sequence[float] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
+    def curve(self, shares: Sequence[float] | NDArray[Any] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
         """Measure the faithfulness of the first items by score, for growing shares of all items, with CPR and CMD.
 
         This is what the evaluator of the MIB benchmark does (`evaluate_area_under_curve`; Mueller et al. 2025, arXiv
@@ -183,7 +187,7 @@ class Circuit(Plotted):
         differ a lot; MIB's evaluator can use either.
 
         Args:
-            shares: ascending shares of all items, between 0 and 1.
+            shares: ascending shares of all items, between 0 and 1; with a single one CPR and CMD are NaN.
             order: the order of the curve that is returned; the curve in the other order is its attribute `other`.
 
         Raises:
@@ -398,9 +402,9 @@ class Circuit(Plotted):
     def _search(self) -> str:
         """Return the method of the search, its scores, the threshold of `refine`, and whether it was interrupted."""
         scores = self.metadata.get("scores")
-        refined = f"refined at {self.metadata['refined']:.3g}" if "refined" in self.metadata else ""
+        refined = [f"refined at {threshold:.3g}" for threshold in self.metadata.get("refined", [])]
         interrupted = "" if self.finished else "interrupted"
-        return ", ".join(filter(None, (self.metadata["method"], scores and f"scores={scores!r}", refined, interrupted)))
+        return ", ".join(filter(None, (self.metadata["method"], scores and f"scores={scores!r}", *refined, interrupted)))
 
     @property
     def finished(self) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.lens import Lens
-from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs, check_unmixed
 from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
 from featpatch.patching.readings import Reading, Readout, readings_of
 from featpatch.sae.dictionary import Dictionary
@@ -22,6 +22,20 @@ Array = NDArray[np.float64]
 
 Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"]
 """The ablation values of the complement: those of the pair's corrupted run (`"corrupted"`), or as in `fp.ablate`."""
+
+
+def check_complement(to: object, pairs: object) -> None:
+    """Check the name of the ablation values, and that the pairs have what these need.
+
+    Raises:
+        FeatpatchError: the name is unknown, the pairs are no `Pairs`, only some of them have a counterfactual, or none has one
+            and the values are those of the corrupted run.
+    """
+    check_choices(get_args(Complement), to=to)
+    if to == "corrupted":
+        check_counterfactual(pairs)
+    else:
+        check_unmixed(check_pairs(pairs))
 
 
 @dataclass(eq=False)
@@ -51,7 +65,6 @@ class CleanRuns(ABC):
         Raises:
             FeatpatchError: if the complement can't be ablated in this way, or hooks are attached to the model.
         """
-        check_choices(get_args(Complement), to=self.to)
         if self.to == "mean_by_position" and any(reading.continuation for _, reading in self.readings):
             raise FeatpatchError(
                 f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected another `to`, such as "

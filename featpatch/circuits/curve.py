@@ -58,13 +58,16 @@ class FaithfulnessCurve(Plotted):
 
     @property
     def cpr(self) -> float:
-        """The integrated circuit performance ratio: the area under faithfulness over shares; higher is better."""
-        return float(np.trapezoid(self.faithfulness, self.shares))
+        """The integrated circuit performance ratio: the area under faithfulness; higher is better, NaN with one share."""
+        return self._area(self.faithfulness)
 
     @property
     def cmd(self) -> float:
-        """The integrated circuit-model distance: the area between faithfulness and 1; 0 is best."""
-        return float(np.trapezoid(np.abs(1 - self.faithfulness), self.shares))
+        """The integrated circuit-model distance: the area between faithfulness and 1; 0 is best, NaN with one share."""
+        return self._area(np.abs(1 - self.faithfulness))
+
+    def _area(self, values: NDArray[np.float64]) -> float:
+        return float(np.trapezoid(values, self.shares)) if len(values) > 1 else math.nan  # an area of 0 would be a perfect CMD
 
     @property
     def both(self) -> "tuple[FaithfulnessCurve, ...]":
@@ -121,7 +124,7 @@ class FaithfulnessCurve(Plotted):
 
 
 def curve_of(
-    graph: Graph, scores: NDArray[np.float64], shares: Sequence[float], order: Order, *, both: bool = True
+    graph: Graph, scores: NDArray[np.float64], shares: Sequence[float] | NDArray[Any], order: Order, *, both: bool = True
 ) -> FaithfulnessCurve:
     """Measure the curve of `Circuit.curve`.
 
@@ -129,6 +132,7 @@ def curve_of(
         FeatpatchError: if the shares are not ascending numbers from 0 to 1, or the order is unknown.
     """
     check_choices(get_args(Order), order=order)
+    shares = shares.tolist() if isinstance(shares, np.ndarray) else shares
     fractions = isinstance(shares, Sequence) and all(is_number(share) and 0 <= share <= 1 for share in shares)
     if not fractions or not shares or list(shares) != sorted(set(shares)):
         raise FeatpatchError(f"shares={shares!r}: expected fractions of all items in ascending order, between 0 and 1")

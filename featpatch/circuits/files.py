@@ -5,7 +5,7 @@ that share keys and values, so an edge into shared keys or values is written onc
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featpatch import sites
 from featpatch.circuits.graph import Graph
 from featpatch.effects.storage import nodes_of
-from featpatch.errors import FeatpatchError, is_number
+from featpatch.errors import FeatpatchError, is_finite
 from featpatch.files import as_path, read_json, writing
 from featpatch.nodes import LOGITS, Edge, Node
 
@@ -23,6 +23,20 @@ FORMAT = "featpatch circuit"
 """The key that marks our own files; its value is the format version."""
 
 VERSION = 1
+
+SEARCH = ("method", "scores", "steps", "threshold", "size", "target", "errors")
+"""The options of a search that are stored, so that it can be repeated for other pairs."""
+
+
+METADATA: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(["over", "method", "metric", "outside"], lambda value: isinstance(value, str)),
+    "positions": lambda value: value is None or isinstance(value, str | list),
+    "ablation": lambda value: isinstance(value, dict) and isinstance(value.get("own"), bool),
+    "search": lambda value: isinstance(value, dict) and value.keys() == set(SEARCH),
+    "refined": lambda value: value is None or (isinstance(value, list) and all(map(is_finite, value))),
+    "finished": lambda value: isinstance(value, bool),
+}
+"""What is read from the metadata in our own files, with a test of its value, which is None where it is missing."""
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
@@ -39,23 +53,30 @@ def content_of(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64],
 
 
 def read_circuit(path: str | Path) -> dict[str, Any]:
-    """Read a file of a circuit: `candidates`, `items`, `scores` and `metadata`, or `nodes` and `edges` of EAP-IG.
+    """Read a file of a circuit: `candidates`, `items`, `scores` and `metadata`, or `edges` of EAP-IG.
 
     Raises:
         FeatpatchError: the file can't be read, or is of neither format.
     """
     expected = "expected a file written by circuit.save or by EAP-IG's Graph.to_json"
+    file = as_path(path)
     try:
-        content = read_json(as_path(path).read_text(encoding="utf-8"))
+        content = read_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise FeatpatchError(f"{str(path)!r} can't be read ({error.strerror}): {expected}") from error
     except ValueError as error:
         raise FeatpatchError(f"{str(path)!r} is not JSON ({str(error)[:100]}): {expected}") from error
     if isinstance(content, dict) and isinstance(content.get("edges"), dict) and isinstance(content.get("nodes"), dict):
-        return content
+        return {"edges": content["edges"]}
     fits = isinstance(content, dict) and isinstance(content.get("metadata"), dict) and isinstance(content.get("scores"), list)
-    if not fits or content.get(FORMAT) != VERSION or not all(map(is_number, content["scores"])):
+    if not fits or content.get(FORMAT) != VERSION or not all(map(is_finite, content["scores"])):
         raise FeatpatchError(f"{str(path)!r} holds no circuit: {expected}")
+    strange = next((name for name, fits in METADATA.items() if not fits(content["metadata"].get(name))), None)
+    if strange is not None:
+        raise FeatpatchError(
+            f"{str(path)!r} is damaged: its metadata have {strange}={str(content['metadata'].get(strange))[:80]}: {expected}; "
+            "save the circuit again"
+        )
     return {**content, **{name: nodes_of(content.get(name)) for name in ("candidates", "items")}}
 
 
@@ -105,12 +126,18 @@ def from_eap_ig(graph: Graph, edges: Mapping[str, Any]) -> tuple[tuple[Node, ...
                 f"edge {name[:80]!r} is not in this model: expected a circuit of a model with the same layers and heads; pass "
                 "that model"
             )
-        if not isinstance(entry, dict) or not is_number(entry.get("score")) or not isinstance(entry.get("in_graph"), bool):
+        if not isinstance(entry, dict) or not is_finite(entry.get("score")) or not isinstance(entry.get("in_graph"), bool):
             raise FeatpatchError(
-                f"the entry of edge {name!r} is {str(entry)[:80]}: expected a score and in_graph, true or false"
+                f"the entry of edge {name!r} is {str(entry)[:80]}: expected a finite score, and in_graph, true or false"
             )
         scores[numbers[name]] += entry["score"]
         kept[numbers[name]] |= entry["in_graph"]
+    missing = next((name for name in numbers if name not in edges), None)
+    if missing is not None:
+        raise FeatpatchError(
+            f"the file has {len(edges)} edges and this model {len(numbers)}, of which {missing!r} is not in the file: expected "
+            "all of them, as in a circuit of a model with the same layers and heads; pass that model"
+        )
     order = np.argsort(-np.abs(scores), kind="stable")
     return tuple(graph.items[number] for number in order if kept[number]), scores
 

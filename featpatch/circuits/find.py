@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.attribution import STEPPED, STEPS, Scores
 from featpatch.circuits.circuit import Circuit
-from featpatch.circuits.clean_runs import Complement
+from featpatch.circuits.clean_runs import Complement, check_complement
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.files import from_eap_ig, read_circuit
+from featpatch.circuits.files import SEARCH, from_eap_ig, read_circuit
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
@@ -27,7 +27,7 @@ from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.pairs.pair import Positions
-from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
+from featpatch.pairs.pairs import Pairs
 from featpatch.patching.readings import readout
 from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
 
@@ -66,7 +66,8 @@ def check_search(
             f"steps={steps} with scores={scores or 'exact'!r}: expected steps only with "
             f"scores={' or '.join(map(repr, STEPPED))}; leave steps out"
         )
-    check_threshold(THRESHOLD if threshold is None else threshold)
+    if threshold is not None:
+        check_threshold(threshold)
     check_numbers(1, size=1 if size is None else size)
     if target is not None and (not is_number(target) or not 0 < target <= 1):
         raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
@@ -202,7 +203,7 @@ def find_circuit(
         >>> len(circuit), circuit.faithfulness > 0.2
         (5, True)
     """
-    check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
+    check_complement(to, pairs)
     over = ("edges" if nodes is None else "nodes") if over is None else over
     check_candidates(over, nodes, saes, errors)
     check_region_free(over, nodes, positions)
@@ -241,7 +242,7 @@ def find_circuit(
         **graph.about(), "method": method, "metric": graph.name, "outside": to, "scores": scores if len(ranked) else None,
         "steps": (steps or STEPS) if scores in STEPPED else None, "threshold": threshold, "size": size, "target": target,
         "errors": errors, "ablation": {**graph.ablation.noted, "own": reference is None},
-        "search": {name: given[name] for name in ("method", "scores", "steps", "threshold", "size", "target", "errors")},
+        "search": {name: given[name] for name in SEARCH},
         "finished": finished, **provenance(lens, pairs),
     }  # fmt: skip
     items = tuple(graph.items[number] for number in numbers)
@@ -284,8 +285,9 @@ def load_circuit(
     """
     content, lens = read_circuit(path), wrap(model)
     about: Mapping[str, Any] = content.get("metadata", {"over": "edges", "method": "EAP-IG's file"})
-    to, metric = to or about.get("outside", "corrupted"), about.get("metric", "logit_diff") if metric is None else metric
-    check_counterfactual(pairs) if to == "corrupted" else check_pairs(pairs)
+    to = about.get("outside", "corrupted") if to is None else to
+    metric = about.get("metric", "logit_diff") if metric is None else metric
+    check_complement(to, pairs)
     noted = about.get("ablation", {}) if to == about.get("outside") else {}
     if reference is None and not noted.get("own", True):
         raise FeatpatchError(
@@ -316,7 +318,9 @@ def load_circuit(
             )
         given = {"to": to, "reference": reference, "seed": seed, "metric": metric, "positions": positions}
         found = find_circuit(model, other, saes=saes, over=over, nodes=nodes, progress=False, **given, **options)
-        return found.refine(threshold=about["refined"], progress=False) if "refined" in about else found
+        for threshold in about.get("refined", []):
+            found = found.refine(threshold=threshold, progress=False)
+        return found
 
     metadata = {**about, "metric": graph.name, "outside": to, **provenance(lens, pairs)}
     return Circuit(graph, items, scores, metadata, again)

@@ -201,11 +201,13 @@ class Graph(CleanRuns):
         Raises:
             FeatpatchError: if an item is not in the graph.
         """
+        if not isinstance(items, Iterable) or isinstance(items, str):
+            raise FeatpatchError(f"items={items!r}: expected several nodes or edges, such as .graph.items[:3]")
         chosen = list(items)
-        strange = next((item for item in chosen if item not in self._numbers), None)
-        if strange is not None:
+        strange = [item for item in chosen if not isinstance(item, Node) or item not in self._numbers]
+        if strange:
             raise FeatpatchError(
-                f"{str(strange)!r} is not in the graph: expected items from among its {len(self.items)}; see .graph.items"
+                f"{str(strange[0])!r} is not in the graph: expected items from among its {len(self.items)}; see .graph.items"
             )
         return np.array([self._numbers[item] for item in chosen], dtype=np.int64)
 

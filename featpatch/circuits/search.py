@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
-from featpatch.errors import FeatpatchError, is_number
+from featpatch.errors import FeatpatchError, is_finite
 from featpatch.nodes import LOGITS, Edge, Node
 
 ROUNDING = 1e-6
@@ -25,13 +25,13 @@ Search = Iterator[list[int]]
 
 
 def check_threshold(threshold: object) -> None:
-    """Check that a threshold is a number above 0.
+    """Check a threshold of a search.
 
     Raises:
-        FeatpatchError: if not.
+        FeatpatchError: it is not a finite number above 0.
     """
-    if not is_number(threshold) or not threshold > 0:
-        raise FeatpatchError(f"threshold={threshold!r}: expected a fraction of the behaviour above 0, such as 0.01")
+    if not is_finite(threshold) or not threshold > 0:
+        raise FeatpatchError(f"threshold={threshold!r}: expected a finite fraction of the behaviour above 0, such as 0.01")
 
 
 def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:

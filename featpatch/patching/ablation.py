@@ -7,15 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import isfinite
 from random import Random
-from sys import float_info
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, is_integer, is_number
+from featpatch.errors import FeatpatchError, each, is_finite, is_integer, is_number
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import ActivationCache
 from featpatch.model.vocabulary import check_tokens
@@ -438,7 +436,7 @@ def named_values(
     Raises:
         FeatpatchError: if an argument is unknown or unused, or the values would be the prompt's own.
     """
-    number = is_number(to) and (abs(to) <= float_info.max if is_integer(to) else isfinite(to))
+    number = is_finite(to)
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):
         raise FeatpatchError(
             f"to={to!r}: expected one of {', '.join(map(repr, ABLATION_VALUES))}, a finite number, or activations"
@@ -454,7 +452,7 @@ def named_values(
     if number:
         return Constant(float(to))
     if reference is not None:
-        check_tokens(check_pairs(reference, by_label=True), lens)
+        each(lambda given: check_tokens(check_pairs(given, by_label=True), lens), [reference], where=["reference"])
     of = pairs if reference is None else reference
     prompts = list(dict.fromkeys(Prompt(ids, pair.special) for pair in of for ids in (pair.clean, pair.corrupted)))
     if to == "mean_by_position" and [prompt.tokens for prompt in prompts] == [pairs[0].clean]:

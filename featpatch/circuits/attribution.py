@@ -94,8 +94,18 @@ def points_of(scores: Scores, steps: int, places: Sequence[tuple[Node, ...]]) ->
 
 def sender_hooks(lens: Lens) -> list[str]:
     """Return the hook points whose activations determine what all senders write."""
-    mlps = [] if lens.attention_only else ["mlp_out"]
-    return [sites.resid_pre(0), *(sites.component(layer, name) for layer in range(lens.n_layers) for name in ("z", *mlps))]
+    names = ("z", *_mlps(lens))
+    return [sites.resid_pre(0), *(sites.component(layer, name) for layer in range(lens.n_layers) for name in names)]
+
+
+def _mlps(lens: Lens) -> list[str]:
+    """Return the name of the output of an MLP, if the model has MLPs."""
+    return [] if lens.attention_only else ["mlp_out"]
+
+
+def _normed(projections: Sequence[Projections]) -> bool:
+    """Return whether a norm follows attention."""
+    return any(of_layer.layer.post1 for of_layer in projections)
 
 
 @torch.no_grad()
@@ -125,7 +135,7 @@ def summed_scores(
     """
     clean = {} if points == [Point()] else lens.read(tokens, sender_hooks(lens))
     changes, total = None, torch.zeros((), device=lens.device)
-    size, normed = max(1, ESTIMATED_AT_ONCE // tokens.numel()), any(of_layer.layer.post1 for of_layer in projections)
+    size, normed = max(1, ESTIMATED_AT_ONCE // tokens.numel()), _normed(projections)
     for part in (slice(start, start + size) for start in range(0, len(points), size)):
         found = _run(lens, tokens, answers, partial(measure, part), points[part], clean, ablated)
         if changes is None or normed:  # what a norm after attention makes of a change depends on the point
@@ -145,8 +155,8 @@ def _run(
     ablated: Mapping[str, torch.Tensor],
 ) -> Differentiated:
     """Return the gradients and activations that `_scores` needs at some points, `[points * pairs, pos, ...]`."""
-    layers, mlps, count = range(lens.n_layers), [] if lens.attention_only else ["mlp_out"], len(tokens)
-    hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *mlps)]
+    layers, count = range(lens.n_layers), len(tokens)
+    hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *_mlps(lens))]
     reads = {*sender_hooks(lens), *(sites.component(layer, name) for layer in layers for name in ("resid_pre", "attn_out"))}
     last, head = sites.resid_post(lens.n_layers - 1), partial(head_of(lens), columns=None)
     moved: dict[str, dict[int, torch.Tensor]] = {}
@@ -197,13 +207,13 @@ def _changes(
     Returns:
         The changes at all pairs and positions and, if a norm follows attention, at all points.
     """
-    normed = any(of_layer.layer.post1 for of_layer in projections)
+    normed = _normed(projections)
 
     def moved(hook: str) -> torch.Tensor:
         change = _wide(lens, ablated[hook].to(clean[hook]) - clean[hook])
         return change.repeat(len(now[hook]) // len(change), *[1] * (change.dim() - 1)) if normed else change
 
-    entering, mlps = moved(sites.resid_pre(0)), [] if lens.attention_only else ["mlp_out"]
+    entering, mlps = moved(sites.resid_pre(0)), _mlps(lens)
     changes = entering.new_empty(1 + sum(len(of.out) + len(mlps) for of in projections), entering.numel())
     changes[0], filled = entering.flatten(), 1
     for layer, of_layer in enumerate(projections):
@@ -239,7 +249,7 @@ def _scores(
             gradient = found.gradients[sites.component(layer, name)]
             score(of_layer.pull(name, stream.flatten(0, 1), gradient.flatten(0, 1)), filled)
         below, filled = filled, filled + len(of_layer.out)
-        for output in [] if lens.attention_only else [sites.component(layer, "mlp_out")]:
+        for output in (sites.component(layer, name) for name in _mlps(lens)):
             attention = found.activations[sites.component(layer, "attn_out")]
             read = stream if lens.parallel else stream + attention.to(stream)
             gradient = of_layer.pull_mlp(read.flatten(0, 1), found.gradients[output].flatten(0, 1))

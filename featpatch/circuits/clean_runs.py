@@ -121,7 +121,7 @@ class CleanRuns(ABC):
 
     @cached_property
     def readings(self) -> list[tuple[int, Reading]]:
-        """All readings, each with the index of its pair, in the order of the pairs."""
+        """The readings, each with the index of its pair, in the order of the pairs."""
         readings = readings_of(self.read, self.pairs, self.lens)
         return [(index, reading) for index, of_pair in readings.items() for reading in of_pair]
 
@@ -155,7 +155,7 @@ class CleanRuns(ABC):
             values[group] = self.metric_of(self._logits(group)[None], group)[0].cpu()
         return values
 
-    @property
+    @cached_property
     def whole(self) -> Array:
         """The metric of each pair in the unpatched clean run."""
         result: Array = self.combined(self.whole_runs).numpy()

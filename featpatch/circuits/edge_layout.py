@@ -121,8 +121,8 @@ class EdgeLayout(Graph):
         These are the edges that EAP-IG's `Graph.prune` removes. A head is reached through any of its query, key and value.
         """
         ends = [edge.receiver for edge in self._edges if edge.receiver.site == LOGITS.site]
-        number = {node: n for n, node in enumerate(dict.fromkeys([*self._senders, *ends]))}
-        senders = np.array([number[sender] for sender in self._senders])
+        number = {node: n for n, node in enumerate(dict.fromkeys([*(edge.sender for edge in self._edges), *ends]))}
+        senders = np.array([number[edge.sender] for edge in self._edges])
         starts = [next(of_receiver)[0] for _, of_receiver in groupby(enumerate(self._edges), key=lambda item: item[1].receiver)]
         parts = [(slice(*ends), [number[user] for user in self.users(self._edges[ends[0]].receiver) if user in number])
                  for ends in pairwise([*starts, len(self._edges)])]  # fmt: skip
@@ -137,10 +137,6 @@ class EdgeLayout(Graph):
         for part, users in parts:
             found[:, part] &= leads[:, users].any(1, keepdims=True)
         return found
-
-    @property
-    def _senders(self) -> list[Node]:
-        return [edge.sender for edge in self._edges]
 
     def edge_counts(self, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return the number of edges of each circuit."""

@@ -174,10 +174,10 @@ class EdgeRuns(EdgeLayout):
             if not self.lens.attention_only:
                 found[Node(sites.component(layer, "mlp_out"), "activation")] = fixed[sites.component(layer, "mlp_out")]
         for place, group in self.mediators.items():
-            passing = fixed[group.dictionary.writes].flatten(2)
-            split = group.dictionary.split(*(self.lens.read(tokens, [hook])[hook] for hook in (
-                group.dictionary.reads, group.dictionary.writes)))  # fmt: skip
-            features, error = self.everywhere(group.dictionary, (split.features[0], split.error[0]), tokens.shape[1])
+            dictionary, passing = group.dictionary, fixed[group.dictionary.writes].flatten(2)
+            read = self.lens.read(tokens, sorted({dictionary.reads, dictionary.writes}))
+            split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+            features, error = self.everywhere(dictionary, (split.features[0], split.error[0]), tokens.shape[1])
             shares = group.fixed(features[None], error[None], passing, where[place])
             found |= {node: self._written_by(place, share) for node, share in shares.items()}
         return found

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpatch import sites
+from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
 from featpatch.effects.storage import nodes_of
 from featpatch.errors import FeatpatchError, is_finite
@@ -138,8 +139,7 @@ def from_eap_ig(graph: Graph, edges: Mapping[str, Any]) -> tuple[tuple[Node, ...
             f"the file has {len(edges)} edges and this model {len(numbers)}, of which {missing!r} is not in the file: expected "
             "all of them, as in a circuit of a model with the same layers and heads; pass that model"
         )
-    order = np.argsort(-np.abs(scores), kind="stable")
-    return tuple(graph.items[number] for number in order if kept[number]), scores
+    return tuple(graph.items[number] for number in ranking(scores, "absolute") if kept[number]), scores
 
 
 def eap_ig_names(graph: Graph, item: Node) -> list[str]:

@@ -306,33 +306,32 @@ class _Gradients:
         self.kept = torch.ones(1, len(graph.items), dtype=torch.bool)
         self.tokens, self.answers = graph.prompts(self.some)
         self.used = {dictionary.name: dictionary for dictionary in graph._used()}
-        live: dict[str, torch.Tensor] = {}
-        keeping, ablating = (graph._edits(kept, self.some, self.others, live) for kept in (self.kept, ~self.kept))
+        self.live: dict[str, torch.Tensor] = {}
+        self.edits, ablating = (graph._edits(kept, self.some, self.others, self.live) for kept in (self.kept, ~self.kept))
+        self.places = graph._by_component()
 
         def recording(name: str) -> Edit:
             def change(activation: torch.Tensor) -> torch.Tensor:
-                self.whole[name], self.gone[name] = keeping[name](activation), ablating[name](activation)
+                self.whole[name], self.gone[name] = self.edits[name](activation), ablating[name](activation)
                 if name in self.used:
                     reads, writes = self.used[name].reads, self.used[name].writes
-                    self.splits[name] = self.used[name].split(activation if reads == writes else live[reads], activation)
+                    self.splits[name] = self.used[name].split(activation if reads == writes else self.live[reads], activation)
                 return self.whole[name]
 
             return change
 
-        with graph._editing({name: recording(name) for name in keeping}, live):
+        with graph._editing({name: recording(name) for name in self.edits}, self.live):
             graph.lens.answer(self.tokens, self.answers)
 
     def add(self, point: Point, weights: torch.Tensor) -> torch.Tensor:
         """Take the gradients of the weighted sum of the metrics at a point, and return the metrics."""
         graph = self.graph
-        live: dict[str, torch.Tensor] = {}
-        edits, places = graph._edits(self.kept, self.some, self.others, live), graph._by_component()
         leaves: dict[str, torch.Tensor] = {}
 
         def perturbed(name: str) -> Edit:
             def change(activation: torch.Tensor) -> torch.Tensor:
-                moved = point.local and point.place == places[name]
-                value = point.between(self.gone[name], self.whole[name]) if moved else edits[name](activation)
+                moved = point.local and point.place == self.places[name]
+                value = point.between(self.gone[name], self.whole[name]) if moved else self.edits[name](activation)
                 leaves[name] = torch.zeros_like(value, requires_grad=True)
                 return value + leaves[name]
 
@@ -345,12 +344,12 @@ class _Gradients:
         with torch.enable_grad(), ExitStack() as stack:
             if point.place and not point.local:
                 stack.enter_context(graph.lens.edit(sites.resid_pre(0), entering))
-            stack.enter_context(graph._editing({name: perturbed(name) for name in edits}, live))
+            stack.enter_context(graph._editing({name: perturbed(name) for name in self.edits}, self.live))
             logits = graph.lens.differentiable_answer(self.tokens, self.answers)
             values = graph._differentiable(graph.metric_of(logits[None], self.some)[0])
             found = torch.autograd.grad((values * weights.to(values)).sum(), list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, found, strict=True):
-            if not point.local or point.place == places[name]:
+            if not point.local or point.place == self.places[name]:
                 self.found.setdefault(name, []).append(torch.zeros_like(self.whole[name]) if gradient is None else gradient)
         return values.detach().cpu()
 
@@ -358,7 +357,7 @@ class _Gradients:
         """Return the change of the metric if each item is ablated, `[items]`, to first order with the mean gradient."""
         numbers = self.graph._numbers
         total = self.graph._zeros(len(numbers))
-        for name, nodes in self.graph._by_component().items():
+        for name, nodes in self.places.items():
             gradient = torch.stack(self.found[name]).double().mean(0)
             for entries, of_kind in self._entries(name, nodes, gradient):
                 total[[numbers[node] for node in of_kind]] = self._sums(entries, of_kind)

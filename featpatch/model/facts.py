@@ -101,7 +101,7 @@ class Model:
 
     @cached_property
     def devices(self) -> set[torch.device]:
-        """All devices that hold weights of the model."""
+        """The devices that hold the weights of the model."""
         return {parameter.device for parameter in self.model.parameters()}
 
     @cached_property

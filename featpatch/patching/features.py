@@ -44,7 +44,7 @@ class FeaturePart(Part):
 
     @property
     def owners(self) -> Sequence[Dictionary]:
-        """The dictionaries."""
+        """The dictionaries whose nodes are patched."""
         return self.dictionaries
 
     @property

@@ -114,7 +114,7 @@ class DictionaryPart(Part):
 
     @property
     def owners(self) -> Sequence[Dictionary]:
-        """The dictionary."""
+        """The dictionary whose nodes are patched."""
         return (self.dictionary,)
 
     @property

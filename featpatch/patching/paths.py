@@ -70,7 +70,7 @@ class EdgePart(Part):
 
     @cached_property
     def edges(self) -> dict[Node, dict[Node, Edge]]:
-        """All edges that are patched if their sender differs, by receiver and sender."""
+        """The edges that are patched if their sender differs, by receiver and sender."""
         edges: dict[Node, dict[Node, Edge]] = {receiver.node: {} for receiver in self.receivers}
         for receiver in self.receivers:
             sees = {site for site in {node.site for node in self.senders.nodes} if receiver.sees(site)}

@@ -41,6 +41,8 @@ class Codec(ABC):
         kind: the name of the object's type, for messages.
         d_in, d_out, d_sae: the widths of the activations that it reads and writes, and the number of features.
         dtype: the dtype in which it encodes.
+        groups: the number of equal groups of features; group g writes only to the g-th and higher outputs of the dictionary, as
+            layer g of a cross-layer transcoder does. All others have one group.
         may_be_linear: whether the decoder is of a type that can be linear in the features; whether it is, is then tested.
     """
 
@@ -50,6 +52,7 @@ class Codec(ABC):
     d_sae: int
     dtype: torch.dtype
     may_be_linear: bool = True
+    groups: int = 1
 
     @abstractmethod
     def __init__(self, source: Any, like: torch.Tensor) -> None: ...

@@ -42,28 +42,32 @@ def load_sae(
     device: str = "cpu",
     dtype: str | None = None,
     norm_scaling_factor: float | None = None,
-    hook: str | None = None,
-    hook_out: str | None = None,
-) -> SAE[Any] | Adapted:
-    """Load an SAE or transcoder of sae-lens, dictionary_learning, sparsify, circuit-tracer or Gemma Scope.
+    hook: str | Sequence[str] | None = None,
+    hook_out: str | Sequence[str] | None = None,
+) -> SAE[Any] | Adapted | Cross:
+    """Load an SAE, transcoder or crosscoder of sae-lens, dictionary_learning, sparsify, circuit-tracer, OpenMOSS or Gemma Scope.
 
     Args:
         source: a folder, `release/id` of sae-lens' registry, such as `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or
             `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
             `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope).
-            From a circuit-tracer set, name one layer: `folder/layer_3`.
+            From a circuit-tracer set of transcoders, name one layer: `folder/layer_3`. A cross-layer transcoder (CLT) is loaded
+            as a whole, from its folder, from `owner/repository`, or from a release in which sae-lens sums its decoders; its
+            decoders stay in their files, so leave these where they are.
         device: the device to load it on.
         dtype: the dtype to load it in; by default that of the weights, or float32 for downloads through sae-lens.
         norm_scaling_factor: the scale of an `expected_average_only_in` SAE, if neither its folder (activation_scaler.json, or
             norm_scaling_factor in cfg.json's metadata) nor the registry has it.
-        hook, hook_out: the hook points that it reads and writes, if its files name none or other ones.
+        hook, hook_out: the hook points that it reads and writes, if its files name none or other ones; lists, from the lowest
+            layer up, for a CLT or a crosscoder.
 
     Returns:
-        A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`, as from `adapt`.
+        A sae-lens object if sae-lens has a class that computes the same; a `CrossLayerTranscoder` or a `Crosscoder` of
+        `fp.dictionaries`; otherwise an `Adapted`, as from `adapt`.
 
     Raises:
-        FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a cross-layer
-            transcoder or one layer of one.
+        FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a single layer of a
+            cross-layer transcoder.
 
     Examples:
         >>> sae = fp.load_sae(demo.folder / "saes" / "blocks.1.hook_resid_pre")
@@ -73,9 +77,25 @@ def load_sae(
     check_device(device)
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
+    wanted = dtype_named(dtype)
     for name, value in (("hook", hook), ("hook_out", hook_out)):
-        if not isinstance(value, str | None) or value == "":
-            raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
+        names = value if isinstance(value, (list, tuple)) else [value]
+        if not names or not all(isinstance(each, str | None) and each != "" for each in names):
+            raise FeatpatchError(
+                f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post', or a list of names for a "
+                "dictionary over several layers"
+            )
+    across = cross_formats.read(as_path(source), hook, hook_out)
+    if across is None and not Path(source).exists():
+        across = _across_on_hub(str(source), hook, hook_out)
+    if across is not None:
+        _check_unscaled(repr(across), norm_scaling_factor)
+        return across.to(wanted, device)
+    if not isinstance(hook, str | None) or not isinstance(hook_out, str | None):
+        raise FeatpatchError(
+            f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary over several "
+            "layers"
+        )
     found: SAE[Any] | Weights | None = read(as_path(source))
     if found is None and Path(source).exists():
         if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := _inside(Path(source))):
@@ -85,16 +105,53 @@ def load_sae(
         check_there("SAE", source)
         found = _from_hub(str(source), device, dtype, norm_scaling_factor)
     if isinstance(found, Weights):
-        if norm_scaling_factor is not None:
-            raise FeatpatchError(
-                f"norm_scaling_factor={norm_scaling_factor}: expected None, because {found.origin} is not scaled; leave it out"
-            )
+        _check_unscaled(found.origin, norm_scaling_factor)
         return placed(found.to(dtype, device).at(hook, hook_out))
     metadata = found.cfg.metadata
     metadata.hook_name = metadata.hook_name if hook is None else hook
     if hook_out is not None:
         metadata.hook_name_out = hook_out
     return found
+
+
+def _check_unscaled(what: str, norm_scaling_factor: float | None) -> None:
+    if norm_scaling_factor is not None:
+        raise FeatpatchError(
+            f"norm_scaling_factor={norm_scaling_factor}: expected None, because {what} is not scaled; leave it out"
+        )
+
+
+def _across_on_hub(source: str, hook: cross_formats.Hook, hook_out: cross_formats.Hook) -> Cross | None:
+    """Download a dictionary over several layers and read it; None if the name is not that of one.
+
+    Args:
+        source: `owner/repository`, `owner/repository/folder`, or an SAE of a release in which sae-lens sums the decoders of a
+            CLT, all of which are layers of one.
+
+    Raises:
+        FeatpatchError: a file can't be downloaded or is damaged, or the hook points are not known.
+    """
+    registry = get_pretrained_saes_directory()
+    release, _, rest = source.partition("/")
+    if release in registry:
+        if registry[release].conversion_func != SUMMED:
+            return None
+        Location.of(source)  # raises if the release has no such SAE
+        repository, folder = registry[release].repo_id, ""
+    else:
+        name, _, folder = rest.partition("/")
+        repository = f"{release}/{name}"
+        if not name:
+            return None
+    start = f"{folder}/" if folder else ""
+    try:
+        snapshot_download(repository, allow_patterns=[f"{escape(start)}{file}" for file in cross_formats.SETTINGS])
+    except Exception as error:
+        if release in registry:
+            raise not_found("SAE", source, error) from error
+        return None  # no network, or no such repository: what loads the other formats says what to do
+    root = Path(snapshot_download(repository, allow_patterns=[f"{escape(start)}{file}" for file in cross_formats.FILES]))
+    return cross_formats.read(root / folder, hook, hook_out)
 
 
 def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:

@@ -281,14 +281,14 @@ def read_features(
     """
     by_name = {dictionary.name: dictionary for dictionary in found}
     named = {name: [n for n, node in enumerate(features) if node.sae == name] for name in {node.sae for node in features}}
-    hooks = sorted({hook for name in named for hook in (by_name[name].reads, by_name[name].writes)})
+    hooks = sorted({hook for name in named for hook in by_name[name].hooks})
     values: dict[int, torch.Tensor] = {}
     for group in together(list(map(len, prompts)), causal=lens.causal):
         tokens = pad_sequence([prompts[index] for index in group], batch_first=True)
         read = lens.read(tokens, hooks)
         here = torch.zeros(*tokens.shape, len(features), dtype=torch.float64)
         for name, columns in named.items():
-            split = by_name[name].split(read[by_name[name].reads], read[by_name[name].writes])
+            split = by_name[name].split(read)
             here[..., columns] = split.features[..., [features[n].index for n in columns]].to(here)
         values |= {index: of_prompt[: len(prompts[index])] for index, of_prompt in zip(group, here, strict=True)}
     return [values[index] for index in range(len(prompts))]

@@ -36,6 +36,10 @@ Direction = Literal["denoising", "noising"]
 """`denoising`: patch clean values into the corrupted run (sufficient?). `noising`: patch corrupted values into the clean run
 (necessary?)."""
 
+Combine = Literal["add", "set"]
+"""The meaning of a patch at several hook points. `add`: each change is added to what arrives there, which the changes upstream
+have moved already. `set`: the activation is set to its value in the base run plus the change."""
+
 TOGETHER = " together"
 """The end of the `site` of a node that stands for a joint patch, which has no hook point of its own."""
 

@@ -152,7 +152,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     check_tokens(pairs, lens)
     pairs = Pairs(tuple(_of_equal_length(pair) for pair in pairs))
     loaded, done = dictionaries(lens, saes), processing_steps(lens)
-    runs = Runs.of(lens, {hook for each in loaded for hook in (each.reads, each.writes)}, pairs)
+    runs = Runs.of(lens, {hook for each in loaded for hook in each.hooks}, pairs)
     if not runs.positions:
         raise FeatpatchError("the prompts hold only special tokens: expected words too; give other prompts")
     here = [_explained(dictionary, runs) for dictionary in loaded]
@@ -239,7 +239,7 @@ class Runs:
 
 def _few(lens: Lens, places: Sequence[Dictionary], pairs: Pairs) -> Runs:
     """Run the first prompts for `TRIED` positions, and read the hook points of these dictionaries that can be read."""
-    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in (place.reads, place.writes)}))
+    hooks = _readable(lens, pairs[0], sorted({hook for place in places for hook in place.hooks}))
     return Runs.of(lens, hooks, pairs, TRIED) if hooks else Runs({}, [])
 
 
@@ -310,7 +310,7 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
     for x, y, kept in zip(reads, writes, runs.kept, strict=True):
         if centred:
             x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-        split = dictionary.split(x, y)
+        split = dictionary.split({dictionary.reads: x, dictionary.writes: y})
         y = y.to(split.error)
         rebuilt = dictionary.decode(split.features, split.state) + split.error
         clean, corrupted = split.map(lambda values: values[::2]), split.map(lambda values: values[1::2])

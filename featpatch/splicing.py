@@ -136,13 +136,13 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
         )
     for batch in batches:
         _check_predicted(lens, batch)
-    hooks = sorted({hook for each in found for hook in (each.reads, each.writes)})
+    hooks = sorted({hook for each in found for hook in each.hooks})
     moments = {each.name: _Moments() for each in found}
     with tqdm(total=2 * len(batches), unit="batch", desc="splicing", disable=not progress) as bar:
         for batch in batches:
             read = lens.read(batch.tokens, hooks)
             for each in found:
-                moments[each.name].add(each.split(read[each.reads], read[each.writes]), read[each.writes], batch.replaced)
+                moments[each.name].add(each.split(read), read[each.writes], batch.replaced)
             bar.update()
         means = {each.writes: moments[each.name].mean for each in found}
         sums: dict[str, float] = {}
@@ -247,7 +247,7 @@ def _losses(
 
     yield "model", batch.loss(lens)
     for each in found:
-        yield f"sae {each.name}", with_change(each.writes, -each.split(read[each.reads], read[each.writes]).error)
+        yield f"sae {each.name}", with_change(each.writes, -each.split(read).error)
     for site, mean in means.items():
         x = read[site].flatten(2)
         yield f"zero {site}", with_change(site, -x)

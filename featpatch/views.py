@@ -70,12 +70,12 @@ def active_features(
     prompts, special = _prompts(lens, prompt)
     found = dictionaries(lens, saes)
     known = {} if effects is None else _effects(effects, found, prompt, len(prompts[0]))
-    hooks = sorted({hook for dictionary in found for hook in (dictionary.reads, dictionary.writes)})
+    hooks = sorted({hook for dictionary in found for hook in dictionary.hooks})
     read = [lens.read(torch.tensor([ids]), hooks) for ids in prompts]
     other = _other_places(prompt)
     rows = []
     for dictionary in found:
-        features, *corrupted = (dictionary.split(run[dictionary.reads], run[dictionary.writes]).features[0] for run in read)
+        features, *corrupted = (dictionary.split(run).features[0] for run in read)
         order = features.abs().topk(min(per_token, features.shape[-1])).indices.tolist()
         active = [(at, index) for at, best in enumerate(order) for index in best if at not in special and features[at, index]]
         raised = promoted(lens, dictionary, sorted({index for _, index in active}), PROMOTED)

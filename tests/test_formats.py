@@ -40,7 +40,7 @@ def compared(small: Small, sae: Any, library: Any, reads: str, writes: str, scal
     assert (found.reads, found.writes) == (reads, writes)
     _, cache = small.model.run_with_cache(small.clean)
     x, y = cache[reads], cache[writes]
-    split = found.split(x, y)
+    split = found.split({found.reads: x, found.writes: y})
     with torch.no_grad():
         expected = library(x.flatten(2))
     features = libraries.features(library, x.flatten(2))
@@ -195,7 +195,7 @@ def test_a_skip_path_of_ones_own(bridge: Small) -> None:
     for skip, expected in ((matrix, x @ matrix.T), (own.skip, torch.tanh(x) * 0.3)):
         sae = fp.dictionaries.adapt(own, MLP_IN, hook_out=MLP_OUT, d_in=16, skip=skip)
         (found,) = dictionaries(wrap(bridge.model), sae)
-        split = found.split(x, y)
+        split = found.split({found.reads: x, found.writes: y})
         with torch.no_grad():
             error = y - own.decode(own.encode(x)) - expected
         torch.testing.assert_close(split.error, error, rtol=EXACT, atol=EXACT)

@@ -235,7 +235,7 @@ def test_an_empty_patch_leaves_every_bit(data: Any) -> None:
     base, _ = tokens(pair, data.draw(st.sampled_from(WAYS)))
     for sae, split_by in zip(several, dictionaries(wrap(model), several), strict=True):
         x, y = (oracle.activations(model, base)[hook] for hook in oracle.hooks(sae))
-        split = split_by.split(x, y)
+        split = split_by.split({split_by.reads: x, split_by.writes: y})
         assert torch.equal(split.features, oracle.encode(sae, x).detach())
         merged = split_by.decode(split.features, split.state) + split.error
         torch.testing.assert_close(merged, y.flatten(2), rtol=0, atol=EXACT)

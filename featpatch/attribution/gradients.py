@@ -159,7 +159,7 @@ class PairGradients:
         """Split both runs by a dictionary, as batches of one."""
         if dictionary.name not in self.splits:
             self.splits[dictionary.name] = {
-                direction: dictionary.split(of_run[dictionary.reads][None], of_run[dictionary.writes][None])
+                direction: dictionary.split({hook: of_run[hook][None] for hook in dictionary.hooks})
                 for direction, of_run in self.activations.items()
             }
         return self.splits[dictionary.name]

@@ -327,7 +327,7 @@ class _Reader:
         for layer, output in enumerate(self.outputs):
             hooks.append(sites.component(layer, "attn_out" if output is None else "z"))
             hooks += [sites.component(layer, "mlp_out")] if lens.has_mlp(layer) else []
-        return list(dict.fromkeys([*hooks, *(hook for each in self.found for hook in (each.reads, each.writes))]))
+        return list(dict.fromkeys([*hooks, *(hook for each in self.found for hook in each.hooks)]))
 
     def _components(
         self, at: Mapping[str, torch.Tensor], stream: Rows, back: dict[str, torch.Tensor]
@@ -374,7 +374,7 @@ def _of_dictionary(
     Args:
         gradient: the gradient of the logit with respect to the activation at the answer positions.
     """
-    whole = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+    whole = dictionary.split(read)
     here = torch.arange(len(answers)), answers
     split = whole.map(lambda x: x[here[0].to(x.device), here[1].to(x.device), None])
     features, error = split.features, split.error[:, 0]

@@ -176,7 +176,7 @@ class EdgeRuns(EdgeLayout):
         for place, group in self.mediators.items():
             dictionary, passing = group.dictionary, fixed[group.dictionary.writes].flatten(2)
             read = self.lens.read(tokens, sorted({dictionary.reads, dictionary.writes}))
-            split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+            split = dictionary.split(read)
             features, error = self.everywhere(dictionary, (split.features[0], split.error[0]), tokens.shape[1])
             shares = group.fixed(features[None], error[None], passing, where[place])
             found |= {node: self._written_by(place, share) for node, share in shares.items()}

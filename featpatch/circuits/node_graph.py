@@ -197,9 +197,9 @@ class NodeGraph(Graph):
         if some[0] not in self._ablation:
             plain, used, prompts = self._plain(), self._used(), self.others(some)
             tokens = self.prompts(some[:1])[0] if prompts is None else prompts
-            hooks = [*{hook for d in used for hook in (d.reads, d.writes)}, *plain]
+            hooks = [*{hook for d in used for hook in d.hooks}, *plain]
             read = self.lens.read(tokens, list(dict.fromkeys(hooks)))
-            splits = {d.name: d.split(read[d.reads], read[d.writes]) for d in used}
+            splits = {d.name: d.split(read) for d in used}
             if prompts is None:
                 length = tokens.shape[1]
                 for site in plain:
@@ -254,8 +254,7 @@ class NodeGraph(Graph):
         self, dictionary: Dictionary, ablated: Mask, errors: Mask, other: Split, live: Mapping[str, torch.Tensor]
     ) -> Any:
         def change(activation: torch.Tensor) -> torch.Tensor:
-            read = activation if dictionary.reads == dictionary.writes else live[dictionary.reads]
-            now = dictionary.differentiable_split(read, activation)
+            now = dictionary.differentiable_split({**live, dictionary.writes: activation})
             circuits = len(ablated)
             where, rest = (mask.flatten(0, 1) for mask in (ablated, errors))
             source = other.map(lambda values: values.repeat(circuits, 1, 1))
@@ -314,8 +313,7 @@ class _Gradients:
             def change(activation: torch.Tensor) -> torch.Tensor:
                 self.whole[name], self.gone[name] = self.edits[name](activation), ablating[name](activation)
                 if name in self.used:
-                    reads, writes = self.used[name].reads, self.used[name].writes
-                    self.splits[name] = self.used[name].split(activation if reads == writes else self.live[reads], activation)
+                    self.splits[name] = self.used[name].split({**self.live, self.used[name].writes: activation})
                 return self.whole[name]
 
             return change

@@ -77,7 +77,7 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
         start,
         kind,
         patches=len(unit.patches),
-        changed=len(unit.block.deltas.select(unit.patches).upto(answer).patch),
+        changed=max(len(unit.deltas(site).upto(answer).patch) for site in unit.block.deltas),
         length=answer - unit.first + 1,
         answer=answer,
         logits=columns * stack.head.weight.shape[0],
@@ -87,9 +87,9 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
 def plain_flops(lens: Lens, unit: Unit) -> int:
     """Return the operations of the model's own forward pass for a unit.
 
-    Every weight matrix counts from the layer of the hook point on, at every position.
+    Every weight matrix counts from the layer of the lowest hook point on, at every position.
     """
-    weights = (lens.n_layers - sites.layer_of(unit.block.site)) * lens.weights_per_block
+    weights = (lens.n_layers - min(map(sites.layer_of, unit.block.deltas))) * lens.weights_per_block
     return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * lens.d_model)
 
 

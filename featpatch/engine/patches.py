@@ -1,10 +1,20 @@
-"""What the engine is given: base runs, and blocks of patches as sparse changes of an activation."""
+"""What the engine is given: base runs, and blocks of patches as sparse changes of activations at one hook point or several.
+
+A patch at several hook points has one of two meanings, because a change at one of them also changes what arrives at those
+downstream of it:
+
+    "add"    x' = x_arriving + delta
+    "set"    x' = x_base     + delta      at the positions that the patch names, so that what arrives there is replaced
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
+
+from featpatch.nodes import Combine
 
 NEVER = torch.iinfo(torch.int64).max
 """The first changed position of a patch that changes nothing."""
@@ -96,19 +106,27 @@ class BaseRun:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of patches, all of one base run at one hook point (not a transformer layer).
+    """A block of patches, all of one base run and at the same hook points (not a transformer layer).
 
     Attributes:
         name: a description of the patches that is unique within the base run.
         run: the base run.
-        site: the hook point where the deltas are added.
-        deltas: one change per patch, as wide as the flat activation.
+        deltas: by hook point, one change per patch, as wide as the flat activation; the changes of a patch at one position
+            of a hook point are a single row.
+        combine: what a patch at several hook points means, see above.
     """
 
     name: str
     run: BaseRun
-    site: str
-    deltas: Deltas
+    deltas: Mapping[str, Deltas]
+    combine: Combine = "add"
+
+    def __len__(self) -> int:
+        return len(next(iter(self.deltas.values())))
+
+    def first(self) -> Int[torch.Tensor, " patches"]:
+        """Return the first position that each patch changes at any hook point, or NEVER."""
+        return reduce(torch.minimum, (deltas.first() for deltas in self.deltas.values()))
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,10 @@ class Unit:
     def part(self, start: int, stop: int) -> "Unit":
         """Return the unit with the patches from `start` to `stop` alone."""
         return Unit(self.index, self.block, self.patches[start:stop], self.first)
+
+    def deltas(self, site: str) -> Deltas:
+        """Return the changes that the patches of the unit make at a hook point of the block."""
+        return self.block.deltas[site].select(self.patches)
 
     @property
     def name(self) -> str:

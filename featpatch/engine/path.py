@@ -4,17 +4,19 @@ Featpatch's own forward pass is fast and written for one form of layer; the mode
 sweep, a few random patches go through both; if they disagree, or the model has another form, the plain path is used, with a
 warning.
 
-The plain path resumes the model's own forward pass at the patched layer, with the delta added by a hook. It reuses no position,
-so it also serves models with bidirectional attention, and hook points inside a layer.
+The plain path resumes the model's own forward pass at the lowest patched layer, with the changes made by hooks. It reuses no
+position, so it also serves models with bidirectional attention, and hook points inside a layer.
 """
 
 import warnings
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from torch.nn import functional
 
 from featpatch import sites
 from featpatch.engine.cost import plain_flops
@@ -22,7 +24,8 @@ from featpatch.engine.patches import BaseRun, Block, Deltas, Unit
 from featpatch.engine.suffix import SuffixPath
 from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.model.layer import UnsupportedError
-from featpatch.model.lens import Lens, added
+from featpatch.model.lens import Edit, Lens, added
+from featpatch.nodes import Combine
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class PlainPath:
 
     lens: Lens
 
-    def group(self, block: Block) -> tuple[str, int]:
+    def group(self, block: Block) -> tuple[tuple[str, ...], Combine, int]:
         """Return the group of a block; blocks of one group may share a forward pass."""
-        return block.site, len(block.run.tokens)
+        return tuple(block.deltas), block.combine if len(block.deltas) > 1 else "add", len(block.run.tokens)
 
     def rows(self, unit: Unit) -> int:
         """Return the number of rows that one patch of a unit takes."""
@@ -56,33 +59,73 @@ class PlainPath:
     @torch.no_grad()
     def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
-        site, length = self.group(units[0].block)
-        layer, sizes = sites.layer_of(site), torch.tensor([len(unit.patches) for unit in units], device=self.lens.device)
+        hooks, combine, length = self.group(units[0].block)
+        layer, base = min(map(sites.layer_of, hooks)), int(combine == "set")
+        sizes = torch.tensor([len(unit.patches) + base for unit in units], device=self.lens.device)
         resid = torch.stack([unit.block.run.resid[layer] for unit in units])
         resid = resid.repeat_interleave(sizes.to(resid.device), 0)
         tokens = torch.stack([unit.block.run.tokens for unit in units]).to(self.lens.device).repeat_interleave(sizes, 0)
         answers = torch.tensor([unit.block.run.answer for unit in units], device=sizes.device).repeat_interleave(sizes)
-        delta = torch.cat([self._dense(unit, length).to(resid.device) for unit in units])
-
-        def add(activation: torch.Tensor) -> torch.Tensor:
-            return added(activation, delta.reshape(activation.shape))
-
-        with self.lens.edit(self.lens.carrier(site), add) as firing:
+        with ExitStack() as stack:
+            firing = {}
+            for site in hooks:
+                change = self._adding(site, units, length)
+                if combine == "set":
+                    change = self._setting(site, units, length, stack)
+                firing[site] = stack.enter_context(self.lens.edit(self.lens.carrier(site), change))
             logits = self.lens.resume(layer, resid, tokens, answers)
-        if firing.count != 1:
-            raise FeatpatchError(
-                f"the hook {site!r} was called {firing.count} times in one forward pass: expected once; choose a hook point "
-                "that every pass reaches once"
-            )
-        parts = logits.split(sizes.tolist())
+        for site, fired in firing.items():
+            if fired.count != 1:
+                raise FeatpatchError(
+                    f"the hook {site!r} was called {fired.count} times in one forward pass: expected once; choose a hook point "
+                    "that every pass reaches once"
+                )
+        parts = [part[: len(part) - base] for part in logits.split(sizes.tolist())]
         return [_columns(part, wanted) for part, wanted in zip(parts, columns, strict=True)]
 
-    def _dense(self, unit: Unit, length: int) -> torch.Tensor:
-        deltas = unit.block.deltas.select(unit.patches)
-        values = deltas.values()
-        dense = values.new_zeros(len(unit.patches), length, values.shape[-1])
-        dense[deltas.patch.to(dense.device), deltas.position.to(dense.device)] = values
-        return dense
+    def _adding(self, site: str, units: Sequence[Unit], length: int) -> Edit:
+        """Return a function that adds the changes at a hook point to the activations of all patches."""
+        delta = torch.cat([_dense(unit.deltas(site), length) for unit in units])
+
+        def change(activation: torch.Tensor) -> torch.Tensor:
+            return added(activation, delta.reshape(activation.shape))
+
+        return change
+
+    def _setting(self, site: str, units: Sequence[Unit], length: int, stack: ExitStack) -> Edit:
+        """Return a function that sets activations to those of the base run plus the change, where a patch names a position.
+
+        The base run of each unit is the row after its patches.
+        """
+        deltas = [unit.deltas(site) for unit in units]
+        delta = torch.cat([functional.pad(_dense(each, length), (0, 0, 0, 0, 0, 1)) for each in deltas])
+        named = torch.cat([functional.pad(_named(each, length), (0, 0, 0, 1)) for each in deltas])
+        last = torch.tensor([len(each) + 1 for each in deltas]).cumsum(0) - 1
+        of_base = last.repeat_interleave(torch.tensor([len(each) + 1 for each in deltas]))
+        entering: list[torch.Tensor] = []
+        if self.lens.carrier(site) != site:  # what is set is the sum of this and what enters the layer
+            stack.enter_context(self.lens.edit(sites.resid_pre(sites.layer_of(site)), entering.append, first=False))
+
+        def change(activation: torch.Tensor) -> torch.Tensor:
+            flat = activation.flatten(2)
+            arriving = entering[0] + flat if entering else flat
+            value = added(arriving[of_base], delta) - entering[0] if entering else added(flat[of_base], delta)
+            return torch.where(named.to(flat.device)[..., None], value, flat).reshape(activation.shape)
+
+        return change
+
+
+def _dense(deltas: Deltas, length: int) -> Float[torch.Tensor, "patches pos d"]:
+    values = deltas.values()
+    dense = values.new_zeros(len(deltas), length, values.shape[-1])
+    dense[deltas.patch.to(dense.device), deltas.position.to(dense.device)] = values
+    return dense
+
+
+def _named(deltas: Deltas, length: int) -> Bool[torch.Tensor, "patches pos"]:
+    named = torch.zeros(len(deltas), length, dtype=torch.bool)
+    named[deltas.patch, deltas.position] = True
+    return named
 
 
 def _columns(logits: torch.Tensor, columns: Sequence[int] | None) -> torch.Tensor:
@@ -138,16 +181,16 @@ class SlowPathWarning(FeatpatchWarning):
     """
 
 
-def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> PatchPath:
-    """Return the fast path if it is right for every hook point, else the plain one.
+def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[tuple[tuple[str, ...], Combine]]) -> PatchPath:
+    """Return the fast path if it is right for every patch, else the plain one.
 
     Args:
         runs: base runs to check with, those of the shortest and the longest pair.
-        wanted: the hook points that will be patched.
+        wanted: the hook points that will be patched together, and what such a patch means.
     """
     plain = PlainPath(lens)
     try:
-        for site in wanted:
+        for site in (site for hooks, _ in wanted for site in hooks):
             if sites.entry(site) is None:
                 raise UnsupportedError(f"the hook point {site!r} inside a layer")
         if lens.hooked:
@@ -156,7 +199,7 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
             raise UnsupportedError("bidirectional attention")
         lengths = [len(run.tokens) for run in runs]
         fast = SuffixPath(lens, lens.stack(min(lengths), max(lengths)))
-        worst = max(_disagreement(fast, plain, run, site) for run in runs for site in wanted)
+        worst = max(_disagreement(fast, plain, run, *patched) for run in runs for patched in wanted)
         if worst <= 1:
             fast.traces.clear()  # made one run at a time; a sweep makes traces together, which rounds differently
             return fast
@@ -176,19 +219,19 @@ def choose_path(lens: Lens, runs: Sequence[BaseRun], wanted: Sequence[str]) -> P
 
 
 @torch.no_grad()
-def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, site: str) -> float:
+def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, hooks: Sequence[str], combine: Combine) -> float:
     """Return the largest difference of logits between the paths, in units of what rounding explains."""
-    layer = sites.layer_of(site)
-    lens = plain.lens
-    width = lens.n_heads * lens.d_head if sites.entry(site) == (layer, "z") else lens.d_model
+    lens, resid = plain.lens, run.resid[min(map(sites.layer_of, hooks))]
     generator = torch.Generator().manual_seed(0)
-    size = run.resid[layer].float().std().item()
-    values = (size * torch.randn(PROBES, width, generator=generator)).to(run.resid[layer])
-    position = torch.linspace(0, run.answer / 2, PROBES).long()
-    number = torch.arange(PROBES)
-    block = Block("probe", run, site, Deltas.explicit(number, position, values, PROBES))
+    position, number = torch.linspace(0, run.answer / 2, PROBES).long(), torch.arange(PROBES)
+    deltas = {}
+    for site in hooks:
+        width = lens.n_heads * lens.d_head if sites.is_component(site, "z") else lens.d_model
+        values = resid.float().std().item() * torch.randn(PROBES, width, generator=generator)
+        deltas[site] = Deltas.explicit(number, position, values.to(resid), PROBES)
+    block = Block("probe", run, deltas, combine)
     units = [Unit(0, block, number[row, None], int(first)) for row, first in enumerate(position)]
     found, true = (torch.cat(path.logits(units, [None] * PROBES)).double().cpu() for path in (fast, plain))
-    eps = torch.finfo(run.resid[layer].dtype).eps
+    eps = torch.finfo(resid.dtype).eps
     tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
     return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

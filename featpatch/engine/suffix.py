@@ -14,9 +14,11 @@ Patched runs share the keys and values of one base run up to the first patched p
     scores = [q . k_base(0..p-1) | q . k_own(p..a)] * scale,  soft-capped, masked;   z = softmax(scores) [v_base | v_own]
 
 The base run's part is one matrix product per head for all patches; none of it is copied.
+
+A patch at several hook points enters at the lowest of them; the pass makes the other changes on its way up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
@@ -25,11 +27,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 
-from featpatch import sites
 from featpatch.engine.cost import suffix_flops
 from featpatch.engine.patches import BaseRun, Block, Unit
+from featpatch.engine.rows import Changes, Entry, Rows, Span, Trace, entry
 from featpatch.model.layer import Layer, Stack
-from featpatch.model.lens import Lens, added
+from featpatch.model.lens import Lens
 
 BaseHeads = Float[torch.Tensor, "prefix kv_heads d_head"]
 
@@ -91,50 +93,6 @@ Columns = Sequence[int] | None
 
 
 @dataclass(frozen=True)
-class Trace:
-    """The activations of a base run in featpatch's own forward pass, by layer.
-
-    Attributes:
-        pre: the residual stream at the input of each layer and after the last, `[pos, d_model]`.
-        mid: the residual stream after attention, `[pos, d_model]`.
-        z: the output of attention before W_O, `[pos, width]`.
-        query, key, value: the queries, keys and values, `[pos, heads, d_head]`.
-    """
-
-    pre: dict[int, torch.Tensor] = field(default_factory=dict)
-    mid: dict[int, torch.Tensor] = field(default_factory=dict)
-    z: dict[int, torch.Tensor] = field(default_factory=dict)
-    query: dict[int, torch.Tensor] = field(default_factory=dict)
-    key: dict[int, torch.Tensor] = field(default_factory=dict)
-    value: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows of one base run: `patches` copies of its positions `first` to `answer`."""
-
-    trace: Trace
-    patches: int
-    first: int
-    answer: int
-
-    @property
-    def length(self) -> int:
-        """The number of positions of one patch."""
-        return self.answer - self.first + 1
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of all patches."""
-        return self.patches * self.length
-
-    def base(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the base run's values at the span's positions for every patch, as a copy that can be written to."""
-        part = values[self.first : self.answer + 1]
-        return part.expand(self.patches, *part.shape).clone()
-
-
-@dataclass(frozen=True)
 class Changed:
     """Rows that the patch itself changes, where it enters: `values[r]` in patch `patch[r]` at `position[r]`."""
 
@@ -143,8 +101,8 @@ class Changed:
     values: torch.Tensor
 
 
-BaseRows = Callable[[str, int], torch.Tensor]
-"""A function from a field of `Trace` and a layer to the base run's values in the changed rows."""
+PLACES = ("pre", "z", "mid")
+"""The places of a layer, see `sites.ENTRIES`, in the order in which the forward pass reaches them."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +113,9 @@ class SuffixPath:
     stack: Stack
     traces: "WeakKeyDictionary[BaseRun, Trace]" = field(default_factory=WeakKeyDictionary)
 
-    def group(self, block: Block) -> tuple[int, str]:
-        """Return the group of a block; blocks of one group may share a forward pass."""
-        entry = sites.entry(block.site)
-        assert entry is not None
-        return entry
+    def group(self, block: Block) -> Entry:
+        """Return the group of a block, the lowest place where it enters; blocks of one group may share a forward pass."""
+        return min(map(entry, block.deltas), key=lambda place: (place[0], PLACES.index(place[1])))
 
     def rows(self, unit: Unit) -> int:
         """Return the number of rows that one patch of a unit takes."""
@@ -177,9 +133,13 @@ class SuffixPath:
     def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
         spans = [Span(self._trace(u.block.run), len(u.patches), u.first, u.block.run.answer) for u in units]
-        layer, changed = self._enter(units, spans)
+        changes = Changes(units, spans)
+        layer, changed = self._enter(self.group(units[0].block), changes)
         spans, changed = _join(spans, changed)
-        final = self._at_answer(spans, changed) if layer == len(self.stack.layers) else self._run(layer, spans, changed)
+        if layer == len(self.stack.layers):
+            final = self._at_answer(spans, changed)
+        else:
+            final = self._run(layer, spans, changed, changes)
         found: list[torch.Tensor] = []
         alike = [[*group] for _, group in groupby(zip(units, columns, strict=True), key=itemgetter(1))]
         sizes = [[len(unit.patches) for unit, _ in group] for group in alike]
@@ -224,55 +184,55 @@ class SuffixPath:
         self.prepare([run])
         return self.traces[run]
 
-    def _enter(self, units: Sequence[Unit], spans: Sequence[Span]) -> tuple[int, list[Changed]]:
-        """Add deltas at the hook point, and return the index of a layer and the changed rows of its input."""
-        index, kind = self.group(units[0].block)
-        moved = [unit.block.deltas.select(unit.patches).upto(unit.block.run.answer) for unit in units]
-        sizes = [len(deltas.patch) for deltas in moved]
-        device = spans[0].trace.pre[index].device
-        places = [deltas.position.to(device) for deltas in moved]
-        delta = torch.cat([deltas.values().to(device) for deltas in moved])
+    def _enter(self, place: Entry, changes: Changes) -> tuple[int, list[Changed]]:
+        """Make the changes before the first layer with attention, and return its index and the changed rows of its input."""
+        index, first = place
+        start = index if first == "pre" else index + 1
+        places = [place] if first == "pre" else [(index, "z"), (index, "mid"), (start, "pre")]
+        moved = {each: changes.at(each) for each in places}
+        every = [one.rows for each in moved.values() for one in each]
+        rows = every[0] if len(every) == 1 else Rows.union(every)
+        known = rows.number(answer_only=False)
 
-        def base(name: str, at: int) -> torch.Tensor:
-            values = [getattr(span.trace, name)[at] for span in spans]
-            parts = [value[place.to(value.device)] for value, place in zip(values, places, strict=True)]
-            return torch.cat(parts).to(device)
+        def make(x: torch.Tensor, at: Entry, before: torch.Tensor) -> torch.Tensor:
+            for one in moved[at]:
+                numbers = one.rows.number(answer_only=False)
+                one.made(x, torch.arange(len(known)) if one.rows is rows else torch.searchsorted(known, numbers), before)
+            return x
 
-        if kind == "pre":
-            x, start = added(base("pre", index), delta), index
+        pre = rows.base("pre", index)
+        if first == "pre":
+            x = make(pre, place, pre)
         else:
-            x, start = self._after_attention(index, kind, delta, base), index + 1
-        x = x.to(spans[0].trace.pre[start].device)
-        return start, [
-            Changed(deltas.patch.to(x.device), place.to(x.device), values)
-            for deltas, place, values in zip(moved, places, x.split(sizes), strict=True)
-        ]
+            layer, mid = self.stack.layers[index], rows.base("mid", index)
+            if moved[index, "z"]:
+                z = rows.base("z", index)
+                mid = pre + layer.attention_output(make(z, (index, "z"), z))
+            mid = make(mid, (index, "mid"), pre)
+            out = rows.base("pre", start) - rows.base("mid", index) if layer.parallel else layer.mlp_output(mid)
+            x = make(mid + out, (start, "pre"), mid)
+        x = x.to(changes.spans[0].trace.pre[start].device)
+        parts = (part.split([*rows.sizes]) for part in (rows.patch.to(x.device), rows.position.to(x.device), x))
+        return start, [Changed(*of_span) for of_span in zip(*parts, strict=True)]
 
-    def _after_attention(self, index: int, kind: str, delta: torch.Tensor, base: BaseRows) -> torch.Tensor:
-        """Return the residual stream after a layer whose attention output is changed."""
-        layer = self.stack.layers[index]
-        if kind == "z":
-            mid = base("pre", index) + layer.attention_output(added(base("z", index), delta))
-        else:
-            mid = added(base("mid", index), delta)
-        if layer.parallel:
-            return mid + (base("pre", index + 1) - base("mid", index))
-        return mid + layer.mlp_output(mid)
-
-    def _run(self, start: int, spans: Sequence[Span], changed: Sequence[Changed]) -> torch.Tensor:
+    def _run(self, start: int, spans: Sequence[Span], changed: Sequence[Changed], changes: Changes) -> torch.Tensor:
         """Return the final residual stream `[patches of all spans, d_model]` at the answer position."""
         last = len(self.stack.layers) - 1
         x, heads = self._first(start, spans, changed, answer_only=start == last)
         for index in range(start, last + 1):
-            layer = self.stack.layers[index]
+            layer, ends = self.stack.layers[index], index == last
             if index > start:
-                x, heads = self._next(index, spans, x, answer_only=index == last)
-            z = [
+                x, heads = self._next(index, spans, x, answer_only=ends)
+            parts = [
                 attend(layer, q, k, v, span.trace.key[index][: span.first], span.trace.value[index][: span.first])
                 for span, (q, k, v) in zip(spans, heads, strict=True)
             ]
-            mid = x + layer.attention_output(torch.cat([part.flatten(0, 1) for part in z]))
+            z = torch.cat([part.flatten(0, 1) for part in parts])
+            changes.make(z, (index, "z"), z, answer_only=ends)
+            mid = x + layer.attention_output(z)
+            changes.make(mid, (index, "mid"), x, answer_only=ends)
             x = mid + layer.mlp_output(x if layer.parallel else mid)
+            changes.make(x, (index + 1, "pre"), mid, answer_only=ends)
         return x
 
     def _first(

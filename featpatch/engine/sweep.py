@@ -87,7 +87,7 @@ def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
     """
     units = []
     for index, block in enumerate(blocks):
-        first = block.deltas.first()
+        first = block.first()
         for position in first.unique().tolist():
             if position != NEVER and (position <= block.run.answer or not causal):
                 units.append(Unit(index, block, (first == position).nonzero()[:, 0], position))
@@ -157,8 +157,8 @@ class Sweep:
         runs = list(dict.fromkeys(block.run for block in blocks))
         base = dict(zip(runs, self.baselines(runs), strict=True))
         units = self.units(blocks)
-        idle = torch.ones(sum(len(block.deltas) for block in blocks), dtype=torch.bool)
-        masks = idle.split([len(block.deltas) for block in blocks])
+        idle = torch.ones(sum(map(len, blocks)), dtype=torch.bool)
+        masks = idle.split([*map(len, blocks)])
         for unit in units:
             masks[unit.index][unit.patches] = False
         for block, into, mask in zip(blocks, values, masks, strict=True):

@@ -226,12 +226,12 @@ class Statistic(Everywhere):
     def _read(self, tokens: torch.Tensor) -> Iterator[tuple[str | int, Values]]:
         """Run prompts of equal length and yield their values `[prompts, pos, ...]`, with the keys of `_over`."""
         dictionaries = self.others.dictionaries
-        hooks = {*self.others.hooks, *(hook for each in dictionaries for hook in (each.reads, each.writes))}
+        hooks = {*self.others.hooks, *(hook for each in dictionaries for hook in each.hooks)}
         read = self.others.lens.read(tokens, sorted(hooks))
         for hook in filter(self._has_statistic, self.others.hooks):
             yield hook, (read[hook],)
         for index, dictionary in enumerate(dictionaries):
-            split = dictionary.split(read[dictionary.reads], read[dictionary.writes])
+            split = dictionary.split(read)
             yield index, (split.features, split.error)
 
 
@@ -277,7 +277,7 @@ class Means(Everywhere):
                 f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features "
                 "have a mean; pass a cache, or to='mean' with reference"
             )
-        split = of.split(found[of.reads], found[of.writes])
+        split = of.split(found)
         return split.features, split.error
 
 

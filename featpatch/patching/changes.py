@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch.engine.patches import Deltas
 from featpatch.files import sha256
-from featpatch.nodes import Direction, Kind, Node, Position
+from featpatch.nodes import Combine, Direction, Kind, Node, Position
 from featpatch.pairs.pair import Wanted
 from featpatch.sae.dictionary import Dictionary, Split
 
@@ -41,7 +41,7 @@ class Run:
 
     def split(self, dictionary: Dictionary, start: int) -> Split:
         """Return features and error from position `start` on, as a batch of one."""
-        return dictionary.split(self.at(dictionary.reads)[None, start:], self.at(dictionary.writes)[None, start:])
+        return dictionary.split({hook: self.at(hook)[None, start:] for hook in dictionary.hooks})
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,36 +215,41 @@ class DecoderDirections:
 
 @dataclass(frozen=True)
 class Swap:
-    """Nodes at one hook point that differ between the runs of one pair, with the deltas of each direction.
+    """Nodes that differ between the runs of one pair, one patch each, with the deltas of each direction.
 
     Attributes:
-        site: the hook point.
-        nodes: the nodes, one patch each.
-        deltas: the deltas of the patches, by direction.
-        longer: by direction, the deltas for each reading, if they depend on the tokens that follow the prompt; otherwise empty.
+        nodes: the nodes.
+        deltas: the deltas of the patches, by hook point and direction; each patch is made at all of these hook points.
+        longer: the deltas for each reading, by hook point and direction, if they depend on the tokens that follow the prompt;
+            otherwise empty.
         by_token: whether the deltas are at token positions even if the runs are `Labelled`; otherwise they are at places then.
+        combine: what a patch at several hook points means.
     """
 
-    site: str
     nodes: tuple[Node, ...]
-    deltas: Mapping[Direction, Deltas]
-    longer: Mapping[Direction, Sequence[Deltas]] = field(default_factory=dict)
+    deltas: Mapping[str, Mapping[Direction, Deltas]]
+    longer: Mapping[str, Mapping[Direction, Sequence[Deltas]]] = field(default_factory=dict)
     by_token: bool = False
+    combine: Combine = "add"
 
-    def at(self, direction: Direction, reading: int) -> Deltas:
-        """Return the deltas for a reading."""
-        return self.longer[direction][reading] if self.longer else self.deltas[direction]
+    def at(self, direction: Direction, reading: int) -> dict[str, Deltas]:
+        """Return the deltas for a reading, by hook point."""
+        if self.longer:
+            return {site: longer[direction][reading] for site, longer in self.longer.items()}
+        return {site: deltas[direction] for site, deltas in self.deltas.items()}
 
     def keep(self, nodes: frozenset[Node]) -> "Swap":
         """Return the swaps of only these nodes."""
         kept = [patch for patch, node in enumerate(self.nodes) if node in nodes]
         some = torch.tensor(kept, dtype=torch.long)
-        return Swap(
-            self.site,
-            tuple(self.nodes[patch] for patch in kept),
-            {way: deltas.select(some) for way, deltas in self.deltas.items()},
-            {way: [deltas.select(some) for deltas in of_way] for way, of_way in self.longer.items()},
-            self.by_token,
+        return replace(
+            self,
+            nodes=tuple(self.nodes[patch] for patch in kept),
+            deltas={site: {way: each.select(some) for way, each in ways.items()} for site, ways in self.deltas.items()},
+            longer={
+                site: {way: [each.select(some) for each in of_way] for way, of_way in ways.items()}
+                for site, ways in self.longer.items()
+            },
         )
 
     @property
@@ -258,16 +263,34 @@ Naming = Callable[[int, Position], Node]
 
 
 def feature_swaps(
-    difference: Difference, wanted: Wanted, directions: DecoderDirections, site: str, naming: Naming
+    dictionary: Dictionary,
+    difference: Difference,
+    wanted: Wanted,
+    directions: DecoderDirections,
+    naming: Naming,
+    combine: Combine = "add",
 ) -> list[Swap]:
-    """Return one `Swap` per requested position, in which each feature that differs there is patched alone."""
+    """Return the swaps in which each feature that differs is patched alone, by requested position and group of features."""
     swaps = []
     for position, span in wanted.items():
-        entries = difference.at(span)
-        indices, patch = difference.feature[entries].unique(return_inverse=True)
-        nodes = tuple(naming(feature, position) for feature in indices.tolist())
-        swaps.append(Swap(site, nodes, deltas_of(difference, entries, patch, directions, len(nodes))))
+        at_position = difference.at(span)
+        group_of = difference.feature[at_position] // dictionary.per_group
+        for group in range(dictionary.codec.groups):
+            entries = at_position[group_of == group]
+            indices, patch = difference.feature[entries].unique(return_inverse=True)
+            nodes = tuple(naming(feature, position) for feature in indices.tolist())
+            deltas = deltas_of(difference, entries, patch, directions, len(nodes))
+            swaps.append(Swap(nodes, _by_output(dictionary, deltas, group), combine=combine))
     return swaps
+
+
+def _by_output(dictionary: Dictionary, deltas: Mapping[Direction, Deltas], group: int) -> dict[str, dict[Direction, Deltas]]:
+    """Return the deltas at each hook point to which a group of features writes."""
+    parts = {way: dictionary.by_output(of_way.directions) for way, of_way in deltas.items()}
+    return {
+        site: {way: replace(of_way, directions=parts[way][site]) for way, of_way in deltas.items()}
+        for site in dictionary.outputs[group:]
+    }
 
 
 def deltas_of(
@@ -309,17 +332,20 @@ def _along(
     }
 
 
-def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str = "") -> Swap:
+def whole_swaps(
+    site: str, kind: str, changes: Mapping[str, Change], wanted: Wanted, sae: str = "", combine: Combine = "add"
+) -> Swap:
     """Return one patch per requested position, which makes the whole change there.
 
     Args:
-        site: the hook point that is patched.
+        site: the hook point of the nodes.
         kind: the kind of the nodes.
-        change: the change of the activation, by direction.
+        changes: the change of the activation at each hook point that is patched, by direction.
         wanted: the requested positions.
         sae: the name of the dictionary, if the nodes belong to one.
+        combine: what a patch at several hook points means.
     """
-    differs = differing(change)
+    differs = differing(changes)
     nodes: list[Node] = []
     patch: list[int] = []
     position: list[int] = []
@@ -329,18 +355,26 @@ def whole_swaps(site: str, kind: str, change: Change, wanted: Wanted, sae: str =
             patch += [len(nodes)] * len(changed)
             position += changed
             nodes.append(Node(site, cast(Kind, kind), None, name, sae))
-    where = torch.tensor(position, dtype=torch.long)
-    numbers = torch.tensor(patch, dtype=torch.long)
-    deltas = {way: Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes)) for way, whole in change.items()}
-    return Swap(site, tuple(nodes), deltas)
+    where, numbers = torch.tensor(position, dtype=torch.long), torch.tensor(patch, dtype=torch.long)
+    deltas = {
+        hook: {way: Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes)) for way, whole in change.items()}
+        for hook, change in changes.items()
+    }
+    return Swap(tuple(nodes), deltas, combine=combine)
 
 
-def differing(change: Change) -> Bool[torch.Tensor, " pos"]:
-    """Return a mask of the positions that change in at least one direction."""
-    return torch.stack([(whole != 0).any(1).cpu() for whole in change.values()]).any(0)
+def differing(changes: Mapping[str, Change]) -> Bool[torch.Tensor, " pos"]:
+    """Return a mask of the positions at which any hook point changes in at least one direction."""
+    return torch.stack([(whole != 0).any(1).cpu() for change in changes.values() for whole in change.values()]).any(0)
 
 
-def count_whole(change: Change, wanted: Wanted) -> int:
+def by_output(dictionary: Dictionary, change: Change) -> dict[str, Change]:
+    """Return the part of a change that belongs to each hook point that a dictionary writes."""
+    parts = {way: dictionary.by_output(of_way) for way, of_way in change.items()}
+    return {site: {way: of_way[site] for way, of_way in parts.items()} for site in dictionary.outputs}
+
+
+def count_whole(changes: Mapping[str, Change], wanted: Wanted) -> int:
     """Return the number of patches that `whole_swaps` makes."""
-    differs = differing(change)
+    differs = differing(changes)
     return sum(bool(differs[span].any()) for span in wanted.values())

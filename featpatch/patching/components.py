@@ -51,13 +51,16 @@ class WholePart(Part):
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per hook point."""
         return [
-            [whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.whole]
+            [
+                whole_swaps(site, "activation", {site: whole_change(site, run.ways, run.first)}, run.wanted)
+                for site in self.whole
+            ]
             for run in runs
         ]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of hook points and positions at which the runs differ."""
-        return sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.whole)
+        return sum(count_whole({site: whole_change(site, run.ways, run.first)}, run.wanted) for site in self.whole)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class HeadPart(Part):
             for way in run.ways:
                 others = range(1, len(run.bases[way]))
                 longer[way] = [deltas[way], *(self._deltas(run, exchanges, way, reading) for reading in others)]
-        return [Swap(self._z, tuple(exchange.node for exchange in exchanges), deltas, longer, by_token=True)]
+        nodes = tuple(exchange.node for exchange in exchanges)
+        return [Swap(nodes, {self._z: deltas}, {self._z: longer} if longer else {}, by_token=True)]
 
     @property
     def _z(self) -> str:
@@ -259,7 +263,7 @@ class NeuronPart(DictionaryPart):
         found = [self.difference(run) for run in runs]
         directions = DecoderDirections.of(self.dictionary, found)
         return [
-            feature_swaps(difference, run.wanted, directions, self.dictionary.writes, self._naming)
+            feature_swaps(self.dictionary, difference, run.wanted, directions, self._naming)
             for run, difference in zip(runs, found, strict=True)
         ]
 

@@ -156,7 +156,7 @@ class RandomPart(DictionaryPart):
                 coefficient=signed.repeat(self.n),
                 directions=units,
             )
-        return [Swap(site, nodes, deltas)]
+        return [Swap(nodes, {site: deltas})]
 
     def _units(self, like: torch.Tensor) -> torch.Tensor:
         """Draw the random unit vectors, `[n, d]`, with the type and device of `like`."""

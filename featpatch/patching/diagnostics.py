@@ -148,11 +148,11 @@ def _places(swap: Chosen, base: Values, source: Values, where: list[int]) -> Flo
     changed = (new != old).any(2)[0].cpu()
     features = torch.full((old.shape[1], 5), torch.nan, dtype=torch.float64)
     if dictionary is not None:
-        before, after = (dictionary.split(run[dictionary.reads], run[swap.site]).features[0] for run in (base, source))
+        before, after = (dictionary.split(run).features[0] for run in (base, source))
         changed |= ((before != after).cpu() & swap.columns).any(1)
         if dictionary.reads == swap.site:
             eps = max(torch.finfo(old.dtype).eps, torch.finfo(before.dtype).eps)
-            found = dictionary.split(new, new).features[0]
+            found = dictionary.split({swap.site: new}).features[0]
             features = _features(before, after, found, swap.columns, eps)
     return torch.cat([features, _norms(old)[:, None], _norms(new)[:, None]], dim=1)[changed]
 

@@ -46,13 +46,13 @@ class Chosen:
     @property
     def hooks(self) -> set[str]:
         """The hook points whose activations `delta` needs."""
-        return {self.site} if self.dictionary is None else {self.site, self.dictionary.reads}
+        return {self.site} if self.dictionary is None else set(self.dictionary.hooks)
 
     def delta(self, base: Values, source: Values) -> Float[torch.Tensor, "batch pos d"]:
         """Return how patching the chosen values from source into base changes the flat activation at the hook point."""
         if self.dictionary is None:
             return self.change(base[self.site], source[self.site])
-        b, s = (self.dictionary.split(values[self.dictionary.reads], values[self.site]) for values in (base, source))
+        b, s = map(self.dictionary.split, (base, source))
         return self.change(b, s)
 
     def change(self, base: Any, source: Any) -> Float[torch.Tensor, "batch pos d"]:

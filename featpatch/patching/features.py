@@ -1,19 +1,20 @@
 """Studies of SAE features: single features, all features together, error terms and whole activations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Node, Position
+from featpatch.nodes import Combine, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import (
+    Change,
     DecoderDirections,
     Difference,
-    Naming,
     Swap,
+    by_output,
     count_whole,
     feature_swaps,
     whole_change,
@@ -22,7 +23,7 @@ from featpatch.patching.changes import (
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.dictionary import Dictionary, dictionaries, together
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +33,12 @@ class FeaturePart(Part):
     Attributes:
         dictionaries: the dictionaries.
         only: the nodes that are patched; None for all.
+        combine: what a patch at several hook points means; None for the default of each dictionary.
     """
 
     dictionaries: Sequence[Dictionary]
     only: frozenset[Node] | None = None
+    combine: Combine | None = None
 
     @property
     def complete(self) -> bool:
@@ -50,12 +53,18 @@ class FeaturePart(Part):
     @property
     def hooks(self) -> set[str]:
         """The hook points that the dictionaries read and write."""
-        return {hook for dictionary in self.dictionaries for hook in (dictionary.reads, dictionary.writes)}
+        return {hook for dictionary in self.dictionaries for hook in dictionary.hooks}
 
     @property
     def sites(self) -> list[str]:
         """The hook points that are patched."""
-        return list(dict.fromkeys(dictionary.writes for dictionary in self.dictionaries))
+        return list(dict.fromkeys(hook for dictionary in self.dictionaries for hook in dictionary.outputs))
+
+    @property
+    def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
+        """The hook points that are patched together: each alone, and all outputs of a dictionary that writes several."""
+        several = [dictionary for dictionary in self.dictionaries if len(dictionary.outputs) > 1]
+        return super().patched + [(dictionary.outputs, self.combine or dictionary.combine) for dictionary in several]
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
@@ -67,22 +76,33 @@ class FeaturePart(Part):
         """Return the number of patches per direction."""
         if self.only is not None:
             return sum(len(swap.nodes) for swap in self.swaps([run])[0])
-        total = sum(count_whole(whole_change(site, run.ways, run.first), run.wanted) for site in self.sites)
+        total = sum(count_whole(changes, run.wanted) for _, _, changes, _, _ in self._whole(run))
         for difference in self._differences(run).values():
             total += sum(len(difference.feature[difference.at(span)].unique()) for span in run.wanted.values())
-            total += sum(count_whole(change, run.wanted) for change in (difference.features, difference.error))
         return total
 
     def _of_pair(self, run: PairRuns, probed: dict[str, DecoderDirections]) -> list[Swap]:
         swaps: list[Swap] = []
         for dictionary in self.dictionaries:
-            site, name, found = dictionary.writes, dictionary.name, self._differences(run)[dictionary.name]
-            swaps += feature_swaps(found, run.wanted, probed[name], site, _naming(dictionary))
-            swaps.append(whole_swaps(site, "all_features", found.features, run.wanted, name))
-            swaps.append(whole_swaps(site, "error", found.error, run.wanted, name))
+            found, directions = self._differences(run)[dictionary.name], probed[dictionary.name]
+            combine = self.combine or dictionary.combine
+            swaps += feature_swaps(dictionary, found, run.wanted, directions, dictionary.node, combine)
         return swaps + [
-            whole_swaps(site, "activation", whole_change(site, run.ways, run.first), run.wanted) for site in self.sites
+            whole_swaps(site, kind, changes, run.wanted, sae, combine) for site, kind, changes, sae, combine in self._whole(run)
         ]
+
+    def _whole(self, run: PairRuns) -> "Iterator[tuple[str, str, dict[str, Change], str, Combine]]":
+        """Yield the arguments of `whole_swaps` for all features, the error and the activation, by hook point and together."""
+        activations = {site: whole_change(site, run.ways, run.first) for site in self.sites}
+        for dictionary in self.dictionaries:
+            found, name, combine = self._differences(run)[dictionary.name], dictionary.name, self.combine or dictionary.combine
+            kinds = {"all_features": by_output(dictionary, found.features), "error": by_output(dictionary, found.error)}
+            for kind, changes in kinds.items():
+                yield from ((site, kind, {site: change}, name, combine) for site, change in changes.items())
+            if len(dictionary.outputs) > 1:
+                yield from ((together(dictionary), kind, changes, name, combine) for kind, changes in kinds.items())
+                yield together(dictionary), "activation", {site: activations[site] for site in dictionary.outputs}, "", combine
+        yield from ((site, "activation", {site: change}, "", "add") for site, change in activations.items())
 
     def _differences(self, run: PairRuns) -> dict[str, Difference]:
         def find() -> dict[str, Difference]:
@@ -95,18 +115,12 @@ class FeaturePart(Part):
 
     def _features(self, name: str) -> list[int]:
         """Return the features of a dictionary that are among the nodes of `only`."""
-        return [node.index for node in self.only or () if node.sae == name and node.index is not None]
-
-
-def _naming(dictionary: Dictionary) -> Naming:
-    def name(feature: int, position: Position) -> Node:
-        return Node(dictionary.writes, "feature", feature, position, dictionary.name)
-
-    return name
+        (dictionary,) = (each for each in self.dictionaries if each.name == name)
+        return [dictionary.number(node) for node in self.only or () if node.sae == name and node.index is not None]
 
 
 def feature_study(
-    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None
+    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None, combine: Combine | None = None
 ) -> tuple[Study, list[Dictionary]]:
     """Return the validated experiment that `rank_features` runs with these arguments, and its dictionaries.
 
@@ -114,12 +128,22 @@ def feature_study(
         model, saes, pairs: as in `rank_features`.
         options: the other arguments of `rank_features`.
         only: the nodes that are patched; None for all.
+        combine: as in `rank_features`.
     """
     check_pairs(pairs, by_label=True)
+    if combine is not None:
+        check_choices(get_args(Combine), combine=combine)
     lens = wrap(model)
     found = dictionaries(lens, saes)
-    about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    return Study.of(lens, [FeaturePart(found, only)], about, pairs, options), found
+    about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    several = {each.name: combine or each.combine for each in found if len(each.outputs) > 1}
+    if combine is not None and not several:
+        raise FeatpatchError(
+            f"combine={combine!r}: expected None, because every SAE writes at a single hook point; leave combine out"
+        )
+    if several:
+        about["combine"] = several
+    return Study.of(lens, [FeaturePart(found, only, combine)], about, pairs, options), found
 
 
 def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options: Options) -> tuple[Study, Dictionary]:

@@ -113,7 +113,8 @@ class JointPart(Part):
 
         def swap(run: PairRuns) -> Swap:
             every = {way: [found[id(run), way, reading] for reading in range(len(run.bases[way]))] for way in run.ways}
-            return Swap(self.sites[0], (self.node,), {way: deltas[0] for way, deltas in every.items()}, every)
+            first = {way: deltas[0] for way, deltas in every.items()}
+            return Swap((self.node,), {self.sites[0]: first}, {self.sites[0]: every})
 
         return [[swap(run)] if self._differs(run) else [] for run in runs]
 
@@ -180,7 +181,8 @@ def _setting(group: Chosen, places: Sequence[Place], live: Mapping[str, torch.Te
         now: Any = activation[:, :length]
         base = now
         if group.dictionary is not None:
-            base = group.dictionary.split(live.get(group.dictionary.reads, activation)[:, :length], now)
+            read = live.get(group.dictionary.reads, activation)[:, :length]
+            base = group.dictionary.split({group.dictionary.reads: read, group.site: now})
         changed = activation.clone()
         changed[:, :length] = added(now, group.change(base, source).reshape(now.shape))
         return changed

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from featpatch.nodes import Node
+from featpatch.nodes import Combine, Node
 from featpatch.patching.changes import Difference, Swap
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
@@ -38,6 +38,11 @@ class Part(ABC):
     @abstractmethod
     def sites(self) -> list[str]:
         """The hook points at which the changes are added."""
+
+    @property
+    def patched(self) -> "list[tuple[tuple[str, ...], Combine]]":
+        """The hook points that are patched together, and what such a patch means: by default each alone."""
+        return [((site,), "add") for site in self.sites]
 
     @property
     def layers(self) -> set[int]:
@@ -85,6 +90,11 @@ class OnlyPart(Part):
         """The hook points that the other part patches."""
         return self.part.sites
 
+    @property
+    def patched(self) -> "list[tuple[tuple[str, ...], Combine]]":
+        """The hook points that the other part patches together."""
+        return self.part.patched
+
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair with only these nodes, computed once."""
         return [run.once(self, partial(self._of_pair, run)) for run in runs]
@@ -120,9 +130,9 @@ class DictionaryPart(Part):
     @property
     def hooks(self) -> set[str]:
         """The hook points that the dictionary reads and writes."""
-        return {self.dictionary.reads, self.dictionary.writes}
+        return set(self.dictionary.hooks)
 
     @property
     def sites(self) -> list[str]:
-        """The hook point that the dictionary writes."""
-        return [self.dictionary.writes]
+        """The hook points that the dictionary writes."""
+        return list(self.dictionary.outputs)

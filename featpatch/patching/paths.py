@@ -90,7 +90,7 @@ class EdgePart(Part):
                 where = self._where(run, receiver)
                 changes = {way: receiver.change(stream, torch.tensor(rows), where) for way, stream in streams.items()}
                 deltas = {way: _deltas(change, run.first) for way, change in changes.items()}
-                swaps.append(Swap(receiver.writes, tuple(edges[nodes[row - 1]] for row in rows), deltas))
+                swaps.append(Swap(tuple(edges[nodes[row - 1]] for row in rows), {receiver.writes: deltas}))
         return swaps
 
     def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:

@@ -165,14 +165,14 @@ class CodeReceiver(Receiver):
         """Return what the feature's new value adds along its direction, or how the error changes."""
         read = stream.read(self.dictionary.reads)
         if self.node.index is None:
-            error = self.dictionary.split(read, stream.read(self.writes)).error
+            error = self.dictionary.split({self.dictionary.reads: read, self.writes: stream.read(self.writes)}).error
             return (error[rows] - error[0]) * where[:, None].to(error)
         written = stream.base.at(self.writes)[None]
-        split = self.dictionary.split(read, written.expand(len(read), *written.shape[1:]))
+        split = self.dictionary.split({self.writes: written.expand(len(read), *written.shape[1:]), self.dictionary.reads: read})
         feature = torch.tensor([self.node.index])
         value = split.features[rows, :, self.node.index] - split.features[0, :, self.node.index]
         if self.dictionary.behaviour.scaled:
-            value = value * self.dictionary.gains(self.dictionary.split(stream.base.at(self.dictionary.reads)[None], written))
+            value = value * self.dictionary.gains(stream.base.split(self.dictionary, 0))
         return (value * where.to(value))[..., None] * self.dictionary.directions(feature)[0]
 
 
@@ -298,13 +298,14 @@ class Senders:
         """Return the senders that differ between the runs of a pair, and their changes of the residual stream by direction."""
         swaps = self.swaps(run)
         nodes = [node for swap in swaps for node in swap.nodes]
+        sent = [(site, deltas) for swap in swaps for site, deltas in swap.deltas.items()]  # a sender writes at one hook point
         entering: list[Place] = []
-        for swap in swaps:
-            entering += [place for place in [sites.comes_in(swap.site)] if place] * len(swap.nodes)
+        for (site, _), swap in zip(sent, swaps, strict=True):
+            entering += [place for place in [sites.comes_in(site)] if place] * len(swap.nodes)
         streams = {}
         for way, (base, _) in run.ways.items():
             tokens = run.bases[way][0].tokens
-            changes = [self._on_stream(swap.site, dense(swap.deltas[way], len(tokens)), base, tokens) for swap in swaps]
+            changes = [self._on_stream(site, dense(deltas[way], len(tokens)), base, tokens) for site, deltas in sent]
             changes = [change.to(self.lens.device) for change in changes]
             empty = torch.zeros(0, len(tokens), self.lens.d_model, device=self.lens.device)
             streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes) if changes else empty)

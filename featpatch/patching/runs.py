@@ -136,12 +136,12 @@ class PairRuns:
     bases: Mapping[Direction, Sequence[BaseRun]]
     found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def deltas(self, swap: Swap, direction: Direction, reading: int) -> Deltas:
-        """Return the deltas of a swap for a reading, at token positions of the base run."""
-        deltas, base = swap.at(direction, reading), self.ways[direction][0]
+    def deltas(self, swap: Swap, direction: Direction, reading: int) -> dict[str, Deltas]:
+        """Return the deltas of a swap for a reading, by hook point, at token positions of the base run."""
+        found, base = swap.at(direction, reading), self.ways[direction][0]
         if swap.by_token or not isinstance(base, Labelled):
-            return deltas
-        return replace(deltas, position=base.tokens[deltas.position])
+            return found
+        return {site: replace(deltas, position=base.tokens[deltas.position]) for site, deltas in found.items()}
 
     def tokens(self, direction: Direction, span: Sequence[int]) -> list[int]:
         """Return the token positions of the base run at some positions (or places)."""

@@ -63,7 +63,7 @@ class SetPart(DictionaryPart):
             changes = self._along(difference, directions, sets, span)
         else:
             changes = self._by_definition(run, sets, span)
-        return Swap(site, nodes, {way: _deltas(change, span) for way, change in changes.items()})
+        return Swap(nodes, {site: {way: _deltas(change, span) for way, change in changes.items()}})
 
     def _along(
         self,

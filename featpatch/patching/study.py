@@ -125,13 +125,12 @@ class Study:
         if noise is None and not contrast.everywhere and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
-        changed = [site for part in parts for site in part.sites]
         layers = sorted({layer for part in parts for layer in part.layers})
         runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
         _check_labelled(runner)
         runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
         probes = _longest_and_shortest(pairs, readings, runs)
-        path = choose_path(lens, probes, list(dict.fromkeys(changed)))
+        path = choose_path(lens, probes, list(dict.fromkeys(patched for part in parts for patched in part.patched)))
         columns = max(
             len(read.measures.columns(reading.correct, reading.wrong) or range(lens.d_vocab))
             for of_pair in readings.values()
@@ -280,7 +279,7 @@ class Study:
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> "dict[tuple[Direction, int, int, int], Block]":
         """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
         return {
-            (direction, pair, reading, number): Block(swap.name, base, swap.site, run.deltas(swap, direction, reading))
+            (direction, pair, reading, number): Block(swap.name, base, run.deltas(swap, direction, reading), swap.combine)
             for direction in self.directions
             for pair, (run, of_pair) in enumerate(zip(runs, swaps, strict=True))
             for reading, base in enumerate(run.bases[direction])
@@ -292,9 +291,7 @@ class Study:
         runs = self._prepared(together)
         swaps = part.swaps(runs)
         blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
-        values = {
-            key: torch.full((len(block.deltas), metrics), torch.nan, dtype=torch.float64) for key, block in blocks.items()
-        }
+        values = {key: torch.full((len(block), metrics), torch.nan, dtype=torch.float64) for key, block in blocks.items()}
         try:
             sweep.fill(list(blocks.values()), list(values.values()))
         finally:

@@ -45,9 +45,9 @@ class Codec(ABC):
         kind: the name of the object's type, for messages.
         d_in, d_out, d_sae: the widths of the activations that it reads and writes, and the number of features.
         dtype: the dtype in which it encodes.
+        groups: the number of equal groups of features; group g writes only to the g-th and higher outputs of the dictionary, as
+            layer g of a cross-layer transcoder does. All others have one group.
         may_be_linear: whether the decoder is of a type that can be linear in the features; whether it is, is then tested.
-        groups: the number of groups of features of equal size, of which group g writes only to the hook points from number g
-            on: the layers of a cross-layer transcoder, and 1 where all features write everywhere.
         behaviour: the behaviour, if it follows from the codec's own arithmetic; None if it has to be tested.
     """
 

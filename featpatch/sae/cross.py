@@ -60,7 +60,7 @@ class Cross:
 
     Attributes:
         hook, hook_out: the names of the hook points that it reads and writes, from the lowest layer up.
-        groups: its features.
+        parts: its groups of features.
         b_dec: the biases of all outputs side by side.
         activation: a key of `ACTIVATIONS`.
         k: the number of features of a group that "topk" keeps.
@@ -71,7 +71,7 @@ class Cross:
 
     hook: tuple[str, ...]
     hook_out: tuple[str, ...]
-    groups: tuple[Group, ...]
+    parts: tuple[Group, ...]
     b_dec: torch.Tensor
     activation: str
     k: int | None = None
@@ -82,15 +82,15 @@ class Cross:
     def to(self, dtype: torch.dtype | None, device: str) -> Any:
         """Return the same dictionary on another device and in another dtype; None keeps its own dtype."""
         made = copy(self)
-        own = dtype or self.groups[0].W_enc.dtype
-        made.groups = tuple(group.to(dtype=own, device=device) for group in self.groups)
+        own = dtype or self.parts[0].W_enc.dtype
+        made.parts = tuple(group.to(dtype=own, device=device) for group in self.parts)
         made.b_dec = self.b_dec.to(dtype=own, device=device)
         made.skip = None if self.skip is None else self.skip.to(dtype=own, device=device)
         return made
 
     def __repr__(self) -> str:
-        features = len(self.groups[0].b_enc)
-        size = f"{len(self.groups)} x {features}" if len(self.groups) > 1 else str(features)
+        features = len(self.parts[0].b_enc)
+        size = f"{len(self.parts)} x {features}" if len(self.parts) > 1 else str(features)
         ends = [f"{hooks[0]} to {sites.layer_of(hooks[-1])}" for hooks in dict.fromkeys((self.hook, self.hook_out))]
         return visible(f"{type(self).__name__} of {size} features, {' -> '.join(ends)}")
 
@@ -104,7 +104,7 @@ class Cross:
         if activation is None:
             activation = "topk" if k is not None else "relu" if threshold is None else "jumprelu"
         check_choices(("relu", "jumprelu", "jump", "topk"), activation=activation)
-        size = len(self.groups[0].b_enc)
+        size = len(self.parts[0].b_enc)
         if (activation == "topk") != (k is not None) or not (k is None or (is_integer(k) and 1 <= k <= size)):
             raise FeatpatchError(f"activation={activation!r}, k={k!r}: expected k from 1 to {size} with 'topk', and only there")
         if (activation in ("jumprelu", "jump")) != (threshold is not None):
@@ -114,7 +114,7 @@ class Cross:
             )
         self.activation, self.k, self.name, self.model = activation, None if k is None else int(k), name, model
         held: dict[str, Any] = {"b_dec": self.b_dec, "skip": self.skip}
-        for number, group in enumerate(self.groups):
+        for number, group in enumerate(self.parts):
             held |= {f"{part}[{number}]": getattr(group, part) for part in ("W_enc", "W_dec", "b_enc", "threshold", "scale")}
         check_finite(f"the {type(self).__name__}", held)
 
@@ -199,7 +199,7 @@ class CrossLayerTranscoder(Cross):
         self.skip = None if skip is None else _check("skip", skip, (layers, d_out, d_in))
         self.b_dec = b_dec.detach().flatten()
         assert bias is not None
-        self.groups = tuple(
+        self.parts = tuple(
             Group(
                 slice(layer * d_in, (layer + 1) * d_in), slice(layer * d_out, layers * d_out), encoders[layer], decoders[layer],
                 bias[layer], None if above is None else above[layer],
@@ -232,9 +232,9 @@ class CrossLayerTranscoder(Cross):
                 f"{self!r}{' with a skip path' if self.skip is not None else ''}: expected no skip path, and the same hook "
                 "point in every layer from 0 on, which is all that circuit-tracer's folders can hold"
             )
-        own, root = dtype_named(dtype) or self.groups[0].W_enc.dtype, as_path(folder)
-        width = len(self.b_dec) // len(self.groups)
-        for layer, group in enumerate(self.groups):
+        own, root = dtype_named(dtype) or self.parts[0].W_enc.dtype, as_path(folder)
+        width = len(self.b_dec) // len(self.parts)
+        for layer, group in enumerate(self.parts):
             bias = self.b_dec[layer * width : (layer + 1) * width]
             parts = {"W_enc": values_of(group.W_enc), "b_enc": group.b_enc, "b_dec": bias}
             if group.threshold is not None:  # there, values above a negative threshold are kept even if they are negative
@@ -321,7 +321,7 @@ class Crosscoder(Cross):
         above, factor = (_by_output(what, value, outputs, features, several, encoder.dtype)
                          for what, value in (("threshold", threshold), ("scale", scale)))  # fmt: skip
         writes = [slice(m * d_out, (m + 1) * d_out) for m in range(outputs)] if several else [slice(0, outputs * d_out)]
-        self.groups = tuple(
+        self.parts = tuple(
             Group(
                 slice(0, inputs * d_in), place, encoder, decoder[:, m] if several else decoder, bias,
                 None if above is None else above[m], None if factor is None else factor[m],

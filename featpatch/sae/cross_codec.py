@@ -33,12 +33,12 @@ class CrossCodec(Codec):
     def __init__(self, source: Any, like: torch.Tensor) -> None:
         self.cross: Cross = source
         self.kind = type(self.cross).__name__
-        self.groups = len(self.cross.groups)
-        self.d_in = max(group.reads.stop for group in self.cross.groups)
+        self.groups = self.cross.groups
+        self.d_in = max(group.reads.stop for group in self.cross.parts)
         self.d_out = len(self.cross.b_dec)
-        self._size = len(self.cross.groups[0].b_enc)
+        self._size = len(self.cross.parts[0].b_enc)
         self.d_sae = self.groups * self._size
-        self.dtype = self.cross.groups[0].W_enc.dtype
+        self.dtype = self.cross.parts[0].W_enc.dtype
         self._wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._device = self.cross.b_dec.device
 
@@ -52,7 +52,7 @@ class CrossCodec(Codec):
         own = x.to(device=self._device, dtype=self.dtype)
         made: list[torch.Tensor] = []
         before: Group | None = None
-        for group in self.cross.groups:
+        for group in self.cross.parts:
             if before is None or group.W_enc is not before.W_enc:  # else the groups differ only in what they write
                 pre = own[..., group.reads] @ values_of(group.W_enc).T + group.b_enc
             made.append(self._activate(pre, group).to(self._wide))
@@ -77,7 +77,7 @@ class CrossCodec(Codec):
         """Return the reconstruction, for which only the rows of features that are on somewhere in the batch are read."""
         features = features.to(device=self._device, dtype=self._wide)
         made = self.cross.b_dec.to(self._wide).expand(*features.shape[:-1], -1).clone()
-        for group, own in zip(self.cross.groups, features.split(self._size, dim=-1), strict=True):
+        for group, own in zip(self.cross.parts, features.split(self._size, dim=-1), strict=True):
             active = (own != 0).flatten(0, -2).any(0).nonzero()[:, 0]
             together = max(1, READ // (group.writes.stop - group.writes.start))
             for chunk in active.split(together):
@@ -87,7 +87,7 @@ class CrossCodec(Codec):
     def rows(self, features: torch.Tensor) -> torch.Tensor:
         """Return rows of the decoders, with zeros where a feature does not write."""
         rows = torch.zeros(len(features), self.d_out, dtype=self._wide, device=self._device)
-        for number, group in enumerate(self.cross.groups):
+        for number, group in enumerate(self.cross.parts):
             there = (features // self._size == number).nonzero()[:, 0]
             if len(there):
                 found = values_of(group.W_dec, features[there] % self._size)
@@ -108,7 +108,7 @@ class CrossCodec(Codec):
         cross, total = self.cross, hashlib.sha256()
         total.update(f"{self.kind} {cross.activation} {cross.k} {self.dtype} {cross.hook} {cross.hook_out}".encode())
         held = [cross.b_dec, cross.skip]
-        for group in cross.groups:
+        for group in cross.parts:
             held += [group.b_enc, group.threshold, group.scale]
             for matrix in (group.W_enc, group.W_dec):
                 count = max(1, min(self._size, HASHED * self._size // max(1, _numel(matrix))))

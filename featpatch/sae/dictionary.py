@@ -4,6 +4,9 @@
 
 A dictionary reads at one hook point and writes at another; for an autoencoder both are the same, for a transcoder they are
 not. Activations are flat: `[batch, pos, d]`, with the heads of `hook_z` side by side.
+
+A cross-layer transcoder or a crosscoder reads several hook points and writes several. Its activation is what they hold, side by
+side, so that the formula is the same. A patch then makes the part of its change that belongs to each hook point there.
 """
 
 import re
@@ -19,9 +22,10 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.digest import check_finite
 from featpatch.model.lens import Lens
-from featpatch.nodes import COMPONENT_KINDS, LOGITS, TOGETHER, Node, Position
+from featpatch.nodes import COMPONENT_KINDS, LOGITS, TOGETHER, Combine, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
+from featpatch.sae.cross_codec import CrossCodec
 from featpatch.sae.formats import library_of
 from featpatch.sae.hooks import hook_of
 from featpatch.sae.sae_lens import SaeCodec, Training
@@ -71,19 +75,78 @@ class Dictionary:
 
     Attributes:
         name: a name that is unique among the dictionaries of a call.
-        reads, writes: names of hook points in TransformerLens' spelling.
-        shape: the shape of one activation at `writes`, e.g. `(n_heads, d_head)` for `hook_z`.
+        inputs, outputs: names of the hook points that it reads and writes, in TransformerLens' spelling, by ascending layer.
+        widths: the width of the flat activation at each output.
         behaviour: the tested behaviour of the codec.
         source: the object that the user gave.
     """
 
     name: str
     codec: Codec
-    reads: str
-    writes: str
-    shape: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    widths: tuple[int, ...]
     behaviour: Behaviour
     source: Any
+
+    @property
+    def reads(self) -> str:
+        """The only hook point that the dictionary reads.
+
+        Raises:
+            FeatpatchError: it reads or writes several.
+        """
+        return self._only(self.inputs)
+
+    @property
+    def writes(self) -> str:
+        """The only hook point that the dictionary writes.
+
+        Raises:
+            FeatpatchError: it reads or writes several.
+        """
+        return self._only(self.outputs)
+
+    def _only(self, hooks: tuple[str, ...]) -> str:
+        if len(self.inputs) > 1 or len(self.outputs) > 1:
+            raise FeatpatchError(
+                f"{self.name!r} ({self.codec.kind}) reads {len(self.inputs)} hook points and writes {len(self.outputs)}: "
+                "expected one of each here; use fp.rank_features or fp.rank_nodes, or a dictionary of a single layer"
+            )
+        return hooks[0]
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hook points that the dictionary reads and writes."""
+        return tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+
+    @property
+    def combine(self) -> Combine:
+        """What a patch at several outputs means by default.
+
+        The residual stream at a higher hook point already contains what is written below, so it is set; the output of an MLP or
+        of attention does not, so the change is added.
+        """
+        return "set" if all(map(sites.is_stream, self.outputs)) else "add"
+
+    @property
+    def per_group(self) -> int:
+        """The number of features of each group, see `Codec.groups`."""
+        return self.d_sae // self.codec.groups
+
+    def node(self, number: int, position: Position) -> Node:
+        """Return the node of a feature, given its number among all features; its hook point is the lowest that it writes."""
+        group, index = divmod(number, self.per_group)
+        return Node(self.outputs[group], "feature", index, position, self.name)
+
+    def number(self, node: Node) -> int:
+        """Return the number of a feature among all features, given its node."""
+        assert node.index is not None
+        return (self.outputs.index(node.site) if self.codec.groups > 1 else 0) * self.per_group + node.index
+
+    def by_output(self, flat: Float[torch.Tensor, "... d_out"]) -> dict[str, torch.Tensor]:
+        """Split a flat activation, change or direction by the hook points that the dictionary writes."""
+        return dict(zip(self.outputs, flat.split(self.widths, dim=-1), strict=True))
 
     @property
     def training(self) -> Training:
@@ -102,12 +165,15 @@ class Dictionary:
             hooks += [(hook, self.writes) for hook in sites.beside(self.reads)]
             hooks += [(self.reads, hook) for hook in sites.beside(self.writes)]
         known = {(lens.site(reads), lens.site(writes)) for reads, writes in hooks if {reads, writes} <= set(lens.hook_points)}
-        return [replace(self, reads=reads, writes=writes) for reads, writes in sorted(known - {(self.reads, self.writes)})]
+        return [
+            replace(self, inputs=(reads,), outputs=(writes,)) for reads, writes in sorted(known - {(self.reads, self.writes)})
+        ]
 
     @property
     def place(self) -> str:
         """The hook points that the dictionary reads and writes, for messages."""
-        return repr(self.writes) if self.reads == self.writes else f"{self.reads!r} -> {self.writes!r}"
+        reads, writes = (", ".join(map(repr, hooks)) for hooks in (self.inputs, self.outputs))
+        return writes if reads == writes else f"{reads} -> {writes}"
 
     @property
     def d_sae(self) -> int:
@@ -115,24 +181,26 @@ class Dictionary:
         return self.codec.d_sae
 
     @torch.no_grad()
-    def split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
-        """Split the activation at `reads` into features, and compute the error at `writes`.
+    def split(self, activations: Mapping[str, torch.Tensor]) -> Split:
+        """Split the activations at `inputs` into features, and compute the error at `outputs`.
 
-        Both activations are `[batch, pos, ...]`. The error has the wider of the dtypes of the model and the dictionary.
+        Activations are `[batch, pos, ...]`, by hook point. The error has the wider of the dtypes of the model and the
+        dictionary.
 
         Raises:
             FeatpatchError: features or errors are not finite.
         """
-        return self.differentiable_split(read, written)
+        return self.differentiable_split(activations)
 
-    def differentiable_split(self, read: torch.Tensor, written: torch.Tensor) -> Split:
+    def differentiable_split(self, activations: Mapping[str, torch.Tensor]) -> Split:
         """Split an activation, see `split`, and keep the gradient.
 
         Raises:
             FeatpatchError: features or errors are not finite, or the encoder passes no gradient on.
         """
-        code = self.codec.encode(read.flatten(2))
-        error = written.flatten(2).to(code.features.device) - self.codec.decode(code.features, code.state)
+        read, written = (self._flat(activations, hooks) for hooks in (self.inputs, self.outputs))
+        code = self.codec.encode(read)
+        error = written.to(code.features.device) - self.codec.decode(code.features, code.state)
         if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
             raise FeatpatchError(
                 f"{self.name} returns NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
@@ -143,6 +211,11 @@ class Dictionary:
                 "scores='exact'"
             )
         return Split(code.features, code.state, error)
+
+    @staticmethod
+    def _flat(activations: Mapping[str, torch.Tensor], hooks: Sequence[str]) -> torch.Tensor:
+        parts = [activations[hook].flatten(2) for hook in hooks]
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
     @torch.no_grad()
     def decode(self, features: Float[torch.Tensor, "batch pos d_sae"], state: State) -> Float[torch.Tensor, "batch pos d"]:
@@ -251,12 +324,12 @@ class Dictionary:
         return self.codec.digest()
 
 
-CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec)
+CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec, CrossCodec)
 """The codecs, each of which recognises the objects of its type."""
 
 
-def kind_of(source: Any) -> tuple[type[Codec], str, str]:
-    """Find the codec for an object, and return it with the hook points that the object reads and writes.
+def kind_of(source: Any) -> tuple[type[Codec], tuple[str, ...], tuple[str, ...]]:
+    """Find the codec for an object, and return it with the hook points that the object reads and those that it writes.
 
     Raises:
         FeatpatchError: no codec supports the object.
@@ -264,7 +337,8 @@ def kind_of(source: Any) -> tuple[type[Codec], str, str]:
     for codec in CODECS:
         hooks = codec.hooks(source)
         if hooks is not None:
-            return codec, *hooks
+            reads, writes = ((each,) if isinstance(each, str) else tuple(each) for each in hooks)
+            return codec, reads, writes
     if library := library_of(source):
         raise FeatpatchError(
             f"{type(source).__name__} is an object of {library}, which does not say at which hook point it belongs: expected "
@@ -295,17 +369,17 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
     saes = several(saes) if named is None else list(named.values())
     if not saes:
         raise FeatpatchError("there are no SAEs: expected at least one SAE or transcoder; pass saes=...")
-    kinds = [
-        (kind, hook_of(lens, Training.of(sae), reads), hook_of(lens, Training.of(sae), writes))
-        for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True)
-    ]
-    for hook, (_, *both) in zip(named or (), kinds, strict=False):
-        if lens.site(hook) not in both:
+    kinds = []
+    for sae, (kind, reads, writes) in zip(saes, map(kind_of, saes), strict=True):
+        known = {hook: hook_of(lens, Training.of(sae), hook) for hook in (*reads, *writes)}
+        kinds.append((kind, tuple(known[hook] for hook in reads), tuple(known[hook] for hook in writes)))
+    for hook, (_, reads, writes) in zip(named or (), kinds, strict=False):
+        if lens.site(hook) not in (*reads, *writes):
             raise FeatpatchError(
-                f"saes gives {hook!r} for an SAE of {both[0]!r}: expected the hook point that it was trained on; use that "
+                f"saes gives {hook!r} for an SAE of {reads[0]!r}: expected the hook point that it was trained on; use that "
                 "name, or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
             )
-    shapes = lens.shapes({hook for _, *both in kinds for hook in both})
+    shapes = lens.shapes({hook for _, reads, writes in kinds for hook in (*reads, *writes)})
     like = lens.first_weight
     made: list[Dictionary] = []
     for sae, (kind, reads, writes) in zip(saes, kinds, strict=True):
@@ -318,9 +392,11 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
             )
         check_finite(f"SAE {name!r}", sae.coder if isinstance(sae, Adapted) else sae)
         codec = kind(sae, like)
-        _check_width(name, "reads", reads, prod(shapes[reads]), codec.d_in)
-        _check_width(name, "writes", writes, prod(shapes[writes]), codec.d_out)
-        made.append(Dictionary(name, codec, reads, writes, shapes[writes], Behaviour.of(codec, name), sae))
+        wide = {hook: prod(shapes[hook]) for hook in (*reads, *writes)}
+        _check_width(name, "reads", reads, [wide[hook] for hook in reads], codec.d_in)
+        _check_width(name, "writes", writes, [wide[hook] for hook in writes], codec.d_out)
+        widths = tuple(wide[hook] for hook in writes)
+        made.append(Dictionary(name, codec, reads, writes, widths, Behaviour.of(codec, name), sae))
     return made
 
 
@@ -328,12 +404,12 @@ CODED = ("feature", "error", "all_features")
 """The kinds of nodes that a dictionary splits an activation into."""
 
 
-def _name(source: Any, reads: str, writes: str) -> str:
+def _name(source: Any, reads: Sequence[str], writes: Sequence[str]) -> str:
     """Return the name of an object as a dictionary: its own, or that of its hook points."""
-    return getattr(source, "name", "") or (writes if reads == writes else f"{reads} -> {writes}")
+    return getattr(source, "name", "") or (writes[0] if reads == writes else f"{reads[0]} -> {writes[0]}")
 
 
-def feature(sae: Any, index: int, position: Position = "all") -> Node:
+def feature(sae: Any, index: int, position: Position = "all", *, layer: int | None = None) -> Node:
     """Make the node of a feature.
 
     Args:
@@ -341,9 +417,10 @@ def feature(sae: Any, index: int, position: Position = "all") -> Node:
             hook points of a transcoder with an arrow.
         index: the index of the feature.
         position: as in `fp.Node`.
+        layer: for a cross-layer transcoder, the layer whose feature it is; otherwise None.
 
     Raises:
-        FeatpatchError: the object is no SAE, the name is not made of hook points, or the index is not valid.
+        FeatpatchError: the object is no SAE, the name is not made of hook points, or the index or layer is not valid.
 
     Examples:
         >>> node = fp.feature(saes[0], 433, "S2")
@@ -351,19 +428,24 @@ def feature(sae: Any, index: int, position: Position = "all") -> Node:
         (True, True)
     """
     if isinstance(sae, str):
-        name, site = sae, re.sub(r"#\d+$", "", sae.rpartition(" -> ")[2])
-        if " " in site:
+        name, outputs, groups = sae, [re.sub(r"#\d+$", "", sae.rpartition(" -> ")[2])], 1
+        if " " in outputs[0]:
             raise FeatpatchError(
                 f"sae={sae!r}: expected an SAE, or the name of a hook point such as {sites.resid_pre(0)!r}; for a dictionary "
                 "with a name of its own, pass the object"
             )
-        sites.layer_of(site)
+        sites.layer_of(outputs[0])
     elif isinstance(sae, Dictionary):
-        name, site = sae.name, sae.writes
+        name, outputs, groups = sae.name, list(sae.outputs), sae.codec.groups
     else:
-        _, reads, site = kind_of(sae)
-        name = _name(sae, reads, site)
-    return Node(site, "feature", index, position, name)
+        _, reads, writes = kind_of(sae)
+        name, outputs, groups = _name(sae, reads, writes), list(writes), getattr(sae, "groups", 1)
+    by_layer: dict[int | None, str] = {None: outputs[0]}
+    if groups > 1:
+        by_layer = {sites.layer_of(hook): hook for hook in outputs}
+    if layer not in by_layer:
+        raise FeatpatchError(f"layer={layer!r} of a feature of {name!r}: expected {' or '.join(map(str, by_layer))}")
+    return Node(by_layer[layer], "feature", index, position, name)
 
 
 def with_owner(lens: Lens, node: Node, found: Sequence[Dictionary]) -> tuple[Node, Dictionary | None]:
@@ -384,15 +466,31 @@ def with_owner(lens: Lens, node: Node, found: Sequence[Dictionary]) -> tuple[Nod
             f"({', '.join(d.name for d in found) or 'none'}): expected exactly one; pass saes=..., and name the SAE if a hook "
             "point has several"
         )
-    return replace(node, site=fitting[0].writes, sae=fitting[0].name), fitting[0]
+    return _belonging(lens, node, fitting[0]), fitting[0]
 
 
 def _owners(lens: Lens, node: Node, found: Sequence[Dictionary]) -> list[Dictionary]:
     """Return the dictionaries that a node can belong to, see `with_owner`."""
-    named = [d for d in found if node.sae in ("", d.name)] or [d for d in found if node.sae == feature(d.source, 0).sae]
-    return [
-        d for d in named if node.site == d.writes or node.site == feature(d.source, 0).site or lens.site(node.site) == d.writes
-    ]
+    named = [d for d in found if node.sae in ("", d.name)] or [d for d in found if node.sae == _own_name(d)]
+    return [d for d in named if _belonging(lens, node, d).site in (*d.outputs, together(d))]
+
+
+def _own_name(dictionary: Dictionary) -> str:
+    """Return the name that the object of a dictionary gives itself."""
+    return _name(dictionary.source, *kind_of(dictionary.source)[1:])
+
+
+def _belonging(lens: Lens, node: Node, dictionary: Dictionary) -> Node:
+    """Return a node with the name of a dictionary, and with the model's name of its hook point."""
+    own = kind_of(dictionary.source)[2]
+    site = dictionary.outputs[own.index(node.site)] if node.site in own else node.site
+    known = site in dictionary.outputs or site.endswith(TOGETHER)
+    return replace(node, site=site if known else lens.site(site), sae=dictionary.name)
+
+
+def together(dictionary: Dictionary) -> str:
+    """Return what stands for the hook points of a dictionary that writes several, in the nodes of patches at all of them."""
+    return f"{dictionary.name}{TOGETHER}"
 
 
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
@@ -411,11 +509,12 @@ def several(saes: Any) -> list[Any]:
     return list(saes) if isinstance(saes, Iterable) and not isinstance(saes, (str, Mapping, torch.nn.Module)) else [saes]
 
 
-def _check_width(name: str, verb: str, hook: str, width: int, expected: int) -> None:
-    if width != expected:
+def _check_width(name: str, verb: str, hooks: Sequence[str], widths: Sequence[int], expected: int) -> None:
+    if sum(widths) != expected:
+        there = f"activation at {hooks[0]!r} has" if len(hooks) == 1 else f"activations at {', '.join(hooks)} together have"
         raise FeatpatchError(
-            f"SAE {name!r} {verb} {expected} values and the activation at {hook!r} has {width}: expected an SAE trained on "
-            "this hook point of this model; load the matching one"
+            f"SAE {name!r} {verb} {expected} values and the {there} {sum(widths)}: expected an SAE trained on "
+            f"{'this hook point' if len(hooks) == 1 else 'these hook points'} of this model; load the matching one"
         )
 
 
@@ -440,7 +539,7 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
         if node == LOGITS:
             continue
         if node.kind in CODED and len(fitting := _owners(lens, node, owners)) == 1:
-            chosen[number] = replace(node, site=fitting[0].writes, sae=fitting[0].name)
+            chosen[number] = _belonging(lens, node, fitting[0])
         node = chosen[number]
         owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
@@ -450,10 +549,10 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
                 f"{name}: {str(node)!r} does not say which values to patch: expected nodes such as features and heads; leave "
                 "it out, as effects.where(kind=...) does"
             )
-        site = lens.site(node.site) if owner is None else owner.writes
+        site = lens.site(node.site) if owner is None else node.site
         if isinstance(node.position, str) and sites.ARROW in node.position:
             sites.check_entry(node)
-        count = owner.d_sae if owner is not None else _count(lens, node, site)
+        count = owner.per_group if owner is not None else _count(lens, node, site)
         if node.index is not None and count is not None and node.index >= count:
             raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
     if len(set(chosen)) < len(chosen):

@@ -48,12 +48,6 @@ class Group:
     threshold: torch.Tensor | None = None
     scale: torch.Tensor | None = None
 
-    def to(self, *, dtype: torch.dtype, device: str) -> "Group":
-        """Return the same group in another dtype and on another device."""
-        names = ("W_enc", "W_dec", "b_enc", "threshold", "scale")
-        there = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: value.to(dtype=dtype, device=device) for name, value in there.items()})
-
 
 class Cross:
     """A dictionary over several hook points; see `CrossLayerTranscoder` and `Crosscoder`.
@@ -79,13 +73,23 @@ class Cross:
     name: str = ""
     model: str | None = None
 
+    @property
+    def groups(self) -> int:
+        """The number of groups of features, see `Codec.groups`."""
+        return len(self.parts)
+
     def to(self, dtype: torch.dtype | None, device: str) -> Any:
         """Return the same dictionary on another device and in another dtype; None keeps its own dtype."""
-        made = copy(self)
-        own = dtype or self.parts[0].W_enc.dtype
-        made.parts = tuple(group.to(dtype=own, device=device) for group in self.parts)
-        made.b_dec = self.b_dec.to(dtype=own, device=device)
-        made.skip = None if self.skip is None else self.skip.to(dtype=own, device=device)
+        own, known = dtype or self.parts[0].W_enc.dtype, {}
+
+        def converted(value: Any) -> Any:
+            if value is not None and id(value) not in known:  # groups can share an encoder
+                known[id(value)] = value.to(dtype=own, device=device)
+            return known.get(id(value))
+
+        made, names = copy(self), ("W_enc", "W_dec", "b_enc", "threshold", "scale")
+        made.parts = tuple(replace(part, **{name: converted(getattr(part, name)) for name in names}) for part in self.parts)
+        made.b_dec, made.skip = converted(self.b_dec), converted(self.skip)
         return made
 
     def __repr__(self) -> str:

@@ -22,6 +22,12 @@ KEPT = {"encoders": 2**31, "decoders": 2**27}
 """Maximum number of bytes of all encoders or decoders together that are kept in memory; larger ones are read when needed. Every
 activation needs the encoders, and few rows of the decoders."""
 
+SETTINGS = ("config.yaml", "config.json")
+"""The files that tell what the weights are."""
+
+FILES = (*SETTINGS, "W_enc_*.safetensors", "W_dec_*.safetensors")
+"""All files of a dictionary over several layers that `read` needs."""
+
 LAYER_FILE = re.compile(r"W_(enc|dec)_([0-9]{1,6})")
 """The name, without its ending, of a file of a cross-layer transcoder."""
 

@@ -17,10 +17,12 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found, numerically
+from featpatch.sae import cross_formats
 from featpatch.sae.adapted import Adapted, placed
+from featpatch.sae.cross import Cross
 from featpatch.sae.formats import READERS, read
 from featpatch.sae.sae_lens import Training, check_sizes
-from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
+from featpatch.sae.weights import Weights, dtype_named
 from featpatch.untrusted import short
 
 
@@ -45,12 +47,13 @@ def load_sae(
     hook: str | Sequence[str] | None = None,
     hook_out: str | Sequence[str] | None = None,
 ) -> SAE[Any] | Adapted | Cross:
-    """Load an SAE, transcoder or crosscoder of sae-lens, dictionary_learning, sparsify, circuit-tracer, OpenMOSS or Gemma Scope.
+    """Load an SAE, transcoder or crosscoder, of sae-lens or of one of the libraries below.
 
     Args:
         source: a folder, `release/id` of sae-lens' registry, such as `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or
             `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
-            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope).
+            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope),
+            `W_enc_N.safetensors` (circuit-tracer), `config.json` with a `sae_type` (OpenMOSS).
             From a circuit-tracer set of transcoders, name one layer: `folder/layer_3`. A cross-layer transcoder (CLT) is loaded
             as a whole, from its folder, from `owner/repository`, or from a release in which sae-lens sums its decoders; its
             decoders stay in their files, so leave these where they are.
@@ -93,8 +96,8 @@ def load_sae(
         return across.to(wanted, device)
     if not isinstance(hook, str | None) or not isinstance(hook_out, str | None):
         raise FeatpatchError(
-            f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary over several "
-            "layers"
+            f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary "
+            "over several layers"
         )
     found: SAE[Any] | Weights | None = read(as_path(source))
     if found is None and Path(source).exists():
@@ -158,14 +161,9 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
     """Load an SAE from the registry or a repository in sae-lens' format, or weights from a repository in another format.
 
     Raises:
-        FeatpatchError: the SAE can't be loaded, or is one layer of a cross-layer transcoder.
+        FeatpatchError: the SAE can't be loaded.
     """
     location = Location.of(source)
-    if location.loader == SUMMED:
-        raise FeatpatchError(
-            f"{source} is one layer of a cross-layer transcoder that sae-lens loads with the decoders of all layers summed, "
-            f"so that it reconstructs no layer's activation; {UNSUPPORTED_CLT}"
-        )
     try:
         sae = SAE.from_pretrained(location.release, location.sae_id, device=device, dtype=dtype or "float32")
     except Exception as error:

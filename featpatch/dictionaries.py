@@ -2,6 +2,7 @@
 
 from featpatch.sae.adapted import adapt
 from featpatch.sae.baselines import identity, neurons, pca
-from featpatch.sae.cross import Crosscoder, CrossLayerTranscoder
+from featpatch.sae.clt import CrossLayerTranscoder
+from featpatch.sae.crosscoder import Crosscoder
 
 __all__ = ["CrossLayerTranscoder", "Crosscoder", "adapt", "identity", "neurons", "pca"]

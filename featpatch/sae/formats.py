@@ -97,7 +97,7 @@ def read(path: Path) -> Weights | None:
     return None
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors in a file, by name; no code in it is run.
 
     Raises:
@@ -238,7 +238,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
             f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class to be one of "
             f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.dictionaries.adapt(object, hook)"
         )
-    weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
+    weights = _dictionary_learning(str(folder), tensors_of(folder / "ae.pt"), kind, trainer.get("k"))
     _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})
     if kind == "AutoEncoder":  # its from_pretrained scales every decoder row to norm 1
         norms = weights.tensors["W_dec"].norm(dim=1)
@@ -289,7 +289,7 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
 
 
 def _sparsify_folder(folder: Path) -> Weights:
-    state, cfg = _tensors(folder / "sae.safetensors"), settings_of(folder / "cfg.json")
+    state, cfg = tensors_of(folder / "sae.safetensors"), settings_of(folder / "cfg.json")
     weights = _sparsify(str(folder), state, cfg, folder.resolve().name)
     run = folder.resolve().parent / "config.json"
     return replace(weights, model=text_of(settings_of(run).get("model")) if run.is_file() else None)
@@ -340,7 +340,7 @@ def _circuit_tracer_file(path: Path) -> Weights:
     if re.fullmatch(r"W_(enc|dec)_\d+", path.stem):
         raise FeatpatchError(f"{str(path)!r}: {UNSUPPORTED_CLT}")
     settings = _circuit_tracer_config(path.parent) if (path.parent / "config.yaml").is_file() else {}
-    weights, layer = _circuit_tracer(str(path), _tensors(path)), re.search(r"layer_(\d+)$", path.stem)
+    weights, layer = _circuit_tracer(str(path), tensors_of(path)), re.search(r"layer_(\d+)$", path.stem)
     reads, writes = (text_of(settings.get(f"feature_{way}_hook")) if layer else None for way in ("input", "output"))
     at = f"blocks.{layer[1]}." if layer else ""
     return replace(
@@ -351,7 +351,7 @@ def _circuit_tracer_file(path: Path) -> Weights:
 def _gemma_scope(folder: Path) -> Weights:
     """Read a dictionary for Gemma 2, whose hook point follows from the names of the repository and the folder."""
     path = folder.resolve().as_posix()
-    tensors = _named(str(folder), _tensors(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
+    tensors = _named(str(folder), tensors_of(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
     said = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
     layer = re.search(r"/layer_(\d+)(?:/|$)", path)
     endings = {"res": ("hook_resid_post",) * 2, "mlp": ("hook_mlp_out",) * 2, "att": ("attn.hook_z",) * 2,
@@ -369,7 +369,7 @@ def _gemma_scope_2(folder: Path) -> Weights:
     settings = settings_of(folder / "config.json") if (folder / "config.json").is_file() else {}
     names = {name.lower(): ours for name, ours in PLAIN.items()}
     names |= {"threshold": "threshold", "affine_skip_connection": "W_skip.T"}
-    tensors = _named(str(folder), _tensors(folder / "params.safetensors"), names, skip="affine_skip_connection")
+    tensors = _named(str(folder), tensors_of(folder / "params.safetensors"), names, skip="affine_skip_connection")
     modules = {"output": "hook_resid_post", "pre_feedforward_layernorm.output": "mlp.hook_in",
                "post_feedforward_layernorm.output": "hook_mlp_out", "self_attn.o_proj.input": "attn.hook_z"}  # fmt: skip
     hooks = []

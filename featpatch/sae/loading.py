@@ -80,7 +80,6 @@ def load_sae(
     check_device(device)
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
-    wanted = dtype_named(dtype)
     for name, value in (("hook", hook), ("hook_out", hook_out)):
         names = value if isinstance(value, (list, tuple)) else [value]
         if not names or not all(isinstance(each, str | None) and each != "" for each in names):
@@ -88,25 +87,23 @@ def load_sae(
                 f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post', or a list of names for a "
                 "dictionary over several layers"
             )
-    across = cross_formats.read(as_path(source), hook, hook_out)
-    if across is None and not Path(source).exists():
-        across = _across_on_hub(str(source), hook, hook_out)
-    if across is not None:
-        _check_unscaled(repr(across), norm_scaling_factor)
-        return across.to(wanted, device)
-    if not isinstance(hook, str | None) or not isinstance(hook_out, str | None):
-        raise FeatpatchError(
-            f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary "
-            "over several layers"
-        )
-    found: SAE[Any] | Weights | None = read(as_path(source))
+    hooks = hook, hook_out
+    found: SAE[Any] | Weights | Cross | None = cross_formats.read(as_path(source), hooks) or read(as_path(source))
     if found is None and Path(source).exists():
         if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := _inside(Path(source))):
             raise FeatpatchError(_several(str(source), names))
         found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
     elif found is None:
         check_there("SAE", source)
-        found = _from_hub(str(source), device, dtype, norm_scaling_factor)
+        found = _from_hub(str(source), device, dtype, norm_scaling_factor, hooks)
+    if isinstance(found, Cross):
+        _check_unscaled(repr(found), norm_scaling_factor)
+        return found.to(dtype_named(dtype), device)
+    if not isinstance(hook, str | None) or not isinstance(hook_out, str | None):
+        raise FeatpatchError(
+            f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary "
+            "over several layers"
+        )
     if isinstance(found, Weights):
         _check_unscaled(found.origin, norm_scaling_factor)
         return placed(found.to(dtype, device).at(hook, hook_out))
@@ -124,53 +121,48 @@ def _check_unscaled(what: str, norm_scaling_factor: float | None) -> None:
         )
 
 
-def _across_on_hub(source: str, hook: cross_formats.Hook, hook_out: cross_formats.Hook) -> Cross | None:
-    """Download a dictionary over several layers and read it; None if the name is not that of one.
-
-    Args:
-        source: `owner/repository`, `owner/repository/folder`, or an SAE of a release in which sae-lens sums the decoders of a
-            CLT, all of which are layers of one.
+def _across(repository: str, folder: str, hooks: cross_formats.Hooks) -> Cross | None:
+    """Download a dictionary over several layers and read it; None if the repository's folder does not hold one.
 
     Raises:
-        FeatpatchError: a file can't be downloaded or is damaged, or the hook points are not known.
+        FeatpatchError: a file is damaged, or the hook points are not known.
+        Exception: the repository or a file can't be downloaded.
     """
-    registry = get_pretrained_saes_directory()
-    release, _, rest = source.partition("/")
-    if release in registry:
-        if registry[release].conversion_func != SUMMED:
-            return None
-        Location.of(source)  # raises if the release has no such SAE
-        repository, folder = registry[release].repo_id, ""
-    else:
-        name, _, folder = rest.partition("/")
-        repository = f"{release}/{name}"
-        if not name:
-            return None
-    start = f"{folder}/" if folder else ""
-    try:
-        snapshot_download(repository, allow_patterns=[f"{escape(start)}{file}" for file in cross_formats.SETTINGS])
-    except Exception as error:
-        if release in registry:
-            raise not_found("SAE", source, error) from error
-        return None  # no network, or no such repository: what loads the other formats says what to do
-    root = Path(snapshot_download(repository, allow_patterns=[f"{escape(start)}{file}" for file in cross_formats.FILES]))
-    return cross_formats.read(root / folder, hook, hook_out)
+    start = escape(f"{folder}/" if folder else "")
+    root = Path(snapshot_download(repository, allow_patterns=[start + file for file in cross_formats.SETTINGS]))
+    if wanted := cross_formats.files_of(root / folder):
+        root = Path(snapshot_download(repository, allow_patterns=[start + file for file in (*cross_formats.SETTINGS, *wanted)]))
+        return cross_formats.read(root / folder, hooks)
+    return None
 
 
-def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:
-    """Load an SAE from the registry or a repository in sae-lens' format, or weights from a repository in another format.
+def _from_hub(
+    source: str, device: str, dtype: str | None, norm_scaling_factor: float | None, hooks: cross_formats.Hooks
+) -> SAE[Any] | Weights | Cross:
+    """Load an SAE from the registry or a repository in sae-lens' format, or what a repository holds in another format.
 
     Raises:
         FeatpatchError: the SAE can't be loaded.
     """
+    if source.count("/") == 1 and source.partition("/")[0] not in get_pretrained_saes_directory():
+        try:
+            whole = _across(source, "", hooks)
+        except FeatpatchError:
+            raise
+        except Exception:
+            whole = None  # no such repository, or no network: the error below says what to do
+        if whole is not None:
+            return whole
     location = Location.of(source)
+    if location.loader == SUMMED:
+        return _summed(source, get_pretrained_saes_directory()[location.release].repo_id, hooks)
     try:
         sae = SAE.from_pretrained(location.release, location.sae_id, device=device, dtype=dtype or "float32")
     except Exception as error:
-        weights = _of_other_library(location) if "/" in location.release else None
-        if weights is None:
+        other = _of_other_library(location, hooks) if "/" in location.release else None
+        if other is None:
             raise not_found("SAE", source, error) from error
-        return weights
+        return other
     if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
         _check_scale(norm_scaling_factor)
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
@@ -178,6 +170,26 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
     metadata.explained_variance = metadata.explained_variance or location.explained_variance
     metadata.model_from_pretrained_kwargs = metadata.model_from_pretrained_kwargs or location.model_options
     return sae
+
+
+def _summed(source: str, repository: str, hooks: cross_formats.Hooks) -> Cross:
+    """Load the whole of a cross-layer transcoder of which sae-lens loads single layers.
+
+    Raises:
+        FeatpatchError: it can't be loaded.
+    """
+    try:
+        whole = _across(repository, "", hooks)
+    except FeatpatchError:
+        raise
+    except Exception as error:
+        raise not_found("SAE", source, error) from error
+    if whole is None:
+        raise FeatpatchError(
+            f"{source} is one layer of a cross-layer transcoder, and {repository} does not hold the whole of it: expected "
+            "config.yaml and W_enc_N.safetensors and W_dec_N.safetensors for all layers; load a folder with these files"
+        )
+    return whole
 
 
 def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
@@ -248,8 +260,8 @@ class Location:
         return cls(f"{first}/{repository}", folder)
 
 
-def _of_other_library(location: Location) -> Weights | None:
-    """Read the weights in a folder of a repository in another library's format; None if there are none in a known format.
+def _of_other_library(location: Location, hooks: cross_formats.Hooks) -> Weights | Cross | None:
+    """Read what a folder of a repository holds in another library's format; None if that is nothing in a known format.
 
     Raises:
         FeatpatchError: the weights are damaged, their kind is not supported, or the folder holds several dictionaries.
@@ -259,6 +271,8 @@ def _of_other_library(location: Location) -> Weights | None:
         root = Path(snapshot_download(location.release, allow_patterns=wanted))
     except Exception:
         return None  # sae-lens failed for the same reason, and its error names it
+    if cross_formats.files_of(root / location.sae_id):
+        return _across(location.release, location.sae_id, hooks)
     weights = read(root / location.sae_id)
     if weights is None and (names := _held(location.release, location.sae_id) or _inside(root / location.sae_id)):
         raise FeatpatchError(_several(f"{location.release}/{location.sae_id}", names))
@@ -290,7 +304,7 @@ def _among(names: Iterable[str]) -> list[str]:
     """List the dictionaries among these files that `read` or sae-lens can load, sorted by the numbers in their names."""
     folders = set()
     for name in map(PurePosixPath, names):
-        if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
+        if name.name in (*READERS, *cross_formats.MARKS, "sae_weights.safetensors") and name.parent.name:
             folders.add(str(name.parent))
         elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
             folders.add(str(name.with_suffix("")))

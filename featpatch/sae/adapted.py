@@ -1,6 +1,6 @@
 """Adapt any object with `encode` and `decode` as a dictionary at a hook point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.files import sha256
 from featpatch.model.digest import TYPES, digest
+from featpatch.sae import cross_formats
 from featpatch.sae.codec import Code, Codec, State
+from featpatch.sae.cross import Cross
 from featpatch.sae.formats import of_object
 from featpatch.sae.weights import Coder, Weights
 from featpatch.untrusted import visible
@@ -48,28 +50,29 @@ class Adapted:
 
 def adapt(
     coder: Any,
-    hook: str,
+    hook: str | Sequence[str] | None = None,
     *,
     d_in: int | None = None,
-    hook_out: str | None = None,
+    hook_out: str | Sequence[str] | None = None,
     name: str = "",
     linear: bool = False,
     skip: Any = None,
-) -> Adapted | SAE[Any]:
+) -> Adapted | SAE[Any] | Cross:
     """Wrap an object of your own as a dictionary that can be passed wherever SAEs are expected.
 
     For an SAE or transcoder of dictionary_learning, sparsify or circuit-tracer, only the hook point (and `hook_out`) is needed:
-    its weights are copied into a sae-lens object that computes the same, if there is one.
+    its weights are copied into a sae-lens object that computes the same, if there is one. A cross-layer transcoder (CLT) of
+    circuit-tracer needs no hook point, and a crosscoder of dictionary_learning a list of them; both share their weights.
 
     Args:
         coder: an object (a `torch.nn.Module` or not) with `encode(x)`, from activations `[batch, pos, d_in]` (heads of
             `hook_z` side by side) to features `[batch, pos, d_sae]`, and `decode(features)` to `[batch, pos, d_out]`.
             `decode` may be nonlinear, but receives only the features, not the activation (see `skip`); `encode` may
             look at earlier positions.
-        hook: the hook point that it reads.
+        hook: the hook point that it reads; for a CLT or a crosscoder, a list from the lowest layer up.
         d_in: width of the activation there; known for objects of the libraries named above. An object of a subclass is adapted
             through its `encode` and `decode`, and needs `d_in`.
-        hook_out: the hook point that it writes, for a transcoder.
+        hook_out: the hook point that it writes, for a transcoder; or a list.
         name: a name for tables; by default the name of the hook point.
         linear: whether `decode` is a fixed linear map plus a constant, as in nearly every SAE. If so, the direction that a
             feature adds is computed once; otherwise every patch is decoded, which is correct for any decoder but slower.
@@ -77,7 +80,8 @@ def adapt(
             `[batch, pos, d_out]`, position by position: the error is x_out - decode(f) - skip(x).
 
     Returns:
-        A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`.
+        A sae-lens object if sae-lens has a class that computes the same; a `CrossLayerTranscoder` or a `Crosscoder` of
+        `fp.dictionaries`; otherwise an `Adapted`.
 
     Raises:
         FeatpatchError: the object has no `encode` or no `decode`, is a class or a sae-lens object, or a hook point, the width
@@ -98,10 +102,12 @@ def adapt(
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an instance of it")
+    if (across := cross_formats.of_object(coder, (hook, hook_out), name)) is not None:
+        return across
     weights = of_object(coder)
     own_width = None if weights is None else int(weights.tensors["W_enc"].shape[0])
-    hooks = all(isinstance(each, str) and each for each in (hook, hook if hook_out is None else hook_out))
-    if not hooks or (d_in is None and own_width is None) or not (d_in is None or (type(d_in) is int and d_in >= 1)):
+    valid = own_width is not None if d_in is None else type(d_in) is int and d_in >= 1
+    if not isinstance(hook, str) or not isinstance(hook_out, str | None) or "" in (hook, hook_out) or not valid:
         raise FeatpatchError(
             f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hook points and a width of 1 or more; "
             "d_in may be left out only for the classes of dictionary_learning, sparsify and circuit-tracer"

@@ -5,7 +5,7 @@
 The state is whatever else decoding needs of the activation, position by position: the scale and mean of an SAE that
 normalises each token, the skip path of a skip transcoder, the predicted codes of a temporal SAE. Most have none.
 
-How a codec behaves is tested on random activations rather than derived from its name.
+How a codec behaves is tested on random activations rather than derived from its name, unless its arithmetic is featpatch's own.
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +20,10 @@ from featpatch.errors import FeatpatchError
 
 State = Mapping[str, torch.Tensor]
 """The parts of a state by name, tensors `[batch, pos, n]`."""
+
+
+Hooks = tuple[str, str] | tuple[tuple[str, ...], tuple[str, ...]]
+"""The hook points that a dictionary reads and writes: one of each, or several."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Codec(ABC):
         groups: the number of equal groups of features; group g writes only to the g-th and higher outputs of the dictionary, as
             layer g of a cross-layer transcoder does. All others have one group.
         may_be_linear: whether the decoder is of a type that can be linear in the features; whether it is, is then tested.
+        behaviour: the behaviour, if it follows from the codec's own arithmetic; None if it has to be tested.
     """
 
     kind: str
@@ -53,14 +58,19 @@ class Codec(ABC):
     dtype: torch.dtype
     may_be_linear: bool = True
     groups: int = 1
+    behaviour: "Behaviour | None" = None
 
     @abstractmethod
     def __init__(self, source: Any, like: torch.Tensor) -> None: ...
 
     @staticmethod
     @abstractmethod
-    def hooks(source: Any) -> tuple[str, str] | None:
-        """Return the names of the hook points that an object reads and writes; None for an object of another type."""
+    def hooks(source: Any) -> "Hooks | None":
+        """Return the names of the hook points that an object reads and writes; None for an object of another type.
+
+        A codec for several hook points gives tuples, in the order in which activations and changes of all of them lie side by
+        side in `encode`, `decode` and `rows`.
+        """
 
     @abstractmethod
     def encode(self, x: Float[torch.Tensor, "batch pos d_in"]) -> Code:
@@ -80,6 +90,11 @@ class Codec(ABC):
     @abstractmethod
     def digest(self) -> str:
         """Return the SHA-256 of everything that determines what the codec computes."""
+
+    def off(self) -> Code:
+        """Return a code with all features off, in the state of a fixed random activation."""
+        code = self.encode(torch.randn(1, 1, self.d_in, generator=torch.Generator().manual_seed(3)))
+        return Code(torch.zeros_like(code.features), code.state)
 
 
 LENGTH = 8
@@ -106,12 +121,14 @@ class Behaviour:
 
     @classmethod
     def of(cls, codec: Codec, name: str) -> "Behaviour":
-        """Determine the behaviour of a codec from a few random activations of different sizes.
+        """Return the behaviour that a codec declares, or determine it from a few random activations of different sizes.
 
         Raises:
             FeatpatchError: values are not finite; or a position is encoded together with other prompts or later positions, or
                 decoded together with other positions, so that its features have no values of their own.
         """
+        if codec.behaviour is not None:
+            return codec.behaviour
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, LENGTH, codec.d_in, generator=generator) * torch.arange(1.0, LENGTH + 1)[:, None]
         together, alone, upto = codec.encode(x), codec.encode(x[:1]), codec.encode(x[:1, :-1])
@@ -152,12 +169,8 @@ def _parts(code: Code) -> list[torch.Tensor]:
 
 
 def reference(codec: Codec) -> Code:
-    """Return a code with all features off, in the state of a fixed random activation.
-
-    Directions are measured from this code, and the gain is 1 in its state.
-    """
-    code = codec.encode(torch.randn(1, 1, codec.d_in, generator=torch.Generator().manual_seed(3)))
-    return Code(torch.zeros_like(code.features), code.state)
+    """Return the code that directions are measured from, with all features off; the gain is 1 in its state."""
+    return codec.off()
 
 
 def gain(codec: Codec, state: State) -> torch.Tensor:

@@ -25,6 +25,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import COMPONENT_KINDS, LOGITS, TOGETHER, Combine, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
+from featpatch.sae.cross_codec import CrossCodec
 from featpatch.sae.formats import library_of
 from featpatch.sae.hooks import hook_of
 from featpatch.sae.sae_lens import SaeCodec, Training
@@ -323,7 +324,7 @@ class Dictionary:
         return self.codec.digest()
 
 
-CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec)
+CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec, CrossCodec)
 """The codecs, each of which recognises the objects of its type."""
 
 

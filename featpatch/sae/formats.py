@@ -97,7 +97,7 @@ def read(path: Path) -> Weights | None:
     return None
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors in a file, by name; no code in it is run.
 
     Raises:
@@ -124,7 +124,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("_orig_mod."): value for name, value in state.items()}  # torch.compile adds this prefix
 
 
-def _settings(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
+def settings_of(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str, Any]:
     """Read the settings in a configuration file.
 
     Raises:
@@ -229,7 +229,7 @@ def _dictionary_learning(
 
 
 def _dictionary_learning_folder(folder: Path) -> Weights:
-    settings = _settings(folder / "config.json")
+    settings = settings_of(folder / "config.json")
     given = [settings.get(name) for name in ("trainer", "buffer")]
     trainer, buffer = (value if isinstance(value, dict) else {} for value in given)
     kind = trainer.get("dict_class")
@@ -238,7 +238,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
             f"{str(folder / 'config.json')!r} does not name the class of ae.pt: expected trainer.dict_class to be one of "
             f"{', '.join(CLASSES)}; add it, or adapt the loaded object with fp.dictionaries.adapt(object, hook)"
         )
-    weights = _dictionary_learning(str(folder), _tensors(folder / "ae.pt"), kind, trainer.get("k"))
+    weights = _dictionary_learning(str(folder), tensors_of(folder / "ae.pt"), kind, trainer.get("k"))
     _check_stated(weights, **{name: trainer.get(name) for name in ("activation_dim", "dict_size")})
     if kind == "AutoEncoder":  # its from_pretrained scales every decoder row to norm 1
         norms = weights.tensors["W_dec"].norm(dim=1)
@@ -252,7 +252,7 @@ def _dictionary_learning_folder(folder: Path) -> Weights:
         ending = "hook_resid_pre"
     known = ending and type(layer) is int and buffer.get("io", "out") == "out"
     hook = f"blocks.{layer}.{ending}" if known else None
-    return replace(weights, reads=hook, writes=hook, model=_text(trainer.get("lm_name")))
+    return replace(weights, reads=hook, writes=hook, model=text_of(trainer.get("lm_name")))
 
 
 def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, Any], hookpoint: str | None) -> Weights:
@@ -289,10 +289,10 @@ def _sparsify(origin: str, state: Mapping[str, torch.Tensor], cfg: Mapping[str, 
 
 
 def _sparsify_folder(folder: Path) -> Weights:
-    state, cfg = _tensors(folder / "sae.safetensors"), _settings(folder / "cfg.json")
+    state, cfg = tensors_of(folder / "sae.safetensors"), settings_of(folder / "cfg.json")
     weights = _sparsify(str(folder), state, cfg, folder.resolve().name)
     run = folder.resolve().parent / "config.json"
-    return replace(weights, model=_text(_settings(run).get("model")) if run.is_file() else None)
+    return replace(weights, model=text_of(settings_of(run).get("model")) if run.is_file() else None)
 
 
 def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: Any = None) -> Weights:
@@ -322,7 +322,7 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     Raises:
         FeatpatchError: the set is a cross-layer transcoder, or its files are elsewhere.
     """
-    settings = _settings(folder / "config.yaml", yaml.safe_load)
+    settings = settings_of(folder / "config.yaml", yaml.safe_load)
     if settings.get("model_kind") == "cross_layer_transcoder":
         raise FeatpatchError(f"{str(folder)!r}: {UNSUPPORTED_CLT}")
     files = settings.get("transcoders")
@@ -340,16 +340,18 @@ def _circuit_tracer_file(path: Path) -> Weights:
     if re.fullmatch(r"W_(enc|dec)_\d+", path.stem):
         raise FeatpatchError(f"{str(path)!r}: {UNSUPPORTED_CLT}")
     settings = _circuit_tracer_config(path.parent) if (path.parent / "config.yaml").is_file() else {}
-    weights, layer = _circuit_tracer(str(path), _tensors(path)), re.search(r"layer_(\d+)$", path.stem)
-    reads, writes = (_text(settings.get(f"feature_{way}_hook")) if layer else None for way in ("input", "output"))
+    weights, layer = _circuit_tracer(str(path), tensors_of(path)), re.search(r"layer_(\d+)$", path.stem)
+    reads, writes = (text_of(settings.get(f"feature_{way}_hook")) if layer else None for way in ("input", "output"))
     at = f"blocks.{layer[1]}." if layer else ""
-    return replace(weights, reads=reads and at + reads, writes=writes and at + writes, model=_text(settings.get("model_name")))
+    return replace(
+        weights, reads=reads and at + reads, writes=writes and at + writes, model=text_of(settings.get("model_name"))
+    )
 
 
 def _gemma_scope(folder: Path) -> Weights:
     """Read a dictionary for Gemma 2, whose hook point follows from the names of the repository and the folder."""
     path = folder.resolve().as_posix()
-    tensors = _named(str(folder), _tensors(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
+    tensors = _named(str(folder), tensors_of(folder / "params.npz"), {**PLAIN, "threshold": "threshold"})
     said = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
     layer = re.search(r"/layer_(\d+)(?:/|$)", path)
     endings = {"res": ("hook_resid_post",) * 2, "mlp": ("hook_mlp_out",) * 2, "att": ("attn.hook_z",) * 2,
@@ -364,10 +366,10 @@ def _gemma_scope(folder: Path) -> Weights:
 
 def _gemma_scope_2(folder: Path) -> Weights:
     """Read a dictionary for Gemma 3, whose configuration names the modules that it reads and writes."""
-    settings = _settings(folder / "config.json") if (folder / "config.json").is_file() else {}
+    settings = settings_of(folder / "config.json") if (folder / "config.json").is_file() else {}
     names = {name.lower(): ours for name, ours in PLAIN.items()}
     names |= {"threshold": "threshold", "affine_skip_connection": "W_skip.T"}
-    tensors = _named(str(folder), _tensors(folder / "params.safetensors"), names, skip="affine_skip_connection")
+    tensors = _named(str(folder), tensors_of(folder / "params.safetensors"), names, skip="affine_skip_connection")
     modules = {"output": "hook_resid_post", "pre_feedforward_layernorm.output": "mlp.hook_in",
                "post_feedforward_layernorm.output": "hook_mlp_out", "self_attn.o_proj.input": "attn.hook_z"}  # fmt: skip
     hooks = []
@@ -375,7 +377,7 @@ def _gemma_scope_2(folder: Path) -> Weights:
         place = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", str(settings.get(key) or settings.get("hf_hook_point_in")))
         hooks.append(f"blocks.{place[1]}.{modules[place[2]]}" if place and place[2] in modules else None)
     weights = Weights(str(folder), tensors, "jumprelu", reads=hooks[0], writes=hooks[1])
-    named = _text(settings.get("model_name"))
+    named = text_of(settings.get("model_name"))
     return replace(
         weights,
         transcoder=hooks[0] != hooks[1] or _changes_width(weights) or "W_skip" in tensors,
@@ -387,7 +389,8 @@ def _changes_width(weights: Weights) -> bool:
     return weights.tensors["W_enc"].shape[0] != weights.tensors["W_dec"].shape[1]
 
 
-def _text(value: object) -> str | None:
+def text_of(value: object) -> str | None:
+    """Return a setting that is a text; None for an empty or another one."""
     return value if isinstance(value, str) and value else None
 
 

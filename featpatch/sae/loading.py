@@ -17,10 +17,12 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path, read_json
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found, numerically
+from featpatch.sae import cross_formats
 from featpatch.sae.adapted import Adapted, placed
+from featpatch.sae.cross import Cross
 from featpatch.sae.formats import READERS, read
 from featpatch.sae.sae_lens import Training, check_sizes
-from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
+from featpatch.sae.weights import Weights, dtype_named
 from featpatch.untrusted import short
 
 
@@ -42,28 +44,33 @@ def load_sae(
     device: str = "cpu",
     dtype: str | None = None,
     norm_scaling_factor: float | None = None,
-    hook: str | None = None,
-    hook_out: str | None = None,
-) -> SAE[Any] | Adapted:
-    """Load an SAE or transcoder of sae-lens, dictionary_learning, sparsify, circuit-tracer or Gemma Scope.
+    hook: str | Sequence[str] | None = None,
+    hook_out: str | Sequence[str] | None = None,
+) -> SAE[Any] | Adapted | Cross:
+    """Load an SAE, transcoder or crosscoder, of sae-lens or of one of the libraries below.
 
     Args:
         source: a folder, `release/id` of sae-lens' registry, such as `gpt2-small-res-jb/blocks.8.hook_resid_pre`, or
             `owner/repository/folder` on the hub. A folder is recognised by its files: `sae_weights.safetensors` (sae-lens),
-            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope).
-            From a circuit-tracer set, name one layer: `folder/layer_3`.
+            `ae.pt` (dictionary_learning), `sae.safetensors` (sparsify), `params.npz` or `params.safetensors` (Gemma Scope),
+            `W_enc_N.safetensors` (circuit-tracer), `config.json` with a `sae_type` (OpenMOSS).
+            From a circuit-tracer set of transcoders, name one layer: `folder/layer_3`. A cross-layer transcoder (CLT) is loaded
+            as a whole, from its folder, from `owner/repository`, or from a release in which sae-lens sums its decoders; its
+            decoders stay in their files, so leave these where they are.
         device: the device to load it on.
         dtype: the dtype to load it in; by default that of the weights, or float32 for downloads through sae-lens.
         norm_scaling_factor: the scale of an `expected_average_only_in` SAE, if neither its folder (activation_scaler.json, or
             norm_scaling_factor in cfg.json's metadata) nor the registry has it.
-        hook, hook_out: the hook points that it reads and writes, if its files name none or other ones.
+        hook, hook_out: the hook points that it reads and writes, if its files name none or other ones; lists, from the lowest
+            layer up, for a CLT or a crosscoder.
 
     Returns:
-        A sae-lens object if sae-lens has a class that computes the same; otherwise an `Adapted`, as from `adapt`.
+        A sae-lens object if sae-lens has a class that computes the same; a `CrossLayerTranscoder` or a `Crosscoder` of
+        `fp.dictionaries`; otherwise an `Adapted`, as from `adapt`.
 
     Raises:
-        FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a cross-layer
-            transcoder or one layer of one.
+        FeatpatchError: there is no such SAE, it can't be loaded, its hook point is not known, or it is a single layer of a
+            cross-layer transcoder.
 
     Examples:
         >>> sae = fp.load_sae(demo.folder / "saes" / "blocks.1.hook_resid_pre")
@@ -74,21 +81,31 @@ def load_sae(
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
     for name, value in (("hook", hook), ("hook_out", hook_out)):
-        if not isinstance(value, str | None) or value == "":
-            raise FeatpatchError(f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post'")
-    found: SAE[Any] | Weights | None = read(as_path(source))
+        names = value if isinstance(value, (list, tuple)) else [value]
+        if not names or not all(isinstance(each, str | None) and each != "" for each in names):
+            raise FeatpatchError(
+                f"{name}={value!r}: expected the name of a hook, such as 'blocks.3.hook_resid_post', or a list of names for a "
+                "dictionary over several layers"
+            )
+    hooks = hook, hook_out
+    found: SAE[Any] | Weights | Cross | None = cross_formats.read(as_path(source), hooks) or read(as_path(source))
     if found is None and Path(source).exists():
         if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := _inside(Path(source))):
             raise FeatpatchError(_several(str(source), names))
         found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
     elif found is None:
         check_there("SAE", source)
-        found = _from_hub(str(source), device, dtype, norm_scaling_factor)
+        found = _from_hub(str(source), device, dtype, norm_scaling_factor, hooks)
+    if isinstance(found, Cross):
+        _check_unscaled(repr(found), norm_scaling_factor)
+        return found.to(dtype_named(dtype), device)
+    if not isinstance(hook, str | None) or not isinstance(hook_out, str | None):
+        raise FeatpatchError(
+            f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary "
+            "over several layers"
+        )
     if isinstance(found, Weights):
-        if norm_scaling_factor is not None:
-            raise FeatpatchError(
-                f"norm_scaling_factor={norm_scaling_factor}: expected None, because {found.origin} is not scaled; leave it out"
-            )
+        _check_unscaled(found.origin, norm_scaling_factor)
         return placed(found.to(dtype, device).at(hook, hook_out))
     metadata = found.cfg.metadata
     metadata.hook_name = metadata.hook_name if hook is None else hook
@@ -97,25 +114,55 @@ def load_sae(
     return found
 
 
-def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any] | Weights:
-    """Load an SAE from the registry or a repository in sae-lens' format, or weights from a repository in another format.
+def _check_unscaled(what: str, norm_scaling_factor: float | None) -> None:
+    if norm_scaling_factor is not None:
+        raise FeatpatchError(
+            f"norm_scaling_factor={norm_scaling_factor}: expected None, because {what} is not scaled; leave it out"
+        )
+
+
+def _across(repository: str, folder: str, hooks: cross_formats.Hooks) -> Cross | None:
+    """Download a dictionary over several layers and read it; None if the repository's folder does not hold one.
 
     Raises:
-        FeatpatchError: the SAE can't be loaded, or is one layer of a cross-layer transcoder.
+        FeatpatchError: a file is damaged, or the hook points are not known.
+        Exception: the repository or a file can't be downloaded.
     """
+    start = escape(f"{folder}/" if folder else "")
+    root = Path(snapshot_download(repository, allow_patterns=[start + file for file in cross_formats.SETTINGS]))
+    if wanted := cross_formats.files_of(root / folder):
+        root = Path(snapshot_download(repository, allow_patterns=[start + file for file in (*cross_formats.SETTINGS, *wanted)]))
+        return cross_formats.read(root / folder, hooks)
+    return None
+
+
+def _from_hub(
+    source: str, device: str, dtype: str | None, norm_scaling_factor: float | None, hooks: cross_formats.Hooks
+) -> SAE[Any] | Weights | Cross:
+    """Load an SAE from the registry or a repository in sae-lens' format, or what a repository holds in another format.
+
+    Raises:
+        FeatpatchError: the SAE can't be loaded.
+    """
+    if source.count("/") == 1 and source.partition("/")[0] not in get_pretrained_saes_directory():
+        try:
+            whole = _across(source, "", hooks)
+        except FeatpatchError:
+            raise
+        except Exception:
+            whole = None  # no such repository, or no network: the error below says what to do
+        if whole is not None:
+            return whole
     location = Location.of(source)
     if location.loader == SUMMED:
-        raise FeatpatchError(
-            f"{source} is one layer of a cross-layer transcoder that sae-lens loads with the decoders of all layers summed, "
-            f"so that it reconstructs no layer's activation; {UNSUPPORTED_CLT}"
-        )
+        return _summed(source, get_pretrained_saes_directory()[location.release].repo_id, hooks)
     try:
         sae = SAE.from_pretrained(location.release, location.sae_id, device=device, dtype=dtype or "float32")
     except Exception as error:
-        weights = _of_other_library(location) if "/" in location.release else None
-        if weights is None:
+        other = _of_other_library(location, hooks) if "/" in location.release else None
+        if other is None:
             raise not_found("SAE", source, error) from error
-        return weights
+        return other
     if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
         _check_scale(norm_scaling_factor)
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
@@ -123,6 +170,26 @@ def _from_hub(source: str, device: str, dtype: str | None, norm_scaling_factor: 
     metadata.explained_variance = metadata.explained_variance or location.explained_variance
     metadata.model_from_pretrained_kwargs = metadata.model_from_pretrained_kwargs or location.model_options
     return sae
+
+
+def _summed(source: str, repository: str, hooks: cross_formats.Hooks) -> Cross:
+    """Load the whole of a cross-layer transcoder of which sae-lens loads single layers.
+
+    Raises:
+        FeatpatchError: it can't be loaded.
+    """
+    try:
+        whole = _across(repository, "", hooks)
+    except FeatpatchError:
+        raise
+    except Exception as error:
+        raise not_found("SAE", source, error) from error
+    if whole is None:
+        raise FeatpatchError(
+            f"{source} is one layer of a cross-layer transcoder, and {repository} does not hold the whole of it: expected "
+            "config.yaml and W_enc_N.safetensors and W_dec_N.safetensors for all layers; load a folder with these files"
+        )
+    return whole
 
 
 def wanted_processing(saes: Sequence[Any]) -> tuple[str, ...]:
@@ -193,8 +260,8 @@ class Location:
         return cls(f"{first}/{repository}", folder)
 
 
-def _of_other_library(location: Location) -> Weights | None:
-    """Read the weights in a folder of a repository in another library's format; None if there are none in a known format.
+def _of_other_library(location: Location, hooks: cross_formats.Hooks) -> Weights | Cross | None:
+    """Read what a folder of a repository holds in another library's format; None if that is nothing in a known format.
 
     Raises:
         FeatpatchError: the weights are damaged, their kind is not supported, or the folder holds several dictionaries.
@@ -204,6 +271,8 @@ def _of_other_library(location: Location) -> Weights | None:
         root = Path(snapshot_download(location.release, allow_patterns=wanted))
     except Exception:
         return None  # sae-lens failed for the same reason, and its error names it
+    if cross_formats.files_of(root / location.sae_id):
+        return _across(location.release, location.sae_id, hooks)
     weights = read(root / location.sae_id)
     if weights is None and (names := _held(location.release, location.sae_id) or _inside(root / location.sae_id)):
         raise FeatpatchError(_several(f"{location.release}/{location.sae_id}", names))
@@ -235,7 +304,7 @@ def _among(names: Iterable[str]) -> list[str]:
     """List the dictionaries among these files that `read` or sae-lens can load, sorted by the numbers in their names."""
     folders = set()
     for name in map(PurePosixPath, names):
-        if name.name in (*READERS, "sae_weights.safetensors") and name.parent.name:
+        if name.name in (*READERS, *cross_formats.MARKS, "sae_weights.safetensors") and name.parent.name:
             folders.add(str(name.parent))
         elif re.fullmatch(r"layer_\d+\.safetensors", name.name):
             folders.add(str(name.with_suffix("")))

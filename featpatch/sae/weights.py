@@ -113,11 +113,20 @@ class Weights:
         Raises:
             FeatpatchError: the dtype is unknown.
         """
-        wanted = None if dtype is None else getattr(torch, dtype, None)
-        if dtype is not None and wanted not in TYPES:
-            raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
-        own = self.tensors["W_enc"].dtype if wanted is None else wanted
+        own = dtype_named(dtype) or self.tensors["W_enc"].dtype
         return replace(self, tensors={name: each.to(device=device, dtype=own) for name, each in self.tensors.items()})
+
+
+def dtype_named(dtype: str | None) -> torch.dtype | None:
+    """Return the dtype of a name; None for None.
+
+    Raises:
+        FeatpatchError: the dtype is unknown.
+    """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if dtype is not None and wanted not in TYPES:
+        raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
+    return wanted
 
 
 def _keep(pre: torch.Tensor, k: int) -> torch.Tensor:

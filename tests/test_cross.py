@@ -1,0 +1,403 @@
+"""Cross-layer transcoders and crosscoders: each format against its own forward pass, from the tensors in its files.
+
+The references are loops over layers, positions and features, written from the libraries' sources (circuit-tracer 0.5,
+dictionary_learning's crosscoder branch, OpenMOSS' Language-Model-SAEs). They use nothing of featpatch.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from small import LAYERS, WIDTH
+
+import featpatch as fp
+from featpatch.sae import cross_formats
+from featpatch.sae.cross_codec import CrossCodec
+
+EXACT = 1e-10
+FEATURES = 5
+OUT = 12
+MID = [f"blocks.{layer}.hook_resid_mid" for layer in range(LAYERS)]
+MLP_OUT = [f"blocks.{layer}.hook_mlp_out" for layer in range(LAYERS)]
+STREAM = [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def save_clt(folder: Path, *, threshold: float | None = None, d_out: int = OUT, **config: Any) -> dict[str, torch.Tensor]:
+    """Write a random CLT as circuit-tracer's `to_safetensors` does, with the configuration of a repository on the hub."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for layer in range(LAYERS):
+        encoder = {f"W_enc_{layer}": random(FEATURES, WIDTH, seed=layer), f"b_enc_{layer}": random(FEATURES, seed=layer),
+                   f"b_dec_{layer}": random(d_out, seed=layer)}  # fmt: skip
+        if threshold is not None:
+            encoder[f"threshold_{layer}"] = random(FEATURES, seed=10 + layer) + threshold
+        decoder = {f"W_dec_{layer}": random(FEATURES, LAYERS - layer, d_out, seed=20 + layer)}
+        save_file(encoder, folder / f"W_enc_{layer}.safetensors")
+        save_file(decoder, folder / f"W_dec_{layer}.safetensors")
+        tensors |= encoder | decoder
+    settings = {"model_kind": "cross_layer_transcoder", "model_name": "openai-community/gpt2",
+                "feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out", **config}  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+    return tensors
+
+
+def encoded(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """circuit-tracer's features of activations `[layers, positions, d]`: ReLU, or x where it is above the threshold."""
+    features = torch.zeros(LAYERS, x.shape[1], FEATURES, dtype=x.dtype)
+    for layer in range(LAYERS):
+        for p in range(x.shape[1]):
+            for feature in range(FEATURES):
+                pre = float(tensors[f"W_enc_{layer}"][feature].double() @ x[layer, p] + tensors[f"b_enc_{layer}"][feature])
+                least = float(tensors[f"threshold_{layer}"][feature]) if f"threshold_{layer}" in tensors else 0.0
+                features[layer, p, feature] = pre if pre > least else 0.0
+    return features
+
+
+def decoded(tensors: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+    """circuit-tracer's reconstruction `[layers, positions, d]` of features `[layers, positions, features]`."""
+    made = []
+    for to in range(LAYERS):
+        total = tensors[f"b_dec_{to}"].double().expand(features.shape[1], -1).clone()
+        for layer in range(to + 1):
+            total += torch.einsum("pf,fd->pd", features[layer], tensors[f"W_dec_{layer}"][:, to - layer].double())
+        made.append(total)
+    return torch.stack(made)
+
+
+def flat(by_layer: torch.Tensor) -> torch.Tensor:
+    """`[layers, positions, n]` as one prompt with the layers side by side."""
+    return torch.cat(list(by_layer), dim=-1)[None]
+
+
+def codec_of(source: Any) -> CrossCodec:
+    return CrossCodec(source, torch.zeros(1))
+
+
+def compared(source: Any, x: torch.Tensor, features: torch.Tensor, reconstruction: torch.Tensor, exact: float = EXACT) -> None:
+    """Encoding, decoding and single rows agree with a reference, given flat, and decoding is rows times features."""
+    codec = codec_of(source)
+    assert (codec.d_in, codec.d_out, codec.d_sae) == (x.shape[-1], reconstruction.shape[-1], features.shape[-1])
+    code = codec.encode(x)
+    torch.testing.assert_close(code.features, features, rtol=exact, atol=exact)
+    torch.testing.assert_close(codec.decode(code.features, code.state), reconstruction, rtol=exact, atol=exact)
+    off = codec.decode(torch.zeros_like(code.features), code.state)
+    rows = codec.rows(torch.arange(codec.d_sae))
+    torch.testing.assert_close(off + features.to(rows) @ rows, reconstruction, rtol=exact, atol=exact)
+    for number in (0, codec.d_sae // 2, codec.d_sae - 1):
+        one = torch.zeros_like(code.features)
+        one[..., number] = 1.0
+        added = codec.decode(one, code.state) - off
+        torch.testing.assert_close(rows[number].expand_as(added), added, rtol=exact, atol=exact)
+    chosen = torch.tensor([codec.d_sae - 1, 1, codec.d_sae - 1])
+    assert torch.equal(codec.rows(chosen), rows[chosen])
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "in files"])
+@pytest.mark.parametrize("threshold", [None, 1.5, -0.4], ids=["ReLU", "JumpReLU", "negative thresholds"])
+def test_a_folder_of_circuit_tracer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float | None, lazy: bool
+) -> None:
+    tensors = save_clt(tmp_path / "clt", threshold=threshold)
+    if lazy:
+        monkeypatch.setattr(cross_formats, "KEPT", {"encoders": 0, "decoders": 0})
+    clt = fp.load_sae(tmp_path / "clt")
+    assert (clt.hook, clt.hook_out, clt.groups, clt.model) == (tuple(MID), tuple(MLP_OUT), LAYERS, "openai-community/gpt2")
+    x = random(LAYERS, 7, WIDTH)
+    features = encoded(tensors, x)
+    assert 0.05 < (features != 0).double().mean() < 0.95
+    assert (features < 0).any() == (threshold == -0.4)
+    compared(clt, flat(x), flat(features), flat(decoded(tensors, features)))
+
+
+def test_files_and_memory_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, also in half precision, and with decoders that are read in chunks."""
+    save_clt(tmp_path / "clt")
+    for dtype in (None, "float32", "bfloat16"):
+        kept = codec_of(fp.load_sae(tmp_path / "clt", dtype=dtype))
+        with monkeypatch.context() as patch:
+            patch.setattr(cross_formats, "KEPT", {"encoders": 0, "decoders": 0})
+            read = codec_of(fp.load_sae(tmp_path / "clt", dtype=dtype))
+        x = torch.cat([random(2, 7, LAYERS * WIDTH)])
+        code = kept.encode(x)
+        assert code.features.dtype == (torch.float64 if dtype is None else torch.float32)
+        assert torch.equal(read.encode(x).features, code.features)
+        assert torch.equal(read.decode(code.features, {}), kept.decode(code.features, {}))
+        numbers = torch.arange(kept.d_sae)
+        assert torch.equal(read.rows(numbers), kept.rows(numbers))
+        assert read.digest() == kept.digest()
+        with monkeypatch.context() as patch:
+            patch.setattr("featpatch.sae.cross_codec.READ", 2 * OUT)
+            torch.testing.assert_close(read.decode(code.features, {}), kept.decode(code.features, {}), rtol=1e-5, atol=1e-5)
+
+
+CROSS = ("CrossCoder", "BatchTopKCrossCoder")
+NORMS = {1: "crosscoder", 2: "SAE", 3: "mixed", 4: "none", 5: "decoupled"}
+
+
+def learned(kind: str, *, norm: int = 1, normalised: bool = False, threshold: float = 2.0) -> dict[str, torch.Tensor]:
+    """The state of a random crosscoder of dictionary_learning."""
+    state = {
+        "encoder.weight": random(LAYERS, WIDTH, FEATURES), "encoder.bias": random(FEATURES),
+        "decoder.weight": random(LAYERS, FEATURES, WIDTH, seed=1), "decoder.bias": random(LAYERS, WIDTH),
+        "code_normalization_id": torch.tensor(norm), "target_rms": torch.tensor(1.0),
+        "activation_mean": torch.full((LAYERS, WIDTH), torch.nan, dtype=torch.float64),
+        "activation_std": torch.full((LAYERS, WIDTH), torch.nan, dtype=torch.float64),
+        "activation_global_scale": torch.ones(LAYERS, dtype=torch.float64),
+    }  # fmt: skip
+    if normalised:
+        state |= {"activation_mean": random(LAYERS, WIDTH, seed=3), "activation_std": random(LAYERS, WIDTH, seed=4).abs(),
+                  "activation_global_scale": random(LAYERS, seed=5).abs() + 0.3}  # fmt: skip
+    if kind == "BatchTopKCrossCoder":
+        state |= {"k": torch.tensor(2), "threshold": torch.tensor([threshold] * LAYERS if norm == 5 else threshold)}
+        state["decoder.weight"][:, 1] = 0.0  # a feature that writes nothing, whose norm is 0
+    return state
+
+
+def crosscoded(state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dictionary_learning's features `[positions, layers, features]` and reconstruction of `[positions, layers, d]`."""
+    mean, scale = state["activation_mean"], state["activation_global_scale"]
+    normal = bool(torch.isnan(mean).any())
+    given = x if normal else (x - mean) * scale[None, :, None]
+    f = (torch.einsum("bld,ldf->bf", given, state["encoder.weight"]) + state["encoder.bias"]).clamp(min=0)
+    by_layer = f[:, None].repeat(1, LAYERS, 1)
+    if "threshold" in state:
+        d = state["decoder.weight"]
+        every = torch.sqrt(torch.einsum("lfd,lfd->lf", d, d))
+        whole = torch.sqrt(torch.einsum("lfd,lfd->f", d, d))
+        kind = NORMS[int(state["code_normalization_id"])]
+        norms = {"crosscoder": every.sum(0), "SAE": whole, "mixed": 1.0 * whole + 0.1 * every.sum(0),
+                 "none": torch.ones(FEATURES), "decoupled": every}[kind]  # fmt: skip
+        least = state["threshold"][:, None] if kind == "decoupled" else state["threshold"]
+        by_layer = torch.where(by_layer * norms > least, by_layer, 0.0)
+    y = torch.einsum("blf,lfd->bld", by_layer, state["decoder.weight"]) + state["decoder.bias"]
+    return by_layer, y if normal else y / (scale[None, :, None] + 1e-8) + mean
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["ae.pt", "hub"])
+@pytest.mark.parametrize("normalised", [False, True], ids=["raw", "normalised"])
+@pytest.mark.parametrize(("kind", "norm"), [("CrossCoder", 1), *(("BatchTopKCrossCoder", norm) for norm in NORMS)])
+def test_crosscoders_of_dictionary_learning(tmp_path: Path, kind: str, norm: int, normalised: bool, hub: bool) -> None:
+    state = learned(kind, norm=norm, normalised=normalised, threshold=1.0 if norm == 4 else 3.0)
+    save_crosscoder(tmp_path, kind, state, hub)
+    crosscoder = fp.load_sae(tmp_path, hook=STREAM)
+    x = random(9, LAYERS, WIDTH)
+    features, y = crosscoded(state, x)
+    assert 0.05 < (features > 0).double().mean() < 0.95
+    apart = kind == "BatchTopKCrossCoder" and norm == 5
+    assert crosscoder.groups == (LAYERS if apart else 1)
+    expected = features.flatten(1) if apart else features[:, 0]
+    compared(crosscoder, x.flatten(1)[None], expected[None], y.flatten(1)[None])
+
+
+def save_crosscoder(folder: Path, kind: str, state: dict[str, torch.Tensor], hub: bool = False) -> None:
+    """As dictionary_learning's `trainSAE` saves it, or its `save_pretrained`."""
+    if hub:
+        save_file(state, folder / "model.safetensors")
+        settings: dict[str, Any] = {"activation_dim": WIDTH, "dict_size": FEATURES, "num_layers": LAYERS}
+    else:
+        torch.save(state, folder / "ae.pt")
+        settings = {"trainer": {"dict_class": kind, "lm_name": "openai-community/gpt2", "layer": 1}}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def open_moss(act_fn: str, norm: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The configuration and the state of a random crosscoder of OpenMOSS, whose hook points are not in the model's order."""
+    names = [STREAM[1], STREAM[0], STREAM[2]]
+    cfg = {"sae_type": "crosscoder", "d_model": WIDTH, "expansion_factor": FEATURES / WIDTH, "act_fn": act_fn, "top_k": 2,
+           "norm_activation": norm, "sparsity_include_decoder_norm": True, "hook_points": names}  # fmt: skip
+    state = {"W_E": random(LAYERS, WIDTH, FEATURES), "b_E": random(LAYERS, FEATURES), "W_D": random(LAYERS, FEATURES, WIDTH, seed=1),
+             "b_D": random(LAYERS, WIDTH)}  # fmt: skip
+    state["W_D"] *= random(LAYERS, FEATURES, 1, seed=7).exp()  # norms that differ between hook points
+    if act_fn == "jumprelu":
+        state["activation_function.log_jumprelu_threshold"] = 1.5 + 0.3 * random(FEATURES)
+    state |= {f"dataset_average_activation_norm.{name}": torch.tensor(2.0 + at) for at, name in enumerate(names)}
+    return cfg, state
+
+
+def moss_coded(cfg: dict[str, Any], state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """OpenMOSS' features `[positions, heads, features]` and reconstruction of activations `[positions, heads, d]`."""
+    factor = torch.ones(LAYERS, dtype=torch.float64)
+    if cfg["norm_activation"] == "dataset-wise":
+        averages = [state[f"dataset_average_activation_norm.{name}"] for name in cfg["hook_points"]]
+        factor = torch.tensor([WIDTH**0.5 / float(average) for average in averages], dtype=torch.float64)
+    x = x * factor[:, None]
+    features = torch.zeros(len(x), LAYERS, FEATURES, dtype=torch.float64)
+    for p in range(len(x)):
+        pre = sum(x[p, head] @ state["W_E"][head] + state["b_E"][head] for head in range(LAYERS))
+        for head in range(LAYERS):
+            norms = torch.linalg.vector_norm(state["W_D"][head], dim=-1)
+            gated = (pre * norms).clamp(min=0)
+            if cfg["act_fn"] == "jumprelu":
+                gated = gated * (gated > state["activation_function.log_jumprelu_threshold"].exp())
+            elif cfg["act_fn"] == "topk":
+                gated = gated * (gated >= gated.sort(descending=True).values[cfg["top_k"] - 1])
+            features[p, head] = gated / norms
+    y = torch.einsum("bhf,hfd->bhd", features, state["W_D"]) + state["b_D"]
+    return features, y / factor[:, None]
+
+
+@pytest.mark.parametrize("norm", ["dataset-wise", "inference"])
+@pytest.mark.parametrize("act_fn", ["relu", "jumprelu", "topk"])
+def test_crosscoders_of_open_moss(tmp_path: Path, act_fn: str, norm: str) -> None:
+    cfg, state = open_moss(act_fn, norm)
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    save_file(state, tmp_path / "sae_weights.safetensors")
+    crosscoder = fp.load_sae(tmp_path)
+    assert (crosscoder.hook, crosscoder.hook_out) == (tuple(STREAM), tuple(STREAM))
+    order = [cfg["hook_points"].index(name) for name in STREAM]
+    x = random(9, LAYERS, WIDTH)
+    features, y = moss_coded(cfg, state, x[:, [order.index(head) for head in range(LAYERS)]])
+    features, y = features[:, order], y[:, order]
+    assert 0.05 < (features > 0).double().mean() < 0.95
+    if act_fn == "relu":
+        compared(crosscoder, x.flatten(1)[None], features[:, 0][None], y.flatten(1)[None])
+    else:
+        assert not torch.equal(features.amin(1) > 0, features.amax(1) > 0), "a feature is on at some hook points only"
+        compared(crosscoder, x.flatten(1)[None], features.flatten(1)[None], y.flatten(1)[None])
+
+
+def simple_crosscoder(**options: Any) -> Any:
+    weights = {"W_enc": random(2, WIDTH, FEATURES), "b_enc": random(FEATURES), "W_dec": random(LAYERS, FEATURES, OUT),
+               "b_dec": random(LAYERS, OUT)}  # fmt: skip
+    return fp.dictionaries.Crosscoder(**{**weights, "hook": STREAM[:2], "hook_out": MLP_OUT, **options})
+
+
+def simple_clt(**options: Any) -> Any:
+    weights = {"W_enc": random(LAYERS, FEATURES, WIDTH), "b_enc": random(LAYERS, FEATURES), "b_dec": random(LAYERS, WIDTH),
+               "W_dec": [random(FEATURES, LAYERS - layer, WIDTH) for layer in range(LAYERS)]}  # fmt: skip
+    return fp.dictionaries.CrossLayerTranscoder(**{**weights, "hook": MID, "hook_out": MLP_OUT, **options})
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: simple_clt(name="mine", model="gpt2"),
+        lambda: simple_clt(threshold=random(LAYERS, FEATURES)),
+        lambda: simple_clt(threshold=random(LAYERS, FEATURES), activation="jump"),
+        lambda: simple_clt(k=2),
+        simple_crosscoder,
+        lambda: simple_crosscoder(threshold=random(FEATURES), name="mine", model="gpt2"),
+        lambda: simple_crosscoder(threshold=random(LAYERS, FEATURES), scale=random(FEATURES).abs()),
+        lambda: simple_crosscoder(k=2, scale=random(LAYERS, FEATURES).abs()),
+    ],
+)
+def test_saved_and_loaded_again(tmp_path: Path, made: Callable[[], Any]) -> None:
+    source = made()
+    source.save(tmp_path / "own")
+    again = fp.load_sae(tmp_path / "own")
+    one, other = codec_of(source), codec_of(again)
+    x = random(2, 5, one.d_in)
+    assert torch.equal(other.encode(x).features, one.encode(x).features)
+    assert torch.equal(other.rows(torch.arange(one.d_sae)), one.rows(torch.arange(one.d_sae)))
+    assert (again.hook, again.hook_out, again.model, again.groups) == (
+        source.hook,
+        source.hook_out,
+        source.model,
+        source.groups,
+    )
+    again.save(tmp_path / "half", dtype="float16")
+    half = codec_of(fp.load_sae(tmp_path / "half"))
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(
+        half.rows(torch.arange(one.d_sae)).double(), one.rows(torch.arange(one.d_sae)), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_what_circuit_tracer_reads_from_a_saved_folder(tmp_path: Path) -> None:
+    """Its names, shapes and configuration; a negative threshold of a JumpReLU, which is never negative, would mean another."""
+    clt = simple_clt(threshold=random(LAYERS, FEATURES) - 0.5, model="gpt2")
+    clt.save(tmp_path / "clt")
+    tensors = {}
+    for layer in range(LAYERS):
+        own = load_file(tmp_path / "clt" / f"W_enc_{layer}.safetensors")
+        assert sorted(own) == [f"W_enc_{layer}", f"b_dec_{layer}", f"b_enc_{layer}", f"threshold_{layer}"]
+        tensors |= own | load_file(tmp_path / "clt" / f"W_dec_{layer}.safetensors")
+    x = random(LAYERS, 7, WIDTH)
+    features = encoded(tensors, x)
+    assert not (features < 0).any()
+    compared(clt, flat(x), flat(features), flat(decoded(tensors, features)))
+    assert yaml.safe_load((tmp_path / "clt" / "config.yaml").read_text()) == {
+        "model_kind": "cross_layer_transcoder", "model_name": "gpt2", "feature_input_hook": "hook_resid_mid",
+        "feature_output_hook": "hook_mlp_out", "activation": "jumprelu",
+    }  # fmt: skip
+
+
+class Traced(torch.nn.Module):
+    """circuit-tracer's CLT in memory, from the tensors of its files; encoders and decoders can stay in the folder."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], folder: Path | None, function: Any, skip: torch.Tensor | None) -> None:
+        super().__init__()
+        self.n_layers, self.d_transcoder, self.d_model = LAYERS, FEATURES, WIDTH
+        self.feature_input_hook, self.feature_output_hook = "hook_resid_mid", "hook_mlp_out"
+        self.clt_path = None if folder is None else str(folder)
+        parts = {part: [tensors[f"{part}_{layer}"] for layer in range(LAYERS)] for part in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        self.b_enc, self.b_dec = (torch.nn.Parameter(torch.stack(parts[part])) for part in ("b_enc", "b_dec"))
+        if folder is None:
+            self.W_enc = torch.nn.Parameter(torch.stack(parts["W_enc"]))
+        self.W_dec = torch.nn.ParameterList(map(torch.nn.Parameter, parts["W_dec"])) if folder is None else None
+        self.W_skip = None if skip is None else torch.nn.Parameter(skip)
+        self.activation_function = function
+
+
+class JumpReLU(torch.nn.Module):
+    def __init__(self, threshold: torch.Tensor) -> None:
+        super().__init__()
+        self.threshold = torch.nn.Parameter(threshold)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "in files"])
+@pytest.mark.parametrize("threshold", [None, 1.5], ids=["ReLU", "JumpReLU"])
+def test_an_object_of_circuit_tracer(tmp_path: Path, threshold: float | None, lazy: bool, skip: bool) -> None:
+    tensors = save_clt(tmp_path / "clt", threshold=threshold, d_out=WIDTH)
+    function: Any = torch.nn.functional.relu
+    if threshold is not None:
+        function = JumpReLU(torch.stack([tensors[f"threshold_{layer}"] for layer in range(LAYERS)])[:, None])
+    W_skip = random(LAYERS, WIDTH, WIDTH) if skip else None
+    clt = fp.dictionaries.adapt(Traced(tensors, tmp_path / "clt" if lazy else None, function, W_skip), name="traced")
+    assert (clt.hook, clt.hook_out, clt.name) == (tuple(MID), tuple(MLP_OUT), "traced")
+    x = random(LAYERS, 7, WIDTH)
+    features = encoded(tensors, x)
+    y = decoded(tensors, features)
+    if W_skip is None:
+        compared(clt, flat(x), flat(features), flat(y))
+        return
+    codec = codec_of(clt)
+    code = codec.encode(flat(x))
+    torch.testing.assert_close(codec.decode(code.features, code.state), flat(y + x @ W_skip), rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(code.state["skip"], flat(x @ W_skip), rtol=EXACT, atol=EXACT)
+
+
+def test_an_object_of_dictionary_learning() -> None:
+    """It is recognised by its class and module, and its own settings count."""
+
+    class Encoder(torch.nn.Module):
+        encoder_layers = (0, 1, 2)
+
+    class BatchTopKCrossCoder(torch.nn.Module):
+        code_normalization_alpha_sae, code_normalization_alpha_cc = 1.0, 0.1
+
+        def __init__(self, state: dict[str, torch.Tensor]) -> None:
+            super().__init__()
+            self.encoder, self.decoder = Encoder(), torch.nn.Module()
+            for name, value in state.items():
+                module = self if "." not in name else getattr(self, name.split(".")[0])
+                module.register_buffer(name.split(".")[-1], value)
+
+    BatchTopKCrossCoder.__module__ = "dictionary_learning.dictionary"
+    state = learned("BatchTopKCrossCoder", norm=3, normalised=True, threshold=3.0)
+    crosscoder = fp.dictionaries.adapt(BatchTopKCrossCoder(state), STREAM)
+    x = random(9, LAYERS, WIDTH)
+    features, y = crosscoded(state, x)
+    compared(crosscoder, x.flatten(1)[None], features[:, 0][None], y.flatten(1)[None])
+    with pytest.raises(fp.FeatpatchError, match="do not say which hook points the crosscoder reads: pass hook=, a list of 3"):
+        fp.dictionaries.adapt(BatchTopKCrossCoder(state))

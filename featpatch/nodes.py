@@ -164,16 +164,19 @@ class Patch:
 
     Attributes:
         nodes: the nodes, each named once.
+        name: a name for tables; by default the number of nodes is shown.
 
     Examples:
-        >>> patch = fp.Patch(effects.top(3).nodes)
+        >>> patch = fp.Patch(effects.top(3).nodes, name="names")
         >>> len(patch.nodes)
         3
     """
 
     nodes: tuple[Node, ...]
+    name: str = ""
 
     def __post_init__(self) -> None:
+        check_kinds(str, name=self.name)
         if not isinstance(self.nodes, tuple):
             raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node, e.g. Patch((node,))")
         if not all(isinstance(node, Node) for node in self.nodes):
@@ -183,11 +186,16 @@ class Patch:
             raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: expected each node once; remove the duplicate")
 
 
-def joint(nodes: Sequence[Node]) -> Node:
-    """Return the node that stands for these nodes patched together, at their common position or `"(several)"`."""
+def joint(nodes: Sequence[Node], number: int = 0, name: str = "") -> Node:
+    """Return the node that stands for these nodes patched together, at their common position or `"(several)"`.
+
+    Args:
+        number: the number of the patch in the call that names it.
+        name: the name of the patch; by default the number of nodes.
+    """
     positions = {node.position for node in nodes}
-    site = f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}{TOGETHER}"
-    return Node(site, "set", 0, positions.pop() if len(positions) == 1 else "(several)")
+    named = name or f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
+    return Node(f"{named}{TOGETHER}", "set", number, positions.pop() if len(positions) == 1 else "(several)")
 
 
 def check_senders(nodes: Sequence[Node]) -> None:

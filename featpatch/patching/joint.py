@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 
 from featpatch import sites
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, each
+from featpatch.errors import FeatpatchError, check_choices, each
 from featpatch.model.lens import Edit, Lens, added
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import LOGITS, Direction, Node, Patch, Position, joint
+from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, joint
 from featpatch.pairs.pair import Pair, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Contrast, Run, Swap
@@ -29,6 +29,7 @@ from featpatch.patching.components import HeadPart, WholePart, neuron_part
 from featpatch.patching.do import Chosen, check_settable, choose, keeping
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.parts import OnlyPart, Part
+from featpatch.patching.patches import PatchesPart, check_apart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
 from featpatch.sae.dictionary import CODED, Dictionary, Split, check_nodes, dictionaries_if_any
@@ -203,7 +204,7 @@ def node_study(
     options: Options,
     contrast: Callable[[Sequence[Part]], Contrast] = lambda parts: CLEAN_AND_CORRUPTED,
     *,
-    together: bool,
+    together: bool | None = None,
 ) -> tuple[Study, tuple[Node, ...]]:
     """Return the validated experiment that `rank_nodes` runs, and the nodes of the rows of its table.
 
@@ -218,24 +219,98 @@ def node_study(
     check_pairs(pairs)
     lens = wrap(model)
     found = dictionaries_if_any(lens, saes)
-    chosen = tuple(_named(lens, node) for node in check_nodes(lens, nodes, found, "nodes"))
-    parts, rows = _parts(lens, chosen, found), chosen
-    positions = list(dict.fromkeys(end for node in chosen for end in _ends(node.position)))
+    rows, patches = _asked(lens, nodes, found, together)
+    single = tuple(row for row in rows if row not in patches)
+    every = tuple(dict.fromkeys([*single, *(node for some in patches.values() for node in some)]))
+    positions = list(dict.fromkeys(end for node in every for end in _ends(node.position)))
     each(partial(spans, positions=positions), list(pairs))  # raises errors of positions, which together=False does not mend
+    parts = _parts(lens, single, found)
+    _check_parts(parts, pairs)
+    combine = _combine(every if patches else (), found, options.combine)
+    about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
+    if patches:
+        if combine is None:
+            joints: list[Part] = [JointPart(lens, some, found, name) for name, some in patches.items()]
+        else:
+            members = _parts(lens, every, found)
+            check_apart(patches, found, pairs)
+            if combine == "set" and any(isinstance(part, JointPart) for part in members):
+                inside = next(part.nodes[0] for part in members if isinstance(part, JointPart))
+                raise FeatpatchError(
+                    f"combine='set' with {str(inside)!r}: expected hook points of the residual stream and of what is added to "
+                    "it; use combine='add', or leave combine out"
+                )
+            joints = [PatchesPart(members, patches, combine)]
+            about["combine"] = combine
+        try:
+            _check_parts(joints, pairs)
+        except FeatpatchError as error:
+            if len(patches) > 1 or not single:
+                raise
+            raise FeatpatchError(f"{error}; or pass together=False, which measures each node alone") from error
+        parts += joints
+        about["patches"] = {str(name.index): list(map(str, some)) for name, some in patches.items()}
+    return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast(parts)), rows
+
+
+def _asked(
+    lens: Lens, nodes: Any, found: Sequence[Dictionary], together: bool | None
+) -> tuple[tuple[Node, ...], dict[Node, tuple[Node, ...]]]:
+    """Return the nodes of the rows of the table, and the nodes of each joint patch by the node of its row.
+
+    Raises:
+        FeatpatchError: a node is unknown, or `together` is asked for beside patches.
+    """
+    given = list(nodes) if isinstance(nodes, (list, tuple)) else nodes
+    if not isinstance(given, list) or not any(isinstance(each, Patch) for each in given):
+        chosen = tuple(_named(lens, node) for node in check_nodes(lens, given, found, "nodes"))
+        if together is False:
+            return chosen, {}
+        whole = joint(chosen)
+        return (*chosen, whole), {whole: _set_once(chosen)}
+    if together:
+        raise FeatpatchError("together=True with patches: expected False, or nodes alone; put the nodes into one more Patch")
+    rows: list[Node] = []
+    patches: dict[Node, tuple[Node, ...]] = {}
+    for number, entry in enumerate(given):
+        some = list(entry.nodes) if isinstance(entry, Patch) else [entry]
+        known = tuple(_named(lens, node) for node in check_nodes(lens, some, found, f"nodes[{number}]"))
+        rows.append(joint(known, number, entry.name) if isinstance(entry, Patch) else known[0])
+        if isinstance(entry, Patch):
+            patches[rows[-1]] = _set_once(known)
+    if len(set(rows)) < len(rows):
+        repeated = next(row for row in rows if rows.count(row) > 1)
+        raise FeatpatchError(f"nodes names {str(repeated)!r} twice: expected each node once; remove the duplicate")
+    return tuple(rows), patches
+
+
+def _set_once(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Return the values that nodes stand for, each once: `hook_result` is z times W_O."""
+    return tuple(dict.fromkeys(replace(node, site=_read(node.site)) for node in nodes))
+
+
+def _check_parts(parts: Sequence[Part], pairs: Pairs) -> None:
     for part in parts:
         if isinstance(part, JointPart):
             part.check(pairs)
-    if together:
-        rows = (*chosen, joint(chosen))
-        z = tuple(dict.fromkeys(replace(node, site=_read(node.site)) for node in chosen))
-        both = JointPart(lens, z, found, rows[-1])
-        try:
-            both.check(pairs)
-        except FeatpatchError as error:
-            raise FeatpatchError(f"{error}; or pass together=False, which measures each node alone") from error
-        parts.append(both)
-    about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
-    return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast(parts)), rows
+
+
+def _combine(nodes: Sequence[Node], found: Sequence[Dictionary], combine: Any) -> Combine | None:
+    """Return what joint patches mean: by default None, but the meaning of the dictionary if one of them writes several hooks.
+
+    Raises:
+        FeatpatchError: the meaning is unknown, or two dictionaries have different ones.
+    """
+    if combine is not None:
+        check_choices(get_args(Combine), combine=combine)
+        return combine
+    several = {d.name: d.combine for d in found if len(d.outputs) > 1 and any(node.sae == d.name for node in nodes)}
+    if len(set(several.values())) > 1:
+        raise FeatpatchError(
+            f"the nodes belong to dictionaries whose patches mean different things ({several}): expected one meaning; pass "
+            "combine='add' or combine='set'"
+        )
+    return next(iter(several.values()), None)
 
 
 def _named(lens: Lens, node: Node) -> Node:

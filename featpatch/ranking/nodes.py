@@ -10,7 +10,7 @@ import numpy as np
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, Direction, Node
+from featpatch.nodes import DIRECTIONS, Combine, Direction, Node
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import To, ablation
 from featpatch.patching.changes import Contrast
@@ -30,7 +30,8 @@ def rank_nodes(
     to: To | None = None,
     reference: Pairs | None = None,
     seed: int | None = None,
-    together: bool = True,
+    together: bool | None = None,
+    combine: Combine | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
@@ -39,30 +40,36 @@ def rank_nodes(
     executor: Any = None,
     progress: bool = True,
 ) -> Effects:
-    """Measure the exact causal effect of named nodes, each alone and all together.
+    """Measure the exact causal effect of named nodes, each alone and all together, or of any list of joint patches.
 
     The nodes can be features, error terms, heads, whole activations, neurons and directions, mixed, in any layers and at any
-    positions. In the joint patch every value is set to its value in the source run at its place, whatever patches at earlier
+    positions. In a joint patch every value is set to its value in the source run at its place, whatever patches at earlier
     hook points have done to it, as in `fp.do(how="set")` and in circuits. For nodes at a single hook point this is the same as
     adding up their changes. What the joint patch does beyond the sum of the nodes alone is their interaction.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
         pairs: clean and corrupted prompts with their answers.
-        nodes: the nodes, made for example with `fp.head`, `fp.feature` and `fp.Node`; or a table of effects whose rows are the
-            nodes.
+        nodes: the nodes, made for example with `fp.head`, `fp.feature` and `fp.Node`, and joint patches, made with `fp.Patch`;
+            or a table of effects whose rows are the nodes.
         saes: the SAEs and directions that the nodes name, if any.
         to: by default, nodes take their values from the other run of a pair. Otherwise they are ablated in the clean run to
             `"zero"`, `"mean"`, `"mean_by_position"`, `"resample"` or a number, as in `fp.ablate`, and only degradation is
             measured.
         reference, seed: as in `fp.ablate`; only with `to`.
-        together: whether to measure the joint patch too. It is refused for a whole activation together with parts of it, and
-            for attention patterns. A value that two nodes name, such as a head at two labels of the same token, is set once.
+        together: whether to measure the joint patch of all nodes too; by default if there is no `fp.Patch` among them. It is
+            refused for a whole activation together with parts of it, and for attention patterns. A value that two nodes name,
+            such as a head at two labels of the same token, is set once.
+        combine: another meaning of joint patches, which is faster if there are many, because the change of each node is
+            computed once, from the unpatched runs. `"add"`: the changes are added to what arrives. `"set"`: where a patch
+            changes an activation, it is set to its value in the base run plus the changes. By default only for features that
+            write to several hook points, with the meaning that they have in `rank_features`.
         directions, metric, batch_rows, noise, journal, executor, progress: as in `rank_features`.
 
     Returns:
-        One row per node, in the order given, also for a node that is the same in both runs of every pair and has no effect;
-        then, with `together`, a row of kind `set` for the joint patch.
+        One row per node or patch, in the order given, also for one that is the same in both runs of every pair and has no
+        effect; then, with `together`, a row for the joint patch. Rows of joint patches are of kind `set`, and their index is
+        the number of the patch in the list.
 
     Raises:
         FeatpatchError: if the input is unusable, a node can't be patched, or the nodes can't be patched together.
@@ -74,6 +81,9 @@ def rank_nodes(
         3 nodes together @ (several)
         >>> effects.pooled("recovery").shape
         (4,)
+        >>> two = [fp.Patch(tuple(nodes[:2]), name="head and feature"), fp.Patch(tuple(nodes[1:]))]
+        >>> [str(node) for node in fp.rank_nodes(model, pairs, two, saes=saes, progress=False).nodes]
+        ['head and feature together @ S2', '2 nodes together @ (several)']
     """
     lens, way = wrap(model), directions
 
@@ -92,9 +102,9 @@ def rank_nodes(
             "reference or seed without to: expected them only with ablation values, such as to='mean'; pass to, or leave them "
             "out"
         )
-    if not isinstance(together, bool):
-        raise FeatpatchError(f"together={together!r}: expected True or False")
-    options = Options(directions=way, metric=metric, batch_rows=batch_rows, noise=noise)
+    if not isinstance(together, bool | None):
+        raise FeatpatchError(f"together={together!r}: expected True, False or None")
+    options = Options(directions=way, metric=metric, batch_rows=batch_rows, noise=noise, combine=combine)
     study, rows = node_study(model, saes, pairs, nodes, options, contrast, together=together)
     effects = study.run(journal, progress=progress, executor=executor)
     return _with_rows(effects, rows) if effects.finished else effects

@@ -1,0 +1,177 @@
+"""Joint patches whose changes are those of their nodes, added up at each hook point.
+
+Each node is measured against the unpatched runs once, whatever the number of patches that contain it. Where a change upstream
+moves what arrives downstream, `combine` says whether changes are added to it or replace it (see `engine.patches`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float
+
+from featpatch.engine.patches import Deltas
+from featpatch.errors import FeatpatchError
+from featpatch.nodes import Combine, Direction, Node
+from featpatch.pairs.pairs import Pairs
+from featpatch.patching.changes import Swap
+from featpatch.patching.parts import Part
+from featpatch.patching.runs import PairRuns
+from featpatch.sae.dictionary import CODED, Dictionary
+from featpatch.sites import layer_of
+
+
+@dataclass(frozen=True, eq=False)
+class PatchesPart(Part):
+    """Patches of several nodes each, at any hook points.
+
+    Attributes:
+        parts: parts that patch each of the nodes alone.
+        patches: the nodes of each patch, by the node that names it.
+        meaning: what a patch at several hook points means.
+    """
+
+    parts: Sequence[Part]
+    patches: Mapping[Node, Sequence[Node]]
+    meaning: Combine
+
+    @property
+    def complete(self) -> bool:
+        """False, because the nodes are those that were named."""
+        return False
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries of all parts."""
+        return list(dict.fromkeys(owner for part in self.parts for owner in part.owners))
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points whose activations the parts need."""
+        return {hook for part in self.parts for hook in part.hooks}
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points at which any of the patches changes anything."""
+        return sorted({site for part in self.parts for site in part.sites}, key=layer_of)
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers at whose input the parts need the base runs."""
+        return {layer for part in self.parts for layer in part.layers}
+
+    @property
+    def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
+        """All hook points together."""
+        return [(tuple(self.sites), self.meaning)]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of patches in which a value differs between the runs of a pair."""
+        differing = self._differing(self._swaps(run))
+        return sum(any(node in differing for node in nodes) for nodes in self.patches.values())
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
+        """Return one swap for each pair and set of hook points, with the patches in which a value differs."""
+        return [self._of_pair(run) for run in runs]
+
+    def _swaps(self, run: PairRuns) -> list[Swap]:
+        """Return the swaps that patch each node of the patches alone, computed once."""
+        wanted = frozenset(node for nodes in self.patches.values() for node in nodes)
+
+        def find() -> list[Swap]:
+            swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]
+            return [swap for swap in swaps if swap.nodes]
+
+        return run.once((self, "swaps"), find)
+
+    @staticmethod
+    def _differing(swaps: Iterable[Swap]) -> dict[Node, frozenset[str]]:
+        """Return the hook points that patches of the nodes change, for the nodes that differ between the runs."""
+        return {node: frozenset(swap.deltas) for swap in swaps for node in swap.nodes}
+
+    def _of_pair(self, run: PairRuns) -> list[Swap]:
+        single = self._swaps(run)
+        writes = self._differing(single)
+        alike: dict[frozenset[str], list[Node]] = {}
+        for name, nodes in self.patches.items():
+            hooks = frozenset(hook for node in nodes for hook in writes.get(node, ()))
+            if hooks:
+                alike.setdefault(hooks, []).append(name)
+        return [self._swap(run, single, tuple(names), hooks) for hooks, names in alike.items()]
+
+    def _swap(self, run: PairRuns, single: Sequence[Swap], names: tuple[Node, ...], hooks: frozenset[str]) -> Swap:
+        """Return the patches with these names, all of which change these hook points."""
+        longer: dict[str, dict[Direction, list[Deltas]]] = {}
+        for site in sorted(hooks, key=layer_of):
+            here = [swap for swap in single if site in swap.deltas]
+            nodes = [node for swap in here for node in swap.nodes]
+            member = torch.tensor([[node in self.patches[name] for node in nodes] for name in names])
+            longer[site] = {
+                way: [_summed(member, [run.deltas(swap, way, reading)[site] for swap in here]) for reading in range(len(bases))]
+                for way, bases in run.bases.items()
+                if way in run.ways
+            }
+        deltas = {site: {way: each[0] for way, each in ways.items()} for site, ways in longer.items()}
+        return Swap(names, deltas, longer, by_token=True, combine=self.meaning)
+
+
+def _summed(member: Bool[torch.Tensor, "patches nodes"], changes: Sequence[Deltas]) -> Deltas:
+    """Return the deltas of patches as sums of the deltas of their nodes, with a row wherever a node of the patch has one.
+
+    Args:
+        member: whether each node belongs to each patch.
+        changes: the deltas of the nodes, in order, a few nodes each.
+    """
+    positions = torch.cat([deltas.position for deltas in changes]).unique()
+    values = torch.cat([_at(deltas, positions, changes[0].directions) for deltas in changes])
+    named = torch.cat([_named(deltas, positions) for deltas in changes])
+    patch, place = ((member[..., None] & named).any(1)).nonzero(as_tuple=True)
+    total = (member.to(values) @ values.flatten(1)).unflatten(1, values.shape[1:])
+    return Deltas.explicit(patch, positions[place], total[patch.to(total.device), place.to(total.device)], len(member))
+
+
+def _at(deltas: Deltas, positions: torch.Tensor, like: torch.Tensor) -> Float[torch.Tensor, "nodes positions d"]:
+    values = deltas.values().to(like.device)
+    dense = values.new_zeros(len(deltas), len(positions), values.shape[1])
+    place = torch.searchsorted(positions, deltas.position)
+    dense[deltas.patch.to(dense.device), place.to(dense.device)] = values
+    return dense
+
+
+def _named(deltas: Deltas, positions: torch.Tensor) -> Bool[torch.Tensor, "nodes positions"]:
+    named = torch.zeros(len(deltas), len(positions), dtype=torch.bool)
+    named[deltas.patch, torch.searchsorted(positions, deltas.position)] = True
+    return named
+
+
+def check_apart(patches: Mapping[Node, Sequence[Node]], found: Sequence[Dictionary], pairs: Pairs) -> None:
+    """Check that no patch changes the same value twice, because the changes of its nodes are added up.
+
+    Raises:
+        FeatpatchError: two nodes of a patch overlap in a pair.
+    """
+    outputs = {dictionary.name: dictionary.outputs for dictionary in found}
+    for nodes in patches.values():
+        for one, other in combinations(nodes, 2):
+            if _overlap(one, other, outputs) and any(
+                {*p.positions(one.position)} & {*p.positions(other.position)} for p in pairs
+            ):
+                raise FeatpatchError(
+                    f"{str(one)!r} and {str(other)!r} overlap: expected nodes of a patch whose changes can be added up; leave "
+                    "one of them out"
+                )
+
+
+def _overlap(one: Node, other: Node, outputs: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether two nodes stand for the same value, if they are at the same position."""
+    sites = [set(outputs.get(node.sae, [node.site]) if node.kind in CODED else [node.site]) for node in (one, other)]
+    kinds = {one.kind, other.kind}
+    if not sites[0] & sites[1]:
+        return False
+    if one.kind in CODED and other.kind in CODED:
+        same = one.sae == other.sae and one.site == other.site
+        if kinds == {"feature"}:
+            return same and one.index == other.index
+        return one.sae == other.sae and (kinds == {"feature", "all_features"} or (len(kinds) == 1 and same))
+    return len(kinds) > 1 or one.index == other.index

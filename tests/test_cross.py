@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from kinds import pairs_of
 from safetensors.torch import load_file, save_file
-from small import LAYERS, WIDTH
+from small import LAYERS, WIDTH, Small, small_bridge, small_hooked
 
 import featpatch as fp
 from featpatch.sae import cross_formats
@@ -401,3 +402,80 @@ def test_an_object_of_dictionary_learning() -> None:
     compared(crosscoder, x.flatten(1)[None], features[:, 0][None], y.flatten(1)[None])
     with pytest.raises(fp.FeatpatchError, match="do not say which hook points the crosscoder reads: pass hook=, a list of 3"):
         fp.dictionaries.adapt(BatchTopKCrossCoder(state))
+
+
+def metric_with(small: Small, tokens: torch.Tensor, changes: dict[str, torch.Tensor], pair: int, *, whole: bool) -> float:
+    """The logit difference of a plain hooked forward pass, with changes added at hook points or, if whole, set there."""
+    hooks = [(name, lambda value, hook, change=change: change if whole else value + change) for name, change in changes.items()]
+    with torch.no_grad():
+        logits = small.model.run_with_hooks(tokens[[pair]], fwd_hooks=hooks)[0, -1]
+    return float(logits[small.correct[pair]] - logits[small.wrong[pair]])
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_every_feature_of_a_clt_is_patched_exactly(tmp_path: Path, make: Callable[[], Small]) -> None:
+    """Against one hooked forward pass for each patch, with the change added at all layers above; all together are whole runs."""
+    small = make()
+    tensors = save_clt(tmp_path / "clt", threshold=0.5, d_out=WIDTH)
+    clt = fp.load_sae(tmp_path / "clt")
+    effects = fp.rank_features(small.model, clt, pairs_of(small), progress=False)
+    caches = [small.model.run_with_cache(tokens)[1] for tokens in (small.clean, small.corrupted)]
+    seen = {"feature": 0, "activation": 0}
+    for pair in range(len(effects.denoised[0])):
+        runs = [torch.stack([cache[name][pair].detach() for name in MID]) for cache in caches]
+        clean, corrupted = (encoded(tensors, run) for run in runs)
+        for node, value in zip(effects.nodes, effects.denoised, strict=True):
+            if node.kind == "feature":
+                layer, index = MLP_OUT.index(node.site), node.index
+                patched = corrupted.clone()
+                patched[layer, :, index] = clean[layer, :, index]
+                moved = decoded(tensors, patched) - decoded(tensors, corrupted)
+                changes = dict(zip(MLP_OUT[layer:], moved[layer:, None], strict=True))
+                expected = metric_with(small, small.corrupted, changes, pair, whole=False)
+            elif node.kind == "activation" and node.site not in MLP_OUT:
+                whole = {name: caches[0][name][[pair]].detach() - caches[1][name][[pair]].detach() for name in MLP_OUT}
+                expected = metric_with(small, small.corrupted, whole, pair, whole=False)
+            else:
+                continue
+            seen[node.kind] += 1
+            assert float(value[pair]) == pytest.approx(expected, abs=EXACT), node
+    assert seen["feature"] > 10
+    print(seen, {(n.kind, n.site) for n in effects.nodes if n.kind != "feature"})
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_every_feature_of_a_crosscoder_is_patched_exactly(make: Callable[[], Small]) -> None:
+    """Against one hooked forward pass for each patch, in which each layer of the stream is set to its base value and the change."""
+    small = make()
+    state = learned("CrossCoder")
+    crosscoder = fp.dictionaries.Crosscoder(
+        0.3 * state["encoder.weight"], state["decoder.weight"], state["encoder.bias"], state["decoder.bias"], hook=STREAM
+    )
+    effects = fp.rank_features(small.model, crosscoder, pairs_of(small), progress=False)
+    caches = [small.model.run_with_cache(tokens)[1] for tokens in (small.clean, small.corrupted)]
+    features = effects.where(kind="feature")
+    assert len(features) > 2
+    for pair in range(len(features.denoised[0])):
+        runs = [torch.stack([cache[name][pair].detach() for name in STREAM], dim=1) for cache in caches]
+        (clean, _), (corrupted, _) = (
+            crosscoded({**state, "encoder.weight": 0.3 * state["encoder.weight"]}, run) for run in runs
+        )
+        for node, value in zip(features.nodes, features.denoised, strict=True):
+            change = (clean - corrupted)[:, 0, node.index]
+            moved = torch.einsum("p,ld->lpd", change, state["decoder.weight"][:, node.index])
+            reached = {name: (runs[1][:, at] + moved[at])[None] for at, name in enumerate(STREAM)}
+            kept = change != 0
+            expected = metric_set(small, pair, reached, kept)
+            assert float(value[pair]) == pytest.approx(expected, abs=EXACT), node
+
+
+def metric_set(small: Small, pair: int, reached: dict[str, torch.Tensor], at: torch.Tensor) -> float:
+    """The logit difference of a plain hooked forward pass of the corrupted prompt, with activations set at some positions."""
+
+    def put(value: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        return torch.where(at[None, :, None], there, value)
+
+    hooks = [(name, lambda value, hook, there=there: put(value, there)) for name, there in reached.items()]
+    with torch.no_grad():
+        logits = small.model.run_with_hooks(small.corrupted[[pair]], fwd_hooks=hooks)[0, -1]
+    return float(logits[small.correct[pair]] - logits[small.wrong[pair]])

@@ -68,7 +68,7 @@ class PlainPath:
         answers = torch.tensor([unit.block.run.answer for unit in units], device=sizes.device).repeat_interleave(sizes)
         with ExitStack() as stack:
             firing = {}
-            for site in hooks:
+            for site in sorted(hooks, key=sites.is_stream):  # where both are changed by one hook: what is added, then the sum
                 change = self._adding(site, units, length)
                 if combine == "set":
                     change = self._setting(site, units, length, stack)

@@ -122,20 +122,20 @@ class Moved:
     rows: Rows
     delta: Float[torch.Tensor, "rows d"]
 
-    def made(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor) -> None:
+    def made(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor | None) -> None:
         """Make the changes in a matrix.
 
         Args:
             x: the activation, or the residual stream after it has been added; it is changed in place.
             at: the row of the matrix for each row of the changes.
-            before: the residual stream before the activation was added.
+            before: the residual stream before the activation was added; None if it is that of the base run.
         """
         at = at.to(x.device)
         value = x[at]
         if self.combine == "set":
             layer, place = entry(self.site)
             value = self.rows.base(place, layer).to(x.device)
-            if not sites.is_stream(self.site) and place != "z":
+            if before is not None and not sites.is_stream(self.site) and place != "z":
                 earlier = ("pre", layer) if place == "mid" else ("mid", layer - 1)
                 value = before[at] + (value - self.rows.base(*earlier).to(x.device))
         x[at] = added(value, self.delta)
@@ -158,7 +158,8 @@ class Changes:
     def __post_init__(self) -> None:
         patched = dict.fromkeys((site, unit.block.combine) for unit in self.units for site in unit.block.deltas)
         hooks: dict[Entry, list[tuple[str, Combine]]] = {}
-        for site, combine in sorted(patched, key=lambda each: sites.is_stream(each[0])):  # what is added, then the sum
+        in_order = sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0])))  # addends, then sums
+        for site, combine in in_order:
             hooks.setdefault(entry(site), []).append((site, combine))
         object.__setattr__(self, "hooks", hooks)
 

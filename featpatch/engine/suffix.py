@@ -194,7 +194,7 @@ class SuffixPath:
         rows = every[0] if len(every) == 1 else Rows.union(every)
         known = rows.number(answer_only=False)
 
-        def make(x: torch.Tensor, at: Entry, before: torch.Tensor) -> torch.Tensor:
+        def make(x: torch.Tensor, at: Entry, before: torch.Tensor | None) -> torch.Tensor:
             for one in moved[at]:
                 numbers = one.rows.number(answer_only=False)
                 one.made(x, torch.arange(len(known)) if one.rows is rows else torch.searchsorted(known, numbers), before)
@@ -202,12 +202,12 @@ class SuffixPath:
 
         pre = rows.base("pre", index)
         if first == "pre":
-            x = make(pre, place, pre)
+            x = make(pre, place, None)
         else:
             layer, mid = self.stack.layers[index], rows.base("mid", index)
             if moved[index, "z"]:
                 z = rows.base("z", index)
-                mid = pre + layer.attention_output(make(z, (index, "z"), z))
+                mid = pre + layer.attention_output(make(z, (index, "z"), None))
             mid = make(mid, (index, "mid"), pre)
             out = rows.base("pre", start) - rows.base("mid", index) if layer.parallel else layer.mlp_output(mid)
             x = make(mid + out, (start, "pre"), mid)

@@ -111,10 +111,10 @@ class Node:
                 object.__setattr__(self, name, int(value))  # NumPy's integers can't be saved
 
     def __str__(self) -> str:
-        if self.site.endswith(TOGETHER):
+        if self.site.endswith(TOGETHER) and self.kind == "set":
             return visible(f"{self.site} @ {self.position}")
         name = self.kind if self.index is None else f"{self.kind} {self.index}"
-        of = f" of {self.sae}" if self.sae not in ("", self.site) else ""
+        of = f" of {self.sae}" if self.sae not in ("", self.site, self.site.removesuffix(TOGETHER)) else ""
         return visible(f"{self.site} {name}{of} @ {self.position}")
 
 

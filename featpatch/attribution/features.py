@@ -21,24 +21,38 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Metric
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Direction, Kind, Node
+from featpatch.nodes import Combine, Direction, Kind, Node
 from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.sae.dictionary import Dictionary, Split, combined_by, dictionaries, together
 
 
 def estimate_features(
-    gradients: Gradients, saes: Any, positions: Positions, directions: Sequence[Direction], *, progress: bool
+    gradients: Gradients,
+    saes: Any,
+    positions: Positions,
+    directions: Sequence[Direction],
+    combine: Combine | None,
+    *,
+    progress: bool,
 ) -> Effects:
     """Estimate by gradients what `rank_features` measures exactly; it describes the arguments and the result."""
     found = dictionaries(gradients.lens, saes)
-    about = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    if combined := combined_by(found, combine):
+        about["combine"] = combined
+    if put := [name for name, meaning in combined.items() if meaning == "set"]:
+        raise FeatpatchError(
+            f"estimates for {put[0]!r}, whose patches set several hook points: expected patches that add, because what a patch "
+            "sets stops what comes from below, which no gradient of the unmodified model tells; pass combine='add', or "
+            "method='exact'"
+        )
     return estimated(gradients, [FeatureEstimator(d) for d in found], about, positions, directions, progress=progress)
 
 
 @dataclass(frozen=True)
 class FeatureEstimator(Estimator):
-    """An estimator for the features and the error of a dictionary, and the whole activation that it writes.
+    """An estimator for the features and the error of a dictionary, and the whole activations that it writes.
 
     Attributes:
         dictionary: the dictionary.
@@ -48,27 +62,30 @@ class FeatureEstimator(Estimator):
 
     @property
     def reads(self) -> list[str]:
-        """The hook point that the dictionary reads."""
-        return [self.dictionary.reads]
+        """The hook points that the dictionary reads."""
+        return list(self.dictionary.inputs)
 
     @property
     def sites(self) -> list[str]:
-        """The hook point that the dictionary writes."""
-        return [self.dictionary.writes]
+        """The hook points that the dictionary writes."""
+        return list(self.dictionary.outputs)
 
     def estimates(self, of_pair: PairGradients, direction: Direction, wanted: Wanted) -> Estimates:
         """Estimate the effects of features, all features, error and whole activation at every requested position."""
-        dictionary, site = self.dictionary, self.dictionary.writes
+        dictionary = self.dictionary
         split = of_pair.split(dictionary)
         b, s = split[direction], split[SOURCE[direction]]
-        g = of_pair.gradients[direction][site].flatten(2).to(b.error)
+        gradients = [of_pair.gradients[direction][site].flatten(2).to(b.error) for site in dictionary.outputs]
+        g = torch.cat(gradients, dim=-1)
         position, feature = (s.features - b.features)[0].nonzero(as_tuple=True)
         along = _along(dictionary, b, s, position, feature, g)
+        activations = [of_pair.change(site, direction).flatten(1).to(g.device) for site in dictionary.outputs]
         sums: dict[tuple[Kind, str], torch.Tensor] = {
             ("all_features", dictionary.name): dictionary.change(b, s, features=True)[0],
             ("error", dictionary.name): dictionary.change(b, s, error=True)[0],
-            ("activation", ""): of_pair.change(site, direction).flatten(1).to(g.device),
+            ("activation", ""): torch.cat(activations, dim=-1),
         }
+        across = [together(dictionary)] if len(dictionary.outputs) > 1 else []
         changes: list[tuple[Node, torch.Tensor]] = []
         worst = 0.0
         for name, span in wanted.items():
@@ -76,15 +93,16 @@ class FeatureEstimator(Estimator):
             here = torch.isin(position, rows)
             features, number = feature[here].unique(return_inverse=True)
             single = g.new_zeros(len(g), len(features)).index_add_(1, number, along[:, here])
-            nodes = [Node(site, "feature", index, name, dictionary.name) for index in features.tolist()]
+            nodes = [dictionary.node(number, name) for number in features.tolist()]
             changes += zip(nodes, single.unbind(1), strict=True)
-            whole = {kind: product(change[rows], g[:, rows]).sum((1, 2)) for (kind, _), change in sums.items()}
-            changes += [
-                (Node(site, kind, None, name, owner), whole[kind])
-                for (kind, owner), change in sums.items()
-                if change[rows].any()
-            ]
-            left = single.sum(1) + whole["error"] - whole["activation"]
+            whole = {kind: dictionary.by_output(product(change[rows], g[:, rows])) for (kind, _), change in sums.items()}
+            for (kind, owner), change in sums.items():
+                of_site = {site: bool(part.any()) for site, part in dictionary.by_output(change[rows]).items()}
+                parts = [(site, whole[kind][site].sum((1, 2))) for site, differs in of_site.items() if differs]
+                parts += [(site, torch.stack([part for _, part in parts]).sum(0)) for site in across if parts]
+                changes += [(Node(site, kind, None, name, owner), part) for site, part in parts]
+            left = single.sum(1) + sum(part.sum((1, 2)) for part in whole["error"].values())
+            left = left - sum(part.sum((1, 2)) for part in whole["activation"].values())
             worst = max(worst, float(left.abs().max()))
         return Estimates.of(changes, worst)
 

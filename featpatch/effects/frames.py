@@ -20,7 +20,7 @@ from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers, is_integer
-from featpatch.nodes import Edge, Effect, Node, Position
+from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
 
 
 def number(value: float) -> str:
@@ -111,7 +111,11 @@ def by_site(effects: Measured) -> pd.DataFrame:
         (node.sae, node.site, node.position) for node in effects.nodes if node.sae and node.kind != "edge"
     ):
         row: dict[str, Any] = {"sae": sae, "site": site, "position": position}
-        row["changed_features"] = features[sae, site, position]
+        row["changed_features"] = sum(
+            count
+            for (owner, hook, where), count in features.items()
+            if (owner, where) == (sae, position) and (hook == site or site.endswith(TOGETHER))
+        )
         for effect, values in pooled.items():
             for kind, owner in (("activation", ""), ("all_features", sae), ("error", sae)):
                 row[f"{effect}_{kind}"] = values[at.get((owner, site, position, kind), -1)]

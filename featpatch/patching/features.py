@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
-from featpatch.errors import FeatpatchError, check_choices
+from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Position
 from featpatch.pairs.pair import Positions
@@ -23,7 +23,7 @@ from featpatch.patching.changes import (
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import Dictionary, dictionaries, together
+from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries, together
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class FeaturePart(Part):
 
 
 def feature_study(
-    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None, combine: Combine | None = None
+    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None
 ) -> tuple[Study, list[Dictionary]]:
     """Return the validated experiment that `rank_features` runs with these arguments, and its dictionaries.
 
@@ -128,22 +128,14 @@ def feature_study(
         model, saes, pairs: as in `rank_features`.
         options: the other arguments of `rank_features`.
         only: the nodes that are patched; None for all.
-        combine: as in `rank_features`.
     """
     check_pairs(pairs, by_label=True)
-    if combine is not None:
-        check_choices(get_args(Combine), combine=combine)
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    several = {each.name: combine or each.combine for each in found if len(each.outputs) > 1}
-    if combine is not None and not several:
-        raise FeatpatchError(
-            f"combine={combine!r}: expected None, because every SAE writes at a single hook point; leave combine out"
-        )
-    if several:
-        about["combine"] = several
-    return Study.of(lens, [FeaturePart(found, only, combine)], about, pairs, options), found
+    if combined := combined_by(found, options.combine):
+        about["combine"] = combined
+    return Study.of(lens, [FeaturePart(found, only, options.combine)], about, pairs, options), found
 
 
 def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options: Options) -> tuple[Study, Dictionary]:

@@ -28,7 +28,7 @@ from featpatch.files import as_path
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import measured_places, provenance
 from featpatch.model.transport import packed, unpacked
-from featpatch.nodes import DIRECTIONS, Direction, check_directions
+from featpatch.nodes import DIRECTIONS, Combine, Direction, check_directions
 from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
@@ -46,6 +46,7 @@ class Options:
     metric: Metrics | Readout = "logit_diff"
     batch_rows: int | None = None
     noise: Noise | None = None
+    combine: Combine | None = None
 
 
 NOT_COMPARED = ("metric", "tags", "versions", "finished", "sites", "places", "tokens", "lengths")

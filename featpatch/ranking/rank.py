@@ -15,7 +15,7 @@ from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import find, one_metric
-from featpatch.nodes import DIRECTIONS, Direction, Edge, Node
+from featpatch.nodes import DIRECTIONS, Combine, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.components import component_study
@@ -50,6 +50,7 @@ def rank_features(
     metric: Metrics | None = None,
     method: Method = "exact",
     screen: Screen | None = None,
+    combine: Combine | None = None,
     batch_rows: int | None = None,
     noise: Noise | None = None,
     journal: str | Path | None = None,
@@ -67,7 +68,8 @@ def rank_features(
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        saes: a sae-lens SAE or transcoder, or several, which may share a hook point.
+        saes: a sae-lens SAE or transcoder, or several, which may share a hook point; also cross-layer transcoders and
+            crosscoders, as `fp.load_sae` returns them.
         pairs: clean and corrupted prompts with their answers.
         positions: `"all"`: one row per feature, patched at every position at once; `"each"`: one row per feature and
             token index; a list of labels and indices: one row per feature and entry, where -1 is the last token of each prompt.
@@ -83,6 +85,10 @@ def rank_features(
             `fp.Gradients`, which can also be given as the method, to choose its options and to reuse what it has computed. Use
             `fp.calibrate` to find out how far estimates can be trusted.
         screen: estimate all features and patch only those that are likely to matter, with a random sample of the others.
+        combine: what the patch of a feature that writes to several hook points means (cross-layer transcoders, crosscoders).
+            `"add"`: each change is added to what arrives, which the changes below have moved already. `"set"`: the activation
+            is set to its value in the base run plus the change. By default `"set"` for dictionaries of the residual stream,
+            which at a higher hook point already contains what is written below, and `"add"` for outputs of MLPs or attention.
         batch_rows: rows (patches x positions) of one forward pass; by default chosen from the model's size and the free memory.
         noise: noise on the clean prompts' embeddings, which replaces the corrupted prompts (causal tracing).
         journal: a file to which every finished batch is written, and from which an interrupted call resumes.
@@ -116,11 +122,13 @@ def rank_features(
     if not isinstance(screen, Screen | None):
         raise FeatpatchError(f"screen={screen!r}: expected None or an fp.Screen, such as fp.Screen(k=200, audit=100)")
     options = {"screen": screen, "batch_rows": batch_rows, "noise": noise, "journal": journal, "executor": executor}
-    estimate = partial(estimate_features, saes=saes, positions=positions, directions=directions, progress=progress)
+    estimate = partial(
+        estimate_features, saes=saes, positions=positions, directions=directions, combine=combine, progress=progress
+    )
     if (gradients := gradients_of(method, model, pairs, metric, options)) is not None:
         return estimate(gradients)
     metric = METRIC if metric is None else metric
-    asked = Options(positions, directions, metric, batch_rows, noise)
+    asked = Options(positions, directions, metric, batch_rows, noise, combine)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if screen is None:
         return run(feature_study(model, saes, pairs, asked)[0])

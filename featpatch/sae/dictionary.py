@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.digest import check_finite
 from featpatch.model.lens import Lens
 from featpatch.nodes import COMPONENT_KINDS, LOGITS, TOGETHER, Combine, Node, Position
@@ -491,6 +491,26 @@ def _belonging(lens: Lens, node: Node, dictionary: Dictionary) -> Node:
 def together(dictionary: Dictionary) -> str:
     """Return what stands for the hook points of a dictionary that writes several, in the nodes of patches at all of them."""
     return f"{dictionary.name}{TOGETHER}"
+
+
+def combined_by(found: Sequence[Dictionary], combine: Any) -> dict[str, Combine]:
+    """Return what a patch at several hook points means, for each dictionary that writes several.
+
+    Args:
+        combine: the meaning for all of them; None for the default of each.
+
+    Raises:
+        FeatpatchError: it is no such meaning, or no dictionary writes several hook points.
+    """
+    several = [dictionary for dictionary in found if len(dictionary.outputs) > 1]
+    if combine is None:
+        return {dictionary.name: dictionary.combine for dictionary in several}
+    check_choices(get_args(Combine), combine=combine)
+    if not several:
+        raise FeatpatchError(
+            f"combine={combine!r}: expected None, because each SAE writes to a single hook point; leave combine out"
+        )
+    return {dictionary.name: combine for dictionary in several}
 
 
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:

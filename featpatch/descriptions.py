@@ -179,7 +179,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
     named = [with_owner(lens, node, found) for node in features]
     for node, owner in named:
-        if owner is not None and node.index is not None and node.index >= owner.d_sae:
+        if owner is not None and node.index is not None and node.index >= owner.per_group:
             raise FeatpatchError(f"node {str(node)!r}: expected a feature of {owner.name!r}, from 0 to {owner.d_sae - 1}")
     every = read_features(lens, found, [node for node, _ in named], [part.tokens for part in text])
     columns = torch.cat([values[part.usable] for values, part in zip(every, text, strict=True)])
@@ -289,8 +289,8 @@ def read_features(
         read = lens.read(tokens, hooks)
         here = torch.zeros(*tokens.shape, len(features), dtype=torch.float64)
         for name, columns in named.items():
-            split = by_name[name].split(read)
-            here[..., columns] = split.features[..., [features[n].index for n in columns]].to(here)
+            numbers = [by_name[name].number(features[n]) for n in columns]
+            here[..., columns] = by_name[name].split(read).features[..., numbers].to(here)
         values |= {index: of_prompt[: len(prompts[index])] for index, of_prompt in zip(group, here, strict=True)}
     return [values[index] for index in range(len(prompts))]
 

@@ -72,7 +72,7 @@ def active_features(
     known = {} if effects is None else _effects(effects, found, prompt, len(prompts[0]))
     hooks = sorted({hook for dictionary in found for hook in dictionary.hooks})
     read = [lens.read(torch.tensor([ids]), hooks) for ids in prompts]
-    other = _other_places(prompt)
+    other, by_layer = _other_places(prompt), any(dictionary.codec.groups > 1 for dictionary in found)
     rows = []
     for dictionary in found:
         features, *corrupted = (dictionary.split(run).features[0] for run in read)
@@ -81,7 +81,9 @@ def active_features(
         raised = promoted(lens, dictionary, sorted({index for _, index in active}), PROMOTED)
         for at, index in active:
             row: dict[str, Any] = {"position": at, "token": lens.tokenizer.decode([prompts[0][at]]), "sae": dictionary.name}
-            row |= {"feature": index, "value": float(features[at, index])}
+            node = dictionary.node(index, at)
+            row |= {"site": node.site} if by_layer else {}
+            row |= {"feature": node.index, "value": float(features[at, index])}
             for run in corrupted:
                 row["corrupted"] = float(run[other[at], index]) if at in other else None
             for effect in () if effects is None else effects.directions_run():
@@ -99,14 +101,17 @@ def promoted(
     stream, or if the unembedding is quantized.
 
     Args:
+        features: the numbers of the features among all of the dictionary.
         n: the number of tokens.
         sign: 1 for the tokens that are raised most, -1 for those that are lowered most.
     """
     unembedding = lens.unembedding
-    readable = dictionary.behaviour.linear and unembedding.dtype.is_floating_point and sites.on_stream(dictionary.writes)
+    readable = dictionary.behaviour.linear and unembedding.dtype.is_floating_point
+    readable = readable and all(map(sites.on_stream, dictionary.outputs))
     if not features or not readable:
         return {}
-    logits = dictionary.directions(torch.tensor(features)).to(unembedding) @ unembedding
+    parts = list(dictionary.by_output(dictionary.directions(torch.tensor(features)).to(unembedding)).values())
+    logits = (torch.stack(parts).sum(0) if dictionary.combine == "add" else parts[-1]) @ unembedding
     best = (sign * logits).topk(min(n, logits.shape[-1])).indices
     return {
         index: [(lens.tokenizer.decode([token]), float(row[token])) for token in tokens]
@@ -247,9 +252,11 @@ def _effects(
     for effect in effects.directions_run():
         of = by_effect.setdefault(effect, {})
         for dictionary in (each for each in found if each.name in known):
-            like = Node(dictionary.writes, "feature", 0, sae=dictionary.name)
-            unchanged = [position for layer, position in measured(effects, like) if layer == sites.layer_of(dictionary.writes)]
+            lowest = dictionary.outputs[0]
+            like = Node(lowest, "feature", 0, sae=dictionary.name)
+            unchanged = [position for layer, position in measured(effects, like) if layer == sites.layer_of(lowest)]
             of |= dict.fromkeys(((dictionary.name, None, token) for position in unchanged for token in tokens(position)), 0.0)
         for node, value in zip(rows.nodes, rows.pooled(effect), strict=True):
-            of |= {(node.sae, node.index, token): float(value) for token in tokens(node.position)}
+            number = next((each.number(node) for each in found if each.name == node.sae), node.index)
+            of |= {(node.sae, number, token): float(value) for token in tokens(node.position)}
     return by_effect

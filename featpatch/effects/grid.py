@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from featpatch.effects.measured import Measured, T
 from featpatch.errors import FeatpatchError
-from featpatch.nodes import RANKED, Effect, Node, Position
+from featpatch.nodes import RANKED, TOGETHER, Effect, Node, Position
 from featpatch.sites import COMPONENTS, layer_of, within
 
 AXES = ("layer", "position", "head")
@@ -40,6 +40,8 @@ class Grid(NamedTuple):
 def chosen(effects: T, kind: str | None, site: str | None, position: Position | None) -> T:
     """Return the rows of one kind, at one hook point or the same hook point of each layer, and at one position.
 
+    Rows for all hook points of a dictionary together have no layer and are left out.
+
     Args:
         effects: the table.
         kind, position: those of the nodes; None for all.
@@ -54,7 +56,7 @@ def chosen(effects: T, kind: str | None, site: str | None, position: Position | 
             f"effects.where(kind={kind!r}) as a table"
         )
     names = (site, COMPONENTS.get(site)) if isinstance(site, str) else ()
-    rows = np.ones(len(effects), dtype=bool)
+    rows = np.array([node.kind == "set" or not node.site.endswith(TOGETHER) for node in effects.nodes], dtype=bool)
     for what, given, found in (
         ("kind", kind, [node.kind == kind for node in effects.nodes]),
         ("site", site, [node.site in names or within(node.site) in names for node in effects.nodes]),

@@ -294,7 +294,7 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects) -> dict
         "differs": f"in {row.changed_pairs[0]} of {len(row.clean)} pairs",
     }
     for name, sign in (("promotes", 1), ("suppresses", -1)):
-        for tokens in promoted(lens, dictionary, [node.index or 0], WRITES, sign=sign).values():
+        for tokens in promoted(lens, dictionary, [dictionary.number(node)], WRITES, sign=sign).values():
             facts[name] = ", ".join(f"{token!r} ({change:+.2f})" for token, change in tokens)
     return facts
 

@@ -39,7 +39,7 @@ from .ranking.rank import (
 from .ranking.screen import Screen as Screen
 from .reporting.report import report as report
 from .sae.baselines import direction as direction
-from .sae.dictionary import feature as feature
+from .sae.nodes import feature as feature
 from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
 from .sites import head as head

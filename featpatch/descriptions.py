@@ -20,7 +20,8 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import block
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
-from featpatch.sae.dictionary import Dictionary, dictionaries, with_owner
+from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.nodes import with_owner
 from featpatch.untrusted import visible
 
 CONTEXT = 5

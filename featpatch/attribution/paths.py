@@ -32,7 +32,8 @@ from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import check_counterfactual
-from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.sae.nodes import check_nodes
 from featpatch.sites import ROUTES, Route
 
 

@@ -29,7 +29,8 @@ from featpatch.nodes import Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.readings import readout
-from featpatch.sae.dictionary import Dictionary, check_nodes, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.sae.nodes import check_nodes
 
 Method = Literal["threshold", "greedy", "acdc"]
 """The name of a search method; see `find_circuit`."""

@@ -20,7 +20,8 @@ from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.nodes import COMPONENT_KINDS, Node, Patch
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.tokens import check_starts, is_padded, unmasked
-from featpatch.sae.dictionary import Dictionary, dictionaries_if_any, with_owner
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.sae.nodes import with_owner
 
 Values = Mapping[str, torch.Tensor]
 """Activations `[batch, pos, ...]` by hook point."""

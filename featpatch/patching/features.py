@@ -23,7 +23,8 @@ from featpatch.patching.changes import (
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries, together
+from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries
+from featpatch.sae.nodes import together
 
 
 @dataclass(frozen=True, eq=False)

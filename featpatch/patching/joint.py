@@ -32,7 +32,8 @@ from featpatch.patching.parts import OnlyPart, Part
 from featpatch.patching.patches import PatchesPart, check_apart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
-from featpatch.sae.dictionary import CODED, Dictionary, Split, check_nodes, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, Split, dictionaries_if_any
+from featpatch.sae.nodes import CODED, check_nodes
 
 Place = tuple[PairRuns, Direction, int]
 """A base run: its pair, its direction, and the number of its reading."""

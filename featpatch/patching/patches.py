@@ -18,7 +18,8 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import Swap
 from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
-from featpatch.sae.dictionary import CODED, Dictionary
+from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import CODED
 from featpatch.sites import layer_of
 
 

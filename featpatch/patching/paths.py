@@ -23,7 +23,8 @@ from featpatch.patching.readings import readout
 from featpatch.patching.route import Receiver, Senders, receiver_of
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import check_nodes, dictionaries_if_any
+from featpatch.sae.dictionary import dictionaries_if_any
+from featpatch.sae.nodes import check_nodes
 from featpatch.sites import Route
 
 

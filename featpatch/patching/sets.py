@@ -30,7 +30,8 @@ from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import Dictionary, check_nodes
+from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import check_nodes
 
 MOST = 64
 """The default number of features in the largest set."""

@@ -1,6 +1,8 @@
 """The first lines of code in the README, run as at a Python prompt: the value of every expression is printed.
 
     python benchmarks/readme.py
+
+The README quotes what this prints.
 """
 
 import ast

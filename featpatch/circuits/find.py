@@ -13,7 +13,7 @@ from featpatch.circuits.attribution import STEPPED, STEPS, Scores
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.clean_runs import Complement, check_complement
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.files import SEARCH, from_eap_ig, read_circuit
+from featpatch.circuits.files import SEARCH, check_shape, from_eap_ig, read_circuit
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
@@ -274,7 +274,8 @@ def load_circuit(
         The circuit, with the scores in the file. EAP-IG's scores have our sign if its metric was a loss.
 
     Raises:
-        FeatpatchError: the file holds no circuit, or an item is not in the graph of this model.
+        FeatpatchError: the file holds no circuit, the model has another shape than the one that the circuit was found in, or,
+            for `positions="each"`, the prompts have other positions.
 
     Examples:
         >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
@@ -302,12 +303,13 @@ def load_circuit(
     if "edges" in content:
         items, scores = from_eap_ig(graph, content["edges"])
     else:
+        check_shape(graph, content["graph"], over)
         items, scores = content["items"], np.array(content["scores"], dtype=np.float64)
         graph.mask(items)
         if len(scores) not in (0, len(graph.items)):
             raise FeatpatchError(
-                f"the file has {len(scores)} scores, and this model's graph {len(graph.items)} {over}: expected the model that "
-                "the circuit was found in; pass it"
+                f"the file has {len(scores)} scores and {len(graph.items)} {over}: expected a score for each, or none; save "
+                "the circuit again"
             )
     options = about.get("search")
 

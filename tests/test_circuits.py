@@ -523,12 +523,16 @@ def test_answers_of_several_tokens(small: Small, name: str) -> None:
     assert len(circuit.stability(resamples=1)) == 1
 
 
-def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small) -> None:
-    """A head kept at position 3 is ablated elsewhere, also in the answer; labels stay where they are."""
+@pytest.mark.parametrize("last", ["end", 6, -1])
+def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small, last: str | int) -> None:
+    """A head kept at position 3 is ablated elsewhere, also in the answer; -1 is the last token of the prompt."""
     pairs = fp.Pairs(tuple(replace(pair, labels={"end": 6}) for pair in long_pairs(small)))
     site = "blocks.0.attn.hook_z"
-    nodes = (fp.Node(site, "head", 1, 3), fp.Node(site, "head", 2, "end"))
-    found = NodeGraph(wrap(small.model), pairs, "corrupted", readout("sequence_log_prob"), nodes).values([nodes])[0]
+    nodes = (fp.Node(site, "head", 1, 3), fp.Node(site, "head", 2, last))
+    graph = NodeGraph(wrap(small.model), pairs, "corrupted", readout("sequence_log_prob"), nodes)
+    found = graph.values([nodes])[0]
+    at_six = NodeGraph(graph.lens, pairs, "corrupted", graph.read, (nodes[0], replace(nodes[1], position=6)))
+    np.testing.assert_array_equal(graph.estimates(), at_six.estimates())
     answer = ANSWERS[0][0][0]
     clean, corrupted = (torch.cat([tokens[0], torch.tensor(answer[:-1])])[None] for tokens in (small.clean, small.corrupted))
     with torch.no_grad():
@@ -541,6 +545,19 @@ def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small) -> None:
 
         log_p = small.model.run_with_hooks(clean, fwd_hooks=[(site, put)])[0, 6:].log_softmax(-1)
     assert found[0] == pytest.approx(float(sum(log_p[place, token] for place, token in enumerate(answer))), abs=1e-9)
+
+
+def test_positions_in_the_answer_are_refused(small: Small) -> None:
+    for position in (7, -8):
+        with pytest.raises(fp.FeatpatchError, match=f"position {position} .*expected"):
+            fp.find_circuit(
+                small.model,
+                long_pairs(small),
+                nodes=[fp.head(0, 1, position=position)],
+                metric="sequence_log_prob",
+                size=1,
+                **OPTIONS,
+            )
 
 
 def test_whole_answers_that_are_refused(small: Small) -> None:

@@ -89,8 +89,8 @@ def check_shape(graph: Graph, found: Mapping[str, Any], over: str) -> None:
     if strange:
         raise FeatpatchError(
             "the circuit was found with positions='each' on prompts with other positions than these pairs: only one of the two "
-            f"has {', '.join(map(str, strange))[:80]}: expected prompts as long, with special tokens at the same positions; pass "
-            "such pairs, or find a circuit at labels"
+            f"has {', '.join(map(str, strange))[:80]}: expected prompts as long, with special tokens at the same positions; "
+            "pass such pairs, or find a circuit at labels"
         )
     if found["items"] != here["items"]:
         raise FeatpatchError(

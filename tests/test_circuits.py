@@ -413,6 +413,18 @@ def test_stability_draws_within_lengths_and_counts_what_is_shared(small: Small) 
             call()
 
 
+def test_the_interval_of_stability(small: Small) -> None:
+    """Of 41 resamples, the ends of the 95 % interval are the second smallest and the second largest."""
+    nodes = [fp.head(layer, n) for layer in range(3) for n in range(4)]
+    whole = fp.find_circuit(small.model, pairs_of(small), nodes=nodes, size=12, **OPTIONS)
+    sizes = [1, 2, 3, *[6] * 35, 10, 11, 12]
+    found = (replace(whole, items=whole.items[:size]) for size in Random(0).sample(sizes, len(sizes)))
+    stable = replace(whole, again=lambda pairs: next(found)).stability(resamples=41)
+    assert sorted(stable["size"]) == sizes
+    assert stable.attrs["jaccard"] == pytest.approx((sum(sizes) / 41 / 12, 2 / 12, 11 / 12))
+    assert list(stable.attrs["found"].values()) == pytest.approx([sum(size > n for size in sizes) / 41 for n in range(12)])
+
+
 def test_whole_heads_and_single_ones(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention's output as a whole is kept if the whole is; and batches make no difference."""
     site = "blocks.0.attn.hook_z"

@@ -243,7 +243,7 @@ def test_errors(small: Small) -> None:
         ({"to": "zero", "reference": pairs_of(small)}, "to='zero' with reference: expected no prompts"),
         ({"reference": pairs_of(small)}, "to='corrupted' with reference=.*: expected neither"),
         ({"to": "mean", "seed": 3}, "to='mean' with seed=3"),
-        ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions"),
+        ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions.*fp.head\\(1"),
         ({"errors": "maybe"}, "errors='maybe'"),
         ({"nodes": [head, head]}, "each once"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),

@@ -41,7 +41,8 @@ TARGET = 0.9
 """The default faithfulness at which a greedy search stops."""
 
 EXACT_WORK = 3e12
-"""The largest number of multiply-adds for which edge scores are exact by default: minutes on one CPU core."""
+"""The largest number of multiply-adds for which edge scores are exact by default: minutes on one CPU core, as timed by
+`python benchmarks/circuits.py --limit 97`."""
 
 
 def check_search(
@@ -117,9 +118,10 @@ def check_region_free(over: str, nodes: Any, positions: Positions) -> None:
         FeatpatchError: if it is.
     """
     if nodes is not None and (not isinstance(positions, str) or positions != "all"):
+        example = "fp.feature(sae, 7, position='S2')" if over == "edges" else "fp.head(1, 3, position='S2')"
         raise FeatpatchError(
             f"positions={positions!r} with nodes and over={over!r}: expected no positions, because nodes have their own; name "
-            "them there, e.g. fp.head(1, 3, position='S2'), or leave nodes out, for edges between components at positions"
+            f"them there, e.g. {example}, or leave nodes out, for edges between components at positions"
         )
 
 
@@ -355,11 +357,15 @@ def _graph(
     return graph
 
 
+def exact_work(graph: Graph) -> float:
+    """Return the number of multiply-adds of exact scores, if each item and token needs all layers; patches need fewer."""
+    lens, tokens = graph.lens, sum(map(len, graph.pairs))
+    return len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2
+
+
 def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Scores:
     """Return the default kind of scores of a search; estimates are announced on the terminal."""
-    lens, tokens = graph.lens, sum(map(len, graph.pairs))
-    work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # at most all layers for each edge and token
-    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or work <= EXACT_WORK:
+    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or exact_work(graph) <= EXACT_WORK:
         return "exact"
     if progress:
         count = len(graph.items) * len(graph.pairs)

@@ -212,8 +212,8 @@ def at_limit(count: int) -> str:
     corrupted, mean = (timed(lambda to=to: fp.find_circuit(demo.model, few, to=to, **run))[1] for to in ("corrupted", "mean"))
     return (
         f"Exact scores of the {len(circuit.graph.items):,} edges of the shipped model over {count} pairs "
-        f"({exact_work(circuit.graph):.3g} multiply-adds, just below the limit of {EXACT_WORK:.0e}) take {seconds:.0f} s on one "
-        'CPU thread; with `to="mean"`, where each edge needs a pass through all layers, 4 pairs take '
+        f"({exact_work(circuit.graph):.3g} multiply-adds, just below the limit of {EXACT_WORK:.0e}) take {seconds:.0f} s on "
+        'one CPU thread; with `to="mean"`, where each edge needs a pass through all layers, 4 pairs take '
         f"{mean / corrupted:.1f} x as long."
     )
 

@@ -357,7 +357,7 @@ def _graph(
     return graph
 
 
-def exact_work(graph: Graph) -> float:
+def exact_work(graph: Graph) -> int:
     """Return the number of multiply-adds of exact scores, if each item and token needs all layers; patches need fewer."""
     lens, tokens = graph.lens, sum(map(len, graph.pairs))
     return len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2

@@ -2,13 +2,14 @@
 
     python benchmarks/circuits.py [--shape demo] [--tokens 20] [--pairs 1 4 16] [--integrated 1] [--exact 20]
     python benchmarks/circuits.py --circuit 8 [--edges 200]
+    python benchmarks/circuits.py --limit 97
 
 EAP-IG (hannamw/EAP-IG) is run where it is installed, adapted to CPUs and to prompts that are given as tokens; otherwise our own
 estimates by a weight for each edge are run instead, on one pair. Each score is the mean over pairs. `--integrated` is the
 number of pairs for integrated gradients, which are taken over inputs with 5 steps and over activations with 1 step per
 component. `--exact` is the number of edges into the middle layer's queries that EAP-IG's exact loop measures, one forward pass
 each; featpatch measures all of them. With `--circuit`, a circuit is found by estimates over that number of pairs, written as a
-page, and then refined exactly; nothing else is run.
+page, and then refined exactly; nothing else is run. `--limit` times exact scores of the shipped model over that many pairs.
 Times are CPU times of one thread; memory is the peak above that in use before.
 """
 
@@ -29,6 +30,7 @@ from shapes import SHAPES, models
 import featpatch as fp
 from featpatch.circuits.attribution import Point, points_of
 from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.circuits.find import EXACT_WORK, exact_work
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.readings import readout
 
@@ -139,8 +141,12 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=20, help="number of edges that EAP-IG's exact loop measures")
     parser.add_argument("-c", "--circuit", type=int, default=0, help="number of pairs of a circuit from prompts to diagram")
     parser.add_argument("--edges", type=int, default=200, help="number of edges of this circuit")
+    parser.add_argument("-l", "--limit", type=int, default=0, help="number of pairs for exact scores of the shipped model")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.limit:
+        print(at_limit(options.limit))
+        return
     shape = SHAPES[options.shape]
     model = models(shape, options.tokens, "cpu")["HookedTransformer"]
     clean, corrupted = prompts(shape.vocab, options.tokens, max(*options.pairs, options.integrated, options.circuit))
@@ -193,6 +199,22 @@ def whole_circuit(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, edge
     return (
         f"{len(circuit.graph.items):,} edges, {count} pairs, one CPU thread: the {edges} edges with the largest estimates in "
         f"{found:.0f} s, their page in {drawn:.0f} s, exact refinement to {len(refined)} edges in {pruned / 60:.1f} minutes."
+    )
+
+
+def at_limit(count: int) -> str:
+    """Time exact scores where they are still the default, and how much longer they take with other ablation values."""
+    demo = fp.load_demo(progress=False)
+    pairs, few = demo.pairs("ioi", n=count), demo.pairs("ioi", n=4)
+    circuit, seconds, _ = timed(lambda: fp.find_circuit(demo.model, pairs, size=40, progress=False))
+    assert circuit.metadata["scores"] == "exact"
+    run: dict[str, Any] = {"scores": "exact", "size": 40, "progress": False}
+    corrupted, mean = (timed(lambda to=to: fp.find_circuit(demo.model, few, to=to, **run))[1] for to in ("corrupted", "mean"))
+    return (
+        f"Exact scores of the {len(circuit.graph.items):,} edges of the shipped model over {count} pairs "
+        f"({exact_work(circuit.graph):.3g} multiply-adds, just below the limit of {EXACT_WORK:.0e}) take {seconds:.0f} s on "
+        'one CPU thread; with `to="mean"`, where each edge needs a pass through all layers, 4 pairs take '
+        f"{mean / corrupted:.1f} x as long."
     )
 
 

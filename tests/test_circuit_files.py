@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from architectures import HOOKED
+from architectures import HOOKED, hooked
 from edge_oracle import edges_of
 from small import Small, small_hooked
 from test_edges import named
@@ -77,6 +77,48 @@ def test_files_of_eap_ig(tmp_path: Path) -> None:
         found.stability()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (
+            "shallow",
+            {"over": "edges"},
+            "found in a model of 2 layers, 4 heads and width 16, and this model has 3 layers, 4 heads and width 16",
+        ),
+        ("shallow", {"nodes": [fp.head(0, 1), fp.head(1, 2)]}, "found in a model of 2 layers.*"),
+        ("attention only", {"over": "edges"}, r"found among \d+ edges, and this model has 262"),
+    ],
+)
+def test_circuits_of_other_models(tmp_path: Path, name: str, options: dict[str, Any], said: str) -> None:
+    """Without scores too: all items of a shallow model, and of one without MLPs, are also items of the larger one."""
+    large = small_hooked()
+    model = HOOKED[name]() if name in HOOKED else hooked(act_fn="gelu", n_layers=2)
+    small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    found = fp.find_circuit(small.model, pairs_of(small), scores="estimate", size=2, progress=False, **options)
+    path = replace(found, scores=np.zeros(0)).save(tmp_path / "circuit.json")  # as from ACDC
+    assert fp.load_circuit(path, small.model, pairs_of(small)).items == found.items
+    with pytest.raises(fp.FeatpatchError, match=f"^the circuit was {said}: expected (the same|as many)"):
+        fp.load_circuit(path, large.model, pairs_of(large))
+
+
+def test_circuits_at_each_position(tmp_path: Path) -> None:
+    """They are read for other prompts of the same length, and refused for longer and shorter ones and other special tokens."""
+    small = Small(hooked(act_fn="gelu", n_layers=1), [])
+    pairs = pairs_of(small)
+    circuit = fp.find_circuit(small.model, pairs, positions="each", scores="estimate", size=9, progress=False)
+    other = fp.Pairs(tuple(reversed(pairs)))
+    for scores in (circuit.scores, np.zeros(0)):
+        path = replace(circuit, scores=scores).save(tmp_path / "circuit.json")
+        assert fp.load_circuit(path, small.model, other).faithfulness == pytest.approx(circuit.faithfulness, abs=1e-12)
+        for columns, special, strange in (([0, *range(7)], (), "7"), ([*range(1, 7)], (), "6"), ([*range(7)], (2,), "2")):
+            tokens = fp.Pairs.from_tokens(small.clean[:, columns], small.corrupted[:, columns], small.correct, small.wrong)
+            some = fp.Pairs(tuple(replace(pair, special=frozenset(special)) for pair in tokens))
+            with pytest.raises(
+                fp.FeatpatchError, match=f"positions='each' .*: only one of the two has {strange}: expected prompts"
+            ):
+                fp.load_circuit(path, small.model, some)
+
+
 @pytest.mark.usefixtures("wide")
 def test_shared_keys_are_there_once_per_head(tmp_path: Path) -> None:
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
@@ -109,7 +151,7 @@ def test_circuits_are_compared() -> None:
     [
         ("{", "is not JSON"),
         ("[]", "holds no circuit"),
-        ('{"featpatch circuit": 1, "metadata": {}, "scores": ["x"]}', "holds no circuit"),
+        ('{"featpatch circuit": 2, "graph": {}, "metadata": {}, "scores": ["x"]}', "holds no circuit"),
         ('{"cfg": {}, "nodes": {}, "edges": {"a9.h0->logits": {"score": 1, "in_graph": true}}}', "is not in this model"),
         ('{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": 1}}}', "expected a finite score, and in_graph"),
         ('{"cfg": {}, "nodes": {}, "edges": {"m0->logits": {"score": NaN, "in_graph": true}}}', "expected a finite score"),
@@ -143,6 +185,10 @@ def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             fp.load_circuit(path, small.model, pairs_of(small))
 
     refused("items", 3, "expected a list")
+    refused("graph", 3, "holds no circuit")
+    for name in content["graph"]:
+        for value in (None, True, "x", 3.5):
+            refused("graph", {**content["graph"], name: value}, "is damaged: its graph is")
     refused("scores", [1], "1 scores")
     for scores in ([10**400], [float("nan")]):
         refused("scores", scores * len(found.scores), "holds no circuit")

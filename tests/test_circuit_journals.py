@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,23 @@ def test_journals_of_other_graphs_are_refused(tmp_path: Path) -> None:
     sae, site = small.at("blocks.1.hook_resid_pre"), "blocks.1.hook_resid_pre"
     error = {"saes": sae, "nodes": [fp.Node(site, "error", sae=site)], "errors": "nodes", "size": 1}
     for changed, said in (
-        ({"to": "mean"}, "circuits differ"), ({"metric": "log_prob"}, "metrics differ"), ({"nodes": HEADS[:5]}, "circuits differ"),
-        ({"over": "edges", "nodes": None, "scores": "estimate"}, "circuits differ"), (error, "circuits differ"),
+        ({"to": "mean"}, "reference, to"), ({"metric": "log_prob"}, "metric"), ({"nodes": HEADS[:5]}, "nodes"),
+        ({"over": "edges", "nodes": None, "scores": "estimate"}, "errors, nodes, over, positions"), (error, "errors, nodes, saes"),
     ):  # fmt: skip
-        with pytest.raises(fp.FeatpatchError, match=f"belongs to another sweep: {said}"):
+        with pytest.raises(fp.FeatpatchError, match=f"belongs to another sweep: {said} differ"):
             fp.find_circuit(
                 small.model, pairs_of(small), journal=path, progress=False, **{"nodes": HEADS, "size": 4, **changed}
             )
+    edges: dict[str, Any] = {"scores": "estimate", "method": "greedy", "size": 2, "progress": False}
+    placed = fp.Pairs(tuple(replace(pair, labels={"name": 3}) for pair in pairs_of(small)))
+    for kept, changed, said in (
+        ({}, {"positions": ["name"]}, "positions"), ({"to": "resample", "seed": 1}, {"seed": 2}, "seed"),
+        ({"to": "mean"}, {"reference": pairs_of(small, slice(2))}, "reference"),
+    ):  # fmt: skip
+        other = tmp_path / said
+        fp.find_circuit(small.model, placed, journal=other, **edges, **kept)
+        with pytest.raises(fp.FeatpatchError, match=f"belongs to another sweep: {said} differ"):
+            fp.find_circuit(small.model, placed, journal=other, **edges, **{**kept, **changed})
     with pytest.raises(fp.FeatpatchError, match="pairs differ"):
         fp.find_circuit(small.model, pairs_of(small, slice(2)), journal=path, progress=False, **SEARCHES["exact"])
     with pytest.raises(fp.FeatpatchError, match="is a folder"):
@@ -214,19 +225,23 @@ def test_a_killed_search_resumes(name: str, passes: list[Any], tmp_path: Path) -
 
 
 @pytest.mark.extended
-def test_killed_twenty_times_at_random_points_it_loses_nothing(passes: list[Any], tmp_path: Path) -> None:
-    """An exact search over edges that is killed repeatedly never loses a batch and ends with bit-identical scores."""
+@pytest.mark.parametrize(("name", "kills"), [("edges", KILLS), ("edges to means", 8)])
+def test_killed_at_random_points_it_loses_nothing(name: str, kills: int, passes: list[Any], tmp_path: Path) -> None:
+    """An exact search over edges that is killed repeatedly never loses a batch and ends with bit-identical scores.
+
+    Edges that are ablated to corrupted values run as paths from their receivers on, others in passes through all layers.
+    """
     torch.set_num_threads(1)
     small, path, r = small_hooked(), tmp_path / "killed", random.Random(0)
     start = time.monotonic()
-    whole, count = counted(passes, lambda: find(small, "edges", journal=tmp_path / "whole"))
+    whole, count = counted(passes, lambda: find(small, name, journal=tmp_path / "whole"))
     duration, lines = time.monotonic() - start, [0]
     complete = (tmp_path / "whole").read_bytes().count(b"\n")
-    for _ in range(KILLS):
-        killed("edges", path, small, r.uniform(0.05, 0.5) * duration, 0, passes)
+    for _ in range(kills):
+        killed(name, path, small, r.uniform(0.05, 0.5) * duration, 0, passes)
         lines.append(path.read_bytes().count(b"\n") if path.exists() else 0)
     assert lines == sorted(lines)
     assert len({n for n in lines if 0 < n < complete}) > 1, "the kills came before or after the search"
-    found, rest = counted(passes, lambda: find(small, "edges", journal=path))
+    found, rest = counted(passes, lambda: find(small, name, journal=path))
     assert same(found, whole)
     assert rest <= count - max(0, lines[-1] - 1)

@@ -243,7 +243,7 @@ def test_errors(small: Small) -> None:
         ({"to": "zero", "reference": pairs_of(small)}, "to='zero' with reference: expected no prompts"),
         ({"reference": pairs_of(small)}, "to='corrupted' with reference=.*: expected neither"),
         ({"to": "mean", "seed": 3}, "to='mean' with seed=3"),
-        ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions"),
+        ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions.*fp.head\\(1"),
         ({"errors": "maybe"}, "errors='maybe'"),
         ({"nodes": [head, head]}, "each once"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),
@@ -413,6 +413,18 @@ def test_stability_draws_within_lengths_and_counts_what_is_shared(small: Small) 
             call()
 
 
+def test_the_interval_of_stability(small: Small) -> None:
+    """Of 41 resamples, the ends of the 95 % interval are the second smallest and the second largest."""
+    nodes = [fp.head(layer, n) for layer in range(3) for n in range(4)]
+    whole = fp.find_circuit(small.model, pairs_of(small), nodes=nodes, size=12, **OPTIONS)
+    sizes = [1, 2, 3, *[6] * 35, 10, 11, 12]
+    found = (replace(whole, items=whole.items[:size]) for size in Random(0).sample(sizes, len(sizes)))
+    stable = replace(whole, again=lambda pairs: next(found)).stability(resamples=41)
+    assert sorted(stable["size"]) == sizes
+    assert stable.attrs["jaccard"] == pytest.approx((sum(sizes) / 41 / 12, 2 / 12, 11 / 12))
+    assert list(stable.attrs["found"].values()) == pytest.approx([sum(size > n for size in sizes) / 41 for n in range(12)])
+
+
 def test_whole_heads_and_single_ones(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention's output as a whole is kept if the whole is; and batches make no difference."""
     site = "blocks.0.attn.hook_z"
@@ -523,12 +535,16 @@ def test_answers_of_several_tokens(small: Small, name: str) -> None:
     assert len(circuit.stability(resamples=1)) == 1
 
 
-def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small) -> None:
-    """A head kept at position 3 is ablated elsewhere, also in the answer; labels stay where they are."""
+@pytest.mark.parametrize("last", ["end", 6, -1])
+def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small, last: str | int) -> None:
+    """A head kept at position 3 is ablated elsewhere, also in the answer; -1 is the last token of the prompt."""
     pairs = fp.Pairs(tuple(replace(pair, labels={"end": 6}) for pair in long_pairs(small)))
     site = "blocks.0.attn.hook_z"
-    nodes = (fp.Node(site, "head", 1, 3), fp.Node(site, "head", 2, "end"))
-    found = NodeGraph(wrap(small.model), pairs, "corrupted", readout("sequence_log_prob"), nodes).values([nodes])[0]
+    nodes = (fp.Node(site, "head", 1, 3), fp.Node(site, "head", 2, last))
+    graph = NodeGraph(wrap(small.model), pairs, "corrupted", readout("sequence_log_prob"), nodes)
+    found = graph.values([nodes])[0]
+    at_six = NodeGraph(graph.lens, pairs, "corrupted", graph.read, (nodes[0], replace(nodes[1], position=6)))
+    np.testing.assert_array_equal(graph.estimates(), at_six.estimates())
     answer = ANSWERS[0][0][0]
     clean, corrupted = (torch.cat([tokens[0], torch.tensor(answer[:-1])])[None] for tokens in (small.clean, small.corrupted))
     with torch.no_grad():
@@ -541,6 +557,19 @@ def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small) -> None:
 
         log_p = small.model.run_with_hooks(clean, fwd_hooks=[(site, put)])[0, 6:].log_softmax(-1)
     assert found[0] == pytest.approx(float(sum(log_p[place, token] for place, token in enumerate(answer))), abs=1e-9)
+
+
+def test_positions_in_the_answer_are_refused(small: Small) -> None:
+    for position in (7, -8):
+        with pytest.raises(fp.FeatpatchError, match=f"position {position} .*expected"):
+            fp.find_circuit(
+                small.model,
+                long_pairs(small),
+                nodes=[fp.head(0, 1, position=position)],
+                metric="sequence_log_prob",
+                size=1,
+                **OPTIONS,
+            )
 
 
 def test_whole_answers_that_are_refused(small: Small) -> None:

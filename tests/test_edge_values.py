@@ -323,7 +323,10 @@ def test_refused_positions() -> None:
         ({"positions": [True]}, "position True is a bool: expected a label or an index"),
         ({"positions": "each", "pairs": unequal}, "positions='each' with pair 1 of 6 tokens and pair 0 of 7"),
         ({"positions": ["elsewhere"], "pairs": renamed(pairs)}, "'elsewhere' is the name of the region"),
-        ({"positions": ["name"], "nodes": [fp.Node(site, "feature", 3)], "saes": standard(site, 0)}, "positions=.*with nodes"),
+        (
+            {"positions": ["name"], "nodes": [fp.Node(site, "feature", 3)], "saes": standard(site, 0)},
+            "positions=.*with nodes.*fp.feature\\(sae, 7, pos",
+        ),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.find_circuit(small.model, **{"pairs": pairs, **OPTIONS, **changed})

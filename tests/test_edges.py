@@ -262,6 +262,22 @@ def test_shared_keys_lead_to_the_heads_that_use_them() -> None:
     assert set(fp.diagram.graph([keys[0]], [1.0], graph.users).successors(keys[0].sender)) == set(heads)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_search_along_edges_by_a_loop(seed: int) -> None:
+    """At every step the largest |score| of all edges into what is reached, the first of equal ones, looked up anew."""
+    small = small_hooked()
+    graph = graph_of(small.model, pairs_of(small))
+    scores = np.random.default_rng(seed).integers(-20, 21, len(graph.items)).astype(float)
+    names, reached, expected = [named(edge) for edge in graph.items], {"logits"}, list[int]()
+    for _ in range(60):
+        into = [n for n, (_, receiver) in enumerate(names) if n not in expected
+                and (receiver.rpartition(".")[0] if receiver[-2:] in (".q", ".k", ".v") else receiver) in reached]  # fmt: skip
+        expected.append(max(into, key=lambda n: abs(scores[n])))
+        reached.add(names[expected[-1]][0])
+    *_, found = along_edges(graph, scores, 1.0, 60)
+    assert found == expected
+
+
 def test_orders_sizes_and_signs() -> None:
     """ACDC goes from the output down; both greedy searches stop at their size; estimates have the sign of what is lost."""
     found = gates("or")

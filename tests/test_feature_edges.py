@@ -14,6 +14,7 @@ from small import at as metadata_at
 from test_circuits import partners
 from test_edges import OPTIONS, by_hand, compare_with_differences, difference, short
 from test_sets import pairs_of
+from test_several_metrics import long_pairs
 
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
@@ -86,6 +87,30 @@ def test_any_edges_of_features(places: list[str]) -> None:
         logits = forward_with_feature_edges(small.model, small.clean, small.corrupted, ablated, own)
         np.testing.assert_allclose(values, difference(logits, small.correct, small.wrong), atol=1e-9)
     assert len(np.unique(found.round(7), axis=0)) > len(choices) / 2
+
+
+@pytest.mark.parametrize("last", [6, -1])
+def test_mediators_with_whole_answers(last: int) -> None:
+    """A position is one of the prompt, not of the answer that follows: each reading against a pass of its own."""
+    small, site = small_hooked(), "blocks.1.hook_resid_mid"
+    lens, sae = wrap(small.model), small.at(site)
+    nodes = [fp.Node(site, "feature", 3, last, site), fp.Node(site, "error", None, last, site)]
+    mediators = mediators_of(lens, nodes, dictionaries(lens, [sae]))
+    graph = EdgeGraph(lens, long_pairs(small), "corrupted", readout("sequence_log_prob"), mediators=mediators)
+    graph.check()
+    generator = np.random.default_rng(0)
+    kept = [edge for edge in graph.items if generator.random() < 0.5]
+    ablated = {named(edge) for edge in graph.items} - {named(edge) for edge in kept}
+    values = torch.zeros(len(graph.runs), dtype=torch.float64)
+    for number, (index, reading) in enumerate(graph.readings):
+        behind = torch.tensor(reading.continuation, dtype=torch.long)
+        clean, corrupted = (torch.cat([tokens[index], behind])[None] for tokens in (small.clean, small.corrupted))
+        here = torch.zeros(clean.shape, dtype=torch.bool)
+        here[:, 6] = True
+        own = [(site, site, sae, [(str(node), "error" if node.index is None else node.index, here) for node in nodes])]
+        logits = forward_with_feature_edges(small.model, clean, corrupted, ablated, own)[0, -1]
+        values[number] = logits.log_softmax(-1)[reading.correct[0]]
+    np.testing.assert_allclose(graph.values([kept])[0], graph.combined(values).numpy(), atol=1e-9)
 
 
 def coordinates(model: Any, site: str, which: list[int]) -> StandardSAE:

@@ -2,8 +2,11 @@
 
 import math
 import warnings
+from functools import partial
+from itertools import product
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -214,7 +217,7 @@ def test_too_many_heat_maps_of_heads(each: fp.Effects) -> None:
 
 
 def test_every_plot_has_a_title_and_refuses_other_effects(
-    demo: Any, pairs: fp.Pairs, features: fp.Effects, labelled: fp.Effects
+    demo: Any, pairs: fp.Pairs, features: fp.Effects, labelled: fp.Effects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"positions": ["S2"], "progress": False}
     (sae,) = [sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_pre"]
@@ -235,3 +238,13 @@ def test_every_plot_has_a_title_and_refuses_other_effects(
             call("x")
     with pytest.raises(fp.FeatpatchError, match="effect='degradation': expected one of the measured effects, recovery"):
         curve.plot("degradation")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    drawings = (
+        features.plot.quadrants, features.plot.sites, features.plot.heatmap, circuit.curve([0.5, 1.0]).plot,
+        fp.calibrate(estimate, features).plot, fp.compare(features, labelled).plot,
+        partial(fp.diagram.figure, circuit.to_networkx()), partial(fp.diagram.interactive, circuit.to_networkx()),
+        partial(circuit.report, "circuit.html"), fp.logit_attribution(demo.model, pairs, progress=False).plot,
+    )  # fmt: skip
+    for drawing, title in product(drawings, (3, True, None, [], b"t")):
+        with pytest.raises(fp.FeatpatchError, match=rf"^title is of type {type(title).__name__}: expected str$"):
+            drawing(title=title)

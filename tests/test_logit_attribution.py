@@ -193,7 +193,7 @@ def test_the_table() -> None:
 
 def test_the_heat_map() -> None:
     found = attributed(HOOKED["gpt2"](), pairs(VOCAB))
-    (trace,) = found.plot("where the answer comes from").data
+    (trace,) = found.plot(title="where the answer comes from").data
     assert found.plot().layout.title.text == "direct contributions to logit_diff"
     assert list(trace.x) == ["head 0", "head 1", "head 2", "head 3", "attention bias", "mlp"]
     assert list(trace.y) == [0, 1, 2]

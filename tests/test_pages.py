@@ -51,7 +51,7 @@ def test_page(page: Path, demo: Demo, names: dict[str, object]) -> None:
     effects = fp.rank_features(demo.model, demo.saes[:1], pairs, positions=["S2"], progress=False)
     names |= {"pairs": pairs, "effects": effects}
     code = [content for kind, content in FENCES.findall(page.read_text(encoding="utf-8")) if kind == "python"]
-    exec("\n".join(code).replace("n=32", "n=2").replace("n=64", "n=4"), names)
+    exec("\n".join(code).replace("n=32", "n=2").replace("n=16", "n=2").replace("n=64", "n=4"), names)
 
 
 @pytest.mark.parametrize("section", tiers({section.partition("\n")[0]: section for section in RECIPES[1:]}))

@@ -108,6 +108,9 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "diagram.graph holds": lambda small, pairs, effects, x: fp.diagram.graph([x], [0.1]),
     "diagram.graph effects": lambda small, pairs, effects, x: fp.diagram.graph([NODE], x),
     "attribution_graph positions": lambda small, pairs, effects, x: viewed(x),
+    "attribution_graph tokens": lambda small, pairs, effects, x: fp.diagram.attribution_graph(
+        fp.diagram.graph([NODE], [0.1]), tokens=x, slug="s", model="m"
+    ),
     "attribution_graph label": lambda small, pairs, effects, x: viewed({"end": x}),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
     "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),

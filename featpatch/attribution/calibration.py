@@ -67,6 +67,7 @@ class Calibration:
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+        check_kinds(str, title=title)
         figure = go.Figure(layout={"title": in_figure(title), "xaxis_title": "estimate", "yaxis_title": f"exact {self.effect}"})
         names = np.array([in_figure(node.sae or node.site) for node in self.nodes])
         for name in dict.fromkeys(names.tolist()):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from featpatch import sites
 from featpatch.effects.plots import DIVERGING, GREY
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.model.layer import Head
 from featpatch.model.lens import Lens
@@ -30,6 +30,7 @@ from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.untrusted import in_figure
 
 Rows = Float[torch.Tensor, "rows d"]
 
@@ -128,9 +129,15 @@ class LogitAttribution:
         frame = Frame(fields, columns=["kind", "layer", "index", "sae"]).astype({"layer": "Int64", "index": "Int64"})
         return frame.assign(logits=means[rows], logits_low=ends[:, 0], logits_high=ends[:, 1])
 
-    def plot(self, title: str | None = None) -> Any:
-        """Plot the mean contributions of heads and MLPs by layer, as a plotly heat map."""
+    def plot(self, *, title: str = "") -> Any:
+        """Plot the mean contributions of heads and MLPs by layer, as a plotly heat map.
+
+        Args:
+            title: the title of the figure; by default what the contributions are to.
+        """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        check_kinds(str, title=title)
 
         shown: dict[tuple[int, str], float] = {}
         for term, mean in zip(self.terms, self.values.mean(1), strict=True):
@@ -141,7 +148,8 @@ class LogitAttribution:
         cells = [[shown.get((layer, name)) for name in names] for layer in layers]
         bar = {"title": "logits"}
         figure = go.Figure(go.Heatmap(x=names, y=layers, z=cells, colorscale=DIVERGING, zmid=0, colorbar=bar))
-        figure.update_layout(title=title or f"direct contributions to {self.metric}", yaxis_title="layer", plot_bgcolor=GREY)
+        name = in_figure(title or f"direct contributions to {self.metric}")
+        figure.update_layout(title=name, yaxis_title="layer", plot_bgcolor=GREY)
         return figure.update_yaxes(dtick=1)
 
     def __repr__(self) -> str:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Literal
 
 import torch
@@ -50,6 +51,10 @@ STEPS = 5
 ESTIMATED_AT_ONCE = 512
 """The largest number of tokens whose scores are estimated together, unless a single prompt is longer. It bounds the memory for
 gradients and for the changes of all senders."""
+
+MOVED_AT_ONCE = 100
+"""The number of tokens from which on no further point joins a pass. It bounds the memory for backpropagation; larger passes are
+hardly faster."""
 
 EMBEDDING = Node(sites.EMBEDDING, "activation")
 """The sender of the first layer's input: the token embedding and, if the model adds them, position embeddings."""
@@ -135,12 +140,13 @@ def summed_scores(
     """
     clean = {} if points == [Point()] else lens.read(tokens, sender_hooks(lens))
     changes, total = None, torch.zeros((), device=lens.device)
-    size, normed = max(1, ESTIMATED_AT_ONCE // tokens.numel()), _normed(projections)
+    size, normed = ceil(MOVED_AT_ONCE / tokens.numel()), _normed(projections)
     for part in (slice(start, start + size) for start in range(0, len(points), size)):
         found = _run(lens, tokens, answers, partial(measure, part), points[part], clean, ablated)
         if changes is None or normed:  # what a norm after attention makes of a change depends on the point
             changes = _changes(lens, projections, found.activations, clean or found.activations, ablated)
         total = total + _scores(lens, projections, found, changes, regions)
+        del found  # the next pass needs its memory
         done(len(points[part]) * len(tokens))
     return total
 

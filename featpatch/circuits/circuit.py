@@ -19,7 +19,7 @@ from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_number
 from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -369,13 +369,14 @@ class Circuit(Plotted):
             The path.
 
         Raises:
-            FeatpatchError: the path is a folder or can't be written to.
+            FeatpatchError: the path is a folder or can't be written to, or the title is not a string.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
             >>> circuit.report(folder / "circuit.html", title="Indirect objects").name
             'circuit.html'
         """
+        check_kinds(str, title=title)
         name = title or f"A circuit of {len(self.items)} {self.metadata['over']}"
         return write(path, interactive(self.to_networkx(), name, answer=self._answer()))
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.lens import Lens
+from featpatch.nodes import Position
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs, check_unmixed
 from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
 from featpatch.patching.readings import Reading, Readout, readings_of
@@ -140,6 +141,14 @@ class CleanRuns(ABC):
                 for pair, continuation in read
             )
         )
+
+    def tokens_at(self, index: int, position: Position) -> list[int]:
+        """Return the token positions that a node's position stands for in a run.
+
+        Labels and indices are positions in the prompt, so that -1 is its last token; `"all"` includes the continuation.
+        """
+        run, pair = self.runs[index], self.pairs[self.readings[index][0]]
+        return (run if position == "all" else pair).positions(position)
 
     def combined(self, values: Float[torch.Tensor, " runs"]) -> Float[torch.Tensor, " pairs"]:
         """Combine the values of the runs into one value per pair, with its gradient."""

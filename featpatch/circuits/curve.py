@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from featpatch.circuits.graph import Graph
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, is_number
 from featpatch.page.page import Plotted
 from featpatch.untrusted import in_figure
 
@@ -99,6 +99,7 @@ class FaithfulnessCurve(Plotted):
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+        check_kinds(str, title=title)
         axes = {"xaxis_title": "fraction of all items", "yaxis_title": "faithfulness", "xaxis_type": "log"}
         figure = go.Figure(layout={"title": in_figure(title), **axes})
         for curve in self.both:

@@ -159,7 +159,7 @@ class EdgeGraph(EdgeRuns):
         """Return what to store with the results: that the items are edges, their positions, and the dictionaries."""
         return {
             "over": "edges",
-            "positions": list(self.regions.given) or "all",
+            "positions": "each" if self.regions.each else list(self.regions.given) or "all",
             "saes": {group.dictionary.name: group.dictionary.digest() for group in self.mediators.values()},
         }
 

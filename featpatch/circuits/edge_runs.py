@@ -150,7 +150,8 @@ class EdgeRuns(EdgeLayout):
     def _ablation_values(self, some: Sequence[int]) -> tuple[Mapping[Place, torch.Tensor], Written]:
         """Return masks of the positions of mediators, and the ablation values of senders; both are computed once."""
         if some[0] not in self._ablation:
-            where = {place: group.where(self.runs, some) for place, group in self.mediators.items()}
+            length = len(self.runs[some[0]])
+            where = {place: group.where(self.tokens_at, some, length) for place, group in self.mediators.items()}
             self._ablation[some[0]] = where, self._ablated_outputs(some, where)
         return self._ablation[some[0]]
 

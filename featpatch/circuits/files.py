@@ -23,11 +23,14 @@ from featpatch.nodes import LOGITS, Edge, Node
 FORMAT = "featpatch circuit"
 """The key that marks our own files; its value is the format version."""
 
-VERSION = 1
+VERSION = 2
 
 SEARCH = ("method", "scores", "steps", "threshold", "size", "target", "errors")
 """The options of a search that are stored, so that it can be repeated for other pairs."""
 
+
+GRAPH = {"layers": int, "heads": int, "width": int, "items": int, "positions": list}
+"""The shape of the graph in our own files, with the types of its values."""
 
 METADATA: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(["over", "method", "metric", "outside"], lambda value: isinstance(value, str)),
@@ -49,12 +52,55 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
 
 def content_of(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return a circuit as plain data."""
-    candidates, kept = list(map(_fields, graph.candidates)), list(map(_fields, items))
-    return {FORMAT: VERSION, "candidates": candidates, "items": kept, "scores": scores.tolist(), "metadata": metadata}
+    content = {
+        "candidates": list(map(_fields, graph.candidates)),
+        "items": list(map(_fields, items)),
+        "scores": scores.tolist(),
+    }
+    return {FORMAT: VERSION, "graph": _shape(graph), **content, "metadata": metadata}
+
+
+def _shape(graph: Graph) -> dict[str, Any]:
+    """Return what two graphs must have in common if an item of one is to mean the same in the other."""
+    lens, positions = graph.lens, list(dict.fromkeys(item.position for item in graph.items))
+    sizes = {"layers": lens.n_layers, "heads": lens.heads(sites.component(0, "z")), "width": lens.d_model}
+    return {**sizes, "items": len(graph.items), "positions": positions}
+
+
+def check_shape(graph: Graph, found: Mapping[str, Any], over: str) -> None:
+    """Check that a circuit that was found in a graph of some shape can be a circuit of this graph.
+
+    Args:
+        graph: the graph.
+        found: the shape of the graph in which the circuit was found, from its file.
+        over: what the items are.
+
+    Raises:
+        FeatpatchError: the model has another shape, or the prompts have other positions.
+    """
+    here = _shape(graph)
+    if any(found[name] != here[name] for name in ("layers", "heads", "width")):
+        said = ("{layers} layers, {heads} heads and width {width}".format(**shape) for shape in (found, here))
+        raise FeatpatchError(
+            "the circuit was found in a model of {}, and this model has {}: expected the same; pass such a model".format(*said)
+        )
+    strange = [name for name in (*found["positions"], *here["positions"])
+               if (name in found["positions"]) != (name in here["positions"])]  # fmt: skip
+    if strange:
+        raise FeatpatchError(
+            "the circuit was found with positions='each' on prompts with other positions than these pairs: only one of the two "
+            f"has {', '.join(map(str, strange))[:80]}: expected prompts as long, with special tokens at the same positions; "
+            "pass such pairs, or find a circuit at labels"
+        )
+    if found["items"] != here["items"]:
+        raise FeatpatchError(
+            f"the circuit was found among {found['items']} {over}, and this model has {here['items']}: expected as many; pass "
+            "the model that the circuit was found in"
+        )
 
 
 def read_circuit(path: str | Path) -> dict[str, Any]:
-    """Read a file of a circuit: `candidates`, `items`, `scores` and `metadata`, or `edges` of EAP-IG.
+    """Read a file of a circuit: `graph`, `candidates`, `items`, `scores` and `metadata`, or `edges` of EAP-IG.
 
     Raises:
         FeatpatchError: the file can't be read, or is of neither format.
@@ -69,9 +115,15 @@ def read_circuit(path: str | Path) -> dict[str, Any]:
         raise FeatpatchError(f"{str(path)!r} is not JSON ({str(error)[:100]}): {expected}") from error
     if isinstance(content, dict) and isinstance(content.get("edges"), dict) and isinstance(content.get("nodes"), dict):
         return {"edges": content["edges"]}
-    fits = isinstance(content, dict) and isinstance(content.get("metadata"), dict) and isinstance(content.get("scores"), list)
+    fits = isinstance(content, dict) and all(
+        isinstance(content.get(name), kind) for name, kind in (("metadata", dict), ("graph", dict), ("scores", list))
+    )
     if not fits or content.get(FORMAT) != VERSION or not all(map(is_finite, content["scores"])):
         raise FeatpatchError(f"{str(path)!r} holds no circuit: {expected}")
+    if any(type(content["graph"].get(name)) is not kind for name, kind in GRAPH.items()):
+        raise FeatpatchError(
+            f"{str(path)!r} is damaged: its graph is {str(content['graph'])[:80]}: {expected}; save the circuit again"
+        )
     strange = next((name for name, fits in METADATA.items() if not fits(content["metadata"].get(name))), None)
     if strange is not None:
         raise FeatpatchError(

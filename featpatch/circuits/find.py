@@ -13,7 +13,7 @@ from featpatch.circuits.attribution import STEPPED, STEPS, Scores
 from featpatch.circuits.circuit import Circuit
 from featpatch.circuits.clean_runs import Complement, check_complement
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.circuits.files import SEARCH, from_eap_ig, read_circuit
+from featpatch.circuits.files import SEARCH, check_shape, from_eap_ig, read_circuit
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
@@ -42,7 +42,8 @@ TARGET = 0.9
 """The default faithfulness at which a greedy search stops."""
 
 EXACT_WORK = 3e12
-"""The largest number of multiply-adds for which edge scores are exact by default: minutes on one CPU core."""
+"""The largest number of multiply-adds for which edge scores are exact by default: minutes on one CPU core, as timed by
+`python benchmarks/circuits.py --limit 97`."""
 
 
 def check_search(
@@ -118,9 +119,10 @@ def check_region_free(over: str, nodes: Any, positions: Positions) -> None:
         FeatpatchError: if it is.
     """
     if nodes is not None and (not isinstance(positions, str) or positions != "all"):
+        example = "fp.feature(sae, 7, position='S2')" if over == "edges" else "fp.head(1, 3, position='S2')"
         raise FeatpatchError(
             f"positions={positions!r} with nodes and over={over!r}: expected no positions, because nodes have their own; name "
-            "them there, e.g. fp.head(1, 3, position='S2'), or leave nodes out, for edges between components at positions"
+            f"them there, e.g. {example}, or leave nodes out, for edges between components at positions"
         )
 
 
@@ -275,7 +277,8 @@ def load_circuit(
         The circuit, with the scores in the file. EAP-IG's scores have our sign if its metric was a loss.
 
     Raises:
-        FeatpatchError: the file holds no circuit, or an item is not in the graph of this model.
+        FeatpatchError: the file holds no circuit, the model has another shape than the one that the circuit was found in, or,
+            for `positions="each"`, the prompts have other positions.
 
     Examples:
         >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
@@ -303,12 +306,13 @@ def load_circuit(
     if "edges" in content:
         items, scores = from_eap_ig(graph, content["edges"])
     else:
+        check_shape(graph, content["graph"], over)
         items, scores = content["items"], np.array(content["scores"], dtype=np.float64)
         graph.mask(items)
         if len(scores) not in (0, len(graph.items)):
             raise FeatpatchError(
-                f"the file has {len(scores)} scores, and this model's graph {len(graph.items)} {over}: expected the model that "
-                "the circuit was found in; pass it"
+                f"the file has {len(scores)} scores and {len(graph.items)} {over}: expected a score for each, or none; save "
+                "the circuit again"
             )
     options = about.get("search")
 
@@ -354,11 +358,15 @@ def _graph(
     return graph
 
 
+def exact_work(graph: Graph) -> int:
+    """Return the number of multiply-adds of exact scores, if each item and token needs all layers; patches need fewer."""
+    lens, tokens = graph.lens, sum(map(len, graph.pairs))
+    return len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2
+
+
 def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Scores:
     """Return the default kind of scores of a search; estimates are announced on the terminal."""
-    lens, tokens = graph.lens, sum(map(len, graph.pairs))
-    work = len(graph.items) * tokens * 12 * lens.n_layers * lens.d_model**2  # at most all layers for each edge and token
-    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or work <= EXACT_WORK:
+    if not isinstance(graph, EdgeGraph) or method == "acdc" or graph.reads_clean or exact_work(graph) <= EXACT_WORK:
         return "exact"
     if progress:
         count = len(graph.items) * len(graph.pairs)

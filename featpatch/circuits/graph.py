@@ -157,9 +157,11 @@ class Graph(CleanRuns):
         if path is None:
             yield
             return
-        about = {**self.about(), "outside": self.to, "ablation": self.ablation.noted, "items": batch_key(map(str, self.items))}
         origin = provenance(self.lens, self.pairs)
-        subject = {"circuits": about, "metrics": list(self.read.names), "pairs": origin["pairs"], "model": origin["model"]}
+        subject = {  # by the names of the arguments of `find_circuit`, so that an error names those that differ
+            **self.about(), "nodes": batch_key(map(str, self.candidates)), "to": self.to, **self.ablation.noted,
+            "metric": list(self.read.names), "pairs": origin["pairs"], "model": origin["model"],
+        }  # fmt: skip
         baselines = [*self.whole.tolist(), *self.empty.tolist()]
         with closing(Journal.open(as_path(path), subject, baselines, TOKENS_AT_ONCE)) as journal:
             self._journal = journal

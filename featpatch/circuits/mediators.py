@@ -7,7 +7,7 @@ the sum of its own edges. The rest is what remains of its own input without the 
 bias, and the error unless it is named.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,9 +17,7 @@ from jaxtyping import Bool, Float
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
-from featpatch.nodes import Node
-from featpatch.pairs.pair import spans
-from featpatch.pairs.pairs import Pairs
+from featpatch.nodes import Node, Position
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
 
@@ -155,16 +153,23 @@ class Mediators:
             found[node] = value.unflatten(0, passing.shape[:-2]) * here
         return found
 
-    def where(self, pairs: Pairs, some: Sequence[int]) -> Bool[torch.Tensor, "named pairs pos"]:
-        """Return a mask of the positions of the named nodes in some equally long pairs.
+    def where(
+        self, tokens_at: Callable[[int, Position], Sequence[int]], some: Sequence[int], length: int
+    ) -> Bool[torch.Tensor, "named runs pos"]:
+        """Return a mask of the positions of the named nodes in some equally long runs.
+
+        Args:
+            tokens_at: returns the token positions in a run that a node's position stands for.
+            some: the indices of the runs.
+            length: their number of tokens.
 
         Raises:
             FeatpatchError: if two nodes are the same feature, or both the error, at the same position.
         """
-        found = torch.zeros(len(self.named), len(some), len(pairs[some[0]]), dtype=torch.bool)
+        found = torch.zeros(len(self.named), len(some), length, dtype=torch.bool)
         for n, node in enumerate(self.named):
             for slot, index in enumerate(some):
-                found[n, slot, spans(pairs[index], [node.position])[node.position]] = True
+                found[n, slot, list(tokens_at(index, node.position))] = True
         for one in self.named:
             same = [n for n, node in enumerate(self.named) if node.index == one.index]
             if (found[same].sum(0) > 1).any():

@@ -24,7 +24,6 @@ from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Edge, Node
-from featpatch.pairs.pair import spans
 from featpatch.patching.ablation import Everywhere
 from featpatch.sae.dictionary import Dictionary, Split
 
@@ -228,8 +227,7 @@ class NodeGraph(Graph):
         for number, node in enumerate(self.items):
             if own(node) and (node.index is None) == (count is None):
                 for slot, index in enumerate(some):
-                    at = spans(self.runs[index], [node.position])[node.position]
-                    ablated[:, slot, at, node.index or 0] &= ~kept[:, number, None]
+                    ablated[:, slot, self.tokens_at(index, node.position), node.index or 0] &= ~kept[:, number, None]
         return ablated
 
     def _errors(self, kept: torch.Tensor, some: Sequence[int], dictionary: Dictionary) -> Mask:
@@ -393,11 +391,7 @@ class _Gradients:
     def _sums(self, entries: Float[torch.Tensor, "runs pos n"], nodes: Sequence[Node]) -> Float[torch.Tensor, " nodes"]:
         """Return the sum of each node's entries, without entries that belong to several nodes and so stay kept by another."""
         where = [
-            (
-                slot,
-                spans(self.graph.runs[index], [node.position])[node.position],
-                slice(None) if node.index is None else node.index,
-            )
+            (slot, self.graph.tokens_at(index, node.position), slice(None) if node.index is None else node.index)
             for node in nodes
             for slot, index in enumerate(self.some)
         ]

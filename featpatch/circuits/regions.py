@@ -26,9 +26,11 @@ class Regions:
 
     Attributes:
         given: the positions that are given; none if an edge is one item at all positions.
+        each: whether they were given as `"each"`.
     """
 
     given: tuple[Position, ...] = ()
+    each: bool = False
 
     @classmethod
     def of(cls, positions: Positions, pairs: Pairs) -> "Regions":
@@ -56,7 +58,7 @@ class Regions:
                     f"positions={positions!r}: {ELSEWHERE!r} is the name of the region of all positions that are not given; "
                     "leave it out, or rename the label"
                 )
-        return cls(tuple(found[0]))
+        return cls(tuple(found[0]), positions == "each")
 
     @property
     def names(self) -> tuple[Position, ...]:

@@ -243,6 +243,7 @@ class Comparison:
         Args:
             title: the title of the figure.
         """
+        check_kinds(str, title=title)
         return scatter(self.table, list(self.agreement)).update_layout(title=in_figure(title))
 
     def _written(self) -> ContributionTables:

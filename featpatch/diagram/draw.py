@@ -11,6 +11,7 @@ import networkx as nx
 import numpy as np
 
 from featpatch.diagram.graph import INPUTS, NEGATIVE, POSITIVE, Content, Layout, content, digits, height, label, layout, short
+from featpatch.errors import check_kinds
 from featpatch.untrusted import in_figure
 
 Point = tuple[float, float]
@@ -77,7 +78,7 @@ def figure(graph: Any, *, title: str = "") -> Any:
         title: the title of the figure.
 
     Raises:
-        FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+        FeatpatchError: the graph is not of this kind, an effect is not a finite number, or the title is not a string.
 
     Examples:
         >>> strongest = components.top(5)
@@ -86,6 +87,7 @@ def figure(graph: Any, *, title: str = "") -> Any:
     """
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+    check_kinds(str, title=title)
     said = content(graph)
     places = layout(said.nodes)
     drawn = go.Figure(layout={"title": in_figure(title)})

@@ -11,7 +11,7 @@ import pandas as pd
 from featpatch import sites
 from featpatch.diagram.draw import middles
 from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, label, layout, short
-from featpatch.errors import FeatpatchError, is_integer
+from featpatch.errors import FeatpatchError, check_kinds, is_integer
 from featpatch.nodes import Node
 from featpatch.page.page import Block, Section, block, page, table
 
@@ -68,7 +68,7 @@ def attribution_graph(
         (3, 2)
     """
     said = content(graph)
-    if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise FeatpatchError(f"tokens={tokens!r}: expected the tokens of the prompt as a list of strings")
     if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
         raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
@@ -206,7 +206,7 @@ def interactive(graph: Any, title: str, *, answer: str = "") -> str:
         The content of the file.
 
     Raises:
-        FeatpatchError: the graph is not of this kind, or an effect is not a finite number.
+        FeatpatchError: the graph is not of this kind, an effect is not a finite number, or a text is not a string.
 
     Examples:
         >>> strongest = components.top(5)
@@ -215,6 +215,7 @@ def interactive(graph: Any, title: str, *, answer: str = "") -> str:
         >>> "Heads at S2" in page
         True
     """
+    check_kinds(str, title=title, answer=answer)
     said = content(graph)
     first = [Section("answer", "", "", [block("answer.html", answer=answer, figures=())])] if answer else []
     return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", [*first, *sections(graph)])

@@ -12,7 +12,7 @@ from featpatch.effects.frames import by_site
 from featpatch.effects.grid import Grid, chosen, grid, in_order, kind_of
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import measured_effect
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.nodes import Effect, Position
 from featpatch.sites import within
 from featpatch.untrusted import in_figure, visible
@@ -51,7 +51,7 @@ class Plots:
             title: the title of the figure.
 
         Raises:
-            FeatpatchError: only one direction was run.
+            FeatpatchError: only one direction was run, or the title is not a string.
 
         Examples:
             >>> effects.plot.quadrants().write_html(folder / "quadrants.html")
@@ -60,6 +60,7 @@ class Plots:
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+        check_kinds(str, title=title)
         if len(self._effects.directions_run()) < 2:
             raise FeatpatchError(
                 "only one direction was measured: expected both, to plot recovery against degradation; rank with both "
@@ -86,7 +87,7 @@ class Plots:
             title: the title of the figure.
 
         Raises:
-            FeatpatchError: the effect was not run.
+            FeatpatchError: the effect was not run, or the title is not a string.
 
         Examples:
             >>> effects.plot.sites("degradation").layout.yaxis.title.text
@@ -94,6 +95,7 @@ class Plots:
         """
         import plotly.graph_objects as go
 
+        check_kinds(str, title=title)
         shown, table = measured_effect(effect, self._effects.directions_run()), by_site(self._effects)
         figure = go.Figure(layout={"title": in_figure(title), "yaxis_title": self._effects.titled(shown), "barmode": "group"})
         if len(table):
@@ -131,6 +133,7 @@ class Plots:
         """
         from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
+        check_kinds(str, title=title)
         shown, of = measured_effect(effect, self._effects.directions_run()), self._effects
         kind = kind_of(chosen(of, None, site, position)) if kind is None and len(of) else kind
         of_kind = chosen(of, kind, site, position)

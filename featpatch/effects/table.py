@@ -15,7 +15,7 @@ from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
 from featpatch.effects.grid import Grid, chosen, grid
 from featpatch.effects.measured import Array, Measured
 from featpatch.effects.plots import Plots
-from featpatch.effects.selection import By, least_to_sort, measured_effect, sorting
+from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.files import as_path
@@ -390,7 +390,8 @@ class Effects(Measured):
         first = self.take(range(min(ROWS, len(self))))
         table = frames.brief(first)
         pooled = ["pairs"] if set(table["pairs"]) <= {len(self.clean)} else []
-        shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route"], errors="ignore"))
+        beside = [name for name in table if WHERE_CHANGED in name]  # in to_pandas(); here the lines would be too long
+        shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route", *beside], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
         return f"{self._headline()}{more} {len(self)} rows:\n{shown}"
 

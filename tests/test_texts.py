@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checked = pairs.check(model)
     nodes = effects.top(3).nodes
     heads = [node for node in components.nodes if node.kind == "head" and node.position == "end"]
-    alike = fp.Pairs(tuple(pair for pair in demo.pairs("capitals", n=200) if len(pair) == 7))[:4]
+    alike = fp.Pairs(tuple(pair for pair in demo.pairs("capitals", n=200) if len(pair) == 7))[:2]
     circuit = fp.find_circuit(model, alike, nodes=heads[:4], size=2, progress=False)
     return {
         "Demo": demo, "Loaded": fp.load(model, saes, check=False), "Pairs": pairs, "Pair": pairs[0], "Effects": effects,

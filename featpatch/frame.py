@@ -1,5 +1,7 @@
 """Pandas tables that print all of their columns."""
 
+from bisect import bisect
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,10 +41,13 @@ def text(frame: pd.DataFrame) -> str:
     table = pd.DataFrame(cells, index=shown.index)
     plain = isinstance(frame.index, pd.RangeIndex)
 
+    @cache
     def lines(rows: int) -> list[str]:
         return table.head(rows).to_string(index=not plain, line_width=WIDTH).splitlines()
 
-    rows = next((rows for rows in range(len(table), 1, -1) if len(lines(rows)) <= LINES), 1)
+    rows = len(table)
+    if len(lines(rows)) > LINES:  # more rows need more lines
+        rows = max(1, bisect(range(1, rows), LINES, key=lambda fewer: len(lines(fewer))))
     more = [f"... {len(frame) - rows:,} more rows"] if len(frame) > rows else []
     return visible("\n".join([*lines(rows), *more]))
 

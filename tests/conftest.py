@@ -6,6 +6,7 @@ of them, which differs from test to test, unless it is marked `both`. `make exte
 that are marked `extended` because they are slow, and draws more examples.
 """
 
+import gc
 import os
 import shutil
 import zlib
@@ -16,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two tests run side by side
 os.environ |= {"RAY_worker_niceness": "0"}  # by default Ray's workers wait for whatever else the machine does
+
+gc.disable()  # until all is imported: nothing of it is garbage, and looking costs a fifth of the start
 
 import jaxtyping
 import typechecker
@@ -36,6 +39,12 @@ CLASSES = ("bridge", "hooked")
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "not extended":
         drawn.default = drawn.FEW
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector never look at what libraries and test modules have made."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -87,7 +87,11 @@ def place(module: torch.nn.Module, device: torch.device) -> None:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """The operation on what the tensors hold, its results on the device where torch would put them."""
     tensors: list[torch.Tensor] = []
-    _mapped(lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None, (args, kwargs))
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            tensors += [item for item in value if isinstance(item, torch.Tensor)]
     wanted = kwargs.get("device")
     place = _common(func, args, tensors) if wanted is None else torch.device(wanted)
     pretended = place.type == FIRST.type

@@ -1,9 +1,10 @@
-"""Path patching by plain hooks on the whole model, one path at a time. Imports nothing of ours."""
+"""Path patching by plain hooks on the whole model, one path at a time. Imports nothing of ours but the other oracle's cache."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from oracle import activations
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -24,13 +25,12 @@ def path_patch(
     Tokens are `[pos]`. What is frozen between the two is set to its base value by hooks, but for the parts that the sender and
     the receiver themselves are. Pass 1 reads the receiver, pass 2 sets it.
     """
-    _, of_base = model.run_with_cache(base[None])
-    _, of_source = model.run_with_cache(source[None])
+    of_base, of_source, there = activations(model, base[None]), activations(model, source[None]), model.hook_dict
     frozen: list[Hook] = []
     for layer in range(model.cfg.n_layers):
         names = [*(["hook_attn_out"] if freeze_attention else []), *(["hook_mlp_out"] if freeze_mlps else [])]
         for name in (f"blocks.{layer}.{name}" for name in names):
-            if name in model.hook_dict and name not in sender.moves:
+            if name in there and name not in sender.moves:
                 frozen.append((name, lambda x, hook, value=of_base[name]: value.clone()))
     found: dict[str, torch.Tensor] = {}
 

@@ -1,6 +1,7 @@
 """Estimates of components: against hooks and autograd, finite differences, exact patches where they must agree, definitions."""
 
 from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ HOOKS = {
     "pattern": "attn.hook_pattern", "pattern_entry": "attn.hook_pattern", "neurons": "mlp.hook_post",
 }  # fmt: skip
 
+Hooks = tuple[tuple[str, Callable[..., Any]], ...]
 STEPS = {"ig": 2, "eap_ig_inputs": 2}
 
 
@@ -38,7 +40,12 @@ def runs(slot: int, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
     return both if direction == "denoising" else both[::-1]
 
 
-def gradient(model: Any, tokens: torch.Tensor, site: str, slot: int, extra: Any = ()) -> torch.Tensor:
+def gradient(model: Any, tokens: torch.Tensor, site: str, slot: int, extra: Hooks = ()) -> torch.Tensor:
+    return _gradient(model, tuple(tokens[0].tolist()), site, slot, extra)
+
+
+@lru_cache(maxsize=64)
+def _gradient(model: Any, tokens: tuple[int, ...], site: str, slot: int, extra: Hooks) -> torch.Tensor:
     """d metric / d activation at a hook, by a leaf that other hooks come before."""
     leaves: list[torch.Tensor] = []
 
@@ -47,7 +54,7 @@ def gradient(model: Any, tokens: torch.Tensor, site: str, slot: int, extra: Any 
         return x + leaves[0]
 
     carrier = site.replace("resid_mid", "attn_out") if hasattr(model, "original_model") else site
-    logits = model.run_with_hooks(tokens, fwd_hooks=[*extra, (carrier, leaf)])
+    logits = model.run_with_hooks(torch.tensor([tokens]), fwd_hooks=[*extra, (carrier, leaf)])
     (found,) = torch.autograd.grad(logits[0, -1, CORRECT[slot]] - logits[0, -1, WRONG[slot]], leaves, allow_unused=True)
     return torch.zeros_like(leaves[0][0]) if found is None else found[0].detach()
 
@@ -138,7 +145,7 @@ def test_the_qk_fix_by_hooks(architecture: str, name: str) -> None:
     model = ARCHITECTURES[architecture]()
     for positions in ("all", [2, 5]):
         effects = estimated(model, sites=name, layers=[1], positions=positions)
-        for entry in range(0, len(effects.row), max(1, len(effects.row) // 10)):
+        for entry in range(0, len(effects.row), max(1, len(effects.row) // 5)):
             node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
             for direction, found in (
                 ("denoising", effects.denoised[entry] - effects.corrupted[slot]),
@@ -162,9 +169,10 @@ def test_the_qk_fix_by_hooks(architecture: str, name: str) -> None:
                 assert found == pytest.approx(expected, abs=1e-9), (node, direction)
 
 
-def dropped(model: Any, layer: int) -> list[tuple[str, Callable[..., Any]]]:
+@cache
+def dropped(layer: int) -> Hooks:
     """Hooks behind which a block's attention and MLP pass no gradient on."""
-    return [(f"blocks.{layer}.{hook}", lambda x, hook: x.detach()) for hook in ("hook_attn_out", "hook_mlp_out")]
+    return tuple((f"blocks.{layer}.{hook}", lambda x, hook: x.detach()) for hook in ("hook_attn_out", "hook_mlp_out"))
 
 
 @pytest.mark.parametrize("name", ["resid_pre", "resid_mid", "mlp_out", "z", "v"])
@@ -184,7 +192,7 @@ def test_grad_drop_is_its_definition(small: Small, name: str) -> None:
             change = (oracle.activations(small.model, source)[site] - oracle.activations(small.model, base)[site])[0]
             total = 0.0
             for block in range(3):
-                hooks = dropped(small.model, block)
+                hooks = dropped(block)
                 if block == layer and name == "mlp_out":
                     continue
                 products = change * gradient(small.model, base, site, slot, hooks)
@@ -207,16 +215,19 @@ def test_eap_ig_inputs_is_the_naive_rule(small: Small) -> None:
     """Gradients averaged while the stream that enters the model goes from base to source."""
     effects = estimated(small.model, sites=["z", "resid_pre"], method="eap_ig_inputs", steps=3, positions=[2])
     first = "blocks.0.hook_resid_pre"
+
+    @cache
+    def entering(slot: int, share: float) -> Hooks:
+        base, source = runs(slot, "denoising")
+        moved = oracle.activations(small.model, source)[first] - oracle.activations(small.model, base)[first]
+        return ((first, lambda x, hook: x + share * moved),)
+
     for entry in range(0, len(effects.row), 5):
         node, slot = effects.nodes[effects.row[entry]], int(effects.pair[entry])
         name = "resid_pre" if node.kind == "activation" else "z"
         base, source = runs(slot, "denoising")
-        moved = oracle.activations(small.model, source)[first] - oracle.activations(small.model, base)[first]
         change = (oracle.activations(small.model, source)[node.site] - oracle.activations(small.model, base)[node.site])[0]
-        mean = sum(
-            gradient(small.model, base, node.site, slot, [(first, lambda x, hook, move=share * moved: x + move)])
-            for share in (1 / 6, 3 / 6, 5 / 6)
-        ) / 3  # fmt: skip
+        mean = sum(gradient(small.model, base, node.site, slot, entering(slot, share)) for share in (1 / 6, 3 / 6, 5 / 6)) / 3
         found = effects.denoised[entry] - effects.corrupted[slot]
         assert found == pytest.approx(float(part(change * mean, node, name).sum()), abs=1e-9), node
     residuals = [estimated(small.model, method="eap_ig_inputs", steps=n).metadata["whole_residual"] for n in (2, 40)]

@@ -107,10 +107,9 @@ def test_every_function_of_transformer_lens(name: str, function: str) -> None:
         pytest.skip("slow for TransformerLens, and the same code")
     with slow(sites.component(0, component)):
         effects = ranked(model, component, "all" if "pos" not in axes else "each")
-    for slot in range(2 if "gpt2" in name else 1):
-        for direction in ("denoising", "noising") if "gpt2" in name else ("denoising",):
-            expected = by_transformer_lens(model, theirs, slot, direction)
-            assert same_as(effects, expected, axes.split(), slot, direction) > 0
+    for slot, direction in ((0, "denoising"), (1, "noising"))[: 2 if "gpt2" in name else 1]:
+        expected = by_transformer_lens(model, theirs, slot, direction)
+        assert same_as(effects, expected, axes.split(), slot, direction) > 0
 
 
 @pytest.mark.extended

@@ -281,11 +281,11 @@ OTHERS = [pytest.param(task, marks=pytest.mark.extended) for task in checkpoints
 @pytest.mark.parametrize("task", ["sentiment", *OTHERS])
 def test_the_demo_command_begins_with_a_conclusion(demo: Demo, task: str, tmp_path: Path) -> None:
     """What it says of the features that it chose is what a patch of all of them does, by `fp.do`; in at most 100 columns."""
-    done = run("demo", "--task", task, "--pairs", "4", "--top", "3", folder=tmp_path)
+    done = run("demo", "--task", task, "--pairs", "2", "--top", "3", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 100
     paragraphs = [" ".join(part.split()) for part in done.stdout.split("\n\n")]
-    assert paragraphs[0].startswith("loading the demo model and its SAEs, drawing 4 pairs of")
+    assert paragraphs[0].startswith("loading the demo model and its SAEs, drawing 2 pairs of")
     told = re.match(
         r"(\d+) features? at (.+?) @ (\w+)(?: \(after the last layer\))? brings? back (\d+) %.* and (\d+) % .* of it is lost",
         paragraphs[1],
@@ -296,7 +296,7 @@ def test_the_demo_command_begins_with_a_conclusion(demo: Demo, task: str, tmp_pa
     assert (told[2].split()[-1], told[3]) == (first.sae.split("hook_")[-1], first.position)
     steps = next(part for part in paragraphs if part.startswith("features needed to bring back 80%"))
     shown = [int(index) for index in re.findall(r"(\d+) \(", steps)]
-    pairs = demo.pairs(task, n=4)
+    pairs = demo.pairs(task, n=2)
     if len(shown) == int(told[1]):
         recovery, degradation = by_hand(demo, pairs, first, shown)
         assert float(told[4]) == pytest.approx(100 * recovery, abs=0.51)

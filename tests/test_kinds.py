@@ -23,7 +23,7 @@ NORMALISING = ("constant_norm_rescale", "layer_norm")
 LAST = 7
 
 
-def check(small: Small, sae: Any, entries: int = 6, reference: Any = None) -> fp.Effects:
+def check(small: Small, sae: Any, entries: int = 2, reference: Any = None) -> fp.Effects:
     """Some rows of each kind in both directions against the oracle (law 4), and the whole site by hand (laws 1 and 2).
 
     Args:
@@ -85,7 +85,7 @@ def slow(site: str) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_at_all_sites_at_once(hooked: Small, kind: str) -> None:
-    """All cells of the matrix on one of TransformerLens' classes, of one pair."""
+    """All cells of the matrix on one of TransformerLens' classes, of one pair, each row in one direction."""
     cells = {SITES[site][0]: built(hooked, kind, site) for site in SITES}
     with slow("blocks.1.mlp."):
         effects = fp.rank_features(
@@ -96,9 +96,9 @@ def test_every_kind_at_all_sites_at_once(hooked: Small, kind: str) -> None:
         for of_kind in (of_site.where(kind="feature"), of_site.where(kind="error")):
             for entry in random.Random(site).sample(range(len(of_kind.row)), min(1, len(of_kind.row))):
                 node = of_kind.nodes[of_kind.row[entry]]
-                for direction, values in (("denoising", of_kind.denoised), ("noising", of_kind.noised)):
-                    expected = by_oracle(hooked, reference, node, 0, direction)
-                    assert abs(values[entry] - expected) < EXACT, (node, direction)
+                direction = random.Random(f"{kind} {node}").choice(("denoising", "noising"))
+                found = of_kind.denoised if direction == "denoising" else of_kind.noised
+                assert abs(found[entry] - by_oracle(hooked, reference, node, 0, direction)) < EXACT, (node, direction)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -207,7 +207,7 @@ def test_the_reconstruction_is_the_forward_pass_of_sae_lens(bridge: Small, kind:
 def test_normalised_tokens(small: Small, kind: str, normalisation: str) -> None:
     """Clean and corrupted runs carry different scales: a feature moves in the base run's."""
     sae = AUTOENCODERS[kind]("blocks.1.hook_resid_pre", 16, seed=3, normalize_activations=normalisation)
-    check(small, sae, entries=3)
+    check(small, sae)
     assert not {"x_norm_coeff", "ln_mu", "ln_std"} & set(vars(sae)), "the SAE is left as it was found"
 
 
@@ -215,13 +215,13 @@ def test_normalised_tokens(small: Small, kind: str, normalisation: str) -> None:
 @pytest.mark.parametrize("kind", TRANSCODERS)
 def test_normalised_transcoders(small: Small, kind: str, normalisation: str) -> None:
     reads = oracle.hooks(small.saes[-1])[0]
-    check(small, TRANSCODERS[kind](reads, 16, "blocks.1.hook_mlp_out", 16, normalize_activations=normalisation), entries=2)
+    check(small, TRANSCODERS[kind](reads, 16, "blocks.1.hook_mlp_out", 16, normalize_activations=normalisation))
 
 
 @pytest.mark.parametrize("normalisation", ["none", *NORMALISING])
 def test_without_the_decoder_bias_at_the_input(small: Small, normalisation: str) -> None:
     sae = standard("blocks.1.hook_resid_pre", 4, apply_b_dec_to_input=False, normalize_activations=normalisation)
-    check(small, sae, entries=3)
+    check(small, sae)
 
 
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"])
@@ -270,7 +270,7 @@ def test_a_scale_that_is_not_folded_in_is_applied(small: Small, kind: str) -> No
     one, other = (fp.rank_features(small.model, sae, pairs_of(small), progress=False) for sae in (unfolded, folded))
     assert one.nodes == other.nodes
     assert abs(one.denoised - other.denoised).max() < EXACT
-    check(small, folded, entries=3)
+    check(small, folded)
 
 
 @pytest.mark.parametrize(("flipped", "alike"), [(7, True), (8, False)])

@@ -181,23 +181,32 @@ OWN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("form", OWN)
-def test_forms_of_functions(hooked: Small, form: str) -> None:
-    """Swept, estimated and in circuits, each the same as the named metric; the clean runs beside the plain model."""
-    pairs, options = fixed_pairs(hooked), {"progress": False}
+def measured(small: Small, metric: Any) -> list[Any]:
+    """Heads swept, estimated and in a circuit."""
+    pairs, options = fixed_pairs(small), {"metric": metric, "progress": False}
     heads = [fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(2)]
-    calls: list[Callable[[Any], Any]] = [
-        lambda metric: fp.rank_components(hooked.model, pairs, sites="z", layers=[1], metric=metric, **options),
-        lambda metric: fp.rank_components(hooked.model, pairs, method="atp", sites="z", layers=[1], metric=metric, **options),
-        lambda metric: fp.find_circuit(hooked.model, pairs, nodes=heads, size=1, metric=metric, **options),
+    return [
+        fp.rank_components(small.model, pairs, sites="z", layers=[1], **options),
+        fp.rank_components(small.model, pairs, method="atp", sites="z", layers=[1], **options),
+        fp.find_circuit(small.model, pairs, nodes=heads, size=1, **options),
     ]
-    for call in calls:
-        found, expected = call(OWN[form]), call("logit_diff")
+
+
+@pytest.fixture(scope="module")
+def by_name(hooked: Small) -> list[Any]:
+    return measured(hooked, "logit_diff")
+
+
+@pytest.mark.parametrize("form", OWN)
+def test_forms_of_functions(hooked: Small, by_name: list[Any], form: str) -> None:
+    """Swept, estimated and in circuits, each the same as the named metric; the clean runs beside the plain model."""
+    of_form = measured(hooked, OWN[form])
+    for found, expected in zip(of_form, by_name, strict=True):
         values = [np.array(x.scores if isinstance(x, fp.Circuit) else x.denoised) for x in (found, expected)]
         np.testing.assert_allclose(*values, atol=1e-12)
     with torch.no_grad():
         logits = hooked.model(hooked.clean)[:, -1]
-    np.testing.assert_allclose(calls[0](OWN[form]).clean, logits[:, 3] - logits[:, 4], atol=1e-10)
+    np.testing.assert_allclose(of_form[0].clean, logits[:, 3] - logits[:, 4], atol=1e-10)
 
 
 def test_plain_numbers_and_truth_values(bridge: Small) -> None:

@@ -37,6 +37,7 @@ def names(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 SLOW = {
     "circuits.md", "estimates.md", "Circuits in files", "Circuits: export the graph", "Plots, tensors and views of a prompt",
     "Share a result as one HTML file", "Paths: which way a feature acts", "Causal tracing over several draws of noise",
+    "Named nodes, alone and together", "How much of the loss an SAE recovers",
 }  # fmt: skip
 """Pages and recipes that run for seconds: extended."""
 

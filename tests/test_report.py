@@ -27,7 +27,8 @@ def study() -> dict[str, Any]:
     demo = fp.load_demo()
     pairs = demo.pairs("ioi", n=6, seed=0)
     options: dict[str, Any] = {"positions": ["S2", "end"], "progress": False}
-    saes = [sae for sae in demo.saes if "hook_resid" in sae.cfg.metadata.hook_name]
+    hooks = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
+    saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name in hooks]
     saes[0].cfg.metadata.neuronpedia_id = "demo/0"
     return {
         "effects": fp.rank_features(demo.model, saes, pairs, **options),

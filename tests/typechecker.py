@@ -2,7 +2,7 @@
 
 `jaxtyping.jaxtyped` checks arguments twice and compiles two functions each time a function is defined, also for a function within
 another one. `checked` checks the same in a third of the time: shapes wherever they are annotated, and types otherwise, except of
-functions within functions, which mypy checks.
+functions within functions, which mypy checks. `matches` does the same for a single array.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import jaxtyping
 from beartype import BeartypeConf, FrozenDict, beartype
+from jaxtyping._storage import get_shape_memo
 
 LITERALS = [
     Literal["denoising", "noising"],
@@ -37,6 +38,29 @@ check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITER
 shapes = jaxtyping.jaxtyped("context")
 """Within this context an axis has one size."""
 shaped: dict[CodeType, bool] = {}
+
+
+whole_check = type(jaxtyping.AbstractArray).__instancecheck__
+passed: set[tuple[type, type, Any]] = set()
+
+
+def matches(hint: Any, value: Any) -> bool:
+    """Whether an array has the type and shape of a hint; only the shape is looked at where the same types passed before."""
+    types = (hint, type(value), getattr(value, "dtype", None))
+    if types in passed:
+        axes, *others = get_shape_memo()
+        before = axes.copy()
+        if hint._check_shape(value, axes, others[0], others[2]) == "":
+            return True
+        axes.clear()
+        axes.update(before)
+    found = whole_check(hint, value)
+    if found:
+        passed.add(types)
+    return found
+
+
+type(jaxtyping.AbstractArray).__instancecheck__ = matches
 
 
 def checked(*, typechecker: Any) -> Callable[[Any], Any]:

@@ -10,7 +10,7 @@ threshold (JumpReLU), the running mean of the smallest value that was kept.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -93,8 +93,10 @@ def fit(
         features = [values * (size >= smallest) for values, size in zip(hidden, sizes, strict=True)]
         error = _without(error, features, parts) - b_dec
         silence = [torch.where((f > 0).any(0), 0.0, n + 1) for f, n in zip(features, silence, strict=True)]
-        silent = [values * (n > SILENT_AFTER) for values, n in zip(hidden, silence, strict=True)]
-        loss = error.pow(2).mean() + SILENT_WEIGHT * _without(error.detach(), silent, parts).pow(2).mean()
+        silent = [(n > SILENT_AFTER).nonzero()[:, 0] for n in silence]
+        only = [replace(part, W_dec=part.W_dec[chosen]) for part, chosen in zip(parts, silent, strict=True)]
+        guess = [values[:, chosen] for values, chosen in zip(hidden, silent, strict=True)]
+        loss = error.pow(2).mean() + SILENT_WEIGHT * _without(error.detach(), guess, only).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -36,7 +36,7 @@ class CrossSettings:
     k: int
     rows: int = 9000
     length: int = 48
-    samples: int = 1_600_000
+    samples: int = 1_100_000
     batch: int = 1024
     rate: float = 1e-3
     repeat: int = 3
@@ -51,6 +51,7 @@ CROSS = {
         by_layer=True,
         width=512,
         k=48,
+        samples=1_600_000,
     ),
     "crosscoder": CrossSettings(reads=STREAM, writes=STREAM, by_layer=False, width=1024, k=20),
 }

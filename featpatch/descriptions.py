@@ -6,7 +6,7 @@ that no single word describes it.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,7 +236,8 @@ def check_texts(texts: Any) -> None:
     Raises:
         FeatpatchError: they are not.
     """
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+    listed = isinstance(texts, Iterable) and not isinstance(texts, str) and len(list(texts)) > 0
+    if not listed or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(
             f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
         )

@@ -205,16 +205,11 @@ class TranscoderSet(nn.Module):
     """A transcoder for every layer."""
 
 
-class CrossLayerTranscoder(nn.Module):
-    """Features that write to every later layer."""
-
-
 for _module, _kinds in {
     "dictionary_learning.dictionary": (AutoEncoder, AutoEncoderNew, GatedAutoEncoder, JumpReluAutoEncoder, AutoEncoderTopK,
                                        BatchTopKSAE, MatryoshkaBatchTopKSAE),
     "sparsify.sparse_coder": (SparseCoder,),
     "circuit_tracer.transcoder.single_layer_transcoder": (SingleLayerTranscoder, TranscoderSet),
-    "circuit_tracer.transcoder.cross_layer_transcoder": (CrossLayerTranscoder,),
 }.items():  # fmt: skip
     for _kind in _kinds:
         _kind.__module__ = _module

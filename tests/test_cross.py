@@ -6,17 +6,19 @@ dictionary_learning's crosscoder branch, OpenMOSS' Language-Model-SAEs). They us
 
 import json
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from kinds import pairs_of
 from safetensors.torch import load_file, save_file
-from small import LAYERS, WIDTH
+from small import LAYERS, WIDTH, Small, small_bridge, small_hooked
 
 import featpatch as fp
-from featpatch.sae import cross_formats
+from featpatch.sae import cross_formats, loading
 from featpatch.sae.cross_codec import CrossCodec
 
 EXACT = 1e-10
@@ -401,3 +403,329 @@ def test_an_object_of_dictionary_learning() -> None:
     compared(crosscoder, x.flatten(1)[None], features[:, 0][None], y.flatten(1)[None])
     with pytest.raises(fp.FeatpatchError, match="do not say which hook points the crosscoder reads: pass hook=, a list of 3"):
         fp.dictionaries.adapt(BatchTopKCrossCoder(state))
+
+
+def metric_of(small: Small, pair: int, reached: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> float:
+    """The logit difference of a plain hooked forward pass of a corrupted prompt, with activations `[1, pos, d]` replaced."""
+    hooks = [(name, lambda value, hook, change=change: change(value)) for name, change in reached.items()]
+    with torch.no_grad():
+        logits = small.model.run_with_hooks(small.corrupted[[pair]], fwd_hooks=hooks)[0, -1]
+    return float(logits[small.correct[pair]] - logits[small.wrong[pair]])
+
+
+def activations(small: Small, tokens: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """`[pairs, layers, positions, d]`."""
+    _, cache = small.model.run_with_cache(tokens)
+    return torch.stack([cache[name].detach() for name in names], dim=1)
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_every_feature_of_a_clt_is_patched_exactly(tmp_path: Path, make: Callable[[], Small]) -> None:
+    """Against one hooked forward pass for each patch, with its change added at its layer and those above.
+
+    All features and all errors together are the activations of all layers.
+    """
+    small = make()
+    tensors = save_clt(tmp_path / "clt", threshold=0.5, d_out=WIDTH)
+    effects = fp.rank_features(small.model, fp.load_sae(tmp_path / "clt"), pairs_of(small), progress=False)
+    reads, writes = (
+        [activations(small, tokens, names) for tokens in (small.clean, small.corrupted)] for names in (MID, MLP_OUT)
+    )
+    seen = {"feature": 0, "activation": 0}
+    for row, pair, value in zip(effects.row, effects.pair, effects.denoised, strict=True):
+        node = effects.nodes[row]
+        if node.kind == "feature":
+            layer = MLP_OUT.index(node.site)
+            clean, corrupted = (encoded(tensors, run[pair]) for run in reads)
+            patched = corrupted.clone()
+            patched[layer, :, node.index] = clean[layer, :, node.index]
+            moved = decoded(tensors, patched) - decoded(tensors, corrupted)
+        elif node.kind == "activation" and node.site not in MLP_OUT:
+            layer, moved = 0, writes[0][pair] - writes[1][pair]
+        else:
+            continue
+        seen[node.kind] += 1
+        reached = {MLP_OUT[at]: lambda there, change=moved[at]: there + change for at in range(layer, LAYERS)}
+        assert value == pytest.approx(metric_of(small, int(pair), reached), abs=EXACT), node
+    assert seen["feature"] >= 10, seen
+    assert seen["activation"] == 2, seen
+
+
+@pytest.mark.parametrize("make", [small_bridge, small_hooked])
+def test_every_feature_of_a_crosscoder_is_patched_exactly(make: Callable[[], Small]) -> None:
+    """Against one hooked forward pass for each patch, in which each layer is set to its base value plus the change."""
+    small = make()
+    state = learned("CrossCoder")
+    state["encoder.weight"] *= 0.3
+    weights = [state[name] for name in ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")]
+    effects = fp.rank_features(small.model, fp.dictionaries.Crosscoder(*weights, hook=STREAM), pairs_of(small), progress=False)
+    runs = [activations(small, tokens, STREAM) for tokens in (small.clean, small.corrupted)]
+    seen = {"feature": 0, "activation": 0}
+    for row, pair, value in zip(effects.row, effects.pair, effects.denoised, strict=True):
+        node = effects.nodes[row]
+        if node.kind == "feature":
+            clean, corrupted = (crosscoded(state, run[pair].transpose(0, 1))[0][:, 0, node.index] for run in runs)
+            moved = torch.einsum("p,ld->lpd", clean - corrupted, state["decoder.weight"][:, node.index])
+        elif node.kind == "activation" and node.site not in STREAM:
+            moved = runs[0][pair] - runs[1][pair]
+        else:
+            continue
+        seen[node.kind] += 1
+        reached = {
+            name: lambda there, change=moved[at], base=runs[1][pair, at]: torch.where((change != 0).any(-1)[:, None], base + change, there)
+            for at, name in enumerate(STREAM)
+        }  # fmt: skip
+        assert value == pytest.approx(metric_of(small, int(pair), reached), abs=EXACT), node
+    assert seen["feature"] >= 3, seen
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub with a CLT, a crosscoder and an SAE, of which only the files that are asked for are there; lists the requests."""
+    clt = tmp_path / "hub" / "mntss" / "clt-gemma-2-2b-2.5M"
+    save_clt(clt)
+    save_clt(tmp_path / "hub" / "someone" / "clts" / "small")
+    cfg, state = open_moss("relu", "inference")
+    (tmp_path / "hub" / "someone" / "moss" / "layers").mkdir(parents=True)
+    (tmp_path / "hub" / "someone" / "moss" / "layers" / "config.json").write_text(json.dumps(cfg))
+    save_file(state, tmp_path / "hub" / "someone" / "moss" / "layers" / "sae_weights.safetensors")
+    (tmp_path / "hub" / "someone" / "other").mkdir(parents=True)
+    requests: list[str] = []
+
+    def snapshot(repository: str, *, allow_patterns: list[str]) -> str:
+        requests.append(repository)
+        source, cache = tmp_path / "hub" / repository, tmp_path / "cache" / repository
+        if not source.is_dir():
+            raise FileNotFoundError(repository)
+        for file in source.rglob("*"):
+            name = file.relative_to(source).as_posix()
+            if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                (cache / name).write_bytes(file.read_bytes())
+        cache.mkdir(parents=True, exist_ok=True)
+        return str(cache)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise FileNotFoundError(args)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot)
+    monkeypatch.setattr(loading.SAE, "from_pretrained", refuse)
+    monkeypatch.setattr(loading, "list_repo_files", refuse)
+    return requests
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_7", "CrossLayerTranscoder"),
+        ("mntss/clt-gemma-2-2b-2.5M", "CrossLayerTranscoder"),
+        ("someone/clts/small", "CrossLayerTranscoder"),
+        ("someone/moss/layers", "Crosscoder"),
+    ],
+)
+def test_names_of_the_hub(hub: list[str], tmp_path: Path, name: str, kind: str) -> None:
+    """The whole dictionary, also where sae-lens has only single layers with summed decoders."""
+    source = fp.load_sae(name, dtype="float32")
+    assert type(source).__name__ == kind
+    folder = tmp_path / "hub" / ("mntss/clt-gemma-2-2b-2.5M" if name.startswith("mntss") else name)
+    assert codec_of(source).digest() == codec_of(fp.load_sae(folder, dtype="float32")).digest()
+    assert len(set(hub)) == 1
+
+
+def test_other_names_of_the_hub(hub: list[str]) -> None:
+    for name in ("someone/other", "someone/nothing", "gpt2-small-res-jb/blocks.8.hook_resid_pre"):
+        with pytest.raises(fp.FeatpatchError, match="there is no SAE 'someone/|the SAE 'gpt2.* can't be loaded"):
+            fp.load_sae(name)
+    assert hub == ["someone/other", "someone/nothing"], "nothing is asked for a release of the registry"
+
+
+Damage = Callable[[Path], object]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def rewrite(file: Path, **tensors: torch.Tensor | None) -> None:
+    """Change tensors in a file; None removes one."""
+    state = load_file(file) | tensors
+    save_file({name: value for name, value in state.items() if value is not None}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda clt: cut(clt / "W_enc_1.safetensors"), "W_enc_1.safetensors' can't be read"),
+        (lambda clt: cut(clt / "W_dec_1.safetensors"), "W_dec_1.safetensors' can't be read"),
+        (lambda clt: (clt / "W_dec_2.safetensors").unlink(), "lacks W_dec_2.safetensors: expected W_enc_N"),
+        (lambda clt: (clt / "W_enc_0.safetensors").unlink(), "lacks W_enc_0.safetensors: expected W_enc_N"),
+        (
+            lambda clt: rewrite(clt / "W_enc_1.safetensors", b_enc_1=None),
+            "W_enc_1.safetensors' holds W_enc_1, b_dec_1: expected",
+        ),
+        (lambda clt: rewrite(clt / "W_enc_1.safetensors", W_skip_1=random(2)), "holds W_enc_1, W_skip_1.*and nothing else"),
+        (lambda clt: rewrite(clt / "W_enc_1.safetensors", threshold_1=random(FEATURES)), "thresholds for some layers only"),
+        (lambda clt: rewrite(clt / "W_enc_1.safetensors", b_enc_1=random(4)), r"b_enc has the shapes \[\[5\], \[4\], \[5\]\]"),
+        (lambda clt: rewrite(clt / "W_enc_1.safetensors", W_enc_1=random(4, WIDTH)), r"/clt': W_enc\[1\] is \[4, 16\]"),
+        (lambda clt: rewrite(clt / "W_dec_1.safetensors", W_dec_1=random(FEATURES, 3, OUT)), r"W_dec\[1\] is \[5, 3, 12\]"),
+        (lambda clt: rewrite(clt / "W_dec_0.safetensors", W_dec_0=torch.zeros(FEATURES, 3, OUT, dtype=torch.int8)), "int8"),
+        (
+            lambda clt: rewrite(clt / "W_enc_0.safetensors", W_enc_0=random(FEATURES, WIDTH) * torch.inf),
+            "W_enc_0.safetensors': .* values of W_enc_0 are NaN or infinite",
+        ),
+        (lambda clt: (clt / "config.yaml").write_text("a: [1"), "config.yaml' can't be read"),
+        (
+            lambda clt: (clt / "config.yaml").write_text("feature_input_hook: hook_mlp_in"),
+            r"/clt': the files do not say which hook points the dictionary writes: pass hook_out=, a list",
+        ),
+        (
+            lambda clt: (clt / "config.yaml").write_text("feature_input_hook: [1]"),
+            "which hook points the dictionary reads: pass",
+        ),
+    ],
+)
+@pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "in files"])
+def test_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, message: str, lazy: bool) -> None:
+    save_clt(tmp_path / "clt")
+    damage(tmp_path / "clt")
+    if lazy:
+        monkeypatch.setattr(cross_formats, "KEPT", {"encoders": 0, "decoders": 0})
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load_sae(tmp_path / "clt")
+
+
+def test_what_happens_to_files_after_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not finite, and files that went away, are found when they are read."""
+    tensors = save_clt(tmp_path / "clt")
+    decoder = tensors["W_dec_1"].clone()
+    decoder[3, 0, 0] = torch.nan
+    rewrite(tmp_path / "clt" / "W_dec_1.safetensors", W_dec_1=decoder)
+    with pytest.raises(fp.FeatpatchError, match="1 of .* values of W_dec_1 are NaN or infinite"):
+        fp.load_sae(tmp_path / "clt")
+    monkeypatch.setattr(cross_formats, "KEPT", {"encoders": 0, "decoders": 0})
+    codec = codec_of(fp.load_sae(tmp_path / "clt"))
+    assert codec.rows(torch.tensor([FEATURES + 2])).isfinite().all()
+    with pytest.raises(fp.FeatpatchError, match="W_dec_1.safetensors': 1 of .* values of W_dec_1 are NaN or infinite"):
+        codec.rows(torch.tensor([FEATURES + 3]))
+    (tmp_path / "clt" / "W_dec_2.safetensors").unlink()
+    with pytest.raises(fp.FeatpatchError, match="W_dec_2.safetensors' can't be read .* leave it in its place"):
+        codec.rows(torch.tensor([2 * FEATURES]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hook": MID[:2]}, "expected a list of 3 names of hook points"),
+        ({"hook": MID[0]}, "expected a list of 3 names of hook points"),
+        ({"hook": [MID[1], MID[0], MID[2]]}, "expected different hook points, one for each layer, from the lowest layer up"),
+        ({"hook": [MID[0], MID[0], MID[2]]}, "expected different hook points, one for each layer, from the lowest layer up"),
+        ({"hook": [MID[0], STREAM[0], MID[2]]}, "expected different hook points, one for each layer"),
+        ({"hook": ["hook_embed", *MID[1:]]}, "site 'hook_embed' is not inside a layer"),
+        ({"hook": ["blocks.1.hook_resid_mid", "blocks.2.hook_resid_mid", "blocks.3.hook_resid_mid"]}, "to write at or above"),
+        ({"b_enc": random(FEATURES)}, r"b_enc is \[5\] and b_dec \[3, 16\]: expected \[layers, features\]"),
+        ({"b_dec": random(2, WIDTH)}, r"b_dec is \[2, 16\] of torch.float64: expected a tensor \[3, 16\]"),
+        ({"W_enc": random(2, FEATURES, WIDTH)}, "W_enc is 2 of them: expected one matrix for each of the 3 layers"),
+        (
+            {"W_dec": [random(FEATURES, 3, WIDTH)] * 3},
+            r"W_dec\[1\] is \[5, 3, 16\] of torch.float64: expected a tensor \[5, 2, 16\]",
+        ),
+        ({"threshold": random(FEATURES)}, r"threshold is \[5\]"),
+        ({"skip": random(LAYERS, WIDTH)}, r"skip is \[3, 16\]"),
+        ({"activation": "gelu"}, "activation='gelu': expected one of relu, jumprelu, jump, topk"),
+        ({"activation": "jumprelu"}, "activation='jumprelu' without threshold"),
+        ({"activation": "relu", "threshold": random(LAYERS, FEATURES)}, "activation='relu' with threshold"),
+        ({"activation": "topk"}, "activation='topk', k=None: expected k from 1 to 5"),
+        ({"k": 6}, "activation='topk', k=6: expected k from 1 to 5"),
+        ({"k": True}, "k=True: expected k from 1 to 5"),
+        ({"b_dec": torch.full((LAYERS, WIDTH), torch.nan, dtype=torch.float64)}, "48 of 48 values of b_dec are NaN"),
+    ],
+)
+def test_transcoders_that_are_none(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        simple_clt(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hook": STREAM}, "hook=.*: expected a list of 2 names of hook points"),
+        ({"hook": [STREAM[1], STREAM[0]]}, "expected different hook points from the lowest layer up"),
+        ({"hook_out": None}, "hook_out=.*: expected a list of 3 names"),
+        ({"W_enc": random(WIDTH, FEATURES)}, r"W_enc is \[16, 5\] and b_dec \[3, 12\]: expected \[inputs, d_in, features\]"),
+        ({"W_dec": random(LAYERS, 4, OUT)}, r"W_dec is \[3, 4, 12\] of torch.float64: expected a tensor \[3, 5, 12\]"),
+        ({"b_enc": random(4)}, r"b_enc is \[4\]"),
+        ({"threshold": random(2, FEATURES)}, r"threshold is \[2, 5\] of torch.float64: expected a tensor \[3, 5\]"),
+        ({"k": 2, "scale": random(4)}, r"scale is \[4\]"),
+    ],
+)
+def test_crosscoders_that_are_none(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FeatpatchError, match=message):
+        simple_crosscoder(**options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sae_type": "lorsa"}, "sae_type='lorsa', .* expected a 'crosscoder' of OpenMOSS"),
+        ({"hook_points": "all"}, "hook_points='all': expected a 'crosscoder' of OpenMOSS and the names"),
+        ({"hook_points": STREAM[:2]}, r"the weights are \w+.*: expected W_E"),
+        ({"hook_points": ["hook_embed", *STREAM[1:]]}, "the weights are .*: expected W_E"),
+        ({"act_fn": "batchtopk"}, "act_fn='batchtopk', .* others depend on the other prompts"),
+        ({"norm_activation": "token-wise"}, "norm_activation='token-wise': expected .* or 'inference'"),
+        ({"act_fn": "jumprelu"}, "the weights are .*: expected .*log_jumprelu_threshold"),
+        ({"act_fn": "topk", "top_k": 9}, "activation='topk', k=9: expected k from 1 to 5"),
+    ],
+)
+def test_settings_of_open_moss_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    cfg, state = open_moss("relu", "dataset-wise")
+    (tmp_path / "config.json").write_text(json.dumps(cfg | changed))
+    save_file(state, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"encoder.bias": None}, "the crosscoder has .*: expected encoder.weight, encoder.bias"),
+        ({"mystery": random(2)}, "the crosscoder has .*: expected encoder.weight, .* and perhaps"),
+        ({"encoder.weight": random(WIDTH, FEATURES)}, r"encoder.weight \[16, 5\]"),
+        ({"decoder.weight": random(LAYERS, 4, WIDTH)}, "': W_dec is .3, 4, 16.|do not go together"),
+        ({"code_normalization_id": torch.tensor(9)}, "code_normalization_id is 9: expected 1 to 5"),
+        ({"activation_mean": random(2, WIDTH), "activation_std": random(2, WIDTH)}, "normalises 2: expected equal numbers"),
+        ({"threshold": random(3, 3)}, "': the weights do not|do not go together|threshold is"),
+    ],
+)
+def test_crosscoders_of_dictionary_learning_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    state = learned("BatchTopKCrossCoder") | changed
+    save_crosscoder(tmp_path, "BatchTopKCrossCoder", {name: value for name, value in state.items() if value is not None})
+    with pytest.raises(fp.FeatpatchError, match=message):
+        fp.load_sae(tmp_path, hook=STREAM)
+    with pytest.raises(fp.FeatpatchError, match=r"do not say which hook points|expected|do not go together"):
+        fp.load_sae(tmp_path)
+
+
+def test_options_that_do_not_fit(tmp_path: Path, bridge: Small) -> None:
+    clt = simple_clt()
+    clt.save(tmp_path / "clt")
+    for options, message in (
+        (
+            {"norm_scaling_factor": 2.0},
+            "norm_scaling_factor=2.0: expected None, because CrossLayerTranscoder of 3 x 5 features",
+        ),
+        ({"dtype": "int8"}, "dtype='int8': expected one of float64"),
+        ({"hook": []}, r"hook=\[\]: expected the name of a hook"),
+        ({"hook": STREAM[0]}, "expected a list of 3 names"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.load_sae(tmp_path / "clt", **options)
+    bridge.saes[0].save_model(tmp_path / "sae")
+    with pytest.raises(fp.FeatpatchError, match="expected one name each, because .*sae' is no dictionary over several layers"):
+        fp.load_sae(tmp_path / "sae", hook=[STREAM[0]])
+    for source in (simple_clt(skip=random(LAYERS, WIDTH, WIDTH)), simple_clt(hook=MID[:2] + STREAM[2:])):
+        with pytest.raises(fp.FeatpatchError, match="expected no skip path, and the same hook point in every layer"):
+            source.save(tmp_path / "refused")
+    with pytest.raises(fp.FeatpatchError, match="values of b_dec_0 are NaN or infinite: .* than float16"):
+        simple_clt(b_dec=random(LAYERS, WIDTH) * 1e6).save(tmp_path / "half", dtype="float16")
+    with pytest.raises(fp.FeatpatchError, match="reads 48 values and the activations at .* together have 48|writes 36 values"):
+        fp.rank_features(bridge.model, simple_crosscoder(), pairs_of(bridge))

@@ -418,7 +418,6 @@ def test_objects_that_are_passed_as_they_are(bridge: Small) -> None:
             fp.rank_features(bridge.model, library, pairs_of(bridge))
     for other, message in (
         (libraries.TranscoderSet(), r"a transcoder for each layer: .* adapt one, such as saes\[3\]"),
-        (libraries.CrossLayerTranscoder(), "CLTs., .* are not supported"),
         (SingleLayerTranscoder(torch.sigmoid), "the activation function sigmoid: expected relu, JumpReLU or TopK"),
         (SingleLayerTranscoder(), "does not say at which hook the dictionary writes: pass hook_out='blocks.N.hook_mlp_out'"),
     ):
@@ -510,11 +509,13 @@ def test_a_layer_of_a_clt_is_recognised(bridge: Small, monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="model_from_pretrained_kwargs"):
         again = fp.load_sae(tmp_path / "saved")
     for each in (sae, again):
-        with pytest.raises(fp.FeatpatchError, match=r"one layer of a cross-layer transcoder .*CLTs., .* are not supported"):
+        with pytest.raises(fp.FeatpatchError, match=r"summed .* a single layer of a cross-layer transcoder .* fp.load_sae"):
             fp.rank_features(bridge.model, each, pairs_of(bridge))
-    for name in ("", "W_enc_1.safetensors", "W_enc_1"):
-        with pytest.raises(fp.FeatpatchError, match=r"CLTs., .* are not supported"):
+    for name in ("W_enc_1.safetensors", "W_enc_1"):
+        with pytest.raises(fp.FeatpatchError, match=r"a single layer of a cross-layer transcoder .*, here '.*/clt'"):
             fp.load_sae(tmp_path / "clt" / name)
+    with pytest.raises(fp.FeatpatchError, match=r"lacks W_enc_0.safetensors, W_dec_0.safetensors: expected"):
+        fp.load_sae(tmp_path / "clt")
 
 
 def test_a_clt_of_gemma_scope_2(tmp_path: Path) -> None:
@@ -522,7 +523,7 @@ def test_a_clt_of_gemma_scope_2(tmp_path: Path) -> None:
     libraries.save_gemma_scope_2(JUMP(), tmp_path / "clt")
     weights = load_file(tmp_path / "clt" / "params.safetensors")
     save_file({**weights, "w_dec": torch.zeros(24, 3, 16)}, tmp_path / "clt" / "params.safetensors")
-    with pytest.raises(fp.FeatpatchError, match=r"CLTs., .* are not supported"):
+    with pytest.raises(fp.FeatpatchError, match="a single layer of a cross-layer transcoder"):
         fp.load_sae(tmp_path / "clt")
 
 

@@ -151,3 +151,58 @@ def test_a_journal_of_joint_patches(bridge: Small, tmp_path: Path) -> None:
 def test_what_is_refused(bridge: Small, patch: tuple[fp.Node, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.rank_nodes(bridge.model, pairs_of(bridge), [fp.Patch(patch)], saes=bridge.at(RESID), progress=False, **options)
+
+
+def across(small: Small, combine: Any) -> dict[str, Any]:
+    return {"model": small.model, "saes": saes(small), "pairs": pairs_of(small), "combine": combine, "progress": False}
+
+
+def joint_recovery(small: Small, sets: list[tuple[fp.Node, ...]], combine: Any) -> np.ndarray[Any, Any]:
+    patches = [fp.Patch(nodes) for nodes in sets]
+    return fp.rank_nodes(
+        small.model, pairs_of(small), patches, saes=saes(small), combine=combine, progress=False
+    ).pooled("recovery")  # fmt: skip
+
+
+@pytest.mark.parametrize("combine", [None, "add"])
+def test_interactions_across_layers(small: Small, combine: Any) -> None:
+    alone = fp.rank_features(small.model, saes(small), pairs_of(small), positions=["there"], progress=False)
+    nodes = [alone.where(sae=sae).top(2, kind="feature").nodes[n] for sae, n in ((RESID, 0), (LAST, 0), (RESID, 1))]
+    table = fp.interactions(**across(small, combine), features=nodes, position="there", directions=["denoising"])
+    single = joint_recovery(small, [(node,) for node in nodes], combine)
+    for row in table.itertuples():
+        both = joint_recovery(small, [(row.one, row.other)], combine)[0]
+        assert row.recovery == pytest.approx(both, abs=1e-9)
+        left = both - single[nodes.index(row.one)] - single[nodes.index(row.other)]
+        assert row.recovery_interaction == pytest.approx(left, abs=1e-9)
+    assert len(table) == 3
+    with pytest.raises(fp.FeatpatchError, match="expected features at this position; pass position='there'"):
+        fp.interactions(**across(small, combine), features=nodes)
+
+
+def test_features_of_all_layers_are_selected_together(small: Small) -> None:
+    """The greedy selection by hand, from joint patches of each candidate with those chosen before."""
+    options = across(small, "add")
+    chosen = fp.select_features(**options, candidates=12, most=3, target=9.0, position="there")
+    alone = fp.rank_features(small.model, saes(small), pairs_of(small), positions=["there"], progress=False)
+    pool, expected, best = list(alone.top(12, kind="feature").nodes), list[fp.Node](), 0.0
+    while len(expected) < 3:
+        values = joint_recovery(small, [(*expected, node) for node in pool], "add")
+        if expected and values.max() <= best:
+            break
+        best = float(values.max())
+        expected.append(pool.pop(int(values.argmax())))
+    assert list(chosen.features) == list(chosen.nodes) == expected
+    assert chosen.effects.pooled("recovery")[-1] == pytest.approx(best, abs=1e-9)
+    assert {node.sae for node in alone.top(12, kind="feature").nodes} == {RESID, LAST}
+
+
+def test_the_top_features_of_all_layers_together(small: Small) -> None:
+    curve = fp.top_k_curve(**across(small, None), across=True, most=4, positions=["there", "pieces"])
+    for position in ("there", "pieces"):
+        nodes = curve.features["all SAEs", position]
+        assert {node.sae for node in nodes} <= {RESID, LAST}
+        expected = joint_recovery(small, [tuple(nodes[:k]) for k in (1, 2, 3, 4)], None)
+        rows = curve.table().query(f"position == '{position}'")
+        np.testing.assert_allclose(rows["recovery"], expected, rtol=0, atol=1e-9)
+        assert rows["k"].tolist() == [1, 2, 3, 4]

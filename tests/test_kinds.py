@@ -468,7 +468,7 @@ def test_a_layer_of_a_cross_layer_transcoder_is_refused(bridge: Small) -> None:
     """What sae-lens loads as one layer has the decoders of all later layers summed; it says so in no other field."""
     sae = TRANSCODERS["transcoder"]("blocks.1.hook_resid_mid", 16, "blocks.1.hook_mlp_out", 16)
     sae.cfg.metadata.neuronpedia_id = "gemma-2-2b/0-clt-hp"
-    with pytest.raises(fp.FeatpatchError, match="one layer of a cross-layer transcoder .* summed"):
+    with pytest.raises(fp.FeatpatchError, match="summed .* a single layer of a cross-layer transcoder"):
         fp.rank_features(bridge.model, sae, pairs_of(bridge))
 
 

@@ -202,7 +202,8 @@ def test_with_a_hub_that_does_not_answer(hub: Hub, tmp_path: Path) -> None:
         (f"{RELEASE}/blocks.77", "has no SAE 'blocks.77': expected one of its 13, such as gpt2-small-res-jb/blocks.0"),
         (RELEASE, "release 'gpt2-small-res-jb' has no SAE ''"),
         ("gpt2-small-res", r"there is no SAE 'gpt2-small-res': expected a folder .* \(releases such as gpt2-small-res-jb"),
-        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_0", "one layer of a cross-layer transcoder .* summed"),
+        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_0", "the SAE .*layer_0' can't be loaded"),
+        ("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_99", "has no SAE 'layer_99': expected one of its 26"),
     ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:

@@ -231,9 +231,10 @@ def test_errors(small: Small) -> None:
     for call, message in (
         (lambda: fp.top_k_curve(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
         (lambda: fp.select_features(model, sae, pairs, target=0.0), "target=0.0, candidates=64"),
-        (lambda: fp.select_features(model, two, pairs), "there are 2 SAEs: expected exactly one"),
         (lambda: fp.select_features(model, sae, pairs, position=1, progress=False), "no feature of .* differs between the runs at 1"),
-        (lambda: fp.interactions(model, two, pairs), "there are 2 SAEs"),
+        (lambda: fp.interactions(model, two, pairs, features=[1, 2]), r"features=\[1, 2\]: expected .* as nodes of kind 'feature'"),
+        (lambda: fp.interactions(model, sae, pairs, combine="add"), "combine='add': expected None"),
+        (lambda: fp.interactions(model, two, pairs, combine="sum"), "combine='sum': expected one of add, set"),
         (lambda: fp.interactions(model, sae, pairs, features=[1, 1]), r"features=\[1, 1\]: expected at least two features"),
         (lambda: fp.interactions(model, sae, pairs, features=[1, 24]), "from 0 to 23"),
         (lambda: fp.random_controls(model, sae, pairs, n=0), "n=0: expected an integer, 1 or more"),

@@ -36,7 +36,9 @@ def hooked_logits(model: Any, tokens: torch.Tensor, changes: Mapping[str, Mappin
         def change(activation: torch.Tensor, hook: Any) -> torch.Tensor:
             new = activation.clone()
             for position, delta in changes[name].items():
-                arriving = activation[0, position] if added_to is None else seen[added_to][0, position] + activation[0, position]
+                arriving = (
+                    activation[0, position] if added_to is None else seen[added_to][0, position] + activation[0, position]
+                )
                 start = base[name][0, position] if combine == "set" else arriving
                 new[0, position] = activation[0, position] + (start + delta.reshape(start.shape) - arriving)
             return new
@@ -69,7 +71,9 @@ def drawn(model: Any, run: BaseRun, names: Sequence[str], combine: Any, seed: in
     deltas = {}
     for number, name in enumerate(names):
         width = torch.Size(lens.shape(name)).numel()
-        rows = [(patch, p) for patch in range(PATCHES) for p in range(2, LENGTH) if (patch or number) and (p + patch + number) % 2]
+        rows = [
+            (patch, p) for patch in range(PATCHES) for p in range(2, LENGTH) if (patch or number) and (p + patch + number) % 2
+        ]
         patch, position = torch.tensor(rows).T
         values = torch.randn(len(rows), width, generator=generator, dtype=torch.float64)
         deltas[name] = Deltas.explicit(patch, position, values, PATCHES)

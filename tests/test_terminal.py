@@ -97,7 +97,7 @@ def selection(recovery: list[list[float]], degradation: list[float], target: flo
         nodes, np.ones(denoised.shape[1]), np.zeros(denoised.shape[1]), row, pair, denoised.ravel(), noised.ravel(),
         {"metric": "m", "directions": ["denoising", "noising"]},
     )  # fmt: skip
-    return Selection([7, 8, 9][: len(recovery)], effects, "recovery", target, float(denoised[-1].mean()) >= target)
+    return Selection([7, 8, 9][: len(recovery)], [], effects, "recovery", target, float(denoised[-1].mean()) >= target)
 
 
 SAME = Description("on", "word", 0.5, 10, 100, ("the [word] that",))

@@ -81,10 +81,9 @@ def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> 
     first, last = rows.nodes[0], sites.resid_post(shipped.model.cfg.n_layers - 1)
     sae = next(sae for sae in shipped.saes if first.sae.endswith(sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name))
     chosen = fp.select_features(shipped.model, sae, pairs, target=ENOUGH, position=first.position, progress=False)
-    selected = [fp.Node(first.site, "feature", index, first.position, first.sae) for index in chosen.features]
-    fires = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *selected], shipped.text())
+    fires = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *chosen.nodes], shipped.text())
     place = f"{sites.short_dictionary(first.sae)} @ {first.position}" + " (after the last layer)" * (first.site == last)
-    yield f"\n{selected_together(chosen, place, [fires[node] for node in selected])}\n"
+    yield f"\n{selected_together(chosen, place, [fires[node] for node in chosen.nodes])}\n"
     yield f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
     yield ranked(rows)
     yield "\n".join(["\nwhat the features detect:", *firing({node: fires[node] for node in rows.nodes})])

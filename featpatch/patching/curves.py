@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from featpatch.effects.collector import concatenated
 from featpatch.effects.selection import measured_effect
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
-from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Position
+from featpatch.nodes import DIRECTIONS, EFFECTS, TOGETHER, Combine, Direction, Effect, Node, Patch, Position
 from featpatch.page.page import Plotted
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.features import feature_study
+from featpatch.patching.features import feature_study, singly
+from featpatch.patching.joint import node_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import Noise
 from featpatch.patching.sets import MOST, SetPart
@@ -26,6 +28,9 @@ Key = tuple[str, Position]
 """The name of a dictionary and a position."""
 
 
+ALL = "all SAEs"
+"""The name that stands for all dictionaries together."""
+
 SHOWN = 12
 """The largest number of dictionaries and positions that the `repr` of a curve names."""
 
@@ -35,7 +40,8 @@ class Curve(Plotted):
     """The effects of the top k features together, by dictionary and position.
 
     Attributes:
-        features: the features of each dictionary and position, ordered by the effect of each alone.
+        features: the features of each dictionary and position, ordered by the effect of each alone: indices for a single SAE,
+            otherwise nodes.
         single: the effects of single features, on the same pairs as the sets.
         sets: the effects of the sets, in rows of kind `set`; set n holds the first `sizes[n]` features.
         sizes: the number k of features in each set, by dictionary and position.
@@ -48,7 +54,7 @@ class Curve(Plotted):
         'features together'
     """
 
-    features: Mapping[Key, Sequence[int]]
+    features: Mapping[Key, Sequence[int] | Sequence[Node]]
     single: Effects
     sets: Effects
     sizes: Mapping[Key, Sequence[int]]
@@ -122,9 +128,13 @@ def top_k_curve(
     metric: Metrics = "logit_diff",
     batch_rows: int | None = None,
     noise: Noise | None = None,
+    across: bool = False,
+    combine: Combine | None = None,
     progress: bool = True,
 ) -> Curve:
     """Measure the exact effects of the top k features together, k = 1, 2, ..., for each dictionary and position.
+
+    With `across`, features of all dictionaries compete, and the top k of all are patched together.
 
     For controls with the same number of features, pass other dictionaries at the same hook point along with the SAE:
     `fp.dictionaries.identity(model, site)` (coordinates) or `fp.dictionaries.pca(model, site, pairs)`.
@@ -132,6 +142,8 @@ def top_k_curve(
     Args:
         by: the effect by which features are ranked.
         most: the number of features in the largest set; k grows by a sixth from 12 on.
+        across: whether to rank and patch the features of all dictionaries together.
+        combine: what a patch of features at several hook points means, as in `rank_nodes`.
         rank_on: pairs on which single features are ranked; `pairs` by default, which makes the curve look better than it is.
         model, saes, pairs, positions, directions, metric, batch_rows, noise, progress: as in `rank_features`.
 
@@ -156,25 +168,51 @@ def top_k_curve(
             f"by={by!r} with directions={list(directions)}: expected 'recovery' (denoising) or 'degradation' (noising), and "
             "its direction among directions"
         )
-    options = Options(positions, directions, metric, batch_rows, noise)
-    study, found = feature_study(model, saes, pairs, options)
+    check_kinds(bool, across=across)
+    options = Options(positions, directions, metric, batch_rows, noise, combine)
+    study, found = feature_study(model, saes, pairs, singly(model, saes, options))
     single = study.complete(progress=progress)
     ranking = single
     if rank_on is not None:
-        others, _ = feature_study(model, saes, rank_on, options)
+        others, _ = feature_study(model, saes, rank_on, singly(model, saes, options))
         ranking = others.complete(progress=progress)
-    features: dict[Key, list[int]] = {}
+    features: dict[Key, list[Node]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:
-        best = features.setdefault((node.sae, node.position), [])
-        if len(best) < most and node.index is not None:
-            best.append(node.index)
+        best = features.setdefault((ALL if across else node.sae, node.position), [])
+        if len(best) < most:
+            best.append(node)
     sizes = {key: _sizes(len(best)) for key, best in features.items()}
+    alone = [d for d in found if len(d.outputs) == 1 and not across]
     parts = []
-    for dictionary in found:
+    for dictionary in alone:
         own = {position: best for (name, position), best in features.items() if name == dictionary.name}
-        sets = {position: [best[:k] for k in sizes[dictionary.name, position]] for position, best in own.items()}
+        sets = {
+            position: [[dictionary.number(node) for node in best[:k]] for k in sizes[dictionary.name, position]]
+            for position, best in own.items()
+        }
         parts.append(SetPart(dictionary, sets))
-    return Curve(features, single, replace(study, parts=parts).complete(progress=progress), sizes)
+    tables = [replace(study, parts=parts).complete(progress=progress)] if parts else []
+    names = {dictionary.name for dictionary in alone}
+    if joined := {key: best for key, best in features.items() if key[0] not in names}:
+        several = replace(options, positions="all")
+        asked = {key: [Patch(tuple(best[:k])) for k in sizes[key]] for key, best in joined.items()}
+        joint_study, _ = node_study(model, saes, pairs, [patch for some in asked.values() for patch in some], several)
+        tables.append(_named_sets(joint_study.complete(progress=progress), asked))
+    if not tables:
+        raise FeatpatchError("no feature differs between the runs at these positions: expected at least one; choose others")
+    shown = {key: [node.index or 0 for node in best] if key[0] in names else best for key, best in features.items()}
+    return Curve(shown, single, concatenated(tables), sizes)
+
+
+def _named_sets(effects: Effects, asked: Mapping[Key, Sequence[Patch]]) -> Effects:
+    """Return the table of joint patches with each row named by dictionary, position and the number of its set."""
+    names = [
+        Node(f"{sae}{TOGETHER}", "set", number, position, sae)
+        for (sae, position), some in asked.items()
+        for number in range(len(some))
+    ]
+    others = {name: _named_sets(effects.for_metric(name), asked) for name in effects.others}
+    return replace(effects, nodes=tuple(names[node.index or 0] for node in effects.nodes), others=others)
 
 
 def _sizes(most: int) -> list[int]:

@@ -84,6 +84,8 @@ def choose(
                 f"node {str(node)!r}: the first dimension of the activation there is not the position: expected a hook such "
                 "as hook_z; to patch attention patterns, call rank_components(sites=['pattern'])"
             )
+        if dictionary is not None:
+            site = dictionary.writes  # the only one, or else an error
         width = dictionary.d_sae if dictionary else prod(lens.shape(site))
         key = (site, dictionary.name if dictionary else "")
         empty = Chosen(site, dictionary, *(torch.zeros(length, *shape, dtype=torch.bool) for shape in ((width,), ())))

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Position
 from featpatch.pairs.pair import Positions
@@ -136,6 +136,15 @@ def feature_study(
     if combined := combined_by(found, options.combine):
         about["combine"] = combined
     return Study.of(lens, [FeaturePart(found, only, options.combine)], about, pairs, options), found
+
+
+def singly(model: Any, saes: Any, options: Options) -> Options:
+    """Return the options for patches of single features, given those for patches of several dictionaries together."""
+    found = dictionaries(wrap(model), saes)
+    joint = len(found) > 1 and all(len(dictionary.outputs) == 1 for dictionary in found)
+    if joint and options.combine is not None:
+        check_choices(get_args(Combine), combine=options.combine)
+    return replace(options, combine=None) if joint else options
 
 
 def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options: Options) -> tuple[Study, Dictionary]:

@@ -1,6 +1,10 @@
-"""Sets of features that are patched together: interactions of two, and the greedy selection of a small set."""
+"""Sets of features that are patched together: interactions of two, and the greedy selection of a small set.
 
-from collections.abc import Mapping, Sequence
+Sets of one dictionary at one hook point are patches there (`SetPart`); sets across dictionaries, or of features that write to
+several hook points, are joint patches, as in `rank_nodes`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -16,20 +20,20 @@ from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_kinds, is_integer, is_number
 from featpatch.frame import Frame
-from featpatch.nodes import DIRECTIONS, EFFECTS, Direction, Effect, Node, Position
+from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, split_ways
-from featpatch.patching.features import single_study
+from featpatch.patching.features import feature_study, singly
+from featpatch.patching.joint import node_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Options
+from featpatch.patching.study import Options, Study
+from featpatch.sae.dictionary import Dictionary, check_nodes
 
 MOST = 64
 """The default number of features in the largest set."""
-
-Sets = Mapping[Position, Sequence[Sequence[int]]]
-"""The sets of feature indices at each position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +41,10 @@ class SetPart(DictionaryPart):
     """Sets of features of one dictionary, at one position or several; the error and the other features are kept.
 
     Attributes:
-        sets: the sets.
+        sets: the sets of features at each position.
     """
 
-    sets: Sets
+    sets: Mapping[Position, Sequence[Sequence[int]]]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of sets, including those in which nothing differs."""
@@ -105,65 +109,149 @@ def _deltas(changes: Float[torch.Tensor, "sets span d"], span: Int[torch.Tensor,
     return Deltas.explicit(patch.cpu(), span[place.cpu()], changes[patch, place], len(changes))
 
 
+@dataclass(frozen=True)
+class Sets:
+    """Features of some dictionaries at one position, from which sets are made, and how these are measured.
+
+    Attributes:
+        study: the experiment in which each feature is patched alone.
+        found: the dictionaries.
+        ask: makes the experiment of some joint patches, given directions.
+        position: the position.
+    """
+
+    study: Study
+    found: Sequence[Dictionary]
+    ask: Callable[[Sequence[Patch], Sequence[Direction]], Study]
+    position: Position
+
+    @classmethod
+    def of(cls, model: Any, saes: Any, pairs: Pairs, position: Position, options: Options) -> "Sets":
+        """Make the experiment, after checking the input; `position` replaces the positions of `options`."""
+        at: Positions = "all" if position == "all" else [position]
+        options = replace(options, positions=at)
+        study, found = feature_study(model, saes, pairs, singly(model, saes, options))
+
+        def ask(patches: Sequence[Patch], directions: Sequence[Direction]) -> Study:
+            return node_study(model, saes, pairs, patches, replace(options, directions=directions))[0]
+
+        return cls(study, found, ask, position)
+
+    @property
+    def alone(self) -> bool:
+        """Whether all features belong to one dictionary, which writes at a single hook point."""
+        return len(self.found) == 1 and len(self.found[0].outputs) == 1
+
+    def shown(self, node: Node) -> int | Node:
+        """Return how a feature is shown: its index if there is one dictionary at a single hook point, else its node."""
+        return node.index if self.alone and node.index is not None else node
+
+    def measured(self, sets: Sequence[Sequence[Node]], directions: Sequence[Direction], *, progress: bool) -> Effects:
+        """Return the exact effects of sets, one row of kind `set` for each in which anything differs, by its number."""
+        if self.alone:
+            (dictionary,) = self.found
+            part = SetPart(dictionary, {self.position: [[dictionary.number(node) for node in some] for some in sets]})
+            study = replace(self.study, parts=[part], directions=check_directions(directions))
+        else:
+            study = self.ask([Patch(tuple(some)) for some in sets], directions)
+        return study.complete(progress=progress)
+
+
 def interactions(
     model: Any,
-    sae: Any,
+    saes: Any,
     pairs: Pairs,
     *,
-    features: Sequence[int] | None = None,
+    features: Sequence[int] | Sequence[Node] | Effects | None = None,
     top: int | None = None,
     position: Position = "all",
     directions: Sequence[Direction] = DIRECTIONS,
     metric: Metrics = "logit_diff",
+    combine: Combine | None = None,
     batch_rows: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure the exact pairwise interactions of features of one dictionary, and sort them by size, largest first.
+    """Measure the exact pairwise interactions of features, and sort them by size, largest first.
 
     For a positive effect, the interaction is below 0 if either feature is enough (an OR), above 0 if both are needed (an AND).
+    Features of different dictionaries and layers are patched together as in `rank_nodes`.
 
     Args:
-        features: indices of the features; by default the `top` features with the largest effect alone.
+        features: the features: indices for a single SAE, or nodes, such as those of a table of effects; by default the `top`
+            features with the largest effect alone.
         top: how many features to take if `features` is not given; 20 by default.
-        model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
+        position: where the features are patched; the positions of nodes that are given must be the same.
+        model, saes, pairs, directions, metric, combine, batch_rows, progress: as in `fp.select_features`.
 
     Returns:
-        One row per combination of two features: `one`, `other` and, for each effect, the effect of both together (`recovery`),
-        the `recovery_interaction` and its 95 % bootstrap interval over pairs (`_low`, `_high`).
+        One row per combination of two features: `one`, `other` (indices for a single SAE, otherwise nodes) and, for each
+        effect, the effect of both together (`recovery`), the `recovery_interaction` and its 95 % bootstrap interval over pairs
+        (`_low`, `_high`).
 
     Raises:
-        FeatpatchError: if the input is unusable, or there are several dictionaries or fewer than two features.
+        FeatpatchError: if the input is unusable, or there are fewer than two features.
 
     Examples:
         >>> table = fp.interactions(model, saes[0], pairs, top=3, position="S2", progress=False)
         >>> table[["one", "other", "recovery", "recovery_interaction"]].shape
         (3, 4)
+        >>> across = fp.interactions(model, saes, pairs, features=effects.top(3, kind="feature"), position="S2", progress=False)
+        >>> str(across["one"][0])
+        'blocks.1.hook_resid_pre feature 433 @ S2'
     """
     if features is not None and top is not None:
         raise FeatpatchError(f"top={top!r} with features: expected only one of them; leave top out")
-    study, dictionary = single_study(model, sae, pairs, position, Options("all", directions, metric, batch_rows))
+    asked = Sets.of(model, saes, pairs, position, Options("all", directions, metric, batch_rows, combine=combine))
     if features is None:
-        features = study.complete(progress=progress).top(20 if top is None else top, kind="feature").indices.tolist()
-    check_kinds(Sequence, features=features)
-    known = range(dictionary.d_sae)
-    if len(features) < 2 or not all(is_integer(f) and f in known for f in features) or len(set(features)) < len(features):
+        single = asked.study.complete(progress=progress)
+        nodes: Sequence[Node] = single.top(20 if top is None else top, kind="feature").nodes
+    else:
+        nodes = _given(asked, features)
+    if len(nodes) < 2 or len(set(nodes)) < len(nodes):
         raise FeatpatchError(
-            f"features={list(features)}: expected at least two features from 0 to {len(known) - 1}, each once, that differ "
-            "between the runs"
+            f"features={list(map(asked.shown, nodes))}: expected at least two features, each once, that differ between the runs"
         )
-    two = list(combinations(range(len(features)), 2))
-    sets = [[feature] for feature in features] + [[features[one], features[other]] for one, other in two]
-    effects = replace(study, parts=[SetPart(dictionary, {position: sets})]).complete(progress=progress)
-    table = Frame({"one": [features[one] for one, _ in two], "other": [features[other] for _, other in two]})
+    two = list(combinations(range(len(nodes)), 2))
+    sets = [[node] for node in nodes] + [[nodes[one], nodes[other]] for one, other in two]
+    effects = asked.measured(sets, directions, progress=progress)
+    table = Frame(
+        {"one": [asked.shown(nodes[one]) for one, _ in two], "other": [asked.shown(nodes[other]) for _, other in two]}
+    )
     for effect in effects.directions_run():
         change = np.zeros((len(sets), len(effects.clean)))
         change[effects.indices] = effects.changes(effect).toarray()
-        both = change[len(features) :]
+        both = change[len(nodes) :]
         left = both - change[[one for one, _ in two]] - change[[other for _, other in two]]
         table[effect], table[f"{effect}_interaction"] = both.sum(1) / effects.gap.sum(), left.sum(1) / effects.gap.sum()
         table[f"{effect}_interaction_low"], table[f"{effect}_interaction_high"] = interval(left, effects.gap).T
     first = f"{effects.directions_run()[0]}_interaction"
     return table.sort_values(first, key=abs, ascending=False, ignore_index=True)
+
+
+def _given(asked: Sets, features: Any) -> list[Node]:
+    """Return the nodes of features that the user names.
+
+    Raises:
+        FeatpatchError: one is unknown, or at another position.
+    """
+    given: list[Any] | None = None
+    if isinstance(features, (Sequence, Effects)):
+        given = list(features.nodes if isinstance(features, Effects) else features)
+    first = asked.found[0]
+    if given is not None and asked.alone and all(is_integer(each) and each in range(first.d_sae) for each in given):
+        return [first.node(int(each), asked.position) for each in given]
+    if given is None or not all(isinstance(each, Node) and each.kind == "feature" for each in given):
+        expected = f"indices from 0 to {first.d_sae - 1}, or nodes" if asked.alone else "nodes"
+        raise FeatpatchError(
+            f"features={given if given is not None else features!r}: expected at least two features, as {expected} of kind "
+            "'feature', such as effects.top(10, kind='feature')"
+        )
+    if other := next((node for node in given if node.position != asked.position), None):
+        raise FeatpatchError(
+            f"{str(other)!r} with position={asked.position!r}: expected features at this position; pass "
+            f"position={other.position!r}"
+        )
+    return check_nodes(asked.study.lens, given, asked.found, "features")
 
 
 SHOWN = 16
@@ -175,7 +263,8 @@ class Selection:
     """The result of `select_features`: features chosen one by one, each adding most to those chosen before.
 
     Attributes:
-        features: the features in the order in which they were chosen.
+        features: the features in the order in which they were chosen: indices for a single SAE, otherwise nodes.
+        nodes: the nodes of these features.
         effects: the effects of the growing sets in both directions; row n (kind `set`) is the first n + 1 features.
         effect, target: the effect and the share of the gap that were to be reached.
         reached: whether the target was reached.
@@ -186,7 +275,8 @@ class Selection:
         ('recovery', 2)
     """
 
-    features: Sequence[int]
+    features: Sequence[int] | Sequence[Node]
+    nodes: Sequence[Node]
     effects: Effects
     effect: Effect
     target: float
@@ -201,7 +291,7 @@ class Selection:
 
 def select_features(
     model: Any,
-    sae: Any,
+    saes: Any,
     pairs: Pairs,
     *,
     effect: Effect = "recovery",
@@ -210,29 +300,32 @@ def select_features(
     most: int = MOST,
     position: Position = "all",
     metric: Metrics = "logit_diff",
+    combine: Combine | None = None,
     batch_rows: int | None = None,
     progress: bool = True,
 ) -> Selection:
-    """Select features of one dictionary by greedy forward selection, until together they reach a share of the gap.
+    """Select features by greedy forward selection, until together they reach a share of the gap.
 
     Every step patches each candidate together with the features chosen before, exactly, and takes the best; the selection ends
     when no candidate adds anything. Greedy selection is not optimal, and the effect on the pairs used for selection is too
     optimistic: measure the selected features on other pairs.
 
     Args:
+        saes: one SAE, or several, whose features are then selected together, in any layers.
         effect: the effect to reach, `"recovery"` or `"degradation"`.
         target: the share of the gap to reach; 0.9 is 90 %.
         candidates: how many features take part, those with the largest effect alone. Features that are only needed together (an
             AND) have no effect alone; increase this to include them.
         most: the largest number of features to select.
         position: where the features are patched: `"all"`, a label or an index.
-        model, sae, pairs, metric, batch_rows, progress: as in `rank_features`, for one dictionary.
+        combine: what a patch of features at several hook points means, as in `rank_nodes`.
+        model, pairs, metric, batch_rows, progress: as in `rank_features`.
 
     Returns:
         The features in the order in which they were selected, with the effects of the growing sets in both directions.
 
     Raises:
-        FeatpatchError: if the input is unusable, there are several dictionaries, or no feature differs.
+        FeatpatchError: if the input is unusable, or no feature differs.
 
     Examples:
         >>> chosen = fp.select_features(model, saes[0], pairs, candidates=16, most=3, position="S2", progress=False)
@@ -245,22 +338,21 @@ def select_features(
             f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected effect to be 'recovery' or "
             "'degradation', target above 0 (such as 0.8), and candidates and most 1 or more"
         )
-    study, dictionary = single_study(model, sae, pairs, position, Options(metric=metric, batch_rows=batch_rows))
-    one_way = replace(study, directions=(EFFECTS[effect],))
-    single = one_way.complete(progress=progress)
-    pool: list[int] = single.top(candidates, by=effect, kind="feature").indices.tolist()
+    asked = Sets.of(model, saes, pairs, position, Options(metric=metric, batch_rows=batch_rows, combine=combine))
+    way = (EFFECTS[effect],)
+    single = replace(asked.study, directions=way).complete(progress=progress)
+    pool = list(single.top(candidates, by=effect, kind="feature").nodes)
     if not pool:
+        names = ", ".join(repr(dictionary.name) for dictionary in asked.found)
         raise FeatpatchError(
-            f"no feature of {dictionary.name!r} differs between the runs at {position!r}: expected at least one; choose "
-            "another position"
+            f"no feature of {names} differs between the runs at {position!r}: expected at least one; choose another position"
         )
-    chosen: list[int] = []
+    chosen: list[Node] = []
     reached = 0.0
     with tqdm(total=most, unit="feature", desc="selecting", disable=not progress) as bar:
         while pool and len(chosen) < most and (reached < target or not chosen):
-            sets = [[*chosen, feature] for feature in pool]
             values = np.zeros(len(pool))
-            tried = replace(one_way, parts=[SetPart(dictionary, {position: sets})]).complete(progress=False)
+            tried = asked.measured([[*chosen, node] for node in pool], way, progress=False)
             values[tried.indices] = tried.pooled(effect)
             best = int(values.argmax())
             if chosen and values[best] <= reached:
@@ -268,9 +360,9 @@ def select_features(
             reached = float(values[best])
             chosen.append(pool.pop(best))
             bar.update()
-    growing = [chosen[: size + 1] for size in range(len(chosen))]
-    effects = replace(study, parts=[SetPart(dictionary, {position: growing})]).complete(progress=False)
-    return Selection(chosen, effects, effect, target, reached >= target)
+    effects = asked.measured([chosen[: size + 1] for size in range(len(chosen))], DIRECTIONS, progress=False)
+    features: Any = list(map(asked.shown, chosen))
+    return Selection(features, chosen, effects, effect, target, reached >= target)
 
 
 def _fits(target: float, candidates: int, most: int) -> bool:

@@ -10,7 +10,6 @@
 Nothing is installed or run for it: files are read as tensors, numbers and text, and objects are recognised by their attributes.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +19,13 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from featpatch.errors import FeatpatchError
+from featpatch.files import read_json
 from featpatch.sae.clt import CrossLayerTranscoder
 from featpatch.sae.cross import Cross
 from featpatch.sae.crosscoder_formats import CROSSCODERS, Hook, Hooks, dictionary_learning, learned, open_moss, own_format
 from featpatch.sae.formats import library_of, settings_of, text_of
 from featpatch.sae.matrices import Matrix, Stored, stored
+from featpatch.sae.weights import LAYER_OF_CLT
 from featpatch.untrusted import short
 
 KEPT = {"encoders": 2**31, "decoders": 2**27}
@@ -49,9 +50,8 @@ def files_of(folder: Path) -> list[str]:
 
 def _kind(folder: Path) -> str | None:
     """Return the format of a folder, a key of `FORMATS`, or None."""
-    if _settings(folder, "config.yaml").get("model_kind") == "cross_layer_transcoder" or any(
-        folder.glob("W_enc_*.safetensors")
-    ):
+    traced = _settings(folder, "config.yaml").get("model_kind") == "cross_layer_transcoder"
+    if traced or any(folder.glob("W_enc_*.safetensors")):
         return "circuit-tracer"
     if (folder / "crosscoder.json").is_file():
         return "featpatch"
@@ -67,7 +67,7 @@ def _kind(folder: Path) -> str | None:
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     """Return the settings in a file; none if it is not there or, since it may belong to another dictionary, not readable."""
     try:
-        return settings_of(folder / name, yaml.safe_load if name.endswith(".yaml") else json.loads)
+        return settings_of(folder / name, yaml.safe_load if name.endswith(".yaml") else read_json)
     except FeatpatchError:
         return {}
 
@@ -84,14 +84,10 @@ def read(path: Path, hooks: Hooks = (None, None)) -> Cross | None:
     """
     if LAYER_FILE.fullmatch(path.name.removesuffix(".safetensors")) and not path.is_dir():
         if path.is_file() or path.with_name(f"{path.name}.safetensors").is_file():
-            raise FeatpatchError(
-                f"{str(path)!r} is one layer of a cross-layer transcoder (CLT), whose features write to several layers: "
-                f"expected the folder of all layers; load {str(path.parent)!r}"
-            )
+            raise FeatpatchError(f"{str(path)!r} is {LAYER_OF_CLT}, here {str(path.parent)!r}")
         return None
-    folder = (
-        path.parent if path.name in ("ae.pt", *(pattern for patterns, _ in FORMATS.values() for pattern in patterns)) else path
-    )
+    files = [file for patterns, _ in FORMATS.values() for file in patterns]
+    folder = path.parent if path.name in files else path
     kind = _kind(folder)
     if kind is None:
         return None
@@ -133,6 +129,11 @@ def _circuit_tracer(folder: Path, hooks: Hooks) -> CrossLayerTranscoder:
     layers = range(1 + max((int(match[2]) for match in names), default=-1))
     missing = [f"W_{way}_{layer}.safetensors" for layer in layers for way in ("enc", "dec")
                if not (folder / f"W_{way}_{layer}.safetensors").is_file()]  # fmt: skip
+    if isinstance(settings.get("transcoders"), list) and not names:
+        raise FeatpatchError(
+            f"{str(folder / 'config.yaml')!r} lists files in other places ({', '.join(map(str, settings['transcoders'][:2]))}, "
+            "...): expected W_enc_N.safetensors and W_dec_N.safetensors here; save the CLT with circuit-tracer's to_safetensors"
+        )
     if missing or not names:
         raise FeatpatchError(
             f"{str(folder)!r} lacks {', '.join(missing[:4]) or 'W_enc_0.safetensors'}: expected W_enc_N.safetensors and "

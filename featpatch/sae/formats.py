@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json
-from featpatch.sae.weights import UNSUPPORTED_CLT, Weights
+from featpatch.sae.weights import Weights
 from featpatch.untrusted import short
 
 LIBRARIES = {"dictionary_learning": "dictionary_learning", "sparsify": "sparsify", "circuit_tracer": "circuit-tracer"}
@@ -50,8 +50,6 @@ def of_object(source: Any) -> Weights | None:
     library, kind = library_of(source), type(source).__name__
     if library is None or (library == "dictionary_learning" and kind not in CLASSES):
         return None
-    if library == "circuit-tracer" and kind == "CrossLayerTranscoder":
-        raise FeatpatchError(f"the {kind} of circuit-tracer: {UNSUPPORTED_CLT}")
     if library == "circuit-tracer" and kind == "TranscoderSet":
         raise FeatpatchError(
             "a TranscoderSet of circuit-tracer holds a transcoder for each layer: expected a single transcoder; adapt one, "
@@ -320,11 +318,9 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     """Read the configuration of a set of transcoders.
 
     Raises:
-        FeatpatchError: the set is a cross-layer transcoder, or its files are elsewhere.
+        FeatpatchError: its files are elsewhere.
     """
     settings = settings_of(folder / "config.yaml", yaml.safe_load)
-    if settings.get("model_kind") == "cross_layer_transcoder":
-        raise FeatpatchError(f"{str(folder)!r}: {UNSUPPORTED_CLT}")
     files = settings.get("transcoders")
     if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):
         listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]
@@ -337,8 +333,6 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
 
 
 def _circuit_tracer_file(path: Path) -> Weights:
-    if re.fullmatch(r"W_(enc|dec)_\d+", path.stem):
-        raise FeatpatchError(f"{str(path)!r}: {UNSUPPORTED_CLT}")
     settings = _circuit_tracer_config(path.parent) if (path.parent / "config.yaml").is_file() else {}
     weights, layer = _circuit_tracer(str(path), tensors_of(path)), re.search(r"layer_(\d+)$", path.stem)
     reads, writes = (text_of(settings.get(f"feature_{way}_hook")) if layer else None for way in ("input", "output"))

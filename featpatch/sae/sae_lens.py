@@ -26,7 +26,7 @@ from featpatch.files import sha256
 from featpatch.model.digest import digest
 from featpatch.model.loading import PROCESSED
 from featpatch.sae.codec import Code, Codec, State
-from featpatch.sae.weights import UNSUPPORTED_CLT
+from featpatch.sae.weights import LAYER_OF_CLT
 
 NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
 """Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
@@ -72,9 +72,9 @@ class SaeCodec(Codec):
     def __init__(self, sae: SAE[Any], like: torch.Tensor) -> None:
         if _is_summed(sae):
             raise FeatpatchError(
-                f"the transcoder of {sae.cfg.metadata.neuronpedia_id or sae.cfg.metadata.hook_name!r} is one layer of a "
-                "cross-layer transcoder whose decoders sae-lens has summed, so that it reconstructs no layer's activation; "
-                f"{UNSUPPORTED_CLT}"
+                f"the transcoder of {sae.cfg.metadata.neuronpedia_id or sae.cfg.metadata.hook_name!r}, whose decoders sae-lens "
+                f"has summed so that it reconstructs no layer's activation, is {LAYER_OF_CLT}, or "
+                "by its name in sae-lens' registry"
             )
         if isinstance(sae, BatchTopKTrainingSAE):
             raise FeatpatchError(

@@ -8,9 +8,9 @@ import torch
 from featpatch.errors import FeatpatchError
 from featpatch.model.digest import TYPES, check_finite
 
-UNSUPPORTED_CLT = (
-    "cross-layer transcoders (CLTs), whose features write to several layers, are not supported: expected a transcoder of one "
-    "layer; use a per-layer transcoder of this model"
+LAYER_OF_CLT = (
+    "a single layer of a cross-layer transcoder (CLT), whose features write to several layers: expected the whole of it; load "
+    "it with fp.load_sae from the folder or repository with W_enc_N.safetensors and W_dec_N.safetensors for all layers"
 )
 
 ARCHITECTURES = {
@@ -58,7 +58,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         if any(self.tensors[name].ndim == 3 for name in ("W_enc", "W_dec")):
-            raise FeatpatchError(f"{self.origin}: {UNSUPPORTED_CLT}")
+            raise FeatpatchError(f"{self.origin} is {LAYER_OF_CLT}")
         d_in, d_sae = self.tensors["W_enc"].shape if self.tensors["W_enc"].ndim == 2 else (0, 0)
         d_out = int(self.tensors["b_dec"].numel())
         shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}

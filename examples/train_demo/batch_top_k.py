@@ -75,22 +75,21 @@ def fit(
 ) -> torch.Tensor:
     """Trains the weights in place, and returns the threshold of every feature, each in the units of the model.
 
-    `k` features fire on one word on average, of all parts together. Decoder rows get length 1.
+    `k` features of each part fire on one word on average. Decoder rows get length 1.
     """
     weights = [b_dec, *(w for part in parts for w in (part.W_enc, part.b_enc, part.W_dec))]
     for tensor in weights:
         tensor.requires_grad_(True)
     optimizer = torch.optim.Adam(weights, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 50, 0.1 + 2.7 * (1 - n / steps)))
-    threshold, silence = 0.0, [torch.zeros(len(part.b_enc)) for part in parts]
+    threshold, silence = torch.zeros(len(parts)), [torch.zeros(len(part.b_enc)) for part in parts]
     for step, (x, y) in zip(tqdm(range(steps), desc="Training", mininterval=5), data, strict=False):
         x, error = x * units.scale_in, (y - units.center) * units.scale_out
         hidden = [torch.relu(x[:, part.reads] @ part.W_enc + part.b_enc) for part in parts]
         sizes = [values * part.W_dec.norm(dim=1) for values, part in zip(hidden, parts, strict=True)]
-        every = torch.cat([size.detach().flatten() for size in sizes])
-        smallest = every.topk(int(k * len(x))).values[-1]
-        threshold = smallest.item() if step == 0 else 0.99 * threshold + 0.01 * smallest.item()
-        features = [values * (size >= smallest) for values, size in zip(hidden, sizes, strict=True)]
+        smallest = torch.stack([size.detach().flatten().topk(int(k * len(x))).values[-1] for size in sizes])
+        threshold = smallest if step == 0 else 0.99 * threshold + 0.01 * smallest
+        features = [values * (size >= least) for values, size, least in zip(hidden, sizes, smallest, strict=True)]
         error = _without(error, features, parts) - b_dec
         silence = [torch.where((f > 0).any(0), 0.0, n + 1) for f, n in zip(features, silence, strict=True)]
         silent = [(n > SILENT_AFTER).nonzero()[:, 0] for n in silence]
@@ -113,17 +112,17 @@ def _without(y: torch.Tensor, features: Sequence[torch.Tensor], parts: Sequence[
 
 
 @torch.no_grad()
-def _fold(parts: Sequence[Part], b_dec: torch.Tensor, units: Units, threshold: float) -> torch.Tensor:
+def _fold(parts: Sequence[Part], b_dec: torch.Tensor, units: Units, threshold: torch.Tensor) -> torch.Tensor:
     """Absorbs the units into the weights, and gives every feature a decoder row of length 1."""
     thresholds = []
-    for part in parts:
+    for part, least in zip(parts, threshold, strict=True):
         trained = part.W_dec.norm(dim=1)
         part.W_dec /= units.scale_out[part.writes]
         norm = part.W_dec.norm(dim=1)
         part.W_dec /= norm[:, None]
         part.W_enc *= units.scale_in[part.reads, None] * norm
         part.b_enc *= norm
-        thresholds.append(threshold * norm / trained)
+        thresholds.append(least * norm / trained)
     b_dec.div_(units.scale_out).add_(units.center)
     for tensor in (b_dec, *(w for part in parts for w in (part.W_enc, part.b_enc, part.W_dec))):
         tensor.requires_grad_(False)

@@ -227,11 +227,11 @@ def cross_card(folder: Path) -> str:
     reads, writes, layers = settings["reads"], settings["writes"], len(settings["reads"])
     if settings["by_layer"]:
         title, kind = f"cross-layer transcoder from `{reads[0]}` to `{writes[-1]}`", "cross-layer transcoder"
-        size = f"{layers} x {settings['width']} features"
+        size = f"{layers} x {settings['width']} features for the model in `checkpoints/model`, {settings['k']} of each layer"
         shape = "The features of a layer read the input of its MLP and write to the outputs of this MLP and of all above"
     else:
         title, kind = f"crosscoder of `{reads[0]}` to `{writes[-1]}`", "crosscoder"
-        size = f"{settings['width']} features"
+        size = f"{settings['width']} features for the model in `checkpoints/model`, {settings['k']}"
         shape = "Every feature reads the residual stream at all of these hook points and writes to all of them"
     quality = [
         ["words measured", f"{measured['words']:,}"],
@@ -255,8 +255,8 @@ def cross_card(folder: Path) -> str:
     return f"""{HEADER.format(library="featpatch")}
 # featpatch-demo: {title}
 
-{size} for the model in `checkpoints/model`, {settings["k"]} firing per word on average (BatchTopK, saved as JumpReLU with
-fixed thresholds, weights in {settings["dtype"]}). {shape}.
+{size} firing per word on
+average (BatchTopK, saved as JumpReLU with fixed thresholds, weights in {settings["dtype"]}). {shape}.
 
 ```python
 import featpatch as fp

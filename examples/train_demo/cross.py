@@ -24,7 +24,7 @@ class CrossSettings:
         by_layer: whether each hook point that is read has features of its own, which write to its layer and all above (a
             CLT); else all features read and write everything (a crosscoder).
         width: features of each hook point that is read (CLT), or in all (crosscoder).
-        k: features in all that may fire on one word on average.
+        k: how many of them may fire on one word on average.
         rows, length, samples, batch, rate, repeat: as in `DictionarySettings`.
         dtype: of the weights in the files.
     """
@@ -50,10 +50,10 @@ CROSS = {
         writes=tuple(f"blocks.{layer}.hook_mlp_out" for layer in range(4)),
         by_layer=True,
         width=512,
-        k=48,
+        k=12,
         samples=1_600_000,
     ),
-    "crosscoder": CrossSettings(reads=STREAM, writes=STREAM, by_layer=False, width=1024, k=20),
+    "crosscoder": CrossSettings(reads=STREAM, writes=STREAM, by_layer=False, width=2048, k=40, samples=1_400_000),
 }
 """By the name of the folder."""
 

@@ -153,6 +153,25 @@ def test_what_the_cards_say_of_dictionaries_over_several_layers(demo: Demo, name
         assert said["explained_variance"] > (0.95 if "resid" in hook else 0.9), hook
 
 
+def test_headline_numbers_of_the_cross_layer_transcoder(demo: Demo) -> None:
+    """All its features together do nearly what the MLPs do, and the strongest is active on late start years."""
+    positions = {"ioi": ["S2"], "greater_than": ["start_year", "end"]}
+    for task, where in positions.items():
+        pairs = demo.pairs(task, n=8)
+        effects = fp.rank_features(demo.model, demo.clt, pairs, positions=where, directions=["denoising"], progress=False)
+        sites = effects.sites()
+        together = sites[sites["site"].str.endswith("together")]
+        assert len(together) == len(where)
+        assert together["recovery_activation"].min() > 0.9
+        assert (together["recovery_all_features"] - together["recovery_activation"]).abs().max() < 0.04
+    first = effects.top(1).nodes[0]
+    assert (first.index, first.position) == (104, "start_year")
+    described = fp.max_activating(demo.model, demo.clt, [first], demo.text()[:200])[first]
+    years = [int(token) for token in re.findall(r"\[(\d\d)\]", " ".join(described.contexts))]
+    assert years
+    assert min(years) > 50
+
+
 def test_pairs_are_drawn_by_a_seed(demo: Demo) -> None:
     """Some of a task's pairs, the same ones by the same seed, as the whole file has them."""
     pairs, again, others = (demo.pairs("ioi", n=64, seed=seed) for seed in (1, 1, 2))

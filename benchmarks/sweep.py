@@ -13,6 +13,8 @@ medians over the repeats.
     (c) the same in batches of 32
     limit: the matrix products that the patches need (positions from the patched one on, layers from the hook point on, only
            keys and values of all rows in the last layer), at the rate that a matrix product of 1024 rows reaches here
+
+Each run also times features that write to the outputs of three MLPs beside the same features that write to the lowest alone.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,6 +125,33 @@ def matrix_rate(width: int, device: str) -> float:
     return statistics.median(rates)
 
 
+def crosscoder(shape: Shape, hooks: int, device: str) -> fp.dictionaries.Crosscoder:
+    """Return a random crosscoder that reads the residual stream and writes to the outputs of `hooks` MLPs from there on."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = {"W_enc": (1, shape.width, shape.d_sae), "W_dec": (hooks, shape.d_sae, shape.width)}
+    weights = {name: torch.randn(size, generator=generator) / shape.width**0.5 for name, size in sizes.items()}
+    return fp.dictionaries.Crosscoder(
+        **{name: weight.to(device) for name, weight in weights.items()}, b_enc=torch.zeros(shape.d_sae, device=device),
+        b_dec=torch.zeros(hooks, shape.width, device=device), hook=[f"blocks.{shape.layer}.hook_resid_pre"],
+        hook_out=[f"blocks.{shape.layer + above}.hook_mlp_out" for above in range(hooks)], activation="topk", k=shape.k,
+    )  # fmt: skip
+
+
+def several(shape: Shape, model: Any, pairs: fp.Pairs, positions: list[int], repeats: int, device: str) -> float:
+    """Return how much more a patch at three hook points costs than one at the lowest of them, in turns."""
+    shape, hooks = replace(shape, layer=min(shape.layer, shape.layers - 3)), 3
+    seconds: dict[int, list[float]] = {1: [], hooks: []}
+    for repeat in range(repeats + 1):
+        for number, of_number in seconds.items():
+            made = crosscoder(shape, number, device)
+            took, effects = timed(
+                lambda made=made: fp.rank_features(model, made, pairs, positions=positions, progress=False), device
+            )
+            if repeat:  # the first one of each warms up
+                of_number.append(took / len(effects.row))
+    return statistics.median(seconds[hooks]) / statistics.median(seconds[1])
+
+
 def table() -> None:
     """Run all of `RUNS`; print a Markdown table and the README's sentences about it."""
     found = [alone(__file__, *options.split()) for options in RUNS]
@@ -136,6 +166,8 @@ def table() -> None:
         f"The peak of a sweep lies {', '.join(peaks[:2])} and {peaks[2]} above what was in use before (the first three "
         "commands)."
     )
+    ratios = ", ".join(f"{of['several']:.2f}" for of in found)
+    print(f"A patch at three hook points takes {ratios} times as long as one at the lowest of them.")
     ms = found[0]["ms"]["TransformerBridge"]
     a, b, c = (f"{found[0]['loops'][loop] / ms:.0f} x" for loop in "abc")
     print(f"{a} slower, one by one\n{b} slower, in batches of 32 {c} slower\n{ms:.1f} ms on one CPU thread")
@@ -226,9 +258,13 @@ def main() -> None:
     worst = ", ".join(f"({loop}) {value / largest:.1e}" for loop, value in differences.items())
     print(f"largest difference to the loops, over the largest logit {largest:.1f}: {worst}")
     print(f"extra memory at the peak of a sweep: {peak:.0f} MB")
+    positions = [*range(change, length, options.every)]
+    ratio = several(shape, built["TransformerBridge"], pairs, positions, options.repeats, device)
+    print(f"features that write to three MLPs' outputs: {ratio:.2f} x the time of the same at the lowest")
     found = {
         "ms": {name: median[name] * 1e3 for name in built}, "loops": {loop: median[loop] * 1e3 for loop in "abc"},
         "limit": limit * 1e3, "difference": max(differences.values()) / largest, "peak": peak,
+        "several": ratio,
     }  # fmt: skip
     print(json.dumps(found))
 

@@ -368,7 +368,7 @@ def differing(changes: Mapping[str, Change]) -> Bool[torch.Tensor, " pos"]:
     return torch.stack([(whole != 0).any(1).cpu() for change in changes.values() for whole in change.values()]).any(0)
 
 
-def by_output(dictionary: Dictionary, change: Change) -> dict[str, Change]:
+def by_output(dictionary: Dictionary, change: Mapping[Direction, torch.Tensor]) -> dict[str, Mapping[Direction, torch.Tensor]]:
     """Return the part of a change that belongs to each hook point that a dictionary writes."""
     parts = {way: dictionary.by_output(of_way) for way, of_way in change.items()}
     return {site: {way: of_way[site] for way, of_way in parts.items()} for site in dictionary.outputs}

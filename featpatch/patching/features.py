@@ -64,7 +64,7 @@ class FeaturePart(Part):
     def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
         """The hook points that are patched together: each alone, and all outputs of a dictionary that writes several."""
         several = [dictionary for dictionary in self.dictionaries if len(dictionary.outputs) > 1]
-        return super().patched + [(dictionary.outputs, self.combine or dictionary.combine) for dictionary in several]
+        return super().patched + [(dictionary.outputs, self._meaning(dictionary)) for dictionary in several]
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
@@ -85,17 +85,21 @@ class FeaturePart(Part):
         swaps: list[Swap] = []
         for dictionary in self.dictionaries:
             found, directions = self._differences(run)[dictionary.name], probed[dictionary.name]
-            combine = self.combine or dictionary.combine
+            combine = self._meaning(dictionary)
             swaps += feature_swaps(dictionary, found, run.wanted, directions, dictionary.node, combine)
         return swaps + [
             whole_swaps(site, kind, changes, run.wanted, sae, combine) for site, kind, changes, sae, combine in self._whole(run)
         ]
 
+    def _meaning(self, dictionary: Dictionary) -> Combine:
+        """Return what patches of a dictionary mean, which makes a difference only if it writes to several hook points."""
+        return (self.combine or dictionary.combine) if len(dictionary.outputs) > 1 else "add"
+
     def _whole(self, run: PairRuns) -> "Iterator[tuple[str, str, dict[str, Change], str, Combine]]":
         """Yield the arguments of `whole_swaps` for all features, the error and the activation, by hook point and together."""
         activations = {site: whole_change(site, run.ways, run.first) for site in self.sites}
         for dictionary in self.dictionaries:
-            found, name, combine = self._differences(run)[dictionary.name], dictionary.name, self.combine or dictionary.combine
+            found, name, combine = self._differences(run)[dictionary.name], dictionary.name, self._meaning(dictionary)
             kinds = {"all_features": by_output(dictionary, found.features), "error": by_output(dictionary, found.error)}
             for kind, changes in kinds.items():
                 yield from ((site, kind, {site: change}, name, combine) for site, change in changes.items())

@@ -102,7 +102,7 @@ class CrossLayerTranscoder(Cross):
             )
             for layer in range(layers)
         )  # fmt: skip
-        self.settle(activation, threshold, k, name, model)
+        self._settle(activation, threshold, k, name, model)
 
     def save(self, folder: str | Path, *, dtype: str | None = None) -> None:
         """Save it as a folder of circuit-tracer, which `fp.load_sae` reads again.
@@ -118,8 +118,17 @@ class CrossLayerTranscoder(Cross):
                 or its hook points are not the same in each layer from 0 on.
 
         Examples:
-            >>> clt = fp.load_sae(folder)  # doctest: +SKIP
-            >>> clt.save("clt-half", dtype="float16")  # doctest: +SKIP
+            >>> import torch
+            >>> hooks, outs = (
+            ...     [f"blocks.{layer}.{name}" for layer in range(2)] for name in ("hook_resid_mid", "hook_mlp_out")
+            ... )
+            >>> encoders, decoders = torch.randn(2, 8, 64), [torch.randn(8, 2, 64), torch.randn(8, 1, 64)]
+            >>> clt = fp.dictionaries.CrossLayerTranscoder(
+            ...     encoders, decoders, torch.zeros(2, 8), torch.zeros(2, 64), hook=hooks, hook_out=outs
+            ... )
+            >>> clt.save(folder / "clt", dtype="float16")
+            >>> fp.load_sae(folder / "clt")
+            CrossLayerTranscoder of 2 x 8 features, blocks.0.hook_resid_mid to 1 -> blocks.0.hook_mlp_out to 1
         """
         places = [{sites.within(hook) for hook in hooks} for hooks in (self.hook, self.hook_out)]
         layers = [[sites.layer_of(hook) for hook in hooks] for hooks in (self.hook, self.hook_out)]

@@ -90,10 +90,13 @@ class Cross:
     def __repr__(self) -> str:
         features = len(self.parts[0].b_enc)
         size = f"{len(self.parts)} x {features}" if len(self.parts) > 1 else str(features)
-        ends = [f"{hooks[0]} to {sites.layer_of(hooks[-1])}" for hooks in dict.fromkeys((self.hook, self.hook_out))]
+        ends = [
+            f"{hooks[0]} to {sites.layer_of(hooks[-1])}" if len(hooks) > 1 else hooks[0]
+            for hooks in dict.fromkeys((self.hook, self.hook_out))
+        ]
         return visible(f"{type(self).__name__} of {size} features, {' -> '.join(ends)}")
 
-    def settle(self, activation: str | None, threshold: Any, k: Any, name: str, model: str | None) -> None:
+    def _settle(self, activation: str | None, threshold: Any, k: Any, name: str, model: str | None) -> None:
         """Check and set what cross-layer transcoders and crosscoders have in common, after their groups.
 
         Raises:

@@ -91,7 +91,7 @@ class Crosscoder(Cross):
             )
             for m, place in enumerate(writes)
         )  # fmt: skip
-        self.settle(activation, threshold, k, name, model)
+        self._settle(activation, threshold, k, name, model)
 
     def save(self, folder: str | Path, *, dtype: str | None = None) -> None:
         """Save it as `crosscoder.safetensors` and `crosscoder.json`, which `fp.load_sae` reads again.
@@ -104,8 +104,14 @@ class Crosscoder(Cross):
             FeatpatchError: the folder can't be written, or a weight is too large for the dtype.
 
         Examples:
-            >>> crosscoder = fp.load_sae(folder)  # doctest: +SKIP
-            >>> crosscoder.save("crosscoder-half", dtype="float16")  # doctest: +SKIP
+            >>> import torch
+            >>> hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+            >>> crosscoder = fp.dictionaries.Crosscoder(
+            ...     torch.randn(2, 64, 8), torch.randn(2, 8, 64), torch.zeros(8), torch.zeros(2, 64), hook=hooks
+            ... )
+            >>> crosscoder.save(folder / "crosscoder", dtype="float16")
+            >>> fp.load_sae(folder / "crosscoder")
+            Crosscoder of 8 features, blocks.0.hook_resid_post to 1
         """
         first, root = self.parts[0], as_path(folder)
         decoders = [values_of(part.W_dec) for part in self.parts]

@@ -127,7 +127,7 @@ class Dictionary:
         The residual stream at a higher hook point already contains what is written below, so it is set; the output of an MLP or
         of attention does not, so the change is added.
         """
-        return "set" if all(map(sites.is_stream, self.outputs)) else "add"
+        return "set" if len(self.outputs) > 1 and all(map(sites.is_stream, self.outputs)) else "add"
 
     @property
     def per_group(self) -> int:

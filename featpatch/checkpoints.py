@@ -71,7 +71,7 @@ class Demo(Loaded):
 
         Examples:
             >>> demo.crosscoder
-            Crosscoder of 1024 features, blocks.0.hook_resid_pre to 3
+            Crosscoder of 2048 features, blocks.0.hook_resid_pre to 3
             >>> len(demo.crosscoder.hook_out)
             5
         """

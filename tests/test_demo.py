@@ -138,8 +138,9 @@ def test_what_the_cards_say_of_dictionaries_over_several_layers(demo: Demo, name
     measured = json.loads((demo.folder / name / "measurements.json").read_text())
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
-    for text in demo.text()[:150]:
-        _, cache = demo.model.run_with_cache(demo.model.to_tokens(text))
+    for text in demo.text()[:60]:
+        wanted = {*settings["reads"], *settings["writes"]}
+        _, cache = demo.model.run_with_cache(demo.model.to_tokens(text), names_filter=list(wanted), return_type=None)
         inputs.append(torch.stack([cache[hook][0, 1:] for hook in settings["reads"]]))
         outputs.append(torch.stack([cache[hook][0, 1:] for hook in settings["writes"]]))
     x, y = torch.cat(inputs, dim=1), torch.cat(outputs, dim=1)
@@ -157,7 +158,7 @@ def test_headline_numbers_of_the_cross_layer_transcoder(demo: Demo) -> None:
     """All its features together do nearly what the MLPs do, and the strongest is active on late start years."""
     positions = {"ioi": ["S2"], "greater_than": ["start_year", "end"]}
     for task, where in positions.items():
-        pairs = demo.pairs(task, n=8)
+        pairs = demo.pairs(task, n=4)
         effects = fp.rank_features(demo.model, demo.clt, pairs, positions=where, directions=["denoising"], progress=False)
         sites = effects.sites()
         together = sites[sites["site"].str.endswith("together")]
@@ -166,7 +167,7 @@ def test_headline_numbers_of_the_cross_layer_transcoder(demo: Demo) -> None:
         assert (together["recovery_all_features"] - together["recovery_activation"]).abs().max() < 0.04
     first = effects.top(1).nodes[0]
     assert (first.index, first.position) == (104, "start_year")
-    described = fp.max_activating(demo.model, demo.clt, [first], demo.text()[:200])[first]
+    described = fp.max_activating(demo.model, demo.clt, [first], demo.text()[:120])[first]
     years = [int(token) for token in re.findall(r"\[(\d\d)\]", " ".join(described.contexts))]
     assert years
     assert min(years) > 50

@@ -256,7 +256,8 @@ def cross_card(folder: Path) -> str:
 # featpatch-demo: {title}
 
 {size} firing per word on
-average (BatchTopK, saved as JumpReLU with fixed thresholds, weights in {settings["dtype"]}). {shape}.
+average (BatchTopK, saved as JumpReLU with fixed thresholds, weights in {settings["dtype"]}).
+{shape}.
 
 ```python
 import featpatch as fp

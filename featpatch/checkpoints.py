@@ -1,13 +1,15 @@
-"""The trained model, SAEs and prompt pairs that are shipped with the package, verified by their digests.
+"""The trained model, SAEs, transcoders and prompt pairs that are shipped with the package, verified by their digests.
 
-They are ordinary Hugging Face and sae-lens folders, in `checkpoints/` next to the package in the repository, and inside the
+They are ordinary folders of Hugging Face, sae-lens and circuit-tracer, in `checkpoints/` next to the package in the repository, and inside the
 package after installation from a wheel.
 """
 
 import json
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from featpatch.errors import FeatpatchError, check_numbers, is_integer
 from featpatch.files import sha256
@@ -16,6 +18,7 @@ from featpatch.pairs.fields import NEEDED, checked, pairs_of
 from featpatch.pairs.files import Rows, json_lines
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import plain_tokenizer
+from featpatch.sae.loading import load_sae
 
 TASKS = ("ioi", "capitals", "greater_than", "sentiment")
 
@@ -29,6 +32,8 @@ class Demo(Loaded):
         saes: the SAEs as sae-lens objects, in the order of their hook points.
         folder: the folder of the checkpoints.
 
+    `transcoders`, `clt` and `crosscoder` are further dictionaries of the same model, which are loaded when they are first used.
+
     Examples:
         >>> model, saes = demo
         >>> len(saes)
@@ -36,6 +41,45 @@ class Demo(Loaded):
     """
 
     folder: Path
+
+    @cached_property
+    def transcoders(self) -> list[Any]:
+        """The transcoders of the four MLPs as sae-lens objects, from the lowest layer up; that of layer 0 is also in `saes`.
+
+        Examples:
+            >>> [transcoder.cfg.metadata.hook_name_out for transcoder in demo.transcoders]
+            ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out', 'blocks.2.hook_mlp_out', 'blocks.3.hook_mlp_out']
+        """
+        lowest = next(sae for sae in self.saes if sae.cfg.metadata.hook_name_out)
+        return [lowest, *(load_sae(path, device=self._device) for path in sorted((self.folder / "transcoders").iterdir()))]
+
+    @cached_property
+    def clt(self) -> Any:
+        """A cross-layer transcoder of the MLPs, whose features write to the MLP of their layer and to all above.
+
+        Examples:
+            >>> demo.clt
+            CrossLayerTranscoder of 4 x 512 features, blocks.0.mlp.hook_in to 3 -> blocks.0.hook_mlp_out to 3
+            >>> few = demo.pairs(n=2)
+            >>> effects = fp.rank_features(demo.model, demo.clt, few, positions=["S2"], progress=False)
+        """
+        return load_sae(self.folder / "clt", device=self._device, dtype="float32")
+
+    @cached_property
+    def crosscoder(self) -> Any:
+        """A crosscoder, whose features read and write the residual stream before each layer and after the last one.
+
+        Examples:
+            >>> demo.crosscoder
+            Crosscoder of 2048 features, blocks.0.hook_resid_pre to 3
+            >>> len(demo.crosscoder.hook_out)
+            5
+        """
+        return load_sae(self.folder / "crosscoder", device=self._device, dtype="float32")
+
+    @property
+    def _device(self) -> str:
+        return str(self.saes[0].W_dec.device)
 
     def pairs(self, task: str = "ioi", *, n: int = 32, seed: int = 0) -> Pairs:
         """Draw `n` pairs of a task without repetition from the shipped pairs, none of which the model was trained on.
@@ -116,14 +160,15 @@ def verify(root: Path) -> None:
 
 
 def load_demo(*, device: str = "cpu", progress: bool = True) -> Demo:
-    """Load the shipped model with its SAEs, offline and after verifying their digests.
+    """Load the shipped model with its SAEs, offline and after verifying the digests of all files.
 
     Args:
         device: the device of the model and the SAEs.
         progress: whether to show the progress bars of the libraries that load them.
 
     Returns:
-        The model, its SAEs, and methods that draw prompt pairs and texts for them.
+        The model, its SAEs, and methods that draw prompt pairs and texts for them. Transcoders, a cross-layer transcoder and a
+        crosscoder of the same model are its attributes `transcoders`, `clt` and `crosscoder`.
 
     Raises:
         FeatpatchError: a checkpoint is missing or damaged.

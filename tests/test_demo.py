@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
+from safetensors.torch import load_file
 
 import featpatch as fp
 from featpatch import checkpoints
@@ -72,16 +73,104 @@ def test_the_shipped_model_does_its_tasks(demo: Demo, shipped: dict[str, fp.Pair
         assert sum(right) / len(shipped[task]) > least, task
     cards = json.loads((demo.folder / "model" / "measurements.json").read_text())
     assert len(cards["seeds"]) == 3
-    for path in (demo.folder / "saes").glob("*/measurements.json"):
+    for path in [path for kind in ("saes", "transcoders") for path in (demo.folder / kind).glob("*/measurements.json")]:
         least = 0.95 if "resid" in path.parent.name else 0.9
         assert json.loads(path.read_text())["explained_variance"] > least, path
 
 
 def test_the_folder_is_small_and_has_cards(demo: Demo) -> None:
     files = [path for path in demo.folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 20_000_000
-    cards = [demo.folder / "model", *(path for path in (demo.folder / "saes").iterdir() if path.is_dir())]
+    assert sum(path.stat().st_size for path in files) < 25_000_000
+    cards = [demo.folder / name for name in ("model", "clt", "crosscoder")]
+    cards += [path for kind in ("saes", "transcoders") for path in (demo.folder / kind).iterdir() if path.is_dir()]
+    assert len(cards) == 3 + 8 + 3
     assert all((folder / "README.md").is_file() for folder in cards)
+    named = set(json.loads((demo.folder / "digests.json").read_text()))
+    written = {path.relative_to(demo.folder).as_posix() for path in files if path.name not in ("README.md", "digests.json")}
+    assert named == written
+
+
+def test_further_dictionaries_are_loaded_when_used(demo: Demo) -> None:
+    """They are not among the SAEs, on whose list tests and documentation rely."""
+    fresh = Demo(demo.model, demo.saes, None, demo.folder)
+    assert not {"transcoders", "clt", "crosscoder"} & set(vars(fresh))
+    layers = range(demo.model.cfg.n_layers)
+    mlps = [f"blocks.{layer}.mlp.hook_in" for layer in layers], [f"blocks.{layer}.hook_mlp_out" for layer in layers]
+    found = [sae.cfg.metadata for sae in fresh.transcoders]
+    assert ([each.hook_name for each in found], [each.hook_name_out for each in found]) == mlps
+    assert fresh.transcoders[0] in fresh.saes
+    assert len(fresh.saes) == 8
+    assert (list(fresh.clt.hook), list(fresh.clt.hook_out)) == mlps
+    stream = [f"blocks.{layer}.hook_resid_pre" for layer in layers] + [f"blocks.{len(layers) - 1}.hook_resid_post"]
+    assert list(fresh.crosscoder.hook) == list(fresh.crosscoder.hook_out) == stream
+    assert fresh.clt is fresh.clt
+    assert {each.parts[0].W_enc.dtype for each in (fresh.clt, fresh.crosscoder)} == {torch.float32}
+
+
+def clt_by_hand(folder: Path, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What a cross-layer transcoder makes of the inputs, from its files alone, and whether each feature is on."""
+    made, on = [torch.zeros(1)] * len(x), []
+    for layer, values in enumerate(x):
+        held = load_file(folder / f"W_enc_{layer}.safetensors") | load_file(folder / f"W_dec_{layer}.safetensors")
+        w = {name.rsplit("_", 1)[0]: tensor.float() for name, tensor in held.items()}
+        pre = values @ w["W_enc"].T + w["b_enc"]
+        features = pre * (pre > w["threshold"])
+        on.append(features > 0)
+        made[layer] = made[layer] + w["b_dec"]
+        for above in range(layer, len(x)):
+            made[above] = made[above] + features @ w["W_dec"][:, above - layer]
+    return made, torch.cat(on, dim=-1)
+
+
+def crosscoder_by_hand(folder: Path, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The same of a crosscoder."""
+    w = {name: tensor.float() for name, tensor in load_file(folder / "crosscoder.safetensors").items()}
+    pre = w["b_enc"] + sum(values @ w["W_enc"][n] for n, values in enumerate(x))
+    features = pre * (pre > w["threshold"])
+    return [features @ w["W_dec"][m] + w["b_dec"][m] for m in range(len(x))], features > 0
+
+
+@pytest.mark.parametrize("name", ["clt", "crosscoder"])
+def test_what_the_cards_say_of_dictionaries_over_several_layers(demo: Demo, name: str) -> None:
+    """On a part of the held-out text, from the tensors in the files."""
+    by_hand = {"clt": clt_by_hand, "crosscoder": crosscoder_by_hand}[name]
+    settings = json.loads((demo.folder / name / "training.json").read_text())["settings"]
+    measured = json.loads((demo.folder / name / "measurements.json").read_text())
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    for text in demo.text()[:60]:
+        wanted = {*settings["reads"], *settings["writes"]}
+        _, cache = demo.model.run_with_cache(demo.model.to_tokens(text), names_filter=list(wanted), return_type=None)
+        inputs.append(torch.stack([cache[hook][0, 1:] for hook in settings["reads"]]))
+        outputs.append(torch.stack([cache[hook][0, 1:] for hook in settings["writes"]]))
+    x, y = torch.cat(inputs, dim=1), torch.cat(outputs, dim=1)
+    made, on = by_hand(demo.folder / name, list(x))
+    assert on.shape[1] == measured["features"]
+    assert on.sum(1).float().mean().item() == pytest.approx(measured["l0"], rel=0.05)
+    assert list(measured["hook_points"]) == settings["writes"]
+    for m, (hook, said) in enumerate(measured["hook_points"].items()):
+        left, whole = (y[m] - made[m]).pow(2).sum(), (y[m] - y[m].mean(0)).pow(2).sum()
+        assert 1 - (left / whole).item() == pytest.approx(said["explained_variance"], abs=0.015), hook
+        assert said["explained_variance"] > (0.95 if "resid" in hook else 0.9), hook
+
+
+def test_headline_numbers_of_the_cross_layer_transcoder(demo: Demo) -> None:
+    """All its features together do nearly what the MLPs do, and the strongest is active on late start years."""
+    positions = {"ioi": ["S2"], "greater_than": ["start_year", "end"]}
+    for task, where in positions.items():
+        pairs = demo.pairs(task, n=4)
+        effects = fp.rank_features(demo.model, demo.clt, pairs, positions=where, directions=["denoising"], progress=False)
+        sites = effects.sites()
+        together = sites[sites["site"].str.endswith("together")]
+        assert len(together) == len(where)
+        assert together["recovery_activation"].min() > 0.9
+        assert (together["recovery_all_features"] - together["recovery_activation"]).abs().max() < 0.04
+    first = effects.top(1).nodes[0]
+    assert (first.index, first.position) == (104, "start_year")
+    described = fp.max_activating(demo.model, demo.clt, [first], demo.text()[:120])[first]
+    years = [int(token) for token in re.findall(r"\[(\d\d)\]", " ".join(described.contexts))]
+    assert years
+    assert min(years) > 50
 
 
 def test_pairs_are_drawn_by_a_seed(demo: Demo) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from .cards import overview, write_cards
-from .files import read_json, write_json
+from .cross import CROSS
+from .files import dictionary_folders, read_json, write_json
+from .measure_cross import measure_cross
 from .measure_dictionary import measure_dictionary
 from .measure_model import measure_model
 
@@ -24,8 +26,9 @@ def main(shipped: Path = Path("checkpoints")) -> None:
         record = read_json(copy / "model" / "measurements.json")
         record["seeds"][str(record["seed"])]["measured"] = measure_model(copy / "model")
         write_json(copy / "model" / "measurements.json", record)
-        for path in sorted((copy / "saes").glob("*/measurements.json")):
-            write_json(path, measure_dictionary(copy / "model", path.parent))
+        for path in dictionary_folders(copy):
+            measure = measure_cross if path.name in CROSS else measure_dictionary
+            write_json(path / "measurements.json", measure(copy / "model", path))
         write_cards(copy)
         cards = [path.relative_to(copy) for path in copy.rglob("README.md")]
         changed = [str(card) for card in cards if (copy / card).read_text() != (shipped / card).read_text()]

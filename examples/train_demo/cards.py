@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
+from .files import dictionary_folders, read_json
 from .measure_dictionary import DOCUMENTS, STRONG
 from .measure_model import PAIRS
 from .pairs import PAIRS_PER_TASK
@@ -171,11 +171,6 @@ def dictionary_card(folder: Path) -> str:
         ["loss with zero in place", f"{measured['loss_without_activation']:.4f}"],
         ["loss recovered", f"{measured['loss_recovered']:.4f}"],
     ]
-    kinds = measured["best_features"]
-    medians = [
-        [kind, f"{found['median_f1']:.2f}", f"{found['median_f1_strong']:.2f}", f"{found['over_0.8']} of {len(found['words'])}"]
-        for kind, found in kinds.items()
-    ]
     return f"""{HEADER.format(library="saelens")}
 # featpatch-demo: {title}
 
@@ -195,7 +190,21 @@ On {DOCUMENTS:,} held-out documents, each read alone after <bos>; <bos> is left 
 
 {table(["", ""], quality)}
 
-## Do single features stand for single words?
+{words_section(measured)}
+## Targets
+
+{targets_table(dictionary_targets(reads if not transcoder else writes, measured))}
+"""
+
+
+def words_section(measured: dict[str, Any]) -> str:
+    """Which single features stand for single words."""
+    kinds = measured["best_features"]
+    medians = [
+        [kind, f"{found['median_f1']:.2f}", f"{found['median_f1_strong']:.2f}", f"{found['over_0.8']} of {len(found['words'])}"]
+        for kind, found in kinds.items()
+    ]
+    return f"""## Do single features stand for single words?
 
 For each name and country the feature whose firing matches best, over **all words** of these documents, not only in
 prompts of a task. F1 when firing means above zero, and when it means above {STRONG} of the feature's maximum. A name
@@ -203,11 +212,7 @@ that "follows" is often not decided by what stands before; "is decided" takes on
 
 {table(["property", "median F1", "median F1, strong firing", "F1 > .8"], medians)}
 
-{chr(10).join(_feature_list(kind, found["words"]) for kind, found in kinds.items())}
-## Targets
-
-{targets_table(dictionary_targets(reads if not transcoder else writes, measured))}
-"""
+{chr(10).join(_feature_list(kind, found["words"]) for kind, found in kinds.items())}"""
 
 
 def _feature_list(kind: str, words: dict[str, dict[str, Any]]) -> str:
@@ -215,19 +220,96 @@ def _feature_list(kind: str, words: dict[str, dict[str, Any]]) -> str:
     return f"**{kind}**: {', '.join(items)}.\n"
 
 
+def cross_card(folder: Path) -> str:
+    """The card of a cross-layer transcoder or a crosscoder."""
+    training, measured = read_json(folder / "training.json"), read_json(folder / "measurements.json")
+    settings = training["settings"]
+    reads, writes, layers = settings["reads"], settings["writes"], len(settings["reads"])
+    if settings["by_layer"]:
+        title, kind = f"cross-layer transcoder from `{reads[0]}` to `{writes[-1]}`", "cross-layer transcoder"
+        size = f"{layers} x {settings['width']} features for the model in `checkpoints/model`, {settings['k']} of each layer"
+        shape = "The features of a layer read the input of its MLP and write to the outputs of this MLP and of all above"
+    else:
+        title, kind = f"crosscoder of `{reads[0]}` to `{writes[-1]}`", "crosscoder"
+        size = f"{settings['width']} features for the model in `checkpoints/model`, {settings['k']}"
+        shape = "Every feature reads the residual stream at all of these hook points and writes to all of them"
+    quality = [
+        ["words measured", f"{measured['words']:,}"],
+        ["features", f"{measured['features']}"],
+        ["L0 (features per word)", f"{measured['l0']:.2f}"],
+        *([["L0 by layer", ", ".join(f"{l0:.2f}" for l0 in measured["l0_by_group"])]] if settings["by_layer"] else []),
+        ["dead features (never fire)", f"{measured['dead_features']}"],
+    ]
+    at = [
+        [f"`{hook}`", f"{found['explained_variance']:.4f}", *_losses(found)] for hook, found in measured["hook_points"].items()
+    ]
+    if measured["together"]:
+        at.append(["all together", "", *_losses(measured["together"])])
+    together = " (all together: each layer reads what the reconstructions below make)" if measured["together"] else ""
+    plain = {name: ", ".join(value) if isinstance(value, list) else value for name, value in settings.items()}
+    targets = [
+        Target(f"`{hook}`: {target.goal}", target.value, target.reached)
+        for hook, found in measured["hook_points"].items()
+        for target in dictionary_targets(hook, found)
+    ]
+    return f"""{HEADER.format(library="featpatch")}
+# featpatch-demo: {title}
+
+{size} firing per word on
+average (BatchTopK, saved as JumpReLU with fixed thresholds, weights in {settings["dtype"]}).
+{shape}.
+
+```python
+import featpatch as fp
+
+demo = fp.load_demo()
+demo.{folder.name}  # or fp.load_sae("checkpoints/{folder.name}", dtype="float32")
+```
+
+## Training
+
+With a loop of its own (`examples/train_demo/batch_top_k.py`), on activations of {settings["rows"]:,} rows of
+{settings["length"]} words of the model's corpus that the model was not trained on; <bos> is left out. Seed
+{training["seed"]}, {training["cpu_seconds"]} CPU seconds on one thread.
+
+{settings_table(plain)}
+
+## Measured
+
+On {DOCUMENTS:,} held-out documents, each read alone after <bos>; <bos> is left out and kept as it is.
+
+{table(["", ""], quality)}
+
+The loss of the model is {measured["hook_points"][writes[0]]["loss"]:.4f}. With the {kind}'s reconstruction, or with zero, in
+place at one hook point alone{together}:
+
+{table(["hook point", "explained variance", "loss with it", "loss with zero", "loss recovered"], at)}
+
+{words_section(measured)}
+## Targets
+
+{targets_table(targets)}
+"""
+
+
+def _losses(found: dict[str, float]) -> list[str]:
+    return [f"{found[name]:.4f}" for name in ("loss_with_dictionary", "loss_without_activation", "loss_recovered")]
+
+
 def overview(root: Path) -> str:
     """The card of the whole folder."""
     lines = []
-    for folder in sorted(path.parent for path in (root / "saes").glob("*/measurements.json")):
+    for folder in dictionary_folders(root):
         measured = read_json(folder / "measurements.json")
-        kinds = measured["best_features"]
+        kinds, place = measured["best_features"], folder.relative_to(root).as_posix()
+        each = list(measured.get("hook_points", {"": measured}).values())
         lines.append(
             [
-                f"[`{folder.name}`](saes/{folder.name}/README.md)",
+                f"[`{folder.name}`]({place}/README.md)",
                 f"{measured['l0']:.1f}",
-                f"{measured['explained_variance']:.3f}",
+                _range(each, "explained_variance"),
                 f"{measured['dead_features']}",
-                f"{measured['loss_recovered']:.3f}",
+                _range(each, "loss_recovered"),
                 f"{kinds['name here']['median_f1']:.2f}",
                 f"{kinds['name follows and is decided']['median_f1']:.2f}",
             ]
@@ -240,7 +322,10 @@ A small trained model, its sparse autoencoders and prompt pairs; `featpatch.load
 (again, without training: `python -m examples.train_demo.again`).
 
 - [`model/`](model/README.md): GPT-2 in Hugging Face format.
-- `saes/`: dictionaries in sae-lens' format, one folder per hook that is read.
+- `saes/`: dictionaries in sae-lens' format, one folder per hook that is read (`demo.saes`).
+- `transcoders/`: transcoders of the MLPs of layers 1 to 3; that of layer 0 is in `saes/` (`demo.transcoders`: all four).
+- `clt/`: a cross-layer transcoder of all MLPs, in circuit-tracer's format (`demo.clt`).
+- `crosscoder/`: a crosscoder of the residual stream, in featpatch's format (`demo.crosscoder`).
 - `pairs/`: {PAIRS_PER_TASK} held-out prompt pairs per task, JSON lines; labels count `<bos>` as position 0.
 - `text/held_out.txt`: held-out documents, one per line.
 - `digests.json`: SHA-256 of every file except the cards.
@@ -248,14 +333,22 @@ A small trained model, its sparse autoencoders and prompt pairs; `featpatch.load
 <!-- claim: python -m examples.train_demo.again -->
 {table(head, lines)}
 
-F1: median over the names of the best feature's F1 over all words of held-out text.
+F1: median over the names of the best feature's F1 over all words of held-out text. A range is that over the hook points that
+are written.
 <!-- /claim -->
 """
+
+
+def _range(measured: list[dict[str, float]], name: str) -> str:
+    """The smallest and the largest of some values."""
+    ends = {f"{end(found[name] for found in measured):.3f}": None for end in (min, max)}
+    return " to ".join(ends)
 
 
 def write_cards(root: Path) -> None:
     """Writes every README.md of the checkpoints."""
     (root / "model" / "README.md").write_text(model_card(root / "model"), encoding="utf-8")
-    for path in sorted((root / "saes").glob("*/measurements.json")):
-        (path.parent / "README.md").write_text(dictionary_card(path.parent), encoding="utf-8")
+    for folder in dictionary_folders(root):
+        card = cross_card if folder.parent == root else dictionary_card
+        (folder / "README.md").write_text(card(folder), encoding="utf-8")
     (root / "README.md").write_text(overview(root), encoding="utf-8")

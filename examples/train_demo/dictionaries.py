@@ -1,8 +1,8 @@
-"""Trains the sparse autoencoders with sae-lens, and one transcoder."""
+"""Trains the sparse autoencoders with sae-lens, and the transcoders."""
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from .activations import activations, load_model
 from .files import write_json
 from .transcoder import train_transcoder
-from .vocabulary import rows
+from .vocabulary import rows as packed
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,21 @@ SITES = [
     replace(_at("blocks.1.attn.hook_z"), k=16, samples=1_600_000),
     DictionarySettings("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"),
 ]
+"""Dictionaries that ship as `demo.saes`."""
+TRANSCODERS = [DictionarySettings(f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out") for layer in (1, 2, 3)]
+"""Transcoders of the other layers, `demo.transcoders`."""
 
 
-def sample(model: TransformerBridge, seed: int, settings: DictionarySettings) -> list[torch.Tensor]:
-    """Activations to train on [words, width]: at the hook read and, for a transcoder, at the hook written."""
-    ids, answers = rows(random.Random(f"dictionaries {seed}"), settings.rows, settings.length)
+def sample(
+    model: TransformerBridge, seed: int, hooks: Sequence[str], *, rows: int, length: int, repeat: int
+) -> list[torch.Tensor]:
+    """Activations to train on at each of the hooks [words, width]; for `rows`, `length`, `repeat` see `DictionarySettings`."""
+    ids, answers = packed(random.Random(f"dictionaries {seed}"), rows, length)
     decides = torch.zeros_like(answers)
     decides[:, :-1] = answers[:, 1:]
     often = decides[:, 1:].flatten().nonzero()[:, 0]
-    chosen = torch.cat([torch.arange(ids[:, 1:].numel()), often.repeat(settings.repeat - 1)])
-    hooks = list(dict.fromkeys([settings.reads, settings.writes]))
-    return [values.flatten(0, 1)[chosen] for values in activations(model, ids, hooks)]
+    chosen = torch.cat([torch.arange(ids[:, 1:].numel()), often.repeat(repeat - 1)])
+    return [values.flatten(0, 1)[chosen] for values in activations(model, ids, list(hooks))]
 
 
 def batches(seed: int, size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -121,7 +125,9 @@ def train(model_folder: Path, out: Path, seed: int, settings: DictionarySettings
     """Trains one dictionary and saves it in sae-lens' format in `out`, with a record (training.json)."""
     torch.manual_seed(seed)
     start = time.process_time()
-    tensors = sample(load_model(model_folder), seed, settings)
+    hooks = list(dict.fromkeys([settings.reads, settings.writes]))
+    amount = {"rows": settings.rows, "length": settings.length, "repeat": settings.repeat}
+    tensors = sample(load_model(model_folder), seed, hooks, **amount)
     out.mkdir(parents=True, exist_ok=True)
     if settings.reads == settings.writes:
         train_autoencoder(tensors[0], seed, settings).save_inference_model(out)

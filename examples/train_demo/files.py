@@ -23,3 +23,9 @@ def write_digests(root: Path) -> None:
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in skipped)
     digests = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     write_json(root / "digests.json", digests)
+
+
+def dictionary_folders(root: Path) -> list[Path]:
+    """Folders of all dictionaries that were measured: those of one layer first, then those over several."""
+    folders = [path.parent for path in root.rglob("measurements.json") if path.parent.name != "model"]
+    return sorted(folders, key=lambda folder: (folder.parent == root, folder))

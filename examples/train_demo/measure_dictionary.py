@@ -24,6 +24,8 @@ from .corpus import document
 from .vocabulary import MAX_LENGTH, split, vocabulary
 
 DOCUMENTS = 4000
+LOSS_DOCUMENTS = 1000
+"""Documents for the losses."""
 STRONG = 0.25
 """A feature fires strongly above this share of its largest value."""
 RARE = 5
@@ -89,34 +91,45 @@ def measure_dictionary(model_folder: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def losses(model: TransformerBridge, sae: Any, reads: str, writes: str, text: Text, documents: int = 1000) -> dict[str, float]:
+def losses(model: TransformerBridge, sae: Any, reads: str, writes: str, text: Text) -> dict[str, float]:
     """Cross-entropy of the model as it is, with the dictionary in place, and with zero there; <bos> is left alone."""
-    ids, words = text.ids[:documents], text.words[:documents]
     kept: dict[str, torch.Tensor] = {}
 
     def keep(activation: torch.Tensor, hook: Any) -> None:
         kept["read"] = activation
 
     def replace(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        return _after_bos(activation, sae.decode(sae.encode(kept["read"])).reshape(activation.shape))
+        return after_bos(activation, sae.decode(sae.encode(kept["read"])).reshape(activation.shape))
 
-    def remove(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        return _after_bos(activation, torch.zeros_like(activation))
+    clean = cross_entropy(model, text, [])
+    with_sae = cross_entropy(model, text, [(reads, keep), (writes, replace)])
+    return recovered(clean, with_sae, cross_entropy(model, text, [(writes, zero)]))
 
-    def loss(hooks: list[tuple[str, Callable[..., Any]]]) -> float:
-        logits = model.run_with_hooks(ids, fwd_hooks=hooks)
-        return F.cross_entropy(logits[:, 1:-1][words[:, 1:]], ids[:, 2:][words[:, 1:]]).item()
 
-    clean, with_sae, without = loss([]), loss([(reads, keep), (writes, replace)]), loss([(writes, remove)])
+def cross_entropy(model: TransformerBridge, text: Text, hooks: list[tuple[str, Callable[..., Any]]]) -> float:
+    """Cross-entropy of the model with hooks, over the words of the first documents."""
+    ids, words = text.ids[:LOSS_DOCUMENTS], text.words[:LOSS_DOCUMENTS]
+    logits = model.run_with_hooks(ids, fwd_hooks=hooks)
+    return F.cross_entropy(logits[:, 1:-1][words[:, 1:]], ids[:, 2:][words[:, 1:]]).item()
+
+
+def recovered(clean: float, replaced: float, without: float) -> dict[str, float]:
+    """Losses of the model as it is, with reconstructions and with zeros in place, and the loss recovered."""
     return {
         "loss": round(clean, 4),
-        "loss_with_dictionary": round(with_sae, 4),
+        "loss_with_dictionary": round(replaced, 4),
         "loss_without_activation": round(without, 4),
-        "loss_recovered": round((without - with_sae) / (without - clean), 4),
+        "loss_recovered": round((without - replaced) / (without - clean), 4),
     }
 
 
-def _after_bos(activation: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def zero(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+    """A hook that removes an activation."""
+    return after_bos(activation, torch.zeros_like(activation))
+
+
+def after_bos(activation: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The new activation, but on <bos> the old one."""
     return torch.cat([activation[:, :1], new[:, 1:]], dim=1)
 
 

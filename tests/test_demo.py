@@ -467,3 +467,20 @@ def test_the_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> 
     folder, rows = done.stdout.split()[-2:]
     assert folder == str(tmp_path / "installed" / "featpatch" / "_checkpoints")
     assert int(rows) > 3
+
+
+def test_what_a_feature_of_a_higher_layer_is_active_on(demo: Demo) -> None:
+    """Examples, active features and cards of features of any layer are those of that layer, not of the same index below."""
+    layer, text = 2, demo.text()[0]
+    _, cache = demo.model.run_with_cache(demo.model.to_tokens(text))
+    held = load_file(demo.folder / "clt" / f"W_enc_{layer}.safetensors")
+    w = {name.rsplit("_", 1)[0]: tensor.float() for name, tensor in held.items()}
+    pre = cache[f"blocks.{layer}.mlp.hook_in"][0, 1:] @ w["W_enc"].T + w["b_enc"]
+    peaks = (pre * (pre > w["threshold"])).max(0).values
+    index = int(peaks.argmax())
+    node = fp.feature(demo.clt, index, layer=layer)
+    described = fp.max_activating(demo.model, demo.clt, [node], [text])[node]
+    assert described.examples[0].value == pytest.approx(float(peaks[index]), abs=1e-4)
+    table = fp.active_features(demo.model, demo.clt, text, per_token=40)
+    row = table.query(f"site == 'blocks.{layer}.hook_mlp_out' and feature == {index}").sort_values("value").iloc[-1]
+    assert row["value"] == pytest.approx(float(peaks[index]), abs=1e-4)

@@ -479,7 +479,8 @@ def test_what_a_feature_of_a_higher_layer_is_active_on(demo: Demo) -> None:
     peaks = (pre * (pre > w["threshold"])).max(0).values
     index = int(peaks.argmax())
     node = fp.feature(demo.clt, index, layer=layer)
-    described = fp.max_activating(demo.model, demo.clt, [node], [text])[node]
+    with pytest.warns(UserWarning, match="too little text"):
+        described = fp.max_activating(demo.model, demo.clt, [node], [text])[node]
     assert described.examples[0].value == pytest.approx(float(peaks[index]), abs=1e-4)
     table = fp.active_features(demo.model, demo.clt, text, per_token=40)
     row = table.query(f"site == 'blocks.{layer}.hook_mlp_out' and feature == {index}").sort_values("value").iloc[-1]

@@ -33,7 +33,7 @@ class CrossLayerTranscoder(Cross):
             one that `threshold` or `k` belongs to, else `"relu"`.
         k: the number of features of each layer that `"topk"` keeps.
         skip: the matrices `[layers, d_out, d_in]` of a skip path, which adds `x_l @ skip[l].T` to y_l.
-        name: a name for tables; by default the names of the hook points.
+        name: the name in tables.
         model: the model's name, for `save`.
 
     Raises:
@@ -65,7 +65,7 @@ class CrossLayerTranscoder(Cross):
         activation: str | None = None,
         k: int | None = None,
         skip: torch.Tensor | None = None,
-        name: str = "",
+        name: str = "clt",
         model: str | None = None,
     ) -> None:
         check_kinds(torch.Tensor, b_enc=b_enc, b_dec=b_dec)

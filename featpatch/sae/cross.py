@@ -54,7 +54,7 @@ class Cross:
         activation: a key of `ACTIVATIONS`.
         k: the number of features of a group that "topk" keeps.
         skip: the matrices `[hook points, d_out, d_in]` of a skip path, which adds `x @ skip.T` at each hook point; or None.
-        name: a name for tables; if empty, the names of the hook points are used.
+        name: the name in tables; if empty, those of the lowest hook points.
         model: the model's name, if known.
     """
 

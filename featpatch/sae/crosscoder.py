@@ -33,7 +33,7 @@ class Crosscoder(Cross):
         activation, k: as in `CrossLayerTranscoder`; `"topk"` keeps k of all features.
         scale: a factor on pre-activations when they are compared with the threshold or with each other, `[features]` or
             `[outputs, features]`, such as the norms of the decoder.
-        name: a name for tables; by default the names of the hook points.
+        name: the name in tables.
         model: the model's name, for `save`.
 
     Raises:
@@ -63,7 +63,7 @@ class Crosscoder(Cross):
         activation: str | None = None,
         k: int | None = None,
         scale: torch.Tensor | None = None,
-        name: str = "",
+        name: str = "crosscoder",
         model: str | None = None,
     ) -> None:
         check_kinds(torch.Tensor, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec)

@@ -101,6 +101,7 @@ class Curve(Plotted):
         """
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
+        check_kinds(str, title=title)
         chosen, table = measured_effect(effect, self.sets.directions_run()), self.table()
         figure = go.Figure(
             layout={"title": in_figure(title), "xaxis_title": "features together", "yaxis_title": chosen, "xaxis_type": "log"}

@@ -1,12 +1,7 @@
 """The trained model, SAEs, transcoders and prompt pairs that are shipped with the package, verified by their digests.
 
-<<<<<<< HEAD
 They are ordinary folders of Hugging Face, sae-lens and circuit-tracer, in `checkpoints/` next to the package in the
 repository, and inside the package after installation from a wheel.
-=======
-They are ordinary folders of Hugging Face, sae-lens and circuit-tracer, in `checkpoints/` next to the package in the repository,
-and inside the package after installation from a wheel.
->>>>>>> helper-d
 """
 
 import json

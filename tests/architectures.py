@@ -1,8 +1,9 @@
 """Small random models of many architectures, float64, weights far from any symmetry. Nothing here imports featpatch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -140,3 +141,16 @@ HOOKED: dict[str, Callable[[], Any]] = {
     "no norms": lambda: hooked(act_fn="relu", normalization_type=None),
     "fewer outputs than inputs": lambda: hooked(act_fn="gelu", d_vocab_out=20),
 }  # fmt: skip
+
+APART = {"bridge neox", "bridge llama", "bridge gemma3", "hooked gemma2", "hooked attention only", "hooked no norms",
+         "hooked fewer outputs than inputs"}  # fmt: skip
+"""Families with parts that no other has. The others are tested at length in `test_architectures`; here they are extended."""
+
+
+def families(model_class: str, names: Iterable[str]) -> list[Any]:
+    return [
+        pytest.param(model_class, name, marks=[pytest.mark.extended] * (f"{model_class} {name}" not in APART)) for name in names
+    ]
+
+
+FAMILIES = families("bridge", BRIDGES) + families("hooked", HOOKED)

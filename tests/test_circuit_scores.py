@@ -10,7 +10,7 @@ import feature_edge_oracle
 import numpy as np
 import pytest
 import torch
-from architectures import BRIDGES, HOOKED
+from architectures import BRIDGES, FAMILIES, HOOKED
 from score_oracle import edge_scores, node_scores
 from small import Small, small_bridge, small_hooked, standard
 from test_circuits import graph_of as node_graph_of
@@ -18,7 +18,7 @@ from test_circuits import nodes_of, partners, saes_of
 from test_edge_values import MODELS, labelled, small_of, where
 from test_edge_values import graph_of as edge_graph_of
 from test_edge_values import plain as without_position
-from test_edges import FAMILIES, difference, graph_of, named
+from test_edges import difference, graph_of, named
 from test_feature_edges import SITES, oracle_cuts
 from test_feature_edges import graph_of as feature_graph_of
 from test_feature_edges import named as named_with_features

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import BRIDGES, HOOKED
+from architectures import BRIDGES, FAMILIES, HOOKED
 from circuits_by_hand import ByHand, gates, induction, two_hop
 from edge_oracle import edges_of, forward_with_edges
 from scipy.stats import mannwhitneyu
@@ -158,7 +158,8 @@ def test_estimates_are_the_gradient(make: Any) -> None:
     assert np.abs(estimates).max() > 1e-3
 
 
-FAMILIES = [("bridge", name) for name in BRIDGES] + [("hooked", name) for name in HOOKED]
+SLOWLY = ("llama", "gemma2", "fewer outputs than inputs")
+"""Families whose edges are run one by one."""
 
 
 @pytest.mark.usefixtures("wide")
@@ -182,10 +183,7 @@ def test_estimates_by_weights_are_those_by_a_weight_per_edge(
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        pytest.param(*each, marks=() if each[1] in ("llama", "gemma2", "fewer outputs than inputs") else pytest.mark.extended)
-        for each in FAMILIES
-    ],
+    [pytest.param(*each.values, marks=[pytest.mark.extended] * (each.values[1] not in SLOWLY)) for each in FAMILIES],
 )
 @pytest.mark.parametrize("metric", ["logit_diff", "neg_kl", lambda logits, correct, wrong: logits[:, correct].sum(1)])
 def test_single_edges_as_paths_are_those_of_whole_passes(kind: str, name: str, metric: Any) -> None:

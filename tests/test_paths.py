@@ -9,7 +9,7 @@ import oracle
 import path_oracle
 import pytest
 import torch
-from architectures import BRIDGES, HOOKED, OTHERS
+from architectures import BRIDGES, FAMILIES, HOOKED, OTHERS
 from small import LAYERS, Small, small_hooked, standard
 from test_sets import pairs_of
 
@@ -265,12 +265,11 @@ def test_hooks_of_the_user_are_refused() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("name", [*(f"bridge {name}" for name in BRIDGES), *(f"hooked {name}" for name in HOOKED)])
+@pytest.mark.parametrize(("kind", "name"), FAMILIES)
 @pytest.mark.usefixtures("wide")
-def test_architectures(name: str, route: str) -> None:
+def test_architectures(kind: str, name: str, route: str) -> None:
     """Parallel blocks, shared keys, norms behind what is added, no MLPs, no norms."""
-    kind, _, which = name.partition(" ")
-    compare_with_hooks((BRIDGES if kind == "bridge" else HOOKED)[which](), route)
+    compare_with_hooks((BRIDGES if kind == "bridge" else HOOKED)[name](), route)
 
 
 @pytest.mark.usefixtures("wide")

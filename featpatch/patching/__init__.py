@@ -12,13 +12,13 @@ What happens between `fp.rank_features` and a number, in the order of the formul
    direction has a base run b, which is patched, and a source run s, which values are taken from.
 3. The dictionary splits both activations into a `Split` of features f and error e. A `Difference` (changes.py) holds the
    features that differ between the two, and what they add: the only features whose patches can have an effect.
-4. Patches at one hook point, named by one `Node` each, form a `Swap` (changes.py) with their `Deltas` x' - x_b
-   (engine/patches.py): sparse rows of (patch, position, direction in activation space, coefficient). They come from
+4. Patches, named by one `Node` each, form a `Swap` (changes.py) with their `Deltas` x' - x_b at each hook point that they
+   change (engine/patches.py): sparse rows of (patch, position, direction in activation space, coefficient). They come from
    `Dictionary.change`, which is the formula above, with two shortcuts: each feature of a linear dictionary adds f_s - f_b times
    its decoder direction (times the gain of the base run's state, if the dictionary has one), and a whole activation x_s - x_b.
 5. A `Swap` applied to a base run is a `Block` (engine/patches.py). The engine's `Sweep` (engine/sweep.py) packs the patches of
    many blocks into forward passes, and reads the metric m(x') of each patch. The passes resume at the patched layer and
-   position (engine/suffix.py); for models that this does not support, they are the model's own from that layer on
+   position (engine/suffix.py), and make the changes at higher hook points on their way up (engine/rows.py); for models that this does not support, they are the model's own from that layer on
    (engine/path.py).
 6. A `Collector` (effects/collector.py) gathers the values in an `Effects` table (effects/table.py), which derives recovery,
    degradation, intervals and quadrants.

@@ -112,6 +112,21 @@ def test_features_are_the_same(executor: str, options: dict[str, Any]) -> None:
     assert 1 < len(noting.keys) == len(set(noting.keys))
 
 
+def stored_clt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A random cross-layer transcoder, whose decoders are read from files when they are needed."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"W_enc": [3, 6, 16], "b_enc": [3, 6], "b_dec": [3, 16]}
+    weights = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    decoders = [torch.randn(6, 3 - layer, 16, generator=generator, dtype=torch.float64) for layer in range(3)]
+    hooks = {
+        "hook": [f"blocks.{n}.ln2.hook_normalized" for n in range(3)],
+        "hook_out": [f"blocks.{n}.hook_mlp_out" for n in range(3)],
+    }
+    fp.dictionaries.CrossLayerTranscoder(**weights, W_dec=decoders, **hooks).save(folder / "clt")
+    monkeypatch.setattr("featpatch.sae.cross_formats.KEPT", {"encoders": 0, "decoders": 0})
+    return fp.load_sae(folder / "clt", **hooks)
+
+
 class Interrupted(Executor):
     """In this process, with what would travel to others, and with Ctrl-C after some batches."""
 
@@ -132,13 +147,20 @@ class Interrupted(Executor):
 
 @pytest.mark.usefixtures("ended")
 @pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.extended)])
-def test_other_sweeps_are_the_same(request: pytest.FixtureRequest, on_ray: bool) -> None:
-    """Components, paths and ablations, packed as for another process, and in one."""
+def test_other_sweeps_are_the_same(
+    request: pytest.FixtureRequest, on_ray: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Components, paths, ablations, joint patches and CLTs whose decoders stay in files, packed as for another process."""
     if on_ray:
         request.getfixturevalue("cluster")
     small, pairs = small_hooked(), pairs_of(small_hooked())
     ends = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in range(3)]
+    patches = [fp.Patch(tuple(ends)), fp.Patch((ends[0], fp.head(2, 1)))]
+    clt = stored_clt(tmp_path, monkeypatch)
     for run in (
+        lambda **o: fp.rank_features(small.model, clt, pairs, **ROWS, **o),
+        lambda **o: fp.rank_nodes(small.model, pairs, patches, combine="add", **ROWS, **o),
+        lambda **o: fp.rank_nodes(small.model, pairs, patches, **ROWS, **o),
         lambda **o: fp.rank_components(small.model, pairs, sites=["z", "k", "mlp_out"], **ROWS, **o),
         lambda **o: fp.ablate(small.model, pairs, saes=small.saes[1], to="mean", **ROWS, **o),
         lambda **o: fp.rank_paths(small.model, pairs, senders=ends[:2], receivers=[*ends[1:], "logits"], **ROWS, **o),

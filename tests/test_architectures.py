@@ -185,7 +185,9 @@ def test_operations_of_the_plain_path(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = (BRIDGES | HOOKED)[name]()
     cfg, run = model.cfg, SimpleNamespace(tokens=torch.arange(7))
-    unit: Any = SimpleNamespace(block=SimpleNamespace(site="blocks.0.hook_resid_pre", run=run), patches=torch.arange(3))
+    unit: Any = SimpleNamespace(
+        block=SimpleNamespace(deltas={"blocks.0.hook_resid_pre": None}, run=run), patches=torch.arange(3)
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(run.tokens[None])
     others = 2 * 6 * cfg.d_model * cfg.d_vocab_out + cfg.n_layers * 4 * 7 * 7 * cfg.n_heads * cfg.d_head

@@ -117,7 +117,8 @@ def test_a_whole_receiver_takes_its_value_where_it_stands(bridge: Small) -> None
     )
     for swaps, _ in study.work():
         for swap in swaps:
-            assert set(swap.deltas["denoising"].position.tolist()) == {swap.nodes[0].position}
+            (deltas,) = swap.deltas.values()
+            assert set(deltas["denoising"].position.tolist()) == {swap.nodes[0].position}
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -192,9 +192,9 @@ def test_operations_of_the_plain_path(name: str, monkeypatch: pytest.MonkeyPatch
         model(run.tokens[None])
     others = 2 * 6 * cfg.d_model * cfg.d_vocab_out + cfg.n_layers * 4 * 7 * 7 * cfg.n_heads * cfg.d_head
     assert plain_flops(wrap(model), unit) == 3 * (counter.get_total_flops() - others)
-    unit.block.site = "blocks.1.hook_resid_pre"
+    unit.block.deltas = {"blocks.1.hook_resid_pre": None}
     above = plain_flops(wrap(model), unit)
-    unit.block.site = "blocks.0.hook_resid_pre"
+    unit.block.deltas = {"blocks.0.hook_resid_pre": None}
     share = 1 - 1 / cfg.n_layers
     head = 3 * 2 * cfg.d_model * cfg.d_vocab_out
     assert above - head == pytest.approx(share * (plain_flops(wrap(model), unit) - head))

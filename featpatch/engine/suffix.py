@@ -209,10 +209,8 @@ class SuffixPath:
                 z = rows.base("z", index)
                 mid = pre + layer.attention_output(make(z, (index, "z"), None))
             mid = make(mid, (index, "mid"), pre)
-            if layer.parallel:
-                out = rows.base("pre", start).to(mid.device) - rows.base("mid", index)
-            else:
-                out = layer.mlp_output(mid)
+            here = mid.device  # the next layer may be on another device
+            out = rows.base("pre", start).to(here) - rows.base("mid", index) if layer.parallel else layer.mlp_output(mid)
             x = make(mid + out, (start, "pre"), mid)
         x = x.to(changes.spans[0].trace.pre[start].device)
         parts = (part.split([*rows.sizes]) for part in (rows.patch.to(x.device), rows.position.to(x.device), x))

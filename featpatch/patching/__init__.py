@@ -18,8 +18,8 @@ What happens between `fp.rank_features` and a number, in the order of the formul
    its decoder direction (times the gain of the base run's state, if the dictionary has one), and a whole activation x_s - x_b.
 5. A `Swap` applied to a base run is a `Block` (engine/patches.py). The engine's `Sweep` (engine/sweep.py) packs the patches of
    many blocks into forward passes, and reads the metric m(x') of each patch. The passes resume at the patched layer and
-   position (engine/suffix.py), and make the changes at higher hook points on their way up (engine/rows.py); for models that this does not support, they are the model's own from that layer on
-   (engine/path.py).
+   position (engine/suffix.py), and make the changes at higher hook points on their way up (engine/rows.py); for models that
+   this does not support, they are the model's own from that layer on (engine/path.py).
 6. A `Collector` (effects/collector.py) gathers the values in an `Effects` table (effects/table.py), which derives recovery,
    degradation, intervals and quadrants.
 

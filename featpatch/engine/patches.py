@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from featpatch.nodes import Combine
 
@@ -70,6 +70,19 @@ class Deltas:
     def values(self) -> Float[torch.Tensor, "rows d"]:
         """Return the change that each row makes."""
         return self.coefficient[:, None] * self.directions[self.direction.to(self.directions.device)]
+
+    def dense(self, length: int) -> Float[torch.Tensor, "patches pos d"]:
+        """Return the changes of all patches at positions 0 to `length` - 1, zero where a patch changes nothing."""
+        values = self.values()
+        dense = values.new_zeros(self.patches, length, values.shape[-1])
+        dense[self.patch.to(dense.device), self.position.to(dense.device)] = values
+        return dense
+
+    def named(self, length: int) -> Bool[torch.Tensor, "patches pos"]:
+        """Return the positions 0 to `length` - 1 at which each patch has a row, even if its change there is zero."""
+        named = torch.zeros(self.patches, length, dtype=torch.bool)
+        named[self.patch, self.position] = True
+        return named
 
     def _keep(self, rows: torch.Tensor, patches: int, number: torch.Tensor) -> "Deltas":
         return replace(

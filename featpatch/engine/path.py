@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch.nn import functional
 
 from featpatch import sites
@@ -69,9 +69,8 @@ class PlainPath:
         with ExitStack() as stack:
             firing = {}
             for site in sorted(hooks, key=sites.is_stream):  # where both are changed by one hook: what is added, then the sum
-                change = self._adding(site, units, length)
-                if combine == "set":
-                    change = self._setting(site, units, length, stack)
+                adding = combine == "add"
+                change = self._adding(site, units, length) if adding else self._setting(site, units, length, stack)
                 firing[site] = stack.enter_context(self.lens.edit(self.lens.carrier(site), change))
             logits = self.lens.resume(layer, resid, tokens, answers)
         for site, fired in firing.items():
@@ -85,7 +84,7 @@ class PlainPath:
 
     def _adding(self, site: str, units: Sequence[Unit], length: int) -> Edit:
         """Return a function that adds the changes at a hook point to the activations of all patches."""
-        delta = torch.cat([_dense(unit.deltas(site), length) for unit in units])
+        delta = torch.cat([unit.deltas(site).dense(length) for unit in units])
 
         def change(activation: torch.Tensor) -> torch.Tensor:
             return added(activation, delta.reshape(activation.shape))
@@ -98,34 +97,21 @@ class PlainPath:
         The base run of each unit is the row after its patches.
         """
         deltas = [unit.deltas(site) for unit in units]
-        delta = torch.cat([functional.pad(_dense(each, length), (0, 0, 0, 0, 0, 1)) for each in deltas])
-        named = torch.cat([functional.pad(_named(each, length), (0, 0, 0, 1)) for each in deltas])
-        last = torch.tensor([len(each) + 1 for each in deltas]).cumsum(0) - 1
-        of_base = last.repeat_interleave(torch.tensor([len(each) + 1 for each in deltas]))
+        delta = torch.cat([functional.pad(each.dense(length), (0, 0, 0, 0, 0, 1)) for each in deltas])
+        named = torch.cat([functional.pad(each.named(length), (0, 0, 0, 1)) for each in deltas])
+        sizes = torch.tensor([len(each) + 1 for each in deltas])
+        of_base = (sizes.cumsum(0) - 1).repeat_interleave(sizes)
         entering: list[torch.Tensor] = []
         if self.lens.carrier(site) != site:  # what is set is the sum of this and what enters the layer
-            stack.enter_context(self.lens.edit(sites.resid_pre(sites.layer_of(site)), entering.append, first=False))
+            stack.enter_context(self.lens.edit(sites.resid_pre(sites.layer_of(site)), entering.append))
 
         def change(activation: torch.Tensor) -> torch.Tensor:
             flat = activation.flatten(2)
-            arriving = entering[0] + flat if entering else flat
-            value = added(arriving[of_base], delta) - entering[0] if entering else added(flat[of_base], delta)
+            below = entering[0] if entering else 0
+            value = added((below + flat)[of_base], delta) - below
             return torch.where(named.to(flat.device)[..., None], value, flat).reshape(activation.shape)
 
         return change
-
-
-def _dense(deltas: Deltas, length: int) -> Float[torch.Tensor, "patches pos d"]:
-    values = deltas.values()
-    dense = values.new_zeros(len(deltas), length, values.shape[-1])
-    dense[deltas.patch.to(dense.device), deltas.position.to(dense.device)] = values
-    return dense
-
-
-def _named(deltas: Deltas, length: int) -> Bool[torch.Tensor, "patches pos"]:
-    named = torch.zeros(len(deltas), length, dtype=torch.bool)
-    named[deltas.patch, deltas.position] = True
-    return named
 
 
 def _columns(logits: torch.Tensor, columns: Sequence[int] | None) -> torch.Tensor:

@@ -5,11 +5,11 @@ moves what arrives downstream, `combine` says whether changes are added to it or
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
@@ -64,7 +64,7 @@ class PatchesPart(Part):
 
     @property
     def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
-        """All hook points together."""
+        """The hook points that a patch can change together: all of them."""
         return [(tuple(self.sites), self.meaning)]
 
     def count(self, run: PairRuns) -> int:
@@ -125,25 +125,13 @@ def _summed(member: Bool[torch.Tensor, "patches nodes"], changes: Sequence[Delta
         changes: the deltas of the nodes, in order, a few nodes each.
     """
     positions = torch.cat([deltas.position for deltas in changes]).unique()
-    values = torch.cat([_at(deltas, positions, changes[0].directions) for deltas in changes])
-    named = torch.cat([_named(deltas, positions) for deltas in changes])
+    placed = [replace(deltas, position=torch.searchsorted(positions, deltas.position)) for deltas in changes]
+    device = changes[0].directions.device
+    values = torch.cat([deltas.dense(len(positions)).to(device) for deltas in placed])
+    named = torch.cat([deltas.named(len(positions)) for deltas in placed])
     patch, place = ((member[..., None] & named).any(1)).nonzero(as_tuple=True)
     total = (member.to(values) @ values.flatten(1)).unflatten(1, values.shape[1:])
     return Deltas.explicit(patch, positions[place], total[patch.to(total.device), place.to(total.device)], len(member))
-
-
-def _at(deltas: Deltas, positions: torch.Tensor, like: torch.Tensor) -> Float[torch.Tensor, "nodes positions d"]:
-    values = deltas.values().to(like.device)
-    dense = values.new_zeros(len(deltas), len(positions), values.shape[1])
-    place = torch.searchsorted(positions, deltas.position)
-    dense[deltas.patch.to(dense.device), place.to(dense.device)] = values
-    return dense
-
-
-def _named(deltas: Deltas, positions: torch.Tensor) -> Bool[torch.Tensor, "nodes positions"]:
-    named = torch.zeros(len(deltas), len(positions), dtype=torch.bool)
-    named[deltas.patch, torch.searchsorted(positions, deltas.position)] = True
-    return named
 
 
 def check_apart(patches: Mapping[Node, Sequence[Node]], found: Sequence[Dictionary], pairs: Pairs) -> None:

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float
 
 from featpatch import sites
-from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens, added
 from featpatch.nodes import LOGITS, Direction, Node
@@ -305,7 +304,7 @@ class Senders:
         streams = {}
         for way, (base, _) in run.ways.items():
             tokens = run.bases[way][0].tokens
-            changes = [self._on_stream(site, dense(deltas[way], len(tokens)), base, tokens) for site, deltas in sent]
+            changes = [self._on_stream(site, deltas[way].dense(len(tokens)), base, tokens) for site, deltas in sent]
             changes = [change.to(self.lens.device) for change in changes]
             empty = torch.zeros(0, len(tokens), self.lens.d_model, device=self.lens.device)
             streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes) if changes else empty)
@@ -320,11 +319,3 @@ class Senders:
         resid, attention = base.at(sites.resid_pre(layer))[None], sites.component(layer, "attn_out")
         outputs = self.lens.through(layer, resid, tokens, attention, {site: added(z.flatten(1), rows)})
         return outputs[1:] - outputs[0]
-
-
-def dense(deltas: Deltas, length: int) -> torch.Tensor:
-    """Return the changes of all patches as one dense tensor `[patches, pos, d]`."""
-    values = deltas.values()
-    result = values.new_zeros(len(deltas), length, values.shape[-1])
-    result[deltas.patch.to(values.device), deltas.position.to(values.device)] = values
-    return result

@@ -6,6 +6,7 @@ the answer. In the last layer, after the keys and values, only the answer row of
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -87,6 +88,12 @@ class Rows:
         start, length, first = (each.repeat_interleave(sizes) for each in (starts, torch.tensor(lengths), firsts))
         return start + self.patch * length + self.position - first
 
+    def find(self, some: "Rows") -> Int[torch.Tensor, " rows"]:
+        """Return where some of these rows are among them; unless they are the same, these must be sorted, as in `union`."""
+        if some is self:
+            return torch.arange(len(self.position))
+        return torch.searchsorted(self.number(answer_only=False), some.number(answer_only=False))
+
     def keep(self, some: torch.Tensor) -> "Rows":
         """Return the rows for which a mask is True."""
         sizes = [int(part.sum()) for part in some.split([*self.sizes])]
@@ -122,7 +129,7 @@ class Moved:
     rows: Rows
     delta: Float[torch.Tensor, "rows d"]
 
-    def made(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor | None) -> None:
+    def apply(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor | None) -> None:
         """Make the changes in a matrix.
 
         Args:
@@ -143,34 +150,34 @@ class Moved:
 
 @dataclass(frozen=True)
 class Changes:
-    """All changes of a batch of units.
+    """The changes that the patches of a batch of units make, at all hook points.
 
     Attributes:
         units: the units.
         spans: the span of each unit.
-        hooks: the hook points that are patched and the meaning of the patches, by the place where they enter.
     """
 
     units: Sequence[Unit]
     spans: Sequence[Span]
-    hooks: dict[Entry, list[tuple[str, Combine]]] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def hooks(self) -> dict[Entry, list[tuple[str, Combine]]]:
+        """The hook points that are patched and the meaning of the patches, by the place where they enter."""
         patched = dict.fromkeys((site, unit.block.combine) for unit in self.units for site in unit.block.deltas)
         hooks: dict[Entry, list[tuple[str, Combine]]] = {}
         in_order = sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0])))  # addends, then sums
         for site, combine in in_order:
             hooks.setdefault(entry(site), []).append((site, combine))
-        object.__setattr__(self, "hooks", hooks)
+        return hooks
 
     def at(self, place: Entry, *, answer_only: bool = False) -> list[Moved]:
         """Return the changes that enter at a place, of the answer rows alone or of all rows."""
         return [self._moved(*patched, answer_only=answer_only) for patched in self.hooks.get(place, ())]
 
-    def make(self, x: torch.Tensor, place: Entry, before: torch.Tensor, *, answer_only: bool) -> None:
-        """Make the changes that enter at a place in the matrix `x`, see `Moved.made`."""
+    def apply(self, x: torch.Tensor, place: Entry, before: torch.Tensor, *, answer_only: bool) -> None:
+        """Make the changes that enter at a place in the matrix `x`, see `Moved.apply`."""
         for moved in self.at(place, answer_only=answer_only):
-            moved.made(x, moved.rows.number(answer_only=answer_only), before)
+            moved.apply(x, moved.rows.number(answer_only=answer_only), before)
 
     def _moved(self, site: str, combine: Combine, *, answer_only: bool) -> Moved:
         changing = [site in unit.block.deltas and unit.block.combine == combine for unit in self.units]

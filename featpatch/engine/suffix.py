@@ -192,12 +192,10 @@ class SuffixPath:
         moved = {each: changes.at(each) for each in places}
         every = [one.rows for each in moved.values() for one in each]
         rows = every[0] if len(every) == 1 else Rows.union(every)
-        known = rows.number(answer_only=False)
 
         def make(x: torch.Tensor, at: Entry, before: torch.Tensor | None) -> torch.Tensor:
             for one in moved[at]:
-                numbers = one.rows.number(answer_only=False)
-                one.made(x, torch.arange(len(known)) if one.rows is rows else torch.searchsorted(known, numbers), before)
+                one.apply(x, rows.find(one.rows), before)
             return x
 
         pre = rows.base("pre", index)
@@ -229,11 +227,11 @@ class SuffixPath:
                 for span, (q, k, v) in zip(spans, heads, strict=True)
             ]
             z = torch.cat([part.flatten(0, 1) for part in parts])
-            changes.make(z, (index, "z"), z, answer_only=ends)
+            changes.apply(z, (index, "z"), z, answer_only=ends)
             mid = x + layer.attention_output(z)
-            changes.make(mid, (index, "mid"), x, answer_only=ends)
+            changes.apply(mid, (index, "mid"), x, answer_only=ends)
             x = mid + layer.mlp_output(x if layer.parallel else mid)
-            changes.make(x, (index + 1, "pre"), mid, answer_only=ends)
+            changes.apply(x, (index + 1, "pre"), mid, answer_only=ends)
         return x
 
     def _first(

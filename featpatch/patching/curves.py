@@ -16,7 +16,7 @@ from featpatch.nodes import DIRECTIONS, EFFECTS, TOGETHER, Combine, Direction, E
 from featpatch.page.page import Plotted
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.features import feature_study, singly
+from featpatch.patching.features import feature_study
 from featpatch.patching.joint import node_study
 from featpatch.patching.readings import Metrics
 from featpatch.patching.runs import Noise
@@ -171,11 +171,11 @@ def top_k_curve(
         )
     check_kinds(bool, across=across)
     options = Options(positions, directions, metric, batch_rows, noise, combine)
-    study, found = feature_study(model, saes, pairs, singly(model, saes, options))
+    study, found = feature_study(model, saes, pairs, options, joint=True)
     single = study.complete(progress=progress)
     ranking = single
     if rank_on is not None:
-        others, _ = feature_study(model, saes, rank_on, singly(model, saes, options))
+        others, _ = feature_study(model, saes, rank_on, options, joint=True)
         ranking = others.complete(progress=progress)
     features: dict[Key, list[Node]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
-from featpatch.errors import FeatpatchError, check_choices
+from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Position
 from featpatch.pairs.pair import Positions
@@ -125,7 +125,7 @@ class FeaturePart(Part):
 
 
 def feature_study(
-    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None
+    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None, *, joint: bool = False
 ) -> tuple[Study, list[Dictionary]]:
     """Return the validated experiment that `rank_features` runs with these arguments, and its dictionaries.
 
@@ -133,23 +133,15 @@ def feature_study(
         model, saes, pairs: as in `rank_features`.
         options: the other arguments of `rank_features`.
         only: the nodes that are patched; None for all.
+        joint: as in `combined_by`.
     """
     check_pairs(pairs, by_label=True)
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    if combined := combined_by(found, options.combine):
+    if combined := combined_by(found, options.combine, joint=joint):
         about["combine"] = combined
     return Study.of(lens, [FeaturePart(found, only, options.combine)], about, pairs, options), found
-
-
-def singly(model: Any, saes: Any, options: Options) -> Options:
-    """Return the options for patches of single features, given those for patches of several dictionaries together."""
-    found = dictionaries(wrap(model), saes)
-    joint = len(found) > 1 and all(len(dictionary.outputs) == 1 for dictionary in found)
-    if joint and options.combine is not None:
-        check_choices(get_args(Combine), combine=options.combine)
-    return replace(options, combine=None) if joint else options
 
 
 def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options: Options) -> tuple[Study, Dictionary]:

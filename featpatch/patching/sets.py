@@ -24,7 +24,7 @@ from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Nod
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, split_ways
-from featpatch.patching.features import feature_study, singly
+from featpatch.patching.features import feature_study
 from featpatch.patching.joint import node_study
 from featpatch.patching.parts import DictionaryPart
 from featpatch.patching.readings import Metrics
@@ -131,7 +131,7 @@ class Sets:
         """Make the experiment, after checking the input; `position` replaces the positions of `options`."""
         at: Positions = "all" if position == "all" else [position]
         options = replace(options, positions=at)
-        study, found = feature_study(model, saes, pairs, singly(model, saes, options))
+        study, found = feature_study(model, saes, pairs, options, joint=True)
 
         def ask(patches: Sequence[Patch], directions: Sequence[Direction]) -> Study:
             return node_study(model, saes, pairs, patches, replace(options, directions=directions))[0]

@@ -122,7 +122,7 @@ class Dictionary:
 
     @property
     def combine(self) -> Combine:
-        """What a patch at several outputs means by default.
+        """The default meaning of a patch at several outputs.
 
         The residual stream at a higher hook point already contains what is written below, so it is set; the output of an MLP or
         of attention does not, so the change is added.
@@ -405,20 +405,22 @@ def name_of(source: Any, reads: Sequence[str], writes: Sequence[str]) -> str:
     return getattr(source, "name", "") or (writes[0] if reads == writes else f"{reads[0]} -> {writes[0]}")
 
 
-def combined_by(found: Sequence[Dictionary], combine: Any) -> dict[str, Combine]:
+def combined_by(found: Sequence[Dictionary], combine: Any, *, joint: bool = False) -> dict[str, Combine]:
     """Return what a patch at several hook points means, for each dictionary that writes several.
 
     Args:
         combine: the meaning for all of them; None for the default of each.
+        joint: whether features of different dictionaries are patched together too, so that there is a meaning to choose even if
+            each dictionary writes to a single hook point.
 
     Raises:
-        FeatpatchError: it is no such meaning, or no dictionary writes several hook points.
+        FeatpatchError: it is no such meaning, or no patch is at several hook points.
     """
     several = [dictionary for dictionary in found if len(dictionary.outputs) > 1]
     if combine is None:
         return {dictionary.name: dictionary.combine for dictionary in several}
     check_choices(get_args(Combine), combine=combine)
-    if not several:
+    if not several and not (joint and len(found) > 1):
         raise FeatpatchError(
             f"combine={combine!r}: expected None, because each SAE writes to a single hook point; leave combine out"
         )

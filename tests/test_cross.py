@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -477,6 +478,21 @@ def test_every_feature_of_a_crosscoder_is_patched_exactly(make: Callable[[], Sma
         }  # fmt: skip
         assert value == pytest.approx(metric_of(small, int(pair), reached), abs=EXACT), node
     assert seen["feature"] >= 3, seen
+
+
+@pytest.mark.parametrize("combine", [None, "add", "set"])
+def test_named_features_mean_what_they_mean_in_a_ranking(combine: Any) -> None:
+    """A feature alone, and as the only node of a patch, has the row of `rank_features` with the same meaning."""
+    small = small_bridge()
+    run: dict[str, Any] = {"combine": combine, "progress": False}
+    clt = simple_clt()
+    ranked = fp.rank_features(small.model, clt, pairs_of(small), **run)
+    best = ranked.top(3, kind="feature")
+    low = tuple(node for node in best.nodes if not node.site.startswith("blocks.2"))
+    assert low, "only a feature of a lower layer writes to several hook points"
+    found = fp.rank_nodes(small.model, pairs_of(small), [*best.nodes, fp.Patch(low[:1])], saes=clt, **run)
+    np.testing.assert_allclose(found.pooled("recovery")[:3], best.pooled("recovery"), rtol=0, atol=EXACT)
+    assert found.pooled("recovery")[3] == pytest.approx(best.pooled("recovery")[list(best.nodes).index(low[0])], abs=EXACT)
 
 
 @pytest.fixture

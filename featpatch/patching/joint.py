@@ -225,7 +225,7 @@ def node_study(
     every = tuple(dict.fromkeys([*single, *(node for some in patches.values() for node in some)]))
     positions = list(dict.fromkeys(end for node in every for end in _ends(node.position)))
     each(partial(spans, positions=positions), list(pairs))  # raises errors of positions, which together=False does not mend
-    parts = _parts(lens, single, found)
+    parts = _parts(lens, single, found, options.combine)
     _check_parts(parts, pairs)
     combine = _combine(every if patches else (), found, options.combine)
     about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
@@ -233,7 +233,7 @@ def node_study(
         if combine is None:
             joints: list[Part] = [JointPart(lens, some, found, name) for name, some in patches.items()]
         else:
-            members = _parts(lens, every, found)
+            members = _parts(lens, every, found, combine)
             check_apart(patches, found, pairs)
             if combine == "set" and any(isinstance(part, JointPart) for part in members):
                 inside = next(part.nodes[0] for part in members if isinstance(part, JointPart))
@@ -337,7 +337,7 @@ def _ends(position: Position) -> list[Position]:
     return [int(end) if re.fullmatch("-?[0-9]{1,9}", end) else end for end in position.split(sites.ARROW)]
 
 
-def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> list[Part]:
+def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary], combine: Combine | None) -> list[Part]:
     """Return the parts that patch each node alone; where the fast sweep has none, joint patches of a single node."""
     by_name = {dictionary.name: dictionary for dictionary in found}
     alike: dict[tuple[str, str, str], list[Node]] = defaultdict(list)
@@ -361,7 +361,7 @@ def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> li
             parts.append(OnlyPart(part, frozenset(some)))
         else:
             parts += [JointPart(lens, (node,), found, node) for node in some]
-    return [FeaturePart([by_name[name]], frozenset(some)) for name, some in features.items()] + parts
+    return [FeaturePart([by_name[name]], frozenset(some), combine) for name, some in features.items()] + parts
 
 
 def _component(node: Node) -> str:

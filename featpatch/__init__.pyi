@@ -20,6 +20,7 @@ from .effects.table import Effects as Effects
 from .engine.path import SlowPathWarning as SlowPathWarning
 from .engine.ray import Ray as Ray
 from .errors import FeatpatchError as FeatpatchError
+from .labels import load_labels as load_labels
 from .loading import load as load
 from .nodes import Edge as Edge, LOGITS as LOGITS, Node as Node, Patch as Patch
 from .pairs.pair import Pair as Pair
@@ -30,6 +31,7 @@ from .patching.diagnostics import diagnose as diagnose
 from .patching.do import do as do
 from .patching.runs import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
+from .ranking.groups import group_features as group_features
 from .ranking.nodes import rank_nodes as rank_nodes
 from .ranking.ablate import ablate as ablate
 from .ranking.plan import plan as plan

@@ -172,26 +172,40 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
             f"nodes={nodes!r:.80}: expected a list of fp.Node, such as effects.top().nodes, or a table of effects"
         )
     found = dictionaries(lens, saes)
-    text = [Document.of(model.tokenizer, ids) for ids in ids_of(model, texts, lens.n_ctx)]
-    if not any(part.usable.any() for part in text):
-        raise FeatpatchError(
-            "the texts hold only special tokens: expected words, to find what activates the features; give other texts"
-        )
+    ids = ids_of(model, texts, lens.n_ctx)
     features = [node for node in dict.fromkeys(nodes) if node.kind == "feature"]
     named = [with_owner(lens, node, found) for node in features]
     for node, owner in named:
         if owner is not None and node.index is not None and node.index >= owner.per_group:
             raise FeatpatchError(f"node {str(node)!r}: expected a feature of {owner.name!r}, from 0 to {owner.d_sae - 1}")
-    every = read_features(lens, found, [node for node, _ in named], [part.tokens for part in text])
-    columns = torch.cat([values[part.usable] for values, part in zip(every, text, strict=True)])
-    described = zip(features, columns.T, strict=True)
-    descriptions = Descriptions({node: _describe(model.tokenizer, text, column, contexts) for node, column in described})
-    _warn(descriptions, len(columns))
+    described = descriptions_of(lens, found, [node for node, _ in named], ids, contexts)
+    descriptions = Descriptions(zip(features, described, strict=True))
+    _warn(descriptions)
     return descriptions
 
 
-def _warn(descriptions: Mapping[Node, Description], positions: int) -> None:
+def descriptions_of(
+    lens: Lens, found: Sequence[Dictionary], features: Sequence[Node], prompts: Sequence[tuple[int, ...]], contexts: int
+) -> list[Description]:
+    """Describe features of some dictionaries from tokenized texts, see `max_activating`.
+
+    Raises:
+        FeatpatchError: the texts hold only special tokens.
+    """
+    tokenizer = lens.tokenizer
+    text = [Document.of(tokenizer, ids) for ids in prompts]
+    if not any(part.usable.any() for part in text):
+        raise FeatpatchError(
+            "the texts hold only special tokens: expected words, to find what activates the features; give other texts"
+        )
+    every = read_features(lens, found, features, [part.tokens for part in text])
+    columns = torch.cat([values[part.usable] for values, part in zip(every, text, strict=True)])
+    return [_describe(tokenizer, text, column, contexts) for column in columns.T]
+
+
+def _warn(descriptions: Mapping[Node, Description]) -> None:
     """Issue a warning if descriptions are based on too little text."""
+    positions = next((found.positions for found in descriptions.values()), POSITIONS)
     few = [node for node, found in descriptions.items() if found.fired < FIRINGS or positions < POSITIONS]
     if few:
         named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])

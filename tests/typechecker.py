@@ -31,6 +31,7 @@ LITERALS = [
     Literal["signed", "absolute"],
     Literal["logit_diff", "logit"],
     Literal["clean", "corrupted"],
+    Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

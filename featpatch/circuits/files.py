@@ -52,11 +52,14 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
 
 def content_of(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return a circuit as plain data."""
-    content = {
+    content: dict[str, Any] = {
         "candidates": list(map(_fields, graph.candidates)),
         "items": list(map(_fields, items)),
         "scores": scores.tolist(),
     }
+    groups = [[_fields(node) for node in graph.members_of(item)] for item in graph.candidates]
+    if any(groups):
+        content["groups"] = groups
     return {FORMAT: VERSION, "graph": _shape(graph), **content, "metadata": metadata}
 
 
@@ -130,7 +133,12 @@ def read_circuit(path: str | Path) -> dict[str, Any]:
             f"{str(path)!r} is damaged: its metadata have {strange}={str(content['metadata'].get(strange))[:80]}: {expected}; "
             "save the circuit again"
         )
-    return {**content, **{name: nodes_of(content.get(name)) for name in ("candidates", "items")}}
+    candidates, items = (nodes_of(content.get(name)) for name in ("candidates", "items"))
+    groups = content.get("groups", [[]] * len(candidates))
+    if not isinstance(groups, list) or len(groups) != len(candidates):
+        raise FeatpatchError(f"{str(path)!r} is damaged: expected the members of {len(candidates)} candidates; save it again")
+    members = {node: nodes_of(some) for node, some in zip(candidates, groups, strict=True) if some}
+    return {**content, "candidates": candidates, "items": items, "groups": members}
 
 
 def to_eap_ig(graph: Graph, items: Iterable[Node], scores: NDArray[np.float64]) -> dict[str, Any]:

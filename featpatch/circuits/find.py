@@ -25,9 +25,10 @@ from featpatch.metrics import Metric
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Node
+from featpatch.nodes import TOGETHER, Node, Patch, joint
 from featpatch.pairs.pair import Positions
-from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.patching.patches import check_apart
 from featpatch.patching.readings import readout
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
@@ -132,7 +133,7 @@ def find_circuit(
     *,
     saes: Any = None,
     over: Literal["nodes", "edges"] | None = None,
-    nodes: Effects | Sequence[Node] | None = None,
+    nodes: Effects | Sequence[Node | Patch] | None = None,
     positions: Positions = "all",
     method: Method = "threshold",
     scores: Scores | None = None,
@@ -158,6 +159,7 @@ def find_circuit(
             key and value), MLPs and logits. If features or errors are given, these are mediators, and so is the rest of their
             activation (`rest`). By default nodes if `nodes` are given, else edges.
         nodes: features, error terms, heads at `hook_z` and whole activations; or a table of effects whose rows are the nodes.
+            The nodes of an `fp.Patch` are kept or ablated together, as one candidate (`groups.patches` of `fp.group_features`).
             At their hook points everything that is not kept is ablated. For edges: features and errors of dictionaries of the
             residual stream, `hook_z`, `hook_attn_out` or `hook_mlp_out`, or of MLP transcoders.
         positions: for edges between components: `"all"`: an edge is kept or ablated at all positions together. `"each"`, or
@@ -299,7 +301,7 @@ def load_circuit(
             "as reference=..., or another `to`"
         )
     over: Any = about.get("over")
-    nodes, errors = content.get("candidates") or None, cast(Errors, about.get("errors") or "in")
+    nodes, errors = _with_patches(content) or None, cast(Errors, about.get("errors") or "in")
     check_candidates(over, nodes, saes, errors if saes is not None else None)
     positions, seed = about.get("positions", "all"), noted.get("seed")
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric, positions, reference, seed)
@@ -331,6 +333,12 @@ def load_circuit(
     return Circuit(graph, items, scores, metadata, again)
 
 
+def _with_patches(content: Mapping[str, Any]) -> list[Node | Patch]:
+    """Return the candidates of a circuit in a file, with patches as they were passed to `find_circuit`."""
+    candidates, groups = content.get("candidates", ()), content.get("groups", {})
+    return [Patch(groups[node], node.site.removesuffix(TOGETHER)) if node in groups else node for node in candidates]
+
+
 def _graph(
     lens: Lens,
     pairs: Pairs,
@@ -346,10 +354,15 @@ def _graph(
 ) -> Graph:
     """Return the graph of the candidates, after checking that circuits can be found in it."""
     read, found = readout(metric, single=True), dictionaries_if_any(lens, saes)
-    candidates = () if nodes is None else _candidates(lens, nodes, found, errors)
+    candidates, groups = ((), {}) if nodes is None else _candidates(lens, check_pairs(pairs), nodes, found, errors)
     graph: Graph
     if over == "nodes":
-        graph = NodeGraph(lens, pairs, to, read, candidates, found, errors, reference=reference, seed=seed)
+        graph = NodeGraph(lens, pairs, to, read, candidates, found, errors, groups, reference=reference, seed=seed)
+    elif groups:
+        raise FeatpatchError(
+            f"{str(next(iter(groups)))!r} with over='edges': expected single nodes, because an edge ends at a node; name its "
+            "members, or pass over='nodes'"
+        )
     else:
         mediators, regions = mediators_of(lens, candidates, found), Regions.of(positions, pairs)
         graph = EdgeGraph(lens, pairs, to, read, mediators=mediators, regions=regions, reference=reference, seed=seed)
@@ -397,20 +410,38 @@ def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: boo
     return result
 
 
-def _candidates(lens: Lens, nodes: Any, found: Sequence[Dictionary], errors: Errors) -> tuple[Node, ...]:
-    """Return the candidates among the nodes; of a table, nodes without an SAE are left out at hook points with features.
+def _candidates(
+    lens: Lens, pairs: Pairs, nodes: Any, found: Sequence[Dictionary], errors: Errors
+) -> tuple[tuple[Node, ...], dict[Node, tuple[Node, ...]]]:
+    """Return the candidates among the nodes, and the members of those that are patches.
+
+    Of a table, nodes without an SAE are left out at hook points with features.
 
     Raises:
-        FeatpatchError: if a node is invalid, or there are no candidates.
+        FeatpatchError: if a node is invalid, two nodes of a patch overlap, or there are no candidates.
     """
     left_out = {"all_features"} if errors == "nodes" else {"all_features", "error"}
-    kept = [node for node in check_nodes(lens, nodes, found, "nodes") if node.kind not in left_out]
+    entries = list(nodes) if isinstance(nodes, (list, tuple)) else []
+    patches = [entry for entry in entries if isinstance(entry, Patch)]
+    single = [entry for entry in entries if not isinstance(entry, Patch)] if patches else nodes
+    kept = [] if patches and not single else check_nodes(lens, single, found, "nodes")
+    kept = [node for node in kept if node.kind not in left_out]
     if isinstance(nodes, Effects):
         with_sae = {node.site for node in kept if node.sae}
         kept = [node for node in kept if node.sae or node.site not in with_sae]
-    if not kept:
+    groups: dict[Node, tuple[Node, ...]] = {}
+    for number, patch in enumerate(patches):
+        members = tuple(check_nodes(lens, list(patch.nodes), found, f"the nodes of {patch.name or 'a patch'}"))
+        if strange := next((node for node in members if node.kind in left_out), None):
+            raise FeatpatchError(
+                f"{str(strange)!r} is in a patch, with errors={errors!r}: expected nodes that can be kept or ablated; leave "
+                "it out"
+            )
+        groups[joint(members, number, patch.name)] = members
+    check_apart(groups, found, pairs)
+    if not kept and not groups:
         raise FeatpatchError(
             f"nodes={nodes!r} with errors={errors!r}: expected no error terms among the candidates; leave them out, or pass "
             "errors='nodes'"
         )
-    return tuple(kept)
+    return (*kept, *groups), groups

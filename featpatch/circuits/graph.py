@@ -336,6 +336,10 @@ class Graph(CleanRuns):
     def edge_counts(self, masks: Bool[np.ndarray, "circuits items"]) -> Float[np.ndarray, " circuits"]:
         """Return the number of edges of each circuit; NaN where it is not defined."""
 
+    def members_of(self, item: Node) -> tuple[Node, ...]:
+        """Return the nodes of a candidate that stands for several; empty for one that is a node."""
+        return ()
+
     def users(self, receiver: Node) -> list[Node]:
         """Return the nodes that read through a receiver: the heads of a query, key or value, otherwise the node itself."""
         return [receiver]

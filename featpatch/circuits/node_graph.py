@@ -41,10 +41,12 @@ class NodeGraph(Graph):
     Attributes:
         dictionaries: the dictionaries of the features and errors.
         errors: how error terms are treated.
+        groups: the members of items that stand for several nodes, which are kept or ablated together.
     """
 
     dictionaries: Sequence[Dictionary] = ()
     errors: Errors = "in"
+    groups: Mapping[Node, tuple[Node, ...]] = field(default_factory=dict)
     _ablation: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
@@ -56,7 +58,7 @@ class NodeGraph(Graph):
         """
         super().check()
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
-        for node in self.items:
+        for _, node in self.members:
             of_sae = node.kind in ("feature", "error") and known.get(node.sae) == node.site
             head = node.kind == "head" and sites.is_component(node.site, "z")
             if not of_sae and not head and node.kind != "activation":
@@ -69,8 +71,8 @@ class NodeGraph(Graph):
                     f"node {str(node)!r}: the activation at this hook point is a copy that the model does not read, so it "
                     f"can't be set: expected {self.lens.carrier(self.lens.site(node.site))!r} instead"
                 )
-        both = {node.site for node in self.items if node.kind in ("head", "activation")} & set(known.values()) & {
-            node.site for node in self.items if node.sae
+        both = {node.site for _, node in self.members if node.kind in ("head", "activation")} & set(known.values()) & {
+            node.site for _, node in self.members if node.sae
         }  # fmt: skip
         if both:
             raise FeatpatchError(
@@ -78,13 +80,24 @@ class NodeGraph(Graph):
                 "kind at a hook point; remove the others"
             )
 
+    @property
+    def members(self) -> list[tuple[int, Node]]:
+        """All nodes, each with the index of the item that it is or belongs to."""
+        return [(number, node) for number, item in enumerate(self.items) for node in self.groups.get(item, (item,))]
+
+    def members_of(self, item: Node) -> tuple[Node, ...]:
+        """Return the members of an item that stands for several nodes; empty for one that is a node."""
+        return self.groups.get(item, ())
+
     def rows_of_one(self) -> int:
         """Return 1, because one choice of items needs one row."""
         return 1
 
     def about(self) -> Mapping[str, Any]:
-        """Return metadata: that the items are nodes, the dictionaries, and how errors are treated."""
-        return {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
+        """Return metadata: that the items are nodes, the dictionaries, the groups, and how errors are treated."""
+        groups = {str(node): list(map(str, members)) for node, members in self.groups.items()}
+        about = {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
+        return {**about, **({"groups": groups} if groups else {})}
 
     def edge_counts(self, masks: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return the number of the model's edges between the nodes that each circuit keeps, the embedding and the logits.
@@ -147,7 +160,7 @@ class NodeGraph(Graph):
     def _by_component(self) -> dict[str, tuple[Node, ...]]:
         """Return the candidates by the names of dictionaries and of other hook points."""
         found: dict[str, list[Node]] = {}
-        for node in self.items:
+        for _, node in self.members:
             found.setdefault(node.sae or node.site, []).append(node)
         return {name: tuple(nodes) for name, nodes in found.items()}
 
@@ -177,12 +190,12 @@ class NodeGraph(Graph):
 
     def _used(self) -> list[Dictionary]:
         """Return the dictionaries of the candidates."""
-        names = {node.sae for node in self.items if node.sae}
+        names = {node.sae for _, node in self.members if node.sae}
         return [dictionary for dictionary in self.dictionaries if dictionary.name in names]
 
     def _plain(self) -> list[str]:
         """Return the hook points of heads and whole activations."""
-        return list(dict.fromkeys(node.site for node in self.items if not node.sae))
+        return list(dict.fromkeys(node.site for _, node in self.members if not node.sae))
 
     def ablated(self) -> tuple[Sequence[str], Sequence[Dictionary]]:
         """Return the hook points of the first layer's input, heads and whole activations, and the candidates' dictionaries."""
@@ -224,7 +237,7 @@ class NodeGraph(Graph):
             count: the number of features or heads; None for nodes without an index.
         """
         ablated = self._ablatable(some).repeat(len(kept), 1, 1, count or 1)
-        for number, node in enumerate(self.items):
+        for number, node in self.members:
             if own(node) and (node.index is None) == (count is None):
                 for slot, index in enumerate(some):
                     ablated[:, slot, self.tokens_at(index, node.position), node.index or 0] &= ~kept[:, number, None]
@@ -351,12 +364,12 @@ class _Gradients:
 
     def slopes(self) -> torch.Tensor:
         """Return the change of the metric if each item is ablated, `[items]`, to first order with the mean gradient."""
-        numbers = self.graph._numbers
-        total = self.graph._zeros(len(numbers))
+        numbers = {node: number for number, node in self.graph.members}
+        total = self.graph._zeros(len(self.graph.items))
         for name, nodes in self.places.items():
             gradient = torch.stack(self.found[name]).double().mean(0)
             for entries, of_kind in self._entries(name, nodes, gradient):
-                total[[numbers[node] for node in of_kind]] = self._sums(entries, of_kind)
+                total.index_add_(0, torch.tensor([numbers[node] for node in of_kind]), self._sums(entries, of_kind))
         return total
 
     def _entries(

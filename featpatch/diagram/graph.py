@@ -1,6 +1,7 @@
 """A graph of nodes or edges with their effects, as the content that all output formats share: names, order and layout."""
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.nodes import Edge, Node, Position
+from featpatch.nodes import TOGETHER, Edge, Node, Position
 from featpatch.untrusted import visible
 
 LOGITS = "logits"
@@ -25,6 +26,11 @@ ORDER = (
 
 WORDS = {"attn_out": "attention", "mlp_out": "mlp"}
 """The displayed names of components that are not shown under their own."""
+
+
+def is_group(node: Node) -> bool:
+    """Return whether a node stands for several nodes, which may belong to different layers."""
+    return node.kind == "set" and node.site.endswith(TOGETHER)
 
 
 def is_end(node: Node) -> bool:
@@ -46,6 +52,8 @@ def height(node: Node) -> tuple[float, int, str]:
     """
     if is_end(node):
         return (-1.0 if node.site == sites.EMBEDDING else float("inf")), 0, ""
+    if is_group(node):
+        return sys.float_info.max, 0, ""  # between the last layer and the logits
     name = component(node)
     return float(sites.layer_of(node.site)), ORDER.index(name if name in ORDER else "resid_mid"), name
 
@@ -54,12 +62,16 @@ def row(node: Node) -> str:
     """Return the name of the row of a node, such as `L1 mlp`."""
     if is_end(node):
         return "embed" if node.site == sites.EMBEDDING else LOGITS
+    if is_group(node):
+        return "groups"
     name = component(node)
     return f"L{sites.layer_of(node.site)} {'heads' if name in ('z', 'result') else WORDS.get(name, name)}"
 
 
 def short(node: Node) -> str:
     """Return the short name of a node within its row, such as `head 5`."""
+    if is_group(node):
+        return node.site.removesuffix(TOGETHER)
     if node.kind != "activation":
         return node.kind.replace("_", " ") if node.index is None else f"{node.kind} {node.index}"
     name = row(node)
@@ -68,6 +80,8 @@ def short(node: Node) -> str:
 
 def label(node: Node) -> str:
     """Return the full name of a node, such as `L3 head 5 @ end` or `L2 feature 121 of blocks.2.hook_resid_pre @ S2`."""
+    if is_group(node):
+        return f"{short(node)} @ {node.position}"
     where = "" if is_end(node) else f"L{sites.layer_of(node.site)} "
     inside = f"{component(node)} " if node.kind == "head" and row(node).endswith((" q", " k", " v", " pattern")) else ""
     of = f" of {node.sae or node.site}" if node.kind not in ("activation", "head", "neuron") else ""

@@ -12,7 +12,7 @@ from featpatch import sites
 from featpatch.diagram.draw import middles
 from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, label, layout, short
 from featpatch.errors import FeatpatchError, check_kinds, is_integer
-from featpatch.nodes import Node
+from featpatch.nodes import Node, Patch
 from featpatch.page.page import Block, Section, block, page, table
 
 SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
@@ -20,7 +20,13 @@ SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 
 
 def attribution_graph(
-    graph: Any, *, tokens: Sequence[str], slug: str, model: str, positions: Mapping[str, int | tuple[int, ...]] | None = None
+    graph: Any,
+    *,
+    tokens: Sequence[str],
+    slug: str,
+    model: str,
+    positions: Mapping[str, int | tuple[int, ...]] | None = None,
+    groups: Sequence[Patch] = (),
 ) -> dict[str, Any]:
     r"""Convert a graph to a dictionary that `json.dump` can write to a file `{slug}.json`.
 
@@ -37,7 +43,7 @@ def attribution_graph(
     - A viewer that has feature pages for `model` shows these for the features of the graph. If they are of other dictionaries,
       give `model` another name.
     - Fields that do not apply to a circuit are empty: `influence` (a share of a pruned graph; so there is no `node_threshold`
-      either), `activation`, `transcoder_list`, `pinnedIds`, `supernodes`, `clickedId`, `sg_pos`. `token_prob` is 0, and the
+      either), `activation`, `transcoder_list`, `pinnedIds`, `clickedId`, `sg_pos`. `token_prob` is 0, and the
       probability in the text of the output is a question mark, because the output is a metric and not a token. `run_idx` and
       `reverse_ctx_idx` are 0, as circuit-tracer writes them.
     - Viewers insert `clerp`, the text of a node, into the page as HTML, so `<` is replaced by its full-width form.
@@ -52,6 +58,7 @@ def attribution_graph(
         model: the name that viewers call the scan, such as `"gpt2-small"`.
         positions: the token index of each label at which the graph has nodes, such as `pairs[0].labels`; a label of several
             tokens is placed at its last one.
+        groups: patches with names, such as `groups.patches` of `fp.group_features`; their nodes in the graph become supernodes.
 
     Raises:
         FeatpatchError: a position is not that of a token, two nodes that differ only in the name of their position are placed
@@ -110,6 +117,10 @@ def attribution_graph(
         }
         for n, number in enumerate(numbers)
     ]
+    check_kinds((list, tuple), groups=groups)
+    check_kinds(Patch, **{f"groups[{number}]": patch for number, patch in enumerate(groups)})
+    of_group = [[ids[n] for n, node in enumerate(said.nodes) if node in patch.nodes] for patch in groups]
+    pinned = [[patch.name, *members] for patch, members in zip(groups, of_group, strict=True) if members]
     return {
         "metadata": {
             "slug": slug,
@@ -120,7 +131,7 @@ def attribution_graph(
             "schema_version": 1,
             "info": {"generator": {"name": "featpatch"}},
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": {"pinnedIds": [], "supernodes": pinned, "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": nodes,
         "links": [{"source": source, "target": target, "weight": weight} for (source, target), weight in links.items()],
     }

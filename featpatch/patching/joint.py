@@ -231,7 +231,11 @@ def node_study(
     about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
     if patches:
         if combine is None:
-            joints: list[Part] = [JointPart(lens, some, found, name) for name, some in patches.items()]
+            at_once = {name: some for name, some in patches.items() if _adds_up(some, found)}
+            joints: list[Part] = [JointPart(lens, some, found, name) for name, some in patches.items() if name not in at_once]
+            if at_once:
+                members = _parts(lens, tuple(dict.fromkeys(node for some in at_once.values() for node in some)), found, "add")
+                joints.append(PatchesPart(members, at_once, "add"))
         else:
             members = _parts(lens, every, found, combine)
             check_apart(patches, found, pairs)
@@ -283,6 +287,20 @@ def _asked(
         repeated = next(row for row in rows if rows.count(row) > 1)
         raise FeatpatchError(f"nodes names {str(repeated)!r} twice: expected each node once; remove the duplicate")
     return tuple(rows), patches
+
+
+def _adds_up(nodes: Sequence[Node], found: Sequence[Dictionary]) -> bool:
+    """Return whether setting nodes is the same as adding up their changes: features of one linear dictionary at one hook."""
+    names, features = {node.sae for node in nodes}, {node.index for node in nodes}
+    owner = next((dictionary for dictionary in found if names == {dictionary.name}), None)
+    return (
+        owner is not None
+        and all(node.kind == "feature" for node in nodes)
+        and len(features) == len(nodes)  # a feature at two labels, which can be the same token, is set once
+        and len(owner.outputs) == 1
+        and owner.behaviour.linear
+        and sites.entry(owner.writes) is not None
+    )
 
 
 def _set_once(nodes: Sequence[Node]) -> tuple[Node, ...]:

@@ -22,14 +22,15 @@ from featpatch.files import check_writable
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
-from featpatch.page.charts import STYLES, Points, points
-from featpatch.page.page import Block, write
+from featpatch.page.charts import STYLES, Bar, Points, bars, points
+from featpatch.page.page import Block, Section, table, write
 from featpatch.pairs.pair import PairText
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.pairs.tokens import special_positions
 from featpatch.patching.curves import Curve
+from featpatch.ranking.groups import Groups
 from featpatch.reporting.conclusion import measurable, short_names, together
-from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, page_of
+from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, intervals, page_of
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.views import promoted
 
@@ -51,6 +52,9 @@ AROUND = 12
 READ = 256
 """The largest number of pairs whose prompts are searched for max-activating examples."""
 
+GROUPS = 12
+"""The largest number of groups in a chart."""
+
 WRITES = 8
 """The number of tokens that a feature card names whose logits the feature raises most, and lowers most."""
 
@@ -66,6 +70,7 @@ def report(
     estimate: Effects | None = None,
     curve: Curve | None = None,
     circuit: Circuit | None = None,
+    groups: Groups | None = None,
     question: str = "",
     top: int | None = None,
     texts: Sequence[str] | None = None,
@@ -85,6 +90,7 @@ def report(
         estimate: a table of estimates of features (`method="atp"`), to be compared with the exact effects.
         curve: a curve of `fp.top_k_curve`.
         circuit: a circuit of `fp.find_circuit`, shown as a graph whose nodes show their numbers when they are clicked.
+        groups: groups of `fp.group_features`: the effect of each beside the sum of its members'.
         question: the title of the report; by default made of metric and model.
         top: the number of features per effect that get feature cards, 20 by default; only with `saes`.
         texts: documents to find max-activating examples in; by default the prompts of the pairs. Only with `saes`.
@@ -105,6 +111,7 @@ def report(
     check_kinds((Effects, NoneType), components=components, estimate=estimate)
     check_kinds((Curve, NoneType), curve=curve)
     check_kinds((Circuit, NoneType), circuit=circuit)
+    check_kinds((Groups, NoneType), groups=groups)
     check_kinds(str, question=question)
     check_numbers(1, top=1 if top is None else top)
     _check_tables(effects, components, estimate)
@@ -118,8 +125,8 @@ def report(
     figures = {} if curve is None else {"How many features does it take?": _growth(curve)}
     if estimate is not None:
         figures["Estimated against exact effects"] = _calibrated(calibrate(estimate, effects))
-    graph = () if circuit is None else sections(circuit.to_networkx())
-    material = Material(question, figures=figures, sections=graph, together="" if curve is None else together(curve))
+    further = [*(() if groups is None else [_groups(groups)]), *(() if circuit is None else sections(circuit.to_networkx()))]
+    material = Material(question, figures=figures, sections=further, together="" if curve is None else together(curve))
     if model is None and pairs is None and saes is None:
         return write(path, page_of(effects, material, components))
     if model is None or pairs is None:
@@ -156,6 +163,35 @@ def _growth(curve: Curve) -> Block:
         for name, (_, rows) in zip(names, groups[:STYLES], strict=True)
     ]
     return points(series, "features together", effect, log=True, joined=True)
+
+
+def _groups(groups: Groups) -> Section:
+    """Return the section with the effects of groups beside the sums of their members' effects."""
+    frame, effect = groups.to_pandas(), groups.effects.directions_run()[0]
+    title, nan = groups.effects.titled(effect), float("nan")
+    chart = bars(
+        [
+            Bar(row["group"], [(row[effect], row[f"{effect}_low"], row[f"{effect}_high"]), (row[f"{effect}_sum"], nan, nan)])
+            for _, row in frame.head(GROUPS).iterrows()
+        ],
+        ["together", "sum of members alone"],
+        title=title,
+    )
+    shown = frame[["group", "members", "position"]].astype({"position": str})
+    for name in groups.effects.directions_run():
+        label = groups.effects.titled(name)
+        shown[label], shown[f"{label}, 95 %"] = frame[name].round(4), intervals(frame, name)
+        shown[f"{label}: sum"] = frame[f"{name}_sum"].round(4)
+        shown[f"{label}: interaction"] = frame[f"{name}_interaction"].round(4)
+        shown[f"{label}: interaction, 95 %"] = intervals(frame, f"{name}_interaction")
+    text = (
+        "Each group is patched together (exact). The interaction is its effect minus the sum of its members' effects alone: "
+        "above 0, the members do together what none of them does alone; below 0, they are redundant. Intervals are 95 % "
+        "bootstrap intervals over pairs."
+    )
+    if len(frame) > GROUPS:
+        text += f" The chart shows the {GROUPS} groups with the largest effects of {len(frame)}."
+    return Section("groups", "Features that act together", text, [chart, table(shown, first=["group", title, f"{title}: sum"])])
 
 
 def _calibrated(calibration: Calibration) -> Block:

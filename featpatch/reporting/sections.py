@@ -216,7 +216,7 @@ def _ranking(effects: Effects, material: Material) -> Section:
         frame.insert(0, "card", [f"\u25b8 {opens[node]}" if node in opens else "" for node in rows.nodes])
     for effect in run:
         frame[effects.titled(effect)] = values[effect]
-        frame[f"{effects.titled(effect)}, 95 %"] = _intervals(values, effect)
+        frame[f"{effects.titled(effect)}, 95 %"] = intervals(values, effect)
     if "quadrant" in values:
         frame["quadrant"] = values["quadrant"]
     frame["pairs"] = values["changed_pairs"]
@@ -253,7 +253,7 @@ def _ranking(effects: Effects, material: Material) -> Section:
     return Section("ranking", "All rows", text, blocks)
 
 
-def _intervals(frame: pd.DataFrame, column: str) -> list[str]:
+def intervals(frame: pd.DataFrame, column: str) -> list[str]:
     """Return the interval of each value of a column; empty where there is none."""
     ends = zip(frame[f"{column}_low"], frame[f"{column}_high"], strict=True)
     return ["" if low != low else f"{low:.3f} to {high:.3f}" for low, high in ends]
@@ -449,7 +449,7 @@ def _by_tag(effects: Effects, tag: str) -> pd.DataFrame:
         column = f"{effect}_{value}"
         frame[f"{tag} {value}"] = found[column]
         if len(names) <= FEW_VALUES:
-            frame[f"{value}, 95 %"] = _intervals(found, column)
+            frame[f"{value}, 95 %"] = intervals(found, column)
     frame["depends"] = found["depends"]
     return frame
 

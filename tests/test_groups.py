@@ -129,9 +129,9 @@ def test_each_similarity_is_its_definition(small: Small, monkeypatch: pytest.Mon
             active = {sae.cfg.metadata.hook_name: sae.encode(cache[sae.cfg.metadata.hook_name]).detach() for sae in saes}
             profiles = np.stack([active[node.sae][..., node.index].flatten().numpy() for node in nodes])
         unit = profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-300)
-        groups_of(small, effects, by=by, n=3)
+        groups_of(small, effects, similarity=by, size=3)
         np.testing.assert_allclose(seen[-1], unit @ unit.T, rtol=0, atol=1e-9, err_msg=by)
-    groups_of(small, list(nodes), n=3)  # without a table the effects are measured first
+    groups_of(small, list(nodes), size=3)  # without a table the effects are measured first
     np.testing.assert_allclose(seen[-1], seen[0], rtol=0, atol=1e-9)
 
 
@@ -141,11 +141,11 @@ def test_groups_by_label_and_by_hook_point(small: Small) -> None:
         fp.feature(small.at(node.sae), node.index or 0): ("odd" if (node.index or 0) % 2 else "even")
         for node in effects.nodes[:5]
     }
-    groups = groups_of(small, effects, by="labels", labels=labels)
+    groups = groups_of(small, effects, similarity="labels", labels=labels)
     kinds = {name: set(groups.members(name).nodes) for name in groups.names}
     assert kinds["odd"] == {node for node in effects.nodes[:5] if (node.index or 0) % 2}
     assert sorted(map(len, kinds.values()))[:3] == [1, 1, 1]  # without a label a feature is a group of its own
-    groups = groups_of(small, effects, by="site")
+    groups = groups_of(small, effects, similarity="site")
     assert {name: groups.members(name).nodes[0].sae for name in groups.names} == {
         f"features of {sae}": sae for sae in {node.sae for node in effects.nodes}
     }
@@ -174,7 +174,7 @@ def effects_of_demo(demo: Any) -> fp.Effects:
 
 @pytest.fixture(scope="module")
 def demo_groups(demo: Any, effects_of_demo: fp.Effects) -> Any:
-    return fp.group_features(demo.model, demo.saes[4], demo.pairs("ioi", n=4), effects_of_demo, n=4, progress=False)
+    return fp.group_features(demo.model, demo.saes[4], demo.pairs("ioi", n=4), effects_of_demo, size=4, progress=False)
 
 
 def test_groups_in_a_report_and_a_graph(demo: Any, demo_groups: Any, effects_of_demo: fp.Effects, tmp_path: Path) -> None:
@@ -261,17 +261,17 @@ def test_damaged_labels(small: Small, tmp_path: Path, content: bytes, said: str)
 @pytest.mark.parametrize(
     ("nodes", "options", "said"),
     [
-        ("table", {"by": "colour"}, "by='colour': expected one of effects"),
-        ("table", {"n": 99}, "n=99: expected at most 8 groups"),
-        ("table", {"n": 0}, "n=0"),
-        ("table", {"n": 2, "similarity": 0.5}, "expected one of them"),
-        ("table", {"similarity": 2.0}, "expected a cosine"),
-        ("table", {"by": "labels"}, "by='labels' without labels"),
-        ("table", {"by": "site", "n": 2}, "expected neither"),
-        ("table", {"by": "site", "texts": ["a"]}, "expected no texts"),
+        ("table", {"similarity": "colour"}, "similarity='colour': expected one of effects"),
+        ("table", {"size": 99}, "size=99: expected at most 8 groups"),
+        ("table", {"size": 0}, "size=0"),
+        ("table", {"size": 2, "least": 0.5}, "expected one of them"),
+        ("table", {"least": 2.0}, "expected a cosine"),
+        ("table", {"similarity": "labels"}, "similarity='labels' without labels"),
+        ("table", {"similarity": "site", "size": 2}, "expected neither"),
+        ("table", {"similarity": "site", "texts": ["a"]}, "expected no texts"),
         ("table", {"labels": {fp.head(0, 1): ""}}, "expected a text for each node"),
         ("table", {"texts": "a"}, "expected a list of at least one document"),
-        ("own", {"by": "effects"}, "groups of your own with by"),
+        ("own", {"similarity": "effects"}, "groups of your own with similarity"),
         ({}, {}, "expected groups by name"),
         ({"": []}, {}, "expected groups by name"),
         ({"a": []}, {}, r"nodes\['a'\]"),

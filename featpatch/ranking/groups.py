@@ -38,8 +38,8 @@ from featpatch.ranking.similarity import (
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.nodes import check_nodes
 
-By = Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"]
-"""What makes a group: a similarity, a common label, or a common hook point and position."""
+Similarity = Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"]
+"""What makes features similar; for the last two, it is being the same."""
 
 LEAST = 0.5
 """The default mean similarity of groups that are joined."""
@@ -60,7 +60,7 @@ class Groups:
         effects: the table of all members and then of the groups (rows of kind `set`).
 
     Examples:
-        >>> groups = fp.group_features(model, saes, pairs, effects.top(6), by="site", progress=False)
+        >>> groups = fp.group_features(model, saes, pairs, effects.top(6), similarity="site", progress=False)
         >>> len(groups), len(groups.members(groups.patches[0].name))
         (2, 5)
     """
@@ -99,7 +99,7 @@ class Groups:
         sum, with 95 % bootstrap intervals over pairs (`_low`, `_high`).
 
         Examples:
-            >>> groups = fp.group_features(model, saes, pairs, effects.top(6), by="site", progress=False)
+            >>> groups = fp.group_features(model, saes, pairs, effects.top(6), similarity="site", progress=False)
             >>> groups.to_pandas().filter(regex="^(group|members|recovery)$")
                                             group  members  recovery
              features of blocks.1.hook_resid_pre        5     0.152
@@ -143,9 +143,9 @@ def group_features(
     pairs: Pairs,
     nodes: Effects | Sequence[Node] | Mapping[str, Sequence[Node]],
     *,
-    by: By | None = None,
-    similarity: float | None = None,
-    n: int | None = None,
+    similarity: Similarity | None = None,
+    least: float | None = None,
+    size: int | None = None,
     labels: Mapping[Node, str] | None = None,
     texts: Sequence[str] | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
@@ -167,12 +167,12 @@ def group_features(
         pairs: clean and corrupted prompts with their answers.
         nodes: the features: a table of effects, of whose rows the features are grouped, or a list of nodes; or groups of your
             own, as a dictionary of lists of nodes by name, whose nodes may be of any kind.
-        by: `"effects"` (the default): features with similar exact effects over the pairs. `"attribution"`: with similar effects
-            estimated by gradients. `"decoder"`: that write in similar directions. `"coactivation"`: that are active on the same
-            tokens. `"labels"`: with the same label. `"site"`: one group per dictionary, hook point and position. Not with
-            groups of your own.
-        similarity: the least mean similarity (cosine) of groups that are joined; 0.5 by default.
-        n: the number of groups, instead of `similarity`.
+        similarity: what makes features similar. `"effects"` (the default): their exact effects over the pairs.
+            `"attribution"`: their effects over the pairs, estimated by gradients. `"decoder"`: the directions that they write.
+            `"coactivation"`: the tokens on which they are active. `"labels"`: having the same label. `"site"`: belonging to the
+            same dictionary, hook point and position. Not with groups of your own.
+        least: the least mean similarity (cosine) of groups that are joined; 0.5 by default.
+        size: the number of groups, instead of `least`.
         labels: labels of features, such as those of `fp.load_labels`, by node, whatever its position; they name the groups.
             Features without a label are left as groups of their own.
         texts: documents that show what features are active on, for `"coactivation"` and for names; by default the prompts of
@@ -187,7 +187,7 @@ def group_features(
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
-        >>> groups = fp.group_features(model, saes, pairs, effects.top(20), by="decoder", n=5, progress=False)
+        >>> groups = fp.group_features(model, saes, pairs, effects.top(20), similarity="decoder", size=5, progress=False)
         >>> len(groups)
         5
         >>> own = {"names": effects.top(2).nodes, "third": [effects.top(3).nodes[2]]}
@@ -197,7 +197,7 @@ def group_features(
     lens = wrap(model)
     found = dictionaries(lens, saes)
     check_pairs(pairs)
-    _check(nodes, by, similarity, n, labels, texts)
+    _check(nodes, similarity, least, size, labels, texts)
     options: dict[str, Any] = {
         "directions": directions, "metric": metric, "batch_rows": batch_rows, "executor": executor, "progress": progress
     }  # fmt: skip
@@ -205,32 +205,32 @@ def group_features(
         groups = {name: check_nodes(lens, list(some), found, f"nodes[{name!r}]") for name, some in nodes.items()}
     else:
         features = _features(lens, nodes, found)
-        if n is not None and n > len(features):
-            raise FeatpatchError(f"n={n}: expected at most {len(features)} groups, the number of features")
+        if size is not None and size > len(features):
+            raise FeatpatchError(f"size={size}: expected at most {len(features)} groups, the number of features")
         known = {_bare(node): label for node, label in (labels or {}).items()}
         prompts = _prompts(lens, pairs, texts)
         keys: Sequence[Any]
-        if by == "labels":
+        if similarity == "labels":
             keys = [known.get(_bare(node), node) for node in features]
-        elif by == "site":
+        elif similarity == "site":
             keys = [(node.sae, node.site, node.position) for node in features]
         else:
-            if by == "decoder":
+            if similarity == "decoder":
                 profiles = decoder_profiles(features, found)
-            elif by == "coactivation":
+            elif similarity == "coactivation":
                 profiles = activation_profiles(lens, features, found, prompts)
-            elif by == "attribution":
+            elif similarity == "attribution":
                 profiles = attribution_profiles(model, saes, pairs, features, metric, directions, combine, progress=progress)
             else:
                 measured = nodes if isinstance(nodes, Effects) else None
                 if measured is None:
                     measured = rank_nodes(model, pairs, features, saes=saes, combine=combine, together=False, **options)
                 profiles = effect_profiles(_complete(measured, journal), features)
-            keys = clusters(cosines(profiles), least=LEAST if similarity is None else similarity, count=n)
+            keys = clusters(cosines(profiles), least=LEAST if least is None else least, count=size)
         alike: dict[Any, list[Node]] = defaultdict(list)
         for key, node in zip(keys, features, strict=True):
             alike[key].append(node)
-        groups = _named(lens, found, list(alike.values()), by == "site", known, prompts)
+        groups = _named(lens, found, list(alike.values()), similarity == "site", known, prompts)
     patches = [Patch(tuple(some), name) for name, some in groups.items()]
     members = list(dict.fromkeys(node for patch in patches for node in patch.nodes))
     asked = [*members, *patches]
@@ -241,15 +241,15 @@ def group_features(
     return Groups(tuple(patches[row] for row in order), effects)
 
 
-def _check(nodes: Any, by: Any, similarity: Any, n: Any, labels: Any, texts: Any) -> None:
+def _check(nodes: Any, similarity: Any, least: Any, size: Any, labels: Any, texts: Any) -> None:
     """Check that the arguments that determine the groups fit together.
 
     Raises:
         FeatpatchError: they do not.
     """
-    check_choices(get_args(By), by="effects" if by is None else by)
+    check_choices(get_args(Similarity), similarity="effects" if similarity is None else similarity)
     if isinstance(nodes, Mapping):
-        given = {"by": by, "similarity": similarity, "n": n, "labels": labels, "texts": texts}
+        given = {"similarity": similarity, "least": least, "size": size, "labels": labels, "texts": texts}
         if beside := [name for name, value in given.items() if value is not None]:
             raise FeatpatchError(f"groups of your own with {', '.join(beside)}: expected only nodes; leave out the others")
         strange = [
@@ -259,24 +259,26 @@ def _check(nodes: Any, by: Any, similarity: Any, n: Any, labels: Any, texts: Any
             raise FeatpatchError(
                 f"nodes={nodes!r:.80}: expected groups by name, each a list of nodes, such as {{'names': effects.top(3).nodes}}"
             )
-    if by in ("labels", "site") and (similarity is not None or n is not None):
-        raise FeatpatchError(f"by={by!r} with similarity={similarity} and n={n}: expected neither of them; leave them out")
-    if similarity is not None and n is not None:
-        raise FeatpatchError(f"similarity={similarity} with n={n}: expected one of them; leave the other out")
-    if similarity is not None and (not is_number(similarity) or not -1 <= similarity <= 1):
-        raise FeatpatchError(f"similarity={similarity!r}: expected a cosine, from -1 to 1")
-    check_numbers(1, n=1 if n is None else n)
+    if similarity in ("labels", "site") and (least is not None or size is not None):
+        raise FeatpatchError(f"similarity={similarity!r} with least={least} and size={size}: expected neither; leave them out")
+    if least is not None and size is not None:
+        raise FeatpatchError(f"least={least} with size={size}: expected one of them; leave the other out")
+    if least is not None and (not is_number(least) or not -1 <= least <= 1):
+        raise FeatpatchError(f"least={least!r}: expected a cosine, from -1 to 1")
+    check_numbers(1, size=1 if size is None else size)
     named = isinstance(labels, Mapping) and all(isinstance(k, Node) and isinstance(v, str) and v for k, v in labels.items())
     if labels is not None and not named:
         raise FeatpatchError(f"labels={labels!r:.80}: expected a text for each node, such as fp.load_labels(path, sae)")
-    if by == "labels" and not labels:
+    if similarity == "labels" and not labels:
         raise FeatpatchError(
-            "by='labels' without labels: expected a text for each node, such as labels=fp.load_labels(path, sae)"
+            "similarity='labels' without labels: expected a text for each node, such as labels=fp.load_labels(path, sae)"
         )
     if texts is not None:
         check_texts(texts)
-        if by in ("labels", "site"):
-            raise FeatpatchError(f"texts with by={by!r}: expected no texts, because neither groups nor names depend on them")
+        if similarity in ("labels", "site"):
+            raise FeatpatchError(
+                f"texts with similarity={similarity!r}: expected no texts, because neither groups nor names depend on them"
+            )
 
 
 def _features(lens: Lens, nodes: Any, found: Sequence[Dictionary]) -> list[Node]:

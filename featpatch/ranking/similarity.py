@@ -76,16 +76,16 @@ def decoder_profiles(nodes: Sequence[Node], found: Sequence[Dictionary]) -> Arra
         owner = by_name[node.sae]
         if not owner.behaviour.linear:
             raise FeatpatchError(
-                f"similarity='decoder' with {owner.name!r} ({owner.codec.kind}), whose features add no fixed direction: expected "
-                "an SAE with a linear decoder; use another similarity, such as similarity='effects'"
+                f"similarity='decoder' with {owner.name!r} ({owner.codec.kind}), whose features add no fixed direction: "
+                "expected an SAE with a linear decoder; use another similarity, such as 'effects'"
             )
         parts = owner.by_output(owner.directions(torch.tensor([owner.number(node)]))[0]).values()
         profiles.append(torch.stack(list(parts)).sum(0).double().cpu().numpy())
     widths = {len(profile) for profile in profiles}
     if len(widths) > 1:
         raise FeatpatchError(
-            f"similarity='decoder' with activations of {', '.join(map(str, sorted(widths)))} dimensions: expected the same for all "
-            "features; group the features of each hook point by themselves, or use similarity='effects'"
+            f"similarity='decoder' with activations of {', '.join(map(str, sorted(widths)))} dimensions: expected the same "
+            "for all features; group the features of each hook point by themselves, or use another similarity"
         )
     return np.stack(profiles)
 

@@ -31,7 +31,7 @@ docs:
 	mkdocs build --strict
 
 notebooks:
-	PLOTLY_RENDERER=png jupyter execute --inplace examples/*.ipynb
+	PLOTLY_RENDERER=png PYTHONWARNINGS=ignore jupyter execute --inplace examples/*.ipynb
 
 claims:
 	python benchmarks/claims.py

@@ -156,7 +156,7 @@ def test_names_are_what_members_are_active_on(demo_groups: Any) -> None:
     assert all(name.startswith(("on ", "before ", "group ")) for name in groups.names)
     assert len(set(groups.names)) == len(groups)
     shown = repr(groups)
-    assert "each group patched together (exact, logit_diff)" in shown
+    assert "patched together (exact, logit_diff)" in shown
     assert "recovery_sum" in shown
     assert "degradation_sum" not in shown
     assert groups._repr_html_().count("<tr") == len(groups) + 1

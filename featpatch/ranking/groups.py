@@ -17,13 +17,14 @@ import numpy as np
 import pandas as pd
 
 from featpatch.descriptions import check_texts, descriptions_of, ids_of
+from featpatch.effects.selection import measured_effect
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_number
 from featpatch.frame import Frame, text
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, Combine, Direction, Node, Patch
+from featpatch.nodes import DIRECTIONS, Combine, Direction, Effect, Node, Patch
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.readings import Metrics
 from featpatch.ranking.nodes import rank_nodes
@@ -37,6 +38,7 @@ from featpatch.ranking.similarity import (
 )
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.nodes import check_nodes
+from featpatch.untrusted import in_figure
 
 Similarity = Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"]
 """What makes features similar; for the last two, it is being the same."""
@@ -121,6 +123,33 @@ class Groups:
             table[f"{effect}_interaction_low"], table[f"{effect}_interaction_high"] = limits.T
         return table
 
+    def plot(self, effect: Effect | None = None, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of the groups, with a bar for the joint effect and one for the sum.
+
+        Args:
+            effect: the effect; by default recovery if it was run, else degradation.
+            title: the title of the figure.
+
+        Raises:
+            FeatpatchError: the effect was not run, or the title is not a string.
+
+        Examples:
+            >>> groups = fp.group_features(model, saes, pairs, effects.top(6), similarity="site", progress=False)
+            >>> [bar.name for bar in groups.plot().data]
+            ['together', 'sum of members alone']
+        """
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        check_kinds(str, title=title)
+        chosen, table = measured_effect(effect, self.effects.directions_run()), self.to_pandas()
+        names = [in_figure(name) for name in self.names]
+        figure = go.Figure(layout={"title": in_figure(title), "xaxis_title": self.effects.titled(chosen), "barmode": "group"})
+        up, down = table[f"{chosen}_high"] - table[chosen], table[chosen] - table[f"{chosen}_low"]
+        ends = {"array": up, "arrayminus": down}
+        figure.add_bar(y=names, x=table[chosen], name="together", orientation="h", error_x=ends)
+        figure.add_bar(y=names, x=table[f"{chosen}_sum"], name="sum of members alone", orientation="h")
+        return figure.update_yaxes(autorange="reversed")
+
     def __repr__(self) -> str:
         return f"{self._title()}\n{text(self._brief())}"
 
@@ -128,8 +157,8 @@ class Groups:
         return f"<p>{self._title()}</p>{self._brief().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
 
     def _title(self) -> str:
-        members = len(self.effects) - len(self)
-        return f"{len(self)} groups of {members} nodes, each group patched together (exact, {self.effects.metadata['metric']})"
+        members, groups = len(self.effects) - len(self), "1 group" if len(self) == 1 else f"{len(self)} groups"
+        return f"{groups} of {members} nodes, patched together (exact, {self.effects.metadata['metric']})"
 
     def _brief(self) -> pd.DataFrame:
         """Return the table with the sum and the interaction of the first effect only."""

@@ -31,8 +31,9 @@ def groups_of(small: Small, nodes: Any, **options: Any) -> Groups:
 
 def test_effects_of_groups_are_joint_patches(small: Small) -> None:
     """In both directions and every pair, those of `fp.do`, also across layers; the sums are those of single patches."""
-    saes, effects = ranked(small)
-    a, b, c = effects.nodes[:3]
+    saes, effects = ranked(small, n=20, position="all")
+    a, b = [node for node in effects.nodes if node.sae == RESID][:2]
+    c = next(node for node in effects.nodes if node.sae == LAST)
     own = {"one layer": [n for n in effects.nodes if n.sae == RESID], "mixed": [a, b, c], "alone": [a]}
     groups = groups_of(small, own)
     assert set(groups.names) == set(own)
@@ -59,18 +60,23 @@ def test_effects_of_groups_are_joint_patches(small: Small) -> None:
             assert frame[f"{effect}_interaction_low"][row] <= frame[f"{effect}_interaction"][row]
         assert groups.members(patch.name).nodes == patch.nodes
     alone = groups.names.index("alone")
-    assert frame["recovery_interaction"][alone] == pytest.approx(0, abs=1e-12)
+    for end in ("", "_low", "_high"):
+        assert frame[f"recovery_interaction{end}"][alone] == pytest.approx(0, abs=1e-12)
 
 
 def test_features_of_one_sae_are_added_up(small: Small) -> None:
     """The joint patch of features at one hook point, at several positions, is that of `fp.do`."""
     sae = small.at(RESID)
     nodes = [fp.feature(sae, 5, "there"), fp.feature(sae, 6, "pieces"), fp.feature(sae, 7), fp.feature(sae, 8, -1)]
-    found = fp.rank_nodes(small.model, pairs_of(small), [fp.Patch(tuple(nodes))], saes=sae, progress=False)
-    for number, pair in enumerate(pairs_of(small)):
-        (entry,) = np.flatnonzero(found.pair == number)
-        for way, column in (("denoising", found.denoised), ("noising", found.noised)):
-            assert column[entry] == pytest.approx(by_do(small, pair, nodes, way, sae), abs=1e-9)
+    twice = [fp.feature(sae, 5, "there"), fp.feature(sae, 5, 3)]  # one token by two names, which is set once
+    patches = [fp.Patch(tuple(some)) for some in (nodes, twice)]
+    found = fp.rank_nodes(small.model, pairs_of(small), patches, saes=sae, progress=False)
+    for row, some in enumerate((nodes, twice)):
+        for number, pair in enumerate(pairs_of(small)):
+            entry = np.flatnonzero((found.row == row) & (found.pair == number))
+            for way, column, base in (("denoising", found.denoised, found.corrupted), ("noising", found.noised, found.clean)):
+                value = column[entry[0]] if len(entry) else base[number]
+                assert value == pytest.approx(by_do(small, pair, some, way, sae), abs=1e-9)
 
 
 def by_hand(similarity: np.ndarray, least: float) -> list[set[int]]:

@@ -197,6 +197,9 @@ def test_groups_in_a_report_and_a_graph(demo: Any, demo_groups: Any, effects_of_
     viewed = fp.diagram.attribution_graph(
         graph, tokens=tokens, slug="g", model="demo", positions=pairs[0].labels, groups=demo_groups.patches
     )
+    joint = fp.diagram.graph(demo_groups.joint.nodes[:1], [0.1])
+    with pytest.raises(fp.FeatpatchError, match="is a group, which belongs to no layer"):
+        fp.diagram.attribution_graph(joint, tokens=tokens, slug="g", model="demo")
     (pinned,) = viewed["qParams"]["supernodes"]
     assert pinned == [demo_groups.names[0], *(node["node_id"] for node in viewed["nodes"])]
 
@@ -283,6 +286,7 @@ def test_damaged_labels(small: Small, tmp_path: Path, content: bytes, said: str)
         ({"a": []}, {}, r"nodes\['a'\]"),
         ([], {}, "expected a list of nodes"),
         ([fp.head(0, 1)], {}, "expected features"),
+        ([fp.feature("blocks.0.hook_resid_pre", 1)], {}, "belongs to 0 of the SAEs passed"),
     ],
 )
 def test_what_does_not_fit(small: Small, nodes: Any, options: dict[str, Any], said: str) -> None:

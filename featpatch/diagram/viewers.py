@@ -10,7 +10,7 @@ import pandas as pd
 
 from featpatch import sites
 from featpatch.diagram.draw import middles
-from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, label, layout, short
+from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, is_group, label, layout, short
 from featpatch.errors import FeatpatchError, check_kinds, is_integer
 from featpatch.nodes import Node, Patch
 from featpatch.page.page import Block, Section, block, page, table
@@ -81,6 +81,11 @@ def attribution_graph(
         raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
     if not isinstance(model, str) or not model:
         raise FeatpatchError(f"model={model!r}: expected the name of the model, such as 'gpt2-small'")
+    if group := next((node for node in said.nodes if is_group(node)), None):
+        raise FeatpatchError(
+            f"{str(group)!r} is a group, which belongs to no layer: expected a graph of its members; pass the group as "
+            "groups=..."
+        )
     outputs = [node for node in said.nodes if node.site == LOGITS]
     if len(outputs) > 1:
         raise FeatpatchError(f"the graph has {len(outputs)} output nodes: expected at most one node at {LOGITS!r}")

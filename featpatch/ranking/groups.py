@@ -8,7 +8,7 @@ the corrupted run is repaired (interaction < 0: redundant). Members that are onl
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,7 +37,7 @@ from featpatch.ranking.similarity import (
     effect_profiles,
 )
 from featpatch.sae.dictionary import Dictionary, dictionaries
-from featpatch.sae.nodes import check_nodes
+from featpatch.sae.nodes import check_nodes, with_owner
 from featpatch.untrusted import in_figure
 
 Similarity = Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"]
@@ -170,7 +170,7 @@ def group_features(
     model: Any,
     saes: Any,
     pairs: Pairs,
-    nodes: Effects | Sequence[Node] | Mapping[str, Sequence[Node]],
+    nodes: Effects | Sequence[Node] | Mapping[str, Effects | Sequence[Node]],
     *,
     similarity: Similarity | None = None,
     least: float | None = None,
@@ -231,7 +231,7 @@ def group_features(
         "directions": directions, "metric": metric, "batch_rows": batch_rows, "executor": executor, "progress": progress
     }  # fmt: skip
     if isinstance(nodes, Mapping):
-        groups = {name: check_nodes(lens, list(some), found, f"nodes[{name!r}]") for name, some in nodes.items()}
+        groups = {name: check_nodes(lens, some, found, f"nodes[{name!r}]") for name, some in nodes.items()}
     else:
         features = _features(lens, nodes, found)
         if size is not None and size > len(features):
@@ -281,10 +281,7 @@ def _check(nodes: Any, similarity: Any, least: Any, size: Any, labels: Any, text
         given = {"similarity": similarity, "least": least, "size": size, "labels": labels, "texts": texts}
         if beside := [name for name, value in given.items() if value is not None]:
             raise FeatpatchError(f"groups of your own with {', '.join(beside)}: expected only nodes; leave out the others")
-        strange = [
-            name for name, some in nodes.items() if not isinstance(name, str) or not name or not isinstance(some, Iterable)
-        ]
-        if not nodes or strange:
+        if not nodes or not all(isinstance(name, str) and name for name in nodes):
             raise FeatpatchError(
                 f"nodes={nodes!r:.80}: expected groups by name, each a list of nodes, such as {{'names': effects.top(3).nodes}}"
             )
@@ -322,7 +319,7 @@ def _features(lens: Lens, nodes: Any, found: Sequence[Dictionary]) -> list[Node]
             f"{str(strange)!r} is among the nodes: expected features; to measure a group with other nodes, pass groups of your "
             "own, such as nodes={'name': [...]}"
         )
-    return features
+    return [with_owner(lens, node, found)[0] for node in features]
 
 
 def _complete(effects: Effects, journal: str | Path | None) -> Effects:

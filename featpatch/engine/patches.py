@@ -9,7 +9,7 @@ downstream of it:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,15 +57,24 @@ class Deltas:
         """Return the changes of some patches, given in ascending order, renumbered from 0."""
         if len(patches) == self.patches:
             return self
+        if self._one_row_each:
+            return self._keep(patches, len(patches), torch.arange(len(patches)))
         number = torch.full((self.patches,), -1)
         number[patches] = torch.arange(len(patches))
-        return self._keep((number[self.patch] >= 0).nonzero()[:, 0], len(patches), number)
+        rows = (number[self.patch] >= 0).nonzero()[:, 0]
+        return self._keep(rows, len(patches), number[self.patch[rows]])
+
+    @cached_property
+    def _one_row_each(self) -> bool:
+        """Whether row i is the only one of patch i, for every patch."""
+        return len(self.patch) == self.patches and torch.equal(self.patch, torch.arange(self.patches))
 
     def upto(self, position: int) -> "Deltas":
         """Return the changes at positions up to `position`."""
         if bool((self.position <= position).all()):
             return self
-        return self._keep((self.position <= position).nonzero()[:, 0], self.patches, torch.arange(self.patches))
+        rows = (self.position <= position).nonzero()[:, 0]
+        return self._keep(rows, self.patches, self.patch[rows])
 
     def values(self) -> Float[torch.Tensor, "rows d"]:
         """Return the change that each row makes."""
@@ -84,15 +93,9 @@ class Deltas:
         named[self.patch, self.position] = True
         return named
 
-    def _keep(self, rows: torch.Tensor, patches: int, number: torch.Tensor) -> "Deltas":
-        return replace(
-            self,
-            patches=patches,
-            patch=number[self.patch[rows]],
-            position=self.position[rows],
-            direction=self.direction[rows],
-            coefficient=self.coefficient[rows.to(self.coefficient.device)],
-        )
+    def _keep(self, rows: torch.Tensor, patches: int, patch: torch.Tensor) -> "Deltas":
+        coefficient = self.coefficient[rows.to(self.coefficient.device)]
+        return Deltas(patches, patch, self.position[rows], self.direction[rows], coefficient, self.directions)
 
 
 @dataclass(frozen=True, eq=False)

@@ -325,6 +325,7 @@ def test_nodes_that_can_not_be_patched(bridge: Small, nodes: Any, message: str) 
         ({"to": "mean", "noise": fp.Noise([3])}, "no noise"),
         ({"seed": 3}, "reference or seed without to"),
         ({"batch_rows": 0}, "batch_rows=0"),
+        ({"together": False, "combine": "set"}, "combine='set' with nodes that are patched alone"),
     ],
 )
 def test_options_that_are_refused(bridge: Small, options: dict[str, Any], message: str) -> None:

@@ -230,8 +230,8 @@ def node_study(
     combine = _combine(every if patches else (), found, options.combine)
     if options.combine is not None and not patches and not any(len(d.outputs) > 1 for part in parts for d in part.owners):
         raise FeatpatchError(
-            f"combine={options.combine!r} with nodes that are patched alone, each at one hook point: expected joint patches, or "
-            "features that write to several hook points; leave combine out, or pass together=True"
+            f"combine={options.combine!r} with nodes that are patched alone, each at one hook point: expected joint patches "
+            "or features that write to several hook points; leave combine out, or pass together=True"
         )
     about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
     if patches:

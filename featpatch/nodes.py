@@ -91,7 +91,7 @@ class Node:
 
     def __post_init__(self) -> None:
         check_kinds(str, site=self.site, kind=self.kind, sae=self.sae)
-        if not is_integer(self.position) and not isinstance(self.position, str):
+        if not isinstance(self.position, str) and not is_integer(self.position):
             raise FeatpatchError(f"position={self.position!r}: expected a token index, 'all' or the label of a position")
         if self.index is not None and not is_integer(self.index):
             raise FeatpatchError(f"index={self.index!r}: expected an integer, such as the number of a feature")
@@ -104,11 +104,11 @@ class Node:
             )
         if self.index is not None and self.index < 0:
             raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
-        position = 0 if isinstance(self.position, str) else self.position
-        check_numbers(0, index=self.index or 0, position=abs(position))  # neither may exceed what arrays can hold
-        for name in ("index", "position"):
-            if is_integer(value := getattr(self, name)):
-                object.__setattr__(self, name, int(value))  # NumPy's integers can't be saved
+        for name in ("index", "position"):  # neither may exceed what arrays can hold, and NumPy's integers can't be saved
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                check_numbers(0, **{name: abs(value)})
+                object.__setattr__(self, name, int(value))
 
     def __str__(self) -> str:
         if self.site.endswith(TOGETHER) and self.kind == "set":

@@ -245,6 +245,10 @@ def test_every_plot_has_a_title_and_refuses_other_effects(
         partial(fp.diagram.figure, circuit.to_networkx()), partial(fp.diagram.interactive, circuit.to_networkx()),
         partial(circuit.report, "circuit.html"), fp.logit_attribution(demo.model, pairs, progress=False).plot,
     )  # fmt: skip
+    for argument in ("kind", "site", "position"):
+        for function in (features.plot.heatmap, partial(features.to_tensor, "layer")):
+            with pytest.raises(fp.FeatpatchError, match=f"^{argument}"):
+                function(**{argument: np.array([1, 2])})
     for drawing, title in product(drawings, (3, True, None, [], b"t")):
         with pytest.raises(fp.FeatpatchError, match=rf"^title is of type {type(title).__name__}: expected str$"):
             drawing(title=title)

@@ -159,6 +159,7 @@ def test_groups_by_label_and_by_hook_point(small: Small) -> None:
 
 def test_names_are_what_members_are_active_on(demo_groups: Any) -> None:
     groups = demo_groups
+    assert groups.joint.top(2).nodes == groups.joint.nodes[:2]
     assert all(name.startswith(("on ", "before ", "group ")) for name in groups.names)
     assert len(set(groups.names)) == len(groups)
     shown = repr(groups)

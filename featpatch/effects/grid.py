@@ -6,6 +6,7 @@ where nothing was measured: at hook points and positions that were not patched, 
 
 from collections.abc import Iterable, Sequence
 from itertools import product
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.effects.measured import Measured, T
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds, is_integer
 from featpatch.nodes import RANKED, TOGETHER, Effect, Node, Position
 from featpatch.sites import COMPONENTS, layer_of, within
 
@@ -48,8 +49,11 @@ def chosen(effects: T, kind: str | None, site: str | None, position: Position | 
         site: a hook point, its name within a layer, or the name of a component such as `"z"`; None for all.
 
     Raises:
-        FeatpatchError: no row fits, or the kind does not fit into a grid.
+        FeatpatchError: no row fits, the kind does not fit into a grid, or an argument is of another type.
     """
+    check_kinds((str, NoneType), kind=kind, site=site)
+    if position is not None and not isinstance(position, str) and not is_integer(position):
+        raise FeatpatchError(f"position={position!r}: expected a token index, 'all' or a label")
     if kind is not None and kind not in KINDS and any(node.kind == kind for node in effects.nodes):
         raise FeatpatchError(
             f"kind {kind!r} does not fit into layers, positions and heads: expected one of {', '.join(KINDS)}; look at "

@@ -80,8 +80,8 @@ class Groups:
 
     @property
     def joint(self) -> Effects:
-        """The rows of the groups, in the same order."""
-        return self.effects.where(kind="set")
+        """A table of the groups alone, in the same order."""
+        return replace(self.effects.where(kind="set"), taken_from=None)
 
     def members(self, name: str) -> Effects:
         """Return the rows of the members of a group, each patched alone.

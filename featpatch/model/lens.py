@@ -212,6 +212,19 @@ class Lens(Model, ABC):
             yield firing
 
     @contextmanager
+    def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"]], None]) -> Iterator[None]:
+        """Hand the token ids of every call of the model in this thread to a function, until the context ends."""
+
+        def begin(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            see(next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)))
+
+        handle = self.model.embed.register_forward_pre_hook(in_this_thread(begin), with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
     def put(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Replace the activations at some hook points by given values in calls of this thread, until the context ends."""
 

@@ -54,10 +54,22 @@ class CrossCodec(Codec):
         before: Group | None = None
         for group in self.cross.parts:
             if before is None or group.W_enc is not before.W_enc:  # else the groups differ only in what they write
-                pre = own[..., group.reads] @ values_of(group.W_enc).T + group.b_enc
+                pre = self._before(own[..., group.reads], group)
             made.append(self._activate(pre, group).to(self._wide))
             before = group
         return Code(torch.cat(made, dim=-1), self._skip(x))
+
+    def encode_group(self, x: torch.Tensor, number: int) -> Code:
+        """Return the features of one group, given the activations that it reads; the others are 0, and so is the state."""
+        group, off = self.cross.parts[number], self.off()
+        found = self._activate(self._before(x.to(device=self._device, dtype=self.dtype), group), group)
+        features = found.new_zeros(*found.shape[:-1], self.groups, self._size, dtype=self._wide)
+        features[..., number, :] = found
+        return Code(features.flatten(-2), {name: zero.expand(*x.shape[:-1], -1) for name, zero in off.state.items()})
+
+    @staticmethod
+    def _before(x: torch.Tensor, group: Group) -> torch.Tensor:
+        return x @ values_of(group.W_enc).T + group.b_enc
 
     def _activate(self, pre: torch.Tensor, group: Group) -> torch.Tensor:
         activation, k = ACTIVATIONS[self.cross.activation], self.cross.k or 0

@@ -46,6 +46,7 @@ from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
 from .sites import head as head
 from .splicing import loss_recovered as loss_recovered
+from .steering.doses import dose_response as dose_response
 from .steering.steer import steer as steer
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features

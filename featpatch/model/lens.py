@@ -211,6 +211,15 @@ class Lens(Model, ABC):
         with editing(self.model, point, hook, first=first):
             yield firing
 
+    @torch.no_grad()
+    def generate(self, tokens: Int[torch.Tensor, "batch pos"], count: int) -> Int[torch.Tensor, "batch length"]:
+        """Generate up to `count` tokens greedily after each prompt, and return the prompts with them."""
+        stop = getattr(self.tokenizer, "eos_token_id", None) is not None
+        options = {"do_sample": False, "stop_at_eos": stop, "return_type": "tokens", "verbose": False}
+        cached = self.tokenizer is not None  # HookedTransformer's cached generation fails without a tokenizer
+        made = self.model.generate(tokens.to(self.device), max_new_tokens=count, use_past_kv_cache=cached, **options)
+        return cast(torch.Tensor, made)
+
     @contextmanager
     def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"]], None]) -> Iterator[None]:
         """Hand the token ids of every call of the model in this thread to a function, until the context ends."""

@@ -36,6 +36,14 @@ Encode = Literal["steered", "unsteered"]
 """The run whose activations are encoded."""
 
 
+def moved(values: Float[torch.Tensor, "*at n"], amounts: Float[torch.Tensor, "..."], how: How) -> Float[torch.Tensor, "*at n"]:
+    """Return the new values, given the number of each or one for all."""
+    amounts = amounts.to(values)
+    if how == "set":
+        return amounts.expand_as(values)
+    return values + amounts if how == "add" else values * amounts
+
+
 @dataclass(frozen=True, eq=False)
 class Steered:
     """Values of one dictionary, or of one hook point, that are steered together.
@@ -68,24 +76,17 @@ class Steered:
         """The hook points that are changed."""
         return (self.site,) if self.owner is None else self.owner.outputs[self.group :]
 
-    def moved(self, values: Float[torch.Tensor, "batch pos n"]) -> Float[torch.Tensor, "batch pos n"]:
-        """Return the new values of the steered features or coordinates."""
-        amounts = self.amounts.to(values)
-        if self.how == "set":
-            return amounts.expand_as(values)
-        return values + amounts if self.how == "add" else values * amounts
-
     def change(self, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the change `[batch, pos, d]` at each hook point, given the activations that are read."""
         if self.owner is None:
             flat = live[self.site].flatten(2)
             change = torch.zeros_like(flat)
-            change[..., self.numbers] = self.moved(flat[..., self.numbers]) - flat[..., self.numbers]
+            change[..., self.numbers] = moved(flat[..., self.numbers], self.amounts, self.how) - flat[..., self.numbers]
             return {self.site: change}
         x, codec = torch.cat([live[hook].flatten(2) for hook in self.reads], dim=-1), self.owner.codec
         code = codec.encode_group(x, self.group) if isinstance(codec, CrossCodec) and codec.groups > 1 else codec.encode(x)
         numbers, features = self.numbers.to(code.features.device), code.features.clone()
-        features[..., numbers] = self.moved(features[..., numbers])
+        features[..., numbers] = moved(features[..., numbers], self.amounts, self.how)
         chosen = torch.zeros(self.owner.d_sae, dtype=torch.bool)
         chosen[self.numbers] = True
         kept = features.new_zeros(*features.shape[:-1], codec.d_out)  # the error, which stays as it is

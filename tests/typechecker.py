@@ -32,6 +32,9 @@ LITERALS = [
     Literal["logit_diff", "logit"],
     Literal["clean", "corrupted"],
     Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"],
+    Literal["set", "add", "scale"],
+    Literal["raw", "mean", "max"],
+    Literal["steered", "unsteered"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

@@ -59,7 +59,7 @@ class Moved(Everywhere):
     def values(self, of: str | Dictionary, like: Values, length: int) -> Values:
         """Return the moved features, and the error as it is, or the moved activation."""
         if isinstance(of, str):
-            return tuple(moved(each, torch.tensor(self.amount), self.how) for each in like)
+            return tuple(moved(each, torch.tensor(self.amount, dtype=torch.float64), self.how) for each in like)
         features, error = like
         return moved(features, self.amounts[of.name], self.how), error
 
@@ -251,7 +251,7 @@ def _effects(
     batch_rows: int | None,
 ) -> Effects:
     """Return the metrics of the clean prompts with each node steered by its number; the index of a row is that of its node."""
-    by_dictionary = {dictionary.name: torch.zeros(dictionary.d_sae) for dictionary in found}
+    by_dictionary = {dictionary.name: torch.zeros(dictionary.d_sae, dtype=torch.float64) for dictionary in found}
     for node, amount in amounts.items():
         if node.sae:
             owner = next(dictionary for dictionary in found if dictionary.name == node.sae)

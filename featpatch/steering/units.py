@@ -49,7 +49,7 @@ def raw_values(
     if (reference is None) == bool(means or scaled):
         expected = "no reference, because raw numbers need none" if reference is not None else "reference=..., texts or pairs"
         raise FeatpatchError(f"unit={unit!r} with reference={_short(reference)}: expected {expected}")
-    raw = {node: torch.tensor(float(value)) for node, value in values.items() if node not in means}
+    raw = {node: torch.tensor(float(value), dtype=torch.float64) for node, value in values.items() if node not in means}
     if reference is None:
         return raw
     active = _active(lens, found, [*means, *scaled], reference)

@@ -51,24 +51,34 @@ class Norm:
         weight = self.weight if self.weight is None else self.weight.to(wide.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)
 
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise rows with a scale that passes no gradient on: the values of the norm, and the gradient of `pull`."""
+        x = x if self.weight is None else x.to(self.weight.device)
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        found = self._centred(wide) / self._scale(wide).detach()
+        found = found if self.weight is None else found * self.weight.to(found)
+        return (found if self.bias is None else found + self.bias.to(found)).to(x.dtype)
+
     def pull(self, weights: Rows, at: Rows) -> Rows:
         """Return the gradient of `norm(at) @ weights` with respect to `at`, row by row, with the scale frozen at its value.
 
         Because the norm with a frozen scale is linear except for its bias, the contribution of each summand of `at` is its
         product with this gradient.
         """
-        at = at - at.mean(-1, keepdim=True) if self.centred else at
-        found = weights / (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        found = found if self.weight is None else found * self.weight.to(found)
-        return found - found.mean(-1, keepdim=True) if self.centred else found
+        found = weights / self._scale(at)
+        return self._centred(found if self.weight is None else found * self.weight.to(found))
 
     def push(self, changes: Float[torch.Tensor, "changes rows d"], at: Rows) -> Float[torch.Tensor, "changes rows d"]:
         """Return the change of `norm(at)` to first order in each change of `at`, with the change of the scale."""
-        if self.centred:
-            at, changes = at - at.mean(-1, keepdim=True), changes - changes.mean(-1, keepdim=True)
-        scale = (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        scale, at, changes = self._scale(at), self._centred(at), self._centred(changes)
         found = (changes - at * (at * changes).mean(-1, keepdim=True) / scale.square()) / scale
         return found if self.weight is None else found * self.weight.to(found)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def _scale(self, at: torch.Tensor) -> torch.Tensor:
+        return (self._centred(at).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
 
 @dataclass(frozen=True)

@@ -100,13 +100,12 @@ def _edits(lens: Lens, layer: int, rules: Rules) -> Iterator[tuple[str, Edit, bo
         yield pattern, _softened, False
     for factor in ("q", "k", "v", "pattern") if rules.factors else ():
         yield sites.component(layer, factor), _half, True
-    gated = sites.mlp_inputs(layer)[1] in lens.hook_points
-    post = sites.component(layer, "neurons")
-    if not lens.attention_only and (rules.activations or (rules.products and (gated or post not in lens.hook_points))):
-        mlp = _Mlp(lens, layer, rules, sites.mlp_inputs(layer)[: 2 if gated else 1], {})
+    if not lens.attention_only and (rules.activations or rules.products):
+        z, other = sites.mlp_inputs(layer)
+        mlp = _Mlp(lens, layer, rules, (z, other) if other in lens.hook_points else (z,), {})
         for site in mlp.inputs:
             yield site, mlp.keep(site), True
-        yield post, mlp, False
+        yield sites.component(layer, "neurons"), mlp, False
 
 
 def _same(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

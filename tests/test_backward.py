@@ -14,9 +14,11 @@ from backward_oracle import Written, gradients
 from small import Small, standard
 
 import featpatch as fp
+from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.model.backward import FROZEN, RULES, Rules, modified
 from featpatch.model.lens import Differentiated, Lens
 from featpatch.model.transformer_lens import wrap
+from featpatch.patching.readings import readout
 
 EXACT, ROTARY = 1e-10, 1e-7
 """Hugging Face computes rotary embeddings in float32."""
@@ -189,13 +191,14 @@ def test_estimates_are_changes_times_gradients(method: str) -> None:
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("method", ["atp", *RULES])
-@pytest.mark.parametrize("name", ["hooked llama", "hooked gemma2", "bridge gpt2"])
+@pytest.mark.parametrize("name", ["hooked llama", "hooked gemma2", "bridge gpt2", "bridge gemma2"])
 def test_paths_add_up_to_the_estimate_of_their_sender(name: str, method: Any) -> None:
     """On the route `all` into the logits, and on direct paths into everything that reads the residual stream."""
     whole, sender = model(name), fp.Node("blocks.1.hook_resid_pre", "activation")
     alone = fp.rank_components(whole, PAIRS, sites="resid_pre", layers=[1], method=method, progress=False)
-    heads = {"q": 4, "k": 4 if name == "bridge gpt2" else 2, "v": 4 if name == "bridge gpt2" else 2}
-    readers = [fp.head(layer, head, part) for layer in (1, 2) for part, n in heads.items() for head in range(n)]
+    shared = 4 if name == "bridge gpt2" else 2
+    heads = [("q", 4), ("k", shared), ("v", shared)]
+    readers = [fp.head(layer, head, part) for layer in (1, 2) for part, n in heads for head in range(n)]
     readers += [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
     options: dict[str, Any] = {"senders": [sender], "method": method, "progress": False}
     through = fp.rank_paths(whole, PAIRS, receivers=["logits"], route="all", **options)
@@ -243,6 +246,38 @@ def test_an_ablation_is_estimated_too(small: Small) -> None:
         for node, value in zip(table.nodes, table.pooled("degradation"), strict=True):
             if node.kind == "head":
                 assert value == pytest.approx(float(lost[node.index]) / float(table.gap.mean()), abs=EXACT)
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("name", ["hooked llama", "hooked gemma2", "bridge gpt2"])
+def test_scores_of_edges_add_up_to_the_estimate_of_the_embedding(name: str, method: Any) -> None:
+    """All edges from the embedding together are its ablation; scores are losses per pair."""
+    whole = model(name)
+    graph = EdgeGraph(wrap(whole), PAIRS, "corrupted", readout("logit_diff"))
+    found = dict(zip(graph.items, graph.estimates(method), strict=True))
+    entering = fp.rank_components(
+        whole, PAIRS, sites="resid_pre", layers=[0], directions=["noising"], method=method, progress=False
+    )
+    lost = float((entering.clean[entering.pair] - entering.noised).mean())
+    total = sum(score for edge, score in found.items() if str(edge).startswith("hook_embed"))
+    assert total == pytest.approx(lost, abs=EXACT)
+    assert abs(lost) > 1e-3
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_scores_of_nodes_are_their_estimates(small: Small, method: Any) -> None:
+    heads = [fp.head(1, head) for head in range(4)]
+    graph = fp.find_circuit(
+        small.model, pairs_of(small), nodes=heads, scores=method, method="threshold", size=2, progress=False
+    ).graph
+    table = fp.rank_components(
+        small.model, pairs_of(small), sites="z", layers=[1], directions=["noising"], method=method, progress=False
+    )
+    lost = {
+        node: float((table.clean[table.pair] - table.noised)[table.row == row].mean()) for row, node in enumerate(table.nodes)
+    }
+    np.testing.assert_allclose(graph.estimates(method), [lost[node] for node in graph.items], rtol=0, atol=EXACT)
 
 
 def test_errors(small: Small) -> None:

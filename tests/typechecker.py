@@ -24,6 +24,7 @@ LITERALS = [
     Literal["nodes", "edges"],
     Literal["threshold", "greedy", "acdc"],
     Literal["exact", "estimate"],
+    Literal["exact", "estimate", "eap_ig_inputs", "eap_ig_activations", "relp", "relp_qk", "gim"],
     Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop", "relp", "relp_qk", "gim"],
     Literal["auto"],
     Literal["live", "frozen", "softened"],

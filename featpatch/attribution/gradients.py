@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
 from featpatch.metrics import SEQUENCES, Measure, Metric, find, one_metric
-from featpatch.model.backward import RULES, Rules, modified
+from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
@@ -357,7 +357,7 @@ class _Batch:
             if not missing:
                 self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
                 continue
-            with modified(self.of.lens, RULES.get(method, Rules())):
+            with modified(self.of.lens, RULES.get(method, LIVE)):
                 found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
             if not all(torch.isfinite(g).all() for g in found.gradients.values()):
                 raise FeatpatchError(

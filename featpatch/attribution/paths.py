@@ -27,7 +27,7 @@ from featpatch.attribution.gradients import LOCAL, Gradients, PairGradients
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.model.backward import RULES, Rules, modified
+from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
@@ -159,7 +159,7 @@ def estimate_paths(
             changes[index] = {}
             for way in ways:
                 wanted_sites = [site for each in estimators for site in each.sites]
-                with modified(lens, RULES.get(source.method, Rules())):
+                with modified(lens, RULES.get(source.method, LIVE)):
                     pulled = _Pulled(lens, of_pair, way, receiving, route).at(wanted_sites)
                 through = replace(of_pair, gradients={way: pulled})
                 found_by = [each.estimates(through, way, wanted[index]) for each in estimators]

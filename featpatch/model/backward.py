@@ -12,16 +12,16 @@ patterns        frozen: a constant (AH-rule of Ali et al. 2022). Softened: g = T
 factors         g = x / 2 for queries, keys, values and attention patterns, which are the factors of attention's two products.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import ACTIVATIONS
+from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden
 from featpatch.model.lens import Edit, Lens
 from featpatch.model.stack import norm_of
 from featpatch.threads import editing, in_this_thread
@@ -64,8 +64,35 @@ gim         Gradient interaction modifications (Edin et al. 2025, arXiv 2505.176
             queries and keys get a quarter of their gradient, values a half.
 """
 
+NORMS = ("norm1", "post1", "query_norm", "key_norm", "norm2", "post2")
+"""The norms of a `Layer`."""
+
+LIVE = Rules()
+"""The rules of the model itself."""
+
 FROZEN = Rules(norms=True, patterns="frozen")
 """The rules under which a model is linear between its MLPs: norm scales and attention patterns are constants."""
+
+
+@overload
+def under(part: Norm, rules: Rules) -> Norm: ...
+@overload
+def under(part: Norm | None, rules: Rules) -> Norm | None: ...
+@overload
+def under(part: Layer, rules: Rules) -> Layer: ...
+@overload
+def under(part: Head, rules: Rules) -> Head: ...
+def under(part: Norm | Layer | Head | None, rules: Rules) -> Norm | Layer | Head | None:
+    """Return a part of a model as row-wise functions, with the gradients of rules; attention is not among these functions."""
+    if isinstance(part, Norm):
+        return replace(part, frozen=rules.norms)
+    if isinstance(part, Head):
+        return replace(part, norm=under(part.norm, rules))
+    if isinstance(part, Layer):
+        norms = {name: under(getattr(part, name), rules) for name in NORMS}
+        mlp = part.mlp and replace(part.mlp, scaled=rules.activations, halved=rules.products)
+        return replace(part, mlp=mlp, **norms)
+    return None
 
 
 @contextmanager
@@ -135,28 +162,36 @@ def _softened(pattern: torch.Tensor) -> torch.Tensor:
 def _frozen(lens: Lens, module: Any) -> Iterator[None]:
     """Make the scale of a norm module a constant in backward passes of this thread, until the context ends.
 
-    The difference of the two gradients is added, so that hook points inside the norm keep theirs. TransformerBridge has one at
-    the input.
+    The difference of the two gradients is added, so that hook points inside the norm keep theirs. On a TransformerBridge, input
+    and output are hook points inside the norm, and what is set there must not pass on a gradient of the norm.
     """
-    norm, point, kept = norm_of(module, lens.model.cfg), getattr(module, "hook_in", None), list[torch.Tensor]()
+    norm, kept = norm_of(module, lens.model.cfg), list[torch.Tensor]()
+    frozen = under(norm, FROZEN)
 
     def keep(x: torch.Tensor, hook: object) -> None:
         kept[:] = [x]
 
-    def freeze(_module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-        x = kept.pop() if kept else args[0]
-        if norm is None or not torch.is_grad_enabled():
+    def freeze(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+        if norm is None or frozen is None or not torch.is_grad_enabled():
             return None
         live = norm(x)
         if not _close(live, output, output.dtype):
             raise _form(f"a {type(module).__name__} does not return its normed input")
-        change = (norm.frozen(x) - live).to(output)
+        change = (frozen(x) - live).to(output)
         return output + (change - change.detach())
 
+    def outside(_module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        return freeze(args[0], output)
+
+    def inside(output: torch.Tensor, hook: object) -> torch.Tensor | None:
+        return freeze(kept.pop(), output)
+
     with ExitStack() as stack:
-        if point is not None:
-            stack.enter_context(editing(lens.model, point, keep, first=False, last=True))
-        stack.callback(module.register_forward_hook(in_this_thread(freeze)).remove)
+        if hasattr(module, "hook_in"):
+            stack.enter_context(editing(lens.model, module.hook_in, keep, first=False, last=True))
+            stack.enter_context(editing(lens.model, module.hook_out, inside, first=True))
+        else:
+            stack.callback(module.register_forward_hook(in_this_thread(outside)).remove)
         yield
 
 
@@ -197,30 +232,17 @@ class _Mlp:
         if act is None or any(x is None for x in inputs):
             raise _form(f"the MLP of layer {self.layer} has an unknown activation function or no {' and '.join(self.inputs)}")
         z, *others = [x for x in inputs if x is not None]
-        if not any(_close(found, post, post.dtype) for found in self._values(act(z), *others)):
+        if not any(_close(value, post, post.dtype) for value in self._values(hidden(act, z, *others))):
             raise _form(f"the MLP of layer {self.layer} does not compute its activation function of its input")
-        active = z * _ratio(act, z) if self.rules.activations else act(z)
-        if not others:
-            return _same(post, active)
-        other = others[0]
-        product = active * other.detach() + active.detach() * other
-        return _same(post, product / 2 if self.rules.products else product)
+        found = hidden(act, z, *others, scaled=self.rules.activations, halved=self.rules.products)
+        return _same(post, found)
 
-    def _values(self, active: torch.Tensor, *others: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _values(self, product: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the values that the hidden layer can have; HookedTransformer adds the bias of a gated MLP after the product."""
-        for other in others:
-            active = active * other
-        yield active
+        yield product
         bias = getattr(self.lens.model.blocks[self.layer].mlp, "b_in", None)
-        if others and bias is not None:
-            yield active + bias
-
-
-def _ratio(act: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor) -> torch.Tensor:
-    """Return `act(z) / z` as a constant, and its limit from above where z is 0."""
-    z = z.detach()
-    z = z.where(z != 0, torch.finfo(z.dtype).tiny ** 0.25)
-    return act(z) / z
+        if len(self.inputs) > 1 and bias is not None:
+            yield product + bias
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:

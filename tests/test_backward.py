@@ -139,6 +139,24 @@ def test_an_edit_made_later_is_seen_by_the_rules() -> None:
     torch.testing.assert_close(found.gradients[hook], found.gradients[post] * ratio, rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize("name", ["bridge gemma2", "hooked gemma2"])
+def test_the_order_of_edits_and_rules_does_not_matter(name: str) -> None:
+    """Values that are set before or after the rules begin stop the gradient of what they replace."""
+    lens = wrap(model(name))
+    hooks = ["blocks.1.hook_attn_out", "blocks.1.mlp.hook_post", "blocks.1.attn.hook_pattern"]
+    put = {hook: 0.5 * value for hook, value in lens.read(TOKENS, hooks).items()}
+    for rules in RULES.values():
+        with lens.put(put), modified(lens, rules):
+            one = taken(lens, ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out"]).gradients
+        with modified(lens, rules), lens.put(put):
+            other = taken(lens, ["blocks.1.hook_resid_pre", "blocks.0.hook_mlp_out"]).gradients
+        for hook, gradient in one.items():
+            torch.testing.assert_close(gradient, other[hook], rtol=0, atol=EXACT)
+    with modified(lens, FROZEN), lens.put(put):
+        found = taken(lens, ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]).gradients
+    assert torch.equal(found["blocks.1.hook_resid_pre"], found["blocks.2.hook_resid_pre"])
+
+
 @pytest.mark.parametrize("name", ["olmoe", "gpt-oss"])
 def test_other_forms_of_layers_are_refused(name: str) -> None:
     lens = wrap(OTHERS[name]())
@@ -262,7 +280,7 @@ def test_scores_of_edges_add_up_to_the_estimate_of_the_embedding(name: str, meth
     lost = float((entering.clean[entering.pair] - entering.noised).mean())
     total = sum(score for edge, score in found.items() if str(edge).startswith("hook_embed"))
     assert total == pytest.approx(lost, abs=EXACT)
-    assert abs(lost) > 1e-3
+    assert abs(lost) > 1e-4
 
 
 @pytest.mark.parametrize("method", RULES)

@@ -114,12 +114,12 @@ def modified(lens: Lens, rules: Rules) -> Iterator[None]:
             for site, edit, last in _edits(lens, layer, rules):
                 if site not in lens.hook_points:
                     raise _form(f"the model has no hook {site!r}")
-                stack.enter_context(lens.edit(site, edit, last=last))
+                stack.enter_context(lens.edit(site, edit, first=not last, last=last))
         yield
 
 
 def _edits(lens: Lens, layer: int, rules: Rules) -> Iterator[tuple[str, Edit, bool]]:
-    """Yield the edits of a layer: the hook point, the edit and whether it runs after all others."""
+    """Yield the edits of a layer: the hook point, the edit and whether it runs after all others, rather than before them."""
     pattern = sites.component(layer, "pattern")
     if rules.patterns == "frozen":
         yield pattern, torch.Tensor.detach, False

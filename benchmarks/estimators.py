@@ -4,8 +4,9 @@
 
 Every feature of the shipped SAEs that differs between the prompts of a pair is patched at all positions at once, in both
 directions, for each of the four tasks, and estimated by every method. The tables show, in Markdown: the agreement by task; the
-agreement by hook point; what a screen by one method, or by several, finds of the features with the largest effects; and the
-estimates of joint patches (all features of a hook point, its error, its whole activation).
+agreement by hook point; what a screen by one method, or by several, finds of the features with the largest effects; the
+estimates of joint patches (all features of a hook point, its error, its whole activation); the agreement for components, on
+half of the pairs; and the exact faithfulness of circuits of edges that scores by each method choose.
 """
 
 import argparse
@@ -26,6 +27,10 @@ SCREENS = (
 )  # fmt: skip
 KEPT = (20, 40, 80, 160)
 TOP, MOST = 20, 18
+COMPONENTS = ("attn_out", "mlp_out", "z", "q", "k", "v", "neurons")
+QUICK = ("atp", "relp", "relp_qk", "gim", "grad_drop")
+SCORES = ("estimate", "relp", "relp_qk", "gim", "eap_ig_inputs")
+EDGES = 40
 
 
 def measured(demo: Any, task: str, pairs: int) -> dict[str, Effects]:
@@ -77,6 +82,23 @@ def by_hook_point(found: dict[str, dict[str, Effects]]) -> list[str]:
     return rows
 
 
+def by_component(demo: Any, pairs: int) -> list[str]:
+    """Return the Pearson correlation with the exact recovery of components at all positions, over the rows of all tasks."""
+    rows = head("component", "rows", *(f"`{method}`" for method in QUICK))
+    drawn = [demo.pairs(task, n=pairs) for task in TASKS]
+    for name in COMPONENTS:
+        options = {"sites": name, "directions": ["denoising"], "progress": False}
+        exact = [fp.rank_components(demo.model, of_task, **options) for of_task in drawn]
+        cells = []
+        for method in QUICK:
+            estimates = [fp.rank_components(demo.model, of_task, method=method, **options) for of_task in drawn]
+            both = [fp.calibrate(*tables) for tables in zip(estimates, exact, strict=True)]
+            x, y = (np.concatenate([getattr(found, part) for found in both]) for part in ("estimate", "exact"))
+            cells.append(f"{np.corrcoef(x, y)[0, 1]:.2f}")
+        rows.append(line(f"`{name}`", len(x), *cells))
+    return rows
+
+
 def ranks(tables: dict[str, Effects], methods: tuple[str, ...]) -> np.ndarray[Any, Any]:
     """Return the ranks, in ascending order, that a screen gives to the features with the largest exact effects."""
     exact = tables["exact"].take(tables["exact"].ranked)
@@ -123,6 +145,17 @@ def joint(found: dict[str, dict[str, Effects]]) -> list[str]:
     return rows
 
 
+def circuits(demo: Any, pairs: int) -> list[str]:
+    """Return the faithfulness of circuits of the edges with the largest scores, by task."""
+    rows = head(f"faithfulness of {EDGES} edges", *TASKS)
+    drawn = {task: demo.pairs(task, n=pairs) for task in TASKS}
+    for scores in SCORES:
+        options = {"scores": scores, "method": "threshold", "size": EDGES, "progress": False}
+        found = [fp.find_circuit(demo.model, drawn[task], **options).faithfulness for task in TASKS]
+        rows.append(line(f"`{scores}`", *(f"{value:.2f}" for value in found)))
+    return rows
+
+
 def told(found: dict[str, dict[str, Effects]]) -> str:
     """Return what a union of estimators gains, as a sentence for the documentation."""
     mean = {methods: np.mean([(ranks(tables, methods) < KEPT[0]).sum() for tables in found.values()]) for methods in SCREENS}
@@ -146,7 +179,8 @@ def main() -> None:
     torch.set_num_threads(1)
     demo = fp.load_demo(progress=False)
     found = {task: measured(demo, task, options.pairs) for task in TASKS}
-    for rows in (by_task(found), by_hook_point(found), screens(found), joint(found)):
+    of_model = by_component(demo, options.pairs // 2), circuits(demo, options.pairs)
+    for rows in (by_task(found), by_hook_point(found), screens(found), joint(found), *of_model):
         print("\n".join(rows), end="\n\n")
     print(told(found))
 
